@@ -88,10 +88,12 @@ def translate(error: Exception) -> PrunectlError | None:
     if error.errno is not None and is_of_output(error):
         return WorkError(f"{error.filename or 'the output'} cannot be written: {error.strerror}; nothing was written")
     if error.errno is not None and error.filename:
-        return InputError(f"{_text(error.filename)} cannot be used: {error.strerror}")
+        return InputError(f"{_text(error.filename)} cannot be opened: {error.strerror}")
     if error.errno is not None or isinstance(error, TimeoutError):
         # What was being read says so itself (see `reading`): this is the network, a pipe, or what is written.
-        return WorkError(f"the system refused: {error.strerror or first_line(error)}; nothing was written")
+        return WorkError(
+            f"the operating system reported an error: {error.strerror or first_line(error)}; nothing was written"
+        )
     return None
 
 

@@ -35,9 +35,9 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
         return loaded
     known = [*builtin, *installed]
     raise UsageError(
-        f"no {kind} is called {name}",
+        f"unknown {kind} {name}",
         did_you_mean=tuple(get_close_matches(name, known, n=3, cutoff=0.5)),
-        hint=f"known: {', '.join(known)}; or package.module:name, or ./file.py:name",
+        hint=f"choose one of {', '.join(known)}, or name a function: package.module:name or ./file.py:name",
     )
 
 
@@ -49,7 +49,7 @@ def check_untrusted(names: Iterable[str], source: str) -> None:
     code = list(dict.fromkeys(name for name in names if ":" in name))
     if code:
         raise UntrustedError(
-            f"{source} names code of its own: {', '.join(map(abbreviated, code[:3]))}",
+            f"{source} names code that prunectl would run: {', '.join(map(abbreviated, code[:3]))}",
             hint="if you trust who wrote that file: --trust",
         )
 
@@ -80,7 +80,7 @@ def _from_name(name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, but something that it needs is not
-        raise UsageError(f"no module is called {name}", hint="for a file, write ./file.py:name") from error
+        raise UsageError(f"there is no module {name}", hint="for a file, write ./file.py:name") from error
 
 
 def _from_file(path: Path) -> object:

@@ -217,7 +217,7 @@ def test_json_names_its_schema_its_tool_and_sorts_its_keys() -> None:
 def test_a_slip_is_answered_with_the_nearest_names() -> None:
     found = here("inspect", MODEL, "--layers", "con1*")
     assert "did you mean: conv1" in found.err
-    assert f"list them: prunectl inspect {MODEL}" in found.err
+    assert f"list the layers: prunectl inspect {MODEL}" in found.err
 
 
 def test_a_bare_percentage_is_answered_with_how_to_write_it() -> None:

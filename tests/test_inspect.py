@@ -149,8 +149,8 @@ def test_flops_of_a_file_without_a_graph_are_refused() -> None:
 
 def test_why_the_file_is_not_smaller_is_said_unasked() -> None:
     for name, sentence in (
-        ("two_of_four_zero.safetensors", "in this container a zero takes as many bytes"),
-        ("masks_of_torch_prune.pt", "Pruning wrappers are still in the file"),
+        ("two_of_four_zero.safetensors", "in this format a zero takes as many bytes"),
+        ("masks_of_torch_prune.pt", "still holds pruning wrappers"),
         ("every_variable_twice", "twice"),
     ):
         assert sentence in here("inspect", FIXTURES / name).err
@@ -261,7 +261,7 @@ def test_a_url_is_told_from_a_file_that_is_not_there(
 ) -> None:
     done = here(command[0], word, *command[1:], cwd=tmp_path)
     assert done.code == 3
-    assert f"{word} is a URL, and prunectl reads files: download it first" in done.err
+    assert f"{word} is a URL, but prunectl reads only files: download it first" in done.err
     assert hint in done.err
 
 
@@ -299,7 +299,7 @@ def test_weights_that_are_in_a_file_twice_are_named_with_both_places(layout: str
     for done in (found, pruned):
         assert done.code == 0, done.err
         text = " ".join(f"{done.out} {done.err}".split())
-        assert f"The weights are in the file twice: {trained} and {average}, an average of them (3 tensors)" in text
+        assert f"The file holds the weights twice: {trained} and {average}, an average of them (3 tensors)" in text
 
 
 def _copied(held: Any) -> Any:

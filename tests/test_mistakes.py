@@ -149,7 +149,7 @@ def test_a_whole_module_says_which_file_its_class_is_in(tmp_path: Path) -> None:
     assert refused.code == 3
     assert f"--trust {beside}" in refused.err
     missing = here("finetune", "models/whole.pt", *words, "--trust", cwd=tmp_path)
-    assert f"{beside} loads it first" in missing.err
+    assert f"import it first: {beside}" in missing.err
     done = here("finetune", "models/whole.pt", *words, "--trust", *beside.split(), cwd=tmp_path)
     assert done.code == 0, done.err
     (folder / "net_beside.py").rename(tmp_path / "net_beside.py")

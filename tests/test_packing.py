@@ -353,7 +353,7 @@ def test_an_entry_that_is_damaged_is_not_packed_as_if_it_were_sound(tmp_path: Pa
     assert tensor.storage.extent is not None
     content[tensor.storage.extent.offset + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="not what its checksum says"):
+    with pytest.raises(InputError, match="does not match its checksum"):
         packed(path, tmp_path)
 
 

@@ -17,11 +17,11 @@ from prunectl.formats.registry import by_name, load, require
 _MANY_ZEROS = 0.3
 _MENTIONED_SHARE = 0.01
 _STRIPPABLE = {
-    "masks": "Pruning wrappers are still in the file: their masks take {} of it. `prunectl strip` takes them out.",
-    "optimizer": "The optimizer's state takes {} of the file; predictions do not need it. "
-    "`prunectl strip` takes it out.",
-    "example inputs": "The inputs that it was exported with take {} of the file; predictions do not need them. "
-    "`prunectl strip` takes them out.",
+    "masks": "The file still holds pruning wrappers, whose masks take {} of it. `prunectl strip` removes them.",
+    "optimizer": "The optimizer state takes {} of the file and is not needed for inference. "
+    "`prunectl strip` removes it.",
+    "example inputs": "The example inputs of the export take {} of the file and are not needed for inference. "
+    "`prunectl strip` removes them.",
 }
 """What is said of parts of a file that only training needs, with their share."""
 
@@ -33,8 +33,8 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
     zeros = stats.prunable_sparsity
     if zeros is not None and zeros >= _MANY_ZEROS and not stats.about.is_compressed:
         sentences.append(
-            f"{_percent(zeros)} of the prunable weights are zero, yet the file is as big as before: in this container "
-            f"a zero takes as many bytes as any number. {_suggestion(stats)}"
+            f"{_percent(zeros)} of the prunable weights are zero, yet the file is no smaller: in this format "
+            f"a zero takes as many bytes as any other number. {_suggestion(stats)}"
         )
     for part, sentence in _STRIPPABLE.items():
         if (share := shares.get(part, 0)) > _MENTIONED_SHARE:
@@ -47,7 +47,7 @@ def quantised_hint(stats: ModelStats) -> list[str]:
     dtypes = sorted({row.dtype for row in stats.layers if row.role in PRUNABLE and row.dtype in QUANTISED})
     if not dtypes:
         return []
-    return [f"Its kernels are quantised to {' and '.join(dtypes)}, which `prunectl prune` refuses: prune before that."]
+    return [f"Its kernels are quantised to {' and '.join(dtypes)} and cannot be pruned: prune before quantising."]
 
 
 def _percent(share: float) -> str:
@@ -58,8 +58,8 @@ def _percent(share: float) -> str:
 def _suggestion(stats: ModelStats) -> str:
     """The command that turns zeros into a smaller file."""
     if Capability.PACK & by_name(stats.format).can:
-        return "`prunectl strip --pack` compresses it inside its container, so that it still loads as it is."
-    return "It pays once the file is compressed, as `prunectl size` shows."
+        return "`prunectl strip --pack` compresses the file inside its container; it still loads as before."
+    return "Compressed, it is smaller: `prunectl size` shows by how much."
 
 
 class SortKey(StrEnum):

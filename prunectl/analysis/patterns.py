@@ -100,7 +100,9 @@ def parse(text: str) -> Pattern:
         raise UsageError(f"{text!r} is not a pattern", hint="write 2:4, block:1x4 or channel")
     zeros, group = int(match[1]), int(match[2])
     if zeros > group:
-        raise UsageError(f"{text} asks for {zeros} zeros in {group} weights", hint=f"write {group}:{zeros}")
+        raise UsageError(
+            f"the pattern {text} needs {zeros} zeros in every {group} weights", hint=f"write {group}:{zeros}"
+        )
     return NMPattern(zeros, group)
 
 

@@ -139,7 +139,7 @@ def get_codec(name: CodecName, level: int | None) -> Codec:
     """A codec by its name, with the version of the library behind it."""
     _, usual, highest = _MAKERS[name]
     if level is not None and not min(1, highest) <= level <= highest:
-        raise UsageError(f"{name} has levels {min(1, highest)} to {highest}, not {level}")
+        raise UsageError(f"--level must be from {min(1, highest)} to {highest} for {name}, not {level}")
     return Codec(name, usual if level is None else level, _library(name))
 
 

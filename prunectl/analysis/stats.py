@@ -346,9 +346,12 @@ def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
     if copies is None:
         return ()
     trained, average, count = copies
-    names = f"{abbreviated(trained) or 'at the top'} and {abbreviated(average)}"
-    sentence = f"The weights are in the file twice: {names}, an average of them ({count} tensors). "
-    return (sentence + "Both are pruned, each by its own numbers; the code that loads the file chooses one.",)
+    names = f"{abbreviated(trained) or 'the top level'} and {abbreviated(average)}"
+    sentence = f"The file holds the weights twice: {names}, their average ({count} tensors). "
+    return (
+        sentence
+        + "Both copies are pruned, each by its own values; the code that loads the file decides which one it uses.",
+    )
 
 
 def averaged_copies(tensors: Iterable[TensorStats]) -> tuple[str, str, int] | None:

@@ -121,7 +121,7 @@ def count_zeros(model: ModelFile, tensor: Tensor) -> int:
     shown = expansion_factor(tensor)
     if tensor.size // shown > storage_numel(tensor) * budgets.MAX_REPEATS:
         raise InputError(
-            f"{model.path} is refused: {tensor.name} shows its {storage_numel(tensor)} stored elements "
+            f"{model.path} is refused: {tensor.name} repeats its {storage_numel(tensor)} stored elements "
             f"{tensor.size} times"
         )
     once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.strides)

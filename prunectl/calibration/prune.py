@@ -161,7 +161,7 @@ def prune(
             )
         if needs is not Requires.NOTHING:
             method, unseen = with_data_scores(model, selection.tensors, method, scope, session.calibration)
-            notes += note_about("ranked by magnitude: what they meet cannot be seen", unseen)
+            notes += note_about("ranked by magnitude, because their inputs cannot be captured", unseen)
         if reconstructor is not None:
             method = replace(
                 method,
@@ -174,10 +174,10 @@ def prune(
             reconstructed = sum(cut.tensor.name not in reconstructor.skipped for cut in pruned.plan.cuts)
             examples = session.calibration.examples
             notes += (
-                f"What stays of {reconstructed} tensors was fitted anew to {examples} examples of {request.data}.",
+                f"Weights of {reconstructed} tensors were reconstructed from {examples} examples of {request.data}.",
             )
-            how = "ranked by magnitude and not fitted anew" if reconstructor.uses_sparsegpt else "not fitted anew"
-            notes += note_about(f"{how}: what they meet cannot be seen", tuple(reconstructor.skipped))
+            how = "ranked by magnitude and not reconstructed" if reconstructor.uses_sparsegpt else "not reconstructed"
+            notes += note_about(f"{how}, because their inputs cannot be captured", tuple(reconstructor.skipped))
     return replace(pruned, notes=notes)
 
 

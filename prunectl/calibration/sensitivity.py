@@ -171,8 +171,8 @@ def dense_score(network: TrainableModel, batches: tuple[Batch, ...]) -> Score:
     score = _score(network.evaluate(iter(batches)))
     if score.loss is None:
         raise WorkError(
-            "the loss of the model is no finite number before anything is pruned",
-            hint="is the data scaled as in training (?norm=unit), and is it the right --loss?",
+            "the loss of the unpruned model is NaN or infinite",
+            hint="check that the data is scaled as in training (?norm=unit) and that --loss is right",
         )
     return score
 
@@ -209,7 +209,9 @@ def sensitivity(
     """How much the prunable tensors of a model suffer; with data, also what they make of it."""
     tensors = _prunable(model, layers)
     if not tensors:
-        return Sensitivity((), notes=("Sensitivity is that of kernels, and there is none among these tensors.",))
+        return Sensitivity(
+            (), notes=("Sensitivity is measured for kernels only, and none of these tensors is a kernel.",)
+        )
     if not request.data:
         measured, notes = _measure_layers(model, tensors, None, None, meter)
         return Sensitivity(tuple(measured), notes=(*_wrapper_note(model), *notes))
@@ -235,7 +237,7 @@ def _prunable(model: ModelFile, layers: str) -> tuple[Tensor, ...]:
 def _wrapper_note(model: ModelFile) -> tuple[str, ...]:
     if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
         return ()
-    return ("It was not looked at what the masks of its pruning wrappers hide: `prunectl strip` applies them.",)
+    return ("Weights behind the masks of pruning wrappers were not measured: apply the masks with `prunectl strip`.",)
 
 
 def _dense_score(
@@ -250,10 +252,10 @@ def _dense_score(
     reason = (
         f"{request.data} has no targets"
         if not has_targets
-        else f"{model.path} runs in onnxruntime, where no loss is taken and the targets of {request.data} are not used"
+        else f"{model.path} runs in onnxruntime, which computes no loss: the targets of {request.data} are not used"
     )
     if request.loss:
-        raise UsageError(f"--loss is for examples with targets in a model that can be trained: {reason}")
+        raise UsageError(f"--loss cannot be used: {reason}")
     return None, (f"Only the outputs of each layer were compared: {reason}.",)
 
 
@@ -284,8 +286,8 @@ def _measure_layers(
             measured.append(layer)
             bar.advance(tensor.nbytes)
     notes = (
-        *note_about("left out, as not all of their numbers are finite", nonfinite),
-        *note_about("what they meet cannot be seen, so that their output error is not known", unobserved),
+        *note_about("left out, because they hold NaN or infinity", nonfinite),
+        *note_about("output error unknown, because their inputs cannot be captured", unobserved),
     )
     return measured, notes
 
@@ -336,12 +338,12 @@ def _collapse(layer: LayerSensitivity, base: Score | None) -> Collapse | None:
     for point in layer.points:
         reasons = []
         if layer.first_dead_sparsity is not None and layer.first_dead_sparsity <= point.sparsity:
-            reasons.append("an output loses all its weights")
+            reasons.append("an output has no weights left but zeros")
         if point.output_error is not None and point.output_error > MAX_OUTPUT_ERROR:
-            reasons.append(f"its outputs are {100 * point.output_error:.0f} % off")
+            reasons.append(f"output error {100 * point.output_error:.0f} %")
         fall = _accuracy_fall(base, point.score)
         if fall > MAX_ACCURACY_FALL:
-            reasons.append(f"accuracy falls by {100 * fall:.0f} points")
+            reasons.append(f"accuracy falls by {100 * fall:.0f} percentage points")
         if reasons:
             size = point.weight_error if point.output_error is None else point.output_error
             return Collapse(layer.name, point.sparsity, tuple(reasons), size)

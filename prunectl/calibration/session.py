@@ -77,8 +77,8 @@ class Calibration:
         for name, accumulate in statistics.items():
             if not all(np.isfinite(total).all() for total in accumulate.totals.values()):
                 raise WorkError(
-                    f"{name} meets inputs that are no finite numbers; nothing was written",
-                    hint="is the data scaled as in training (?norm=unit), and the model whole?",
+                    f"the inputs of {name} are NaN or infinite; nothing was written",
+                    hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
                 )
         return statistics
 
@@ -113,8 +113,8 @@ class Calibration:
         network = self.network
         if not isinstance(network, DifferentiableModel):
             raise UsageError(
-                "gradients need a framework that can differentiate the model, and onnxruntime does not",
-                hint="--strategy activation-magnitude or obs, or prune the file that the ONNX model was made from",
+                "this strategy needs gradients, which onnxruntime cannot compute",
+                hint="use --strategy activation-magnitude or obs, or prune the Keras or PyTorch file of the model",
             )
         means: dict[str, Float64Array] = {}
         examples = self.examples
@@ -127,8 +127,8 @@ class Calibration:
         for name, mean in means.items():
             if not np.isfinite(mean).all():
                 raise WorkError(
-                    f"the gradient of {name} is no finite number; nothing was written",
-                    hint="is the data scaled as in training (?norm=unit), and is it the right --loss?",
+                    f"the gradient of {name} is NaN or infinite; nothing was written",
+                    hint="check that the data is scaled as in training (?norm=unit) and that --loss is right",
                 )
         return means
 
@@ -154,7 +154,7 @@ def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
         if remaining <= 0:
             break
     if not taken_batches:
-        raise UsageError("the data holds no examples to look at")
+        raise UsageError("the data has no examples")
     return tuple(taken_batches)
 
 
@@ -179,8 +179,8 @@ def open_calibration(
     """Open a model in its runtime, and the first examples in an order that the seed decides."""
     if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
         raise UsageError(
-            f"{model.path} has pruning wrappers, and no model runs with them and without them alike",
-            hint=f"prunectl strip {model.path} -o plain{model.path.suffix} first",
+            f"{model.path} has pruning wrappers, which change what the model computes",
+            hint=f"remove them first: prunectl strip {model.path} -o plain{model.path.suffix}",
         )
     seed_everything(request.seed)
     origin = LoadOptions(request.model, request.custom_objects, is_trusted, request.seed)
@@ -188,8 +188,8 @@ def open_calibration(
     source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)
     if needs_targets and not source.has_targets:
         raise UsageError(
-            f"{source.name} has no targets, and the strategy {request.strategy} needs the loss of each example",
-            hint="--strategy activation-magnitude or obs looks at inputs alone",
+            f"{source.name} has no targets, which the strategy {request.strategy} needs to compute a loss",
+            hint="use data with targets, or --strategy activation-magnitude or obs, which need inputs only",
         )
     # A stream is not read to its end for the sake of a few examples.
     order = EpochOrder(request.batch_size, request.seed, is_shuffled=source.count is not None)
@@ -208,7 +208,7 @@ def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, T
         return load_onnx_model(model), None
     network = load_trainable(model, origin)
     if not isinstance(network, InspectableModel):
-        raise UsageError(f"{model.path} cannot be looked at while it runs")
+        raise UsageError(f"the layer inputs of {model.path} cannot be captured")
     return network, network
 
 

@@ -108,7 +108,7 @@ def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array,
         except np.linalg.LinAlgError:
             damp *= 10
             damped = dampen(products, damp)
-    raise WorkError("the inputs of a layer depend on each other too much", hint="more --samples, or --param damp=0.1")
+    raise WorkError("the Gram matrix of a layer's inputs is singular", hint="use more --samples, or --param damp=0.1")
 
 
 def dampen(products: Float64Array, damp: float) -> Float64Array:

@@ -127,9 +127,9 @@ def check_memory(name: str, *, groups: int, features: int, kept: int) -> None:
     free = available_bytes()
     if free is not None and needed > free:
         raise WorkError(
-            f"{name} has {features:,} features: the products of every two of them take "
-            f"{needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free",
-            hint=f"--exclude {name}, or a strategy that needs no such products, as activation-magnitude",
+            f"{name} has {features:,} input features, whose Gram matrix takes "
+            f"{needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free",
+            hint=f"--exclude {name}, or use --strategy activation-magnitude, which needs no Gram matrix",
         )
 
 

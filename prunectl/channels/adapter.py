@@ -232,5 +232,5 @@ def open_adapter(model: ModelFile, origin: LoadOptions, data: DataShapes | None 
             return adapter
     names = ", ".join(frontend.name for frontend in FRONTENDS)
     raise InputError(
-        f"{model.path}: channels are followed in files of {names} only", hint="export the model to ONNX first"
+        f"{model.path}: channels can be pruned only in files of {names}", hint="export the model to ONNX first"
     )

@@ -53,7 +53,9 @@ def parse_target(kind: TargetKind, text: str) -> SizeTarget:
         return SizeTarget(kind, share=1 - float(match[1]) / 100)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.strip().lower())
     if match is None:
-        raise UsageError(f"{text!r} is no number of {kind}", hint="write -50% for half of it, or how many: 1.5M")
+        raise UsageError(
+            f"{text!r} is not a number of {kind}", hint="write -50% for half of them, or a number such as 1.5M"
+        )
     return SizeTarget(kind, number=int(float(match[1]) * _POWERS[match[2]]))
 
 
@@ -67,8 +69,8 @@ def smallest_ratio(
     smallest = count_left(1.0)
     if smallest > limit:
         raise WorkError(
-            f"{limit:,} {target.kind} are out of reach: without all channels that may go, {smallest:,} are left",
-            hint="let smaller layers stay: --min-channels 1; or see what is locked: prunectl inspect MODEL --groups",
+            f"{limit:,} {target.kind} cannot be reached: with all removable channels removed there are {smallest:,}",
+            hint="allow smaller layers with --min-channels 1, or see what is locked: prunectl inspect MODEL --groups",
         )
     low, high = 0, channels
     while high - low > 1 and tries:
@@ -99,11 +101,11 @@ def importance_from_function(function: object, name: str, params: tuple[str, ...
         except PrunectlError:
             raise
         except Exception as error:
-            raise WorkError(f"{name} fails: {type(error).__name__}: {error}") from error
+            raise WorkError(f"{name} raised {type(error).__name__}: {error}") from error
         if scores.shape != (len(rows),) or not np.isfinite(scores).all():
             raise WorkError(
-                f"{name} must give a finite number for each of {len(rows)} channels, and gave {scores.shape}",
-                hint="it gets an array with a row of weights for each channel",
+                f"{name} must return a finite number for each of {len(rows)} channels, but returned {scores.shape}",
+                hint="its argument is an array with one row of weights for each channel",
             )
         return scores
 
@@ -169,17 +171,17 @@ def parse_config(
     _check_amount(request, targets, dead=dead, has_threshold=threshold is not None)
     for ratio in (request.sparsity or 0.0, max_ratio, *(own for _, own in request.layers)):
         if not 0 <= ratio <= 1:
-            raise UsageError(f"a share of channels is from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
+            raise UsageError(f"the share of channels must be from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
     for option, number in (("--min-channels", min_channels), ("--round-to", round_to)):
         if number < 1:
-            raise UsageError(f"{option} is at least 1")
+            raise UsageError(f"{option} must be at least 1")
     scope = Scope(request.scope)
     if scope is Scope.ERK:
-        raise UsageError("channels are chosen in --scope layer or global")
+        raise UsageError("--pattern channel needs --scope layer or global")
     if threshold is not None and scope is Scope.GLOBAL:
-        raise UsageError("a threshold says of each layer by itself what goes: leave out --scope global")
+        raise UsageError("a threshold is applied to each layer separately: leave out --scope global")
     if request.layers and scope is Scope.GLOBAL:
-        raise UsageError("--layer sets the share of a layer, --scope global ranks all together")
+        raise UsageError("--layer cannot be used with --scope global, which ranks the channels of all layers together")
     return ChannelConfig(
         ratio=request.sparsity or 0.0,
         importance=importance,
@@ -200,13 +202,11 @@ def parse_config(
 def _check_amount(request: PruneRequest, targets: Sequence[SizeTarget], *, dead: bool, has_threshold: bool) -> None:
     amounts = [request.sparsity is not None, dead, has_threshold, *(True for _ in targets)]
     if sum(amounts) > 1:
-        raise UsageError(
-            "how many channels go is said once: by --sparsity, --params, --flops, --target-gzip, --dead or a threshold"
-        )
+        raise UsageError("only one of --sparsity, --params, --flops, --target-gzip, --dead and a threshold can be used")
     if not sum(amounts) and not request.layers:
-        raise UsageError("how many channels? say --sparsity", hint="such as --sparsity 50%, or --flops -50%")
+        raise UsageError("no share of channels is given", hint="add --sparsity 50%, or --flops -50%")
     if dead and (request.layers or request.strategy != _DEFAULT or request.scope != Scope.LAYER):
-        raise UsageError("--dead takes what makes no difference: there is nothing to rank")
+        raise UsageError("--dead cannot be used with --strategy, --scope or --layer: dead channels are not ranked")
 
 
 _WEIGHT_OPTIONS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
@@ -223,9 +223,9 @@ _WEIGHT_OPTIONS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
 def _refuse_weight_options(request: PruneRequest) -> None:
     for word, is_given in _WEIGHT_OPTIONS:
         if is_given(request):
-            raise UsageError(f"{word} does not go with channels that are cut out", hint=f"leave out {word}")
+            raise UsageError(f"{word} cannot be used with --pattern channel", hint=f"leave out {word}")
     if not request.data and (request.samples, request.batch_size) != (SAMPLES, BATCH_SIZE):
-        raise UsageError("--samples and --batch-size are about data", hint="add --data SPEC, or leave them out")
+        raise UsageError("--samples and --batch-size need --data", hint="add --data SPEC, or leave them out")
 
 
 def _parse_importance(request: PruneRequest) -> tuple[Importance | None, float | None]:
@@ -243,17 +243,17 @@ def _parse_importance(request: PruneRequest) -> tuple[Importance | None, float |
         elif importance is not None and key == importance.key and value in importance.choices:
             importance = replace(importance, function=importance.choices[value], choice=value)
         else:
-            raise UsageError(f"the strategy {name} takes no --param {word}", hint=_params(importance))
+            raise UsageError(f"the strategy {name} has no --param {word}", hint=_params(importance))
     needs_data = importance is not None and importance.needs is not RequiredData.NOTHING
     if needs_data and not request.data:
-        raise UsageError(f"the strategy {name} looks at data: say which", hint="--data train.npz")
+        raise UsageError(f"the strategy {name} needs data", hint="add --data train.npz")
     return importance, threshold
 
 
 def _params(importance: Importance | None) -> str:
     accepted = [f"{importance.key}={choice}" for choice in importance.choices] if importance is not None else []
     accepted += ["threshold=0.9"] if importance is not None and importance.has_threshold else []
-    return f"it takes {', '.join(accepted)}" if accepted else "it takes none"
+    return f"parameters: {', '.join(accepted)}" if accepted else "it has no parameters"
 
 
 def _parse_threshold(text: str) -> float:
@@ -262,7 +262,7 @@ def _parse_threshold(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise UsageError(f"threshold={text} is no number from 0 to 1", hint="threshold=0.9")
+        raise UsageError(f"threshold={text} is not a number from 0 to 1", hint="threshold=0.9")
     return share
 
 

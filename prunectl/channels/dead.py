@@ -133,7 +133,7 @@ def find_dead(
         if not blocked:
             break
         for reader, labels in blocked:
-            skips.append(SkippedTensor(reader, "it reads what is always the same, and has nowhere to keep it"))
+            skips.append(SkippedTensor(reader, "its input is constant, and it has no bias to absorb the constant"))
             zero_produced -= labels
     dead = zero_consumed | zero_produced
     return DeadChannels(tuple(_pruned_group(group, dead) for group in selected), tuple(skips), folded)

@@ -104,7 +104,7 @@ def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
     return tuple(groups)
 
 
-_UNPRODUCED = "no weight makes it"
+_UNPRODUCED = "no weight produces it"
 
 
 def _by_channel(roots: LabelArray) -> tuple[LabelArray, LabelArray]:

@@ -310,7 +310,7 @@ def calibration_batches(
     except UsageError as error:
         if importance is None or importance.needs is RequiredData.NOTHING:
             raise
-        return (), (f"The cut network was tried on random inputs alone: {error.message}.",)
+        return (), (f"The pruned network was verified on random inputs only: {error.message}.",)
 
 
 def shapes_of_data(request: PruneRequest) -> DataShapes | None:

@@ -185,7 +185,7 @@ class LabelTrace:
             for note in notes[1:]:
                 self.labels.unite(notes[0].labels, note.labels, f"{tensor} is shared")
             if len(notes) != self.graph.uses[tensor]:
-                self.labels.lock(notes[0].labels, f"{tensor} is used elsewhere in another way")
+                self.labels.lock(notes[0].labels, f"{tensor} is also used in a different way elsewhere")
 
 
 def op_title(node: OpNode) -> str:

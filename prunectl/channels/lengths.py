@@ -54,7 +54,9 @@ def parse_input(text: str, example: str) -> InputOption:
     if names and not _is_shape(shape) and _is_shape(names[-1]):
         dtype, shape = shape, names.pop()
         if dtype not in {*_DTYPES, *_DTYPES.values()}:
-            raise UsageError(f"{dtype!r} is no type of number in --input {text}", hint=f"known: {', '.join(_DTYPES)}")
+            raise UsageError(
+                f"{dtype!r} in --input {text} is not a type of numbers", hint=f"known: {', '.join(_DTYPES)}"
+            )
     if not _is_shape(shape):
         raise no_shape(text, example)
     axes = re.split("[,x]", shape.replace(" ", ""))
@@ -64,7 +66,7 @@ def parse_input(text: str, example: str) -> InputOption:
 
 def no_shape(text: str, example: str) -> UsageError:
     """The error about an `--input` that is not what it has to be here."""
-    return UsageError(f"--input {text} is no shape", hint=f"such as --input {example}")
+    return UsageError(f"--input {text} is not a shape", hint=f"write --input {example}")
 
 
 def _is_shape(text: str) -> bool:
@@ -95,7 +97,7 @@ class AxisLengths:
                 raise UsageError(
                     f"the input {port.name} of the model is {shape_text((None, *port.shape))}, "
                     f"and not {shape_text((1, *shape))}",
-                    hint="an axis that the model fixes keeps its length",
+                    hint="the length of an axis that the model fixes cannot be changed",
                 )
         return dict(zip(names, shapes, strict=True))
 
@@ -112,7 +114,7 @@ def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
             raise no_shape(text, _EXAMPLE)
     ordered = in_order(options, names)
     if unknown := sorted({option.name for option in options} - {"", *names}):
-        raise UsageError(f"the model has no input {unknown[0]}", hint=f"it has {', '.join(names)}")
+        raise UsageError(f"the model has no input {unknown[0]}", hint=f"inputs: {', '.join(names)}")
     # The batch is tried one example at a time.
     return [option.lengths[1:] for option in ordered]
 
@@ -120,7 +122,7 @@ def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
 def in_order(options: Sequence[InputOption], names: Sequence[str]) -> Sequence[InputOption]:
     """The options in the order of the inputs, if all are named; else as they were typed."""
     if len(options) != len(names):
-        raise UsageError(f"the model has {len(names)} inputs ({', '.join(names)}), and --input says {len(options)}")
+        raise UsageError(f"the model has {len(names)} inputs ({', '.join(names)}), but --input gives {len(options)}")
     by_name = {option.name: option for option in options}
     return [by_name[name] for name in names] if by_name.keys() == set(names) else options
 

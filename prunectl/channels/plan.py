@@ -62,7 +62,9 @@ def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) 
     trace, weights = context.trace, context.adapter.graph.weights
     groups = find_groups(trace)
     if not groups:
-        raise UsageError(f"{context.model.path} has no channels to cut: {_unknown_ops(context.adapter.graph)}")
+        raise UsageError(
+            f"{context.model.path} has no channels that can be removed: {_unknown_ops(context.adapter.graph)}"
+        )
     if config.only_dead:
         selected, skips = candidates(context.model, groups, weights, config)
         dead = find_dead(context.adapter, trace, groups, [candidate.group for candidate in selected])
@@ -79,7 +81,7 @@ def _unknown_ops(graph: ChannelGraph) -> str:
     """Why nothing in a graph makes channels."""
     names = dict.fromkeys(node.op for node in graph.nodes if node.kind is OpKind.UNKNOWN)
     listed = ", ".join([*names][:_SHOWN_OPS]) + (", …" if len(names) > _SHOWN_OPS else "")
-    return f"what it consists of is not known ({listed})" if names else "no weight makes any"
+    return f"its operations are unknown ({listed})" if names else "no weight produces channels"
 
 
 def _plan_of(trace: LabelTrace, pruned_groups: Sequence[PrunedGroup]) -> ChannelPlan:
@@ -207,7 +209,7 @@ def candidates(
         reason = _reason(group, only, excluded)
         scores = None if reason else _scores(group, weights, config)
         if scores is None:
-            skips.append(SkippedTensor(group.name, reason or "nothing that the strategy looks at"))
+            skips.append(SkippedTensor(group.name, reason or "the strategy has no score for it"))
         else:
             ratios = [layer_ratios[name] for name in group.producers if name in layer_ratios]
             selected.append(Candidate(group, scores, ratios[-1] if ratios else None))
@@ -215,8 +217,8 @@ def candidates(
         reasons = Counter(skip.reason for skip in skips)
         listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
         raise UsageError(
-            f"{model.path} has no channels to cut: {listed or 'no weight makes any'}",
-            hint=f"prunectl inspect {model.path} --groups",
+            f"{model.path} has no channels that can be removed: {listed or 'no weight produces channels'}",
+            hint=f"see why: prunectl inspect {model.path} --groups",
         )
     return tuple(selected), tuple(skips)
 
@@ -230,7 +232,7 @@ def _reason(group: ChannelGroup, only: set[str] | None, excluded: set[str]) -> s
         return group.locked_because
     if excluded.intersection(group.producers):
         return "excluded"
-    return "" if only is None or only.intersection(group.producers) else "not among --only"
+    return "" if only is None or only.intersection(group.producers) else "not selected by --only"
 
 
 def _scores(group: ChannelGroup, weights: Mapping[str, Array], config: ChannelConfig) -> Scores | None:

@@ -104,7 +104,7 @@ def prune_channels(
     batches, notes = calibration_batches(model, adapter, request, config.importance)
     verification = verify(adapter, pruned, plan, config.seed, batches)
     if adapter.has_float64 and verification.error_float64 is None:
-        notes = (*notes, "The two networks were compared in their own precision alone: the original fails in float64.")
+        notes = (*notes, "The networks were compared in their own precision only: the original cannot run in float64.")
     seconds = latency(adapter, pruned, config.seed) if has_latency else None
     with outputs.staging_dir(model, output) as (folder, target):
         written = adapter.write(pruned, folder, target)
@@ -132,7 +132,7 @@ def prune_channels(
             *written.notes,
             *adapter.assumptions,
             *notes,
-            *(() if plan.removed else ("The cut removed nothing.",)),
+            *(() if plan.removed else ("No channel was removed.",)),
         ),
         seconds,
         companions if output is not None else (),
@@ -144,16 +144,18 @@ def _removes_nothing_error(path: Path, plan: ChannelPlan, config: ChannelConfig)
     prunable = sum(len(loss.group) for loss in plan.pruned_groups)
     if config.only_dead:
         return WorkError(
-            f"{path} has no channels that make no difference; nothing was written",
-            hint="--allow-empty writes it as it is",
+            f"{path} has no dead channels; nothing was written",
+            hint="write it unchanged with --allow-empty",
         )
     skipped = len(plan.skips)
     locked = (
-        f", {skipped} {'groups of layers are' if skipped > 1 else 'group of layers is'} left alone" if skipped else ""
+        f", {skipped} {'groups of layers are' if skipped > 1 else 'group of layers is'} locked or excluded"
+        if skipped
+        else ""
     )
     return WorkError(
-        f"this cut removes nothing from {path}: none of {prunable} channels that may go{locked}; nothing was written",
-        hint="ask for more, lower --min-channels or --round-to, or say --allow-empty",
+        f"no channel of {path} was removed: {prunable} could be{locked}; nothing was written",
+        hint="raise --sparsity, lower --min-channels or --round-to, or use --allow-empty",
     )
 
 
@@ -163,9 +165,9 @@ def _check_companion_files(adapter: GraphAdapter, output: Destination | None) ->
         return
     for path in adapter.companion_files(output.target):
         if output.to_stdout:
-            raise UsageError("the result is more than one file, and does not fit through standard output")
+            raise UsageError("the result consists of several files, which cannot be written to standard output")
         if os.path.lexists(path) and not (output.is_forced or output.is_in_place):
-            raise UsageError(f"{path} exists", hint="write elsewhere, or replace it with --force")
+            raise UsageError(f"{path} exists", hint="choose another --output, or replace it with --force")
 
 
 def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwork, plan: ChannelPlan) -> None:
@@ -177,7 +179,7 @@ def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwo
         shape = pruned_shape(name, tensor.shape, plan.removed)
         # Lists of sizes may be others now; what is no float was not cut.
         if tensor.is_float and tensor.name not in omitted and shapes.get(tensor.name) != shape:
-            raise WorkError(f"{tensor.name} of {model.path} came out with another shape than planned")
+            raise WorkError(f"{tensor.name} of {model.path} has a different shape in the output than planned")
 
 
 def _stats(model: ModelFile) -> ModelStats:
@@ -224,7 +226,7 @@ def limits_in(path: Path) -> dict[str, Any]:
     """The words about channels in a manifest, whose request is known to be sound."""
     limits = read_object(path, "it").get("limits", {})
     if not isinstance(limits, dict) or not limits.keys() <= LIMITS or not all(map(_is_plain, limits.values())):
-        raise InputError(f"{path} holds limits of channels that make no sense")
+        raise InputError(f"{path} holds invalid limits for channels")
     return limits
 
 

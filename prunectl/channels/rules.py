@@ -32,11 +32,11 @@ def _joined(trace: LabelTrace, node: OpNode, values: list[LabelArray], shape: tu
             # One channel for all of an axis of channels: it has to stay.
             for value in kept:
                 if value.shape[axis] == 1:
-                    trace.labels.lock(value, f"{op_title(node)} takes it for many channels")
+                    trace.labels.lock(value, f"{op_title(node)} broadcasts it to many channels")
             kept = [value for value in kept if value.shape[axis] > 1]
     expanded = [np.broadcast_to(value, shape) for value in kept]
     for other in expanded[1:]:
-        trace.labels.unite(expanded[0], other, f"{op_title(node)} joins it with what stays")
+        trace.labels.unite(expanded[0], other, f"{op_title(node)} joins it with channels that cannot be removed")
     labelled = [value for value in expanded if value.any()]
     return next(iter(labelled), fixed(shape))
 
@@ -73,7 +73,7 @@ def attention(trace: LabelTrace, node: OpNode) -> None:
     for weight in filter(None, node.inputs[_BIASES]):
         trace.note(node, weight, 0, AxisRole.BIAS, heads)
     for mask in masks:
-        trace.labels.lock(trace.labels_of(mask), f"{op_title(node)} has a mask that is calculated")
+        trace.labels.lock(trace.labels_of(mask), f"{op_title(node)} computes its mask")
     shape = trace.shape(node.outputs[0])
     produced = trace.labels.fresh(shape[-1])
     trace.note(node, kernel, 0, AxisRole.IN, heads)
@@ -101,7 +101,7 @@ def concat(trace: LabelTrace, node: OpNode) -> None:
         return
     heads = [first_along(array, axis) for array in arrays]
     for head in heads[1:]:
-        trace.labels.unite(heads[0], head, f"{op_title(node)} joins it with what stays")
+        trace.labels.unite(heads[0], head, f"{op_title(node)} joins it with channels that cannot be removed")
     trace.values[node.outputs[0]] = np.broadcast_to(next((head for head in heads if head.any()), heads[0]), shape)
 
 
@@ -118,7 +118,7 @@ def slice_axes(trace: LabelTrace, node: OpNode) -> None:
     labels = trace.labels_of(node.inputs[0])
     for axis, start, stop, step in node.attributes["slices"]:
         if step != 1 and trace.labels.varies(labels, axis):
-            trace.labels.lock(labels, f"{op_title(node)} takes channels in another order")
+            trace.labels.lock(labels, f"{op_title(node)} reorders channels")
             trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
             return
         piece = slice(start, None if stop < 0 else stop, step)
@@ -136,7 +136,7 @@ def along_axes(trace: LabelTrace, node: OpNode) -> None:
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     axes = {axis % labels.ndim for axis in node.attributes["axes"]}
     if any(trace.labels.varies(labels, axis) for axis in axes):
-        trace.labels.lock(labels, f"{op_title(node)} reaches over channels")
+        trace.labels.lock(labels, f"{op_title(node)} spans several channels")
         for name in node.outputs:
             trace.values[name] = fixed(trace.graph.shapes.get(name, ()))
         return
@@ -210,7 +210,7 @@ def _unite_fronts(trace: LabelTrace, node: OpNode, left: LabelArray, right: Labe
 
 def _lock_product(trace: LabelTrace, node: OpNode, *values: LabelArray) -> None:
     for value in values:
-        trace.labels.lock(value, f"{op_title(node)} multiplies it by what is calculated")
+        trace.labels.lock(value, f"{op_title(node)} multiplies it by a computed value")
     trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
 
 
@@ -233,9 +233,7 @@ def recurrent(trace: LabelTrace, node: OpNode) -> None:
 def _bias_or_state(trace: LabelTrace, node: OpNode, name: str, units_labels: LabelArray) -> None:
     """Note a bias or a first state."""
     if name not in trace.graph.views:
-        trace.labels.unite(
-            _last(trace.labels_of(name)), units_labels, f"{op_title(node)} begins with what is calculated"
-        )
+        trace.labels.unite(_last(trace.labels_of(name)), units_labels, f"{op_title(node)} starts from a computed state")
         return
     times = trace.shape(name)[-1] // len(units_labels)
     # A state that is not zero would speak for a unit that is silent.
@@ -262,7 +260,7 @@ def reshape(trace: LabelTrace, node: OpNode) -> None:
                 trace.labels.unite(reshaped, reshaped.take([0], axis=axis), op_title(node))
     varying = trace.labels.varying(reshaped)
     if max(len(trace.labels.varying(labels)), len(varying)) > 1 or (axes and not varying):
-        trace.labels.lock(labels, f"{op_title(node)} takes channels apart")
+        trace.labels.lock(labels, f"{op_title(node)} splits channels")
         reshaped = np.array(fixed(shape))
     trace.values[node.outputs[0]] = reshaped
 
@@ -295,7 +293,7 @@ def convolution(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of axis 1, and make new ones; one by one if each is a group by itself."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
-        lock_all(trace, node, " has weights that are calculated")
+        lock_all(trace, node, " computes its weights")
         return
     groups, is_transposed = node.attributes["groups"], node.attributes["is_transposed"]
     kernel, inputs = node.inputs[1], trace.labels_along(node, labels, 1)
@@ -320,7 +318,7 @@ def linear(trace: LabelTrace, node: OpNode) -> None:
     """Read the channels of the last axis, and make new ones."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
-        lock_all(trace, node, " has weights that are calculated")
+        lock_all(trace, node, " computes its weights")
         return
     in_axis = node.attributes["in_axis"]
     inputs = trace.labels_along(node, labels, -1)
@@ -350,7 +348,7 @@ def channel_norm(trace: LabelTrace, node: OpNode) -> None:
         if trace.is_view(node, position):
             trace.note(node, node.inputs[position], 0, role, line)
         elif position < len(node.inputs) and node.inputs[position]:
-            trace.labels.lock(labels, f"{op_title(node)} has weights that are calculated")
+            trace.labels.lock(labels, f"{op_title(node)} computes its weights")
     trace.values[node.outputs[0]] = labels
 
 
@@ -359,13 +357,13 @@ def _bias(trace: LabelTrace, node: OpNode, produced: LabelArray) -> None:
         return
     name = node.inputs[2]
     if not trace.is_view(node, 2):
-        trace.labels.lock(produced, f"{op_title(node)} has a bias that is calculated")
+        trace.labels.lock(produced, f"{op_title(node)} computes its bias")
         return
     shape = trace.shape(name)
     if shape and shape[-1] == len(produced) and len(shape) == sum(length == 1 for length in shape[:-1]) + 1:
         trace.note(node, name, len(shape) - 1, AxisRole.BIAS, produced)
     elif any(length > 1 for length in shape):
-        trace.labels.lock(produced, f"{op_title(node)} has a bias for more than channels")
+        trace.labels.lock(produced, f"{op_title(node)} has a bias that is not one number per channel")
 
 
 Rule = Callable[[LabelTrace, OpNode], None]

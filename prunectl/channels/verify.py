@@ -112,13 +112,13 @@ def _error_in_float64(pair: _Pair, feeds: Feeds) -> float | None:
 
 
 def _cannot_run(error: Exception) -> WorkError:
-    return WorkError(f"the cut network cannot be run: {first_line(error)}; nothing was written")
+    return WorkError(f"the pruned network cannot run: {first_line(error)}; nothing was written")
 
 
 def _checked(error: float, limit: float, where: str = "") -> float:
     if not error <= limit:
         raise WorkError(
-            f"the cut network differs from the original by {error:.1e}{where}, more than {limit:g}; "
+            f"the outputs of the pruned network differ from the original's by {error:.1e}{where}, more than {limit:g}; "
             "nothing was written",
             hint="leave out some layers with --exclude",
         )

@@ -54,7 +54,9 @@ class AccuracyChecker:
                     higher_is_better=before.higher_is_better,
                 )
         drop_now = -improvement(before.value, after.value, higher_is_better=before.higher_is_better) or 0.0
-        note = f"{before.metric} is {before.value:.4g} for {drop.against}, and {after.value:.4g} here, on {drop.data}."
+        note = (
+            f"{before.metric} is {before.value:.4g} for {drop.against}, {after.value:.4g} for this model ({drop.data})."
+        )
         return evaluate_limit(
             stats.name, before.metric, drop_now, limit, budget=budget.name, message=budget.message, note=note
         )

@@ -59,7 +59,7 @@ def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
 def write(baseline: Baseline, updates: dict[str, BaselineEntry]) -> Path:
     """Write the file with some models as they are now, the others as they were."""
     if baseline.path is None:
-        raise UsageError(f"{baseline.origin} cannot be written to", hint="--baseline FILE")
+        raise UsageError(f"the baseline {baseline.origin} cannot be updated", hint="name a file: --baseline FILE")
     models = {name: asdict(entry) for name, entry in {**baseline.entries, **updates}.items()}
     text = json.dumps({"schema": SCHEMA, "models": models}, indent=2, sort_keys=True) + "\n"
     atomic.write_text(baseline.path, text, is_forced=True)
@@ -70,7 +70,10 @@ def _entries(text: bytes, path: Path) -> dict[str, BaselineEntry]:
     document = parse_object(text, path, "the baseline")
     models = document.get("models")
     if document.get("schema") != SCHEMA or not isinstance(models, dict):
-        raise InputError(f"{path} is JSON, but not a baseline of prunectl", hint="prunectl check --update-baseline")
+        raise InputError(
+            f"{path} is JSON, but not a prunectl baseline",
+            hint="write one: prunectl check --update-baseline --reason '…'",
+        )
     return {name: _entry(fields, name, path) for name, fields in models.items()}
 
 
@@ -80,7 +83,7 @@ def _entry(data: Any, name: str, path: Path) -> BaselineEntry:
     )
     counts = [value for key, value in values.items() if key != "reason"]
     if not counts or any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in counts):
-        raise InputError(f"{path} is damaged: it does not say in numbers what {name} was")
+        raise InputError(f"{path} is damaged: its entry for {name} has no valid numbers")
     values["reason"] = str(values["reason"] or "")
     return BaselineEntry(**values)
 
@@ -92,7 +95,7 @@ def _at_ref(ref: str, path: Path) -> bytes | None:
     if commit.returncode:
         message = commit.stderr.decode("utf-8", "replace").strip()
         raise InputError(
-            f"git knows no {ref!r} in {folder}",
+            f"git does not know {ref!r} in {folder}",
             hint=message or "in CI, fetch it first: git fetch --depth 1 origin main",
         )
     shown = _git(folder, "show", f"{commit.stdout.decode().strip()}:./{path.name}")

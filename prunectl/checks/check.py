@@ -101,7 +101,8 @@ def _model_keys(run: _CheckRun, budget: Budget) -> list[str]:
     paths, empty = expand_globs(run.budgets.folder, budget)
     for pattern in empty:
         error = UsageError(
-            f"{run.file}:{budget.line}: {pattern!r} matches no file", hint=f"looked in {run.budgets.folder}"
+            f"{run.file}:{budget.line}: {pattern!r} matches no file",
+            hint=f"patterns are relative to {run.budgets.folder}; prunectl init finds the models",
         )
         run.errors.append(CheckError(budget.name, pattern, budget.line, error))
     return paths
@@ -126,7 +127,7 @@ def _record_baseline(run: _CheckRun, keys: dict[Budget, list[str]], reason: str)
         return []
     path = baselines.write(run.baseline, new)
     run.baseline = Baseline(run.baseline.origin, {**run.baseline.entries, **new}, run.baseline.path)
-    return [f"{path} has {len(new)} {'model' if len(new) == 1 else 'models'} as now."]
+    return [f"{path} now records {len(new)} {'model' if len(new) == 1 else 'models'}."]
 
 
 def _is_readable(stats: LazyModelStats | PrunectlError) -> TypeGuard[LazyModelStats]:

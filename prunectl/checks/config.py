@@ -140,8 +140,8 @@ def find_config(folder: Path) -> ConfigFile:
             if config.table:
                 return config
     raise UsageError(
-        f"there is no {OWN} in {folder} or above it, nor a {SHARED} with [tool.prunectl]",
-        hint="prunectl init writes one, with limits a little above what the models are now",
+        f"no {OWN}, and no {SHARED} with [tool.prunectl], was found in {folder} or above it",
+        hint="write one with: prunectl init",
     )
 
 
@@ -151,7 +151,7 @@ def load_config(path: Path, *, is_shared: bool | None = None) -> ConfigFile:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
     except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist", hint="prunectl init writes one") from error
+        raise UsageError(f"{path} does not exist", hint="write one with: prunectl init") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     if not (path.name == SHARED if is_shared is None else is_shared):

@@ -145,17 +145,17 @@ def _parse_rule(text: str) -> FailOn:
     name, sign, bound = text.partition(":")
     if name not in list(DiffRule):
         raise UsageError(
-            f"{name!r} cannot be forbidden",
+            f"--fail-on {name!r} is not known",
             did_you_mean=close_matches(name, list(DiffRule)),
-            hint=f"known: {', '.join(DiffRule)}",
+            hint=f"rules: {', '.join(DiffRule)}",
         )
     rule = DiffRule(name)
     if rule is not DiffRule.GROWTH:
         if sign:
-            raise UsageError(f"{name} takes no limit", hint=f"write {name}")
+            raise UsageError(f"--fail-on {name} takes no limit", hint=f"write {name}")
         return FailOn(rule, Limit(name, MetricUnit.COUNT, 1, fail=0))
     if not bound:
-        raise UsageError("how much growth?", hint="write growth:2% or growth:10KB")
+        raise UsageError("--fail-on growth needs a limit", hint="write growth:2% or growth:10KB")
     if bound.endswith("%"):
         return FailOn(rule, Limit(name, MetricUnit.RATIO, 1, fail=parse_ratio(bound)))
     return FailOn(rule, Limit(name, MetricUnit.BYTES, 1, fail=parse_size(bound)))
@@ -173,5 +173,5 @@ def _count_finding(diff: ModelDiff, rule: FailOn) -> Finding:
     metric, count = _RULE_METRICS[rule.rule]
     counts = [(count(change), change.name) for change in diff.changes]
     first = next((name for number, name in counts if number), "")
-    note = f"{first} is the first." if first else ""
+    note = f"First: {first}." if first else ""
     return evaluate_limit(diff.new.path, metric, sum(number for number, _ in counts), rule.limit, note=note)

@@ -35,7 +35,7 @@ class TensorView:
         """Yield its elements in C order, so many at a time; flat ones are never all in memory."""
         tensor = self.tensor
         if tensor.size > storage_numel(tensor) * budgets.MAX_REPEATS:
-            raise InputError(f"{self.model.path} is refused: {tensor.name} shows what it stores {tensor.size} times")
+            raise InputError(f"{self.model.path} is refused: {tensor.name} repeats what it stores {tensor.size} times")
         if self.axes is None and is_contiguous(tensor):
             yield from map(
                 partial(_read_flat, tensor), range(0, tensor.size, length), _chunk_lengths(tensor.size, length)
@@ -121,7 +121,7 @@ class MatchKind(StrEnum):
 
     NAME = "name"
     LAYER = "layer"
-    TRANSPOSED = "layer, axes moved"
+    TRANSPOSED = "layer, axes reordered"
 
 
 @dataclass(frozen=True, slots=True)

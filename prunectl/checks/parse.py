@@ -113,13 +113,13 @@ def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> 
     """Parse a max-drop table whose keys are valid."""
     levels = {level: _drop_level(table[level]) for level in LEVELS if level in table}
     if not levels:
-        raise UsageError("a drop has a level", hint=f"write {NAME} = {EXAMPLE}")
+        raise UsageError("a drop needs fail, warn or both", hint=f"write {NAME} = {EXAMPLE}")
     if len({level.is_points for level in levels.values()}) > 1:
         raise UsageError("fail and warn are in different units", hint="write both in pp, or both as numbers")
     if len(levels) == len(LEVELS) and levels["warn"].amount > levels["fail"].amount:
-        raise UsageError("it would fail before it warns")
+        raise UsageError("the fail limit is stricter than the warn limit")
     if batch_size is not None and batch_size < 1:
-        raise UsageError("batch-size is at least 1")
+        raise UsageError("batch-size must be at least 1")
     metric = MetricUnit.POINTS if all(level.is_points for level in levels.values()) else MetricUnit.NUMBER
     bounds = {level: levels[level].amount if level in levels else None for level in LEVELS}
     texts = {
@@ -130,7 +130,7 @@ def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> 
 
 def _drop_level(value: Any) -> MaxDrop:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise UsageError(f"{value!r} is no drop", hint='write "0.5pp" (percentage points), or 0.01 of a loss')
+        raise UsageError(f"{value!r} is not a drop", hint='write "0.5pp" (percentage points), or 0.01 of a loss')
     return parse_drop(str(value))
 
 
@@ -149,10 +149,10 @@ def read(config: ConfigFile) -> Budgets:
     top = config.table
     choice = top.get("on-missing", OnMissing.WARN)
     if choice not in list(OnMissing):
-        raise parser.error(f"{choice!r} is not warn, fail or create", "on-missing")
+        raise parser.error(f"{choice!r} must be warn, fail or create", "on-missing")
     tables = parser.tables(top, "budget", ())
     if not tables:
-        raise UsageError(f"{config.path} has no [[budget]]", hint="prunectl init writes some, in a file of their own")
+        raise UsageError(f"{config.path} has no [[budget]]", hint="write some with: prunectl init")
     budgets = tuple(parser.budget(table, ("budget", index)) for index, table in enumerate(tables))
     return Budgets(config.path, parser.text(top, "baseline", ()) or BASELINE, OnMissing(choice), budgets)
 
@@ -170,7 +170,7 @@ class _BudgetParser:
         for name in table:
             if name not in names:
                 raise self.error(
-                    f"there is no key {name!r} here",
+                    f"unknown key {name!r}",
                     *path,
                     name,
                     did_you_mean=close_matches(name, names),
@@ -183,13 +183,13 @@ class _BudgetParser:
     def tables(self, table: dict[str, Any], name: str, path: KeyPath) -> list[dict[str, Any]]:
         value = table.get(name, [])
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise self.error(f"{name} is a list of tables", *path, name, hint=f"write [[{name}]]")
+            raise self.error(f"{name} must be a list of tables", *path, name, hint=f"write [[{name}]]")
         return value
 
     def text(self, table: dict[str, Any], name: str, path: KeyPath) -> str:
         value = table.get(name, "")
         if not isinstance(value, str) or (name in table and not value.strip()):
-            raise self.error(f"{name} is a text, not {value!r}", *path, name)
+            raise self.error(f"{name} must be a string, not {value!r}", *path, name)
         return value
 
     def budget(self, table: dict[str, Any], path: KeyPath) -> Budget:
@@ -226,12 +226,12 @@ class _BudgetParser:
     def _check_limits(self, table: dict[str, Any], keys: tuple[KeySpec, ...], path: KeyPath) -> None:
         """Refuse a budget that anything would keep to."""
         if not any(key.is_gate and key.name in table for key in keys):
-            raise self.error("there is no limit in it", *path, hint="such as max-gzip = '400KB'")
+            raise self.error("it has no limit", *path, hint="add one, such as max-gzip = '400KB'")
 
     def _paths(self, value: Any, path: KeyPath) -> tuple[str, ...]:
         paths = value if isinstance(value, list) else [value]
         if not paths or not all(isinstance(path, str) and path for path in paths):
-            raise self.error("path is a glob, or a list of them", *path)
+            raise self.error("path must be a glob or a list of globs", *path)
         return tuple(paths)
 
     def _located(self, table: dict[str, Any], name: str, path: KeyPath) -> LocatedValue | None:
@@ -242,7 +242,7 @@ class _BudgetParser:
             return None
         inner = table[NAME]
         if not isinstance(inner, dict):
-            raise self.error(f"{NAME} is a table", *path, hint=f"write {NAME} = {EXAMPLE}")
+            raise self.error(f"{NAME} must be a table", *path, hint=f"write {NAME} = {EXAMPLE}")
         self.check(inner, DROP, path)
         for key in DROP:
             if key.kind is ValueType.TEXT:
@@ -277,14 +277,14 @@ class _BudgetParser:
         for level in value:
             if level not in LEVELS:
                 raise self.error(
-                    f"there is no level {level!r}",
+                    f"unknown level {level!r}",
                     *path,
                     level,
                     did_you_mean=close_matches(level, LEVELS),
-                    hint="fail, warn",
+                    hint="levels: fail, warn",
                 )
         if not value:
-            raise self.error("a limit has a level", *path, hint='write {fail = "2%", warn = "0.5%"}')
+            raise self.error("a limit needs fail, warn or both", *path, hint='write {fail = "2%", warn = "0.5%"}')
         return value
 
     def _check_order(self, numbers: dict[str, float], path: KeyPath, *, is_floor: bool) -> None:
@@ -293,7 +293,7 @@ class _BudgetParser:
             and (numbers["warn"] < numbers["fail"]) is is_floor
             and len({*numbers.values()}) > 1
         ):
-            raise self.error("it would fail before it warns", *path)
+            raise self.error("the fail limit is stricter than the warn limit", *path)
 
     def _growth(self, table: dict[str, Any], path: KeyPath) -> tuple[Limit, ...]:
         """The limits on growth: the two levels may be a size and a share."""

@@ -112,7 +112,9 @@ def check_model_limit(stats: LazyModelStats, budget: Budget, limit: Limit) -> Fi
     finding = evaluate_limit(stats.name, metric, measure(stats), limit, budget=budget.name, message=budget.message)
     if limit.name == "max-flops" and finding.ok and (unknown := stats.operations.macs_unknown):
         # What is known of it is within the limit; the whole may not be.
-        raise InputError(f"{stats.name} has {len(unknown)} operations of unknown shape, such as {unknown[0]}")
+        raise InputError(
+            f"{stats.name} has {len(unknown)} operations of unknown shape that cannot be counted, such as {unknown[0]}"
+        )
     return finding
 
 
@@ -168,7 +170,9 @@ def share_finding(stats: LazyModelStats, name: str, metric: str, line: int, shar
 def _macs(stats: LazyModelStats, row: TensorStats) -> int:
     macs = stats.operations_of[row.name].macs
     if macs is None:
-        raise InputError(f"{stats.name} does not say in which shape {row.name} is used")
+        raise InputError(
+            f"{stats.name} does not tell the shape of the inputs of {row.name}, so its operations cannot be counted"
+        )
     return macs
 
 
@@ -194,7 +198,7 @@ def check_growth(stats: LazyModelStats, limit: Limit, budget: Budget, context: B
         # No share of nothing says how much: every byte is too many.
         limit = replace(limit, metric=MetricUnit.BYTES, fail=_zero_bound(limit.fail), warn=_zero_bound(limit.warn))
     actual: float = grown / entry.gzip if limit.metric is MetricUnit.RATIO else grown
-    note = f"It was {entry.gzip} bytes compressed, and is {stats.gzip}."
+    note = f"The baseline has {entry.gzip} bytes compressed, the model now has {stats.gzip}."
     return evaluate_limit(
         stats.name, GROWTH_METRIC, actual, limit, budget=budget.name, message=budget.message, note=note
     )
@@ -207,9 +211,9 @@ def _zero_bound(bound: float | None) -> float | None:
 def _unknown_model(stats: LazyModelStats, limit: Limit, budget: Budget, context: BaselineContext) -> Finding:
     """The verdict on a model that the baseline does not know: all of it is growth."""
     nothing = Limit(limit.name, MetricUnit.BYTES, limit.line, fail=0)
-    note = f"{context.baseline.origin} does not know it, so that all of it is growth."
+    note = f"{context.baseline.origin} has no entry for it, so all of it counts as growth: run check --update-baseline."
     if context.on_missing is OnMissing.CREATE:
-        note += " A baseline in git is not written to." if context.baseline.path is None else ""
+        note += " A baseline in git cannot be updated." if context.baseline.path is None else ""
     finding = evaluate_limit(
         stats.name, GROWTH_METRIC, stats.gzip, nothing, budget=budget.name, message=budget.message, note=note
     )
@@ -238,9 +242,9 @@ def _least_conforming(rows: Iterable[TensorStats]) -> tuple[float, str]:
 
 def _pattern_finding(stats: LazyModelStats, pattern: LocatedValue, share: float, worst: str, **more: str) -> Finding:
     if not worst:
-        note = f"No inputs divide into the groups of {pattern.value}."
+        note = f"No tensor has inputs that divide into the groups of {pattern.value}."
     else:
-        note = "" if share == 1 else f"{worst} is the furthest from {pattern.value}."
+        note = "" if share == 1 else f"{worst} follows {pattern.value} least."
     return share_finding(stats, "min-nm", PATTERN_METRIC, pattern.line, share, note=note, **more)
 
 
@@ -256,13 +260,13 @@ def check_zeros_kept(stats: LazyModelStats, path: Path, budget: Budget, referenc
         if tensor_now is not None and tensor_now.shape == tensor.shape:
             views = TensorView(stats.model, tensor_now), TensorView(source, tensor)
             zeros_lost = count_changes(*views).zeros_lost
-            reason = f"{tensor.name} has {zeros_lost} weights that were zero"
+            reason = f"{zeros_lost} weights of {tensor.name} are no longer zero"
         else:
             # Nothing can be said of its zeros, so that none of them counts as kept.
             zeros_lost = count_zeros(source, tensor)
-            reason = f"{tensor.name} is not there" if tensor_now is None else f"{tensor.name} has another shape"
+            reason = f"{tensor.name} is missing" if tensor_now is None else f"{tensor.name} has a different shape"
         if zeros_lost:
-            total, first = total + zeros_lost, first or f"{reason}, in {reference.value}."
+            total, first = total + zeros_lost, first or f"{reason}, compared with {reference.value}."
     limit = Limit("keep-zeros", MetricUnit.COUNT, reference.line, fail=0)
     return evaluate_limit(
         stats.name, "zeros_lost", total, limit, budget=budget.name, message=budget.message, note=first

@@ -59,56 +59,61 @@ class KeySpec:
 LEVELS = ("fail", "warn")
 
 TOP = (
-    KeySpec("baseline", ValueType.TEXT, "The JSON file of earlier sizes, beside this file unless it says where."),
+    KeySpec("baseline", ValueType.TEXT, "The JSON file of recorded sizes; a relative path starts at this file."),
     KeySpec(
-        "on-missing", ValueType.CHOICE, "What a model without a baseline means.", choices=("warn", "fail", "create")
+        "on-missing",
+        ValueType.CHOICE,
+        "What to do about a model that the baseline lacks.",
+        choices=("warn", "fail", "create"),
     ),
-    KeySpec("budget", ValueType.TABLES, "What some models must keep to."),
+    KeySpec("budget", ValueType.TABLES, "Limits for one or more models."),
 )
 
 BUDGET = (
-    KeySpec("name", ValueType.TEXT, "What the budget is called; else its path."),
-    KeySpec("path", ValueType.PATHS, "Globs of the models, from the folder of this file.", is_required=True),
-    KeySpec("message", ValueType.TEXT, "What to tell who goes over it."),
+    KeySpec("name", ValueType.TEXT, "The name of the budget; by default its path."),
+    KeySpec("path", ValueType.PATHS, "Globs of model paths, relative to this file.", is_required=True),
+    KeySpec("message", ValueType.TEXT, "A message to print when a limit is exceeded."),
     KeySpec("max-raw", ValueType.SIZE, "Bytes on disk.", is_limit=True),
-    KeySpec("max-gzip", ValueType.SIZE, "Bytes compressed, by zlib at level 6.", is_limit=True),
-    KeySpec("max-packed", ValueType.SIZE, "Bytes packed by the container's own compression.", is_limit=True),
-    KeySpec("max-params", ValueType.COUNT, "Parameters, tied ones once.", is_limit=True),
+    KeySpec("max-gzip", ValueType.SIZE, "Bytes compressed with zlib at level 6.", is_limit=True),
+    KeySpec("max-packed", ValueType.SIZE, "Bytes packed with the container's own compression.", is_limit=True),
+    KeySpec("max-params", ValueType.COUNT, "Parameters, counting tied ones once.", is_limit=True),
     KeySpec("max-flops", ValueType.COUNT, "Show the FLOPs of each layer for one input.", is_limit=True),
-    KeySpec("min-sparsity", ValueType.RATIO, "Share of zeros among the prunable weights.", is_limit=True),
+    KeySpec("min-sparsity", ValueType.RATIO, "Sparsity: the share of zeros among the prunable weights.", is_limit=True),
     KeySpec(
-        "min-nm", ValueType.PATTERN, "A pattern such as 2:4 that every prunable tensor follows whose inputs divide."
+        "min-nm",
+        ValueType.PATTERN,
+        "A pattern such as 2:4 that every prunable tensor must follow if its inputs divide into groups.",
     ),
-    KeySpec("max-growth", ValueType.GROWTH, "Growth of the compressed size over the baseline's.", is_limit=True),
-    KeySpec("keep-zeros", ValueType.TEXT, "A model whose zeros, in prunable weights, must be zeros here."),
-    KeySpec("max-drop", ValueType.TABLE, "How much worse it may be on some data than another model."),
+    KeySpec("max-growth", ValueType.GROWTH, "Growth of the compressed size since the baseline.", is_limit=True),
+    KeySpec("keep-zeros", ValueType.TEXT, "A model whose zeros in prunable weights must still be zero."),
+    KeySpec("max-drop", ValueType.TABLE, "How much worse a metric may be than that of another model."),
     KeySpec("layer", ValueType.TABLES, "Limits on single tensors."),
 )
 
 DROP = (
-    KeySpec("fail", ValueType.DROP, "The most that may be lost: 0.5pp of a share, or 0.01 of a loss."),
-    KeySpec("warn", ValueType.DROP, "From where on it warns."),
-    KeySpec("data", ValueType.TEXT, "What both are judged by, such as test.npz.", is_required=True),
-    KeySpec("against", ValueType.TEXT, "The model that it is held against.", is_required=True),
-    KeySpec("metric", ValueType.TEXT, "What decides, such as accuracy, or ./f.py:fn:max; else as the file says."),
-    KeySpec("model", ValueType.TEXT, "What builds both, for weights alone: net.py:Net."),
-    KeySpec("custom-objects", ValueType.TEXT, "What explains custom Keras layers: layers.py:OBJECTS."),
-    KeySpec("batch-size", ValueType.COUNT, "Examples in a batch; else 32."),
+    KeySpec("fail", ValueType.DROP, "The largest drop allowed: 0.5pp of a share, or 0.01 of a loss."),
+    KeySpec("warn", ValueType.DROP, "The largest drop without a warning."),
+    KeySpec("data", ValueType.TEXT, "The data to evaluate both models on, such as test.npz.", is_required=True),
+    KeySpec("against", ValueType.TEXT, "The model to compare with.", is_required=True),
+    KeySpec("metric", ValueType.TEXT, "The metric, such as accuracy or ./f.py:fn:max; by default that of the file."),
+    KeySpec("model", ValueType.TEXT, "The function that builds the model of a state dict: net.py:Net."),
+    KeySpec("custom-objects", ValueType.TEXT, "A dictionary of custom Keras layers: layers.py:OBJECTS."),
+    KeySpec("batch-size", ValueType.COUNT, "Examples in a batch; by default 32."),
 )
 
 LAYER = (
-    KeySpec("name", ValueType.TEXT, "A glob, or re:… of tensors or layers.", is_required=True),
-    KeySpec("message", ValueType.TEXT, "What to tell who goes over it."),
+    KeySpec("name", ValueType.TEXT, "A glob or re:REGEX that matches tensors or layers.", is_required=True),
+    KeySpec("message", ValueType.TEXT, "A message to print when a limit is exceeded."),
     KeySpec("max-params", ValueType.COUNT, "Parameters of the tensor.", is_limit=True),
     KeySpec("max-flops", ValueType.COUNT, "Floating-point operations of the tensor for one input.", is_limit=True),
     KeySpec("min-sparsity", ValueType.RATIO, "Share of zeros in the tensor.", is_limit=True),
     KeySpec(
         "max-sparsity",
         ValueType.RATIO,
-        "Share of zeros in the tensor: more of them, and it has collapsed.",
+        "The largest share of zeros in the tensor.",
         is_limit=True,
     ),
-    KeySpec("min-nm", ValueType.PATTERN, "A pattern such as 2:4 that the tensor follows."),
+    KeySpec("min-nm", ValueType.PATTERN, "A pattern such as 2:4 that the tensor must follow."),
 )
 
 

@@ -48,7 +48,7 @@ def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
 def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
     """The file of budgets."""
     lines = [
-        "# Budgets of models: `prunectl check` holds them, exit code 1 says that one is over.",
+        "# Budgets of models: `prunectl check` exits with 1 if a model exceeds one of its limits.",
         f"baseline = {_toml_string(baseline)}",
         'on-missing = "warn"',
     ]

@@ -64,33 +64,33 @@ def _signature(tensor: Tensor) -> tuple[object, ...]:
 def _architecture_differences(model: ModelFile, source: ModelFile) -> Iterator[str]:
     """Yield what is built in another way."""
     if model.format != source.format:
-        yield f"the format is {model.format}, and was {source.format}"
+        yield f"the format is {model.format} instead of {source.format}"
     is_kind = {tensor.name: _signature(tensor) for tensor in model.tensors}
     was_kind = {tensor.name: _signature(tensor) for tensor in source.tensors}
     for name in dict.fromkeys((*was_kind, *is_kind)):
         if name not in is_kind:
-            yield f"{name} is gone"
+            yield f"{name} is missing"
         elif name not in was_kind:
-            yield f"{name} is new"
+            yield f"{name} was added"
         elif is_kind[name] != was_kind[name]:
-            yield f"{name} has another shape or type"
+            yield f"{name} has a different shape or type"
     if model.about.keras != source.about.keras:
-        yield "the configuration of Keras is another"
+        yield "the Keras configuration differs"
     if model.format == source.format and Capability.FLOPS & by_name(model.format).can:
         # A file without a graph has none before and after.
         graph, source_graph = (attempt(load(by_name(side.format).graph), side) for side in (model, source))
         if not (
             graph == source_graph or (isinstance(graph, PrunectlError) and isinstance(source_graph, PrunectlError))
         ):
-            yield "the graph has other operations"
+            yield "the operations of the graph differ"
 
 
 def _format_counts(differences: list[str]) -> tuple[int, str]:
-    return len(differences), f"The first: {differences[0]}." if differences else ""
+    return len(differences), f"First: {differences[0]}." if differences else ""
 
 
 def _total_and_first(counts: dict[str, int]) -> tuple[int, str]:
-    first = next((f"The first: {name} has {count}." for name, count in counts.items() if count), "")
+    first = next((f"First: {name}, with {count}." for name, count in counts.items() if count), "")
     return sum(counts.values()), first
 
 
@@ -115,12 +115,12 @@ def _check_record(model: ModelFile, record: ManifestRecord) -> Iterator[Violatio
     for cut in record.cuts:
         tensor = tensors.get(cut.name)
         if tensor is None:
-            wrong.append(f"{cut.name} is not there")
+            wrong.append(f"{cut.name} is missing")
         elif tensor.shape != cut.shape:
-            wrong.append(f"{cut.name} has another shape")
+            wrong.append(f"{cut.name} has a different shape")
         elif (zeros := count_zeros(model, tensor)) != cut.zeros:
-            wrong.append(f"{cut.name} has {zeros} zeros, and had {cut.zeros}")
-    yield Violation("zeros", "tensors", len(wrong), f"The first: {wrong[0]}." if wrong else "")
+            wrong.append(f"{cut.name} has {zeros} zeros instead of {cut.zeros}")
+    yield Violation("zeros", "tensors", len(wrong), f"First: {wrong[0]}." if wrong else "")
     yield _digest("digest", model, record.output_sha256)
 
 
@@ -130,7 +130,7 @@ def _check_run(source: ModelFile, record: ManifestRecord, zeros_added: dict[str,
     if record.zeroed_nonfinite:
         return
     wrong = [cut for cut in record.cuts if not _accounted_for(cut, zeros_added)]
-    note = f"The first: {wrong[0].name} lost {zeros_added.get(wrong[0].name, 0)} weights." if wrong else ""
+    note = f"First: {wrong[0].name}, with {zeros_added.get(wrong[0].name, 0)} new zeros." if wrong else ""
     yield Violation("dropped", "tensors", len(wrong), note)
 
 
@@ -141,7 +141,11 @@ def _accounted_for(cut: RecordedTensor, zeros_added: dict[str, int]) -> bool:
 
 def _digest(name: str, model: ModelFile, expected: str) -> Violation:
     actual = sizes.sha256(model)
-    note = "" if actual == expected else f"{model.path.name} has {actual[:12]}…, the manifest says {expected[:12]}…"
+    note = (
+        ""
+        if actual == expected
+        else f"{model.path.name} has the SHA-256 {actual[:12]}…, the manifest has {expected[:12]}…"
+    )
     return Violation(name, "sha256", int(actual != expected), note)
 
 

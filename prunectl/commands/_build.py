@@ -46,7 +46,7 @@ def run_step(ctx: Any, options: Any, build: BuildOptions) -> int:
             options = replace(options, force=True)
             # So it still has to be when the work is done.
             guard = atomic.guarded(partial(check_unmodified, step, old))
-        reporter.note(f"{step.output} is made again: {reason}")
+        reporter.note(f"{step.output} is rebuilt: {reason}")
     imported = step.track_imports()
     ctx.obj = replace(reporter, on_success=lambda: step.write_files(depfile, imported(), has_stamp=if_changed))
     with guard:
@@ -95,10 +95,10 @@ class BuildStep:
         ):
             if is_given:
                 raise UsageError(
-                    f"--depfile and --if-changed are about an output and the files that it is made of, not {name}"
+                    f"--depfile and --if-changed cannot be used with {name}: they need an input file and an output file"
                 )
         if not typed.output:
-            raise UsageError("where to? say --output")
+            raise UsageError("no output is given: add -o OUT")
         written = tuple(path for path in (typed.manifest, typed.card, html) if path is not None)
         options, output = dict(params), Path(typed.output)
         if typed.recipe is not None:
@@ -118,7 +118,7 @@ class BuildStep:
         for name in depfiles.CALLABLE_OPTIONS:
             if self.options.get(name) and depfiles.is_callable_spec(self.options[name]):
                 raise UsageError(
-                    f"--if-changed cannot know what {self.options[name]} reads",
+                    f"--if-changed cannot tell whether the data of {self.options[name]} changed",
                     hint="save its examples to a file, or leave out --if-changed",
                 )
 
@@ -166,7 +166,7 @@ class BuildStep:
         notes = []
         if depfile is not None:
             error = attempt(lambda path: self.write_depfile(path, code), depfile)
-            notes += _not_written(depfile, "make does not know what was read", error)
+            notes += _not_written(depfile, "make does not know the dependencies", error)
         if has_stamp:
             error = attempt(lambda output: self.write_stamp(output, code), self.output)
             consequence = f"the next run needs --force to replace {self.output}"
@@ -188,7 +188,7 @@ class BuildStep:
 def _not_written(path: Path, consequence: str, error: PrunectlError | None) -> list[str]:
     if error is None:
         return []
-    return [f"{path} could not be written, and {consequence}: {error.message.removesuffix('; nothing was written')}"]
+    return [f"{path} could not be written, so {consequence}: {error.message.removesuffix('; nothing was written')}"]
 
 
 def is_rank_zero() -> bool:
@@ -226,7 +226,7 @@ def check_unmodified(step: BuildStep, old: Stamp, folder: Path | None = None) ->
         if digest != old.written.get(name):
             is_known = name in old.written
             problem = "has changed since prunectl wrote it" if is_known else f"was not written with {step.output}"
-            raise UsageError(f"{path} {problem}", hint="write elsewhere, or replace it with --force")
+            raise UsageError(f"{path} {problem}", hint="choose another --output, or replace it with --force")
 
 
 SCHEMA = "prunectl.stamp/1"
@@ -276,7 +276,7 @@ def check_stamp(output: Path) -> None:
     """Reject an output whose stamp cannot be written, because something else has its name."""
     path = stamp_path(output)
     if os.path.lexists(path) and not path.is_file():
-        raise UsageError(f"{path} is where the stamp of {output} goes, and no file", hint="remove it")
+        raise UsageError(f"{path} is not a file, and the stamp of {output} has to be written there", hint="remove it")
 
 
 def digests(files: Iterable[Path], output: Path) -> dict[str, str]:
@@ -316,14 +316,14 @@ def output_files(output: Path) -> tuple[Path, ...]:
 def first_difference(old: Stamp, new: Stamp, option_name: Callable[[str], str]) -> str:
     """Why an output is out of date, with options as they are typed; empty if it is not."""
     if old.version != new.version:
-        return f"prunectl was {old.version}"
+        return f"it was written by prunectl {old.version}"
     if old.command != new.command:
-        return f"it was made by {old.command}"
+        return f"it was written by prunectl {old.command}"
     changed = [name for name in {**old.asked, **new.asked} if old.asked.get(name) != new.asked.get(name)]
     if changed:
         return f"{option_name(min(changed))} has changed"
     for before, after in ((old.read, new.read), (old.code, new.code), (old.written, new.written)):
         for name in sorted({**before, **after}):
             if before.get(name) != after.get(name):
-                return f"{name} {'has changed' if after.get(name) else 'is not there'}"
+                return f"{name} {'has changed' if after.get(name) else 'is missing'}"
     return ""

@@ -56,7 +56,10 @@ def resolve_stdin(argument: str) -> Generator[Path]:
         yield Path(argument)
         return
     if sys.stdin.isatty():
-        raise UsageError("- reads a model from standard input, which is a terminal", hint="prunectl inspect - < MODEL")
+        raise UsageError(
+            "- reads a model from standard input, which is a terminal",
+            hint="redirect a file: prunectl inspect - < MODEL",
+        )
     with temporary_folder() as scratch:
         copy = scratch / "standard-input"
         with copy.open("wb") as file:
@@ -125,7 +128,9 @@ def _check_addresses(params: Iterable[Any], values: Mapping[str, Any]) -> None:
 def _check_page(html: Path, values: Mapping[str, Any]) -> None:
     """Refuse a page that nothing can be written to, or for which there would be no report."""
     if values.get("output") == STDIN or any(target.endswith(f":{STDIN}") for target in values.get("report") or ()):
-        raise UsageError("--html writes the report, and standard output is taken by something else")
+        raise UsageError(
+            "--html cannot be used here: the report is not printed, because standard output carries other data"
+        )
     importlib.import_module("prunectl.reporting.html.page").check(html)
 
 

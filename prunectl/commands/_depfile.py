@@ -47,17 +47,17 @@ def make_rule(target: str, prerequisites: Iterable[str], *, main: str) -> str:
 def make_escaped(name: str) -> str:
     """A file name with what make would interpret escaped."""
     if _UNSPEAKABLE.search(name):
-        raise UsageError(f"make has no way to write the file name {name!r}", hint="rename it, or leave out --depfile")
+        raise UsageError(f"a makefile cannot contain the file name {name!r}", hint="rename it, or leave out --depfile")
     return "".join(_ESCAPES.get(letter, letter) for letter in name)
 
 
 def check(depfile: Path, target: Path, models: Iterable[Path]) -> None:
     """Refuse a place where nothing can be written, or where something else is, before any work begins."""
     if str(depfile) == STDIN:
-        raise UsageError("--depfile writes a file, not to standard output", hint="--depfile OUT.d")
+        raise UsageError("--depfile cannot write to standard output", hint="write --depfile OUT.d")
     atomic.check_parent(depfile)
     if depfile.is_dir() or depfile.resolve() in {path.resolve() for path in models}:
-        raise UsageError(f"{depfile} is no place for a depfile", hint="--depfile OUT.d")
+        raise UsageError(f"{depfile} cannot be a depfile: it is not a file", hint="write --depfile OUT.d")
     _check_free(depfile, target)
     check_folder(depfile.absolute().parent)
 
@@ -80,7 +80,9 @@ def write(depfile: Path, target: Path, text: str) -> None:
 
 def _check_free(depfile: Path, target: Path) -> None:
     if os.path.lexists(depfile) and not (depfile.is_file() and _is_fragment(depfile.read_bytes(), target)):
-        raise UsageError(f"{depfile} exists, and is no depfile of {target}", hint="name another file, or remove it")
+        raise UsageError(
+            f"{depfile} exists and is not a depfile of {target}", hint="choose another file, or remove this one"
+        )
 
 
 def _is_fragment(content: bytes, target: Path) -> bool:

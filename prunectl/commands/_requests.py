@@ -57,18 +57,20 @@ class OutputOptions:
     def _destination(self, model: Path, suffix: str | None) -> Generator[Destination | None]:
         """Yield where the result goes: nowhere for a dry run, through a scratch file to standard output."""
         if self.in_place and self.output:
-            raise UsageError("--in-place replaces the input: leave out --output")
+            raise UsageError("--in-place replaces the input and cannot be used with --output")
         if self.dry_run:
             yield None
         elif self.in_place:
             yield Destination(model, is_in_place=True)
         elif not self.output:
-            raise UsageError("where to? say --output", hint="or --in-place, or --dry-run to see what would come of it")
+            raise UsageError(
+                "no output is given", hint="add -o OUT, --in-place, or --dry-run to see the result without writing it"
+            )
         elif self.output != STDIN:
             yield Destination(Path(self.output), is_forced=self.force)
         elif sys.stdout.isatty():
             raise UsageError(
-                "-o - writes a model to standard output, which is a terminal", hint="send it to a file or a pipe"
+                "-o - writes a model to standard output, which is a terminal", hint="redirect it to a file or a pipe"
             )
         else:
             with temporary_folder() as scratch:
@@ -135,54 +137,54 @@ class OptionRule:
 CHANNEL_LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
 _AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead")
 _SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
-_SECOND_AMOUNT = "{} and --max-drop both say how much goes", "leave out {}"
-_SEARCH = "{} does not go with --max-drop: "
+_SECOND_AMOUNT = "{} and --max-drop both set the sparsity", "leave out {}"
+_SEARCH = "{} cannot be used with --max-drop: "
 OPTION_RULES = {
     "prune": (
         OptionRule(_AMOUNTS, *_SECOND_AMOUNT, never=Mode.SEARCH),
-        OptionRule(("wrap", "schedule"), f"{_SEARCH}wrappers prune later", never=Mode.SEARCH),
-        OptionRule(("latency",), f"{_SEARCH}only the result is timed, by prune --sparsity", never=Mode.SEARCH),
-        OptionRule(("metric", "tried"), "{} is about what a drop is judged by: add --max-drop 0.5pp", only=Mode.SEARCH),
-        OptionRule(("wrap", "schedule"), "{} does not go with channels that are cut out", never=Mode.CHANNELS),
+        OptionRule(("wrap", "schedule"), f"{_SEARCH}wrappers prune later, during training", never=Mode.SEARCH),
+        OptionRule(("latency",), f"{_SEARCH}only one network can be timed, with prune --sparsity", never=Mode.SEARCH),
+        OptionRule(("metric", "tried"), "{} needs --max-drop, such as --max-drop 0.5pp", only=Mode.SEARCH),
+        OptionRule(("wrap", "schedule"), "{} cannot be used with --pattern channel", never=Mode.CHANNELS),
         OptionRule(
             ("wrap", "schedule"),
-            "wrappers are written by strategies that look at weights alone",
+            "{} cannot be used with --data: only strategies that need no data write wrappers",
             "leave out --data",
             never=Mode.DATA,
         ),
         OptionRule(
             ("manifest",),
-            "a manifest repeats a run to the same bytes, and frameworks write wrappers as they like",
+            "{} cannot be used with wrappers: frameworks do not write them to the same bytes every time",
             never=Mode.WRAPPERS,
         ),
-        OptionRule(_SCHEDULE, "{} is about a schedule", "add --schedule NAME", only=Mode.SCHEDULE),
+        OptionRule(_SCHEDULE, "{} needs a schedule", "add --schedule NAME", only=Mode.SCHEDULE),
         OptionRule(
             ("custom_objects", "trust", "build"),
-            "{} is about models that are opened, as for wrappers or data",
-            "add --wrap or --data SPEC",
+            "{} has no effect here: the model is not loaded by its framework",
+            "add --wrap or --data SPEC, or leave out {}",
             # A recipe may name code as well, which is trusted or not.
             only=Mode.WRAPPERS | Mode.DATA | Mode.CHANNELS | Mode.SEARCH | Mode.RECIPE,
         ),
         OptionRule(
             (*CHANNEL_LIMITS, "allow_empty", "inputs"),
-            "{} is about channels: add --pattern channel",
+            "{} needs --pattern channel",
             only=Mode.CHANNELS,
         ),
         OptionRule(
-            ("cluster",), "{} does not go with wrappers: training would part the clusters again", never=Mode.WRAPPERS
+            ("cluster",), "{} cannot be used with wrappers: training would undo the clusters", never=Mode.WRAPPERS
         ),
     ),
     "finetune": (
-        OptionRule(("tried",), "{} is about a search: add --max-drop 0.5pp", only=Mode.SEARCH),
+        OptionRule(("tried",), "{} needs --max-drop, such as --max-drop 0.5pp", only=Mode.SEARCH),
         OptionRule(("sparsity",), *_SECOND_AMOUNT, never=Mode.SEARCH),
         OptionRule(
             ("checkpoint_dir",),
-            f"{_SEARCH}each try is a run of its own; --tried DIR goes on where a search was stopped",
+            f"{_SEARCH}each trial is a separate run; --tried DIR resumes a search that was stopped",
             never=Mode.SEARCH,
         ),
-        OptionRule(("resume",), f"{_SEARCH}--tried DIR goes on where a search was stopped", never=Mode.SEARCH),
-        OptionRule(("logdir",), f"{_SEARCH}each try is a run of its own", never=Mode.SEARCH),
-        OptionRule(("keep_wrappers",), f"{_SEARCH}what has wrappers is not judged", never=Mode.SEARCH),
+        OptionRule(("resume",), f"{_SEARCH}--tried DIR resumes a search that was stopped", never=Mode.SEARCH),
+        OptionRule(("logdir",), f"{_SEARCH}each trial is a separate run", never=Mode.SEARCH),
+        OptionRule(("keep_wrappers",), f"{_SEARCH}models with wrappers cannot be evaluated", never=Mode.SEARCH),
     ),
 }
 """Which option goes with which mode, by command; of the rules that are broken the first is told."""
@@ -240,7 +242,7 @@ def import_first(names: Iterable[str]) -> None:
         path = Path(name)
         is_file = path.suffix == ".py"
         if is_file and not path.is_file():
-            raise UsageError(f"--import {name}: there is no such file")
+            raise UsageError(f"--import {name}: the file does not exist")
         folder = str(path.resolve().parent if is_file else Path.cwd())
         if folder not in sys.path:
             sys.path.append(folder)
@@ -249,14 +251,15 @@ def import_first(names: Iterable[str]) -> None:
             imported = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0]:
-                raise UsageError(f"--import {name}: it needs a module {error.name}, which is not here") from error
+                raise UsageError(f"--import {name}: it imports {error.name}, which cannot be found") from error
             raise UsageError(
-                f"--import {name}: there is no such module, neither installed nor in this folder",
+                f"--import {name}: no such module is installed or in this folder",
                 hint="for a file elsewhere, write --import folder/net.py",
             ) from error
         except Exception as error:
             raise UsageError(f"--import {name}: {type(error).__name__}: {error}") from error
         if is_file and getattr(imported, "__file__", None) is not None and not path.samefile(str(imported.__file__)):
             raise UsageError(
-                f"--import {name}: {module} is the name of another module, {imported.__file__}", hint="rename the file"
+                f"--import {name}: another module is already called {module}: {imported.__file__}",
+                hint="rename the file",
             )

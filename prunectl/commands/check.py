@@ -38,10 +38,11 @@ def load_budgets(config: Path | None) -> Budgets:
 def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str) -> Baseline:
     """The baseline to compare with, or to be written."""
     if is_new and location.startswith(GIT):
-        raise UsageError("a baseline in git is not written to", hint="--baseline FILE, and commit it")
+        raise UsageError("a baseline in git cannot be updated", hint="name a file with --baseline FILE, and commit it")
     if is_new != bool(reason.strip()):
         raise UsageError(
-            "--update-baseline and --reason go together", hint="--update-baseline --reason 'a better tokenizer'"
+            "--update-baseline needs --reason, and --reason needs --update-baseline",
+            hint="write --update-baseline --reason 'a better tokenizer'",
         )
     default = budgets.folder / budgets.baseline
     return baseline.read(location, default if not location or location.startswith(GIT) else Path(location))
@@ -74,14 +75,20 @@ class Reports:
         paths = [path for _, path in targets]
         for path in paths:
             if paths.count(path) > 1:
-                raise UsageError(f"two reports go to {path}")
+                raise UsageError(f"two reports would be written to {path}")
             if path == STDOUT:
                 continue
             atomic.check_parent(Path(path))
             if _is_user_file(Path(path)):
-                raise UsageError(f"{path} is no place for a report", hint="--report junit:check.xml")
+                raise UsageError(
+                    f"{path} cannot hold a report: it is not a file",
+                    hint="name a file, such as --report junit:check.xml",
+                )
         if is_json and STDOUT in paths:
-            raise UsageError("--json has standard output for itself", hint="--report json:FILE, or without --json")
+            raise UsageError(
+                "--json and a report on standard output cannot be used together",
+                hint="use --report json:FILE, or leave out --json",
+            )
         return cls(targets)
 
     def protect(self, *paths: Path | None) -> None:
@@ -89,7 +96,10 @@ class Reports:
         inputs = {path.resolve() for path in paths if path is not None}
         for _, target in self.targets:
             if target != STDOUT and Path(target).resolve() in inputs:
-                raise UsageError(f"{target} is no place for a report", hint="--report json:check.json")
+                raise UsageError(
+                    f"{target} cannot hold a report: it is not a file",
+                    hint="name a file, such as --report json:check.json",
+                )
 
     def emit(self, findings: Findings, reporter: Reporter) -> int:
         """Write all reports; what is printed otherwise is left out if one of them goes to standard output."""
@@ -118,12 +128,12 @@ def _split(option: str) -> tuple[str, str]:
     name, colon, path = option.partition(":")
     if name not in REPORT_FORMATS:
         raise UsageError(
-            f"there is no report {name!r}",
+            f"there is no report format {name!r}",
             did_you_mean=close_matches(name, list(REPORT_FORMATS)),
             hint=f"reports: {', '.join(REPORT_FORMATS)}",
         )
     if not colon or not path:
-        raise UsageError(f"where to? --report {name}:PATH", hint=f"--report {name}:- is standard output")
+        raise UsageError(f"--report {name} names no file", hint=f"write --report {name}:PATH; - is standard output")
     return name, path
 
 

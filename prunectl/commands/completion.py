@@ -224,9 +224,9 @@ def complete(command: Any, variable: str) -> int:
     request = os.environ[variable]
     if request not in KNOWN:
         raise UsageError(
-            f"{variable} is {request!r}, which no shell asks",
+            f"{variable} is {request!r}, which is not a completion request of any shell",
             did_you_mean=tuple(get_close_matches(request, KNOWN)),
-            hint="prunectl --show-completion prints what a shell needs",
+            hint="prunectl --show-completion prints the script for your shell",
         )
     return _answer_bash(command) if request == _ASKING else _exit_code(command)
 

@@ -104,7 +104,7 @@ def _unmatched(model_diff: ModelDiff) -> tuple[str, ...]:
     kinds = Counter(change.kind for change in model_diff.changes)
     if not kinds["added"] or not kinds["gone"]:
         return ()
-    return ("What is added and what is gone may be the same under other names: nothing was guessed.",)
+    return ("Some of the added and removed tensors may be the same under new names: prunectl does not guess.",)
 
 
 def _json(change: TensorDiff) -> dict[str, Any]:
@@ -152,7 +152,9 @@ def diff(
     reporter: Reporter = ctx.obj
     rules = parse(fail_on)
     if new == old == "-":
-        raise UsageError("standard input holds one model", hint="prunectl diff - OLD < NEW")
+        raise UsageError(
+            "only one of the two models can come from standard input", hint="write prunectl diff - OLD < NEW"
+        )
     with resolve_stdin(new) as new_path, resolve_stdin(old) as old_path:
         models = (open_model(new_path), open_model(old_path))
         model_diff = diff_models(*models, reporter.progress)

@@ -25,14 +25,14 @@ _BOUND = re.compile(r"(>=|<)\s*([0-9.]+)")
 _EVERYTHING = "all"
 
 EXTRAS = {
-    "": "inspect, size, check, diff, verify, strip and prune of every format",
-    "tensorflow": "finetune, export and prune --data of Keras and TensorFlow; prune --wrap",
-    "torch": "finetune, export and prune --data of PyTorch",
-    "onnx": "prune --data and --pattern channel of ONNX; export from ONNX",
+    "": "inspect, size, check, diff, verify, strip and prune for every format",
+    "tensorflow": "finetune, export, prune --data and --wrap for Keras and TensorFlow",
+    "torch": "finetune, export and prune --data for PyTorch",
+    "onnx": "prune --data and --pattern channel for ONNX; export from ONNX",
     "export": "export to ONNX",
-    "zstd": "size --codec zstd; zstd inside of models",
-    "images": "--data of folders with images",
-    "parquet": "--data of Parquet files",
+    "zstd": "size --codec zstd; models compressed with zstd",
+    "images": "--data from folders of images",
+    "parquet": "--data from Parquet files",
     "ray": "sweep --on ray",
 }
 """What each extra is for; none is the core."""
@@ -100,7 +100,10 @@ def _packages() -> Iterator[Package]:
     try:
         lines = metadata.requires("prunectl") or []
     except metadata.PackageNotFoundError as error:
-        raise InputError("prunectl is not installed: it runs from its sources", hint="pip install -e .") from error
+        raise InputError(
+            "prunectl is not installed as a package: it runs from its source folder",
+            hint="install it from there: pip install -e .",
+        ) from error
     for line in lines:
         match = _REQUIREMENT.match(line)
         if match and match[3] != _EVERYTHING:
@@ -149,8 +152,8 @@ def _weaknesses() -> tuple[str, ...]:
     system = platform.system()
     if system == "Linux":
         return ()
-    sentence = f"On {system} the child that reads HDF5 has no limit on its memory, only on its time"
-    return (f"{sentence}: read files of strangers on Linux, or in a container.",)
+    sentence = f"On {system} the process that reads HDF5 is limited in time, but not in memory"
+    return (f"{sentence}: read untrusted files on Linux, or in a container.",)
 
 
 def _row(extra: Extra) -> tuple[str, ...]:

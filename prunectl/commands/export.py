@@ -53,11 +53,11 @@ def _differences(parity: Comparison) -> Table:
 
 def _comparison_text(parity: Comparison | None) -> str:
     if parity is None:
-        return "every number, to the bit"
+        return "all weights, equal bit for bit"
     inputs = "examples" if parity.is_data else "random inputs"
-    same = "" if parity.top1_agreement is None else f", the same largest answer for {parity.top1_agreement:.2%}"
-    noise = "" if parity.tolerance.relative_rms is None else f", {parity.relative_rms:.2%} of their size"
-    distance = f"{parity.largest:.3g} apart at most, {parity.mean:.3g} on average"
+    same = "" if parity.top1_agreement is None else f"; the top-1 answer is the same for {parity.top1_agreement:.2%}"
+    noise = "" if parity.tolerance.relative_rms is None else f", {parity.relative_rms:.2%} of their RMS"
+    distance = f"outputs differ by at most {parity.largest:.3g}, {parity.mean:.3g} on average"
     return f"on {parity.examples:,} {inputs}: {distance}{noise}{same}"
 
 

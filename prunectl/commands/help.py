@@ -119,7 +119,9 @@ def show_topic(
     [dim]$[/] prunectl help --man > prunectl.1
     """
     if is_man and topic:
-        raise UsageError(f"--man is about all commands, not about {topic} alone", hint="prunectl help --man")
+        raise UsageError(
+            f"--man prints the page of all commands and cannot be used with {topic}", hint="write prunectl help --man"
+        )
     if topic in COMMANDS:
         command = importlib.import_module(COMMANDS[topic][0]).command
         with command.make_context(f"prunectl {topic}", ["--help"]) as context:
@@ -128,7 +130,7 @@ def show_topic(
         raise UsageError(
             f"there is no topic {topic!r}",
             did_you_mean=close_matches(topic, [*TOPICS, *COMMANDS]),
-            hint="prunectl help",
+            hint="list the topics: prunectl help",
         )
     escape_unencodable(sys.stdout)
     sys.stdout.write(

@@ -65,14 +65,14 @@ def init(
     reporter: Reporter = ctx.obj
     room, target = parse_ratio(margin), folder / OWN
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder", hint="prunectl init, where the models are")
+        raise UsageError(f"{folder} is not a folder", hint="name the folder of the models: prunectl init FOLDER")
     if target.exists():
-        raise UsageError(f"{target} exists", hint="change it, or remove it first")
+        raise UsageError(f"{target} exists", hint="edit it, or remove it first")
     if (folder / SHARED).is_file() and load_config(folder / SHARED).table:
-        raise UsageError(f"{folder / SHARED} has budgets already", hint="change them there")
+        raise UsageError(f"{folder / SHARED} already has budgets", hint="edit them there")
     proposals, failures = _proposals(folder, room)
     if not proposals:
-        raise UsageError(f"there is no model in {folder}", hint="prunectl init FOLDER")
+        raise UsageError(f"no model was found in {folder}", hint="name the folder of the models: prunectl init FOLDER")
     atomic.write_text(target, as_toml(proposals, BASELINE), is_forced=False)
     return reporter.show(init_report(target, proposals, failures))
 

@@ -130,14 +130,14 @@ def _measured(model: ModelFile, options: dict[str, Any], **settings: Any) -> Sen
 def _check(ctx: typer.Context, *, data: str, is_measured: bool, inputs: list[str] | None, groups: bool) -> None:
     """Refuse options that would have no effect."""
     if data and not is_measured:
-        raise UsageError("inspect looks at data for --sensitivity only", hint="add --sensitivity, or leave out --data")
+        raise UsageError("--data needs --sensitivity", hint="add --sensitivity, or leave out --data")
     if inputs and not groups:
-        raise UsageError("--input is about channels", hint="add --groups, or leave out --input")
+        raise UsageError("--input needs --groups", hint="add --groups, or leave out --input")
     typed = [name for name in _ABOUT_DATA if given_on_command_line(ctx, name) and not (groups and name in _OPENING)]
     if typed and not data:
         raise UsageError(
-            f"{option_name(ctx, typed[0])} is about data, and there is none",
-            hint="such as --sensitivity --data train.npz",
+            f"{option_name(ctx, typed[0])} needs --data",
+            hint="add --sensitivity --data train.npz",
         )
 
 

@@ -72,9 +72,9 @@ def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limit
     """The mode that searches for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
     limit = parse_drop(options.max_drop)
     if not request.data:
-        raise UsageError("--max-drop is judged on data, and there is none", hint="such as --data test.npz")
+        raise UsageError("--max-drop needs data to measure the drop on", hint="add --data test.npz")
     if request.pattern != CHANNEL and isinstance(parse_pattern(request)[0], NMPattern):
-        raise UsageError(f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --max-drop")
+        raise UsageError(f"the pattern {request.pattern} fixes the sparsity", hint="leave out --max-drop")
     origin = LoadOptions(
         request.model, request.custom_objects, is_trusted=options.trust, seed=request.seed, inputs=request.inputs
     )
@@ -84,7 +84,8 @@ def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limit
     looks_at_data = needs_data(replace(request, sparsity=_LEAST_PRUNED))
     if not looks_at_data and request.samples != SAMPLES:
         raise UsageError(
-            f"the strategy {request.strategy} looks at no data, and all of it is judged", hint="leave out --samples"
+            f"--samples has no effect: {request.strategy} uses no data, and the drop is measured on all of it",
+            hint="leave out --samples",
         )
     pruning = request if looks_at_data else _drop_data_options(request)
     if request.pattern == CHANNEL:
@@ -130,10 +131,12 @@ def finetune_search(
     """The search for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
     limit = parse_drop(options.max_drop)
     if os.environ.get(_PROCESSES, "1") != "1":
-        raise UsageError("--max-drop trains in one process", hint="search without torchrun, then train with --sparsity")
+        raise UsageError(
+            "--max-drop cannot be used with torchrun", hint="search in one process, then train with --sparsity"
+        )
     pruning = request.pruning
     if isinstance(parse_pattern(pruning)[0], NMPattern):
-        raise UsageError(f"the pattern {pruning.pattern} decides the sparsity by itself", hint="leave out --max-drop")
+        raise UsageError(f"the pattern {pruning.pattern} fixes the sparsity", hint="leave out --max-drop")
     check(_request_at(request, _LEAST_FINETUNED))
     check_direction(request.means)
 
@@ -195,4 +198,4 @@ def _result_path(model: ModelFile, output: Destination) -> Path:
 
 
 def _judged_on_training_data(request: FinetuneRequest) -> str:
-    return f"Judged by {request.data} itself: say --val or --val-split to know what holds on other data."
+    return f"The drop was measured on {request.data}, the training data: add --val or --val-split."

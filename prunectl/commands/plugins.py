@@ -33,7 +33,7 @@ def plugins_report(plugins: Sequence[Choice], curves: Mapping[str, Sequence[floa
         table=main,
         sections=sections,
         artifacts=(Artifact(str(picture), picture.stat().st_size),) if picture is not None else (),
-        notes=(f"The curves are in {picture}.",) if picture is not None else (),
+        notes=(f"The schedules were drawn in {picture}.",) if picture is not None else (),
         quiet_lines=tuple(plugin.name for plugin in plugins),
         extra_json={"plugins": [dict(zip(("kind", "name", "from", "what"), row, strict=True)) for row in rows]},
     )
@@ -76,9 +76,11 @@ def plugins(
     """
     reporter: Reporter = ctx.obj
     if plot and kind not in {None, PluginKind.SCHEDULES}:
-        raise UsageError("only schedules have curves", hint="prunectl plugins schedules --plot")
+        raise UsageError("only schedules can be plotted", hint="prunectl plugins schedules --plot")
     if picture is not None and not plot:
-        raise UsageError(f"what is {picture} for?", hint="prunectl plugins schedules --plot FILE.svg")
+        raise UsageError(
+            f"{picture} is named, but --plot is not given", hint="write prunectl plugins schedules --plot FILE.svg"
+        )
     if picture is not None:
         atomic.write_text(picture, schedules_svg(), is_forced=force)
     listed = choices(str(kind) if kind is not None else "schedules" if plot else "")

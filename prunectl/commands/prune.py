@@ -167,7 +167,7 @@ class Prune(OutputOptions):
             return parse_request(request_options(ctx, self, OPTIONS))
         typed = [name for name in ctx.params if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
         if typed:
-            raise UsageError(f"--recipe says all that decides the result: leave out {option_name(ctx, typed[0])}")
+            raise UsageError(f"{option_name(ctx, typed[0])} cannot be used with --recipe, which sets it already")
         return read_manifest(self.recipe, is_trusted=self.trust)
 
 

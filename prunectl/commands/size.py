@@ -87,7 +87,9 @@ def size(
     reporter: Reporter = ctx.obj
     compressor = sizes.get_codec(codec, level)
     if bool(baseline) != bool(max_growth):
-        raise UsageError("--baseline and --max-growth go together", hint="--baseline old.h5 --max-growth 2%")
+        raise UsageError(
+            "--baseline and --max-growth must be used together", hint="write --baseline old.h5 --max-growth 2%"
+        )
     is_share = max_growth.endswith("%")
     limits = SizeLimits(
         max_raw=parse_size(max_raw) if max_raw else None,

@@ -29,13 +29,13 @@ def strip_report(result: Stripped, output: str, *, is_rewritten: bool) -> Report
     # A copy may be smaller by the name of its data.
     has_shrunk = is_rewritten and result.after.bytes.raw < result.before.bytes.raw
     notes = [*result.after.about.notes]
-    notes += [] if rows or has_shrunk else ["There was nothing to strip: the output has all that the input had."]
+    notes += [] if rows or has_shrunk else ["There was nothing to strip: the output holds the same data as the input."]
     notes += [f"Next: prunectl size {output}" if output else "This was a dry run: nothing was written."]
     tables = (*([_by_part(result)] if rows else []), before_after(result.before, result.after))
     return Report(
         models=(survey_json(result.before), survey_json(result.after)),
         table=items,
-        sections=(Section(f"{result.before.path} -> {output or 'nowhere'}", (), tables, tuple(notes)),),
+        sections=(Section(f"{result.before.path} -> {output or '(dry run)'}", (), tables, tuple(notes)),),
         artifacts=(Artifact(output, result.after.bytes.raw),) if output else (),
         quiet_lines=(),
     )
@@ -89,7 +89,7 @@ def _parse_parts(text: str) -> frozenset[StripPart]:
     for name in filter(None, text.split(",")):
         if name not in known:
             raise UsageError(
-                f"{name!r} is no part of a model",
+                f"{name!r} is not a part that strip can remove",
                 did_you_mean=tuple(get_close_matches(name, known, n=2)),
                 hint=f"parts: {', '.join(known)}",
             )

@@ -153,7 +153,7 @@ def _names(text: str, option: str) -> tuple[str, ...]:
     """The names in a list with commas, each once."""
     names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not names:
-        raise UsageError(f"{option} names nothing")
+        raise UsageError(f"{option} is an empty list")
     return names
 
 
@@ -161,7 +161,7 @@ def _param(text: str) -> tuple[str, tuple[str, ...]]:
     """Parse `NAME=V,V`: a parameter and the values to try."""
     name, sign, values = text.partition("=")
     if not name or not sign:
-        raise UsageError(f"{text!r} is no parameter with values", hint="write --param damp=0.01,0.1")
+        raise UsageError(f"{text!r} is not a parameter with values", hint="write --param damp=0.01,0.1")
     return name, _names(values, f"--param {name}")
 
 

@@ -19,14 +19,14 @@ from prunectl.reporting.reporter import Reporter
 
 _COLUMNS = (Column("verdict"), Column("what"), Column("differences", Unit.COUNT), Column("note"))
 _SENTENCES = {
-    "digest": "the bytes are those of the manifest",
-    "zeros": "every tensor has the zeros of the manifest",
-    "architecture": "tensors, configuration and graph are those of the source",
-    "kept-weights": "every weight that is left is the source's, to the bit",
-    "kept-zeros": "every zero of the source is still a zero",
-    "other-tensors": "what was not to be pruned has no new zeros",
-    "source-digest": "the source is the one of the manifest",
-    "dropped": "no tensor lost more weights than were dropped",
+    "digest": "the file has the SHA-256 in the manifest",
+    "zeros": "every tensor has as many zeros as the manifest records",
+    "architecture": "tensors, configuration and graph equal the source's",
+    "kept-weights": "every kept weight equals the source's, bit for bit",
+    "kept-zeros": "every zero of the source is still zero",
+    "other-tensors": "tensors that were not to be pruned have no new zeros",
+    "source-digest": "the source has the SHA-256 in the manifest",
+    "dropped": "no tensor has more new zeros than the manifest records",
 }
 
 
@@ -39,7 +39,7 @@ def verify_report(path: str, findings: tuple[Finding, ...], *, has_gates: bool) 
         _COLUMNS,
         tuple((finding.verdict, _SENTENCES[finding.id], int(finding.actual), finding.note) for finding in named),
     )
-    title = f"{path}: {f'{len(failed)} of {len(named)} do not hold' if failed else 'all holds'}"
+    title = f"{path}: {f'{len(failed)} of {len(named)} checks failed' if failed else 'all checks passed'}"
     return Report(
         models=(),
         table=Table(
@@ -72,7 +72,9 @@ def verify(
     """
     reporter: Reporter = ctx.obj
     if manifest is None and against is None:
-        raise UsageError("what is it to be held against?", hint="--manifest FILE, or --against SRC, or both")
+        raise UsageError(
+            "there is nothing to compare the file with", hint="add --manifest FILE, --against SRC, or both"
+        )
     record = read_record(manifest) if manifest is not None else None
     with resolve_stdin(out) as path:
         source = open_model(against) if against is not None else None

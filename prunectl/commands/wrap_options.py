@@ -35,7 +35,7 @@ def _ramp(options: Prune, request: PruneRequest) -> SparsitySchedule:
         end = _step("--end", options.end)
     elif name != "constant":
         raise UsageError(
-            f"the schedule {name} needs an end, a number of batches", hint="such as --end 2000, or finetune --schedule"
+            f"the schedule {name} needs --end, a number of steps", hint="add --end 2000, or use finetune --schedule"
         )
     length = (end or 0) - begin
     params = tuple(options.schedule_param or ())
@@ -52,8 +52,8 @@ def _ramp(options: Prune, request: PruneRequest) -> SparsitySchedule:
         # tfmot prunes at whole turns only, and would stop short of the sparsity that was asked for.
         reached = begin + length // ramp.frequency * ramp.frequency
         raise UsageError(
-            f"every {ramp.frequency} steps from {begin}, the last turn is at {reached}: --end {end} is never reached",
-            hint=f"--end {reached + ramp.frequency}, or leave out --frequency",
+            f"with a pruning step every {ramp.frequency} steps from {begin}, the last is at {reached}, not {end}",
+            hint=f"write --end {reached + ramp.frequency}, or leave out --frequency",
         )
     return ramp
 
@@ -62,8 +62,8 @@ def _step(option: str, text: str) -> int:
     point = parse_time_point(text)
     if point.unit is not PointUnit.STEPS:
         raise UsageError(
-            f"{option} {text} depends on how long training takes, which a file does not know",
-            hint="write a number of steps, one for each batch, or give the schedule to prunectl finetune",
+            f"{option} {text} depends on the length of the training, which a file does not record",
+            hint="write a number of steps (batches), or use prunectl finetune --schedule",
         )
     return int(point.amount)
 

@@ -101,10 +101,10 @@ def check_elementwise(name: str, expected: Array, actual: Array, tolerance: Tole
     if wrong.size:
         first = int(wrong[0])
         raise WorkError(
-            f"the output {name} differs: {actual[first]:.6g} and not {expected[first]:.6g} as in the source, "
-            f"in {wrong.size:,} of {deviations.size:,} numbers, by {np.nanmax(deviations):.3g} at most; "
+            f"the output {name} differs from the source: {actual[first]:.6g} instead of {expected[first]:.6g}, "
+            f"in {wrong.size:,} of {deviations.size:,} values, by at most {np.nanmax(deviations):.3g}; "
             "nothing was written",
-            hint="--atol and --rtol say how far two numbers may be apart",
+            hint="raise --atol or --rtol to allow larger differences",
         )
 
 
@@ -112,9 +112,9 @@ def check_rms(difference: OutputDifference, limit: float) -> None:
     """Refuse an output whose relative root-mean-square difference exceeds a limit."""
     if not difference.relative_rms <= limit:
         raise WorkError(
-            f"the output {difference.name} differs by {difference.relative_rms:.1%} of its size (root mean square), "
-            f"and {limit:.0%} would do; nothing was written",
-            hint="examples of the kind it is made for may help: --data SPEC; else --atol and --rtol say what will do",
+            f"the output {difference.name} differs by {difference.relative_rms:.1%} of its RMS; "
+            f"{limit:.0%} is allowed; nothing was written",
+            hint="calibrate with real examples (--data SPEC), or allow more with --atol and --rtol",
         )
 
 
@@ -124,9 +124,9 @@ def check_top1(same: float, examples: int, least: float) -> None:
     wrong = round((1 - same) * examples)
     if wrong > max(int(examples < SMALL_SAMPLE), int((1 - least) * examples)):
         raise WorkError(
-            f"the largest answer is the same one for {same:.1%} of {examples:,} examples, and {least:.0%} would do; "
+            f"the top-1 answer is the same for {same:.1%} of {examples:,} examples; {least:.0%} is required; "
             "nothing was written",
-            hint="more examples may help: --samples N; else --atol and --rtol say what will do",
+            hint="use more examples (--samples N), or allow more with --atol and --rtol",
         )
 
 
@@ -181,14 +181,14 @@ def compare(source: RunnableModel, result: Run, samples: Samples, tolerance: Tol
 
 def _paired(expected: dict[str, Array], actual: dict[str, Array]) -> Iterator[tuple[str, Array, Array]]:
     if len(expected) != len(actual):
-        raise WorkError(f"the result gives {len(actual)} outputs, and its source {len(expected)}")
+        raise WorkError(f"the result has {len(actual)} outputs, its source {len(expected)}; nothing was written")
     has_names = expected.keys() == actual.keys()
     for index, (name, value) in enumerate(expected.items()):
         other = actual[name] if has_names else list(actual.values())[index]
         if np.shape(value) != np.shape(other):
             raise WorkError(
-                f"the output {name} has the shape {_shape_text(np.shape(other))}, "
-                f"and in the source {_shape_text(np.shape(value))}"
+                f"the output {name} has the shape {_shape_text(np.shape(other))} "
+                f"instead of {_shape_text(np.shape(value))} as in the source; nothing was written"
             )
         yield name, np.asarray(value), np.asarray(other)
 

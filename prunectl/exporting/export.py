@@ -40,7 +40,7 @@ def check_card(request: ExportRequest, output: Destination) -> None:
     if os.path.abspath(card) == os.path.abspath(output.target):
         raise UsageError("--card and --output name the same file")
     if card.is_dir() or (os.path.lexists(card) and not output.is_forced):
-        raise UsageError(f"{card} exists", hint="write elsewhere, or replace it with --force")
+        raise UsageError(f"{card} exists", hint="choose another --output, or replace it with --force")
 
 
 def write_card(request: ExportRequest, content: str, output: Destination) -> None:
@@ -56,7 +56,7 @@ def card_text(result: ExportResult) -> str:
     lines = [
         f"# {name}",
         "",
-        f"{result.target}, made of {Path(result.before.path).name} ({result.source}) by prunectl.",
+        f"{result.target}, exported from {Path(result.before.path).name} ({result.source}) by prunectl.",
         "",
         "| | format | weights | zero | bytes | packed | gzip |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -88,14 +88,14 @@ def _count_text(number: int | None) -> str:
 def _comparison_lines(result: ExportResult) -> list[str]:
     comparison = result.comparison
     if comparison is None:
-        return ["The weights are the same to the bit."]
+        return ["The weights are identical, bit for bit."]
     inputs = "examples" if comparison.is_data else "random inputs"
-    differences = f"{comparison.largest:.3g} at most, {comparison.mean:.3g} on average"
-    lines = [f"On {comparison.examples:,} {inputs} the outputs are apart by {differences}."]
+    differences = f"at most {comparison.largest:.3g}, {comparison.mean:.3g} on average"
+    lines = [f"On {comparison.examples:,} {inputs} the outputs differ by {differences}."]
     if comparison.tolerance.relative_rms is not None:
-        lines.append(f"By their root mean square the differences are {comparison.relative_rms:.2%} of the outputs.")
+        lines.append(f"The RMS difference is {comparison.relative_rms:.2%} of the RMS of the outputs.")
     if comparison.top1_agreement is not None:
-        lines.append(f"The largest answer is the same one for {comparison.top1_agreement:.2%} of them.")
+        lines.append(f"The top-1 answer is the same for {comparison.top1_agreement:.2%} of them.")
     return lines
 
 
@@ -107,33 +107,33 @@ def check(request: ExportRequest, target: Target, output: Destination) -> None:
     """Refuse options that contradict each other, before a file is opened."""
     check_options(target, request.given_options)
     if request.opset is not None and request.opset < _FIRST_OPSET:
-        raise UsageError(f"--opset {request.opset} is older than what prunectl writes", hint="it begins with 9")
+        raise UsageError(f"--opset {request.opset} is older than prunectl can write", hint="use --opset 9 or later")
     precisions = [f"--{name}" for name in ("half", "bf16", "int8") if name in request.given_options]
     if len(precisions) > 1:
-        raise UsageError(f"{' and '.join(precisions)} exclude each other")
+        raise UsageError(f"{' and '.join(precisions)} cannot be used together")
     for option, value in (("--atol", request.atol), ("--rtol", request.rtol)):
         if value is not None and not value >= 0:
-            raise UsageError(f"{option} takes a number that is not negative, and not {value:g}")
+            raise UsageError(f"{option} cannot be negative, but is {value:g}")
     if not request.data and request.samples is not None and request.int8:
-        raise UsageError("--int8 with --samples needs examples", hint="add --data SPEC")
+        raise UsageError("--samples needs --data when used with --int8", hint="add --data SPEC")
     if request.code and output.to_stdout:
-        raise UsageError("--code writes a second file, which does not fit through standard output", hint="say -o OUT")
+        raise UsageError("--code writes a second file and cannot be used with standard output", hint="add -o OUT")
 
 
 def check_destination(model: ModelFile, output: Destination, target: Target, companions: Iterable[Path]) -> None:
     """Refuse to write over the input, or over anything else unless the user said so."""
     if output.to_stdout:
         if target.name == "saved-model":
-            raise UsageError("a SavedModel is a folder, and does not fit through standard output")
+            raise UsageError("a SavedModel is a folder and cannot be written to standard output")
         return
     for path in (output.target, *companions):
         if any(os.path.lexists(path) and places.is_same(file, path) for file in model.files):
-            raise UsageError(f"{path} belongs to the input", hint="write elsewhere")
+            raise UsageError(f"{path} is part of the input", hint="choose another --output")
     written = model if model.path.is_dir() else replace(model, format=target.name, files=(model.path,))
     places.check_target(written, output.target, is_forced=output.is_forced, is_in_place=False)
     for path in companions:
         if os.path.lexists(path) and not output.is_forced:
-            raise UsageError(f"{path} exists", hint="write elsewhere, or replace it with --force")
+            raise UsageError(f"{path} exists", hint="choose another --output, or replace it with --force")
 
 
 def measure(path: Path, target: Target) -> ModelStats:
@@ -178,7 +178,7 @@ def naming_original(path: Path, copy: Path) -> Generator[None]:
 def export(path: Path, request: ExportRequest, output: Destination) -> ExportResult:
     """Write a model in another format, whole or not at all, and only if it computes what its source does."""
     if output.to_stdout and not request.to:
-        raise UsageError("standard output has no suffix that names a format", hint="say it: --to onnx")
+        raise UsageError("the format of the output is not given", hint="add --to FORMAT, such as --to onnx")
     target = target_of(request.to, output.target)
     request = replace(request, to=target.name)
     check(request, target, output)
@@ -205,7 +205,9 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
             job = _export_job(plain, request, route, scratch)
             notes = load(route, route.writer)(job, written)
         if output.to_stdout and len(list(folder.iterdir())) > 1:
-            raise WorkError(f"{path} becomes more than one file, which does not fit through standard output")
+            raise WorkError(
+                f"the export of {path} consists of several files, which cannot be written to standard output"
+            )
         if request.pack or request.sparse:
             _pack(written, folder, target)
         with naming_original(path, plain.path):
@@ -257,7 +259,7 @@ def _without_wrappers(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple
     stripped = scratch / "stripped" / model.path.name
     stripped.parent.mkdir()
     strip(model.path, StripOptions(), Destination(stripped), is_packed=False)
-    return open_model(stripped), (f"The wrappers and masks of {', '.join(kinds)} were taken off first.",)
+    return open_model(stripped), (f"The pruning wrappers and masks ({', '.join(kinds)}) were removed first.",)
 
 
 def _export_job(model: ModelFile, request: ExportRequest, route: Route, scratch: Path) -> ExportJob:
@@ -304,5 +306,5 @@ def _note_lost_zeros(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
     had, has = before.params.zero or 0, after.params.zero or 0
     if has >= had:
         return ()
-    why = "what was folded, rounded or held twice has other zeros than its source"
-    return (f"{has:,} of its weights are zero, and {had:,} were: {why}.",)
+    why = "folding, rounding and removing duplicates change which weights are zero"
+    return (f"{has:,} of its weights are zero, {had:,} in the source: {why}.",)

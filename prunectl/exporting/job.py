@@ -66,12 +66,12 @@ def apply_input_options(inputs: tuple[InputSpec, ...], options: Sequence[InputOp
 
 def _apply_option(spec: InputSpec, option: InputOption) -> InputSpec:
     if spec.is_declared and spec.dtype and option.dtype and option.dtype != spec.dtype:
-        raise UsageError(f"the input {spec.name} of the model is {spec.dtype}, and --input says {option.dtype}")
+        raise UsageError(f"the input {spec.name} of the model is {spec.dtype}, but --input gives {option.dtype}")
     if spec.shape is not None and not fits(option.shape, spec.shape):
         raise UsageError(
-            f"the input {spec.name} of the model is {shape_text(spec.shape)}, "
-            f"and --input says {shape_text(option.shape)}",
-            hint="an axis that the model fixes keeps its length",
+            f"the input {spec.name} of the model has the shape {shape_text(spec.shape)}, "
+            f"but --input gives {shape_text(option.shape)}",
+            hint="the length of an axis that the model fixes cannot be changed",
         )
     return replace(spec, name=option.name or spec.name, shape=option.shape, dtype=option.dtype or spec.dtype)
 
@@ -135,8 +135,8 @@ def _random_arrays(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tupl
 def _example_shape(spec: InputSpec) -> tuple[int, ...]:
     if spec.shape is None:
         raise UsageError(
-            f"the model does not say the shape of its input {spec.name}",
-            hint=f"--input {spec.name}:1,3,224,224 says it; or --data SPEC",
+            f"the model does not give the shape of its input {spec.name}",
+            hint=f"add --input {spec.name}:1,3,224,224, or --data SPEC",
         )
     return tuple(_OPEN_LENGTH if length is None else length for length in spec.shape[1:])
 
@@ -147,8 +147,8 @@ def check_known(inputs: tuple[InputSpec, ...], request: ExportRequest) -> None:
         if request.data or request.input or (spec.shape is not None and None not in spec.shape[1:]):
             continue
         raise UsageError(
-            f"the input {spec.name} of the model is {shape_text(spec.shape)}: it does not say how long each axis is",
-            hint=f"--input {spec.name}:{_shape_hint(spec)} says it (? leaves an axis open); or --data SPEC",
+            f"the input {spec.name} of the model has the shape {shape_text(spec.shape)}, whose open axes need a length",
+            hint=f"add --input {spec.name}:{_shape_hint(spec)} (? leaves an axis open), or --data SPEC",
         )
 
 
@@ -166,7 +166,9 @@ def _random_array(random: np.random.Generator, shape: tuple[int, ...], dtype: st
         # What these numbers count is unknown; 0 and 1 are within every vocabulary.
         return random.integers(0, 2, shape).astype(dtype)
     if dtype and not dtype.startswith("float"):
-        raise UsageError(f"the model takes {dtype}, and no such inputs can be made up", hint="--data SPEC")
+        raise UsageError(
+            f"the model takes inputs of type {dtype}, for which prunectl has no random values", hint="add --data SPEC"
+        )
     return random.standard_normal(shape, np.float32).astype(dtype or "float32")
 
 

@@ -31,7 +31,7 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
     loaded = load(model, origin, DevicePlacement())
     if not loaded.library.is_on_tensorflow:
         raise UsageError(
-            f"Keras is set to work on {loaded.library.backend}, and only TensorFlow exports what it runs",
+            f"Keras uses the backend {loaded.library.backend}, but only the TensorFlow backend can export",
             hint="set KERAS_BACKEND=tensorflow",
         )
     keras_model = loaded.model
@@ -61,7 +61,7 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
 
 
 def _notes(loaded: LoadedModel) -> tuple[str, ...]:
-    return (f"It is a Keras {2 if loaded.library.is_keras2 else 3} model.",)
+    return (f"The source is a Keras {2 if loaded.library.is_keras2 else 3} model.",)
 
 
 def _batch_sizes(model: Any, count: int) -> list[int | None]:
@@ -90,7 +90,9 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
         _without_times(scratch, target)
     else:
         target.write_bytes(scratch.read_bytes())
-    return ("It is of Keras 2: tf_keras loads it, and keras 3 does not.",) if loaded.library.is_keras2 else ()
+    return (
+        ("The output is a Keras 2 file: load it with tf_keras, not with Keras 3.",) if loaded.library.is_keras2 else ()
+    )
 
 
 def _without_times(archive: Path, target: Path) -> None:
@@ -115,4 +117,4 @@ def runner(job: ExportJob, target: Path) -> Run:
         return open_runnable(open_model(target), origin).run
     except InputError as error:
         reason = error.message.replace(str(target), "it")
-        raise WorkError(f"Keras saves {job.file.path} as {job.request.to}, and then fails: {reason}") from error
+        raise WorkError(f"Keras cannot load {job.file.path} after saving it as {job.request.to}: {reason}") from error

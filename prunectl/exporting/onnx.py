@@ -23,8 +23,14 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write a model anew, with all of its weights in one file."""
     is_open = any(spec.shape is None or None in spec.shape[1:] for spec in job.runnable.inputs)
     if job.request.input and not is_open:
-        raise UsageError("--input does not change what an ONNX model takes", hint="export its source again")
-    notes = ("It was tried on what --input says; what it takes is as open as it was.",) if job.request.input else ()
+        raise UsageError(
+            "--input cannot change the inputs of an ONNX model", hint="export the model again from its source"
+        )
+    notes = (
+        ("The comparison used the shapes of --input; the model's own input shapes are unchanged.",)
+        if job.request.input
+        else ()
+    )
     proto = load_message(job.file.path)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     opset = opset_of(proto)
@@ -33,13 +39,13 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
             proto = require("onnx.version_converter", extra="onnx").convert_version(proto, job.request.opset)
         except Exception as error:
             raise WorkError(
-                f"onnx cannot bring {job.file.path} from opset {opset} to {job.request.opset}: {first_line(error)}"
+                f"onnx cannot convert {job.file.path} from opset {opset} to {job.request.opset}: {first_line(error)}"
             ) from error
     try:
         return (*notes, *finalize(job, proto, target, metadata=metadata))
     except WorkError as error:
         if reason := checker_error(job.file.path):
-            raise InputError(f"{job.file.path} is no valid ONNX itself: {reason}") from error
+            raise InputError(f"{job.file.path} is not valid ONNX: {reason}") from error
         raise
 
 
@@ -65,7 +71,7 @@ class OnnxRunnable:
             values = self.session.run(names, feeds)
         except Exception as error:
             raise UsageError(
-                f"the model cannot be run: {first_line(error)}", hint="--data SPEC shows what it takes"
+                f"the model cannot run: {first_line(error)}", hint="add --data SPEC, so that it runs on real inputs"
             ) from error
         return {name: _output_array(name, value) for name, value in zip(names, values, strict=True)}
 
@@ -79,7 +85,7 @@ def _output_array(name: str, value: Any) -> Array:
     except ValueError:
         array = np.empty((), object)
     if array.dtype.kind == "O" and not isinstance(value, np.ndarray):
-        raise UsageError(f"the output {name} of the model is no tensor, and cannot be compared")
+        raise UsageError(f"the output {name} of the model is not a tensor and cannot be compared")
     return array
 
 
@@ -89,7 +95,7 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> OnnxRunnable:
     try:
         return _open_session(model.path)
     except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by onnxruntime: {first_line(error)}") from error
+        raise InputError(f"onnxruntime cannot load {model.path}: {first_line(error)}") from error
 
 
 def _open_session(path: Path) -> OnnxRunnable:
@@ -110,12 +116,12 @@ def runner(job: ExportJob, target: Path) -> Run:
     try:
         runnable = _open_session(target)
     except Exception as error:
-        raise WorkError(f"onnxruntime cannot load what was made: {first_line(error)}; nothing was written") from error
+        raise WorkError(f"onnxruntime cannot load the result: {first_line(error)}; nothing was written") from error
 
     def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
         try:
             return runnable.run(inputs)
         except UsageError as error:
-            raise WorkError(f"onnxruntime: of what was made, {error.message}; nothing was written") from error
+            raise WorkError(f"onnxruntime cannot run the result: {error.message}; nothing was written") from error
 
     return run

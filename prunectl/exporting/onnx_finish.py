@@ -43,8 +43,8 @@ def _check_opset(job: ExportJob, proto: Any) -> None:
     wanted, actual = job.request.opset, opset_of(proto)
     if wanted is not None and wanted != actual:
         raise WorkError(
-            f"{job.file.path} came out in opset {actual}, and not in {wanted}; nothing was written",
-            hint=f"--opset {actual}, and then: prunectl export OUT -o OLDER.onnx --opset {wanted}",
+            f"the export of {job.file.path} has opset {actual} instead of {wanted}; nothing was written",
+            hint=f"export with --opset {actual}, then run: prunectl export OUT -o OLDER.onnx --opset {wanted}",
         )
 
 
@@ -62,20 +62,20 @@ def save_external(job: ExportJob, proto: Any, target: Path) -> str:
     """Move the weights into an external data file; returns a note for the user."""
     if job.request.pack or job.request.sparse:
         raise WorkError(
-            f"{job.file.path} is more than 2 GB as ONNX, and a model in two files is neither packed nor made sparse",
+            f"{job.file.path} needs two files as ONNX (more than 2 GB), which --pack and --sparse cannot write",
             hint="leave out --pack and --sparse",
         )
     helper = require("onnx.external_data_helper", extra="onnx")
     name = f"{target.name}.data"
     helper.convert_model_to_external_data(proto, location=name, size_threshold=_SMALL_BYTES)
     helper.write_external_data_tensors(proto, str(target.parent))
-    return f"It is more than 2 GB: its numbers are in {name} beside it, where the two belong together."
+    return f"The model is larger than 2 GB, so its weights are in {name}: keep the two files together."
 
 
 def check_valid(target: Path) -> None:
     """Refuse a model that `onnx.checker` refuses, shape inference included."""
     if reason := checker_error(target):
-        raise WorkError(f"what was made is no ONNX: {reason}; nothing was written")
+        raise WorkError(f"the result is not valid ONNX: {reason}; nothing was written")
 
 
 def checker_error(path: Path) -> str:
@@ -98,9 +98,11 @@ _WIDE = frozenset({"float32", "float64"})
 def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     """Apply --half, --bf16 or --int8; returns the model and notes for the user."""
     if job.request.half:
-        return _to_float16(job, proto), ("Its weights are 16-bit floats; what goes in and comes out stays as it was.",)
+        return _to_float16(job, proto), ("The weights are 16-bit floats; inputs and outputs keep their types.",)
     if job.request.bf16:
-        return to_bfloat16(proto, job.request), ("Its kernels are bfloat16, and widened where they are used.",)
+        return to_bfloat16(proto, job.request), (
+            "The kernels are bfloat16 and are converted to float32 where they are used.",
+        )
     if job.request.int8:
         return (_quantize_static if job.request.data else _quantize_dynamic)(job, proto)
     return proto, ()
@@ -122,7 +124,7 @@ def to_bfloat16(proto: Any, request: ExportRequest) -> Any:
     opset = opset_of(proto)
     if opset is not None and opset < _FIRST_OPSET:
         raise UsageError(
-            f"--bf16 needs opset {_FIRST_OPSET} of ONNX, and the model is of {opset}", hint=f"--opset {_FIRST_OPSET}"
+            f"--bf16 needs ONNX opset {_FIRST_OPSET}, but the model has {opset}", hint=f"--opset {_FIRST_OPSET}"
         )
     _narrow_kernels(proto.graph, request)
     return proto
@@ -187,7 +189,7 @@ def _quantize_dynamic(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]
         )
 
     return _through_files(job, proto, quantize), (
-        "Weights of dense and recurrent layers are 8-bit integers; those of convolutions stay floats without --data.",
+        "Weights of dense and recurrent layers are 8-bit integers; those of convolutions need --data.",
     )
 
 
@@ -222,8 +224,8 @@ def _quantize_static(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
         )
 
     return _through_files(job, proto, quantize), (
-        f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.",
-        "Weights use 7 of the 8 bits, so that sums overflow on no processor.",
+        f"Weights and activations are 8-bit integers, calibrated on {job.samples.examples} examples.",
+        "Weights use 7 of the 8 bits, so that sums cannot overflow on any processor.",
     )
 
 
@@ -240,4 +242,4 @@ def _through_files(job: ExportJob, proto: Any, quantize: Callable[[str, str, boo
 
 
 def _failed(job: ExportJob, option: str, error: Exception) -> WorkError:
-    return WorkError(f"onnxruntime cannot do {option} for {job.file.path}: {first_line(error)}")
+    return WorkError(f"onnxruntime cannot apply {option} to {job.file.path}: {first_line(error)}")

@@ -61,7 +61,9 @@ def parse_request(options: Mapping[str, Any]) -> ExportRequest:
     """Parse options, by the names of the command line; those that are not given have their defaults."""
     for option in options:
         if option not in OPTIONS:
-            raise UsageError(f"export takes no {option}", did_you_mean=tuple(get_close_matches(option, OPTIONS, n=2)))
+            raise UsageError(
+                f"export has no option {option}", did_you_mean=tuple(get_close_matches(option, OPTIONS, n=2))
+            )
     request = ExportRequest(**options)
     return replace(
         request,
@@ -74,5 +76,5 @@ def parse_request(options: Mapping[str, Any]) -> ExportRequest:
 def _parse_metadata(text: str) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise UsageError(f"{text!r} is no key with a value", hint="write --metadata author=me")
+        raise UsageError(f"--metadata {text!r} is not KEY=VALUE", hint="write --metadata author=me")
     return key, value

@@ -57,9 +57,9 @@ def target_of(to: str, output: Path) -> Target:
     if to:
         if to not in known:
             raise UsageError(
-                f"--to {to} is no format that prunectl writes",
+                f"prunectl cannot write the format --to {to}",
                 did_you_mean=tuple(get_close_matches(to, known, n=2)),
-                hint=f"known: {', '.join(known)}",
+                hint=f"formats: {', '.join(known)}",
             )
         return known[to]
     suffix = output.suffix.lower()
@@ -69,8 +69,8 @@ def target_of(to: str, output: Path) -> Target:
     if suffix in _OTHER_SUFFIXES:
         return known[_OTHER_SUFFIXES[suffix]]
     raise UsageError(
-        f"{output} has no suffix that names a format",
-        hint=f"say it: --to {', '.join(known)}",
+        f"the suffix of {output} is not that of a format",
+        hint=f"add --to FORMAT: {', '.join(known)}",
     )
 
 
@@ -81,11 +81,12 @@ def check_options(target: Target, given_options: tuple[str, ...]) -> None:
     for name in given_options:
         if name not in allowed:
             targets = [other.name for other in TARGETS if name in other.options]
-            reason = "has no such thing"
+            reason = "does not support it"
             if target.is_weights and name in _RUN_OPTIONS:
-                reason = "holds weights alone, and nothing is run" + (" without --code" * ("code" in target.options))
+                reason = "holds only weights, so nothing is run" + (" without --code" * ("code" in target.options))
             raise UsageError(
-                f"--{name} does not go with {target.title}, which {reason}", hint=f"it goes with {', '.join(targets)}"
+                f"--{name} cannot be used with {target.title}, which {reason}",
+                hint=f"it works with {', '.join(targets)}",
             )
 
 
@@ -174,12 +175,12 @@ def find_route(model: ModelFile, target: Target, *, has_code: bool = False) -> R
     """The route from a model to a target; where there is none, an error that names the possible ones."""
     title = by_name(model.format).title
     if target.name in _own_targets(model) and not has_code:
-        raise UsageError(f"{model.path} is {target.title} already", hint=_strip_hint(model))
+        raise UsageError(f"{model.path} already has the format {target.title}", hint=_strip_hint(model))
     route = _route_between(model.format, target.name, has_code=has_code)
     if route is None and has_code:
         raise UsageError(
-            f"--code writes a class of PyTorch, and {model.path} is {title}",
-            hint="leave out --code for its weights alone",
+            f"--code needs a PyTorch model, but {model.path} is {title}",
+            hint="leave out --code to export only the weights",
         )
     if route is None:
         reachable = [
@@ -188,15 +189,15 @@ def find_route(model: ModelFile, target: Target, *, has_code: bool = False) -> R
             if other.name not in _own_targets(model) and _route_between(model.format, other.name)
         ]
         raise UsageError(
-            f"there is no way from {title} to {target.title}",
-            hint=f"{_sources_hint(target)}; from {title} there are ways to {', '.join(reachable)}",
+            f"prunectl cannot export {title} to {target.title}",
+            hint=f"{_sources_hint(target)}; {title} can be exported to {', '.join(reachable)}",
         )
     return route
 
 
 def _strip_hint(model: ModelFile) -> str:
     if Capability.STRIP in by_name(model.format).can:
-        return f"prunectl strip {model.path} -o OUT writes it again without what training has left"
+        return f"to remove training leftovers: prunectl strip {model.path} -o OUT"
     return ""
 
 
@@ -220,7 +221,7 @@ def _own_targets(model: ModelFile) -> frozenset[str]:
 
 def _sources_hint(target: Target) -> str:
     names = [name for name in _sources(target.name) if name not in _LEGACY]
-    return f"{target.title} is made of {', '.join(dict.fromkeys(by_name(name).title for name in names))}"
+    return f"{target.title} can be exported from {', '.join(dict.fromkeys(by_name(name).title for name in names))}"
 
 
 def _sources(target: str) -> Iterable[str]:

@@ -56,8 +56,8 @@ class TfRunnable:
         except Exception as error:
             shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
             raise UsageError(
-                f"the model does not take inputs of {shapes}: {_reason(error)}",
-                hint="--data SPEC shows what it takes, or --input x:1,224,224,3:f32 says it",
+                f"the model does not accept inputs of {shapes}: {_reason(error)}",
+                hint="add --data SPEC, or the shape: --input x:1,224,224,3:f32",
             ) from error
         return {name: tensor.numpy() for name, tensor in zip(self.output_names, outputs, strict=True)}
 
@@ -92,12 +92,12 @@ def _load_signature(path: Path) -> TfRunnable:
         with ignore_warnings():
             root = _tf.saved_model.load(str(path))
     except Exception as error:
-        raise InputError(f"{path} cannot be loaded by this TensorFlow: {error_line(error)}") from error
+        raise InputError(f"TensorFlow cannot load {path}: {error_line(error)}") from error
     names = list(root.signatures)
     if not names:
         raise InputError(
-            f"{path} serves nothing: it has variables, and no function that says how they are used",
-            hint="save it with signatures=",
+            f"{path} has variables but no signature that uses them",
+            hint="save it again with signatures=",
         )
     signature = _SIGNATURE if _SIGNATURE in names else names[0]
     function = root.signatures[signature]
@@ -110,7 +110,7 @@ def _load_signature(path: Path) -> TfRunnable:
         outputs = function(**dict(zip(specs, arguments, strict=True)))
         return [outputs[name] for name in output_names]
 
-    notes = () if len(names) == 1 else (f"Of its signatures ({', '.join(names)}) it is {signature}.",)
+    notes = () if len(names) == 1 else (f"Exported the signature {signature}, one of {', '.join(names)}.",)
     return TfRunnable(inputs, output_names, call, call, root, notes=notes)
 
 
@@ -164,7 +164,7 @@ def runner(job: ExportJob, target: Path) -> Run:
         except UsageError as error:
             cause = _reason(error.__cause__) if isinstance(error.__cause__, Exception) else error.message
             raise WorkError(
-                f"TensorFlow cannot run the SavedModel that it made of {job.file.path}: {cause}; nothing was written"
+                f"TensorFlow cannot run the SavedModel exported from {job.file.path}: {cause}; nothing was written"
             ) from error
 
     return run
@@ -192,12 +192,12 @@ def _configure(converter: Any, job: ExportJob) -> tuple[str, ...]:
         optimizations.append(optimize.DEFAULT)
     if request.half:
         converter.target_spec.supported_types = [_tf.float16]
-        notes.append("Its weights are 16-bit floats; what goes in and comes out stays as it was.")
+        notes.append("The weights are 16-bit floats; inputs and outputs keep their types.")
     if request.int8 and request.data:
         converter.representative_dataset = lambda: _examples(job)
-        notes.append(f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.")
+        notes.append(f"Weights and activations are 8-bit integers, calibrated on {job.samples.examples} examples.")
     elif request.int8:
-        notes.append("Weights are 8-bit integers where they are large; activations stay floats without --data.")
+        notes.append("Large weights are 8-bit integers; activations are floats, because they need --data.")
     if request.sparse:
         optimizations.append(optimize.EXPERIMENTAL_SPARSITY)
     converter.optimizations = optimizations
@@ -215,7 +215,7 @@ def _failed(job: ExportJob, error: Exception) -> WorkError:
     # The converter says where in a file of its own it was, and in a later line what of TensorFlow it has no way for.
     match = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
     reason = f"{match[1]} {match[2]}" if match else error_line(error)
-    return WorkError(f"the converter of TensorFlow Lite cannot take {job.file.path}: {reason}", hint=_hint(job))
+    return WorkError(f"the TensorFlow Lite converter cannot convert {job.file.path}: {reason}", hint=_hint(job))
 
 
 def _hint(job: ExportJob) -> str:
@@ -224,8 +224,8 @@ def _hint(job: ExportJob) -> str:
     fixed = " ".join(f"--input {spec.name}:1,{shape_text(spec.shape)[2:]}" for spec in job.inputs)
     if job.file.family is Family.SAVED_MODEL and job.file.about.keras is not None:
         # What it serves keeps the open axes that it was traced with.
-        return f"fixed shapes may help, of what Keras builds: prunectl export {job.file.path} -o m.h5, and then {fixed}"
-    return f"fixed shapes may help: {fixed}"
+        return f"try fixed shapes: prunectl export {job.file.path} -o m.h5, then export m.h5 with {fixed}"
+    return f"try fixed shapes: {fixed}"
 
 
 def run_tflite(job: ExportJob, target: Path) -> Run:
@@ -241,7 +241,9 @@ def run_tflite(job: ExportJob, target: Path) -> Run:
             with silence():
                 outputs = run_signature(**feeds)
         except Exception as error:
-            raise WorkError(f"TensorFlow Lite cannot run what was made: {error_line(error)}") from error
+            raise WorkError(
+                f"TensorFlow Lite cannot run the result: {error_line(error)}; nothing was written"
+            ) from error
         return {name: outputs[name] for name in runnable.output_names}
 
     return run
@@ -281,7 +283,7 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     except Exception as error:
         raise WorkError(
             f"tf2onnx cannot convert {job.file.path}: {error_line(error)}",
-            hint="another --opset may know the operator",
+            hint="try another --opset, which may have the operator",
         ) from error
     _check_operators(job, proto)
     inputs = [flow.name for flow in job.inputs]
@@ -295,4 +297,4 @@ def _check_operators(job: ExportJob, proto: Any) -> None:
     unknown = [node for node in proto.graph.node if node.domain in {"", "ai.onnx"} and not defs.has(node.op_type)]
     if unknown:
         operators = ", ".join(dict.fromkeys(f"{node.op_type} ({node.name})" for node in unknown[:5]))
-        raise WorkError(f"tf2onnx has no way for operators of {job.file.path}: {operators}; nothing was written")
+        raise WorkError(f"tf2onnx cannot convert operators of {job.file.path}: {operators}; nothing was written")

@@ -59,11 +59,11 @@ def _frozen_script(model: ModelFile, origin: LoadOptions) -> torch.nn.Module | N
             loaded: Any = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
             script: torch.nn.Module = loaded.eval()
     except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+        raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
     if any(True for _ in script.parameters()):
         return None
     if not hasattr(script, "forward"):
-        raise InputError(f"{model.path} is a script without forward, and nothing says how it is called")
+        raise InputError(f"{model.path} is TorchScript without a forward method")
     return script
 
 
@@ -118,8 +118,8 @@ def run_module(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
     except Exception as error:
         shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
         raise UsageError(
-            f"the model does not take inputs of {shapes}: {error_line(error)}",
-            hint="--input x:1,3,224,224:f32 says what it takes, or --data SPEC shows it",
+            f"the model does not accept inputs of {shapes}: {error_line(error)}",
+            hint="give the shape with --input x:1,3,224,224:f32, or add --data SPEC",
         ) from error
     return dict(zip(output_names(len(outputs)), [to_numpy(tensor) for tensor in outputs], strict=True))
 
@@ -129,7 +129,7 @@ def output_names(count: int) -> list[str]:
     return ["output"] if count == 1 else [f"output{index}" for index in range(count)]
 
 
-_ONNX_HINT = "--to onnx has 8 bits for whatever it can hold"
+_ONNX_HINT = "--to onnx supports --int8 for more layers"
 _INT8_LAYERS = "torch.ao.nn."
 """The package of 8-bit layers."""
 
@@ -139,8 +139,8 @@ def quantize(job: ExportJob) -> tuple[torch.nn.Module, tuple[str, ...]]:
     runnable: TorchRunnable = job.runnable
     if isinstance(runnable.module, torch.jit.ScriptModule):
         raise UsageError(
-            f"{job.file.path} shows PyTorch no layers, whose weights it could hold in 8 bits",
-            hint=f"begin from the state dict: --model mod:fn; or {_ONNX_HINT}",
+            f"PyTorch cannot quantise {job.file.path}: it has no layers that PyTorch can see",
+            hint=f"export the state dict with --model mod:fn; or {_ONNX_HINT}",
         )
     module = copy.deepcopy(runnable.module)
     try:
@@ -151,20 +151,20 @@ def quantize(job: ExportJob) -> tuple[torch.nn.Module, tuple[str, ...]]:
         )
     except Exception as error:
         raise WorkError(
-            f"PyTorch cannot hold {job.file.path} in 8 bits: {first_line(error)}", hint=_ONNX_HINT
+            f"PyTorch cannot quantise {job.file.path} to 8 bits: {first_line(error)}", hint=_ONNX_HINT
         ) from error
     count = sum(type(layer).__module__.startswith(_INT8_LAYERS) for layer in module_int8.modules())
     if not count:
         raise UsageError(
-            f"no layer of {job.file.path} has weights that PyTorch could hold in 8 bits",
-            hint="convolutions need examples: --data SPEC",
+            f"{job.file.path} has no layer whose weights PyTorch can quantise to 8 bits",
+            hint="convolutions need examples: add --data SPEC",
         )
     if job.request.data:
         return module_int8, (
-            f"Weights and activations are 8-bit integers, their ranges by {job.samples.examples} examples.",
+            f"Weights and activations are 8-bit integers, calibrated on {job.samples.examples} examples.",
         )
     return module_int8, (
-        "Weights of dense and recurrent layers are 8-bit integers; convolutions stay floats without --data.",
+        "Weights of dense and recurrent layers are 8-bit integers; those of convolutions need --data.",
     )
 
 
@@ -205,7 +205,7 @@ def program_of(job: ExportJob) -> Any:
             for spec, array in zip(job.inputs, example(job), strict=True)
         )
         raise WorkError(
-            f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=f"fixed shapes may help: {options}"
+            f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=f"try fixed shapes: {options}"
         ) from error
 
 
@@ -218,15 +218,15 @@ def check_names(job: ExportJob) -> None:
     """Refuse other input names than those of `forward`."""
     for spec, declared in zip(job.inputs, job.runnable.inputs, strict=True):
         if spec.name != declared.name:
-            raise UsageError(f"--input {spec.name}: the inputs of a PyTorch model are called as forward calls them")
+            raise UsageError(f"--input {spec.name}: the name must be that of an argument of forward")
 
 
 def write_program(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write an exported program."""
     if is_script(job.runnable):
         raise UsageError(
-            f"{job.file.path} is TorchScript, and PyTorch makes no exported program of it",
-            hint="export it to ONNX, or begin from the state dict: --model mod:fn",
+            f"PyTorch cannot convert {job.file.path}, which is TorchScript, to an exported program",
+            hint="export it to ONNX, or export the state dict with --model mod:fn",
         )
     check_names(job)
     buffer = io.BytesIO()
@@ -255,7 +255,7 @@ def write_script(job: ExportJob, target: Path) -> tuple[str, ...]:
     except Exception as error:
         raise WorkError(f"PyTorch cannot trace {job.file.path}: {first_line(error)}") from error
     target.write_bytes(buffer.getvalue())
-    return (*notes, "It was traced: the way that its code took for one batch is the way that it takes.")
+    return (*notes, "The model was traced: control flow that depends on the data is fixed as it was for one batch.")
 
 
 def run_program(job: ExportJob, target: Path) -> Run:
@@ -290,7 +290,7 @@ def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
     loaded = torch.load(target, weights_only=True)
     for tensor, array in exported_arrays(job):
         if not same_bits(array, to_numpy(loaded[tensor.name])):
-            raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
+            raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
     return ()
 
 
@@ -306,7 +306,7 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     except Exception as error:
         raise WorkError(
             f"PyTorch cannot convert {job.file.path} to ONNX: {_reason(error)}",
-            hint="another --opset may know the operator",
+            hint="try another --opset, which may have the operator",
         ) from error
     inputs = [spec.name for spec in job.inputs]
     parameters = {parameter: name for name, parameter in runnable.built.names.items()}
@@ -327,7 +327,7 @@ def _convert_program(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str
     program = load_program(job.file, job.request.origin) if is_program else program_of(job)
     exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=job.request.opset or OPSET)
     if exported is None:
-        raise WorkError(f"PyTorch made nothing of {job.file.path}")
+        raise WorkError(f"PyTorch returned no ONNX model for {job.file.path}")
     return exported.model_proto, ()
 
 
@@ -351,7 +351,7 @@ def _convert_script(job: ExportJob, outputs: list[str]) -> tuple[Any, tuple[str,
         dynamic_axes=axes,
         opset_version=job.request.opset or OPSET,
     )
-    note = "It is TorchScript, which the older exporter of PyTorch converts: the newer one takes no such file."
+    note = "PyTorch's older ONNX exporter was used, because the newer one does not accept TorchScript."
     return load_message(path), (note,)
 
 

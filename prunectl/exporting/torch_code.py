@@ -56,7 +56,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
         target.write_bytes(buffer.getvalue())
     companion_file(target).write_text(code.text, encoding="utf-8")
     return (
-        f"The class {code.name} in {companion_file(target).name} takes the weights, and needs nothing but torch.",
+        f"The class {code.name} in {companion_file(target).name} loads the weights and needs only torch.",
         *_note_fixed_lengths(job),
     )
 
@@ -82,7 +82,7 @@ def _origin(job: ExportJob) -> Any:
 def _input_text(spec: InputSpec, example: Array) -> str:
     """An input as `SHAPE:TYPE` of a sample: open axes get the length of the sample."""
     if spec.dtype not in _SHORT_DTYPES:
-        raise UsageError(f"--code knows no inputs of {spec.dtype}, which {spec.name} is")
+        raise UsageError(f"--code cannot be used: the input {spec.name} has the unsupported type {spec.dtype}")
     size = 1 if spec.shape is None or spec.shape[:1] == (None,) else len(example)
     return f"{','.join(map(str, (size, *example.shape[1:])))}:{_SHORT_DTYPES[spec.dtype]}"
 
@@ -94,7 +94,7 @@ def _note_fixed_lengths(job: ExportJob) -> tuple[str, ...]:
         for spec, example in zip(job.inputs, job.samples.batches[0], strict=True)
         if spec.shape is not None and None in spec.shape[1:]
     ]
-    return (f"The class was tried with {' and '.join(tried)} alone.",) if tried else ()
+    return (f"The class was verified only with inputs of {' and '.join(tried)}.",) if tried else ()
 
 
 def _state_in_file_types(job: ExportJob, code: GeneratedModule) -> dict[str, torch.Tensor]:
@@ -142,8 +142,8 @@ def runner(job: ExportJob, target: Path) -> Run:
         except UsageError as error:
             sizes = " ".join(f"--input {spec.name}:{len(inputs[0])},..." for spec in job.inputs)
             raise WorkError(
-                f"of the class that was generated, {error.message}; nothing was written",
-                hint=f"its steps may name the size of the batch: fixed shapes may help, {sizes}",
+                f"the generated class is wrong: {error.message}; nothing was written",
+                hint=f"its code may contain the batch size: try fixed shapes, {sizes}",
             ) from error
 
     return run

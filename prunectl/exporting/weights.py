@@ -56,7 +56,7 @@ def cast_down(request: ExportRequest, name: str, array: Array) -> Array:
         narrow = array.astype(dtype)
     if not np.isfinite(narrow.astype(np.float32)).all() and np.isfinite(array).all():
         largest = _LARGEST[dtype.name]
-        raise WorkError(f"{name} holds numbers beyond {largest:.5g}, which {dtype.name} does not hold")
+        raise WorkError(f"{name} has values beyond {largest:.5g}, the largest that {dtype.name} can hold")
     return narrow
 
 
@@ -79,7 +79,7 @@ def check_types(job: ExportJob, allowed: frozenset[str], title: str) -> None:
     for tensor in exported_tensors(job.file):
         name = exported_dtype(job, tensor).name
         if name not in allowed:
-            raise UsageError(f"{tensor.name} is {name}, and {title} has no such type")
+            raise UsageError(f"{tensor.name} has the type {name}, which {title} does not support")
 
 
 def save_arrays(arrays: Sequence[tuple[str, Array]], metadata: Mapping[str, str], target: Path) -> None:
@@ -133,11 +133,11 @@ def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:
 def _check_equal(job: ExportJob, result: dict[str, Array]) -> None:
     expected = {tensor.name for tensor in exported_tensors(job.file)}
     if expected != result.keys():
-        raise WorkError(f"{min(expected ^ result.keys())} came out wrong; nothing was written")
+        raise WorkError(f"{min(expected ^ result.keys())} is missing or unexpected in the output; nothing was written")
     for tensor, array in exported_arrays(job):
         # A scalar may come back as an array of one.
         if not same_bits(np.asarray(array), result[tensor.name].reshape(array.shape)):
-            raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
+            raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
 
 
 def _notes(job: ExportJob) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ def _notes(job: ExportJob) -> tuple[str, ...]:
     omitted = len(job.file.tensors) - len(keys)
     notes: list[str] = []
     if tied:
-        notes.append(f"{tied} tensors share their bytes with others in the source; here each has its own.")
+        notes.append(f"{tied} tensors share their bytes with others in the source; in the output each has its own.")
     if omitted:
-        notes.append(f"{omitted} tensors that predictions do not need, or that are held twice, were left out.")
+        notes.append(f"{omitted} tensors were left out, because inference does not need them or they are duplicates.")
     return tuple(notes)

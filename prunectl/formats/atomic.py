@@ -81,17 +81,17 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
     if is_in_place:
         return
     if not target.name:
-        raise UsageError(f"{target} names no file", hint=f"such as {target / model.path.name}")
+        raise UsageError(f"{target} is not a file name", hint=f"write {target / model.path.name}")
     if is_same(model.path, target):
-        raise UsageError(f"{target} is the input itself", hint="write elsewhere, or say --in-place")
+        raise UsageError(f"{target} is the input itself", hint="choose another --output, or use --in-place")
     check_parent(target)
     for place in dict.fromkeys(_place_of(name, target) for name in targets(model, target).values()):
         if any(is_same(file, place) for file in model.files):
-            raise UsageError(f"{place} belongs to the input", hint="write into another folder")
+            raise UsageError(f"{place} is part of the input", hint="write to another folder")
         if os.path.lexists(place) and not is_forced:
-            raise UsageError(f"{place} exists", hint="write elsewhere, or replace it with --force")
+            raise UsageError(f"{place} exists", hint="choose another --output, or replace it with --force")
         if place.is_dir() and not any((place / name).exists() for name in _MODEL_FOLDERS):
-            raise UsageError(f"{place} is a folder without a model in it, which is not replaced")
+            raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
 
 
 def _place_of(name: Path, target: Path) -> Path:
@@ -150,7 +150,7 @@ def write_text(target: Path, text: str, *, is_forced: bool) -> None:
     """Write a file that is there whole or not at all, in place of none unless the user said so."""
     check_parent(target)
     if target.is_dir() or (os.path.lexists(target) and not is_forced):
-        raise UsageError(f"{target} exists", hint="write elsewhere, or replace it with --force")
+        raise UsageError(f"{target} exists", hint="choose another --output, or replace it with --force")
     with atomic_replace(target, may_replace=is_forced) as folder:
         (folder / target.name).write_text(text, encoding="utf-8")
 
@@ -192,7 +192,7 @@ def _staging_dir(parent: Path) -> Generator[Path]:
         yield held.inside
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise WorkError(f"{parent} has no room for the result: {error.strerror}; nothing was written") from error
+            raise WorkError(f"{parent} has no space for the result: {error.strerror}; nothing was written") from error
         # What is read says so itself, and what has no name was being written.
         if error.errno is None or not (error.filename is None or is_of_output(error)):
             raise
@@ -250,7 +250,9 @@ def _move_into_place(new: Path, target: Path, scratch_folder: Path, *, may_repla
                 os.rename(old, target)
                 raise
     except FileExistsError as error:
-        raise WorkError(f"{target} came to be there meanwhile", hint="another run may have written it") from error
+        raise WorkError(
+            f"{target} was created while prunectl was running", hint="another run may have written it"
+        ) from error
     except OSError as error:
         raise WorkError(f"{target} cannot be written: {error.strerror}") from error
 

@@ -355,9 +355,9 @@ def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
     tensors = tuple(tensor for tensor in model.tensors if matches(tensor.name) or matches(tensor.layer))
     if not tensors:
         raise UsageError(
-            f"no layer matches {selector!r} in {model.path}",
+            f"no layer of {model.path} matches {selector!r}",
             did_you_mean=close_matches(selector, [tensor.layer or tensor.name for tensor in model.tensors]),
-            hint=f"list them: prunectl inspect {model.path}",
+            hint=f"list the layers: prunectl inspect {model.path}",
         )
     return tensors
 

@@ -62,11 +62,13 @@ def address(word: str, *, is_written: bool = False) -> InputError | None:
     scheme, rest = match.groups()
     url = f"{scheme}://{rest}"
     if is_written:
-        return InputError(f"{abbreviated(url)} is a URL, and prunectl writes files", hint="write a file, and upload it")
+        return InputError(
+            f"{abbreviated(url)} is a URL, but prunectl writes only files", hint="write a file, and upload it"
+        )
     # What follows a file with code is the name of a function.
     url, rest = (re.sub(r"(?<=\.py):\w.*", "", text) for text in (url, rest))
     fetch = _FETCH.get(scheme, "curl -LO {url}").format(url=url, rest=rest)
-    return InputError(f"{abbreviated(url)} is a URL, and prunectl reads files: download it first", hint=fetch)
+    return InputError(f"{abbreviated(url)} is a URL, but prunectl reads only files: download it first", hint=fetch)
 
 
 class FileProbe:
@@ -89,7 +91,7 @@ class FileProbe:
         self.nbytes = 0 if self.is_folder else facts.st_size
         if not self.is_folder and not stat.S_ISREG(facts.st_mode):
             raise InputError(
-                f"{path} is a pipe or a device, not a file", hint="a model on standard input is written as -"
+                f"{path} is a pipe or a device, not a file", hint="to read a model from standard input, write -"
             )
 
     @cached_property
@@ -227,11 +229,11 @@ _MAGICS = (
     (b"GGUF", "is a GGUF file, which prunectl does not read"),
     (b"\x93NUMPY", "is a NumPy array, not a model"),
     (b"<?xml", "is XML, not a model"),
-    (b"<!DOCTYPE", "is a web page, not a model: the download went wrong"),
-    (b"<html", "is a web page, not a model: the download went wrong"),
+    (b"<!DOCTYPE", "is a web page, not a model: the download failed"),
+    (b"<html", "is a web page, not a model: the download failed"),
     (b"\x7fELF", "is a program, not a model"),
     (b"%PDF", "is a PDF, not a model"),
-    (b"\x89PNG", "is a picture, not a model"),
+    (b"\x89PNG", "is an image, not a model"),
 )
 
 
@@ -254,7 +256,7 @@ def explain_unsupported(peek: FileProbe) -> str:
         return of_tensorflow
     if _is_text(peek.head):
         return "is text, not a model"
-    return "is not a model that prunectl knows"
+    return "is not in a model format that prunectl reads"
 
 
 def _describe_folder(peek: FileProbe) -> str:
@@ -272,7 +274,7 @@ def _describe_folder(peek: FileProbe) -> str:
     if "checkpoint" in names:
         index = next((name for name in names if name.endswith(".index")), "*.index")
         return f"is a folder of TensorFlow checkpoints: name one, such as {peek.path / index}"
-    return "is a folder without a saved_model.pb: not a SavedModel, nor anything else that prunectl reads"
+    return "is a folder without a saved_model.pb or any other model that prunectl reads"
 
 
 def _describe_zip(peek: FileProbe) -> str:
@@ -284,7 +286,7 @@ def _describe_zip(peek: FileProbe) -> str:
     if inner:
         some = ", ".join(map(abbreviated, inner[:3]))
         return f"is a zip with models inside, not a model: unpack it and name one of {some}"
-    return f"is a zip, but no model: it holds {', '.join(map(abbreviated, peek.entries[:3]))}"
+    return f"is a zip, but not a model: it holds {', '.join(map(abbreviated, peek.entries[:3]))}"
 
 
 def _describe_part(peek: FileProbe) -> str:

@@ -34,8 +34,8 @@ def check_inside(path: Path, offset: int, nbytes: int, file_bytes: int, what: st
     """Reject a run of bytes that is not wholly inside its file."""
     if offset < 0 or nbytes < 0 or offset + nbytes > file_bytes:
         raise InputError(
-            f"{path} is truncated or damaged: {abbreviated(what)} should lie at bytes {offset}..{offset + nbytes}, "
-            f"the file has {file_bytes}"
+            f"{path} is truncated or damaged: {abbreviated(what)} should be at bytes {offset}..{offset + nbytes}, "
+            f"but the file has {file_bytes}"
         )
 
 
@@ -114,7 +114,7 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
             with reading(extent.path):
                 got = os.preadv(fd, [buffer[:want].data], extent.offset + done)
             if got != want:
-                raise InputError(f"{extent.path} ended early: it became shorter while it was read")
+                raise InputError(f"{extent.path} was truncated while prunectl was reading it")
             yield buffer[:got].view(dtype)
             done += got
     finally:

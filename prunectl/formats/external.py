@@ -65,9 +65,9 @@ def _definition(name: str) -> Format:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise WorkError(f"the plug-in {package} cannot be imported: {reason}") from error
     if not isinstance(row, Format) or not callable(row.opener):
-        raise WorkError(f"the plug-in {package} names no prunectl.formats.base.Format with a function as its opener")
+        raise WorkError(f"the plug-in {package} must name a prunectl.formats.base.Format whose opener is a function")
     if any(name == builtin.name for builtin in FORMATS):
-        raise WorkError(f"the plug-in {package} calls its format {name}, which is built in")
+        raise WorkError(f"the plug-in {package} names its format {name}, as a built-in one is called")
     return row
 
 
@@ -78,14 +78,14 @@ def _matches(name: str, probe: FileProbe) -> bool:
 def _open(name: str, path: Path) -> ModelFile:
     nbytes = path.stat().st_size
     facts = parse_object(
-        bytes(_run(name, path, partial(_describe, name, path), nbytes)), path, f"what {name} says of it"
+        bytes(_run(name, path, partial(_describe, name, path), nbytes)), path, f"the description by {name}"
     )
     try:
         tensors = tuple(map(_tensor, facts["tensors"]))
         about = ModelInfo(facts["producer"], notes=tuple(facts["notes"]), is_compressed=facts["is_compressed"])
         files = tuple(map(Path, facts["files"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {name} does not say what it holds") from error
+        raise InputError(f"{path} cannot be read: the plug-in for {name} gave no valid description of it") from error
     child = Child(is_kept=True)
     decode = partial(_decode, name, path, child)
     weakref.finalize(decode, child.close)
@@ -107,7 +107,7 @@ def _decode(name: str, path: Path, child: Child, tensor: Tensor) -> Array:
     nbytes = path.stat().st_size + tensor.nbytes
     numbers = _run(name, path, partial(_read, name, path, tensor.name), nbytes, child)
     if len(numbers) != tensor.nbytes:
-        raise InputError(f"{path} is damaged: {name} reads it otherwise than it described it")
+        raise InputError(f"{path} cannot be read: the plug-in for {name} read it differently from its own description")
     return extents.arrange(np.frombuffer(numbers, np.uint8), dtype=tensor.dtype, shape=tensor.shape)
 
 

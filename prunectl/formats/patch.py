@@ -136,7 +136,7 @@ def _copy(source: Path, old: int, new: int, begin: int, end: int) -> None:
                 piece = os.pread(old, min(end - begin, 1 << 20), begin)
             done = os.pwrite(new, piece, begin)
         if not done:
-            raise InputError(f"{source} became shorter while it was copied")
+            raise InputError(f"{source} was truncated while prunectl was copying it")
         begin += done
 
 
@@ -185,8 +185,7 @@ def to_float16(blocks: Iterable[Array], path: object, name: str) -> Iterator[Arr
             if np.any((sizes > HALF_MAX) & np.isfinite(piece)):
                 biggest = float(sizes[np.isfinite(piece)].max())
                 raise InputError(
-                    f"{path} holds {biggest:g} in {abbreviated(name)}, "
-                    f"and a 16-bit float reaches no further than {HALF_MAX:g}",
+                    f"{path} holds {biggest:g} in {abbreviated(name)}, but the largest 16-bit float is {HALF_MAX:g}",
                     hint="leave out --half",
                 )
             yield piece.astype(HALF)

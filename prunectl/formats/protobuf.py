@@ -86,7 +86,7 @@ def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value & _ALL_BITS, at
         shift += 7
-    raise WireError("a number that does not end")
+    raise WireError("a number without an end")
 
 
 def signed(value: int) -> int:
@@ -121,12 +121,12 @@ def varints(raw: bytes) -> NDArray[np.uint64]:
     """All numbers of a packed field at once."""
     data = np.frombuffer(raw, np.uint8)
     if data.size and data[-1] >= 0x80:
-        raise WireError("a number that does not end")
+        raise WireError("a number without an end")
     ends = np.flatnonzero(data < 0x80)
     begins = np.concatenate((np.zeros(min(1, ends.size), ends.dtype), ends[:-1] + 1))
     lengths = ends - begins + 1
     if ends.size and lengths.max() > MAX_VARINT_BYTES:
-        raise WireError("a number that does not end")
+        raise WireError("a number without an end")
     numbers = np.zeros(ends.size, np.uint64)
     for place in range(int(lengths.max(initial=0))):
         has = lengths > place

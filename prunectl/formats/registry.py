@@ -157,7 +157,7 @@ _IN_A_FOLDER = (
 
 _CANNOT = {
     Capability.PACK: "the container has no compression of its own",
-    Capability.STRIP: "strip can neither leave tensors out of it nor store them as 16-bit floats",
+    Capability.STRIP: "strip can neither remove tensors from this format nor store them as 16-bit floats",
     Capability.FLOPS: "it holds tensors, but no graph to count operations in",
     Capability.WRITE: "its format comes from a plug-in, which only reads it",
 }
@@ -237,9 +237,9 @@ def _refuse_impossible(path: Path, tensor: Tensor) -> None:
     """Refuse a shape that no array can have, empty or not."""
     name, shape = abbreviated(tensor.name), tensor.shape
     if len(shape) > budgets.MAX_AXES:
-        raise InputError(f"{path} is refused: {name} claims {len(shape)} axes, NumPy has {budgets.MAX_AXES}")
+        raise InputError(f"{path} is refused: {name} claims {len(shape)} axes, but NumPy allows {budgets.MAX_AXES}")
     if math.prod(length for length in shape if length) > budgets.MAX_ELEMENTS:
-        raise InputError(f"{path} is refused: {name} claims the shape {format_shape(shape)}, beyond any memory")
+        raise InputError(f"{path} is refused: {name} claims the shape {format_shape(shape)}, too large for any memory")
 
 
 def _refuse_blown_up(path: Path, model: ModelFile) -> None:
@@ -253,7 +253,7 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
     storages = (next(group).storage.nbytes for _, group in groupby(hidden, key=lambda tensor: tensor.storage.key))
     unfolded = max(sum(tensor.nbytes for tensor in hidden), sum(storages))
     if unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * whole):
-        raise InputError(f"{path} is refused: its tensors would unfold to {unfolded} bytes, like a bomb")
+        raise InputError(f"{path} is refused: its tensors would expand to {unfolded} bytes, as in a decompression bomb")
     flat = [tensor for tensor in model.tensors if tensor.storage.extent is not None]
     if len(flat) - len({tensor.storage.key for tensor in flat}) > budgets.MAX_TIED:
         raise InputError(
@@ -262,7 +262,7 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
     read_bytes = sum(_read_bytes(tensor) for tensor in views if tensor.storage.extent is not None)
     allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in facts)
     if read_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
-        raise InputError(f"{path} is refused: its tensors show the bytes that they share again and again")
+        raise InputError(f"{path} is refused: its tensors reuse the bytes that they share too many times")
 
 
 def _read_bytes(tensor: Tensor) -> int:

@@ -70,7 +70,7 @@ def refuse_too_much(
             raise InputError(f"{path} is refused: {what} is longer than {budgets.MAX_JSON_BYTES} bytes of JSON")
         made_bytes += _made_bytes(text)
         if made_bytes > most:
-            raise InputError(f"{path} is refused: {what} would become more objects than any model needs")
+            raise InputError(f"{path} is refused: {what} would create more objects than prunectl allows")
 
 
 def _made_bytes(text: bytes | str) -> int:
@@ -111,4 +111,6 @@ def require(module: str, *, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise  # the library is there, but broken: that is not ours to explain
-        raise MissingExtraError(f"{module} is not installed", hint=f"pip install 'prunectl[{extra}]'") from error
+        raise MissingExtraError(
+            f"{module} is not installed", hint=f"install it: pip install 'prunectl[{extra}]'"
+        ) from error

@@ -92,13 +92,13 @@ def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tenso
     try:
         (begin, end), shape, code = facts["data_offsets"], tuple(facts["shape"]), facts["dtype"]
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies") from error
+        raise InputError(f"{path} is damaged: its header does not give the offsets of {abbreviated(name)}") from error
     numbers = (begin, end, *shape)
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise InputError(f"{path} is damaged: its header does not say where {abbreviated(name)} lies")
+        raise InputError(f"{path} is damaged: its header does not give the offsets of {abbreviated(name)}")
     if len(shape) > budgets.MAX_AXES or max(numbers).bit_length() > _MAX_BITS:
         raise InputError(
-            f"{path} is refused: {abbreviated(name)} claims the shape {format_shape(shape)}, beyond any memory"
+            f"{path} is refused: {abbreviated(name)} claims the shape {format_shape(shape)}, too large for any memory"
         )
     dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
@@ -107,7 +107,7 @@ def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tenso
         )
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(
-            f"{path} is damaged: {abbreviated(name)} of shape {format_shape(shape)} does not fill bytes {begin}..{end}"
+            f"{path} is damaged: {abbreviated(name)} of shape {format_shape(shape)} does not match bytes {begin}..{end}"
         )
     storage = Storage(f"{prefix}{name}", end - begin, Extent(path, start + begin, end - begin), end - begin)
     return Tensor(name, "", shape, dtype, Role.OTHER, storage)
@@ -120,7 +120,9 @@ def _check_layout(path: Path, tensors: Iterable[Tensor], start: int, file_bytes:
             raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another tensor or leaves a gap")
         at += extent[1]
     if at != file_bytes:
-        raise InputError(f"{path} is truncated or damaged: its tensors end at byte {at}, the file at {file_bytes}")
+        raise InputError(
+            f"{path} is truncated or damaged: its tensors end at byte {at}, but the file ends at {file_bytes}"
+        )
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -204,7 +206,7 @@ def open_shards(path: Path) -> ModelFile:
     if missing := [name for name in weight_map if name not in held]:
         raise InputError(
             f"{path} is damaged: "
-            f"it promises {abbreviated(missing[0])}, which {abbreviated(weight_map[missing[0]])} does not hold"
+            f"it lists {abbreviated(missing[0])}, but {abbreviated(weight_map[missing[0]])} does not hold it"
         )
     described = state_dict.describe(tensors)
     owners = {shard.path.name: shard for shard in shards}
@@ -314,7 +316,7 @@ def _refuse_others(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[
     known = {mask for weight in wrapped for mask in weight.masks}
     for name, tensor in kept.items():
         if tensor.role == Role.MASK and name not in known:
-            raise InputError(f"{model.path} holds {abbreviated(name)}, a mask that does not fit its weight")
+            raise InputError(f"{model.path} holds the mask {abbreviated(name)}, whose shape does not match its weight")
 
 
 def _entries(

@@ -28,7 +28,7 @@ from prunectl.formats import sandbox_child
 from prunectl.formats.sandbox_child import HEAD, SandboxRequest
 from prunectl.formats.workers import kept_children
 
-_OUT_OF_TIME = "takes too long to read: it is damaged, or made to keep its reader busy"
+_OUT_OF_TIME = "takes too long to read: it is damaged or malicious"
 _PIECE_BYTES = 1 << 20
 _PROBE = bytes(1 << 16)
 _PATIENCE = 20
@@ -96,7 +96,7 @@ def run_sandboxed(
         raise InputError(f"{path} is truncated or damaged: {payload.decode('utf-8', 'backslashreplace')}")
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OVER_TIME:
         raise InputError(f"{path} {_OUT_OF_TIME}")
-    raise InputError(f"{path} crashes the library that reads it: it is damaged or hostile")
+    raise InputError(f"{path} crashes the library that reads it: it is damaged or malicious")
 
 
 def _need_room(path: Path) -> None:
@@ -190,7 +190,7 @@ class _Server:
                 # A question without its answer: nobody knows any more whose the next answer would be.
                 self._stop()
                 if isinstance(error, OSError | EOFError):
-                    raise WorkError(f"no process to read with can be started: {error}") from error
+                    raise WorkError(f"the process that reads the file cannot be started: {error}") from error
                 raise
 
     def end(self, pid: int) -> int:

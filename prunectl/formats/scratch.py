@@ -70,8 +70,8 @@ def temporary_folder() -> Generator[Path]:
         if error.errno not in NO_ROOM or shutil.disk_usage(parent).free > _LITTLE:
             raise
         raise WorkError(
-            f"the temporary folder {parent} has no room: {error.strerror}; nothing was written",
-            hint="name one with more: TMPDIR=/path/to/folder",
+            f"the temporary folder {parent} has no space: {error.strerror}; nothing was written",
+            hint="use a folder with more space: TMPDIR=/path/to/folder",
         ) from error
     finally:
         held.remove()
@@ -205,7 +205,7 @@ def _temporary() -> Path:
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError as error:
-        raise WorkError("no temporary folder can be written to", hint="name one: TMPDIR=/path/to/folder") from error
+        raise WorkError("there is no writable temporary folder", hint="choose one: TMPDIR=/path/to/folder") from error
 
 
 _BITS = 0o777

@@ -73,9 +73,7 @@ class Archive:
                     break
                 yield piece
         if done != entry.nbytes or crc != entry.crc:
-            raise InputError(
-                f"{self.path} is damaged: its entry {abbreviated(entry.name)} is not what its checksum says"
-            )
+            raise InputError(f"{self.path} is damaged: its entry {abbreviated(entry.name)} does not match its checksum")
 
 
 def _inflated(file: BinaryIO, entry: ZipEntry) -> Iterator[bytes]:
@@ -97,7 +95,7 @@ def _inflated(file: BinaryIO, entry: ZipEntry) -> Iterator[bytes]:
                 raw = inflate.unconsumed_tail
         except zlib.error as error:
             raise InputError(
-                f"{file.name} is damaged: its entry {abbreviated(entry.name)} cannot be inflated"
+                f"{file.name} is damaged: its entry {abbreviated(entry.name)} cannot be decompressed"
             ) from error
 
 
@@ -175,7 +173,7 @@ def _opened(path: Path, within: Extent | None) -> Archive:
         # A cut zip can end in a zip that was one of its entries, whose directory is then found instead.
         raise InputError(f"{path} is truncated or damaged: there are {begin} bytes before its first entry")
     if not has_one_directory:
-        raise InputError(f"{path} is refused: not every reader would find the same entries in it")
+        raise InputError(f"{path} is refused: different readers would find different entries in it")
     _refuse_lies(path, entries, end)
     return Archive(path, {entry.name: entry for entry in entries})
 
@@ -227,14 +225,16 @@ def _without_lengths(extra: bytes) -> bytes:
 
 def _locate(path: Path, file: BinaryIO, info: ZipInfo, base: int) -> ZipEntry:
     if info.compress_type not in {ZIP_STORED, ZIP_DEFLATED}:
-        raise InputError(f"{path} compresses its entry {abbreviated(info.filename)} in a way that no model does")
+        raise InputError(
+            f"{path} compresses its entry {abbreviated(info.filename)} with a method that model files do not use"
+        )
     if info.flag_bits & 1:
         raise InputError(f"{path} is encrypted")
     file.seek(max(0, base + info.header_offset))
     header = file.read(_LOCAL_HEADER_BYTES)
     if info.header_offset < 0 or len(header) < _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
         raise InputError(
-            f"{path} is a damaged zip: its entry {abbreviated(info.filename)} does not lie where the directory says"
+            f"{path} is a damaged zip: its entry {abbreviated(info.filename)} is not where its directory says"
         )
     names_bytes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     offset = base + info.header_offset + _LOCAL_HEADER_BYTES + names_bytes
@@ -257,7 +257,7 @@ def _refuse_lies(path: Path, entries: list[ZipEntry], end: int) -> None:
             raise InputError(f"{path} is refused: its entry {abbreviated(entry.name)} points out of the archive")
         if entry.nbytes > entry.extent.nbytes * MAX_DEFLATE_RATIO:
             raise InputError(
-                f"{path} is refused: its entry {abbreviated(entry.name)} claims to inflate beyond what deflate can do"
+                f"{path} is refused: its entry {abbreviated(entry.name)} claims a size that deflate cannot reach"
             )
         seen.add(entry.name)
     last = 0
@@ -269,4 +269,4 @@ def _refuse_lies(path: Path, entries: list[ZipEntry], end: int) -> None:
         raise InputError(f"{path} is a damaged zip: its entries reach beyond their directory")
     total = sum(entry.nbytes for entry in entries)
     if total > max(MAX_UNFOLDED_BYTES, BOMB_RATIO * sum(entry.extent.nbytes for entry in entries)):
-        raise InputError(f"{path} is refused: it would inflate to {total} bytes, like a zip bomb")
+        raise InputError(f"{path} is refused: it would expand to {total} bytes, as in a zip bomb")

@@ -58,9 +58,13 @@ def parse(text: str) -> Clustering:
     number, sign, start = text.partition(":")
     starts = [str(member) for member in Start]
     if (sign and start not in starts) or not (number.isascii() and number.isdecimal()):
-        raise UsageError(f"{text!r} is no number of clusters", hint=f"16, or 16:START with {', '.join(starts)}")
+        raise UsageError(
+            f"{text!r} is not a number of clusters", hint=f"write 16, or 16:START with {', '.join(starts)}"
+        )
     if not 2 <= int(number) <= MAX_CLUSTERS:
-        raise UsageError(f"a tensor has from 2 to {MAX_CLUSTERS} clusters, not {int(number)}", hint="such as 16")
+        raise UsageError(
+            f"the number of clusters must be from 2 to {MAX_CLUSTERS}, not {int(number)}", hint="write --cluster 16"
+        )
     return Clustering(int(number), Start(start) if sign else Start.LINEAR)
 
 

@@ -53,8 +53,8 @@ def _check_name(model: ModelFile, target: Path) -> None:
     if rows and not any(set(row.suffixes) & set(format_row.suffixes) for row in rows):
         own_suffix = model.path.suffix or format_row.suffixes[0]
         raise UsageError(
-            f"{target} is named as {rows[0].title}, but {model.path} keeps its format: {format_row.title}",
-            hint=f"end it in {own_suffix or 'nothing'}; `prunectl export` changes formats",
+            f"{target} has the suffix of {rows[0].title}, but {model.path} keeps its format, {format_row.title}",
+            hint=f"use the suffix {own_suffix or '(none)'}, or change the format with prunectl export",
         )
 
 
@@ -82,7 +82,7 @@ def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple
             yield folder, folder / model.path.name
     else:
         if output.to_stdout and (model.path.is_dir() or len(model.files) > 1):
-            raise UsageError(f"{model.path} is more than one file, and does not fit through standard output")
+            raise UsageError(f"{model.path} consists of several files, which cannot be written to standard output")
         # In place is where the file itself lies: not a link to it, nor the folder or the prefix that it was named by.
         target = model.path.resolve() if output.is_in_place else output.target
         # The output appears when this ends without an error.

@@ -99,7 +99,7 @@ def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[P
     if not isinstance(method.pattern, BlockPattern) and method.not_finite is not NonFinitePolicy.ZERO:
         dropped = sum(count.dropped for count in counts.values())
         if dropped != plan.drop:
-            raise WorkError(f"{dropped} weights of {model.path} were dropped instead of {plan.drop}")
+            raise WorkError(f"{dropped} weights of {model.path} were pruned instead of {plan.drop}")
     return counts
 
 
@@ -109,11 +109,11 @@ def verify(model: ModelFile, written: ModelFile, counts: dict[str, TensorCounts]
     if {(tensor.name, tensor.shape, tensor.dtype) for tensor in written.tensors} != {
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
     }:
-        raise WorkError(f"{model.path} came out with other tensors than it had")
+        raise WorkError(f"the output of {model.path} has different tensors from the input")
     stats = measure_stats(written, written.tensors, has_channels=has_channels)
     for row in stats.layers:
         if row.name in counts and row.zeros != counts[row.name].zeros:
-            raise WorkError(f"{row.name} of {model.path} came out with another number of zeros than planned")
+            raise WorkError(f"{row.name} of {model.path} has a different number of zeros in the output than planned")
     return stats
 
 
@@ -372,12 +372,12 @@ def with_model_scores(model: ModelFile, selection: Selection, method: PruningMet
     scored = strategy.score_all({tensor.name: model.read(tensor) for tensor in selection.tensors})
     scores_by_name: Mapping[str, Array] = {name: scores for name, scores in scored.items() if scores is not None}
     if not scores_by_name:
-        raise UsageError(f"{strategy.name} leaves all of {model.path} alone")
+        raise UsageError(f"the strategy {strategy.name} scores no tensor of {model.path}")
 
     def score(_: Array, context: BlockContext) -> Array:
         return scores_by_name[context.name]
 
-    reason = f"left alone by {strategy.name}"
+    reason = f"not scored by {strategy.name}"
     skips = tuple(
         SkippedTensor(tensor.name, reason) for tensor in selection.tensors if tensor.name not in scores_by_name
     )

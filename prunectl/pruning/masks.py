@@ -309,7 +309,7 @@ def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[A
         return scores, None
     if policy is NonFinitePolicy.ERROR:
         raise InputError(
-            f"{name} holds weights that are not finite numbers", hint="--nan zero drops them, --nan keep leaves them"
+            f"{name} has weights that are NaN or infinite", hint="--nan zero sets them to zero, --nan keep keeps them"
         )
     if policy is NonFinitePolicy.ZERO:
         return np.where(finite, scores, scores.dtype.type(0)), ~finite
@@ -319,4 +319,6 @@ def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[A
 def check_pruned_nonfinite(scores: Array, pruned: Mask, policy: NonFinitePolicy, name: str) -> None:
     """Reject a mask that prunes weights which --nan keep must keep."""
     if policy is NonFinitePolicy.KEEP and not np.isfinite(scores[pruned]).all():
-        raise InputError(f"{name} holds more weights that are not finite than may stay", hint="--nan zero drops them")
+        raise InputError(
+            f"{name} has more NaN or infinite weights than can be kept", hint="--nan zero sets them to zero"
+        )

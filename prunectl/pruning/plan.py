@@ -95,7 +95,8 @@ def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
     tensors, skips = _partition(model, criteria, layer_ratios)
     if not tensors:
         raise UsageError(
-            _nothing_to_prune(model, skips), hint=f"--only and --policy choose; see: prunectl inspect {model.path}"
+            _nothing_to_prune(model, skips),
+            hint=f"select tensors with --only or --policy all; list them with: prunectl inspect {model.path}",
         )
     return Selection(
         tensors, skips, {tensor.name: layer_ratios[tensor.name] for tensor in tensors if tensor.name in layer_ratios}
@@ -152,10 +153,10 @@ def _partition(
         elif tensor.name not in layer_ratios:
             # What was named by --only was meant, even if it is no kernel.
             reasons[tensor.name] = (
-                skip_reason(tensor) if only is None else "" if tensor.name in only else "not among --only"
+                skip_reason(tensor) if only is None else "" if tensor.name in only else "not selected by --only"
             )
         if tensor.name in model.duplicates:
-            reasons[tensor.name] = "a second copy of a variable, changed as the first is"
+            reasons[tensor.name] = "a copy of another variable, pruned with it"
         reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, criteria, can_reencode=can_reencode)
     candidates = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
     # Also what nobody wants pruned is, if it shares its numbers with what is.
@@ -176,9 +177,9 @@ def _obstacle(tensor: Tensor, criteria: PlanCriteria, *, can_reencode: bool) -> 
     if not tensor.size:
         return "empty"
     if isinstance(criteria.pattern, NMPattern) and tensor.reduction_axis is None:
-        return "without an axis of inputs for the pattern"
+        return "without an input axis for the pattern"
     if isinstance(criteria.pattern, BlockPattern) and tensor.out_axis is None:
-        return "no matrix of inputs by outputs"
+        return "not a matrix of inputs by outputs"
     if tensor.storage.extent is None:
         covers = tensor.start == 0 and tensor.nbytes == tensor.storage.nbytes
         return "" if can_reencode and covers else "stored in a way that cannot be changed in place"
@@ -186,7 +187,7 @@ def _obstacle(tensor: Tensor, criteria: PlanCriteria, *, can_reencode: bool) -> 
 
 
 MIN_SIZE = "min-size:"
-UNKNOWN = "not known to be a kernel"
+UNKNOWN = "unknown role"
 """Why a tensor is left alone whose name and use do not tell what it is for."""
 _ROLE_REASONS = {
     Role.EMBEDDING: "an embedding",
@@ -233,7 +234,7 @@ def _skip_classifier(model: ModelFile) -> Callable[[Tensor], Verdict]:
 def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
     # Loaded for this policy alone, as it reads configurations of Keras.
     importlib.import_module("prunectl.pruning.xnnpack").check_sparse_inference(model)
-    return _among_kernels(lambda tensor: "" if is_pointwise(tensor) else "no 1x1 convolution")
+    return _among_kernels(lambda tensor: "" if is_pointwise(tensor) else "not a 1x1 convolution")
 
 
 def is_pointwise(tensor: Tensor) -> bool:
@@ -247,7 +248,7 @@ def min_size(spec: str) -> Policy:
     """The policy that `min-size:N` means."""
     text = spec.removeprefix(MIN_SIZE)
     if not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"{spec!r} is no policy", hint=f"write {MIN_SIZE}1000: smaller tensors are left alone")
+        raise UsageError(f"{spec!r} is not a policy", hint=f"write {MIN_SIZE}1000 to skip tensors with fewer weights")
     least = int(text)
     skip_reason = _among_kernels(lambda tensor: f"fewer than {least:,} weights" if tensor.size < least else "")
     return Policy(spec, lambda _: skip_reason, f"kernels of at least {least:,} weights")
@@ -258,7 +259,9 @@ def adapt_policy(plugin: object) -> Policy:
     if isinstance(plugin, Policy):
         return plugin
     if not callable(plugin):
-        raise UsageError("a policy is a function from a tensor to the reason why it is not pruned, or to nothing")
+        raise UsageError(
+            "a policy must be a function that takes a tensor and returns why it is not pruned, or an empty string"
+        )
     function: Callable[[Tensor], str | None] = plugin
 
     def skip_reasons(_: ModelFile) -> Callable[[Tensor], str]:
@@ -282,7 +285,7 @@ def non_float_reason(tensor: Tensor) -> Verdict:
     name = tensor.dtype.name
     if tensor.is_float:
         return ""
-    return f"quantised to {name}: prune it before" if name in QUANTISED else f"numbers of type {name}"
+    return f"quantised to {name}: prune before quantising" if name in QUANTISED else f"of type {name}"
 
 
 def _ineligible(tensor: Tensor) -> Verdict:

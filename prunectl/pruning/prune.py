@@ -39,8 +39,8 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) ->
     floor = size_at(high)
     if floor > target:
         raise WorkError(
-            f"a {codec} size of {target} bytes is out of reach: {SPARSEST:.0%} sparsity gives {floor}",
-            hint="what is left are biases, norms and excluded layers; try --policy all or --only '*'",
+            f"a {codec} size of {target} bytes cannot be reached: {SPARSEST:.0%} sparsity gives {floor} bytes",
+            hint="biases, norms and excluded layers are not pruned; try --policy all or --only '*'",
         )
     above, below = dense, floor
     for attempt in range(_TRIES):
@@ -66,9 +66,9 @@ def sparsity_for_compression(path: Path, selection: Selection, total: int, facto
     if drop > free:
         most = total / max(total - fixed - free, 1)
         raise UsageError(
-            f"a compression of {factor:g} is out of reach in {path}: without all {free + fixed:,} weights "
-            f"that may go it is {most:.3g}",
-            hint="--policy all prunes biases, norms and embeddings as well",
+            f"a compression of {factor:g} cannot be reached in {path}: pruning all {free + fixed:,} "
+            f"prunable weights gives {most:.3g}",
+            hint="--policy all also prunes biases, norms and embeddings",
         )
     return drop / free if free else 0.0
 
@@ -162,7 +162,9 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
         if tensor.name in names and tensor.is_prunable and tensor.out_axis is not None:
             share = structured_sparsity(written, tensor, tensor.out_axis, method.pattern).conforming
             if share is not None and share < 1:
-                raise WorkError(f"{tensor.name} came out without the pattern that was asked for")
+                raise WorkError(
+                    f"{tensor.name} does not follow the requested pattern in the output; nothing was written"
+                )
 
 
 def _sparsity(model: ModelFile, request: PruneRequest, selection: Selection, method: PruningMethod) -> float:

@@ -82,14 +82,12 @@ def from_json(data: dict[str, Any]) -> PruneRequest:
     """Parse the request in a recipe."""
     defaults = {field.name: field.default for field in fields(PruneRequest)}
     if unknown := sorted(set(data) - defaults.keys()):
-        raise UsageError(
-            f"no choice is called {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], defaults))
-        )
+        raise UsageError(f"unknown option {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], defaults)))
     lists = {name: tuple(map(_to_tuple, value)) for name, value in data.items() if isinstance(value, list)}
     values = {**data, **lists}
     for name, value in values.items():
         if not _check_type(name, value, defaults[name]):
-            raise UsageError(f"{value!r} is no {name.replace('_', ' ')}")
+            raise UsageError(f"{value!r} is not a valid {name.replace('_', ' ')}")
     return PruneRequest(**values)
 
 
@@ -125,7 +123,7 @@ def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | Non
     pattern = patterns.parse(text)
     if isinstance(pattern, NMPattern | BlockPattern):
         return pattern, pool
-    raise UsageError("channels are not cut yet", hint="write 2:4, block:1x4 or unstructured")
+    raise UsageError("the pattern channel cannot be used here", hint="write 2:4, block:1x4 or unstructured")
 
 
 def resolve_method(request: PruneRequest) -> PruningMethod:
@@ -180,22 +178,23 @@ def check(request: PruneRequest) -> PruningMethod:
     needs = strategy.needs
     if needs is Requires.TRAINING:
         raise UsageError(
-            f"the strategy {request.strategy} watches training", hint=f"prunectl finetune --strategy {request.strategy}"
+            f"the strategy {request.strategy} needs training",
+            hint=f"use it in: prunectl finetune --strategy {request.strategy}",
         )
     looks_at_data = needs is not Requires.NOTHING or request.is_repaired
     if looks_at_data and not request.data:
         who = "--repair" if request.is_repaired else f"the strategy {request.strategy}"
-        raise UsageError(f"{who} looks at data, and there is none", hint="such as --data train.npz")
+        raise UsageError(f"{who} needs data", hint="add --data train.npz")
     if request.data and not looks_at_data:
         raise UsageError(
-            f"the strategy {request.strategy} looks at no data",
-            hint="leave out --data, add --repair, or take --strategy activation-magnitude or obs",
+            f"--data has no effect: the strategy {request.strategy} uses no data",
+            hint="leave out --data, add --repair, or use --strategy activation-magnitude or obs",
         )
     if not request.data and (request.loss, request.samples, request.batch_size) != ("", SAMPLES, BATCH_SIZE):
-        raise UsageError("--samples, --batch-size and --loss are about data", hint="add --data SPEC, or leave them out")
+        raise UsageError("--samples, --batch-size and --loss need --data", hint="add --data SPEC, or leave them out")
     for option, number in (("--samples", request.samples), ("--batch-size", request.batch_size)):
         if number < 1:
-            raise UsageError(f"{option} is at least 1")
+            raise UsageError(f"{option} must be at least 1")
     return check_shape(request, strategy)
 
 
@@ -209,16 +208,23 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
     is_by_layer = request.scope == Scope.LAYER
     if isinstance(pattern, NMPattern):
         if not is_by_layer:
-            raise UsageError(f"the pattern {request.pattern} is the same in every layer", hint="leave out --scope")
+            raise UsageError(
+                f"--scope cannot be used with the pattern {request.pattern}, which is the same in every layer",
+                hint="leave out --scope",
+            )
         if request.layers:
-            raise UsageError(f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --layer")
+            raise UsageError(
+                f"the pattern {request.pattern} fixes the sparsity of every layer", hint="leave out --layer"
+            )
     if isinstance(pattern, BlockPattern) and not is_by_layer:
-        raise UsageError("blocks are ranked within each layer", hint="leave out --scope")
+        raise UsageError(
+            "--scope cannot be used with blocks, which are ranked within each layer", hint="leave out --scope"
+        )
     if request.layers and not is_by_layer:
-        raise UsageError(f"--layer sets the sparsity of a layer, --scope {request.scope} ranks or weighs all together")
+        raise UsageError(f"--layer cannot be used with --scope {request.scope}, which sets the sparsity of every layer")
     if strategy.allocation is not None and (request.layers or pattern or not is_by_layer):
         raise UsageError(
-            f"{request.strategy} says by itself how much of each layer goes",
+            f"the strategy {request.strategy} sets the sparsity of each layer itself",
             hint="leave out --scope, --layer and --pattern",
         )
     return _method(request, strategy, (pattern, pool))
@@ -229,20 +235,18 @@ def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | No
     amount_count = sum(amount is not None for amount in amounts)
     for ratio in (request.sparsity, *(own for _, own in request.layers)):
         if ratio is not None and not 0 <= ratio <= 1:
-            raise UsageError(f"a sparsity is a share from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
+            raise UsageError(f"the sparsity must be from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
     if request.sparsity == 1:
         raise UsageError(
-            "a sparsity is a share from 0 up to 1, not 1: no weight would be left", hint="1 % is written 1%"
+            "a sparsity of 1 would set every weight to zero", hint="for 1 percent write 1%, for 99 percent 99%"
         )
     if isinstance(pattern, NMPattern):
         if amount_count and request.sparsity != pattern.zeros / pattern.group:
-            raise UsageError(
-                f"the pattern {request.pattern} decides the sparsity by itself", hint="leave out --sparsity"
-            )
+            raise UsageError(f"the pattern {request.pattern} fixes the sparsity", hint="leave out --sparsity")
     elif amount_count > 1:
-        raise UsageError("--sparsity, --compression and the targets exclude each other")
+        raise UsageError("only one of --sparsity, --compression, --target-gzip and --target-packed can be used")
     elif not amount_count and not request.layers and not request.cluster:
-        raise UsageError("how much? say --sparsity, --compression or a target", hint="such as --sparsity 0.8")
+        raise UsageError("no sparsity is given", hint="add --sparsity 80%, --compression 5 or --target-gzip 400KB")
 
 
 SCHEMA = "prunectl.manifest/1"
@@ -257,10 +261,10 @@ def check_manifest(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> 
     check_parent(path)
     exists = os.path.lexists(path)
     if (exists and not path.is_file()) or path.resolve() in {path_in_use.resolve() for path_in_use in reserved}:
-        raise UsageError(f"{path} is no place for a manifest", hint="--manifest run.json")
+        raise UsageError(f"{path} cannot be a manifest: it is not a file", hint="name a file: --manifest run.json")
     if exists and not is_forced and not _is_ours(path):
         raise UsageError(
-            f"{path} exists, and is no manifest of prunectl", hint="write elsewhere, or replace it with --force"
+            f"{path} exists and is not a prunectl manifest", hint="choose another file, or replace it with --force"
         )
 
 
@@ -297,7 +301,7 @@ def read_manifest(path: Path, *, is_trusted: bool = False) -> PruneRequest:
         raise InputError(f"{path} does not exist")
     fields = read_object(path, "it").get("request")
     if not isinstance(fields, dict):
-        raise InputError(f"{path} is JSON, but not a manifest of prunectl: it has no request")
+        raise InputError(f"{path} is JSON, but not a prunectl manifest: it has no request")
     request = from_json(fields)
     if not is_trusted:
         check_untrusted(_code_specs(request), str(path))
@@ -348,7 +352,9 @@ def read_record(path: Path) -> ManifestRecord:
         raise InputError(f"{path} does not exist")
     document = read_object(path, "it")
     if document.get("schema") != SCHEMA:
-        raise InputError(f"{path} is JSON, but not a manifest of prunectl", hint="prunectl prune … --manifest FILE")
+        raise InputError(
+            f"{path} is JSON, but not a prunectl manifest", hint="write one with: prunectl prune … --manifest FILE"
+        )
     try:
         zeroed_nonfinite = document["request"].get("nan") == "zero"
         cuts = tuple(map(_recorded_tensor, document["cuts"]))
@@ -356,7 +362,7 @@ def read_record(path: Path) -> ManifestRecord:
             path, str(document["input"]["sha256"]), str(document["output"]["sha256"]), cuts, zeroed_nonfinite
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: it does not say what was cut") from error
+        raise InputError(f"{path} is damaged: it does not list the pruned tensors") from error
 
 
 def _recorded_tensor(fields: dict[str, Any]) -> RecordedTensor:

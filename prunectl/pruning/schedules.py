@@ -138,20 +138,20 @@ class SparsitySchedule:
     def __post_init__(self) -> None:
         for name, ratio in (("sparsity", self.final), ("initial sparsity", self.initial)):
             if not 0.0 <= ratio <= 1.0:
-                raise UsageError(f"the {name} is a share from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
+                raise UsageError(f"the {name} must be from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
         if self.begin < 0 or (self.end is not None and self.end < self.begin):
             raise UsageError(f"a schedule cannot run from step {self.begin} to step {self.end}")
         if self.frequency < 1:
-            raise UsageError("the frequency is a number of steps from one turn to the next, at least 1")
+            raise UsageError("--frequency is the number of steps between pruning steps and must be at least 1")
         if self.end is None and self.curve != "constant":
-            raise UsageError(f"the schedule {self.curve} needs an end", hint="such as --end 80%")
+            raise UsageError(f"the schedule {self.curve} needs an end", hint="add --end 80%")
         self._shape(0.0)
 
     def _shape(self, done: float) -> float:
         try:
             return float(_curve(self.curve, self.params)(done, self.initial, self.final))
         except (ArithmeticError, TypeError, ValueError) as error:
-            raise WorkError(f"the schedule {self.curve} fails: {type(error).__name__}: {error}") from error
+            raise WorkError(f"the schedule {self.curve} raised {type(error).__name__}: {error}") from error
 
     @property
     def last_update_step(self) -> int:
@@ -164,7 +164,9 @@ class SparsitySchedule:
         done = min(max((step - self.begin) / length, 0.0), 1.0) if length > 0 else float(step >= self.begin)
         sparsity = self._shape(done)
         if not 0.0 <= sparsity <= 1.0:
-            raise WorkError(f"the schedule {self.curve} asks for a sparsity of {sparsity:g} at step {step}")
+            raise WorkError(
+                f"the schedule {self.curve} returned a sparsity of {sparsity:g} at step {step}; it must be from 0 to 1"
+            )
         return sparsity
 
     def prunes_at(self, step: int) -> bool:
@@ -210,6 +212,6 @@ def _curve(name: str, params: tuple[str, ...]) -> Callable[..., Any]:
     """The curve of a name with its parameters; looked up by name, as a value must be to be saved."""
     curve: Any = find("schedule", name, CURVES)
     if not callable(curve):
-        raise UsageError(f"{name} is not a function of what is done, the initial and the final sparsity")
+        raise UsageError(f"{name} is not a function of progress (0 to 1), initial and final sparsity")
     # `typed` leaves out the first argument of a function; a curve has three.
     return partial(curve, **bind_params(params, partial(curve, 0.0, 0.0)))

@@ -251,7 +251,9 @@ def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
         wide = {name: _at_least_float32(array) for name, array in weights.items()}
         scores = call_plugin(function, request.strategy, "the model", wide, **params)
         if not isinstance(scores, Mapping) or scores.keys() - weights.keys():
-            raise WorkError(f"{request.strategy} must give a dictionary with the names of the tensors that it got")
+            raise WorkError(
+                f"{request.strategy} must return a dictionary whose keys are the names of the tensors it was given"
+            )
         return {
             name: None if scores.get(name) is None else _validated(scores[name], array, request.strategy, name)
             for name, array in weights.items()
@@ -273,7 +275,7 @@ def _builtin_params(strategy: Strategy, texts: tuple[str, ...]) -> Mapping[str, 
             raise UsageError(
                 f"the strategy {strategy.name} has no parameter {name}",
                 did_you_mean=tuple(get_close_matches(name, strategy.choices)),
-                hint=f"it takes {', '.join(strategy.choices)}",
+                hint=f"parameters: {', '.join(strategy.choices)}",
             )
         choices = strategy.choices[name]
         if isinstance(choices, int | float):
@@ -281,9 +283,9 @@ def _builtin_params(strategy: Strategy, texts: tuple[str, ...]) -> Mapping[str, 
             continue
         if value not in choices:
             raise UsageError(
-                f"{value!r} is no {name} of {strategy.name}",
+                f"{value!r} is not a {name} of the strategy {strategy.name}",
                 did_you_mean=tuple(get_close_matches(value, choices)),
-                hint=f"it is one of {', '.join(choices)}",
+                hint=f"choose one of {', '.join(choices)}",
             )
         params[name] = value
     return params
@@ -295,7 +297,9 @@ def _number(strategy: Strategy, name: str, text: str, default: float) -> float:
     except ValueError:
         number = -1
     if not 0 < number < math.inf:
-        raise UsageError(f"{name} of {strategy.name} is a number above zero, not {text!r}", hint=f"such as {default:g}")
+        raise UsageError(
+            f"{name} of {strategy.name} must be a number above zero, not {text!r}", hint=f"the default is {default:g}"
+        )
     return number
 
 
@@ -311,7 +315,7 @@ def call_plugin(function: Callable[..., Any], strategy: str, subject: str, *weig
     except PrunectlError:
         raise
     except Exception as error:
-        raise WorkError(f"{strategy} fails on {subject}: {type(error).__name__}: {error}") from error
+        raise WorkError(f"{strategy} raised {type(error).__name__} on {subject}: {error}") from error
 
 
 def bind_params(texts: tuple[str, ...], function: Callable[..., Any]) -> Mapping[str, Any]:
@@ -326,14 +330,14 @@ def bind_params(texts: tuple[str, ...], function: Callable[..., Any]) -> Mapping
             raise UsageError(
                 f"the strategy has no parameter {name}",
                 did_you_mean=tuple(get_close_matches(name, accepted)),
-                hint=f"it takes {', '.join(accepted) or 'none'}",
+                hint=f"parameters: {', '.join(accepted) or 'none'}",
             )
         params[name] = _parse_value(name, text, _annotation(accepted[name]))
     missing = [
         name for name, parameter in accepted.items() if parameter.default is parameter.empty and name not in params
     ]
     if missing:
-        raise UsageError(f"the strategy needs a {missing[0]}", hint=f"write --param {missing[0]}=...")
+        raise UsageError(f"the strategy needs the parameter {missing[0]}", hint=f"write --param {missing[0]}=...")
     return params
 
 
@@ -360,7 +364,7 @@ def _parse_value(name: str, text: str, kind: str) -> Any:
     if kind == "float" and type(parsed) is int:
         return float(parsed)
     if kind in {"int", "float", "bool"} and type(parsed).__name__ != kind:
-        raise UsageError(f"{text!r} is no {kind}, as the parameter {name} is")
+        raise UsageError(f"the parameter {name} must be of type {kind}, not {text!r}")
     return parsed
 
 
@@ -368,11 +372,13 @@ def _validated(scores: Any, weights: Array, strategy: str, name: str) -> Array:
     """Scores that can be ranked: of the weights' shape, floats, none of them negative."""
     array = np.asarray(scores)
     if array.shape != weights.shape:
-        raise WorkError(f"{strategy} gave {name} scores of shape {array.shape}, its weights have {weights.shape}")
+        raise WorkError(
+            f"{strategy} returned scores of shape {array.shape} for {name}, whose weights have {weights.shape}"
+        )
     if array.dtype.kind not in "fiub":
-        raise WorkError(f"{strategy} gave {name} scores that are no numbers")
+        raise WorkError(f"{strategy} returned scores for {name} that are not numbers")
     # All in one width, so that the scores of several tensors can be ranked together.
     array = array.astype(np.float64)
     if (array < 0).any():
-        raise WorkError(f"{strategy} gave {name} a negative score")
+        raise WorkError(f"{strategy} returned a negative score for {name}")
     return array

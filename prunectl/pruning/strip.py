@@ -62,7 +62,9 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
     """Verify that nothing is left that should be removed, and that no other tensor has changed."""
     wrappers_left = [wrapper for wrapper in result.about.wrappers if wrapper.kind != PARAMETRIZATION]
     if StripPart.MASKS in options.parts and wrappers_left:
-        raise WorkError(f"{model.path} came out with wrappers still around {wrappers_left[0].layer}")
+        raise WorkError(
+            f"the output of {model.path} still has a wrapper around {wrappers_left[0].layer}; nothing was written"
+        )
     wrapped = {wrapper.layer for wrapper in model.about.wrappers}
     before = {tensor.name: tensor for tensor in model.tensors}
     for tensor in result.tensors:
@@ -73,7 +75,7 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
             # Where a graph still asks for the state of an optimizer, it gets zeros.
             continue
         if original.shape != tensor.shape or not bitwise_equal(model, original, result, tensor):
-            raise WorkError(f"{tensor.name} of {model.path} came out with other numbers than it had")
+            raise WorkError(f"{tensor.name} of {model.path} has different values in the output; nothing was written")
 
 
 def stats_for_report(model: ModelFile) -> ModelStats:

@@ -39,7 +39,7 @@ def check_sparse_inference(model: ModelFile) -> None:
     if config is None:
         return
     if not listed(config):
-        raise UsageError(f"{model.path} has a configuration without layers, so that XNNPACK's path is not to be found")
+        raise UsageError(f"the configuration of {model.path} lists no layers, so XNNPACK's sparse path cannot be found")
     layers = _layers(config)
     kernels = (tensor for tensor in model.tensors if tensor.role is Role.KERNEL and len(tensor.shape) == 4)
     channels = {tensor.layer: tensor.shape[2] for tensor in kernels}
@@ -69,7 +69,7 @@ def check_sparse_inference(model: ModelFile) -> None:
 
 def _unsupported(model: ModelFile, missing: str) -> UsageError:
     return UsageError(
-        f"XNNPACK would not run {model.path} sparsely: it needs {missing}",
+        f"XNNPACK would not run {model.path} as a sparse model: it needs {missing}",
         hint="prune without --policy xnnpack, or with --only",
     )
 

@@ -51,7 +51,7 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
         models=(survey_json(result.before), survey_json(result.after)),
         table=cuts,
         sections=(
-            Section(f"{result.before.path} -> {output or 'nowhere'}", _facts(result), (cuts, sizes), tuple(notes)),
+            Section(f"{result.before.path} -> {output or '(dry run)'}", _facts(result), (cuts, sizes), tuple(notes)),
         ),
         artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.beside))
         if output
@@ -79,10 +79,14 @@ def _size(name: str, stats: ModelStats) -> tuple[Cell, ...]:
 
 def _facts(result: ChannelPruneResult) -> tuple[tuple[str, str], ...]:
     return (
-        ("asked", _goal(result.cutting)),
-        *(() if result.cutting.only_dead else (("how", f"{_measure(result.cutting)}, {result.cutting.scope} scope"),)),
-        ("cut", f"{count(result.dropped)} of {count(result.channels)} channels that may go"),
-        ("proof", f"the same as {_reference(result.cutting)}, within {_proof(result.proof)}"),
+        ("target", _goal(result.cutting)),
+        *(
+            ()
+            if result.cutting.only_dead
+            else (("method", f"{_measure(result.cutting)}, {result.cutting.scope} scope"),)
+        ),
+        ("cut", f"{count(result.dropped)} of {count(result.channels)} removable channels"),
+        ("verified", f"outputs equal those of {_reference(result.cutting)}, within {_proof(result.proof)}"),
     )
 
 
@@ -93,7 +97,7 @@ def _proof(proof: Verification) -> str:
 
 def _goal(cutting: ChannelConfig) -> str:
     if cutting.only_dead:
-        return "channels that make no difference"
+        return "only dead channels, which make no difference"
     if cutting.target is None:
         return f"{percent(cutting.ratio)} of the channels"
     target = cutting.target
@@ -102,7 +106,7 @@ def _goal(cutting: ChannelConfig) -> str:
 
 
 def _reference(cutting: ChannelConfig) -> str:
-    return "the whole network" if cutting.only_dead else "with these channels at zero"
+    return "the original network" if cutting.only_dead else "the network with these channels set to zero"
 
 
 def _measure(cutting: ChannelConfig) -> str:
@@ -112,13 +116,13 @@ def _measure(cutting: ChannelConfig) -> str:
 def _skipped(result: ChannelPruneResult) -> str:
     reasons = Counter(skip.reason for skip in result.skips)
     listed = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
-    return f"Left alone: {listed}{'; and others' if len(reasons) > 6 else ''}."
+    return f"Not pruned: {listed}{'; and others' if len(reasons) > 6 else ''}."
 
 
 def _unknown(stats: ModelStats) -> list[str]:
     if not stats.macs_unknown:
         return []
-    return [f"FLOPs are without {len(stats.macs_unknown)} operations of unknown shape."]
+    return [f"The FLOPs do not count {len(stats.macs_unknown)} operations of unknown shape."]
 
 
 def _shape(lengths: tuple[int, ...]) -> str:

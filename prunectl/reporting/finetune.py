@@ -81,7 +81,9 @@ def _method(result: FinetuneResult) -> str:
     request = result.request
     pruning, ramping = request.pruning, request.ramping
     parts = (pruning.strategy, pruning.pattern, pruning.scope, ramping.name or "polynomial") if request.prunes else ()
-    return ", ".join(filter(None, (*parts, f"{count(result.course.steps)} steps of {result.course.batch_size}")))
+    return ", ".join(
+        filter(None, (*parts, f"{count(result.course.steps)} steps, batch size {result.course.batch_size}"))
+    )
 
 
 def _facts(result: FinetuneResult) -> tuple[tuple[str, str], ...]:
@@ -89,8 +91,8 @@ def _facts(result: FinetuneResult) -> tuple[tuple[str, str], ...]:
     for name, after in result.judged_after.items():
         facts.append((name, f"{_number(result.judged_before.get(name))} -> {_number(after)}"))
     if result.best_epoch is not None:
-        facts.append(("weights", f"of epoch {result.best_epoch}, the best"))
-    facts.append(("zeros kept", f"{count(result.kept)} / {count(result.masked)}"))
+        facts.append(("weights", f"from epoch {result.best_epoch}, the best one"))
+    facts.append(("zeros kept", f"{count(result.kept)} of {count(result.masked)}"))
     return tuple(facts)
 
 
@@ -177,9 +179,9 @@ class TrainingProgress:
         if kind is KeyboardInterrupt and not self._settings.is_quiet:
             escape_unencodable(sys.stderr)
             if self._checkpoints is None:
-                sys.stderr.write("stopped: nothing is kept; with --checkpoint-dir DIR it can be gone on with\n")
+                sys.stderr.write("stopped: nothing was saved; a run with --checkpoint-dir DIR can be resumed\n")
             else:
-                sys.stderr.write(f"stopped: the same command with --resume goes on from {self._checkpoints}\n")
+                sys.stderr.write(f"stopped: run the same command with --resume to continue from {self._checkpoints}\n")
 
 
 def format_epoch(entry: LogEntry) -> str:

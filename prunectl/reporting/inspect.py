@@ -108,11 +108,11 @@ def _facts(stats: ModelStats) -> tuple[tuple[str, str], ...]:
         facts.append(
             (
                 "sparsity",
-                f"{percent(stats.prunable_sparsity)} of the prunable, {percent(stats.sparsity)} of all parameters",
+                f"{percent(stats.prunable_sparsity)} of prunable weights, {percent(stats.sparsity)} of all parameters",
             )
         )
     if stats.macs is not None:
-        unknown = f", without {len(stats.macs_unknown)} operations of unknown shape" if stats.macs_unknown else ""
+        unknown = f", not counting {len(stats.macs_unknown)} operations of unknown shape" if stats.macs_unknown else ""
         facts.append(("FLOPs", f"{count(2 * stats.macs)} for one input{unknown}"))
     for kind in dict.fromkeys(wrapper.kind for wrapper in about.wrappers):
         layers = [wrapper for wrapper in about.wrappers if wrapper.kind == kind]
@@ -151,7 +151,7 @@ def _bars(histogram: Histogram) -> Table:
         rows.append((f"{low:.2g}", number, "#" * -(-number * _BAR_WIDTH // tallest)))
     if histogram.not_finite:
         rows.append(("NaN or infinite", histogram.not_finite, ""))
-    return Table("histogram", (Column("|weight| from"), Column("weights", Unit.COUNT), Column("")), tuple(rows))
+    return Table("histogram", (Column("|weight| at least"), Column("weights", Unit.COUNT), Column("")), tuple(rows))
 
 
 _COLUMNS = (
@@ -189,7 +189,7 @@ def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Repor
 
 
 def _fact(groups: ChannelGroups) -> str:
-    return f"{count(groups.prunable)} of {count(groups.channels)} may go"
+    return f"{count(groups.prunable)} of {count(groups.channels)} can be removed"
 
 
 def _table(groups: ChannelGroups) -> Table:

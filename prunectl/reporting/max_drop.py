@@ -18,7 +18,9 @@ from prunectl.units import count, percent
 def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_at_data: bool) -> Report:
     """The report on pruning at the sparsity that was found, with how it was found."""
     notes = (
-        (f"Judged by {judged_by}, which the strategy looks at too: other data may say less.",) if looks_at_data else ()
+        (f"The drop was measured on {judged_by}, which the strategy also used: it may be larger on other data.",)
+        if looks_at_data
+        else ()
     )
     return replace(
         report,
@@ -47,13 +49,18 @@ def _section(result: SearchResult, notes: tuple[str, ...]) -> Section:
     base, best = result.base, result.result
     lost = amount(drop(best, base), base)
     facts = (
-        (base.metric, f"{base.value:.4g} -> {best.value:.4g}, a drop of {lost}; {result.limit.shown} is allowed"),
+        (base.metric, f"{base.value:.4g} -> {best.value:.4g}, a drop of {lost} (limit: {result.limit.shown})"),
         ("tried", f"{count(len(result.tried))} {'sparsity' if len(result.tried) == 1 else 'sparsities'}"),
     )
     search_notes = tuple(
         dict.fromkeys((*_largest_sparsity(result), *result.rebuilt, *base.notes, *_diverged(result), *best.notes))
     )
-    return Section(f"within a drop of {result.limit.shown}", facts, (_trials_table(result),), (*search_notes, *notes))
+    return Section(
+        f"largest sparsity with a drop of at most {result.limit.shown}",
+        facts,
+        (_trials_table(result),),
+        (*search_notes, *notes),
+    )
 
 
 def _largest_sparsity(result: SearchResult) -> tuple[str, ...]:
@@ -63,16 +70,16 @@ def _largest_sparsity(result: SearchResult) -> tuple[str, ...]:
     alike = [point for point, outcome in result.tried.items() if outcome.digest and outcome.digest == best.digest]
     first = min((point.sparsity for point in alike), default=result.best.sparsity)
     if first == result.best.sparsity:
-        return (f"The largest sparsity that holds is {sparsity}: {worth}.{_zeros(result)}",)
-    same = f"From {percent(first)} to {sparsity} the file is the same, so that more cannot go: {worth}."
-    return (f"{same}{_zeros(result)} What layers and limits of their own say goes before what is asked.",)
+        return (f"The largest sparsity within the limit is {sparsity}: {worth}.{_zeros(result)}",)
+    same = f"The file is the same from {percent(first)} to {sparsity}, so no more can be pruned: {worth}."
+    return (f"{same}{_zeros(result)} Ratios and limits of single layers take precedence over the sparsity.",)
 
 
 def _zeros(result: SearchResult) -> str:
     """Say how sparse the file is; channels that were cut have left no zeros."""
     if result.best.pattern == CHANNEL:
         return ""
-    return f" Of all parameters, {percent(result.result.sparsity)} are zero."
+    return f" The sparsity of all parameters is {percent(result.result.sparsity)}."
 
 
 def _diverged(result: SearchResult) -> tuple[str, ...]:
@@ -82,8 +89,8 @@ def _diverged(result: SearchResult) -> tuple[str, ...]:
 
 def _outcome(result: SearchResult, point: Trial) -> str:
     if not result.tried[point].is_number:
-        return "no number" if result.tried[point].path else "went astray"
-    return "holds" if result.within_limit(point) else "too much"
+        return "NaN" if result.tried[point].path else "diverged"
+    return "within limit" if result.within_limit(point) else "over limit"
 
 
 def _trials_table(result: SearchResult) -> Table:

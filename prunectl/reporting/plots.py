@@ -35,7 +35,7 @@ def svg_plot(curves: Mapping[str, Curve], *, across: str, up: str) -> str:
     right = _LEFT + _WIDTH
     bottom = _TOP + _HEIGHT
     total = bottom + 40 + _LINE * len(curves)
-    label = escape(f"{up} over {across}: {', '.join(curves)}")
+    label = escape(f"{up} against {across}: {', '.join(curves)}")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 24} {total}" role="img" aria-label="{label}">',
         "<style>text { font: 13px sans-serif }</style>",

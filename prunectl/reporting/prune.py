@@ -56,21 +56,25 @@ def prune_report(pruned: Pruned, output: str) -> Report:
     )
     notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *averaged_copies_hint(pruned.before)]
     if any(skip.reason == UNKNOWN for skip in pruned.plan.skips):
-        notes.append(f"What is {UNKNOWN} is pruned when --only names it.")
+        notes.append(f"Tensors of {UNKNOWN} are pruned only if --only names them.")
     if any(skip.reason == "optimizer state" for skip in pruned.plan.skips):
         notes.append(
-            "The optimizer's state of pruned weights is as it was: training goes on from it as from dense weights."
+            "The optimizer's state was not changed: resumed training starts with the moments of the dense weights."
         )
     if pruned.request.strategy == "random-weighted" and not pruned.request.params:
-        notes.append(f"The seed drew the bias {sample_depth_bias(pruned.request.seed)}.")
+        notes.append(
+            f"The bias towards early or late layers, drawn with --seed, is {sample_depth_bias(pruned.request.seed)}."
+        )
     if pruned.request.cluster:
         count_of = pruned.request.cluster.partition(":")[0]
-        notes.append(f"Each of these tensors has at most {count_of} distinct values: what compresses files finds them.")
+        notes.append(
+            f"Each of these tensors has at most {count_of} distinct values, which makes the file compress better."
+        )
     if not output:
         notes.append("This was a dry run: nothing was written.")
     else:
         notes.append(f"Next: prunectl size {output}")
-    title = f"{pruned.before.path} -> {output or 'nowhere'}"
+    title = f"{pruned.before.path} -> {output or '(dry run)'}"
     return Report(
         models=(survey_json(pruned.before), survey_json(pruned.after)),
         table=cuts,
@@ -94,17 +98,21 @@ def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:
         filter(None, (request.strategy, request.pattern, f"{request.scope} scope", f"policy {request.policy}"))
     )
     return (
-        ("asked", percent(pruned.sparsity)),
-        ("how", method),
-        *([("clusters", f"{request.cluster} values in each tensor at most, by k-means")] if request.cluster else []),
-        ("planned", f"{count(pruned.plan.drop)} of {count(pruned.plan.size)} weights"),
+        ("target", percent(pruned.sparsity)),
+        ("method", method),
+        *(
+            [("clusters", f"at most {request.cluster} distinct values in each tensor (k-means)")]
+            if request.cluster
+            else []
+        ),
+        ("pruned", f"{count(pruned.plan.drop)} of {count(pruned.plan.size)} weights"),
     )
 
 
 def _skipped(pruned: Pruned) -> str:
     reasons = Counter(skip.reason for skip in pruned.plan.skips)
     listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
-    return f"Left alone: {listed}{' and others' if len(reasons) > 6 else ''}."
+    return f"Not pruned: {listed}{' and others' if len(reasons) > 6 else ''}."
 
 
 _SHOWN = 6
@@ -123,22 +131,24 @@ def wrap_report(wrapped: WrapResult, output: str) -> Report:
 
 def _wrapper_notes(wrapped: WrapResult) -> tuple[str, ...]:
     tensors = f"{wrapped.wrapped} tensor{'s' * (wrapped.wrapped != 1)}"
-    notes = [f"{tensors} got wrappers: {_schedule(wrapped.ramp)}"]
+    notes = [f"Added pruning wrappers to {tensors}: {_schedule(wrapped.ramp)}"]
     if wrapped.bare:
         names = ", ".join(wrapped.bare[:_SHOWN]) + (" …" if len(wrapped.bare) > _SHOWN else "")
-        consequence = "is pruned without one" if wrapped.ramp is None else "stays dense"
-        notes.append(f"The framework has no wrapper for {names}: what is there {consequence}.")
+        consequence = "are pruned without one" if wrapped.ramp is None else "remain dense"
+        notes.append(f"The framework has no wrapper for {names}: they {consequence}.")
     if wrapped.loses_compilation:
-        notes.append("The result is not compiled: the file's loss, optimizer or a metric is code unknown here.")
+        notes.append(
+            "The result is not compiled: the file's loss, optimizer or a metric is custom code that is missing here."
+        )
     if wrapped.loses_optimizer:
-        notes.append("The optimizer's state is not kept: wrapped weights are trained by a new one.")
+        notes.append("The optimizer's state was not kept: wrapped weights need a new optimizer.")
     return tuple(notes)
 
 
 def _schedule(ramp: SparsitySchedule | None) -> str:
     if ramp is None:
-        return "masks that hold what is pruned."
-    until = f" until step {ramp.end}" if ramp.end is not None else ""
-    final = percent(ramp.final) if ramp.final else "its sparsity"
-    begin = "from the first step on" if not ramp.begin else f"from step {ramp.begin} on"
-    return f"nothing is pruned yet; {ramp.curve} {percent(ramp.initial)} to {final}, {begin}{until}."
+        return "their masks keep pruned weights at zero."
+    until = f" to step {ramp.end}" if ramp.end is not None else ""
+    final = percent(ramp.final) if ramp.final else "the sparsity of each layer"
+    begin = "from the first step" if not ramp.begin else f"from step {ramp.begin}"
+    return f"no weight is pruned yet; in training, {ramp.curve} {percent(ramp.initial)} to {final}, {begin}{until}."

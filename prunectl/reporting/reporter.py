@@ -98,7 +98,7 @@ class Reporter:
         for failure in report.failures:
             print_error(failure.error)
         if self.settings.is_verbose:
-            sys.stderr.write(f"took {_seconds():.2f} s and {nbytes(_peak_bytes(), self.settings.units)} of memory\n")
+            sys.stderr.write(f"took {_seconds():.2f} s, peak memory {nbytes(_peak_bytes(), self.settings.units)}\n")
         return report.exit_code
 
     def copy_to_stdout(self, path: Path) -> int:
@@ -146,7 +146,7 @@ def print_error(error: PrunectlError) -> None:
     escape_unencodable(sys.stderr)
     lines = [f"error: {printable(error.message)}"]
     if error.did_you_mean:
-        lines.append(f"  did you mean: {printable(', '.join(error.did_you_mean))} ?")
+        lines.append(f"  did you mean: {printable(', '.join(error.did_you_mean))}?")
     lines += [f"  {printable(line)}" for line in error.hint.splitlines()]
     sys.stderr.writelines(line + "\n" for line in lines)
 
@@ -201,7 +201,7 @@ def _to_prunectl_error(error: Exception) -> PrunectlError:
         return known
     return _BugError(
         f"this is a bug in prunectl: {type(error).__name__}: {error}",
-        hint="please report it, with the traceback that --debug shows",
+        hint="please report it with the traceback: run the same command with --debug",
     )
 
 

@@ -67,7 +67,7 @@ def plot(sensitivity: Sensitivity) -> Table | None:
     rows: list[tuple[Cell, ...]] = [
         (_short(name), _format(costs[name], metric), _bar(costs[name], longest)) for name in worst
     ]
-    heading = "rise of loss" if metric.name == "loss" else metric.name
+    heading = "loss increase" if metric.name == "loss" else metric.name
     columns = (Column(f"worst at {100 * SPARSITIES[_AT]:.0f} %"), Column(heading), Column(""))
     return Table("most sensitive", columns, tuple(rows))
 
@@ -149,22 +149,22 @@ def _notes(sensitivity: Sensitivity) -> tuple[str, ...]:
 def _measured(sensitivity: Sensitivity) -> tuple[str, ...]:
     if not sensitivity.layers:
         return ()
-    alone = "Each tensor is pruned by magnitude alone, the others stay as they are."
+    alone = "Each tensor was pruned on its own, by magnitude, with all others unchanged."
     if not sensitivity.data:
-        estimate = "A weight error is the share of a tensor's norm that goes: an estimate, as no data was looked at."
-        return (f"{alone} {estimate} Add --data SPEC to measure what comes out.",)
+        estimate = "The weight error is the share of the tensor's norm that pruning removes, an estimate without data."
+        return (f"{alone} {estimate} Add --data SPEC to measure the error of the outputs.",)
     examples = (
         f"{count(sensitivity.examples)} {'example' if sensitivity.examples == 1 else 'examples'} of {sensitivity.data}"
     )
     sentence = (
-        f"{alone} Output errors are those of {examples}, relative to the norm of the layer's outputs without bias."
+        f"{alone} Output errors were measured on {examples}, relative to the norm of the layer's outputs without bias."
     )
     if sensitivity.base is None or sensitivity.base.loss is None:
         return (sentence,)
     accuracy = (
-        f" and its accuracy {percent(sensitivity.base.accuracy)}" if sensitivity.base.accuracy is not None else ""
+        f" and an accuracy of {percent(sensitivity.base.accuracy)}" if sensitivity.base.accuracy is not None else ""
     )
-    return (sentence, f"As it is, the loss of the model is {sensitivity.base.loss:.4g}{accuracy} over these examples.")
+    return (sentence, f"On these examples the unpruned model has a loss of {sensitivity.base.loss:.4g}{accuracy}.")
 
 
 def _warnings(sensitivity: Sensitivity) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ def _warnings(sensitivity: Sensitivity) -> tuple[str, ...]:
     if not broken:
         return ()
     more = f"; and {len(broken) - _SHOWN} others" if len(broken) > _SHOWN else ""
-    return (f"These would collapse: {'; '.join(map(_describe_collapse, broken[:_SHOWN]))}{more}.",)
+    return (f"These layers would collapse: {'; '.join(map(_describe_collapse, broken[:_SHOWN]))}{more}.",)
 
 
 def _describe_collapse(collapse: Collapse) -> str:

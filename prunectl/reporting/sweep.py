@@ -47,7 +47,7 @@ def plot(sweep: Swept, best: list[Trial]) -> Table:
     ]
     rows: list[tuple[Cell, ...]] = [(mark, "".join(line)) for mark, line in zip(marks, grid, strict=True)]
     rows.append(("gzip", f"{ends[0]}{ends[1]:>{_COLUMNS - len(ends[0])}}"))
-    rows += [("", name) for name in (*names, "= as it is", "capitals: no other is as good and smaller")]
+    rows += [("", name) for name in (*names, "= the unpruned model", "capitals: on the Pareto front")]
     return Table("plot", (Column(sweep.base.metric), Column("")), tuple(rows))
 
 
@@ -69,13 +69,13 @@ def sweep_report(sweep: Swept, model: str) -> Report:
         models=tuple(_json(sweep, trial, best, model) for trial in sweep.outcomes),
         table=table,
         sections=(
-            Section(f"{model}: {count(len(written))} ways to prune", tables=(table,), notes=notes),
+            Section(f"{model}: {count(len(written))} pruned models", tables=(table,), notes=notes),
             *(
-                [Section(f"within a drop of {_limit(sweep)}", tables=(_search_section(sweep),))]
+                [Section(f"largest sparsity with a drop of at most {_limit(sweep)}", tables=(_search_section(sweep),))]
                 if sweep.max_drop is not None
                 else []
             ),
-            *([Section(f"{metric} over gzip size", tables=(plot(sweep, best),))] if written else []),
+            *([Section(f"{metric} against gzip size", tables=(plot(sweep, best),))] if written else []),
         ),
         failures=tuple(Failure(trial.name, error) for trial, error in sweep.failed.items()),
         artifacts=tuple(Artifact(path, result.raw) for path, result in written),
@@ -89,7 +89,7 @@ def trial_line(trial: Trial, result: TrialResult | PrunectlError) -> str:
     if isinstance(result, PrunectlError):
         return f"{trial.name}: {result.message}"
     if not result.is_number:
-        return f"{trial.name}: {result.metric or 'what decides'} is no number"
+        return f"{trial.name}: {result.metric or 'the metric'} is not a finite number"
     return f"{trial.name}: {result.metric} {result.value:.4g}, gzip {nbytes(result.gzip)}"
 
 
@@ -102,7 +102,7 @@ def _trial_name(sweep: Swept, variant: Variant) -> tuple[Cell, ...]:
     has_patterns, has_params = _optional_columns(sweep)
     pattern = variant.pattern or (UNSTRUCTURED if variant != BASELINE.variant else "")
     more = (*([pattern] if has_patterns else []), *([variant.params] if has_params else []))
-    return (variant.strategy or "as it is", variant.scope, variant.schedule, *more)
+    return (variant.strategy or "unpruned", variant.scope, variant.schedule, *more)
 
 
 def _columns(sweep: Swept) -> tuple[Column, ...]:
@@ -200,21 +200,21 @@ def _judged_by(sweep: Swept) -> tuple[str, ...]:
     choices = sweep.config
     if choices.val or choices.val_split:
         return ()
-    return (f"Judged by {choices.data} itself: say --val or --val-split to know what holds on other data.",)
+    return (f"The models were evaluated on {choices.data}, which pruning also used: add --val or --val-split.",)
 
 
 def _shapes(sweep: Swept) -> tuple[str, ...]:
     """Say which patterns decide the sparsity by themselves, and what was left out."""
     fixed_by = {variant.pattern: implied_sparsity(variant.pattern) for variant in variants(sweep.config)}
     decided = (
-        f"{pattern} decides the sparsity by itself: it is tried at {percent(share)} alone."
+        f"The pattern {pattern} fixes the sparsity at {percent(share)}: no other was tried."
         for pattern, share in fixed_by.items()
         if share is not None
     )
     reasons: dict[str, list[str]] = {}
     for variant, reason in skipped_combinations(sweep.config).items():
         reasons.setdefault(reason, []).append(" ".join(filter(None, variant)))
-    left = (f"Left out: {', '.join(names)}: {reason}." for reason, names in reasons.items())
+    left = (f"Not tried: {', '.join(names)}: {reason}." for reason, names in reasons.items())
     return (*decided, *left)
 
 
@@ -230,14 +230,14 @@ def _compared(comparison: ScheduleComparison, sweep: Swept) -> str:
     wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     amount = f"{_format_drop(sweep, abs(comparison.mean))} of {sweep.base.metric} on average"
     pairs = f"in {count(wins)} of {count(len(gains))} {'pair' if len(gains) == 1 else 'pairs'}"
-    question = f"{comparison.left} or {comparison.right}?"
+    question = f"{comparison.left} or {comparison.right}:"
     if not wins and not losses:
-        return f"{question} It makes no difference to {sweep.base.metric} here."
+        return f"{question} no difference in {sweep.base.metric}."
     if not losses:
         same = f", and no worse in {count(len(gains) - wins)}" if wins < len(gains) else ""
         return f"{question} {ahead} is better than {behind} {pairs}{same}, by {amount}."
     span = f"from {_format_drop(sweep, gains[0])} to {_format_drop(sweep, gains[-1])}"
-    return f"{question} No clear answer: {ahead} is better {pairs}, by {amount} ({span})."
+    return f"{question} no clear winner; {ahead} is better {pairs}, by {amount} ({span})."
 
 
 def _format_drop(sweep: Swept, value: float) -> str:

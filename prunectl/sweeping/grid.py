@@ -90,7 +90,10 @@ def _product(config: SweepConfig) -> list[Variant]:
             combinations.append(Variant(strategy, scope, schedule, pattern, ",".join(settings)))
     for name, _ in config.params:
         if name not in used:
-            raise UsageError(f"none of the strategies has a parameter {name}", hint="leave out --param, or name one")
+            raise UsageError(
+                f"none of the strategies has a parameter {name}",
+                hint="leave out --param, or use a parameter of one of the strategies",
+            )
     return list(dict.fromkeys(combinations))
 
 
@@ -115,17 +118,17 @@ def accepts_param(strategy: str, pattern: str, name: str) -> bool:
 def check(config: SweepConfig) -> None:
     """Refuse what contradicts itself."""
     if config.val and config.val_split:
-        raise UsageError("--val and --val-split exclude each other")
+        raise UsageError("--val and --val-split cannot be used together")
     if config.schedules != (ONE_SHOT,) and not config.epochs:
-        raise UsageError("a schedule needs training", hint="add --epochs 3, or leave out --schedules")
+        raise UsageError("--schedules needs training", hint="add --epochs 3, or leave out --schedules")
     for scope in config.scopes:
         if scope not in set(Scope):
-            raise UsageError(f"no scope is called {scope}", hint=f"known: {', '.join(Scope)}")
+            raise UsageError(f"unknown scope {scope}", hint=f"known: {', '.join(Scope)}")
     variants(config)
     check_direction(training_of(config, BASELINE).means)
     for trial in grid(config)[1:]:
         if not 0 <= trial.sparsity < 1:
-            raise UsageError(f"a sparsity is a share from 0 up to 1, not {trial.sparsity:g}", hint="write 0.8 or 80%")
+            raise UsageError(f"the sparsity must be from 0 to below 1, not {trial.sparsity:g}", hint="write 0.8 or 80%")
 
 
 def gain(before: TrialResult, after: TrialResult) -> float:

@@ -57,7 +57,7 @@ def open_journal(
     check_parent(folder)
     path = folder / FILE
     if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists, and holds no sweep", hint="name a folder that is not there yet")
+        raise UsageError(f"{folder} exists and holds no sweep", hint="name a folder that does not exist yet")
     with writing(folder):
         folder.mkdir(exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -75,7 +75,7 @@ def _lock(fd: int, folder: Path) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > until:
-                raise UsageError(f"another sweep is at work in {folder}") from None
+                raise UsageError(f"another sweep is running in {folder}") from None
             time.sleep(0.05)
         except OSError as error:
             # Where nobody can lock, nobody is known to be at work either.
@@ -100,7 +100,7 @@ def _read(fd: int, path: Path, head: dict[str, Any], threads: int) -> Journal:
         if done.keys() - {BASELINE}:
             _check_compatible(noted, head, path.parent)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is not what a sweep has noted: {error}", hint="sweep into another folder") from error
+        raise InputError(f"{path} is not a journal of a sweep: {error}", hint="sweep into another folder") from error
     # No trial has finished: the user may have changed the options.
     os.ftruncate(fd, 0)
     _write(fd, {**head, "threads": threads})
@@ -111,7 +111,7 @@ def _check_compatible(noted: dict[str, Any], head: dict[str, Any], folder: Path)
     """Say what is not the same."""
     if noted["schema"] != head["schema"]:
         raise InputError(
-            f"{folder / FILE} has the schema {noted['schema']!r}, which this prunectl does not know",
+            f"{folder / FILE} has the schema {noted['schema']!r}, which this version of prunectl does not know",
             hint="sweep into another folder",
         )
     if noted["sha256"] != head["sha256"]:
@@ -121,18 +121,18 @@ def _check_compatible(noted: dict[str, Any], head: dict[str, Any], folder: Path)
         _compare_files(noted["files"], head["files"], folder)
     name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
     raise UsageError(
-        f"{folder} holds a sweep with other choices: {name.replace('_', ' ')} was {_format_value(then.get(name))}, "
+        f"{folder} holds a sweep with other options: {name.replace('_', ' ')} was {_format_value(then.get(name))}, "
         f"not {_format_value(now.get(name))}",
-        hint="say the same again to go on with it, or sweep into another folder",
+        hint="repeat the same options to resume it, or sweep into another folder",
     )
 
 
 def _compare_files(then: dict[str, str], now: dict[str, str], folder: Path) -> NoReturn:
     """Say which file is not as it was."""
     name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
-    change = "is new" if name not in then else "is gone" if name not in now else "has changed"
+    change = "is new" if name not in then else "is missing" if name not in now else "has changed"
     raise UsageError(
-        f"{name} {change} since {folder} was begun: what was tried there tells nothing of what is now",
+        f"{name} {change} since the sweep in {folder} began, so its results no longer apply",
         hint="sweep into another folder, or remove that one",
     )
 
@@ -162,9 +162,9 @@ def find_stale(folder: Path, done: Mapping[Trial, TrialResult]) -> dict[Trial, s
         if not result.path:
             continue
         if not path.exists():
-            stale[trial] = f"{path} was gone: it was made again."
+            stale[trial] = f"{path} was missing: the trial ran again."
         elif _changed(path, result):
-            stale[trial] = f"{path} was not what had been tried: it was made again."
+            stale[trial] = f"{path} had changed since its trial: the trial ran again."
     return stale
 
 

@@ -104,9 +104,9 @@ def _run_trial(path: Path, request: Search, folder: Path, trial: Trial) -> Trial
 
 def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:
     trial, result = next(iter(tried.items()))
-    worse = f"{amount(drop(result, base), base)} worse" if result.is_number else "no number"
+    worse = f"{amount(drop(result, base), base)} worse" if result.is_number else "NaN"
     return WorkError(
-        f"target out of reach: at a sparsity of {trial.sparsity:.0%} already, {base.metric} is {worse}, "
-        f"and {limit.shown} is allowed; nothing was written",
-        hint="allow more, or take another --strategy or --scope" if result.path else result.notes[0],
+        f"the limit cannot be kept: even at a sparsity of {trial.sparsity:.0%}, {base.metric} is {worse}; "
+        f"a drop of {limit.shown} is allowed; nothing was written",
+        hint="raise --max-drop, or try another --strategy or --scope" if result.path else result.notes[0],
     )

@@ -32,7 +32,7 @@ class _RayTrial:
 
     def attempt(self, trial: dict[str, Any]) -> dict[str, Any]:
         if not (Path(self._job["folder"]) / FILE).exists():
-            message = f"{self._job['folder']} is not there on {os.uname().nodename}"
+            message = f"{self._job['folder']} does not exist on {os.uname().nodename}"
             hint = "sweep into a folder that all machines of the cluster share"
             return {"error": {"kind": InputError.kind, "message": message, "hint": hint, "did_you_mean": []}}
         return handle(self._job, trial)
@@ -60,7 +60,7 @@ class _RayWorker:
             self._maker = None
             return WorkError(
                 f"{trial.name}: its worker ended: {first_line(error)}",
-                hint="is there memory enough? fewer --jobs need less",
+                hint="it may have run out of memory: use fewer --jobs",
             )
         return decode_reply(trial, reply)
 
@@ -93,8 +93,8 @@ class _Cluster:
                 ray.init(address=self._address or "local", logging_level="error", log_to_driver=False, **own)
             except (OSError, RuntimeError, ValueError) as error:
                 raise WorkError(
-                    f"no Ray cluster answers at {self._address or 'this machine'}: {first_line(error)}",
-                    hint="ray start --head, then --on ray:ADDRESS; or --on ray for workers on this machine alone",
+                    f"no Ray cluster answered at {self._address or 'this machine'}: {first_line(error)}",
+                    hint="run ray start --head and use --on ray:ADDRESS, or use --on ray for this machine only",
                 ) from error
             check_resources(ray.nodes(), self._threads, self._hands)
 
@@ -112,7 +112,7 @@ def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int)
     if room < jobs:
         raise WorkError(
             f"the cluster has room for {room} workers with {threads} threads each, not for {jobs}",
-            hint=f"--jobs {room}" if room else "say OMP_NUM_THREADS=1, and sweep into a new folder",
+            hint=f"--jobs {room}" if room else "set OMP_NUM_THREADS=1, and sweep into a new folder",
         )
 
 

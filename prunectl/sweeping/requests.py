@@ -109,21 +109,23 @@ def check_variant(config: SweepConfig, trial: Trial) -> None:
         find("schedule", trial.schedule, CURVES)
     if trial.pattern == CHANNEL:
         if trains and trial.schedule != ONE_SHOT:
-            raise UsageError(f"channels are cut before training: they have no schedule {trial.schedule}")
+            raise UsageError(
+                f"the schedule {trial.schedule} cannot be used with channels, which are removed before training"
+            )
         check_channels(pruning_of(config, trial))
         return
     if trains and looks_at_data(trial) and trial.schedule != ONE_SHOT:
         raise UsageError(
-            f"the strategy {trial.strategy} prunes once, before training: it has no schedule {trial.schedule}",
-            hint=f"sweep it with --schedules {ONE_SHOT}",
+            f"the schedule {trial.schedule} cannot be used with {trial.strategy}, which prunes before training",
+            hint=f"use --schedules {ONE_SHOT}",
         )
     pruning = pruning_of(config, trial)
     if not trains or trial.strategy not in STATISTIC_OF_STRATEGY or looks_at_data(trial):
         check(pruning)
     elif trial.schedule == ONE_SHOT:
         raise UsageError(
-            f"the strategy {trial.strategy} watches training, and the schedule {ONE_SHOT} prunes before there is any",
-            hint="such as --schedules polynomial",
+            f"the schedule {ONE_SHOT} prunes before training, which the strategy {trial.strategy} needs",
+            hint="use --schedules polynomial",
         )
     else:
         check_shape(pruning)
@@ -134,8 +136,8 @@ def check_channels(pruning: PruneRequest) -> None:
     parse_config(pruning)
     if pruning.model:
         raise UsageError(
-            "weights alone that lost channels fit no class but their own, so that they cannot be judged",
-            hint="search the same network as ONNX, which prunectl export writes",
+            "a state dict with removed channels no longer fits its model class, so it cannot be evaluated",
+            hint="export the network to ONNX with prunectl export, and search that file",
         )
 
 

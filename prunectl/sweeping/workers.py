@@ -71,7 +71,7 @@ def decode_reply(trial: Trial, reply: dict[str, Any]) -> TrialResult | PrunectlE
         return TrialResult.from_json(reply["outcome"])
     if "bug" in reply:
         sys.stderr.write(reply["trace"])
-        return WorkError(f"{trial.name}: {reply['bug']}", hint="please report it, with the traceback above")
+        return WorkError(f"{trial.name}: {reply['bug']}", hint="please report it with the traceback above")
     error = reply["error"]
     kind = _KINDS.get(error["kind"], WorkError)
     return kind(error["message"], hint=error["hint"], did_you_mean=tuple(error["did_you_mean"]))
@@ -121,7 +121,7 @@ class ProcessWorker:
             code = self._ended(process)
             return WorkError(
                 f"{trial.name}: its process ended with {_describe_exit(code)}",
-                hint="is there memory enough? fewer --jobs need less",
+                hint="it may have run out of memory: use fewer --jobs",
             )
         return decode_reply(trial, json.loads(line))
 
@@ -218,7 +218,7 @@ class WorkerPool:
 def check(cluster: str) -> None:
     """Refuse a place that is not known, or that cannot be used."""
     if cluster and cluster.partition(":")[0] != RAY:
-        raise UsageError(f"{cluster!r} is no place to sweep on", hint="write --on ray, or --on ray:ADDRESS")
+        raise UsageError(f"--on {cluster!r} is not known", hint="write --on ray, or --on ray:ADDRESS")
     if cluster:
         require(RAY, extra=RAY)
 

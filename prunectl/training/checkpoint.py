@@ -41,7 +41,8 @@ class CheckpointManager:
         there = self._latest()
         if there is not None and not self.is_resumed:
             raise UsageError(
-                f"{self.folder} holds the checkpoint of a run", hint="say --resume to go on with it, or name another"
+                f"{self.folder} already holds a checkpoint",
+                hint="add --resume to continue that run, or choose another folder",
             )
         if there is None:
             return
@@ -49,7 +50,7 @@ class CheckpointManager:
         if differing:
             raise UsageError(
                 f"the run in {self.folder} had {'; '.join(differing)}",
-                hint="go on with the same choices, or start in another folder",
+                hint="repeat the options of that run, or start in another folder",
             )
 
     def save(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
@@ -109,7 +110,7 @@ class CheckpointManager:
 _OPTIONS = {
     **{field: f"--{option.replace('_', '-')}" for field, option in OPTION_OF_FIELD.items()},
     "means.metrics": "--metric",
-    "means.decides": "--metric (the one that decides)",
+    "means.decides": "--metric (the first one)",
     "means.goal": "--metric (max or min)",
 }
 """What a choice is called on the command line."""
@@ -147,7 +148,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}", hint="remove its folder to start again") from error
+        raise InputError(f"{path} is damaged: {error}", hint="remove the folder to start again") from error
     return state
 
 
@@ -172,4 +173,4 @@ def load_arrays(path: Path) -> dict[str, Array]:
                 for index, (name, dtype, shape) in enumerate(json.loads(archive[_INDEX].tobytes()))
             }
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged: {error}", hint="remove its folder to start again") from error
+        raise InputError(f"{path} is damaged: {error}", hint="remove the folder to start again") from error

@@ -53,16 +53,16 @@ def resolve_steps(
 ) -> tuple[int, int]:
     """The number of steps in all and in an epoch, which is the same in each of several processes."""
     if epochs is not None and steps is not None:
-        raise UsageError("--epochs and --steps exclude each other")
+        raise UsageError("--epochs and --steps cannot be used together")
     if batch_size < 1:
-        raise UsageError(f"a batch has at least one example, not {batch_size}")
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     if batch_size % ranks:
         raise UsageError(
-            f"a batch of {batch_size} examples cannot be shared evenly by {ranks} processes",
+            f"--batch-size {batch_size} is not a multiple of the {ranks} processes",
             hint=f"--batch-size {math.ceil(batch_size / ranks) * ranks}",
         )
     if examples < ranks:
-        raise UsageError(f"{examples} examples are too few for {ranks} processes: some would have none")
+        raise UsageError(f"{examples} examples are too few for {ranks} processes: some would get none")
     # What is left over when the examples are shared out is not in this epoch (see `Rows` and `shared_out`).
     per_epoch = math.ceil(examples // ranks / (batch_size // ranks))
     if steps is not None:

@@ -76,7 +76,7 @@ def load_teacher(
         raise
     notes = tuple(note for fit in inputs for note in fit.notes)
     if len(answers) > len(outputs):
-        notes += (f"{path} gives {len(answers)} outputs: the first {len(outputs)} teach.",)
+        notes += (f"{path} has {len(answers)} outputs: the first {len(outputs)} are used for distillation.",)
     return Teacher(predict, close, notes, inputs, outputs)
 
 
@@ -112,8 +112,8 @@ def _input_fits(
 ) -> list[ArrayAdapter]:
     if len(theirs.inputs) != len(arrays):
         raise UsageError(
-            f"the teacher {path} takes {len(theirs.inputs)} inputs, and the model {len(arrays)}",
-            hint="a teacher has to take what its pupil takes, in the same order",
+            f"the teacher {path} has {len(theirs.inputs)} inputs, the model {len(arrays)}",
+            hint="the teacher must have the same inputs as the model, in the same order",
         )
     adapters = []
     for port, array in zip(theirs.inputs, arrays, strict=True):
@@ -124,11 +124,11 @@ def _input_fits(
         elif port.shape is not None and change is None and not shape_matches(shape, port.shape):
             raise UsageError(
                 f"the teacher {path} takes {format_shape(port.shape)} for each example, "
-                f"and the model {format_shape(shape)}",
-                hint="a teacher has to take what its pupil takes; only the place of the channels may differ",
+                f"but the model takes {format_shape(shape)}",
+                hint="the teacher must have the same inputs as the model; only the channel axis may differ",
             )
         adapters.append(
-            ArrayAdapter(f"what the teacher {path.name} takes", change, adapt.input_cast(array.dtype, port.dtype))
+            ArrayAdapter(f"the input of the teacher {path.name}", change, adapt.input_cast(array.dtype, port.dtype))
         )
     return adapters
 
@@ -140,14 +140,14 @@ def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | No
     axes = (2, 0, 1) if is_first else (1, 2, 0)
     ends = "first" if is_first else "last"
     return AxisChange(
-        f"{format_shape(shape)} becomes {format_shape([shape[axis] for axis in axes])}: channels come {ends}",
+        f"{format_shape(shape)} is transposed to {format_shape([shape[axis] for axis in axes])} (channels {ends})",
         order=axes,
     )
 
 
 def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: ModelSignature) -> list[_Answer]:
     if len(seen) < len(pupil.outputs):
-        raise UsageError(f"the teacher {path} gives {len(seen)} outputs, and the model {len(pupil.outputs)}")
+        raise UsageError(f"the teacher {path} has {len(seen)} outputs, the model {len(pupil.outputs)}")
     ports = theirs.outputs if len(theirs.outputs) == len(seen) else (TensorSpec("", None, ""),) * len(seen)
     axis, their_axis = (1 if signature.is_channels_first else -1 for signature in (pupil, theirs))
     answers = []
@@ -156,9 +156,9 @@ def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: M
         change = adapt.find_axis_change(shape, mine.shape)
         if mine.shape is not None and change is None and not shape_matches(shape, mine.shape):
             raise UsageError(
-                f"the teacher {path} gives {format_shape(shape)} for each example, "
-                f"and the model {format_shape(mine.shape)}",
-                hint="a teacher has to know the same classes, in the same order",
+                f"the teacher {path} outputs {format_shape(shape)} for each example, "
+                f"but the model outputs {format_shape(mine.shape)}",
+                hint="the teacher must have the same classes, in the same order",
             )
         # A matrix has its classes in one place only.
         ending = port.ending or activation_of_values(array, their_axis if array.ndim > 2 else -1)

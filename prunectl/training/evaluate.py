@@ -71,7 +71,7 @@ def _binary_accuracy(batches: Sequence[tuple[Array, Array]]) -> float:
 
 def _accuracy(outputs: Array, targets: Array) -> Array:
     if targets.dtype.kind == "f" and targets.shape != outputs.shape and not (targets == targets.round()).all():
-        raise ValueError("the targets are no labels")
+        raise ValueError("the targets are not labels")
     axis = label_axis(outputs.shape[1:], targets.shape[1:], is_channels_first=True)
     if axis is None:
         axis = outputs.ndim - 1
@@ -98,9 +98,9 @@ _SCORES: dict[str, Score] = {"accuracy": _accuracy, "mae": _absolute, "mse": _sq
 def _score(name: str) -> Score:
     if name not in _SCORES:
         raise UsageError(
-            f"no metric of a model that only predicts is called {name}",
+            f"unknown metric {name} for a model that is not trained",
             did_you_mean=tuple(get_close_matches(name, _SCORES)),
-            hint=f"known: {', '.join(_SCORES)}; a loss is known to files that can be trained",
+            hint=f"known: {', '.join(_SCORES)}; a loss can be computed only for models that can be trained",
         )
     return _SCORES[name]
 
@@ -133,7 +133,7 @@ def evaluate_file(path: Path, request: FinetuneRequest) -> Evaluation:
     if model.about.wrappers:
         raise UsageError(
             f"{path} has pruning wrappers",
-            hint=f"prunectl strip {path} -o plain{path.suffix} first",
+            hint=f"remove them first: prunectl strip {path} -o plain{path.suffix}",
         )
     return _by_onnxruntime(model, request) if model.family is Family.ONNX else _by_framework(model, request)
 
@@ -142,7 +142,10 @@ def evaluate_baseline(path: Path, request: FinetuneRequest) -> Evaluation:
     """How good a model is of which a number is expected: one that nothing was taken from."""
     result = evaluate_file(path, request)
     if not result.is_finite:
-        raise WorkError(f"{result.metric} is {result.value:g} for {path}", hint="is the data scaled as in training?")
+        raise WorkError(
+            f"{result.metric} is {result.value:g} for {path}",
+            hint="check that the data is scaled as in training (?norm=unit)",
+        )
     return result
 
 
@@ -159,11 +162,13 @@ def _by_framework(model: ModelFile, request: FinetuneRequest) -> Evaluation:
 def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
     if request.epochs:
         raise InputError(
-            f"{model.path} (ONNX) cannot be trained: it holds no graph that a framework can differentiate",
-            hint="leave out --epochs, or take the Keras or PyTorch file that it was made from",
+            f"{model.path} (ONNX) cannot be trained: no framework can compute gradients for it",
+            hint="leave out --epochs, or use the Keras or PyTorch model that it was exported from",
         )
     if request.means.loss:
-        raise UsageError("--loss is for models that can be trained, and onnxruntime takes none", hint="leave it out")
+        raise UsageError(
+            "--loss cannot be used with an ONNX model: onnxruntime computes no loss", hint="leave out --loss"
+        )
     network = load_onnx_model(model)
     signature, seed = network.signature, request.means.seed
     opened = open_source(request.val or request.data, signature=signature, seed=seed)

@@ -126,9 +126,9 @@ def _is_same(model: ModelFile, tensor: Tensor, value: Array) -> bool:
 
 def _check(model: ModelFile, tensor: Tensor, value: Array) -> None:
     if value.shape != tensor.shape:
-        raise WorkError(f"{tensor.name} came out of training as {value.shape}, {model.path} has {tensor.shape}")
+        raise WorkError(f"{tensor.name} has the shape {value.shape} after training, but {tensor.shape} in {model.path}")
     if not by_name(model.format).can_reencode and not is_writable(tensor):
-        raise WorkError(f"{tensor.name} of {model.path} does not lie in one run of bytes, and cannot be replaced")
+        raise WorkError(f"{tensor.name} of {model.path} is not stored contiguously and cannot be replaced")
 
 
 def _blocks(tensor: Tensor, value: Array) -> Iterator[Array]:
@@ -181,7 +181,7 @@ def finetune(
         pruning = make_pruning_config(plain, request, config)
         first = masks_of_zeros(pruning.choice, network.weights(pruning.names))
         if request.mask is MaskMode.REGROW and not first and pruning.schedule is None:
-            raise UsageError(f"{path} has no zeros that could move", hint="add --sparsity 80%")
+            raise UsageError(f"{path} has no zeros that could be regrown", hint="add --sparsity 80%")
         notes += _already(path, pruning, first)
         saved_pruning = read_saved_pruning(model)
         scheduler = make_mask_scheduler(network, pruning, request, config, first=first, saved=saved_pruning)
@@ -252,7 +252,7 @@ def _already(path: Path, rules: PruningConfig, first: Mapping[str, Mask]) -> tup
     share = sum(mask.size - np.count_nonzero(mask) for mask in first.values()) / max(size, 1)
     if schedule is None or not rules.has_others or share <= schedule.final:
         return ()
-    return (f"{path} is sparser already than {schedule.final:.1%}: its zeros ({share:.1%}) are kept.",)
+    return (f"{path} is already sparser than {schedule.final:.1%}: its zeros ({share:.1%}) are kept.",)
 
 
 def _saver(request: FinetuneRequest) -> CheckpointManager | None:
@@ -336,8 +336,8 @@ def _by_layer(scheduler: MaskScheduler) -> Logs:
 def _recalibrated(network: TrainableModel, data: TrainingData, config: TrainConfig) -> str:
     layers = network.recalibrate(data.train.batches(EpochOrder(config.batch_size)))
     if not layers:
-        return "The model has no batch normalisation: there was nothing to recalibrate."
-    return f"The statistics of {layers} layers with batch normalisation were taken anew from {data.train.name}."
+        return "There was nothing to recalibrate: the model has no batch normalisation."
+    return f"The statistics of {layers} batch normalisation layers were recomputed from {data.train.name}."
 
 
 def _written(
@@ -355,7 +355,7 @@ def _written(
         zeros_in_file = _zeros_in(written, scheduler.masks)
         if zeros_in_file != scheduler.zeros:
             lost = scheduler.zeros - zeros_in_file
-            raise WorkError(f"{lost} of {scheduler.zeros} zeros were lost in training; nothing was written")
+            raise WorkError(f"{lost} of {scheduler.zeros} zeros became nonzero in training; nothing was written")
         if wrapping is not None:
             wrap_in_place(written.path, wrapping)
         after = stats_for_report(open_model(written.path))

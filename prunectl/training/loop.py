@@ -163,7 +163,7 @@ def _while_all_have_one(run: TrainingRun, batches: Iterator[Batch]) -> Iterator[
 def _refuse_empty_epoch(run: TrainingRun, epoch: int) -> None:
     raise InputError(
         f"{run.data.train.name} has no examples in epoch {epoch + 1}",
-        hint="a function has to return a new iterator whenever it is called; --epochs 1 goes through the data once",
+        hint="the data function must return a new iterator at every call; or use --epochs 1",
     )
 
 
@@ -176,7 +176,7 @@ def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
     if not math.isfinite(logs.get("loss", 0.0)):
         raise DivergedError(
             f"the loss is {logs['loss']:g} after epoch {progress.epoch + 1}",
-            hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
+            hint="try a lower --lr, --clip 1, or scaled data (?norm=unit)",
         )
     seen = evaluate(network, run.data.val, run.course.batch_size)
     entry = LogEntry(progress.epoch + 1, progress.step, scheduler.sparsity, dict(logs), dict(seen))

@@ -174,8 +174,8 @@ def _check_finite(weights: Mapping[str, Array], step: int) -> None:
     for name, array in weights.items():
         if not np.isfinite(array.astype(np.float32, copy=False)).all():
             raise DivergedError(
-                f"{name} is no finite number any more after step {step}: training has gone astray",
-                hint="a lower --lr, --clip 1, or data that is scaled (?norm=unit) may help",
+                f"training diverged: {name} is NaN or infinite after step {step}",
+                hint="try a lower --lr, --clip 1, or scaled data (?norm=unit)",
             )
 
 
@@ -198,9 +198,9 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
     evidence = STATISTIC_OF_STRATEGY.get(pruning.strategy, GradientStatistic.NONE)
     if method.strategy.needs is not Requires.NOTHING and evidence is GradientStatistic.NONE:
         raise UsageError(
-            f"the strategy {pruning.strategy} looks at a model that stands still",
-            hint=f"prunectl prune --strategy {pruning.strategy} --data …, and finetune keeps its zeros; "
-            f"in finetune: {', '.join(STATISTIC_OF_STRATEGY)}",
+            f"the strategy {pruning.strategy} cannot be used during training",
+            hint=f"use prunectl prune --strategy {pruning.strategy} --data …, then finetune, which keeps its zeros; "
+            f"for finetune: {', '.join(STATISTIC_OF_STRATEGY)}",
         )
     selection = replace(method.criteria, exclude=(*method.criteria.exclude, *request.frozen))
     choice = planning.select_tensors(model, selection)
@@ -214,8 +214,8 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
         schedule = make_schedule(ramping, 1.0 if final is None else final, course)
         if evidence is not GradientStatistic.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
             raise UsageError(
-                f"the strategy {pruning.strategy} watches training, and the schedule prunes before the first step",
-                hint="let it watch for a while: --begin 10%",
+                f"the strategy {pruning.strategy} needs training, but the schedule prunes before the first step",
+                hint="start pruning later: --begin 10%",
             )
     growth = None
     if request.mask is MaskMode.REGROW:
@@ -236,8 +236,8 @@ def make_schedule(ramping: ScheduleOptions, final: float, course: TrainConfig) -
     for name, step in (("begin", begin), ("end", end or 0)):
         if step > course.steps:
             raise UsageError(
-                f"the schedule would {name} at step {step}, training has {course.steps}",
-                hint=f"one step is one batch; write --{name} as a share (75%) or in epochs (2ep), or train longer",
+                f"the schedule would {name} at step {step}, but training has only {course.steps} steps",
+                hint=f"a step is one batch; write --{name} as a share (75%) or in epochs (2ep), or train longer",
             )
     frequency = _frequency(ramping, (course.steps if end is None else end) - begin)
     return SparsitySchedule(ramping.name, final, begin, end, ramping.initial, frequency, ramping.params)

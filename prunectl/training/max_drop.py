@@ -34,10 +34,10 @@ def parse_drop(text: str) -> MaxDrop:
         amount = float(stripped.removesuffix(POINTS))
     except ValueError:
         raise UsageError(
-            f"{text!r} is no drop", hint="write 0.5pp (percentage points), or 0.01 of what is no share"
+            f"--max-drop {text!r} is not a drop", hint="write 0.5pp (percentage points), or 0.01 for a loss"
         ) from None
     if not math.isfinite(amount) or amount < 0:
-        raise UsageError(f"{text!r} is no drop: it is a number from 0 up")
+        raise UsageError(f"--max-drop {text!r} must be 0 or more")
     return MaxDrop(amount / 100 if is_points else amount, is_points)
 
 
@@ -65,11 +65,11 @@ def check_max_drop(limit: MaxDrop, metric: str, value: float, *, higher_is_bette
     """Refuse a limit that does not go with the metric, of which the model as it is has a value."""
     if limit.is_points and not is_fraction(value, higher_is_better=higher_is_better):
         raise UsageError(
-            f"a drop of {limit.shown} is about a share, and {metric} is none ({value:.4g})",
-            hint=f"write a number, such as {abs(value) / 100:.2g}, or name another metric",
+            f"--max-drop {limit.shown} needs a metric from 0 to 1, but {metric} is {value:.4g}",
+            hint=f"write a number, such as {abs(value) / 100:.2g}, or choose another --metric",
         )
     if not limit.is_points and is_fraction(value, higher_is_better=higher_is_better):
         raise UsageError(
-            f"a drop of {limit.shown} of {metric}: in which unit?",
+            f"--max-drop {limit.shown} has no unit, and {metric} is a share",
             hint=f"write {limit.shown}pp or {100 * limit.amount:g}pp",
         )

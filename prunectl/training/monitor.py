@@ -54,8 +54,8 @@ def metric_factory(name: str, metric: Any) -> Callable[[], Metric] | None:
             started: Metric = metric()
         except Exception as error:
             raise UsageError(
-                f"the metric {name} cannot be made without arguments: {first_line(error)}",
-                hint="name an object of that class, which your module makes with its arguments",
+                f"the metric {name} cannot be created without arguments: {first_line(error)}",
+                hint="name an instance that your module creates with its arguments",
             ) from error
         return started
 
@@ -145,8 +145,8 @@ def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) ->
     direction = goal == MAX if goal else known_direction(name, outputs)
     if direction is None:
         raise UsageError(
-            f"is more of {name} better, or less? Its name does not say, and the result depends on it",
-            hint=f"say {name}:{MAX} or {name}:{MIN} where the metric is named, as in --metric {name}:{MAX}",
+            f"prunectl does not know whether a higher {name} is better",
+            hint=f"write --metric {name}:{MAX} or --metric {name}:{MIN}",
         )
     return direction
 
@@ -164,7 +164,9 @@ def make_monitor(logs: Mapping[str, float], means: TrainOptions, outputs: Iterab
     requested = monitored_metric(means)
     name = monitored_log(logs, requested)
     if name == LOSS and requested not in {"", LOSS}:
-        raise UsageError(f"{requested} is not measured here, the loss alone is", hint=f"leave it out, or say {LOSS}")
+        raise UsageError(
+            f"the metric {requested} is not measured: only the loss is", hint=f"leave it out, or write --metric {LOSS}"
+        )
     return Monitor(name, resolve_direction(name, means.goal, outputs))
 
 
@@ -179,5 +181,5 @@ def metric_mismatch(metric: str, outputs: Sequence[int], targets: Sequence[int],
     return UsageError(
         f"the metric {metric} does not fit outputs of {output} and targets of {target} for each example"
         f"{f': {why}' if why else ''}",
-        hint="--metric accuracy for labels, mae or mse where targets are as wide as outputs; or other targets",
+        hint="use --metric accuracy for labels, mae or mse for targets of the same shape as the outputs",
     )

@@ -104,19 +104,17 @@ class FinetuneRequest:
 def check(request: FinetuneRequest) -> None:
     """Refuse what contradicts itself, before a file is opened."""
     if request.val and request.val_split:
-        raise UsageError("--val and --val-split exclude each other")
+        raise UsageError("--val and --val-split cannot be used together")
     if request.val_split and not 0 < request.val_split < 1:
-        raise UsageError(f"--val-split takes a share between 0 and 1, not {request.val_split:g}")
+        raise UsageError(f"--val-split must be between 0 and 1, not {request.val_split:g}")
     if request.rate not in LR_SCHEDULES:
-        raise UsageError(
-            f"no learning-rate schedule is called {request.rate}", hint=f"known: {', '.join(LR_SCHEDULES)}"
-        )
+        raise UsageError(f"unknown learning-rate schedule {request.rate}", hint=f"known: {', '.join(LR_SCHEDULES)}")
     if request.is_resumed and request.checkpoint_dir is None:
-        raise UsageError("--resume needs the folder of the checkpoint", hint="--checkpoint-dir DIR --resume")
+        raise UsageError("--resume needs --checkpoint-dir", hint="add --checkpoint-dir DIR")
     if request.early_stop is not None and not (request.val or request.val_split):
-        raise UsageError("--early-stop needs something to judge by", hint="add --val or --val-split")
+        raise UsageError("--early-stop needs validation data", hint="add --val or --val-split")
     if request.distill_model and not request.distill:
-        raise UsageError("--distill-model builds the teacher, and there is none", hint="--distill TEACHER")
+        raise UsageError("--distill-model needs a teacher", hint="add --distill TEACHER")
     if not request.prunes:
         _check_unpruned(request)
     for option, value in (
@@ -135,10 +133,10 @@ def _check_unpruned(request: FinetuneRequest) -> None:
         # Which turns there are is said by the same word.
         ramping = replace(ramping, frequency=None)
     if ramping != ScheduleOptions():
-        raise UsageError("a schedule needs a sparsity to end at", hint="add --sparsity 80%")
+        raise UsageError("a schedule needs a final sparsity", hint="add --sparsity 80%")
     if pruning.strategy != "magnitude" or pruning.params or pruning.scope != "layer":
         raise UsageError(
-            "without a sparsity the zeros of the file are kept, and nothing is ranked",
+            "--strategy, --param and --scope need a sparsity: without one, finetune keeps the zeros of the file",
             hint="add --sparsity 80%, or leave out --strategy, --param and --scope",
         )
 
@@ -163,8 +161,8 @@ def parse_metrics(texts: Iterable[str]) -> MetricOptions:
     for name, goal in parts[1:]:
         if goal:
             raise UsageError(
-                f"{name} does not decide: the first metric does, which is {parts[0][0]}",
-                hint=f"leave out :{goal}, or name it first",
+                f"{name} cannot have max or min: only the first metric, {parts[0][0]}, selects the best epoch",
+                hint=f"leave out :{goal}, or put this metric first",
             )
     decides, goal = parts[0] if parts else ("", "")
     return MetricOptions(metrics=tuple(name for name, _ in parts if name != LOSS), decides=decides, goal=goal)
@@ -222,10 +220,10 @@ def parse_request(options: Mapping[str, Any]) -> FinetuneRequest:
     """Parse options, by the names of the command line; those that are not given, or None, have their defaults."""
     if unknown := sorted(options.keys() - {*OPTIONS}):
         raise UsageError(
-            f"finetune has no choice {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], OPTIONS))
+            f"finetune has no option {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], OPTIONS))
         )
     if not options.get("data"):
-        raise UsageError("what is there to learn from? say --data", hint="such as --data train.npz")
+        raise UsageError("no training data is given", hint="add --data train.npz")
     given = {
         name: _PARSERS[name](value) if name in _PARSERS else value
         for name, value in options.items()
@@ -262,7 +260,7 @@ class OptimizerSpec:
         key = self.name.strip().lower().replace("-", "").replace("_", "")
         if key not in classes:
             raise UsageError(
-                f"no optimizer is called {self.name}",
+                f"unknown optimizer {self.name}",
                 did_you_mean=tuple(get_close_matches(key, classes, n=3, cutoff=0.5)),
                 hint=f"known: {', '.join(sorted(classes))}",
             )
@@ -273,7 +271,7 @@ class OptimizerSpec:
                 raise UsageError(
                     f"{self.name} has no setting {name}",
                     did_you_mean=tuple(get_close_matches(name, known, n=3, cutoff=0.5)),
-                    hint=f"it has {', '.join(sorted(known))}",
+                    hint=f"settings: {', '.join(sorted(known))}",
                 )
         return classes[key], settings
 
@@ -282,7 +280,7 @@ class OptimizerSpec:
         try:
             return cls(*args, **settings)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"{self.name} cannot be set up like that: {error}") from error
+            raise UsageError(f"{self.name} does not accept these settings: {error}") from error
 
 
 def parse_optimizer(text: str) -> OptimizerSpec:
@@ -292,7 +290,9 @@ def parse_optimizer(text: str) -> OptimizerSpec:
     for setting in filter(str.strip, re.split(r",(?![^(\[]*[)\]])", rest)):
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals:
-            raise UsageError(f"{key!r} sets nothing in --optimizer {name}", hint=f"write {name}:key=value,key=value")
+            raise UsageError(
+                f"{key!r} in --optimizer {name} is not a setting", hint=f"write {name}:key=value,key=value"
+            )
         settings[key] = parse_literal(value)
     return OptimizerSpec(name, settings)
 
@@ -335,13 +335,13 @@ def parse_time_point(text: str) -> TimePoint:
     """The point that is meant."""
     match = _POINT.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{text!r} is no point in time", hint="write 2000 (steps), 20% (of all steps) or 3ep (epochs)")
+        raise UsageError(f"{text!r} is not a time", hint="write 2000 (steps), 20% (of all steps) or 3ep (epochs)")
     amount, suffix = float(match[1]), match[2] or "steps"
     unit = PointUnit.PERCENT if suffix == "%" else PointUnit.EPOCHS if suffix.startswith("ep") else PointUnit.STEPS
     if unit is PointUnit.STEPS and not amount.is_integer():
-        raise UsageError(f"{text!r} is no whole number of steps", hint="a share is written 20%")
+        raise UsageError(f"{text!r} is not a whole number of steps", hint="for a share of all steps write 20%")
     if unit is PointUnit.PERCENT and amount > 100:
-        raise UsageError(f"{text} is more than all steps")
+        raise UsageError(f"{text} is more than 100 % of the steps")
     return TimePoint(amount, unit)
 
 

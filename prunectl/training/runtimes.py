@@ -65,8 +65,8 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
             return trainable
     title = by_name(model.format).title
     raise InputError(
-        f"{model.path} ({title}) cannot be trained: it holds no graph that a framework can differentiate",
-        hint="train the Keras or PyTorch file that it was made from, then export it again",
+        f"{model.path} ({title}) cannot be trained: no framework can compute gradients for it",
+        hint="train the Keras or PyTorch model that it was exported from, then export it again",
     )
 
 

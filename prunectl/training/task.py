@@ -164,7 +164,7 @@ def target_mismatch(targets: Shape, outputs: Shape, of: str) -> UsageError:
     target, output = (format_shape(shape, "a number") for shape in (targets, outputs))
     return UsageError(
         f"a target is {target} for each example, and {of} {output}",
-        hint="choose other targets (train.npz[x,y]), or a --loss that compares such as these",
+        hint="choose other targets (train.npz[x,y]), or a --loss for these shapes",
     )
 
 

@@ -95,16 +95,16 @@ def load_signature_model(path: Path) -> SignatureModel:
             root = _tf.saved_model.load(str(path))
     except Exception as error:
         line = first_line(error)
-        raise InputError(f"{path} cannot be loaded by this TensorFlow: {line}") from error
+        raise InputError(f"TensorFlow cannot load {path}: {line}") from error
     names = list(root.signatures)
     if not names:
         raise InputError(
-            f"{path} serves nothing: it has variables, and no function that says how they are used",
-            hint="save it with signatures=, or build the model with --model mod:fn",
+            f"{path} has variables but no signature that uses them",
+            hint="save it again with signatures=, or build the model with --model mod:fn",
         )
     function = root.signatures[_DEFAULT if _DEFAULT in names else names[0]]
     if not function.trainable_variables:
-        raise InputError(f"{path} has no variables that can be trained: they were frozen into constants")
+        raise InputError(f"{path} cannot be trained: its weights are constants of the graph")
     return SignatureModel(function, root)
 
 
@@ -141,11 +141,11 @@ class SignatureTrainable(KerasTrainable):
     def notes(self) -> tuple[str, ...]:
         """What was chosen for want of a word, and how it is trained."""
         notes: tuple[str, ...] = (
-            "It is trained as it predicts: its dropout drops nothing, its batch normalisation does not learn.",
+            "The model is trained in inference mode: dropout is off and batch normalisation is fixed.",
         )
         size = self._model.fixed_batch_size
         if size is not None:
-            notes += (f"It was saved for {size} at a time: every batch goes through it in such pieces.",)
+            notes += (f"The model was saved for {size} examples at a time: batches are split accordingly.",)
         return (*super().notes, *notes)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
@@ -186,7 +186,7 @@ class SignatureTrainable(KerasTrainable):
         for name in names:
             if name not in self._variables:
                 raise UsageError(
-                    f"{name} has no part in what {self._loaded.file.path} serves, and so no gradient",
+                    f"{name} has no gradient: the signature of {self._loaded.file.path} does not use it",
                     hint=f"leave it out: --exclude {name}",
                 )
         super().watch(evidence, names)

@@ -27,7 +27,7 @@ def custom_objects(origin: LoadOptions) -> dict[str, Any]:
         return {}
     objects = resolve_reference(origin.custom_objects, "--custom-objects", "models:CUSTOM_OBJECTS")
     if not isinstance(objects, Mapping):
-        raise UsageError(f"{origin.custom_objects} is no dictionary of custom objects")
+        raise UsageError(f"--custom-objects {origin.custom_objects} is not a dictionary")
     return dict(objects)
 
 
@@ -35,7 +35,9 @@ def resolve_reference(reference: str, option: str, example: str) -> Any:
     """What `mod:name` or `./file.py:name` means."""
     where, colon, name = reference.rpartition(":")
     if not colon or not where or not name:
-        raise UsageError(f"{option} {reference} names no thing in a module", hint=f"write {option} {example}")
+        raise UsageError(
+            f"{option} {reference} names no function: write module:function", hint=f"write {option} {example}"
+        )
     return attribute(where, name)
 
 
@@ -64,7 +66,7 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
             hint=f"if you trust it: --trust {import_option(model, _module_of(model.about.code[0]))}\n"
-            "better: torch.save(model.state_dict(), ...) once, then --model module:function",
+            "better: save only torch.save(model.state_dict(), ...), and use --model module:function",
         )
 
 
@@ -102,8 +104,8 @@ def check_checkpoint(model: ModelFile) -> None:
     if is_tar or is_script(model):
         kind = "a tar" if is_tar else "TorchScript"
         raise InputError(
-            f"{model.path} is {kind}, which PyTorch does not load as weights alone",
-            hint="torch.save(model.state_dict(), ...) writes a file that it does",
+            f"{model.path} is {kind}, which PyTorch cannot load with weights_only=True",
+            hint="save it again with torch.save(model.state_dict(), ...)",
         )
 
 
@@ -114,11 +116,11 @@ def resolve_builder(reference: str) -> Any:
     """What a reference names, and refuse a file of which it is not said what in it is meant."""
     if reference.endswith(".py") and ":" not in reference:
         names = _public(Path(reference))
-        listed = ", ".join(names[:_MOST_NAMES]) or "nothing that could be called"
+        listed = ", ".join(names[:_MOST_NAMES]) or "no function or class"
         raise UsageError(
-            f"{reference} has {listed}: which of them builds the model?",
+            f"--model {reference} names no function; the file has {listed}",
             did_you_mean=tuple(f"{reference}:{name}" for name in names[:_MOST_NAMES]),
-            hint=f"--model {reference}:{names[0] if names else 'function'}",
+            hint=f"write --model {reference}:{names[0] if names else 'function'}",
         )
     return find("model", reference, {})
 
@@ -142,8 +144,8 @@ def call_builder(make: Any, reference: str) -> Any:
         raise
     except Exception as error:
         raise UsageError(
-            f"--model {reference} raises {type(error).__name__}: {first_line(error)}",
-            hint="--debug shows where",
+            f"--model {reference} raised {type(error).__name__}: {first_line(error)}",
+            hint="to see where, add --debug",
         ) from error
 
 

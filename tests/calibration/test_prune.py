@@ -218,7 +218,7 @@ def test_windows_of_every_kind_are_pruned_and_what_is_never_called_by_magnitude(
         before, after = module.state_dict(), torch.load(out, weights_only=True)
         for name in ("first", "grouped", "up", "head", "idle"):
             assert int((after[f"{name}.weight"] == 0).sum()) == after[f"{name}.weight"].numel() // 2
-        said = [note for note in done.notes if "cannot be seen" in note]
+        said = [note for note in done.notes if "cannot be captured" in note]
         assert len(said) == 1
         assert said[0].startswith("idle.weight: ")
         idle = before["idle.weight"].flatten()
@@ -280,7 +280,7 @@ def test_models_of_many_kinds_lose_so_many_weights(
             is_repaired=is_repaired,
         )
         done = prune(path, wish, Destination(out))
-        assert not [note for note in done.notes if "cannot be seen" in note]
+        assert not [note for note in done.notes if "cannot be captured" in note]
         found = numbers(out)
         for cut in done.plan.cuts:
             assert zeros(found[cut.tensor.name]) == cut.drop
@@ -288,7 +288,7 @@ def test_models_of_many_kinds_lose_so_many_weights(
 
 def test_made_up_data_is_said_to_be_made_up(tmp_path: Path) -> None:
     done = digits("digits_cnn.keras", tmp_path / "out.keras", strategy="obs", data="random:64")
-    assert any("the data is made up" in note for note in done.notes)
+    assert any("the data is random" in note for note in done.notes)
 
 
 @pytest.mark.parametrize("strategy", ["activation-magnitude", "obs", "magnitude"])
@@ -341,7 +341,7 @@ def test_inputs_inside_the_model_that_are_no_numbers_write_nothing(tmp_path: Pat
             data=data(tmp_path / "x.npz", x=examples(16, 12)),
             model=f"{TORCH_NETS}:Plain",
         )
-        with pytest.raises(PrunectlError, match="no finite numbers") as failed:
+        with pytest.raises(PrunectlError, match="NaN or infinite") as failed:
             prune(path, wish, Destination(tmp_path / "out.pt"))
         assert failed.value.exit_code == 5
         assert not (tmp_path / "out.pt").exists()

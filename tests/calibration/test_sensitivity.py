@@ -247,7 +247,7 @@ def test_a_layer_that_loses_an_output_collapses_where_it_does_first(tmp_path: Pa
     save_file({"even.weight": weights[:2].copy(), "odd.weight": weights}, tmp_path / "m.safetensors")
     found = {one.name: one for one in collapses(looked_at(tmp_path / "m.safetensors"))}
     assert found["odd.weight"].sparsity == 0.5
-    assert found["odd.weight"].reasons == ("an output loses all its weights",)
+    assert found["odd.weight"].reasons == ("an output has no weights left but zeros",)
 
 
 def test_what_breaks_first_is_told_first_and_then_what_breaks_most() -> None:
@@ -322,4 +322,4 @@ def test_what_meets_its_inputs_unseen_has_a_loss_and_no_output_error() -> None:
     points = [point for layer in found.layers for point in layer.points]
     assert points
     assert all(point.output_error is None and point.score is not None for point in points)
-    assert any("cannot be seen" in note for note in found.notes)
+    assert any("cannot be captured" in note for note in found.notes)

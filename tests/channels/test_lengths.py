@@ -85,7 +85,7 @@ def test_an_onnx_graph_is_cut_with_the_lengths_of_data(tmp_path: Path) -> None:
     [
         ("1,3,224", "the input x of the model is ?,3,?,?, and not 1,3,224"),
         ("1,4,224,224", "the input x of the model is ?,3,?,?, and not 1,4,224,224"),
-        ("1,3,224,0", "is no shape"),
+        ("1,3,224,0", "is not a shape"),
         ("z:1,3,224,224", "the model has no input z"),
     ],
 )
@@ -114,7 +114,7 @@ def test_what_a_keras_network_crops_is_behind_lengths_that_fit(which: str, how: 
     np.save(tmp_path / "x.npy", np.random.default_rng(1).normal(size=(2, LENGTH, LENGTH, 3)).astype(np.float32))
     words = {"nothing": (), "input": ("--input", f"1,{LENGTH},{LENGTH},3"), "data": ("--data", tmp_path / "x.npy")}
     done = cut(path, *words[how], *(["--allow-empty"] if how == "nothing" else []))
-    assert ("--input or --data says how long" in done.err) == (how == "nothing")
+    assert ("give their lengths with --input or --data" in done.err) == (how == "nothing")
     if how != "nothing":
         assert done.code == 0, done.err
         assert kernels(path.with_name(f"small{path.suffix}")) == [(3, 3, 3, 3), (3, 3, 3, 4), (4, 2)]

@@ -76,13 +76,13 @@ def test_another_metric_sees_another_likeness(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"strategy": "channel-activation", "sparsity": 0.5}, "looks at data: say which"),
+        ({"strategy": "channel-activation", "sparsity": 0.5}, "needs data"),
         ({"strategy": "similarity", "sparsity": 0.5, "params": ("metric=taste",)}, "takes no --param"),
-        ({"strategy": "similarity", "params": ("threshold=2",)}, "no number from 0 to 1"),
-        ({"strategy": "similarity", "params": ("threshold=0.9",), "sparsity": 0.5}, "said once"),
+        ({"strategy": "similarity", "params": ("threshold=2",)}, "is not a number from 0 to 1"),
+        ({"strategy": "similarity", "params": ("threshold=0.9",), "sparsity": 0.5}, "only one of --sparsity"),
         ({"strategy": "similarity", "params": ("threshold=0.9",), "scope": "global"}, "leave out --scope"),
         ({"strategy": "bn-scale", "params": ("threshold=0.9",), "sparsity": 0.5}, "takes no --param"),
-        ({"strategy": "taylor", "sparsity": 0.5, "data": str(DIGITS)}, "gradients need a framework"),
+        ({"strategy": "taylor", "sparsity": 0.5, "data": str(DIGITS)}, "needs gradients"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(asked: dict[str, Any], said: str) -> None:

@@ -104,7 +104,8 @@ def test_an_attention_loses_whole_heads_and_the_inside_of_its_dense_layers(tmp_p
     queries, keys, values = np.split(np.arange(48).reshape(12, 4), 3)
     first = heads.channel(0)[0]
     assert list(first) == [*queries[0], *keys[0], *values[0]]
-    assert [family for family in groups_of(open_model(path)).groups if "reaches over channels" in family.locked_because]
+    families = groups_of(open_model(path)).groups
+    assert [family for family in families if "spans several channels" in family.locked_because]
 
 
 def test_shuffled_channels_go_from_every_group_alike(tmp_path: Path) -> None:

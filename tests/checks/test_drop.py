@@ -129,7 +129,7 @@ def test_a_loss_is_limited_by_a_number(models: Path) -> None:
         ("fail = '1pp', data = 'none.npz', against = 'dense.onnx'", 3, "none.npz"),
         ("fail = '1pp', data = 'test.npz', against = 'none.onnx'", 3, "none.onnx"),
         ("fail = '1pp', data = 'test.npz', against = 'dense.onnx', metric = 'accurcy'", 2, "no metric"),
-        ("fail = 0.01, data = 'test.npz', against = 'dense.onnx'", 2, "in which unit"),
+        ("fail = 0.01, data = 'test.npz', against = 'dense.onnx'", 2, "has no unit"),
     ],
 )
 def test_what_cannot_be_judged_is_told_and_the_rest_is_judged(drop: str, code: int, told: str, models: Path) -> None:
@@ -145,7 +145,7 @@ def test_what_cannot_be_judged_is_told_and_the_rest_is_judged(drop: str, code: i
     [
         ("fail = '1pp', data = 'none.npz', against = 'dense.onnx'", 3, "none.npz"),
         ("fail = '1pp', data = 'test.npz', against = 'none.onnx'", 3, "none.onnx"),
-        ("fail = 0.01, data = 'test.npz', against = 'dense.onnx'", 2, "in which unit"),
+        ("fail = 0.01, data = 'test.npz', against = 'dense.onnx'", 2, "has no unit"),
         ("fail = 0.01, data = 'test.npz', against = 'dense.onnx', metric = 'mse'", 2, "the metric mse does not fit"),
         ("fail = '1pp', data = 'test.npz', against = 'dense.onnx', metric = 'm.py:kappa'", 2, "better, or less"),
     ],
@@ -190,18 +190,18 @@ def test_a_runtime_that_is_missing_is_an_extra_and_the_rest_is_judged(
 @pytest.mark.parametrize(
     ("drop", "told"),
     [
-        ("1", "is a table"),
-        ("'0.5pp'", "is a table"),
-        ("{data = 'a', against = 'b'}", "has a level"),
+        ("1", "must be a table"),
+        ("'0.5pp'", "must be a table"),
+        ("{data = 'a', against = 'b'}", "needs fail, warn or both"),
         ("{fail = '1pp', against = 'b'}", "'data' is missing"),
         ("{fail = '1pp', data = 'a'}", "'against' is missing"),
         ("{fail = '1pp', data = 'a', against = 'b', metrik = 'c'}", "no key 'metrik'"),
         ("{fail = '1pp', data = 1, against = 'b'}", "data is a text"),
-        ("{fail = 'much', data = 'a', against = 'b'}", "is no drop"),
+        ("{fail = 'much', data = 'a', against = 'b'}", "is not a drop"),
         ("{fail = '-1pp', data = 'a', against = 'b'}", "from 0 up"),
-        ("{fail = true, data = 'a', against = 'b'}", "is no drop"),
+        ("{fail = true, data = 'a', against = 'b'}", "is not a drop"),
         ("{fail = '1pp', warn = 0.1, data = 'a', against = 'b'}", "different units"),
-        ("{fail = '1pp', warn = '2pp', data = 'a', against = 'b'}", "fail before it warns"),
+        ("{fail = '1pp', warn = '2pp', data = 'a', against = 'b'}", "stricter than the warn limit"),
         ("{fail = '1pp', data = 'a', against = 'b', batch-size = 0}", "at least 1"),
         ("{fail = '1pp', data = 'a', against = 'b', batch-size = 'x'}", "not a count"),
     ],

@@ -123,7 +123,7 @@ def test_of_integers_the_noise_counts_and_for_classes_the_largest_answer() -> No
     scale = np.linalg.norm(whole) / np.linalg.norm(np.ones_like(whole))
     near, far = whole + 0.049 * scale, whole + 0.051 * scale
     assert answered(whole, near, INTEGERS, is_data=False) is None
-    with pytest.raises(WorkError, match=r"the output answers differs by 5\.1% of its size"):
+    with pytest.raises(WorkError, match=r"the output answers differs by 5\.1% of its RMS"):
         answered(whole, far, INTEGERS, is_data=False)
     # With data the same numbers are classes, and moving all of them changes none.
     assert answered(whole, whole + 3, INTEGERS, is_data=True) == 1.0
@@ -133,7 +133,7 @@ def test_of_integers_the_noise_counts_and_for_classes_the_largest_answer() -> No
     assert 2 < wrong <= 4
     assert answered(whole, other, INTEGERS, is_data=True) == 1 - wrong / 200
     other[4:14] = -other[4:14]
-    with pytest.raises(WorkError, match=r"the largest answer is the same one for 9\d\.\d% of 200 examples, and 98%"):
+    with pytest.raises(WorkError, match=r"the top-1 answer is the same one for 9\d\.\d% of 200 examples, and 98%"):
         answered(whole, other, INTEGERS, is_data=True)
 
 
@@ -155,10 +155,10 @@ def test_of_a_few_examples_one_may_be_another_if_all_numbers_are_near() -> None:
     other[0, 1] = 1.002
     assert answered(whole, other, INTEGERS, is_data=True) == 0.75
     other[2, 1] = 1.002
-    with pytest.raises(WorkError, match="the largest answer"):
+    with pytest.raises(WorkError, match="the top-1 answer"):
         answered(whole, other, INTEGERS, is_data=True)
     far = np.eye(2)
-    with pytest.raises(WorkError, match="of its size"):
+    with pytest.raises(WorkError, match="of its RMS"):
         answered(far, far[[0, 0]], INTEGERS, is_data=True)
 
 

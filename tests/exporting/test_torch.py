@@ -77,7 +77,7 @@ def test_programs_and_scripts_are_written_and_become_onnx_in_turn(name: str, tmp
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
     export(tmp_path / "m.pt2", tmp_path / "from_program.onnx")
     found = export(tmp_path / "m.pt", tmp_path / "from_script.onnx", input=words["input"])
-    assert any("older exporter" in remark for remark in found.notes)
+    assert any("older ONNX exporter was used" in remark for remark in found.notes)
     for result in ("from_program.onnx", "from_script.onnx"):
         for ours, theirs in zip(by_onnxruntime(tmp_path / result, *inputs), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -92,7 +92,7 @@ def test_the_shape_comes_from_data_as_well(tmp_path: Path) -> None:
     assert port.type.tensor_type.shape.dim[0].dim_param == "batch"
     with pytest.raises(UsageError, match=r"the input x of the model is \?,1,\?,\?"):
         export("digits_cnn.pt", tmp_path / "n.onnx", model=NET)
-    with pytest.raises(UsageError, match="does not take inputs of"):
+    with pytest.raises(UsageError, match="does not accept inputs of"):
         export("digits_cnn.pt", tmp_path / "n.onnx", model=NET, input=["?,1,9,9"])
 
 
@@ -151,7 +151,7 @@ def test_smaller_onnx_answers_nearly_alike(words: dict[str, object], most_bytes:
 def test_what_cannot_be_says_why(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is TorchScript"):
         export("digits_cnn_torchscript.pt", tmp_path / "m.pt2", input=["?,1,8,8"])
-    with pytest.raises(UsageError, match="as forward calls them"):
+    with pytest.raises(UsageError, match="that of an argument of forward"):
         export("digits_cnn.pt", tmp_path / "m.pt2", model=NET, input=["pixels:?,1,8,8"])
     with pytest.raises(WorkError, match="opset 18, and not in 11") as caught:
         export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"], opset=11)
@@ -193,7 +193,7 @@ def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     assert [file.name for file in open_model(tmp_path / "m.onnx").files] == ["m.onnx", "m.onnx.data"]
     by_onnxruntime(tmp_path / "m.onnx", *random((2, 1, 8, 8)))
     assert found.after.params.prunable == found.before.params.prunable
-    with pytest.raises(WorkError, match="more than 2 GB as ONNX"):
+    with pytest.raises(WorkError, match="needs two files as ONNX"):
         export("digits_cnn.onnx", tmp_path / "n.onnx", sparse=True)
     with pytest.raises(WorkError, match="more than one file"):
         run(FIXTURES / "digits_cnn.onnx", parse_request({"to": "onnx"}), Destination(tmp_path / "out", to_stdout=True))
@@ -250,7 +250,7 @@ def test_a_source_that_is_no_valid_onnx_is_told_so(tmp_path: Path) -> None:
     proto = onnx.load(FIXTURES / "digits_cnn.onnx")
     proto.graph.output[0].type.tensor_type.ClearField("shape")
     onnx.save(proto, tmp_path / "odd.onnx")
-    with pytest.raises(InputError, match=r"is no valid ONNX itself: .*shape") as caught:
+    with pytest.raises(InputError, match=r"is not valid ONNX: .*shape") as caught:
         export(tmp_path / "odd.onnx", tmp_path / "m.onnx")
     assert caught.value.exit_code == 3
 

@@ -55,7 +55,7 @@ def test_with_data_convolutions_are_integers_too_and_zeros_stay_zeros(tmp_path: 
 
 
 def test_what_shows_no_layers_or_runs_by_its_numbers_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="shows PyTorch no layers") as script:
+    with pytest.raises(UsageError, match="no layers that PyTorch can see") as script:
         export("digits_cnn_torchscript.pt", tmp_path / "m.torchscript", int8=True, input=["?,1,8,8"])
     assert "--model mod:fn" in script.value.hint
     (tmp_path / "net.py").write_text(

@@ -132,7 +132,8 @@ def test_what_no_shell_asks_is_refused(asking: str, monkeypatch: pytest.MonkeyPa
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         assert cli._run([]) == 2
-    assert err.getvalue().startswith(f"error: _PRUNECTL_COMPLETE is {asking!r}, which no shell asks\n")
+    refusal = f"error: _PRUNECTL_COMPLETE is {asking!r}, which is not a completion request of any shell\n"
+    assert err.getvalue().startswith(refusal)
 
 
 def test_the_shell_that_is_named_gets_its_script_whatever_has_started_the_command() -> None:

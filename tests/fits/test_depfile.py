@@ -118,7 +118,7 @@ def test_make_reads_odd_names_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a;b", "a|b", "a%b", "a\\b", "a\nb", "~a", "a ", "a&"])
 def test_what_make_cannot_write_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(MODEL)
-    with pytest.raises(UsageError, match="make has no way"):
+    with pytest.raises(UsageError, match="a makefile cannot contain"):
         make_escaped(name)
     if not name.startswith("~"):
         words = ("prune", "a.safetensors", "-s", "0.8", "-o", name, "--depfile", "out.d")

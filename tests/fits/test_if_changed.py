@@ -42,7 +42,7 @@ def age(path: Path) -> int:
 
 def reason(found: Outcome) -> str:
     """Return why an output was made again, from the note that says so."""
-    head = f"{OUT} is made again: "
+    head = f"{OUT} is rebuilt: "
     return next((line.removeprefix(head) for line in found.err.splitlines() if line.startswith(head)), "")
 
 

@@ -71,7 +71,7 @@ def test_an_option_is_spelled_as_the_help_shows_it(command: str, monkeypatch: py
         (("--model", "net.py:Net"), "--model is about models that are opened"),
         (("--custom-objects", "net.py:X"), "--custom-objects is about models that are opened"),
         (("--schedule-param", "a=1"), "--schedule-param is about a schedule"),
-        (("--input", "1,8,8"), "--input is about channels"),
+        (("--input", "1,8,8"), "--input needs --groups"),
         (("--min-channels", "2"), "--min-channels is about channels"),
         (("--max-drop", "1pp", "--data", "x.npz"), "--sparsity and --max-drop both say how much goes"),
     ],

@@ -297,7 +297,7 @@ def deep(file: h5py.File) -> None:
         (outside, "links to another file, other.h5"),
         (dangling, "links to /nowhere, which is not in the file"),
         (external, "keeps its numbers in another file, /etc/passwd"),
-        (virtual, "put together from other files"),
+        (virtual, "is assembled from other files"),
         (endless, "claims 4398046511104 bytes, but 0 are stored"),
         (deep, "nested more than 200 deep"),
     ],
@@ -320,7 +320,7 @@ def test_groups_that_hold_one_another_are_walked_once(tmp_path: Path) -> None:
 def test_an_hdf5_file_that_keras_did_not_write_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "m.h5", "w") as file:
         file["table"] = np.ones(4)
-    with pytest.raises(InputError, match="not one that Keras wrote"):
+    with pytest.raises(InputError, match="but not a Keras model"):
         open_model(tmp_path / "m.h5")
 
 

@@ -133,7 +133,7 @@ def test_what_does_not_fit_its_configuration_keeps_its_path_for_a_name(
             source = "whole" if name.endswith("h5") else "said"
             archive.writestr(name, zipfile.ZipFile(tmp_path / f"{source}.keras").read(name))
     model = open_model(tmp_path / "m.keras")
-    assert any("keep their paths for names" in note for note in model.about.notes)
+    assert any("named by their paths in the file" in note for note in model.about.notes)
     convolutions = {tensor.name for tensor in model.tensors if tensor.shape[:2] == (3, 3)}
     folders = ("conv2d", "conv2d_2", "conv2d_4") if is_twice else ("conv2d", "conv2d_1", "conv2d_2")
     assert convolutions == {f"_layer_checkpoint_dependencies/{folder}/kernel" for folder in folders}

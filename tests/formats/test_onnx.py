@@ -404,7 +404,7 @@ def segmented() -> TensorProto:
         ([lie(dims=[1 << 62, 1 << 62, 0])], "impossible shape"),
         ([lie(dims=[1 << 40])], "does not fit"),
         ([lie(dims=[1] * 65)], "impossible shape"),
-        ([lie(dims=[1] * 5000)], "a list that should be short is long"),
+        ([lie(dims=[1] * 5000)], "a list is longer than prunectl allows"),
         ([lie(raw_data=b"")], "has a shape but no data"),
         ([lie(data_type=99)], "holds w as type 99, which prunectl does not read"),
         ([lie(data_type=0)], "holds w as type 0"),
@@ -425,7 +425,7 @@ def test_numbers_that_are_too_few_are_refused_when_they_are_read(tmp_path: Path)
     proto = helper.make_tensor("w", TensorProto.INT64, [2], [300, 300])
     proto.dims[0] = 3
     path = save(tmp_path / "m.onnx", [], [proto])
-    with pytest.raises(InputError, match="does not fill its data"):
+    with pytest.raises(InputError, match="does not match the length of its data"):
         read_all(path)
 
 
@@ -443,7 +443,7 @@ def save_sparse(path: Path, places: list[int], dims: list[int]) -> Path:
 
 
 def test_a_sparse_tensor_that_unfolds_like_a_bomb_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="like a bomb"):
+    with pytest.raises(InputError, match="bomb"):
         open_model(save_sparse(tmp_path / "m.onnx", [0], [1 << 20, 1 << 20]))
 
 
@@ -493,17 +493,17 @@ VERSION, OPSET = b"\x08\x08", b"\x42\x02\x10\x11"
     [
         (VERSION + OPSET, "it has no graph"),
         (VERSION + OPSET + b"\x3a\x00\x3a\x00", "more than one graph"),
-        (VERSION + b"\x3a\x00", "no set of operators"),
+        (VERSION + b"\x3a\x00", "names no opset"),
         (VERSION + b"\x38\x05", "field 7 of the model is of a wrong type"),
         (VERSION + b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "past the end"),
         (VERSION + OPSET + b"\x3a\x02\x0a\x05", "past the end"),
-        (VERSION + b"\x12" + b"\xff" * 20, "a number that does not end"),
+        (VERSION + b"\x12" + b"\xff" * 20, "a number without an end"),
         (
             VERSION + OPSET + field(7, field(5, field(8, b"n" * 4000)) * 10_000),
             "its names have more than 33554432 bytes",
         ),
         (VERSION + OPSET + field(7, wordy(20)), "the names of its nested graphs are too long"),
-        (VERSION + OPSET + field(7, b"\x0a\x00"), "a node names no operation"),
+        (VERSION + OPSET + field(7, b"\x0a\x00"), "a node has no operation"),
         (VERSION + OPSET + field(7, nested(100_000)), "nested more than 32 deep"),
         (VERSION + OPSET + field(7, b"\x12\x00" * 500_000), "more than 400000 parts"),
     ],

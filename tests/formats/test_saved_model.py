@@ -140,7 +140,8 @@ def test_a_keras_3_export_says_that_it_holds_its_variables_twice(keras3: Path) -
     assert len({raw(model.read(tensor)) for tensor in kernels}) == 1
     copies = sum(tensor.nbytes for tensor in model.tensors if tensor.name.startswith("variables/"))
     copies -= sum(tensor.nbytes for tensor in model.tensors if tensor.layer.startswith("seed_generator"))
-    assert model.about.notes == (f"It holds some variables twice, as Keras 3 exports them: {copies} bytes are copies.",)
+    note = f"The file holds some variables twice, as Keras 3 exports them: {copies} bytes are copies."
+    assert model.about.notes == (note,)
 
 
 def test_pruning_wrappers_are_told_with_their_schedule(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_a_lambda_layer_is_named_as_code(tmp_path: Path) -> None:
     tf_keras.Sequential([*layers, tf_keras.layers.Dense(2)]).save(tmp_path / "m", save_format="tf")
     about = open_model(tmp_path / "m").about
     assert about.code == ("Lambda layer twice",)
-    assert any("no Python code, unless Keras rebuilds" in note for note in about.notes)
+    assert any("runs only the operations of its graph" in note for note in about.notes)
     assert 0 < about.code_bytes < (tmp_path / "m" / "saved_model.pb").stat().st_size
 
 
@@ -208,7 +209,7 @@ def test_the_constants_of_a_frozen_model_are_its_weights(tmp_path: Path) -> None
     for tensor in model.tensors:
         assert (tensor.shape, tensor.role, tensor.out_axis) == ((6, 500), "kernel", 1)
         assert raw(model.read(tensor)) == raw(weights)
-    assert model.about.notes == ("It has no variables: its weights are constants of the graph.",)
+    assert model.about.notes == ("The model has no variables: its weights are constants of the graph.",)
 
 
 def tiny(path: Path, graph: bytes = b"") -> Path:
@@ -224,7 +225,7 @@ def tiny(path: Path, graph: bytes = b"") -> Path:
 def test_a_model_without_any_weights_says_so(tmp_path: Path) -> None:
     model = open_model(tiny(tmp_path / "m"))
     assert model.tensors == ()
-    assert model.about.notes == ("It has neither variables nor weights in its graph.",)
+    assert model.about.notes == ("The model has neither variables nor weights in its graph.",)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_a_mask_that_is_named_but_missing_is_told_and_the_rest_can_go(tmp_path: 
 
 def test_numbered_weights_without_the_classes_of_their_layers_are_refused(tmp_path: Path) -> None:
     clones().save_weights(tmp_path / "m.weights.h5")
-    with pytest.raises(InputError, match="does not say what its wrapped layers are"):
+    with pytest.raises(InputError, match="does not describe its wrapped layers"):
         strip(tmp_path / "m.weights.h5")
 
 

@@ -151,7 +151,7 @@ def test_a_long_program_is_followed_without_tensors(program: bytes) -> None:
 
 def test_a_billion_laughs_of_dictionaries_is_refused() -> None:
     program = b"}q\x00" + b"0}(S'a'\nh\x00S'b'\nh\x00uq\x00" * 60 + b"."
-    with pytest.raises(InputError, match="share each other without end"):
+    with pytest.raises(InputError, match="refer to each other without end"):
         tree.iter_tensors(WHERE, interpret(program, WHERE, "it").value, {})
 
 

@@ -187,7 +187,7 @@ def test_a_tensor_of_few_values_keeps_them(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("--cluster", "1"), "from 2 to 65536"),
-        (("--cluster", "many"), "no number of clusters"),
+        (("--cluster", "many"), "is not a number of clusters"),
         (("--cluster", "16:best"), "linear, random, density, kmeans++"),
         (("--cluster", "16", "--pattern", "channel", "-s", "0.5"), "--cluster does not go with channels"),
         (("--cluster", "16", "--wrap", "-s", "0.5"), "--cluster does not go with wrappers"),

@@ -129,7 +129,7 @@ def test_a_tensor_that_a_whole_model_strategy_leaves_alone_is_said(tmp_path: Pat
     for scope in ("layer", "global"):
         found, written = prune(DIGITS, tmp_path / scope, sparsity=0.5, scope=scope, strategy=f"{where}:some")
         assert [cut.tensor.name for cut in found.plan.cuts] == ["fc1.weight", "fc2.weight"]
-        left = {skip.name for skip in found.plan.skips if skip.reason.startswith("left alone by ")}
+        left = {skip.name for skip in found.plan.skips if skip.reason.startswith("not scored by ")}
         assert left == {"conv1.weight", "conv2.weight"}
         np.testing.assert_array_equal(arrays(written)["conv1.weight"], kernels()["conv1.weight"])
 
@@ -159,7 +159,7 @@ def test_scores_of_a_whole_model_fit_patterns_and_targets(tmp_path: Path) -> Non
         ("def s(w, power):\n    return abs(w)\n", "needs a power", 2),
         ("def s(all):\n    return abs\n\ns.prunectl_scope = 'model'\n", "dictionary", 5),
         ("def s(all):\n    return {'x': 1}\n\ns.prunectl_scope = 'model'\n", "dictionary", 5),
-        ("def s(all):\n    return {}\n\ns.prunectl_scope = 'model'\n", "leaves all of", 2),
+        ("def s(all):\n    return {}\n\ns.prunectl_scope = 'model'\n", "scores no tensor of", 2),
         ("def s(:\n", "SyntaxError", 2),
         ("import nothing_of_this_name\n", "nothing_of_this_name", 2),
         ("1 / 0\n", "ZeroDivisionError", 2),

@@ -187,7 +187,7 @@ def test_a_drawn_bias_is_said(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--strategy", "random-weighted", "--seed", "3")
     done = here("prune", DIGITS, "-o", tmp_path / "out.pt", *words)
     assert done.code == 0, done.err
-    assert f"The seed drew the bias {sample_depth_bias(3)}." in done.err
+    assert f"The bias towards early or late layers, drawn with --seed, is {sample_depth_bias(3)}." in done.err
 
 
 @pytest.mark.parametrize("strategy", ["magnitude", "random", "random-weighted", "lamp"])

@@ -199,7 +199,7 @@ def test_a_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path: 
     precious = tmp_path / "notes.html"
     precious.write_text("<p>mine")
     for path, said in (
-        (precious, "no report of prunectl"),
+        (precious, "is not a prunectl report"),
         (tmp_path, "is a folder"),
         (tmp_path / "a/b", "not a folder"),
     ):
@@ -210,7 +210,7 @@ def test_a_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path: 
 
 def test_a_page_is_refused_where_there_is_no_report(tmp_path: Path) -> None:
     for words in (["prune", "m.h5", "-s", "50%", "-o", "-"], ["check", "--report", "junit:-"]):
-        with pytest.raises(Exception, match="standard output is taken"):
+        with pytest.raises(Exception, match="standard output carries other data"):
             app.run([*words, "--html", str(tmp_path / "page.html")])
 
 

@@ -84,7 +84,7 @@ def test_a_huge_file_in_the_place_of_a_manifest_is_not_read_whole(tmp_path: Path
         file.write(b'{"mine":')
         os.truncate(file.fileno(), 1 << 40)
     done = prunectl("prune", FIXTURES / "digits_cnn.pt", "-o", tmp_path / "out.pt", "--manifest", huge, *HALF)
-    assert (done.code, "is no manifest of prunectl" in done.err) == (2, True), done.err
+    assert (done.code, "is not a prunectl manifest" in done.err) == (2, True), done.err
     assert not (tmp_path / "out.pt").exists()
     assert huge.stat().st_size == 1 << 40
 

@@ -79,10 +79,10 @@ SOUND = {"m": "h5", "m.h5": "h5", "m.keras": "keras", "m.pt": "pt2", "m.pt2": "p
 UNOPENED = {
     ("h5", "groups"): (0, ""),
     ("keras", "groups"): (0, ""),
-    ("SavedModel", "groups"): (3, "does not say which Keras layers"),
-    ("SavedModel", "channels"): (3, "does not say which Keras layers"),
-    ("pt2 inputs", "wrap"): (3, "cannot be wrapped"),
-    ("pt2 weight", "wrap"): (3, "cannot be wrapped"),
+    ("SavedModel", "groups"): (3, "does not describe its Keras layers"),
+    ("SavedModel", "channels"): (3, "does not describe its Keras layers"),
+    ("pt2 inputs", "wrap"): (3, "cannot hold pruning wrappers"),
+    ("pt2 weight", "wrap"): (3, "cannot hold pruning wrappers"),
 }
 """What ends otherwise, as it needs no framework, or is no way for such files."""
 

@@ -354,7 +354,7 @@ def test_an_input_that_becomes_shorter_while_it_is_read_is_the_inputs_fault(tmp_
     reading = extents.blocks(extents.Extent(path, 0, 3 << 20), extents.BYTE)
     next(reading)
     os.truncate(path, 1 << 20)
-    with pytest.raises(InputError, match="became shorter while it was read"):
+    with pytest.raises(InputError, match="was truncated while prunectl was reading"):
         next(reading)
 
 
@@ -372,7 +372,7 @@ def test_an_input_that_becomes_shorter_while_it_is_copied_is_the_inputs_fault(
         real(*given)
 
     monkeypatch.setattr(patch, "_copy", late)
-    with pytest.raises(InputError, match="became shorter while it was copied"):
+    with pytest.raises(InputError, match="was truncated while prunectl was copying it"):
         patch.copy_with_patches(path, tmp_path / "out", [rewrite])
 
 
@@ -382,7 +382,7 @@ def test_a_graph_that_becomes_shorter_while_it_is_copied_does_not_keep_the_copy_
     with (
         path.open("rb") as source,
         (tmp_path / "out").open("wb") as out,
-        pytest.raises(InputError, match="became shorter while it was copied"),
+        pytest.raises(InputError, match="was truncated while prunectl was copying it"),
     ):
         rewrite._copy(source, messages.Span(0, 10), out)
 

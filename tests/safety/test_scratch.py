@@ -121,7 +121,7 @@ def test_a_temporary_folder_that_is_nowhere_is_said(monkeypatch: pytest.MonkeyPa
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    with pytest.raises(WorkError, match="no temporary folder"), temporary_folder():
+    with pytest.raises(WorkError, match="no writable temporary folder"), temporary_folder():
         pass
 
 

@@ -40,9 +40,9 @@ def zipped(folder: Path) -> Path:
 SENTENCES: dict[str, tuple[Maker, str]] = {
     "a name": (header(data_offsets=[0, 5]), "does not fill bytes 0..5"),
     "a type": (header(dtype=LONG), "a type that prunectl does not read"),
-    "a shape": (header(shape=[1] * 10_000), "beyond any memory"),
+    "a shape": (header(shape=[1] * 10_000), "too large for any memory"),
     "a number": (header(shape=[10**4000]), "is not JSON"),
-    "a name that lies nowhere": (header(data_offsets=[]), "does not say where"),
+    "a name that lies nowhere": (header(data_offsets=[]), "does not give the offsets"),
     "a shard that is missing": (makers.index(b'{"weight_map":{"a":"%s"}}' % LONG.encode()[:200]), "is missing"),
     "a shard elsewhere": (makers.index(json.dumps({"weight_map": {"a": f"/{LONG}"}}).encode()), "outside its folder"),
     "a link": (linked, "links to another file"),

@@ -376,5 +376,5 @@ def test_a_damaged_file_is_not_opened_by_tensorflow_to_be_wrapped(change: Any, s
 def test_a_file_of_keras_3_is_not_opened_to_be_wrapped(tmp_path: Path) -> None:
     words = ("prune", FIXTURES / "digits_cnn.keras", "-o", tmp_path / "o.keras", "-s", "50%", "--wrap")
     found = cost(*words, scratch=tmp_path / "scratch")
-    assert "is of Keras 3" in found.outcome.err
+    assert "is a Keras 3 model" in found.outcome.err
     assert_refused_cheaply(found)

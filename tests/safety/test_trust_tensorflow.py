@@ -97,7 +97,7 @@ def test_descriptions_that_keras_alone_would_read_cost_no_more_than_others(tmp_p
     with (path / "keras_metadata.pb").open("ab") as file:
         file.write(lists * 20)
     found = cost("export", path, "-o", tmp_path / "o.onnx", scratch=tmp_path / "scratch")
-    assert "more objects than any model needs" in found.outcome.err
+    assert "more objects than prunectl allows" in found.outcome.err
     assert_refused_cheaply(found)
 
 
@@ -284,7 +284,7 @@ def test_what_saves_the_model_is_allowed(tmp_path: Path) -> None:
 )
 def test_nobody_else_saves(more: bytes, operation: str, tmp_path: Path) -> None:
     (found,) = alone(tmp_path, SAVED + more)
-    assert found.endswith("outside of what saves the model")
+    assert found.endswith("outside the functions that save the model")
     assert operation in found or "RestoreV2" in found
 
 
@@ -303,7 +303,7 @@ def of_objects(*bound: int) -> bytes:
     [
         pytest.param(ASSET + of_objects(0, 1), True, id="an asset"),
         pytest.param(ASSET + of_objects(1, 0), False, id="a constant"),
-        pytest.param(ASSET.replace(b"words.txt", b"wordz.txt") + of_objects(0, 1), False, id="no such file"),
+        pytest.param(ASSET.replace(b"words.txt", b"wordz.txt") + of_objects(0, 1), False, id="does not exist"),
         pytest.param(
             field(_ASSETS, field(1, field(1, "Const:0")) + field(2, "../../words.txt")) + of_objects(0, 1),
             False,

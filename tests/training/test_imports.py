@@ -40,8 +40,8 @@ def test_nothing_in_the_current_folder_takes_the_place_of_a_library(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("own_missing", "there is no such module, neither installed nor in this folder"),
-        ("./own_missing.py", "there is no such file"),
+        ("own_missing", "no such module is installed or in this folder"),
+        ("./own_missing.py", "the file does not exist"),
         ("own_needy", "it needs a module own_missing, which is not here"),
         ("./own_broken.py", "ValueError: so it goes"),
     ],

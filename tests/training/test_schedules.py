@@ -78,7 +78,7 @@ def test_a_curve_that_leaves_its_range_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"final": 80.0}, "a share from 0 to 1"),
+        ({"final": 80.0}, "must be from 0 to 1"),
         ({"final": 0.8, "begin": 9, "end": 3}, "cannot run from step 9 to step 3"),
         ({"final": 0.8, "end": 9, "frequency": 0}, "at least 1"),
         ({"final": 0.8}, "needs an end"),

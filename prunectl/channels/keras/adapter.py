@@ -48,13 +48,13 @@ def require_followable(model: ModelFile, origin: LoadOptions) -> None:
     """Refuse what cannot be followed, or needs no words."""
     if origin.model:
         raise UsageError(
-            "--model does not go with channels of a Keras file, whose own configuration is followed",
-            hint="save the model that it builds as .keras, and prune that",
+            "--model cannot be used with --pattern channel on a Keras file, which holds its own configuration",
+            hint="save the model that the function builds as .keras, and prune that file",
         )
     if model.about.wrappers:
         raise InputError(
-            f"{model.path} has its layers in wrappers of tfmot, which hide them",
-            hint=f"take them off first: prunectl strip {model.path} --only masks,wrappers",
+            f"the layers of {model.path} are inside tfmot wrappers",
+            hint=f"remove them first: prunectl strip {model.path} --only masks,wrappers",
         )
 
 
@@ -89,7 +89,7 @@ class KerasAdapter(GraphAdapter):
         """Whether the state of the optimizer is left out."""
         if not self.omitted_tensors:
             return ()
-        return ("The state of the optimizer was left out: which weights it belongs to cannot be told.",)
+        return ("The optimizer state was left out: its slots cannot be matched to the weights.",)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -97,8 +97,10 @@ class KerasAdapter(GraphAdapter):
         length = self._loaded.guessed_length
         if not length:
             return ()
-        how = "--input or --data says how long they are"
-        return (f"Open axes were taken to be {length} long, and layers that do not fit lock their channels: {how}.",)
+        how = "give their lengths with --input or --data"
+        return (
+            f"Open axes were assumed to have the length {length}, and layers that do not fit it are locked: {how}.",
+        )
 
     @property
     def observable(self) -> frozenset[str]:

@@ -142,9 +142,7 @@ def runner(
             message = error.message.replace(str(path), str(loaded.model.path))
             raise type(error)(f"{message}; nothing was written", hint=error.hint) from error
         except Exception as error:
-            raise WorkError(
-                f"the network cannot be loaded by Keras: {first_line(error)}; nothing was written"
-            ) from error
+            raise WorkError(f"Keras cannot load the network: {first_line(error)}; nothing was written") from error
     names = tuple(observed)
     showable = loaded.builder.observable
     observed_values = {name: showable[name] for name in names}
@@ -172,7 +170,7 @@ def runner(
 def _random_input(loaded: LoadedKeras, name: str, lookups: set[str], random: np.random.Generator) -> Array:
     shape, dtype = loaded.graph.shapes[name], loaded.builder.inputs[name]
     if dtype == "string":
-        raise WorkError(f"the network takes an input, {name}, of which nothing random can be made")
+        raise WorkError(f"prunectl cannot make random values for the input {name} of the network")
     if name in lookups or dtype.startswith(("int", "uint", "bool")):
         return random.integers(0, _MAX_INTEGER, shape).astype(dtype if name not in lookups else "int32")
     return random.standard_normal(shape).astype(np.float32)

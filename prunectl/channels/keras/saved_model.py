@@ -36,14 +36,14 @@ from prunectl.training.quiet import ignore_warnings
 
 _SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _WRITTEN_BY_KERAS = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables"})
-_SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that"
+_SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that file"
 
 
 def read_saved_model(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> SavedModelAdapter:
     """The network of a SavedModel that says which Keras layers it consists of."""
     if model.about.keras is None:
         raise InputError(
-            f"{model.path} does not say which Keras layers it consists of",
+            f"{model.path} does not describe its Keras layers",
             hint="prune the model that it was exported from, as .keras, or export it to ONNX",
         )
     require_followable(model, origin)
@@ -92,7 +92,7 @@ class SavedModelAdapter(GraphAdapter):
         """What a new SavedModel lacks."""
         if not self.omitted_tensors and not self._model.about.training:
             return ()
-        return ("Keras wrote the SavedModel anew, without the state of an optimizer, metrics, and how to train it.",)
+        return ("Keras rewrote the SavedModel without optimizer state, metrics and training configuration.",)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def _save_with_keras(loaded: LoadedModel, path: Path) -> None:
             loaded.model.save(str(path), **options)
     except Exception as error:
         raise WorkError(
-            f"{loaded.file.path} cannot be written again by Keras: {first_line(error)}; nothing was written",
+            f"Keras cannot save {loaded.file.path}: {first_line(error)}; nothing was written",
             hint=_SAVE_AS_KERAS,
         ) from error
 
@@ -172,7 +172,7 @@ def _refuse_losses(model: ModelFile) -> None:
     lost = lost or ("the files that its graph reads" if graph.assets else "")
     lost = lost or ("all of its graphs but one" if len(graph.graphs) > 1 else "")
     if lost:
-        raise InputError(f"{model.path} would lose {lost}, as Keras writes it anew", hint=_SAVE_AS_KERAS)
+        raise InputError(f"{model.path} would lose {lost} when Keras saves it", hint=_SAVE_AS_KERAS)
 
 
 def _match_weights(model: ModelFile, inner: ModelFile) -> dict[str, str]:
@@ -189,7 +189,7 @@ def _match_weights(model: ModelFile, inner: ModelFile) -> dict[str, str]:
                 matches[tensor.name] = name
             case _:
                 raise InputError(
-                    f"{model.path} calls its weights so that {tensor.name} cannot be told from others",
+                    f"the variables of {model.path} cannot be matched to {tensor.name}",
                     hint=_SAVE_AS_KERAS,
                 )
     lost = [
@@ -198,5 +198,5 @@ def _match_weights(model: ModelFile, inner: ModelFile) -> dict[str, str]:
         if tensor.is_float and tensor.role is not Role.OPTIMIZER and tensor.name not in matches.values()
     ]
     if lost:
-        raise InputError(f"{model.path} would lose {lost[0]}, which is in no layer", hint=_SAVE_AS_KERAS)
+        raise InputError(f"{model.path} would lose {lost[0]}, which belongs to no layer", hint=_SAVE_AS_KERAS)
     return matches

@@ -118,7 +118,7 @@ class GraphTraversal:
     def model(self, model: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
         """What a model gives; without inputs, it has its own."""
         if len(names) > budgets.MAX_KERAS_DEPTH:
-            raise InputError(f"a model is nested deeper than {budgets.MAX_KERAS_DEPTH} models")
+            raise InputError(f"models are nested more than {budgets.MAX_KERAS_DEPTH} deep")
         is_graph = any(layer.get("inbound_nodes") for layer in self._tracer.inner_layers(model))
         return self._graph(model, inputs, names) if is_graph else self._sequence(model, inputs, names)
 
@@ -139,7 +139,7 @@ class GraphTraversal:
         shape = input_shape(self._tracer, model, layers)
         if shape is None:
             raise InputError(
-                "the configuration does not say the shape of its input",
+                "the configuration does not give the shape of its input",
                 hint="load it in Keras, call build() and save it again",
             )
         first = layers[0] if layers else model
@@ -168,7 +168,7 @@ class GraphTraversal:
         def value(source: TensorRef) -> str:
             outputs = outputs_of.get(resolve.key(source), ())
             if source.tensor >= len(outputs):
-                raise InputError(f"the configuration refers to {source.layer}, which gives nothing there")
+                raise InputError(f"the configuration refers to an output of {source.layer} that does not exist")
             name = outputs[source.tensor]
             self._builder.references[path, source.layer, source.node, source.tensor] = name
             # Keras 3 says the shape of what a layer gives that nothing is known of.
@@ -206,7 +206,7 @@ class GraphTraversal:
         config = part(call.description, "config")
         shape = next((shape for key in SHAPE_KEYS if (shape := shape_in(config.get(key))) is not None), None)
         if shape is None:
-            raise InputError(f"the configuration does not say the shape of its input {call.layer}")
+            raise InputError(f"the configuration does not give the shape of its input {call.layer}")
         return self._input("/".join((*names, call.layer)), shape, call.description)
 
     def _call(
@@ -394,12 +394,12 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
     config = model.about.keras
     if config is None:
         raise InputError(
-            f"{model.path} holds weights alone: nothing says how they are connected",
+            f"{model.path} holds only weights, not the layers that use them",
             hint="save the whole model, as .keras or .h5",
         )
     if not listed(config):
         raise InputError(
-            f"{model.path} holds a model that is code: its configuration names no layers",
+            f"{model.path} holds a subclassed model, whose configuration lists no layers",
             hint="build it from layers with keras.Model(inputs, outputs), or export it to ONNX",
         )
     stored = WeightFile(model)
@@ -434,8 +434,8 @@ def _refuse_doubt(stored: WeightFile, config: Mapping[str, Any], slots: Mapping[
     """Refuse weights that belong to layers of the configuration, and nobody knows to which."""
     if ambiguous_containers(config, slots, [dataset.name for dataset in stored.contents.datasets]):
         raise InputError(
-            f"{stored.model.path} holds weights that do not fit the layers of its configuration by number and shape",
-            hint="load it in the Keras that wrote it, save it again, and prune that file",
+            f"the weights of {stored.model.path} do not match the layers of its configuration in number and shape",
+            hint="load it in the Keras version that wrote it, save it again, and prune that file",
         )
 
 

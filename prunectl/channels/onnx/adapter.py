@@ -39,7 +39,7 @@ def read_onnx(model: ModelFile, origin: LoadOptions, data: DataShapes | None = N
     for option, value in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
         if value:
             raise UsageError(
-                f"{option} does not go with an ONNX file, which says all by itself", hint=f"leave out {option}"
+                f"{option} cannot be used with an ONNX file, which holds its own graph", hint=f"leave out {option}"
             )
     return OnnxAdapter(model, load_onnx(model, AxisLengths(origin.inputs, data)))
 
@@ -91,9 +91,7 @@ class OnnxAdapter(GraphAdapter):
         try:
             session = OnnxSession(network, names)
         except Exception as error:
-            raise WorkError(
-                f"the network cannot be loaded by onnxruntime: {first_line(error)}; nothing was written"
-            ) from error
+            raise WorkError(f"onnxruntime cannot load the network: {first_line(error)}; nothing was written") from error
         outputs = [port.name for port in network.proto.graph.output]
         return lambda feeds: session.run([*outputs, *names], feeds)
 
@@ -113,7 +111,7 @@ class OnnxAdapter(GraphAdapter):
         for tensor in result.tensors:
             array = network.outside.get(tensor.name)
             if array is not None and result.read(tensor).tobytes() != array.tobytes():
-                raise WorkError(f"{tensor.name} came out with other numbers than it has; nothing was written")
+                raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
         return WrittenNetwork(path, omitted_tensors=frozenset(dropped))
 
 
@@ -121,7 +119,7 @@ def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -
     """Random numbers for an input of a message."""
     code = CODES.get(port.type.tensor_type.elem_type)
     if code is None or code.dtype.kind not in "fiub":
-        raise WorkError(f"the network takes an input, {port.name}, of which nothing random can be made")
+        raise WorkError(f"prunectl cannot make random values for the input {port.name} of the network")
     # Whole numbers are small enough for any table of words.
     numbers = random.standard_normal(shape) if code.dtype.kind == "f" else random.integers(0, 2, shape)
     return numbers.astype(code.dtype)

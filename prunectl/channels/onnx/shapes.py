@@ -67,8 +67,8 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
             error_line = first_line(error)
     is_open = any(None in (port.shape or ()) for port in map(port_spec, inputs))
     raise InputError(
-        f"the shapes in {name} cannot be worked out: {error_line}",
-        hint=f"--input {_example(inputs)} says how long open axes are, or --data SPEC" if is_open else "",
+        f"the shapes in {name} cannot be inferred: {error_line}",
+        hint=f"give the lengths of open axes with --input {_example(inputs)}, or with --data SPEC" if is_open else "",
     )
 
 

@@ -55,7 +55,7 @@ def read_torch(model: ModelFile, origin: LoadOptions, data: DataShapes | None = 
     """
     del data
     if origin.custom_objects:
-        raise UsageError("--custom-objects explains layers of Keras", hint="leave out --custom-objects")
+        raise UsageError("--custom-objects is for Keras models", hint="leave out --custom-objects")
     return TorchAdapter(model, trace_model(model, origin))
 
 
@@ -84,12 +84,12 @@ class TorchAdapter(GraphAdapter):
         if self._is_program:
             return ()
         omitted = ", ".join(name or "the file" for name in self._slots.unmatched)
-        state = f"The state of {omitted} was left out: which weights it belongs to cannot be told."
-        subject = "The file holds weights alone now; the" if self._traced.holds_module else "The"
+        state = f"The optimizer state of {omitted} was left out: it cannot be matched to the weights."
+        subject = "The file now holds only weights; the" if self._traced.holds_module else "The"
         batch = len(self._traced.single_inputs[0])
-        batch_note = f", for {batch} at a time, as its steps name this number" if batch > 1 else ""
+        batch_note = f", for batches of {batch}, a number that its code contains" if batch > 1 else ""
         return (
-            f"{subject} class {class_of(self._traced)} that takes them is beside it{batch_note}.",
+            f"{subject} class {class_of(self._traced)} for these weights is in the file beside it{batch_note}.",
             *([state] if omitted else []),
         )
 
@@ -205,7 +205,9 @@ def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> t
             program, notes = _export_again(traced, with_weights(traced, pruned))
             torch.export.save(program, path)
         except Exception as error:
-            raise WorkError(f"the cut program cannot be exported: {first_line(error)}; nothing was written") from error
+            raise WorkError(
+                f"PyTorch cannot export the pruned program: {first_line(error)}; nothing was written"
+            ) from error
     return notes
 
 
@@ -221,7 +223,7 @@ def _export_again(traced: TracedModel, module: torch.nn.Module) -> tuple[Exporte
         axes = _open_axes(traced, {})
         program = torch.export.export(module, traced.examples, dynamic_shapes=axes, strict=False)
         reason = first_line(error)
-        return program, (f"The bounds of the program's sizes are not those of the file, but PyTorch's own: {reason}.",)
+        return program, (f"PyTorch chose new bounds for the dynamic sizes of the program: {reason}.",)
 
 
 def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.GraphModule:
@@ -267,7 +269,7 @@ def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
     try:
         shapes = shapes_of(WeightedProgram(traced.module), traced.single_inputs)
     except Exception as error:
-        raise InputError(f"{model.path} cannot be run by PyTorch: {first_line(error)}") from error
+        raise InputError(f"PyTorch cannot run {model.path}: {first_line(error)}") from error
     names = {name: traced.aliases.get(tensor, tensor) for name, tensor in traced.names.items()}
     weight_views = views(nodes, {name: tensor for name, tensor in names.items() if tensor in weights}, shapes)
     # A copy: what several steps see of a weight is added on the way.

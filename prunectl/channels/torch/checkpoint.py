@@ -92,8 +92,8 @@ def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = 
     """A value with the tensors in it cut; dictionaries and lists stay the same ones."""
     if isinstance(value, torch.nn.Module):
         raise InputError(
-            f"{path} holds a whole module, {name}, beside other things",
-            hint="save its state_dict() in its place, and say --model",
+            f"{path} holds a whole module, {name}, beside other values",
+            hint="save its state_dict() instead, and add --model",
         )
     if isinstance(value, torch.Tensor):
         if name not in changes.axes and name not in changes.numbers:
@@ -158,7 +158,7 @@ def companion_file(target: Path) -> Path:
     code = code_beside(target)
     if code.is_file() and HEADER not in code.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
         raise UsageError(
-            f"{code} exists, and the class for the weights would take its place", hint="choose another --output"
+            f"{code} exists, and the class for the weights would overwrite it", hint="choose another --output"
         )
     return code
 
@@ -217,11 +217,11 @@ def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
             return torch.load(model.path, map_location="cpu", weights_only=False)
         code = f": {model.about.code[0]}" if model.about.code else ""
         raise UntrustedError(
-            f"{model.path} holds more than numbers and words{code}",
-            hint=f"if you trust it: --trust; or leave it out first: prunectl strip {model.path} -o weights.pt",
+            f"{model.path} holds more than tensors and plain values{code}",
+            hint=f"if you trust it: --trust; or remove the rest first: prunectl strip {model.path} -o weights.pt",
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+        raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
 
 
 def parameter_order(traced: TracedModel) -> Mapping[str, str]:

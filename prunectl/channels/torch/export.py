@@ -75,7 +75,9 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
 def _load_exported(model: ModelFile, origin: LoadOptions) -> TracedModel:
     for option, value in (("--model", origin.model), ("--input", origin.inputs)):
         if value:
-            raise UsageError(f"{option} does not go with a .pt2, which says all by itself", hint=f"leave out {option}")
+            raise UsageError(
+                f"{option} cannot be used with a .pt2 file, which holds its own graph", hint=f"leave out {option}"
+            )
     with quiet():
         program = load_program(model, origin)
     example_inputs, names = program.example_inputs, {tensor.name: tensor.name for tensor in model.tensors}
@@ -112,7 +114,7 @@ def _hint(length: int | torch.SymInt) -> int:
 def _graph_module(program: ExportedProgram) -> torch.fx.GraphModule:
     module = program.module()
     if not isinstance(module, torch.fx.GraphModule):
-        raise InputError("this PyTorch gives no graph for a program")
+        raise InputError("this version of PyTorch returns no graph for exported programs")
     for node in list(module.graph.nodes):
         if node.op == "call_module" and not node.users:
             module.graph.erase_node(node)  # it only holds inputs against what they were traced on
@@ -170,8 +172,8 @@ def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[Expor
         except Exception as error:
             reason = first_line(open_error)
             raise InputError(
-                f"the model of {path} cannot be followed by torch.export: {reason}",
-                hint="what runs must not depend on the numbers that come in; or export it to ONNX, and cut that",
+                f"torch.export cannot trace the model of {path}: {reason}",
+                hint="its control flow must not depend on input values; or export it to ONNX, and prune that file",
             ) from error
 
 
@@ -199,8 +201,8 @@ def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> 
             return inputs
     shapes = " and ".join("x".join(map(str, value.shape)) for value in examples)
     raise UsageError(
-        f"the model of {path} cannot be run on {shapes}: {first_line(failure) if failure else ''}",
-        hint="say another shape with --input; one for each input, as 1,128:i64 where it takes whole numbers",
+        f"the model of {path} cannot run on inputs of {shapes}: {first_line(failure) if failure else ''}",
+        hint="give other shapes with --input, one for each input; for whole numbers write 1,128:i64",
     ) from failure
 
 
@@ -210,8 +212,8 @@ def _convert_script(module: torch.jit.ScriptModule, examples: Examples, path: st
             return convert_script(module, examples)
         except Exception as error:
             raise InputError(
-                f"{path} is a script that PyTorch cannot turn into a graph: {first_line(error)}",
-                hint="say what built it: --model package.module:function with a state dict",
+                f"PyTorch cannot convert the TorchScript of {path} to a graph: {first_line(error)}",
+                hint="use a state dict, and name the function that builds the model: --model package.module:function",
             ) from error
 
 
@@ -222,8 +224,8 @@ def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tupl
     """An example for each shape, such as `1,3,224,224` or `1,128:i64`."""
     if not specs:
         raise UsageError(
-            f"{path} does not say what goes into it, and it has to be run to be followed",
-            hint=f"say a shape with a batch of 1: --input {_suggestion(module)}",
+            f"{path} does not give the shapes of its inputs, which are needed to trace it",
+            hint=f"add a shape with a batch of 1: --input {_suggestion(module)}",
         )
     ports = input_specs(module) if len(specs) == 1 else ()
     default = torch.int64 if ports and ports[0].dtype == "int64" else _default_float(module)

@@ -43,7 +43,7 @@ def measured(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None
             )
             count, characters = count + 1, characters + outer_characters
             if count > budgets.MAX_KERAS_OBJECTS or characters > budgets.MAX_KERAS_NAME_CHARACTERS:
-                raise InputError(f"{path} is refused: its configuration holds more layers than any model has")
+                raise InputError(f"{path} is refused: its configuration holds more layers than prunectl allows")
         members = value.values() if isinstance(value, dict) else value or ()
         pending += [(inner, outer_characters) for inner in members if isinstance(inner, (dict, list))]
     return config

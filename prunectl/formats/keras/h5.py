@@ -47,7 +47,7 @@ def describe(contents: H5Contents, config: dict[str, Any] | None) -> tuple[Tenso
         return layouts.tensors_by_layer_name(contents, root, config)
     if any("vars" in dataset.name.split("/") for dataset in contents.datasets):
         return layouts.tensors_by_path(contents, config)
-    raise InputError(f"{contents.location.path} is an HDF5 file, but not one that Keras wrote: it names no layers")
+    raise InputError(f"{contents.location.path} is an HDF5 file, but not a Keras model: it names no layers")
 
 
 def decoder(contents: H5Contents) -> Any:

@@ -75,7 +75,7 @@ def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:
     if not missing:
         return ()
     count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
-    return (f"The file is incomplete: it names {count} that it does not hold, such as {abbreviated(missing[0])}.",)
+    return (f"The file is incomplete: {count} named in it are missing, such as {abbreviated(missing[0])}.",)
 
 
 def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str, str]]:
@@ -189,9 +189,7 @@ def unmatched_note(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     """A note where weights keep the names of folders, for it is unknown whose they are."""
     if not any(tensor.name.startswith(tuple(f"{container}/" for container in CONTAINERS)) for tensor in tensors):
         return ()
-    return (
-        "Its weights do not fit the layers of its configuration by number and shape: they keep their paths for names.",
-    )
+    return ("The weights do not match the layers of the configuration, so they are named by their paths in the file.",)
 
 
 def _numbered_tensor(
@@ -277,7 +275,7 @@ def _check_layer(model: ModelFile, layer: LayerConfig, kernels: list[Tensor]) ->
     key, gates = _WIDTHS[kind]
     width, name = upgrade_config(kind, layer.config).get(key), abbreviated(layer.name)
     if type(width) is not int:
-        raise InputError(f"{model.path} is damaged: its configuration does not say the {key} of {kind} {name}")
+        raise InputError(f"{model.path} is damaged: its configuration does not give the {key} of {kind} {name}")
     if not kernels:
         raise InputError(f"{model.path} is damaged: it holds no weights of {kind} {name}")
     for kernel in kernels:

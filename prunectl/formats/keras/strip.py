@@ -49,10 +49,10 @@ def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: 
         else:
             edits = strip_layouts.plan_by_path(contents, config, options, is_unwrapped=is_unwrapped)
     except LayerNameConflictError as error:
-        raise InputError(f"{shown} has two layers named {error} once its wrappers are gone") from error
+        raise InputError(f"{shown} would have two layers named {error} without its wrappers") from error
     except MasksNotAppliedError as error:
-        hint = "the rest can go: prunectl strip --only optimizer,training"
-        raise InputError(f"{shown} cannot have its masks applied: {error}", hint=hint) from error
+        hint = "strip the other parts only: prunectl strip --only optimizer,training"
+        raise InputError(f"the masks of {shown} cannot be applied: {error}", hint=hint) from error
     except RecursionError as error:
         raise InputError(f"{shown} is refused: its configuration is nested too deep") from error
     return StripPlan(edits, stripped_config, (*wrappers, *uncompiled))

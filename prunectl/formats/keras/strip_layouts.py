@@ -43,7 +43,7 @@ def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str,
     for mask in masks:
         if not unmasked[mask.shape]:
             raise MasksNotAppliedError(
-                f"its mask {mask.path} has the shape {list(mask.shape)}, which no weight of its layer has"
+                f"its mask {mask.path} has the shape {list(mask.shape)}, but no weight of its layer has this shape"
             )
         mask_paths[unmasked[mask.shape].popleft().path] = mask.path
     return mask_paths
@@ -92,7 +92,7 @@ def _unwrapped_named(contents: H5Contents, root: str, names: dict[str, list[str]
         for weight in weights:
             if f"{path}/{weight}" not in stored:
                 raise MasksNotAppliedError(
-                    f"the file is incomplete, it names {abbreviated(weight)}, but does not hold it"
+                    f"the file is incomplete: it names {abbreviated(weight)} but does not hold it"
                 )
         members = {weight: stored[f"{path}/{weight}"] for weight in weights}
         scopes = _scopes(weights)
@@ -229,13 +229,13 @@ def _unwrapped_numbered(contents: H5Contents, config: Mapping[str, Any] | None) 
     relocations = list(_relocations(config, container)) if config is not None else []
     if not any(relocation.wrapped for relocation in relocations):
         if config is None and any(PRUNED_PREFIX.rstrip("_") in dataset.name for dataset in contents.datasets):
-            raise MasksNotAppliedError("the file holds weights alone, and does not say what its wrapped layers are")
+            raise MasksNotAppliedError("the file holds only weights and does not describe its wrapped layers")
         return
     below = _datasets_below(contents)
     if container == TWICE and any(
         relocation.wrapped and not below.get(f"{relocation.old}/layer") for relocation in relocations
     ):
-        raise MasksNotAppliedError("its layers are numbered as Keras 2.13 did it, twice for each that has weights")
+        raise MasksNotAppliedError("its layers are numbered as in Keras 2.13, twice for each layer with weights")
     for relocation in relocations:
         if relocation.wrapped is None:
             yield H5Edits(moves={relocation.old: relocation.new})

@@ -170,7 +170,7 @@ class ProtoReader:
     def numbers(self, spans: tuple[Span, ...]) -> tuple[int, ...]:
         """The whole numbers of a short list."""
         if sum(end - begin for begin, end in spans) > budgets.MAX_ONNX_LIST_BYTES:
-            raise WireError("a list that should be short is long")
+            raise WireError("a list is longer than prunectl allows")
         numbers: list[int] = []
         for at, end in spans:
             begin = at
@@ -230,7 +230,7 @@ def node(reader: ProtoReader, span: Span) -> NodeProto:
             case _:
                 texts[field.number] = reader.text(field)
     if not texts[4]:
-        raise WireError("a node names no operation")
+        raise WireError("a node has no operation")
     # The trees of classical models fill attributes with a million numbers, none of them a tensor.
     attributes = {} if texts[7] == _CLASSICAL else dict(_attribute(reader, field) for field in spans)
     return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes)
@@ -342,7 +342,7 @@ def model(reader: ProtoReader) -> Model:
     if len(inner[7]) != 1:
         raise WireError("it has more than one graph" if inner[7] else "it has no graph")
     if not opsets and version >= _FIRST_WITH_OPSETS:
-        raise WireError("it names no set of operators")
+        raise WireError("it names no opset")
     producer = " ".join(name for name in names.values() if name)
     return Model(version, producer, opsets, inner[7][0], tuple(inner[25]), tuple(inner[20]))
 

@@ -67,7 +67,7 @@ def _foreign(nodes: Sequence[NodeProto], defined: frozenset[str]) -> tuple[str, 
 
 def _notes(nodes: Sequence[NodeProto]) -> Iterator[str]:
     if classical := sum(node.domain == _CLASSICAL for node in nodes):
-        yield f"Parameters of {classical} classical operators ({_CLASSICAL}) are no tensors and are not listed."
+        yield f"Parameters of {classical} classical operators ({_CLASSICAL}) are not tensors and are not listed."
 
 
 def _tensor_notes(tensors: Sequence[Tensor]) -> Iterator[str]:
@@ -76,7 +76,7 @@ def _tensor_notes(tensors: Sequence[Tensor]) -> Iterator[str]:
     for dtype, count in sorted(quantised.items()):
         yield f"{count} of {len(kernels)} kernels are quantised to {dtype}."
     if unused := sum(not tensor.kind for tensor in tensors):
-        yield f"{unused} of {len(tensors)} tensors are used by no operation."
+        yield f"{unused} of {len(tensors)} tensors are not used by any operation."
 
 
 _LEAVES = ("weight", "bias", "running_", "num_batches_tracked", "gamma", "beta", "kernel", "in_proj_", "alpha")

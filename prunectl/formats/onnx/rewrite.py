@@ -152,7 +152,7 @@ def _copy(source: BinaryIO, run: Span, out: BinaryIO) -> None:
         with errors.reading(Path(source.name)):
             piece = source.read(min(_PIECE_BYTES, left))
         if not piece:
-            raise InputError(f"{source.name} became shorter while it was copied")
+            raise InputError(f"{source.name} was truncated while prunectl was copying it")
         out.write(piece)
         left -= len(piece)
 
@@ -337,7 +337,7 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
     replace_fields(model.path, target, dense, lambda _: None)
     _relocate(model, targets)
     if left := [name for name in changed if name not in done]:
-        raise InputError(f"{model.path} holds {left[0]} in a form that cannot be changed in place: --exclude it")
+        raise InputError(f"{model.path} stores {left[0]} in a form that cannot be changed: skip it with --exclude")
     if model.about.is_compressed:
         packed = target.with_name(f"{target.name}.packed")
         pack(open_model(target), packed, lambda _: None)

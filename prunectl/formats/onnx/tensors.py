@@ -99,7 +99,7 @@ class ExternalFiles:
         length = self._number(name, facts.get("length", str(nbytes)))
         if length != nbytes:
             raise InputError(
-                f"{self._model} is damaged: {abbreviated(name)} needs {nbytes} bytes, its external data has {length}"
+                f"{self._model} is damaged: {abbreviated(name)} needs {nbytes} bytes; its external data has {length}"
             )
         path = self._model.parent / location
         check_inside(path, offset, nbytes, self._sizes[location], f"{name} of {self._model.name}")
@@ -108,7 +108,7 @@ class ExternalFiles:
     def _number(self, name: str, text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
             raise InputError(
-                f"{self._model} is damaged: the place of {abbreviated(name)} in its external data is no number"
+                f"{self._model} is damaged: the offset of {abbreviated(name)} in its external data is not a number"
             )
         return int(text)
 
@@ -197,7 +197,9 @@ class TensorLocator:
         stored = values.storage.stored_bytes + indices.storage.stored_bytes
         nbytes = math.prod(proto.dims) * values.dtype.itemsize
         if nbytes > max(budgets.MAX_UNFOLDED_TENSOR_BYTES, budgets.BOMB_RATIO * stored):
-            raise InputError(f"{self.path} is refused: {abbreviated(name)} would unfold to {nbytes} bytes, like a bomb")
+            raise InputError(
+                f"{self.path} is refused: {abbreviated(name)} would expand to {nbytes} bytes, like a zip bomb"
+            )
         source = SparseSource(_dense(values), _dense(indices), proto.dims)
         return Located(proto.dims, values.dtype, Storage(name, nbytes, None, stored), source)
 
@@ -226,7 +228,7 @@ class TensorLocator:
         if not is_right:
             raise InputError(
                 f"{self.path} is damaged: {abbreviated(source.name)} of shape {format_shape(source.shape)} "
-                f"does not fit its {stored} bytes"
+                f"does not match its {stored} bytes"
             )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -303,7 +305,7 @@ def decode_dense(source: TensorSource, path: Path) -> Array:
     if stored.size != source.raw_bytes:
         raise InputError(
             f"{path} is damaged: {abbreviated(source.name)} of shape {format_shape(source.shape)} "
-            "does not fill its data"
+            "does not match the length of its data"
         )
     array = stored.view(source.dtype) if source.bits >= 8 else unpack(stored, source.dtype, source.bits)
     array = array[: math.prod(source.shape)].reshape(source.shape)
@@ -336,7 +338,7 @@ def _read(run: Extent) -> bytes:
         file.seek(run.offset)
         raw = file.read(run.nbytes)
     if len(raw) != run.nbytes:
-        raise InputError(f"{run.path} ended early: it became shorter while it was read")
+        raise InputError(f"{run.path} was truncated while prunectl was reading it")
     return raw
 
 

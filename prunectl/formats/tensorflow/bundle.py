@@ -67,7 +67,7 @@ def read_shape(data: memoryview, field: Field) -> tuple[int, ...]:
     if any(size < 0 for size in shape):
         raise WireError("a shape with a negative size")
     if math.prod(max(size, 1) for size in shape) > budgets.MAX_COUNT // 16:
-        raise WireError("a shape beyond any memory")
+        raise WireError("a shape too large for any memory")
     return tuple(shape)
 
 
@@ -286,7 +286,7 @@ def _find_shards(index: Index) -> dict[int, Path]:
         raise InputError(f"{path} is refused: it claims {count} data shards")
     used = sorted({entry.shard for entry in index.entries.values()})
     if used and used[-1] >= count:
-        raise InputError(f"{path} is damaged: it names data shard {used[-1]}, but has {count}")
+        raise InputError(f"{path} is damaged: it refers to data shard {used[-1]}, but has {count}")
     prefix = path.name.removesuffix(".index")
     shards = {number: path.with_name(f"{prefix}.data-{number:05d}-of-{count:05d}") for number in used}
     for shard in shards.values():
@@ -309,7 +309,7 @@ def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
         if entry.code in DTYPES and entry.nbytes != math.prod(entry.shape) * entry.dtype.itemsize:
             raise InputError(
                 f"{bundle.index} is damaged: {abbreviated(name)} of shape {format_shape(entry.shape)} "
-                f"does not fill {entry.nbytes} bytes"
+                f"does not match its {entry.nbytes} bytes"
             )
         if entry.nbytes and entry.offset < reached[entry.shard] and entry.key not in bundle.shared:
             raise InputError(f"{bundle.index} is damaged: {abbreviated(name)} overlaps another tensor")
@@ -329,7 +329,7 @@ def _check_slices(bundle: Bundle) -> None:
             entry.shape
         ):
             raise InputError(
-                f"{bundle.index} is incomplete: the slices of {abbreviated(name)} do not make up the whole"
+                f"{bundle.index} is incomplete: the slices of {abbreviated(name)} do not cover the whole tensor"
             )
 
 

@@ -212,9 +212,9 @@ class _MetaGraph:
         nodes = [*self._special, *(node for function in self._functions for node in function.nodes)]
         yield from (_describe(node.operation) for node in nodes if not self._is_harmless_by_attribute(node))
         if self._is_saved_by_others():
-            yield f"operation {_first_operation(nodes, _SAVING)} outside of what saves the model"
+            yield f"operation {_first_operation(nodes, _SAVING)} outside the functions that save the model"
         if any(node.operation in _FROM_FILES for node in nodes) and not self._is_filled_from_assets():
-            yield f"operation {_first_operation(nodes, _FROM_FILES)} on a file that is no asset of the model"
+            yield f"operation {_first_operation(nodes, _FROM_FILES)} on a file that is not an asset of the model"
 
     def _function(self, definition: Field) -> Function:
         name, nodes = b"", []

@@ -111,7 +111,7 @@ def read_file(path: Path) -> memoryview:
     with reading(path):
         file_bytes = path.stat().st_size
         if file_bytes > budgets.MAX_TABLE_BYTES:
-            raise InputError(f"{path} is refused: an index of {file_bytes} bytes is more than any model needs")
+            raise InputError(f"{path} is refused: its index of {file_bytes} bytes is larger than prunectl allows")
         return memoryview(path.read_bytes())
 
 
@@ -168,7 +168,7 @@ def _check_block(path: Path, data: memoryview, block: Block, limit: int) -> None
         raise InputError(f"{path} is truncated or damaged: a block of its index lies outside of it")
     stored = int.from_bytes(data[block.crc_at : block.crc_at + 4], "little")
     if stored != masked_crc(bytes(data[block.begin : block.crc_at])):
-        raise InputError(f"{path} is damaged: a block of its index is not what its checksum says")
+        raise InputError(f"{path} is damaged: a block of its index does not match its checksum")
     if data[block.end] not in {_PLAIN_BLOCK, _PACKED}:
         raise InputError(f"{path} compresses its index in a way that prunectl does not read")
     if data[block.end] == _PACKED and block.end - block.begin > budgets.MAX_SNAPPY_BYTES:

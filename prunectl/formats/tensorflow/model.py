@@ -79,7 +79,7 @@ def _has_config(model: Mapping[str, Any]) -> bool:
     return "class_name" in model and bool(part(model, "config"))
 
 
-_RUNS_GRAPHS = "A SavedModel runs only the operations of its graph, no Python code, unless Keras rebuilds its layers."
+_RUNS_GRAPHS = "Loading this SavedModel runs only the operations of its graph, unless Keras rebuilds its layers."
 
 
 def open_saved_model(path: Path) -> ModelFile:
@@ -124,9 +124,9 @@ def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path,
     except WireError as error:
         raise InputError(f"{graph.path} is damaged: its graph holds {error}") from error
     note = (
-        "It has no variables: its weights are constants of the graph."
+        "The model has no variables: its weights are constants of the graph."
         if tensors
-        else "It has neither variables nor weights in its graph."
+        else "The model has neither variables nor weights in its graph."
     )
     return ModelFile(
         path=path,
@@ -139,7 +139,7 @@ def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path,
 
 def _about(graph: SavedGraph, keras: KerasFacts, *, optimizer: str, note: str) -> ModelInfo:
     producer = f"tensorflow {graph.version}" if graph.version else "tensorflow"
-    graphs_note = f"It holds {len(graph.graphs)} graphs, for different uses." if len(graph.graphs) > 1 else ""
+    graphs_note = f"The file holds {len(graph.graphs)} graphs for different uses." if len(graph.graphs) > 1 else ""
     return ModelInfo(
         producer=f"{producer}, keras {keras.version}" if keras.version else producer,
         wrappers=keras.wrappers,
@@ -154,7 +154,7 @@ def _about(graph: SavedGraph, keras: KerasFacts, *, optimizer: str, note: str) -
 
 def _duplicates_note(tensors: Iterable[Tensor], copies: Mapping[str, str]) -> str:
     nbytes = sum(tensor.nbytes for tensor in tensors if tensor.name in copies)
-    return f"It holds some variables twice, as Keras 3 exports them: {nbytes} bytes are copies." if nbytes else ""
+    return f"The file holds some variables twice, as Keras 3 exports them: {nbytes} bytes are copies." if nbytes else ""
 
 
 def _zeroed_note(bundle: Bundle) -> str:
@@ -162,7 +162,7 @@ def _zeroed_note(bundle: Bundle) -> str:
     if not leaders:
         return ""
     nbytes = sum(leaders.values())
-    return f"The state of its optimizer is stripped: its graph still asks for it, and gets {nbytes} bytes of zeros."
+    return f"The optimizer state is stripped: its variables, which the graph still reads, are {nbytes} bytes of zeros."
 
 
 def _files(path: Path) -> tuple[Path, ...]:

@@ -47,7 +47,7 @@ def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
     with toolkit.sparsity.keras.prune_scope():
         model = keras.models.model_from_config(_plain(config))
     if not model.built:
-        raise InputError("it does not say the shape of its input")
+        raise InputError("it does not give the shape of its input")
     model.load_weights(str(source)).assert_existing_objects_matched()
     for layer in model.submodules:
         for weight, mask, _ in getattr(layer, "pruning_vars", ()):
@@ -56,7 +56,7 @@ def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
     stripped = toolkit.sparsity.keras.strip_pruning(model)
     left = [layer.name for layer in stripped.submodules if hasattr(layer, "pruning_vars")]
     if left:
-        raise InputError(f"the pruned layer {left[0]} is inside another wrapper, where tfmot leaves it")
+        raise InputError(f"the pruned layer {left[0]} is inside another wrapper, from which tfmot does not remove it")
     signature = _signature(tensorflow, model, stripped, source)
     stripped.save(str(target), save_format="tf", include_optimizer=False, signatures=signature)
 
@@ -70,7 +70,7 @@ def _signature(tensorflow: Any, model: Any, stripped: Any, source: Path) -> Any:
     inputs, outputs = signatures[_SERVING].inputs, signatures[_SERVING].outputs
     if set(inputs) != set(model.input_names) or set(outputs) != set(model.output_names):
         raise InputError(
-            "its serving_default is not the one that Keras makes: its names are not those of the model's inputs "
+            "its serving_default was not written by Keras: its names are not those of the model's inputs "
             f"and outputs ({', '.join([*sorted(inputs), *sorted(outputs)])})"
         )
     specs = [

@@ -32,7 +32,7 @@ def strip_saved_model(model: ModelFile, options: StripOptions, targets: dict[Pat
     """Write the folder without the parts in the options; returns the removed items."""
     if options.to_half:
         raise UsageError(
-            f"{model.path} cannot hold 16-bit floats: its graph says the type of every variable",
+            f"{model.path} cannot hold 16-bit floats: its graph fixes the type of every variable",
             hint="leave out --half",
         )
     if options.parts & WRAPPING and model.about.wrappers:
@@ -89,14 +89,14 @@ def strip_checkpoint(model: ModelFile, options: StripOptions, targets: dict[Path
     """Write the checkpoint without the parts in the options; returns the removed items."""
     if options.to_half:
         raise UsageError(
-            f"{model.path} cannot hold 16-bit floats: the program that restores it expects its variables as they are",
+            f"{model.path} cannot hold 16-bit floats: the program that restores it expects the original types",
             hint="leave out --half",
         )
     if options.parts & WRAPPING and model.about.wrappers:
         raise InputError(
-            f"{model.path} has pruning wrappers, around {model.about.wrappers[0].layer} to begin with, "
-            "and a checkpoint does not hold the model that they would be taken out of",
-            hint="strip the model that was saved as a whole, or only the rest: --only optimizer,training",
+            f"{model.path} has pruning wrappers, such as the one around {model.about.wrappers[0].layer}, "
+            "but a checkpoint does not hold the model to remove them from",
+            hint="strip the saved model instead, or only the other parts: --only optimizer,training",
         )
     bundle = read_bundle(model.path)
     graph = object_graph.read(bundle)
@@ -275,9 +275,9 @@ def verify(model: ModelFile, rebuilt: Path) -> None:
             or entry.dtype != old.dtype
             or not _same(expected, extents.view(extent, dtype=entry.dtype, shape=entry.shape))
         ):
-            raise WorkError(f"{old.name} of {model.path} came out with other numbers than it had")
+            raise WorkError(f"{old.name} of {model.path} has different values in the output; nothing was written")
     if lost := [tensor.name for tensor in tensors.values() if tensor.role not in _REMOVED_ROLES]:
-        raise WorkError(f"{model.path} came out without {lost[0]}")
+        raise WorkError(f"the output of {model.path} lacks {lost[0]}; nothing was written")
 
 
 def _same(expected: Iterator[Array], array: Array) -> bool:
@@ -290,7 +290,7 @@ def _same(expected: Iterator[Array], array: Array) -> bool:
 _SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _SECONDS, _SECONDS_PER_MB = 300, 1
 _MEMORY_BYTES, _MEMORY_PER_BYTE = 16 << 30, 16
-_HINT = "the rest can go: prunectl strip --only optimizer,training"
+_HINT = "strip the other parts only: prunectl strip --only optimizer,training"
 _REBUILT_FILES = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
 
 
@@ -318,14 +318,14 @@ def _refuse(model: ModelFile, options: StripOptions) -> None:
     needed |= {StripPart.TRAINING} if model.about.training else set()
     if not needed <= options.parts:
         raise UsageError(
-            f"{model.path} is rebuilt without its wrappers, and then has no {', no '.join(sorted(needed - WRAPPING))}",
-            hint=f"--only {','.join(part for part in StripPart if part in needed)}",
+            f"{model.path} is rebuilt without its wrappers, which also removes {', '.join(sorted(needed - WRAPPING))}",
+            hint=f"write --only {','.join(part for part in StripPart if part in needed)}",
         )
     if model.about.keras is None:
         raise InputError(f"{model.path} has wrappers, but no configuration to rebuild the model from", hint=_HINT)
     if facts := trust.facts_in(model.about.keras):
         raise UntrustedError(
-            f"{model.path} is not rebuilt without its wrappers, since that might run code: {trust.worded(facts)}",
+            f"{model.path} was not rebuilt without its wrappers, because that could run code: {trust.worded(facts)}",
             hint=_HINT,
         )
     if strange := set(graph.signatures) - _SIGNATURES:
@@ -365,7 +365,7 @@ def _reraise(path: Path, output: bytes) -> None:
         response: Any = json.loads(output)
         kind, message, hint = response["kind"], response.get("message", ""), response.get("hint", "")
     except (ValueError, TypeError, KeyError) as error:
-        raise WorkError(f"{path} cannot be rebuilt: Keras gave up", hint=_HINT) from error
+        raise WorkError(f"{path} cannot be rebuilt: the Keras process ended without an answer", hint=_HINT) from error
     if kind == MissingExtraError.kind:
         raise MissingExtraError(message, hint=hint)
     if kind != "done":

@@ -62,12 +62,12 @@ def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -
     levels = [_level(level) for level in sparsity.children(2, budgets.MAX_AXES)]
     rank = len(shape)
     if sorted(order) != list(range(rank + len(blocks))) or len(levels) != len(order):
-        raise FlatBufferError("a sparse tensor does not say in which order it is stored")
+        raise FlatBufferError("a sparse tensor does not give its storage order")
     if any(not 0 <= axis < rank for axis in blocks) or len(set(blocks)) != len(blocks):
-        raise FlatBufferError("a sparse tensor is cut in blocks along an axis that it lacks")
+        raise FlatBufferError("a sparse tensor has blocks along an axis that it lacks")
     spots = _walk(levels, max([len(values), *(len(level.segments) for level in levels if level.segments is not None)]))
     if len(spots[0]) != len(values):
-        raise FlatBufferError(f"a sparse tensor holds {len(values)} values for {len(spots[0])} places")
+        raise FlatBufferError(f"a sparse tensor holds {len(values)} values for {len(spots[0])} positions")
     by_number = {number: (spot, level.size) for number, spot, level in zip(order, spots, levels, strict=True)}
     places = []
     for axis, size in enumerate(shape):
@@ -76,7 +76,7 @@ def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -
             inner, width = by_number[rank + blocks.index(axis)]
             place = place * width + inner
         if place.size and not 0 <= place.min() <= place.max() < size:
-            raise FlatBufferError("a sparse tensor names a place outside of its shape")
+            raise FlatBufferError("a sparse tensor has an index outside its shape")
         places.append(place)
     dense = np.zeros(shape, values.dtype)
     dense[tuple(places)] = values
@@ -106,7 +106,7 @@ def _walk(levels: list[_Level], limit: int) -> list[NDArray[np.int64]]:
     for level in levels:
         if level.segments is None:
             if level.size < 0 or count * level.size > limit:
-                raise FlatBufferError("a sparse tensor claims more places than it has values")
+                raise FlatBufferError("a sparse tensor has more positions than values")
             spots = [np.repeat(spot, level.size) for spot in spots]
             spots.append(np.tile(np.arange(level.size), count))
         else:
@@ -156,7 +156,7 @@ def constants(lite: LiteFile) -> Iterator[tuple[tuple[int, int], tuple[Tensor, L
 def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
     if source.buffer >= len(lite.buffers):
         raise InputError(
-            f"{lite.path} is damaged: {abbreviated(source.name)} lies in buffer {source.buffer}, which is not there"
+            f"{lite.path} is damaged: {abbreviated(source.name)} is in buffer {source.buffer}, which does not exist"
         )
     return lite.buffers[source.buffer][1] > 0 and not source.is_elsewhere and source.code not in NOT_NUMBERS
 
@@ -178,11 +178,11 @@ def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: LiteTensorPu
     if source.sparsity is None and nbytes != stored_bytes(source.code, size):
         raise InputError(
             f"{lite.path} is damaged: {abbreviated(name)} of shape {format_shape(source.shape)} "
-            f"does not fill {nbytes} bytes"
+            f"does not match its {nbytes} bytes"
         )
     if size * dtype.itemsize > max(budgets.MAX_FREE_BYTES, budgets.MAX_SPARSE_UNFOLDING * nbytes):
         raise InputError(
-            f"{lite.path} is refused: {abbreviated(name)} claims to unfold {nbytes} bytes to {size * dtype.itemsize}"
+            f"{lite.path} is refused: {abbreviated(name)} claims to expand {nbytes} bytes to {size * dtype.itemsize}"
         )
     is_flat = source.sparsity is None and source.code not in BITS
     return Tensor(
@@ -239,7 +239,7 @@ def _notes(lite: LiteFile, sources: list[LiteTensor]) -> tuple[str, ...]:
     if sparse:
         notes.append(f"{_tensors(sparse)} stored sparse.")
     if elsewhere:
-        notes.append(f"{_tensors(elsewhere)} kept in other files, which prunectl does not read.")
+        notes.append(f"{_tensors(elsewhere)} stored in other files, which prunectl does not read.")
     return tuple(notes)
 
 

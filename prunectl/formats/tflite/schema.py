@@ -192,7 +192,7 @@ def _tensor(tensor: FlatTable) -> LiteTensor:
         raise FlatBufferError(f"a tensor of more than {MAX_TENSORFLOW_AXES} dimensions")
     shape = tuple(int(size) for size in sizes)
     if math.prod(max(size, 1) for size in shape) > 1 << 58:
-        raise FlatBufferError("a shape beyond any memory")
+        raise FlatBufferError("a shape too large for any memory")
     quantisation = tensor.child(4)
     return LiteTensor(
         name=tensor.text(3),
@@ -209,7 +209,7 @@ def _operator(operator: FlatTable, codes: tuple[str, ...], tensors: int) -> Lite
     code = operator.number(0, 4)
     inputs, outputs = (tuple(int(at) for at in operator.numbers(field, np.int32, MAX_OPERANDS)) for field in (1, 2))
     if code >= len(codes) or any(not -1 <= at < tensors for at in inputs + outputs):
-        raise FlatBufferError("an operator names a code or a tensor that is not there")
+        raise FlatBufferError("an operator refers to a code or a tensor that does not exist")
     return LiteOperator(codes[code], inputs, outputs, operator.child(4))
 
 
@@ -297,7 +297,7 @@ class FlatTable:
         """The tables in a vector, refusing more than ``limit``."""
         run = self.run(field, OFFSET_BYTES)
         if run.count > limit:
-            raise FlatBufferError(f"a vector of {run.count} tables, more than any model has")
+            raise FlatBufferError(f"a vector of {run.count} tables, more than prunectl allows")
         places = range(run.begin, run.begin + OFFSET_BYTES * run.count, OFFSET_BYTES)
         return tuple(table_at(self.data, _follow(self.data, at)) for at in places)
 

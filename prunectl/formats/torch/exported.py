@@ -62,7 +62,7 @@ def inside(archive: Archive, name: str, graph: dict[str, Any]) -> Iterator[Tenso
         )
     inner = zip_read.open_inside(archive, entry)
     if any(not inner_entry.is_stored for inner_entry in inner.entries.values()):
-        raise InputError(f"{archive.path} compresses what lies in its entry {name}, a zip inside the zip")
+        raise InputError(f"{archive.path} compresses the contents of its entry {name}, a zip inside the zip")
     source = torch_model.pickle_source(inner, torch_model.top_folder(inner), "data")
     inner_entry, _ = torch_model.tensors(archive.path, source, {})
     trained = parameters(graph)
@@ -141,13 +141,13 @@ def strip_examples(model: ModelFile, options: StripOptions, targets: dict[Path, 
     """Write a copy whose example inputs are empty, as PyTorch saves a program that has none; return what went."""
     if options.to_half:
         raise InputError(
-            f"{model.path} is an exported program, whose graph says of which type its weights are",
+            f"{model.path} is an exported program, whose graph fixes the type of its weights",
             hint="leave out --half, or export a model in half precision",
         )
     if StripPart.MASKS in options.parts and any(tensor.role is Role.MASK for tensor in model.tensors):
         raise InputError(
             f"{model.path} is an exported program, whose graph multiplies its weights by masks",
-            hint="strip the rest with --only examples, or strip the model before it is exported",
+            hint="strip the rest with --only examples, or strip the model before exporting it",
         )
     archive = zip_read.open_archive(model.path)
     entries = examples(archive) if StripPart.EXAMPLES in options.parts else ()
@@ -197,7 +197,9 @@ def _tensor(archive: Archive, name: str, entry: str, facts: dict[str, Any], *, b
         shape, strides = _integers(meta["sizes"]), _integers(meta["strides"])
         start, code, layout = meta["storage_offset"]["as_int"], meta["dtype"], meta["layout"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: it does not say how {describe_value(name)} lies in its entry") from error
+        raise InputError(
+            f"{path} is damaged: it does not give the layout of {describe_value(name)} in its entry"
+        ) from error
     if type(code) is not int or code not in SCALAR_TYPES or layout != STRIDED:
         raise InputError(f"{path} holds {describe_value(name)} in a type or a layout that prunectl does not read")
     if entry not in archive.entries:
@@ -222,7 +224,7 @@ def _integers(values: Any) -> tuple[Any, ...]:
 
 def _notes(archive: Archive, folder: str) -> tuple[str, ...]:
     pickled = [name for name in archive.entries if name.startswith(f"{folder}data/constants/custom_obj_")]
-    return ("It also holds objects that PyTorch would unpickle on loading.",) if pickled else ()
+    return ("The file also holds objects that PyTorch would unpickle on loading.",) if pickled else ()
 
 
 _RUN_ONCE = "wrap_with_"
@@ -236,7 +238,7 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
         if graph is None:
             nbytes = zip_read.open_archive(model.path).entries[entry].nbytes
             raise InputError(
-                f"{model.path} has a graph of {nbytes} bytes: prunectl counts in at most {MAX_EXPORTED_GRAPH_BYTES}"
+                f"{model.path} has a graph of {nbytes} bytes; FLOPs are counted up to {MAX_EXPORTED_GRAPH_BYTES}"
             )
         prefix = f"{PurePosixPath(entry).stem}." if len(model.about.programs) > 1 else ""
         counted += (_prefixed(operation, prefix) for operation in _count_macs(graph))

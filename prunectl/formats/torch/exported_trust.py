@@ -150,7 +150,7 @@ def check_program(path: Path) -> SafeProgram:
 def _folder(archive: Archive) -> str:
     folders = {name.partition("/")[0] for name in archive.entries}
     if len(folders) != 1:
-        raise InputError(f"{archive.path} is damaged: its entries do not lie in one folder")
+        raise InputError(f"{archive.path} is damaged: its entries are not in one folder")
     return f"{folders.pop()}/"
 
 
@@ -209,21 +209,23 @@ def _inputs(archive: Archive, name: str) -> bytes:
             pickles = [info for info in infos if info.filename.casefold().endswith(".pkl")]
             total = sum(info.file_size for info in infos)
             if len(pickles) != 1 or total > MAX_SAMPLE_INPUTS_BYTES or not all(info.filename for info in infos):
-                raise _untrusted(archive.path, f"{context} is not one pickle of tensors")
+                raise _untrusted(archive.path, f"{context} is not a pickle of tensors only")
             foreign_calls = interpret(inner.read(pickles[0]), archive.path, context).foreign_calls
             # Written anew, so that PyTorch finds the pickle that was followed, whichever way it looks for it.
             with ZipFile(rewritten, "w") as out:
                 for info in infos:
                     out.writestr(info.filename, inner.read(info))
     except (BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError, RuntimeError) as error:
-        raise _untrusted(archive.path, f"{context} is not a checkpoint that can be followed") from error
+        raise _untrusted(archive.path, f"{context} is not a checkpoint that prunectl can verify") from error
     if foreign_calls:
         raise _untrusted(archive.path, f"{context} {foreign_calls[0]}")
     return rewritten.getvalue()
 
 
 def _untrusted(path: Path, why: str) -> UntrustedError:
-    return UntrustedError(f"{path} holds more than a program and its numbers: {why}", hint="if you trust it: --trust")
+    return UntrustedError(
+        f"{path} holds more than a program and its weights: {why}", hint="if you trust its author, add --trust"
+    )
 
 
 class _AllowLists:
@@ -260,7 +262,7 @@ class _AllowLists:
             self.known.add((key, text))
 
     def _refuse(self, key: str, text: str) -> None:
-        raise _untrusted(self.path, f"its {abbreviated(key)} {abbreviated(text)} is on no list of what is harmless")
+        raise _untrusted(self.path, f"its {abbreviated(key)} {abbreviated(text)} is not on the allow-list")
 
 
 def is_operator(target: str) -> bool:

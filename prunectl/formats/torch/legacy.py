@@ -30,7 +30,7 @@ def open_legacy(path: Path) -> ModelFile:
         protocol = interpret(data, path, "its protocol number", start=magic.end, end=most)
         if magic.value != MAGIC or protocol.value != PROTOCOL:
             raise InputError(f"{path} is damaged: it is not of the protocol that PyTorch wrote")
-        system = interpret(data, path, "what it says of its machine", start=protocol.end, end=most)
+        system = interpret(data, path, "its system information", start=protocol.end, end=most)
         program = interpret(data, path, "its object", start=system.end)
         storages = {info.key: info for info in (parse_persistent_id(path, key) for key in program.storages)}
         end = min(len(data), program.end + MAX_LEGACY_FACT_BYTES + MAX_VERSION_BYTES * len(storages))
@@ -58,7 +58,7 @@ def _locate(
         if count != info.count:
             raise InputError(
                 f"{path} is damaged: storage {describe_value(info.key)} "
-                f"has {count} elements, its pickle says {info.count}"
+                f"has {count} elements, but its pickle has {info.count}"
             )
         offset += COUNT_BYTES
         check_inside(path, offset, info.nbytes, len(data), f"storage {describe_value(info.key)}")
@@ -94,7 +94,7 @@ def _tar_entries(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
                 raise InputError(f"{path} is refused: it holds two entries named {name}")
             files[name] = begin, begin + size
         offset = begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
-    raise InputError(f"{path} is refused: it has more entries than any model")
+    raise InputError(f"{path} is refused: it has more entries than prunectl allows")
 
 
 def _tar_entry(path: Path, header: bytes) -> tuple[str, int]:
@@ -133,14 +133,14 @@ def open_tar(path: Path) -> ModelFile:
 
 def _count(path: Path, value: Any, what: str) -> int:
     if type(value) is not int or not 0 <= value <= MAX_FILES:
-        raise InputError(f"{path} is damaged: it does not say how many {what} it holds")
+        raise InputError(f"{path} is damaged: it does not give its number of {what}")
     return value
 
 
 def _three_facts(path: Path, data: mmap.mmap, what: str, offset: int, end: int) -> tuple[tuple[Any, Any, Any], int]:
     """The pickle of three values before a storage or a tensor, and where it ends."""
     most = min(end, offset + MAX_TAR_FACT_BYTES)
-    facts = interpret(data, path, f"what it says of {what}", start=offset, end=most)
+    facts = interpret(data, path, f"its description of {what}", start=offset, end=most)
     value = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None, None, None)
     return value, facts.end
 
@@ -176,9 +176,9 @@ def _tar_storages(
 
 def _view_records(path: Path, views: Any) -> list[tuple[Any, ...]]:
     if not isinstance(views, list) or not all(isinstance(view, tuple) and len(view) == 4 for view in views):
-        raise InputError(f"{path} is damaged: it does not say which storages are shared")
+        raise InputError(f"{path} is damaged: it does not list which storages are shared")
     if not all(isinstance(name, str | int) for view in views for name in view):
-        raise InputError(f"{path} is damaged: it does not say which storages are shared")
+        raise InputError(f"{path} is damaged: it does not list which storages are shared")
     return views
 
 
@@ -193,7 +193,7 @@ def _tar_tensors(
     for _ in range(_count(path, head.value, "tensors")):
         (key, storage, _), offset = _three_facts(path, data, "a tensor", offset, end)
         if not isinstance(key, str | int) or not isinstance(storage, str | int) or str(storage) not in ids:
-            raise InputError(f"{path} is damaged: it does not say which storage a tensor uses")
+            raise InputError(f"{path} is damaged: it does not name the storage of a tensor")
         check_inside(path, offset, COUNT_BYTES, end, "the shape of a tensor")
         (rank,) = struct.unpack_from("<i", data, offset)
         offset += COUNT_BYTES

@@ -86,7 +86,7 @@ def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bo
     entry = archive.entries[name]
     if entry.nbytes != info.nbytes:
         raise InputError(
-            f"{archive.path} is damaged: its entry {name} has {entry.nbytes} bytes, its pickle says {info.nbytes}"
+            f"{archive.path} is damaged: its entry {name} has {entry.nbytes} bytes, but its pickle has {info.nbytes}"
         )
     extent = entry.extent if entry.is_stored else None
     return Storage(name, entry.nbytes, extent, entry.extent.nbytes, big_endian)
@@ -237,7 +237,9 @@ def notes(root: Any) -> tuple[str, ...]:
         for key, value in root.items[:MAX_SEARCHED]
         if isinstance(key, str) and key in AVERAGES and isinstance(tree.inner_tensor(value), PickleDict | OpaqueCall)
     ]
-    return tuple(f"It holds a second copy of the weights under {key}, averaged over the training." for key in keys)
+    return tuple(
+        f"The file holds a second copy of the weights under {key}, averaged over the training." for key in keys
+    )
 
 
 def sections(root: Any) -> frozenset[str]:
@@ -384,4 +386,4 @@ def _numpy_arrays_note(missing: int) -> tuple[str, ...]:
     if not missing:
         return ()
     arrays = "1 NumPy array" if missing == 1 else f"{missing} NumPy arrays"
-    return (f"It also holds {arrays} inside its pickle, which prunectl leaves as they are.",)
+    return (f"The file also holds {arrays} inside its pickle, which prunectl does not change.",)

@@ -29,7 +29,7 @@ def check(path: Path) -> None:
     archive = zip_read.open_archive(path)
     if len({name.casefold() for name in archive.entries}) < len(archive.entries):
         # PyTorch looks entries up whatever their case.
-        raise InputError(f"{path} is refused: not every reader would find the same entries in it")
+        raise InputError(f"{path} is refused: different readers would find different entries in it")
     left = MAX_SCRIPT_CODE_BYTES
     for name, entry in archive.entries.items():
         if "/code/" not in f"/{name.casefold()}" or name.casefold().endswith(".debug_pkl"):
@@ -41,7 +41,7 @@ def check(path: Path) -> None:
         if foreign:
             raise UntrustedError(
                 f"{path} holds TorchScript that does more than compute: {abbreviated(foreign)}",
-                hint="if you trust it: --trust",
+                hint="if you trust its author, add --trust",
             )
 
 

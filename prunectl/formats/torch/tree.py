@@ -171,7 +171,7 @@ def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEn
                 continue
         seen[id(node.value)] = node.value
         if work > MAX_CHECKPOINT_PLACES or characters > MAX_NAMES_BYTES or len(entries) > MAX_TENSORS:
-            raise InputError(f"{path} is refused: its values share each other without end, or are too many")
+            raise InputError(f"{path} is refused: its values refer to each other without end, or are too many")
         if node.depth > MAX_CHECKPOINT_DEPTH:
             raise InputError(f"{path} is refused: its values are nested more than {MAX_CHECKPOINT_DEPTH} deep")
         todo.append(_children(node, parameters))

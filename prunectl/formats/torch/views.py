@@ -129,7 +129,7 @@ class View:
 def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
     """The storage that a persistent id names."""
     if not isinstance(key, tuple) or len(key) not in {5, 6} or not isinstance(key[1], Global):
-        raise InputError(f"{path} is damaged: its pickle does not say which storage it means")
+        raise InputError(f"{path} is damaged: its pickle refers to an unknown storage")
     _, storage_class, name, _, count, *view = key
     if storage_class.name not in STORAGES:
         raise InputError(
@@ -137,13 +137,11 @@ def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
         )
     name = str(name) if type(name) is int else name
     if not isinstance(name, str) or not _is_count(count):
-        raise InputError(f"{path} is damaged: its pickle does not say which storage it means")
+        raise InputError(f"{path} is damaged: its pickle refers to an unknown storage")
     first = 0
     if view and view[0] is not None:
         if not (isinstance(view[0], tuple) and len(view[0]) == 3 and _is_count(view[0][1]) and _is_count(view[0][2])):
-            raise InputError(
-                f"{path} is damaged: it does not say which part of storage {describe_value(name)} it means"
-            )
+            raise InputError(f"{path} is damaged: it refers to an invalid part of storage {describe_value(name)}")
         first = view[0][1]
         if first + view[0][2] > count:
             raise InputError(f"{path} is damaged: a view reaches past the end of storage {describe_value(name)}")
@@ -169,7 +167,7 @@ def resolve_view(
     """The view of a storage from a start, a shape and strides, unless it reaches beyond it."""
     start, shape, strides = position
     if not (_are_counts(shape) and _are_counts(strides) and _is_count(start) and len(shape) == len(strides)):
-        raise InputError(f"{path} is damaged: {describe_value(name)} has no shape that makes sense")
+        raise InputError(f"{path} is damaged: {describe_value(name)} has an invalid shape")
     first, rest = divmod(storage.first * storage.dtype.itemsize, dtype.itemsize)
     start += first
     size = math.prod(shape)
@@ -177,8 +175,7 @@ def resolve_view(
     last = start + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) if size else 0
     if rest or (size and last >= elements):
         raise InputError(
-            f"{path} is damaged: {describe_value(name)} "
-            f"should reach up to element {last} of its storage, which has {elements}"
+            f"{path} is damaged: {describe_value(name)} reaches element {last} of its storage, which has {elements}"
         )
     is_expanded = any(step == 0 and length > 1 for length, step in zip(shape, strides, strict=True))
     if size > max(MAX_REPEATS * elements, MAX_EXPANDED_ELEMENTS if is_expanded else 0):

@@ -61,7 +61,7 @@ def _reading(path: Path) -> Iterator[ModuleType]:
     try:
         yield onnx
     except Exception as error:
-        raise InputError(f"{path} cannot be read by onnx: {first_line(error)}") from error
+        raise InputError(f"onnx cannot read {path}: {first_line(error)}") from error
 
 
 def is_too_large(proto: Any) -> bool:

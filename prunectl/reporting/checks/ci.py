@@ -112,7 +112,9 @@ def _issue(file: str, annotation: Annotation) -> dict[str, object]:
 
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/os/schemas/sarif-schema-2.1.0.json"
-_LINES = {key.name: key.summary for key in (*LAYER, *BUDGET)} | {UNUSABLE: "What nothing can be said about."}
+_LINES = {key.name: key.summary for key in (*LAYER, *BUDGET)} | {
+    UNUSABLE: "Models or limits that could not be checked."
+}
 
 
 def sarif(findings: Findings) -> str:
@@ -198,8 +200,8 @@ def _error(error: CheckError) -> str:
 
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 _FAMILIES: tuple[tuple[str, str, Callable[[Finding], float]], ...] = (
-    ("prunectl_gate_ok", "1 where the limit is kept.", lambda finding: int(finding.ok)),
-    ("prunectl_gate_actual", "What was found.", lambda finding: finding.actual),
+    ("prunectl_gate_ok", "1 if the model is within the limit, else 0.", lambda finding: int(finding.ok)),
+    ("prunectl_gate_actual", "The measured value.", lambda finding: finding.actual),
     ("prunectl_gate_limit", "The limit.", lambda finding: finding.limit),
 )
 
@@ -221,8 +223,8 @@ def _lines(findings: Findings, unique: dict[str, Finding]) -> Iterator[str]:
         for labels, finding in unique.items():
             yield f"{name}{{{labels}}} {number(finding)!r}"
     for name, line, value in (
-        ("prunectl_check_unusable", "What nothing could be said about.", len(findings.errors)),
-        ("prunectl_check_exit_code", "As the command ended.", findings.exit_code),
+        ("prunectl_check_unusable", "Models or limits that could not be checked.", len(findings.errors)),
+        ("prunectl_check_exit_code", "The exit code of the command.", findings.exit_code),
     ):
         yield f"# TYPE {name} gauge"
         yield f"# HELP {name} {line}"

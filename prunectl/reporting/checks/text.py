@@ -57,7 +57,7 @@ def summary(findings: Findings) -> str:
         f"{count(len(findings.failed))} failed",
         f"{count(len(findings.warned))} warned",
         f"{count(passed)} passed",
-        *([f"{count(len(findings.errors))} could not be judged"] if findings.errors else []),
+        *([f"{count(len(findings.errors))} could not be checked"] if findings.errors else []),
     ]
     return f"{', '.join(parts)}; {count(findings.models)} {'model' if findings.models == 1 else 'models'} measured"
 
@@ -72,7 +72,7 @@ _PLAIN = (
     Column("unit"),
     Column("budget"),
 )
-_HUMAN = (Column("verdict"), Column("gate"), Column("model"), Column("found"), Column("limit"), Column("budget"))
+_HUMAN = (Column("verdict"), Column("gate"), Column("model"), Column("actual"), Column("limit"), Column("budget"))
 
 
 def rows(findings: tuple[Finding, ...]) -> Table:
@@ -174,7 +174,7 @@ def markdown(findings: Findings) -> str:
             f"- **{item.id}** {escaped(subject(item))}: {escaped(comment)}\n" for item, comment in _comments(broken)
         ]
     if findings.errors:
-        parts.append("### Could not be judged\n")
+        parts.append("### Could not be checked\n")
         parts.append("".join(f"- {escaped(item.path)}: {escaped(item.error.message)}\n" for item in findings.errors))
     if passed:
         parts.append(f"<details><summary>{len(passed)} passed</summary>\n\n{_table(passed)}\n</details>\n")
@@ -188,7 +188,7 @@ def escaped(text: str) -> str:
 
 
 def _table(findings: Iterable[Finding]) -> str:
-    lines = ["|  | gate | model | found | limit |", "| --- | --- | --- | ---: | ---: |"]
+    lines = ["|  | gate | model | actual | limit |", "| --- | --- | --- | ---: | ---: |"]
     for finding in findings:
         cells = (_SIGNS[finding.verdict], finding.id, escaped(subject(finding)), *actual_and_limit(finding))
         lines.append("| " + " | ".join(cells) + " |")

@@ -116,7 +116,7 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
     shown = known[:_MOST]
     wide, tall = _NAMES + _BARS_WIDTH + _NUMBERS, _BAR_HEIGHT * len(shown)
     rows = "".join(_bar(layer, number * _BAR_HEIGHT) for number, layer in enumerate(shown))
-    left = f"<p>{count(len(known) - _MOST)} more are in the table.</p>" if len(known) > _MOST else ""
+    left = f"<p>The table lists {count(len(known) - _MOST)} more.</p>" if len(known) > _MOST else ""
     label = f"sparsity of {count(len(shown))} prunable tensors"
     picture = f'<svg viewBox="0 0 {wide} {tall}" width="{wide}" role="img" aria-label="{label}">{rows}</svg>'
     return f'<div class="tall" tabindex="0" role="group" aria-label="{label}">{picture}</div>{left}'
@@ -125,7 +125,7 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
 def _bar(layer: dict[str, Any], top: int) -> str:
     share = layer["sparsity"]
     length = round(share * _BARS_WIDTH, 1)
-    title = f"{escape(layer['name'])}: {percent(share)} of {count(layer['params'])} are zero"
+    title = f"{escape(layer['name'])}: {percent(share)} of {count(layer['params'])} weights are zero"
     return (
         f"<g><title>{title}</title>"
         f'<text x="{_NAMES - 6}" y="{top + 12}" text-anchor="end">{format_number(layer["name"])}</text>'
@@ -189,7 +189,7 @@ def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
     best = sorted((point for point in points if point["point"]["is_front"]), key=_size)
     inside = axes(x, y, ("gzip", metric), marks) + _steps(best, x, y)
     inside += "".join(_dot(point, x, y, units) for point in points)
-    return chart(f"{metric} over gzip size of {len(points)} models, {len(best)} on the Pareto front", inside)
+    return chart(f"{metric} against gzip size of {len(points)} models, {len(best)} on the Pareto front", inside)
 
 
 def _size(point: dict[str, Any]) -> int:
@@ -209,7 +209,7 @@ def _dot(model: dict[str, Any], x: Scale, y: Scale, units: Units) -> str:
     point = model["point"]
     parts = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
     parts = [part for part in parts if part and part != UNSTRUCTURED]
-    name = " ".join([*parts, percent(point["sparsity"])]) if parts else "as it is"
+    name = " ".join([*parts, percent(point["sparsity"])]) if parts else "unpruned"
     title = f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}"
     kind, radius = ("best", 5) if point["is_front"] else ("dot", 4)
     position = f'cx="{x.position(_size(model)):.1f}" cy="{y.position(point["value"]):.1f}"'
@@ -248,7 +248,7 @@ def treemap(layers: Sequence[dict[str, Any]], units: Units) -> str:
         cells.append(
             _draw_cell(boxes[-1], f"{count(len(rest))} smaller tensors: {nbytes(sizes[-1], units)}", "", _FAINT)
         )
-    label = f"size of {count(len(sized))} tensors, {nbytes(total, units)} in all"
+    label = f"size of {count(len(sized))} tensors, {nbytes(total, units)} in total"
     view = f'viewBox="0 0 {_TREEMAP_WIDTH:g} {_HEIGHT:g}" width="{_TREEMAP_WIDTH:g}"'
     return f'<svg {view} role="img" aria-label="{escape(label)}">{"".join(cells)}</svg>'
 
@@ -356,7 +356,7 @@ def draw_sparsity_maps(maps: Sequence[SparsityMap]) -> str:
     """Pictures of where the zeros are; empty if there are no maps."""
     if not maps:
         return ""
-    legend = "Blue is kept, pale is zero; outputs from top to bottom, what they read from left to right."
+    legend = "Blue weights are kept, pale ones are zero. Rows are outputs, columns are inputs."
     return f'<p>{legend}</p><div class="masks">{"".join(map(_figure, maps))}</div>'
 
 

@@ -81,7 +81,11 @@ def page(report: Report, command: str, units: Units) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style>"
     )
-    verdict = '<p class="good">ok</p>' if report.exit_code == 0 else f'<p class="bad">exit code {report.exit_code}</p>'
+    verdict = (
+        '<p class="good">Finished without errors</p>'
+        if report.exit_code == 0
+        else f'<p class="bad">exit code {report.exit_code}</p>'
+    )
     body = (
         f"<main><h1>{escape(title)}</h1>{verdict}{_failures(report.failures)}{_gates(report, units)}"
         f"{_notes(report.notes)}{_plots(report, units)}{_sections(report, units)}{_models(report, units)}</main>"
@@ -153,9 +157,9 @@ def _model(model: dict[str, object], maps: Sequence[SparsityMap], units: Units) 
     layers = model["layers"]
     assert isinstance(layers, list)
     parts = (
-        ("where the bytes lie", treemap(layers, units)),
+        ("size by tensor", treemap(layers, units)),
         ("sparsity by tensor", bars(layers)),
-        ("where the zeros are", draw_sparsity_maps(maps)),
+        ("maps of zeros", draw_sparsity_maps(maps)),
     )
     pictures = "".join(f"<h3>{title}</h3>{picture}" for title, picture in parts if picture)
     return f"<section>{tag('h2', escape(str(model['path'])))}{pictures}</section>" if pictures else ""
@@ -168,9 +172,9 @@ def check(path: Path) -> None:
     """Refuse a place that a page cannot have, before any work begins."""
     atomic.check_parent(path)
     if path.is_dir():
-        raise UsageError(f"{path} is a folder", hint=f"--html {path / 'report.html'}")
+        raise UsageError(f"{path} is a folder", hint=f"name a file: --html {path / 'report.html'}")
     if path.is_file() and not _is_ours(path):
-        raise UsageError(f"{path} exists, and is no report of prunectl", hint="name another file, or remove it")
+        raise UsageError(f"{path} exists and is not a prunectl report", hint="choose another file, or remove this one")
 
 
 def write(path: Path, report: Report, command: str, units: Units) -> int:

@@ -33,7 +33,7 @@ class Cast:
         with np.errstate(invalid="ignore", over="ignore"):
             result = array.astype(self.dtype)
         if self.dtype.kind in "iu" and not np.array_equal(result, array):
-            raise InputError(f"{what} must be whole numbers that a {self.dtype} can hold, and some are not")
+            raise InputError(f"{what} must be whole numbers that fit into {self.dtype}, but some are not")
         return result
 
 
@@ -46,7 +46,7 @@ def input_cast(given: np.dtype[Any], expected: str) -> Cast | None:
         return None
     note = f"{given} is cast to {dtype}"
     if given == _BYTE:
-        note += " as it is; a model that was trained on x / 255 needs ?norm=unit, one on x / 16 ?norm=/16"
+        note += " without scaling; for a model trained on x / 255 add ?norm=unit, on x / 16 ?norm=/16"
     return Cast(dtype, note)
 
 
@@ -84,13 +84,18 @@ def find_axis_change(shape: tuple[int, ...], expected: tuple[int | None, ...] | 
         return None
     longer = [length for length in shape if length != 1]
     if shape_matches(longer, [length for length in expected if length != 1]):
-        return AxisChange(f"{format_shape(shape)} is read as {format_shape(expected)}", wanted=expected)
+        return AxisChange(
+            f"examples of {format_shape(shape)} are reshaped to {format_shape(expected)}", wanted=expected
+        )
     orders = [order for order in (_TO_FIRST, _TO_LAST) if len(shape) == 3]
     fitting = [order for order in orders if shape_matches([shape[axis] for axis in order], expected)]
     if len(fitting) != 1:
         return None
     ends = "first" if fitting[0] == _TO_FIRST else "last"
-    return AxisChange(f"{format_shape(shape)} becomes {format_shape(expected)}: channels come {ends}", order=fitting[0])
+    return AxisChange(
+        f"examples of {format_shape(shape)} are transposed to {format_shape(expected)} (channels {ends})",
+        order=fitting[0],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +127,8 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
     if len(inputs) != len(signature.inputs):
         names = ", ".join(port.name for port in signature.inputs)
         raise UsageError(
-            f"{source.name} has {_inputs(len(inputs))}, and the model has {len(signature.inputs)} ({names})",
-            hint="several are joined with + in the model's order, as in train.npz[a+b,labels] or a.npy+b.npy,y.npy",
+            f"{source.name} has {_inputs(len(inputs))}, but the model has {len(signature.inputs)} ({names})",
+            hint="join several inputs with + in the model's order: train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )
     xs = [
         _input_fit(array_name(source.name, "x", index, len(inputs)), array, port)
@@ -181,9 +186,9 @@ def check_labels(y: Arrays, tasks: Sequence[Task], signature: ModelSignature, *,
         what = array_name(name, "y", index, len(arrays))
         if label_axis(output.shape, array.shape[1:], is_channels_first=signature.is_channels_first) is None:
             raise UsageError(
-                f"{what} is {format_shape(array.shape[1:])} for each example, "
-                f"and the output of the model is {format_shape(output.shape)}",
-                hint="targets are one label, or a number for each class (?onehot makes these)",
+                f"{what} has the shape {format_shape(array.shape[1:])} for each example, "
+                f"but the output of the model has {format_shape(output.shape)}",
+                hint="a target is one label, or one number for each class (made with ?onehot=N)",
             )
         _check_range(array, task.classes, what, begin)
 
@@ -193,7 +198,7 @@ def _check_range(y: Array, classes: int, what: str, begin: int) -> None:
     if y.dtype.kind == "f" and not np.array_equal(rows, np.trunc(rows)):
         row, column = np.argwhere(rows != np.trunc(rows))[0]
         raise InputError(
-            f"{what}: {rows[row, column]:g} in example {begin + row} is no class: labels are whole numbers"
+            f"{what}: {rows[row, column]:g} in example {begin + row} is not a label: labels are whole numbers"
         )
     wrong = (rows < 0) | (rows >= classes)
     if wrong.any():
@@ -201,7 +206,7 @@ def _check_range(y: Array, classes: int, what: str, begin: int) -> None:
         raise UsageError(
             f"{what}: the label {int(rows[row, column])} in example {begin + row} is outside 0 to {classes - 1}: "
             f"the model has {classes} classes",
-            hint="choose classes with ?classes=0,3,5&relabel=1, or count labels from 0",
+            hint="select classes with ?classes=0,3,5&relabel=1, or number the labels from 0",
         )
 
 
@@ -224,7 +229,7 @@ def check_batches(
             _check_targets(source, batch.y, signature, tasks, checked)
         checked += num_examples(batch)
     if not checked:
-        raise InputError(f"{source.name} has no examples", hint="do its options leave any?")
+        raise InputError(f"{source.name} has no examples", hint="check its options, such as limit and classes")
     begin = 0
     for targets in source.labels():
         _check_targets(source, targets, signature, tasks, begin)
@@ -236,7 +241,7 @@ def require_targets(source: Source) -> None:
     """Refuse examples that do not say what the model should answer."""
     if not source.has_targets:
         raise UsageError(
-            f"{source.name} has inputs and no targets", hint="name both, as in x.npy,y.npy or ?target=label"
+            f"{source.name} has inputs but no targets", hint="name both, as in x.npy,y.npy or ?target=label"
         )
 
 
@@ -255,24 +260,24 @@ def _beginning(source: Source) -> Iterator[Batch]:
 def _check_inputs(source: Source, batch: Batch, signature: ModelSignature, begin: int) -> None:
     inputs = as_tuple(batch.x)
     if len(inputs) != len(signature.inputs):
-        raise UsageError(f"{source.name} has {len(inputs)} inputs, and the model has {len(signature.inputs)}")
+        raise UsageError(f"{source.name} has {len(inputs)} inputs, but the model has {len(signature.inputs)}")
     for index, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True)):
         what = array_name(source.name, "x", index, len(inputs))
         _check_numbers(array, what, begin)
         if port.shape is not None and not shape_matches(array.shape[1:], port.shape):
             raise UsageError(
-                f"{what} is {format_shape(array.shape[1:])} for each example, "
-                f"and the input {port.name!r} of the model is {format_shape(port.shape)}",
-                hint="?shape=1x28x28 reads the same numbers in another shape, ?flatten=1 as one row",
+                f"{what} has the shape {format_shape(array.shape[1:])} for each example, "
+                f"but the input {port.name!r} of the model has {format_shape(port.shape)}",
+                hint="reshape it with ?shape=1x28x28, or to one row with ?flatten=1",
             )
         if port.dtype.startswith(("int", "uint")) and array.dtype.kind == "f":
-            raise UsageError(f"{what} is {array.dtype}, and the input {port.name!r} of the model is {port.dtype}")
+            raise UsageError(f"{what} is {array.dtype}, but the input {port.name!r} of the model is {port.dtype}")
 
 
 def _check_targets(source: Source, y: Arrays, signature: ModelSignature, tasks: Sequence[Task], begin: int) -> None:
     targets = as_tuple(y)
     if isinstance(y, tuple) and signature.outputs and len(y) != len(signature.outputs):
-        raise UsageError(f"{source.name} has {len(y)} targets, and the model has {len(signature.outputs)} outputs")
+        raise UsageError(f"{source.name} has {len(y)} targets, but the model has {len(signature.outputs)} outputs")
     for index, array in enumerate(targets):
         _check_numbers(array, array_name(source.name, "y", index, len(targets)), begin)
     check_labels(y, tasks, signature, name=source.name, begin=begin)
@@ -280,12 +285,12 @@ def _check_targets(source: Source, y: Arrays, signature: ModelSignature, tasks: 
 
 def _check_numbers(array: Array, what: str, begin: int) -> None:
     if array.dtype.kind not in NUMERIC:
-        raise InputError(f"{what} consists of {array.dtype}, and not of numbers")
+        raise InputError(f"{what} holds {array.dtype}, not numbers")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         wrong = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
         raise InputError(
-            f"{what} holds numbers that are not finite (NaN or infinity), first in example {begin + wrong[0]}",
-            hint="mend or leave out such examples: one of them makes every weight NaN",
+            f"{what} holds NaN or infinity, first in example {begin + wrong[0]}",
+            hint="fix or remove such examples: a single one makes every weight NaN",
         )
 
 
@@ -294,4 +299,4 @@ def _notes(source: Source, checked: int, *, are_labels_seen: bool) -> tuple[str,
         return ()
     of = "" if source.count is None else f" of {source.count:,}"
     but = ", and all labels" if are_labels_seen else ""
-    return (f"{source.name}: the first {checked:,}{of} examples were checked{but}",)
+    return (f"{source.name}: only the first {checked:,}{of} examples were checked{but}",)

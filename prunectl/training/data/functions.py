@@ -15,7 +15,7 @@ from prunectl.training.data.readers import IndexedSource, IterableSource, from_a
 from prunectl.training.data.source import Arrays, Batch, Indices, Source, as_tuple, concatenate, take_rows
 from prunectl.training.data.spec import FUNCTION, RANDOM_PREFIX, DataSpec, parse_count, parse_shape
 
-_GIVES = "it returns (x, y) arrays, or an iterable of (x, y) batches, or a data set with len() and numbers"
+_GIVES = "return arrays (x, y), an iterable of (x, y) batches, or a data set with len() and indexing"
 
 _END = object()
 
@@ -53,7 +53,7 @@ def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
         except PrunectlError:
             raise
         except Exception as error:
-            raise WorkError(f"{where} fails: {type(error).__name__}: {error}") from error
+            raise WorkError(f"{where} raised {type(error).__name__}: {error}") from error
 
     return call
 
@@ -75,14 +75,14 @@ def _from_batches(
 
     first = next(read(), None)
     if first is None:
-        raise InputError(f"{spec.where} gives no batches", hint=_GIVES)
+        raise InputError(f"{spec.where} returns no batches", hint=_GIVES)
     return IterableSource(spec.text, None, first.y is not None, read)
 
 
 def _from_examples(spec: DataSpec, examples: _Numbered, names: Sequence[str]) -> IndexedSource:
     count = len(examples)
     if not count:
-        raise InputError(f"{spec.where} gives a data set of no examples")
+        raise InputError(f"{spec.where} returns a data set without examples")
 
     def one(number: int) -> Batch:
         item = _guarded(spec.where, lambda: examples[number])()
@@ -99,12 +99,12 @@ def _from_examples(spec: DataSpec, examples: _Numbered, names: Sequence[str]) ->
 def _batch(where: str, parts: Sequence[Any], names: Sequence[str]) -> Batch:
     """What a function gave for some examples as a batch."""
     if not 1 <= len(parts) <= 2:
-        raise InputError(f"{where} gives {len(parts)} things at once", hint="a batch is (x, y), or x alone")
+        raise InputError(f"{where} returns batches of {len(parts)} parts", hint="a batch must be (x, y), or only x")
     x = _arrays(where, parts[0], names)
     y = _arrays(where, parts[1], ()) if len(parts) == 2 and parts[1] is not None else None
     lengths = [len(array) for array in (*as_tuple(x), *(() if y is None else as_tuple(y)))]
     if len(set(lengths)) > 1:
-        raise InputError(f"{where}: the arrays of a batch differ in their number of examples: {lengths}")
+        raise InputError(f"{where}: the arrays of a batch have different numbers of examples: {lengths}")
     return Batch(x, y)
 
 
@@ -113,8 +113,8 @@ def _arrays(where: str, part: Any, names: Sequence[str]) -> Arrays:
         missing = [name for name in names if name not in part]
         if missing or not names:
             raise InputError(
-                f"{where} gives a dictionary of {', '.join(map(str, part))}",
-                hint=f"the model's inputs are {', '.join(names) or 'not named'}; a tuple in their order serves too",
+                f"{where} returns a dictionary of {', '.join(map(str, part))}",
+                hint=f"the model's inputs are {', '.join(names) or 'not named'}; or return a tuple in their order",
             )
         arrays = tuple(_array(where, part[name]) for name in names)
         return arrays[0] if len(arrays) == 1 else arrays
@@ -127,9 +127,9 @@ def _array(where: str, value: Any) -> Array:
     try:
         array: Array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where} gives a {type(value).__name__} that is no array: {error}") from error
+        raise InputError(f"{where} returns a {type(value).__name__}, which is not an array: {error}") from error
     if array.ndim == 0:
-        raise InputError(f"{where} gives a single {type(value).__name__} where a batch of them is due", hint=_GIVES)
+        raise InputError(f"{where} returns a single {type(value).__name__} instead of a batch", hint=_GIVES)
     return array
 
 
@@ -176,11 +176,11 @@ def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> 
     """The source that `random:64` means: normal floats, and labels of every class."""
     count = parse_count("random", spec.where.removeprefix(RANDOM_PREFIX))
     if signature is None or not signature.inputs:
-        raise UsageError(f"{spec.where} needs a model that says what it takes")
+        raise UsageError(f"{spec.where} needs a model whose inputs are known")
     typed = [parse_shape("shape", part) for part in spec.options["shape"].split("+")] if "shape" in spec.options else []
     if typed and len(typed) != len(signature.inputs):
         raise UsageError(
-            f"shape={spec.options['shape']} names {len(typed)} shapes, the model has {len(signature.inputs)}"
+            f"shape={spec.options['shape']} has {len(typed)} shapes, but the model has {len(signature.inputs)} inputs"
         )
     random = np.random.default_rng(seed)
     x = {}
@@ -188,7 +188,7 @@ def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> 
         shape = typed[index] if typed else _known(port)
         x[f"input {index}"] = _filled(random, (count, *shape), port.dtype)
     y = {f"output {index}": _labels(random, count, port) for index, port in enumerate(signature.outputs)}
-    note = f"{spec.where}: the data is made up, which shows that things run and says nothing of accuracy"
+    note = f"{spec.where}: the data is random, so accuracy and loss mean nothing"
     return from_arrays(spec.text, x, y, note)
 
 
@@ -196,8 +196,8 @@ def _known(port: TensorSpec) -> tuple[int, ...]:
     shape = port.shape
     if shape is None or any(length is None for length in shape):
         raise UsageError(
-            f"the model does not say how long each axis of its input {port.name!r} is: {_axes_text(port)}",
-            hint="say it: 'random:64?shape=3x224x224' (several inputs: shape=3x224x224+10)",
+            f"the model does not give the length of every axis of its input {port.name!r}: {_axes_text(port)}",
+            hint="write 'random:64?shape=3x224x224' (several inputs: shape=3x224x224+10)",
         )
     return tuple(length for length in shape if length is not None)
 

@@ -42,7 +42,7 @@ def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
         with image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
             pixels = _upright(file).convert(_MODES[look.color])
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
-        raise InputError(f"{what} cannot be read as a picture: {error}") from error
+        raise InputError(f"{what} cannot be read as an image: {error}") from error
     if look.size is not None and pixels.size != look.size[::-1]:
         pixels = pixels.resize(look.size[::-1], image.Resampling.BILINEAR)
     return _laid_out(np.array(pixels, np.uint8), look)
@@ -75,7 +75,7 @@ def open_images(spec: DataSpec, signature: ModelSignature | None, *_: object) ->
         image = decode(files[number], look, str(files[number]))
         if image.shape != shape:
             raise InputError(
-                f"the pictures differ in size: {files[number]} is {image.shape}, {files[0]} is {shape}",
+                f"the images differ in size: {files[number]} is {image.shape}, {files[0]} is {shape}",
                 hint=f"resize all of them: '{spec.where}?size=224x224'",
             )
         return image
@@ -96,17 +96,17 @@ def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
     classes = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if flat and classes:
         raise InputError(
-            f"{folder} holds pictures beside folders ({classes[0]}, ...)",
-            hint="put every picture into the folder of its class, or all into one folder without others",
+            f"{folder} holds both images and folders ({classes[0]}, ...)",
+            hint="put each image into the folder of its class, or all images into one folder without subfolders",
         )
     if not classes and not flat:
-        raise InputError(f"{folder} holds no pictures", hint=f"prunectl looks for {' '.join(sorted(PICTURE_SUFFIXES))}")
+        raise InputError(f"{folder} holds no images", hint=f"prunectl looks for {' '.join(sorted(PICTURE_SUFFIXES))}")
     files_of_classes = [pictures_in(folder / name) for name in classes]
     for name, files in zip(classes, files_of_classes, strict=True):
         if not files:
             inside = sorted(child.name for child in (folder / name).iterdir() if child.is_dir())
-            hint = f"is {folder / name} the folder of the classes? then name it instead" if inside else ""
-            raise InputError(f"{folder / name} holds no pictures, and each folder stands for a class", hint=hint)
+            hint = f"if {folder / name} is the folder of the classes, name it instead" if inside else ""
+            raise InputError(f"{folder / name} holds no images, although each folder is read as a class", hint=hint)
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in files_of_classes])
     return [file for files in files_of_classes for file in files] or flat, labels, classes
 
@@ -119,12 +119,14 @@ def _look(spec: DataSpec, signature: ModelSignature | None) -> ImageOptions:
     if "size" in spec.options:
         size = parse_shape("size", spec.options["size"])
         if len(size) != 2:
-            raise UsageError(f"size={spec.options['size']} is no size", hint="write height x width, as in size=28x28")
+            raise UsageError(
+                f"size={spec.options['size']} is not a size", hint="write height x width, as in size=28x28"
+            )
         height, width = size
     color = spec.options.get("color", {1: "grey", 3: "rgb", None: "rgb"}.get(channels, ""))
     if color not in COLORS:
-        reason = f"color={color} is none" if color else f"the model takes {channels} channels"
-        raise UsageError(f"{reason}: pictures are {' or '.join(COLORS)}")
+        reason = f"color={color} is not known" if color else f"the model takes {channels} channels"
+        raise UsageError(f"{reason}: images can be {' or '.join(COLORS)}")
     size_known = None if height is None or width is None else (height, width)
     return ImageOptions(
         color, size_known, first, has_channels=not (shape is not None and len(shape) == 2 and color == "grey")
@@ -141,11 +143,11 @@ def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> t
 
 
 def _notes(spec: DataSpec, classes: list[str], look: ImageOptions) -> tuple[str, ...]:
-    note = f"{spec.where}: pictures are read as {look.color}"
+    note = f"{spec.where}: images are read as {look.color}"
     if look.size is not None:
-        note += f", and resized to {look.size[0]}x{look.size[1]} where they are not"
+        note += f" and resized to {look.size[0]}x{look.size[1]}"
     if not classes:
         return (note,)
     more = ", ..." if len(classes) > _LISTED else ""
     named = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:_LISTED]))
-    return (note, f"{spec.where}: {len(classes)} classes by their folders: {named}{more}")
+    return (note, f"{spec.where}: {len(classes)} classes, one for each folder: {named}{more}")

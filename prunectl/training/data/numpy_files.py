@@ -46,12 +46,12 @@ def _sides(spec: DataSpec) -> list[list[str]]:
             sides[-1].append(part)
     if len(sides) > 2:
         raise UsageError(
-            f"{spec.where} names {len(sides)} sides: there are inputs and targets",
-            hint="several inputs are joined with +, as in a.npy+b.npy,y.npy",
+            f"{spec.where} names {len(sides)} groups of arrays, but there are only inputs and targets",
+            hint="join several inputs with +, as in a.npy+b.npy,y.npy",
         )
     names = [name for side in sides for name in side]
     if any(not name.endswith(".npy") for name in names) or len(set(names)) < len(names):
-        raise UsageError(f"{spec.where} is no list of .npy files", hint="write x.npy,y.npy or a.npy+b.npy,y.npy")
+        raise UsageError(f"{spec.where} is not a list of .npy files", hint="write x.npy,y.npy or a.npy+b.npy,y.npy")
     return sides
 
 
@@ -82,11 +82,11 @@ def read_header(file: BinaryIO, what: str) -> Header:
         else:
             shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
     except (ValueError, EOFError, struct.error) as error:
-        raise InputError(f"{what} is damaged: it is not an array of NumPy ({first_line(error)})") from error
+        raise InputError(f"{what} is damaged: it is not a NumPy array ({first_line(error)})") from error
     if dtype.hasobject:
-        raise InputError(f"{what} holds Python objects, which prunectl never unpickles", hint="save plain numbers")
+        raise InputError(f"{what} holds Python objects, which prunectl never unpickles", hint="save arrays of numbers")
     if dtype.kind not in NUMERIC or min(shape, default=0) < 0:
-        raise InputError(f"{what} is an array of {dtype}, not of numbers", hint="write labels as whole numbers from 0")
+        raise InputError(f"{what} is an array of {dtype}, not of numbers", hint="save labels as whole numbers from 0")
     return Header(shape, is_fortran, dtype, file.tell() - begin)
 
 
@@ -113,15 +113,15 @@ def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], 
     sides = [[name.strip() for name in side.split("+")] for side in words.split(",")]
     if len(sides) > 2:
         raise UsageError(
-            f"{path}[{words}] names {len(sides)} sides: there are inputs and targets",
-            hint=f"several inputs are joined with +, as in {path.name}[a+b,labels]",
+            f"{path}[{words}] names {len(sides)} groups of arrays, but there are only inputs and targets",
+            hint=f"join several inputs with +, as in {path.name}[a+b,labels]",
         )
     for name in (name for side in sides for name in side):
         if name not in names:
             raise UsageError(
-                f"{path} holds no array {name!r}",
+                f"{path} has no array {name!r}",
                 did_you_mean=tuple(get_close_matches(name, names)),
-                hint=f"it holds {', '.join(names)}",
+                hint=f"arrays: {', '.join(names)}",
             )
     return sides[0], sides[1] if len(sides) > 1 else []
 
@@ -136,10 +136,14 @@ def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list
         # The array with fewer axes is the one of targets; where that does not tell, the file's order does.
         x, y = sorted(names, key=lambda name: -len(_header(archive, name).shape))
         path = archive.path
-        return [x], [y], (f"{path}: {x} is taken for the inputs and {y} for the targets; {path.name}[{y},{x}] swaps",)
+        return (
+            [x],
+            [y],
+            (f"{path}: {x} is used as inputs and {y} as targets; to swap them, write {path.name}[{y},{x}]",),
+        )
     raise UsageError(
         f"{archive.path} has no arrays called x and y",
-        hint=f"choose, as in {archive.path.name}[{names[0]},{names[1]}]; it holds {', '.join(names)}",
+        hint=f"name them, as in {archive.path.name}[{names[0]},{names[1]}]; arrays: {', '.join(names)}",
     )
 
 
@@ -165,5 +169,5 @@ def _array(archive: Archive, name: str) -> Array:
 def _arranged(body: Array, header: Header, what: str) -> Array:
     size = math.prod(header.shape) * header.dtype.itemsize
     if size != body.nbytes:
-        raise InputError(f"{what} is damaged: its header says {size} bytes, and {body.nbytes} follow")
+        raise InputError(f"{what} is damaged: its header announces {size} bytes, but {body.nbytes} follow")
     return body.view(header.dtype).reshape(header.shape, order="F" if header.is_fortran else "C")

@@ -214,11 +214,11 @@ def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *note
     named = {**x, **y}
     for title, array in named.items():
         if array.ndim == 0:
-            raise InputError(f"{name}: {title} is a single number, and no array of examples")
+            raise InputError(f"{name}: {title} is a single number, not an array of examples")
     lengths = {title: len(array) for title, array in named.items()}
     if len(set(lengths.values())) > 1:
         lengths_text = ", ".join(f"{title} has {length}" for title, length in lengths.items())
-        raise InputError(f"{name}: the arrays differ in their number of examples: {lengths_text}")
+        raise InputError(f"{name}: the arrays have different numbers of examples: {lengths_text}")
     inputs, targets = _together(x), _together(y) if y else None
 
     def of(arrays: Arrays, numbers: Indices) -> Arrays:

@@ -75,7 +75,7 @@ def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> So
 
 def _unknown(spec: DataSpec) -> UsageError:
     data_spec.require_path(spec.path)
-    return UsageError(f"{spec.text} is no data that prunectl knows", hint=data_spec.GRAMMAR)
+    return UsageError(f"--data {spec.text} is not in a format that prunectl reads", hint=data_spec.GRAMMAR)
 
 
 _IN_A_FILE = re.compile(r"(?P<path>[^:]+\.py):[A-Za-z_]\w*(?::(?:max|min))?")
@@ -149,12 +149,12 @@ def normalize(source: Source, text: str, *, is_channels_first: bool) -> Source:
     first = as_tuple(head.x)
     chosen = {0} if len(first) == 1 else {index for index, x in enumerate(first) if x.dtype == np.uint8}
     if not chosen:
-        raise UsageError(f"norm={text}: none of the inputs of {source.name} consists of bytes")
+        raise UsageError(f"norm={text} needs inputs of type uint8, and {source.name} has none")
     for index in chosen:
         is_byte = norm.scale == _BYTE_MAX
         if is_byte and first[index].dtype.kind == "f" and np.abs(first[index]).max(initial=0) <= 1:
             raise UsageError(
-                f"norm={text} divides by {_BYTE_MAX}, and the inputs of {source.name} are within -1 and 1 already",
+                f"norm={text} divides by {_BYTE_MAX}, but the inputs of {source.name} are already between -1 and 1",
                 hint="leave out norm",
             )
     places = {index: _channel_axis(first[index], norm, is_channels_first=is_channels_first) for index in chosen}
@@ -182,7 +182,7 @@ def _parsed(text: str) -> Normalization:
         raise UsageError(f"norm={text} is not known", hint=_HINT) from error
     numbers = (*norm.mean, *norm.deviation)
     if not sign or len(norm.mean) != len(norm.deviation) or not np.isfinite(numbers).all() or min(norm.deviation) <= 0:
-        raise UsageError(f"norm={text} needs as many means as deviations above zero", hint=_HINT)
+        raise UsageError(f"norm={text} needs as many standard deviations above zero as means", hint=_HINT)
     return norm
 
 
@@ -192,7 +192,7 @@ def _channel_axis(x: Array, norm: Normalization, *, is_channels_first: bool) -> 
     if len(norm.mean) == 1:
         return x.ndim - 1
     if not places or x.ndim < 3:
-        raise UsageError(f"the norm has {len(norm.mean)} channels, and an input of the shape {x.shape[1:]} has not")
+        raise UsageError(f"norm has {len(norm.mean)} channels, which an input of the shape {x.shape[1:]} does not have")
     return places[0 if is_channels_first else -1]
 
 
@@ -200,16 +200,16 @@ def _divided(text: str) -> Normalization:
     try:
         scale = float(text[1:])
     except ValueError as error:
-        raise UsageError(f"norm={text} divides by what?", hint=_HINT) from error
+        raise UsageError(f"norm={text} has no divisor", hint=_HINT) from error
     if not np.isfinite(scale) or scale <= 0:
-        raise UsageError(f"norm={text} divides by no number above zero", hint=_HINT)
+        raise UsageError(f"the divisor in norm={text} must be above zero", hint=_HINT)
     return Normalization((0.0,), (1.0,), scale)
 
 
 def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | None) -> Source:
     """A source with the general options of its SPEC: classes first, then limit, then what changes numbers."""
     if spec.flag("relabel") and "classes" not in spec.options:
-        raise UsageError("relabel numbers the classes that are chosen anew", hint="write classes=0,3,5&relabel=1")
+        raise UsageError("relabel needs classes, which it renumbers from 0", hint="write classes=0,3,5&relabel=1")
     if "classes" in spec.options:
         source = _only_classes(source, spec)
     limit = spec.int_option("limit")
@@ -229,10 +229,10 @@ def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | No
 def _only_classes(source: Source, spec: DataSpec) -> Source:
     labels = spec.list_option("classes")
     if not labels or any(not label.isdecimal() for label in labels) or len(set(labels)) < len(labels):
-        raise UsageError(f"classes={spec.options['classes']} is no list of classes", hint="write classes=0,3,5")
+        raise UsageError(f"classes={spec.options['classes']} is not a list of classes", hint="write classes=0,3,5")
     chosen = np.array([int(label) for label in labels])
     if not source.has_targets:
-        raise UsageError(f"{source.name} has no targets, so that classes cannot be chosen")
+        raise UsageError(f"classes= cannot be used: {source.name} has no targets")
     filtered = source.where(lambda y: np.isin(_labels(y, "classes"), chosen))
     if not spec.flag("relabel"):
         return filtered
@@ -246,7 +246,7 @@ def _labels(y: Arrays, option: str) -> Array:
     flat = arrays[0].reshape(len(arrays[0]), -1)
     if len(arrays) > 1 or flat.shape[1:] not in {(1,), (0,)}:
         raise InputError(
-            f"{option} needs one label for each example, and the targets have the shape {arrays[0].shape[1:]}"
+            f"{option} needs one label for each example, but the targets have the shape {arrays[0].shape[1:]}"
         )
     labels = flat[:, 0]
     if not np.array_equal(labels, np.trunc(labels)):
@@ -259,7 +259,7 @@ def _one_hot(depth: int) -> Callable[[Arrays], Array]:
         labels = _labels(y, "onehot")
         wrong = labels[(labels < 0) | (labels >= depth)]
         if wrong.size:
-            raise InputError(f"onehot={depth} has no place for the label {wrong[0]}: labels are 0 to {depth - 1}")
+            raise InputError(f"the label {wrong[0]} does not fit onehot={depth}: labels must be 0 to {depth - 1}")
         return np.eye(depth, dtype=np.float32)[labels]
 
     return encode
@@ -271,13 +271,13 @@ def _reshape(spec: DataSpec) -> Callable[[Batch], Batch]:
 
     def one(x: Array, shape: tuple[int, ...]) -> Array:
         if int(np.prod(x.shape[1:])) != int(np.prod(shape)):
-            raise InputError(f"shape={text}: inputs of the shape {x.shape[1:]} cannot be read as {shape}")
+            raise InputError(f"shape={text}: inputs of the shape {x.shape[1:]} cannot be reshaped to {shape}")
         return x.reshape(len(x), *shape)
 
     def change(batch: Batch) -> Batch:
         arrays = as_tuple(batch.x)
         if len(arrays) != len(shapes):
-            raise UsageError(f"shape={text} names {len(shapes)} shapes, and there are {len(arrays)} inputs")
+            raise UsageError(f"shape={text} has {len(shapes)} shapes, but there are {len(arrays)} inputs")
         reshaped = tuple(map(one, arrays, shapes))
         return replace(batch, x=reshaped if isinstance(batch.x, tuple) else reshaped[0])
 
@@ -290,5 +290,5 @@ def _on_inputs(change: Callable[[Array], Array]) -> Callable[[Batch], Batch]:
 
 def _on_targets(change: Callable[[Arrays], Array], source: Source, option: str) -> Callable[[Batch], Batch]:
     if not source.has_targets:
-        raise UsageError(f"{source.name} has no targets for {option}")
+        raise UsageError(f"{option} cannot be used: {source.name} has no targets")
     return lambda batch: batch if batch.y is None else replace(batch, y=change(batch.y))

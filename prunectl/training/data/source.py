@@ -120,8 +120,8 @@ def train_val_split(source: Source, share: float, seed: int) -> tuple[Source, So
     size = round(share * source.count)
     if not 0 < size < source.count:
         raise InputError(
-            f"{source.name} has {source.count} examples: {share:.0%} of them leave nothing "
-            f"{'to judge by' if size == 0 else 'to learn from'}"
+            f"{source.name} has {source.count} examples: a split of {share:.0%} leaves none "
+            f"{'for validation' if size == 0 else 'for training'}"
         )
     is_shared = np.zeros(source.count, np.bool_)
     is_shared[np.random.default_rng((seed, source.count)).permutation(source.count)[:size]] = True
@@ -166,7 +166,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         return batches[0]
     targets = [batch.y for batch in batches if batch.y is not None]
     if targets and len(targets) < len(batches):
-        raise InputError("some batches of the data have targets, and others have none")
+        raise InputError("only some batches of the data have targets")
     return Batch(_joined([batch.x for batch in batches]), _joined(targets) if targets else None)
 
 
@@ -227,8 +227,8 @@ def _one(arrays: Sequence[Array]) -> Array:
     if len(shapes) > 1:
         titles = " and ".join(str(shape) for shape in sorted(shapes))
         raise InputError(
-            f"the examples of the data differ in shape: {titles}",
-            hint="pad or resize them to one shape; batches of differing shape pass only in their own size, unshuffled",
+            f"the examples of the data have different shapes: {titles}",
+            hint="pad or resize them to one shape",
         )
     return np.concatenate(arrays)
 

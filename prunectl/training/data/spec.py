@@ -61,7 +61,7 @@ class DataSpec:
             return False
         value = self.options[name].lower()
         if value not in _YES:
-            raise UsageError(f"{name}={self.options[name]} is neither yes nor no", hint=f"write {name}=1 or {name}=0")
+            raise UsageError(f"{name}={self.options[name]} must be 0 or 1", hint=f"write {name}=1 or {name}=0")
         return _YES[value]
 
 
@@ -76,7 +76,7 @@ def parse(text: str) -> DataSpec:
     for option in text[options_match.end() :].split("&"):
         name, _, value = option.partition("=")
         if name in options:
-            raise UsageError(f"the data SPEC {text} says {name} twice")
+            raise UsageError(f"the data SPEC {text} has the option {name} twice")
         options[name] = unquote(value)
     return DataSpec(text, text[: options_match.start()], options)
 
@@ -87,16 +87,16 @@ def check_options(spec: DataSpec, own: Iterable[str]) -> None:
     for name in spec.options:
         if name not in known:
             raise UsageError(
-                f"{spec.where} takes no option {name}",
+                f"{spec.where} has no option {name}",
                 did_you_mean=tuple(get_close_matches(name, known)),
-                hint=f"it takes {', '.join(known)}",
+                hint=f"options: {', '.join(known)}",
             )
 
 
 def parse_count(name: str, text: str) -> int:
     """A positive whole number that somebody wrote."""
     if not (text.isascii() and text.isdecimal() and int(text)):
-        raise UsageError(f"{name}={text} is no count", hint=f"write a whole number above zero, as in {name}=100")
+        raise UsageError(f"{name}={text} is not a count", hint=f"write a whole number above zero, as in {name}=100")
     return int(text)
 
 
@@ -121,5 +121,5 @@ def require_path(path: Path) -> Path:
 
 def _quoting(where: str) -> str:
     if re.search(r"[*?\[&]", where):
-        return f"the shell reads * ? [ and & itself: quote the SPEC, as in '{where}'"
+        return f"if the shell has expanded * ? [ or &, quote the SPEC: '{where}'"
     return GRAMMAR

@@ -43,14 +43,14 @@ def select_columns(spec: DataSpec, names: Sequence[str]) -> TableColumns:
             raise UsageError(
                 f"{spec.where} has no column {name!r}",
                 did_you_mean=tuple(get_close_matches(name, names)),
-                hint=f"it has {_some(names)}",
+                hint=f"columns: {_some(names)}",
             )
         if list(names).count(name) > 1:
             raise InputError(f"{spec.where} has two columns called {name!r}")
     if not inputs:
-        raise UsageError(f"{spec.where} has no column besides its target")
+        raise UsageError(f"{spec.where} has no column but its target")
     if both := set(inputs) & set(targets):
-        raise UsageError(f"{min(both)!r} would be an input and a target at once")
+        raise UsageError(f"the column {min(both)!r} is named both as an input and as a target")
     return TableColumns(inputs, targets)
 
 
@@ -59,7 +59,7 @@ def as_source(
 ) -> Source:
     """A table of ``count`` rows as a source: held if ``nbytes`` is little, else read anew each time."""
     notes = tuple(
-        f"{spec.where}: {name} has {len(known)} classes, in the order of their names: {_numbered(known)}"
+        f"{spec.where}: {name} has {len(known)} classes, numbered by name: {_numbered(known)}"
         for name, known in class_names.items()
     )
     has_targets = bool(spec.list_option("target"))
@@ -74,7 +74,7 @@ def as_source(
 def class_names_of(where: str, name: str, values: set[str]) -> Array:
     """The classes that a column of words names."""
     if len(values) > MAX_CLASSES:
-        raise InputError(f"{where}: {name} has more than {MAX_CLASSES:,} different words, which are no classes")
+        raise InputError(f"{where}: {name} has more than {MAX_CLASSES:,} different values, too many for classes")
     return np.array(sorted(values))
 
 
@@ -148,7 +148,10 @@ def _header(path: Path) -> list[str]:
         names = [name.strip() for name in row.cells]
         numbers = [str(number) for number in range(len(names))]
         if all(map(is_number, names)) and names != numbers:
-            raise InputError(f"{path} begins with numbers, and not with a header", hint="its first line names columns")
+            raise InputError(
+                f"{path} has no header: its first line holds numbers",
+                hint="put the names of the columns into the first line",
+            )
         return names
     raise InputError(f"{path} is empty")
 
@@ -192,13 +195,13 @@ def _floats(path: Path, rows: Sequence[Row], column: int, name: str) -> Array:
         if not bad.cells[column].strip():
             raise _missing(path, bad, name) from None
         raise InputError(
-            f"{path}, line {bad.line}: {bad.cells[column]!r} in column {name!r} is no number",
-            hint=f"choose columns of numbers, as in '{path}?target=label&columns=a,b'",
+            f"{path}, line {bad.line}: {bad.cells[column]!r} in column {name!r} is not a number",
+            hint=f"select columns of numbers: '{path}?target=label&columns=a,b'",
         ) from None
 
 
 def _missing(path: Path, row: Row, name: str) -> InputError:
-    return InputError(f"{path}, line {row.line}: nothing stands in column {name!r}", hint="fill in or drop such rows")
+    return InputError(f"{path}, line {row.line}: the column {name!r} is empty", hint="fill in or remove such rows")
 
 
 def _rows(path: Path, width: int) -> Iterator[Row]:
@@ -207,7 +210,7 @@ def _rows(path: Path, width: int) -> Iterator[Row]:
     next(records)
     for row in records:
         if len(row.cells) != width:
-            raise InputError(f"{path}, line {row.line}: a row of {len(row.cells)} cells under a header of {width}")
+            raise InputError(f"{path}, line {row.line}: the row has {len(row.cells)} cells, the header {width}")
         yield row
 
 
@@ -220,7 +223,7 @@ def _records(path: Path) -> Iterator[Row]:
                 if cells:
                     yield Row(reader.line_num, cells)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no table of text: {error}") from error
+        raise InputError(f"{path} is not a text table: {error}") from error
 
 
 def _separator(path: Path) -> str:
@@ -264,7 +267,7 @@ def _opened(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
-        raise InputError(f"{path} is no Parquet file that can be read: {error}") from error
+        raise InputError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _tables(path: Path, names: list[str]) -> Iterator[Any]:
@@ -283,8 +286,8 @@ def _inputs(path: Path, table: Any, names: tuple[str, ...]) -> Array:
     lists = [name for name, column in zip(names, columns, strict=True) if column.ndim > 1]
     if lists:
         raise InputError(
-            f"{path}: the column {lists[0]!r} holds lists, which do not stand beside other columns",
-            hint=f"choose it alone: columns={lists[0]}",
+            f"{path}: the column {lists[0]!r} holds lists, which cannot be combined with other columns",
+            hint=f"select only this column: columns={lists[0]}",
         )
     return np.stack([column.astype(np.float32) for column in columns], axis=1)
 
@@ -292,7 +295,7 @@ def _inputs(path: Path, table: Any, names: tuple[str, ...]) -> Array:
 def _numbers(path: Path, column: Any, name: str) -> Array:
     """A column as numbers; lists of one length become rows."""
     if column.null_count:
-        raise InputError(f"{path}: nothing stands in {column.null_count} rows of the column {name!r}")
+        raise InputError(f"{path}: the column {name!r} is empty in {column.null_count} rows")
     types = require("pyarrow.types", extra="parquet")
     if types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
         lengths = np.diff(column.offsets.to_numpy()) if hasattr(column, "offsets") else None
@@ -303,8 +306,8 @@ def _numbers(path: Path, column: Any, name: str) -> Array:
     numbers: Array = column.to_numpy(zero_copy_only=False)
     if numbers.dtype.kind not in NUMERIC:
         raise InputError(
-            f"{path}: the column {name!r} holds {column.type}, and no numbers",
-            hint="choose columns of numbers with columns=a,b",
+            f"{path}: the column {name!r} holds {column.type}, not numbers",
+            hint="select columns of numbers with columns=a,b",
         )
     return numbers
 
@@ -318,7 +321,7 @@ def _words(path: Path, name: str) -> Array | None:
         if not (types.is_string(column.type) or types.is_large_string(column.type)):
             return None
         if column.null_count:
-            raise InputError(f"{path}: nothing stands in {column.null_count} rows of the column {name!r}")
+            raise InputError(f"{path}: the column {name!r} is empty in {column.null_count} rows")
         values.update(column.unique().to_pylist())
     return class_names_of(str(path), name, values)
 

@@ -42,7 +42,7 @@ def read_records(path: Path) -> Iterator[bytes]:
                 yield record
                 number += 1
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is damaged: it cannot be inflated behind record {number}") from error
+        raise InputError(f"{path} is damaged: it cannot be decompressed after record {number}") from error
 
 
 def _is_head(head: bytes) -> bool:
@@ -54,7 +54,7 @@ def _next(file: IO[bytes] | gzip.GzipFile, path: Path, number: int) -> bytes | N
     if not head:
         return None
     if not _is_head(head):
-        reason = "is no TFRecord file" if number == 0 else "is truncated or damaged"
+        reason = "is not a TFRecord file" if number == 0 else "is truncated or damaged"
         raise InputError(f"{path} {reason}: the length of record {number} has a wrong checksum")
     length = int.from_bytes(head[:8], "little")
     if length > MAX_RECORD_BYTES:
@@ -85,7 +85,7 @@ def parse_example(record: bytes, what: str) -> Mapping[str, Value]:
             if (entry.number, entry.wire) == (1, BYTES)
         )
     except WireError as error:
-        raise InputError(f"{what} is no tf.train.Example: {error}") from error
+        raise InputError(f"{what} is not a tf.train.Example: {error}") from error
 
 
 def describe_feature(value: Value) -> str:
@@ -161,29 +161,27 @@ class FeatureSpec:
             raise InputError(
                 f"{what} has no feature {self.name!r}",
                 did_you_mean=tuple(get_close_matches(self.name, values)),
-                hint=f"it has {features or 'none'}",
+                hint=f"features: {features or 'none'}",
             )
         content = values[self.name]
         flat = self._from_bytes(content, what) if isinstance(content, list) else content
         if flat.size != int(np.prod(self.shape)):
             raise InputError(
                 f"{what}: the feature {self.name!r} holds {flat.size} numbers ({describe_feature(content)}), "
-                f"and the schema says {list(self.shape)}"
+                f"but the schema gives the shape {list(self.shape)}"
             )
         shaped = flat.reshape(self.shape)
         return shaped if self.dtype is None or isinstance(content, list) else shaped.astype(self.dtype)
 
     def _from_bytes(self, values: list[bytes], what: str) -> Array:
         if len(values) != 1:
-            raise InputError(
-                f"{what}: the feature {self.name!r} holds {describe_feature(values)}, not one run of bytes"
-            )
+            raise InputError(f"{what}: the feature {self.name!r} holds {describe_feature(values)}, not one byte string")
         if self.is_image:
             height, width, *channels = self.shape
             color = "rgb" if channels == [3] else "grey"
             return decode(values[0], ImageOptions(color, (height, width)), f"{what}, feature {self.name!r}")
         if self.dtype is None:
-            raise UsageError(f"the feature {self.name!r} holds bytes: the schema must say their dtype", hint=EXAMPLE)
+            raise UsageError(f"the feature {self.name!r} holds bytes: add its dtype to the schema", hint=EXAMPLE)
         if len(values[0]) % self.dtype.itemsize:
             raise InputError(f"{what}: the feature {self.name!r} ends within a {self.dtype}")
         return np.frombuffer(values[0], self.dtype.newbyteorder("<"))
@@ -204,35 +202,35 @@ def read_example_schema(path: Path) -> Schema:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON", hint=f"a schema is {EXAMPLE}") from error
     if not isinstance(schema, dict) or "x" not in schema or schema.keys() - {"x", "y"}:
-        raise InputError(f"{path} is no schema: it has x, and y where there are targets", hint=EXAMPLE)
+        raise InputError(f"{path} is not a schema: it must have x, and y if there are targets", hint=EXAMPLE)
     return Schema(_side(path, schema["x"]), _side(path, schema["y"]) if "y" in schema else ())
 
 
 def _side(path: Path, entry: Any) -> tuple[FeatureSpec, ...]:
     many = entry if isinstance(entry, list) else [entry]
     if not many:
-        raise InputError(f"{path} is no schema: a list of features is empty", hint=EXAMPLE)
+        raise InputError(f"{path} is not a schema: a list of features is empty", hint=EXAMPLE)
     return tuple(_feature_spec(path, feature) for feature in many)
 
 
 def _feature_spec(path: Path, entry: Any) -> FeatureSpec:
     if not isinstance(entry, dict) or not isinstance(entry.get("feature"), str):
-        raise InputError(f"{path} is no schema: each of x and y names a feature", hint=EXAMPLE)
+        raise InputError(f"{path} is not a schema: x and y must each name a feature", hint=EXAMPLE)
     for key in entry:
         if key not in KEYS:
             raise InputError(
                 f"{path}: a feature has no {key!r}",
                 did_you_mean=tuple(get_close_matches(key, KEYS)),
-                hint=f"it has {', '.join(KEYS)}",
+                hint=f"keys: {', '.join(KEYS)}",
             )
     shape = entry.get("shape", [])
     if not isinstance(shape, list) or not all(type(length) is int and length > 0 for length in shape):
-        raise InputError(f"{path}: the shape {shape} of {entry['feature']} is no list of lengths", hint=EXAMPLE)
+        raise InputError(f"{path}: the shape {shape} of {entry['feature']} is not a list of lengths", hint=EXAMPLE)
     encoding = entry.get("encoding", "raw")
     if encoding not in ENCODINGS:
         raise InputError(f"{path}: the encoding {encoding!r} is not known", hint=f"known: {', '.join(ENCODINGS)}")
     if encoding == "image" and (len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {1, 3})):
-        raise InputError(f"{path}: a picture has the shape [height, width, 1 or 3], not {shape}")
+        raise InputError(f"{path}: an image has the shape [height, width, 1 or 3], not {shape}")
     return FeatureSpec(entry["feature"], _dtype(path, entry.get("dtype")), tuple(shape), encoding == "image")
 
 
@@ -244,7 +242,7 @@ def _dtype(path: Path, name: Any) -> np.dtype[Any] | None:
     except TypeError:
         dtype = None
     if dtype is None or dtype.kind not in NUMERIC:
-        raise InputError(f"{path}: {name!r} is no type of numbers", hint="such as uint8, int64 or float32")
+        raise InputError(f"{path}: {name!r} is not a type of numbers", hint="use uint8, int64 or float32")
     return dtype
 
 
@@ -261,8 +259,8 @@ def open_records(spec: DataSpec, *_: object) -> IterableSource:
             for name, value in values.items()
         )
         raise UsageError(
-            f"{spec.text} needs a schema that says which features are inputs and targets: '{spec.where}?schema=f.json'",
-            hint=f"f.json is like {EXAMPLE}; the first example has {features or 'no features'}",
+            f"{spec.text} needs a schema that names the features of inputs and targets: '{spec.where}?schema=f.json'",
+            hint=f"an example of f.json: {EXAMPLE}; the first record has {features or 'no features'}",
         )
     schema = read_example_schema(require_path(Path(spec.options["schema"])))
 

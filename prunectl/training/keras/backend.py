@@ -68,7 +68,7 @@ class KerasLibrary:
             return require("jax", extra="jax")
         except MissingExtraError as error:
             # Nothing but Keras 3 on its own backend asks for it, and prunectl has no extra that brings it.
-            raise MissingExtraError(str(error), hint="pip install jax") from error
+            raise MissingExtraError(str(error), hint="install it with: pip install jax") from error
 
 
 @cache
@@ -122,13 +122,13 @@ def load_keras3() -> KerasLibrary:
         missing = (error.name or "").partition(".")[0]
         package = f"'prunectl[{missing}]'" if missing in _BACKEND_EXTRAS else missing
         raise MissingExtraError(
-            f"Keras is set to work on {missing}, which is not installed",
-            hint=f"pip install {package}, or set KERAS_BACKEND to what there is",
+            f"Keras uses the backend {missing}, which is not installed",
+            hint=f"pip install {package}, or set KERAS_BACKEND to an installed backend",
         ) from error
     backend = keras.backend.backend()
     if backend not in TRAINING_BACKENDS:
         raise UsageError(
-            f"Keras is set to the backend {backend}, which cannot train",
+            f"Keras uses the backend {backend}, which cannot train",
             hint=f"set KERAS_BACKEND to one of {', '.join(TRAINING_BACKENDS)}",
         )
     return KerasLibrary(keras, is_keras2=False, backend=backend)
@@ -249,17 +249,19 @@ def resolve_device(library: KerasLibrary, device: str) -> str:
     if name == _CPU:
         return "cpu:0" if num_accelerators else ""
     if not num_accelerators:
-        raise UsageError(f"{library.backend} finds no GPU here", hint="say --device cpu, or auto")
+        raise UsageError(f"{library.backend} finds no GPU", hint="use --device cpu, or auto")
     index = int(number or 0)
     if index >= num_accelerators:
-        raise UsageError(f"{library.backend} finds no {device}: {num_accelerators} GPU here, counted from 0")
+        raise UsageError(
+            f"{library.backend} finds no {device}: this machine has {num_accelerators} GPU, numbered from 0"
+        )
     return f"gpu:{index}" if index else ""
 
 
 def _distribution_strategy(library: KerasLibrary) -> Any:
     if not library.is_keras2:
         raise UsageError(
-            "Keras 3 does not train in several processes: its metrics fail in a MultiWorkerMirroredStrategy",
+            "Keras 3 cannot train in several processes with MultiWorkerMirroredStrategy",
             hint="unset TF_CONFIG, or save the model with tf_keras",
         )
     return library.tensorflow.distribute.MultiWorkerMirroredStrategy()
@@ -285,7 +287,7 @@ def _tf_config() -> dict[str, Any]:
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"TF_CONFIG is no JSON: {error}") from error
+        raise UsageError(f"TF_CONFIG is not JSON: {error}") from error
     return config if isinstance(config, dict) else {}
 
 

@@ -147,7 +147,7 @@ def _targets(means: TrainOptions, count: int) -> tuple[Array | None, ...]:
         return (None,) * count
     arrays = as_tuple(means.example.y)
     if len(arrays) != count:
-        raise UsageError(f"the model has {count} outputs, the data has {len(arrays)} arrays of targets")
+        raise UsageError(f"the model has {count} outputs, but the data has {len(arrays)} arrays of targets")
     return arrays
 
 
@@ -170,7 +170,7 @@ def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLo
             where = f" for {output.name}" if len(infos) > 1 else ""
             ending = " from logits" if default.from_logits else ""
             context.notes.append(
-                f"Nothing says which loss: {default.name}{ending} fits the outputs and the targets{where}."
+                f"The file names no loss: using {default.name}{ending}, which fits the outputs and targets{where}."
             )
         resolved.append(default)
     return tuple(resolved)
@@ -182,8 +182,8 @@ def _loss_of_file(loaded: LoadedModel, entry: Any) -> KerasLoss:
         return losses.describe_loss(losses.loss_from_config(loaded.library, entry, loaded.objects))
     except _UNKNOWN_NAME as error:
         raise UsageError(
-            f"{loaded.file.path} was trained with a loss that is not known here: {error_line(error)}",
-            hint="choose one with --loss, or say what it is with --custom-objects mod:DICT",
+            f"{loaded.file.path} was trained with a custom loss: {error_line(error)}",
+            hint="choose one with --loss, or provide it with --custom-objects mod:DICT",
         ) from error
 
 
@@ -195,11 +195,11 @@ def _optimizer(context: _Context) -> ScheduledOptimizer:
             resolved = optimizer_from_config(library, entry, context.loaded.objects, lr=means.lr, clip=means.clip)
         except _UNKNOWN_NAME as error:
             context.notes.append(
-                f"The file's optimizer is not known here ({error_line(error)}): {DEFAULT_OPTIMIZER} it is."
+                f"The file's optimizer is custom ({error_line(error)}): using {DEFAULT_OPTIMIZER} instead."
             )
         else:
             if resolved.schedule is not None:
-                context.notes.append("The learning rate follows the schedule of the file, from its beginning.")
+                context.notes.append("The learning rate follows the schedule in the file, from its start.")
             return resolved
     return optimizer_by_name(library, means.optimizer, lr=means.lr, clip=means.clip)
 
@@ -233,7 +233,7 @@ def _metric_of_file(context: _Context, entry: Any) -> list[Any]:
         context.loaded.check_trusted(entry)
         return [losses.metric_from_config(context.library, entry, context.loaded.objects)]
     except _UNKNOWN_NAME as error:
-        context.notes.append(f"A metric of the file is left out, it is not known here: {error_line(error)}.")
+        context.notes.append(f"A custom metric of the file was left out: {error_line(error)}.")
         return []
 
 

@@ -37,7 +37,9 @@ class _LossInputs:
 def gradients(library: KerasLibrary, model: Any, variables: Sequence[Any], x: Any, y: Any) -> list[Array]:
     """A gradient for each variable, zeros where the loss does not depend on it."""
     if y is None:
-        raise UsageError("the data has no targets, and gradients are those of a loss", hint="use data with targets")
+        raise UsageError(
+            "the data has no targets, which are needed for the gradients of the loss", hint="use data with targets"
+        )
     differentiate = {"tensorflow": _by_tape, "torch": _by_torch, "jax": _by_jax}[library.backend]
     failures = (library.tensorflow.errors.InvalidArgumentError,) if library.is_on_tensorflow else ()
     trainable = [variable for variable in variables if backend.is_float(variable)]
@@ -48,8 +50,8 @@ def gradients(library: KerasLibrary, model: Any, variables: Sequence[Any], x: An
                 break
     except (ValueError, TypeError, *failures) as error:
         raise UsageError(
-            f"Keras cannot take gradients: {error_line(error)}",
-            hint="see that --loss and the targets fit the model",
+            f"Keras cannot compute gradients: {error_line(error)}",
+            hint="check that --loss and the targets fit the model",
         ) from error
     by_variable = {id(variable): slope for variable, slope in zip(trainable, slopes, strict=True)}
     return [by_variable.get(id(variable), np.zeros(backend.shape(variable), np.float32)) for variable in variables]

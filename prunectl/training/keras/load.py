@@ -45,7 +45,7 @@ def detect_layout(model: ModelFile) -> WeightLayout:
     if model.format == "keras":
         return WeightLayout.ARCHIVE
     if model.format != "keras-h5":
-        raise InputError(f"{model.path} is no Keras model")
+        raise InputError(f"{model.path} is not a Keras model")
     if model.about.keras is not None:
         return WeightLayout.MODEL_H5
     return WeightLayout.NAMED_WEIGHTS if _is_named(model) else WeightLayout.NUMBERED_WEIGHTS
@@ -124,11 +124,12 @@ def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> Lo
 def _no_builder(file: ModelFile, weight_layout: WeightLayout) -> PrunectlError:
     if weight_layout is WeightLayout.SAVED_MODEL:
         return InputError(
-            f"{file.path} does not say which Keras layers it consists of",
-            hint="say what builds the model: --model my_module:build",
+            f"{file.path} does not describe its Keras layers",
+            hint="name the function that builds the model: --model my_module:build",
         )
     return UsageError(
-        f"{file.path} holds weights alone, no model", hint="say what builds the model: --model my_module:build"
+        f"{file.path} holds only weights, not the model",
+        hint="name the function that builds the model: --model my_module:build",
     )
 
 
@@ -154,7 +155,7 @@ def _library_of_model(model: Any, reference: str) -> KerasLibrary:
             return load_keras3()
     raise UsageError(
         f"--model {reference} returned a {type(model).__module__}.{type(model).__name__}",
-        hint="let it return a model of keras or tf_keras",
+        hint="it must return a keras or tf_keras model",
     )
 
 
@@ -162,7 +163,7 @@ def _check_built(model: Any, reference: str) -> None:
     if not model.built or not model.weights:
         raise UsageError(
             f"--model {reference} returned a model without weights",
-            hint="begin it with an Input, or call build() with its input shape",
+            hint="start the model with an Input, or call build() with its input shape",
         )
 
 
@@ -180,8 +181,8 @@ def _from_file(
             raise
         except Exception as error:
             raise InputError(
-                f"{file.path} cannot be rebuilt by Keras {library.keras.__version__}: {error_line(error)}",
-                hint="name what is custom with --custom-objects mod:DICT, or build the model with --model mod:fn",
+                f"Keras {library.keras.__version__} cannot rebuild {file.path}: {error_line(error)}",
+                hint="provide custom layers with --custom-objects mod:DICT, or build the model with --model mod:fn",
             ) from error
 
 

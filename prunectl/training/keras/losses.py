@@ -146,7 +146,7 @@ def match_targets(library: KerasLibrary, loss: KerasLoss, answer: OutputInfo, y:
         return loss, ""
     replacement = getattr(library.keras.losses, encoding.value)(from_logits=loss.from_logits)
     shape = "numbers of classes" if encoding is CrossEntropy.SPARSE else "one-hot"
-    note = f"The file's loss is {loss.name}, but the targets are {shape}: {_snake(encoding)} takes its place."
+    note = f"The file's loss is {loss.name}, but the targets are {shape}: using {_snake(encoding)} instead."
     return KerasLoss(encoding, replacement, loss.from_logits, _snake(encoding)), note
 
 
@@ -182,9 +182,9 @@ def _loss_of_keras(library: KerasLibrary, name: str) -> Any:
     except (ValueError, TypeError) as error:
         names = loss_names(library)
         raise UsageError(
-            f"no loss is called {name}",
+            f"unknown loss {name}",
             did_you_mean=tuple(get_close_matches(name, names, n=3, cutoff=0.5)),
-            hint=f"known: {_CROSS_ENTROPY}, bce, {', '.join(_SHORT_NAMES)}, those of Keras, or my_module:my_loss",
+            hint=f"known: {_CROSS_ENTROPY}, bce, {', '.join(_SHORT_NAMES)}, the losses of Keras, or my_module:my_loss",
         ) from error
     return loss() if isinstance(loss, type) else loss
 
@@ -255,9 +255,9 @@ def metric_by_name(library: KerasLibrary, name: str, loss: KerasLoss | None, obj
     except (ValueError, TypeError) as error:
         names = [*ACCURACY, *classes, *(name for name in dir(library.keras.metrics) if name.islower())]
         raise UsageError(
-            f"no metric is called {name}",
+            f"unknown metric {name}",
             did_you_mean=tuple(get_close_matches(text.lower(), names, n=3, cutoff=0.5)),
-            hint="known: accuracy, top5, auc, precision, recall, mae, those of Keras, or my_module:my_metric",
+            hint="known: accuracy, top5, auc, precision, recall, mae, the metrics of Keras, or my_module:my_metric",
         ) from error
     # A function gets the name that the user knows it by, a metric object has its own.
     return library.keras.metrics.MeanMetricWrapper(metric, name=text) if not hasattr(metric, "result") else metric

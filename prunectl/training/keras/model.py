@@ -145,18 +145,20 @@ def restore_state(
     names = {f"{kind}/{index}" for kind, index in variables}
     if names != arrays.keys() - generators.keys() - {f"{_STATISTICS}/{name}" for name in statistics}:
         raise InputError(
-            f"{folder / _ARRAYS_FILE} is of another model or another optimizer", hint="start again in another folder"
+            f"{folder / _ARRAYS_FILE} belongs to another model or optimizer", hint="start again in another folder"
         )
     for (kind, index), variable in variables.items():
         array = arrays[f"{kind}/{index}"]
         if array.shape != backend.shape(variable):
-            raise InputError(f"{folder / _ARRAYS_FILE} is of another model: {kind} {index} has the shape {array.shape}")
+            raise InputError(
+                f"{folder / _ARRAYS_FILE} belongs to another model: {kind} {index} has the shape {array.shape}"
+            )
         backend.set_value(variable, array)
     try:
         chance.set_state([generators[f"{_GENERATORS}/{index}"] for index in range(len(generators))])
     except ValueError as error:
         raise InputError(
-            f"{folder / _ARRAYS_FILE} is of another model: {error}", hint="start again in another folder"
+            f"{folder / _ARRAYS_FILE} belongs to another model: {error}", hint="start again in another folder"
         ) from error
     for kind, module in _torch_generators(library).items():
         # A run that goes on upon another kind of device cannot be the same to the bit.
@@ -210,8 +212,8 @@ class KerasTrainable:
         if unmatched:
             name = getattr(unmatched[0], "path", unmatched[0].name)
             raise WorkError(
-                f"{loaded.file.path} holds nothing that Keras would load as {name}",
-                hint="load it in Keras and save it once, then work on that file",
+                f"{loaded.file.path} has no weight that Keras would load as {name}",
+                hint="load it in Keras, save it again, and use that file",
             )
 
     @property
@@ -254,13 +256,11 @@ class KerasTrainable:
         """Compile the model."""
         if means.precision != "fp32":
             raise UsageError(
-                f"--precision {means.precision}: the precision of a Keras model is part of its layers",
-                hint="build it with another dtype policy, and leave --precision out",
+                f"--precision {means.precision} cannot be used: the layers of a Keras model set their own precision",
+                hint="leave out --precision, or build the model with another dtype policy",
             )
         if means.is_sharded:
-            raise UsageError(
-                "--shard is for PyTorch: Keras keeps the whole model in each process", hint="leave out --shard"
-            )
+            raise UsageError("--shard works only with PyTorch", hint="leave out --shard")
         unknown = sorted(means.frozen - self._variables.keys())
         if unknown:
             raise UsageError(f"{unknown[0]} cannot be frozen: Keras loads no such weight")

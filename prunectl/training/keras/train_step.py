@@ -175,7 +175,7 @@ class CompiledModel:
         self._user_functions, self._user_metrics = config.user_functions, config.user_metrics
         self._frozen_statistics = freeze(self._library, self.model, frozen)
         if not self.model.trainable_weights:
-            raise UsageError("nothing is left to train: every weight is frozen")
+            raise UsageError("there is nothing to train: every weight is frozen")
         self.masking = compile_model(
             self._library,
             self.model,
@@ -237,8 +237,8 @@ class CompiledModel:
         """The accumulated gradient statistics."""
         if variables and self._has_trained and not self.masking.has_seen_gradients:
             raise WorkError(
-                f"--step {self._means.custom_step} does not train through model.optimizer, so no gradient was seen",
-                hint="let it call model.optimizer, or choose a strategy that looks at weights alone",
+                f"--step {self._means.custom_step} does not use model.optimizer, so prunectl cannot see its gradients",
+                hint="use model.optimizer in it, or a --strategy that needs no gradients",
             )
         return self.masking.statistics(variables)
 
@@ -301,8 +301,8 @@ class CompiledModel:
             return
         if self._has_custom_step:
             raise UsageError(
-                "a training step of its own cannot be taught: only Keras' own takes a teacher's outputs",
-                hint="leave --distill out, or let the step do it",
+                "--distill cannot be used with a custom training step",
+                hint="leave out --distill, or distil in the training step",
             )
         means = self._means
         guidance = DistillationConfig(self._library, self._output_losses, means.teacher_share, means.temperature)
@@ -379,5 +379,5 @@ class CompiledModel:
 
 
 def _refused(what: str, error: Exception) -> UsageError:
-    hint = "see that --loss, --metric and the targets fit the model"
+    hint = "check that --loss, --metric and the targets fit the model"
     return UsageError(f"Keras cannot {what}: {error_line(error)}", hint=hint)

@@ -119,6 +119,6 @@ def _check_same(file: ModelFile, tensor: Tensor, value: Array) -> None:
         value, stored.astype(value.dtype), equal_nan=value.dtype.kind != "b"
     ):
         raise InputError(
-            f"{file.path} holds {tensor.name} in the order of an older Keras ({file.about.producer or 'unnamed'})",
-            hint="load it in Keras and save it once, then work on that file",
+            f"{file.path} stores {tensor.name} in the layout of an older Keras ({file.about.producer or 'unnamed'})",
+            hint="load it in Keras, save it again, and use that file",
         )

@@ -48,7 +48,7 @@ class OnnxModel:
         if self._size is None:
             return ()
         some = "1 example" if self._size == 1 else f"{self._size} examples"
-        return (f"{self._weights.model.path.name} takes {some} at a time: each batch goes through in such pieces",)
+        return (f"{self._weights.model.path.name} accepts {some} at a time: batches are split accordingly",)
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run one batch through, and show every time that one of these tensors meets inputs."""
@@ -109,8 +109,8 @@ class OnnxModel:
         array = join_outputs(outputs)
         if array is None:
             raise InputError(
-                f"{self._weights.model.path} takes {self._size} examples at a time, "
-                f"and its output {name!r} does not tell one from another"
+                f"{self._weights.model.path} accepts {self._size} examples at a time, "
+                f"but its output {name!r} has no batch axis"
             )
         return array
 

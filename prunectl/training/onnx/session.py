@@ -38,14 +38,14 @@ class Session:
             # Prepacked, each weight would be kept once more, in the order of some kernel, after every assignment.
             self._session = OnnxSession(weights.network, inner, is_optimized=not inner, is_prepacked=False)
         except Exception as error:
-            raise InputError(f"{self._path} cannot be loaded by onnxruntime: {first_line(error)}") from error
+            raise InputError(f"onnxruntime cannot load {self._path}: {first_line(error)}") from error
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Some values for what goes in."""
         try:
             values = self._session.run(names, feeds)
         except Exception as error:
-            raise InputError(f"{self._path} cannot be run by onnxruntime: {first_line(error)}") from error
+            raise InputError(f"onnxruntime cannot run {self._path}: {first_line(error)}") from error
         for name, value in zip(names, values, strict=True):
             if not isinstance(value, np.ndarray):
                 raise InputError(f"{self._path} cannot be used: its value {name!r} is not an array of numbers")
@@ -93,7 +93,7 @@ def feeds(graph: Any, x: Arrays, *, is_any_count: bool) -> dict[str, Array]:
     """What is given to each input, refused if it does not fit."""
     arrays = as_tuple(x)
     if len(arrays) != len(graph.input):
-        raise UsageError(f"the model takes {len(graph.input)} inputs, and {len(arrays)} are given")
+        raise UsageError(f"the model has {len(graph.input)} inputs, but {len(arrays)} are given")
     return {
         port.name: _fed(port, np.asarray(array), is_any_count=is_any_count)
         for port, array in zip(graph.input, arrays, strict=True)
@@ -106,12 +106,12 @@ def _fed(port: Any, array: Array, *, is_any_count: bool) -> Array:
         expected = (None, *shape[1:]) if is_any_count else shape
         if not shape_matches(array.shape, expected):
             actual_text, wanted = format_shape(array.shape, "()"), format_shape(expected, "()")
-            raise UsageError(f"the input {port.name!r} of the model has the shape {wanted}, and {actual_text} is given")
+            raise UsageError(f"the input {port.name!r} of the model has the shape {wanted}, but {actual_text} is given")
     code = CODES.get(port.type.tensor_type.elem_type)
     if code is None or array.dtype == code.dtype:
         return array
     if not np.can_cast(array.dtype, code.dtype, "same_kind"):
-        raise UsageError(f"the input {port.name!r} of the model is {code.dtype}, and {array.dtype} is given")
+        raise UsageError(f"the input {port.name!r} of the model is {code.dtype}, but {array.dtype} is given")
     return array.astype(code.dtype)
 
 

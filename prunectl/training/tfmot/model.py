@@ -60,10 +60,8 @@ class TfmotTrainable(KerasTrainable):
         if self._wrapped is None:
             return super().notes
         version = require("tensorflow_model_optimization", extra="tensorflow").__version__
-        note = f"Pruned by tensorflow-model-optimization {version}, layer by layer."
-        tensorboard_note = (
-            "tfmot writes its summaries with TensorBoard, which is not installed: --logdir has ours alone.",
-        )
+        note = f"tensorflow-model-optimization {version} pruned the model, layer by layer."
+        tensorboard_note = ("TensorBoard is not installed, so --logdir has no summaries from tfmot.",)
         return (*super().notes, note, *(tensorboard_note if self._lacks_tensorboard else ()))
 
     def prune_by(self, native: NativePruning) -> frozenset[str]:

@@ -26,7 +26,7 @@ class ScheduleAdapter(_Base):  # type: ignore[misc]
 
     def __init__(self, schedule: Schedule) -> None:
         if schedule.last_update_step > _MAX_STEPS:
-            raise UsageError(f"a schedule of {schedule.last_update_step} steps is too long to be laid out")
+            raise UsageError(f"a schedule of {schedule.last_update_step} steps is too long for tfmot")
         self.schedule = schedule
 
     @cached_property
@@ -59,7 +59,7 @@ class ScheduleAdapter(_Base):  # type: ignore[misc]
 def to_tfmot_schedule(schedule: Schedule) -> Any:
     """A schedule as tfmot takes it."""
     if schedule.final >= 1.0:
-        raise UsageError("tfmot leaves a weight in every layer: a sparsity of 100% is beyond it", hint="such as 99%")
+        raise UsageError("tfmot keeps a weight in every layer and cannot reach a sparsity of 100%", hint="use 99%")
     if not has_tfmot_class(schedule):
         return ScheduleAdapter(schedule)
     assert isinstance(schedule, SparsitySchedule)

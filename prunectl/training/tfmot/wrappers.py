@@ -46,12 +46,12 @@ def wrap_layers(keras: Any, model: Any, names: Mapping[int, str], choose: Settin
     """A model that shares all variables with another, with wrappers around the layers that are chosen."""
     if not is_cloneable(keras, model):
         raise InputError(
-            "tfmot wraps sequential and functional models, not those that compute by code of their own",
+            "tfmot can wrap only sequential and functional models, not subclassed ones",
             hint="prune without --wrap",
         )
     if is_mixed_precision(model):
         raise InputError(
-            "tfmot multiplies weights by masks of the same precision, and this model reckons in another than it keeps",
+            "tfmot cannot wrap models with mixed precision",
             hint="prune without --wrap",
         )
     sparsity = load_tfmot()
@@ -130,9 +130,7 @@ def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ..
 
     wrapped = wrap_layers(loaded.library.keras, loaded.model, names, choose)
     if not wrapped.wrappers:
-        raise InputError(
-            f"{model.path} has no layer to prune that tfmot has a wrapper for", hint="prune without --wrap"
-        )
+        raise InputError(f"{model.path} has no layer that tfmot can wrap", hint="prune without --wrap")
     for name, keep in wrapping.masks.items():
         value = backend.get_value(loaded.library, variables[name])
         backend.set_value(variables[name], np.where(keep, value, np.zeros((), value.dtype)))
@@ -151,18 +149,18 @@ def _load(model: ModelFile, wrapping: WrapperSpec) -> LoadedModel:
     user_code.check(model, wrapping.origin)
     if model.about.keras is None:
         raise InputError(
-            f"{model.path} holds weights alone, and a wrapper is part of a model",
+            f"{model.path} holds only weights, but a wrapper is part of a model",
             hint="wrap the file that holds the model, or prune without --wrap",
         )
     if detect_layout(model) is WeightLayout.SAVED_MODEL and not all(map(has_tfmot_class, wrapping.schedules.values())):
         raise UsageError(
-            "in a SavedModel, tfmot can keep a constant or a polynomial schedule alone",
-            hint="save the model as .h5, or give the schedule to prunectl finetune",
+            "a SavedModel can hold only a constant or polynomial schedule of tfmot",
+            hint="save the model as .h5, or use prunectl finetune --schedule",
         )
     if "keras 3" in model.about.producer:
         raise InputError(
-            f"{model.path} is of Keras 3, and tfmot prunes models of Keras 2 only",
-            hint="prune without --wrap: prunectl finetune takes a --schedule for any Keras",
+            f"{model.path} is a Keras 3 model, but tfmot supports only Keras 2",
+            hint="prune without --wrap, or use prunectl finetune --schedule, which works with any Keras",
         )
     layouts.check_widths(model)
     load_keras2()
@@ -190,8 +188,8 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapper
     schedules = {wrapping.schedules[name] for name in weights}
     if len(weights) != len(layer.get_prunable_weights()) or len(schedules) != 1:
         raise UsageError(
-            f"tfmot prunes all weights of {layer.name} along one schedule, to one sparsity",
-            hint=f"choose all or none of {layer.name}, with the same --layer ratio, or leave out --schedule",
+            f"tfmot prunes all weights of {layer.name} with one schedule, to one sparsity",
+            hint=f"select all or no weights of {layer.name}, with the same --layer ratio, or leave out --schedule",
         )
     # It makes a class of tfmot's, and what a file shows to be wrong is refused before tfmot is imported.
     from prunectl.training.tfmot.schedules import to_tfmot_schedule  # noqa: PLC0415

@@ -38,7 +38,7 @@ def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.Exported
         if not _takes_its_examples(program):
             program.example_inputs = None
     except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+        raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
     return program
 
 
@@ -131,15 +131,15 @@ def match_parameters(model: ModelFile, module: torch.nn.Module, source: str) -> 
         tensor = tensors.get(prefix + name)
         if tensor is None and name in dict(module.named_parameters()):
             raise UsageError(
-                f"{model.path} has no {prefix + name}, which the model of {source} needs",
-                hint=f"see what it has: prunectl inspect {model.path}",
+                f"{model.path} has no tensor {prefix + name}, which the model of {source} needs",
+                hint=f"list its tensors: prunectl inspect {model.path}",
             )
         if tensor is not None and tensor.shape != tuple(value.shape):
             raise UsageError(
                 f"{tensor.name} is {format_shape(tensor.shape, 'a scalar')} in {model.path}, "
                 f"and {format_shape(value.shape, 'a scalar')} in the "
                 f"model of {source}",
-                hint="does it build the model with other widths?",
+                hint="check that --model builds the network with the same layer sizes",
             )
     return names
 
@@ -182,8 +182,8 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     if model.about.code:
         return _trusted(model)
     raise UsageError(
-        f"{model.path} holds weights alone, and nothing says how they are connected",
-        hint="name a function that builds the model: --model package.module:function, or ./file.py:function",
+        f"{model.path} holds only weights, not the network that uses them",
+        hint="name the function that builds it: --model package.module:function, or ./file.py:function",
     )
 
 
@@ -191,7 +191,7 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     make = resolve_builder(origin.model)
     module = make if isinstance(make, torch.nn.Module) else call_builder(make, origin.model)
     if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"{origin.model} gives a {type(module).__name__}, and no torch.nn.Module")
+        raise UsageError(f"--model {origin.model} returned a {type(module).__name__}, not a torch.nn.Module")
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
@@ -205,7 +205,7 @@ def _scripted(model: ModelFile) -> BuiltModule:
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise InputError(f"{model.path} cannot be loaded by this PyTorch: {first_line(error)}") from error
+        raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
     return _from_module(model, module)
 
 
@@ -215,11 +215,11 @@ def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     shapes = input_shapes(program)
     size = shapes[0][0] if shapes and shapes[0] else None
     notes: tuple[str, ...] = (
-        "An exported program is trained as it runs: its dropout and batch normalisation do not learn.",
+        "An exported program is trained in the mode of its export: dropout and batch normalisation are fixed.",
     )
     if size is not None:
         module = FixedBatchModule(module, size)
-        notes += (f"It was exported for {size} at a time: every batch goes through it in such pieces.",)
+        notes += (f"The program was exported for {size} examples at a time: batches are split accordingly.",)
     built = _from_module(model, module)
     return replace(built, has_modes=False, notes=notes, shapes=tuple(shape[1:] for shape in shapes))
 
@@ -230,19 +230,22 @@ def _trusted(model: ModelFile) -> BuiltModule:
     except (AttributeError, ModuleNotFoundError) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         hint = (
-            f"{user_code.import_option(model, missing)} loads it first"
+            f"import it first: {user_code.import_option(model, missing)}"
             if missing
-            else "say what builds the model: --model"
+            else "name the function that builds the model: --model module:function"
         )
-        raise InputError(f"{model.path} names code that is not here: {first_line(error)}", hint=hint) from error
+        raise InputError(f"{model.path} needs code that cannot be found: {first_line(error)}", hint=hint) from error
     if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"{model.path} holds a {type(module).__name__}", hint="say what builds the model: --model")
+        raise UsageError(
+            f"{model.path} holds a {type(module).__name__}, not a model",
+            hint="name the function that builds the model: --model module:function",
+        )
     return _from_module(model, module)
 
 
 def _from_module(model: ModelFile, module: torch.nn.Module) -> BuiltModule:
     if not any(True for _ in module.parameters()):
-        raise InputError(f"{model.path} has no parameters that can be trained: they were frozen into constants")
+        raise InputError(f"{model.path} cannot be trained: its weights are constants of the graph")
     return BuiltModule(module, match_parameters(model, module, str(model.path)))
 
 

@@ -67,10 +67,12 @@ def failures(device: torch.device) -> Iterator[None]:
         text = first_line(error)
         if isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in _MEMORY):
             raise WorkError(
-                f"out of memory on {device}", hint="a smaller --batch-size, or --precision bf16, takes less"
+                f"out of memory on {device}", hint="use a smaller --batch-size, or --precision bf16"
             ) from error
         if isinstance(error, torch.distributed.DistError):
-            raise WorkError(f"the processes lost each other: {text}", hint="see what the others say") from error
+            raise WorkError(
+                f"a process lost contact with the others: {text}", hint="see the messages of the other processes"
+            ) from error
         if any(phrase in text for phrase in _DEVICE):
             raise WorkError(f"{device} failed: {text}") from error
         raise
@@ -97,9 +99,9 @@ def _device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"{name!r} is no device", hint="cpu, cuda, cuda:1 or mps") from error
+        raise UsageError(f"--device {name!r} is not known", hint="use cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no GPU that PyTorch can use", hint="--device cpu")
+        raise UsageError("PyTorch finds no GPU", hint="use --device cpu")
     if name == "cuda":
         return torch.device("cuda", local_rank)
     return device
@@ -112,13 +114,13 @@ def shard(module: torch.nn.Module, context: DistributedContext) -> None:
     """Leave each process its part of the parameters; layer by layer, so that none holds all of them on its device."""
     if context.ranks == 1:
         raise UsageError(
-            "--shard spreads a model over processes, and this is the only one",
-            hint="torchrun --nproc-per-node 2 -m prunectl finetune … --shard",
+            "--shard needs several processes, but this is the only one",
+            hint="start them with: torchrun --nproc-per-node 2 -m prunectl finetune … --shard",
         )
     if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
         raise UsageError(
-            "--shard needs a module of Python: a program that was saved as a graph has no layers to spread",
-            hint="--model module:function, or leave out --shard",
+            "--shard needs a Python module: TorchScript and exported programs have no layers to distribute",
+            hint="add --model module:function, or leave out --shard",
         )
     mesh = init_device_mesh(context.device.type, (context.ranks,))
     for piece in reversed(_shardable_layers(module)):
@@ -224,8 +226,8 @@ def restore(folder: Path, state: TrainerState) -> None:
     _check_version(folder / _FILE, parts)
     if len(parts["random"]) != context.ranks:
         raise UsageError(
-            f"the run was made by {len(parts['random'])} processes, and is resumed by {context.ranks}",
-            hint="start as many processes as before",
+            f"the run was made by {len(parts['random'])} processes, but is resumed by {context.ranks}",
+            hint="start the same number of processes",
         )
     state.module.load_state_dict(distribute_state(parts["module"], state.module.state_dict()))
     state.optimizer.load_state_dict(_slots(parts["optimizer"], state.optimizer))
@@ -243,8 +245,8 @@ def _check_version(path: Path, parts: Any) -> None:
     ):
         return
     raise InputError(
-        f"{path} was made by another version of prunectl, whose runs this one cannot resume",
-        hint="end the run with that version, or start it again in another folder",
+        f"{path} was written by another version of prunectl and cannot be resumed",
+        hint="finish the run with that version, or start it again in another folder",
     )
 
 

@@ -47,7 +47,7 @@ def _by_classes(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch
     if axis is None and y.shape == out.shape:
         return out, y.to(out.dtype)
     if y.is_floating_point() and not bool((y == y.round()).all()):
-        raise UsageError("the targets are no labels", hint="--loss mse compares numbers with numbers")
+        raise UsageError("the targets are not labels", hint="for targets that are numbers use --loss mse")
     out = out if axis is None else out.movedim(axis, 1)
     return out, y.long().reshape(out.shape[0], *out.shape[2:])
 
@@ -175,13 +175,13 @@ def resolve_loss(
         function: Any = find("loss", name, LOSSES)
         return TorchLoss(name, function)
     if y is None:
-        raise UsageError("there is no target to learn from, and no --loss", hint="--loss module:function")
+        raise UsageError("the data has no targets, and no --loss is given", hint="add --loss module:function")
     task = infer_task(out.shape[1:], ending, y.cpu().numpy(), is_channels_first=True)
     name = _loss_of_task(task.kind, apparent)
     if not name:
         raise UsageError(
             f"no loss fits outputs of {tuple(out.shape)} and targets of {tuple(y.shape)}",
-            hint=f"--loss NAME ({', '.join(LOSSES)}) or --loss module:function",
+            hint=f"use --loss NAME ({', '.join(LOSSES)}) or --loss module:function",
         )
     return TorchLoss(name, LOSSES[name])
 
@@ -240,7 +240,7 @@ class TorchMetric:
 def _scalar(number: Any) -> torch.Tensor:
     value = torch.as_tensor(number)
     if value.numel() != 1:
-        raise ValueError(f"it returns {value.numel()} numbers, and one is due")
+        raise ValueError(f"it returns {value.numel()} numbers instead of one")
     return value.reshape(())
 
 
@@ -260,7 +260,7 @@ def _with_labels(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torc
     if y.shape == out.shape and y.ndim > 1:
         return out, y.argmax(1)
     if y.is_floating_point() and not bool((y == y.round()).all()):
-        raise ValueError("the targets are no labels")
+        raise ValueError("the targets are not labels")
     return _by_classes(out, y)
 
 
@@ -383,7 +383,9 @@ def distilled(
     parts = []
     for chosen, out, teacher_out in zip(losses, outs, teacher_outs, strict=False):
         if out.shape != teacher_out.shape:
-            raise UsageError(f"the teacher gives {tuple(teacher_out.shape)}, the model {tuple(out.shape)}")
+            raise UsageError(
+                f"the teacher's outputs have the shape {tuple(teacher_out.shape)}, the model's {tuple(out.shape)}"
+            )
         axis = min(1, out.ndim - 1)
         output = DistilledOutput(chosen.classifies or chosen.is_binary, chosen.is_binary, chosen.ending, axis)
         parts.append(distillation_loss(_OPS, output, teacher_out, out, temperature))

@@ -114,7 +114,9 @@ class TorchTrainable:
     def prepare(self, means: TrainOptions) -> None:
         """Choose a device, a loss, metrics and an optimizer."""
         if means.precision not in _PRECISIONS:
-            raise UsageError(f"{means.precision!r} is no precision", hint=f"one of {', '.join(_PRECISIONS)}")
+            raise UsageError(
+                f"--precision {means.precision!r} is not known", hint=f"use one of {', '.join(_PRECISIONS)}"
+            )
         self._means, self._place = means, distributed.join(means.device)
         self._half = _PRECISIONS[means.precision]
         self._scaler = torch.amp.GradScaler(self._place.device.type, enabled=self._half is torch.float16)
@@ -161,7 +163,7 @@ class TorchTrainable:
             self._losses = []
             return
         if targets and len(targets) > len(outs):
-            raise UsageError(f"there are {len(targets)} targets, and the model gives {len(outs)} outputs")
+            raise UsageError(f"the data has {len(targets)} targets, but the model has {len(outs)} outputs")
         if not targets and not self._means.loss and self._means.teacher_share == 1:
             self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, specs, strict=True)]
         else:
@@ -177,9 +179,9 @@ class TorchTrainable:
         if not self._means.loss:
             self._notes.append(f"The loss is {', '.join(array.name for array in self._losses)}, {_known_by(specs)}.")
         if len(outs) > 1 and self._metrics:
-            self._notes.append(f"The metrics judge the first of the model's {len(outs)} outputs alone.")
+            self._notes.append(f"The metrics use only the first of the model's {len(outs)} outputs.")
         if not self._means.optimizer:
-            self._notes.append("The optimizer is adam, as PyTorch's files do not say which.")
+            self._notes.append("The optimizer is adam: PyTorch files do not name one.")
         if self._place.ranks > 1 and not self._means.is_sharded:
             self._leave_out_unreached(example)
 
@@ -223,8 +225,8 @@ class TorchTrainable:
         except (AssertionError, RuntimeError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, array.shape)) for array in as_tuple(x))
             raise UsageError(
-                f"the model does not take inputs of {shapes}: {tensors.error_line(error)}",
-                hint="?shape=1x28x28 (without the batch) reads the same numbers in another shape",
+                f"the model does not accept inputs of {shapes}: {tensors.error_line(error)}",
+                hint="reshape the inputs with ?shape=1x28x28 (without the batch)",
             ) from error
         return tensors.output_tensors(outputs)
 
@@ -233,7 +235,7 @@ class TorchTrainable:
         targets = [] if y is None else [self._on_device(array) for array in as_tuple(y)]
         self._last = (outs, targets)
         if not targets and share < 1:
-            raise UsageError("there is no target to learn from")
+            raise UsageError("the data has no targets")
         if guide is None:
             return self._loss_of_targets(outs, targets)
         taught = losses.distilled(
@@ -383,7 +385,7 @@ class TorchTrainable:
         """Zero what the masks do not keep, from now on."""
         parameters = self._parameters(masks)
         if missing := masks.keys() - parameters.keys():
-            raise WorkError(f"{min(missing)} is no parameter that PyTorch trains, and cannot be pruned here")
+            raise WorkError(f"{min(missing)} is not a parameter that PyTorch trains, so it cannot be pruned")
         kept = {weight: distribute_like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
         self._masks.put(kept, self._optimizer)
 
@@ -427,6 +429,6 @@ class TorchTrainable:
 def _known_by(outputs: Sequence[TensorSpec]) -> str:
     """What told which loss it is."""
     if any(port.ending is FinalActivation.UNKNOWN for port in outputs):
-        return "by targets and the numbers that come out for some examples"
+        return "inferred from the targets and the outputs for some examples"
     last = ", ".join(dict.fromkeys("logits" if port.ending is FinalActivation.RAW else port.ending for port in outputs))
-    return f"by targets and by what the model ends in ({last})"
+    return f"inferred from the targets and the last layer ({last})"

@@ -48,7 +48,7 @@ def output_tensors(outputs: Any) -> tuple[torch.Tensor, ...]:
         outputs = [outputs["logits"]] if "logits" in outputs else list(outputs.values())
     outs = tuple(tensor for tensor in outputs if isinstance(tensor, torch.Tensor))
     if not outs:
-        raise UsageError(f"the model gives a {type(outputs).__name__} without a tensor in it")
+        raise UsageError(f"the model returns a {type(outputs).__name__} without a tensor")
     return outs
 
 

@@ -81,8 +81,8 @@ def _wrapping(model: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, o
         return WrapperSpec(_masks(model, pruned), pattern=pattern, pool=pool, origin=origin)
     if not isinstance(pattern, BlockPattern | None):
         raise UsageError(
-            f"tfmot makes the pattern {pruned.request.pattern} at once, without a schedule",
-            hint="leave out --schedule: the masks are then in the file",
+            f"--schedule cannot be used with the pattern {pruned.request.pattern}, which tfmot applies at once",
+            hint="leave out --schedule",
         )
     shares = {cut.tensor.name: _share(cut, pruned) for cut in pruned.plan.cuts}
     schedules: dict[str, Schedule] = {

@@ -54,14 +54,14 @@ def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array
         elif tensor.storage.key in by_storage:
             raise InputError(
                 f"{tensor.name} of {model.path} shares some numbers with {by_storage[tensor.storage.key]}, "
-                "and a mask would part them",
-                hint="prune without --wrap, or leave it out with --exclude",
+                "and a mask would separate them",
+                hint="prune without --wrap, or skip the tensor with --exclude",
             )
     names = {tensor.name for tensor in model.tensors}
     for name in arrays:
         for new in (name + ORIGINAL, name + MASK):
             if new in names:
-                raise InputError(f"{model.path} holds a {new} of its own, beside {name}")
+                raise InputError(f"{model.path} already has a tensor {new} beside {name}")
     return arrays
 
 
@@ -74,8 +74,8 @@ def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[
     archive = open_archive(model.path)
     if strip.is_script(archive) or model.about.code:
         raise InputError(
-            f"{model.path} is a whole model with its code, and masks go beside the weights of a state dict",
-            hint="torch.save(model.state_dict(), ...), or prune without --wrap",
+            f"{model.path} is a whole pickled model, but masks can be added only to a state dict",
+            hint="save it with torch.save(model.state_dict(), ...), or prune without --wrap",
         )
     container = strip.open_zip_container(model, archive)
     root = container.ir.root
@@ -86,7 +86,7 @@ def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[
     for nested in list(iter_nested_dicts(root)):
         missing -= _put_beside(nested, keys, masks)
     if missing:
-        raise InputError(f"{model.path} keeps {min(missing)} in a way that no mask can be put beside")
+        raise InputError(f"{model.path} stores {min(missing)} in a way that allows no mask beside it")
     tensors = {tensor.name: tensor for tensor in model.tensors}
     fresh: dict[str, NewStorage] = {}
     for name, mask in masks.items():

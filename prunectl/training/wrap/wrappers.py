@@ -90,19 +90,19 @@ def wrapper_format(model: ModelFile, *, has_schedule: bool) -> WrapperFormat:
     matching = next((row for row in WRAPPER_FORMATS if model.format in row.formats), None)
     if matching is None:
         raise InputError(
-            f"{model.path} ({by_name(model.format).title}) cannot be wrapped: no framework prunes such files",
+            f"{model.path} ({by_name(model.format).title}) cannot hold pruning wrappers: no framework supports them",
             hint="wrappers go into state dicts of PyTorch (.pt, .safetensors) and models of Keras 2; "
             "prune without --wrap",
         )
     if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
         raise InputError(
-            f"{model.path} has pruning wrappers already ({model.about.wrappers[0].kind})",
-            hint=f"take them off first: prunectl strip {model.path} -o plain{model.path.suffix} --only masks,wrappers",
+            f"{model.path} already has pruning wrappers ({model.about.wrappers[0].kind})",
+            hint=f"remove them first: prunectl strip {model.path} -o plain{model.path.suffix} --only masks,wrappers",
         )
     if has_schedule and not matching.has_schedules:
         raise UsageError(
-            f"the wrappers of PyTorch are masks, which hold no schedule: {model.path} cannot keep one",
-            hint="leave out --schedule here, and give it to prunectl finetune",
+            f"{model.path} cannot hold a schedule: PyTorch's wrappers are only masks",
+            hint="leave out --schedule, or use prunectl finetune --schedule",
         )
     return matching
 
@@ -126,7 +126,7 @@ def _check_wrapped(
     around = {wrapper.layer for wrapper in written.about.wrappers if wrapper.kind == row.kind}
     for tensor in model.tensors:
         if tensor.name in wrapping.names and tensor.name not in bare and tensor.layer not in around:
-            raise WorkError(f"{tensor.name} of {model.path} came out without a wrapper")
+            raise WorkError(f"{tensor.name} of {model.path} has no wrapper in the output; nothing was written")
 
 
 def strip_wrappers(model: ModelFile, folder: Path) -> ModelFile:
@@ -148,7 +148,7 @@ def verify_roundtrip(plain: ModelFile, wrapped: Path) -> None:
                 continue
             other = tensors.get(tensor.name)
             if other is None or other.shape != tensor.shape or not bitwise_equal(plain, tensor, stripped, other):
-                raise WorkError(f"{tensor.name} would come out of its wrapper with other numbers; nothing was written")
+                raise WorkError(f"stripping the wrapper of {tensor.name} would change its values; nothing was written")
 
 
 KIND = "tfmot"
@@ -172,12 +172,10 @@ class SavedPruning:
 
     def notes(self, steps: int) -> tuple[str, ...]:
         """What a user should know of them after so many steps more."""
-        parts = [f"The schedule {name} of the file is not known here: its zeros are kept." for name in self.unknown]
+        parts = [f"The file's schedule {name} is not known: its zeros are kept." for name in self.unknown]
         if self.is_open_after(steps):
             end = max(schedule.last_update_step for schedule in self.schedules.values())
-            parts.append(
-                f"The schedule of the file goes on to step {end}, and training ended at step {self.step + steps}."
-            )
+            parts.append(f"The file's schedule ends at step {end}, but training ended at step {self.step + steps}.")
         return tuple(parts)
 
 
@@ -226,7 +224,7 @@ def check_wrappable(model: ModelFile, request: FinetuneRequest, scheduler: MaskS
     wrapper_format(model, has_schedule=False)
     if not scheduler.masks and scheduler.rules.schedule is None:
         raise UsageError(
-            f"{model.path} has no zeros that wrappers could keep",
+            f"--keep-wrappers cannot be used: {model.path} has no zeros",
             hint="add --sparsity 80%, or leave out --keep-wrappers",
         )
 
@@ -329,7 +327,7 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
         return {"first": to_config(schedule.first), "at": schedule.switch_step, "second": to_config(schedule.second)}
     if isinstance(schedule, ResumedSchedule):
         return {"since": schedule.since, "schedule": to_config(schedule.schedule)}
-    raise UsageError(f"a {type(schedule).__name__} cannot be kept in a file: it has no name to be found by again")
+    raise UsageError(f"a {type(schedule).__name__} cannot be saved in a file: it is not a registered schedule")
 
 
 def from_config(config: Mapping[str, Any]) -> Schedule:

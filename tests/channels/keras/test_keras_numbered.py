@@ -134,7 +134,7 @@ def test_weights_that_fit_neither_way_to_count_are_refused(tmp_path: Path) -> No
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in {**held, "config.json": json.dumps(config).encode()}.items():
             archive.writestr(name, data)
-    with pytest.raises(InputError, match="do not fit the layers of its configuration") as caught:
+    with pytest.raises(InputError, match="do not match the layers of") as caught:
         cut(path, tmp_path / "small.keras")
     assert "save it again" in caught.value.hint
     assert not (tmp_path / "small.keras").exists()

@@ -151,7 +151,7 @@ def test_a_whole_module_becomes_weights_and_a_class(tmp_path: Path) -> None:
     with pytest.raises(UntrustedError, match="would run code"):
         cut(path, output)
     found = cut(path, output, is_trusted=True)
-    assert "holds weights alone now" in found.notes[0]
+    assert "now holds only weights" in found.notes[0]
     images = torch.randn(3, 3, 16, 16)
     np.testing.assert_allclose(
         said(loaded(output, "Mobile"), images)[0], masked(net, found, images), rtol=1e-4, atol=1e-5
@@ -216,7 +216,7 @@ def test_names_in_a_file_never_become_code(tmp_path: Path) -> None:
 def test_code_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     path = saved(nets.built(nets.Vgg), tmp_path / "net.pt")
     (tmp_path / "small.py").write_text("mine = True\n")
-    with pytest.raises(UsageError, match="would take its place"):
+    with pytest.raises(UsageError, match="would overwrite it"):
         cut(path, tmp_path / "small.pt", model="tests.channels.nets:Vgg")
     assert sorted(child.name for child in tmp_path.iterdir()) == ["net.pt", "small.py"]
 

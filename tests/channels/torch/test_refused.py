@@ -24,11 +24,11 @@ from tests.running import here
 @pytest.mark.parametrize(
     ("asked", "said", "hint"),
     [
-        ({"model": "tests.channels.nets:Vgg", "inputs": ()}, "does not say what goes into it", "--input 1,3,224,224"),
-        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3,x",)}, "is no shape", "1,3,224,224"),
-        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3:f8",)}, "no type of number", "known: f32"),
+        ({"model": "tests.channels.nets:Vgg", "inputs": ()}, "the shapes of its inputs", "--input 1,3,224,224"),
+        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3,x",)}, "is not a shape", "1,3,224,224"),
+        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3:f8",)}, "is not a type of numbers", "known: f32"),
         ({"model": "tests.channels.nets:Vgg", "inputs": ("1,4,16,16",)}, "cannot be run on 1x4x16x16", "--input"),
-        ({}, "nothing says how they are connected", "--model"),
+        ({}, "holds only weights", "--model"),
         ({"model": "tests.channels.nets:Vgg", "custom_objects": "x:Y"}, "layers of Keras", "leave out"),
     ],
 )
@@ -50,7 +50,7 @@ def test_steps_that_depend_on_the_numbers_cannot_be_followed(tmp_path: Path, cap
 def test_a_program_needs_neither_code_nor_shapes(tmp_path: Path) -> None:
     path = exported(nets.built(nets.Vgg), tmp_path / "net.pt2", torch.randn(2, 3, 16, 16))
     for asked in ({"model": "tests.channels.nets:Vgg", "inputs": ()}, {}):
-        with pytest.raises(UsageError, match="says all by itself"):
+        with pytest.raises(UsageError, match="holds its own graph"):
             cut(path, tmp_path / "small.pt2", **asked)
 
 
@@ -83,7 +83,7 @@ def test_the_command_says_what_it_did_and_where(tmp_path: Path) -> None:
     assert "The class Vgg that takes them is beside it" in done.err
     assert ["head.3.weight", "5x20", "5x10", "100", "50", "0.5"] in done.rows
     no_channels = here("prune", path, "-o", tmp_path / "x.pt", "-s", "50%", "--input", "1,3,16,16")
-    assert (no_channels.code, "--input is about channels" in no_channels.err) == (2, True)
+    assert (no_channels.code, "--input needs --groups" in no_channels.err) == (2, True)
     assert here("inspect", path, "--input", "1,3,16,16").code == 2
 
 

@@ -23,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
             image.fromarray(random.integers(0, 256, (6, 8, 3), np.uint8)).save(
                 tmp_path / "images" / name / f"{number}.png"
             )
-    (tmp_path / "images" / "cat" / ".hidden.png").write_bytes(b"no picture")
-    (tmp_path / "images" / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "images" / "cat" / ".hidden.png").write_bytes(b"holds no images")
+    (tmp_path / "images" / "cat" / "notes.txt").write_text("holds no images")
     return tmp_path / "images"
 
 
@@ -85,7 +85,7 @@ def test_a_flat_folder_has_no_targets(folder: Path) -> None:
 
 
 def test_classes_are_chosen_without_opening_a_picture(folder: Path) -> None:
-    (folder / "dog" / "1.png").write_bytes(b"no picture")
+    (folder / "dog" / "1.png").write_bytes(b"holds no images")
     assert opened(f"{folder}?classes=1").count == 2
     assert [y.tolist() for y in opened(f"{folder}?classes=1&relabel=1").labels()] == [[0, 0]]
 
@@ -111,10 +111,10 @@ def test_a_folder_of_splits_is_no_folder_of_classes(folder: Path) -> None:
 
 def test_pictures_beside_folders_and_empty_folders_are_refused(folder: Path) -> None:
     image.new("RGB", (6, 8)).save(folder / "stray.png")
-    with pytest.raises(InputError, match="beside folders"):
+    with pytest.raises(InputError, match="holds both images and folders"):
         opened(folder)
     (folder / "cat" / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         opened(folder / "cat" / "empty")
 
 

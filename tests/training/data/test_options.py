@@ -64,7 +64,7 @@ def test_where_both_ends_could_be_channels_the_model_decides(tmp_path: Path, fir
 
 def test_what_is_normalised_already_is_not_divided_again(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=BYTES / 255, y=Y)
-    with pytest.raises(UsageError, match="within -1 and 1 already"):
+    with pytest.raises(UsageError, match="already between -1 and 1"):
         opened(f"{tmp_path}/a.npz?norm=unit")
 
 
@@ -86,10 +86,10 @@ def test_shape_flatten_and_onehot(saved: Path) -> None:
         ("norm=halves", "norm=halves is not known"),
         ("norm=0.5:0", "deviations above zero"),
         ("norm=imagenet", "3 channels"),
-        ("relabel=1", "chosen anew"),
-        ("relabel=maybe&classes=1", "neither yes nor no"),
-        ("classes=", "no list of classes"),
-        ("classes=a,b", "no list of classes"),
+        ("relabel=1", "relabel needs classes"),
+        ("relabel=maybe&classes=1", "must be 0 or 1"),
+        ("classes=", "is not a list of classes"),
+        ("classes=a,b", "is not a list of classes"),
         ("shape=2x0", "shape=0 is no count"),
         ("limit=1&limit=2", "limit twice"),
     ],

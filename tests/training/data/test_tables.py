@@ -79,9 +79,9 @@ def test_columns_come_in_the_order_that_is_asked(tmp_path: Path) -> None:
         (["a,y", "1,0", "2"], "line 3: a row of 1 cells under a header of 2"),
         (["a,a,y", "1,2,0"], "two columns called 'a'"),
         (["a,y"], "no rows"),
-        (["1.5,2", "3,4"], "begins with numbers"),
+        (["1.5,2", "3,4"], "its first line holds numbers"),
         ([], "is empty"),
-        (["a,y", '1,"0'], "no table of text"),
+        (["a,y", '1,"0'], "is not a text table"),
     ],
 )
 def test_a_flaw_in_a_table_is_told_with_its_line(tmp_path: Path, lines: list[str], said: str) -> None:
@@ -95,7 +95,7 @@ def test_a_misspelt_column_says_what_was_meant(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         opened(f"{path}?target=lable")
     assert caught.value.did_you_mean == ("label",)
-    with pytest.raises(UsageError, match="an input and a target at once"):
+    with pytest.raises(UsageError, match="both as an input and as a target"):
         opened(f"{path}?target=label&columns=label")
 
 
@@ -147,7 +147,7 @@ def test_parquet_holes_words_and_damage_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=said):
             opened(f"{tmp_path}/t.parquet?target=y&columns={name}")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:50])
-    with pytest.raises(InputError, match="no Parquet file"):
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
         opened(f"{tmp_path}/cut.parquet")
 
 

@@ -43,9 +43,9 @@ def test_a_custom_layer_is_built_from_what_the_user_names(name: str, k: Any, tmp
 
 def test_custom_objects_are_a_dictionary(tmp_path: Path) -> None:
     path = nets.saved(nets.dense(keras()), tmp_path / "model.keras")
-    with pytest.raises(UsageError, match="no dictionary"):
+    with pytest.raises(UsageError, match="is not a dictionary"):
         nets.opened(path, custom_objects=f"{HERE}:NO_DICTIONARY")
-    with pytest.raises(UsageError, match="names no thing"):
+    with pytest.raises(UsageError, match="names no function"):
         nets.opened(path, custom_objects="customs")
 
 
@@ -132,4 +132,4 @@ def test_the_numbers_of_an_older_keras_that_were_turned_round_are_refused(tmp_pa
             del group.attrs["keras_version"]
     with pytest.raises(InputError, match="older Keras") as caught:
         nets.opened(path)
-    assert "save it once" in caught.value.hint
+    assert "save it again" in caught.value.hint

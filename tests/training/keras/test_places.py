@@ -57,7 +57,7 @@ def test_the_device_is_the_one_that_was_named(device: str, place: str, entered: 
     ("gpus", "device", "said"),
     [
         (1, "cuda:1", "finds no cuda:1: 1 GPU here, counted from 0"),
-        (0, "cuda:1", "finds no GPU here"),
+        (0, "cuda:1", "finds no GPU"),
         (1, "tpu", "Keras has no device tpu"),
         (1, "cuda:one", "Keras has no device cuda:one"),
         (1, "mps", "Keras has no device mps"),

@@ -116,7 +116,7 @@ def test_a_plugin_survives_by_its_name(tmp_path: Any) -> None:
 
 
 def test_all_weights_are_too_many_for_tfmot() -> None:
-    with pytest.raises(UsageError, match="leaves a weight"):
+    with pytest.raises(UsageError, match="keeps a weight in every layer"):
         schedules.to_tfmot_schedule(SparsitySchedule("constant", 1.0))
 
 

@@ -22,7 +22,7 @@ OWN = TorchLoss("f.py:loss", lambda out, y: out.sum() * y.sum())
         ("mae", OUT, LABELS, "outputs of 6 and targets of one number"),
         ("mae", OUT, torch.zeros(2, 3), "outputs of 6 and targets of 3"),
         ("accuracy", OUT, torch.zeros(2, 3), "outputs of 6 and targets of 3"),
-        ("accuracy", OUT, torch.tensor([0.5, 0.2]), "the targets are no labels"),
+        ("accuracy", OUT, torch.tensor([0.5, 0.2]), "the targets are not labels"),
         ("top5", OUT, torch.zeros(2, 3), "outputs of 6 and targets of 3"),
     ],
 )

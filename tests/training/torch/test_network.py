@@ -316,10 +316,10 @@ def test_the_loss_that_nobody_named_fits_the_outputs_and_is_told(
     [
         ({"optimizer": "adm"}, "no optimizer is called adm"),
         ({"optimizer": "sgd:momentm=0.9"}, "no setting momentm"),
-        ({"optimizer": "sgd:momentum=-1"}, "cannot be set up"),
-        ({"loss": "cross-entropi"}, "no loss is called"),
-        ({"metrics": ("acuracy",)}, "no metric is called"),
-        ({"precision": "fp8"}, "no precision"),
+        ({"optimizer": "sgd:momentum=-1"}, "does not accept these settings"),
+        ({"loss": "cross-entropi"}, "unknown loss"),
+        ({"metrics": ("acuracy",)}, "unknown metric"),
+        ({"precision": "fp8"}, "is not known"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused(words: Any, said: str, plain: tuple[nets.Plain, Path]) -> None:
@@ -599,7 +599,7 @@ def test_a_teacher_alone_needs_no_targets(plain: tuple[nets.Plain, Path]) -> Non
         network.step(batch, 1.0, guide)
     assert before == {}
     assert network.logs()["loss"] < first
-    with pytest.raises(UsageError, match="no target to learn from"):
+    with pytest.raises(UsageError, match="the data has no targets"):
         network.step(batch, 1.0)
 
 
@@ -614,6 +614,6 @@ def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:
     network.save(tmp_path)
     parts = torch.load(tmp_path / "torch.pt", weights_only=True)
     torch.save({**parts, "random": torch.get_rng_state()}, tmp_path / "torch.pt")
-    with pytest.raises(InputError, match="made by another version of prunectl") as caught:
+    with pytest.raises(InputError, match="was written by another version") as caught:
         network.restore(tmp_path)
     assert "another folder" in caught.value.hint

@@ -34,7 +34,7 @@ def test_a_schedule_is_written_and_told(tmp_path: Path) -> None:
     done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
     assert done.code == 0, done.err
     assert "nothing is pruned yet; polynomial 10.0 % to 80.0 %, from step 100 on until step 400." in done.err
-    assert "The optimizer's state is not kept" not in done.err
+    assert "The optimizer's state was not kept" not in done.err
     wrappers = open_model(tmp_path / "w.h5").about.wrappers
     assert {wrapper.schedule for wrapper in wrappers} == {"PolynomialDecay(0.1 -> 0.8, steps 100-400)"}
 
@@ -54,8 +54,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         (("--custom-objects", "m:O"), "--custom-objects is about models that are opened"),
         (("--trust",), "--trust is about models that are opened"),
         (("--schedule", "polynomial"), "needs an end"),
-        (("--schedule", "polynomial", "--end", "75%"), "depends on how long training takes"),
-        (("--schedule", "linear", "--begin", "1ep", "--end", "9"), "depends on how long training takes"),
+        (("--schedule", "polynomial", "--end", "75%"), "depends on the length of the training"),
+        (("--schedule", "linear", "--begin", "1ep", "--end", "9"), "depends on the length of the training"),
         (("--schedule", "polynomial", "--end", "100", "--frequency", "30"), "--end 100 is never reached"),
         (("--schedule", "polynominal", "--end", "100"), "did you mean"),
         (("--wrap", "--manifest", "m.json"), "manifest"),

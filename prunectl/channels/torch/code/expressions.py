@@ -28,7 +28,7 @@ def literal(value: Any) -> str:
         return f'torch.device("{value}")'
     if isinstance(value, list | tuple):
         return sequence(map(literal, value))
-    raise WorkError(f"the network holds a {type(value).__name__}, which cannot be written as code")
+    raise WorkError(f"the network contains a {type(value).__name__}, which cannot be written as code")
 
 
 def _letter(letter: str) -> str:

@@ -277,7 +277,7 @@ def _unwrapped(value: Any) -> Any:
 
 def _header(name: str, loading: Sequence[str], steps: Sequence[str]) -> list[str]:
     return [
-        f'"""{name}, which takes the weights beside it, {HEADER}',
+        f'"""{name}, the network for the weights in the file beside this one, {HEADER}',
         "",
         f"    model = {name}()",
         *(f"    {line}" for line in loading),
@@ -325,4 +325,4 @@ def _verify(traced: TracedModel, program: WeightedProgram, generated: GeneratedM
     except Exception as error:
         raise WorkError(f"the network cannot be written as code: {first_line(error)}") from error
     if not worst <= TOLERANCE:
-        raise WorkError(f"the network, written as code, differs by {worst:.1e}; nothing was written")
+        raise WorkError(f"the generated code gives outputs that differ by {worst:.1e}; nothing was written")

@@ -61,7 +61,7 @@ def trace_shapes(model: ModelFile) -> ShapeTracer:
     """Trace the shapes through a model, from its inputs to its outputs."""
     config: Mapping[str, Any] | None = model.about.keras
     if config is None or not listed(config):
-        raise InputError(f"{model.path} holds weights, but no configuration to count operations in")
+        raise InputError(f"the operations of {model.path} cannot be counted: it holds weights but no configuration")
     tracer = ShapeTracer(model.path, model.tensors)
     tracer.trace_model(config, ())
     return tracer
@@ -121,7 +121,7 @@ class ShapeTracer:
         self._steps += steps
         if self._steps > MAX_KERAS_CALLS:
             raise InputError(
-                f"{self._path} is refused: its configuration takes more than {MAX_KERAS_CALLS} steps to follow"
+                f"{self._path} is refused: its configuration makes more than {MAX_KERAS_CALLS} layer calls"
             )
 
     def inner_layers(self, layer: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -181,9 +181,7 @@ class ShapeTracer:
         """The output shapes of a layer."""
         self.spend(1 + len(inputs) + len(keywords))
         if context.depth > MAX_KERAS_DEPTH:
-            raise InputError(
-                f"{self._path} is refused: its configuration is nested deeper than {MAX_KERAS_DEPTH} models"
-            )
+            raise InputError(f"{self._path} is refused: its models are nested more than {MAX_KERAS_DEPTH} deep")
         if not inputs or None in inputs:
             inputs = _filled(inputs, shapes_in(_build_shape(layer)))
         outputs = self._call(layer, inputs, keywords, context)

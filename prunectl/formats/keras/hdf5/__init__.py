@@ -73,7 +73,7 @@ def read_contents(location: H5Location) -> H5Contents:
         seconds=_SECONDS + location.nbytes / _BYTES_PER_SECOND,
         extra_bytes=_WALK_BYTES + location.nbytes,
     )
-    listing = parse_object(bytes(response), location.path, "what libhdf5 says of it")
+    listing = parse_object(bytes(response), location.path, "the answer of libhdf5")
     rows = listing["datasets"]
     datasets = tuple(_parsed_dataset(location, row) for row in rows)
     _refuse_overlaps(location.path, datasets)
@@ -92,7 +92,7 @@ def decode(location: H5Location, name: str, dtype: np.dtype[Any], shape: tuple[i
         extra_bytes=_WALK_BYTES + 2 * nbytes + location.nbytes,
     )
     if len(response) != nbytes:
-        raise InputError(f"{location.path} is damaged: {abbreviated(name)} is not read as it is described")
+        raise InputError(f"{location.path} is damaged: {abbreviated(name)} does not match its description")
     raw: NDArray[np.uint8] = np.frombuffer(response, np.uint8)
     return extents.arrange(raw, dtype=dtype, shape=shape)
 
@@ -103,7 +103,7 @@ def _walk(location: H5Location) -> bytes:
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         # What libhdf5 found wrong stands in brackets behind what h5py was doing.
         reason = re.search(r"\((.+)\)", str(error))
-        explanation = reason[1] if reason else "its structure cannot be followed"
+        explanation = reason[1] if reason else "its structure is inconsistent"
         raise InputError(f"{location.path} is truncated or damaged: {explanation}") from error
 
 
@@ -276,10 +276,10 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
     if dataset.external:
         raise InputError(
             f"{path} is refused: "
-            f"{abbreviated(name)} keeps its numbers in another file, {abbreviated(str(dataset.external[0][0]))}"
+            f"{abbreviated(name)} stores its values in another file, {abbreviated(str(dataset.external[0][0]))}"
         )
     if dataset.is_virtual:
-        raise InputError(f"{path} is refused: {abbreviated(name)} is put together from other files")
+        raise InputError(f"{path} is refused: {abbreviated(name)} is assembled from other files")
     dtype = dataset.dtype
     declared_type = dataset.attrs.get("dtype")
     if dtype.kind == "V" and dtype.names is None and isinstance(declared_type, str):
@@ -322,7 +322,7 @@ class AttributeBudget:
         texts = value if isinstance(value, list) else [value]
         self._characters -= sum(len(text) for text in texts if isinstance(text, str))
         if self._characters < 0:
-            raise InputError(f"{self.path} is refused: its attribute {abbreviated(key)} is longer than any model needs")
+            raise InputError(f"{self.path} is refused: its attribute {abbreviated(key)} is longer than prunectl allows")
 
 
 def _attributes(group: Any, budget: AttributeBudget) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset],
     try:
         rebuild_file(source, target, copy_dataset)
     except NotPortableError as error:
-        raise InputError(f"{shown} has references or types of its own ({error}), and cannot be built again") from error
+        raise InputError(f"{shown} has references or custom types ({error}) and cannot be rebuilt") from error
 
 
 def create_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, properties: Any) -> Any:
@@ -141,7 +141,7 @@ def _new_numbers(old: Any, *, path: str, edits: H5Edits, source: Any, shown: Pat
         halved = numbers.astype(np.float16)
     if np.any(np.isinf(halved) & np.isfinite(numbers)):
         largest = np.max(np.abs(numbers[np.isfinite(numbers)]))
-        raise InputError(f"{shown} holds {path}, which reaches {largest:g}: 16-bit floats end at {_MAX_HALF:g}")
+        raise InputError(f"{shown} holds {path}, with the value {largest:g}: the largest 16-bit float is {_MAX_HALF:g}")
     return halved
 
 
@@ -162,7 +162,7 @@ def _apply_moves(file: Any, edits: H5Edits, shown: Path) -> None:
         if path in file and isinstance(file[path], h5py.Group) and _is_empty(file[path]):
             del file[path]
         if path in file:
-            raise InputError(f"{shown} cannot have its wrappers taken away: it already holds {path}")
+            raise InputError(f"{shown} cannot be stripped of its wrappers: it already holds {path}")
         file.move(temporary, path)
 
 

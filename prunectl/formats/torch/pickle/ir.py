@@ -97,7 +97,7 @@ def parse_ir(data: bytes | mmap.mmap, path: Path, *, start: int = 0, end: int | 
     try:
         root = run(recorder, _HANDLERS)
     except (ValueError, IndexError, KeyError, TypeError, LimitExceededError) as error:
-        raise InputError(f"{path} is truncated or damaged: its pickle cannot be followed") from error
+        raise InputError(f"{path} is truncated or damaged: its pickle cannot be interpreted") from error
     return PickleIR(root, recorder.protocol, recorder.reader.offset)
 
 

@@ -60,7 +60,7 @@ def interpret(
     except (ValueError, IndexError, KeyError, TypeError) as error:
         reason = f": {error}" if isinstance(error, ValueError) else ""
         raise InputError(
-            f"{path} is truncated or damaged: {subject} is not a pickle that can be followed{reason[:80]}"
+            f"{path} is truncated or damaged: {subject} is not a pickle that can be interpreted{reason[:80]}"
         ) from error
     except LimitExceededError as error:
         raise InputError(f"{path} is refused: {subject} is a pickle of more than {MAX_PICKLE_STEPS} steps") from error
@@ -184,7 +184,7 @@ class PickleVM(PickleMachine[Any]):
         # What is copied counts, not what is named: one list of the memo may be the argument of every call.
         self.copies += allowlist.copied(function, args)
         if self.copies > MAX_PICKLE_COPIES:
-            raise ValueError("it copies more elements than any model needs")
+            raise ValueError("it copies more elements than prunectl allows")
         result = allowlist.call_allowed(function, args)
         called = result.function if isinstance(result, OpaqueCall) else function
         if isinstance(called, Global) and not allowlist.is_allowed(called):
@@ -202,13 +202,13 @@ class PickleVM(PickleMachine[Any]):
         if isinstance(key, str):
             self.views[key] += 1
             if self.views[key] > MAX_TIED:
-                raise ValueError("more tensors share one storage than in any model")
+                raise ValueError("more tensors share one storage than prunectl allows")
 
     def push_new(self, thing: Any) -> None:
         """Push a thing that takes memory of its own."""
         self.objects += 1
         if self.objects > MAX_PICKLE_OBJECTS:
-            raise ValueError("it makes more objects than any model needs")
+            raise ValueError("it creates more objects than prunectl allows")
         self.stack.append(thing)
 
     def push_global(self, module: Any, name: Any) -> None:
@@ -216,11 +216,11 @@ class PickleVM(PickleMachine[Any]):
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
         if len(module) + len(name) > MAX_PICKLE_NAME_CHARACTERS:
-            raise ValueError("it names a function by more letters than any has")
+            raise ValueError("the name of a function in it is too long")
         function = Global(module, name)
         self.globals[function] = None
         if len(self.globals) > MAX_PICKLE_NAMES:
-            raise ValueError("it names more functions than any model needs")
+            raise ValueError("it names more functions than prunectl allows")
         self.stack.append(function)
 
     def push_persistent(self, key: Any) -> None:

@@ -183,8 +183,8 @@ def _open(model: ModelFile, options: StripOptions) -> CheckpointContainer | None
         return open_zip_container(model, archive)
     if options.to_half:
         raise InputError(
-            f"{model.path} is a TorchScript program, whose code says of which type its weights are",
-            hint="leave out --half, or make the program from a model in half precision",
+            f"{model.path} is a TorchScript program, whose code fixes the type of its weights",
+            hint="leave out --half, or script a model in half precision",
         )
     if options.parts & WRAPPING:
         _reject_other_masks(model, [])
@@ -204,7 +204,7 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
         sections[name] = CheckpointSection(item, storages, is_tensor(item))
         work += len(nodes)
         if work > budgets.MAX_CHECKPOINT_VALUES:
-            raise InputError(f"{path} is refused: its values share each other without end")
+            raise InputError(f"{path} is refused: its values refer to each other without end")
     removed = {name: part for name, part in training_sections(sections).items() if part in options.parts}
     if not removed:
         return []
@@ -267,8 +267,7 @@ def _reject_other_masks(model: ModelFile, removed: Iterable[_RemovedSection]) ->
     for tensor in model.tensors:
         if tensor.role == Role.MASK and tensor.name not in names and not tensor.name.startswith(inside):
             raise InputError(
-                f"{model.path} holds {tensor.name}, a mask that code from the file or a shape of its own ties to its "
-                "weight",
+                f"{model.path} holds the mask {tensor.name}, which code in the file or its shape ties to its weight",
                 hint="strip the rest with --only optimizer,training,gradients, or save the state dict of the model",
             )
 

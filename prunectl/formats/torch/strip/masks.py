@@ -211,7 +211,7 @@ def _node(masked: MaskedWeight) -> IRNode:
 
 def _replace(model: ModelFile, masked: MaskedWeight, node: IRNode | None) -> None:
     if node is None:
-        raise InputError(f"{model.path} keeps {masked.tensor.name} in a way that cannot be put together with its mask")
+        raise InputError(f"{model.path} stores {masked.tensor.name} in a way that prevents applying its mask")
     pairs = entries(masked.parent.node) or ()
     kept = [(key, node if text(key) == masked.name else item) for key, item in pairs]
     replace_entries(masked.parent.node, kept)
