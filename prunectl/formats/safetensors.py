@@ -202,8 +202,8 @@ def open_shards(path: Path) -> ModelFile:
         raise InputError(f"{path} is refused: it names more than {budgets.MAX_INDEX_NAMES} tensors")
     shards = [_open_shard(path, name) for name in dict.fromkeys(weight_map.values())]
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    held = {tensor.name for tensor in tensors}
-    if missing := [name for name in weight_map if name not in held]:
+    stored = {tensor.name for tensor in tensors}
+    if missing := [name for name in weight_map if name not in stored]:
         raise InputError(
             f"{path} is damaged: "
             f"it lists {abbreviated(missing[0])}, but {abbreviated(weight_map[missing[0]])} does not hold it"

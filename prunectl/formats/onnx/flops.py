@@ -17,13 +17,13 @@ from prunectl.formats.onnx.usage import CALCULATING, CELLS, PASSING, GraphScope,
 
 def _gather(step: OnnxStep) -> Shape:
     numbers = step.numbers(0)
-    return tuple(numbers[wrap_axis(place, len(numbers))] for place in step.numbers(1))
+    return tuple(numbers[wrap_axis(index, len(numbers))] for index in step.numbers(1))
 
 
 def _concat(step: OnnxStep) -> Shape:
     if len(step.inputs) > MAX_AXES:
         raise UnknownOnnxShapeError
-    return tuple(number for place in range(len(step.inputs)) for number in step.numbers(place))
+    return tuple(number for operand in range(len(step.inputs)) for number in step.numbers(operand))
 
 
 def _slice(step: OnnxStep) -> Shape:
@@ -78,7 +78,7 @@ class Shapes:
 
     def __init__(self, reader: ProtoReader, locator: TensorLocator, graph: GraphProto) -> None:
         self._reader, self._locator = reader, locator
-        self._told = dict(messages.value(reader, span) for span in graph.values)
+        self._declared = dict(messages.value(reader, span) for span in graph.values)
         self._shapes: dict[str, Shape] = {}
         self._values: dict[str, Shape] = {}
         for sparse in graph.sparse:
@@ -90,8 +90,7 @@ class Shapes:
 
     def of(self, name: str) -> Shape | None:
         """The shape of a value; none when it cannot be known."""
-        found = self._shapes.get(name)
-        return self._told.get(name) if found is None else found
+        return self._shapes.get(name, self._declared.get(name))
 
     def step(self, node: NodeProto) -> OnnxStep:
         """An operation with what is known of its inputs."""
@@ -175,7 +174,9 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
     with parsing(model.path) as reader:
         main, *inner = read_scopes(reader, messages.model(reader))
         shapes = Shapes(reader, TensorLocator(model.path), main.graph)
-        counted = [found for node in _calculating(main) for found in _counted(node, main, shapes.step(node), shapes)]
+        counted = [
+            operation for node in _calculating(main) for operation in _counted(node, main, shapes.step(node), shapes)
+        ]
     uncounted = [
         Operation(scope.prefix + node.label, node.op, None, _weight(node, scope))
         for scope in inner
@@ -191,8 +192,8 @@ def _calculating(scope: GraphScope) -> Iterator[NodeProto]:
 
 def _counted(node: NodeProto, scope: GraphScope, step: OnnxStep, shapes: Shapes) -> Iterator[Operation]:
     if node.op in CELLS:
-        for place in (1, 2):
-            yield Operation(node.label, node.op, _cell(step, place), _weight(node, scope, place))
+        for operand in (1, 2):
+            yield Operation(node.label, node.op, _cell(step, operand), _weight(node, scope, operand))
         return
     output = shapes.of(next(iter(node.outputs), ""))
     try:
@@ -218,18 +219,18 @@ def _macs(step: OnnxStep, output: tuple[int, ...] | None) -> int:
     raise UnknownOnnxShapeError
 
 
-def _cell(step: OnnxStep, place: int) -> int | None:
+def _cell(step: OnnxStep, operand: int) -> int | None:
     try:
         length, batch, _ = step.shape(0)
-        return length * batch * math.prod(step.shape(place))
+        return length * batch * math.prod(step.shape(operand))
     except (UnknownOnnxShapeError, ValueError):
         return None
 
 
-def _weight(node: NodeProto, scope: GraphScope, place: int | None = None) -> str:
+def _weight(node: NodeProto, scope: GraphScope, operand: int | None = None) -> str:
     """The tensor that an operation multiplies by, found behind what only hands it on."""
-    places = (_WEIGHT_AT.get(node.op, 1), 0) if place is None else (place,)
-    for at in places:
+    operands = (_WEIGHT_AT.get(node.op, 1), 0) if operand is None else (operand,)
+    for at in operands:
         name = node.inputs[at] if at < len(node.inputs) else ""
         here: GraphScope = scope
         for _ in range(MAX_PASSED_OPERATORS + 1):

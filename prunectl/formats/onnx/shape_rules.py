@@ -27,34 +27,35 @@ class OnnxStep:
     lists: Callable[[NodeProto, str], Shape | None]
     """Reads an attribute that is a list of whole numbers."""
 
-    def shape(self, place: int) -> Shape:
+    def shape(self, operand: int) -> Shape:
         """The shape of an input."""
-        found = self.inputs[place] if place < len(self.inputs) else None
-        if found is None:
-            raise UnknownOnnxShapeError
-        return found
+        return _known(self.inputs, operand)
 
-    def numbers(self, place: int) -> Shape:
+    def numbers(self, operand: int) -> Shape:
         """An input that is a list of known numbers."""
-        found = self.values[place] if place < len(self.values) else None
-        if found is None:
-            raise UnknownOnnxShapeError
-        return found
+        return _known(self.values, operand)
 
-    def setting(self, name: str, place: int, default: Shape | None = None) -> Shape:
+    def setting(self, name: str, operand: int, default: Shape | None = None) -> Shape:
         """A list that is an attribute in old sets of operators and an input in new ones."""
-        found = self.lists(self.node, name)
-        if found is not None:
-            return found
-        if place >= len(self.node.inputs) or not self.node.inputs[place]:
+        attribute = self.lists(self.node, name)
+        if attribute is not None:
+            return attribute
+        if operand >= len(self.node.inputs) or not self.node.inputs[operand]:
             if default is None:
                 raise UnknownOnnxShapeError
             return default
-        return self.numbers(place)
+        return self.numbers(operand)
 
     def axis(self, rank: int, default: int = 0) -> int:
         """The attribute `axis`, counted from the front."""
         return wrap_axis(signed(self.node.number("axis", default)), rank)
+
+
+def _known(values: Sequence[Shape | None], operand: int) -> Shape:
+    value = values[operand] if operand < len(values) else None
+    if value is None:
+        raise UnknownOnnxShapeError
+    return value
 
 
 def wrap_axis(axis: int, rank: int) -> int:
@@ -81,10 +82,10 @@ def flattened(step: OnnxStep) -> Shape:
 
 def reshaped(step: OnnxStep) -> Shape:
     """What Reshape makes: 0 keeps a length, -1 takes the rest."""
-    old, asked = step.shape(0), step.setting("shape", 1)
-    if any(length == 0 and place >= len(old) for place, length in enumerate(asked)):
+    old, target = step.shape(0), step.setting("shape", 1)
+    if any(length == 0 and axis >= len(old) for axis, length in enumerate(target)):
         raise UnknownOnnxShapeError
-    new = [old[place] if length == 0 else length for place, length in enumerate(asked)]
+    new = [old[axis] if length == 0 else length for axis, length in enumerate(target)]
     if -1 in new:
         known = math.prod(length for length in new if length != -1)
         if not known or math.prod(old) % known:
@@ -104,7 +105,7 @@ def transposed(step: OnnxStep) -> Shape:
 
 def concatenated(step: OnnxStep) -> Shape:
     """The lengths added along one axis."""
-    shapes = [step.shape(place) for place in range(len(step.inputs))]
+    shapes = [step.shape(operand) for operand in range(len(step.inputs))]
     first = shapes[0]
     axis = step.axis(len(first))
     if any(len(shape) != len(first) for shape in shapes):
@@ -116,8 +117,8 @@ def squeezed(step: OnnxStep) -> Shape:
     """The axes of length one dropped."""
     shape = step.shape(0)
     ones = tuple(axis for axis, length in enumerate(shape) if length == 1)
-    gone = {wrap_axis(axis, len(shape)) for axis in step.setting("axes", 1, ones)}
-    return tuple(length for axis, length in enumerate(shape) if axis not in gone)
+    removed = {wrap_axis(axis, len(shape)) for axis in step.setting("axes", 1, ones)}
+    return tuple(length for axis, length in enumerate(shape) if axis not in removed)
 
 
 def unsqueezed(step: OnnxStep) -> Shape:
@@ -222,9 +223,9 @@ def deconvolved(step: OnnxStep) -> Shape:
         raise UnknownOnnxShapeError
     axes = len(image) - 2
     channels = weight[1] * step.node.number("group", 1)
-    asked = step.lists(step.node, "output_shape")
-    if asked is not None:
-        return (image[0], channels, *asked[-axes:])
+    target = step.lists(step.node, "output_shape")
+    if target is not None:
+        return (image[0], channels, *target[-axes:])
     strides, dilations, pads = _window(step, axes)
     extra = _list(step, "output_padding", axes, 0)
     is_same = _padding(step).startswith("SAME")
@@ -246,14 +247,14 @@ def _slid(step: OnnxStep, image: Shape, window: Shape) -> Shape:
     axes = len(image)
     strides, dilations, pads = _window(step, axes)
     padding, is_up = _padding(step), bool(step.node.number("ceil_mode", 0))
-    found = []
+    lengths = []
     for axis, (length, size, stride, dilation) in enumerate(zip(image, window, strides, dilations, strict=True)):
         if padding.startswith("SAME"):
-            found.append(-(-length // stride))
+            lengths.append(-(-length // stride))
             continue
         room = length + pads[axis] + pads[axis + axes] - ((size - 1) * dilation + 1)
-        found.append((-(-room // stride) if is_up else room // stride) + 1)
-    return tuple(found)
+        lengths.append((-(-room // stride) if is_up else room // stride) + 1)
+    return tuple(lengths)
 
 
 def _window(step: OnnxStep, axes: int) -> tuple[Shape, Shape, Shape]:
@@ -264,10 +265,10 @@ def _window(step: OnnxStep, axes: int) -> tuple[Shape, Shape, Shape]:
 
 
 def _list(step: OnnxStep, name: str, length: int, default: int) -> Shape:
-    found = step.lists(step.node, name) or (default,) * length
-    if len(found) != length:
+    numbers = step.lists(step.node, name) or (default,) * length
+    if len(numbers) != length:
         raise UnknownOnnxShapeError
-    return found
+    return numbers
 
 
 def _padding(step: OnnxStep) -> str:
@@ -284,7 +285,7 @@ def _same(step: OnnxStep) -> Shape:
 
 
 def _joined(step: OnnxStep) -> Shape:
-    return broadcast(*(step.shape(place) for place in range(len(step.inputs))))
+    return broadcast(*(step.shape(operand) for operand in range(len(step.inputs))))
 
 
 def matmul(left: Shape, right: Shape) -> Shape:
@@ -305,10 +306,10 @@ def _gemm(step: OnnxStep) -> Shape:
 def _reduced(step: OnnxStep) -> Shape:
     shape = step.shape(0)
     axes = step.setting("axes", 1, tuple(range(len(shape)))) or tuple(range(len(shape)))
-    gone = {wrap_axis(axis, len(shape)) for axis in axes}
+    removed = {wrap_axis(axis, len(shape)) for axis in axes}
     if step.node.number("keepdims", 1):
-        return tuple(1 if axis in gone else length for axis, length in enumerate(shape))
-    return tuple(length for axis, length in enumerate(shape) if axis not in gone)
+        return tuple(1 if axis in removed else length for axis, length in enumerate(shape))
+    return tuple(length for axis, length in enumerate(shape) if axis not in removed)
 
 
 def _recurrent(step: OnnxStep) -> Shape:

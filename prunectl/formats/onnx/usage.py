@@ -127,7 +127,7 @@ class OnnxTensorUse(NamedTuple):
     """One input of one node."""
 
     node: NodeProto
-    place: int
+    operand: int
     """Number of the input."""
     scope: GraphScope
 
@@ -174,7 +174,7 @@ class UsageIndex:
             self._left -= 1
             steps = steps if self._left > 0 else 0
             node = use.node
-            if steps and node.outputs and use.place == 0 and node.op in PASSING:
+            if steps and node.outputs and use.operand == 0 and node.op in PASSING:
                 for purpose in self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1):
                     axis = axis_before_transpose(node, purpose.out_axis, len(shape), self._order(node))
                     yield replace(purpose, out_axis=axis)
@@ -194,7 +194,7 @@ class UsageIndex:
         """Whether a vector is added to what a kernel made."""
         if use.node.op != "Add" or len(use.node.inputs) != 2 or not shape or math.prod(shape) != max(shape):
             return False
-        value, scope = use.node.inputs[1 - use.place], use.scope
+        value, scope = use.node.inputs[1 - use.operand], use.scope
         for _ in range(budgets.MAX_PASSED_OPERATORS):
             owner = scope.owner(value)
             maker = owner.makers[value] if owner is not None else None
@@ -209,7 +209,7 @@ class UsageIndex:
 
 
 def _part(use: OnnxTensorUse, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OperandRole | None:
-    part = PARTS.get(use.node.op, {}).get(use.place)
+    part = PARTS.get(use.node.op, {}).get(use.operand)
     if part is None:
         return None
     if part.role in {Role.KERNEL, Role.RECURRENT, Role.EMBEDDING}:
@@ -263,8 +263,8 @@ def _inside(reader: ProtoReader, scope: GraphScope) -> Iterator[GraphScope]:
             for number, span in enumerate(attribute.graphs):
                 if scope.depth == budgets.MAX_ONNX_DEPTH:
                     raise WireError(f"its graphs are nested more than {budgets.MAX_ONNX_DEPTH} deep")
-                place = name if len(attribute.graphs) == 1 else f"{name}_{number}"
-                prefix = f"{scope.prefix}{node.label}/{place}/"
+                branch = name if len(attribute.graphs) == 1 else f"{name}_{number}"
+                prefix = f"{scope.prefix}{node.label}/{branch}/"
                 if len(prefix) > budgets.MAX_ONNX_PREFIX:
                     raise WireError("the names of its nested graphs are too long")
                 yield _scope(

@@ -66,44 +66,46 @@ def meanings(graph: LiteGraph) -> dict[int, LiteTensorPurpose]:
     """What each tensor that an operator takes is for; of several takers, the first."""
     takers: dict[int, tuple[LiteOperator, int]] = {}
     for operator in graph.operators:
-        for place, at in enumerate(operator.inputs):
-            takers.setdefault(at, (operator, place))
+        for operand, at in enumerate(operator.inputs):
+            takers.setdefault(at, (operator, operand))
     return {at: _meaning(graph, at, takers) for at in takers if at >= 0}
 
 
 def _meaning(graph: LiteGraph, at: int, takers: dict[int, tuple[LiteOperator, int]]) -> LiteTensorPurpose:
-    operator, place = takers[at]
+    operator, operand = takers[at]
     for _ in range(budgets.MAX_PASSED_OPERATORS):
         if operator.kind not in _PASSING or not operator.outputs or operator.outputs[0] not in takers:
             break
-        operator, place = takers[operator.outputs[0]]
+        operator, operand = takers[operator.outputs[0]]
     rank = len(graph.tensors[at].shape)
-    use = _use(operator, place, rank)
+    use = _use(operator, operand, rank)
     is_whole = use.out_axis is None or use.out_axis < rank
     return LiteTensorPurpose(
         layer_of(graph, operator, at), operator.kind, use if is_whole else LiteTensorUse(Role.OTHER)
     )
 
 
-def _use(operator: LiteOperator, place: int, rank: int) -> LiteTensorUse:
-    if operator.kind == "BATCH_MATMUL" and place in {0, 1} and rank >= 2:
-        adjoint = operator.options is not None and operator.options.number(place, 1) != 0
+def _use(operator: LiteOperator, operand: int, rank: int) -> LiteTensorUse:
+    if operator.kind == "BATCH_MATMUL" and operand in {0, 1} and rank >= 2:
+        adjoint = operator.options is not None and operator.options.number(operand, 1) != 0
         # The right side holds [in, out], the left one [out, in], unless they are turned.
-        is_out_last = (place == 1) != adjoint
+        is_out_last = (operand == 1) != adjoint
         return (
             LiteTensorUse(Role.KERNEL, rank - 1, rank - 2)
             if is_out_last
             else LiteTensorUse(Role.KERNEL, rank - 2, rank - 1)
         )
-    if operator.kind == "GATHER" and place == 0 and rank == 2:
+    if operator.kind == "GATHER" and operand == 0 and rank == 2:
         return LiteTensorUse(Role.EMBEDDING)
-    return USES.get(operator.kind, {}).get(place, LiteTensorUse(Role.OTHER))
+    return USES.get(operator.kind, {}).get(operand, LiteTensorUse(Role.OTHER))
 
 
 def layer_of(graph: LiteGraph, operator: LiteOperator, at: int) -> str:
     """What a user would call the operator: the scope of its weight, else that of its result."""
-    weights = [place for place, use in USES.get(operator.kind, {}).items() if use.role in {Role.KERNEL, Role.EMBEDDING}]
-    named = [operator.inputs[place] for place in weights if place < len(operator.inputs)]
+    weights = [
+        operand for operand, use in USES.get(operator.kind, {}).items() if use.role in {Role.KERNEL, Role.EMBEDDING}
+    ]
+    named = [operator.inputs[operand] for operand in weights if operand < len(operator.inputs)]
     for index in (*named, at, *operator.outputs):
         if index >= 0 and (scope := _scope(graph.tensors[index].name)):
             return scope
