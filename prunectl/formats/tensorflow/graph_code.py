@@ -48,9 +48,9 @@ class Assets:
     def __init__(self, reader: BudgetedReader, meta: Field, folder: Path) -> None:
         self._reader, self._folder = reader, folder
         described = [*reader.messages(meta, _ASSETS), *self._of_old(meta)]
-        self._names = [self._text(asset, _FILE_NAME) for asset in described]
+        self._names = [_last(self._reader, asset, _FILE_NAME) for asset in described]
         self._tensors = {
-            self._text(info, _ASSET_TENSOR).partition(b":")[0]
+            _last(self._reader, info, _ASSET_TENSOR).partition(b":")[0]
             for asset in described
             for info in reader.messages(asset, _INFO)
         }
@@ -62,7 +62,7 @@ class Assets:
             for node in reader.messages(objects, _OBJECT_NODES):
                 self._objects.append(any(True for _ in reader.messages(node, _IS_ASSET)))
             for entry in reader.messages(objects, _CONCRETE_FUNCTIONS):
-                self._bound[self._text(entry, _ASSET_KEY)] = [
+                self._bound[_last(self._reader, entry, _ASSET_KEY)] = [
                     number
                     for value in reader.messages(entry, _ASSET_VALUE)
                     for field in reader.fields(value)
@@ -84,7 +84,7 @@ class Assets:
         path = self._input(node, _FILE_INPUT)
         signatures = self._reader.messages(function, _ASSET_SIGNATURE)
         arguments = [
-            self._text(argument, _ASSET_NAME)
+            _last(self._reader, argument, _ASSET_NAME)
             for signature in signatures
             for argument in self._reader.messages(signature, _ARGUMENTS)
         ]
@@ -114,7 +114,7 @@ class Assets:
     def _of_old(self, meta: Field) -> Iterator[Field]:
         """Yield the assets as TensorFlow 1 lists them."""
         for collection in self._reader.messages(meta, _ASSET_COLLECTIONS):
-            if self._text(collection, _ASSET_KEY) != b"saved_model_assets":
+            if _last(self._reader, collection, _ASSET_KEY) != b"saved_model_assets":
                 continue
             for value in self._reader.messages(collection, _ASSET_VALUE):
                 for any_list in self._reader.messages(value, _ANY_LIST):
@@ -127,9 +127,6 @@ class Assets:
 
     def _inputs(self, node: Field) -> list[bytes]:
         return list(_texts(self._reader, self._reader.messages(node, _NODE_INPUTS)))
-
-    def _text(self, message: Field, number: int) -> bytes:
-        return _last(self._reader, message, number)
 
 
 _META_GRAPHS = 2
