@@ -9,6 +9,7 @@ from typing import Any
 from prunectl.channels.graph import ChannelGraph, OpKind, Shape, Shapes
 from prunectl.channels.keras.builder import CalledLayer, GraphBuilder, LayerContext, with_batch
 from prunectl.channels.keras.layer_rules import FUNCTION, RULES, query_value_key_first, rule_for
+from prunectl.channels.keras.layers import has_lists
 from prunectl.channels.keras.weights import (
     ROOT,
     ConfigPath,
@@ -43,35 +44,6 @@ from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError
 from prunectl.formats.keras.flops.trace import SHAPE_KEYS, NodeResolver, ShapeTracer, input_shape, topological_order
 from prunectl.formats.keras.numbering import ambiguous_containers, layers_by_folder
 from prunectl.training.backend import ModelSignature, TensorSpec
-
-_SCALAR = (int, float, str, bool, type(None))
-
-
-def has_lists(argument: Any, nesting: int = 0) -> bool:
-    """Whether an argument of a call is a list of numbers, which may have one for each channel."""
-    if nesting > budgets.MAX_INBOUND_DEPTH:
-        return True
-    if isinstance(argument, Mapping):
-        if argument.get("class_name") == "__keras_tensor__":
-            return False
-        return any(has_lists(item, nesting + 1) for item in argument.values())
-    if isinstance(argument, list):
-        if _is_reference(argument):
-            return any(has_lists(item, nesting + 1) for item in argument[3:])
-        numbers = [item for item in argument if isinstance(item, int | float) and not isinstance(item, bool)]
-        return len(numbers) > 1 or any(has_lists(item, nesting + 1) for item in argument)
-    return not isinstance(argument, _SCALAR)
-
-
-def _is_reference(argument: list[Any]) -> bool:
-    """Whether a list names a layer, a call and an output; Keras 2 marks constants in the same way."""
-    return (
-        3 <= len(argument) <= 4
-        and isinstance(argument[0], str)
-        and type(argument[1]) is int
-        and not isinstance(argument[2], list)
-    )
-
 
 _FUNCTIONS = frozenset({"TFOpLambda", "TensorFlowOpLayer"})
 _MASK = "mask"
