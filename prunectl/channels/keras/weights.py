@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class WeightFile:
             if marker and number.isdecimal() and tensor.role is not Role.OPTIMIZER:
                 by_layer.setdefault(owner, []).append((int(number), tensor))
         return {
-            owner: tuple(tensor for _, tensor in sorted(weights, key=_by_weight_number))
+            owner: tuple(tensor for _, tensor in sorted(weights, key=itemgetter(0)))
             for owner, weights in by_layer.items()
         }
 
@@ -85,10 +86,6 @@ class NamedWeight:
 def _steps(name: str) -> tuple[tuple[str, ...], str]:
     *steps, leaf = re.sub(r":\d+$", "", name).split("/")
     return tuple(steps), leaf
-
-
-def _by_weight_number(pair: tuple[int, Tensor]) -> int:
-    return pair[0]
 
 
 ConfigPath = tuple[str | int, ...]
