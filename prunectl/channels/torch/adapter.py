@@ -44,6 +44,7 @@ from prunectl.channels.torch.fx import run as run_program
 from prunectl.channels.torch.ops import lower, resize
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.formats.base import Array, Family, ModelFile
+from prunectl.formats.scratch import temporary_folder
 from prunectl.training.backend import LoadOptions
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
@@ -200,10 +201,12 @@ def prune_program(
 
 def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> tuple[str, ...]:
     """Export a smaller program again, so that every shape in it is right, write it, and return notes."""
-    with quiet():
+    with quiet(), temporary_folder() as scratch:
+        # Through a link: PyTorch aborts where the name of a folder is not UTF-8.
+        (scratch / "target").symlink_to(path.parent.absolute(), target_is_directory=True)
         try:
             program, notes = _export_again(traced, with_weights(traced, pruned))
-            torch.export.save(program, path)
+            torch.export.save(program, scratch / "target" / path.name)
         except Exception as error:
             raise WorkError(
                 f"PyTorch cannot export the pruned program: {first_line(error)}; nothing was written"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tests.channels.masked import masked
 from tests.channels.nets import nn, torch
 from tests.channels.torch import nets as more
 from tests.channels.torch.cutting import built, cut, exported, loaded, said, saved
-from tests.running import here
+from tests.running import FIXTURES, here, prunectl
 
 BATCH = {0: torch.export.Dim("batch", min=1, max=64)}
 
@@ -238,3 +240,13 @@ class Lit(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.two(self.one(x * self.light).relu())
+
+
+def test_a_program_is_cut_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    # In a child: PyTorch takes the process down that lets it write to such a path.
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    shutil.copyfile(FIXTURES / "digits_cnn.pt2", folder / "net.pt2")
+    done = prunectl("prune", folder / "net.pt2", "-o", folder / "small.pt2", "-s", "0.5", "--pattern", "channel")
+    assert done.code == 0, done.err
+    assert sorted(os.listdir(folder)) == ["net.pt2", "small.pt2"]
