@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 HERE = "tests.training.keras.customs"
 LABELS = np.arange(nets.EXAMPLES) % nets.CLASSES
 BITS = LABELS % 2
+
+
+@pytest.fixture(scope="module")
+def dense_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """A file of a small model of either Keras, saved once."""
+    return cache(lambda k: nets.saved(nets.dense(k()), tmp_path_factory.mktemp("dense") / "model.keras"))
 
 
 def ending(k: Any, width: int, activation: str, path: Path, **compiling: Any) -> Path:
@@ -227,24 +235,22 @@ def test_the_gradient_is_clipped_by_its_norm(k: Any, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_exist_is_refused_with_what_was_meant(
-    means: dict[str, Any], message: str, meant: str, k: Any, tmp_path: Path
+    means: dict[str, Any], message: str, meant: str, k: Any, dense_file: Callable[[Any], Path]
 ) -> None:
-    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
     with pytest.raises(UsageError, match=message) as caught:
-        nets.prepared(path, **means)
+        nets.prepared(dense_file(k), **means)
     assert not meant or meant in caught.value.did_you_mean
 
 
-def test_freezing_everything_leaves_nothing_to_train(tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(keras()), tmp_path / "model.keras")
+def test_freezing_everything_leaves_nothing_to_train(dense_file: Callable[[Any], Path]) -> None:
+    path = dense_file(keras)
     with pytest.raises(UsageError, match="nothing is left"):
         nets.prepared(path, frozen=frozenset(nets.opened(path).tensors()))
 
 
 @both
-def test_metrics_have_names(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
-    network = nets.prepared(path, metrics=("top2", "accuracy"))
+def test_metrics_have_names(k: Any, dense_file: Callable[[Any], Path]) -> None:
+    network = nets.prepared(dense_file(k), metrics=("top2", "accuracy"))
     given = nets.batches(1)[0]
     found = network.evaluate([given])
     order = np.argsort(-np.asarray(network.predict(given.x)), axis=1)
@@ -255,20 +261,22 @@ def test_metrics_have_names(k: Any, tmp_path: Path) -> None:
 
 
 @both
-def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(k: Any, tmp_path: Path) -> None:
+def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(
+    k: Any, dense_file: Callable[[Any], Path], tmp_path: Path
+) -> None:
     home = k().__name__
     (tmp_path / "own.py").write_text(
         f"import {home} as k\ndef loss(y, out):\n    return k.losses.sparse_categorical_crossentropy(y, out)\n"
     )
-    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+    path = dense_file(k)
     found = nets.prepared(path, loss=f"{tmp_path / 'own.py'}:loss").evaluate([nets.batches(1)[0]])
     named = nets.prepared(path, metrics=("accuracy",)).evaluate([nets.batches(1)[0]])
     assert found.keys() == {"loss", "accuracy"}
     assert found == pytest.approx(named, rel=1e-5)
 
 
-def test_a_metric_that_does_not_fit_the_targets_is_refused(tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(keras()), tmp_path / "model.keras")
+def test_a_metric_that_does_not_fit_the_targets_is_refused(dense_file: Callable[[Any], Path]) -> None:
+    path = dense_file(keras)
     with pytest.raises(UsageError, match="mae does not fit outputs of 4 and targets of one number"):
         nets.prepared(path, metrics=("mae",))
     network = nets.prepared(path, metrics=("categorical_crossentropy",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -39,10 +40,10 @@ def outcome(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_every_backend_of_keras_3_trains_and_keeps_the_zeros(backend: str, tmp_path: Path) -> None:
-    if find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+@pytest.fixture(scope="module")
+def on_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A model's file, and what comes of it where TensorFlow is the backend."""
+    folder = tmp_path_factory.mktemp("tensorflow")
     model = keras().Sequential(
         [
             keras().layers.Input((nets.FEATURES,)),
@@ -51,12 +52,21 @@ def test_every_backend_of_keras_3_trains_and_keeps_the_zeros(backend: str, tmp_p
             keras().layers.Dense(4, activation="softmax", name="second"),
         ]
     )
-    nets.saved(model, tmp_path / "model.keras")
+    return nets.saved(model, folder / "model.keras"), on_backend.main(folder)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_every_backend_of_keras_3_trains_and_keeps_the_zeros(
+    backend: str, on_tensorflow: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    path, ours = on_tensorflow
+    shutil.copy(path, tmp_path)
     # A process that loads nothing but what it needs, as it does for users, has nothing to say; to load it takes long.
     run = forked.run if backend == "jax" else subprocess.run
     done = run(command("on_backend", tmp_path), env=silent(KERAS_BACKEND=backend), capture_output=True, timeout=SECONDS)
     theirs = outcome(done)
-    ours: dict[str, Any] = on_backend.main(tmp_path)
     assert (theirs["backend"], ours["backend"]) == (backend, "tensorflow")
     assert theirs["lost"] == ours["lost"] == 0
     assert theirs["is_same"]
