@@ -281,9 +281,62 @@ def test_an_output_that_cannot_show_a_letter_shows_it_escaped(tmp_path: Path) ->
 
 
 def test_a_slip_in_a_command_line_points_to_the_help_that_there_is() -> None:
-    assert here("inspct", "m.h5").err.endswith("see: prunectl --help\n")
-    assert here("inspect").err.endswith("see: prunectl inspect --help\n")
-    assert here("size", "m.h5", "--nope").err.endswith("see: prunectl size --help\n")
+    assert here("inspct", "m.h5").err.endswith("see: prunectl -h\n")
+    assert here("inspect").err.endswith("see: prunectl inspect -h\n")
+    assert here("size", "m.h5", "--nope").err.endswith("see: prunectl size -h\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("inspekt m.h5", "inspect"),
+        ("info m.h5", "inspect"),
+        ("quantize m.h5", "export --int8"),
+        ("prune m.h5 --amount 80%", "--sparsity"),
+        ("prune m.h5 -s 80% -o out.h5 -f", "--force"),
+        ("prune m.h5 --overwrite", "--force"),
+        ("inspect m.h5 --only conv1", "--layers"),
+        ("prune m.h5 --layers conv1", "--only"),
+        ("prune m.h5 --sparsty 80%", "--sparsity"),
+    ],
+)
+def test_what_is_called_otherwise_elsewhere_is_answered_with_our_name(words: str, meant: str) -> None:
+    refused = here(*words.split())
+    assert refused.code == 2
+    assert f"did you mean: {meant}" in refused.err
+
+
+def test_a_value_that_is_refused_is_named_with_its_option(tmp_path: Path) -> None:
+    assert "error: --sparsity: '80' is not between 0 and 1" in here("prune", MODEL, "-s", "80", "--dry-run").err
+    assert "write 1pp" in here("prune", MODEL, "--max-drop", "1%", "--data", "d.npz", "-o", tmp_path / "o.h5").err
+
+
+def test_a_path_with_a_typing_error_is_answered_with_the_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert f"did you mean: {tmp_path / 'model.pt'}?" in here("size", tmp_path / "modle.pt").err
+
+
+def test_a_log_gets_the_outcome_in_a_sentence_and_no_next_step(tmp_path: Path) -> None:
+    done = here("prune", MODEL, "-o", tmp_path / "small.h5", "-s", "80%")
+    assert re.search(
+        rf"^{tmp_path / 'small.h5'}: [\d.]+ kB -> [\d.]+ kB gzipped, 80\.0 % sparse$", done.err, re.MULTILINE
+    )
+    assert "Next:" not in done.out + done.err
+    assert here("prune", MODEL, "-o", tmp_path / "quiet.h5", "-s", "80%", "-q").err == ""
+    shown = here("prune", MODEL, "-o", tmp_path / "human.h5", "-s", "80%", "--format", "human").out
+    assert "Accuracy was not measured." in shown
+    assert f"Next: prunectl finetune {tmp_path / 'human.h5'}" in shown
+
+
+def test_an_empty_cell_of_plain_rows_is_a_dash(tmp_path: Path) -> None:
+    rows = here("inspect", FIXTURES / "digits_cnn.safetensors").out.splitlines()
+    assert all(cell for row in rows for cell in row.split("\t"))
+
+
+def test_an_error_at_a_terminal_breaks_at_words_and_begins_in_red(tmp_path: Path) -> None:
+    shown = at_terminal("size", tmp_path / ("long name of a file " * 5), columns=60).out
+    assert shown.startswith("\x1b[1;31merror:\x1b[0m")
+    assert all(len(line) <= 60 for line in without_colors(shown).splitlines() if " " in line.strip())
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

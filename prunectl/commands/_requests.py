@@ -206,8 +206,17 @@ def request_options(ctx: typer.Context, options: Any, names: Container[str]) -> 
         option, value = option_name(ctx, field.name), getattr(options, field.name)
         name = option.removeprefix("--").replace("-", "_")
         if option.startswith("--") and name in names and value != field.default:
-            given[name] = _PARSERS[name](value) if name in _PARSERS else value
+            given[name] = _parsed(option, _PARSERS[name], value) if name in _PARSERS else value
     return given
+
+
+def _parsed(option: str, parse: Callable[[Any], Any], value: Any) -> Any:
+    """The value of an option; an error of its parser names the option."""
+    try:
+        return parse(value)
+    except UsageError as error:
+        error.message = f"{option}: {error.message}"
+        raise
 
 
 def parse_layer_ratio(text: str) -> tuple[str, float]:

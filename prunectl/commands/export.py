@@ -15,7 +15,7 @@ from prunectl.exporting.export import export
 from prunectl.exporting.request import BATCH_SIZE, OPTIONS, SAMPLES, parse_request
 from prunectl.exporting.routes import suffix_of
 from prunectl.pruning.destination import Destination
-from prunectl.reporting.prune import before_after
+from prunectl.reporting.prune import before_after, outcome
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
 
 _OUTPUTS = (
@@ -31,12 +31,14 @@ def export_report(result: ExportResult, output: str) -> Report:
     sizes = before_after(result.before, result.after)
     tables = (sizes,) if result.comparison is None else (_differences(result.comparison), sizes)
     facts = (("from", result.source), ("to", result.target), ("compared", _comparison_text(result.comparison)))
-    notes = (*result.notes, *_about_source(result), f"Next: prunectl size {output}")
+    notes = (*result.notes, *_about_source(result))
     return Report(
         models=(survey_json(result.before), survey_json(result.after)),
         table=sizes,
         sections=(Section(f"{result.before.path} -> {output}", facts, tables, notes),),
         artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.companion_files)),
+        summary=outcome(result.before, result.after, output),
+        next_step=f"prunectl size {result.before.path} {output}",
         quiet_lines=(),
         extra_json={"parity": _parity_json(result.comparison)},
     )

@@ -15,7 +15,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped, strip
-from prunectl.reporting.prune import before_after
+from prunectl.reporting.prune import before_after, outcome
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
 
 _ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
@@ -30,13 +30,15 @@ def strip_report(result: Stripped, output: str, *, is_rewritten: bool) -> Report
     has_shrunk = is_rewritten and result.after.bytes.raw < result.before.bytes.raw
     notes = [*result.after.about.notes]
     notes += [] if rows or has_shrunk else ["There was nothing to strip: the output holds the same data as the input."]
-    notes += [f"Next: prunectl size {output}" if output else "This was a dry run: nothing was written."]
+    notes += [] if output else ["This was a dry run: nothing was written."]
     tables = (*([_by_part(result)] if rows else []), before_after(result.before, result.after))
     return Report(
         models=(survey_json(result.before), survey_json(result.after)),
         table=items,
         sections=(Section(f"{result.before.path} -> {output or '(dry run)'}", (), tables, tuple(notes)),),
         artifacts=(Artifact(output, result.after.bytes.raw),) if output else (),
+        summary=outcome(result.before, result.after, output),
+        next_step=f"prunectl size {result.before.path} {output}" if output else "",
         quiet_lines=(),
     )
 

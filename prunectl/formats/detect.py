@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import stat
+from difflib import get_close_matches
 from functools import cached_property
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
@@ -51,7 +53,21 @@ _FETCH = {
 
 def missing(path: Path) -> InputError:
     """The error for a file that is not there; an address gets a sentence of its own: nothing is downloaded here."""
-    return address(str(path)) or InputError(f"{path} does not exist")
+    return address(str(path)) or InputError(f"{path} does not exist", did_you_mean=_neighbours(path))
+
+
+_MOST_LISTED = 10_000
+"""A folder with more files is not searched for a name that is misspelt."""
+
+
+def _neighbours(path: Path) -> tuple[str, ...]:
+    """Files beside a missing one with names that look like it."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, _MOST_LISTED)]
+    except OSError:
+        return ()
+    return tuple(str(path.with_name(name)) for name in get_close_matches(path.name, names, n=3, cutoff=0.75))
 
 
 def address(word: str, *, is_written: bool = False) -> InputError | None:

@@ -123,8 +123,9 @@ def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> 
 def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:
     reasons = Counter(skip.reason for skip in skips)
     # That kernels are no floats tells more than that biases are no kernels.
-    listed = ", ".join(f"{reason} ({reasons[reason]})" for reason in sorted(reasons, key=_most_telling(reasons))[:3])
-    return f"{model.path} has nothing to prune: {listed or 'it holds no tensors'}"
+    shown = sorted(reasons, key=_most_telling(reasons))[:3]
+    listed = ", ".join(counted_reason(reason, reasons[reason]) for reason in shown)
+    return f"{model.path} has nothing to prune: it holds {listed or 'no tensors'}"
 
 
 def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
@@ -194,6 +195,26 @@ _ROLE_REASONS = {
     Role.OPTIMIZER: "optimizer state",
     Role.OTHER: UNKNOWN,
 }
+_NOUNS = {
+    "a bias": ("bias", "biases"),
+    "a norm": ("norm parameter", "norm parameters"),
+    "a state": ("statistic or other state", "statistics and other state"),
+    "a mask": ("mask", "masks"),
+    "a schedule": ("pruning schedule", "pruning schedules"),
+    "an embedding": ("embedding", "embeddings"),
+    "optimizer state": ("optimizer slot", "optimizer slots"),
+    "a kernel with a single axis": ("kernel with a single axis", "kernels with a single axis"),
+    UNKNOWN: ("tensor of unknown role", "tensors of unknown role"),
+}
+
+
+def counted_reason(reason: str, number: int) -> str:
+    """So many tensors that were skipped for a reason."""
+    if reason in _NOUNS:
+        return f"{number} {_NOUNS[reason][number != 1]}"
+    return f"{number} tensor{'s' * (number != 1)} ({reason})"
+
+
 Verdict = str
 """Reason to skip a tensor; empty if it may be pruned."""
 

@@ -9,6 +9,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.channels.config import ChannelConfig
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.channels.verify import Verification
+from prunectl.reporting.prune import outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.units import count, percent
 
@@ -42,11 +43,8 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
         ),
     )
     notes = [*([_skipped(result)] if result.skips else []), *_unknown(result.before), *result.notes]
-    notes.append(
-        "This was a dry run: nothing was written."
-        if not output
-        else f"Next: prunectl size {result.before.path} {output}"
-    )
+    if not output:
+        notes.append("This was a dry run: nothing was written.")
     return Report(
         models=(survey_json(result.before), survey_json(result.after)),
         table=cuts,
@@ -56,6 +54,8 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
         artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.beside))
         if output
         else (),
+        summary=outcome(result.before, result.after, output),
+        next_step=f"prunectl size {result.before.path} {output}" if output else "",
         quiet_lines=(),
         extra_json={"channels": _json(result)},
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from prunectl.reporting.prune import before_after
+from prunectl.reporting.prune import before_after, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Settings, Table, Unit, survey_json
 from prunectl.reporting.reporter import escape_unencodable, make_console
 from prunectl.training.finetune import FinetuneResult
@@ -42,7 +42,6 @@ def finetune_report(result: FinetuneResult, model: str, output: str) -> Report:
     table = Table("result", _RESULT, (_result(result, output),))
     epochs = _epochs(result)
     tables = (*([epochs] if epochs.rows else []), before_after(result.before, result.after))
-    notes = (*result.notes, f"Next: prunectl size {output}")
     training = {
         "steps": result.course.steps,
         "best_epoch": result.best_epoch,
@@ -54,8 +53,10 @@ def finetune_report(result: FinetuneResult, model: str, output: str) -> Report:
     return Report(
         models=(survey_json(result.before), {**survey_json(result.after), "training": training}),
         table=table,
-        sections=(Section(f"{model} -> {output}", _facts(result), tables, notes),),
+        sections=(Section(f"{model} -> {output}", _facts(result), tables, result.notes),),
         artifacts=(Artifact(output, result.after.bytes.raw),),
+        summary=outcome(result.before, result.after, output),
+        next_step=f"prunectl size {model} {output}",
         quiet_lines=(),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.stats import ModelStats
-from prunectl.reporting.prune import before_after
+from prunectl.reporting.prune import before_after, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.sweeping.grid import amount, drop, finite
 from prunectl.sweeping.max_drop import SearchResult
@@ -34,12 +34,14 @@ def max_drop_report(
 ) -> Report:
     """The report on a search whose result is one of the models that were tried, with what it was before."""
     before, after = surveys
-    section = _section(result, (*notes, f"Next: prunectl size {output}"))
+    section = _section(result, notes)
     return Report(
         models=(survey_json(before), survey_json(after)),
         table=_result(result, surveys, output),
         sections=(Section(f"{model} -> {output}", tables=(before_after(before, after),)), section),
         artifacts=(Artifact(output, after.bytes.raw),),
+        summary=outcome(before, after, output),
+        next_step=f"prunectl size {model} {output}",
         quiet_lines=(),
         extra_json={"max_drop": _json(result)},
     )

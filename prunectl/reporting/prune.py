@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prunectl.analysis import patterns
 from prunectl.analysis.stats import ModelStats, averaged_copies_hint
-from prunectl.pruning.plan import UNKNOWN
+from prunectl.formats.base import Family
+from prunectl.formats.registry import FORMATS
+from prunectl.pruning.plan import UNKNOWN, counted_reason
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.strategies import sample_depth_bias
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Section, Table, Unit, survey_json
-from prunectl.units import count, percent
+from prunectl.units import count, nbytes, percent
 
 if TYPE_CHECKING:
     from prunectl.pruning.schedules import SparsitySchedule
@@ -70,19 +74,52 @@ def prune_report(pruned: Pruned, output: str) -> Report:
         notes.append(
             f"Each of these tensors has at most {count_of} distinct values, which makes the file compress better."
         )
+    if output and not pruned.request.data:
+        notes.append("Accuracy was not measured.")
     if not output:
         notes.append("This was a dry run: nothing was written.")
-    else:
-        notes.append(f"Next: prunectl size {output}")
     title = f"{pruned.before.path} -> {output or '(dry run)'}"
     return Report(
         models=(survey_json(pruned.before), survey_json(pruned.after)),
         table=cuts,
         sections=(Section(title, _facts(pruned), (cuts, before_after(pruned.before, pruned.after)), tuple(notes)),),
         artifacts=(Artifact(output, pruned.after.bytes.raw),) if output else (),
-        notes=(),
+        summary=outcome(pruned.before, pruned.after, output),
+        next_step=_next_step(pruned, output),
         quiet_lines=(),
     )
+
+
+def outcome(before: ModelStats, after: ModelStats, output: str) -> str:
+    """The sizes of a model before and after, and its sparsity, in a sentence for logs."""
+    sizes = (before.bytes.compressed, after.bytes.compressed)
+    kind = "gzipped"
+    if None in sizes:
+        sizes, kind = (before.bytes.raw, after.bytes.raw), "on disk"
+    shown = " -> ".join(nbytes(size) for size in sizes if size is not None)
+    sparsity = "" if after.prunable_sparsity is None else f", {percent(after.prunable_sparsity)} sparse"
+    return f"{output or '(dry run)'}: {shown} {kind}{sparsity}"
+
+
+def _next_step(pruned: Pruned, output: str) -> str:
+    """Training where the format can be trained; else a search that looks at the accuracy."""
+    if not output:
+        return ""
+    family, path = _family(pruned.before.format), Path(output)
+    if family in _TRAINED:
+        builder = f" --model {pruned.request.model or 'net.py:Net'}" if family is Family.TORCH else ""
+        tuned = path.with_name(f"{path.stem}-tuned{path.suffix}")
+        return f"prunectl finetune {output} -o {tuned} --data train.npz --val test.npz{builder}"
+    if family is Family.ONNX and not pruned.request.data:
+        return f"prunectl prune {pruned.before.path} -o {output} --force --max-drop 1pp --data test.npz"
+    return f"prunectl size {pruned.before.path} {output}"
+
+
+def _family(name: str) -> Family:
+    return next((row.family for row in FORMATS if row.name == name), Family.OTHER)
+
+
+_TRAINED = {Family.KERAS, Family.SAVED_MODEL, Family.TORCH, Family.TORCH_PROGRAM}
 
 
 def _rows(pruned: Pruned) -> Iterator[Row]:
@@ -94,12 +131,11 @@ def _rows(pruned: Pruned) -> Iterator[Row]:
 
 def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:
     request = pruned.request
-    method = ", ".join(
-        filter(None, (request.strategy, request.pattern, f"{request.scope} scope", f"policy {request.policy}"))
-    )
+    method = ", ".join((request.strategy, f"{request.scope} scope", f"policy {request.policy}"))
     return (
         ("target", percent(pruned.sparsity)),
         ("method", method),
+        *([("pattern", _pattern(request.pattern))] if request.pattern else []),
         *(
             [("clusters", f"at most {request.cluster} distinct values in each tensor (k-means)")]
             if request.cluster
@@ -109,10 +145,20 @@ def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _pattern(text: str) -> str:
+    """A pattern in words: 1:4 is one zero in four, and not one weight."""
+    pattern = patterns.parse(text)
+    if not isinstance(pattern, patterns.NMPattern):
+        return text
+    zeros = f"{pattern.zeros} zero{'s' * (pattern.zeros != 1)}"
+    return f"{text}: {zeros} in every {pattern.group} weights, {percent(pattern.zeros / pattern.group)} sparse"
+
+
 def _skipped(pruned: Pruned) -> str:
     reasons = Counter(skip.reason for skip in pruned.plan.skips)
-    listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(6))
-    return f"Not pruned: {listed}{' and others' if len(reasons) > 6 else ''}."
+    listed = ", ".join(counted_reason(reason, number) for reason, number in reasons.most_common(_SHOWN))
+    others = " and others" if len(reasons) > _SHOWN else ""
+    return f"Not pruned (policy {pruned.request.policy}): {listed}{others}."
 
 
 _SHOWN = 6
@@ -125,8 +171,7 @@ def wrap_report(wrapped: WrapResult, output: str) -> Report:
     kept = [
         note for note in section.notes if not (note.startswith("The optimizer's state") and wrapped.loses_optimizer)
     ]
-    rest = tuple(f"Next: prunectl finetune {output} --data …" if "Next:" in note else note for note in kept)
-    return replace(report, sections=(replace(section, notes=(*_wrapper_notes(wrapped), *rest)),))
+    return replace(report, sections=(replace(section, notes=(*_wrapper_notes(wrapped), *kept)),))
 
 
 def _wrapper_notes(wrapped: WrapResult) -> tuple[str, ...]:

@@ -139,6 +139,10 @@ class Report:
     failures: tuple[Failure, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     notes: tuple[str, ...] = ()
+    summary: str = ""
+    """The outcome in a sentence, for logs."""
+    next_step: str = ""
+    """The command that is likely to come next, for people at a terminal."""
     quiet_lines: tuple[str, ...] | None = None
     """What `--quiet` prints instead of everything else."""
     extra_json: Mapping[str, Any] = field(default_factory=dict)
@@ -209,8 +213,8 @@ class Settings:
 
 
 def tab_separated(table: Table) -> str:
-    """Tab-separated rows without a head, for `cut` and `awk`."""
-    return "".join("\t".join(table.raw_row(row)) + "\n" for row in table.rows)
+    """Tab-separated rows without a head, for `cut`, `awk` and `column -t`: an empty cell is a dash."""
+    return "".join("\t".join(cell or "-" for cell in table.raw_row(row)) + "\n" for row in table.rows)
 
 
 def comma_separated(table: Table) -> str:

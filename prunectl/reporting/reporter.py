@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 from typer import Abort, TyperException
 
 from prunectl.analysis.sizes import gate_sentence
-from prunectl.errors import PrunectlError, UsageError, translate
+from prunectl.errors import PrunectlError, translate
 from prunectl.reporting.report import (
     DEFAULT_ROWS,
     Artifact,
@@ -35,6 +35,7 @@ from prunectl.reporting.report import (
     report_json,
     tab_separated,
 )
+from prunectl.reporting.slips import usage_error
 from prunectl.units import Units, count, nbytes, printable
 
 if TYPE_CHECKING:
@@ -121,9 +122,19 @@ class Reporter:
         lines = [
             f"{'pass' if gate.ok else 'FAIL'}: {gate_sentence(gate, self.settings.units)}" for gate in report.gates
         ]
+        if report.summary and not self.settings.is_quiet:
+            lines.append(report.summary)
         lines += [f"note: {note}" for note in report.notes]
-        lines += [f"note: {section.title}: {text}" for section in report.sections for text in section.notes]
+        is_one = len(report.sections) == 1
+        lines += [
+            f"note: {text}" if is_one else f"note: {section.title}: {text}"
+            for section in report.sections
+            for text in section.notes
+        ]
         sys.stderr.writelines(printable(line) + "\n" for line in lines)
+
+
+_NARROWEST = 20
 
 
 def _without_notes(report: Report) -> Report:
@@ -142,12 +153,19 @@ def _peak_bytes() -> int:
 
 
 def print_error(error: PrunectlError) -> None:
-    """Print an error and what to do about it on stderr."""
+    """Print an error and what to do about it on stderr; at a terminal in colour, with lines that break at words."""
     escape_unencodable(sys.stderr)
+    is_terminal = sys.stderr.isatty()
     lines = [f"error: {printable(error.message)}"]
     if error.did_you_mean:
         lines.append(f"  did you mean: {printable(', '.join(error.did_you_mean))}?")
     lines += [f"  {printable(line)}" for line in error.hint.splitlines()]
+    if is_terminal:
+        width = max(shutil.get_terminal_size().columns, _NARROWEST)
+        options = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+        lines = [part for line in lines for part in wrap(line, width, **options)]  # type: ignore[arg-type]
+    if Settings().colors(is_terminal=is_terminal):
+        lines[0] = lines[0].replace("error:", "\x1b[1;31merror:\x1b[0m", 1)
     sys.stderr.writelines(line + "\n" for line in lines)
 
 
@@ -195,7 +213,7 @@ def _to_prunectl_error(error: Exception) -> PrunectlError:
     if isinstance(error, PrunectlError):
         return error
     if isinstance(error, TyperException):
-        return UsageError(_sentence(error.format_message()), hint=_help_hint(error))
+        return usage_error(error)
     known = translate(error)
     if known is not None:
         return known
@@ -203,16 +221,6 @@ def _to_prunectl_error(error: Exception) -> PrunectlError:
         f"this is a bug in prunectl: {type(error).__name__}: {error}",
         hint="please report it with the traceback: run the same command with --debug",
     )
-
-
-def _sentence(message: str) -> str:
-    return " ".join(message.split()).rstrip(".")
-
-
-def _help_hint(error: TyperException) -> str:
-    """A hint at the help of the command that was typed, or of prunectl after a slip in its name."""
-    context = getattr(error, "ctx", None)
-    return f"see: {context.command_path if context is not None else 'prunectl'} --help"
 
 
 _GAP = 2
@@ -229,6 +237,8 @@ def render(report: Report, console: Console, settings: Settings) -> None:
         _print_table(report.table, console, settings, settings.rows)
     for note in report.notes:
         _print_note(note, console)
+    if report.next_step and not settings.is_quiet:
+        console.print(f"Next: {printable(report.next_step)}", style="bold", soft_wrap=True)
     for gate in report.gates:
         sign, style = ("pass", "green") if gate.ok else ("FAIL", "bold red")
         console.print(f"{sign}  ", style=style, end="")

@@ -26,6 +26,9 @@ class MaxDrop:
         return f"{100 * self.amount:g}{POINTS}" if self.is_points else f"{self.amount:g}"
 
 
+_DROP_HINT = "write 0.5pp (percentage points), or 0.01 for a loss"
+
+
 def parse_drop(text: str) -> MaxDrop:
     """By how much a metric may be worse: in percentage points, or in what the metric counts."""
     stripped = text.strip()
@@ -33,9 +36,9 @@ def parse_drop(text: str) -> MaxDrop:
     try:
         amount = float(stripped.removesuffix(POINTS))
     except ValueError:
-        raise UsageError(
-            f"--max-drop {text!r} is not a drop", hint="write 0.5pp (percentage points), or 0.01 for a loss"
-        ) from None
+        number = stripped.removesuffix("%")
+        hint = f"write {number}pp for {number} percentage points" if number != stripped else _DROP_HINT
+        raise UsageError(f"--max-drop {text!r} is not a drop", hint=hint) from None
     if not math.isfinite(amount) or amount < 0:
         raise UsageError(f"--max-drop {text!r} must be 0 or more")
     return MaxDrop(amount / 100 if is_points else amount, is_points)
