@@ -22,7 +22,6 @@ from prunectl.training.backend import InspectableModel, LoadOptions, TrainableMo
 class Backend:
     """A framework, and the files that it trains."""
 
-    name: str
     trains: Callable[[ModelFile], bool]
     opener: str
     """`module:function` in this package that makes a network of a model."""
@@ -39,11 +38,10 @@ def _is_keras_2(model: ModelFile) -> bool:
 
 
 BACKENDS = (
-    Backend("tfmot", _is_keras_2, "tfmot.model:load_trainable"),
-    Backend("Keras", _is_keras, "keras.model:load_trainable"),
-    Backend("TensorFlow", lambda model: model.family is Family.SAVED_MODEL, "tensorflow:load_trainable"),
+    Backend(_is_keras_2, "tfmot.model:load_trainable"),
+    Backend(_is_keras, "keras.model:load_trainable"),
+    Backend(lambda model: model.family is Family.SAVED_MODEL, "tensorflow:load_trainable"),
     Backend(
-        "PyTorch",
         lambda model: model.family in {Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS},
         "torch.model:load_trainable",
         imports="torch",

@@ -1,4 +1,4 @@
-"""Every kind of data at once: how a SPEC is recognised, what opens it, which options are its own."""
+"""Every kind of data at once: how a SPEC is recognised, what opens it, and what its options make of it."""
 
 from __future__ import annotations
 
