@@ -28,6 +28,7 @@ from prunectl.sweeping.requests import prune_by_request
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request
 from prunectl.training.finetune import FinetuneResult
+from prunectl.training.quiet import host_settings
 
 AnyPath = str | os.PathLike[str]
 
@@ -165,6 +166,7 @@ def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> Mo
     return sizes.measure(open_model(Path(model)), sizes.get_codec(CodecName(codec), level))
 
 
+@host_settings()
 def prune(
     model: AnyPath,
     output: AnyPath | None,
@@ -205,6 +207,7 @@ def strip(
     return stripping.strip(Path(model), StripOptions(parts, to_half=half), destination, is_packed=pack)
 
 
+@host_settings()
 def finetune(
     model: AnyPath,
     output: AnyPath,
@@ -222,6 +225,7 @@ def finetune(
     return training.finetune(Path(model), finetune_request.parse_request(options), destination)
 
 
+@host_settings()
 def export(
     model: AnyPath, output: AnyPath, /, *, force: bool = False, **options: Unpack[ExportOptions]
 ) -> ExportResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from prunectl.commands._requests import CHANNEL_LIMITS
 from prunectl.errors import UsageError
 from prunectl.exporting import request as export_request
 from prunectl.pruning.request import OPTIONS
+from prunectl.training import quiet
 from prunectl.training import request as finetune_request
 from tests.running import FIXTURES
 from tests.running import prunectl as command
@@ -95,3 +98,20 @@ def test_prune_looks_at_data_as_the_command_does(tmp_path: Path) -> None:
     prunectl.prune(model, target, strategy="activation-magnitude", **said)
     assert (tmp_path / "a.onnx").read_bytes() == target.read_bytes()
     assert any("anew to 64 examples" in note for note in prunectl.prune(model, None, repair=True, **said).notes)
+
+
+def test_a_host_program_gets_its_log_levels_and_environment_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    try:
+        logger.setLevel(logging.INFO)
+        with quiet.host_settings():
+            quiet.raise_log_levels()
+            assert logger.level == logging.ERROR
+            assert os.environ["GRPC_VERBOSITY"] == "ERROR"
+        assert logger.level == logging.INFO
+        assert "GRPC_VERBOSITY" not in os.environ
+    finally:
+        logger.setLevel(level)
+    assert all(hasattr(function, "__wrapped__") for function in (prunectl.prune, prunectl.finetune, prunectl.export))

@@ -17,6 +17,7 @@ from prunectl.reporting.finetune import TrainingProgress, finetune_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.training.finetune import finetune
+from prunectl.training.loop import retain_freed_memory
 from prunectl.training.request import DEFAULT_EPOCHS, OPTIONS, FinetuneRequest, KeepWeights, MaskMode, parse_request
 
 _DEFAULT = FinetuneRequest("")
@@ -170,6 +171,7 @@ class Finetune(OutputOptions):
         """Train the model, or search for what it takes within a drop, and show what came of it."""
         reporter: Reporter = ctx.obj
         import_first(self.imports or ())
+        retain_freed_memory()
         request = parse_request(request_options(ctx, self, OPTIONS))
         check_options(ctx, self, Mode.SEARCH if self.max_drop else Mode.NONE)
 

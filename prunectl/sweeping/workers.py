@@ -40,6 +40,7 @@ from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, d
 from prunectl.training.course import DivergedError
 from prunectl.training.evaluate import evaluate_baseline, evaluate_file
 from prunectl.training.finetune import finetune
+from prunectl.training.loop import retain_freed_memory
 from prunectl.training.request import FinetuneRequest
 
 _KINDS = {
@@ -268,6 +269,8 @@ def run_trial(path: Path, config: SweepConfig, folder: Path, trial: Trial) -> Tr
 
 
 def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
+    if config.epochs:
+        retain_freed_memory()
     if not config.epochs:
         _write_pruned(path, config, trial, output)
     elif is_one_shot(trial):

@@ -36,7 +36,6 @@ from prunectl.training.loop import (
     TrainingRun,
     TrainState,
     evaluate,
-    retain_freed_memory,
     train,
 )
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig, make_pruning_config, masks_of_zeros
@@ -314,7 +313,6 @@ def _course(request: FinetuneRequest, data: TrainingData, ranks: int) -> TrainCo
 
 
 def _train(run: TrainingRun) -> TrainState:
-    retain_freed_memory()
     with closing(run.logger), GracefulInterrupt() as stopping:
         return train(run, stopping)
 

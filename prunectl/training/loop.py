@@ -220,7 +220,10 @@ _MAPPED_BYTES = 32 << 20
 
 
 def retain_freed_memory() -> None:
-    """Have freed memory kept for the next step: given back, every page of it costs a fault when it is wanted again."""
+    """Have freed memory kept for the next step: given back, every page of it costs a fault when it is wanted again.
+
+    It holds for the rest of the process, so that commands and workers call it, and no function that others may call.
+    """
     library = ctypes.CDLL(None)
     # A library without such a knob, as musl, does what it does.
     if hasattr(library, "mallopt"):

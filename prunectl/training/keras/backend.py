@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from prunectl.training.keras._compat import (
     seed_generators,
     set_global_generator,
 )
-from prunectl.training.quiet import ignore_warnings, silence
+from prunectl.training.quiet import ignore_warnings, raise_log_levels, silence
 
 _BACKEND_EXTRAS = frozenset({"tensorflow", "torch"})
 _LEGACY = "TF_USE_LEGACY_KERAS"
@@ -137,11 +136,8 @@ def load_keras3() -> KerasLibrary:
 @contextmanager
 def quiet_import() -> Iterator[None]:
     """Silence the import of TensorFlow and JAX below errors, unless TF_CPP_MIN_LOG_LEVEL is set."""
-    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for name in ("tensorflow", "absl", "jax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if level != "3" or "tensorflow" in sys.modules:
+    raise_log_levels()
+    if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3" or "tensorflow" in sys.modules:
         with ignore_warnings():
             yield
         return
