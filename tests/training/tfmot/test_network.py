@@ -289,7 +289,7 @@ class TestAFileWithWrappers:
         middle, end = tmp_path / f"middle{suffix}", tmp_path / f"end{suffix}"
         prune_wrapped(path, Pruning(sparsity=0.75), ramp, LoadOptions(), Destination(tmp_path / f"w{suffix}"))
         first = tuned(tmp_path / f"w{suffix}", middle, data, epochs=1, keeps_wrappers=True)
-        assert any("goes on to step 20, and training ended at step 10" in note for note in first.notes)
+        assert any("schedule ends at step 20, but training ended at step 10" in note for note in first.notes)
         held = read_saved_pruning(open_model(middle))
         assert held is not None
         assert held.step == 10
@@ -332,7 +332,7 @@ class TestAFileWithWrappers:
         model = tfmot.prune_low_magnitude(model, pruning_schedule=Mine(0.5, 0))
         model.save(tmp_path / "theirs.h5", include_optimizer=False)
         found = tuned(tmp_path / "theirs.h5", tmp_path / "out.h5", data, epochs=1)
-        assert any("Mine of the file is not known" in note for note in found.notes)
+        assert any("schedule Mine is not known" in note for note in found.notes)
         assert not is_by_tfmot(found)
 
 
