@@ -29,7 +29,7 @@ def main() -> int:
     is_heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     try:
         if is_heard:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, _interrupt)
         _open_what_is_closed()
         signal.signal(signal.SIGTERM, _terminate)
         if not _may_calibrate(arguments):
@@ -77,6 +77,9 @@ def _run(arguments: list[str]) -> int:
     except (BrokenPipeError, KeyboardInterrupt, Terminated):
         raise
     except Exception as error:  # noqa: BLE001 - the one place where errors are caught
+        if _interrupts:
+            # A framework whose import is interrupted fails with an error of its own.
+            return CANCELLED
         return _explain(error, arguments)
 
 
@@ -84,6 +87,14 @@ def _explain(error: Exception, arguments: list[str]) -> int:
     from prunectl.reporting.reporter import report_error  # noqa: PLC0415 - see _run
 
     return report_error(error, arguments)
+
+
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

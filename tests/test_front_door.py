@@ -398,3 +398,21 @@ def test_every_option_stands_in_the_whole_help(name: str) -> None:
     for param in importlib.import_module(COMMANDS[name][0]).command.params:
         if param.param_type_name == "option" and not param.hidden:
             assert len(re.findall(rf"(?m)^ +(?:-\w, )?{param.opts[-1]}\b|(?:, | ){param.opts[-1]}(?:,|$)", shown)) >= 1
+
+
+def test_an_interrupt_that_a_framework_turns_into_an_error_of_its_own_is_still_an_interrupt() -> None:
+    code = """
+import signal, sys
+from prunectl import cli
+from prunectl.commands import app
+def interrupted(arguments):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("a library was not loaded")
+app.run = interrupted
+sys.argv = ["prunectl", "size", "m.h5"]
+sys.exit(cli.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean(), check=False)
+    assert (done.returncode, done.stderr) == (cli.CANCELLED, "")
