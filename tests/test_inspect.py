@@ -236,7 +236,7 @@ def test_what_is_wrong_with_standard_input_is_told_of_it() -> None:
     assert (ran.code, ran.err.splitlines()[0]) == (3, "error: standard input is text, not a model")
     ran = here("inspect", "-", "--layers", "nothing", stdin=(FIXTURES / "digits_cnn.pt").read_bytes())
     assert ran.code == 2
-    assert "error: no layer matches 'nothing' in standard input\n" in ran.err
+    assert "error: no layer of standard input matches 'nothing'\n" in ran.err
 
 
 def test_what_is_not_all_zero_is_never_called_a_hundred_percent(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_weights_that_are_in_a_file_twice_are_named_with_both_places(layout: str
     for done in (found, pruned):
         assert done.code == 0, done.err
         text = " ".join(f"{done.out} {done.err}".split())
-        assert f"The file holds the weights twice: {trained} and {average}, an average of them (3 tensors)" in text
+        assert f"The file holds the weights twice: {trained} and {average}their average (3 tensors)" in text
 
 
 def _copied(held: Any) -> Any:

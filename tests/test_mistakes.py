@@ -60,7 +60,7 @@ PRUNE = ("prune", "net.pt", "-o", "out.pt", "--pattern", "channel", "-s", "50%",
         ("own_net.py:Block", "cannot be called without arguments: missing a required argument: 'inputs'"),
         ("own_net.py:unset", "raises ValueError: please set NUM_CLASSES"),
         ("own_net.py:number", "is a int, not a function"),
-        ("own_net.py", "own_net.py has Block, Net, unset: which of them builds the model?"),
+        ("own_net.py", "names no function; the file has Block, Net, unset"),
         ("no_net.py", "no_net.py is not a Python file"),
     ],
 )
@@ -126,7 +126,10 @@ def test_the_root_is_no_file_to_write_to(command: tuple[str, ...], net: Path) ->
         (("--data", "d.npz", "--distill", "hf://org/big"), "hf://org/big is a URL, and prunectl reads"),
         (("--data", "d.npz", "--model", "https://x.org/net.py:Net"), "https://x.org/net.py is a URL, and prunectl"),
         (("--data", "d.npz", "--import", "https://x.org/net.py"), "https://x.org/net.py is a URL, and prunectl reads"),
-        (("--data", "d.npz", "-o", "gs://bucket/out.h5"), "gs://bucket/out.h5 is a URL, and prunectl writes files"),
+        (
+            ("--data", "d.npz", "-o", "gs://bucket/out.h5"),
+            "gs://bucket/out.h5 is a URL, but prunectl writes only files",
+        ),
     ],
     ids=["data", "val", "distill", "model", "import", "output"],
 )

@@ -114,6 +114,6 @@ def test_anything_else_is_no_pattern(text: str) -> None:
 
 
 def test_more_zeros_than_weights_are_turned_around_in_the_hint() -> None:
-    with pytest.raises(UsageError, match="asks for 4 zeros in 2 weights") as caught:
+    with pytest.raises(UsageError, match="needs 4 zeros in every 2 weights") as caught:
         parse("4:2")
     assert caught.value.hint == "write 2:4"

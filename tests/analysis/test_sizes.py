@@ -100,7 +100,7 @@ def test_levels_are_those_of_the_codec(name: str, usual: int, highest: int) -> N
     assert get_codec(codec, 1).level == 1
     assert get_codec(codec, highest).level == highest
     for level in (0, -1, highest + 1):
-        with pytest.raises(UsageError, match=f"levels 1 to {highest}"):
+        with pytest.raises(UsageError, match=f"must be from 1 to {highest}"):
             get_codec(codec, level)
 
 

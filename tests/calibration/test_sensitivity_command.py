@@ -101,7 +101,7 @@ def test_a_collapse_is_told_and_only_the_worst_are_named(tmp_path: Path) -> None
     save_file(weights, tmp_path / "m.safetensors")
     found = here("inspect", tmp_path / "m.safetensors", "--sensitivity")
     (line,) = [line for line in found.err.splitlines() if "would collapse" in line]
-    assert line.count("from 50 % on (an output loses all its weights)") == 5
+    assert line.count("from 50 % on (an output has no weights left but zeros)") == 5
     assert "and 2 others" in line
 
 

@@ -40,7 +40,7 @@ def test_a_goal_is_a_share_less_or_a_number(text: str, number: int, share: float
 
 @pytest.mark.parametrize("text", ["50%", "-150%", "half", "-3", "", "1.5MB"])
 def test_anything_else_is_no_goal(text: str) -> None:
-    with pytest.raises(UsageError, match="is no number of FLOPs"):
+    with pytest.raises(UsageError, match="is not a number of FLOPs"):
         parse_target(TargetKind.FLOPS, text)
 
 

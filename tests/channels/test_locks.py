@@ -16,14 +16,14 @@ from tests.channels.test_rules import between
 @pytest.mark.parametrize(
     ("node", "reason"),
     [
-        (op("Softmax", "a", "last_in", axis=1), "Softmax to_last_in reaches over channels"),
+        (op("Softmax", "a", "last_in", axis=1), "Softmax to_last_in spans several channels"),
         (op("LRN", "a", "last_in", size=3), "LRN to_last_in"),
         (op("DepthToSpace", "a", "last_in", blocksize=2), "DepthToSpace to_last_in"),
-        (op("ReduceMean", "a", "last_in", axes=[1]), "ReduceMean to_last_in reaches over channels"),
+        (op("ReduceMean", "a", "last_in", axes=[1]), "ReduceMean to_last_in spans several channels"),
         (op("Transpose", "a", "last_in", perm=[0, 2, 1, 3]), "Conv to_y mixes channels with positions"),
-        (op("Pad", "a pads", "last_in"), "Pad to_last_in reaches over channels"),
-        (op("Slice", "a from to at step", "last_in"), "Slice to_last_in takes channels in another order"),
-        (op("Gather", "a pick", "last_in", axis=1), "Gather to_last_in reaches over channels"),
+        (op("Pad", "a pads", "last_in"), "Pad to_last_in spans several channels"),
+        (op("Slice", "a from to at step", "last_in"), "Slice to_last_in reorders channels"),
+        (op("Gather", "a pick", "last_in", axis=1), "Gather to_last_in spans several channels"),
     ],
     ids=lambda case: getattr(case, "op_type", None),
 )
@@ -44,7 +44,7 @@ def test_an_operation_that_mixes_channels_locks_them(node: Any, reason: str, tmp
 def test_a_shape_that_takes_channels_apart_locks_them(tmp_path: Path) -> None:
     numbers = {"apart": [1, 2, 8, 12]}
     found = between([op("Reshape", "a apart", "last_in")], tmp_path, numbers=numbers, channels=3, width=2)
-    assert locks(found)["first"] == "Reshape to_last_in takes channels apart"
+    assert locks(found)["first"] == "Reshape to_last_in splits channels"
 
 
 def test_what_comes_from_elsewhere_locks_what_it_meets(tmp_path: Path) -> None:
@@ -57,20 +57,20 @@ def test_what_comes_from_elsewhere_locks_what_it_meets(tmp_path: Path) -> None:
 
 def test_adding_the_input_locks(tmp_path: Path) -> None:
     found = between([op("Add", "a x", "last_in")], tmp_path, channels=3)
-    assert locks(found)["first"] == "Add to_last_in joins it with what stays"
+    assert locks(found)["first"] == "Add to_last_in joins it with channels that cannot be removed"
 
 
 def test_one_channel_that_scales_many_stays(tmp_path: Path) -> None:
     nodes = [op("Conv", "a gate", "g"), op("Mul", "a g", "last_in")]
     found = between(nodes, tmp_path, {"gate": (1, 4, 1, 1)})
-    assert locks(found)["gate"] == "Mul to_last_in takes it for many channels"
+    assert locks(found)["gate"] == "Mul to_last_in broadcasts it to many channels"
     assert places(found, "first") == {"first[0]", "gate[1]", "last[1]"}
 
 
 def test_weights_that_are_calculated_lock_both_sides(tmp_path: Path) -> None:
     nodes = [op("Mul", "direction length", "kernel"), op("Conv", "a kernel", "last_in")]
     found = between(nodes, tmp_path, {"direction": (5, 4, 3, 3), "length": (5, 1, 1, 1)}, width=5)
-    assert locks(found)["first"] == "Conv to_last_in has weights that are calculated"
+    assert locks(found)["first"] == "Conv to_last_in computes its weights"
     assert [family.name for family in found.groups] == ["first", "last"]
 
 
@@ -87,7 +87,7 @@ def test_a_shared_kernel_makes_its_users_go_together(tmp_path: Path) -> None:
 def test_a_kernel_that_is_also_used_otherwise_stays(tmp_path: Path) -> None:
     nodes = [op("Conv", "a same", "b"), op("ReduceSum", "same", "s", keepdims=0), op("Mul", "b s", "last_in")]
     found = between(nodes, tmp_path, {"same": (4, 4, 1, 1)})
-    assert locks(found)["same"] == "same is used elsewhere in another way"
+    assert locks(found)["same"] == "same is also used in a different way elsewhere"
 
 
 def test_equal_biases_that_an_exporter_merged_tie_nothing(tmp_path: Path) -> None:

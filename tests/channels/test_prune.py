@@ -118,7 +118,7 @@ def test_limits_and_selectors_hold(tmp_path: Path) -> None:
         ({"compression": 2.0, "sparsity": None}, "--compression does not go with channels"),
         ({"scope": "erk"}, "--scope layer or global"),
         ({"scope": "global", "layers": (("conv1", 0.5),)}, "--layer cannot be used with --scope global"),
-        ({"limits": {"round_to": 0}}, "--round-to is at least 1"),
+        ({"limits": {"round_to": 0}}, "--round-to must be at least 1"),
         ({"limits": {"max_ratio": 2.0}}, "share of channels must be"),
         ({"only": "nothing*"}, "no layer of"),
         ({"only": "fc2.weight"}, "no channels that can be removed"),

@@ -57,7 +57,7 @@ def test_programs_and_scripts_become_code_as_well(source: str, tmp_path: Path) -
 
 def test_axes_that_only_data_closes_are_told(tmp_path: Path) -> None:
     found = export("digits_cnn.pt", tmp_path / "out.pt", code=True, model=NET, data=DIGITS)
-    assert "The class was tried with x:?,1,8,8 alone." in found.notes
+    assert "The class was verified only with inputs of x:?,1,8,8." in found.notes
     assert found.comparison is not None
     assert found.comparison.top1_agreement == 1.0
 

@@ -90,7 +90,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         ({"opset": 5}, "--opset 5 is older"),
         ({"to": "onxx"}, "--to onxx is no format"),
         ({"metadata": ["a"]}, "is not KEY=VALUE"),
-        ({"inputs": 3}, "export takes no inputs"),
+        ({"inputs": 3}, "export has no option inputs"),
         ({"card": tmp_path / "m.onnx"}, "name the same file"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -71,7 +71,7 @@ def test_what_has_changed_is_said_and_what_prunectl_wrote_is_replaced(
     (folder / OUT).unlink()
     found = prunectl(folder, *WORDS, "-s", "0.75")
     assert (found.code, reason(found)) == (0, f"{OUT} is not there")
-    assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was made by prune"
+    assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was written by prunectl prune"
     assert prunectl(folder, "strip", *WORDS[1:]).err == f"note: {OUT} is up to date.\n"
     monkeypatch.setattr(build, "__version__", "9.9")
     assert reason(prunectl(folder, "strip", *WORDS[1:])) == "prunectl was 0.1.0"
@@ -202,7 +202,10 @@ def test_a_recipe_with_data_from_a_function_cannot_be_known(folder: Path) -> Non
     (folder / "d.py").write_text("def load():\n    return None\n")
     (folder / "m.json").write_text(json.dumps({"request": {"data": "./d.py:load"}}))
     found = prunectl(folder, *WORDS, "--recipe", "m.json", "--trust")
-    assert (found.code, found.err.splitlines()[0]) == (2, "error: --if-changed cannot know what ./d.py:load reads")
+    assert (found.code, found.err.splitlines()[0]) == (
+        2,
+        "error: --if-changed cannot tell whether the data of ./d.py:load changed",
+    )
 
 
 def test_what_cannot_be_written_afterwards_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +216,9 @@ def test_what_cannot_be_written_afterwards_is_a_warning(folder: Path, monkeypatc
     found = prunectl(folder, *WORDS, "-s", "0.75", "--depfile", "b.d", "--json")
     assert (found.code, found.json["exit_code"], found.json["error"]) == (0, 0, None)
     assert found.json["warnings"][-2:] == [
-        "b.d could not be written, and make does not know what was read: no space left on the disk",
+        "b.d could not be written, so make does not know the dependencies: no space left on the disk",
         (
-            f".{OUT}.prunectl could not be written, and the next run needs --force to replace {OUT}: "
+            f".{OUT}.prunectl could not be written, so the next run needs --force to replace {OUT}: "
             "no space left on the disk"
         ),
     ]
@@ -239,7 +242,7 @@ def test_a_manifest_takes_the_place_of_nothing_else(content: str, tmp_path: Path
     (tmp_path / "m.json").write_text(content)
     words = ("prune", "a.safetensors", "-s", "0.5", "--manifest", "m.json", "-o")
     found = prunectl(tmp_path, *words, OUT)
-    assert (found.code, found.err.splitlines()[0]) == (2, "error: m.json exists, and is no manifest of prunectl")
+    assert (found.code, found.err.splitlines()[0]) == (2, "error: m.json exists and is not a prunectl manifest")
     assert (written(tmp_path, tmp_path), (tmp_path / "m.json").read_text()) == (["a.safetensors", "m.json"], content)
     assert prunectl(tmp_path, *words, OUT, "--dry-run").code == 0
     assert prunectl(tmp_path, *words, OUT, "--force").code == 0
@@ -304,4 +307,7 @@ def test_what_data_a_function_gives_cannot_be_known(folder: Path) -> None:
     (folder / "d.py").write_text("def load():\n    return None\n")
     words = ("finetune", "a.safetensors", "-o", OUT, "--data", "./d.py:load", "--if-changed")
     found = prunectl(folder, *words)
-    assert (found.code, found.err.splitlines()[0]) == (2, "error: --if-changed cannot know what ./d.py:load reads")
+    assert (found.code, found.err.splitlines()[0]) == (
+        2,
+        "error: --if-changed cannot tell whether the data of ./d.py:load changed",
+    )

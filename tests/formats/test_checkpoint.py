@@ -225,7 +225,7 @@ def test_a_tensor_beyond_the_end_of_its_shard_is_refused(tmp_path: Path) -> None
     at = index.index(b"\x20\x50\x28\x14", entry.block.begin)  # field 4: offset 80, field 5: 20 bytes
     index[at + 1] = 0x7F
     seal(index, path)
-    with pytest.raises(InputError, match=r"is truncated or damaged: b should lie at bytes 127\.\.147"):
+    with pytest.raises(InputError, match=r"is truncated or damaged: b should be at bytes 127\.\.147"):
         open_model(path)
     index[at + 1] = 0x08
     path.write_bytes(path.read_bytes())

@@ -145,7 +145,7 @@ def test_many_threads_are_served_at_once() -> None:
     with ThreadPoolExecutor(8) as workers:
         assert list(workers.map(child, [partial(echo, answer) for answer in answers])) == answers
         assert [str(failure) for failure in workers.map(_failure, [die, swallow] * 4)] == [
-            "m.h5 crashes the library that reads it: it is damaged or hostile",
+            "m.h5 crashes the library that reads it: it is damaged or malicious",
             "m.h5 is truncated or damaged: it asks for more memory than a file of its size can need",
         ] * 4
 

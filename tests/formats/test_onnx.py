@@ -301,7 +301,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
         (external("w", "w.bin", offset=4), "is truncated or damaged"),
         (external("w", "w.bin", offset=-4), "is no number"),
         (external("w", "w.bin", offset="9" * 30), "is no number"),
-        (external("w", "w.bin", length=23), "needs 24 bytes, its external data has 23"),
+        (external("w", "w.bin", length=23), "needs 24 bytes; its external data has 23"),
     ],
 )
 def test_external_data_that_is_not_there_is_said_so(tmp_path: Path, proto: TensorProto, complaint: str) -> None:
@@ -357,9 +357,9 @@ def test_a_producer_an_opset_metadata_foreign_operators_and_quantised_kernels_ar
     assert about.producer == "acme 1.2, opset 17, IR version 8"
     assert about.code == ("operator com.acme.Magic",)
     assert about.notes == (
-        "Parameters of 1 classical operators (ai.onnx.ml) are no tensors and are not listed.",
+        "Parameters of 1 classical operators (ai.onnx.ml) are not tensors and are not listed.",
         "1 of 1 kernels are quantised to int8.",
-        "1 of 2 tensors are used by no operation.",
+        "1 of 2 tensors are not used by any operation.",
     )
 
 
@@ -399,7 +399,7 @@ def segmented() -> TensorProto:
 @pytest.mark.parametrize(
     ("protos", "complaint"),
     [
-        ([lie(dims=[2, 4])], "does not fit its 24 bytes"),
+        ([lie(dims=[2, 4])], "does not match its 24 bytes"),
         ([lie(dims=[-2, -3])], "impossible shape"),
         ([lie(dims=[1 << 62, 1 << 62, 0])], "impossible shape"),
         ([lie(dims=[1 << 40])], "does not fit"),

@@ -323,7 +323,7 @@ def test_an_operator_that_names_a_tensor_out_of_reach_is_refused(tmp_path: Path)
 def test_a_buffer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     builder = Builder()
     builder.graph.tensors[builder.tensor("w", (1,), bytes(4))].buffer = 7
-    with pytest.raises(InputError, match="buffer 7, which is not there"):
+    with pytest.raises(InputError, match="buffer 7, which does not exist"):
         open_model(builder.write(tmp_path / "m.tflite"))
 
 

@@ -64,7 +64,7 @@ def spoilt(tmp_path: Path, old: bytes, new: bytes) -> Path:
     ("old", "new", "complaint"),
     [
         ((2).to_bytes(8, "little") + bytes.fromhex("0000803f"), (9).to_bytes(8, "little"), "has 9 elements"),
-        (b"K\x00K\x02\x85", b"K\x01K\x02\x85", "should reach up to element 2"),
+        (b"K\x00K\x02\x85", b"K\x01K\x02\x85", "reaches element 2"),
         (b"M\xe9\x03", b"M\xe8\x03", "not of the protocol"),
         (b"FloatStorage", b"FloatStrange", "does not read"),
     ],

@@ -118,7 +118,7 @@ MANY = 600_000
 
 
 NESTED = "m.pt is refused: its values are nested more than 400 deep"
-UNFOLLOWED = "m.pt is truncated or damaged: it is not a pickle that can be followed"
+UNFOLLOWED = "m.pt is truncated or damaged: it is not a pickle that can be interpreted"
 
 
 @pytest.mark.parametrize(

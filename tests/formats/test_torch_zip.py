@@ -170,7 +170,7 @@ def test_a_bare_optimizer_state_is_all_optimizer(tmp_path: Path) -> None:
 def test_an_average_of_the_weights_is_noted_and_both_layers_keep_their_prefix(tmp_path: Path) -> None:
     weights = torch.nn.Linear(3, 2).state_dict()
     model = saved(tmp_path, {"model": {"fc": weights}, "ema": {"fc": weights}})
-    assert model.about.notes == ("It holds a second copy of the weights under ema, averaged over the training.",)
+    assert model.about.notes == ("The file holds a second copy of the weights under ema, averaged over the training.",)
     assert {tensor.layer for tensor in model.tensors} == {"model.fc", "ema.fc"}
 
 
@@ -288,7 +288,9 @@ def test_numpy_arrays_are_read_where_their_bytes_lie_flat(tmp_path: Path) -> Non
         assert np.array_equal(model.read(by_name(model)[name]), array)
     older = saved(tmp_path, values, pickle_protocol=2)
     assert set(by_name(older)) == {"w"}
-    assert older.about.notes == ("It also holds 3 NumPy arrays inside its pickle, which prunectl leaves as they are.",)
+    assert older.about.notes == (
+        "The file also holds 3 NumPy arrays inside its pickle, which prunectl does not change.",
+    )
 
 
 def repacked(path: Path, method: int, changes: dict[str, bytes] | None = None) -> Path:
@@ -331,7 +333,7 @@ def test_two_paths_with_one_name_stay_two_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"data/0": b"123"}, "has 3 bytes, its pickle says 8"),
+        ({"data/0": b"123"}, "has 3 bytes, but its pickle has 8"),
         ({"data.pkl": b"\x80\x02}."}, "holds no tensors"),
         ({"data.pkl": b""}, "ends early"),
         ({"data.pkl": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."}, "nested more than"),

@@ -409,7 +409,7 @@ def test_data_that_is_the_inputs_own_is_never_overwritten(tmp_path: Path) -> Non
     for more in ((), ("--force",)):
         done = here("prune", own / "model.onnx", "-o", own / "small.onnx", *HALF, *more)
         assert done.code == 2
-        assert "small.onnx.data belongs to the input" in done.err
+        assert "small.onnx.data is part of the input" in done.err
     assert digest(own) == before
 
 

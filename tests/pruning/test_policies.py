@@ -150,7 +150,7 @@ def test_a_quantised_model_is_told_to_be_pruned_before(tmp_path: Path) -> None:
     done = here("prune", quantised(tmp_path), "-o", tmp_path / "out.tflite", "-s", "0.5")
     assert done.code == 2
     assert "has nothing to prune" in done.err
-    assert "quantised to int8: prune it before" in done.err
+    assert "quantised to int8: prune before quantising" in done.err
 
 
 def test_what_is_quantised_is_said_wherever_its_kernels_are_counted(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def zipped(folder: Path) -> Path:
 
 
 SENTENCES: dict[str, tuple[Maker, str]] = {
-    "a name": (header(data_offsets=[0, 5]), "does not fill bytes 0..5"),
+    "a name": (header(data_offsets=[0, 5]), "does not match bytes 0..5"),
     "a type": (header(dtype=LONG), "a type that prunectl does not read"),
     "a shape": (header(shape=[1] * 10_000), "too large for any memory"),
     "a number": (header(shape=[10**4000]), "is not JSON"),

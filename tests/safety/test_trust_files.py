@@ -45,7 +45,7 @@ def test_budgets_that_name_code_are_refused_with_their_line(name: str, code: str
     budgets(folder, **{name: code})
     done = here("check", cwd=folder)
     assert done.code == 3
-    assert "prunectl.toml:3: max-drop names code of its own: " in done.err
+    assert "prunectl.toml:3: max-drop names code that prunectl would run: " in done.err
     assert "--trust" in done.err
     assert not (folder / "canary").exists()
 
@@ -88,7 +88,7 @@ def test_a_recipe_that_names_code_is_refused(name: str, code: str, pattern: str,
     for more in ((), ("--dry-run",), ("--depfile", "out.d"), ("--if-changed",)):
         done = here(*words, *more, cwd=folder)
         assert done.code == 3, done.err
-        assert "recipe.json names code of its own: " in done.err
+        assert "recipe.json names code that prunectl would run: " in done.err
         assert not (folder / "canary").exists()
         assert not (folder / "out.onnx").exists()
 

@@ -404,5 +404,5 @@ def test_a_vocabulary_of_its_own_needs_no_trust(tmp_path: Path) -> None:
     (tmp_path / "m" / "assets" / "words.txt").unlink()
     (tmp_path / "m" / "assets" / "words.txt").symlink_to(tmp_path / "words.txt")
     assert [one.words for one in trust.facts_of(open_model(tmp_path / "m"))] == [
-        "operation InitializeTableFromTextFileV2 on a file that is no asset of the model"
+        "operation InitializeTableFromTextFileV2 on a file that is not an asset of the model"
     ]

@@ -130,11 +130,11 @@ def test_the_table_says_what_was_left_out(tmp_path: Path, capsys: pytest.Capture
     assert fixed["sparsity"] in {0.5, None}
     assert app.run([*words, "--format", "human", "-n", "0"]) == 0
     told = capsys.readouterr().out
-    assert "2:4 decides the sparsity by itself: it is tried at 50.0 % alone." in told
-    assert "Left out: magnitude global 2:4: the pattern 2:4 is the same in every layer." in told
+    assert "The pattern 2:4 fixes the sparsity at 50.0 %: no other was tried." in told
+    assert "Not tried: magnitude global 2:4: the pattern 2:4 is the same in every layer." in told
 
 
 @pytest.mark.parametrize("word", ["damp", "=1", "damp="])
 def test_a_parameter_without_values_is_refused(word: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"values|names nothing"):
+    with pytest.raises(UsageError, match=r"values|is an empty list"):
         app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--param", word])

@@ -115,7 +115,7 @@ def test_the_report_marks_the_front_and_draws_it(tmp_path: Path, capsys: pytest.
     assert any(point["is_front"] for point in points)
     assert app.run(["sweep", *map(str, words), "--format", "human"]) == 0
     drawn = capsys.readouterr().out
-    assert "accuracy over gzip size" in drawn
+    assert "accuracy against gzip size" in drawn
     assert "a magnitude layer" in drawn
     assert app.run(["sweep", *map(str, words), "--quiet"]) == 0
     best = [model["path"] for model in found["models"] if model["point"]["is_front"] and model["point"]["strategy"]]

@@ -520,7 +520,7 @@ def test_words_about_pruning_need_a_sparsity(words: dict[str, Any], said: str, t
 
 def test_a_file_that_is_sparser_already_keeps_its_zeros_and_it_is_said(pruned: Path, tmp_path: Path) -> None:
     found = tuned(pruned, tmp_path / "out.pt", pruning=Pruning(sparsity=0.5), epochs=1)
-    assert any("is sparser already than 50.0%" in note for note in found.notes)
+    assert any("is already sparser than 50.0%" in note for note in found.notes)
     assert found.after.prunable_sparsity == pytest.approx(0.8, abs=1e-3)
 
 

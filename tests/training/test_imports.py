@@ -33,7 +33,7 @@ def test_nothing_in_the_current_folder_takes_the_place_of_a_library(tmp_path: Pa
     (tmp_path / "wave.py").write_text("raise AssertionError")
     sys.modules.pop("wave", None)
     import_first(["wave"])
-    with pytest.raises(UsageError, match="wave is the name of another module"):
+    with pytest.raises(UsageError, match="another module is already called wave"):
         import_first(["./wave.py"])
 
 
@@ -42,7 +42,7 @@ def test_nothing_in_the_current_folder_takes_the_place_of_a_library(tmp_path: Pa
     [
         ("own_missing", "no such module is installed or in this folder"),
         ("./own_missing.py", "the file does not exist"),
-        ("own_needy", "it needs a module own_missing, which is not here"),
+        ("own_needy", "it imports own_missing, which cannot be found"),
         ("./own_broken.py", "ValueError: so it goes"),
     ],
 )

@@ -82,7 +82,7 @@ def test_every_process_makes_the_planned_steps_in_every_epoch(count: int, per_ra
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_can() -> None:
-    with pytest.raises(UsageError, match="a batch of 10 examples cannot be shared evenly by 4 processes") as caught:
+    with pytest.raises(UsageError, match="--batch-size 10 is not a multiple of the 4 processes") as caught:
         resolve_steps(100, 10, epochs=1, steps=None, default_epochs=3, ranks=4)
     assert caught.value.hint == "--batch-size 12"
 

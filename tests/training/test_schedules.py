@@ -71,7 +71,7 @@ def test_a_curve_of_somebody_else_survives_being_saved(tmp_path: Path) -> None:
 def test_a_curve_that_leaves_its_range_is_told(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("def wild(done, initial, final):\n    return 2 * done\n")
-    with pytest.raises(WorkError, match="asks for a sparsity of 2"):
+    with pytest.raises(WorkError, match="returned a sparsity of 2"):
         SparsitySchedule(f"{own}:wild", 0.8, 0, 100).sparsity_at(100)
 
 

@@ -142,7 +142,7 @@ def test_what_is_more_than_units_and_heads_keeps_them(which: str, tmp_path: Path
     k.Model(i, made).save(path)
     reasons = {family.name: family.locked_because for family in channel_groups(open_model(path)).groups}
     assert not {"odd", "left", "scored"} & {name.split("/")[0] for name in reasons}
-    assert reasons["before/kernel"] == "LayerNormalization norm reaches over channels"
+    assert reasons["before/kernel"] == "LayerNormalization norm spans several channels"
 
 
 def test_a_mask_of_steps_keeps_no_units(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_bounds_that_pytorch_does_not_take_again_are_told_when_they_are_lost(
 
     monkeypatch.setattr(adapter, "_open_axes", failing)
     (note,) = cut(path, tmp_path / "small.pt2", inputs=()).notes
-    assert note.startswith("The bounds of the program's sizes are not those of the file, but PyTorch's own: no such")
+    assert note.startswith("PyTorch chose new bounds for the dynamic sizes of the program: no such")
 
 
 def test_a_decomposed_program_is_read_as_well(tmp_path: Path) -> None:

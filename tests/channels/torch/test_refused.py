@@ -27,7 +27,11 @@ from tests.running import here
         ({"model": "tests.channels.nets:Vgg", "inputs": ()}, "the shapes of its inputs", "--input 1,3,224,224"),
         ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3,x",)}, "is not a shape", "1,3,224,224"),
         ({"model": "tests.channels.nets:Vgg", "inputs": ("1,3:f8",)}, "is not a type of numbers", "known: f32"),
-        ({"model": "tests.channels.nets:Vgg", "inputs": ("1,4,16,16",)}, "cannot be run on 1x4x16x16", "--input"),
+        (
+            {"model": "tests.channels.nets:Vgg", "inputs": ("1,4,16,16",)},
+            "cannot run on inputs of 1x4x16x16",
+            "--input",
+        ),
         ({}, "holds only weights", "--model"),
         ({"model": "tests.channels.nets:Vgg", "custom_objects": "x:Y"}, "layers of Keras", "leave out"),
     ],
@@ -80,7 +84,7 @@ def test_the_command_says_what_it_did_and_where(tmp_path: Path) -> None:
     words = ("--model", "tests.channels.nets:Vgg", "--input", "1,3,16,16")
     done = here("prune", path, "-o", output, "--pattern", "channel", "-s", "50%", *words)
     assert done.code == 0
-    assert "The class Vgg that takes them is beside it" in done.err
+    assert "class Vgg for these weights is in the file beside it" in done.err
     assert ["head.3.weight", "5x20", "5x10", "100", "50", "0.5"] in done.rows
     no_channels = here("prune", path, "-o", tmp_path / "x.pt", "-s", "50%", "--input", "1,3,16,16")
     assert (no_channels.code, "--input needs --groups" in no_channels.err) == (2, True)

@@ -128,7 +128,7 @@ def test_a_dictionary_of_inputs_is_put_in_the_order_of_the_model(loaders: str) -
     ("name", "error", "said"),
     [
         ("fails", WorkError, "fails: RuntimeError: the disk is on fire"),
-        ("weighted", InputError, "3 things at once"),
+        ("weighted", InputError, "batches of 3 parts"),
         ("uneven", InputError, r"differ in their number of examples: \[10, 3\]"),
         ("ragged", InputError, "have different shapes"),
         ("nothing", InputError, "returns no batches"),
@@ -149,7 +149,7 @@ def test_a_function_that_gives_something_else_is_told_so(
 def test_a_file_or_a_module_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a Python file"):
         opened(f"{tmp_path}/none.py:load")
-    with pytest.raises(UsageError, match="no module is called nowhere"):
+    with pytest.raises(UsageError, match="there is no module nowhere"):
         opened("nowhere.at_all:load")
 
 

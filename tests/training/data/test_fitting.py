@@ -83,7 +83,7 @@ def test_whole_numbers_stay_whole_for_a_model_of_tokens() -> None:
 
 def test_too_many_inputs_or_none_at_all_are_refused() -> None:
     two = from_arrays("train.npz", {"a": np.zeros((2, 3)), "b": np.zeros((2, 3))}, {})
-    with pytest.raises(UsageError, match=r"has 2 inputs, and the model has 1 \(image\)"):
+    with pytest.raises(UsageError, match=r"has 2 inputs, but the model has 1 \(image\)"):
         adapt(two, model(3))
     with pytest.raises(InputError, match="no examples"):
         adapt(source_of(np.zeros((0, 3))), model(3))

@@ -45,7 +45,7 @@ def test_folders_are_classes_in_the_order_of_their_names(folder: Path) -> None:
     assert y.tolist() == [0, 0, 0, 1, 1]
     assert np.array_equal(x[3], pixels(folder / "dog" / "0.png"))
     assert source.count == 5
-    assert "2 classes by their folders: 0 cat, 1 dog" in source.notes[1]
+    assert "2 classes, one for each folder: 0 cat, 1 dog" in source.notes[1]
     assert opened(folder).count == 5
 
 
@@ -99,7 +99,7 @@ def test_pictures_of_differing_size_name_the_odd_one(folder: Path) -> None:
 
 def test_a_broken_picture_is_named(folder: Path) -> None:
     (folder / "dog" / "1.png").write_bytes((folder / "dog" / "1.png").read_bytes()[:60])
-    with pytest.raises(InputError, match=r"1\.png cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"1\.png cannot be read as an image"):
         whole(opened(folder))
 
 

@@ -79,10 +79,10 @@ def test_shape_flatten_and_onehot(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("nrom=unit", "takes no option nrom"),
-        ("target=a", "takes no option target"),
-        ("size=2x2", "takes no option size"),
-        ("limit=0", "limit=0 is no count"),
+        ("nrom=unit", "has no option nrom"),
+        ("target=a", "has no option target"),
+        ("size=2x2", "has no option size"),
+        ("limit=0", "limit=0 is not a count"),
         ("norm=halves", "norm=halves is not known"),
         ("norm=0.5:0", "deviations above zero"),
         ("norm=imagenet", "3 channels"),
@@ -90,7 +90,7 @@ def test_shape_flatten_and_onehot(saved: Path) -> None:
         ("relabel=maybe&classes=1", "must be 0 or 1"),
         ("classes=", "is not a list of classes"),
         ("classes=a,b", "is not a list of classes"),
-        ("shape=2x0", "shape=0 is no count"),
+        ("shape=2x0", "shape=0 is not a count"),
         ("limit=1&limit=2", "limit twice"),
     ],
 )

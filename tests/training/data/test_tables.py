@@ -74,9 +74,9 @@ def test_columns_come_in_the_order_that_is_asked(tmp_path: Path) -> None:
     ("lines", "said"),
     [
         (["a,y", "1,0", "two,1"], "line 3: 'two' in column 'a' is no number"),
-        (["a,y", "1,0", ",1"], "line 3: nothing stands in column 'a'"),
-        (["a,y", "1,0", "2, "], "line 3: nothing stands in column 'y'"),
-        (["a,y", "1,0", "2"], "line 3: a row of 1 cells under a header of 2"),
+        (["a,y", "1,0", ",1"], "line 3: the column 'a' is empty"),
+        (["a,y", "1,0", "2, "], "line 3: the column 'y' is empty"),
+        (["a,y", "1,0", "2"], "line 3: the row has 1 cells, the header 2"),
         (["a,a,y", "1,2,0"], "two columns called 'a'"),
         (["a,y"], "no rows"),
         (["1.5,2", "3,4"], "its first line holds numbers"),

@@ -221,7 +221,7 @@ def test_the_gradient_is_clipped_by_its_norm(k: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("means", "message", "meant"),
     [
-        ({"optimizer": "adm"}, "no optimizer is called adm", "adam"),
+        ({"optimizer": "adm"}, "unknown optimizer adm", "adam"),
         ({"optimizer": "sgd:momentm=0.9"}, "no setting momentm", "momentum"),
         ({"optimizer": "sgd:momentum"}, "is not a setting", ""),
         ({"optimizer": "sgd:momentum=7"}, "does not accept these settings", ""),

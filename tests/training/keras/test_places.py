@@ -56,7 +56,7 @@ def test_the_device_is_the_one_that_was_named(device: str, place: str, entered: 
 @pytest.mark.parametrize(
     ("gpus", "device", "said"),
     [
-        (1, "cuda:1", "finds no cuda:1: 1 GPU here, counted from 0"),
+        (1, "cuda:1", "finds no cuda:1: this machine has 1 GPU, numbered from 0"),
         (0, "cuda:1", "finds no GPU"),
         (1, "tpu", "Keras has no device tpu"),
         (1, "cuda:one", "Keras has no device cuda:one"),

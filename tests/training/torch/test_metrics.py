@@ -45,7 +45,7 @@ def test_the_best_five_take_labels_and_one_hot_alike() -> None:
 def test_a_metric_of_the_users_that_gives_many_numbers_is_told(tmp_path: Path) -> None:
     (tmp_path / "many.py").write_text("def score(out, y):\n    return out[:, 0]\ndef good(out, y):\n    return 0.25\n")
     name = f"{tmp_path / 'many.py'}:score"
-    with pytest.raises(UsageError, match="it returns 2 numbers, and one is due"):
+    with pytest.raises(UsageError, match="it returns 2 numbers instead of one"):
         resolve_metrics((name,), OWN, OUT, LABELS)[0].mean(OUT, LABELS)
     good = f"{tmp_path / 'many.py'}:good"
     assert resolve_metrics((good,), OWN, OUT, LABELS)[0].mean(OUT, LABELS).item() == 0.25
@@ -122,5 +122,5 @@ def test_a_metric_of_the_users_that_fails_is_told(tmp_path: Path) -> None:
     averager = MetricAverager(resolve_metrics((f"{path}:Failing",), OWN, OUT, LABELS), is_training=True)
     with pytest.raises(UsageError, match=r"the metric .*:Failing does not fit outputs of 6"):
         averager.update(2, torch.zeros(()), OUT, LABELS)
-    with pytest.raises(UsageError, match=r"the metric .*:Wanting cannot be made without arguments"):
+    with pytest.raises(UsageError, match=r"the metric .*:Wanting cannot be created without arguments"):
         MetricAverager(resolve_metrics((f"{path}:Wanting",), OWN, OUT, LABELS), is_training=True)

@@ -314,7 +314,7 @@ def test_the_loss_that_nobody_named_fits_the_outputs_and_is_told(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"optimizer": "adm"}, "no optimizer is called adm"),
+        ({"optimizer": "adm"}, "unknown optimizer adm"),
         ({"optimizer": "sgd:momentm=0.9"}, "no setting momentm"),
         ({"optimizer": "sgd:momentum=-1"}, "does not accept these settings"),
         ({"loss": "cross-entropi"}, "unknown loss"),
@@ -461,7 +461,7 @@ def test_every_process_goes_on_with_its_own_random_numbers(tmp_path: Path, monke
         again._place = replace(again._place, rank=rank, ranks=2)
         again.restore(tmp_path)
         assert torch.equal(torch.get_rng_state(), wanted)
-    with pytest.raises(UsageError, match="made by 2 processes, and is resumed by 1"):
+    with pytest.raises(UsageError, match="2 processes, but is resumed by 1"):
         opened(path, "Noisy", batch).restore(tmp_path)
 
 
@@ -493,7 +493,10 @@ def test_the_random_numbers_of_a_gpu_go_on_from_what_was_saved(tmp_path: Path, m
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory on cpu"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory on cpu"),
         (RuntimeError("CUDA error: device-side assert triggered"), "cpu failed: CUDA error"),
-        (torch.distributed.DistBackendError("NCCL error in: ..."), "the processes lost each other: NCCL error"),
+        (
+            torch.distributed.DistBackendError("NCCL error in: ..."),
+            "a process lost contact with the others: NCCL error",
+        ),
     ],
 )
 def test_a_device_that_fails_is_not_told_as_a_wrong_shape(
@@ -585,7 +588,7 @@ def test_that_metrics_judge_the_first_output_alone_is_said(tmp_path: Path) -> No
     a, b = (np.ones((8, 6), "f4"),) * 2
     batch = Batch((a, b), (np.zeros(8, np.int64), np.ones((8, 1), "f4")))
     network = opened(saved(nets.Forked(), tmp_path / "forked.pt"), "Forked", batch)
-    assert "The metrics judge the first of the model's 2 outputs alone." in network.notes
+    assert "The metrics use only the first of the model's 2 outputs." in network.notes
 
 
 def test_a_teacher_alone_needs_no_targets(plain: tuple[nets.Plain, Path]) -> None:

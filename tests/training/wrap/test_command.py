@@ -23,7 +23,7 @@ def test_masks_are_written_and_named(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     done = here("prune", PT, "-o", tmp_path / "w.pt", "-s", "80%", "--wrap", "--exclude", "conv1*")
     assert done.code == 0, done.err
-    assert "3 tensors got wrappers: masks that hold what is pruned." in done.err
+    assert "Added pruning wrappers to 3 tensors: their masks keep pruned weights at zero." in done.err
     assert f"prunectl finetune {tmp_path / 'w.pt'}" in done.err
     assert {wrapper.layer for wrapper in open_model(tmp_path / "w.pt").about.wrappers} == {"conv2", "fc1", "fc2"}
 
@@ -33,7 +33,7 @@ def test_a_schedule_is_written_and_told(tmp_path: Path) -> None:
     words = ("--schedule", "polynomial", "--initial-sparsity", "10%", "--begin", "100", "--end", "400", "--power", "2")
     done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
     assert done.code == 0, done.err
-    assert "nothing is pruned yet; polynomial 10.0 % to 80.0 %, from step 100 on until step 400." in done.err
+    assert "no weight is pruned yet; in training, polynomial 10.0 % to 80.0 %, from step 100 to step 400." in done.err
     assert "The optimizer's state was not kept" not in done.err
     wrappers = open_model(tmp_path / "w.h5").about.wrappers
     assert {wrapper.schedule for wrapper in wrappers} == {"PolynomialDecay(0.1 -> 0.8, steps 100-400)"}
