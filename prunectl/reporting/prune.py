@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunectl.analysis import patterns
 from prunectl.analysis.stats import ModelStats, averaged_copies_hint
 from prunectl.formats.base import Family
 from prunectl.formats.registry import FORMATS
@@ -147,11 +147,14 @@ def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:
 
 def _pattern(text: str) -> str:
     """A pattern in words: 1:4 is one zero in four, and not one weight."""
-    pattern = patterns.parse(text)
-    if not isinstance(pattern, patterns.NMPattern):
+    match = _N_OF_M.fullmatch(text)
+    if match is None:
         return text
-    zeros = f"{pattern.zeros} zero{'s' * (pattern.zeros != 1)}"
-    return f"{text}: {zeros} in every {pattern.group} weights, {percent(pattern.zeros / pattern.group)} sparse"
+    zeros, group = map(int, match.groups())
+    return f"{text}: {zeros} zero{'s' * (zeros != 1)} in every {group} weights, {percent(zeros / group)} sparse"
+
+
+_N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 def _skipped(pruned: Pruned) -> str:

@@ -132,7 +132,7 @@ def test_big_endian_numbers_are_counted_as_what_they_are(name: str, is_turned: b
 def test_a_view_that_shows_its_storage_too_often_is_refused_in_a_sentence() -> None:
     with flat(np.zeros(4, np.float32)) as (model, whole):
         view = replace(whole, shape=(1000, 1000), strides=(1, 1))
-        with pytest.raises(InputError, match="shows its 4 stored elements 1000000 times"):
+        with pytest.raises(InputError, match="repeats its 4 stored elements 1000000 times"):
             count_zeros(model, view)
 
 
