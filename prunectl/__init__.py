@@ -10,15 +10,24 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from prunectl.api import check as check
+    from prunectl.api import diff as diff
+    from prunectl.api import doctor as doctor
+    from prunectl.api import evaluate as evaluate
     from prunectl.api import export as export
     from prunectl.api import finetune as finetune
+    from prunectl.api import init as init
     from prunectl.api import inspect as inspect
     from prunectl.api import prune as prune
     from prunectl.api import size as size
     from prunectl.api import strip as strip
+    from prunectl.api import sweep as sweep
+    from prunectl.api import verify as verify
 
 __version__ = "0.1.0"
-_FUNCTIONS = frozenset({"export", "finetune", "inspect", "prune", "size", "strip"})
+_FUNCTIONS = frozenset(
+    "check diff doctor evaluate export finetune init inspect prune size strip sweep verify".split()  # noqa: SIM905
+)
 
 
 def __getattr__(name: str) -> Any:

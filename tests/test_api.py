@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import html
+import inspect
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 
 import prunectl
 from prunectl import api
+from prunectl.api import keywords
 from prunectl.commands._requests import CHANNEL_LIMITS
+from prunectl.commands.app import COMMANDS
 from prunectl.errors import UsageError
 from prunectl.exporting import request as export_request
 from prunectl.pruning.request import OPTIONS
 from prunectl.training import quiet
 from prunectl.training import request as finetune_request
-from tests.running import FIXTURES
+from tests.running import FIXTURES, here
 from tests.running import prunectl as command
 
 
@@ -29,7 +34,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_every_function_is_listed() -> None:
-    assert {"export", "finetune", "inspect", "prune", "size", "strip"} <= set(dir(prunectl))
+    assert set(api.__all__) <= set(dir(prunectl))
+    assert all(inspect.getdoc(getattr(prunectl, name)) for name in api.__all__)
+    # Every command but those that only talk to a shell; `evaluate` is none.
+    talking = {"help", "plugins"}
+    assert {*api.__all__} - {"evaluate"} == {*COMMANDS} - talking
     with pytest.raises(AttributeError, match="no attribute 'bake'"):
         prunectl.bake  # noqa: B018 - asking for it is the test
 
@@ -67,10 +76,12 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_keywords_are_the_options_that_requests_know() -> None:
-    assert get_type_hints(api.FinetuneOptions).keys() == set(finetune_request.OPTIONS)
-    assert get_type_hints(api.ExportOptions).keys() == set(export_request.OPTIONS)
-    assert get_type_hints(api.PruneOptions).keys() - get_type_hints(api.ChannelOptions).keys() == OPTIONS.keys()
-    assert get_type_hints(api.ChannelOptions).keys() == {*CHANNEL_LIMITS, "allow_empty"} - {"latency"}
+    assert get_type_hints(keywords.FinetuneOptions).keys() == set(finetune_request.OPTIONS)
+    assert get_type_hints(keywords.ExportOptions).keys() == set(export_request.OPTIONS)
+    assert (
+        get_type_hints(keywords.PruneOptions).keys() - get_type_hints(keywords.ChannelOptions).keys() == OPTIONS.keys()
+    )
+    assert get_type_hints(keywords.ChannelOptions).keys() == {*CHANNEL_LIMITS, "allow_empty"} - {"latency"}
 
 
 def test_a_word_that_does_not_exist_is_refused() -> None:
@@ -83,9 +94,124 @@ def test_finetune_takes_the_words_of_the_command_line(tmp_path: Path) -> None:
     build = f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"
     found = prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", model=build, **words)
     assert found.kept == found.masked == 9736 // 2
-    with pytest.raises(UsageError, match="no choice sparsty") as caught:
+    with pytest.raises(UsageError, match="no option sparsty") as caught:
         prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", sparsty=0.5)
     assert caught.value.did_you_mean[0] == "sparsity"
+
+
+def test_values_may_be_written_as_on_the_command_line(tmp_path: Path) -> None:
+    path, ours, typed = FIXTURES / "digits_cnn.onnx", tmp_path / "ours.onnx", tmp_path / "typed.onnx"
+    prunectl.prune(path, ours, sparsity=0.8, layer=[("fc*", 0.5)], exclude=["conv1"])
+    prunectl.prune(path, typed, sparsity="80%", layer={"fc*": "50%"}, exclude="conv1")
+    assert ours.read_bytes() == typed.read_bytes()
+    prunectl.prune(path, typed, sparsity=np.float32(0.8), layer=["fc*=50%"], exclude=("conv1",), force=True)
+    assert ours.read_bytes() == typed.read_bytes()
+    assert (
+        prunectl.prune(path, None, target_gzip="20KB").sparsity
+        == prunectl.prune(path, None, target_gzip=20000).sparsity
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sparsity": "80"}, UsageError, r"sparsity: '80' is not between 0 and 1"),
+        ({"sparsity": [0.8]}, TypeError, r"sparsity must be a number or a string or None, not list"),
+        ({"sparsity": True}, TypeError, r"sparsity must be a number"),
+        ({"target_gzip": "4 miles"}, UsageError, r"target_gzip: '4 miles' is not a size"),
+        ({"sparsity": 0.5, "exclude": 3}, TypeError, r"exclude must be a string or a list, not int: 3"),
+        ({"layer": ["fc"]}, UsageError, r"layer: 'fc' is not a pattern and a ratio"),
+        ({"layer": [0.5]}, TypeError, r"layer must be pairs"),
+        ({"sparcity": 0.5}, UsageError, r"prune has no option sparcity"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_keyword(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        prunectl.prune(FIXTURES / "digits_cnn.onnx", None, **options)
+
+
+def test_a_path_that_is_none_is_refused_by_its_name() -> None:
+    with pytest.raises(TypeError, match="model must be a string or a path, not int: 3"):
+        prunectl.inspect(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="output must be a string or a path, not float"):
+        prunectl.strip(FIXTURES / "digits_cnn.pt", 0.5)  # type: ignore[arg-type]
+
+
+def test_two_models_are_compared_and_verified_as_by_the_commands(tmp_path: Path) -> None:
+    path, sparse = FIXTURES / "digits_cnn.onnx", tmp_path / "sparse.onnx"
+    prunectl.prune(path, sparse, sparsity="50%")
+    changes = prunectl.diff(sparse, path, fail_on=["growth:0%", "shape"])
+    assert changes.is_ok
+    assert changes.to_dict()["changes"] == here("diff", sparse, path, "--json").json["changes"]
+    assert not prunectl.diff(sparse, path, fail_on="changed").is_ok
+    assert prunectl.verify(sparse, against=path).is_ok
+    assert not prunectl.verify(path, against=sparse).is_ok
+    with pytest.raises(UsageError, match="nothing to compare"):
+        prunectl.verify(sparse)
+
+
+def test_budgets_are_written_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.onnx").write_bytes((FIXTURES / "digits_cnn.onnx").read_bytes())
+    written = prunectl.init(tmp_path, margin="20%")
+    assert written.path == tmp_path / "prunectl.toml"
+    monkeypatch.chdir(tmp_path)
+    verdict = prunectl.check(update_baseline=True, reason="first")
+    assert verdict.is_ok
+    assert verdict.models == 1
+    assert prunectl.check("m*").to_dict()["ok"]
+
+
+def test_doctor_returns_what_is_installed() -> None:
+    assert prunectl.doctor().to_dict()["extras"] == here("doctor", "--json").json["extras"]
+
+
+def test_a_sweep_is_a_function(tmp_path: Path) -> None:
+    data = f"{FIXTURES / 'digits.npz'}?norm=/16&limit=64"
+    swept = prunectl.sweep(FIXTURES / "digits_cnn.onnx", tmp_path / "trials", data=data, sparsities=["50%", 0.8])
+    assert sorted(trial.sparsity for trial in swept.outcomes) == [0.0, 0.5, 0.8]
+    assert "2 trials" in repr(swept)
+    assert "svg" in swept._repr_html_()
+
+
+def test_a_file_is_evaluated_on_data(tmp_path: Path) -> None:
+    with np.load(FIXTURES / "digits.npz") as arrays:
+        x, y = (arrays[name] for name in arrays.files[:2])
+    x, y = x[:64].astype(np.float32) / 16, y[:64]
+    found = prunectl.evaluate(FIXTURES / "digits_cnn.onnx", (x, y), metric="accuracy")
+    assert (
+        found.value
+        == prunectl.evaluate(FIXTURES / "digits_cnn.onnx", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=64").value
+    )
+    assert found.value > 0.9
+    assert found.to_dict()["logs"] == {"accuracy": found.value}
+
+
+def test_results_show_themselves_in_ten_lines_and_as_the_page(tmp_path: Path) -> None:
+    path = FIXTURES / "digits_cnn.onnx"
+    results: list[Any] = [
+        prunectl.inspect(path),
+        prunectl.size(path),
+        prunectl.prune(path, tmp_path / "a.onnx", sparsity="80%"),
+        prunectl.prune(path, None, pattern="channel", sparsity=0.5),
+        prunectl.strip(path, None),
+        prunectl.export(FIXTURES / "digits_cnn.pt", tmp_path / "a.safetensors"),
+        prunectl.diff(tmp_path / "a.onnx", path),
+        prunectl.verify(tmp_path / "a.onnx", against=path),
+        prunectl.doctor(),
+    ]
+    for result in results:
+        assert len(repr(result).splitlines()) <= 10
+        assert len(repr(result)) < 1000
+        assert result.to_dict()["command"] == result.command
+        page = html.unescape(result._repr_html_())
+        assert "<!doctype html>" in page
+        assert "<table" in page
+    assert "39.9 kB -> 39.9 kB" in repr(results[2])
+    assert "sparsity  0.0 % -> 80.0 %" in repr(results[2])
+    assert "nothing was written" in repr(results[3])
+    assert results[2].to_dict()["models"][0]["params"] == here("inspect", path, "--json").json["models"][0]["params"]
 
 
 def test_prune_looks_at_data_as_the_command_does(tmp_path: Path) -> None:
@@ -97,7 +223,9 @@ def test_prune_looks_at_data_as_the_command_does(tmp_path: Path) -> None:
     model, target = FIXTURES / "digits_cnn.onnx", tmp_path / "b.onnx"
     prunectl.prune(model, target, strategy="activation-magnitude", **said)
     assert (tmp_path / "a.onnx").read_bytes() == target.read_bytes()
-    assert any("anew to 64 examples" in note for note in prunectl.prune(model, None, repair=True, **said).notes)
+    assert any(
+        "reconstructed from 64 examples" in note for note in prunectl.prune(model, None, repair=True, **said).notes
+    )
 
 
 def test_a_host_program_gets_its_log_levels_and_environment_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,12 @@ def init(
     [dim]$[/] prunectl check
     """
     reporter: Reporter = ctx.obj
-    room, target = parse_ratio(margin), folder / OWN
+    return reporter.show(init_report(*write_budgets(folder, parse_ratio(margin))))
+
+
+def write_budgets(folder: Path, room: float) -> tuple[Path, list[Proposal], list[Failure]]:
+    """Write limits for all models of a folder, with room above their sizes; return the file, them, and what failed."""
+    target = folder / OWN
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="name the folder of the models: prunectl init FOLDER")
     if target.exists():
@@ -74,7 +79,7 @@ def init(
     if not proposals:
         raise UsageError(f"no model was found in {folder}", hint="name the folder of the models: prunectl init FOLDER")
     atomic.write_text(target, as_toml(proposals, BASELINE), is_forced=False)
-    return reporter.show(init_report(target, proposals, failures))
+    return target, proposals, failures
 
 
 def _proposals(folder: Path, room: float) -> tuple[list[Proposal], list[Failure]]:

@@ -75,7 +75,7 @@ class Strip(OutputOptions):
 
     def run(self, ctx: typer.Context) -> int:
         """Strip the model, and show what came off."""
-        strip_options = StripOptions(_parse_parts(self.only), to_half=self.half)
+        strip_options = StripOptions(parse_parts(self.only), to_half=self.half)
 
         def work(path: Path, destination: Destination | None) -> Report:
             result = strip(path, strip_options, destination, is_packed=self.pack)
@@ -85,7 +85,7 @@ class Strip(OutputOptions):
         return self.write(ctx.obj, work)
 
 
-def _parse_parts(text: str) -> frozenset[StripPart]:
+def parse_parts(text: str) -> frozenset[StripPart]:
     """The parts in a list with commas; all of them if it is empty."""
     known = {str(part): part for part in StripPart}
     for name in filter(None, text.split(",")):

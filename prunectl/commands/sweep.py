@@ -20,7 +20,7 @@ _ways = option_group("What to try")
 _data = option_group("Data")
 _train = option_group("Training")
 _file = option_group("Model code")
-_USUAL = "50%,80%,90%"
+USUAL = "50%,80%,90%"
 _DEFAULT = SweepConfig("")
 _STRATEGIES, _SCOPES, _PATTERNS, _SCHEDULES = map(
     ",".join, (_DEFAULT.strategies, _DEFAULT.scopes, _DEFAULT.patterns, _DEFAULT.schedules)
@@ -54,7 +54,7 @@ def sweep(
         _ways(metavar="K=V,…", help="Parameter values to try, e.g. damp=0.01,0.1; repeatable."),
     ] = None,
     sparsities: Annotated[
-        str, _ways(metavar="RATIO,…", help=f"Sparsities to try.  [default: {_USUAL}, or what --max-drop finds]")
+        str, _ways(metavar="RATIO,…", help=f"Sparsities to try.  [default: {USUAL}, or what --max-drop finds]")
     ] = "",
     schedules: Annotated[
         str, _ways(metavar="NAME,…", help="Schedules to try with --epochs; constant prunes before training.")
@@ -115,12 +115,12 @@ def sweep(
         data=data,
         val=val,
         val_split=parse_ratio(val_split) if val_split else 0.0,
-        strategies=_names(strategies, "--strategies"),
-        scopes=_names(scopes, "--scopes"),
-        patterns=_names(patterns, "--patterns"),
-        params=tuple(map(_param, param or ())),
-        sparsities=_ratios(sparsities or ("" if max_drop else _USUAL)),
-        schedules=_names(schedules, "--schedules"),
+        strategies=parse_names(strategies, "--strategies"),
+        scopes=parse_names(scopes, "--scopes"),
+        patterns=parse_names(patterns, "--patterns"),
+        params=tuple(map(parse_param, param or ())),
+        sparsities=_ratios(sparsities or ("" if max_drop else USUAL)),
+        schedules=parse_names(schedules, "--schedules"),
         epochs=epochs,
         batch_size=batch_size,
         samples=samples,
@@ -149,7 +149,7 @@ def sweep(
     return reporter.show(sweep_report(result, str(model)))
 
 
-def _names(text: str, option: str) -> tuple[str, ...]:
+def parse_names(text: str, option: str) -> tuple[str, ...]:
     """The names in a list with commas, each once."""
     names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not names:
@@ -157,12 +157,12 @@ def _names(text: str, option: str) -> tuple[str, ...]:
     return names
 
 
-def _param(text: str) -> tuple[str, tuple[str, ...]]:
+def parse_param(text: str) -> tuple[str, tuple[str, ...]]:
     """Parse `NAME=V,V`: a parameter and the values to try."""
     name, sign, values = text.partition("=")
     if not name or not sign:
         raise UsageError(f"{text!r} is not a parameter with values", hint="write --param damp=0.01,0.1")
-    return name, _names(values, f"--param {name}")
+    return name, parse_names(values, f"--param {name}")
 
 
 def _ratios(text: str) -> tuple[float, ...]:

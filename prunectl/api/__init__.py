@@ -1,0 +1,351 @@
+"""The commands as functions: the options of the command line as keywords, the report's values as the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Unpack
+
+from prunectl.analysis import inspect as inspection
+from prunectl.analysis import patterns, sizes
+from prunectl.analysis.inspect import InspectOptions
+from prunectl.analysis.sizes import CodecName
+from prunectl.api.in_memory import named_objects
+from prunectl.api.keywords import (
+    AnyPath,
+    ChannelOptions,
+    Data,
+    EvaluateOptions,
+    ExportOptions,
+    FinetuneOptions,
+    Names,
+    PruneOptions,
+    Ratio,
+    SweepOptions,
+    check_type,
+    names,
+    parse_keywords,
+    parse_text,
+    ratio,
+)
+from prunectl.api.results import (
+    ChannelResult,
+    CheckResult,
+    ConversionResult,
+    DiffResult,
+    DoctorResult,
+    EvaluationResult,
+    InitResult,
+    InspectResult,
+    PruneResult,
+    SizeResult,
+    StripResult,
+    SweepResult,
+    TrainingResult,
+    VerifyResult,
+)
+from prunectl.channels.prune import ChannelPruneResult
+from prunectl.checks import check as checking
+from prunectl.checks import diff as differences
+from prunectl.checks import verify as verification
+from prunectl.commands.check import ci_path, load_baseline, load_budgets
+from prunectl.commands.doctor import extras
+from prunectl.commands.init import write_budgets
+from prunectl.commands.strip import parse_parts
+from prunectl.commands.sweep import USUAL, parse_names, parse_param
+from prunectl.errors import UsageError
+from prunectl.exporting import export as exporting
+from prunectl.exporting import request as export_request
+from prunectl.formats.base import StripOptions
+from prunectl.formats.registry import open_model
+from prunectl.pruning import request as prune_request
+from prunectl.pruning import strip as stripping
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import read_record
+from prunectl.sweeping import sweep as sweeping
+from prunectl.sweeping.requests import prune_by_request
+from prunectl.sweeping.trial import SweepConfig
+from prunectl.training import evaluate as evaluation
+from prunectl.training import finetune as training
+from prunectl.training import request as finetune_request
+from prunectl.training.logger import LogEntry, ProgressEvent
+from prunectl.training.max_drop import parse_drop
+from prunectl.training.quiet import host_settings
+
+
+def inspect(
+    model: AnyPath, *, layers: str = "", pattern: str = "", flops: bool = False, zeros: bool = True
+) -> InspectResult:
+    """Measure what is in a model file."""
+    options = InspectOptions(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
+    parsed = patterns.parse(pattern) if pattern else None
+    return InspectResult.of(inspection.inspect_model(open_model(_path(model)), options, parsed))
+
+
+def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> SizeResult:
+    """Measure how big a model is: as it is, packed, and compressed."""
+    if codec not in {choice.value for choice in CodecName}:
+        raise UsageError(f"codec must be {', '.join(choice.value for choice in CodecName)}, not {codec!r}")
+    stats = sizes.measure(open_model(_path(model)), sizes.get_codec(CodecName(codec), level))
+    return SizeResult.of(stats, codec=codec, level=level)
+
+
+@host_settings()
+def prune(
+    model: AnyPath,
+    output: AnyPath | None,
+    /,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    trust: bool = False,
+    **options: Unpack[PruneOptions],
+) -> PruneResult | ChannelResult:
+    """Zero the least important weights of a model; without an output nothing is written.
+
+    The options are those of the command line: ``sparsity="80%"``, ``scope="global"``, ``exclude=["fc*"]`` …; with
+    ``pattern="channel"`` channels are cut out, and ``flops="-50%"`` is one of them.
+    """
+    parsed = parse_keywords("prune", PruneOptions, options)
+    is_cut = parsed.get("pattern") == patterns.CHANNEL
+    limits = {name: value for name, value in parsed.items() if is_cut and name in ChannelOptions.__annotations__}
+    destination = _destination(output, force=force, in_place=in_place)
+    with named_objects({name: value for name, value in parsed.items() if name not in limits}) as named:
+        request = prune_request.parse_request(named)
+        result = prune_by_request(_path(model), request, destination, is_trusted=trust, limits=limits)
+    written = "" if destination is None else str(destination.target)
+    if isinstance(result, ChannelPruneResult):
+        return ChannelResult.of(result, output=written)
+    return PruneResult.of(result, output=written)
+
+
+def strip(
+    model: AnyPath,
+    output: AnyPath | None,
+    *,
+    only: Names = (),
+    half: bool = False,
+    pack: bool = False,
+    force: bool = False,
+    in_place: bool = False,
+) -> StripResult:
+    """Drop what a model does not need to predict; without an output nothing is written."""
+    check_type("only", only, Names)
+    destination = _destination(output, force=force, in_place=in_place)
+    options = StripOptions(parse_parts(",".join(names(only))), to_half=half)
+    result = stripping.strip(_path(model), options, destination, is_packed=pack)
+    written = "" if destination is None else str(destination.target)
+    return StripResult.of(result, output=written, is_rewritten=half or pack)
+
+
+@host_settings()
+def finetune(
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    on_epoch: Callable[[LogEntry], object] | None = None,
+    **options: Unpack[FinetuneOptions],
+) -> TrainingResult:
+    """Train a model with its zeros kept, or prune it while it trains.
+
+    The options are those of the command line: ``data="train.npz"``, ``sparsity="80%"``, ``schedule="cosine"`` …; data
+    may also be arrays ``(x, y)``, a torch Dataset or DataLoader, or a ``tf.data.Dataset``, and the model's builder a
+    class or a function. ``on_epoch`` is called with the numbers of each epoch when it is over.
+    """
+    destination = Destination(_path(output, "output"), is_forced=force, is_in_place=in_place)
+    watch = _EpochWatcher(on_epoch)
+    with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
+        result = training.finetune(_path(model), finetune_request.parse_request(named), destination, watch)
+    for entry in result.history:
+        watch.tell(entry)
+    return TrainingResult.of(result, output=str(destination.target))
+
+
+class _EpochWatcher:
+    """Tells of each epoch once, when it is over."""
+
+    def __init__(self, on_epoch: Callable[[LogEntry], object] | None) -> None:
+        if on_epoch is not None and not callable(on_epoch):
+            raise TypeError(f"on_epoch must be a function, not {type(on_epoch).__name__}")
+        self._on_epoch = on_epoch
+        self._told = 0
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.last is not None:
+            self.tell(event.last)
+
+    def tell(self, entry: LogEntry) -> None:
+        """Tell of an epoch, unless it was told already."""
+        if self._on_epoch is not None and entry.epoch > self._told:
+            self._told = entry.epoch
+            self._on_epoch(entry)
+
+
+@host_settings()
+def evaluate(model: AnyPath, data: Data, /, **options: Unpack[EvaluateOptions]) -> EvaluationResult:
+    """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
+
+    ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", model=Net)``
+    """
+    if data is None:
+        raise UsageError("no data is given", hint="write prunectl.evaluate('model.h5', 'test.npz')")
+    with named_objects({**parse_keywords("evaluate", EvaluateOptions, options), "data": data}) as named:
+        return EvaluationResult.of(
+            evaluation.evaluate_file(_path(model), finetune_request.parse_request(named)), path=str(model)
+        )
+
+
+@host_settings()
+def export(
+    model: AnyPath, output: AnyPath, /, *, force: bool = False, **options: Unpack[ExportOptions]
+) -> ConversionResult:
+    """Write a model in another format, run beside its source before it is kept.
+
+    The options are those of the command line: ``to="onnx"``, ``opset=18``, ``input=["x:?,3,8,8"]``, ``half=True`` …
+    """
+    destination = Destination(_path(output, "output"), is_forced=force)
+    with named_objects(parse_keywords("export", ExportOptions, options)) as named:
+        result = exporting.export(_path(model), export_request.parse_request(named), destination)
+    return ConversionResult.of(result, output=str(destination.target))
+
+
+def diff(new: AnyPath, old: AnyPath, *, fail_on: Names = "") -> DiffResult:
+    """Compare two models tensor by tensor: what was added, removed or changed, zeros, sizes.
+
+    ``fail_on=["growth:2%", "nonzero"]`` names what must not differ: `is_ok` says whether it does.
+    """
+    check_type("fail_on", fail_on, Names)
+    rules = parse_text("fail_on", differences.parse, ",".join(names(fail_on)))
+    result = differences.diff_models(open_model(_path(new, "new")), open_model(_path(old, "old")))
+    return DiffResult.of(result, findings=differences.judge(result, rules))
+
+
+def verify(model: AnyPath, *, manifest: AnyPath | None = None, against: AnyPath | None = None) -> VerifyResult:
+    """Verify a pruned model against the manifest of its run, against its source, or both: `is_ok` is the verdict."""
+    if manifest is None and against is None:
+        raise UsageError("there is nothing to compare the file with", hint="give manifest=, against=, or both")
+    record = read_record(_path(manifest, "manifest")) if manifest is not None else None
+    source = open_model(_path(against, "against")) if against is not None else None
+    path = _path(model)
+    return VerifyResult(str(path), verification.verify(open_model(path), record, source))
+
+
+def check(
+    *names: str,
+    config: AnyPath | None = None,
+    baseline: str = "",
+    update_baseline: bool = False,
+    reason: str = "",
+    trust: bool = False,
+) -> CheckResult:
+    """Check models against their budgets, all of them or those named: `is_ok` is the verdict.
+
+    Budgets are in prunectl.toml, or in the tool.prunectl table of pyproject.toml: the nearest one from this folder up.
+    """
+    for name in names:
+        check_type("names", name, str)
+    budgets = load_budgets(_path(config, "config") if config is not None else None)
+    earlier = load_baseline(budgets, os.fspath(baseline), is_new=update_baseline, reason=reason)
+    findings = checking.check(
+        budgets, list(names), earlier, file=ci_path(budgets.path), reason=reason, is_trusted=trust
+    )
+    return CheckResult.of(findings)
+
+
+def init(folder: AnyPath = ".", *, margin: Ratio = "10%") -> InitResult:
+    """Measure all models in a folder, and write a prunectl.toml with limits for them."""
+    check_type("margin", margin, Ratio)
+    return InitResult(*write_budgets(_path(folder, "folder"), ratio("margin", margin)))
+
+
+def doctor() -> DoctorResult:
+    """Find out which versions are installed, which extras work, and what to install for the others."""
+    return DoctorResult(extras())
+
+
+def sweep(model: AnyPath, output: AnyPath, /, *, data: str, **options: Unpack[SweepOptions]) -> SweepResult:
+    """Prune a model in many ways, and compare size and accuracy of the results (Pareto front).
+
+    Every trial is kept in the folder when it is done: the same call resumes a sweep that was stopped. Trials run in
+    processes of their own, so that data and models are files or names of code.
+    """
+    check_type("data", data, AnyPath)
+    parsed = parse_keywords("sweep", SweepOptions, options)
+    lists: dict[str, Any] = {
+        name: parse_names(",".join(names(parsed[name])), name)
+        for name in ("strategies", "scopes", "patterns", "schedules")
+        if name in parsed
+    }
+    drop = parse_text("max_drop", parse_drop, parsed["max_drop"]) if parsed.get("max_drop") else None
+    config = SweepConfig(
+        data=os.fspath(data),
+        params=tuple(map(parse_param, parsed.get("param", ()))),
+        sparsities=_ratios(parsed.get("sparsities", () if drop else USUAL)),
+        exclude=parsed.get("exclude", ()),
+        is_trusted=parsed.get("trust", False),
+        **lists,
+        **{name: parsed[name] for name in _SAME if name in parsed},
+    )
+    swept = sweeping.sweep(
+        _path(model),
+        config,
+        _path(output, "output"),
+        jobs=parsed.get("jobs", 1),
+        on=parsed.get("on", ""),
+        max_drop=drop,
+    )
+    return SweepResult.of(swept, model=str(model))
+
+
+_SAME = (
+    "val",
+    "val_split",
+    "epochs",
+    "batch_size",
+    "samples",
+    "lr",
+    "optimizer",
+    "loss",
+    "metric",
+    "policy",
+    "only",
+    "seed",
+    "model",
+    "custom_objects",
+)
+"""Options of `sweep` that its configuration calls the same."""
+
+
+def _ratios(values: Any) -> tuple[float, ...]:
+    listed = values.split(",") if isinstance(values, str) else [values] if isinstance(values, int | float) else values
+    return tuple(sorted({ratio("sparsities", value) for value in listed}))
+
+
+def _path(path: AnyPath, name: str = "model") -> Path:
+    check_type(name, path, AnyPath)
+    return Path(path)
+
+
+def _destination(path: AnyPath | None, *, force: bool, in_place: bool) -> Destination | None:
+    return None if path is None else Destination(_path(path, "output"), is_forced=force, is_in_place=in_place)
+
+
+__all__ = [
+    "check",
+    "diff",
+    "doctor",
+    "evaluate",
+    "export",
+    "finetune",
+    "init",
+    "inspect",
+    "prune",
+    "size",
+    "strip",
+    "sweep",
+    "verify",
+]

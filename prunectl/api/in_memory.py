@@ -1,0 +1,75 @@
+"""Objects in memory that options name: data, functions and classes, which are found under a name while a call runs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+_OBJECTS = frozenset({"data", "val", "loss", "step", "metric", "model", "distill_model", "custom_objects"})
+_DATA = frozenset({"data", "val"})
+_BUILDERS = frozenset({"model", "distill_model"})
+_named: dict[str, Any] = {}
+_naming = threading.Lock()
+
+
+def __getattr__(name: str) -> Any:
+    """An object by the name that it has while a call runs: `prunectl.api.in_memory:data`, for whoever looks it up."""
+    try:
+        return _named[name]
+    except KeyError:
+        raise AttributeError(f"no object is called {name} now") from None
+
+
+@contextmanager
+def named_objects(options: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+    """Yield the options with names in place of objects, each of which is known under its name until the end."""
+    registered: list[str] = []
+    try:
+        yield {
+            name: _name_of(name, value, registered) if name in _OBJECTS else value for name, value in options.items()
+        }
+    finally:
+        for name in registered:
+            del _named[name]
+
+
+def _name_of(option: str, value: Any, registered: list[str]) -> Any:
+    if isinstance(value, str):
+        return (value,) if option == "metric" else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if option == "metric":
+        metrics = value if isinstance(value, list | tuple) else [value]
+        return tuple(metric if isinstance(metric, str) else _register(option, metric, registered) for metric in metrics)
+    return _register(option, _as_found(option, value), registered)
+
+
+def _as_found(option: str, value: Any) -> Any:
+    """The object as it is looked up: data by a function, and so is a model that is no builder."""
+    if option in _DATA:
+        return value if inspect.isroutine(value) else lambda: value
+    if option in _BUILDERS and not inspect.isclass(value) and not inspect.isroutine(value):
+        return builder_of(value)
+    return value
+
+
+def builder_of(model: Any) -> Callable[[], Any]:
+    """A builder that returns a copy of a model, so that training one leaves it alone."""
+    return model if not hasattr(model, "state_dict") else lambda: copy.deepcopy(model)
+
+
+def _register(option: str, value: Any, registered: list[str]) -> str:
+    """Give an object a name that no other call uses."""
+    with _naming:
+        number, name = 1, option
+        while name in _named:
+            number += 1
+            name = f"{option}_{number}"
+        _named[name] = value
+    registered.append(name)
+    return f"{__name__}:{name}"

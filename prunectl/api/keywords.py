@@ -1,0 +1,311 @@
+"""Keywords of the functions: the options of the command line, with values as they are typed there, or as Python has."""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any, TypedDict, TypeVar
+
+from prunectl.errors import UsageError
+from prunectl.units import parse_ratio, parse_size
+
+AnyPath = str | os.PathLike[str]
+Ratio = float | str
+"""0.8, or `80%` as it is typed."""
+Size = int | str
+"""400000, or `400KB` as it is typed."""
+Names = str | Sequence[str]
+"""One name, or several."""
+LayerRatios = Mapping[str, Ratio] | Sequence[str | tuple[str, Ratio]]
+"""`{"fc*": 0.9}`, `[("fc*", "90%")]`, or `["fc*=90%"]` as it is typed."""
+Code = str | Callable[..., Any]
+"""A class or a function, or its name as it is typed: `net.py:Net`."""
+Data = Any
+"""A SPEC as it is typed, arrays, `(x, y)`, a torch Dataset or DataLoader, a `tf.data.Dataset`, or a function."""
+
+
+class SelectionOptions(TypedDict, total=False):
+    """Which weights are pruned, how they are ranked, and the pattern of the zeros."""
+
+    strategy: str
+    param: Names
+    scope: str
+    pattern: str
+    policy: str
+    only: str
+    exclude: Names
+    layer: LayerRatios
+
+
+class ChannelOptions(TypedDict, total=False):
+    """Options of `prune` for ``pattern="channel"`` only."""
+
+    min_channels: int
+    round_to: int
+    max_ratio: Ratio
+    params: int | str
+    flops: int | str
+    dead: bool
+    allow_empty: bool
+
+
+class PruneOptions(SelectionOptions, ChannelOptions, total=False):
+    """Options of `prune` that decide the numbers in its output; each has the default of the command line."""
+
+    sparsity: Ratio | None
+    compression: float | None
+    target_gzip: Size | None
+    target_packed: Size | None
+    seed: int
+    nan: str
+    pack: bool
+    data: Data
+    samples: int
+    batch_size: int
+    loss: Code
+    model: Code
+    custom_objects: str | Mapping[str, Any]
+    input: Names
+    repair: bool
+    cluster: str
+
+
+class FinetuneOptions(SelectionOptions, total=False):
+    """Options of `finetune`; each has the default of the command line."""
+
+    data: Data
+    val: Data
+    val_split: Ratio
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    lr: float | None
+    lr_schedule: str
+    warmup: str | int
+    optimizer: str
+    loss: Code
+    metric: Code | Sequence[Code]
+    clip: float | None
+    freeze: Names
+    distill: AnyPath
+    distill_model: Code
+    distill_share: float
+    temperature: float
+    early_stop: int | None
+    keep: str
+    recalibrate: bool
+    step: Code
+    precision: str
+    device: str
+    compile: bool
+    shard: bool
+    workers: int
+    seed: int
+    sparsity: Ratio | None
+    schedule: str
+    schedule_param: Names
+    initial_sparsity: Ratio
+    begin: str | int
+    end: str | int
+    frequency: int | None
+    power: float | None
+    mask: str
+    keep_wrappers: bool
+    checkpoint_dir: AnyPath | None
+    resume: bool
+    logdir: AnyPath | None
+    model: Code
+    custom_objects: str | Mapping[str, Any]
+    trust: bool
+
+
+class EvaluateOptions(TypedDict, total=False):
+    """Options of `evaluate`, each as `finetune` has it."""
+
+    metric: Code | Sequence[Code]
+    loss: Code
+    batch_size: int
+    seed: int
+    device: str
+    model: Code
+    custom_objects: str | Mapping[str, Any]
+    trust: bool
+
+
+class ExportOptions(TypedDict, total=False):
+    """Options of `export`; each has the default of the command line."""
+
+    to: str
+    opset: int | None
+    input: Names
+    data: Data
+    samples: int | None
+    batch_size: int | None
+    seed: int | None
+    atol: float | None
+    rtol: float | None
+    model: Code
+    custom_objects: str | Mapping[str, Any]
+    trust: bool
+    half: bool
+    bf16: bool
+    int8: bool
+    sparse: bool
+    pack: bool
+    code: bool
+    metadata: Names | Mapping[str, str]
+    card: AnyPath | None
+
+
+class SweepOptions(TypedDict, total=False):
+    """Options of `sweep`, which runs in processes of its own; each has the default of the command line."""
+
+    val: str
+    val_split: Ratio
+    batch_size: int
+    samples: int
+    metric: str
+    strategies: Names
+    scopes: Names
+    patterns: Names
+    param: Names
+    sparsities: Ratio | Sequence[Ratio]
+    schedules: Names
+    max_drop: str
+    policy: str
+    only: str
+    exclude: Names
+    epochs: int
+    lr: float | None
+    optimizer: str
+    loss: str
+    seed: int
+    jobs: int
+    on: str
+    model: str
+    custom_objects: str
+    trust: bool
+
+
+_RATIOS = frozenset({"sparsity", "initial_sparsity", "max_ratio", "val_split"})
+_SIZES = frozenset({"target_gzip", "target_packed"})
+_AMOUNTS = frozenset({"params", "flops"})
+"""Targets of channel pruning, which may also be a share such as `-50%`."""
+Value = TypeVar("Value")
+
+
+def parse_keywords(command: str, known: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as requests know them: what is typed as text is parsed, and what is None is left to its default.
+
+    An unknown name is a UsageError, as for the command; a value of another type is a TypeError that names the keyword.
+    """
+    hints = typing.get_type_hints(known)
+    parsed = {}
+    for name, value in options.items():
+        if name not in hints:
+            names = [*hints]
+            raise UsageError(
+                f"{command} has no option {name}",
+                did_you_mean=tuple(get_close_matches(name, names)),
+                hint=f"help(prunectl.{command}) has them all",
+            )
+        if value is None:
+            continue
+        check_type(name, value, hints[name])
+        parsed[name] = _parse(name, _plain(value), hints[name])
+    return parsed
+
+
+def parse_text(name: str, parse: Callable[[str], Value], text: str) -> Value:
+    """Parse text as the command line does; what is wrong with it names the keyword."""
+    try:
+        return parse(text)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.message}", hint=error.hint, did_you_mean=error.did_you_mean) from error
+
+
+def ratio(name: str, value: Ratio) -> float:
+    """A share, as a number or as text."""
+    return parse_text(name, parse_ratio, value) if isinstance(value, str) else value
+
+
+def names(value: Names) -> tuple[str, ...]:
+    """Names as a tuple: one alone is not a list of its letters."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _parse(name: str, value: Any, hint: Any) -> Any:
+    if name in _RATIOS:
+        return ratio(name, value)
+    if name in _SIZES and isinstance(value, str):
+        return parse_text(name, parse_size, value)
+    if name in _AMOUNTS:
+        return str(value)
+    if name == "layer":
+        return tuple(map(_layer_ratio, value.items() if isinstance(value, Mapping) else names(value)))
+    if name == "metadata" and isinstance(value, Mapping):
+        return tuple(f"{key}={text}" for key, text in value.items())
+    if hint == Names or name == "metadata":
+        return names(value)
+    return value
+
+
+def _layer_ratio(item: str | tuple[str, Ratio]) -> tuple[str, float]:
+    if not isinstance(item, str):
+        if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[0], str):
+            raise TypeError(f"layer must be pairs of a pattern and a ratio, such as ('fc*', 0.9), not {item!r}")
+        return item[0], ratio("layer", item[1])
+    pattern, sign, text = item.rpartition("=")
+    if not sign or not pattern:
+        raise UsageError(f"layer: {item!r} is not a pattern and a ratio", hint="write layer={'fc*': '90%'}")
+    return pattern, ratio("layer", text)
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as one of Python's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def check_type(name: str, value: object, hint: Any) -> None:
+    """Refuse a value that is of none of the types that a keyword takes."""
+    allowed = _flat(hint)
+    if Any not in allowed and not any(_is_of(value, kind) for kind in allowed):
+        wanted = dict.fromkeys(_TITLES.get(typing.get_origin(kind) or kind, "") for kind in allowed)
+        raise TypeError(
+            f"{name} must be {' or '.join(filter(None, wanted))}, not {type(value).__name__}: {value!r:.80}"
+        )
+
+
+_TITLES: dict[Any, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    os.PathLike: "a path",
+    Sequence: "a list",
+    Mapping: "a dict",
+    Callable: "a function",
+    types.NoneType: "None",
+}
+_TITLES[typing.get_origin(Callable[..., Any])] = "a function"
+
+
+def _flat(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in {typing.Union, types.UnionType}:
+        return tuple(kind for part in typing.get_args(hint) for kind in _flat(part))
+    return (hint,)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    kind = typing.get_origin(kind) or kind
+    if kind in {int, float}:
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind is Sequence:
+        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, kind)

@@ -1,0 +1,425 @@
+"""Results of the functions: those of the engine, which also show themselves to people, to notebooks and to scripts."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from prunectl.analysis.patterns import SparsityMap, sparsity_maps
+from prunectl.analysis.sizes import CodecName, get_codec
+from prunectl.analysis.stats import ModelStats
+from prunectl.channels.prune import ChannelPruneResult
+from prunectl.checks.diff import ModelDiff
+from prunectl.checks.rules import Finding, Findings
+from prunectl.checks.suggest import Proposal
+from prunectl.commands.diff import diff_report
+from prunectl.commands.doctor import Extra, doctor_report
+from prunectl.commands.export import export_report
+from prunectl.commands.init import init_report
+from prunectl.commands.size import size_report
+from prunectl.commands.strip import strip_report
+from prunectl.commands.verify import verify_report
+from prunectl.exporting.compare import ExportResult
+from prunectl.formats.registry import open_model
+from prunectl.pruning.prune import Pruned
+from prunectl.pruning.strip import Stripped
+from prunectl.reporting.channels import channels_report
+from prunectl.reporting.checks.text import check_report
+from prunectl.reporting.finetune import finetune_report
+from prunectl.reporting.inspect import inspect_report
+from prunectl.reporting.prune import prune_report
+from prunectl.reporting.report import Column, Failure, Report, Section, Table, Unit, report_json
+from prunectl.reporting.sweep import sweep_report
+from prunectl.sweeping.sweep import Swept, pareto_front
+from prunectl.sweeping.trial import BASELINE
+from prunectl.training.evaluate import Evaluation
+from prunectl.training.finetune import FinetuneResult
+from prunectl.units import Units, count, nbytes, percent
+
+_FRAME = "width:100%;height:30em;border:1px solid #8884;border-radius:4px"
+_MOST_LINES = 10
+
+
+class Result(ABC):
+    """What a function returns, beside the values of its engine."""
+
+    __slots__ = ()
+    command: ClassVar[str]
+    """The command that reports the same."""
+
+    @abstractmethod
+    def report(self) -> Report:
+        """The report of the command on this result."""
+
+    @abstractmethod
+    def lines(self) -> tuple[str, ...]:
+        """The result in a few lines, the last of them what to do next."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the command, as `--json` prints it."""
+        document: dict[str, Any] = json.loads(report_json(self.report(), self.command))
+        return document
+
+    def _maps(self) -> Mapping[str, tuple[SparsityMap, ...]]:
+        """Where the zeros are, which only a page shows."""
+        return {}
+
+    def _repr_html_(self) -> str:
+        """The page of `--html`, in a frame, so that its style stays its own."""
+        page = importlib.import_module("prunectl.reporting.html.page").page
+        document = page(replace(self.report(), sparsity_maps=self._maps()), self.command, Units.SI)
+        return f'<iframe style="{_FRAME}" sandbox="allow-scripts" srcdoc="{html.escape(document)}"></iframe>'
+
+    def __repr__(self) -> str:
+        first, *rest = self.lines()
+        return "\n".join([first, *(f"  {line}" for line in rest)][:_MOST_LINES])
+
+
+class _Copied(Result):
+    """A result of the engine with the same fields."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, result: Any, **more: Any) -> Self:
+        """The same result, which also shows itself."""
+        return cls(**{field.name: getattr(result, field.name) for field in fields(result)}, **more)
+
+
+def _sizes(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
+    """What changed in a model: sizes on disk and compressed, and the sparsity."""
+    lines = [f"on disk   {nbytes(before.bytes.raw)} -> {nbytes(after.bytes.raw)}"]
+    if before.bytes.compressed is not None and after.bytes.compressed is not None:
+        lines.append(f"gzip      {nbytes(before.bytes.compressed)} -> {nbytes(after.bytes.compressed)}")
+    if before.params.total != after.params.total:
+        lines.append(f"weights   {count(before.params.total)} -> {count(after.params.total)}")
+    if before.prunable_sparsity is not None and after.prunable_sparsity is not None:
+        lines.append(f"sparsity  {percent(before.prunable_sparsity)} -> {percent(after.prunable_sparsity)}")
+    return tuple(lines)
+
+
+def _title(before: ModelStats, output: str) -> str:
+    return f"{before.path} -> {output or '(nothing was written)'}"
+
+
+def _stats_lines(stats: ModelStats) -> tuple[str, ...]:
+    lines = [f"{stats.path} ({stats.format})", f"on disk   {nbytes(stats.bytes.raw)}"]
+    if stats.bytes.packed is not None:
+        lines.append(f"packed    {nbytes(stats.bytes.packed)}")
+    if stats.bytes.compressed is not None:
+        lines.append(f"gzip      {nbytes(stats.bytes.compressed)}")
+    lines.append(f"weights   {count(stats.params.total)} in {count(len(stats.layers))} tensors")
+    if stats.prunable_sparsity is not None:
+        lines.append(f"sparsity  {percent(stats.prunable_sparsity)}")
+    return tuple(lines)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class InspectResult(_Copied, ModelStats):
+    """A model, measured."""
+
+    command: ClassVar[str] = "inspect"
+
+    def report(self) -> Report:
+        """The report of `inspect`."""
+        return inspect_report([self], [], has_flops=self.macs is not None)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and sparsity, and the first advice."""
+        return (*_stats_lines(self), *self.advice[:1], f"Next: prunectl.prune({self.path!r}, OUTPUT, sparsity='80%')")
+
+    def _maps(self) -> Mapping[str, tuple[SparsityMap, ...]]:
+        # Drawn when somebody looks: by then the file may be gone, or another.
+        if not os.path.exists(self.path):
+            return {}
+        model = open_model(Path(self.path))
+        return {self.path: sparsity_maps(model, self) if model.nbytes == self.bytes.raw else ()}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SizeResult(_Copied, ModelStats):
+    """The sizes of a model: as it is, packed, and compressed."""
+
+    codec: str = CodecName.GZIP.value
+    level: int | None = None
+    command: ClassVar[str] = "size"
+
+    def report(self) -> Report:
+        """The report of `size`."""
+        return size_report([self], [], [], get_codec(CodecName(self.codec), self.level))
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and sparsity."""
+        return tuple(line.replace("gzip", self.codec, 1) for line in _stats_lines(self))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PruneResult(_Copied, Pruned):
+    """The result of pruning single weights."""
+
+    output: str = ""
+    """What was written; empty where nothing was."""
+    command: ClassVar[str] = "prune"
+
+    def report(self) -> Report:
+        """The report of `prune`."""
+        return prune_report(self, self.output)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and sparsity before and after."""
+        pruned = f"pruned    {count(self.plan.drop)} of {count(self.plan.size)} weights"
+        return (_title(self.before, self.output), *_sizes(self.before, self.after), pruned, *_next(self.output))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ChannelResult(_Copied, ChannelPruneResult):
+    """The result of pruning channels."""
+
+    output: str = ""
+    """What was written; empty where nothing was."""
+    command: ClassVar[str] = "prune"
+
+    def report(self) -> Report:
+        """The report of `prune --pattern channel`."""
+        return channels_report(self, self.output)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and channels before and after."""
+        removed = f"removed   {count(self.dropped)} of {count(self.channels)} channels"
+        return (_title(self.before, self.output), *_sizes(self.before, self.after), removed, *_next(self.output))
+
+
+def _next(output: str) -> tuple[str, ...]:
+    if not output:
+        return ()
+    return ("Accuracy was not measured.", f"Next: prunectl.evaluate({output!r}, DATA), or prunectl.finetune")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class StripResult(_Copied, Stripped):
+    """What was removed, and sizes before and after."""
+
+    output: str = ""
+    """What was written; empty where nothing was."""
+    is_rewritten: bool = False
+    """Whether what is left was packed, or stored as halves."""
+    command: ClassVar[str] = "strip"
+
+    def report(self) -> Report:
+        """The report of `strip`."""
+        return strip_report(self, self.output, is_rewritten=self.is_rewritten)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes before and after, and what was removed."""
+        removed = f"removed   {nbytes(sum(item.bytes for item in self.removed))} in {count(len(self.removed))} parts"
+        return (_title(self.before, self.output), *_sizes(self.before, self.after), removed)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class TrainingResult(_Copied, FinetuneResult):
+    """The result of a training run."""
+
+    output: str = ""
+    command: ClassVar[str] = "finetune"
+
+    def report(self) -> Report:
+        """The report of `finetune`."""
+        return finetune_report(self, self.before.path, self.output)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and metrics before and after."""
+        metrics = tuple(
+            f"{name}  {self.judged_before[name]:.4g} -> {value:.4g}"
+            for name, value in [*self.judged_after.items()][:3]
+            if name in self.judged_before
+        )
+        course = f"epochs    {len(self.history)} ({count(self.course.steps)} steps)"
+        return (
+            _title(self.before, self.output),
+            *_sizes(self.before, self.after),
+            course,
+            *metrics,
+            f"Next: prunectl.size({self.output!r})",
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ConversionResult(_Copied, ExportResult):
+    """The result of an export, compared with its source."""
+
+    output: str = ""
+    command: ClassVar[str] = "export"
+
+    def report(self) -> Report:
+        """The report of `export`."""
+        return export_report(self, self.output)
+
+    def lines(self) -> tuple[str, ...]:
+        """Formats, sizes, and whether both compute the same."""
+        compared = "equal bit by bit" if self.comparison is None else "the outputs agree"
+        formats = f"format    {self.source} -> {self.target} ({compared})"
+        return (_title(self.before, self.output), formats, *_sizes(self.before, self.after))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class CheckResult(_Copied, Findings):
+    """The verdicts on all budgets."""
+
+    command: ClassVar[str] = "check"
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether no model exceeds a limit, and all could be read."""
+        return self.exit_code == 0
+
+    def report(self) -> Report:
+        """The report of `check`."""
+        return check_report(self, has_gates=True)
+
+    def lines(self) -> tuple[str, ...]:
+        """How many limits are exceeded, and the first of them."""
+        verdict = f"{len(self.failed)} failed, {len(self.warned)} warned, of {len(self.findings)} limits"
+        failed = tuple(f"FAIL {finding.model}: {finding.id}" for finding in self.failed[:6])
+        return (f"{self.file}: {verdict}", f"models    {count(self.models)}", *failed)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class DiffResult(_Copied, ModelDiff):
+    """Two models compared tensor by tensor, and what of it was forbidden."""
+
+    findings: tuple[Finding, ...] = ()
+    command: ClassVar[str] = "diff"
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing differs that must not."""
+        return not any(finding.is_failure for finding in self.findings)
+
+    def report(self) -> Report:
+        """The report of `diff`."""
+        return diff_report(self, self.findings, has_gates=True)
+
+    def lines(self) -> tuple[str, ...]:
+        """How many tensors differ, and how the sizes do."""
+        kinds = dict.fromkeys(change.kind for change in self.changes)
+        counted = (f"{sum(change.kind == kind for change in self.changes)} {kind}" for kind in kinds)
+        return (_title(self.old, self.new.path), f"tensors   {', '.join(counted)}", *_sizes(self.old, self.new))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class VerifyResult(Result):
+    """The checks of a pruned model against its manifest or source."""
+
+    path: str
+    findings: tuple[Finding, ...]
+    command: ClassVar[str] = "verify"
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether all checks passed."""
+        return not any(finding.is_failure for finding in self.findings)
+
+    def report(self) -> Report:
+        """The report of `verify`."""
+        return verify_report(self.path, self.findings, has_gates=True)
+
+    def lines(self) -> tuple[str, ...]:
+        """Each check that failed."""
+        failed = [finding for finding in self.findings if finding.is_failure]
+        verdict = f"{len(failed)} of {len(self.findings)} checks failed" if failed else "all checks passed"
+        return (f"{self.path}: {verdict}", *(f"FAIL {finding.id}: {finding.note}" for finding in failed))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SweepResult(_Copied, Swept):
+    """The trials of a sweep."""
+
+    model: str = ""
+    command: ClassVar[str] = "sweep"
+
+    def report(self) -> Report:
+        """The report of `sweep`."""
+        return sweep_report(self, self.model)
+
+    def lines(self) -> tuple[str, ...]:
+        """The trials on the Pareto front."""
+        front = [trial for trial in pareto_front(self.outcomes) if trial != BASELINE]
+        rows = tuple(
+            f"{trial.name}  {self.outcomes[trial].value:.4g}  {nbytes(self.outcomes[trial].gzip)} gzip"
+            for trial in front[:6]
+        )
+        metric = self.base.metric
+        return (
+            f"{self.model} -> {self.folder}: {count(len(self.outcomes) - 1)} trials, {len(self.failed)} failed",
+            f"unpruned  {metric} {self.base.value:.4g}, {nbytes(self.base.gzip)} gzip",
+            f"{len(front)} on the Pareto front:",
+            *rows,
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class InitResult(Result):
+    """Budgets that were written."""
+
+    path: Path
+    proposals: list[Proposal]
+    failures: list[Failure]
+    command: ClassVar[str] = "init"
+
+    def report(self) -> Report:
+        """The report of `init`."""
+        return init_report(self.path, self.proposals, self.failures)
+
+    def lines(self) -> tuple[str, ...]:
+        """The models that have budgets now."""
+        models = tuple(proposal.path for proposal in self.proposals[:6])
+        return (f"{self.path}: budgets for {len(self.proposals)} models", *models, "Next: prunectl.check()")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class DoctorResult(Result):
+    """What is installed."""
+
+    extras: tuple[Extra, ...]
+    command: ClassVar[str] = "doctor"
+
+    def report(self) -> Report:
+        """The report of `doctor`."""
+        return doctor_report(self.extras)
+
+    def lines(self) -> tuple[str, ...]:
+        """The extras that work, and what to install for the others."""
+        ready = ", ".join(extra.name or "core" for extra in self.extras if extra.is_ready)
+        return (f"prunectl works with: {ready}", *(e.install_command for e in self.extras if e.install_command))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EvaluationResult(_Copied, Evaluation):
+    """How good a model is on some data."""
+
+    path: str = ""
+    command: ClassVar[str] = "evaluate"
+
+    def report(self) -> Report:
+        """The metrics in a table."""
+        columns = (Column("metric"), Column("value", Unit.NUMBER))
+        table = Table("metrics", columns, tuple(self.logs.items()))
+        numbers = {name: value if math.isfinite(value) else None for name, value in self.logs.items()}
+        return Report(
+            models=(),
+            table=table,
+            sections=(Section(self.path, tables=(table,), notes=self.notes),),
+            extra_json={"path": self.path, "metric": self.metric, "logs": numbers},
+        )
+
+    def lines(self) -> tuple[str, ...]:
+        """The metrics."""
+        return (self.path, *(f"{name}  {value:.4g}" for name, value in [*self.logs.items()][:8]))
