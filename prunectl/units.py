@@ -59,7 +59,10 @@ def parse_size(text: str) -> int:
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise UsageError(f"{text!r} is not a size", hint="write 400KB, 5MiB or 5242880")
-    return math.floor(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    # In integers: 1.13 million as a float is a little less.
+    whole, _, decimals = match[1].partition(".")
+    scale: int = 10 ** len(decimals)
+    return int(whole + decimals) * factor // scale
 
 
 def parse_ratio(text: str) -> float:
