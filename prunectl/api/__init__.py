@@ -257,7 +257,7 @@ def check(
 
 
 def init(folder: AnyPath = ".", *, margin: Ratio = "10%") -> InitResult:
-    """Measure all models in a folder, and write a prunectl.toml with limits for them."""
+    """Measure all models in a folder, and write a prunectl.toml with limits for them and a baseline of their sizes."""
     check_type("margin", margin, Ratio)
     return InitResult(*write_budgets(_path(folder, "folder"), ratio("margin", margin)))
 

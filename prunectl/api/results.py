@@ -370,13 +370,15 @@ class InitResult(Result):
     """Budgets that were written."""
 
     path: Path
+    baseline: Path | None
+    """The baseline that was written; None if there was one."""
     proposals: list[Proposal]
     failures: list[Failure]
     command: ClassVar[str] = "init"
 
     def report(self) -> Report:
         """The report of `init`."""
-        return init_report(self.path, self.proposals, self.failures)
+        return init_report(self.path, self.baseline, self.proposals, self.failures)
 
     def lines(self) -> tuple[str, ...]:
         """The models that have budgets now."""

@@ -56,13 +56,13 @@ def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
     return BaselineEntry(stats.raw, stats.gzip, params.total, params.prunable_zero or 0, reason)
 
 
-def write(baseline: Baseline, updates: dict[str, BaselineEntry]) -> Path:
+def write(baseline: Baseline, updates: dict[str, BaselineEntry], *, is_forced: bool = True) -> Path:
     """Write the file with some models as they are now, the others as they were."""
     if baseline.path is None:
         raise UsageError(f"the baseline {baseline.origin} cannot be updated", hint="name a file: --baseline FILE")
     models = {name: asdict(entry) for name, entry in {**baseline.entries, **updates}.items()}
     text = json.dumps({"schema": SCHEMA, "models": models}, indent=2, sort_keys=True) + "\n"
-    atomic.write_text(baseline.path, text, is_forced=True)
+    atomic.write_text(baseline.path, text, is_forced=is_forced)
     return Path(baseline.origin)
 
 

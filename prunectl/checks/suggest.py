@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from prunectl.checks.baseline import BaselineEntry, snapshot
 from prunectl.checks.lazy_stats import LazyModelStats
 from prunectl.errors import InputError, PrunectlError, attempt
 from prunectl.formats.registry import FORMATS, recognise
@@ -28,6 +29,14 @@ class Proposal:
     max_gzip: int
     max_params: int
     min_sparsity: float | None
+    key: str
+    """Its path in the baseline."""
+    entry: BaselineEntry
+    """What it is now."""
+
+
+FIRST_SIZES = "first sizes"
+"""The reason of a baseline that is written with the budgets."""
 
 
 def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
@@ -42,6 +51,8 @@ def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
         max_params=_rounded_up(stats.facts.params.total, margin),
         # In whole percents, rounded down: what it has is enough.
         min_sparsity=math.floor(sparsity * 100) / 100 if sparsity >= _SPARSE else None,
+        key=key,
+        entry=snapshot(stats, FIRST_SIZES),
     )
 
 
@@ -53,9 +64,10 @@ def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
         'on-missing = "warn"',
     ]
     for proposal in proposals:
-        lines += ["", "[[budget]]", f"path = {_toml_string(proposal.path)}", f"max-raw = {proposal.max_raw}"]
-        lines += [f"max-gzip = {proposal.max_gzip}", f"max-params = {proposal.max_params}"]
-        lines += [f"min-sparsity = {proposal.min_sparsity}"] if proposal.min_sparsity is not None else []
+        lines += ["", "[[budget]]", f"path = {_toml_string(proposal.path)}"]
+        lines += [f'max-raw = "{_shortened(proposal.max_raw)}B"', f'max-gzip = "{_shortened(proposal.max_gzip)}B"']
+        lines.append(f'max-params = "{_shortened(proposal.max_params)}"')
+        lines += [f'min-sparsity = "{proposal.min_sparsity:.0%}"'] if proposal.min_sparsity is not None else []
         lines.append('max-growth = {fail = "2%", warn = "0.5%"}')
     return "\n".join(lines) + "\n"
 
@@ -65,6 +77,17 @@ def _rounded_up(value: int, margin: float) -> int:
     raised = math.ceil(value * (1 + margin))
     step: int = 10 ** max(len(str(raised)) - _DIGITS, 0)
     return -(-raised // step) * step
+
+
+def _shortened(value: int) -> str:
+    """A number in the unit that says it in the fewest characters, exactly: 896K, 1.23M."""
+    texts = [str(value)]
+    for power, letter in enumerate("KMGT", 1):
+        whole, rest = divmod(value, 1000**power)
+        if whole:
+            decimals = f"{rest:0{3 * power}}".rstrip("0")
+            texts.append(f"{whole}.{decimals}{letter}" if decimals else f"{whole}{letter}")
+    return min(reversed(texts), key=len)
 
 
 def _toml_string(value: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from prunectl.checks import baseline as baselines
+from prunectl.checks.baseline import Baseline
 from prunectl.checks.config import OWN, SHARED, load_config
 from prunectl.checks.lazy_stats import LazyModelStats
 from prunectl.checks.parse import BASELINE
@@ -29,19 +33,27 @@ _COLUMNS = (
 )
 
 
-def init_report(path: Path, proposals: list[Proposal], failures: list[Failure]) -> Report:
-    """The report on a file of budgets that was written."""
+def init_report(path: Path, baseline: Path | None, proposals: list[Proposal], failures: list[Failure]) -> Report:
+    """The report on a file of budgets that was written, and on a baseline unless there was one."""
     rows = tuple(
         (proposal.path, proposal.max_raw, proposal.max_gzip, proposal.max_params, proposal.min_sparsity)
         for proposal in proposals
     )
     table = Table("budgets", _COLUMNS, rows)
+    written = [path, *([] if baseline is None else [baseline])]
+    models = f"{len(proposals)} {'model' if len(proposals) == 1 else 'models'}"
+    is_near = path.parent == Path()
+    next_command = "prunectl check" if is_near else shlex.join(["prunectl", "check", "--config", str(path)])
+    kept = () if baseline is not None else (f"{path.with_name(BASELINE)} was there before, and is unchanged.",)
+    title = f"Wrote {' and '.join(map(str, written))}: {models}"
     return Report(
         models=(),
         table=table,
-        sections=(Section(str(path), tables=(table,), notes=("Next: prunectl check",)),),
+        sections=(Section(title, tables=(table,), notes=kept),),
+        summary=title,
+        next_step=next_command,
         failures=tuple(failures),
-        artifacts=(Artifact(str(path), path.stat().st_size),),
+        artifacts=tuple(Artifact(str(file), file.stat().st_size) for file in written),
         quiet_lines=(),
     )
 
@@ -54,9 +66,10 @@ def init(
     *,
     margin: Annotated[str, typer.Option(metavar="RATIO", help="Headroom above the current size, e.g. 20%.")] = "10%",
 ) -> int:
-    """Measure all models in a folder, and write a prunectl.toml with limits for them.
+    """Measure all models in a folder, and write a prunectl.toml with limits for them and a baseline of their sizes.
 
-    Searches subfolders too, except hidden ones. An existing prunectl.toml is never overwritten.
+    Searches subfolders too, except hidden ones. An existing prunectl.toml or prunectl-baseline.json is never
+    overwritten.
 
     [dim]$[/] prunectl init
 
@@ -66,8 +79,11 @@ def init(
     return reporter.show(init_report(*write_budgets(folder, parse_ratio(margin))))
 
 
-def write_budgets(folder: Path, room: float) -> tuple[Path, list[Proposal], list[Failure]]:
-    """Write limits for all models of a folder, with room above their sizes; return the file, them, and what failed."""
+def write_budgets(folder: Path, room: float) -> tuple[Path, Path | None, list[Proposal], list[Failure]]:
+    """Write limits for all models of a folder, with room above their sizes, and a baseline unless there is one.
+
+    Returns both files, the limits, and what failed.
+    """
     target = folder / OWN
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="name the folder of the models: prunectl init FOLDER")
@@ -79,7 +95,16 @@ def write_budgets(folder: Path, room: float) -> tuple[Path, list[Proposal], list
     if not proposals:
         raise UsageError(f"no model was found in {folder}", hint="name the folder of the models: prunectl init FOLDER")
     atomic.write_text(target, as_toml(proposals, BASELINE), is_forced=False)
-    return target, proposals, failures
+    return target, _write_baseline(folder / BASELINE, proposals), proposals, failures
+
+
+def _write_baseline(path: Path, proposals: list[Proposal]) -> Path | None:
+    """Record what the models are now; None if there is a baseline, which stays as it is."""
+    if os.path.lexists(path):
+        return None
+    entries = {proposal.key: proposal.entry for proposal in proposals}
+    baselines.write(Baseline(str(path), {}, path), entries, is_forced=False)
+    return path
 
 
 def _proposals(folder: Path, room: float) -> tuple[list[Proposal], list[Failure]]:

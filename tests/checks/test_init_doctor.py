@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from prunectl.checks import suggest
 from prunectl.commands import doctor
 from prunectl.commands.doctor import Extra, Package
-from tests.checks.checking import GZIP, MODEL, PARAMS, RAW, prunectl
+from prunectl.units import parse_size
+from tests.checks.checking import GZIP, MODEL, PARAMS, RAW, baseline, prunectl
 from tests.running import FIXTURES, ROOT, here
 
 
@@ -20,9 +25,47 @@ def test_budgets_are_a_little_above_and_then_hold(tmp_path: Path) -> None:
     assert prunectl(tmp_path, "init").code == 0
     (budget,) = tomllib.loads((tmp_path / "prunectl.toml").read_text())["budget"]
     for key, value in (("max-raw", RAW), ("max-gzip", GZIP), ("max-params", PARAMS)):
-        assert 1.1 * value <= budget[key] <= 1.12 * value + 1
-    assert (budget["path"], budget["min-sparsity"]) == ("a.safetensors", 0.5)
+        assert 1.1 * value <= parse_size(budget[key]) <= 1.12 * value + 1
+    assert (budget["path"], budget["min-sparsity"]) == ("a.safetensors", "50%")
     assert prunectl(tmp_path, "check").code == 0
+
+
+def test_a_first_check_after_init_passes_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    shutil.copy(FIXTURES / "digits_cnn.keras", tmp_path)
+    told = prunectl(tmp_path, "init", "--format", "human").out
+    assert told.startswith("Wrote prunectl.toml and prunectl-baseline.json: 2 models")
+    assert "Next: prunectl check" in told
+    known = json.loads((tmp_path / "prunectl-baseline.json").read_text())["models"]
+    assert (known["a.safetensors"]["gzip"], known["a.safetensors"]["reason"]) == (GZIP, "first sizes")
+    found = prunectl(tmp_path, "check")
+    assert (found.code, found.err) == (0, "prunectl.toml: 0 failed, 0 warned, 9 passed; 2 models measured\n")
+    assert {row[0] for row in found.rows} == {"pass"}
+
+
+def test_init_in_another_folder_names_the_file_to_check(tmp_path: Path) -> None:
+    (tmp_path / "my models").mkdir()
+    (tmp_path / "my models" / "a.safetensors").write_bytes(MODEL)
+    assert "Next: prunectl check --config 'my models/prunectl.toml'" in prunectl(
+        tmp_path, "init", "my models", "--format", "human"
+    ).out  # fmt: skip
+    assert prunectl(tmp_path, "check", "--config", "my models/prunectl.toml").code == 0
+
+
+def test_a_baseline_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(MODEL)
+    baseline(tmp_path, a=1)
+    before = (tmp_path / "prunectl-baseline.json").read_bytes()
+    told = prunectl(tmp_path, "init", "--format", "human").out
+    assert told.startswith("Wrote prunectl.toml: 1 model")
+    assert "prunectl-baseline.json was there before, and is unchanged." in told
+    assert (tmp_path / "prunectl-baseline.json").read_bytes() == before
+
+
+@given(st.integers(0, 1 << 50), st.sampled_from([0, 0.1, 0.25]))
+def test_a_proposed_limit_reads_back_to_the_number_that_was_meant(value: int, margin: float) -> None:
+    for limit in (value, suggest._rounded_up(value, margin)):
+        assert parse_size(f"{suggest._shortened(limit)}B") == parse_size(suggest._shortened(limit)) == limit
 
 
 def test_every_model_is_found_once_whatever_its_format(tmp_path: Path) -> None:
@@ -65,7 +108,7 @@ def test_the_margin_can_be_chosen(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(MODEL)
     assert prunectl(tmp_path, "init", "--margin", "0%").code == 0
     (budget,) = tomllib.loads((tmp_path / "prunectl.toml").read_text())["budget"]
-    assert (budget["max-raw"], budget["max-params"]) == (RAW, PARAMS)
+    assert (budget["max-raw"], budget["max-params"]) == (f"{RAW}B", str(PARAMS))
 
 
 @pytest.mark.parametrize("there", ["prunectl.toml", "pyproject.toml"])
@@ -121,7 +164,9 @@ def test_the_doctor_names_what_protects_less_off_linux(
     monkeypatch.setattr("prunectl.commands.doctor.platform.system", lambda: system)
     done = here("doctor", "--format", "human")
     assert done.code == 0, done.err
-    assert (f"On {system} is limited in time, but not in memory" in " ".join(done.out.split())) is (is_weaker)
+    assert (
+        f"On {system} the process that reads HDF5 is limited in time, but not in memory" in " ".join(done.out.split())
+    ) is (is_weaker)
 
 
 @pytest.mark.parametrize(
