@@ -111,5 +111,26 @@ def test_every_model_meets_every_gate() -> None:
 
 def test_a_terminal_shows_the_verdict() -> None:
     shown = at_terminal("size", FIXTURES / "digits_cnn.h5", "--max-gzip", "1KB", "--color", "never").out
-    assert "FAIL  max-gzip" in shown
-    assert "the limit is 1.00 kB" in shown
+    assert "FAIL  " in shown
+    assert "is 39.6 kB gzipped, 38.6 kB over the limit of 1.00 kB (max-gzip)" in shown
+
+
+@pytest.mark.parametrize(
+    ("codec", "words"), [("gzip", "gzipped"), ("xz", "compressed with xz"), ("none", "uncompressed")]
+)
+def test_a_verdict_names_the_compression(codec: str, words: str) -> None:
+    told = here("size", FIXTURES / "digits_cnn.h5", "--max-gzip", "1MB", "--codec", codec)
+    assert f" kB {words}, within the limit of 1.00 MB (max-gzip)" in told.err
+
+
+def test_a_model_that_shrank_keeps_within_a_limit_on_bytes() -> None:
+    small, big = FIXTURES / "digits_cnn.safetensors", FIXTURES / "masks_of_torch_prune.pt"
+    told = here("size", small, "--baseline", big, "--max-growth", "1KB")
+    assert told.code == 0
+    assert "shrank by " in told.err
+
+
+def test_a_floor_is_told_in_percentage_points() -> None:
+    told = here("size", FIXTURES / "digits_cnn.h5", "--min-sparsity", "50%")
+    assert "0.0 % of the prunable weights of " in told.err
+    assert " are zero, 50 pp below the limit of 50.0 % (min-sparsity)" in told.err

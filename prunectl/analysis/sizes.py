@@ -7,7 +7,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from prunectl.formats.registry import by_name, load
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import check_stopped, workers
-from prunectl.units import Units, nbytes, percent, printable
+from prunectl.units import Units, count, nbytes, percent, printable
 
 
 def iter_model_bytes(model: ModelFile) -> Iterator[bytes]:
@@ -198,6 +198,10 @@ def packed_bytes(model: ModelFile, tick: Tick) -> int:
         return model.nbytes - max(model.path.stat().st_size - target.stat().st_size, 0)
 
 
+SENTENCES_ONLY = {"sentences only": True}
+"""The metadata of a field of a check that sentences need, and that is in no JSON."""
+
+
 @dataclass(frozen=True, slots=True)
 class LimitCheck:
     """A limit, and the value that is held against it."""
@@ -210,6 +214,8 @@ class LimitCheck:
     ok: bool
     model: str
     level: str = "error"
+    codec: CodecName = field(default=CodecName.GZIP, kw_only=True, metadata=SENTENCES_ONLY)
+    """What the compressed size was measured with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +231,7 @@ class SizeLimits:
     """Growth of the compressed size over the baseline's, in bytes."""
     max_growth_ratio: float | None = None
     """The same, as a share of the baseline's."""
+    codec: CodecName = CodecName.GZIP
 
 
 def check_limits(stats: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...]:
@@ -244,7 +251,7 @@ def check_limits(stats: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...
         growth = sizes.compressed - before
         checks.append(_check_max(stats, "max-growth", "bytes.compressed", limits.max_growth_bytes, growth))
         checks.append(_check_max(stats, "max-growth", "bytes.compressed", limits.max_growth_ratio, growth / before))
-    return tuple(check for check in checks if check is not None)
+    return tuple(replace(check, codec=limits.codec) for check in checks if check is not None)
 
 
 def _check_max(
@@ -255,8 +262,72 @@ def _check_max(
     return LimitCheck(name, metric, limit, actual, actual <= limit, stats.path)
 
 
+_PHRASES = {
+    "max-raw": "{subject} is {actual} on disk",
+    "max-packed": "{subject} is {actual} packed",
+    "max-gzip": "{subject} is {actual} {compressed}",
+    "max-growth": "{subject} {grew} by {actual} {compressed}",
+    "growth": "{subject} {grew} by {actual} {compressed}",
+    "max-params": "{subject} has {actual} parameters",
+    "max-flops": "{subject} takes {actual} FLOPs for one input",
+    "min-sparsity": "{actual} of the prunable weights of {subject} are zero",
+    "max-sparsity": "{actual} of {subject} is zero",
+    "min-nm": "{actual} of the groups of {subject} follow the pattern",
+    "keep-zeros": "{actual} weights of {subject} are no longer zero",
+    "max-drop": "the {metric} of {subject} is {worse} by {actual}",
+    "nonzero": "{actual} pruned weights of {subject} are no longer zero",
+    "shape": "{actual} tensors of {subject} were added, removed or resized",
+    "dtype": "{actual} tensors of {subject} have another dtype",
+    "changed": "{actual} weights of {subject} changed",
+}
+"""What each limit is about, with the value that was measured."""
+_COMPRESSED = {CodecName.GZIP: "gzipped", CodecName.NONE: "uncompressed"}
+
+
+@dataclass(frozen=True, slots=True)
+class LimitTexts:
+    """The numbers of a sentence on a limit, as people read them, without signs."""
+
+    actual: str
+    limit: str
+    distance: str
+    """How far the one is from the other."""
+
+
+def limit_sentence(gate: LimitCheck, subject: str, texts: LimitTexts, *details: str) -> str:
+    """What was measured, and how far it is over a limit or below it; no full stop ends it."""
+    phrase = _PHRASES.get(gate.id, "{subject} has {actual}").format(
+        subject=subject,
+        actual=texts.actual,
+        metric=gate.metric,
+        compressed=_COMPRESSED.get(gate.codec, f"compressed with {gate.codec}"),
+        grew="shrank" if gate.actual < 0 else "grew",
+        worse="better" if gate.actual < 0 else "worse",
+    )
+    side = "below" if gate.id.startswith("min-") else "over"
+    if gate.ok:
+        verdict = f"within the limit of {texts.limit}"
+    elif gate.limit:
+        verdict = f"{texts.distance} {side} the limit of {texts.limit}"
+    else:
+        verdict = f"the limit is {texts.limit}"
+    return f"{phrase}, {verdict} ({'; '.join((gate.id, *details))})"
+
+
+def points(distance: float) -> str:
+    """A distance between two shares, in percentage points."""
+    return f"{100 * distance:.3g} pp" if distance < 1 else f"{100 * distance:,.0f} pp"
+
+
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
     """A limit and the value held against it, as people read them."""
-    is_bytes = isinstance(gate.limit, int)
-    actual, limit = (nbytes(int(value), units) if is_bytes else percent(value) for value in (gate.actual, gate.limit))
-    return f"{gate.id}: {printable(gate.model)} has {actual}, the limit is {limit}"
+    actual, distance = abs(gate.actual), abs(gate.actual - gate.limit)
+    if not isinstance(gate.limit, int):
+        texts = LimitTexts(percent(actual), percent(gate.limit), points(distance))
+        if texts.actual == texts.limit and distance:
+            texts = LimitTexts(f"{actual:.6%}", f"{gate.limit:.6%}", texts.distance)
+    else:
+        texts = LimitTexts(*(nbytes(int(value), units) for value in (actual, gate.limit, distance)))
+        if texts.actual == texts.limit and distance:
+            texts = LimitTexts(f"{count(int(actual))} B", f"{count(gate.limit)} B", texts.distance)
+    return limit_sentence(gate, printable(gate.model), texts)

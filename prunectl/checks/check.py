@@ -26,6 +26,7 @@ from prunectl.checks.rules import (
     check_tensor_limit,
     check_tensor_pattern,
     check_zeros_kept,
+    with_context,
 )
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.base import select_names
@@ -44,6 +45,8 @@ class _CheckRun:
     baseline: Baseline
     file: str
     is_trusted: bool = False
+    earlier: dict[str, BaselineEntry] = field(default_factory=dict)
+    """What the baseline had before this check recorded anything."""
     measured: dict[str, LazyModelStats | PrunectlError] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     errors: list[CheckError] = field(default_factory=list)
@@ -84,7 +87,7 @@ def check(
     Only budgets that are trusted may name code of their own: data, metrics and builders that are functions.
     """
     chosen = select_budgets(budgets, names)
-    run = _CheckRun(budgets, baseline, file, is_trusted)
+    run = _CheckRun(budgets, baseline, file, is_trusted, baseline.entries)
     keys = {budget: _model_keys(run, budget) for budget in chosen}
     with reuse_worker(), meter("checking", sum(map(len, keys.values()))) as bar:
         notes = _record_baseline(run, keys, reason)
@@ -93,7 +96,7 @@ def check(
                 _check_model(run, budget, key)
                 bar.advance(1)
     measured = sum(isinstance(model_keys, LazyModelStats) for model_keys in run.measured.values())
-    return Findings(file, tuple(run.findings), tuple(run.errors), tuple(notes), measured)
+    return Findings(file, tuple(run.findings), tuple(run.errors), tuple(notes), measured, baseline.origin)
 
 
 def _model_keys(run: _CheckRun, budget: Budget) -> list[str]:
@@ -144,7 +147,8 @@ def _check_model(run: _CheckRun, budget: Budget, key: str) -> None:
         if isinstance(outcome, PrunectlError):
             run.errors.append(CheckError(budget.name, stats.name, line, outcome))
         else:
-            run.findings += outcome if isinstance(outcome, list) else [outcome]
+            found = outcome if isinstance(outcome, list) else [outcome]
+            run.findings += [with_context(finding, stats, run.earlier.get(key)) for finding in found]
 
 
 def _budget_checks(run: _CheckRun, budget: Budget, key: str) -> Iterator[BudgetCheck]:

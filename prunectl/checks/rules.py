@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from prunectl.analysis.sizes import LimitCheck
+from prunectl.analysis.sizes import SENTENCES_ONLY, LimitCheck
 from prunectl.analysis.stats import TensorStats
 from prunectl.analysis.tensor_io import count_zeros
-from prunectl.checks.baseline import Baseline
+from prunectl.checks.baseline import Baseline, BaselineEntry
 from prunectl.checks.lazy_stats import LazyModelStats
 from prunectl.checks.matching import TensorView, count_changes
 from prunectl.checks.parse import Budget, LayerBudget, Limit, LocatedValue, OnMissing
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import InputError, PrunectlError
 from prunectl.formats.registry import open_model
+from prunectl.units import Units, nbytes
 
 ERROR, WARNING = "error", "warning"
 
@@ -32,6 +33,12 @@ class Finding(LimitCheck):
     """What is behind the number, a full sentence."""
     message: str = ""
     """What who wrote the budget has to say."""
+    before: int | None = field(default=None, kw_only=True, metadata=SENTENCES_ONLY)
+    """What the baseline has: parameters for `max-params`, else bytes."""
+    largest: tuple[tuple[str, int], ...] = field(default=(), kw_only=True, metadata=SENTENCES_ONLY)
+    """The largest tensors of a model that is too big, with their bytes."""
+    is_measured: bool = field(default=True, kw_only=True, metadata=SENTENCES_ONLY)
+    """Whether there was something to compare with."""
 
     @property
     def is_failure(self) -> bool:
@@ -70,6 +77,10 @@ class Findings:
     notes: tuple[str, ...] = ()
     models: int = 0
     """How many were measured."""
+    baseline: str = "the baseline"
+    """The earlier sizes, as a reader of the report calls them."""
+    accept_command: str = 'prunectl check --update-baseline --reason "…"'
+    """The command that takes what is now for the baseline."""
 
     @property
     def failed(self) -> tuple[Finding, ...]:
@@ -198,7 +209,10 @@ def check_growth(stats: LazyModelStats, limit: Limit, budget: Budget, context: B
         # No share of nothing says how much: every byte is too many.
         limit = replace(limit, metric=MetricUnit.BYTES, fail=_zero_bound(limit.fail), warn=_zero_bound(limit.warn))
     actual: float = grown / entry.gzip if limit.metric is MetricUnit.RATIO else grown
-    note = f"The baseline has {entry.gzip} bytes compressed, the model now has {stats.gzip}."
+    before, now = nbytes(entry.gzip), nbytes(stats.gzip)
+    if before == now and grown:
+        before, now = (nbytes(value, Units.BYTES) + " B" for value in (entry.gzip, stats.gzip))
+    note = f"It was {before} gzipped in the baseline, and is {now}."
     return evaluate_limit(
         stats.name, GROWTH_METRIC, actual, limit, budget=budget.name, message=budget.message, note=note
     )
@@ -209,15 +223,36 @@ def _zero_bound(bound: float | None) -> float | None:
 
 
 def _unknown_model(stats: LazyModelStats, limit: Limit, budget: Budget, context: BaselineContext) -> Finding:
-    """The verdict on a model that the baseline does not know: all of it is growth."""
+    """The verdict on a model that the baseline does not know: for scripts, all of it is growth."""
     nothing = Limit(limit.name, MetricUnit.BYTES, limit.line, fail=0)
-    note = f"{context.baseline.origin} has no entry for it, so all of it counts as growth: run check --update-baseline."
+    note = f"{stats.name} is not in {context.baseline.origin}, so its growth was not checked."
     if context.on_missing is OnMissing.CREATE:
         note += " A baseline in git cannot be updated." if context.baseline.path is None else ""
     finding = evaluate_limit(
         stats.name, GROWTH_METRIC, stats.gzip, nothing, budget=budget.name, message=budget.message, note=note
     )
-    return replace(finding, level=ERROR if context.on_missing is OnMissing.FAIL else WARNING)
+    return replace(finding, level=ERROR if context.on_missing is OnMissing.FAIL else WARNING, is_measured=False)
+
+
+_BEFORE: dict[str, Callable[[BaselineEntry], int]] = {
+    "max-raw": lambda entry: entry.raw,
+    "max-gzip": lambda entry: entry.gzip,
+    "max-growth": lambda entry: entry.gzip,
+    "max-params": lambda entry: entry.params,
+}
+_OF_SIZE = ("max-raw", "max-packed", "max-gzip", "max-growth", "max-params")
+_LARGEST = 3
+
+
+def with_context(finding: Finding, stats: LazyModelStats, entry: BaselineEntry | None) -> Finding:
+    """A finding with what its reader asks next: what it was before, and which tensors are the largest."""
+    if finding.tensor:
+        return finding
+    before = _BEFORE[finding.id](entry) if entry is not None and finding.id in _BEFORE else None
+    if finding.ok or not finding.is_measured or finding.id not in _OF_SIZE:
+        return replace(finding, before=before)
+    rows = sorted((row for row in stats.facts.layers if not row.tied_to), key=lambda row: -row.bytes)
+    return replace(finding, before=before, largest=tuple((row.name, row.bytes) for row in rows[:_LARGEST]))
 
 
 PATTERN_METRIC = "conforming"

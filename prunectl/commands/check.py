@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -203,7 +204,16 @@ def check(
     reports.protect(budgets.path, earlier.path)
     file, bar = ci_path(budgets.path), reporter.progress
     findings = run(budgets, names or [], earlier, file=file, reason=reason, is_trusted=trust, meter=bar)
-    return reports.emit(findings, reporter)
+    accept = _accept_command(names or [], config, baseline)
+    return reports.emit(replace(findings, accept_command=accept), reporter)
+
+
+def _accept_command(names: list[str], config: Path | None, location: str) -> str:
+    """The command that takes what was checked for the baseline."""
+    options = [] if config is None else ["--config", str(config)]
+    # One in git is updated as a file, and committed.
+    options += ["--baseline", location] if location and not location.startswith(GIT) else []
+    return f'{shlex.join(["prunectl", "check", *names, *options])} --update-baseline --reason "…"'
 
 
 command = make_command(check)

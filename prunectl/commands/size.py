@@ -99,6 +99,7 @@ def size(
         max_growth_ratio=parse_ratio(max_growth) if is_share else None,
         max_growth_bytes=parse_size(max_growth) if max_growth and not is_share else None,
         baseline=measure(open_model(Path(baseline)), compressor) if baseline else None,
+        codec=codec,
     )
     models, failures = inspect_each(paths, lambda path: measure(open_model(path), compressor, reporter.progress))
     checks = [gate for stats in models for gate in check_limits(stats, limits)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from prunectl import __version__
 from prunectl.analysis.patterns import SparsityMap
-from prunectl.analysis.sizes import LimitCheck
+from prunectl.analysis.sizes import SENTENCES_ONLY, LimitCheck
 from prunectl.analysis.stats import ModelStats, TensorStats
 from prunectl.errors import PrunectlError, abbreviated
 from prunectl.units import Units, count, nbytes, percent, printable
@@ -143,6 +143,8 @@ class Report:
     """The outcome in a sentence, for logs."""
     next_step: str = ""
     """The command that is likely to come next, for people at a terminal."""
+    log_lines: tuple[str, ...] = ()
+    """Sentences for logs, whose readers do not see the tables."""
     quiet_lines: tuple[str, ...] | None = None
     """What `--quiet` prints instead of everything else."""
     extra_json: Mapping[str, Any] = field(default_factory=dict)
@@ -262,12 +264,16 @@ def report_json(report: Report, command: str) -> str:
         command,
         report.exit_code,
         models=[*report.models, *failed],
-        gates=[asdict(gate) for gate in report.gates],
+        gates=[_gate_json(gate) for gate in report.gates],
         artifacts=[asdict(artifact) for artifact in report.artifacts],
         warnings=list(report.notes),
         error=error_json(worst.error) if worst else None,
         **report.extra_json,
     )
+
+
+def _gate_json(gate: LimitCheck) -> dict[str, Any]:
+    return {item.name: getattr(gate, item.name) for item in fields(gate) if item.metadata != SENTENCES_ONLY}
 
 
 def failure_json(error: PrunectlError, command: str) -> str:

@@ -24,6 +24,7 @@ from prunectl.errors import PrunectlError, translate
 from prunectl.reporting.report import (
     DEFAULT_ROWS,
     Artifact,
+    Column,
     Layout,
     Report,
     Section,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table as RichTable
+    from rich.text import Text
 
 
 _BEGAN = time.time()
@@ -124,6 +126,7 @@ class Reporter:
         ]
         if report.summary and not self.settings.is_quiet:
             lines.append(report.summary)
+        lines += report.log_lines
         lines += [f"note: {note}" for note in report.notes]
         is_one = len(report.sections) == 1
         lines += [
@@ -280,10 +283,21 @@ def _print_table(table: Table, console: Console, settings: Settings, rows: int) 
     rich = _grid(table, columns)
     for number, line in enumerate(formatted):
         is_total = table.total is not None and number == len(formatted) - 1
-        rich.add_row(*(line[column] for column in columns), style="bold" if is_total else None)
+        rich.add_row(
+            *(_colored(table.columns[column], line[column]) for column in columns), style="bold" if is_total else None
+        )
     console.print(rich)
     if hidden := len(table.rows) - len(shown):
         console.print(f"  {count(hidden)} more {'row' if hidden == 1 else 'rows'}: -n 0 shows all", style="dim")
+
+
+_VERDICT_STYLES = {"pass": "green", "warn": "yellow", "FAIL": "bold red"}
+
+
+def _colored(column: Column, cell: str) -> Text:
+    from rich.text import Text  # noqa: PLC0415 - rich is loaded only for people
+
+    return Text(cell, _VERDICT_STYLES.get(cell, "") if column.name == "verdict" else "")
 
 
 def _grid(table: Table, columns: list[int]) -> RichTable:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.numpy import save
 from prunectl.checks.rules import is_within
 from prunectl.units import parse_ratio
 from tests.checks.checking import BIAS, GZIP, MODEL, PARAMS, RAW, WEIGHT, baseline, gates, prunectl, put
-from tests.running import FIXTURES, ROOT, clean
+from tests.running import FIXTURES, ROOT, at_terminal, clean, without_colors
 from tests.running import prunectl as in_its_own_process
 
 FLOPS = 2 * (6 * 6 * 72 + 4 * 4 * 1152 + 256 * 32 + 32 * 10)
@@ -305,6 +306,97 @@ def test_a_terminal_shows_first_what_needs_a_look(tmp_path: Path) -> None:
     assert shown.startswith("prunectl.toml: 1 failed, 1 warned, 1 passed; 1 model measured")
     words = [line.split()[0] for line in shown.splitlines() if "a.safetensors" in line and line[0] not in "* "]
     assert words == ["FAIL", "warn", "pass"]
+
+
+def grown(folder: Path, keys: str = "max-growth = '2%'\nmax-gzip = 100") -> Path:
+    """Write a model that has grown since its baseline, and one that the baseline lacks."""
+    budget = "[[budget]]\npath = '{}.safetensors'\n{}\n"
+    numbers = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    big = save({"big": numbers, "bias": BIAS, "middle": numbers[:8], "small": numbers[:2]})
+    put(folder, budget.format("a", keys) + budget.format("b", "max-growth = '1%'"), a=big, b=MODEL)
+    baseline(folder, a=GZIP)
+    return folder
+
+
+def test_a_failure_is_told_once_with_what_was_before_and_what_can_be_done(tmp_path: Path) -> None:
+    shown = prunectl(grown(tmp_path), "check", "--format", "human").out
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["verdict", "gate", "model", "before", "actual", "limit"] in lines
+    (row,) = (line for line in lines if line[:2] == ["FAIL", "max-gzip"])
+    assert row[2:5] == ["a.safetensors", str(GZIP), "B"]
+    assert shown.count("max-gzip") == 2, "in the table, and in what can be done"
+    told = " ".join(shown.split())
+    assert "* The baseline has no sizes of single tensors; the largest of a.safetensors are big (16.4 kB), " in told
+    assert "middle (2.05 kB), small (512 B)." in told
+    assert "* Prune again, or raise max-gzip (prunectl.toml:4)." in told
+    assert told.count('prunectl check --update-baseline --reason "…"') == 1
+
+
+def test_a_terminal_colours_verdicts(tmp_path: Path) -> None:
+    shown = at_terminal("check", "--config", grown(tmp_path) / "prunectl.toml").out
+    assert "\x1b[1;31mFAIL" in shown
+    assert "\x1b[33mwarn" in shown
+    assert all(len(line) <= 80 for line in without_colors(shown).splitlines()[1:] if str(tmp_path.name) not in line)
+
+
+def test_a_log_has_a_sentence_for_each_failure(tmp_path: Path) -> None:
+    said = prunectl(grown(tmp_path), "check").err
+    (line,) = (line for line in said.splitlines() if "(max-gzip" in line and line.startswith("FAIL: "))
+    assert line.startswith("FAIL: a.safetensors is 15.")
+    assert f" kB over the limit of 100 B (max-gzip; {GZIP} B in the baseline)." in line
+    assert "note: a.safetensors: It was 131 B gzipped in the baseline, and is 15." in said
+
+
+def test_a_model_that_the_baseline_lacks_has_no_limit_of_nothing_on_the_screen(tmp_path: Path) -> None:
+    put(tmp_path, "[[budget]]\npath = 'a.*'\nmax-growth = '1%'\n", a=MODEL)
+    found = prunectl(tmp_path, "check", "--format", "human")
+    assert found.code == 0
+    assert "0 B" not in found.out
+    told = " ".join(found.out.replace("\n  ", " ").split())
+    assert "* a.safetensors is not in prunectl-baseline.json, so its growth was not checked. " in told
+    assert '* Add it: prunectl check --update-baseline --reason "…"' in told
+    (gate,) = gates(prunectl(tmp_path, "check", "--json"))
+    assert (gate["actual"], gate["limit"], gate["unit"]) == (GZIP, 0, "bytes")
+    assert set(gate) == {
+        "id", "metric", "limit", "actual", "ok", "model", "level",
+        "unit", "budget", "tensor", "line", "note", "message",
+    }  # fmt: skip
+
+
+def test_many_models_that_the_baseline_lacks_take_one_sentence(tmp_path: Path) -> None:
+    models = {f"m{number}": MODEL for number in range(5)}
+    put(tmp_path, "[[budget]]\npath = '*.safetensors'\nmax-growth = '1%'\n", **models)
+    said = prunectl(tmp_path, "check").err
+    assert "m0.safetensors, m1.safetensors, m2.safetensors and 2 more are not in prunectl-baseline.json" in said
+    assert said.count("--update-baseline") == 1
+
+
+@pytest.mark.parametrize("name", ["markdown", "github", "gitlab", "junit", "sarif", "human"])
+def test_every_report_tells_what_can_be_done(name: str, tmp_path: Path) -> None:
+    told = unescape(prunectl(grown(tmp_path), "check", "--report", f"{name}:-").out).replace("\\", "")
+    assert "Prune again, or raise max-gzip (prunectl.toml:4)" in told
+    assert "the largest of a.safetensors are big (16.4 kB), middle (2.05 kB), small (512 B)." in told
+    assert "prunectl check --update-baseline --reason" in told
+    assert "so its growth was not checked." in told
+    assert "limit of 0 B" not in told
+    if name == "markdown":
+        assert "|  | gate | model | before | actual | limit |" in told
+        assert f"| ❌ fail | max-gzip | a.safetensors | {GZIP} B | 15." in told
+
+
+def test_the_way_out_names_the_file_and_the_budgets_that_were_checked(tmp_path: Path) -> None:
+    grown(tmp_path)
+    (tmp_path / "my sizes.json").write_bytes((tmp_path / "prunectl-baseline.json").read_bytes())
+    words = ("check", "a.*", "--config", "prunectl.toml", "--baseline", "my sizes.json")
+    command = "prunectl check 'a.*' --config prunectl.toml --baseline 'my sizes.json' --update-baseline --reason"
+    assert command in prunectl(tmp_path, *words).err
+
+
+def test_what_was_before_is_told_when_the_baseline_is_updated(tmp_path: Path) -> None:
+    grown(tmp_path, "max-gzip = '1MB'")
+    shown = prunectl(tmp_path, "check", "--update-baseline", "--reason", "why", "--format", "human").out
+    (row,) = (line.split() for line in shown.splitlines() if "max-gzip" in line)
+    assert row[3:5] == [str(GZIP), "B"]
 
 
 def test_two_hundred_small_models_take_less_than_five_seconds_and_no_framework(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_gate_that_says_no_is_on_the_page_too(tmp_path: Path) -> None:
     code, text = written("size", model, "--max-raw", "5kB", "--html", tmp_path / "page.html")
     assert code == 1
     assert "exit code 1" in text
-    assert "FAIL: max-raw" in text
+    assert "over the limit of 5.00 kB (max-raw)" in text
 
 
 def test_check_and_diff_have_a_page(tmp_path: Path) -> None:

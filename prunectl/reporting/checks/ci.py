@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +13,18 @@ from urllib.parse import quote
 from prunectl import __version__
 from prunectl.checks.rules import CheckError, Finding, Findings
 from prunectl.checks.schema import BUDGET, LAYER
-from prunectl.reporting.checks.text import as_html, as_json, describe, human, markdown, plain, subject
+from prunectl.reporting.checks.text import (
+    as_html,
+    as_json,
+    describe,
+    human,
+    largest_tensors,
+    markdown,
+    plain,
+    subject,
+    verdict_sentence,
+    ways_out,
+)
 
 UNUSABLE = "unusable"
 
@@ -47,7 +58,7 @@ def list_annotations(findings: Findings) -> Iterator[Annotation]:
             rule=finding.id,
             severity=Severity.ERROR if finding.is_failure else Severity.WARNING,
             title=f"{finding.id} {subject(finding)}",
-            text=describe(finding),
+            text=_full_text(findings, finding),
             line=finding.line,
             fingerprint=_fingerprint(findings.file, finding.budget, finding.id, finding.model, finding.tensor),
             numbers={"actual": finding.actual, "limit": finding.limit, "unit": str(finding.unit)},
@@ -62,6 +73,13 @@ def list_annotations(findings: Findings) -> Iterator[Annotation]:
             line=error.line,
             fingerprint=_fingerprint(findings.file, error.budget, UNUSABLE, error.path, message),
         )
+
+
+def _full_text(findings: Findings, finding: Finding) -> str:
+    """What was measured, of what the model is made, and what can be done: an annotation is read by itself."""
+    alone = replace(findings, findings=(finding,))
+    parts = (verdict_sentence(finding), finding.note, *largest_tensors((finding,)), *ways_out(alone), finding.message)
+    return " ".join(filter(None, parts))
 
 
 def uri(path: str) -> str:
@@ -170,7 +188,7 @@ _SUITE = "prunectl check"
 
 def junit(findings: Findings) -> str:
     """JUnit XML with a test case for each finding: a warning is a test that passed, with output."""
-    cases = [_case(item) for item in findings.findings] + [_error(item) for item in findings.errors]
+    cases = [_case(findings, item) for item in findings.findings] + [_error(item) for item in findings.errors]
     counts = {
         "tests": len(cases),
         "failures": len(findings.failed),
@@ -184,12 +202,13 @@ def junit(findings: Findings) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{suites}\n'
 
 
-def _case(finding: Finding) -> str:
+def _case(findings: Findings, finding: Finding) -> str:
     inner = ""
     if finding.is_failure:
-        inner = xml_element("failure", escaped(describe(finding)), message=describe(finding), type=finding.id)
+        text = _full_text(findings, finding)
+        inner = xml_element("failure", escaped(text), message=describe(finding), type=finding.id)
     elif finding.is_warning:
-        inner = xml_element("system-out", escaped(f"warning: {describe(finding)}"))
+        inner = xml_element("system-out", escaped(f"warning: {_full_text(findings, finding)}"))
     return xml_element("testcase", inner, classname=finding.budget, name=f"{finding.id} {subject(finding)}", time=0)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from prunectl.analysis.sizes import LimitTexts, limit_sentence, points
 from prunectl.checks.rules import Finding, Findings
 from prunectl.checks.schema import MetricUnit
+from prunectl.errors import abbreviated
 from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, report_json, tab_separated
 from prunectl.units import Units, count, nbytes, percent, printable
 
@@ -43,11 +46,105 @@ def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, st
     return actual, limit
 
 
+def verdict_sentence(finding: Finding, units: Units = Units.SI) -> str:
+    """What was measured, and how far it is from the limit."""
+    if not finding.is_measured:
+        return ""
+    actual, limit = actual_and_limit(replace(finding, actual=abs(finding.actual)), units)
+    distance = abs(finding.actual - finding.limit)
+    texts = LimitTexts(
+        actual,
+        limit,
+        points(distance) if finding.unit is MetricUnit.RATIO else number(distance, finding.unit, units),
+    )
+    is_told = finding.ok or finding.before is None or finding.id == GROWTH
+    details = () if is_told else (f"{before(finding, units)} in the baseline",)
+    # The actual value keeps its sign, which tells what grew from what shrank.
+    return f"{limit_sentence(finding, subject(finding), texts, *details)}."
+
+
 def describe(finding: Finding, units: Units = Units.SI) -> str:
     """A sentence on a finding: its limit, the measured value, and its notes."""
-    actual, limit = actual_and_limit(finding, units)
-    text = f"{finding.id}: {subject(finding)} has {actual}, the limit is {limit}."
-    return " ".join(filter(None, (text, finding.note, finding.message)))
+    return " ".join(filter(None, (verdict_sentence(finding, units), finding.note, finding.message)))
+
+
+def before(finding: Finding, units: Units = Units.SI) -> str:
+    """What the baseline has, or a dash."""
+    if finding.before is None:
+        return "-"
+    return number(finding.before, MetricUnit.COUNT if finding.id == "max-params" else MetricUnit.BYTES, units)
+
+
+GROWTH = "max-growth"
+_PRUNE_AGAIN = "Prune again"
+_PRUNE_CHANNELS = "Prune channels (--pattern channel)"
+_WAYS_OUT = {
+    "max-params": (_PRUNE_CHANNELS, "raise"),
+    "max-flops": (_PRUNE_CHANNELS, "raise"),
+    "min-sparsity": (_PRUNE_AGAIN, "lower"),
+    "max-sparsity": ("Prune less", "raise"),
+    "min-nm": ("Prune with that pattern", "remove"),
+    "keep-zeros": (_PRUNE_AGAIN, "remove"),
+    "max-drop": ("Fine-tune", "raise"),
+}
+"""What to do about the model, and what about the limit."""
+_NAMED = 3
+
+
+def ways_out(findings: Findings) -> tuple[str, ...]:
+    """What can be done about what failed or warns, in sentences that hold for the whole report."""
+    broken = [*findings.failed, *findings.warned]
+    limits: dict[str, dict[str, dict[str, None]]] = {}
+    for finding in broken:
+        if finding.is_measured and finding.id != GROWTH:
+            action, change = _WAYS_OUT.get(finding.id, (_PRUNE_AGAIN, "raise"))
+            place = f"{finding.id} ({findings.file}:{finding.line})"
+            limits.setdefault(action, {}).setdefault(change, {})[place] = None
+    lines = []
+    for action, changes in limits.items():
+        *most, last = [action, *(f"{change} {_listed(list(places))}" for change, places in changes.items())]
+        lines.append(f"{', '.join(most)}, or {last}.")
+    has_grown = any(finding.is_measured and finding.id == GROWTH for finding in broken)
+    unknown = {finding.model for finding in broken if not finding.is_measured}
+    if has_grown and _PRUNE_AGAIN not in limits:
+        lines.append(f"{_PRUNE_AGAIN}, or accept {'all' if unknown else 'it'}: {findings.accept_command}")
+    elif has_grown:
+        lines.append(f"Accept the {'new sizes' if unknown else 'growth'}: {findings.accept_command}")
+    elif unknown:
+        lines.append(f"Add {'it' if len(unknown) == 1 else 'them'}: {findings.accept_command}")
+    return tuple(lines)
+
+
+def unknown_models(findings: Findings) -> tuple[str, ...]:
+    """A sentence on the models that have no entry in the baseline, if there are any."""
+    broken = (*findings.failed, *findings.warned)
+    unknown = dict.fromkeys(finding.model for finding in broken if not finding.is_measured)
+    if not unknown:
+        return ()
+    verb, owner = ("is", "its") if len(unknown) == 1 else ("are", "their")
+    return (f"{_listed(list(unknown))} {verb} not in {findings.baseline}, so {owner} growth was not checked.",)
+
+
+def largest_tensors(findings: Iterable[Finding], units: Units = Units.SI) -> tuple[str, ...]:
+    """The tensors that a model which is too big is mostly made of, a sentence for each model."""
+    lines: dict[str, str] = {}
+    for finding in findings:
+        if not finding.largest:
+            continue
+        tensors = _listed([f"{abbreviated(name)} ({nbytes(size, units)})" for name, size in finding.largest])
+        if finding.id == GROWTH:
+            lines[finding.model] = (
+                f"The baseline has no sizes of single tensors; the largest of {finding.model} are {tensors}."
+            )
+        else:
+            lines.setdefault(finding.model, f"The largest tensors of {finding.model} are {tensors}.")
+    return tuple(lines.values())
+
+
+def _listed(items: Sequence[str]) -> str:
+    """The first items, and how many more there are."""
+    rest = len(items) - _NAMED
+    return ", ".join(items[:_NAMED]) + (f" and {count(rest)} more" if rest > 0 else "")
 
 
 def summary(findings: Findings) -> str:
@@ -72,7 +169,8 @@ _PLAIN = (
     Column("unit"),
     Column("budget"),
 )
-_HUMAN = (Column("verdict"), Column("gate"), Column("model"), Column("actual"), Column("limit"), Column("budget"))
+_HUMAN = tuple(map(Column, ("verdict", "gate", "model", "before", "actual", "limit", "budget")))
+_BEFORE, _BUDGET = 3, 6
 
 
 def rows(findings: tuple[Finding, ...]) -> Table:
@@ -82,29 +180,51 @@ def rows(findings: tuple[Finding, ...]) -> Table:
 
 def table(findings: tuple[Finding, ...]) -> Table:
     """The findings as people read them."""
-    lines = tuple(
-        (finding.verdict, finding.id, subject(finding), *actual_and_limit(finding), finding.budget)
-        for finding in findings
+    lines = [(finding.verdict, finding.id, subject(finding), *numbers(finding), finding.budget) for finding in findings]
+    # Most budgets are of one model, and named as it is.
+    is_named = any(finding.budget not in {"", finding.model} for finding in findings)
+    empty = {
+        *([] if any(finding.before is not None for finding in findings) else [_BEFORE]),
+        *([] if is_named else [_BUDGET]),
+    }
+    kept = [place for place in range(len(_HUMAN)) if place not in empty]
+    return Table(
+        "gates", tuple(_HUMAN[place] for place in kept), tuple(tuple(line[place] for place in kept) for line in lines)
     )
-    return Table("gates", _HUMAN, lines)
+
+
+def numbers(finding: Finding) -> tuple[str, str, str]:
+    """The cells before, actual and limit; dashes where there was nothing to compare with."""
+    return (before(finding), *(actual_and_limit(finding) if finding.is_measured else ("-", "-")))
 
 
 def check_report(findings: Findings, *, has_gates: bool) -> Report:
     """The report on a check; the gates themselves are for scripts, as people see them in the table."""
-    # Scripts have what failed among the gates.
-    broken = (*(() if has_gates else findings.failed), *findings.warned)
-    lines = tuple(f"{finding.verdict}: {describe(finding)}" for finding in broken)
+    broken = (*findings.failed, *findings.warned)
+    if has_gates:
+        # Scripts have what failed among the gates.
+        notes = tuple(f"{finding.verdict}: {describe(finding)}" for finding in findings.warned)
+    else:
+        remarks = [f"{subject(finding)}: {finding.note}" for finding in broken if finding.is_measured and finding.note]
+        messages = [f"{finding.budget}: {finding.message}" for finding in broken if finding.message]
+        notes = (
+            *dict.fromkeys((*remarks, *messages)),
+            *largest_tensors(broken),
+            *unknown_models(findings),
+            *ways_out(findings),
+        )
     # A terminal shows the first rows: what needs a look stands there.
     ordered = (*findings.failed, *findings.warned, *(finding for finding in findings.findings if finding.ok))
-    section = Section(
-        f"{findings.file}: {summary(findings)}",
-        tables=(table(ordered),) if ordered else (),
-    )
+    title = f"{findings.file}: {summary(findings)}"
     return Report(
-        notes=(*lines, *findings.notes),
+        notes=(*notes, *findings.notes),
+        log_lines=tuple(
+            f"{finding.verdict}: {sentence}" for finding in broken if (sentence := verdict_sentence(finding))
+        ),
         models=(),
         table=rows(findings.findings),
-        sections=(section,),
+        sections=(Section(title, tables=(table(ordered),) if ordered else ()),),
+        summary=title,
         gates=findings.findings if has_gates else (),
         failures=tuple(Failure(finding.path, finding.error) for finding in findings.errors),
         quiet_lines=tuple(describe(finding) for finding in findings.failed),
@@ -130,7 +250,8 @@ def human(findings: Findings) -> str:
     """A line for each finding and each error, and a summary."""
     lines = [f"{item.verdict:<5}  {describe(item)}" for item in findings.findings]
     lines += [f"error  {item.error.message}" for item in findings.errors]
-    lines += [f"note   {note}" for note in findings.notes]
+    broken = (*findings.failed, *findings.warned)
+    lines += [f"note   {note}" for note in (*largest_tensors(broken), *ways_out(findings), *findings.notes)]
     return "".join(printable(line) + "\n" for line in (*lines, f"{findings.file}: {summary(findings)}"))
 
 
@@ -170,9 +291,9 @@ def markdown(findings: Findings) -> str:
     parts = [f"{MARKER}\n## {sign} Model budgets: {escaped(summary(findings))}\n"]
     if broken:
         parts.append(_table(broken))
-        parts += [
-            f"- **{item.id}** {escaped(subject(item))}: {escaped(comment)}\n" for item, comment in _comments(broken)
-        ]
+        comments = (f"- **{item.id}** {escaped(subject(item))}: {escaped(text)}\n" for item, text in _comments(broken))
+        lines = (*largest_tensors(broken), *unknown_models(findings), *ways_out(findings))
+        parts += [*comments, *(f"- {escaped(line)}\n" for line in lines)]
     if findings.errors:
         parts.append("### Could not be checked\n")
         parts.append("".join(f"- {escaped(item.path)}: {escaped(item.error.message)}\n" for item in findings.errors))
@@ -187,17 +308,20 @@ def escaped(text: str) -> str:
     return printable(text).translate(_SPECIAL).replace("&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
-def _table(findings: Iterable[Finding]) -> str:
-    lines = ["|  | gate | model | actual | limit |", "| --- | --- | --- | ---: | ---: |"]
+def _table(findings: Sequence[Finding]) -> str:
+    has_before = any(finding.before is not None for finding in findings)
+    heads = ["", "gate", "model", *(["before"] if has_before else []), "actual", "limit"]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * 3 + ['---:'] * (len(heads) - 3))} |"]
     for finding in findings:
-        cells = (_SIGNS[finding.verdict], finding.id, escaped(subject(finding)), *actual_and_limit(finding))
+        values = numbers(finding) if has_before else numbers(finding)[1:]
+        cells = (_SIGNS[finding.verdict], finding.id, escaped(subject(finding)), *values)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _comments(findings: Iterable[Finding]) -> Iterable[tuple[Finding, str]]:
-    return (
-        (finding, comment)
-        for finding in findings
-        if (comment := " ".join(filter(None, (finding.note, finding.message))))
-    )
+    """What the table does not say of single findings; of models that the baseline lacks, there is one sentence."""
+    for finding in findings:
+        comment = " ".join(filter(None, (finding.note if finding.is_measured else "", finding.message)))
+        if comment:
+            yield finding, comment
