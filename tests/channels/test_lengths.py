@@ -83,8 +83,8 @@ def test_an_onnx_graph_is_cut_with_the_lengths_of_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ("1,3,224", "the input x of the model is ?,3,?,?, and not 1,3,224"),
-        ("1,4,224,224", "the input x of the model is ?,3,?,?, and not 1,4,224,224"),
+        ("1,3,224", "the input x of the model has the shape ?,3,?,?, not 1,3,224"),
+        ("1,4,224,224", "the input x of the model has the shape ?,3,?,?, not 1,4,224,224"),
         ("1,3,224,0", "is not a shape"),
         ("z:1,3,224,224", "the model has no input z"),
     ],
@@ -133,7 +133,7 @@ def test_an_onnx_graph_is_tried_on_what_input_says(tmp_path: Path) -> None:
     path = cropping(tmp_path)
     done = here("export", path, "-o", tmp_path / "half.onnx", "--half")
     assert done.code == 2
-    assert "--input x:1,3,224,224 says it" in done.err
+    assert "add --input x:1,3,224,224" in done.err
     done = here("export", path, "-o", tmp_path / "half.onnx", "--half", "--input", f"1,3,{LENGTH},{LENGTH}")
     assert done.code == 0, done.err
     assert onnx.load(tmp_path / "half.onnx").graph.input[0].type.tensor_type.shape.dim[2].dim_param

@@ -133,7 +133,7 @@ def test_of_integers_the_noise_counts_and_for_classes_the_largest_answer() -> No
     assert 2 < wrong <= 4
     assert answered(whole, other, INTEGERS, is_data=True) == 1 - wrong / 200
     other[4:14] = -other[4:14]
-    with pytest.raises(WorkError, match=r"the top-1 answer is the same one for 9\d\.\d% of 200 examples, and 98%"):
+    with pytest.raises(WorkError, match=r"the top-1 answer is the same for 9\d\.\d% of 200 examples; 98%"):
         answered(whole, other, INTEGERS, is_data=True)
 
 

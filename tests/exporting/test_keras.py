@@ -247,7 +247,7 @@ def test_open_axes_ask_how_long_they_are(tmp_path: Path) -> None:
     k = keras()
     model = k.Sequential([k.layers.Input((None, 3), name="steps"), k.layers.LSTM(4)])
     save(model, tmp_path / "open.keras")
-    with pytest.raises(UsageError, match=r"steps of the model is \?,\?,3"):
+    with pytest.raises(UsageError, match=r"steps of the model has the shape \?,\?,3"):
         export(tmp_path / "open.keras", tmp_path / "m.onnx")
     export(tmp_path / "open.keras", tmp_path / "m.onnx", input=["?,?,3"])
     for length in (2, 9):

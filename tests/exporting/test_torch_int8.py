@@ -66,12 +66,12 @@ def test_what_shows_no_layers_or_runs_by_its_numbers_says_so(tmp_path: Path) -> 
     torch.save({"one.weight": torch.randn(2, 3, 1), "one.bias": torch.zeros(2)}, tmp_path / "n.pt")
     np.savez(tmp_path / "d.npz", x=np.ones((8, 3, 4), np.float32))
     words = {"int8": True, "model": f"{tmp_path}/net.py:Net"}
-    with pytest.raises(WorkError, match=r"cannot hold .* in 8 bits") as failed:
+    with pytest.raises(WorkError, match=r"cannot quantise .* to 8 bits") as failed:
         export(tmp_path / "n.pt", tmp_path / "m.torchscript", data=f"{tmp_path}/d.npz", **words)
     assert "--to onnx" in failed.value.hint
     with pytest.raises(UsageError, match=r"no layer of .* has weights") as empty:
         export(tmp_path / "n.pt", tmp_path / "m.torchscript", input=["?,3,4"], **words)
     assert "--data SPEC" in empty.value.hint
-    with pytest.raises(UsageError, match="--int8 does not go with PyTorch exported program") as other:
+    with pytest.raises(UsageError, match="--int8 cannot be used with PyTorch exported program") as other:
         export("digits_cnn.pt", tmp_path / "m.pt2", int8=True)
     assert "onnx, tflite, torchscript" in other.value.hint

@@ -219,7 +219,7 @@ def test_a_depfile_takes_the_place_of_nothing_else(content: str, tmp_path: Path)
     (tmp_path / "Makefile").write_text(content)
     words = ("prune", "a.safetensors", "-s", "0.8", "-o", "b.safetensors", "--depfile", "Makefile")
     found = prunectl(tmp_path, *words)
-    assert (found.code, "is no depfile of b.safetensors" in found.err) == (2, True)
+    assert (found.code, "is not a depfile of b.safetensors" in found.err) == (2, True)
     assert (tmp_path / "Makefile").read_text() == content
     assert not (tmp_path / "b.safetensors").exists()
 

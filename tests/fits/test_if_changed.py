@@ -118,7 +118,7 @@ def test_what_is_written_beside_counts_as_well(folder: Path) -> None:
     assert (folder / "b.d").read_text() == f"{OUT}: a.safetensors\n"
     assert age(folder / "page.html") == page
     (folder / "m.json").unlink()
-    assert reason(prunectl(folder, *words, "--html", "page.html")) == "m.json is not there"
+    assert reason(prunectl(folder, *words, "--html", "page.html")) == "m.json is missing"
     assert (folder / "m.json").exists()
 
 

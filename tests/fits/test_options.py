@@ -68,12 +68,12 @@ def test_an_option_is_spelled_as_the_help_shows_it(command: str, monkeypatch: py
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--model", "net.py:Net"), "--model is about models that are opened"),
-        (("--custom-objects", "net.py:X"), "--custom-objects is about models that are opened"),
+        (("--model", "net.py:Net"), "--model has no effect here"),
+        (("--custom-objects", "net.py:X"), "--custom-objects has no effect here"),
         (("--schedule-param", "a=1"), "--schedule-param is about a schedule"),
         (("--input", "1,8,8"), "--input needs --groups"),
         (("--min-channels", "2"), "--min-channels is about channels"),
-        (("--max-drop", "1pp", "--data", "x.npz"), "--sparsity and --max-drop both say how much goes"),
+        (("--max-drop", "1pp", "--data", "x.npz"), "--sparsity and --max-drop both set the sparsity"),
     ],
 )
 def test_what_does_not_go_together_is_named_as_it_was_typed(words: tuple[str, ...], says: str) -> None:
@@ -92,7 +92,7 @@ def test_what_a_recipe_says_itself_is_named_as_it_was_typed(words: tuple[str, st
 
 def test_what_inspect_has_no_data_for_is_named_as_it_was_typed() -> None:
     done = here("inspect", PT, "--model", "net.py:Net")
-    assert "--model is about data" in done.err
+    assert "--model needs --data" in done.err
 
 
 @pytest.mark.parametrize(

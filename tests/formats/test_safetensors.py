@@ -68,7 +68,7 @@ def test_a_scalar_and_an_empty_tensor_are_read(tmp_path: Path) -> None:
         ({"a": entry(0, 4, [1] * 100)}, bytes(4), "claims the shape"),
         ({"a": entry(0, 400, [100])}, bytes(12), "truncated"),
         ({"a": entry(0, 4, [1])}, bytes(400), "but the file ends at"),
-        ({"a": entry(0, 8, [3])}, bytes(8), "does not fill"),
+        ({"a": entry(0, 8, [3])}, bytes(8), "does not match"),
         ({"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}, bytes(4), "does not read"),
         ({"a": {"dtype": "F32"}}, b"", "does not say"),
         ({"a": entry(0, -4, [-1])}, b"", "does not say"),

@@ -388,7 +388,7 @@ def test_scales_of_quantized_weights_keep_their_width(tmp_path: Path) -> None:
 def test_a_wrapped_pickled_module_is_refused_and_the_rest_of_it_can_go(tmp_path: Path) -> None:
     made = pruned().eval()
     path = save({"model": made, "optimizer": optimized(made).state_dict()}, tmp_path / "m.pt")
-    with pytest.raises(InputError, match=r"m\.pt holds model\.\S+_mask, a mask that code from the file"):
+    with pytest.raises(InputError, match=r"m\.pt holds the mask model\.\S+_mask, which code in the file"):
         strip(path)
     target, removed = strip(path, StripOptions(frozenset({StripPart.OPTIMIZER})))
     assert [row.name for row in removed] == ["optimizer"]

@@ -297,7 +297,7 @@ def test_a_fixed_basis_is_no_kernel_although_a_product_takes_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("shape", "data", "code", "complaint"),
     [
-        ((3,), bytes(8), FLOAT, "does not fill 8 bytes"),
+        ((3,), bytes(8), FLOAT, "does not match its 8 bytes"),
         ((-1,), bytes(8), FLOAT, "no fixed shape"),
         ((1,), bytes(4), 99, "as type 99"),
         ((1,) * 33, bytes(4), FLOAT, "more than 32 dimensions"),

@@ -189,8 +189,8 @@ def test_a_tensor_of_few_values_keeps_them(tmp_path: Path) -> None:
         (("--cluster", "1"), "from 2 to 65536"),
         (("--cluster", "many"), "is not a number of clusters"),
         (("--cluster", "16:best"), "linear, random, density, kmeans++"),
-        (("--cluster", "16", "--pattern", "channel", "-s", "0.5"), "--cluster does not go with channels"),
-        (("--cluster", "16", "--wrap", "-s", "0.5"), "--cluster does not go with wrappers"),
+        (("--cluster", "16", "--pattern", "channel", "-s", "0.5"), "--cluster cannot be used with --pattern channel"),
+        (("--cluster", "16", "--wrap", "-s", "0.5"), "--cluster cannot be used with wrappers"),
     ],
 )
 def test_what_makes_no_sense_is_refused(words: tuple[str, ...], said: str, tmp_path: Path) -> None:

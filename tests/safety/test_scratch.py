@@ -182,7 +182,7 @@ def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
             (folder / "out").write_text("ours")
             out.write_text("theirs")
 
-    with pytest.raises(WorkError, match="came to be there meanwhile"):
+    with pytest.raises(WorkError, match="was created while prunectl was running"):
         write()
     assert out.read_text() == "theirs"
     assert os.listdir(tmp_path) == ["out"]
@@ -201,7 +201,7 @@ def test_a_folder_that_came_meanwhile_is_not_replaced_even_if_it_is_empty(
             if come == "full":
                 (out / "mine").write_text(placing)
 
-    with pytest.raises(WorkError, match="came to be there meanwhile"):
+    with pytest.raises(WorkError, match="was created while prunectl was running"):
         write()
     assert os.listdir(out) == ([] if come == "empty" else ["mine"])
 

@@ -133,7 +133,7 @@ def test_schedules_are_compared_by_points_that_differ_in_nothing_else() -> None:
         ({"strategies": ("movement",)}, "needs training"),
         ({"strategies": ("obs",), "epochs": 1, "schedules": ("polynomial",)}, "prunes before training"),
         ({"strategies": ("movement",), "epochs": 1}, "prunes before training"),
-        ({"epochs": 1, "schedules": ("polynomal",)}, "no schedule is called"),
+        ({"epochs": 1, "schedules": ("polynomal",)}, "unknown schedule"),
         ({"scopes": ("everywhere",)}, "unknown scope"),
     ],
 )
@@ -171,5 +171,5 @@ def test_answers_are_scored_as_by_hand() -> None:
     assert score(share, labels % 2) == ("accuracy", pytest.approx(np.mean((share[:, 0] > 0.5) == labels % 2)))
     logit = np.log(share / (1 - share))
     assert score(logit, labels % 2) == score(share, labels % 2)
-    with pytest.raises(UsageError, match="no metric"):
+    with pytest.raises(UsageError, match="unknown metric"):
         score(outputs, labels, "accurcy")

@@ -97,7 +97,7 @@ def test_what_nothing_holds_is_out_of_reach_and_writes_nothing(tmp_path: Path) -
     (tmp_path / "worst.py").write_text(LARGEST_FIRST)
     out = tmp_path / "out.onnx"
     words = ["prune", ONNX, "-o", out, "--max-drop", "0pp", "--data", FEW]
-    with pytest.raises(WorkError, match=r"out of reach: at a sparsity of 1% already, accuracy is .* worse") as failed:
+    with pytest.raises(WorkError, match=r"cannot be kept: even at a sparsity of 1%, accuracy is .* worse") as failed:
         app.run([*map(str, words), "--strategy", f"{tmp_path / 'worst.py'}:score"])
     assert failed.value.exit_code == 5
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["worst.py"]
@@ -134,7 +134,7 @@ def test_a_search_that_was_stopped_goes_on_with_what_it_tried(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--max-drop", "1pp"], "judged on data"),
+        (["--max-drop", "1pp"], "needs data"),
         (["--max-drop", "1pp", "-s", "50%"], "both set the sparsity"),
         (["--max-drop", "1pp", "--compression", "2"], "both set the sparsity"),
         (["--max-drop", "1pp", "--target-gzip", "2kB"], "both set the sparsity"),
@@ -208,7 +208,7 @@ def _torch_accuracy(path: Path) -> float:
         (["--logdir", "logs"], "each trial is a separate run"),
         (["--keep-wrappers"], "cannot be evaluated"),
         (["--pattern", "2:4"], "fixes the sparsity"),
-        (["--schedule", "polynomal"], "no schedule is called"),
+        (["--schedule", "polynomal"], "unknown schedule"),
     ],
 )
 def test_training_refuses_what_does_not_go_with_it(words: list[str], told: str, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_file_that_changed_is_named_and_nothing_goes_on(words: list[str], file
         put_data(folder / "d.npz", 60)
     else:
         (folder / file).write_text("def score(weights):\n    return -weights\n")
-    with pytest.raises(UsageError, match=f"{file} has changed since t was begun") as refused:
+    with pytest.raises(UsageError, match=f"{file} has changed since the sweep in t began") as refused:
         ran(*words)
     assert "another folder" in refused.value.hint
 
@@ -155,7 +155,7 @@ def test_a_model_that_answers_with_no_number_as_it_is_is_an_error(folder: Path) 
 def test_training_that_goes_astray_is_a_try_that_does_not_hold(folder: Path) -> None:
     shutil.copy(FIXTURES / "digits_cnn.pt", "m.pt")
     words = ["finetune", "m.pt", *TORCH, "-o", "out.pt", "--data", "d.npz", "--epochs", "1", "--lr", "1e30"]
-    with pytest.raises(WorkError, match="at a sparsity of 1% already, accuracy is no number") as failed:
+    with pytest.raises(WorkError, match="even at a sparsity of 1%, accuracy is NaN") as failed:
         ran(*words, "--max-drop", "5pp", "--tried", "t")
     assert "a lower --lr" in failed.value.hint
     assert len((folder / "t/sweep.jsonl").read_text().splitlines()) > 2
@@ -179,7 +179,7 @@ def test_the_sparsity_told_is_that_of_the_file_where_layers_have_their_own(
     told = " ".join(capsys.readouterr().out.split())
     assert ", so no more can be pruned" in told
     assert re.search(r"Of all parameters, 10\.0 % are zero", told)
-    assert "largest sparsity that holds is 99" not in told
+    assert "largest sparsity within the limit is 99" not in told
 
 
 def test_channels_that_cannot_go_are_told_where_limits_hold_them(

@@ -128,7 +128,7 @@ def test_the_state_of_an_optimizer_with_weights_in_an_order_of_its_own_is_left_o
     optimizer.step()
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
     found = cut(path, tmp_path / "small.pt", model="tests.channels.nets:Residual")
-    assert any("The state of optimizer was left out" in note for note in found.notes)
+    assert any("optimizer" in note for note in found.notes)
     written = torch.load(tmp_path / "small.pt", weights_only=True)
     assert written["optimizer"]["state"] == {}
     assert written["optimizer"]["param_groups"][1]["lr"] == 0.1

@@ -46,7 +46,7 @@ def test_what_is_missing_is_asked_for(asked: dict[str, Any], said: str, hint: st
 
 def test_steps_that_depend_on_the_numbers_cannot_be_followed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = saved(more.Endless(), tmp_path / "net.pt")
-    with pytest.raises(InputError, match="cannot be followed"):
+    with pytest.raises(InputError, match="cannot be verified"):
         cut(path, tmp_path / "small.pt", model=f"{more.__name__}:Endless", inputs=("1,4",))
     assert capfd.readouterr() == ("", "")
 

@@ -129,7 +129,7 @@ def test_a_dictionary_of_inputs_is_put_in_the_order_of_the_model(loaders: str) -
     [
         ("fails", WorkError, "fails: RuntimeError: the disk is on fire"),
         ("weighted", InputError, "batches of 3 parts"),
-        ("uneven", InputError, r"differ in their number of examples: \[10, 3\]"),
+        ("uneven", InputError, r"have different numbers of examples: \[10, 3\]"),
         ("ragged", InputError, "have different shapes"),
         ("nothing", InputError, "returns no batches"),
         ("needs", WorkError, "missing 1 required positional argument"),

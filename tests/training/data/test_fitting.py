@@ -122,7 +122,7 @@ def labelled(place: int, value: float, dtype: type = np.int64) -> Array:
         (ZEROS, labelled(650, np.nan, np.float32), "y of train.npz holds .* first in example 650"),
         (ZEROS, labelled(650, 10), "the label 10 in example 650 is outside 0 to 9: the model has 10 classes"),
         (ZEROS, labelled(650, -1), "the label -1 in example 650"),
-        (ZEROS, labelled(650, 0.5, np.float32), "0.5 in example 650 is no class"),
+        (ZEROS, labelled(650, 0.5, np.float32), "0.5 in example 650 is not a label"),
         (ZEROS, np.zeros((700, 9)), "y of train.npz is 9 for each example, and the output of the model is 10"),
         (ZEROS, np.array(["a"] * 700), "not of numbers"),
         (ZEROS[:0], LABELS[:0], "no examples"),

@@ -127,12 +127,12 @@ def test_question_marks_of_globs_and_names_are_told_from_options(tmp_path: Path)
 def test_random_data_follows_the_model_and_is_marked(tmp_path: Path) -> None:
     source = opened("random:64", model(3, 8, 8, classes=4))
     x, y = whole(source)
-    assert "made up" in source.notes[0]
+    assert "random" in source.notes[0]
     assert x.shape == (64, 3, 8, 8)
     assert x.dtype == np.float32
     assert set(y.tolist()) == {0, 1, 2, 3}
     assert np.array_equal(x, whole(opened("random:64", model(3, 8, 8, classes=4)))[0])
-    assert "made up" in opened("random:3?limit=2", model(4)).notes[0]
+    assert "random" in opened("random:3?limit=2", model(4)).notes[0]
 
 
 def test_random_data_needs_every_length() -> None:
@@ -141,7 +141,7 @@ def test_random_data_needs_every_length() -> None:
     batch = peek(opened("random:8?shape=3x16x16", model(3, None, None)))
     assert batch is not None
     assert as_tuple(batch.x)[0].shape == (8, 3, 16, 16)
-    with pytest.raises(UsageError, match="no count"):
+    with pytest.raises(UsageError, match="not a count"):
         opened("random:many", model(3))
     with pytest.raises(UsageError, match="needs a model"):
         opened("random:8")

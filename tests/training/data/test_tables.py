@@ -73,7 +73,7 @@ def test_columns_come_in_the_order_that_is_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["a,y", "1,0", "two,1"], "line 3: 'two' in column 'a' is no number"),
+        (["a,y", "1,0", "two,1"], "line 3: 'two' in column 'a' is not a number"),
         (["a,y", "1,0", ",1"], "line 3: the column 'a' is empty"),
         (["a,y", "1,0", "2, "], "line 3: the column 'y' is empty"),
         (["a,y", "1,0", "2"], "line 3: the row has 1 cells, the header 2"),
@@ -143,7 +143,7 @@ def test_parquet_holes_words_and_damage_are_refused(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = arrow.table({"hole": [1.0, None], "word": ["a", "b"], "ragged": [[1], [2, 3]], "y": [0, 1]})
     parquet.write_table(table, tmp_path / "t.parquet")
-    for name, said in (("hole", "nothing stands in 1 rows"), ("word", "no numbers"), ("ragged", "differ in length")):
+    for name, said in (("hole", "is empty in 1 rows"), ("word", "no numbers"), ("ragged", "differ in length")):
         with pytest.raises(InputError, match=said):
             opened(f"{tmp_path}/t.parquet?target=y&columns={name}")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:50])

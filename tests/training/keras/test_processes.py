@@ -108,5 +108,5 @@ def test_keras_3_refuses_to_train_in_several_processes(tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match="cannot train in several processes"):
         nets.opened(path)
     monkeypatch.setenv("TF_CONFIG", "{")
-    with pytest.raises(UsageError, match="no JSON"):
+    with pytest.raises(UsageError, match="not JSON"):
         nets.opened(path)

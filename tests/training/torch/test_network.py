@@ -328,7 +328,7 @@ def test_a_choice_that_does_not_exist_is_refused(words: Any, said: str, plain: t
 
 
 def test_inputs_that_do_not_fit_are_told_with_their_shape(plain: tuple[nets.Plain, Path]) -> None:
-    with pytest.raises(UsageError, match="does not take inputs of 4x9"):
+    with pytest.raises(UsageError, match="does not accept inputs of 4x9"):
         opened(plain[1], "Plain", Batch(np.zeros((4, 9), "f4"), np.zeros(4, "i8")))
 
 
@@ -553,7 +553,7 @@ def one_hot_relu(out: torch.Tensor) -> torch.Tensor:
 )
 def test_the_loss_goes_by_the_last_activation_before_it_goes_by_numbers(last: Any, loss: str) -> None:
     network = network_of(Ended(last), examples())
-    assert network.notes[0].startswith(f"The loss is {loss}, by targets and")
+    assert network.notes[0].startswith(f"The loss is {loss}, inferred from the targets and")
 
 
 def test_a_model_that_is_surely_wrong_still_has_a_gradient() -> None:
