@@ -10,7 +10,7 @@ from prunectl.analysis.sizes import LimitTexts, limit_sentence, points
 from prunectl.checks.rules import Finding, Findings
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import abbreviated
-from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, report_json, tab_separated
+from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, Unit, report_json, tab_separated
 from prunectl.units import Units, count, nbytes, percent, printable
 
 
@@ -169,7 +169,15 @@ _PLAIN = (
     Column("unit"),
     Column("budget"),
 )
-_HUMAN = tuple(map(Column, ("verdict", "gate", "model", "before", "actual", "limit", "budget")))
+_HUMAN = (
+    Column("verdict"),
+    Column("gate"),
+    Column("model"),
+    Column("before", Unit.NUMBER),
+    Column("actual", Unit.NUMBER),
+    Column("limit", Unit.NUMBER),
+    Column("budget", is_optional=True),
+)
 _BEFORE, _BUDGET = 3, 6
 
 
