@@ -9,8 +9,10 @@ import lzma
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
+from safetensors.numpy import save_file
 
 from tests.running import FIXTURES, at_terminal, here
 
@@ -101,6 +103,27 @@ def test_growth_over_a_baseline_is_a_gate() -> None:
     assert here("size", big, "--baseline", small, "--max-growth", str(growth)).code == 0
     assert here("size", big, "--baseline", small, "--max-growth", str(growth - 1)).code == 1
     assert here("size", small, "--baseline", big, "--max-growth", "0%").code == 0
+
+
+def test_growth_names_the_tensors_that_grew_or_lost_zeros(tmp_path: Path) -> None:
+    ones, zeros = np.ones((64, 64), np.float32), np.zeros((64, 64), np.float32)
+    noise = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    models = {
+        "old": {"a": zeros, "b": zeros},
+        "wider": {"a": zeros, "b": np.concatenate([noise, noise]), "new": ones[:4]},
+        "denser": {"a": noise, "b": zeros},
+    }
+    for name, tensors in models.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    for name, words in (
+        ("wider", "The tensors that grew most: b (+16.4 kB), new (+1.02 kB)."),
+        ("denser", "The tensors that lost most zeros: a (4,096 fewer)."),
+    ):
+        model, old = tmp_path / f"{name}.safetensors", tmp_path / "old.safetensors"
+        told = here("size", model, "--baseline", old, "--max-growth", "1%")
+        assert told.code == 1
+        assert f"note: {model}: {words}\n" in told.err
+        assert "The tensors" not in here("size", old, "--baseline", model, "--max-growth", "1%").err
 
 
 def test_every_model_meets_every_gate() -> None:

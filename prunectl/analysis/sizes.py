@@ -14,7 +14,7 @@ from typing import Protocol
 
 from prunectl.analysis.stats import ModelStats, SizeStats, Tick, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, abbreviated
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import file_chunks
 from prunectl.formats.registry import by_name, load
@@ -260,6 +260,31 @@ def _check_max(
     if limit is None or actual is None:
         return None
     return LimitCheck(name, metric, limit, actual, actual <= limit, stats.path)
+
+
+_NAMED = 3
+
+
+def growth_sentence(stats: ModelStats, baseline: ModelStats, units: Units) -> str:
+    """Which tensors grew most, or lost most zeros, which is what makes a compressed file grow; empty if none did."""
+    before = {row.name: row for row in baseline.layers}
+    grown: dict[str, int] = {}
+    lost: dict[str, int] = {}
+    for row in stats.layers:
+        earlier = before.get(row.name)
+        if not row.tied_to:
+            grown[row.name] = row.bytes - (earlier.bytes if earlier else 0)
+            lost[row.name] = (earlier.zeros or 0) - (row.zeros or 0) if earlier else 0
+    if any(size > 0 for size in grown.values()):
+        tensors = [f"{name} (+{nbytes(size, units)})" for name, size in _most(grown)]
+        return f"The tensors that grew most: {', '.join(tensors)}."
+    tensors = [f"{name} ({count(zeros)} fewer)" for name, zeros in _most(lost)]
+    return f"The tensors that lost most zeros: {', '.join(tensors)}." if tensors else ""
+
+
+def _most(numbers: dict[str, int]) -> list[tuple[str, int]]:
+    positive = ((abbreviated(name), number) for name, number in numbers.items() if number > 0)
+    return sorted(positive, key=lambda item: -item[1])[:_NAMED]
 
 
 _PHRASES = {

@@ -11,7 +11,7 @@ import typer
 
 from prunectl.analysis import sizes
 from prunectl.analysis.inspect import quantised_hint
-from prunectl.analysis.sizes import Codec, CodecName, LimitCheck, SizeLimits, check_limits, measure
+from prunectl.analysis.sizes import Codec, CodecName, LimitCheck, SizeLimits, check_limits, growth_sentence, measure
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands._command import inspect_each, make_command
 from prunectl.errors import UsageError
@@ -22,7 +22,11 @@ from prunectl.units import parse_ratio, parse_size
 
 
 def size_report(
-    models: Sequence[ModelStats], gates: Sequence[LimitCheck], failures: Sequence[Failure], codec: Codec
+    models: Sequence[ModelStats],
+    gates: Sequence[LimitCheck],
+    failures: Sequence[Failure],
+    codec: Codec,
+    notes: Sequence[str] = (),
 ) -> Report:
     """The report on the sizes of some models."""
     columns = [
@@ -40,7 +44,7 @@ def size_report(
         table=Table("sizes", tuple(columns), tuple(_cells(stats, first)[: len(columns)] for stats in models)),
         gates=tuple(gates),
         failures=tuple(failures),
-        notes=tuple(f"{stats.path}: {sentence}" for stats in models for sentence in quantised_hint(stats)),
+        notes=(*(f"{stats.path}: {sentence}" for stats in models for sentence in quantised_hint(stats)), *notes),
         quiet_lines=tuple(str(stats.bytes.compressed) for stats in models),
     )
 
@@ -103,7 +107,14 @@ def size(
     )
     models, failures = inspect_each(paths, lambda path: measure(open_model(path), compressor, reporter.progress))
     checks = [gate for stats in models for gate in check_limits(stats, limits)]
-    return reporter.show(size_report(models, checks, failures, compressor))
+    grown = {check.model for check in checks if check.id == "max-growth" and not check.ok}
+    notes = [
+        f"{stats.path}: {sentence}"
+        for stats in models
+        if limits.baseline is not None and stats.path in grown
+        if (sentence := growth_sentence(stats, limits.baseline, reporter.settings.units))
+    ]
+    return reporter.show(size_report(models, checks, failures, compressor, notes))
 
 
 command = make_command(size)
