@@ -191,14 +191,15 @@ def test_no_text_in_csv_is_a_formula_and_numbers_stay_numbers(tmp_path: Path) ->
 
 
 def test_rows_limits_a_table_on_a_terminal_and_says_so() -> None:
-    shown = without_colors(at_terminal("inspect", FIXTURES / "digits_cnn.pt", "-n", "3").out)
+    shown = without_colors(at_terminal("inspect", FIXTURES / "digits_cnn.pt", "--tensors", "-n", "3").out)
     assert "5 more rows: -n 0 shows all" in shown
     assert "more rows" not in at_terminal("inspect", FIXTURES / "digits_cnn.pt", "-n", "0").out
 
 
 def test_rows_limits_the_list_of_tensors_and_no_part_or_histogram() -> None:
     shown, cut = (
-        here("inspect", FIXTURES / "digits_cnn.pt", "--hist", "-n", rows, "--format", "human").out for rows in "01"
+        here("inspect", FIXTURES / "digits_cnn.pt", "--tensors", "--hist", "-n", rows, "--format", "human").out
+        for rows in "01"
     )
     pairs = list(zip(shown.split("\n\n"), cut.split("\n\n"), strict=True))
     assert [before == after for before, after in pairs] == [True, True, False, True]
@@ -309,3 +310,53 @@ def _copied(held: Any) -> Any:
 def test_one_copy_of_the_weights_is_not_called_two(tmp_path: Path) -> None:
     torch.save({"state_dict": {"ema.weight": torch.ones(3, 4), **WEIGHTS}}, tmp_path / "m.pt")
     assert "twice" not in here("inspect", tmp_path / "m.pt", "--format", "human").out
+
+
+def overview(path: Path, *words: str) -> list[str]:
+    """Return the lines that a terminal shows of the layers and of what is summed up."""
+    shown = here("inspect", path, "--format", "human", *words).out
+    return shown[shown.index("\ntensor") + 1 :].splitlines()
+
+
+def test_a_terminal_gets_a_row_for_each_kernel_and_a_line_for_the_rest(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Embedding(5, 6))
+    optimizer = torch.optim.Adam(net.parameters())
+    net[1](net[0](torch.ones(2, 3, 8, 8))).sum().backward()
+    optimizer.step()
+    torch.save({"state_dict": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "m.pt")
+    lines = [line.split("  ")[0] for line in overview(tmp_path / "m.pt")]
+    assert lines[1:4] == ["state_dict.0.weight", "state_dict.2.weight", "all"]
+    assert {"1 bias", "2 norm parameters", "3 batch-norm statistics", "12 optimizer slots"} <= set(lines)
+    assert "--tensors lists each of them." in " ".join(overview(tmp_path / "m.pt"))
+    assert len(here("inspect", tmp_path / "m.pt").rows) == len(inspected(tmp_path / "m.pt")["layers"]) == 20
+
+
+def test_what_is_summed_up_has_its_bytes_and_share_of_the_file() -> None:
+    path = FIXTURES / "digits_cnn.safetensors"
+    (line,) = [line for line in overview(path) if line.startswith("4 biases")]
+    size = sum(row["bytes"] for row in inspected(path)["layers"] if row["role"] == "bias")
+    assert line.split()[2:] == [str(size), "B", f"{100 * size / path.stat().st_size:.1f}", "%"]
+
+
+def test_every_tensor_is_listed_for_who_asks_or_names_some() -> None:
+    names = {row["name"] for row in inspected(FIXTURES / "digits_cnn.pt")["layers"]}
+    assert {line.split()[0] for line in overview(FIXTURES / "digits_cnn.pt", "--tensors")} == {"tensor", *names, "all"}
+    chosen = overview(FIXTURES / "digits_cnn.pt", "--layers", "*.bias")
+    assert {line.split()[0] for line in chosen[1:-1]} == {name for name in names if name.endswith("bias")}
+
+
+def test_two_comes_before_ten_where_a_file_has_the_order_of_the_alphabet(tmp_path: Path) -> None:
+    names = [f"block{at}.weight" for at in range(12)]
+    save_file({name: np.ones((4, 4), np.float32) for name in names}, tmp_path / "m.safetensors")
+    assert [line.split()[0] for line in overview(tmp_path / "m.safetensors")[1:-1]] == names
+    rows = here("inspect", tmp_path / "m.safetensors").rows
+    assert [row[1] for row in rows] == [row["name"] for row in inspected(tmp_path / "m.safetensors")["layers"]]
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("stem10", "stem2", "head", "body")})
+    torch.save(net.state_dict(), tmp_path / "m.pt")
+    assert [line.split()[0] for line in overview(tmp_path / "m.pt")[1:-1]] == list(net.state_dict())
+
+
+def test_rows_that_are_sorted_stay_sorted() -> None:
+    path = FIXTURES / "digits_cnn.pt"
+    kernels = [row["name"] for row in inspected(path, "--sort", "size")["layers"] if row["role"] == "kernel"]
+    assert [line.split()[0] for line in overview(path, "--sort", "size")[1:5]] == kernels

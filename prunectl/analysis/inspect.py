@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import groupby
 from typing import Any
 
 from prunectl.analysis import sizes
 from prunectl.analysis.patterns import Pattern
 from prunectl.analysis.stats import ModelStats, TensorStats, averaged_copies_hint, histogram, measure_stats, with_macs
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.formats.base import PRUNABLE, QUANTISED, Capability, ModelFile, select_names
+from prunectl.formats.base import PRUNABLE, QUANTISED, WEIGHTS, Capability, ModelFile, Role, select_names
 from prunectl.formats.registry import by_name, load, require
 
 _MANY_ZEROS = 0.3
@@ -112,3 +114,72 @@ def inspect_model(
     if options.order:
         stats = replace(stats, layers=tuple(sorted(stats.layers, key=_KEYS[options.order])))
     return replace(stats, pattern=options.pattern, advice=hints(stats))
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedTensors:
+    """Tensors that an overview tells of in one line."""
+
+    name: str
+    """What they are, with their number."""
+    bytes: int
+
+
+_STATISTIC = re.compile(r"(^|[._/])(running_(mean|var)|num_batches_tracked|moving_(mean|variance))(:\d+)?($|/)")
+_NOUNS = {
+    Role.BIAS: ("bias", "biases"),
+    Role.NORM: ("norm parameter", "norm parameters"),
+    Role.STATE: ("other state", "other states"),
+    Role.MASK: ("pruning mask", "pruning masks"),
+    Role.SCHEDULE: ("step counter or threshold of pruning", "step counters and thresholds of pruning"),
+    Role.OPTIMIZER: ("optimizer slot", "optimizer slots"),
+}
+_STATISTICS = ("batch-norm statistic", "batch-norm statistics")
+
+
+def overview(stats: ModelStats, *, is_sorted: bool) -> tuple[tuple[TensorStats, ...], tuple[FoldedTensors, ...]]:
+    """One row for each kernel, then one for each other weight, and the rest by what it is.
+
+    Rows that were sorted stay in that order.
+    """
+    rows = [row for row in stats.layers if row.role not in _NOUNS]
+    if not rows:
+        return in_natural_order(stats.layers), ()
+    if not is_sorted:
+        rows = [
+            *in_natural_order(row for row in rows if row.is_prunable),
+            *in_natural_order(row for row in rows if not row.is_prunable),
+        ]
+    folded: dict[tuple[str, str], list[TensorStats]] = {}
+    for row in stats.layers:
+        if row.role in _NOUNS:
+            is_statistic = row.role is Role.STATE and _STATISTIC.search(row.name)
+            folded.setdefault(_STATISTICS if is_statistic else _NOUNS[row.role], []).append(row)
+    lines = (_fold(nouns, kept, stats.bytes.raw) for nouns, kept in folded.items())
+    return tuple(rows), tuple(sorted(lines, key=lambda line: -line.bytes))
+
+
+def _fold(nouns: tuple[str, str], rows: list[TensorStats], most: int) -> FoldedTensors:
+    # Views share their bytes, of which there are no more than the file has.
+    size = min(sum(row.bytes for row in rows if not row.tied_to), most)
+    return FoldedTensors(f"{len(rows):,} {nouns[len(rows) != 1]}", size)
+
+
+def in_natural_order(rows: Iterable[TensorStats]) -> tuple[TensorStats, ...]:
+    """Rows with 2 before 10 where the file has them in the order of the alphabet; else its order tells more."""
+    return tuple(_natural(rows))
+
+
+def _natural(rows: Iterable[TensorStats]) -> Iterator[TensorStats]:
+    for _, group in groupby(rows, key=lambda row: row.role in WEIGHTS):
+        listed = list(group)
+        names = [row.name for row in listed]
+        yield from sorted(listed, key=lambda row: _natural_key(row.name)) if names == sorted(names) else listed
+
+
+_NUMBER = re.compile(r"(\d{1,18})")
+
+
+def _natural_key(name: str) -> list[str | int]:
+    # Every second piece is a number.
+    return [int(piece) if place % 2 else piece for place, piece in enumerate(_NUMBER.split(name))]

@@ -23,10 +23,10 @@ from prunectl.units import count, percent
 
 _COLUMNS = (
     Column("tensor"),
-    Column("was", is_optional=True),
-    Column("by", is_optional=True),
-    Column(""),
-    Column("shape"),
+    Column("was", is_optional=True, title="old name"),
+    Column("by", is_optional=True, title="matched by"),
+    Column("", title="change"),
+    Column("shape", is_optional=True, is_whole=True),
     Column("changed", Unit.RATIO),
     Column("zeros gained", Unit.COUNT),
     Column("zeros lost", Unit.COUNT),

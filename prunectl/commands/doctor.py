@@ -121,7 +121,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
-_EXTRAS = (Column("extra"), Column("works"), Column("packages"), Column("brings"), Column("to install"))
+_EXTRAS = (
+    Column("extra"),
+    Column("works", title="available"),
+    Column("packages"),
+    Column("brings", title="for"),
+    Column("to install", title="install with"),
+)
 _FORMATS = (Column("format"), Column("suffixes"), Column("strip"), Column("pack"), Column("FLOPs"))
 
 

@@ -44,6 +44,9 @@ def inspect(
     ] = "",
     hist: Annotated[bool, typer.Option("--hist", help="Show a histogram of weight magnitudes.")] = False,
     flops: Annotated[bool, typer.Option("--flops", help="Show the FLOPs of each layer for one input.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor; else a terminal gets one row per layer.")
+    ] = False,
     zeros: Annotated[
         bool, typer.Option("--zeros/--no-zeros", help="Count zeros; --no-zeros skips this and is faster.")
     ] = True,
@@ -109,7 +112,14 @@ def inspect(
         return stats
 
     surveys, failures = inspect_each(models, seen)
-    report = inspect_report(surveys, failures, has_flops=flops)
+    report = inspect_report(
+        surveys,
+        failures,
+        has_flops=flops,
+        # Whoever names tensors wants to see those.
+        lists_tensors=tensors or bool(layers),
+        is_sorted=sort is not None and sort is not SortKey.NAME,
+    )
     masks = {survey.path: shown for survey, shown in zip(surveys, maps, strict=True)}
     report = replace(report, sparsity_maps=masks)
     if sensitivity:

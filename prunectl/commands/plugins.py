@@ -18,7 +18,12 @@ from prunectl.reporting.plots import braille_plot, schedule_curves, schedules_sv
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table
 from prunectl.reporting.reporter import Reporter
 
-_COLUMNS = (Column("kind"), Column("name"), Column("from", is_optional=True), Column("what"))
+_COLUMNS = (
+    Column("kind"),
+    Column("name"),
+    Column("from", is_optional=True, title="source"),
+    Column("what", title="description"),
+)
 _LETTERS, _LINES = 48, 5
 
 

@@ -33,11 +33,11 @@ def size_report(
         Column("path"),
         Column("raw", Unit.BYTES),
         Column("packed", Unit.BYTES),
-        Column(codec.name.value if codec.level else "stream", Unit.BYTES),
+        Column(codec.name.value if codec.level else "stream", Unit.BYTES, title="" if codec.level else "uncompressed"),
         Column("sparsity", Unit.RATIO),
     ]
     if len(models) > 1:
-        columns.append(Column("ratio", Unit.FACTOR))
+        columns.append(Column("ratio", Unit.FACTOR, title="smaller than first"))
     first = models[0].bytes.compressed if models else None
     return Report(
         models=tuple({**survey_json(stats), "codec": asdict(codec)} for stats in models),

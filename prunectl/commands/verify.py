@@ -17,7 +17,7 @@ from prunectl.pruning.request import read_record
 from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
 
-_COLUMNS = (Column("verdict"), Column("what"), Column("differences", Unit.COUNT), Column("note"))
+_COLUMNS = (Column("verdict"), Column("what", title="check"), Column("differences", Unit.COUNT), Column("note"))
 _SENTENCES = {
     "digest": "the file has the SHA-256 in the manifest",
     "zeros": "every tensor has as many zeros as the manifest records",

@@ -15,11 +15,11 @@ from prunectl.units import count, percent
 
 _CUTS = (
     Column("tensor"),
-    Column("before"),
-    Column("after"),
-    Column("params", Unit.COUNT),
-    Column("left", Unit.COUNT),
-    Column("share left", Unit.RATIO),
+    Column("before", is_whole=True),
+    Column("after", is_whole=True),
+    Column("params", Unit.COUNT, is_optional=True, title="params before"),
+    Column("left", Unit.COUNT, is_optional=True, title="params after"),
+    Column("share left", Unit.RATIO, title="kept"),
 )
 _SIZES = (
     Column(""),

@@ -33,7 +33,7 @@ _RESULT = (
     Column("gzip after", Unit.BYTES),
     Column("zeros kept", Unit.COUNT),
     Column("zeros", Unit.COUNT),
-    Column("how"),
+    Column("how", title="method"),
 )
 
 

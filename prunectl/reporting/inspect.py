@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from prunectl.analysis.inspect import FoldedTensors, in_natural_order, overview
 from prunectl.analysis.stats import Histogram, ModelStats, TensorStats, totals
 from prunectl.errors import abbreviated
 from prunectl.formats.base import QUANTISED
@@ -17,12 +18,20 @@ if TYPE_CHECKING:
     from prunectl.channels.groups import ChannelGroup, ChannelGroups
 
 _BAR_WIDTH = 40
+_BARS = Column("", is_optional=True, title="bars", is_whole=True)
 _MAX_FACT = 500
 """Characters of what a file says of itself."""
 
 
-def inspect_report(models: Sequence[ModelStats], failures: Sequence[Failure], *, has_flops: bool) -> Report:
-    """The report on some models."""
+def inspect_report(
+    models: Sequence[ModelStats],
+    failures: Sequence[Failure],
+    *,
+    has_flops: bool,
+    lists_tensors: bool = False,
+    is_sorted: bool = False,
+) -> Report:
+    """The report on some models; a terminal gets one row for each layer, or with its list of tensors all of them."""
     pattern = next((stats.pattern for stats in models if stats.pattern), "")
     columns = _columns(pattern, has_flops=has_flops)
 
@@ -34,7 +43,10 @@ def inspect_report(models: Sequence[ModelStats], failures: Sequence[Failure], *,
     return Report(
         models=tuple(survey_json(stats) for stats in models),
         table=Table("tensors", (Column("path"), *columns), rows),
-        sections=tuple(_section(stats, columns, pattern, has_flops=has_flops) for stats in models),
+        sections=tuple(
+            _section(stats, columns, pattern, has_flops=has_flops, lists_tensors=lists_tensors, is_sorted=is_sorted)
+            for stats in models
+        ),
         failures=tuple(failures),
     )
 
@@ -42,13 +54,13 @@ def inspect_report(models: Sequence[ModelStats], failures: Sequence[Failure], *,
 def _columns(pattern: str, *, has_flops: bool) -> tuple[Column, ...]:
     return (
         Column("tensor"),
-        Column("role"),
-        Column("shape"),
+        Column("role", is_optional=True),
+        Column("shape", is_whole=True),
         Column("dtype", is_optional=True),
         Column("params", Unit.COUNT),
         Column("zeros", Unit.COUNT, is_optional=True),
         Column("sparsity", Unit.RATIO),
-        Column("dead", Unit.COUNT, is_optional=True),
+        Column("dead", Unit.COUNT, is_optional=True, title="dead channels"),
         *([Column(pattern, Unit.RATIO)] if pattern else []),
         *([Column("FLOPs", Unit.COUNT)] if has_flops else []),
     )
@@ -69,17 +81,42 @@ def _cells(row: TensorStats, pattern: str, *, has_flops: bool) -> tuple[Cell, ..
     )
 
 
-def _section(stats: ModelStats, columns: tuple[Column, ...], pattern: str, *, has_flops: bool) -> Section:
-    tensors = Table(
-        "tensors",
-        columns,
-        lambda: (_cells(row, pattern, has_flops=has_flops) for row in stats.layers),
-        total=_total(stats, columns, has_flops=has_flops),
-    )
+def _section(
+    stats: ModelStats,
+    columns: tuple[Column, ...],
+    pattern: str,
+    *,
+    has_flops: bool,
+    lists_tensors: bool,
+    is_sorted: bool,
+) -> Section:
+    def table(rows: Sequence[TensorStats], on_terminal: tuple[Table, ...] = ()) -> Table:
+        return Table(
+            "tensors",
+            columns,
+            lambda: (_cells(row, pattern, has_flops=has_flops) for row in rows),
+            total=_total(stats, columns, has_flops=has_flops),
+            on_terminal=on_terminal,
+        )
+
+    if lists_tensors:
+        rows, folded = stats.layers if is_sorted else in_natural_order(stats.layers), ()
+    else:
+        rows, folded = overview(stats, is_sorted=is_sorted)
+    tensors = table(stats.layers, (table(rows), *([_folded(folded, stats.bytes.raw)] if folded else [])))
     tables = [_parts(stats), *([tensors] if stats.layers else [])]
     if stats.histogram is not None:
         tables.append(_bars(stats.histogram))
     return Section(title=stats.path, facts=_facts(stats), tables=tuple(tables), notes=stats.advice)
+
+
+def _folded(folded: Sequence[FoldedTensors], raw: int) -> Table:
+    return Table(
+        "folded",
+        (Column("also in the file"), Column("size", Unit.BYTES), Column("share", Unit.RATIO)),
+        tuple((group.name, group.bytes, group.bytes / raw if raw else 0.0) for group in folded),
+        note="--tensors lists each of them.",
+    )
 
 
 def _total(stats: ModelStats, columns: tuple[Column, ...], *, has_flops: bool) -> tuple[Cell, ...]:
@@ -131,14 +168,20 @@ def _facts(stats: ModelStats) -> tuple[tuple[str, str], ...]:
 
 def _parts(stats: ModelStats) -> Table:
     raw = stats.bytes.raw
+    has_note = any(part.is_dead for part in stats.parts)
+    columns = (Column("part"), Column("size", Unit.BYTES), Column("share", Unit.RATIO))
+    rows = tuple(
+        (
+            *(part.name, part.bytes, part.bytes / raw if raw else 0.0),
+            *(["dead weight" if part.is_dead else ""] if has_note else []),
+        )
+        for part in stats.parts
+    )
     return Table(
         "parts",
-        (Column("part"), Column("size", Unit.BYTES), Column("share", Unit.RATIO), Column("", is_optional=True)),
-        tuple(
-            (part.name, part.bytes, part.bytes / raw if raw else 0.0, "dead weight" if part.is_dead else "")
-            for part in stats.parts
-        ),
-        total=("file", raw, None, ""),
+        (*columns, *([Column("", is_optional=True, title="note")] if has_note else [])),
+        rows,
+        total=("file", raw, None, *([""] if has_note else [])),
     )
 
 
@@ -151,14 +194,14 @@ def _bars(histogram: Histogram) -> Table:
         rows.append((f"{low:.2g}", number, "#" * -(-number * _BAR_WIDTH // tallest)))
     if histogram.not_finite:
         rows.append(("NaN or infinite", histogram.not_finite, ""))
-    return Table("histogram", (Column("|weight| at least"), Column("weights", Unit.COUNT), Column("")), tuple(rows))
+    return Table("histogram", (Column("|weight| at least"), Column("weights", Unit.COUNT), _BARS), tuple(rows))
 
 
 _COLUMNS = (
     Column("channels of"),
     Column("channels", Unit.COUNT),
-    Column("tensors", Unit.COUNT),
-    Column("goes with", is_optional=True),
+    Column("tensors", Unit.COUNT, is_optional=True),
+    Column("goes with", is_optional=True, title="coupled with"),
     Column("locked"),
 )
 _SHOWN = 4

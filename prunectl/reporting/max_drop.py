@@ -97,7 +97,7 @@ def _outcome(result: SearchResult, point: Trial) -> str:
 
 def _trials_table(result: SearchResult) -> Table:
     columns = (
-        Column("asked", Unit.RATIO),
+        Column("target", Unit.RATIO),
         Column("sparsity", Unit.RATIO, is_optional=True),
         Column(result.base.metric, Unit.NUMBER),
         Column("drop", Unit.NUMBER),
@@ -124,7 +124,7 @@ def _result(result: SearchResult, surveys: tuple[ModelStats, ModelStats], output
         Column("metric"),
         Column("before", Unit.NUMBER),
         Column("after", Unit.NUMBER),
-        Column("asked", Unit.RATIO),
+        Column("asked", Unit.RATIO, title="target"),
         Column("sparsity", Unit.RATIO),
         Column("gzip before", Unit.BYTES),
         Column("gzip after", Unit.BYTES),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from prunectl.analysis.stats import ModelStats, averaged_copies_hint
 from prunectl.formats.base import Family
 from prunectl.formats.registry import FORMATS
+from prunectl.pruning.destination import BIG_BYTES
 from prunectl.pruning.plan import UNKNOWN, counted_reason
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.strategies import sample_depth_bias
@@ -33,7 +34,14 @@ _COMPARED = (
 
 def before_after(before: ModelStats, after: ModelStats) -> Table:
     """The sizes of a model before and after, and how many of its prunable weights are zero."""
-    return Table("sizes", _COMPARED, (_compared_row("before", before), _compared_row("after", after)))
+    rows = (_compared_row("before", before), _compared_row("after", after))
+    is_unmeasured = after.bytes.compressed is None and after.bytes.raw > BIG_BYTES
+    return Table("sizes", _COMPARED, rows, note=_UNMEASURED if is_unmeasured else "")
+
+
+_UNMEASURED = (
+    f"packed and gzip sizes are measured only up to {BIG_BYTES >> 20} MB; prunectl size measures them for any file"
+)
 
 
 def _compared_row(name: str, stats: ModelStats) -> tuple[Cell, ...]:
@@ -42,9 +50,9 @@ def _compared_row(name: str, stats: ModelStats) -> tuple[Cell, ...]:
 
 _COLUMNS = (
     Column("tensor"),
-    Column("shape", is_optional=True),
-    Column("weights", Unit.COUNT),
-    Column("dropped", Unit.COUNT),
+    Column("shape", is_optional=True, is_whole=True),
+    Column("weights", Unit.COUNT, is_optional=True),
+    Column("dropped", Unit.COUNT, title="pruned"),
     Column("zeros", Unit.COUNT),
     Column("sparsity", Unit.RATIO),
 )

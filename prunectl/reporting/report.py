@@ -44,6 +44,15 @@ class Column:
     unit: Unit = Unit.TEXT
     is_optional: bool = False
     """The first to go when a terminal is too narrow."""
+    title: str = ""
+    """The head for people where it is not the name, which scripts depend on."""
+    is_whole: bool = False
+    """Text that is shown whole or not at all: a shape, a bar."""
+
+    @property
+    def heading(self) -> str:
+        """What people read above it."""
+        return self.title or self.name
 
     @property
     def is_number(self) -> bool:
@@ -80,6 +89,10 @@ class Table:
     """The rows, or what makes them once they are shown."""
     total: Row | None = None
     title: str = ""
+    note: str = ""
+    """What a terminal says right under it."""
+    on_terminal: tuple[Table, ...] = ()
+    """What a terminal shows in its place."""
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:

@@ -24,12 +24,10 @@ from prunectl.errors import PrunectlError, translate
 from prunectl.reporting.report import (
     DEFAULT_ROWS,
     Artifact,
-    Column,
     Layout,
     Report,
     Section,
     Settings,
-    Table,
     comma_separated,
     failure_json,
     markdown,
@@ -37,13 +35,12 @@ from prunectl.reporting.report import (
     tab_separated,
 )
 from prunectl.reporting.slips import usage_error
-from prunectl.units import Units, count, nbytes, printable
+from prunectl.reporting.tables import print_table
+from prunectl.units import nbytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table as RichTable
-    from rich.text import Text
 
 
 _BEGAN = time.time()
@@ -226,10 +223,6 @@ def _to_prunectl_error(error: Exception) -> PrunectlError:
     )
 
 
-_GAP = 2
-_NARROWEST_NAME = 16
-
-
 def render(report: Report, console: Console, settings: Settings) -> None:
     """Print a report."""
     for number, section in enumerate(report.sections):
@@ -237,7 +230,7 @@ def render(report: Report, console: Console, settings: Settings) -> None:
             console.print()
         _print_section(section, report.table.name, console, settings)
     if not report.sections and report.table.rows:
-        _print_table(report.table, console, settings, settings.rows)
+        print_table(report.table, console, settings, settings.rows)
     for note in report.notes:
         _print_note(note, console)
     if report.next_step and not settings.is_quiet:
@@ -257,12 +250,13 @@ def _print_section(section: Section, main: str, console: Console, settings: Sett
         console.print(printable(value), soft_wrap=True)
     for line in section.drawing:
         console.print(line, soft_wrap=True)
-    for number, table in enumerate(section.tables):
+    tables = [shown for table in section.tables for shown in table.on_terminal or (table,)]
+    for number, table in enumerate(tables):
         if section.title or number:
             console.print()
         # What -n cuts is the list of tensors, not the few rows that sum it up.
         least = 0 if table.name == main else DEFAULT_ROWS
-        _print_table(table, console, settings, settings.rows and max(settings.rows, least))
+        print_table(table, console, settings, settings.rows and max(settings.rows, least))
     if section.notes:
         console.print()
     for note in section.notes:
@@ -274,66 +268,6 @@ def _print_note(text: str, console: Console) -> None:
     for number, line in enumerate(lines):
         console.print("  " if number else "* ", style="yellow", end="")
         console.print(line, soft_wrap=True)
-
-
-def _print_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
-    shown = table.rows[:rows] if rows else table.rows
-    formatted = [_format_cell(table, row, settings.units) for row in (*shown, *([table.total] if table.total else []))]
-    columns = _fit_columns(table, formatted, console.width)
-    rich = _grid(table, columns)
-    for number, line in enumerate(formatted):
-        is_total = table.total is not None and number == len(formatted) - 1
-        rich.add_row(
-            *(_colored(table.columns[column], line[column]) for column in columns), style="bold" if is_total else None
-        )
-    console.print(rich)
-    if hidden := len(table.rows) - len(shown):
-        console.print(f"  {count(hidden)} more {'row' if hidden == 1 else 'rows'}: -n 0 shows all", style="dim")
-
-
-_VERDICT_STYLES = {"pass": "green", "warn": "yellow", "FAIL": "bold red"}
-
-
-def _colored(column: Column, cell: str) -> Text:
-    from rich.text import Text  # noqa: PLC0415 - rich is loaded only for people
-
-    return Text(cell, _VERDICT_STYLES.get(cell, "") if column.name == "verdict" else "")
-
-
-def _grid(table: Table, columns: list[int]) -> RichTable:
-    from rich.table import Table as RichTable  # noqa: PLC0415 - rich is loaded only for people
-
-    rich = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim", title_justify="left")
-    for number in columns:
-        column = table.columns[number]
-        rich.add_column(
-            column.name,
-            justify="right" if column.is_number else "left",
-            overflow="fold",
-            no_wrap=column.is_number,
-        )
-    return rich
-
-
-def _format_cell(table: Table, row: tuple[str | int | float | None, ...], units: Units) -> list[str]:
-    return [column.format(cell, units) for column, cell in zip(table.columns, row, strict=True)]
-
-
-def _fit_columns(table: Table, formatted: list[list[str]], width: int) -> list[int]:
-    """The columns that fit: those that are optional go first, the last of them before the others."""
-    columns = list(range(len(table.columns)))
-    widths = [max(len(table.columns[number].name), *(len(line[number]) for line in formatted), 1) for number in columns]
-    # Text folds, so that only a part of it must fit.
-    needs = [
-        column_width if table.columns[number].is_number else min(column_width, _NARROWEST_NAME)
-        for number, column_width in enumerate(widths)
-    ]
-    for number in reversed(range(len(columns))):
-        if sum(needs[column] + _GAP for column in columns) <= width:
-            break
-        if table.columns[number].is_optional:
-            columns.remove(number)
-    return columns
 
 
 _WIDE = 10_000

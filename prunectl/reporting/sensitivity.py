@@ -68,7 +68,11 @@ def plot(sensitivity: Sensitivity) -> Table | None:
         (_short(name), _format(costs[name], metric), _bar(costs[name], longest)) for name in worst
     ]
     heading = "loss increase" if metric.name == "loss" else metric.name
-    columns = (Column(f"worst at {100 * SPARSITIES[_AT]:.0f} %"), Column(heading), Column(""))
+    columns = (
+        Column(f"worst at {100 * SPARSITIES[_AT]:.0f} %"),
+        Column(heading),
+        Column("", is_optional=True, title="bars", is_whole=True),
+    )
     return Table("most sensitive", columns, tuple(rows))
 
 
@@ -104,7 +108,7 @@ def add_sensitivity(report: Report, each: Sequence[Sensitivity]) -> Report:
         for layer in sensitivity.layers
         for metric in known_metrics(sensitivity)
     ]
-    columns = (Column("path"), Column("tensor"), Column("weights", Unit.COUNT), Column("measure"))
+    columns = (Column("path"), Column("tensor"), Column("weights", Unit.COUNT), Column("measure", title="metric"))
     return replace(
         report,
         models=tuple(_with_json(model, sensitivity) for model, sensitivity in zip(report.models, ordered, strict=True)),

@@ -48,7 +48,7 @@ def plot(sweep: Swept, best: list[Trial]) -> Table:
     rows: list[tuple[Cell, ...]] = [(mark, "".join(line)) for mark, line in zip(marks, grid, strict=True)]
     rows.append(("gzip", f"{ends[0]}{ends[1]:>{_COLUMNS - len(ends[0])}}"))
     rows += [("", name) for name in (*names, "= the unpruned model", "capitals: on the Pareto front")]
-    return Table("plot", (Column(sweep.base.metric), Column("")), tuple(rows))
+    return Table("plot", (Column(sweep.base.metric), Column("", is_whole=True, title="plot")), tuple(rows))
 
 
 def sweep_report(sweep: Swept, model: str) -> Report:
@@ -113,12 +113,12 @@ def _columns(sweep: Swept) -> tuple[Column, ...]:
         Column("schedule", is_optional=True),
         *([Column("pattern")] if has_patterns else []),
         *([Column("parameters")] if has_params else []),
-        Column("asked", Unit.RATIO),
+        Column("asked", Unit.RATIO, title="target"),
         Column("sparsity", Unit.RATIO, is_optional=True),
         Column(sweep.base.metric, Unit.NUMBER),
         Column("drop", Unit.NUMBER),
         Column("gzip", Unit.BYTES),
-        Column("front"),
+        Column("front", title="Pareto"),
         Column("file", is_optional=True),
     )
 

@@ -41,9 +41,9 @@ def _filter(table: Table, identity: str, name: str) -> str:
 
 
 def _head(column: Column) -> str:
-    if not column.name:
+    if not column.heading:
         return "<td></td>"
-    button = tag("button", escape(column.name), type="button")
+    button = tag("button", escape(column.heading), type="button")
     return f'<th scope="col" aria-sort="none"{_css_class(column)}>{button}</th>'
 
 

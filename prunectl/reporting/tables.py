@@ -1,0 +1,196 @@
+"""A table on a terminal: which of its columns fit, how wide they are, and how a name that does not fit is shortened."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from prunectl.reporting.report import Column, Settings, Table
+from prunectl.units import count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+_GAP = 2
+_COMFORTABLE, _NARROWEST = 24, 12
+"""How narrow a column of text may get before others are left out for it, and once only indispensable ones are left."""
+
+
+def print_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
+    """Print a table as wide as the console allows; without a number of rows, all of them."""
+    from rich.table import Table as RichTable  # noqa: PLC0415 - rich is loaded only for people
+
+    shown = table.rows[:rows] if rows else table.rows
+    lines = [
+        [column.format(cell, settings.units) for column, cell in zip(table.columns, row, strict=True)]
+        for row in (*shown, *([table.total] if table.total else []))
+    ]
+    widths, hidden = fit_columns(table, lines, console.width)
+    rich = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim", title_justify="left")
+    cells = []
+    for number, width in widths.items():
+        column = table.columns[number]
+        justify = "right" if column.is_number else "left"
+        rich.add_column(column.heading, justify=justify, width=width)  # type: ignore[arg-type]
+        cells.append(shorten_all([line[number] for line in lines], width))
+    for number, line in enumerate(zip(*cells, strict=True)):
+        is_total = table.total is not None and number == len(lines) - 1
+        named = (_colored(table.columns[column], cell) for column, cell in zip(widths, line, strict=True))
+        rich.add_row(*named, style="bold" if is_total else None)
+    console.print(rich)
+    under = []
+    if left := len(table.rows) - len(shown):
+        under.append(f"{count(left)} more {'row' if left == 1 else 'rows'}: -n 0 shows all")
+    if hidden:
+        under.append(
+            f"Not shown at {console.width} columns: {', '.join(hidden)}. "
+            "Use a wider terminal, --format markdown or --json."
+        )
+    if table.note:
+        under.append(table.note)
+    for text in under:
+        for part in wrap(text, max(console.width - 2, 20), break_on_hyphens=False):
+            console.print(f"  {part}", style="dim", soft_wrap=True)
+
+
+_VERDICT_STYLES = {"pass": "green", "warn": "yellow", "FAIL": "bold red"}
+
+
+def _colored(column: Column, cell: str) -> Text:
+    from rich.text import Text  # noqa: PLC0415 - see above
+
+    return Text(cell, _VERDICT_STYLES.get(cell, "") if column.name == "verdict" else "")
+
+
+def fit_columns(table: Table, lines: Sequence[Sequence[str]], width: int) -> tuple[dict[int, int], list[str]]:
+    """The columns that fit, each with its width, and the heads of the others in the order in which they gave way.
+
+    A column gives way if it is optional, the last of them before the others; of those that are not, again the last,
+    but never the first of all. Text is shortened or wrapped before that, but not more than can be read.
+    """
+    everything = range(len(table.columns))
+    longest = [max((_cells(line[number]) for line in lines), default=1) for number in everything]
+    heads = [table.columns[number].heading for number in everything]
+    full = [max(longest[number], _cells(heads[number]), 1) for number in everything]
+
+    def least(number: int, text: int) -> int:
+        # A head with several words may take several lines.
+        word = max(map(_cells, heads[number].split()), default=1)
+        column = table.columns[number]
+        return max(longest[number] if column.is_number or column.is_whole else min(longest[number], text), word, 1)
+
+    shown, hidden = list(everything), []
+    optional = [number for number in reversed(everything) if table.columns[number].is_optional]
+    # What is empty from top to bottom tells nothing, so that it is the first to go, and without a word.
+    optional.sort(key=lambda number: longest[number] > 0)
+    others = [number for number in reversed(everything) if number not in optional and number]
+    for text, candidates in ((_COMFORTABLE, optional), (_NARROWEST, others)):
+        for number in candidates:
+            if _fits((least(number, text) for number in shown), width):
+                break
+            shown.remove(number)
+            if longest[number]:
+                hidden.append(heads[number])
+        needs = {number: least(number, text) for number in shown}
+        if _fits(needs.values(), width):
+            break
+    spare = max(width - sum(needs.values()) - _GAP * (len(shown) - 1), 0)
+    # Who needs little gets it, and the rest is shared.
+    for place, number in enumerate(sorted(shown, key=lambda number: full[number] - needs[number])):
+        more = min(spare // (len(shown) - place), full[number] - needs[number])
+        needs[number] += more
+        spare -= more
+    return {number: min(need, width) for number, need in needs.items()}, hidden
+
+
+def _fits(widths: Iterable[int], width: int) -> bool:
+    listed = list(widths)
+    return sum(listed) + _GAP * (len(listed) - 1) <= width
+
+
+def _cells(text: str) -> int:
+    """How many places of a terminal a text takes: some letters take two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # noqa: PLC0415 - see above
+
+    return cell_len(text)
+
+
+def shorten_all(texts: Sequence[str], width: int) -> list[str]:
+    """Texts of which no word is wider than that; two that differ are not made equal where it can be helped."""
+    short = {text: _shorten_words(text, width) for text in texts}
+    uses = Counter(short.values())
+    clashing = [text for text, result in short.items() if uses[result] > 1 and " " not in text]
+    if clashing:
+        others = {short[text] for text in short.keys() - set(clashing)}
+        best = 0
+        # Cut in one place, which for most names is right for all of them.
+        for begin in sorted(range(width), key=lambda place: abs(place - width // 3)):
+            cut = {text: _without_letters(text, width, begin) for text in clashing}
+            distinct = len({*cut.values()} - others)
+            if distinct > best:
+                best, short = distinct, {**short, **cut}
+            if best == len(clashing):
+                break
+    return [short[text] for text in texts]
+
+
+def _shorten_words(text: str, width: int) -> str:
+    if _cells(text) <= width:
+        return text
+    return " ".join(shorten(word, width) for word in text.split(" "))
+
+
+_PART = re.compile(r"[^./]+")
+_MOST_PARTS = 16
+_CHEAP, _FIRST = 1, 2
+
+
+def shorten(name: str, width: int) -> str:
+    """A name with an ellipsis in place of what tells least in it.
+
+    That is a run of whole parts (`model…0.mlp.down_proj.weight`): not the last two, which say what it is, and none
+    with a number, which says which one; else letters in the middle.
+    """
+    if _cells(name) <= width:
+        return name
+    found = _without_parts(name, width)
+    if found is not None:
+        return found
+    return _without_letters(name, width, width // 3)
+
+
+def _without_letters(name: str, width: int, begin: int) -> str:
+    """A name whose middle is left out, from that place on."""
+    if _cells(name) <= width:
+        return name
+    for length in range(width - 1, -1, -1):
+        head = min(begin, length)
+        short = f"{name[:head]}…{name[len(name) - length + head :]}"
+        if _cells(short) <= width:
+            return short
+    return ""
+
+
+def _without_parts(name: str, width: int) -> str | None:
+    parts = list(_PART.finditer(name))[: _MOST_PARTS + 1]
+    if not 3 <= len(parts) <= _MOST_PARTS:
+        return None
+    best: tuple[int, int, str] | None = None
+    for first in range(len(parts) - 2):
+        cost = 0
+        for last in range(first, len(parts) - 2):
+            if any(letter.isdigit() for letter in parts[last].group()):
+                break
+            cost += _CHEAP if last else _FIRST
+            begin = parts[first - 1].end() if first else 0
+            short = f"{name[:begin]}…{name[parts[last + 1].start() :]}"
+            choice = (cost, len(name) - len(short), short)
+            if _cells(short) <= width and (best is None or choice < best):
+                best = choice
+    return best[2] if best else None
