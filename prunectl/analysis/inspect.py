@@ -129,11 +129,12 @@ _STATISTIC = re.compile(r"(^|[._/])(running_(mean|var)|num_batches_tracked|movin
 _NOUNS = {
     Role.BIAS: ("bias", "biases"),
     Role.NORM: ("norm parameter", "norm parameters"),
-    Role.STATE: ("other state", "other states"),
+    Role.STATE: ("other state tensor", "other state tensors"),
     Role.MASK: ("pruning mask", "pruning masks"),
     Role.SCHEDULE: ("step counter or threshold of pruning", "step counters and thresholds of pruning"),
     Role.OPTIMIZER: ("optimizer slot", "optimizer slots"),
 }
+_VECTORS = ("other vector or scalar", "other vectors and scalars")
 _STATISTICS = ("batch-norm statistic", "batch-norm statistics")
 
 
@@ -142,21 +143,29 @@ def overview(stats: ModelStats, *, is_sorted: bool) -> tuple[tuple[TensorStats, 
 
     Rows that were sorted stay in that order.
     """
-    rows = [row for row in stats.layers if row.role not in _NOUNS]
+    rows: list[TensorStats] = []
+    folded: dict[tuple[str, str], list[TensorStats]] = {}
+    for row in stats.layers:
+        nouns = _folded_as(row)
+        (rows if nouns is None else folded.setdefault(nouns, [])).append(row)
     if not rows:
         return in_natural_order(stats.layers), ()
     if not is_sorted:
-        rows = [
-            *in_natural_order(row for row in rows if row.is_prunable),
-            *in_natural_order(row for row in rows if not row.is_prunable),
-        ]
-    folded: dict[tuple[str, str], list[TensorStats]] = {}
-    for row in stats.layers:
-        if row.role in _NOUNS:
-            is_statistic = row.role is Role.STATE and _STATISTIC.search(row.name)
-            folded.setdefault(_STATISTICS if is_statistic else _NOUNS[row.role], []).append(row)
+        rows = [row for _, group in groupby(sorted(rows, key=_rank), key=_rank) for row in in_natural_order(group)]
     lines = (_fold(nouns, kept, stats.bytes.raw) for nouns, kept in folded.items())
     return tuple(rows), tuple(sorted(lines, key=lambda line: -line.bytes))
+
+
+def _rank(row: TensorStats) -> int:
+    """Kernels come first, those that can be pruned before those that are quantised."""
+    return 0 if row.is_prunable else 1 if row.role in PRUNABLE else 2
+
+
+def _folded_as(row: TensorStats) -> tuple[str, str] | None:
+    if row.role is Role.OTHER:
+        return _VECTORS if len(row.shape) < 2 else None
+    is_statistic = row.role is Role.STATE and _STATISTIC.search(row.name)
+    return _STATISTICS if is_statistic else _NOUNS.get(row.role)
 
 
 def _fold(nouns: tuple[str, str], rows: list[TensorStats], most: int) -> FoldedTensors:

@@ -99,11 +99,14 @@ def fit_columns(table: Table, lines: Sequence[Sequence[str]], width: int) -> tup
         if _fits(needs.values(), width):
             break
     spare = max(width - sum(needs.values()) - _GAP * (len(shown) - 1), 0)
-    # Who needs little gets it, and the rest is shared.
-    for place, number in enumerate(sorted(shown, key=lambda number: full[number] - needs[number])):
-        more = min(spare // (len(shown) - place), full[number] - needs[number])
-        needs[number] += more
-        spare -= more
+    words = [max((_cells(word) for line in lines for word in line[number].split()), default=0) for number in everything]
+    # Words first, then whole cells; who needs little gets it, and the rest is shared.
+    for wanted in (words, full):
+        missing = {number: max(wanted[number] - needs[number], 0) for number in shown}
+        for place, number in enumerate(sorted(shown, key=lambda number: missing[number])):
+            more = min(spare // (len(shown) - place), missing[number])
+            needs[number] += more
+            spare -= more
     return {number: min(need, width) for number, need in needs.items()}, hidden
 
 
