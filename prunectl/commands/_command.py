@@ -22,7 +22,7 @@ from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.detect import address
 from prunectl.formats.scratch import temporary_folder
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
-from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.reporter import Reporter, loading_notices
 from prunectl.units import Units
 
 STDIN = "-"
@@ -103,7 +103,8 @@ class BaseCommand(TyperCommand):
         if common.html is not None:
             _check_page(common.html, ctx.params)
         ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html)
-        return self.run(ctx)
+        with loading_notices(common.settings):
+            return self.run(ctx)
 
     def run(self, ctx: Any) -> Any:
         """Do what the command is for, and return its exit code."""

@@ -18,6 +18,7 @@ from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.training.finetune import finetune
 from prunectl.training.loop import retain_freed_memory
+from prunectl.training.monitor import monitored_metric
 from prunectl.training.request import DEFAULT_EPOCHS, OPTIONS, FinetuneRequest, KeepWeights, MaskMode, parse_request
 
 _DEFAULT = FinetuneRequest("")
@@ -181,7 +182,9 @@ class Finetune(OutputOptions):
                 search = importlib.import_module("prunectl.commands.max_drop").finetune_search
                 report: Report = search(reporter, self, request)(path, destination)
                 return report
-            with TrainingProgress(reporter.settings, request.checkpoint_dir) as progress:
+            with TrainingProgress(
+                reporter.settings, request.checkpoint_dir, monitored_metric(request.means)
+            ) as progress:
                 result = finetune(path, request, destination, progress.watch)
             return finetune_report(result, self.model, str(destination.target)) if result.is_chief else None
 

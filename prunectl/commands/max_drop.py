@@ -33,7 +33,7 @@ from prunectl.sweeping.trial import Variant
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.finetune import finetune
 from prunectl.training.max_drop import parse_drop
-from prunectl.training.monitor import check_direction
+from prunectl.training.monitor import check_direction, monitored_metric
 from prunectl.training.request import FinetuneRequest, check, parse_metrics
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def finetune_search(
     check_direction(request.means)
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
-        with TrainingProgress(reporter.settings, None) as progress:
+        with TrainingProgress(reporter.settings, None, monitored_metric(request.means)) as progress:
             finetune(path, _request_at(request, sparsity), output, progress.watch)
 
     variant = Variant(pruning.strategy, pruning.scope, request.ramping.name, pruning.pattern, ",".join(pruning.params))

@@ -129,8 +129,9 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, Any]:
 class TrainingProgress:
     """Watches a run, and speaks on stderr."""
 
-    def __init__(self, settings: Settings, checkpoints: Path | None) -> None:
+    def __init__(self, settings: Settings, checkpoints: Path | None, monitored: str = "") -> None:
         self._settings = settings
+        self._monitored = monitored
         self._checkpoints = checkpoints
         self._has_bar = settings.has_progress and sys.stderr.isatty() and not os.environ.get("CI")
         self._bar: Progress | None = None
@@ -156,18 +157,21 @@ class TrainingProgress:
 
         if self._bar is None:
             self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
+                progress.TextColumn("{task.fields[epoch]}", markup=False),
+                progress.BarColumn(_BAR_WIDTH),
                 progress.TextColumn("{task.completed}/{task.total}"),
                 progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.description}", markup=False),
                 console=make_console(sys.stderr, self._settings),
                 transient=True,
             )
-            self._bar.add_task("", total=moment.steps)
+            self._bar.add_task("", total=moment.steps, epoch="")
             self._bar.start()
-        last = format_epoch(moment.last) if moment.last is not None else percent(moment.sparsity) + " zero"
-        description = f"epoch {moment.epoch}/{moment.epochs}  {last}"
-        self._bar.update(self._bar.task_ids[0], completed=moment.step, description=description)
+        epoch = f"epoch {moment.epoch}/{moment.epochs}"
+        # What else is in the line, with a place between any two.
+        taken = len(f"{epoch} {moment.steps}/{moment.steps} -:--:-- ") + _BAR_WIDTH + 1
+        last = _most_telling(moment, self._monitored, self._bar.console.width - taken)
+        self._bar.update(self._bar.task_ids[0], completed=moment.step, description=last, epoch=epoch)
 
     def __enter__(self) -> Self:
         return self
@@ -183,6 +187,24 @@ class TrainingProgress:
                 sys.stderr.write("stopped: nothing was saved; a run with --checkpoint-dir DIR can be resumed\n")
             else:
                 sys.stderr.write(f"stopped: run the same command with --resume to continue from {self._checkpoints}\n")
+
+
+_BAR_WIDTH = 20
+
+
+def _most_telling(moment: ProgressEvent, monitored: str, width: int) -> str:
+    """The metrics of the last epoch that fit in so many letters, the one that is monitored first."""
+    pieces = [f"{percent(moment.sparsity)} zero"]
+    if (entry := moment.last) is not None:
+        judged = {f"val {name}": value for name, value in entry.val.items()}
+        logs = {**judged, **entry.train}
+        name = monitored_log(entry.val or entry.train, monitored)
+        first = f"val {name}" if entry.val else name
+        pieces = [f"{key} {logs[key]:.4g}" for key in sorted(logs, key=lambda key: key != first)] + pieces
+    while len(pieces) > 1 and len("  ".join(pieces)) > width:
+        pieces.pop()
+    text = "  ".join(pieces)
+    return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
 
 
 def format_epoch(entry: LogEntry) -> str:

@@ -100,7 +100,8 @@ def _section(
         )
 
     if lists_tensors:
-        rows, folded = stats.layers if is_sorted else in_natural_order(stats.layers), ()
+        rows = stats.layers if is_sorted else in_natural_order(stats.layers)
+        folded: tuple[FoldedTensors, ...] = ()
     else:
         rows, folded = overview(stats, is_sorted=is_sorted)
     tensors = table(stats.layers, (table(rows), *([_folded(folded, stats.bytes.raw)] if folded else [])))
@@ -170,7 +171,7 @@ def _parts(stats: ModelStats) -> Table:
     raw = stats.bytes.raw
     has_note = any(part.is_dead for part in stats.parts)
     columns = (Column("part"), Column("size", Unit.BYTES), Column("share", Unit.RATIO))
-    rows = tuple(
+    rows: tuple[Row, ...] = tuple(
         (
             *(part.name, part.bytes, part.bytes / raw if raw else 0.0),
             *(["dead weight" if part.is_dead else ""] if has_note else []),

@@ -8,13 +8,16 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from itertools import pairwise
 from pathlib import Path
 from textwrap import wrap
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from typer import Abort, TyperException
@@ -313,6 +316,11 @@ def _terminal_width(stream: TextIO) -> int:
         return 80
 
 
+def _is_watched(settings: Settings) -> bool:
+    """Whether somebody at a terminal wants to see how work goes on."""
+    return settings.has_progress and not settings.is_quiet and sys.stderr.isatty() and not os.environ.get("CI")
+
+
 PATIENCE_SECONDS = 1.0
 
 
@@ -325,9 +333,7 @@ class ProgressBars:
         self._settings = settings
         self._done = 0
         self._began = time.monotonic()
-        self._is_wanted = (
-            settings.has_progress and not settings.is_quiet and sys.stderr.isatty() and not os.environ.get("CI")
-        )
+        self._is_wanted = _is_watched(settings)
         self._bar: Progress | None = None
 
     def advance(self, nbytes: int) -> None:
@@ -363,3 +369,56 @@ class ProgressBars:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+_FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "keras": "Keras", "tf_keras": "Keras"}
+"""What takes seconds to import, whoever imports it first."""
+
+
+class _LoadingNotice(MetaPathFinder):
+    """Says that a framework is being imported as soon as that begins, and takes it back when it is there."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None, /
+    ) -> ModuleSpec | None:
+        """Find a framework where Python does, with a loader that says it."""
+        if fullname not in _FRAMEWORKS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            # To look for a framework is not to load it.
+            spec.loader.exec_module = partial(self._load, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+    def _load(self, load: Callable[[ModuleType], None], module: ModuleType) -> None:
+        text = f"loading {_FRAMEWORKS[module.__name__]} …"
+        # Keras brings what it computes on: one notice is enough.
+        is_first = not self._depth
+        self._depth += 1
+        if is_first:
+            escape_unencodable(sys.stderr)
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        try:
+            load(module)
+        finally:
+            self._depth -= 1
+            if is_first:
+                sys.stderr.write(f"\r{' ' * len(text)}\r")
+                sys.stderr.flush()
+
+
+@contextmanager
+def loading_notices(settings: Settings) -> Generator[None]:
+    """Say on a terminal which framework is being imported, which takes seconds in which nothing else is seen."""
+    notice = _LoadingNotice() if _is_watched(settings) else None
+    if notice is not None:
+        sys.meta_path.insert(0, notice)
+    try:
+        yield
+    finally:
+        if notice is not None:
+            sys.meta_path.remove(notice)

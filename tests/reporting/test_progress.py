@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import re
+import sys
+from pathlib import Path
 
 import pytest
 
 from prunectl.reporting import reporter
+from prunectl.reporting.finetune import TrainingProgress
 from prunectl.reporting.report import Settings
-from prunectl.reporting.reporter import ProgressBars
+from prunectl.reporting.reporter import ProgressBars, loading_notices
+from prunectl.training.logger import LogEntry, ProgressEvent
 
 
 class Terminal(io.StringIO):
@@ -67,3 +73,51 @@ def test_nor_does_work_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporter, "PATIENCE_SECONDS", -1.0)
     work(Settings())
     assert shown.getvalue() == ""
+
+
+def moment(step: int, *, epoch: int, last: LogEntry | None) -> ProgressEvent:
+    return ProgressEvent(step, 420, epoch, 3, 0.8, last)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_training_keeps_its_bar_count_and_time_and_the_metric_that_decides(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = at_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    metrics = {"loss": 0.49712, "top_5_accuracy": 0.91, "accuracy": 0.8156}
+    with TrainingProgress(Settings(), None, "accuracy") as progress:
+        progress.watch(moment(210, epoch=2, last=LogEntry(1, 140, 0.8, metrics, metrics)))
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", terminal.getvalue())]
+    shown = next(line for line in lines if "epoch 2/3" in line)
+    assert len(shown.rstrip()) <= columns
+    parts = shown.split()
+    assert parts[:2] == ["epoch", "2/3"]
+    assert parts[3:5] == ["210/420", "-:--:--"]
+    assert set(parts[2]) <= set("━╸╺")
+    if columns == 60:
+        assert shown.rstrip().endswith("…")
+    else:
+        assert parts[5:8] == ["val", "accuracy", "0.8156"]
+
+
+def test_a_framework_that_is_imported_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = at_terminal(monkeypatch)
+    (tmp_path / "tf_keras.py").write_text("import sys\nseen = sys.stderr.getvalue()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tf_keras", raising=False)
+    before = list(sys.meta_path)
+    with loading_notices(Settings()):
+        assert importlib.util.find_spec("tf_keras") is not None
+        assert terminal.getvalue() == ""
+        assert importlib.import_module("tf_keras").seen == "loading Keras …"
+    assert terminal.getvalue().endswith("\r")
+    assert sys.meta_path == before
+
+
+@pytest.mark.parametrize("settings", [Settings(has_progress=False), Settings(is_quiet=True)])
+def test_nobody_is_told_of_imports_who_asked_for_quiet(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_terminal(monkeypatch)
+    before = list(sys.meta_path)
+    with loading_notices(settings):
+        assert sys.meta_path == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from prunectl.analysis.sizes import CodecName, get_codec
+from prunectl.analysis.stats import SizeStats, measure_stats
 from prunectl.commands import diff, doctor, export, init, plugins, size, strip, verify
+from prunectl.formats.registry import open_model
 from prunectl.reporting import channels, finetune, inspect, prune
 from prunectl.reporting.checks import text
 from prunectl.reporting.report import Cell, Column, Settings, Table, Unit
 from prunectl.reporting.reporter import make_console
 from prunectl.reporting.tables import print_table, shorten, shorten_all
+from tests.running import FIXTURES
 
 WIDTHS = (60, 80, 100, 120)
 MAIN: dict[str, tuple[Column, ...]] = {
@@ -136,3 +140,14 @@ def test_wide_letters_are_counted_as_a_terminal_does() -> None:
     short = shorten("層の重み層の重み層の重み", 9)
     assert "…" in short
     assert 8 <= cell_len(short) <= 9
+
+
+def test_a_size_that_was_not_measured_has_its_reason() -> None:
+    model = open_model(FIXTURES / "digits_cnn.pt")
+    measured = measure_stats(model, model.tensors, has_zeros=False)
+    big = replace(measured, bytes=SizeStats(raw=20_000_000))
+    said = " ".join(" ".join(shown(prune.before_after(big, big), 80)).split())
+    assert "after - 20.0 MB - -" in said
+    assert "packed and gzip sizes are measured only up to 16 MB; prunectl size measures them" in said
+    small = replace(measured, bytes=SizeStats(raw=20_000, packed=10_000, compressed=9_000))
+    assert "measured only" not in " ".join(shown(prune.before_after(small, small), 80))
