@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from types import EllipsisType
+from typing import Any, Unpack, overload
 
 from prunectl.analysis import inspect as inspection
 from prunectl.analysis import patterns, sizes
@@ -29,6 +30,7 @@ from prunectl.api.keywords import (
     parse_text,
     ratio,
 )
+from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
 from prunectl.api.results import (
     ChannelResult,
     CheckResult,
@@ -91,7 +93,7 @@ def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> Si
     return SizeResult.of(stats, codec=codec, level=level)
 
 
-@host_settings()
+@overload
 def prune(
     model: AnyPath,
     output: AnyPath | None,
@@ -101,19 +103,60 @@ def prune(
     in_place: bool = False,
     trust: bool = False,
     **options: Unpack[PruneOptions],
-) -> PruneResult | ChannelResult:
+) -> PruneResult | ChannelResult: ...
+
+
+@overload
+def prune(model: LiveModel, /, *, in_place: bool = False, **options: Unpack[PruneOptions]) -> LiveModel: ...
+
+
+@host_settings()
+def prune(
+    model: Any,
+    output: AnyPath | EllipsisType | None = ...,
+    /,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    trust: bool = False,
+    **options: Unpack[PruneOptions],
+) -> Any:
     """Zero the least important weights of a model; without an output nothing is written.
 
     The options are those of the command line: ``sparsity="80%"``, ``scope="global"``, ``exclude=["fc*"]`` …; with
     ``pattern="channel"`` channels are cut out, and ``flops="-50%"`` is one of them.
+
+    A model in memory (a Keras model, a ``torch.nn.Module``, an ONNX ``ModelProto``, a dict of arrays) comes back as a
+    pruned copy of the same kind, Keras models without their compilation; ``in_place=True`` changes the model itself.
     """
+    kind = kind_of(model)
+    if kind is not None:
+        if output is not ...:
+            raise UsageError(
+                f"{kind.title} in memory is returned and not written: there is no output", hint="save what is returned"
+            )
+        return prune_in_memory(kind, model, _prune_own_file, options, in_place=in_place)
+    path = _path(model)
+    if output is ...:
+        raise UsageError("no output is given", hint=PATH_HINT)
+    destination = _destination(output, force=force, in_place=in_place)
+    return _prune_file(path, destination, options, is_trusted=trust)
+
+
+def _prune_own_file(path: Path, output: Path, options: Mapping[str, Any]) -> object:
+    # What it holds was made here: no code in it is a stranger's.
+    return _prune_file(path, Destination(output), options, is_trusted=True)
+
+
+def _prune_file(
+    path: Path, destination: Destination | None, options: Mapping[str, Any], *, is_trusted: bool
+) -> PruneResult | ChannelResult:
     parsed = parse_keywords("prune", PruneOptions, options)
     is_cut = parsed.get("pattern") == patterns.CHANNEL
     limits = {name: value for name, value in parsed.items() if is_cut and name in ChannelOptions.__annotations__}
-    destination = _destination(output, force=force, in_place=in_place)
     with named_objects({name: value for name, value in parsed.items() if name not in limits}) as named:
         request = prune_request.parse_request(named)
-        result = prune_by_request(_path(model), request, destination, is_trusted=trust, limits=limits)
+        result = prune_by_request(path, request, destination, is_trusted=is_trusted, limits=limits)
     written = "" if destination is None else str(destination.target)
     if isinstance(result, ChannelPruneResult):
         return ChannelResult.of(result, output=written)

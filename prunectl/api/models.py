@@ -1,0 +1,235 @@
+"""Models in memory: saved in a format of their own, pruned as that file, and loaded back into a copy."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from prunectl.analysis.patterns import CHANNEL
+from prunectl.errors import PrunectlError, UsageError, first_line
+from prunectl.exporting.weights import save_arrays
+from prunectl.formats.registry import open_model
+from prunectl.formats.safetensors import CODES
+from prunectl.formats.scratch import temporary_folder
+
+PATH_HINT = "write prunectl.prune('model.pt', 'small.pt', sparsity='80%'), or None as output to write nothing"
+
+
+class StatefulModule(Protocol):
+    """As `torch.nn.Module` is."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights by name."""
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Take weights by name."""
+
+
+class WeightedModel(Protocol):
+    """As `keras.Model` is."""
+
+    def get_weights(self) -> Any:
+        """Weights in order."""
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the weights of a file."""
+
+
+class ProtobufModel(Protocol):
+    """As `onnx.ModelProto` is."""
+
+    def SerializeToString(self, *args: Any, **kwargs: Any) -> bytes:  # noqa: N802 - protobuf calls it so
+        """The bytes of its file."""
+
+
+LiveModel = TypeVar("LiveModel", bound=StatefulModule | WeightedModel | ProtobufModel | Mapping[str, Any])
+FilePruner = Callable[[Path, Path, Mapping[str, Any]], object]
+"""Prunes a file to a file, with options."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKind:
+    """How models of one kind are saved, and loaded back."""
+
+    title: str
+    suffix: str
+    save: Callable[[Any, Path], object]
+    load: Callable[[Any, Path, bool], Any]
+    """Of the model, the pruned file, and whether it is loaded into the model itself: the result."""
+    code: Callable[[Any], dict[str, Any]]
+    """What the framework needs to run the saved file, as options."""
+    keeps_shapes: bool = False
+    """Whether weights of other shapes cannot be loaded back."""
+
+
+def kind_of(model: object) -> ModelKind | None:
+    """The kind of a model in memory; no framework is imported for it, as one that made the model is there."""
+    for library, name, kind in _CLASSES:
+        module = sys.modules.get(library)
+        cls = getattr(module, name, None)
+        if isinstance(cls, type) and isinstance(model, cls):
+            return kind
+    if isinstance(model, Mapping):
+        return _STATE_DICT if any(map(_is_tensor, model.values())) else _ARRAYS
+    return None
+
+
+def prune_in_memory(
+    kind: ModelKind, model: Any, prune_file: FilePruner, options: Mapping[str, Any], *, in_place: bool
+) -> Any:
+    """A pruned copy of a model, or the model itself in place: its file is pruned, as any other would be."""
+    changes_shapes = options.get("pattern") == CHANNEL
+    if changes_shapes and (kind.keeps_shapes or in_place):
+        raise UsageError(
+            f"channels cannot be removed from {kind.title} in memory: its layers would need other shapes",
+            hint="save it, and prune the file: prunectl.prune('model.pt', 'thin.pt', pattern='channel', …)",
+        )
+    code = kind.code(model) if options.get("data") is not None else {}
+    with temporary_folder() as scratch:
+        source, target = scratch / f"model{kind.suffix}", scratch / f"pruned{kind.suffix}"
+        kind.save(model, source)
+        try:
+            prune_file(source, target, {**code, **options})
+        except PrunectlError as error:
+            raise _without_path(error, source) from error
+        return kind.load(model, target, in_place)
+
+
+def _without_path(error: PrunectlError, path: Path) -> PrunectlError:
+    """The same error, without the name of a file that nobody has seen."""
+    message, hint = (text.replace(str(path), "the model") for text in (error.message, error.hint))
+    return type(error)(message, hint=hint, did_you_mean=error.did_you_mean)
+
+
+def _torch() -> Any:
+    return sys.modules["torch"]
+
+
+def _is_tensor(value: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _save_module(model: Any, path: Path) -> None:
+    _torch().save(model.state_dict(), path)
+
+
+def _load_module(model: Any, path: Path, is_in_place: bool) -> Any:
+    result = model if is_in_place else copy.deepcopy(model)
+    result.load_state_dict(_read_state_dict(path))
+    return result
+
+
+def _read_state_dict(path: Path) -> Any:
+    return _torch().load(path, map_location="cpu", weights_only=True)
+
+
+def _save_state_dict(model: Mapping[str, Any], path: Path) -> None:
+    _torch().save(dict(model), path)
+
+
+def _load_state_dict(model: MutableMapping[str, Any], path: Path, is_in_place: bool) -> Any:
+    pruned = _read_state_dict(path)
+    moved = {name: value.to(model[name].device) if _is_tensor(value) else value for name, value in pruned.items()}
+    return _updated(model, moved, is_in_place=is_in_place)
+
+
+def _updated(model: MutableMapping[str, Any], values: Mapping[str, Any], *, is_in_place: bool) -> Any:
+    result = model if is_in_place else copy.copy(model)
+    result.update(values)
+    return result
+
+
+def _save_arrays(model: Mapping[str, Any], path: Path) -> None:
+    if not model:
+        raise UsageError("the dict holds no weights", hint="give arrays by name, such as {'fc.weight': array}")
+    for name, value in model.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise TypeError(f"model[{name!r}] must be a NumPy array, not {type(value).__name__}")
+        if value.dtype not in CODES:
+            raise TypeError(f"model[{name!r}] has the type {value.dtype}, which safetensors does not support")
+    save_arrays([*model.items()], {}, path)
+
+
+def _load_arrays(model: MutableMapping[str, Any], path: Path, is_in_place: bool) -> Any:
+    file = open_model(path)
+    values = {tensor.name: np.array(file.read(tensor)) for tensor in file.tensors}
+    return _updated(model, values, is_in_place=is_in_place)
+
+
+def _save_keras(model: Any, path: Path) -> None:
+    model.save(str(path))
+
+
+def _load_keras(model: Any, path: Path, is_in_place: bool) -> Any:
+    if is_in_place:
+        model.load_weights(str(path))
+        return model
+    objects = _custom_classes(model)
+    try:
+        return _keras_of(model).models.load_model(str(path), custom_objects=objects, compile=False, safe_mode=False)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(
+            f"Keras cannot build a copy of {type(model).__name__}: {first_line(error)}",
+            hint="give its classes a get_config, or prune the model itself with in_place=True",
+        ) from error
+
+
+def _keras_of(model: Any) -> Any:
+    tf_keras = sys.modules.get("tf_keras")
+    return tf_keras if tf_keras is not None and isinstance(model, tf_keras.Model) else sys.modules["keras"]
+
+
+def _custom_classes(model: Any) -> dict[str, Any]:
+    """The classes of a model and its layers that are not of Keras itself."""
+    classes = {type(part) for part in (model, *model._flatten_layers())}  # noqa: SLF001 - also layers in layers
+    return {cls.__name__: cls for cls in classes if cls.__module__.partition(".")[0] not in {"keras", "tf_keras"}}
+
+
+def _keras_code(model: Any) -> dict[str, Any]:
+    classes = _custom_classes(model)
+    return {"custom_objects": classes} if classes else {}
+
+
+def _save_onnx(model: Any, path: Path) -> None:
+    path.write_bytes(model.SerializeToString())
+
+
+def _load_onnx(model: Any, path: Path, is_in_place: bool) -> Any:
+    pruned = type(model).FromString(path.read_bytes())
+    if not is_in_place:
+        return pruned
+    model.CopyFrom(pruned)
+    return model
+
+
+def _no_code(_: Any) -> dict[str, Any]:
+    """A file that says all by itself."""
+    return {}
+
+
+_STATE_DICT = ModelKind("a state dict", ".pt", _save_state_dict, _load_state_dict, _no_code)
+_ARRAYS = ModelKind("a dict of arrays", ".safetensors", _save_arrays, _load_arrays, _no_code)
+_KERAS = ModelKind("a Keras model", ".keras", _save_keras, _load_keras, _keras_code)
+_MODULE = ModelKind(
+    "a PyTorch module",
+    ".pt",
+    _save_module,
+    _load_module,
+    lambda model: {"model": lambda: copy.deepcopy(model)},
+    keeps_shapes=True,
+)
+_ONNX = ModelKind("an ONNX model", ".onnx", _save_onnx, _load_onnx, _no_code)
+_CLASSES = (
+    ("torch.nn", "Module", _MODULE),
+    ("keras", "Model", _KERAS),
+    ("tf_keras", "Model", _KERAS),
+    ("onnx", "ModelProto", _ONNX),
+)
+"""Libraries and their classes, looked up only among what is imported."""

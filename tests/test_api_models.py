@@ -1,0 +1,163 @@
+"""Models in memory, pruned as their files are."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import onnx
+import pytest
+import safetensors.numpy
+import tf_keras
+import torch
+
+import prunectl
+from prunectl.errors import UsageError
+from tests.running import FIXTURES
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+DATA = f"{FIXTURES / 'digits.npz'}?norm=/16&limit=64"
+
+
+def module() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+
+
+def network(library: Any) -> Any:
+    library.utils.set_random_seed(3)
+    layers = library.layers
+    return library.Sequential(
+        [layers.Input((8, 8, 1)), layers.Conv2D(8, 3), layers.Flatten(), layers.Dense(10, activation="softmax")]
+    )
+
+
+def same(first: Any, second: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first.get_weights(), second.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"sparsity": "80%"}, {"pattern": "2:4"}, {"sparsity": 0.5, "scope": "global"}])
+def test_a_module_is_pruned_as_its_state_dict_in_a_file(tmp_path: Path, options: Any) -> None:
+    dense = module()
+    torch.save(dense.state_dict(), tmp_path / "dense.pt")
+    prunectl.prune(tmp_path / "dense.pt", tmp_path / "sparse.pt", **options)
+    expected = torch.load(tmp_path / "sparse.pt", weights_only=True)
+    before = copy.deepcopy(dense.state_dict())
+    pruned = prunectl.prune(dense, **options)
+    assert type(pruned) is type(dense)
+    assert all(torch.equal(value, expected[name]) for name, value in pruned.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert prunectl.prune(dense, in_place=True, **options) is dense
+    assert all(torch.equal(value, expected[name]) for name, value in dense.state_dict().items())
+
+
+def test_a_module_is_its_own_builder_where_data_is_looked_at(tmp_path: Path) -> None:
+    dense = module()
+    torch.save(dense.state_dict(), tmp_path / "dense.pt")
+    options: Any = {"sparsity": 0.7, "strategy": "activation-magnitude", "samples": 64, "data": DATA}
+    prunectl.prune(tmp_path / "dense.pt", tmp_path / "sparse.pt", model=module, **options)
+    expected = torch.load(tmp_path / "sparse.pt", weights_only=True)
+    pruned = prunectl.prune(dense, **options)
+    assert all(torch.equal(value, expected[name]) for name, value in pruned.state_dict().items())
+
+
+def test_a_state_dict_comes_back_as_one() -> None:
+    state = module().state_dict()
+    pruned = prunectl.prune(state, sparsity="80%")
+    expected = prunectl.prune(module(), sparsity="80%").state_dict()
+    assert type(pruned) is type(state)
+    assert list(pruned) == list(state)
+    assert all(torch.equal(pruned[name], expected[name]) for name in state)
+    assert all(torch.equal(value, state[name]) for name, value in module().state_dict().items())
+
+
+def test_arrays_are_pruned_as_in_a_file_of_safetensors(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    arrays = {"fc1.weight": random.normal(size=(32, 64)).astype("f4"), "fc1.bias": np.ones(32, "f4")}
+    safetensors.numpy.save_file(arrays, tmp_path / "dense.safetensors")
+    prunectl.prune(tmp_path / "dense.safetensors", tmp_path / "sparse.safetensors", sparsity=0.9)
+    expected = safetensors.numpy.load_file(tmp_path / "sparse.safetensors")
+    before = {name: array.copy() for name, array in arrays.items()}
+    pruned = prunectl.prune(arrays, sparsity=0.9)
+    assert list(pruned) == list(arrays)
+    assert all(np.array_equal(pruned[name], expected[name]) for name in arrays)
+    assert all(np.array_equal(arrays[name], before[name]) for name in arrays)
+    # A transposed view has other bytes than its numbers in order.
+    turned = prunectl.prune({"fc.weight": arrays["fc1.weight"].T}, sparsity=0.9)
+    assert np.array_equal(turned["fc.weight"] == 0, expected["fc1.weight"].T == 0)
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras])
+def test_a_keras_model_is_pruned_as_its_file(tmp_path: Path, library: Any) -> None:
+    dense = network(library)
+    dense.save(tmp_path / "dense.keras")
+    prunectl.prune(tmp_path / "dense.keras", tmp_path / "sparse.keras", sparsity="80%")
+    expected = library.models.load_model(tmp_path / "sparse.keras")
+    before = library.models.load_model(tmp_path / "dense.keras")
+    pruned = prunectl.prune(dense, sparsity="80%")
+    assert type(pruned) is type(dense)
+    assert same(pruned, expected)
+    assert same(dense, before)
+    assert prunectl.prune(dense, sparsity="80%", in_place=True) is dense
+    assert same(dense, expected)
+
+
+class Scale(keras.layers.Layer):  # type: ignore[misc]
+    """A layer that Keras does not know."""
+
+    def call(self, x: Any) -> Any:
+        return x * 2
+
+
+def test_layers_of_ones_own_need_no_words() -> None:
+    dense = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(32), Scale(), keras.layers.Dense(4)])
+    pruned = prunectl.prune(dense, sparsity=0.5)
+    assert isinstance(pruned.layers[1], Scale)
+    assert np.mean(pruned.layers[0].get_weights()[0] == 0) == 0.5
+
+
+def test_channels_are_cut_out_of_a_keras_model() -> None:
+    thin = prunectl.prune(network(keras), pattern="channel", sparsity="50%")
+    assert thin.layers[0].filters == 4
+    assert thin(np.zeros((1, 8, 8, 1), "f4")).shape == (1, 10)
+
+
+def test_an_onnx_model_is_pruned_as_its_file(tmp_path: Path) -> None:
+    dense = onnx.load(FIXTURES / "digits_cnn.onnx")
+    prunectl.prune(FIXTURES / "digits_cnn.onnx", tmp_path / "sparse.onnx", sparsity="80%")
+    pruned = prunectl.prune(dense, sparsity="80%")
+    assert isinstance(pruned, onnx.ModelProto)
+    assert pruned == onnx.load(tmp_path / "sparse.onnx")
+    assert dense == onnx.load(FIXTURES / "digits_cnn.onnx")
+    assert prunectl.prune(dense, sparsity="80%", in_place=True) is dense
+    assert dense == pruned
+
+
+def test_what_cannot_be_is_refused_in_words_of_python() -> None:
+    with pytest.raises(UsageError, match="channels cannot be removed from a PyTorch module in memory"):
+        prunectl.prune(module(), pattern="channel", sparsity=0.5)
+    with pytest.raises(UsageError, match="a PyTorch module in memory is returned and not written"):
+        prunectl.prune(module(), "out.pt", sparsity=0.5)  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="no output is given"):
+        prunectl.prune("model.pt", sparsity=0.5)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="model must be a string or a path, not object"):
+        prunectl.prune(object(), sparsity=0.5)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"model\['a'\] must be a NumPy array, not list"):
+        prunectl.prune({"a": [1.0]}, sparsity=0.5)
+    with pytest.raises(UsageError, match="the model") as caught:
+        prunectl.prune({"a": np.ones(4, "f4")}, sparsity=0.5)
+    assert "/" not in str(caught.value)
+
+
+def test_no_framework_is_imported_for_arrays() -> None:
+    code = (
+        "import sys, numpy as np, prunectl;"
+        "prunectl.prune({'fc.weight': np.ones((8, 8), 'f4')}, sparsity=0.5);"
+        "sys.exit(bool({'torch', 'tensorflow', 'keras', 'onnx'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
