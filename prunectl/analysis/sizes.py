@@ -296,7 +296,7 @@ _PHRASES = {
     "max-params": "{subject} has {actual} parameters",
     "max-flops": "{subject} takes {actual} FLOPs for one input",
     "min-sparsity": "{actual} of the prunable weights of {subject} are zero",
-    "max-sparsity": "{actual} of {subject} is zero",
+    "sparsity": "{actual} of {subject} is zero",
     "min-nm": "{actual} of the groups of {subject} follow the pattern",
     "keep-zeros": "{actual} weights of {subject} are no longer zero",
     "max-drop": "the {metric} of {subject} is {worse} by {actual}",
@@ -321,7 +321,9 @@ class LimitTexts:
 
 def limit_sentence(gate: LimitCheck, subject: str, texts: LimitTexts, *details: str) -> str:
     """What was measured, and how far it is over a limit or below it; no full stop ends it."""
-    phrase = _PHRASES.get(gate.id, "{subject} has {actual}").format(
+    # That of a single tensor is called alike, whether too much or too little of it is zero.
+    name = "sparsity" if gate.metric == "sparsity" else gate.id
+    phrase = _PHRASES.get(name, "{subject} has {actual}").format(
         subject=subject,
         actual=texts.actual,
         metric=gate.metric,

@@ -66,7 +66,8 @@ def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
     for proposal in proposals:
         lines += ["", "[[budget]]", f"path = {_toml_string(proposal.path)}"]
         lines += [f'max-raw = "{_shortened(proposal.max_raw)}B"', f'max-gzip = "{_shortened(proposal.max_gzip)}B"']
-        lines.append(f'max-params = "{_shortened(proposal.max_params)}"')
+        params = _shortened(proposal.max_params)
+        lines.append(f"max-params = {params}" if params.isdecimal() else f'max-params = "{params}"')
         lines += [f'min-sparsity = "{proposal.min_sparsity:.0%}"'] if proposal.min_sparsity is not None else []
         lines.append('max-growth = {fail = "2%", warn = "0.5%"}')
     return "\n".join(lines) + "\n"

@@ -347,6 +347,14 @@ def test_a_log_has_a_sentence_for_each_failure(tmp_path: Path) -> None:
     assert "note: a.safetensors: It was 131 B gzipped in the baseline, and is 15." in said
 
 
+def test_a_limit_on_a_tensor_names_it_and_its_model(tmp_path: Path) -> None:
+    layer = "[[budget.layer]]\nname = 'fc*'\nmax-sparsity = 0.4\n[[budget.layer]]\nname = 'fc*'\nmin-sparsity = 0.6\n"
+    put(tmp_path, f"[[budget]]\npath = 'a.*'\n{layer}", a=MODEL)
+    said = prunectl(tmp_path, "check").err
+    assert "FAIL: 50.0 % of fc.weight in a.safetensors is zero, 10 pp over the limit of 40.0 % (max-sparsity)." in said
+    assert "FAIL: 50.0 % of fc.weight in a.safetensors is zero, 10 pp below the limit of 60.0 % (min-sparsity)." in said
+
+
 def test_a_model_that_the_baseline_lacks_has_no_limit_of_nothing_on_the_screen(tmp_path: Path) -> None:
     put(tmp_path, "[[budget]]\npath = 'a.*'\nmax-growth = '1%'\n", a=MODEL)
     found = prunectl(tmp_path, "check", "--format", "human")

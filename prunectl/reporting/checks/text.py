@@ -60,7 +60,8 @@ def verdict_sentence(finding: Finding, units: Units = Units.SI) -> str:
     is_told = finding.ok or finding.before is None or finding.id == GROWTH
     details = () if is_told else (f"{before(finding, units)} in the baseline",)
     # The actual value keeps its sign, which tells what grew from what shrank.
-    return f"{limit_sentence(finding, subject(finding), texts, *details)}."
+    about = f"{finding.tensor} in {finding.model}" if finding.tensor else finding.model
+    return f"{limit_sentence(finding, about, texts, *details)}."
 
 
 def describe(finding: Finding, units: Units = Units.SI) -> str:
