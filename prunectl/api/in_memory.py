@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from prunectl.training.request import MAX, MIN
+
 _OBJECTS = frozenset({"data", "val", "loss", "step", "metric", "model", "distill_model", "custom_objects"})
 _DATA = frozenset({"data", "val"})
 _BUILDERS = frozenset({"model", "distill_model"})
@@ -39,14 +41,27 @@ def named_objects(options: Mapping[str, Any]) -> Generator[dict[str, Any]]:
 
 
 def _name_of(option: str, value: Any, registered: list[str]) -> Any:
+    if option == "metric":
+        metrics = value if isinstance(value, list | tuple) and not _has_direction(value) else [value]
+        return tuple(_metric(metric, registered) for metric in metrics)
     if isinstance(value, str):
-        return (value,) if option == "metric" else value
+        return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if option == "metric":
-        metrics = value if isinstance(value, list | tuple) else [value]
-        return tuple(metric if isinstance(metric, str) else _register(option, metric, registered) for metric in metrics)
-    return _register(option, _as_found(option, value), registered)
+    return _register(option, value, registered)
+
+
+def _has_direction(value: Any) -> bool:
+    """Whether it is a metric and what of it is better: `(function, "max")`."""
+    return isinstance(value, tuple) and len(value) == 2 and value[1] in (MAX, MIN)
+
+
+def _metric(value: Any, registered: list[str]) -> str:
+    metric, direction = value if _has_direction(value) else (value, "")
+    if not isinstance(metric, str) and not callable(metric):
+        raise TypeError(f"metric must be a name or a function, not {type(metric).__name__}")
+    name = metric if isinstance(metric, str) else _register("metric", metric, registered)
+    return f"{name}:{direction}" if direction else name
 
 
 def _as_found(option: str, value: Any) -> Any:
@@ -64,12 +79,14 @@ def builder_of(model: Any) -> Callable[[], Any]:
 
 
 def _register(option: str, value: Any, registered: list[str]) -> str:
-    """Give an object a name that no other call uses."""
+    """Give an object a name that nothing else has: that of the function or class, or of the option."""
+    own = str(getattr(value, "__name__", ""))
+    first = own if own.isidentifier() else option
     with _naming:
-        number, name = 1, option
-        while name in _named:
+        number, name = 1, first
+        while name in _named or name in globals():
             number += 1
-            name = f"{option}_{number}"
-        _named[name] = value
+            name = f"{first}_{number}"
+        _named[name] = _as_found(option, value)
     registered.append(name)
     return f"{__name__}:{name}"

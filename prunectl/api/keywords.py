@@ -24,6 +24,8 @@ LayerRatios = Mapping[str, Ratio] | Sequence[str | tuple[str, Ratio]]
 """`{"fc*": 0.9}`, `[("fc*", "90%")]`, or `["fc*=90%"]` as it is typed."""
 Code = str | Callable[..., Any]
 """A class or a function, or its name as it is typed: `net.py:Net`."""
+Metrics = Code | tuple[Code, str] | Sequence[Code | tuple[Code, str]]
+"""Names and functions; of a function, the first of them says what is better: `(function, "max")`."""
 Data = Any
 """A SPEC as it is typed, arrays, `(x, y)`, a torch Dataset or DataLoader, a `tf.data.Dataset`, or a function."""
 
@@ -88,7 +90,7 @@ class FinetuneOptions(SelectionOptions, total=False):
     warmup: str | int
     optimizer: str
     loss: Code
-    metric: Code | Sequence[Code]
+    metric: Metrics
     clip: float | None
     freeze: Names
     distill: AnyPath
@@ -126,7 +128,7 @@ class FinetuneOptions(SelectionOptions, total=False):
 class EvaluateOptions(TypedDict, total=False):
     """Options of `evaluate`, each as `finetune` has it."""
 
-    metric: Code | Sequence[Code]
+    metric: Metrics
     loss: Code
     batch_size: int
     seed: int
@@ -290,10 +292,10 @@ _TITLES: dict[Any, str] = {
     os.PathLike: "a path",
     Sequence: "a list",
     Mapping: "a dict",
+    tuple: "a pair",
     Callable: "a function",
     types.NoneType: "None",
 }
-_TITLES[typing.get_origin(Callable[..., Any])] = "a function"
 
 
 def _flat(hint: Any) -> tuple[Any, ...]:
