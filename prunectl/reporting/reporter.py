@@ -267,7 +267,8 @@ def _print_section(section: Section, main: str, console: Console, settings: Sett
 
 
 def _print_note(text: str, console: Console) -> None:
-    lines = wrap(printable(text), max(console.width - 2, 20))
+    # Names of options and files have hyphens.
+    lines = wrap(printable(text), max(console.width - 2, 20), break_on_hyphens=False)
     for number, line in enumerate(lines):
         console.print("  " if number else "* ", style="yellow", end="")
         console.print(line, soft_wrap=True)

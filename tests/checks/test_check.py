@@ -339,6 +339,13 @@ def test_a_terminal_colours_verdicts(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in without_colors(shown).splitlines()[1:] if str(tmp_path.name) not in line)
 
 
+def test_a_narrow_terminal_keeps_what_was_measured_and_the_limit(tmp_path: Path) -> None:
+    config = grown(tmp_path) / "prunectl.toml"
+    shown = without_colors(at_terminal("check", "--config", config, columns=60).out)
+    assert ["verdict", "gate", "model", "actual", "limit"] in [line.split() for line in shown.splitlines()]
+    assert "--update-baseline" in shown, "no option is broken at a hyphen"
+
+
 def test_a_log_has_a_sentence_for_each_failure(tmp_path: Path) -> None:
     said = prunectl(grown(tmp_path), "check").err
     (line,) = (line for line in said.splitlines() if "(max-gzip" in line and line.startswith("FAIL: "))

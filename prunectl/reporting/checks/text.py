@@ -174,7 +174,7 @@ _HUMAN = (
     Column("verdict"),
     Column("gate"),
     Column("model"),
-    Column("before", Unit.NUMBER),
+    Column("before", Unit.NUMBER, is_optional=True),
     Column("actual", Unit.NUMBER),
     Column("limit", Unit.NUMBER),
     Column("budget", is_optional=True),
