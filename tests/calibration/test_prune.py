@@ -322,7 +322,7 @@ def test_not_even_a_gradient_that_is_no_number_writes_anything(tmp_path: Path) -
         data=data(tmp_path / "x.npz", x=x, y=x[:, :4].argmax(1)),
         model=f"{NETS}:Gaps",
     )
-    with pytest.raises(PrunectlError, match="no finite number") as failed:
+    with pytest.raises(PrunectlError, match=r"the gradient of .* is NaN or infinite") as failed:
         prune(path, wish, Destination(tmp_path / "out.pt"))
     assert failed.value.exit_code == 5
     assert not (tmp_path / "out.pt").exists()
@@ -341,7 +341,7 @@ def test_inputs_inside_the_model_that_are_no_numbers_write_nothing(tmp_path: Pat
             data=data(tmp_path / "x.npz", x=examples(16, 12)),
             model=f"{TORCH_NETS}:Plain",
         )
-        with pytest.raises(PrunectlError, match="NaN or infinite") as failed:
+        with pytest.raises(PrunectlError, match=r"the inputs of .* are NaN or infinite") as failed:
             prune(path, wish, Destination(tmp_path / "out.pt"))
         assert failed.value.exit_code == 5
         assert not (tmp_path / "out.pt").exists()

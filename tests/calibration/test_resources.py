@@ -56,7 +56,7 @@ def test_a_layer_whose_gram_matrices_do_not_fit_is_named_before_they_are_made(
     # The largest layer has 256 features: four or five matrices of 8 x 256 x 256 bytes.
     monkeypatch.setattr(statistics, "available_bytes", lambda: 4 * 8 * 255 * 256)
     monkeypatch.setattr(np, "matmul", watched)
-    with pytest.raises(WorkError, match=r"^fc1\.weight has 256 input features, .* available") as caught:
+    with pytest.raises(WorkError, match=r"^fc1\.weight has 256 input features, .* are free") as caught:
         digits("digits_cnn.onnx", tmp_path / "out.onnx", **wish)
     assert caught.value.hint.startswith("--exclude fc1")
     assert 256 not in sizes

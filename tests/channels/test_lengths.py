@@ -83,8 +83,8 @@ def test_an_onnx_graph_is_cut_with_the_lengths_of_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ("1,3,224", "the input x of the model has the shape ?,3,?,?, not 1,3,224"),
-        ("1,4,224,224", "the input x of the model has the shape ?,3,?,?, not 1,4,224,224"),
+        ("1,3,224", "the input x of the model has the shape ?,3,?,?, but --input gives 1,3,224"),
+        ("1,4,224,224", "the input x of the model has the shape ?,3,?,?, but --input gives 1,4,224,224"),
         ("1,3,224,0", "is not a shape"),
         ("z:1,3,224,224", "the model has no input z"),
     ],
@@ -126,7 +126,7 @@ def test_an_export_that_asks_for_lengths_shows_a_shape_of_the_models_rank(tmp_pa
     save(filled(model), tmp_path / "net.keras")
     done = here("export", tmp_path / "net.keras", "-o", tmp_path / "net.onnx")
     assert done.code == 2
-    assert "--input steps:1,128,4 says it" in done.err
+    assert "add --input steps:1,128,4" in done.err
 
 
 def test_an_onnx_graph_is_tried_on_what_input_says(tmp_path: Path) -> None:

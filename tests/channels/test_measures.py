@@ -77,11 +77,17 @@ def test_another_metric_sees_another_likeness(tmp_path: Path) -> None:
     ("asked", "said"),
     [
         ({"strategy": "channel-activation", "sparsity": 0.5}, "needs data"),
-        ({"strategy": "similarity", "sparsity": 0.5, "params": ("metric=taste",)}, "takes no --param"),
+        (
+            {"strategy": "similarity", "sparsity": 0.5, "params": ("metric=taste",)},
+            "the strategy similarity has no --param",
+        ),
         ({"strategy": "similarity", "params": ("threshold=2",)}, "is not a number from 0 to 1"),
         ({"strategy": "similarity", "params": ("threshold=0.9",), "sparsity": 0.5}, "only one of --sparsity"),
         ({"strategy": "similarity", "params": ("threshold=0.9",), "scope": "global"}, "leave out --scope"),
-        ({"strategy": "bn-scale", "params": ("threshold=0.9",), "sparsity": 0.5}, "takes no --param"),
+        (
+            {"strategy": "bn-scale", "params": ("threshold=0.9",), "sparsity": 0.5},
+            "the strategy bn-scale has no --param",
+        ),
         ({"strategy": "taylor", "sparsity": 0.5, "data": str(DIGITS)}, "needs gradients"),
     ],
 )
@@ -143,7 +149,7 @@ def test_a_function_of_ones_own_ranks_channels_by_their_rows(own: str, tmp_path:
     ("name", "params", "said"),
     [
         ("short", (), "a finite number for each of 8 channels"),
-        ("broken", (), "broken fails: "),
+        ("broken", (), "broken raised TypeError: "),
         ("missing", (), "has no missing"),
         ("last", ("least=1",), "has no parameter least"),
     ],

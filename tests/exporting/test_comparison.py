@@ -48,7 +48,9 @@ def test_the_difference_is_the_largest_and_the_mean() -> None:
 
 
 def test_the_first_output_that_differs_is_named_with_both_values() -> None:
-    with pytest.raises(WorkError, match=r"the output twice differs: 2\.5 and not 2 as in .* in 6 of 6") as caught:
+    with pytest.raises(
+        WorkError, match=r"the output twice differs from the source: 2\.5 instead of 2, in 6 of 6"
+    ) as caught:
         compared(0.5)
     assert caught.value.exit_code == 5
 

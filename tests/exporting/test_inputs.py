@@ -45,8 +45,13 @@ def test_inputs_are_told_by_name_or_else_by_order() -> None:
 
 def test_what_the_model_says_stays() -> None:
     flows = (InputSpec("a", (None, 2), "float32"),)
-    for word in ("a:1,3", "a:1,?", "a:1,2:f16", "a:2"):
-        with pytest.raises(UsageError, match="the input a of the model is"):
+    for word, said in (
+        ("a:1,3", r"has the shape \?,2, but --input gives 1,3"),
+        ("a:1,?", r"has the shape \?,2, but --input gives 1,\?"),
+        ("a:2", r"has the shape \?,2, but --input gives 2"),
+        ("a:1,2:f16", "is float32, but --input gives float16"),
+    ):
+        with pytest.raises(UsageError, match=f"the input a of the model {said}"):
             apply_input_options(flows, [parse(word)])
     with pytest.raises(UsageError, match="has 1 inputs"):
         apply_input_options(flows, [parse("a:1,2"), parse("b:1,2")])

@@ -45,11 +45,16 @@ def test_the_table_loads_no_converter() -> None:
 @pytest.mark.parametrize(
     ("source", "output", "message", "hint"),
     [
-        ("digits_cnn.pt", "m.tflite", "cannot export PyTorch to TensorFlow Lite", "made of Keras archive, Keras HDF5"),
+        (
+            "digits_cnn.pt",
+            "m.tflite",
+            "cannot export PyTorch to TensorFlow Lite",
+            "TensorFlow Lite can be exported from Keras archive, Keras HDF5",
+        ),
         ("digits_cnn.tflite", "m.onnx", "cannot export TensorFlow Lite to ONNX", "safetensors, npz"),
         ("digits_cnn.onnx", "m.keras", "cannot export ONNX to Keras archive", "onnx, safetensors, npz"),
-        ("digits_cnn.h5", "m.h5", "is Keras HDF5 already", "prunectl strip"),
-        ("digits_cnn.pt", "m.pt", "is PyTorch state dict already", "prunectl strip"),
+        ("digits_cnn.h5", "m.h5", "already has the format Keras HDF5", "prunectl strip"),
+        ("digits_cnn.pt", "m.pt", "already has the format PyTorch state dict", "prunectl strip"),
         ("digits_cnn.h5", "m.foo", "is not that of a format", "--to onnx"),
     ],
 )
@@ -141,7 +146,7 @@ def test_code_in_a_file_does_not_run_unless_it_is_trusted(tmp_path: Path) -> Non
 
 
 def test_weights_alone_ask_for_what_builds_the_model(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds weights alone") as caught:
+    with pytest.raises(UsageError, match="holds only weights") as caught:
         export("digits_cnn.pt", tmp_path / "m.onnx", input=["?,1,8,8"])
     assert "--model" in caught.value.hint
 

@@ -106,7 +106,7 @@ def test_a_model_is_shown_with_its_tables_and_pictures(tmp_path: Path, capsys: p
     assert "fc1/kernel:0" in capsys.readouterr().out
     assert text.startswith("<!doctype html>")
     assert found.all("h2")[0].text.endswith("digits_cnn.h5")
-    assert {"parts", "tensors", "where the bytes lie", "sparsity by tensor"} <= {one.text for one in found.all("h3")}
+    assert {"parts", "tensors", "size by tensor", "sparsity by tensor"} <= {one.text for one in found.all("h3")}
     labels = [one.attributes["aria-label"] for one in found.all("svg")]
     assert labels == ["size of 9 tensors, 39.2 kB in all", "sparsity of 4 prunable tensors"]
 

@@ -136,7 +136,7 @@ def test_inspect_and_diff_show_them_and_nothing_else_does(tmp_path: Path, capsys
     assert [image.attributes["alt"].split(",")[0] for image in found.all("img")] == [  # type: ignore[union-attr]
         *("conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight")
     ]
-    assert "where the zeros are" in [head.text for head in found.all("h3")]
+    assert "maps of zeros" in [head.text for head in found.all("h3")]
     assert all((image.attributes["src"] or "").startswith("data:image/png;base64,") for image in found.all("img"))
     assert app.run(["diff", str(out), str(FIXTURES / "digits_cnn.onnx"), "--html", str(place)]) == 0
     assert len(Page.of(place.read_text()).all("img")) == 4
