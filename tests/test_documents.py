@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import shlex
 import shutil
@@ -21,13 +22,29 @@ from tests.running import FIXTURES, HANG_SECONDS, ROOT, Outcome, clean, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as for a user: frameworks warn of themselves
 
-README = (ROOT / "README.md").read_text()
-COVERAGE = (ROOT / "docs/coverage.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
+README = PAGES["README.md"]
+COVERAGE = PAGES["docs/coverage.md"]
 
 
 def typed(text: str) -> list[str]:
     """Return the command lines in a text."""
     return [line.strip().removeprefix("$ ") for line in text.splitlines() if line.strip().startswith("$ prunectl")]
+
+
+def links(page: str) -> list[tuple[str, str]]:
+    """Return the files that a page links to, from the root, each with the section or an empty string."""
+    found = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", PAGES[page])
+    folder = posixpath.dirname(page)
+    return [(posixpath.normpath(posixpath.join(folder, path)) if path else page, section) for path, section in found]
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings in a text."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def distribution(requirement: str) -> str:
@@ -56,10 +73,11 @@ def few(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.usefixtures("trials_here")
-def test_every_command_line_of_the_readme_runs_from_top_to_bottom(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", sorted(page for page, text in PAGES.items() if typed(text)))
+def test_every_command_line_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     shutil.copytree(FIXTURES, tmp_path / "fixtures", ignore=shutil.ignore_patterns("make.py", "__pycache__"))
     few(tmp_path, "fixtures/digits.npz")
-    for line in typed(README):
+    for line in typed(PAGES[page]):
         done = run(line, tmp_path)
         assert done.code == 0, (line, done.err)
 
@@ -83,8 +101,20 @@ def test_every_example_in_the_help_runs(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_its_section_in_the_readme(command: str) -> None:
-    assert f"\n## {command}\n" in README
+def test_every_command_has_its_section_on_one_page(command: str) -> None:
+    assert [f"\n## {command}\n" in text for text in PAGES.values()].count(True) == 1
+
+
+def test_the_readme_can_be_skimmed() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_link_of_a_page_leads_to_what_is_there(page: str) -> None:
+    for target, section in links(page):
+        assert (ROOT / target).exists(), target
+        if section:
+            assert section in anchors(PAGES[target]), (target, section)
 
 
 def test_every_suffix_that_is_recognised_is_in_the_readme() -> None:
