@@ -138,7 +138,7 @@ def test_flops_are_twice_the_multiply_accumulates() -> None:
     found = inspected(FIXTURES / "digits_cnn.onnx", "--flops")
     assert found["macs"] == 36 * 8 * 9 + 16 * 16 * 8 * 9 + 256 * 32 + 32 * 10
     rows = here("inspect", FIXTURES / "digits_cnn.onnx", "--flops").rows
-    assert sum(int(row[-1] or 0) for row in rows) == 2 * found["macs"]
+    assert sum(int(row[-1]) for row in rows if row[-1] != "-") == 2 * found["macs"]
 
 
 def test_flops_of_a_file_without_a_graph_are_refused() -> None:
@@ -173,7 +173,7 @@ def test_csv_and_markdown_hold_the_same_rows() -> None:
     plain = here("inspect", FIXTURES / "digits_cnn.pt").rows
     commas = here("inspect", FIXTURES / "digits_cnn.pt", "--format", "csv").out.splitlines()
     bars = here("inspect", FIXTURES / "digits_cnn.pt", "--format", "markdown").out.splitlines()
-    assert [line.split(",") for line in commas[1:]] == plain
+    assert [[cell or "-" for cell in line.split(",")] for line in commas[1:]] == plain
     assert len(bars) == len(plain) + 2
     assert all(line.startswith("| ") for line in bars)
 
@@ -300,7 +300,7 @@ def test_weights_that_are_in_a_file_twice_are_named_with_both_places(layout: str
     for done in (found, pruned):
         assert done.code == 0, done.err
         text = " ".join(f"{done.out} {done.err}".split())
-        assert f"The file holds the weights twice: {trained} and {average}their average (3 tensors)" in text
+        assert f"The file holds the weights twice: {trained} and {average}, their average (3 tensors)" in text
 
 
 def _copied(held: Any) -> Any:

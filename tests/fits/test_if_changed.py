@@ -70,11 +70,11 @@ def test_what_has_changed_is_said_and_what_prunectl_wrote_is_replaced(
     assert (found.code, reason(found)) == (0, "a.safetensors has changed")
     (folder / OUT).unlink()
     found = prunectl(folder, *WORDS, "-s", "0.75")
-    assert (found.code, reason(found)) == (0, f"{OUT} is not there")
+    assert (found.code, reason(found)) == (0, f"{OUT} is missing")
     assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was written by prunectl prune"
     assert prunectl(folder, "strip", *WORDS[1:]).err == f"note: {OUT} is up to date.\n"
     monkeypatch.setattr(build, "__version__", "9.9")
-    assert reason(prunectl(folder, "strip", *WORDS[1:])) == "prunectl was 0.1.0"
+    assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was written by prunectl 0.1.0"
 
 
 def test_what_somebody_else_wrote_is_noticed_and_stays(folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_an_output_that_exists_is_refused_and_replaced_by_force(model: Path, tmp
 def test_a_name_that_promises_another_format_is_refused(name: str, model: Path, tmp_path: Path) -> None:
     done = here("prune", model, "-o", tmp_path / name, *HALF)
     assert done.code == 2
-    assert "keeps its format: PyTorch" in done.err
+    assert "keeps its format, PyTorch" in done.err
     assert "prunectl export" in done.err
     assert not (tmp_path / name).exists()
 
@@ -117,7 +117,7 @@ def test_a_folder_without_a_model_is_never_replaced(model: Path, tmp_path: Path)
     for source in (model, FIXTURES / "digits_cnn_savedmodel", FIXTURES / "two_shards"):
         done = here("prune", source, "-o", tmp_path / "photos", *HALF, "--force")
         assert done.code == 2
-        assert "without a model in it" in done.err
+        assert "is a folder without a model: prunectl does not replace it" in done.err
     assert (tmp_path / "photos" / "one.jpg").read_text() == "dear"
 
 

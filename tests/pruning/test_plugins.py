@@ -84,7 +84,7 @@ def test_an_installed_policy_says_why_it_leaves_out(installed: str, tmp_path: Pa
     done = with_example(installed, "-o", tmp_path / "out.pt", "-s", "0.6", "--policy", "wide")
     assert done.code == 0, done.err
     assert [row[0] for row in done.rows] == ["conv2.weight", "fc1.weight", "fc2.weight"]
-    assert "not wide (1)" in done.err
+    assert "1 tensor (not wide)" in done.err
 
 
 def test_a_slip_in_an_installed_name_finds_it(installed: str, tmp_path: Path) -> None:
@@ -150,13 +150,13 @@ def test_scores_of_a_whole_model_fit_patterns_and_targets(tmp_path: Path) -> Non
         ("def s(w):\n    return w\n", "a negative score", 5),
         ("def s(w):\n    return abs(w).ravel()[1:]\n", "scores of shape", 5),
         ("def s(w):\n    return None\n", "scores of shape", 5),
-        ("def s(w):\n    return np.full(w.shape, 'a')\n", "no numbers", 5),
+        ("def s(w):\n    return np.full(w.shape, 'a')\n", "that are not numbers", 5),
         ("def s(w):\n    return 1 / 0\n", "ZeroDivisionError", 5),
         ("def s(w):\n    raise MemoryError\n", "MemoryError", 5),
         ("def s(w):\n    w[...] = 0\n    return abs(w)\n", "ValueError", 5),
         ("s = 3\n", "not a function", 2),
         ("def t(w):\n    return abs(w)\n", "has no s", 2),
-        ("def s(w, power):\n    return abs(w)\n", "needs a power", 2),
+        ("def s(w, power):\n    return abs(w)\n", "needs the parameter power", 2),
         ("def s(all):\n    return abs\n\ns.prunectl_scope = 'model'\n", "dictionary", 5),
         ("def s(all):\n    return {'x': 1}\n\ns.prunectl_scope = 'model'\n", "dictionary", 5),
         ("def s(all):\n    return {}\n\ns.prunectl_scope = 'model'\n", "scores no tensor of", 2),

@@ -128,8 +128,8 @@ def test_schedules_are_compared_by_points_that_differ_in_nothing_else() -> None:
     [
         ({"val": "v.npz", "val_split": 0.2}, "cannot be used together"),
         ({"schedules": ("polynomial",)}, "--schedules needs training"),
-        ({"sparsities": (1.0,)}, "from 0 up to 1"),
-        ({"strategies": ("magnitud",)}, "no strategy is called"),
+        ({"sparsities": (1.0,)}, "from 0 to below 1, not 1"),
+        ({"strategies": ("magnitud",)}, "unknown strategy magnitud"),
         ({"strategies": ("movement",)}, "needs training"),
         ({"strategies": ("obs",), "epochs": 1, "schedules": ("polynomial",)}, "prunes before training"),
         ({"strategies": ("movement",), "epochs": 1}, "prunes before training"),
