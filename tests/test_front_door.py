@@ -339,6 +339,11 @@ def test_an_error_at_a_terminal_breaks_at_words_and_begins_in_red(tmp_path: Path
     assert all(len(line) <= 60 for line in without_colors(shown).splitlines() if " " in line.strip())
 
 
+@pytest.mark.parametrize("words", [("--color", "never"), ("--color=never",), ("--color=never", "--no-such-option")])
+def test_an_error_has_no_colour_where_none_is_wanted(words: tuple[str, ...], tmp_path: Path) -> None:
+    assert at_terminal("size", tmp_path / "missing.h5", *words).out.startswith("error: ")
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_streams_that_the_shell_closed_change_no_exit_code(closed: str) -> None:
     for words, code in ((f"inspect {FIXTURES / 'digits_cnn.pt'}", 0), ("inspect missing.h5", 3), ("--version", 0)):

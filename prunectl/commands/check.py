@@ -121,7 +121,7 @@ class Reports:
         sys.stdout.write(stdout_text)
         sys.stdout.flush()
         for failure in report.failures:
-            print_error(failure.error)
+            print_error(failure.error, reporter.settings.color)
         return report.exit_code
 
 

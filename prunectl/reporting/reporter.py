@@ -27,6 +27,7 @@ from prunectl.errors import PrunectlError, translate
 from prunectl.reporting.report import (
     DEFAULT_ROWS,
     Artifact,
+    Color,
     Layout,
     Report,
     Section,
@@ -99,7 +100,7 @@ class Reporter:
             self._note_on_stderr(report)
         sys.stdout.flush()
         for failure in report.failures:
-            print_error(failure.error)
+            print_error(failure.error, self.settings.color)
         if self.settings.is_verbose:
             sys.stderr.write(f"took {_seconds():.2f} s, peak memory {nbytes(_peak_bytes(), self.settings.units)}\n")
         return report.exit_code
@@ -155,7 +156,7 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def print_error(error: PrunectlError) -> None:
+def print_error(error: PrunectlError, color: Color = Color.AUTO) -> None:
     """Print an error and what to do about it on stderr; at a terminal in colour, with lines that break at words."""
     escape_unencodable(sys.stderr)
     is_terminal = sys.stderr.isatty()
@@ -167,7 +168,7 @@ def print_error(error: PrunectlError) -> None:
         width = max(shutil.get_terminal_size().columns, _NARROWEST)
         options = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
         lines = [part for line in lines for part in wrap(line, width, **options)]  # type: ignore[arg-type]
-    if Settings().colors(is_terminal=is_terminal):
+    if Settings(color=color).colors(is_terminal=is_terminal):
         lines[0] = lines[0].replace("error:", "\x1b[1;31merror:\x1b[0m", 1)
     sys.stderr.writelines(line + "\n" for line in lines)
 
@@ -203,13 +204,20 @@ def report_error(error: Exception, arguments: list[str]) -> int:
         sys.stdout.write(failure_json(reported, command))
         sys.stdout.flush()
     else:
-        print_error(reported)
+        print_error(reported, _color_asked_for(arguments))
     return reported.exit_code
 
 
 def wants_json(arguments: list[str]) -> bool:
     """Whether the command line asks for JSON, even if the rest of it cannot be understood."""
     return not {"--json", "--format=json"}.isdisjoint(arguments) or ("--format", "json") in pairwise(arguments)
+
+
+def _color_asked_for(arguments: list[str]) -> Color:
+    """What --color says in a command line, even if the rest of it cannot be understood."""
+    words = [word.partition("=")[2] for word in arguments if word.startswith("--color=")]
+    words += [word for option, word in pairwise(arguments) if option == "--color"]
+    return Color(words[-1]) if words and words[-1] in set(Color) else Color.AUTO
 
 
 def _to_prunectl_error(error: Exception) -> PrunectlError:
