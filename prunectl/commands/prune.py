@@ -167,7 +167,10 @@ class Prune(OutputOptions):
             return parse_request(request_options(ctx, self, OPTIONS))
         typed = [name for name in ctx.params if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
         if typed:
-            raise UsageError(f"{option_name(ctx, typed[0])} cannot be used with --recipe, which sets it already")
+            option = option_name(ctx, typed[0])
+            raise UsageError(
+                f"{option} cannot be used with --recipe, which sets it already", hint=f"leave out {option}"
+            )
         return read_manifest(self.recipe, is_trusted=self.trust)
 
 
