@@ -58,7 +58,7 @@ PRUNE = ("prune", "net.pt", "-o", "out.pt", "--pattern", "channel", "-s", "50%",
     ("model", "said"),
     [
         ("own_net.py:Block", "cannot be called without arguments: missing a required argument: 'inputs'"),
-        ("own_net.py:unset", "raises ValueError: please set NUM_CLASSES"),
+        ("own_net.py:unset", "raised ValueError: please set NUM_CLASSES"),
         ("own_net.py:number", "is a int, not a function"),
         ("own_net.py", "names no function; the file has Block, Net, unset"),
         ("no_net.py", "no_net.py is not a Python file"),
@@ -80,7 +80,7 @@ def test_a_keras_builder_that_raises_is_the_users_to_mend(tmp_path: Path) -> Non
     words = ("finetune", FIXTURES / "weights_only.h5", "-o", "out.h5", "--data", FIXTURES / "digits.npz")
     done = here(*words, "--model", "own_net.py:unset", cwd=tmp_path)
     assert done.code == 2
-    assert "raises ValueError: please set NUM_CLASSES" in done.err
+    assert "raised ValueError: please set NUM_CLASSES" in done.err
 
 
 @pytest.mark.parametrize(
