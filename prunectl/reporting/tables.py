@@ -83,18 +83,17 @@ def fit_columns(table: Table, lines: Sequence[Sequence[str]], width: int) -> tup
         column = table.columns[number]
         return max(longest[number] if column.is_number or column.is_whole else min(longest[number], text), word, 1)
 
-    shown, hidden = list(everything), []
-    optional = [number for number in reversed(everything) if table.columns[number].is_optional]
-    # What is empty from top to bottom tells nothing, so that it is the first to go, and without a word.
-    optional.sort(key=lambda number: longest[number] > 0)
-    others = [number for number in reversed(everything) if number not in optional and number]
+    # What may go and is empty from top to bottom tells nothing at any width.
+    shown = [number for number in everything if longest[number] or not table.columns[number].is_optional]
+    hidden = []
+    optional = [number for number in reversed(shown) if table.columns[number].is_optional]
+    others = [number for number in reversed(shown) if number not in optional and number]
     for text, candidates in ((_COMFORTABLE, optional), (_NARROWEST, others)):
         for number in candidates:
             if _fits((least(number, text) for number in shown), width):
                 break
             shown.remove(number)
-            if longest[number]:
-                hidden.append(heads[number])
+            hidden.append(heads[number])
         needs = {number: least(number, text) for number in shown}
         if _fits(needs.values(), width):
             break

@@ -133,7 +133,7 @@ def test_the_least_important_columns_go_first_and_are_named() -> None:
 def test_a_column_that_is_empty_goes_without_a_word() -> None:
     columns = (Column("tensor"), Column("was", is_optional=True), Column("shape", is_whole=True))
     table = Table("t", columns, (("conv1.weight", "", "12x3x3x3"),))
-    assert shown(table, 23) == ["tensor        shape   ", "conv1.weight  12x3x3x3"]
+    assert shown(table, 23) == shown(table, 120) == ["tensor        shape   ", "conv1.weight  12x3x3x3"]
 
 
 def test_wide_letters_are_counted_as_a_terminal_does() -> None:
