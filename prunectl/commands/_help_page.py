@@ -22,8 +22,8 @@ _NAMES_WIDTH = 28
 _EXAMPLES = 3
 _MARKUP = re.compile(r"\[/?(?:dim|bold|italic)?\]|\\(?=\[)")
 SHORT = {
-    "inspect": ("--layers", "--sort", "--pattern", "--flops", "--hist", "--groups", "--rows", "--sensitivity", "--data",
-        "--model", "--json", "--html"),
+    "inspect": ("--layers", "--tensors", "--sort", "--pattern", "--flops", "--hist", "--groups", "--rows",
+        "--sensitivity", "--data", "--model", "--json", "--html"),
     "prune": ("--output", "--sparsity", "--scope", "--strategy", "--pattern", "--only", "--exclude", "--max-drop",
         "--data", "--model", "--dry-run", "--force"),
     "finetune": ("--output", "--data", "--val", "--val-split", "--epochs", "--lr", "--sparsity", "--schedule",

@@ -45,7 +45,7 @@ def inspect(
     hist: Annotated[bool, typer.Option("--hist", help="Show a histogram of weight magnitudes.")] = False,
     flops: Annotated[bool, typer.Option("--flops", help="Show the FLOPs of each layer for one input.")] = False,
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List every tensor; else a terminal gets one row per layer.")
+        bool, typer.Option("--tensors", help="List every tensor on a terminal, not one row per layer.")
     ] = False,
     zeros: Annotated[
         bool, typer.Option("--zeros/--no-zeros", help="Count zeros; --no-zeros skips this and is faster.")

@@ -123,6 +123,9 @@ def _cells(text: str) -> int:
     return cell_len(text)
 
 
+_PLACES = 12
+
+
 def shorten_all(texts: Sequence[str], width: int) -> list[str]:
     """Texts of which no word is wider than that; two that differ are not made equal where it can be helped."""
     short = {text: _shorten_words(text, width) for text in texts}
@@ -132,7 +135,8 @@ def shorten_all(texts: Sequence[str], width: int) -> list[str]:
         others = {short[text] for text in short.keys() - set(clashing)}
         best = 0
         # Cut in one place, which for most names is right for all of them.
-        for begin in sorted(range(width), key=lambda place: abs(place - width // 3)):
+        places = range(0, width, max(width // _PLACES, 1))
+        for begin in sorted(places, key=lambda place: abs(place - width // 3)):
             cut = {text: _without_letters(text, width, begin) for text in clashing}
             distinct = len({*cut.values()} - others)
             if distinct > best:
@@ -149,6 +153,7 @@ def _shorten_words(text: str, width: int) -> str:
 
 
 _PART = re.compile(r"[^./]+")
+_DIGIT = re.compile(r"\d")
 _MOST_PARTS = 16
 _CHEAP, _FIRST = 1, 2
 
@@ -183,16 +188,40 @@ def _without_parts(name: str, width: int) -> str | None:
     parts = list(_PART.finditer(name))[: _MOST_PARTS + 1]
     if not 3 <= len(parts) <= _MOST_PARTS:
         return None
-    best: tuple[int, int, str] | None = None
+    best: tuple[int, int, int] | None = None
+    numbered = [_DIGIT.search(part.group()) is not None for part in parts]
     for first in range(len(parts) - 2):
         cost = 0
+        begin = parts[first - 1].end() if first else 0
         for last in range(first, len(parts) - 2):
-            if any(letter.isdigit() for letter in parts[last].group()):
+            if numbered[last]:
                 break
             cost += _CHEAP if last else _FIRST
-            begin = parts[first - 1].end() if first else 0
-            short = f"{name[:begin]}…{name[parts[last + 1].start() :]}"
-            choice = (cost, len(name) - len(short), short)
-            if _cells(short) <= width and (best is None or choice < best):
+            end = parts[last + 1].start()
+            choice = (cost, end - begin, begin)
+            if _cells(name[:begin]) + 1 + _cells(name[end:]) <= width and (best is None or choice < best):
                 best = choice
-    return best[2] if best else None
+    if best is not None:
+        _, gone, begin = best
+        return f"{name[:begin]}…{name[begin + gone :]}"
+    return _without_most_parts(name, parts, width)
+
+
+def _without_most_parts(name: str, parts: list[re.Match[str]], width: int) -> str | None:
+    """The parts with numbers and the last two, with the first if there is room: `model…0…7.w1.weight`."""
+    for begins in (1, 0):
+        kept = [
+            place
+            for place, part in enumerate(parts)
+            if place < begins or place >= len(parts) - 2 or _DIGIT.search(part.group())
+        ]
+        short, end = "", 0
+        for before, place in zip((-1, *kept), kept, strict=False):
+            # Neighbours keep what stands between them, and with it what stands before the first.
+            begin = end if place == before + 1 else parts[place].start()
+            short += ("" if place == before + 1 else "…") + name[begin : parts[place].end()]
+            end = parts[place].end()
+        short += name[end:]
+        if _cells(short) <= width:
+            return short
+    return None

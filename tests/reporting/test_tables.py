@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from prunectl.analysis.sizes import CodecName, get_codec
 from prunectl.analysis.stats import SizeStats, measure_stats
 from prunectl.commands import diff, doctor, export, init, plugins, size, strip, verify
 from prunectl.formats.registry import open_model
-from prunectl.reporting import channels, finetune, inspect, prune
+from prunectl.reporting import channels, finetune, inspect, prune, sensitivity, sweep
 from prunectl.reporting.checks import text
 from prunectl.reporting.report import Cell, Column, Settings, Table, Unit
 from prunectl.reporting.reporter import make_console
@@ -23,13 +25,18 @@ from prunectl.reporting.tables import print_table, shorten, shorten_all
 from tests.running import FIXTURES
 
 WIDTHS = (60, 80, 100, 120)
+_SWEPT: Any = SimpleNamespace(
+    base=SimpleNamespace(metric="accuracy"), config=SimpleNamespace(patterns=("2:4",), params=("damp=1",))
+)
 MAIN: dict[str, tuple[Column, ...]] = {
     "inspect": inspect._columns("2:4", has_flops=True),
+    "inspect --sensitivity": (Column("loss at"), Column("weights", Unit.COUNT), *sensitivity._heads(Unit.NUMBER)),
     "inspect --groups": inspect._COLUMNS,
     "prune": prune._COLUMNS,
     "prune --pattern channel": channels._CUTS,
     "finetune": finetune._RESULT,
     "diff": diff._COLUMNS,
+    "sweep": sweep._columns(_SWEPT),
     "strip": strip._ITEMS,
     "export": export._OUTPUTS,
     "verify": verify._COLUMNS,
@@ -67,9 +74,8 @@ def cell(column: Column, name: str, number: int, place: int) -> Cell:
 
 
 def fits(part: str, name: str) -> bool:
-    """Whether a cell is a name, or the beginning and end of one."""
-    head, sign, tail = part.partition("…")
-    return part == name or (bool(sign) and name.startswith(head) and name.endswith(tail))
+    """Whether a cell is a name, or one with an ellipsis or two in it."""
+    return re.fullmatch(".+".join(map(re.escape, part.split("…"))), name) is not None
 
 
 @pytest.mark.parametrize("command", MAIN)
@@ -101,6 +107,9 @@ def test_no_name_is_broken_and_no_column_is_lost_without_a_word(
 def test_whole_parts_that_tell_least_are_left_out() -> None:
     assert shorten("model.layers.0.mlp.down_proj.weight", 28) == "model…0.mlp.down_proj.weight"
     assert shorten("model.decoder.block.mlp.down_proj.weight", 26) == "model…mlp.down_proj.weight"
+    assert shorten("model.layers.3.experts.14.w1.weight", 24) == "…3.experts.14.w1.weight"
+    assert shorten("model.layers.3.experts.14.w1.weight", 17) == "…3…14.w1.weight"
+    assert shorten("/a/layers.3/experts.14/w1/kernel:0", 22) == "/a…3…14/w1/kernel:0"
     assert shorten("model.weight", 12) == "model.weight"
     assert shorten("a_single_very_long_name_of_a_layer", 16) == "a_sin…of_a_layer"
 
