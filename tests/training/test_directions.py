@@ -40,7 +40,7 @@ def test_what_no_name_says_is_refused_with_the_way_to_say_it(name: str) -> None:
     assert known_direction(name) is None
     with pytest.raises(UsageError, match=r"prunectl does not know whether a higher .* is better") as refused:
         resolve_direction(name)
-    assert f"{name}:max or {name}:min" in refused.value.hint
+    assert f"write --metric {name}:max or --metric {name}:min" == refused.value.hint
     assert resolve_direction(name, "max")
     assert not resolve_direction(name, "min")
 

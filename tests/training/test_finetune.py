@@ -362,7 +362,10 @@ def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path:
         ({"frozen": ("cnv*",)}, "cnv"),
         ({"pruning": Pruning(sparsity=0.5, strategy="movement", params=("a=1",))}, "takes no --param"),
         ({"pruning": Pruning(sparsity=0.5, strategy="obs")}, "cannot be used during training"),
-        ({"pruning": Pruning(sparsity=0.5), "ramping": ScheduleOptions(end="999")}, "end at step 999, training has"),
+        (
+            {"pruning": Pruning(sparsity=0.5), "ramping": ScheduleOptions(end="999")},
+            "end at step 999, but training has only 20",
+        ),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(words: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_what_is_no_point_in_time_is_refused(text: str) -> None:
 
 
 def test_a_schedule_that_would_end_after_training_is_refused_with_both_numbers() -> None:
-    with pytest.raises(UsageError, match="end at step 500, training has 100"):
+    with pytest.raises(UsageError, match="end at step 500, but training has only 100 steps"):
         make_schedule(ScheduleOptions("polynomial", end="500"), 0.8, TrainConfig(100, 50, 32))
 
 

@@ -152,13 +152,13 @@ def test_teachers_of_every_framework_answer_pupils_of_every_other(
 
 
 def test_a_teacher_that_takes_other_images_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="takes 5x7x3 for each example, and the model 3x9x9"):
+    with pytest.raises(UsageError, match="takes 5x7x3 for each example, but the model takes 3x9x9"):
         opened(as_keras(tmp_path), FIRST, x=np.zeros((4, 3, 9, 9), np.float32))
 
 
 def test_a_teacher_of_other_classes_is_refused_before_training(tmp_path: Path) -> None:
     pupil = ModelSignature(FIRST.inputs, (TensorSpec("y", (9,), "float32"),), True)
-    with pytest.raises(UsageError, match="gives 4 for each example, and the model 9"):
+    with pytest.raises(UsageError, match="outputs 4 for each example, but the model outputs 9"):
         opened(as_onnx(tmp_path), pupil)
 
 

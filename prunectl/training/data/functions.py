@@ -41,7 +41,7 @@ def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) 
         return _from_examples(spec, cast("_Numbered", examples), names)
     if isinstance(examples, Iterable) or _is_keras(examples):
         return _from_batches(spec, make, examples, names)
-    raise InputError(f"{spec.where} returns a {type(examples).__name__}", hint=_GIVES)
+    raise InputError(f"{spec.where} returns an object of type {type(examples).__name__}", hint=_GIVES)
 
 
 def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -127,7 +127,9 @@ def _array(where: str, value: Any) -> Array:
     try:
         array: Array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where} returns a {type(value).__name__}, which is not an array: {error}") from error
+        raise InputError(
+            f"{where} returns an object of type {type(value).__name__}, which is not an array: {error}"
+        ) from error
     if array.ndim == 0:
         raise InputError(f"{where} returns a single {type(value).__name__} instead of a batch", hint=_GIVES)
     return array

@@ -93,7 +93,8 @@ def feeds(graph: Any, x: Arrays, *, is_any_count: bool) -> dict[str, Array]:
     """What is given to each input, refused if it does not fit."""
     arrays = as_tuple(x)
     if len(arrays) != len(graph.input):
-        raise UsageError(f"the model has {len(graph.input)} inputs, but {len(arrays)} are given")
+        wanted = f"{len(graph.input)} input{'s' * (len(graph.input) != 1)}"
+        raise UsageError(f"the model has {wanted}, but {len(arrays)} {'is' if len(arrays) == 1 else 'are'} given")
     return {
         port.name: _fed(port, np.asarray(array), is_any_count=is_any_count)
         for port, array in zip(graph.input, arrays, strict=True)

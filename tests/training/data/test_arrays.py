@@ -77,7 +77,7 @@ def test_npy_files_are_joined_by_commas_and_pluses(tmp_path: Path) -> None:
     assert batch.y is not None
     assert [part.sum() for part in as_tuple(batch.x)] == [X.sum(), 2 * X.sum()]
     assert isinstance(as_tuple(batch.x)[0].base, np.memmap)
-    with pytest.raises(UsageError, match="3 sides"):
+    with pytest.raises(UsageError, match="names 3 groups of arrays"):
         opened(f"{folder}/a.npy,{folder}/b.npy,{folder}/y.npy")
 
 
@@ -108,7 +108,7 @@ def test_a_compressed_entry_shorter_than_its_header_says_is_refused(tmp_path: Pa
     np.save(tmp_path / "x.npy", X)
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", (tmp_path / "x.npy").read_bytes()[:-8])
-    with pytest.raises(InputError, match="96 bytes, and 88 follow"):
+    with pytest.raises(InputError, match="96 bytes, but 88 follow"):
         opened(tmp_path / "a.npz")
 
 

@@ -127,13 +127,13 @@ def test_a_dictionary_of_inputs_is_put_in_the_order_of_the_model(loaders: str) -
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("fails", WorkError, "fails: RuntimeError: the disk is on fire"),
+        ("fails", WorkError, "fails raised RuntimeError: the disk is on fire"),
         ("weighted", InputError, "batches of 3 parts"),
         ("uneven", InputError, r"have different numbers of examples: \[10, 3\]"),
         ("ragged", InputError, "have different shapes"),
         ("nothing", InputError, "returns no batches"),
         ("needs", WorkError, "missing 1 required positional argument"),
-        ("number", InputError, "returns a int"),
+        ("number", InputError, "returns an object of type int"),
         ("scalars", InputError, "a single float"),
         ("text", UsageError, "is not a function"),
         ("arays", UsageError, "has no arays"),

@@ -61,7 +61,7 @@ def test_shapes_are_changed_only_where_one_way_is_clear(
 def test_everything_that_is_changed_is_said() -> None:
     x, y = np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8)
     source, notes = adapt(source_of(x, y), model(4, 4, 1))
-    assert [note.removeprefix("x of train.npz: ") for note in notes[:1]] == ["4x4 is read as 4x4x1"]
+    assert [note.removeprefix("x of train.npz: ") for note in notes[:1]] == ["examples of 4x4 are reshaped to 4x4x1"]
     assert "?norm=/16" in notes[1]
     assert "?norm=unit" in notes[1]
     assert notes[2] == "y of train.npz: uint8 is cast to int64"
@@ -77,7 +77,7 @@ def test_whole_numbers_stay_whole_for_a_model_of_tokens() -> None:
     with pytest.raises(InputError, match="whole numbers"):
         whole_x(broken)
     far, _ = adapt(source_of(np.array([[1, 1 << 40]])), model(2, dtype="int32"))
-    with pytest.raises(InputError, match="int32 can hold"):
+    with pytest.raises(InputError, match="fit into int32, but some are not"):
         whole_x(far)
 
 
@@ -116,15 +116,19 @@ def labelled(place: int, value: float, dtype: type = np.int64) -> Array:
 @pytest.mark.parametrize(
     ("x", "y", "said"),
     [
-        (np.zeros((3, 5), np.float32), LABELS[:3], "is 5 for each example, and the input 'image' of the model is 4"),
+        (np.zeros((3, 5), np.float32), LABELS[:3], "5 for each example, but the input 'image' of the model has 4"),
         (spoilt((600, 2), np.nan), LABELS, "x of train.npz holds .* first in example 600"),
         (spoilt((600, 2), np.inf), LABELS, "x of train.npz holds .* first in example 600"),
         (ZEROS, labelled(650, np.nan, np.float32), "y of train.npz holds .* first in example 650"),
         (ZEROS, labelled(650, 10), "the label 10 in example 650 is outside 0 to 9: the model has 10 classes"),
         (ZEROS, labelled(650, -1), "the label -1 in example 650"),
         (ZEROS, labelled(650, 0.5, np.float32), "0.5 in example 650 is not a label"),
-        (ZEROS, np.zeros((700, 9)), "y of train.npz is 9 for each example, and the output of the model is 10"),
-        (ZEROS, np.array(["a"] * 700), "not of numbers"),
+        (
+            ZEROS,
+            np.zeros((700, 9)),
+            "y of train.npz has the shape 9 for each example, but the output of the model has 10",
+        ),
+        (ZEROS, np.array(["a"] * 700), "holds <U1, not numbers"),
         (ZEROS[:0], LABELS[:0], "no examples"),
     ],
 )
@@ -173,7 +177,7 @@ def test_a_late_label_is_found_also_where_the_inputs_are_too_many_to_look_at(mon
     with pytest.raises(UsageError, match="the label 10 in example 650"):
         checked(ZEROS, labelled(650, 10))
     notes = check_batches(source_of(ZEROS, LABELS), model(4), needs_targets=True, tasks=(TEN,))
-    assert notes == ("train.npz: the first 256 of 700 examples were checked, and all labels",)
+    assert notes == ("train.npz: only the first 256 of 700 examples were checked, and all labels",)
 
 
 def test_an_endless_stream_is_looked_at_from_its_beginning_only() -> None:

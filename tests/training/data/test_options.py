@@ -72,7 +72,7 @@ def test_shape_flatten_and_onehot(saved: Path) -> None:
     assert whole(opened(f"{saved}?shape=1x2x2"))[0].tolist() == BYTES.reshape(6, 1, 2, 2).tolist()
     assert whole(opened(f"{saved}?flatten"))[0].tolist() == BYTES.reshape(6, 4).tolist()
     assert whole(opened(f"{saved}?onehot=6"))[1].tolist() == np.eye(6)[Y].tolist()
-    with pytest.raises(InputError, match="no place for the label 5"):
+    with pytest.raises(InputError, match="the label 5 does not fit onehot=5: labels must be 0 to 4"):
         peek(opened(f"{saved}?onehot=5"))
 
 

@@ -143,7 +143,11 @@ def test_parquet_holes_words_and_damage_are_refused(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = arrow.table({"hole": [1.0, None], "word": ["a", "b"], "ragged": [[1], [2, 3]], "y": [0, 1]})
     parquet.write_table(table, tmp_path / "t.parquet")
-    for name, said in (("hole", "is empty in 1 rows"), ("word", "no numbers"), ("ragged", "differ in length")):
+    for name, said in (
+        ("hole", "is empty in 1 rows"),
+        ("word", "holds string, not numbers"),
+        ("ragged", "differ in length"),
+    ):
         with pytest.raises(InputError, match=said):
             opened(f"{tmp_path}/t.parquet?target=y&columns={name}")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:50])
@@ -163,4 +167,4 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingExtraError) as caught:
         opened(tmp_path / "t.parquet")
-    assert caught.value.hint == "pip install 'prunectl[parquet]'"
+    assert caught.value.hint == "install it: pip install 'prunectl[parquet]'"

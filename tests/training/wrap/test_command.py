@@ -21,10 +21,10 @@ def refused(*words: str | Path) -> str:
 
 def test_masks_are_written_and_named(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    done = here("prune", PT, "-o", tmp_path / "w.pt", "-s", "80%", "--wrap", "--exclude", "conv1*")
+    done = here("prune", PT, "-o", tmp_path / "w.pt", "-s", "80%", "--wrap", "--exclude", "conv1*", "--format", "human")
     assert done.code == 0, done.err
-    assert "Added pruning wrappers to 3 tensors: their masks keep pruned weights at zero." in done.err
-    assert f"prunectl finetune {tmp_path / 'w.pt'}" in done.err
+    assert "Added pruning wrappers to 3 tensors: their masks keep pruned weights at zero." in done.out
+    assert f"Next: prunectl finetune {tmp_path / 'w.pt'}" in done.out
     assert {wrapper.layer for wrapper in open_model(tmp_path / "w.pt").about.wrappers} == {"conv2", "fc1", "fc2"}
 
 
@@ -49,11 +49,11 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--end", "100"), "--end is about a schedule"),
-        (("--wrap", "--power", "2"), "--power is about a schedule"),
+        (("--end", "100"), "--end needs a schedule"),
+        (("--wrap", "--power", "2"), "--power needs a schedule"),
         (("--custom-objects", "m:O"), "--custom-objects has no effect here"),
         (("--trust",), "--trust has no effect here"),
-        (("--schedule", "polynomial"), "needs an end"),
+        (("--schedule", "polynomial"), "needs --end, a number of steps"),
         (("--schedule", "polynomial", "--end", "75%"), "depends on the length of the training"),
         (("--schedule", "linear", "--begin", "1ep", "--end", "9"), "depends on the length of the training"),
         (("--schedule", "polynomial", "--end", "100", "--frequency", "30"), "not 100"),
