@@ -15,7 +15,7 @@ from prunectl.checks.rules import Finding
 from prunectl.commands._command import make_command, resolve_stdin
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
-from prunectl.reporting.checks.text import describe, table
+from prunectl.reporting.checks.text import describe, table, verdict_sentence
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.reporting.reporter import Reporter
@@ -41,14 +41,15 @@ def diff_report(model_diff: ModelDiff, findings: tuple[Finding, ...], *, has_gat
     tables = [*([changed] if changed.rows else []), before_after(model_diff.old, model_diff.new)]
     tables += [table(findings)] if findings else []
     failed = [finding for finding in findings if finding.is_failure]
-    failures = tuple(f"{finding.verdict}: {describe(finding)}" for finding in failed)
+    remarks = tuple(f"{finding.id}: {finding.note}" for finding in failed if finding.note)
     return Report(
         models=(survey_json(model_diff.new), survey_json(model_diff.old)),
         table=rows,
         sections=(Section(f"{model_diff.old.path} -> {model_diff.new.path}", _facts(model_diff), tuple(tables)),),
-        notes=(*(() if has_gates else failures), *_unmatched(model_diff)),
+        notes=(*(() if has_gates else remarks), *_unmatched(model_diff)),
+        log_lines=tuple(f"{finding.verdict}: {verdict_sentence(finding)}" for finding in failed),
         gates=findings if has_gates else (),
-        quiet_lines=failures,
+        quiet_lines=tuple(f"{finding.verdict}: {describe(finding)}" for finding in failed),
         exit_code_override=int(bool(failed)),
         extra_json={"changes": [_json(change) for change in model_diff.changes], "growth": model_diff.growth},
     )

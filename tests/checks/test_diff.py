@@ -167,6 +167,17 @@ def test_the_way_back_grows_and_loses_zeros(tmp_path: Path) -> None:
         assert (found.code, gate["id"], gate["ok"]) == (1, fail_on.partition(":")[0], False)
 
 
+def test_what_is_forbidden_is_told_once_for_people_and_for_logs(tmp_path: Path) -> None:
+    save_file({"a.weight": np.zeros((4, 4), np.float32)}, tmp_path / "old.safetensors")
+    save_file({"a.weight": np.ones((4, 4), np.float32)}, tmp_path / "new.safetensors")
+    words = ("diff", "new.safetensors", "old.safetensors", "--fail-on", "nonzero")
+    sentence = "16 pruned weights of new.safetensors are no longer zero, the limit is 0 (nonzero)."
+    assert f"FAIL: {sentence}" in prunectl(tmp_path, *words).err.splitlines()
+    shown = prunectl(tmp_path, *words, "--format", "human").out
+    assert "* nonzero: First: a.weight." in shown
+    assert sentence not in " ".join(shown.split())
+
+
 def test_memory_does_not_grow_with_the_models(tmp_path: Path) -> None:
     weight = (np.arange(1 << 22) % 999).astype(np.float32).reshape(1024, -1)
     save_file({"a.weight": weight}, tmp_path / "old.safetensors")
