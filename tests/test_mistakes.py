@@ -59,7 +59,7 @@ PRUNE = ("prune", "net.pt", "-o", "out.pt", "--pattern", "channel", "-s", "50%",
     [
         ("own_net.py:Block", "cannot be called without arguments: missing a required argument: 'inputs'"),
         ("own_net.py:unset", "raised ValueError: please set NUM_CLASSES"),
-        ("own_net.py:number", "is a int, not a function"),
+        ("own_net.py:number", "is of type int, not a function"),
         ("own_net.py", "names no function; the file has Block, Net, unset"),
         ("no_net.py", "no_net.py is not a Python file"),
     ],

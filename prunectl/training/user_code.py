@@ -45,7 +45,7 @@ def resolve_function(reference: str, option: str) -> Any:
     """What can be called under a reference."""
     function = resolve_reference(reference, option, "my_module:my_function")
     if not callable(function):
-        raise UsageError(f"{option} {reference} is a {type(function).__name__}, not a function")
+        raise UsageError(f"{option} {reference} is of type {type(function).__name__}, not a function")
     return function
 
 
@@ -128,7 +128,7 @@ def resolve_builder(reference: str) -> Any:
 def call_builder(make: Any, reference: str) -> Any:
     """What a builder makes; its mistakes are the user's to mend."""
     if not callable(make):
-        raise UsageError(f"--model {reference} is a {type(make).__name__}, not a function")
+        raise UsageError(f"--model {reference} is of type {type(make).__name__}, not a function")
     try:
         inspect.signature(make).bind()
     except TypeError as error:

@@ -23,6 +23,8 @@ from prunectl.exporting.routes import TARGETS
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import PruneRequest
+from prunectl.reporting import slips
+from prunectl.reporting.html import page
 from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode
 from tests.running import FIXTURES, ROOT, here
 
@@ -33,10 +35,12 @@ FOREIGN = {
     "commands/doctor.py": {"--force-reinstall"},
     "commands/_topics.py": {"--install-completion", "--show-completion"},
     "checks/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
+    "reporting/html/page.py": set(re.findall(r"--\w+(?=:)", page._STYLE)),
+    "reporting/slips.py": set(slips._OPTIONS),
     "sweeping/ray_workers.py": {"--head"},
     "training/torch/distributed.py": {"--nproc-per-node"},
 }
-"""What is no option of a command: of prunectl itself, of git, pip, Ray and torchrun."""
+"""What is no option of a command: of prunectl itself, of git, pip, Ray, torchrun, of a style sheet and of slips."""
 BY_NAME = {
     "commands/completion.py",
     "exporting/export.py",
@@ -185,9 +189,9 @@ def test_rules_are_about_options_that_there_are(command: str) -> None:
 
 @cache
 def modules() -> dict[str, ast.AST]:
-    """Every module by its path, but for style sheets, whose variables look like options."""
+    """Every module by its path."""
     home = ROOT / "prunectl"
-    files = {path.relative_to(home).as_posix(): path for path in home.rglob("*.py") if path.name != "assets.py"}
+    files = {path.relative_to(home).as_posix(): path for path in home.rglob("*.py")}
     return {name: ast.parse(path.read_bytes()) for name, path in files.items()}
 
 
