@@ -221,5 +221,5 @@ def test_training_refuses_what_does_not_go_with_it(words: list[str], told: str, 
 def test_training_in_several_processes_does_not_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = ["-o", str(tmp_path / "out.pt"), "--max-drop", "1pp", "--data", FEW]
-    with pytest.raises(UsageError, match="in one process"):
+    with pytest.raises(UsageError, match="--max-drop cannot be used with torchrun"):
         app.run(["finetune", str(FIXTURES / "digits_cnn.pt"), *TORCH, *out])
