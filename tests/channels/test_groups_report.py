@@ -17,7 +17,7 @@ def test_the_report_lists_what_goes_together_and_what_is_locked(tmp_path: Path) 
         inspect_report([measure_stats(model, model.tensors)], [], has_flops=False), [channel_groups(model)]
     )
     (section,) = report.sections
-    assert ("channels", "56 of 66 may go") in section.facts
+    assert ("channels", "56 of 66 can be removed") in section.facts
     table = section.tables[-1]
     assert table.rows[0] == ("conv1.weight", 8, 3, "conv1.bias[0], conv2.weight[1]", "")
     assert table.rows[-1] == ("fc2.weight", 10, 2, "fc2.bias[0]", "scores is an output of the network")

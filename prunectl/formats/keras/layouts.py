@@ -74,8 +74,10 @@ def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:
     missing = [weight for _, weight, path in _listed_weights(contents, root) if path not in stored]
     if not missing:
         return ()
-    count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
-    return (f"The file is incomplete: {count} named in it are missing, such as {abbreviated(missing[0])}.",)
+    if len(missing) == 1:
+        return (f"The file is incomplete: {abbreviated(missing[0])} is named in it, but missing.",)
+    first = abbreviated(missing[0])
+    return (f"The file is incomplete: {len(missing)} weights named in it are missing, such as {first}.",)
 
 
 def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str, str]]:
