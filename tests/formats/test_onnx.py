@@ -299,8 +299,8 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
         (external("w", "loop"), "cannot be read"),
         (external("w", "fifo"), "is not a file"),
         (external("w", "w.bin", offset=4), "is truncated or damaged"),
-        (external("w", "w.bin", offset=-4), "is no number"),
-        (external("w", "w.bin", offset="9" * 30), "is no number"),
+        (external("w", "w.bin", offset=-4), "is not a number"),
+        (external("w", "w.bin", offset="9" * 30), "is not a number"),
         (external("w", "w.bin", length=23), "needs 24 bytes; its external data has 23"),
     ],
 )
@@ -402,7 +402,7 @@ def segmented() -> TensorProto:
         ([lie(dims=[2, 4])], "does not match its 24 bytes"),
         ([lie(dims=[-2, -3])], "impossible shape"),
         ([lie(dims=[1 << 62, 1 << 62, 0])], "impossible shape"),
-        ([lie(dims=[1 << 40])], "does not fit"),
+        ([lie(dims=[1 << 40])], r"shape \[1099511627776\] does not match its 24 bytes"),
         ([lie(dims=[1] * 65)], "impossible shape"),
         ([lie(dims=[1] * 5000)], "a list is longer than prunectl allows"),
         ([lie(raw_data=b"")], "has a shape but no data"),
@@ -443,7 +443,7 @@ def save_sparse(path: Path, places: list[int], dims: list[int]) -> Path:
 
 
 def test_a_sparse_tensor_that_unfolds_like_a_bomb_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="bomb"):
+    with pytest.raises(InputError, match="like a zip bomb"):
         open_model(save_sparse(tmp_path / "m.onnx", [0], [1 << 20, 1 << 20]))
 
 

@@ -295,7 +295,7 @@ def test_a_mask_that_fits_no_weight_is_refused(tmp_path: Path) -> None:
         InputError, match=r"m.*mask:0 has the shape \[3, 5\], but no weight of its layer has this shape"
     ) as caught:
         strip(path)
-    assert caught.value.message.startswith(str(path))
+    assert caught.value.message.startswith(f"the masks of {path} cannot be applied: ")
 
 
 def test_a_mask_that_is_named_but_missing_is_told_and_the_rest_can_go(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_mask_that_is_named_but_missing_is_told_and_the_rest_can_go(tmp_path: 
     with h5py.File(path, "a") as file:
         del file["model_weights/prune_low_magnitude_fc1/prune_low_magnitude_fc1/mask:0"]
         file.attrs["training_config"] = "{}"
-    with pytest.raises(InputError, match="incomplete, it names prune_low_magnitude_fc1/mask:0"):
+    with pytest.raises(InputError, match="incomplete: it names prune_low_magnitude_fc1/mask:0"):
         strip(path)
     _, removed = strip(path, StripPart.OPTIMIZER, StripPart.TRAINING)
     assert [thing.name for thing in removed] == ["training_config"]
@@ -493,7 +493,7 @@ def test_a_number_that_no_half_can_be_is_refused(library: Callable[[], Any], suf
     model = small_keras(library(), {})
     model.get_layer("second").set_weights([np.full((6, 3), -70000.0), np.full(3, np.inf)])
     model.save(tmp_path / f"m{suffix}")
-    with pytest.raises(InputError, match="reaches 70000") as caught:
+    with pytest.raises(InputError, match=r"holds 70000 in \S+, but the largest 16-bit float is 65504") as caught:
         strip(tmp_path / f"m{suffix}", to_half=True)
     assert caught.value.message.startswith(str(tmp_path))
 

@@ -122,7 +122,7 @@ def test_a_number_too_big_for_half_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"m\.safetensors holds w_mask, a mask that does not fit"):
+    with pytest.raises(InputError, match=r"m\.safetensors holds the mask w_mask, whose shape does not match"):
         stripped({"w_orig": torch.ones(4, 2), "w_mask": torch.ones(3)}, tmp_path)
 
 

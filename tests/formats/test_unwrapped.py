@@ -145,5 +145,7 @@ def test_a_mask_of_a_layer_that_tfmot_does_not_know_belongs_to_what_has_its_shap
 
 
 def test_two_masks_for_one_weight_are_refused() -> None:
-    with pytest.raises(MasksNotAppliedError, match=r"mask_1 has the shape \[2, 3\], which no weight"):
+    with pytest.raises(
+        MasksNotAppliedError, match=r"mask_1 has the shape \[2, 3\], but no weight of its layer has this shape"
+    ):
         match_masks([Weight(f"mask_{number}", "mask", (2, 3)) for number in range(2)], weights(("kernel", (2, 3))))

@@ -105,5 +105,5 @@ def test_typed_numbers_inside_a_branch_are_refused_by_name(tmp_path: Path) -> No
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "m.onnx")
     model = open_model(tmp_path / "m.onnx")
-    with pytest.raises(InputError, match="cannot be changed in place"):
+    with pytest.raises(InputError, match=r"stores \S+ in a form that cannot be changed"):
         write(model, {model.path: tmp_path / "out.onnx"}, doubled(model, {model.tensors[0].name}))

@@ -100,7 +100,7 @@ def test_a_disk_without_room_for_the_output_is_said(name: str, words: tuple[str,
     command, *more = words
     fill(disk, free)
     done = here(command, FIXTURES / name, "-o", disk / f"out{Path(name).suffix}", *more)
-    assert (done.code, "has no room" in done.err) == (5, True), done.err
+    assert (done.code, "has no space for the result" in done.err) == (5, True), done.err
     assert os.listdir(disk) == ["filler"]
 
 
@@ -121,7 +121,7 @@ def test_a_temporary_folder_without_room_is_said(
     fill(disk, 4096)
     done = here(command, FIXTURES / name, *more)
     assert done.code == 5, done.err
-    assert "no room" in done.err or "no space left" in done.err
+    assert "has no space" in done.err or "no space left" in done.err
     assert os.listdir(disk) == ["filler"]
 
 
@@ -433,7 +433,7 @@ def test_a_disk_that_cannot_be_written_is_not(
             WorkError,
             "written",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "/in/m.pt"), InputError, "/in/m.pt cannot be used"),
+        (PermissionError(errno.EACCES, "Permission denied", "/in/m.pt"), InputError, "/in/m.pt cannot be opened"),
         (OSError(errno.EIO, "Input/output error"), WorkError, "Input/output error"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), WorkError, "Connection refused"),
         (TimeoutError("timed out"), WorkError, "timed out"),

@@ -361,7 +361,7 @@ def damaged(path: Path, change: Any) -> Path:
     ("change", "said"),
     [
         (lambda dense: dense.update(units=9), "has 9 units"),
-        (lambda dense: dense.update(units="4"), "does not say the units"),
+        (lambda dense: dense.update(units="4"), "does not give the units"),
         (lambda dense: dense.update(name="other"), "holds no weights of Dense other"),
     ],
 )

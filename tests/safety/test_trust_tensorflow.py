@@ -303,7 +303,7 @@ def of_objects(*bound: int) -> bytes:
     [
         pytest.param(ASSET + of_objects(0, 1), True, id="an asset"),
         pytest.param(ASSET + of_objects(1, 0), False, id="a constant"),
-        pytest.param(ASSET.replace(b"words.txt", b"wordz.txt") + of_objects(0, 1), False, id="does not exist"),
+        pytest.param(ASSET.replace(b"words.txt", b"wordz.txt") + of_objects(0, 1), False, id="no such file"),
         pytest.param(
             field(_ASSETS, field(1, field(1, "Const:0")) + field(2, "../../words.txt")) + of_objects(0, 1),
             False,

@@ -141,7 +141,7 @@ def _new_numbers(old: Any, *, path: str, edits: H5Edits, source: Any, shown: Pat
         halved = numbers.astype(np.float16)
     if np.any(np.isinf(halved) & np.isfinite(numbers)):
         largest = np.max(np.abs(numbers[np.isfinite(numbers)]))
-        raise InputError(f"{shown} holds {path}, with the value {largest:g}: the largest 16-bit float is {_MAX_HALF:g}")
+        raise InputError(f"{shown} holds {largest:g} in {path}, but the largest 16-bit float is {_MAX_HALF:g}")
     return halved
 
 
