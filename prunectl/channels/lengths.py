@@ -122,7 +122,8 @@ def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
 def in_order(options: Sequence[InputOption], names: Sequence[str]) -> Sequence[InputOption]:
     """The options in the order of the inputs, if all are named; else as they were typed."""
     if len(options) != len(names):
-        raise UsageError(f"the model has {len(names)} inputs ({', '.join(names)}), but --input gives {len(options)}")
+        inputs = f"{len(names)} input{'s' * (len(names) != 1)} ({', '.join(names)})"
+        raise UsageError(f"the model has {inputs}, but --input gives {len(options)}")
     by_name = {option.name: option for option in options}
     return [by_name[name] for name in names] if by_name.keys() == set(names) else options
 

@@ -181,7 +181,8 @@ def compare(source: RunnableModel, result: Run, samples: Samples, tolerance: Tol
 
 def _paired(expected: dict[str, Array], actual: dict[str, Array]) -> Iterator[tuple[str, Array, Array]]:
     if len(expected) != len(actual):
-        raise WorkError(f"the result has {len(actual)} outputs, its source {len(expected)}; nothing was written")
+        outputs = f"{len(actual)} output{'s' * (len(actual) != 1)}"
+        raise WorkError(f"the result has {outputs}, its source {len(expected)}; nothing was written")
     has_names = expected.keys() == actual.keys()
     for index, (name, value) in enumerate(expected.items()):
         other = actual[name] if has_names else list(actual.values())[index]

@@ -134,11 +134,15 @@ def _random_arrays(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tupl
 
 def _example_shape(spec: InputSpec) -> tuple[int, ...]:
     if spec.shape is None:
-        raise UsageError(
-            f"the model does not give the shape of its input {spec.name}",
-            hint=f"add --input {spec.name}:1,3,224,224, or --data SPEC",
-        )
+        raise _unknown_shape_error(spec)
     return tuple(_OPEN_LENGTH if length is None else length for length in spec.shape[1:])
+
+
+def _unknown_shape_error(spec: InputSpec) -> UsageError:
+    return UsageError(
+        f"the model does not give the shape of its input {spec.name}",
+        hint=f"add --input {spec.name}:1,3,224,224, or --data SPEC",
+    )
 
 
 def check_known(inputs: tuple[InputSpec, ...], request: ExportRequest) -> None:
@@ -146,18 +150,18 @@ def check_known(inputs: tuple[InputSpec, ...], request: ExportRequest) -> None:
     for spec in inputs:
         if request.data or request.input or (spec.shape is not None and None not in spec.shape[1:]):
             continue
+        if spec.shape is None:
+            raise _unknown_shape_error(spec)
         raise UsageError(
             f"the input {spec.name} of the model has the shape {shape_text(spec.shape)}, whose open axes need a length",
-            hint=f"add --input {spec.name}:{_shape_hint(spec)} (? leaves an axis open), or --data SPEC",
+            hint=f"add --input {spec.name}:{_shape_hint(spec.shape)} (? leaves an axis open), or --data SPEC",
         )
 
 
-def _shape_hint(spec: InputSpec) -> str:
+def _shape_hint(shape: OpenShape) -> str:
     """A plausible shape for a hint: open axes get the usual length of images or sequences."""
-    if spec.shape is None:
-        return "1,3,224,224"
-    open_length = _IMAGE_LENGTH if len(spec.shape) > 3 else _SEQUENCE_LENGTH
-    batch, *others = spec.shape
+    open_length = _IMAGE_LENGTH if len(shape) > 3 else _SEQUENCE_LENGTH
+    batch, *others = shape
     return ",".join(map(str, (batch or 1, *(length or open_length for length in others))))
 
 

@@ -146,7 +146,8 @@ def _notes(job: ExportJob) -> tuple[str, ...]:
     omitted = len(job.file.tensors) - len(keys)
     notes: list[str] = []
     if tied:
-        notes.append(f"{tied} tensors share their bytes with others in the source; in the output each has its own.")
+        shared = "1 tensor shares its bytes" if tied == 1 else f"{tied} tensors share their bytes"
+        notes.append(f"{shared} with others in the source; in the output each has its own.")
     if omitted:
         notes.append(f"{omitted} tensors were left out, because inference does not need them or they are duplicates.")
     return tuple(notes)

@@ -113,7 +113,7 @@ def test_what_is_tied_stands_once_for_each_name_in_safetensors_and_tied_in_a_sta
     shared = torch.randn(3, 4)
     torch.save({"one": shared, "two": shared}, tmp_path / "t.pt")
     found = export(tmp_path / "t.pt", tmp_path / "t.safetensors")
-    assert any("1 tensors share their bytes" in remark for remark in found.notes)
+    assert any("1 tensor shares its bytes" in remark for remark in found.notes)
     export(tmp_path / "t.safetensors", tmp_path / "again.pt")
     both = load_file(tmp_path / "t.safetensors")
     np.testing.assert_array_equal(both["one"], both["two"])

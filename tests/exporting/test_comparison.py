@@ -70,7 +70,7 @@ def test_nan_and_infinity_are_equal_to_themselves_alone() -> None:
 
 def test_other_shapes_and_fewer_outputs_are_differences() -> None:
     samples = Samples(((X,),), is_data=False)
-    with pytest.raises(WorkError, match="has 1 outputs, its source 2"):
+    with pytest.raises(WorkError, match="has 1 output, its source 2"):
         compare(Made(), lambda given: {"same": given[0]}, samples, EXACT)
     with pytest.raises(WorkError, match="the output same has the shape 2 instead of 2x2"):
         compare(Made(), lambda given: {"same": given[0][:, 0], "twice": given[0]}, samples, EXACT)

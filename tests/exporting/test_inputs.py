@@ -53,5 +53,5 @@ def test_what_the_model_says_stays() -> None:
     ):
         with pytest.raises(UsageError, match=f"the input a of the model {said}"):
             apply_input_options(flows, [parse(word)])
-    with pytest.raises(UsageError, match="has 1 inputs"):
+    with pytest.raises(UsageError, match=r"has 1 input \(a\), but --input gives 2"):
         apply_input_options(flows, [parse("a:1,2"), parse("b:1,2")])

@@ -55,7 +55,7 @@ def test_the_table_loads_no_converter() -> None:
         ("digits_cnn.onnx", "m.keras", "cannot export ONNX to Keras archive", "onnx, safetensors, npz"),
         ("digits_cnn.h5", "m.h5", "already has the format Keras HDF5", "prunectl strip"),
         ("digits_cnn.pt", "m.pt", "already has the format PyTorch state dict", "prunectl strip"),
-        ("digits_cnn.h5", "m.foo", "is not that of a format", "--to onnx"),
+        ("digits_cnn.h5", "m.foo", "is not that of a format", "add --to FORMAT: onnx, "),
     ],
 )
 def test_what_cannot_be_is_told_with_what_can(
@@ -91,7 +91,7 @@ def test_an_option_that_does_not_fit_is_named(
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     for words, message in (
         ({"half": True, "int8": True}, "cannot be used together"),
-        ({"atol": -1.0}, "--atol takes a number"),
+        ({"atol": -1.0}, "--atol cannot be negative, but is -1"),
         ({"opset": 5}, "--opset 5 is older"),
         ({"to": "onxx"}, "cannot write the format --to onxx"),
         ({"metadata": ["a"]}, "is not KEY=VALUE"),
