@@ -95,8 +95,8 @@ class AxisLengths:
         for port, shape in zip(signature.inputs, shapes, strict=True):
             if port.shape is not None and not fits(shape, port.shape):
                 raise UsageError(
-                    f"the input {port.name} of the model is {shape_text((None, *port.shape))}, "
-                    f"and not {shape_text((1, *shape))}",
+                    f"the input {port.name} of the model has the shape {shape_text((None, *port.shape))}, "
+                    f"but {'--input' if self.typed else 'the data'} gives {shape_text((1, *shape))}",
                     hint="the length of an axis that the model fixes cannot be changed",
                 )
         return dict(zip(names, shapes, strict=True))
