@@ -108,7 +108,7 @@ def test_a_model_is_shown_with_its_tables_and_pictures(tmp_path: Path, capsys: p
     assert found.all("h2")[0].text.endswith("digits_cnn.h5")
     assert {"parts", "tensors", "size by tensor", "sparsity by tensor"} <= {one.text for one in found.all("h3")}
     labels = [one.attributes["aria-label"] for one in found.all("svg")]
-    assert labels == ["size of 9 tensors, 39.2 kB in all", "sparsity of 4 prunable tensors"]
+    assert labels == ["size of 9 tensors, 39.2 kB in total", "sparsity of 4 prunable tensors"]
 
 
 def test_nothing_is_fetched_and_only_its_own_style_and_script_are_allowed(tmp_path: Path) -> None:
