@@ -151,7 +151,7 @@ def test_what_float32_hides_is_seen_in_float64(tmp_path: Path, monkeypatch: pyte
 def test_made_up_data_are_said_to_be_made_up() -> None:
     found = cut(FIXTURE, None, data="random:8")
     assert found.proof.batches > 0
-    assert any("no random values" in note for note in found.notes)
+    assert any("the data is random" in note for note in found.notes)
 
 
 def test_a_number_of_examples_without_data_is_refused(tmp_path: Path) -> None:
