@@ -38,8 +38,8 @@ def test_a_part_of_a_buffer_is_a_message_of_its_own() -> None:
         (b"\x12\x05ab", "past the end"),
         (b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "past the end"),
         (b"\x1d\x01\x00", "past the end"),
-        (b"\x08\x80", "does not end"),
-        (b"\x08" + b"\xff" * 11, "does not end"),
+        (b"\x08\x80", "without an end"),
+        (b"\x08" + b"\xff" * 11, "without an end"),
     ],
 )
 def test_bytes_that_are_no_message_are_refused(data: bytes, complaint: str) -> None:
@@ -70,7 +70,7 @@ def test_all_numbers_of_a_packed_field_are_read_at_once() -> None:
 
 @pytest.mark.parametrize("raw", [b"\x05\x80", b"\x80" * 10 + b"\x01"])
 def test_a_packed_number_that_does_not_end_is_refused(raw: bytes) -> None:
-    with pytest.raises(WireError, match="does not end"):
+    with pytest.raises(WireError, match="without an end"):
         protobuf.varints(raw)
 
 
