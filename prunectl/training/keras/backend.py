@@ -67,7 +67,7 @@ class KerasLibrary:
             return require("jax", extra="jax")
         except MissingExtraError as error:
             # Nothing but Keras 3 on its own backend asks for it, and prunectl has no extra that brings it.
-            raise MissingExtraError(str(error), hint="install it with: pip install jax") from error
+            raise MissingExtraError(str(error), hint="install it: pip install jax") from error
 
 
 @cache

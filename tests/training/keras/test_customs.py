@@ -81,7 +81,7 @@ def test_a_training_step_of_the_model_keeps_the_zeros(k: Any, tmp_path: Path) ->
     kernel = next(iter(nets.kernels(network).values()))
     np.testing.assert_array_equal(kernel, next(iter(masks.values())).astype(np.float32))
     assert network.logs() == {"loss": 3.0}
-    with pytest.raises(UsageError, match="taught"):
+    with pytest.raises(UsageError, match="--distill cannot be used with a custom training step"):
         network.step(nets.batches(1)[0], 1.0, np.zeros((nets.EXAMPLES, 3), np.float32))
 
 

@@ -244,7 +244,7 @@ def test_what_does_not_exist_is_refused_with_what_was_meant(
 
 def test_freezing_everything_leaves_nothing_to_train(dense_file: Callable[[Any], Path]) -> None:
     path = dense_file(keras)
-    with pytest.raises(UsageError, match="nothing is left"):
+    with pytest.raises(UsageError, match="nothing to train: every weight is frozen"):
         nets.prepared(path, frozen=frozenset(nets.opened(path).tensors()))
 
 

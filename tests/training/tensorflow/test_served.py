@@ -74,7 +74,7 @@ def by_hand(count: int) -> dict[str, Any]:
 @pytest.mark.parametrize("batch", [None, 4, 22], ids=["any size", "four at a time", "all at a time"])
 def test_steps_are_those_of_a_loop_of_ones_own_whatever_size_was_saved(batch: int | None, tmp_path: Path) -> None:
     network = opened(saved(tmp_path / "m", batch))
-    assert any(f"for {batch} at a time" in note for note in network.notes) is (batch is not None)
+    assert any(f"for {batch} examples at a time" in note for note in network.notes) is (batch is not None)
     for _ in range(3):
         network.step(BATCH, 1.0)
     found = network.tensors()

@@ -232,7 +232,7 @@ class TestModels:
         assert str(FIXTURES) in caught.value.message
 
     def test_that_are_weights_alone_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="weights alone"):
+        with pytest.raises(InputError, match="holds only weights, but a wrapper is part of a model"):
             wrapped(FIXTURES / "weights_only.h5", tmp_path / "w.h5")
 
     def test_with_wrappers_are_refused(self, tmp_path: Path) -> None:

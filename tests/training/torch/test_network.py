@@ -333,12 +333,12 @@ def test_inputs_that_do_not_fit_are_told_with_their_shape(plain: tuple[nets.Plai
 
 
 def test_weights_alone_need_something_that_builds_the_model(plain: tuple[nets.Plain, Path]) -> None:
-    with pytest.raises(UsageError, match="weights alone"):
+    with pytest.raises(UsageError, match="holds only weights, not the network that uses them"):
         load_trainable(open_model(plain[1]), LoadOptions())
 
 
 def test_a_model_with_other_widths_is_told_by_tensor_and_shapes(plain: tuple[nets.Plain, Path]) -> None:
-    with pytest.raises(UsageError, match=r"has no words\.weight"):
+    with pytest.raises(UsageError, match=r"has no tensor words\.weight, which the model of .*nets:Reader needs"):
         load_trainable(open_model(plain[1]), LoadOptions(f"{NETS}:Reader"))
 
 
