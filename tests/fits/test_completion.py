@@ -100,7 +100,7 @@ def test_without_a_model_nothing_is_offered_and_nothing_said(line: str, monkeypa
 
 def test_zsh_and_fish_say_what_each_word_means(monkeypatch: pytest.MonkeyPatch) -> None:
     assert offered("prune --policy skip-f", monkeypatch, "zsh") == [
-        """_arguments '*: :(("skip-first-last":"kernels, but those of the first and the last layer"))'"""
+        """_arguments '*: :(("skip-first-last":"kernels, except in the first and the last layer"))'"""
     ]
     assert offered("prune digits_cnn.h5 --layer conv1/k", monkeypatch, "fish") == ["conv1/kernel:0\t3x3x1x8 kernel"]
 
