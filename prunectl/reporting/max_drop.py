@@ -7,7 +7,7 @@ from typing import Any
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.stats import ModelStats
-from prunectl.reporting.prune import before_after, outcome
+from prunectl.reporting.prune import UNMEASURED, before_after, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.sweeping.grid import amount, drop, finite
 from prunectl.sweeping.max_drop import SearchResult
@@ -22,9 +22,14 @@ def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_a
         if looks_at_data
         else ()
     )
+    sections = tuple(
+        replace(section, notes=tuple(note for note in section.notes if note != UNMEASURED))
+        for section in report.sections
+    )
     return replace(
         report,
-        sections=(_section(result, notes), *report.sections),
+        sections=(_section(result, notes), *sections),
+        next_step="".join(f"prunectl size {artifact.path}" for artifact in report.artifacts[:1]),
         extra_json={**report.extra_json, "max_drop": _json(result)},
     )
 

@@ -58,6 +58,9 @@ _COLUMNS = (
 )
 
 
+UNMEASURED = "Accuracy was not measured."
+
+
 def prune_report(pruned: Pruned, output: str) -> Report:
     """The report on a run; without an output it was a dry run."""
     dropped = sum(tally.dropped for tally in pruned.tallies.values())
@@ -83,7 +86,7 @@ def prune_report(pruned: Pruned, output: str) -> Report:
             f"Each of these tensors has at most {count_of} distinct values, which makes the file compress better."
         )
     if output and not pruned.request.data:
-        notes.append("Accuracy was not measured.")
+        notes.append(UNMEASURED)
     if not output:
         notes.append("This was a dry run: nothing was written.")
     title = f"{pruned.before.path} -> {output or '(dry run)'}"
