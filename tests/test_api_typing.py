@@ -64,7 +64,7 @@ def test_a_script_with_every_function_passes_strict_mypy_and_one_with_mistakes_d
 
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT / "examples")
-    notebook = json.loads(Path("prunectl.ipynb").read_text())
+    notebook = json.loads(Path("tour.ipynb").read_text())
     names: dict[str, Any] = {"__name__": "__main__"}
     shown = []
     for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
