@@ -138,9 +138,12 @@ ROUTES = (
             ("onnx", "tensorflow:write_onnx", "onnx:runner", (*_ORT, _TF2ONNX)),
             ("tflite", "tensorflow:write_tflite", "tensorflow:run_tflite", ()),
             ("saved-model", "tensorflow:write", "tensorflow:runner", ()),
-            ("keras", "keras:write", "keras:runner", ()),
-            ("h5", "keras:write", "keras:runner", ()),
         )
+    ),
+    # Keras saves what Keras has loaded, and so a SavedModel is not opened by its signature here.
+    *(
+        Route((*KERAS, *SAVED_MODEL), target, "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW)
+        for target in ("keras", "h5")
     ),
     Route(
         (*TORCH, *PROGRAM),
