@@ -274,7 +274,7 @@ def test_what_breaks_first_is_told_first_and_then_what_breaks_most() -> None:
     assert [(one.name, one.sparsity) for one in found] == [
         ("wrong", 0.5), ("more", 0.7), ("early", 0.7), ("dead", 0.9), ("late", 0.95),
     ]  # fmt: skip
-    assert found[0].reasons == ("accuracy falls by 15 points",)
+    assert found[0].reasons == ("accuracy falls by 15 percentage points",)
     assert found[1].reasons == ("its outputs are 80 % off",)
 
 

@@ -139,13 +139,13 @@ def test_a_zero_of_the_source_must_stay_one(tmp_path: Path) -> None:
     found = prunectl(tmp_path, "verify", "back.safetensors", "--against", "out.safetensors", "--json")
     (gate,) = [gate for gate in gates(found) if not gate["ok"]]
     assert (gate["id"], gate["actual"]) == ("kept-zeros", 1)
-    assert gate["note"] == "The first: fc1.weight has 1."
+    assert gate["note"] == "First: fc1.weight, with 1."
 
 
 def test_the_first_tensor_that_differs_is_named(tmp_path: Path) -> None:
     pruned(tmp_path)
     rewritten(tmp_path, nudged)
-    assert "fc1.weight has 1" in prunectl(tmp_path, "verify", "out.safetensors", "--against", SOURCE).out
+    assert "First: fc1.weight, with 1." in prunectl(tmp_path, "verify", "out.safetensors", "--against", SOURCE).out
 
 
 def test_a_nan_that_became_zero_is_no_slip(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_code_reads_as_people_write_it_and_is_the_same_every_time(tmp_path: 
         texts.append((tmp_path / f"{name}.py").read_text().replace(f"{name}.pt", "small.pt"))
     assert texts[0] == texts[1]
     assert texts[0] == (
-        '"""Squeeze, which takes the weights beside it, written by prunectl.\n'
+        '"""Squeeze, the network for the weights in the file beside this one, written by prunectl.\n'
         "\n"
         "    model = Squeeze()\n"
         '    model.load_state_dict(torch.load("small.pt", weights_only=True))\n'
