@@ -93,7 +93,8 @@ def _as_in_a_process(environment: dict[str, str]) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.path[:] = path
+            # Libraries that are loaded look in folders of their own again.
+            sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path and entry.startswith(_INSTALLED))]
             random.setstate(numbers)
             np.random.set_state(legacy_numbers)  # noqa: NPY002 - see above
             for name in set(sys.modules) - modules:

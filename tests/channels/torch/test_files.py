@@ -250,3 +250,16 @@ def test_a_program_is_cut_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path) ->
     done = prunectl("prune", folder / "net.pt2", "-o", folder / "small.pt2", "-s", "0.5", "--pattern", "channel")
     assert done.code == 0, done.err
     assert sorted(os.listdir(folder)) == ["net.pt2", "small.pt2"]
+
+
+def test_a_checkpoint_is_loaded_once_for_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, loads = saved(nets.built(nets.Residual), tmp_path / "net.pt"), []
+    load = torch.load
+
+    def counted(file: Any, *args: Any, **options: Any) -> Any:
+        loads.append(file)
+        return load(file, *args, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    cut(path, tmp_path / "small.pt", model="tests.channels.nets:Residual")
+    assert [Path(str(file)) for file in loads] == [path]
