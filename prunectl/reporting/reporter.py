@@ -167,7 +167,9 @@ def print_error(error: PrunectlError, color: Color = Color.AUTO) -> None:
     if is_terminal:
         width = max(shutil.get_terminal_size().columns, _NARROWEST)
         options = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+        lines[0] = lines[0].replace(" ", "\xa0", 1)  # a long path does not leave "error:" alone
         lines = [part for line in lines for part in wrap(line, width, **options)]  # type: ignore[arg-type]
+        lines[0] = lines[0].replace("\xa0", " ", 1)
     if Settings(color=color).colors(is_terminal=is_terminal):
         lines[0] = lines[0].replace("error:", "\x1b[1;31merror:\x1b[0m", 1)
     sys.stderr.writelines(line + "\n" for line in lines)

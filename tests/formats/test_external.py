@@ -101,7 +101,7 @@ def test_python_objects_are_refused_and_not_unpickled(site: Path, tmp_path: Path
 
 
 def test_it_is_listed_with_its_package(site: Path) -> None:
-    assert ["formats", "npz", "prunectl-npz", ""] in with_site(site, "plugins", "formats").rows
+    assert ["formats", "npz", "prunectl-npz", "-"] in with_site(site, "plugins", "formats").rows
 
 
 def test_without_the_package_the_file_is_no_model(archive: Path) -> None:

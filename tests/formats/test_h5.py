@@ -251,7 +251,7 @@ def test_a_weight_that_is_promised_but_missing_is_told(tmp_path: Path) -> None:
     path = keras_1(tmp_path / "m.h5", {"dense_1_W": np.ones((2, 2), np.float32), "dense_1_b": np.ones(2, np.float32)})
     with h5py.File(path, "a") as file:
         del file["dense_1/dense_1_b"]
-    assert "such as dense_1_b" in open_model(path).about.notes[0]
+    assert "dense_1_b is named in it, but missing" in open_model(path).about.notes[0]
 
 
 def test_more_layers_than_one_attribute_can_name_are_found(tmp_path: Path) -> None:
