@@ -579,5 +579,5 @@ def test_an_archive_without_a_layer_that_it_names_is_stripped_of_the_rest(tmp_pa
     with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
         for name, data in {**contents, "model.weights.h5": weights.read_bytes()}.items():
             archive.writestr(name, data)
-    with pytest.raises(InputError, match=r"the masks of m\.keras cannot be applied: its mask .* has the shape"):
+    with pytest.raises(InputError, match=r"the masks of .*m\.keras cannot be applied: its mask .* has the shape"):
         strip(tmp_path / "m.keras")

@@ -105,7 +105,7 @@ def test_the_bytes_that_are_said_to_go_are_gone(saved: tuple[Any, Path]) -> None
     assert {tensor.storage.key for tensor in state} == {state[0].storage.key}
     assert not any(open_model(target).read(tensor).any() for tensor in state)
     rest = max(tensor.nbytes for tensor in state)
-    assert any(f"gets {rest} bytes of zeros" in note for note in open_model(target).about.notes)
+    assert any(f"are {rest} bytes of zeros" in note for note in open_model(target).about.notes)
 
 
 def test_without_its_state_a_compiled_model_goes_on_from_the_start(saved: tuple[Any, Path]) -> None:
