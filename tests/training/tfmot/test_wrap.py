@@ -168,7 +168,7 @@ class TestASchedule:
 
     def test_does_not_go_with_groups(self, original: Callable[[str], Path], tmp_path: Path) -> None:
         path = original("m.h5")
-        with pytest.raises(UsageError, match="without a schedule"):
+        with pytest.raises(UsageError, match="which tfmot applies at once"):
             wrapped(path, tmp_path / "w.h5", POLYNOMIAL, sparsity=None, pattern="2:4")
 
 
