@@ -275,7 +275,7 @@ def test_what_breaks_first_is_told_first_and_then_what_breaks_most() -> None:
         ("wrong", 0.5), ("more", 0.7), ("early", 0.7), ("dead", 0.9), ("late", 0.95),
     ]  # fmt: skip
     assert found[0].reasons == ("accuracy falls by 15 percentage points",)
-    assert found[1].reasons == ("its outputs are 80 % off",)
+    assert found[1].reasons == ("output error 80 %",)
 
 
 def test_what_is_not_finite_is_left_out_and_named(tmp_path: Path) -> None:
