@@ -75,6 +75,17 @@ def option_group(title: str) -> Callable[..., Any]:
     return partial(typer.Option, rich_help_panel=title)
 
 
+def builder_option(group: Callable[..., Any]) -> Any:
+    """The option that names the code of a network, in a group of options."""
+    line = "Code that builds the network, e.g. net.py:Net, if the file holds only weights."
+    return group("--model", metavar="MOD:FN", help=line)
+
+
+def custom_objects_option(group: Callable[..., Any]) -> Any:
+    """The option that names custom objects of Keras, in a group of options."""
+    return group(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
+
+
 def option_name(ctx: typer.Context, name: str) -> str:
     """How an option is typed, in its longest form, by the name of its parameter: `--model` for `build`."""
     spellings = [spelling for param in ctx.command.params if param.name == name for spelling in param.opts]

@@ -79,7 +79,7 @@ def common_options(width: int) -> str:
     """The options of every command, each with its meaning."""
     params = importlib.import_module("prunectl.commands.inspect").command.params
     common = [param for param in params if getattr(param, "rich_help_panel", None) == COMMON_OPTIONS]
-    return "\n".join(_rows([(_names(option), _meaning(option)) for option in common], width))
+    return "\n".join(two_columns([(_names(option), _meaning(option)) for option in common], width))
 
 
 def _introduction(usage: str, command: TyperCommand | TyperGroup, width: int, *, is_short: bool) -> Iterator[str]:
@@ -100,7 +100,7 @@ def group_help(ctx: Any, commands: Iterable[tuple[str, str]]) -> str:
     options = [*ctx.command.params, ctx.command.get_help_option(ctx)]
     lines = [
         *_introduction(f"{ctx.command_path} COMMAND [OPTIONS]", ctx.command, width, is_short=True),
-        *("", _heading("Commands"), *_rows(commands, width)),
+        *("", _heading("Commands"), *two_columns(commands, width)),
         *_section("Options", options, width),
         *("", *wrap(ctx.command.epilog, width)),
     ]
@@ -110,10 +110,10 @@ def group_help(ctx: Any, commands: Iterable[tuple[str, str]]) -> str:
 def _section(title: str, params: Sequence[Any], width: int) -> Iterator[str]:
     if params:
         yield from ("", _heading(title))
-        yield from _rows([(_names(param), _meaning(param)) for param in params], width)
+        yield from two_columns([(_names(param), _meaning(param)) for param in params], width)
 
 
-def _rows(rows: Iterable[tuple[str, str]], width: int) -> Iterator[str]:
+def two_columns(rows: Iterable[tuple[str, str]], width: int) -> Iterator[str]:
     """Names and their meanings in two columns; a name that is too long has a line of its own."""
     known = list(rows)
     column = min(max(len(names) for names, _ in known), _NAMES_WIDTH) + 4

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from textwrap import fill, indent
 
 from prunectl.analysis.sizes import CodecName
-from prunectl.commands._help_page import common_options
+from prunectl.commands._help_page import common_options, two_columns
 from prunectl.commands.completion import PATTERNS
 from prunectl.errors import InputError, MissingExtraError, UsageError, WorkError
 from prunectl.exporting.routes import TARGETS
@@ -448,9 +448,4 @@ def builtin_rows(kind: str) -> list[Choice]:
 
 def aligned(pairs: Iterable[tuple[str, str]]) -> str:
     """A list of names and their meanings, in two columns."""
-    known = list(pairs)
-    width = max(len(name) for name, _ in known) + 4
-    return "\n".join(
-        fill(line, WIDTH, initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width) or f"  {name}"
-        for name, line in known
-    )
+    return "\n".join(two_columns(pairs, WIDTH))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunectl.commands._command import make_command, option_group
+from prunectl.commands._command import builder_option, custom_objects_option, make_command, option_group
 from prunectl.commands._requests import BuildCommand, OutputOptions, import_first, request_options
 from prunectl.exporting.compare import Comparison, ExportResult
 from prunectl.exporting.export import export
@@ -142,17 +142,8 @@ class Export(OutputOptions):
         bool, typer.Option("--code", help="Also write OUT.py, the class that loads the weights (PyTorch).")
     ] = False
     pack: Annotated[bool, _small("--pack", help="Compress inside the file; it loads as before.")] = False
-    build: Annotated[
-        str,
-        _file(
-            "--model",
-            metavar="MOD:FN",
-            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
-        ),
-    ] = ""
-    custom_objects: Annotated[
-        str, _file(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
-    ] = ""
+    build: Annotated[str, builder_option(_file)] = ""
+    custom_objects: Annotated[str, custom_objects_option(_file)] = ""
     imports: Annotated[
         list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
     ] = None

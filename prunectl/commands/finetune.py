@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands._command import make_command, option_group
+from prunectl.commands._command import builder_option, custom_objects_option, make_command, option_group
 from prunectl.commands._requests import BuildCommand, Mode, OutputOptions, check_options, import_first, request_options
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import Scope
@@ -150,17 +150,8 @@ class Finetune(OutputOptions):
     )
     resume: Annotated[bool, _long("--resume", help="Continue from the checkpoint in --checkpoint-dir.")] = False
     logdir: Annotated[Path | None, _long(metavar="DIR", help="Write metrics.jsonl and TensorBoard events here.")] = None
-    build: Annotated[
-        str,
-        _file(
-            "--model",
-            metavar="MOD:FN",
-            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
-        ),
-    ] = ""
-    custom_objects: Annotated[
-        str, _file(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
-    ] = ""
+    build: Annotated[str, builder_option(_file)] = ""
+    custom_objects: Annotated[str, custom_objects_option(_file)] = ""
     imports: Annotated[
         list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
     ] = None

@@ -13,7 +13,15 @@ from prunectl.analysis import patterns
 from prunectl.analysis.inspect import InspectOptions, SortKey, inspect_model
 from prunectl.analysis.patterns import SparsityMap, sparsity_maps
 from prunectl.analysis.stats import ModelStats
-from prunectl.commands._command import given_on_command_line, inspect_each, make_command, option_group, option_name
+from prunectl.commands._command import (
+    builder_option,
+    custom_objects_option,
+    given_on_command_line,
+    inspect_each,
+    make_command,
+    option_group,
+    option_name,
+)
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
@@ -60,17 +68,8 @@ def inspect(
     data: Annotated[str, _data(metavar="SPEC", help="Calibration data for --sensitivity, e.g. train.npz.")] = "",
     samples: Annotated[int, _data(help="Examples of --data to use.", min=1)] = SAMPLES,
     batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = BATCH_SIZE,
-    build: Annotated[
-        str,
-        _data(
-            "--model",
-            metavar="MOD:FN",
-            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
-        ),
-    ] = "",
-    custom_objects: Annotated[
-        str, _data(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
-    ] = "",
+    build: Annotated[str, builder_option(_data)] = "",
+    custom_objects: Annotated[str, custom_objects_option(_data)] = "",
     loss: Annotated[str, _data(metavar="NAME", help="Loss to measure, e.g. mse; else the file's.")] = "",
     trust: Annotated[bool, _data("--trust", help="Allow code stored in MODEL to run.")] = False,
 ) -> int:

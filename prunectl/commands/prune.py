@@ -13,7 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.commands._command import given_on_command_line, make_command, option_group, option_name
+from prunectl.commands._command import (
+    builder_option,
+    custom_objects_option,
+    given_on_command_line,
+    make_command,
+    option_group,
+    option_name,
+)
 from prunectl.commands._requests import (
     CHANNEL_LIMITS,
     BuildCommand,
@@ -119,17 +126,8 @@ class Prune(OutputOptions):
     batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = _DEFAULT.batch_size
     repair: Annotated[bool, _data("--repair", help="Refit the kept weights on --data (least squares).")] = False
     loss: Annotated[str, _data(metavar="NAME", help="Loss for gradients, e.g. mse; else the file's.")] = ""
-    build: Annotated[
-        str,
-        _data(
-            "--model",
-            metavar="MOD:FN",
-            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
-        ),
-    ] = ""
-    custom_objects: Annotated[
-        str, _data(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
-    ] = ""
+    build: Annotated[str, builder_option(_data)] = ""
+    custom_objects: Annotated[str, custom_objects_option(_data)] = ""
     trust: Annotated[bool, _data("--trust", help="Allow code in MODEL or the recipe to run.")] = False
     inputs: Annotated[
         list[str] | None, _cut("--input", metavar="SHAPE", help="Input shape with batch, e.g. 1,3,224,224.")

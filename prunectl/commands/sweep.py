@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands._command import make_command, option_group
+from prunectl.commands._command import builder_option, custom_objects_option, make_command, option_group
 from prunectl.errors import UsageError
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import sweep_report, trial_line
@@ -86,17 +86,8 @@ def sweep(
     on: Annotated[
         str, typer.Option("--on", metavar="PLACE", help="Run on Ray: ray starts it here, ray:ADDRESS joins a cluster.")
     ] = "",
-    build: Annotated[
-        str,
-        _file(
-            "--model",
-            metavar="MOD:FN",
-            help="Code that builds the network, e.g. net.py:Net, if the file holds only weights.",
-        ),
-    ] = "",
-    custom_objects: Annotated[
-        str, _file(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
-    ] = "",
+    build: Annotated[str, builder_option(_file)] = "",
+    custom_objects: Annotated[str, custom_objects_option(_file)] = "",
     trust: Annotated[bool, _file("--trust", help="Allow code stored in MODEL to run.")] = False,
 ) -> int:
     """Prune MODEL in many ways, and compare size and accuracy of the results (Pareto front).

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from prunectl.analysis.stats import ModelStats, averaged_copies_hint
 from prunectl.formats.base import Family
-from prunectl.formats.registry import FORMATS
+from prunectl.formats.registry import by_name
 from prunectl.pruning.destination import BIG_BYTES
 from prunectl.pruning.plan import UNKNOWN, counted_reason
 from prunectl.pruning.prune import Pruned
@@ -116,7 +116,7 @@ def _next_step(pruned: Pruned, output: str) -> str:
     """Training where the format can be trained; else a search that looks at the accuracy."""
     if not output:
         return ""
-    family, path = _family(pruned.before.format), Path(output)
+    family, path = by_name(pruned.before.format).family, Path(output)
     if family in _TRAINED:
         builder = f" --model {pruned.request.model or 'net.py:Net'}" if family is Family.TORCH else ""
         tuned = path.with_name(f"{path.stem}-tuned{path.suffix}")
@@ -124,10 +124,6 @@ def _next_step(pruned: Pruned, output: str) -> str:
     if family is Family.ONNX and not pruned.request.data:
         return f"prunectl prune {pruned.before.path} -o {output} --force --max-drop 1pp --data test.npz"
     return f"prunectl size {pruned.before.path} {output}"
-
-
-def _family(name: str) -> Family:
-    return next((row.family for row in FORMATS if row.name == name), Family.OTHER)
 
 
 _TRAINED = {Family.KERAS, Family.SAVED_MODEL, Family.TORCH, Family.TORCH_PROGRAM}
