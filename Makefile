@@ -4,13 +4,17 @@
 # make bench   speed and memory beside the scripts that it replaces
 # make house   how the code is cut: files, lines, names, what a command runs through
 # make man     the manual page, prunectl.1
+# make dist    wheel and source archive, built twice to see that they are the same bytes
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: demo test check lint bench house fixtures man clean
+.PHONY: demo test check lint bench house fixtures man dist clean
+
+# The date in what is built: that of the commit, so that who builds it again gets the same bytes.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1580601600)
 
 demo: .venv/.full
 	@BIN=$(BIN) sh examples/demo.sh
@@ -25,6 +29,8 @@ lint: .venv/.full
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/zizmor --offline --quiet .github action.yml
+	@if command -v actionlint > /dev/null; then actionlint; else echo "actionlint is not installed: skipped"; fi
 
 bench: .venv/.full
 	$(PIP) install -c constraints.txt --group bench
@@ -35,6 +41,14 @@ house: .venv/.full
 
 man: .venv/.core
 	$(BIN)/prunectl help --man > prunectl.1
+
+dist: .venv/.pip
+	$(PIP) install --require-hashes -r requirements/build.txt
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist 2> /dev/null
+	$(BIN)/python -m hatchling build -d dist/again 2> /dev/null
+	@cd dist && for file in again/*; do cmp "$$file" "$${file#again/}" || exit 1; done && rm -r again
+	@$(BIN)/pip hash dist/*
 
 fixtures: .venv/.full
 	$(BIN)/python fixtures/make.py

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prunectl.api import sweep as sweep
     from prunectl.api import verify as verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _FUNCTIONS = frozenset(
     "check diff doctor evaluate export finetune init inspect prune size strip sweep verify".split()  # noqa: SIM905
 )

@@ -9,8 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +43,6 @@ def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub gives to the headings in a text."""
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def distribution(requirement: str) -> str:
-    """Return the name in a requirement, as registries spell it."""
-    return re.split(r"[\[=<>]", requirement)[0].lower().replace("_", "-")
 
 
 def run(line: str, folder: Path) -> Outcome:
@@ -135,22 +128,3 @@ def test_every_fixture_is_described() -> None:
     for path in FIXTURES.iterdir():
         if not path.name.startswith(("digits_cnn", "__")) and path.suffix not in {".py", ".md"}:
             assert path.name in described
-
-
-def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "prunectl").rglob("*.py")}
-    assert held == modules | {"prunectl/py.typed", "prunectl/checks/budgets.schema.json"}
-
-
-def test_the_dependencies_are_pinned() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    asked = [*project["project"]["dependencies"], *(line for extra in extras.values() for line in extra)]
-    asked += project["dependency-groups"]["dev"]
-    pinned = (ROOT / "constraints.txt").read_text().split()
-    assert {distribution(line) for line in asked} - {"prunectl"} <= {distribution(line) for line in pinned}
