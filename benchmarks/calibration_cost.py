@@ -1,14 +1,19 @@
-"""What it costs to look at data: a network of the size of ResNet-50 on 128 images, beside a forward pass alone."""
+"""What it costs to look at data: a network of the size of ResNet-50 on 128 images, beside a forward pass alone.
+
+Fitting layers anew is measured on one with an eighth of the widths. PRUNECTL_BEFORE may name the folder of another
+commit (`git worktree add FOLDER COMMIT`): what that takes stands beside it, measured in turns.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.timing import PRUNECTL, PYTHON, cost, show
+from benchmarks.timing import PRUNECTL, PYTHON, Cost, cost, show
 
 IMAGES, BATCH = 128, 32
 _NET = """
@@ -28,22 +33,27 @@ class Block(nn.Module):
     def forward(self, x):
         return torch.relu(self.body(x) + self.side(x))
 
-def Net():
+def Net(width=64):
     torch.manual_seed(0)
-    layers, inside = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], 64
-    for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+    layers = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inside = width
+    for count, stride in ((3, 1), (4, 2), (6, 2), (3, 2)):
         for number in range(count):
             layers.append(Block(inside, width, stride if number == 0 else 1))
             inside = width * 4
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+        width *= 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 1000))
+
+def Small():
+    return Net(8)
 """
 _FORWARD = """
 import sys, numpy as np, torch
-folder, data, batch = sys.argv[1:]
+folder, name, data, batch = sys.argv[1:]
 sys.path.insert(0, folder)
-from net import Net
-net = Net().eval()
-net.load_state_dict(torch.load(folder + "/net.pt", weights_only=True))
+import net as nets
+net = getattr(nets, name)().eval()
+net.load_state_dict(torch.load(f"{folder}/{name}.pt", weights_only=True))
 x = torch.from_numpy(np.load(data)["x"])
 with torch.no_grad():
     for rows in x.split(int(batch)):
@@ -52,9 +62,17 @@ with torch.no_grad():
 _SAVE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from net import Net
-torch.save(Net().state_dict(), sys.argv[2])
+import net
+torch.save(getattr(net, sys.argv[2])().state_dict(), f"{sys.argv[1]}/{sys.argv[2]}.pt")
 """
+
+
+_SCORES = tuple((name, ("--strategy", name)) for name in ("activation-magnitude", "magnitude-gradient"))
+_FITS = (
+    ("obs", ("--strategy", "obs")),
+    ("magnitude + repair", ("--repair",)),
+    ("obs, global + repair", ("--strategy", "obs", "--scope", "global", "--repair")),
+)
 
 
 def run() -> None:
@@ -62,16 +80,29 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "net.py").write_text(_NET)
-        model, data = folder / "net.pt", folder / "images.npz"
-        subprocess.run([PYTHON, "-c", _SAVE, str(folder), str(model)], check=True, capture_output=True)
         images = np.random.default_rng(0).standard_normal((IMAGES, 3, 224, 224), np.float32)
-        np.savez(data, x=images, y=np.arange(IMAGES) % 1000)
-        forward = cost([PYTHON, "-c", _FORWARD, str(folder), str(data), str(BATCH)], runs=2)
-        rows = [("forward pass", f"{forward.seconds:.1f} s", "1.0", f"{forward.peak_bytes / 1e6:,.0f} MB")]
-        own = ["--data", str(data), "--model", f"{folder / 'net.py'}:Net", "--batch-size", str(BATCH)]
-        for strategy in ("activation-magnitude", "magnitude-gradient"):
-            words = ["prune", str(model), "-o", str(folder / "out.pt"), "--force", "-s", "0.8", "--strategy", strategy]
-            found = cost([PRUNECTL, *words, *own], runs=2)
-            ratio = f"{found.seconds / forward.seconds:.1f}"
-            rows.append((strategy, f"{found.seconds:.1f} s", ratio, f"{found.peak_bytes / 1e6:,.0f} MB"))
-    show(f"calibrating a ResNet-50 on {IMAGES} images", ("command", "time", "ratio", "memory"), rows)
+        np.savez(folder / "images.npz", x=images, y=np.arange(IMAGES) % 1000)
+        _measure(folder, "Net", f"calibrating a ResNet-50 on {IMAGES} images", _SCORES)
+        _measure(folder, "Small", f"fitting a ResNet-50 of an eighth of the widths to {IMAGES} images", _FITS)
+
+
+def _measure(folder: Path, net: str, title: str, ways: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    subprocess.run([PYTHON, "-c", _SAVE, str(folder), net], check=True, capture_output=True)
+    model, data, before = folder / f"{net}.pt", str(folder / "images.npz"), os.environ.get("PRUNECTL_BEFORE")
+    forward = cost([PYTHON, "-c", _FORWARD, str(folder), net, data, str(BATCH)], runs=2)
+    rows = [("forward pass", f"{forward.seconds:.1f} s", "1.0", _size(forward), *(("",) if before else ()))]
+    for way, options in ways:
+        words = ["prune", str(model), "-o", str(folder / "out.pt"), "--force", "-s", "0.8", *options]
+        words += ["--data", data, "--model", f"{folder / 'net.py'}:{net}", "--batch-size", str(BATCH)]
+        found = cost([PRUNECTL, *words], runs=2)
+        ratio = f"{found.seconds / forward.seconds:.1f}"
+        row = (way, f"{found.seconds:.1f} s", ratio, _size(found))
+        if before:
+            theirs = cost(["/usr/bin/env", f"PYTHONPATH={before}", PRUNECTL, *words], runs=2)
+            row += (f"{theirs.seconds:.1f} s ({theirs.seconds / found.seconds:.1f}x), {_size(theirs)}",)
+        rows.append(row)
+    show(title, ("command", "time", "ratio", "memory", *(("before",) if before else ())), rows)
+
+
+def _size(found: Cost) -> str:
+    return f"{found.peak_bytes / 1e6:,.0f} MB"

@@ -86,8 +86,7 @@ def _costs(
     A share, since layers are seen at more or fewer positions, and what they put out is larger or smaller.
     """
     costs_by_name: dict[str, Array] = {}
-    for tensor in tensors:
-        gram = calibration.gram(tensor)
+    for tensor, gram in calibration.grams(tensors):
         if not covers_all_outputs(tensor.shape, gram):
             continue
         weights: Float64Array = model.read(tensor).astype(np.float64)

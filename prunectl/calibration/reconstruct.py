@@ -11,7 +11,7 @@ import numpy as np
 from prunectl.analysis.patterns import NMPattern
 from prunectl.calibration import sparsegpt, statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
-from prunectl.calibration.session import Calibration
+from prunectl.calibration.session import Calibration, CrossInputs
 from prunectl.calibration.sparsegpt import dampen
 from prunectl.calibration.statistics import (
     CrossStatistics,
@@ -147,28 +147,31 @@ class Reconstructor:
         kept = engine.keep_masks(model, plan, method, Selection(tuple(tensors.values()), (), {}), dict(dense))
         self._begin(model, dense)
         input_sums = self.calibration.accumulate(list(tensors.values()), statistics.sum_inputs)
-        for name, met in input_sums.items():
+        for name, sums in input_sums.items():
             # Before the first layer is solved, and not after an hour.
-            sizes = [total.shape for total in met.totals.values()]
-            features = max((size[1] for size in sizes), default=0)
-            statistics.check_memory(name, groups=sum(size[0] for size in sizes), features=features, kept=2)
+            groups, features = sums.size
+            statistics.check_memory(name, groups=groups, features=features, kept=2)
+        order = [*input_sums, *(name for name in tensors if name not in input_sums)]
         solved: dict[str, tuple[Array, Mask]] = {}
         # In the order in which data meets them; what it never meets comes last.
-        for name in (*input_sums, *(name for name in tensors if name not in input_sums)):
+        for number, name in enumerate(order):
             tensor, weights, inputs = tensors[name], dense[name], input_sums.get(name)
             bias = (
                 _correctable_bias(model, tensor, inputs, tensors) if self.is_repaired and inputs is not None else None
             )
             if inputs is not None and np.isfinite(weights).all() and covers_all_outputs(tensor.shape, inputs):
-                values, dropped = self._fit(tensor, weights, ~kept[name], method, inputs, has_bias=bias is not None)
+                met = self.calibration.cross_inputs(tensor, order[number + 1 : len(input_sums)])
+                values, dropped = self._fit(tensor, weights, ~kept[name], method, met, has_bias=bias is not None)
             else:
+                met = None
                 self.skipped.append(name)
                 keeps = kept[name] & (np.isfinite(weights) | (method.not_finite is not NonFinitePolicy.ZERO))
                 values, dropped = np.where(keeps, weights, np.zeros((), weights.dtype)), ~kept[name]
             solved[name] = np.where(dropped, 0, values).astype(tensor.dtype), dropped
             self.calibration.network.assign({name: solved[name][0]})
             if bias is not None and inputs is not None:
-                self._correct(model, bias, tensor, mean_outputs(inputs, weights), solved[name][0])
+                sums = self.calibration.sums_after(tensor, met)
+                self._correct(model, bias, mean_outputs(inputs, weights), mean_outputs(sums, solved[name][0]))
         blocks = [partial(_solved_blocks, cut.tensor, *solved[cut.tensor.name]) for cut in plan.cuts]
         return PrunedTensors(blocks, dict(self.biases))
 
@@ -179,12 +182,9 @@ class Reconstructor:
         self.skipped.clear()
         self.biases.clear()
 
-    def _correct(
-        self, model: ModelFile, bias: Tensor, tensor: Tensor, dense_means: Float64Array, weights: Array
-    ) -> None:
+    def _correct(self, model: ModelFile, bias: Tensor, dense_means: Float64Array, means: Float64Array) -> None:
         """Correct the bias of a layer whose outputs changed in the mean."""
         before = self.biases[bias.name] if bias.name in self.biases else np.array(model.read(bias))
-        means = mean_outputs(self.calibration.accumulate([tensor], statistics.sum_inputs)[tensor.name], weights)
         if before.size == means.size:
             self.biases[bias.name] = correct_bias(dense_means, means, before)
             self.calibration.network.assign({bias.name: self.biases[bias.name]})
@@ -195,16 +195,16 @@ class Reconstructor:
         weights: Array,
         dropped: Mask,
         method: PruningMethod,
-        statistics: InputStatistics,
+        met: CrossInputs,
         *,
         has_bias: bool,
     ) -> Fit:
         """Reconstruct a tensor whose inputs are observed."""
         values: Float64Array = weights.astype(np.float64)
-        cross_statistics, initial = self.calibration.cross_gram(tensor), values
-        if self.uses_sparsegpt and _supports_obs(tensor, method, statistics):
-            initial, dropped = self._operated(values, cross_statistics, int(np.count_nonzero(dropped)), method)
-        return self._refitted(values, initial, dropped, cross_statistics, has_bias=has_bias), dropped
+        initial = values
+        if self.uses_sparsegpt and _supports_obs(tensor, method, met.sums):
+            initial, dropped = self._operated(values, met.statistics, int(np.count_nonzero(dropped)), method)
+        return self._refitted(values, initial, dropped, met.statistics, has_bias=has_bias), dropped
 
     def _operated(
         self, values: Float64Array, cross_statistics: CrossByOutputs, drop: int, method: PruningMethod

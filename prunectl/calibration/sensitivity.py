@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -14,8 +14,15 @@ from prunectl.analysis.stats import find_tied_tensors
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress, nonzero_mask
 from prunectl.calibration import statistics
 from prunectl.calibration.im2col import im2col_by_group, weight_matrix
-from prunectl.calibration.session import Calibration, CalibrationSession, note_about, open_calibration
-from prunectl.calibration.statistics import Float64Array
+from prunectl.calibration.session import (
+    AHEAD_BYTES,
+    Calibration,
+    CalibrationSession,
+    groups_in_memory,
+    note_about,
+    open_calibration,
+)
+from prunectl.calibration.statistics import Float64Array, InputStatistics
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor, select_names
 from prunectl.pruning.masks import threshold
@@ -117,18 +124,26 @@ def first_dead_sparsity(weights: Array, prune_levels: Levels, out_axis: int | No
 Errors = tuple[float | None, ...]
 
 
-def output_errors(calibration: Calibration, tensor: Tensor, weights: Array, prune_levels: Levels) -> Errors | None:
-    """Relative output error at each sparsity, before any bias.
+def output_errors(
+    calibration: Calibration, tensors: Sequence[Tensor], weights: Mapping[str, Array], levels: Mapping[str, Levels]
+) -> dict[str, Errors]:
+    """Relative output errors of each tensor at each sparsity, before any bias, from one pass over the data.
 
-    None if not all outputs of the tensor were seen; None for a sparsity if there is nothing to compare with.
+    None of a tensor of which not all outputs were seen; None for a sparsity if there is nothing to compare with.
     """
 
     def lost(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-        return _squared_losses(sight, kernel, weights, prune_levels)
+        return _squared_losses(sight, kernel, weights[sight.name], levels[sight.name])
 
-    losses = calibration.accumulate([tensor], lost).get(tensor.name)
-    if losses is None or not statistics.covers_all_outputs(tensor.shape, losses):
-        return None
+    losses = calibration.accumulate(tensors, lost)
+    return {
+        tensor.name: _relative(losses[tensor.name])
+        for tensor in tensors
+        if tensor.name in losses and statistics.covers_all_outputs(tensor.shape, losses[tensor.name])
+    }
+
+
+def _relative(losses: InputStatistics) -> Errors:
     *squares, energy = np.sum(list(losses.totals.values()), axis=0).tolist()
     if not energy:
         return tuple(None if square else 0.0 for square in squares)
@@ -266,25 +281,30 @@ def _measure_layers(
     base: Score | None,
     meter: ProgressFactory,
 ) -> _Measured:
-    """Measure one tensor after the other, so that only one is in memory."""
+    """Measure as many tensors at a time as fit in memory; without data, one."""
     measured: list[LayerSensitivity] = []
     nonfinite, unobserved = [], []
     trained_names = (
         frozenset(session.trainable.tensors()) if session is not None and session.trainable is not None else None
     )
+    by_name = {tensor.name: tensor for tensor in tensors}
+    sizes = {name: _COPIES * tensor.nbytes if session is not None else AHEAD_BYTES for name, tensor in by_name.items()}
     with meter(f"pruning {model.path.name} tensor by tensor", sum(tensor.nbytes for tensor in tensors)) as bar:
-        for tensor in tensors:
-            weights = np.array(model.read(tensor))
-            if not np.isfinite(weights).all():
-                nonfinite.append(tensor.name)
-                bar.advance(tensor.nbytes)
-                continue
-            is_known = session is not None and (trained_names is None or tensor.name in trained_names)
-            layer = _measure_layer(tensor, weights, session if is_known else None, base)
-            if session is not None and layer.points[0].output_error is None:
-                unobserved.append(tensor.name)
-            measured.append(layer)
-            bar.advance(tensor.nbytes)
+        for names in groups_in_memory(by_name, sizes):
+            weights = {name: np.array(model.read(by_name[name])) for name in names}
+            finite = [name for name in names if np.isfinite(weights[name]).all()]
+            nonfinite += [name for name in names if name not in finite]
+            levels = {name: pruning_levels(weights[name]) for name in finite}
+            known = [by_name[name] for name in finite if trained_names is None or name in trained_names]
+            errors = output_errors(session.calibration, known, weights, levels) if session is not None else {}
+            for name in names:
+                if name in finite:
+                    scored = session if by_name[name] in known and base is not None else None
+                    layer = _measure_layer(by_name[name], weights[name], levels[name], errors.get(name), scored)
+                    if session is not None and layer.points[0].output_error is None:
+                        unobserved.append(name)
+                    measured.append(layer)
+                bar.advance(by_name[name].nbytes)
     notes = (
         *note_about("left out, because they hold NaN or infinity", nonfinite),
         *note_about("output error unknown, because their inputs cannot be captured", unobserved),
@@ -292,18 +312,16 @@ def _measure_layers(
     return measured, notes
 
 
+_COPIES = 4
+"""Of a tensor's bytes, while it is measured with others: the weights, their levels, and both as matrices."""
+
+
 def _measure_layer(
-    tensor: Tensor, weights: Array, session: CalibrationSession | None, base: Score | None
+    tensor: Tensor, weights: Array, prune_levels: Levels, errors: Errors | None, scored: CalibrationSession | None
 ) -> LayerSensitivity:
-    prune_levels = pruning_levels(weights)
-    errors: Errors | None = None
     scores: tuple[Score | None, ...] = (None,) * len(SPARSITIES)
-    if session is not None:
-        errors = output_errors(session.calibration, tensor, weights, prune_levels)
-        if base is not None and session.trainable is not None:
-            scores = scores_at_each_level(
-                session.trainable, session.calibration.batches, tensor.name, weights, prune_levels
-            )
+    if scored is not None and scored.trainable is not None:
+        scores = scores_at_each_level(scored.trainable, scored.calibration.batches, tensor.name, weights, prune_levels)
     rows = zip(
         SPARSITIES, weight_errors(weights, prune_levels), errors or (None,) * len(SPARSITIES), scores, strict=True
     )

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from prunectl.calibration.im2col import im2col
 from prunectl.calibration.statistics import (
     CrossStatistics,
     Float64Array,
     InputStatistics,
     OutputRange,
+    available_bytes,
     check_memory,
     gram,
+    sum_inputs,
 )
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import (
     DifferentiableModel,
+    InputCallback,
     InspectableModel,
     LayerInput,
     LoadOptions,
     ModelSignature,
+    PassEnd,
     TrainableModel,
     TrainOptions,
     WeightUse,
@@ -36,6 +40,60 @@ from prunectl.training.runtimes import load_onnx_model, load_trainable, seed_eve
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
 
+AHEAD_BYTES = 256 << 20
+"""Layer inputs, Gram matrices or weights of several tensors that are held to save passes through a whole network."""
+
+
+def groups_in_memory(names: Iterable[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield names in runs that fit in `AHEAD_BYTES` together, or in a quarter of the free memory; at least one each."""
+    most = min(AHEAD_BYTES, (available_bytes() or 4 * AHEAD_BYTES) // 4)
+    run: list[str] = []
+    held = 0
+    for name in names:
+        if run and held + sizes.get(name, 0) > most:
+            yield run
+            run, held = [], 0
+        run.append(name)
+        held += sizes.get(name, 0)
+    if run:
+        yield run
+
+
+@dataclass(slots=True)
+class _Sights:
+    """How often each tensor meets inputs in each batch, and how large these are: where a pass may end."""
+
+    counts: dict[str, dict[int, int]] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, index: int, sight: LayerInput) -> None:
+        """Count one."""
+        counts = self.counts.setdefault(sight.name, {})
+        counts[index] = counts.get(index, 0) + 1
+        self.nbytes[sight.name] = self.nbytes.get(sight.name, 0) + sight.inputs.nbytes
+
+    def learn(self, seen: _Sights) -> None:
+        """Remember those of tensors that nothing was known of."""
+        for name in seen.counts.keys() - self.counts.keys():
+            self.counts[name], self.nbytes[name] = seen.counts[name], seen.nbytes[name]
+
+    def expected(self, names: Collection[str], index: int) -> int | None:
+        """How many there will be of some tensors; None where that is not known."""
+        if not all(name in self.counts for name in names):
+            return None
+        return sum(self.counts[name].get(index, 0) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class CrossInputs:
+    """What a tensor meets in the pruned and in the dense model."""
+
+    statistics: Mapping[OutputRange, CrossStatistics]
+    sums: InputStatistics
+    """The sums of its inputs in the pruned model."""
+    first_sums: InputStatistics
+    """Those of the first batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -45,6 +103,9 @@ class Calibration:
     batches: tuple[Batch, ...]
     reference: InspectableModel | None = None
     """The dense model, which stays as it was."""
+    _sights: _Sights = field(default_factory=_Sights)
+    _dense: dict[str, list[list[LayerInput]]] = field(default_factory=dict)
+    """For each batch the layer inputs of the dense model, of the next tensors to be fitted."""
 
     @property
     def examples(self) -> int:
@@ -70,41 +131,98 @@ class Calibration:
                 shape = sight.use.shape or shapes[sight.name]
                 statistics.setdefault(sight.name, InputStatistics()).add(sight, shape, accumulator)
 
-        for batch in self.batches:
-            self.network.observe(shapes.keys(), batch.x, record)
+        seen = _Sights()
+        for index, batch in enumerate(self.batches):
+
+            def counted(sight: LayerInput, index: int = index) -> None:
+                seen.add(index, sight)
+                record(sight)
+
+            _observe(self.network, shapes, batch, counted, self._sights.expected(shapes, index))
+        self._sights.learn(seen)
         for name in conflicting:
             statistics.pop(name, None)
-        for name, accumulate in statistics.items():
-            if not all(np.isfinite(total).all() for total in accumulate.totals.values()):
-                raise WorkError(
-                    f"the inputs of {name} are NaN or infinite; nothing was written",
-                    hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
-                )
+        for name, sums in statistics.items():
+            _check_finite(name, sums)
         return statistics
 
-    def gram(self, tensor: Tensor) -> InputStatistics:
-        """Gram matrix of one tensor's inputs: one at a time, since it has the square of the features."""
-        checked: list[LayerInput] = []
+    def grams(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, InputStatistics]]:
+        """Gram matrices of the tensors' inputs: as many in one pass as fit in memory, each has its features squared."""
+        by_name = {tensor.name: tensor for tensor in tensors}
+        # A few examples tell how large the matrices are.
+        shapes = replace(self, batches=self.batches[:1], _sights=_Sights()).accumulate(tensors, sum_inputs)
+        sizes: dict[str, int] = {}
+        for name, sums in shapes.items():
+            groups, features = sums.size
+            check_memory(name, groups=groups, features=features, kept=1)
+            sizes[name] = 8 * groups * features**2
+        for names in groups_in_memory(by_name, sizes):
+            group = self.accumulate([by_name[name] for name in names], gram)
+            for name in names:
+                yield by_name[name], group.pop(name, InputStatistics())
 
-        def accumulator(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-            if not checked:
-                checked.append(sight)
-                _, groups, features = next(im2col(sight.inputs[:1], sight.use, kernel)).shape
-                check_memory(sight.name, groups=groups, features=features, kept=1)
-            return gram(sight, kernel)
+    def cross_inputs(self, tensor: Tensor, following: Sequence[str] = ()) -> CrossInputs:
+        """What a tensor meets in the pruned and the dense model; of the latter also what the following ones do.
 
-        return self.accumulate([tensor], accumulator).get(tensor.name, InputStatistics())
-
-    def cross_gram(self, tensor: Tensor) -> dict[OutputRange, CrossStatistics]:
-        """Gram and cross-Gram matrices of a tensor's inputs in the pruned and the dense model."""
-        assert self.reference is not None
+        The dense model stays as it was, so that one pass serves as many tensors as fit in memory.
+        """
+        if tensor.name not in self._dense:
+            self._dense.clear()
+            ahead = next(groups_in_memory((tensor.name, *following), self._sights.nbytes))
+            if len(ahead) > 1:
+                self._hold(ahead)
+        held = self._dense.pop(tensor.name, None)
         statistics: dict[OutputRange, CrossStatistics] = {}
-        for batch in self.batches:
-            now, before = _captured_inputs(self.network, tensor, batch), _captured_inputs(self.reference, tensor, batch)
+        sums, first_sums = InputStatistics(), InputStatistics()
+        for index, batch in enumerate(self.batches):
+            now: list[LayerInput] = []
+
+            def see(sight: LayerInput, index: int = index, now: list[LayerInput] = now) -> None:
+                shape = sight.use.shape or tensor.shape
+                sums.add(sight, shape, sum_inputs)
+                if index == 0:
+                    first_sums.add(sight, shape, sum_inputs)
+                now.append(_copied(sight))
+
+            _observe(self.network, [tensor.name], batch, see, self._sights.expected([tensor.name], index))
+            before = held[index] if held is not None else self._dense_inputs([tensor.name], index)[tensor.name]
             for mine, theirs in zip(now, before, strict=True):
                 part = mine.use.outputs
                 statistics.setdefault(part, CrossStatistics(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
-        return statistics
+        _check_finite(tensor.name, sums)
+        return CrossInputs(statistics, sums, first_sums)
+
+    def _hold(self, names: Sequence[str]) -> None:
+        """Keep what some tensors meet in the dense model."""
+        for index in range(len(self.batches)):
+            for name, inputs in self._dense_inputs(names, index).items():
+                self._dense.setdefault(name, []).append(inputs)
+
+    def _dense_inputs(self, names: Sequence[str], index: int) -> dict[str, list[LayerInput]]:
+        assert self.reference is not None
+        inputs: dict[str, list[LayerInput]] = {name: [] for name in names}
+        _observe(
+            self.reference,
+            names,
+            self.batches[index],
+            lambda sight: inputs[sight.name].append(_copied(sight)),
+            self._sights.expected(names, index),
+        )
+        return inputs
+
+    def sums_after(self, tensor: Tensor, before: CrossInputs | None) -> InputStatistics:
+        """The sums of a tensor's inputs now that its weights are others.
+
+        They are the same unless its inputs depend on itself, as in a recurrent layer: the first batch shows that.
+        """
+        if before is None or len(self.batches) == 1:
+            return self.accumulate([tensor], sum_inputs)[tensor.name]
+        totals = replace(self, batches=self.batches[:1]).accumulate([tensor], sum_inputs)[tensor.name].totals
+        if totals.keys() == before.first_sums.totals.keys() and all(
+            np.array_equal(total, before.first_sums.totals[part]) for part, total in totals.items()
+        ):
+            return before.sums
+        return self.accumulate([tensor], sum_inputs)[tensor.name]
 
     def gradients(
         self, tensors: Sequence[Tensor], of: Callable[[Float64Array], Float64Array]
@@ -133,10 +251,35 @@ class Calibration:
         return means
 
 
-def _captured_inputs(network: InspectableModel, tensor: Tensor, batch: Batch) -> list[LayerInput]:
-    captured: list[LayerInput] = []
-    network.observe([tensor.name], batch.x, lambda sight: captured.append(replace(sight, inputs=sight.inputs.copy())))
-    return captured
+def _observe(
+    network: InspectableModel, names: Collection[str], batch: Batch, see: InputCallback, expected: int | None
+) -> None:
+    """Run a batch as far as the last of so many sights; to its end where it is not known how many there are."""
+    left = expected
+
+    def counted(sight: LayerInput) -> None:
+        nonlocal left
+        see(sight)
+        if left is not None:
+            left -= 1
+            if left == 0:
+                raise PassEnd
+
+    if left != 0:
+        with suppress(PassEnd):
+            network.observe(names, batch.x, counted)
+
+
+def _copied(sight: LayerInput) -> LayerInput:
+    return replace(sight, inputs=sight.inputs.copy())
+
+
+def _check_finite(name: str, sums: InputStatistics) -> None:
+    if not all(np.isfinite(total).all() for total in sums.totals.values()):
+        raise WorkError(
+            f"the inputs of {name} are NaN or infinite; nothing was written",
+            hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
+        )
 
 
 def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:

@@ -30,6 +30,12 @@ class InputStatistics:
     totals: dict[OutputRange, Float64Array] = field(default_factory=dict)
     counts: dict[OutputRange, int] = field(default_factory=dict)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many groups there are, and features in each, of sums over features."""
+        shapes = [total.shape for total in self.totals.values()]
+        return sum(shape[0] for shape in shapes), max((shape[1] for shape in shapes), default=0)
+
     def add(
         self,
         sight: LayerInput,

@@ -262,7 +262,12 @@ class LayerInput:
     use: WeightUse
 
 
+class PassEnd(Exception):  # noqa: N818 - it is no error
+    """Raised by an `InputCallback` that has seen enough: the rest of the network need not run."""
+
+
 InputCallback = Callable[[LayerInput], None]
+"""What it raises goes through."""
 
 
 @runtime_checkable

@@ -57,3 +57,18 @@ class Gaps(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.one(x)
         return torch.sqrt(y - y) + y
+
+
+class Chain(nn.Module):
+    """Six layers, one after the other."""
+
+    DEPTH = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(self.DEPTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x

@@ -16,7 +16,7 @@ from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array, ModelFile, NameAllocator
 from prunectl.formats.onnx.tensors import CODES, STRING
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, output_of
+from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, names_read, output_of
 
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 """Limit of a protobuf message."""
@@ -215,6 +215,7 @@ class OnnxSession:
         num_threads: int = 0,
         is_optimized: bool = True,
         is_prepacked: bool = True,
+        ends_there: bool = False,
     ) -> None:
         runtime = require("onnxruntime", extra="onnx")
         options = runtime.SessionOptions()
@@ -235,7 +236,7 @@ class OnnxSession:
             values = [as_value(array, types[name]) for name, array in self._outside.items()]
             if values:
                 options.add_external_initializers(list(self._outside), values)
-            model = _with_outputs(source.proto, observed).SerializeToString()
+            model = _with_outputs(source.proto, observed, ends_there=ends_there).SerializeToString()
         self.runtime = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> list[Any]:
@@ -244,11 +245,26 @@ class OnnxSession:
         return values
 
 
-def _with_outputs(proto: Any, names: Iterable[str]) -> Any:
-    """A copy of a message whose graph gives some inner values out as well."""
+def _with_outputs(proto: Any, names: Iterable[str], *, ends_there: bool) -> Any:
+    """A copy of a message whose graph gives some inner values out as well; or them alone, without what comes after."""
     copy = copy_message(proto)
-    known = {port.name for port in proto.graph.output}
+    if ends_there:
+        del copy.graph.output[:]
+    known = {port.name for port in copy.graph.output}
     for name in names:
         if name not in known:
             copy.graph.output.add().name = name
+    if ends_there:
+        _keep_ancestors(copy.graph)
     return copy
+
+
+def _keep_ancestors(graph: Any) -> None:
+    """Leave out every node on which no output depends: onnxruntime would run it all the same."""
+    wanted, kept = {port.name for port in graph.output}, []
+    for node in reversed(graph.node):
+        if not wanted.isdisjoint(node.output):
+            kept.append(node)
+            wanted.update(names_read(node))
+    del graph.node[:]
+    graph.node.extend(reversed(kept))

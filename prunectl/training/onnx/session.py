@@ -36,7 +36,9 @@ class Session:
         try:
             # A value that is given out stands at the same place whatever is optimised; building is faster without.
             # Prepacked, each weight would be kept once more, in the order of some kernel, after every assignment.
-            self._session = OnnxSession(weights.network, inner, is_optimized=not inner, is_prepacked=False)
+            self._session = OnnxSession(
+                weights.network, inner, is_optimized=not inner, is_prepacked=False, ends_there=bool(inner)
+            )
         except Exception as error:
             raise InputError(f"onnxruntime cannot load {self._path}: {first_line(error)}") from error
 

@@ -36,9 +36,15 @@ def capture_layer_inputs(
     """Show what these weights meet while the context lasts; of pieces, only what does not fill them up."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    recorder = _InputRecorder(weights, see, pieces)
     try:
-        with torch.no_grad(), _InputRecorder(weights, see, pieces):
+        with torch.no_grad(), recorder:
             yield
+    except Exception:
+        if recorder.failure is not None:
+            # A script makes errors of its own from those of others.
+            raise recorder.failure from None
+        raise
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -49,6 +55,7 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._see, self._pieces = see, pieces
+        self.failure: Exception | None = None
         self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, weight in weights.items():
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
@@ -104,7 +111,11 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if pieces is not None and len(inputs) % pieces.size == 0:
             # The examples come first, alone or with what each of them has several of.
             inputs = inputs[: len(inputs) // pieces.size * pieces.kept]
-        self._see(LayerInput(name, _array(inputs), use))
+        try:
+            self._see(LayerInput(name, _array(inputs), use))
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 def _array(inputs: torch.Tensor) -> Array:
