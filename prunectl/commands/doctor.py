@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -16,13 +14,10 @@ from prunectl import __version__
 from prunectl.commands._command import make_command
 from prunectl.errors import InputError
 from prunectl.formats.base import Capability
+from prunectl.formats.packages import Package, install_command, required
 from prunectl.formats.registry import FORMATS
 from prunectl.reporting.report import Column, Report, Section, Table
 from prunectl.reporting.reporter import Reporter
-
-_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([^;]*)(?:;.*extra\s*==\s*['\"]([^'\"]+)['\"])?")
-_BOUND = re.compile(r"(>=|<)\s*([0-9.]+)")
-_EVERYTHING = "all"
 
 EXTRAS = {
     "": "inspect, size, check, diff, verify, strip and prune for every format",
@@ -36,29 +31,6 @@ EXTRAS = {
     "ray": "sweep --on ray",
 }
 """What each extra is for; none is the core."""
-
-
-@dataclass(frozen=True, slots=True)
-class Package:
-    """A package that something needs."""
-
-    name: str
-    extra: str
-    requirement: str
-    """As the requirement says it: `>=1.17`."""
-    version: str
-    """What is installed; empty if it is not."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is there, and new enough."""
-        if not self.version:
-            return False
-        version = _numbers(self.version)
-        return all(
-            version >= _numbers(bound) if operator == ">=" else version < _numbers(bound)
-            for operator, bound in _BOUND.findall(self.requirement)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +49,18 @@ class Extra:
     @property
     def install_command(self) -> str:
         """What to type, where it is not."""
-        if self.is_ready:
-            return ""
-        return f"pip install 'prunectl[{self.name}]'" if self.name else "pip install --force-reinstall prunectl"
+        return "" if self.is_ready else install_command(one for one in self.packages if not one.is_ready)
 
 
 def extras() -> tuple[Extra, ...]:
     """The core, then every extra."""
-    packages = list(_packages())
+    try:
+        packages = list(required())
+    except metadata.PackageNotFoundError as error:
+        raise InputError(
+            "prunectl is not installed as a package: it runs from its source folder",
+            hint="install it from there: pip install -e .",
+        ) from error
     return tuple(
         Extra(name, summary, tuple(package for package in packages if package.extra == name))
         for name, summary in EXTRAS.items()
@@ -94,31 +70,6 @@ def extras() -> tuple[Extra, ...]:
 def libraries() -> tuple[tuple[str, str], ...]:
     """Libraries that decide results to the byte."""
     return (("zlib", zlib.ZLIB_RUNTIME_VERSION),)
-
-
-def _packages() -> Iterator[Package]:
-    try:
-        lines = metadata.requires("prunectl") or []
-    except metadata.PackageNotFoundError as error:
-        raise InputError(
-            "prunectl is not installed as a package: it runs from its source folder",
-            hint="install it from there: pip install -e .",
-        ) from error
-    for line in lines:
-        match = _REQUIREMENT.match(line)
-        if match and match[3] != _EVERYTHING:
-            yield Package(match[1], match[3] or "", match[2].strip(), _version(match[1]))
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 _EXTRAS = (

@@ -103,7 +103,7 @@ def _is_deeper(value: dict[str, Any], most: int) -> bool:
 
 
 def require(module: str, *, extra: str) -> Any:
-    """A module, or say which extra brings it."""
+    """A module, or say what brings it and all else that this extra lacks."""
     # onnxruntime, which other packages import too, reports to its maker about models and machines unless told not to.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -111,6 +111,8 @@ def require(module: str, *, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise  # the library is there, but broken: that is not ours to explain
+        from prunectl.formats.packages import command_for  # noqa: PLC0415 - reading metadata takes long to import
+
         raise MissingExtraError(
-            f"{module} is not installed", hint=f"install it: pip install 'prunectl[{extra}]'"
+            f"{module} is not installed", hint=f"install it: {command_for(module, extra)}"
         ) from error

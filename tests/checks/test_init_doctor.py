@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from prunectl.checks import suggest
 from prunectl.commands import doctor
-from prunectl.commands.doctor import Extra, Package
+from prunectl.commands.doctor import Extra
+from prunectl.formats import packages
+from prunectl.formats.packages import Package
 from prunectl.units import parse_size
 from tests.checks.checking import GZIP, MODEL, PARAMS, RAW, baseline, prunectl
 from tests.running import FIXTURES, ROOT, here
@@ -142,17 +145,48 @@ def test_the_doctor_tells_the_versions_that_are_installed(tmp_path: Path) -> Non
 
 def test_what_is_missing_or_too_old_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["numpy>=1.26", "onnx>=99; extra == 'onnx'", "nonesuch>=1; extra == 'zstd'", "onnx>=99; extra == 'all'"]
-    monkeypatch.setattr("prunectl.commands.doctor.metadata.requires", lambda _: lines)
+    monkeypatch.setattr("prunectl.formats.packages.metadata.requires", lambda _: lines)
     found = {extra.name: extra for extra in doctor.extras()}
     assert [found[name].is_ready for name in ("", "onnx", "zstd")] == [True, False, False]
-    assert found["zstd"].install_command == "pip install 'prunectl[zstd]'"
+    assert found["zstd"].install_command.endswith("pip install nonesuch")
+    assert found["onnx"].install_command.endswith("pip install 'onnx>=99'")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "has_pip", "on_path", "command"),
+    [
+        ("/a/.venv", True, "/a/.venv/bin/pip", "pip install torch"),
+        ("/a/.venv", True, "/usr/bin/pip", "/a/.venv/bin/python -m pip install torch"),
+        ("/a/my env", True, None, "'/a/my env/bin/python' -m pip install torch"),
+        ("/a/.venv", False, "/usr/bin/pip", "uv pip install --python /a/.venv/bin/python torch"),
+        ("/home/a/.local/share/uv/tools/prunectl", False, None,
+         "uv pip install --python /home/a/.local/share/uv/tools/prunectl/bin/python torch"),
+        ("/home/a/.local/share/pipx/venvs/prunectl", False, None, "pipx inject prunectl torch"),
+    ],
+)  # fmt: skip
+def test_the_command_installs_where_prunectl_runs(
+    prefix: str, has_pip: bool, on_path: str | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", prefix)
+    monkeypatch.setattr(sys, "executable", f"{prefix}/bin/python")
+    monkeypatch.setattr("prunectl.formats.packages.shutil.which", lambda _: on_path)
+    monkeypatch.setattr("prunectl.formats.packages.importlib.util.find_spec", lambda _: has_pip or None)
+    assert packages.install_command([packages.Package("torch", "torch", ">=2.4", "")]) == command
+
+
+def test_a_python_below_the_folder_is_named_from_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.setattr("prunectl.formats.packages.shutil.which", lambda _: None)
+    assert packages.command_for("torch", "torch") == ".venv/bin/python -m pip install torch"
 
 
 def test_sources_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def unknown(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("prunectl.commands.doctor.metadata.requires", unknown)
+    monkeypatch.setattr("prunectl.formats.packages.metadata.requires", unknown)
     found = prunectl(tmp_path, "doctor")
     assert (found.code, "pip install -e ." in found.err) == (3, True)
 

@@ -49,7 +49,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(MissingExtraError) as caught:
         app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--on", "ray"])
     assert caught.value.exit_code == 4
-    assert caught.value.hint == "install it: pip install 'prunectl[ray]'"
+    assert caught.value.hint.endswith("pip install ray")
     assert not list(tmp_path.iterdir())
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from prunectl.errors import MissingExtraError, UsageError
 from prunectl.formats.base import Array
+from prunectl.formats.packages import command_for
 from prunectl.formats.safe_json import require
 from prunectl.training.keras._compat import (
     flat_layers,
@@ -27,7 +28,6 @@ from prunectl.training.keras._compat import (
 )
 from prunectl.training.quiet import ignore_warnings, raise_log_levels, silence
 
-_BACKEND_EXTRAS = frozenset({"tensorflow", "torch"})
 _LEGACY = "TF_USE_LEGACY_KERAS"
 TRAINING_BACKENDS = ("tensorflow", "torch", "jax")
 
@@ -63,11 +63,7 @@ class KerasLibrary:
     @property
     def jax(self) -> Any:
         """JAX, where it does the work."""
-        try:
-            return require("jax", extra="jax")
-        except MissingExtraError as error:
-            # Nothing but Keras 3 on its own backend asks for it, and prunectl has no extra that brings it.
-            raise MissingExtraError(str(error), hint="install it: pip install jax") from error
+        return require("jax", extra="jax")
 
 
 @cache
@@ -119,10 +115,9 @@ def load_keras3() -> KerasLibrary:
             keras = require("keras", extra="tensorflow")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        package = f"'prunectl[{missing}]'" if missing in _BACKEND_EXTRAS else missing
         raise MissingExtraError(
             f"Keras uses the backend {missing}, which is not installed",
-            hint=f"pip install {package}, or set KERAS_BACKEND to an installed backend",
+            hint=f"{command_for(missing, missing)}, or set KERAS_BACKEND to an installed backend",
         ) from error
     backend = keras.backend.backend()
     if backend not in TRAINING_BACKENDS:

@@ -75,4 +75,4 @@ def test_jax_comes_with_no_extra_and_the_hint_names_none(monkeypatch: pytest.Mon
     monkeypatch.setattr(safe_json.importlib, "import_module", missing)
     with pytest.raises(MissingExtraError) as caught:
         _ = KerasLibrary(None, is_keras2=False, backend="jax").jax
-    assert caught.value.hint == "install it: pip install jax"
+    assert caught.value.hint.endswith("pip install jax")
