@@ -1,5 +1,5 @@
-# make demo    what prunectl does, on the models in fixtures/ (installs all extras into .venv first)
-# make test    every test (installs all extras into .venv first)
+# make demo    what prunectl does, on a small ONNX model: 230 MB in .venv, the outputs in demo/
+# make test    every test (installs every framework into .venv first: 4.3 GB with PyTorch for CPUs)
 # make check   what CI checks: lint, format, types, architecture, tests
 # make bench   speed and memory beside the scripts that it replaces
 # make house   how the code is cut: files, lines, names, what a command runs through
@@ -16,7 +16,7 @@ JOBS ?= 2
 # The date in what is built: that of the commit, so that who builds it again gets the same bytes.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1580601600)
 
-demo: .venv/.full
+demo: .venv/.demo
 	@BIN=$(BIN) sh examples/demo.sh
 
 test: .venv/.full
@@ -29,7 +29,7 @@ lint: .venv/.full
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/zizmor --offline --quiet .github action.yml
+	$(BIN)/zizmor --offline --quiet .github action.yml examples/github-workflow.yml
 	@if command -v actionlint > /dev/null; then actionlint; else echo "actionlint is not installed: skipped"; fi
 
 bench: .venv/.full
@@ -62,9 +62,13 @@ fixtures: .venv/.full
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-.venv/.full: .venv/.pip pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt --group dev -e '.[all]'
+.venv/.demo: .venv/.pip pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[onnx]'
 	@touch $@ .venv/.core
 
+.venv/.full: .venv/.pip pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt --group dev -e '.[all]'
+	@touch $@ .venv/.core .venv/.demo
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv demo dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

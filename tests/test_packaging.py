@@ -143,3 +143,13 @@ def test_what_a_release_is_made_with_is_pinned_by_hash(file: str, asked: list[st
     assert all("--hash=sha256:" in entry for entry in entries)
     assert {line for line in versions if name_of(line) not in elsewhere} <= set(pinned)
     assert set(map(name_of, asked)) <= set(map(name_of, versions))
+
+
+def test_the_oldest_versions_that_are_tried_are_those_that_the_project_allows() -> None:
+    tried = [line for line in (ROOT / "requirements/lowest.txt").read_text().splitlines() if not line.startswith("#")]
+    versions = {name_of(line): tuple(map(int, line.partition("==")[2].split("."))) for line in tried}
+    for line in CORE:
+        bound = re.search(r">=([\d.]+)", line)
+        assert bound
+        lowest = tuple(map(int, bound[1].split(".")))
+        assert versions[name_of(line)] == (*lowest, *(0,) * (3 - len(lowest)))

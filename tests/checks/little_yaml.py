@@ -70,8 +70,9 @@ def _scalar(text: str) -> Any:
         return text[1:-1]
     if text[0] == "[":
         return [_scalar(item.strip()) for item in text[1:-1].split(",")]
+    text = text.partition(" #")[0].rstrip()
     # What would mean something else in YAML is not written here.
-    assert not re.search(r"^[&*!|>@`%{]|: | #", text), text
+    assert not re.search(r"^[&*!|>@`%{]|: ", text), text
     return _WORDS.get(text, int(text) if text.isdecimal() else text)
 
 

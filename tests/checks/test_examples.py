@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
+from prunectl import __version__
 from prunectl.commands.app import COMMANDS
 from prunectl.formats.registry import FORMATS
 from tests.checks.checking import MODEL, RAW, baseline, put
@@ -121,29 +122,34 @@ def test_the_hook_looks_at_every_file_that_may_change_the_verdict() -> None:
 def test_the_workflow_compares_with_the_main_branch(tmp_path: Path, bin_folder: Path) -> None:
     (job,) = yaml("examples/github-workflow.yml")["jobs"].values()
     scripts = {step["name"]: step["run"] for step in job["steps"] if "run" in step}
-    assert scripts["Install"] == "pip install --quiet prunectl"
-    origin, clone = tmp_path / "origin", tmp_path / "clone"
-    origin.mkdir()
-    put(origin, "[[budget]]\npath = 'a.*'\nmax-growth = '0%'\n", a=MODEL)
-    baseline(origin, a=10)
+    assert scripts["Install"] == "pip install --quiet ./prunectl"
+    put(tmp_path, "[[budget]]\npath = 'a.*'\nmax-growth = '0%'\n", a=MODEL)
+    baseline(tmp_path, a=10)
     commit = "git add . && git -c user.name=a -c user.email=a@b.c commit -qm 'sizes'"
-    assert run(f"git init -q -b main && {commit}", origin, bin_folder).returncode == 0
-    assert run(f"git clone -q {origin} {clone}", tmp_path, bin_folder).returncode == 0
-    assert run(scripts["Fetch the sizes of the main branch"], clone, bin_folder).returncode == 0
-    baseline(clone, a=10_000)
-    done = run(scripts["Check"], clone, bin_folder)
+    assert run(f"git init -q -b main && {commit}", tmp_path, bin_folder).returncode == 0
+    baseline(tmp_path, a=10_000)
+    # What GitHub checks out is the merge of a pull request, whose first parent is the main branch.
+    assert run(commit, tmp_path, bin_folder).returncode == 0
+    done = run(scripts["Check"], tmp_path, bin_folder)
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("::error file=prunectl.toml,line=3")
-    assert {"prunectl.xml", "prunectl.md"} <= {path.name for path in clone.iterdir()}
+    assert {"prunectl.xml", "prunectl.md"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_gitlab_job_writes_the_artifacts_that_it_names(tmp_path: Path, bin_folder: Path) -> None:
     (job,) = yaml("examples/gitlab-ci.yml").values()
     install, check = job["script"]
-    assert install == "pip install --quiet prunectl"
+    assert install == "pip install --quiet ./prunectl"
     put(tmp_path, "[[budget]]\npath = 'a.*'\nmax-raw = 1\n", a=MODEL)
     assert run(check, tmp_path, bin_folder).returncode == 1
     assert all((tmp_path / name).is_file() for name in job["artifacts"]["reports"].values())
+
+
+@pytest.mark.parametrize("name", ["github-workflow", "gitlab-ci"])
+def test_with_a_release_one_line_of_an_example_changes(name: str) -> None:
+    text = (ROOT / f"examples/{name}.yml").read_text()
+    (line,) = (line for line in text.splitlines() if "pip install" in line)
+    assert line.endswith(f"./prunectl # with a release: prunectl=={__version__}")
 
 
 def make(folder: Path, bin_folder: Path, *words: str) -> tuple[list[str], list[str]]:
