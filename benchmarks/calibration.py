@@ -172,7 +172,7 @@ def _table(folder: Path, net: str, train: str, test: Path) -> None:
 
 def _pruned(model: Path, folder: Path, net: str, train: str, sparsity: float, words: tuple[str, ...]) -> Path:
     looks = {"--repair", "activation-magnitude", "magnitude-gradient", "obs"} & set(words)
-    own = ("--model", f"{folder / 'nets.py'}:{net}")
+    own = ("--builder", f"{folder / 'nets.py'}:{net}")
     data = ("--data", train, "--samples", SAMPLES, "--batch-size", "128", *own) if looks else ()
     made = folder / f"{net}-{sparsity}.pt"
     left = LOOKED_UP if net == "Text" else ()

@@ -93,7 +93,7 @@ def _measure(folder: Path, net: str, title: str, ways: tuple[tuple[str, tuple[st
     rows = [("forward pass", f"{forward.seconds:.1f} s", "1.0", _size(forward), *(("",) if before else ()))]
     for way, options in ways:
         words = ["prune", str(model), "-o", str(folder / "out.pt"), "--force", "-s", "0.8", *options]
-        words += ["--data", data, "--model", f"{folder / 'net.py'}:{net}", "--batch-size", str(BATCH)]
+        words += ["--data", data, "--builder", f"{folder / 'net.py'}:{net}", "--batch-size", str(BATCH)]
         found = cost([PRUNECTL, *words], runs=2)
         ratio = f"{found.seconds / forward.seconds:.1f}"
         row = (way, f"{found.seconds:.1f} s", ratio, _size(found))

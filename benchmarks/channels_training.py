@@ -62,8 +62,8 @@ def run() -> None:
         longer = _train(folder, "dense.pt", "longer.pt", "net.py:Net")
         cut = _said(
             folder,
-            *("prune", "dense.pt", "-o", "small.pt", "--model", "net.py:Net", "--input", "1,1,28,28"),
-            *("--pattern", "channel", "--flops", "-50%", "--scope", "global", "--latency"),
+            *("prune", "dense.pt", "-o", "small.pt", "--builder", "net.py:Net", "--input", "1,1,28,28"),
+            *("--pattern", "channel", "--target-flops", "-50%", "--scope", "global", "--latency"),
         )
         kind = next(line for line in (folder / "small.py").read_text().splitlines() if line.startswith("class Net"))
         made = kind.removeprefix("class ").partition("(")[0]
@@ -84,7 +84,7 @@ def _train(folder: Path, source: str, output: str, model: str) -> dict[str, Any]
     data = DATA.resolve()
     return _said(
         folder,
-        *("finetune", source, "-o", output, "--model", model, "--loss", "cross-entropy", "--metric", "accuracy"),
+        *("finetune", source, "-o", output, "--builder", model, "--loss", "cross-entropy", "--metric", "accuracy"),
         *("--data", f"{data / 'fashion_train.npz'}?norm=unit&shape=1x28x28&limit={EXAMPLES}"),
         *("--val", f"{data / 'fashion_test.npz'}?norm=unit&shape=1x28x28"),
         *("--epochs", str(EPOCHS), "--batch-size", "128", "--optimizer", "adam", "--lr", "0.002"),

@@ -18,7 +18,7 @@ from benchmarks.timing import PRUNECTL, PYTHON, QUIET, show
 
 SIDE, EXAMPLES = 64, 16
 _TITLES = ("what", "raw", "its own gzip", "weights zero", "exit")
-_MODEL = ("--model", "benchmarks.export_sizes:net", "--input", f"x:?,3,{SIDE},{SIDE}")
+_MODEL = ("--builder", "benchmarks.export_sizes:net", "--input", f"x:?,3,{SIDE},{SIDE}")
 _DATA = ("--data", "{folder}/data.npz", "--samples", str(EXAMPLES))
 _TORCH_WAYS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("ONNX", "plain.onnx", _MODEL),

@@ -131,7 +131,7 @@ def _gzip(path: Path) -> int:
 
 def _ours(folder: Path, suffix: str, seed: int, *words: object) -> dict[str, float]:
     target = folder / f"ours{suffix}"
-    own = ["--model", f"{folder / 'net.py'}:Net"] if suffix == ".pt" else []
+    own = ["--builder", f"{folder / 'net.py'}:Net"] if suffix == ".pt" else []
     out = _run(
         *(PRUNECTL, "finetune", folder / f"start{suffix}", "-o", target, "--force", "--json", "--keep", "last"),
         *("--data", _spec("fashion_train.npz", limit=EXAMPLES), "--val", _spec("fashion_test.npz")),

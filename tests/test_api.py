@@ -50,6 +50,16 @@ def test_inspect_and_size_return_what_the_commands_print() -> None:
     assert f"{prunectl.size(path).bytes.compressed}\n" == command("size", "-q", path).out
 
 
+def test_an_old_keyword_is_taken_for_the_new_one_with_a_warning_on_the_line_of_the_script(tmp_path: Path) -> None:
+    path, old, new = FIXTURES / "digits_cnn.onnx", tmp_path / "old.onnx", tmp_path / "new.onnx"
+    options: Any = {"only": "conv*", "sparsity": 0.5}
+    with pytest.warns(FutureWarning, match="only is now called layers") as told:
+        prunectl.prune(path, old, **options)
+    prunectl.prune(path, new, sparsity=0.5, layers="conv*")
+    assert told[0].filename == __file__
+    assert old.read_bytes() == new.read_bytes()
+
+
 def test_prune_writes_what_the_command_writes(tmp_path: Path) -> None:
     path = FIXTURES / "digits_cnn.onnx"
     found = prunectl.prune(path, tmp_path / "ours.onnx", sparsity=0.8, scope="global", exclude=["fc2"])
@@ -61,8 +71,8 @@ def test_prune_writes_what_the_command_writes(tmp_path: Path) -> None:
 
 def test_channels_are_cut_with_the_words_of_the_command_line(tmp_path: Path) -> None:
     path = FIXTURES / "digits_cnn.onnx"
-    found = prunectl.prune(path, tmp_path / "ours.onnx", pattern="channel", flops="-50%", round_to=4)
-    words = ["--pattern", "channel", "--flops", "-50%", "--round-to", "4"]
+    found = prunectl.prune(path, tmp_path / "ours.onnx", pattern="channel", target_flops="-50%", round_to=4)
+    words = ["--pattern", "channel", "--target-flops", "-50%", "--round-to", "4"]
     assert command("prune", path, "-o", tmp_path / "theirs.onnx", *words).code == 0
     assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
     assert found.after.macs * 2 <= found.before.macs
@@ -92,7 +102,7 @@ def test_a_word_that_does_not_exist_is_refused() -> None:
 def test_finetune_takes_the_words_of_the_command_line(tmp_path: Path) -> None:
     words = {"data": f"{FIXTURES / 'digits.npz'}?limit=64", "sparsity": 0.5, "epochs": 1, "device": "cpu"}
     build = f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"
-    found = prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", model=build, **words)
+    found = prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", builder=build, **words)
     assert found.kept == found.masked == 9736 // 2
     with pytest.raises(UsageError, match="no option sparsty") as caught:
         prunectl.finetune(FIXTURES / "digits_cnn.pt", tmp_path / "out.pt", sparsty=0.5)

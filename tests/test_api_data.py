@@ -49,18 +49,18 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What the command's way makes of the same examples in a file."""
     folder = tmp_path_factory.mktemp("by_name")
     np.savez(folder / "train.npz", x=X, y=Y)
-    prunectl.finetune(MODEL, folder / "out.pt", data=str(folder / "train.npz"), model=NAMED, **BASE)
+    prunectl.finetune(MODEL, folder / "out.pt", data=str(folder / "train.npz"), builder=NAMED, **BASE)
     return (folder / "out.pt").read_bytes()
 
 
 @pytest.mark.parametrize("model", [NAMED, DigitsCNN, DigitsCNN(), build])
 def test_arrays_and_builders_train_as_by_their_names(tmp_path: Path, model: Any, expected: bytes) -> None:
-    prunectl.finetune(MODEL, tmp_path / "out.pt", data=(X, Y), model=model, **BASE)
+    prunectl.finetune(MODEL, tmp_path / "out.pt", data=(X, Y), builder=model, **BASE)
     assert (tmp_path / "out.pt").read_bytes() == expected
 
 
 def test_a_data_set_of_torch_trains_as_its_arrays(tmp_path: Path, expected: bytes) -> None:
-    prunectl.finetune(MODEL, tmp_path / "out.pt", data=Digits(), model=DigitsCNN, **BASE)
+    prunectl.finetune(MODEL, tmp_path / "out.pt", data=Digits(), builder=DigitsCNN, **BASE)
     assert (tmp_path / "out.pt").read_bytes() == expected
 
 
@@ -79,7 +79,7 @@ def test_loaders_streams_and_paths_are_data_too(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.savez("train.npz", x=X, y=Y)
-    found = prunectl.finetune(MODEL, "out.pt", data=make(), val=(X, Y), model=DigitsCNN, **BASE)
+    found = prunectl.finetune(MODEL, "out.pt", data=make(), val=(X, Y), builder=DigitsCNN, **BASE)
     assert found.judged_after["accuracy"] > 0.5
     assert found.kept == found.masked
 
@@ -87,7 +87,7 @@ def test_loaders_streams_and_paths_are_data_too(
 def test_epochs_are_told_as_they_end(tmp_path: Path) -> None:
     told: list[LogEntry] = []
     found = prunectl.finetune(
-        MODEL, tmp_path / "out.pt", data=(X, Y), val=(X, Y), model=DigitsCNN, on_epoch=told.append, **BASE
+        MODEL, tmp_path / "out.pt", data=(X, Y), val=(X, Y), builder=DigitsCNN, on_epoch=told.append, **BASE
     )
     assert told == list(found.history)
     assert [entry.epoch for entry in told] == [1, 2]
@@ -103,14 +103,14 @@ def test_functions_are_losses_and_metrics(tmp_path: Path) -> None:
         return (outputs.argmax(-1) == targets).float().mean()
 
     options: Any = {**BASE, "metric": [(right, "max"), "accuracy"], "loss": torch.nn.functional.cross_entropy}
-    found = prunectl.finetune(MODEL, tmp_path / "out.pt", data=(X, Y), val=(X, Y), model=DigitsCNN, **options)
+    found = prunectl.finetune(MODEL, tmp_path / "out.pt", data=(X, Y), val=(X, Y), builder=DigitsCNN, **options)
     numbers = {name.rpartition(":")[2]: value for name, value in found.judged_after.items()}
     assert numbers["right"] == pytest.approx(numbers["accuracy"])
     with pytest.raises(UsageError, match=r"does not know whether a higher .*right is better"):
-        prunectl.evaluate(MODEL, (X, Y), metric=right, model=DigitsCNN)
+        prunectl.evaluate(MODEL, (X, Y), metric=right, builder=DigitsCNN)
     with pytest.raises(TypeError, match="metric must be a string or a function or a pair or a list, not int: 3"):
         prunectl.evaluate(MODEL, (X, Y), metric=3)  # type: ignore[arg-type]
-    assert prunectl.evaluate(MODEL, (X, Y), metric=(right, "max"), model=DigitsCNN).value > 0.9
+    assert prunectl.evaluate(MODEL, (X, Y), metric=(right, "max"), builder=DigitsCNN).value > 0.9
 
 
 def test_prune_looks_at_arrays_as_at_their_file(tmp_path: Path) -> None:

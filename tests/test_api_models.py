@@ -60,7 +60,7 @@ def test_a_module_is_its_own_builder_where_data_is_looked_at(tmp_path: Path) -> 
     dense = module()
     torch.save(dense.state_dict(), tmp_path / "dense.pt")
     options: Any = {"sparsity": 0.7, "strategy": "activation-magnitude", "samples": 64, "data": DATA}
-    prunectl.prune(tmp_path / "dense.pt", tmp_path / "sparse.pt", model=module, **options)
+    prunectl.prune(tmp_path / "dense.pt", tmp_path / "sparse.pt", builder=module, **options)
     expected = torch.load(tmp_path / "sparse.pt", weights_only=True)
     pruned = prunectl.prune(dense, **options)
     assert all(torch.equal(value, expected[name]) for name, value in pruned.state_dict().items())

@@ -33,7 +33,7 @@ arrays: dict[str, npt.NDArray[np.float32]] = prunectl.prune({"w": x}, sparsity=0
 state = prunectl.prune(OrderedDict(net.state_dict()), pattern="2:4")
 print(prunectl.strip("m.pt", None, only=["optimizer"]).removed)
 trained = prunectl.finetune(
-    "m.pt", "out.pt", data=(x, y), model=torch.nn.Bilinear, metric=[(max, "max")], on_epoch=lambda one: print(one.val)
+    "m.pt", "out.pt", data=(x, y), builder=torch.nn.Bilinear, metric=[(max, "max")], on_epoch=lambda one: print(one.val)
 )
 print(trained.judged_after["accuracy"])
 print(prunectl.export("m.pt", "m.onnx", input=["x:?,8"], half=True).comparison)

@@ -296,7 +296,7 @@ def test_a_slip_in_a_command_line_points_to_the_help_that_there_is() -> None:
         ("prune m.h5 -s 80% -o out.h5 -f", "--force"),
         ("prune m.h5 --overwrite", "--force"),
         ("inspect m.h5 --only conv1", "--layers"),
-        ("prune m.h5 --layers conv1", "--only"),
+        ("prune m.h5 --include conv1", "--layers"),
         ("prune m.h5 --sparsty 80%", "--sparsity"),
     ],
 )

@@ -67,7 +67,7 @@ PRUNE = ("prune", "net.pt", "-o", "out.pt", "--pattern", "channel", "-s", "50%",
 def test_a_builder_that_builds_nothing_is_the_users_to_mend(
     words: tuple[str, ...], model: str, said: str, net: Path
 ) -> None:
-    done = here(*words, "--model", model, cwd=net.parent)
+    done = here(*words, "--builder", model, cwd=net.parent)
     assert done.code == 2
     assert said in done.err
     assert "a bug in" not in done.err
@@ -78,7 +78,7 @@ def test_a_builder_that_builds_nothing_is_the_users_to_mend(
 def test_a_keras_builder_that_raises_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "own_net.py").write_text("def unset():\n    raise ValueError('please set NUM_CLASSES')\n")
     words = ("finetune", FIXTURES / "weights_only.h5", "-o", "out.h5", "--data", FIXTURES / "digits.npz")
-    done = here(*words, "--model", "own_net.py:unset", cwd=tmp_path)
+    done = here(*words, "--builder", "own_net.py:unset", cwd=tmp_path)
     assert done.code == 2
     assert "raised ValueError: please set NUM_CLASSES" in done.err
 
@@ -90,7 +90,7 @@ def test_channels_without_torch_say_what_brings_it(
     words: tuple[str, ...], net: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    done = here(*words, "--model", "own_net.py:Net", cwd=net.parent)
+    done = here(*words, "--builder", "own_net.py:Net", cwd=net.parent)
     assert done.code == 4
     assert "pip install torch" in done.err
 
@@ -124,7 +124,7 @@ def test_the_root_is_no_file_to_write_to(command: tuple[str, ...], net: Path) ->
         (("--data", "https://x.org/train.npz?limit=3"), "https://x.org/train.npz?limit=3 is a URL, but prunectl reads"),
         (("--data", "d.npz", "--val", "s3://bucket/val.csv"), "s3://bucket/val.csv is a URL, but prunectl reads"),
         (("--data", "d.npz", "--distill", "hf://org/big"), "hf://org/big is a URL, but prunectl reads"),
-        (("--data", "d.npz", "--model", "https://x.org/net.py:Net"), "https://x.org/net.py is a URL, but prunectl"),
+        (("--data", "d.npz", "--builder", "https://x.org/net.py:Net"), "https://x.org/net.py is a URL, but prunectl"),
         (("--data", "d.npz", "--import", "https://x.org/net.py"), "https://x.org/net.py is a URL, but prunectl reads"),
         (
             ("--data", "d.npz", "-o", "gs://bucket/out.h5"),

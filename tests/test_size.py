@@ -100,9 +100,9 @@ def test_growth_over_a_baseline_is_a_gate() -> None:
     small, big = FIXTURES / "digits_cnn.safetensors", FIXTURES / "masks_of_torch_prune.pt"
     sizes = [int(here("size", "-q", path).out) for path in (small, big)]
     growth = sizes[1] - sizes[0]
-    assert here("size", big, "--baseline", small, "--max-growth", str(growth)).code == 0
-    assert here("size", big, "--baseline", small, "--max-growth", str(growth - 1)).code == 1
-    assert here("size", small, "--baseline", big, "--max-growth", "0%").code == 0
+    assert here("size", big, "--against", small, "--max-growth", str(growth)).code == 0
+    assert here("size", big, "--against", small, "--max-growth", str(growth - 1)).code == 1
+    assert here("size", small, "--against", big, "--max-growth", "0%").code == 0
 
 
 def test_growth_names_the_tensors_that_grew_or_lost_zeros(tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_growth_names_the_tensors_that_grew_or_lost_zeros(tmp_path: Path) -> Non
         ("denser", "The tensors that lost most zeros: a (4,096 fewer)."),
     ):
         model, old = tmp_path / f"{name}.safetensors", tmp_path / "old.safetensors"
-        told = here("size", model, "--baseline", old, "--max-growth", "1%")
+        told = here("size", model, "--against", old, "--max-growth", "1%")
         assert told.code == 1
         assert f"note: {model}: {words}\n" in told.err
-        assert "The tensors" not in here("size", old, "--baseline", model, "--max-growth", "1%").err
+        assert "The tensors" not in here("size", old, "--against", model, "--max-growth", "1%").err
 
 
 def test_every_model_meets_every_gate() -> None:
@@ -148,7 +148,7 @@ def test_a_verdict_names_the_compression(codec: str, words: str) -> None:
 
 def test_a_model_that_shrank_keeps_within_a_limit_on_bytes() -> None:
     small, big = FIXTURES / "digits_cnn.safetensors", FIXTURES / "masks_of_torch_prune.pt"
-    told = here("size", small, "--baseline", big, "--max-growth", "1KB")
+    told = here("size", small, "--against", big, "--max-growth", "1KB")
     assert told.code == 0
     assert "shrank by " in told.err
 

@@ -51,6 +51,7 @@ from prunectl.channels.prune import ChannelPruneResult
 from prunectl.checks import check as checking
 from prunectl.checks import diff as differences
 from prunectl.checks import verify as verification
+from prunectl.commands._requests import CHANNEL_LIMITS
 from prunectl.commands.check import ci_path, load_baseline, load_budgets
 from prunectl.commands.doctor import extras
 from prunectl.commands.init import write_budgets
@@ -124,7 +125,7 @@ def prune(
     """Zero the least important weights of a model; without an output nothing is written.
 
     The options are those of the command line: ``sparsity="80%"``, ``scope="global"``, ``exclude=["fc*"]`` …; with
-    ``pattern="channel"`` channels are cut out, and ``flops="-50%"`` is one of them.
+    ``pattern="channel"`` channels are cut out, and ``target_flops="-50%"`` is one of them.
 
     A model in memory (a Keras model, a ``torch.nn.Module``, an ONNX ``ModelProto``, a dict of arrays) comes back as a
     pruned copy of the same kind, Keras models without their compilation; ``in_place=True`` changes the model itself.
@@ -153,8 +154,9 @@ def _prune_file(
 ) -> PruneResult | ChannelResult:
     parsed = parse_keywords("prune", PruneOptions, options)
     is_cut = parsed.get("pattern") == patterns.CHANNEL
-    limits = {name: value for name, value in parsed.items() if is_cut and name in ChannelOptions.__annotations__}
-    with named_objects({name: value for name, value in parsed.items() if name not in limits}) as named:
+    channel_options = ChannelOptions.__annotations__.keys() & parsed.keys() if is_cut else set()
+    limits = {CHANNEL_LIMITS.get(name, name): parsed[name] for name in channel_options}
+    with named_objects({name: value for name, value in parsed.items() if name not in channel_options}) as named:
         request = prune_request.parse_request(named)
         result = prune_by_request(path, request, destination, is_trusted=is_trusted, limits=limits)
     written = "" if destination is None else str(destination.target)
@@ -232,7 +234,7 @@ class _EpochWatcher:
 def evaluate(model: AnyPath, data: Data, /, **options: Unpack[EvaluateOptions]) -> EvaluationResult:
     """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
 
-    ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", model=Net)``
+    ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", builder=Net)``
     """
     if data is None:
         raise UsageError("no data is given", hint="write prunectl.evaluate('model.h5', 'test.npz')")
@@ -331,7 +333,7 @@ def sweep(model: AnyPath, output: AnyPath, /, *, data: str, **options: Unpack[Sw
         exclude=parsed.get("exclude", ()),
         is_trusted=parsed.get("trust", False),
         **lists,
-        **{name: parsed[name] for name in _SAME if name in parsed},
+        **{field: parsed[name] for name, field in _FIELDS.items() if name in parsed},
     )
     swept = sweeping.sweep(
         _path(model),
@@ -344,23 +346,9 @@ def sweep(model: AnyPath, output: AnyPath, /, *, data: str, **options: Unpack[Sw
     return SweepResult.of(swept, model=str(model))
 
 
-_SAME = (
-    "val",
-    "val_split",
-    "epochs",
-    "batch_size",
-    "samples",
-    "lr",
-    "optimizer",
-    "loss",
-    "metric",
-    "policy",
-    "only",
-    "seed",
-    "model",
-    "custom_objects",
-)
-"""Options of `sweep` that its configuration calls the same."""
+_SAME = "val val_split epochs batch_size samples lr optimizer loss metric policy seed custom_objects"
+_FIELDS = {**{name: name for name in _SAME.split()}, "layers": "only", "builder": "model"}
+"""Options of `sweep`, each with what its configuration calls it."""
 
 
 def _ratios(values: Any) -> tuple[float, ...]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from prunectl.training.request import MAX, MIN
 
-_OBJECTS = frozenset({"data", "val", "loss", "step", "metric", "model", "distill_model", "custom_objects"})
+_OBJECTS = frozenset({"data", "val", "loss", "train_step", "metric", "builder", "distill_builder", "custom_objects"})
 _DATA = frozenset({"data", "val"})
-_BUILDERS = frozenset({"model", "distill_model"})
+_BUILDERS = frozenset({"builder", "distill_builder"})
 _named: dict[str, Any] = {}
 _naming = threading.Lock()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypedDict, TypeVar
 
+from prunectl.commands._command import RENAMED
 from prunectl.errors import UsageError
 from prunectl.units import parse_ratio, parse_size
 
@@ -38,7 +41,7 @@ class SelectionOptions(TypedDict, total=False):
     scope: str
     pattern: str
     policy: str
-    only: str
+    layers: str
     exclude: Names
     layer: LayerRatios
 
@@ -49,8 +52,8 @@ class ChannelOptions(TypedDict, total=False):
     min_channels: int
     round_to: int
     max_ratio: Ratio
-    params: int | str
-    flops: int | str
+    target_params: int | str
+    target_flops: int | str
     dead: bool
     allow_empty: bool
 
@@ -69,7 +72,7 @@ class PruneOptions(SelectionOptions, ChannelOptions, total=False):
     samples: int
     batch_size: int
     loss: Code
-    model: Code
+    builder: Code
     custom_objects: str | Mapping[str, Any]
     input: Names
     repair: bool
@@ -94,13 +97,13 @@ class FinetuneOptions(SelectionOptions, total=False):
     clip: float | None
     freeze: Names
     distill: AnyPath
-    distill_model: Code
+    distill_builder: Code
     distill_share: float
     temperature: float
     early_stop: int | None
     keep: str
     recalibrate: bool
-    step: Code
+    train_step: Code
     precision: str
     device: str
     compile: bool
@@ -120,7 +123,7 @@ class FinetuneOptions(SelectionOptions, total=False):
     checkpoint_dir: AnyPath | None
     resume: bool
     logdir: AnyPath | None
-    model: Code
+    builder: Code
     custom_objects: str | Mapping[str, Any]
     trust: bool
 
@@ -133,7 +136,7 @@ class EvaluateOptions(TypedDict, total=False):
     batch_size: int
     seed: int
     device: str
-    model: Code
+    builder: Code
     custom_objects: str | Mapping[str, Any]
     trust: bool
 
@@ -150,7 +153,7 @@ class ExportOptions(TypedDict, total=False):
     seed: int | None
     atol: float | None
     rtol: float | None
-    model: Code
+    builder: Code
     custom_objects: str | Mapping[str, Any]
     trust: bool
     half: bool
@@ -179,7 +182,7 @@ class SweepOptions(TypedDict, total=False):
     schedules: Names
     max_drop: str
     policy: str
-    only: str
+    layers: str
     exclude: Names
     epochs: int
     lr: float | None
@@ -188,14 +191,14 @@ class SweepOptions(TypedDict, total=False):
     seed: int
     jobs: int
     on: str
-    model: str
+    builder: str
     custom_objects: str
     trust: bool
 
 
 _RATIOS = frozenset({"sparsity", "initial_sparsity", "max_ratio", "val_split"})
 _SIZES = frozenset({"target_gzip", "target_packed"})
-_AMOUNTS = frozenset({"params", "flops"})
+_AMOUNTS = frozenset({"target_params", "target_flops"})
 """Targets of channel pruning, which may also be a share such as `-50%`."""
 Value = TypeVar("Value")
 
@@ -207,7 +210,8 @@ def parse_keywords(command: str, known: type, options: Mapping[str, Any]) -> dic
     """
     hints = typing.get_type_hints(known)
     parsed = {}
-    for name, value in options.items():
+    for typed, value in options.items():
+        name = _present_name(command, typed, hints)
         if name not in hints:
             names = [*hints]
             raise UsageError(
@@ -220,6 +224,28 @@ def parse_keywords(command: str, known: type, options: Mapping[str, Any]) -> dic
         check_type(name, value, hints[name])
         parsed[name] = _parse(name, _plain(value), hints[name])
     return parsed
+
+
+def _present_name(command: str, name: str, known: Collection[str]) -> str:
+    """What an option is called now; one that is called by its old name is answered by a warning."""
+    renamed = RENAMED.get("finetune" if command == "evaluate" else command, {})
+    new = renamed.get(f"--{name.replace('_', '-')}", "").removeprefix("--").replace("-", "_")
+    if new not in known:
+        return name
+    warnings.warn(
+        f"{name} is now called {new}: the next version of prunectl.{command} will not know the old name",
+        FutureWarning,
+        stacklevel=_depth_of_caller(),
+    )
+    return new
+
+
+def _depth_of_caller() -> int:
+    """How many frames back the script is whose line a warning shows, for who calls this."""
+    frame, depth = inspect.currentframe(), 0
+    while frame is not None and str(frame.f_globals["__name__"]).partition(".")[0] in {"prunectl", "contextlib"}:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def parse_text(name: str, parse: Callable[[str], Value], text: str) -> Value:

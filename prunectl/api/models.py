@@ -222,7 +222,7 @@ _MODULE = ModelKind(
     ".pt",
     _save_module,
     _load_module,
-    lambda model: {"model": lambda: copy.deepcopy(model)},
+    lambda model: {"builder": lambda: copy.deepcopy(model)},
     keeps_shapes=True,
 )
 _ONNX = ModelKind("an ONNX model", ".onnx", _save_onnx, _load_onnx, _no_code)

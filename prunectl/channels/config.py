@@ -202,9 +202,11 @@ def parse_config(
 def _check_amount(request: PruneRequest, targets: Sequence[SizeTarget], *, dead: bool, has_threshold: bool) -> None:
     amounts = [request.sparsity is not None, dead, has_threshold, *(True for _ in targets)]
     if sum(amounts) > 1:
-        raise UsageError("only one of --sparsity, --params, --flops, --target-gzip, --dead and a threshold can be used")
+        raise UsageError(
+            "only one of --sparsity, --target-params, --target-flops, --target-gzip, --dead and a threshold can be used"
+        )
     if not sum(amounts) and not request.layers:
-        raise UsageError("no share of channels is given", hint="add --sparsity 50%, or --flops -50%")
+        raise UsageError("no share of channels is given", hint="add --sparsity 50%, or --target-flops -50%")
     if dead and (request.layers or request.strategy != _DEFAULT or request.scope != Scope.LAYER):
         raise UsageError("--dead cannot be used with --strategy, --scope or --layer: dead channels are not ranked")
 

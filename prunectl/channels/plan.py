@@ -232,7 +232,7 @@ def _reason(group: ChannelGroup, only: set[str] | None, excluded: set[str]) -> s
         return group.locked_because
     if excluded.intersection(group.producers):
         return "excluded"
-    return "" if only is None or only.intersection(group.producers) else "not selected by --only"
+    return "" if only is None or only.intersection(group.producers) else "not selected by --layers"
 
 
 def _scores(group: ChannelGroup, weights: Mapping[str, Array], config: ChannelConfig) -> Scores | None:

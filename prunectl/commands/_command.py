@@ -78,7 +78,7 @@ def option_group(title: str) -> Callable[..., Any]:
 def builder_option(group: Callable[..., Any]) -> Any:
     """The option that names the code of a network, in a group of options."""
     line = "Code that builds the network, e.g. net.py:Net, if the file holds only weights."
-    return group("--model", metavar="MOD:FN", help=line)
+    return group("--builder", metavar="MOD:FN", help=line)
 
 
 def custom_objects_option(group: Callable[..., Any]) -> Any:
@@ -87,7 +87,7 @@ def custom_objects_option(group: Callable[..., Any]) -> Any:
 
 
 def option_name(ctx: typer.Context, name: str) -> str:
-    """How an option is typed, in its longest form, by the name of its parameter: `--model` for `build`."""
+    """How an option is typed, in its longest form, by the name of its parameter: `--input` for `inputs`."""
     spellings = [spelling for param in ctx.command.params if param.name == name for spelling in param.opts]
     # A name that comes from a file may be that of no option.
     return max(spellings, key=len, default=name)
@@ -99,6 +99,19 @@ def given_on_command_line(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+_OLD_NAMES = "prunectl.old_names"
+_SELECTION = {"--only": "--layers", "--model": "--builder"}
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "inspect": {"--model": "--builder"},
+    "prune": {**_SELECTION, "--params": "--target-params", "--flops": "--target-flops"},
+    "finetune": {**_SELECTION, "--distill-model": "--distill-builder", "--step": "--train-step"},
+    "sweep": _SELECTION,
+    "export": {"--model": "--builder"},
+    "size": {"--baseline": "--against"},
+}
+"""Old names of options with their new ones, by command: taken for one version with a note, and shown nowhere."""
+
+
 class BaseCommand(TyperCommand):
     """A command with the common options after its own, which it takes as a reporter in the context."""
 
@@ -107,6 +120,21 @@ class BaseCommand(TyperCommand):
         self._take_common = add_options(self, CommonOptions)
         add_help_options(self)
 
+    def make_parser(self, ctx: Any) -> Any:
+        """The parser of the options, which takes old names for the new ones."""
+        parser = super().make_parser(ctx)
+        options = {name: param for param in self.params for name in param.opts}
+        for old, new in RENAMED.get(str(self.name), {}).items():
+            option: Any = options[new]
+            parser.add_option(option, [old], option.name, "append" if option.multiple else "store")
+        return parser
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options, and remember which of them were typed by an old name."""
+        typed = {argument.partition("=")[0] for argument in args}
+        ctx.meta[_OLD_NAMES] = [pair for pair in RENAMED.get(str(self.name), {}).items() if pair[0] in typed]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Take the common options out, and work with a reporter made of them."""
         _check_addresses(self.params, ctx.params)
@@ -114,6 +142,8 @@ class BaseCommand(TyperCommand):
         if common.html is not None:
             _check_page(common.html, ctx.params)
         ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html)
+        for old, new in ctx.meta[_OLD_NAMES]:
+            ctx.obj.note(f"note: {old} is now called {new}; the next version will not know the old name")
         with loading_notices(common.settings):
             return self.run(ctx)
 

@@ -165,7 +165,7 @@ def options_of_recipe(recipe: Path, *, is_trusted: bool) -> dict[str, Any]:
     """The options in a recipe, which may name files of their own."""
     request = asdict(read_manifest(recipe, is_trusted=is_trusted))
     # What a recipe calls model builds one; MODEL is the file.
-    return {"build": request.pop("model"), **request}
+    return {"builder": request.pop("model"), **request}
 
 
 def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:

@@ -134,8 +134,13 @@ class OptionRule:
     never: Mode = Mode.NONE
 
 
-CHANNEL_LIMITS = ("min_channels", "round_to", "max_ratio", "params", "flops", "dead", "latency")
-_AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "params", "flops", "dead")
+CHANNEL_LIMITS = {
+    **{name: name for name in ("min_channels", "round_to", "max_ratio", "dead", "latency")},
+    "target_params": "params",
+    "target_flops": "flops",
+}
+"""Options of channel pruning, each with what a manifest calls it."""
+_AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "target_params", "target_flops", "dead")
 _SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
 _SECOND_AMOUNT = "{} and --max-drop both set the sparsity", "leave out {}"
 _SEARCH = "{} cannot be used with --max-drop: "
@@ -159,7 +164,7 @@ OPTION_RULES = {
         ),
         OptionRule(_SCHEDULE, "{} needs a schedule", "add --schedule NAME", only=Mode.SCHEDULE),
         OptionRule(
-            ("custom_objects", "trust", "build"),
+            ("custom_objects", "trust", "builder"),
             "{} has no effect here: the model is not loaded by its framework",
             "add --wrap or --data SPEC, or leave out {}",
             # A recipe may name code as well, which is trusted or not.

@@ -334,7 +334,7 @@ stars. prunectl inspect MODEL lists all names.
 A selector that matches nothing is an error (exit code 2) with similar names.
 
   --layer 'fc*=90%'   a sparsity of their own; the last match wins
-  --only 'conv*'      only these, whatever the policy
+  --layers 'conv*'    only these, whatever the policy
   --exclude head      never these; repeatable, and wins over the others
   --policy NAME       which tensors may be pruned:
 
@@ -428,7 +428,7 @@ that it names against an allow-list. What is not on it would run as code:
 Such files are refused with exit code 3 unless you give --trust. Give it only
 for files whose author you would let run a script.
 
-  --model net.py:Net          builds the network; the file then needs to hold
+  --builder net.py:Net          builds the network; the file then needs to hold
                               only weights, which is safer
   --custom-objects mod:DICT   defines custom Keras layers
   --import MOD                imports a module first

@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 TOPICS: dict[str, tuple[str, str]] = {
     "exit-codes": ("exit_codes", "What each exit code means."),
-    "selectors": ("selectors", "How to select tensors: --layer, --only, --exclude, --policy."),
+    "selectors": ("selectors", "How to select tensors: --layer, --layers, --exclude, --policy."),
     "sizes": ("sizes", "How to write sizes and ratios, and what is measured."),
     "strategies": ("strategies", "How weights are ranked, and what data that takes."),
     "patterns": ("patterns", "Shapes of the zeros: unstructured, 2:4, blocks, channels."),
@@ -41,7 +41,7 @@ TOPICS: dict[str, tuple[str, str]] = {
     "builds": ("builds", "In make and CI: --depfile, --if-changed, check, reports."),
     "output": ("output", "Options of every command: --format, --rows, --quiet and others."),
     "json": ("json", "Output for scripts: --json, plain rows, CSV."),
-    "trust": ("trust", "When code inside a file may run: --trust, --model."),
+    "trust": ("trust", "When code inside a file may run: --trust, --builder."),
     "extending": ("extending", "Your own strategies, schedules and policies."),
     "completion": ("completion", "Shell completion of commands, options and layer names."),
 }

@@ -90,7 +90,6 @@ def _matching(values: Iterable[str] | Mapping[str, str]) -> Offers:
 OFFERS: Mapping[str, Offers] = {
     "layer": tensor_names,
     "layers": tensor_names,
-    "only": tensor_names,
     "exclude": tensor_names,
     "freeze": tensor_names,
     "strategy": _strategies,

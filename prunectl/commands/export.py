@@ -109,7 +109,7 @@ class Export(OutputOptions):
 
     [dim]$[/] prunectl export model.h5 -o small.tflite --int8 --data train.npz
 
-    [dim]$[/] prunectl export net.pt -o net.onnx --model net.py:Net --input '?,1,8,8'
+    [dim]$[/] prunectl export net.pt -o net.onnx --builder net.py:Net --input '?,1,8,8'
     """
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
@@ -142,7 +142,7 @@ class Export(OutputOptions):
         bool, typer.Option("--code", help="Also write OUT.py, the class that loads the weights (PyTorch).")
     ] = False
     pack: Annotated[bool, _small("--pack", help="Compress inside the file; it loads as before.")] = False
-    build: Annotated[str, builder_option(_file)] = ""
+    builder: Annotated[str, builder_option(_file)] = ""
     custom_objects: Annotated[str, custom_objects_option(_file)] = ""
     imports: Annotated[
         list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")

@@ -40,7 +40,7 @@ class Finetune(OutputOptions):
 
     [dim]$[/] prunectl finetune model.h5 -o small.h5 --data train.npz -s 90%
 
-    [dim]$[/] prunectl finetune net.pt -o out.pt --model net.py:Net --data train.npz
+    [dim]$[/] prunectl finetune net.pt -o out.pt --builder net.py:Net --data train.npz
 
     Losses mean the same in every framework: cross-entropy, bce and kl (for logits and probabilities alike), mse, mae,
     huber, and hinge (targets 0 and 1, or -1 and 1).
@@ -78,8 +78,8 @@ class Finetune(OutputOptions):
         None
     )
     distill: Annotated[str, _train(metavar="TEACHER", help="Teacher model for knowledge distillation.")] = ""
-    distill_model: Annotated[
-        str, _train(metavar="MOD:FN", help="Code that builds the teacher; else that of --model.")
+    distill_builder: Annotated[
+        str, _train(metavar="MOD:FN", help="Code that builds the teacher; else that of --builder.")
     ] = ""
     distill_share: Annotated[float, _train(help="Share of the loss that the teacher makes up.", min=0, max=1)] = (
         _DEFAULT.means.teacher_share
@@ -94,7 +94,7 @@ class Finetune(OutputOptions):
     recalibrate: Annotated[bool, _train("--recalibrate", help="Recompute batch-norm statistics after training.")] = (
         False
     )
-    step: Annotated[str, _train(metavar="MOD:FN", help="Your own training step, e.g. f.py:fn.")] = ""
+    train_step: Annotated[str, _train(metavar="MOD:FN", help="Your own training step, e.g. f.py:fn.")] = ""
     workers: Annotated[int, _data(help="Threads that load data ahead.", min=0)] = _DEFAULT.workers
     precision: Annotated[str, _train(help="Training precision: fp32, bf16, fp16 (PyTorch).")] = _DEFAULT.means.precision
     device: Annotated[str, _train(help="Device: cpu, cuda, cuda:1, mps; gpu:1 for Keras.")] = _DEFAULT.means.device
@@ -134,7 +134,7 @@ class Finetune(OutputOptions):
     policy: Annotated[str, _when(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
         _DEFAULT.pruning.policy
     )
-    only: Annotated[str, _when(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = ""
+    layers: Annotated[str, _when(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = ""
     exclude: Annotated[
         list[str] | None, _when(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
     ] = None
@@ -150,7 +150,7 @@ class Finetune(OutputOptions):
     )
     resume: Annotated[bool, _long("--resume", help="Continue from the checkpoint in --checkpoint-dir.")] = False
     logdir: Annotated[Path | None, _long(metavar="DIR", help="Write metrics.jsonl and TensorBoard events here.")] = None
-    build: Annotated[str, builder_option(_file)] = ""
+    builder: Annotated[str, builder_option(_file)] = ""
     custom_objects: Annotated[str, custom_objects_option(_file)] = ""
     imports: Annotated[
         list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")

@@ -32,7 +32,7 @@ from prunectl.reporting.reporter import Reporter
 if TYPE_CHECKING:
     from prunectl.calibration.sensitivity import Sensitivity
 
-_OPENING = ("build", "custom_objects", "trust")
+_OPENING = ("builder", "custom_objects", "trust")
 _ABOUT_DATA = ("samples", "batch_size", "loss", *_OPENING)
 
 
@@ -68,7 +68,7 @@ def inspect(
     data: Annotated[str, _data(metavar="SPEC", help="Calibration data for --sensitivity, e.g. train.npz.")] = "",
     samples: Annotated[int, _data(help="Examples of --data to use.", min=1)] = SAMPLES,
     batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = BATCH_SIZE,
-    build: Annotated[str, builder_option(_data)] = "",
+    builder: Annotated[str, builder_option(_data)] = "",
     custom_objects: Annotated[str, custom_objects_option(_data)] = "",
     loss: Annotated[str, _data(metavar="NAME", help="Loss to measure, e.g. mse; else the file's.")] = "",
     trust: Annotated[bool, _data("--trust", help="Allow code stored in MODEL to run.")] = False,
@@ -90,7 +90,7 @@ def inspect(
     parsed = patterns.parse(pattern) if pattern else None
     options = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
     request = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
-    request |= {"model": build, "custom_objects": custom_objects}
+    request |= {"model": builder, "custom_objects": custom_objects}
     sensitivities: list[Sensitivity] = []
     groups_found: list[Any] = []
     maps: list[tuple[SparsityMap, ...]] = []
@@ -101,7 +101,7 @@ def inspect(
         if groups:
             # By name, as below: a look at a file does without.
             origin = importlib.import_module("prunectl.training.backend").LoadOptions(
-                build, custom_objects, is_trusted=trust, inputs=tuple(inputs or ())
+                builder, custom_objects, is_trusted=trust, inputs=tuple(inputs or ())
             )
             groups_found.append(importlib.import_module("prunectl.channels.groups").channel_groups(model, origin))
         if sensitivity:

@@ -104,7 +104,7 @@ class Prune(OutputOptions):
     policy: Annotated[str, _which(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
         _DEFAULT.policy
     )
-    only: Annotated[str, _which(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = ""
+    layers: Annotated[str, _which(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = ""
     exclude: Annotated[
         list[str] | None, _which(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
     ] = None
@@ -116,8 +116,8 @@ class Prune(OutputOptions):
     min_channels: Annotated[int | None, _cut(help="Fewest channels to keep in a layer.  [default: 2]", min=1)] = None
     round_to: Annotated[int | None, _cut(help="Keep a multiple of this many channels, e.g. 8.", min=1)] = None
     max_ratio: Annotated[str, _cut(metavar="RATIO", help="Largest share to remove from a layer, e.g. 70%.")] = ""
-    params: Annotated[str, _cut(metavar="-R|N", help="Parameters to reach: -50% (half), or 1.5M.")] = ""
-    flops: Annotated[str, _cut(metavar="-R|N", help="FLOPs per input to reach: -50% (half), or 20M.")] = ""
+    target_params: Annotated[str, _cut(metavar="-R|N", help="Parameters to reach: -50% (half), or 1.5M.")] = ""
+    target_flops: Annotated[str, _cut(metavar="-R|N", help="FLOPs per input to reach: -50% (half), or 20M.")] = ""
     latency: Annotated[bool, _cut("--latency", help="Measure latency before and after, for one input.")] = False
     dead: Annotated[bool, _cut("--dead", help="Remove only channels that change no output.")] = False
     allow_empty: Annotated[bool, _cut("--allow-empty", help="Write the model even if no channel is removed.")] = False
@@ -126,7 +126,7 @@ class Prune(OutputOptions):
     batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = _DEFAULT.batch_size
     repair: Annotated[bool, _data("--repair", help="Refit the kept weights on --data (least squares).")] = False
     loss: Annotated[str, _data(metavar="NAME", help="Loss for gradients, e.g. mse; else the file's.")] = ""
-    build: Annotated[str, builder_option(_data)] = ""
+    builder: Annotated[str, builder_option(_data)] = ""
     custom_objects: Annotated[str, custom_objects_option(_data)] = ""
     trust: Annotated[bool, _data("--trust", help="Allow code in MODEL or the recipe to run.")] = False
     inputs: Annotated[
@@ -186,7 +186,7 @@ def select_mode(ctx: typer.Context, options: Prune, request: PruneRequest) -> Pr
         Mode.RECIPE: options.recipe is not None,
     }
     check_options(ctx, options, reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE))
-    limits = request_options(ctx, options, CHANNEL_LIMITS)
+    limits = {CHANNEL_LIMITS[name]: value for name, value in request_options(ctx, options, CHANNEL_LIMITS).items()}
     if options.max_drop:
         mode: PruneMode = load("prunectl.commands.max_drop:search_mode")(ctx.obj, options, request, limits)
         return mode

@@ -72,7 +72,7 @@ def size(
     max_packed: Annotated[str, _limit("SIZE", "Largest size after --pack, e.g. 1MB.")] = "",
     max_gzip: Annotated[str, _limit("SIZE", "Largest compressed size, e.g. 500KB (see --codec).")] = "",
     min_sparsity: Annotated[str, _limit("RATIO", "Lowest sparsity of the prunable weights: 80%.")] = "",
-    baseline: Annotated[str, _limit("FILE", "Earlier model, for --max-growth.")] = "",
+    against: Annotated[str, _limit("FILE", "Earlier model to compare with, for --max-growth.")] = "",
     max_growth: Annotated[str, _limit("SIZE|%", "Largest growth in compressed size: 2% or 10KB.")] = "",
     codec: Annotated[CodecName, typer.Option(help="Compression to measure with.")] = CodecName.GZIP,
     level: Annotated[int | None, typer.Option(help="Compression level.  [default: gzip 6, zstd 3, xz 6]")] = None,
@@ -86,13 +86,13 @@ def size(
 
     [dim]$[/] prunectl size small.h5 --max-gzip 2MB --min-sparsity 80%
 
-    [dim]$[/] prunectl size small.h5 --baseline model.h5 --max-growth 0%
+    [dim]$[/] prunectl size small.h5 --against model.h5 --max-growth 0%
     """
     reporter: Reporter = ctx.obj
     compressor = sizes.get_codec(codec, level)
-    if bool(baseline) != bool(max_growth):
+    if bool(against) != bool(max_growth):
         raise UsageError(
-            "--baseline and --max-growth must be used together", hint="write --baseline old.h5 --max-growth 2%"
+            "--against and --max-growth must be used together", hint="write --against old.h5 --max-growth 2%"
         )
     is_share = max_growth.endswith("%")
     limits = SizeLimits(
@@ -102,7 +102,7 @@ def size(
         min_sparsity=parse_ratio(min_sparsity) if min_sparsity else None,
         max_growth_ratio=parse_ratio(max_growth) if is_share else None,
         max_growth_bytes=parse_size(max_growth) if max_growth and not is_share else None,
-        baseline=measure(open_model(Path(baseline)), compressor) if baseline else None,
+        baseline=measure(open_model(Path(against)), compressor) if against else None,
         codec=codec,
     )
     models, failures = inspect_each(paths, lambda path: measure(open_model(path), compressor, reporter.progress))

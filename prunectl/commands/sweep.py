@@ -69,7 +69,7 @@ def sweep(
     policy: Annotated[
         str, _ways(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")
     ] = _DEFAULT.policy,
-    only: Annotated[str, _ways(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = "",
+    layers: Annotated[str, _ways(metavar="GLOB", help="Prune only these, e.g. 'conv*'; overrides --policy.")] = "",
     exclude: Annotated[
         list[str] | None, _ways(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
     ] = None,
@@ -86,7 +86,7 @@ def sweep(
     on: Annotated[
         str, typer.Option("--on", metavar="PLACE", help="Run on Ray: ray starts it here, ray:ADDRESS joins a cluster.")
     ] = "",
-    build: Annotated[str, builder_option(_file)] = "",
+    builder: Annotated[str, builder_option(_file)] = "",
     custom_objects: Annotated[str, custom_objects_option(_file)] = "",
     trust: Annotated[bool, _file("--trust", help="Allow code stored in MODEL to run.")] = False,
 ) -> int:
@@ -120,10 +120,10 @@ def sweep(
         loss=loss,
         metric=metric,
         policy=policy,
-        only=only,
+        only=layers,
         exclude=tuple(exclude or ()),
         seed=seed,
-        model=build,
+        model=builder,
         custom_objects=custom_objects,
         is_trusted=trust,
     )

@@ -30,7 +30,7 @@ class ExportRequest:
     seed: int | None = None
     atol: float | None = None
     rtol: float | None = None
-    model: str = ""
+    builder: str = ""
     custom_objects: str = ""
     trust: bool = False
     half: bool = False
@@ -45,7 +45,7 @@ class ExportRequest:
     @property
     def origin(self) -> LoadOptions:
         """How the model becomes a network of its framework."""
-        return LoadOptions(self.model, self.custom_objects, self.trust, self.seed or 0)
+        return LoadOptions(self.builder, self.custom_objects, self.trust, self.seed or 0)
 
     @property
     def given_options(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from prunectl.formats.safe_json import require
 from prunectl.training.keras.backend import quiet_import
 
 _RUN_OPTIONS = frozenset(
-    {"input", "data", "samples", "batch-size", "seed", "atol", "rtol", "model", "custom-objects", "trust"}
+    {"input", "data", "samples", "batch-size", "seed", "atol", "rtol", "builder", "custom-objects", "trust"}
 )
 """Options of targets that are run and compared with the source."""
 
@@ -213,7 +213,7 @@ def _route_between(source: str, target: str, *, has_code: bool = False) -> Route
 def _own_targets(model: ModelFile) -> frozenset[str]:
     """The targets whose format a model has already."""
     if model.format == "keras-h5":
-        # A file of weights alone becomes a model by --model.
+        # A file of weights alone becomes a model by --builder.
         return frozenset() if model.about.keras is None else frozenset({"h5"})
     if model.format == "torch":
         # A whole module and TorchScript become a state dict; so do files of old.

@@ -140,7 +140,7 @@ def quantize(job: ExportJob) -> tuple[torch.nn.Module, tuple[str, ...]]:
     if isinstance(runnable.module, torch.jit.ScriptModule):
         raise UsageError(
             f"PyTorch cannot quantise {job.file.path}: it has no layers that PyTorch can see",
-            hint=f"export the state dict with --model mod:fn; or {_ONNX_HINT}",
+            hint=f"export the state dict with --builder mod:fn; or {_ONNX_HINT}",
         )
     module = copy.deepcopy(runnable.module)
     try:
@@ -226,7 +226,7 @@ def write_program(job: ExportJob, target: Path) -> tuple[str, ...]:
     if is_script(job.runnable):
         raise UsageError(
             f"PyTorch cannot convert {job.file.path}, which is TorchScript, to an exported program",
-            hint="export it to ONNX, or export the state dict with --model mod:fn",
+            hint="export it to ONNX, or export the state dict with --builder mod:fn",
         )
     check_names(job)
     buffer = io.BytesIO()

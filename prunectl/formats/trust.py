@@ -86,9 +86,9 @@ def check(model: ModelFile, known: Callable[[], Collection[str]]) -> None:
         return
     raise UntrustedError(
         f"{model.path} holds code: {worded(facts)}",
-        hint="provide them with --custom-objects mod:DICT, or build the model with --model mod:fn"
+        hint="provide them with --custom-objects mod:DICT, or build the model with --builder mod:fn"
         if all(fact.custom for fact in facts)
-        else "if you trust its author, add --trust; or build the model with --model mod:fn",
+        else "if you trust its author, add --trust; or build the model with --builder mod:fn",
     )
 
 

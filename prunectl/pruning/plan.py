@@ -96,7 +96,7 @@ def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
     if not tensors:
         raise UsageError(
             _nothing_to_prune(model, skips),
-            hint=f"select tensors with --only or --policy all; list them with: prunectl inspect {model.path}",
+            hint=f"select tensors with --layers or --policy all; list them with: prunectl inspect {model.path}",
         )
     return Selection(
         tensors, skips, {tensor.name: layer_ratios[tensor.name] for tensor in tensors if tensor.name in layer_ratios}
@@ -152,9 +152,9 @@ def _partition(
         if tensor.name in excluded:
             reasons[tensor.name] = "excluded"
         elif tensor.name not in layer_ratios:
-            # What was named by --only was meant, even if it is no kernel.
+            # What was named by --layers was meant, even if it is no kernel.
             reasons[tensor.name] = (
-                skip_reason(tensor) if only is None else "" if tensor.name in only else "not selected by --only"
+                skip_reason(tensor) if only is None else "" if tensor.name in only else "not selected by --layers"
             )
         if tensor.name in model.duplicates:
             reasons[tensor.name] = "a copy of another variable, pruned with it"

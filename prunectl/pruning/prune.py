@@ -40,7 +40,7 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) ->
     if floor > target:
         raise WorkError(
             f"a {codec} size of {target} bytes cannot be reached: {SPARSEST:.0%} sparsity gives {floor} bytes",
-            hint="biases, norms and excluded layers are not pruned; try --policy all or --only '*'",
+            hint="biases, norms and excluded layers are not pruned; try --policy all or --layers '*'",
         )
     above, below = dense, floor
     for attempt in range(_TRIES):

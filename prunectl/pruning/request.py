@@ -66,7 +66,15 @@ class PruneRequest:
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
-_OPTION_OF = {"is_packed": "pack", "inputs": "input", "params": "param", "is_repaired": "repair", "layers": "layer"}
+_OPTION_OF = {
+    "is_packed": "pack",
+    "inputs": "input",
+    "params": "param",
+    "is_repaired": "repair",
+    "only": "layers",
+    "layers": "layer",
+    "model": "builder",
+}
 OPTIONS = {_OPTION_OF.get(field.name, field.name): field.name for field in fields(PruneRequest)}
 """The fields that options decide; a manifest calls some of them otherwise."""
 

@@ -70,7 +70,7 @@ def check_sparse_inference(model: ModelFile) -> None:
 def _unsupported(model: ModelFile, missing: str) -> UsageError:
     return UsageError(
         f"XNNPACK would not run {model.path} as a sparse model: it needs {missing}",
-        hint="prune without --policy xnnpack, or with --only",
+        hint="prune without --policy xnnpack, or with --layers",
     )
 
 

@@ -71,7 +71,7 @@ def prune_report(pruned: Pruned, output: str) -> Report:
     )
     notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *averaged_copies_hint(pruned.before)]
     if any(skip.reason == UNKNOWN for skip in pruned.plan.skips):
-        notes.append(f"Tensors of {UNKNOWN} are pruned only if --only names them.")
+        notes.append(f"Tensors of {UNKNOWN} are pruned only if --layers names them.")
     if any(skip.reason == "optimizer state" for skip in pruned.plan.skips):
         notes.append(
             "The optimizer's state was not changed: resumed training starts with the moments of the dense weights."
@@ -118,7 +118,7 @@ def _next_step(pruned: Pruned, output: str) -> str:
         return ""
     family, path = by_name(pruned.before.format).family, Path(output)
     if family in _TRAINED:
-        builder = f" --model {pruned.request.model or 'net.py:Net'}" if family is Family.TORCH else ""
+        builder = f" --builder {pruned.request.model or 'net.py:Net'}" if family is Family.TORCH else ""
         tuned = path.with_name(f"{path.stem}-tuned{path.suffix}")
         return f"prunectl finetune {output} -o {tuned} --data train.npz --val test.npz{builder}"
     if family is Family.ONNX and not pruned.request.data:

@@ -114,7 +114,7 @@ def check(request: FinetuneRequest) -> None:
     if request.early_stop is not None and not (request.val or request.val_split):
         raise UsageError("--early-stop needs validation data", hint="add --val or --val-split")
     if request.distill_model and not request.distill:
-        raise UsageError("--distill-model needs a teacher", hint="add --distill TEACHER")
+        raise UsageError("--distill-builder needs a teacher", hint="add --distill TEACHER")
     if not request.prunes:
         _check_unpruned(request)
     for option, value in (
@@ -180,8 +180,8 @@ def _fields(same: str, **others: str) -> dict[str, str]:
 
 _PARTS: Mapping[str, Mapping[str, str]] = {
     "": _fields(
-        "data val val_split epochs steps batch_size mask keep warmup early_stop distill distill_model checkpoint_dir "
-        "workers logdir",
+        "data val val_split epochs steps batch_size mask keep warmup early_stop distill checkpoint_dir workers logdir",
+        distill_builder="distill_model",
         lr_schedule="rate",
         freeze="frozen",
         recalibrate="is_recalibrated",
@@ -192,11 +192,13 @@ _PARTS: Mapping[str, Mapping[str, str]] = {
         "loss optimizer lr clip precision device seed temperature",
         compile="is_compiled",
         shard="is_sharded",
-        step="custom_step",
+        train_step="custom_step",
         distill_share="teacher_share",
     ),
-    "origin": _fields("model custom_objects seed", trust="is_trusted"),
-    "pruning": _fields("sparsity strategy scope pattern policy only exclude seed", param="params", layer="layers"),
+    "origin": _fields("custom_objects seed", builder="model", trust="is_trusted"),
+    "pruning": _fields(
+        "sparsity strategy scope pattern policy exclude seed", param="params", layers="only", layer="layers"
+    ),
     "ramping": _fields("begin end frequency", schedule="name", initial_sparsity="initial", schedule_param="params"),
 }
 """The fields that options decide, for each part of a request; a checkpoint calls some of them otherwise."""

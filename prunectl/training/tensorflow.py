@@ -100,7 +100,7 @@ def load_signature_model(path: Path) -> SignatureModel:
     if not names:
         raise InputError(
             f"{path} has variables but no signature that uses them",
-            hint="save it again with signatures=, or build the model with --model mod:fn",
+            hint="save it again with signatures=, or build the model with --builder mod:fn",
         )
     function = root.signatures[_DEFAULT if _DEFAULT in names else names[0]]
     if not function.trainable_variables:

@@ -66,7 +66,7 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",
             hint=f"if you trust it: --trust {import_option(model, _module_of(model.about.code[0]))}\n"
-            "better: save only torch.save(model.state_dict(), ...), and use --model module:function",
+            "better: save only torch.save(model.state_dict(), ...), and use --builder module:function",
         )
 
 
@@ -118,9 +118,9 @@ def resolve_builder(reference: str) -> Any:
         names = _public(Path(reference))
         listed = ", ".join(names[:_MOST_NAMES]) or "no function or class"
         raise UsageError(
-            f"--model {reference} names no function; the file has {listed}",
+            f"--builder {reference} names no function; the file has {listed}",
             did_you_mean=tuple(f"{reference}:{name}" for name in names[:_MOST_NAMES]),
-            hint=f"write --model {reference}:{names[0] if names else 'function'}",
+            hint=f"write --builder {reference}:{names[0] if names else 'function'}",
         )
     return find("model", reference, {})
 
@@ -128,12 +128,12 @@ def resolve_builder(reference: str) -> Any:
 def call_builder(make: Any, reference: str) -> Any:
     """What a builder makes; its mistakes are the user's to mend."""
     if not callable(make):
-        raise UsageError(f"--model {reference} is of type {type(make).__name__}, not a function")
+        raise UsageError(f"--builder {reference} is of type {type(make).__name__}, not a function")
     try:
         inspect.signature(make).bind()
     except TypeError as error:
         raise UsageError(
-            f"--model {reference} cannot be called without arguments: {error}",
+            f"--builder {reference} cannot be called without arguments: {error}",
             hint="name a function without arguments that returns the model",
         ) from error
     except ValueError:
@@ -144,7 +144,7 @@ def call_builder(make: Any, reference: str) -> Any:
         raise
     except Exception as error:
         raise UsageError(
-            f"--model {reference} raised {type(error).__name__}: {first_line(error)}",
+            f"--builder {reference} raised {type(error).__name__}: {first_line(error)}",
             hint="to see where, add --debug",
         ) from error
 

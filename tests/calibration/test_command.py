@@ -14,7 +14,7 @@ from tests.running import FIXTURES, here
 from tests.training.torch import nets
 
 KERAS, TORCH, ONNX = (FIXTURES / f"digits_cnn.{suffix}" for suffix in ("keras", "pt", "onnx"))
-BUILD = ("--model", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
+BUILD = ("--builder", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
 SEEN = ("--data", DIGITS, "--samples", "32")
 
 
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Path, tuple[str, ...], str]] = {
     "a parameter that there is not": (KERAS, (*SEEN, "--strategy", "obs", "--param", "dampp=1"), "did you mean"),
     "no examples": (KERAS, ("--data", DIGITS, "--samples", "0", "--strategy", "obs"), "--samples"),
     "needs training": (KERAS, (*SEEN, "--strategy", "movement"), "prunectl finetune --strategy movement"),
-    "weights alone": (TORCH, (*SEEN, "--strategy", "obs"), "--model"),
+    "weights alone": (TORCH, (*SEEN, "--strategy", "obs"), "--builder"),
 }
 
 
@@ -130,7 +130,7 @@ def test_data_that_is_no_number_is_refused(strategy: str, wrong: float, tmp_path
     x[5, 3] = wrong
     source = data(tmp_path / "x.npz", x=x, y=np.arange(16) % 4)
     path, out = saved(nets.Plain(), tmp_path / "m.pt"), tmp_path / "out.pt"
-    words = ("--strategy", strategy, "--data", source, "--model", "tests.training.torch.nets:Plain")
+    words = ("--strategy", strategy, "--data", source, "--builder", "tests.training.torch.nets:Plain")
     done = here("prune", path, "-o", out, "-s", "0.5", *words)
     assert done.code in {3, 5}, done.err
     assert "NaN or infinit" in done.err
@@ -143,7 +143,7 @@ def test_several_inputs_are_given_by_their_names(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     source = data(tmp_path / "x.npz", a=random.random((20, 6), "f4"), b=random.random((20, 6), "f4"))
     path, out = saved(module, tmp_path / "m.pt"), tmp_path / "out.pt"
-    words = ("--strategy", "obs", "--data", f"{source}[a+b]", "--model", "tests.training.torch.nets:Forked")
+    words = ("--strategy", "obs", "--data", f"{source}[a+b]", "--builder", "tests.training.torch.nets:Forked")
     done = here("prune", path, "-o", out, "-s", "0.5", *words)
     assert done.code == 0, done.err
     for name, array in numbers(out).items():

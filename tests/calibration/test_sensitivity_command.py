@@ -39,7 +39,7 @@ def test_rows_have_a_number_for_each_sparsity() -> None:
 
 
 def test_several_models_are_looked_at_with_data() -> None:
-    found = here("inspect", ONNX, DIGITS, "--sensitivity", "--data", DATA, "--model", NET, "--samples", "16")
+    found = here("inspect", ONNX, DIGITS, "--sensitivity", "--data", DATA, "--builder", NET, "--samples", "16")
     assert found.code == 0
     by_path = {path: [row[3] for row in found.rows if row[0] == str(path)] for path in (ONNX, DIGITS)}
     assert by_path[ONNX] == ["weight error", "output error"] * 4
@@ -47,7 +47,7 @@ def test_several_models_are_looked_at_with_data() -> None:
 
 
 def test_json_has_it_by_layer_and_says_what_the_table_says() -> None:
-    words = ("inspect", DIGITS, "--sensitivity", "--data", DATA, "--model", NET, "--samples", "16", "--layers", "fc2")
+    words = ("inspect", DIGITS, "--sensitivity", "--data", DATA, "--builder", NET, "--samples", "16", "--layers", "fc2")
     (model,) = here(*words, "--json").json["models"]
     layers = {layer["name"]: layer["sensitivity"] for layer in model["layers"]}
     assert layers["fc2.bias"] is None
@@ -129,11 +129,11 @@ def test_one_of_several_that_fails_does_not_stop_the_others(tmp_path: Path) -> N
         ("--samples", "4"),
         ("--sensitivity", "--samples", "4"),
         ("--sensitivity", "--loss", "mse"),
-        ("--sensitivity", "--model", "mod:fn"),
+        ("--sensitivity", "--builder", "mod:fn"),
         ("--sensitivity", "--trust"),
         ("--sensitivity", "--data", str(DATA)),
-        ("--sensitivity", "--data", str(DATA), "--model", NET, "--loss", "lost"),
-        ("--sensitivity", "--data", "missing.npz", "--model", NET),
+        ("--sensitivity", "--data", str(DATA), "--builder", NET, "--loss", "lost"),
+        ("--sensitivity", "--data", "missing.npz", "--builder", NET),
         ("--sensitivity", "--data", str(DATA), "--samples", "0"),
         ("--sensitivity", "--layers", "nothing*"),
     ],

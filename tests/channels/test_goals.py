@@ -87,7 +87,7 @@ def test_a_size_in_bytes_is_that_of_the_compressed_file(net: Path, tmp_path: Pat
 
 
 def test_what_is_out_of_reach_is_said_and_nothing_written(net: Path, tmp_path: Path) -> None:
-    found = here("prune", net, "-o", tmp_path / "small.onnx", "--pattern", "channel", "--params", "10")
+    found = here("prune", net, "-o", tmp_path / "small.onnx", "--pattern", "channel", "--target-params", "10")
     assert found.code == 5
     assert "cannot be reached" in found.err
     assert not (tmp_path / "small.onnx").exists()

@@ -344,7 +344,7 @@ def test_the_report_says_what_became_of_each_tensor(tmp_path: Path) -> None:
 
 def test_a_manifest_lists_what_went_and_repeats_the_cut(tmp_path: Path) -> None:
     first, again, record = tmp_path / "first.onnx", tmp_path / "again.onnx", tmp_path / "run.json"
-    words = ("--pattern", "channel", "--params", "-60%", "--round-to", "2", "--scope", "global")
+    words = ("--pattern", "channel", "--target-params", "-60%", "--round-to", "2", "--scope", "global")
     assert here("prune", FIXTURE, "-o", first, *words, "--manifest", record).code == 0
     said = json.loads(record.read_text())
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(FIXTURE).graph.initializer}

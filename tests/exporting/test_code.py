@@ -56,7 +56,7 @@ def test_programs_and_scripts_become_code_as_well(source: str, tmp_path: Path) -
 
 
 def test_axes_that_only_data_closes_are_told(tmp_path: Path) -> None:
-    found = export("digits_cnn.pt", tmp_path / "out.pt", code=True, model=NET, data=DIGITS)
+    found = export("digits_cnn.pt", tmp_path / "out.pt", code=True, builder=NET, data=DIGITS)
     assert "The class was verified only with inputs of x:?,1,8,8." in found.notes
     assert found.comparison is not None
     assert found.comparison.top1_agreement == 1.0
@@ -64,7 +64,7 @@ def test_axes_that_only_data_closes_are_told(tmp_path: Path) -> None:
 
 def test_what_16_bits_are_enough_for_is_held_in_them(tmp_path: Path) -> None:
     state = torch.load(FIXTURES / "digits_cnn.pt", weights_only=True)
-    words = {"code": True, "model": NET, "data": DIGITS}
+    words = {"code": True, "builder": NET, "data": DIGITS}
     export("digits_cnn.pt", tmp_path / "out.pt", bf16=True, **words)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert all(torch.equal(found[name], value.bfloat16()) for name, value in state.items())
@@ -86,7 +86,7 @@ def test_an_operation_of_somebody_else_is_named_and_nothing_is_written(tmp_path:
     )
     torch.save({"one.weight": torch.randn(2, 3), "one.bias": torch.zeros(2)}, tmp_path / "n.pt")
     with pytest.raises(WorkError, match=r"no code can be generated for .*somebody\.twice") as caught:
-        export(tmp_path / "n.pt", tmp_path / "out.pt", code=True, model=f"{tmp_path}/net.py:Net", input=["?,3"])
+        export(tmp_path / "n.pt", tmp_path / "out.pt", code=True, builder=f"{tmp_path}/net.py:Net", input=["?,3"])
     assert caught.value.exit_code == 5
     assert not list(tmp_path.glob("out*"))
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_is_told_with_what_can(
     ("output", "words", "option"),
     [
         ("w.npz", {"data": "x.npz"}, "data"),
-        ("w.npz", {"model": NET}, "model"),
+        ("w.npz", {"builder": NET}, "builder"),
         ("w.npz", {"seed": 3}, "seed"),
         ("m.keras", {"half": True}, "half"),
         ("m.tflite", {"opset": 18}, "opset"),
@@ -148,7 +148,7 @@ def test_code_in_a_file_does_not_run_unless_it_is_trusted(tmp_path: Path) -> Non
 def test_weights_alone_ask_for_what_builds_the_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds only weights") as caught:
         export("digits_cnn.pt", tmp_path / "m.onnx", input=["?,1,8,8"])
-    assert "--model" in caught.value.hint
+    assert "--builder" in caught.value.hint
 
 
 def test_the_command_reports_as_json_and_writes_a_card(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_what_frameworks_write_for_a_while_goes_into_the_scratch_folder_of_the_e
         f"    pathlib.Path({str(tmp_path / 'seen')!r}).write_text(tempfile.gettempdir())\n"
         f"    return attribute({str(FIXTURES / 'digits_torch.py')!r}, 'DigitsCNN')()\n"
     )
-    export("digits_cnn.pt", tmp_path / "m.torchscript", model=f"{code}:build", input=["1,1,8,8"])
+    export("digits_cnn.pt", tmp_path / "m.torchscript", builder=f"{code}:build", input=["1,1,8,8"])
     scratch = Path((tmp_path / "seen").read_text())
     assert scratch.is_relative_to(before)
     assert SCRATCH.fullmatch(scratch.parent.name)

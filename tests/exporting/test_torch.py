@@ -39,7 +39,7 @@ def saved(name: str, folder: Path) -> tuple[Path, torch.nn.Module]:
 def words_of(name: str) -> dict[str, object]:
     """What its file does not say."""
     inputs = [f"?,{','.join(map(str, shape))}" for shape in shapes_of(name)]
-    return {"model": f"tests.exporting.nets_torch:{name}", "input": inputs}
+    return {"builder": f"tests.exporting.nets_torch:{name}", "input": inputs}
 
 
 def answers(net: torch.nn.Module, inputs: list[Array]) -> list[Array]:
@@ -84,16 +84,16 @@ def test_programs_and_scripts_are_written_and_become_onnx_in_turn(name: str, tmp
 
 
 def test_the_shape_comes_from_data_as_well(tmp_path: Path) -> None:
-    found = export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, data=DIGITS)
+    found = export("digits_cnn.pt", tmp_path / "m.onnx", builder=NET, data=DIGITS)
     assert found.comparison is not None
     assert found.comparison.top1_agreement == 1.0
     port = onnx.load(tmp_path / "m.onnx").graph.input[0]
     assert port.name == "x"
     assert port.type.tensor_type.shape.dim[0].dim_param == "batch"
     with pytest.raises(UsageError, match=r"the input x of the model has the shape \?,1,\?,\?"):
-        export("digits_cnn.pt", tmp_path / "n.onnx", model=NET)
+        export("digits_cnn.pt", tmp_path / "n.onnx", builder=NET)
     with pytest.raises(UsageError, match="does not accept inputs of"):
-        export("digits_cnn.pt", tmp_path / "n.onnx", model=NET, input=["?,1,9,9"])
+        export("digits_cnn.pt", tmp_path / "n.onnx", builder=NET, input=["?,1,9,9"])
 
 
 def test_a_program_for_one_example_stays_for_one(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_program_for_one_example_stays_for_one(tmp_path: Path) -> None:
 
 
 def test_weights_keep_their_names_and_nothing_tells_where_the_code_was(tmp_path: Path) -> None:
-    export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["pixels:?,1,8,8"], metadata=["author=me"])
+    export("digits_cnn.pt", tmp_path / "m.onnx", builder=NET, input=["pixels:?,1,8,8"], metadata=["author=me"])
     whole = (tmp_path / "m.onnx").read_bytes()
     assert not re.search(rb"digits_torch|site-packages|stack_trace|s\d\d", whole)
     proto = onnx.load(tmp_path / "m.onnx")
@@ -125,7 +125,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_masks_are_taken_off_on_the_way(tmp_path: Path) -> None:
-    export("masks_of_torch_prune.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"])
+    export("masks_of_torch_prune.pt", tmp_path / "m.onnx", builder=NET, input=["?,1,8,8"])
     held = torch.load(FIXTURES / "masks_of_torch_prune.pt", weights_only=True)
     expected = sum(int((value == 0).sum()) for name, value in held.items() if name.endswith("_mask"))
     assert zeros(tmp_path / "m.onnx") >= expected
@@ -152,9 +152,9 @@ def test_what_cannot_be_says_why(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is TorchScript"):
         export("digits_cnn_torchscript.pt", tmp_path / "m.pt2", input=["?,1,8,8"])
     with pytest.raises(UsageError, match="that of an argument of forward"):
-        export("digits_cnn.pt", tmp_path / "m.pt2", model=NET, input=["pixels:?,1,8,8"])
+        export("digits_cnn.pt", tmp_path / "m.pt2", builder=NET, input=["pixels:?,1,8,8"])
     with pytest.raises(WorkError, match="opset 18 instead of 11") as caught:
-        export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"], opset=11)
+        export("digits_cnn.pt", tmp_path / "m.onnx", builder=NET, input=["?,1,8,8"], opset=11)
     assert "prunectl export" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -167,7 +167,7 @@ def test_code_that_depends_on_its_numbers_is_no_program(tmp_path: Path) -> None:
     )
     torch.save({"one.weight": torch.randn(2, 3), "one.bias": torch.zeros(2)}, tmp_path / "n.pt")
     with pytest.raises(WorkError, match="PyTorch cannot export"):
-        export(tmp_path / "n.pt", tmp_path / "m.onnx", model=f"{tmp_path}/net.py:Net", input=["?,3"])
+        export(tmp_path / "n.pt", tmp_path / "m.onnx", builder=f"{tmp_path}/net.py:Net", input=["?,3"])
     assert not (tmp_path / "m.onnx").exists()
 
 
@@ -187,7 +187,7 @@ def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "MAX_MESSAGE_BYTES", 10_000)
-    found = export("digits_cnn.pt", tmp_path / "m.onnx", model=NET, input=["?,1,8,8"])
+    found = export("digits_cnn.pt", tmp_path / "m.onnx", builder=NET, input=["?,1,8,8"])
     assert any("its weights are in m.onnx.data" in remark for remark in found.notes)
     assert (tmp_path / "m.onnx").stat().st_size < 10_000
     assert [file.name for file in open_model(tmp_path / "m.onnx").files] == ["m.onnx", "m.onnx.data"]
@@ -315,7 +315,7 @@ def folded(folder: Path) -> tuple[Path, torch.nn.Module]:
 @pytest.mark.parametrize("way", ["weights", "program", "script"])
 def test_weights_that_a_batch_normalisation_is_folded_into_keep_their_names(way: str, tmp_path: Path) -> None:
     place, net = folded(tmp_path)
-    words: dict[str, object] = {"model": "tests.exporting.test_torch:Folded", "input": ["1,1,8,8"]}
+    words: dict[str, object] = {"builder": "tests.exporting.test_torch:Folded", "input": ["1,1,8,8"]}
     if way != "weights":
         other = tmp_path / ("other.pt2" if way == "program" else "other.pt")
         export(place, other, **words, **({"to": "torchscript"} if way == "script" else {}))

@@ -38,7 +38,7 @@ def test_dense_and_recurrent_weights_are_integers_without_data(name: str, tmp_pa
 
 def test_with_data_convolutions_are_integers_too_and_zeros_stay_zeros(tmp_path: Path) -> None:
     api.prune(FIXTURES / "digits_cnn.pt", tmp_path / "sparse.pt", sparsity=0.6)
-    found = export(tmp_path / "sparse.pt", tmp_path / "m.torchscript", int8=True, model=NET, data=DIGITS)
+    found = export(tmp_path / "sparse.pt", tmp_path / "m.torchscript", int8=True, builder=NET, data=DIGITS)
     assert found.comparison is not None
     assert found.comparison.top1_agreement is not None
     assert found.comparison.top1_agreement > 0.98
@@ -57,7 +57,7 @@ def test_with_data_convolutions_are_integers_too_and_zeros_stay_zeros(tmp_path: 
 def test_what_shows_no_layers_or_runs_by_its_numbers_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no layers that PyTorch can see") as script:
         export("digits_cnn_torchscript.pt", tmp_path / "m.torchscript", int8=True, input=["?,1,8,8"])
-    assert "--model mod:fn" in script.value.hint
+    assert "--builder mod:fn" in script.value.hint
     (tmp_path / "net.py").write_text(
         "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.one = torch.nn.Conv1d(3, 2, 1)\n\n    def forward(self, x):\n"
@@ -65,7 +65,7 @@ def test_what_shows_no_layers_or_runs_by_its_numbers_says_so(tmp_path: Path) -> 
     )
     torch.save({"one.weight": torch.randn(2, 3, 1), "one.bias": torch.zeros(2)}, tmp_path / "n.pt")
     np.savez(tmp_path / "d.npz", x=np.ones((8, 3, 4), np.float32))
-    words = {"int8": True, "model": f"{tmp_path}/net.py:Net"}
+    words = {"int8": True, "builder": f"{tmp_path}/net.py:Net"}
     with pytest.raises(WorkError, match=r"cannot quantise .* to 8 bits") as failed:
         export(tmp_path / "n.pt", tmp_path / "m.torchscript", data=f"{tmp_path}/d.npz", **words)
     assert "--to onnx" in failed.value.hint

@@ -47,11 +47,11 @@ def offered(line: str, monkeypatch: pytest.MonkeyPatch, shell: str = "bash") -> 
     "line",
     [
         "prune {} --layer ",
-        "prune {} -o x.h5 --layer fc1=0.5 --only ",
+        "prune {} -o x.h5 --layer fc1=0.5 --layers ",
         "prune -s 0.8 {} --exclude ",
         "inspect {} --layers ",
         "finetune {} --freeze ",
-        "sweep {} --only ",
+        "sweep {} --layers ",
     ],
 )
 @pytest.mark.parametrize("model", ["digits_cnn.h5", "digits_cnn.pt", "digits_cnn.onnx"])

@@ -240,7 +240,7 @@ def test_a_fragment_and_an_empty_file_are_replaced(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_leaves_no_fragment(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(MODEL)
-    words = ("prune", "a.safetensors", "-s", "0.8", "--only", "nothing", "-o", "b.safetensors", "--depfile", "out.d")
+    words = ("prune", "a.safetensors", "-s", "0.8", "--layers", "nothing", "-o", "b.safetensors", "--depfile", "out.d")
     assert prunectl(tmp_path, *words).code == 2
     np.save(tmp_path / "x.npy", np.zeros(3))
     assert prunectl(tmp_path, "strip", "x.npy", "-o", "b.safetensors", "--depfile", "out.d").code == 3

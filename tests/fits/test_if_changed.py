@@ -105,7 +105,7 @@ def test_a_stamp_says_readably_what_an_output_was_made_of(folder: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_the_stamp_of_the_run_before(folder: Path) -> None:
-    assert prunectl(folder, *WORDS, "-s", "0.5", "--only", "nothing").code == 2
+    assert prunectl(folder, *WORDS, "-s", "0.5", "--layers", "nothing").code == 2
     assert "is up to date" in prunectl(folder, *WORDS, "-s", "0.5").err
 
 

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from prunectl.commands._build import Stamp, first_difference
-from prunectl.commands._command import option_name
+from prunectl.commands._command import RENAMED, option_name
 from prunectl.commands._requests import CHANNEL_LIMITS, OPTION_RULES, request_options
 from prunectl.commands.app import COMMANDS
 from prunectl.exporting.request import ExportRequest
@@ -35,6 +35,7 @@ FOREIGN = {
     "commands/doctor.py": {"--force-reinstall"},
     "commands/_topics.py": {"--install-completion", "--show-completion"},
     "checks/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
+    "commands/_command.py": {old for names in RENAMED.values() for old in names},
     "reporting/html/page.py": set(re.findall(r"--\w+(?=:)", page._STYLE)),
     "reporting/slips.py": set(slips._OPTIONS),
     "sweeping/ray_workers.py": {"--head"},
@@ -42,6 +43,7 @@ FOREIGN = {
 }
 """What is no option of a command: of prunectl itself, of git, pip, Ray, torchrun, of a style sheet and of slips."""
 BY_NAME = {
+    "api/keywords.py",
     "commands/completion.py",
     "exporting/export.py",
     "exporting/routes.py",
@@ -72,7 +74,7 @@ def test_an_option_is_spelled_as_the_help_shows_it(command: str, monkeypatch: py
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--model", "net.py:Net"), "--model has no effect here"),
+        (("--builder", "net.py:Net"), "--builder has no effect here"),
         (("--custom-objects", "net.py:X"), "--custom-objects has no effect here"),
         (("--schedule-param", "a=1"), "--schedule-param needs a schedule"),
         (("--input", "1,8,8"), "--input needs --pattern channel"),
@@ -86,7 +88,7 @@ def test_what_does_not_go_together_is_named_as_it_was_typed(words: tuple[str, ..
     assert says in done.err
 
 
-@pytest.mark.parametrize("words", [("--model", "net.py:Net"), ("--input", "1,8,8"), ("--custom-objects", "a:B")])
+@pytest.mark.parametrize("words", [("--builder", "net.py:Net"), ("--input", "1,8,8"), ("--custom-objects", "a:B")])
 def test_what_a_recipe_says_itself_is_named_as_it_was_typed(words: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({}))
     done = here("prune", PT, "-o", tmp_path / "out.pt", "--recipe", tmp_path / "run.json", *words)
@@ -95,15 +97,15 @@ def test_what_a_recipe_says_itself_is_named_as_it_was_typed(words: tuple[str, st
 
 
 def test_what_inspect_has_no_data_for_is_named_as_it_was_typed() -> None:
-    done = here("inspect", PT, "--model", "net.py:Net")
-    assert "--model needs --data" in done.err
+    done = here("inspect", PT, "--builder", "net.py:Net")
+    assert "--builder needs --data" in done.err
 
 
 @pytest.mark.parametrize(
     ("command", "name", "option"),
     [
         ("export", "input_", "--input"),
-        ("export", "build", "--model"),
+        ("export", "builder", "--builder"),
         ("finetune", "compile_", "--compile"),
         ("finetune", "imports", "--import"),
         ("prune", "inputs", "--input"),
@@ -118,6 +120,36 @@ def test_an_option_that_has_changed_is_named_as_it_is_typed(command: str, name: 
 def test_an_option_that_nobody_has_is_not_made_up() -> None:
     old, new = (Stamp("1", "prune", asked, {}, {}, {}) for asked in ({"no_such_thing": 1}, {}))
     assert first_difference(old, new, partial(option_name, context("prune"))) == "no_such_thing has changed"
+
+
+VALUES = {"--layers": "conv*", "--target-params": "-50%", "--target-flops": "-50%", "--against": "old.h5"}
+NEEDED = {"finetune": ["--data", "d.npz"], "sweep": ["--data", "d.npz", "-o", "trials"]}
+
+
+@pytest.mark.parametrize(("command", "old"), [(command, old) for command, names in RENAMED.items() for old in names])
+def test_an_option_is_known_by_its_old_name_and_shown_by_its_new_one(command: str, old: str) -> None:
+    new, parser = RENAMED[command][old], importlib.import_module(COMMANDS[command][0]).command
+
+    def given(*words: str) -> dict[str, Any]:
+        return dict(parser.make_context(command, ["m.h5", *NEEDED.get(command, ()), *words]).params)
+
+    value = VALUES.get(new, "net.py:f")
+    assert given(old, value) == given(new, value) == given(f"{old}={value}") != given()
+    shown = re.split(r"[\s,]+", here(command, "--help").out)
+    assert new in shown
+    assert old not in shown
+
+
+def test_an_old_name_is_answered_with_the_new_one() -> None:
+    done = here("prune", PT, *SPEC, "--only", "conv*")
+    assert "note: --only is now called --layers" in done.err
+    assert done.out == here("prune", PT, *SPEC, "--layers", "conv*").out
+    assert "now called" not in here("prune", PT, *SPEC, "--only=conv*", "-q").err
+    assert "now called" not in here("strip", PT, "--dry-run", "--only", "optimizer").err
+
+
+def test_an_old_name_is_never_proposed() -> None:
+    assert here("prune", PT, *SPEC, "--onl", "conv*").err.count("--only") == 0
 
 
 REQUESTS = {"prune": PruneRequest(), "finetune": FinetuneRequest("train.npz"), "export": ExportRequest()}

@@ -81,7 +81,7 @@ def test_every_weight_has_the_name_of_its_own_layer(is_twice: bool, container: s
 
 def test_only_prunes_the_layer_that_it_names(tmp_path: Path) -> None:
     write(tmp_path / "m.keras", LAYERS, is_twice=True)
-    done = here("prune", tmp_path / "m.keras", "-o", tmp_path / "out.keras", "-s", "50%", "--only", "body/*kernel")
+    done = here("prune", tmp_path / "m.keras", "-o", tmp_path / "out.keras", "-s", "50%", "--layers", "body/*kernel")
     assert done.code == 0, done.err
     model = open_model(tmp_path / "out.keras")
     pruned = [(t.name, t.shape) for t in model.tensors if not np.asarray(model.read(t)).all()]

@@ -107,8 +107,8 @@ PT, H5, ONNX = "{fixtures}/digits_cnn.pt", "{fixtures}/digits_cnn.h5", "{fixture
 ST, TWO, DIGITS = "{fixtures}/digits_cnn.safetensors", "{fixtures}/digits_cnn.keras", "{fixtures}/digits.npz"
 SHARDS = "{fixtures}/two_shards/model.safetensors.index.json"
 FEW = f"'{DIGITS}?limit=32'"
-TUNE = f"finetune {PT} -o out.pt --model {{fixtures}}/digits_torch.py:DigitsCNN --device cpu --data {FEW}"
-NET = "--model {fixtures}/digits_torch.py:DigitsCNN"
+TUNE = f"finetune {PT} -o out.pt --builder {{fixtures}}/digits_torch.py:DigitsCNN --device cpu --data {FEW}"
+NET = "--builder {fixtures}/digits_torch.py:DigitsCNN"
 
 
 def _out(model: str) -> str:
@@ -161,7 +161,7 @@ INSPECT = (
 SIZE = (
     documents("size/small", f"size {SMALL} --json"),
     documents("size/gates", f"size {SMALL} --max-gzip 100B --max-raw 1MB --min-sparsity 60% --json"),
-    digests("size/baseline", f"size {ST} --baseline {SMALL} --max-growth 2% --json"),
+    digests("size/baseline", f"size {ST} --against {SMALL} --max-growth 2% --json"),
     documents("size/quiet", f"size -q {SMALL}"),
     documents("size/plain", f"size {SMALL} {ST} {PT}"),
     documents(
@@ -202,7 +202,9 @@ PRUNE = (
     digests("prune/policy-skip-classifier", f"prune {H5} -o out.h5 -s 50% --policy skip-classifier --json"),
     digests("prune/policy-min-size", f"prune {TWO} -o out.keras -s 50% --policy min-size:1000 --json"),
     digests("prune/policy-xnnpack", f"prune {H5} -o out.h5 -s 50% --policy xnnpack --json"),
-    digests("prune/only-layers", f"prune {PT} -o out.pt -s 50% --only 'fc*' --layer fc2=20% --manifest m.json --json"),
+    digests(
+        "prune/only-layers", f"prune {PT} -o out.pt -s 50% --layers 'fc*' --layer fc2=20% --manifest m.json --json"
+    ),
     digests("prune/in-place", "prune out.safetensors --in-place -s 50% --json", out_safetensors=ST),
     digests("prune/force", f"prune {ST} -o out.safetensors --force -s 50% --json", out_safetensors="anything"),
     documents(
@@ -228,12 +230,13 @@ CHANNELS = (
     ),
     digests(
         "prune/channel/flops",
-        f"prune {ONNX} -o out.onnx --pattern channel --flops -50% --round-to 2 --min-channels 2 --json",
+        f"prune {ONNX} -o out.onnx --pattern channel --target-flops -50% --round-to 2 --min-channels 2 --json",
         needs="onnx onnxruntime",
     ),
     digests(
         "prune/channel/params",
-        f"prune {ONNX} -o out.onnx --pattern channel --params 4K --max-ratio 80% --strategy geometric-median --json",
+        f"prune {ONNX} -o out.onnx --pattern channel --target-params 4K --max-ratio 80% "
+        "--strategy geometric-median --json",
         needs="onnx onnxruntime",
     ),
     digests(
@@ -517,7 +520,7 @@ MISTAKES = (
         f"prune {ST} -o out.safetensors -s 80% --end 100 --json",
         f"prune {ST} -o out.safetensors -s 80% --dead --json",
     ),
-    documents("mistake/no-tensor", f"prune {ST} -o out.safetensors -s 80% --only nothing --json"),
+    documents("mistake/no-tensor", f"prune {ST} -o out.safetensors -s 80% --layers nothing --json"),
     documents("mistake/exists", f"prune {ST} -o out.safetensors -s 80% --json", out_safetensors="a thing of value"),
     documents("mistake/same-file", "prune a.safetensors -o a.safetensors -s 80% --json", a_safetensors=ST),
     documents("mistake/needs-data", f"prune {ONNX} -o out.onnx -s 80% --strategy obs --json"),

@@ -236,8 +236,8 @@ def test_what_is_doubtful_is_said_and_taken_when_it_is_named(tmp_path: Path) -> 
     save_file({"fc.weight": torch.ones(4, 4), "text_projection": torch.ones(4, 4)}, path)
     done = here("prune", path, "-o", tmp_path / "a.safetensors", "-s", "50%")
     assert "1 tensor of unknown role" in done.err
-    assert "if --only names them" in done.err
-    named = here("prune", path, "-o", tmp_path / "b.safetensors", "-s", "50%", "--only", "text_projection")
+    assert "if --layers names them" in done.err
+    named = here("prune", path, "-o", tmp_path / "b.safetensors", "-s", "50%", "--layers", "text_projection")
     assert named.code == 0
     pruned = open_model(tmp_path / "b.safetensors")
     zeros = {tensor.name: int((pruned.read(tensor) == 0).sum()) for tensor in pruned.tensors}

@@ -27,7 +27,7 @@ REQUESTS: tuple[tuple[str, ...], ...] = (
     ("-s", "0.8", "--scope", "global", "--pack"),
     ("-s", "50%", "--strategy", "random", "--seed", "7", "--exclude", "conv*", "--exclude", "re:bias"),
     ("-s", "0.5", "--strategy", "random-weighted", "--param", "bias=late"),
-    ("--pattern", "2:4", "--only", "fc*"),
+    ("--pattern", "2:4", "--layers", "fc*"),
     ("-s", "0.5", "--pattern", "block:2x2:max", "--nan", "keep"),
     ("--layer", "fc*=0.9", "--layer", "fc2=0.1", "--policy", "min-size:100"),
     ("--target-gzip", "30KB", "--strategy", "lamp"),

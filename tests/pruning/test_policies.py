@@ -72,7 +72,7 @@ def test_tensors_below_a_size_are_left_alone() -> None:
 def test_only_means_what_it_names_even_if_it_is_no_kernel() -> None:
     names, reasons = chosen(DIGITS, only="re:bias$")
     assert names == ["conv1.bias", "conv2.bias", "fc1.bias", "fc2.bias"]
-    assert reasons["fc1.weight"] == "not selected by --only"
+    assert reasons["fc1.weight"] == "not selected by --layers"
 
 
 def test_excluded_beats_all_else() -> None:
@@ -105,7 +105,7 @@ def test_without_an_amount_only_layers_with_their_own_lose_weights(tmp_path: Pat
         (("--policy", "defualt"), "default"),
         (("--policy", "minsize"), "min-size:N"),
         (("--strategy", "magnitud"), "magnitude"),
-        (("--only", "fcl"), "fc1"),
+        (("--layers", "fcl"), "fc1"),
         (("--exclude", "conv3"), "conv"),
         (("--layer", "fcc1=0.5"), "fc1"),
         (("--strategy", "random-weighted", "--param", "bias=erly"), "early"),

@@ -76,7 +76,7 @@ def test_a_compression_counts_all_parameters_over_those_kept(
 
 
 def test_a_compression_out_of_reach_says_how_far_it_goes(tmp_path: Path) -> None:
-    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "--compression", "1000", "--only", "fc1.weight")
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "--compression", "1000", "--layers", "fc1.weight")
     assert done.code == 2
     assert "cannot be reached" in done.err
     sizes = {name: array.size for name, array in arrays(DIGITS).items()}

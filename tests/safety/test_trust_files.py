@@ -125,7 +125,7 @@ def test_a_journal_of_a_stranger_names_nothing_that_is_run(folder: Path) -> None
 
 
 def test_completion_imports_nothing_that_is_named(folder: Path) -> None:
-    line = "prunectl prune dense.onnx --recipe recipe.json --strategy ./evil.py:f --only "
+    line = "prunectl prune dense.onnx --recipe recipe.json --strategy ./evil.py:f --layers "
     environment = {"_PRUNECTL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "8"}
     done = prunectl(cwd=folder, **environment)
     assert done.code == 0

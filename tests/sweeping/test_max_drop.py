@@ -21,7 +21,7 @@ from tests.running import FIXTURES
 
 ONNX, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
 FEW = f"{DIGITS}?limit=200"
-TORCH = ["--model", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
+TORCH = ["--builder", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
 LARGEST_FIRST = "import numpy as np\n\ndef score(weights):\n    return 1 / (1 + np.abs(weights))\n"
 
 
@@ -138,7 +138,7 @@ def test_a_search_that_was_stopped_goes_on_with_what_it_tried(
         (["--max-drop", "1pp", "-s", "50%"], "both set the sparsity"),
         (["--max-drop", "1pp", "--compression", "2"], "both set the sparsity"),
         (["--max-drop", "1pp", "--target-gzip", "2kB"], "both set the sparsity"),
-        (["--max-drop", "1pp", "--pattern", "channel", "--flops", "-50%"], "both set the sparsity"),
+        (["--max-drop", "1pp", "--pattern", "channel", "--target-flops", "-50%"], "both set the sparsity"),
         (["--max-drop", "1pp", "--data", FEW, "--pattern", "2:4"], "fixes the sparsity"),
         (["--max-drop", "1pp", "--data", FEW, "--pattern", "channel", *TORCH], "no longer fits its model class"),
         (["--max-drop", "1pp", "--data", FEW, "--wrap"], "wrappers prune later"),

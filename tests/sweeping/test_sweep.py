@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ONNX, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
 FEW = f"{DIGITS}?limit=100"
-TORCH = ["--model", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
+TORCH = ["--builder", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
 
 
 def table(found: Swept) -> dict[str, tuple[float, int, float]]:

@@ -22,7 +22,7 @@ from tests.running import FIXTURES
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ONNX, DIGITS = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits.npz"
-TORCH = ["--model", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
+TORCH = ["--builder", f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"]
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:

@@ -380,7 +380,7 @@ def test_formats_without_a_graph_to_differentiate_are_refused(tmp_path: Path) ->
 
 
 def test_the_command_prints_the_result_and_a_line_for_each_epoch(tmp_path: Path) -> None:
-    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--model", NET, "--device", "cpu"]
+    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--builder", NET, "--device", "cpu"]
     done = here("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
     assert done.code == 0, done.err
     ((path, metric, before, after, *_, kept, zeros, how),) = done.rows
@@ -392,7 +392,7 @@ def test_the_command_prints_the_result_and_a_line_for_each_epoch(tmp_path: Path)
 
 
 def test_the_json_has_the_training_beside_the_model(tmp_path: Path) -> None:
-    words = ["--data", DATA, "--val-split", "25%", "--epochs", "1", "--model", NET, "--device", "cpu", "--json"]
+    words = ["--data", DATA, "--val-split", "25%", "--epochs", "1", "--builder", NET, "--device", "cpu", "--json"]
     done = here("finetune", DIGITS, "-o", tmp_path / "out.pt", *words)
     assert done.code == 0, done.err
     training = done.json["models"][1]["training"]
@@ -401,7 +401,7 @@ def test_the_json_has_the_training_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_leaves_no_output(tmp_path: Path) -> None:
-    words = ["--data", str(FIXTURES / "digits.npz"), "--epochs", "500", "--model", NET, "--device", "cpu"]
+    words = ["--data", str(FIXTURES / "digits.npz"), "--epochs", "500", "--builder", NET, "--device", "cpu"]
     kept = ["--checkpoint-dir", str(tmp_path / "kept")]
     running = subprocess.Popen(
         [*COMMAND, "finetune", str(DIGITS), "-o", str(tmp_path / "out.pt"), *words, *kept],
@@ -445,7 +445,7 @@ def in_two(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     ("run", "more"), [(by_torchrun, []), (in_two, ["--shard"])], ids=["whole models", "each its part"]
 )
 def test_two_processes_make_the_same_masks_and_one_of_them_writes(run: Any, more: list[str], tmp_path: Path) -> None:
-    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--scope", "global", "--model", NET]
+    words = ["--data", DATA, "--val-split", "25%", "--epochs", "2", "-s", "80%", "--scope", "global", "--builder", NET]
     done = run("finetune", DIGITS, "-o", tmp_path / "two.pt", *words, *more, *ALIKE)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["models"][1]["training"]["zeros_kept"] == round(0.8 * 9736)
@@ -476,8 +476,16 @@ def step(model, x, y):
 
 def test_spread_parameters_go_on_to_the_same_weights_after_an_interruption(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(STEP)
-    words = ["--data", DATA, "-s", "80%", "--strategy", "movement", "--model", NET, "--clip", "1", "--shard"]
-    words += ["--optimizer", "adam:weight_decay=0.01", "--step", f"{tmp_path / 'own.py'}:step", "--epochs", "2", *ALIKE]
+    words = ["--data", DATA, "-s", "80%", "--strategy", "movement", "--builder", NET, "--clip", "1", "--shard"]
+    words += [
+        "--optimizer",
+        "adam:weight_decay=0.01",
+        "--train-step",
+        f"{tmp_path / 'own.py'}:step",
+        "--epochs",
+        "2",
+        *ALIKE,
+    ]
     whole = in_two("finetune", DIGITS, "-o", tmp_path / "whole.pt", *words)
     assert whole.returncode == 0, whole.stderr
     kept = ["--checkpoint-dir", tmp_path / "kept"]

@@ -224,7 +224,7 @@ def test_a_teacher_that_holds_weights_alone_is_built_by_a_function_of_its_own(tm
     torch.save(Wide().state_dict(), tmp_path / "wide.pt")
     origin, words = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"), {"distill_model": f"{HERE}:Wide"}
     assert taught("digits_cnn.pt", str(tmp_path / "wide.pt"), tmp_path / "out.pt", origin=origin, **words).history
-    with pytest.raises(UsageError, match="--distill-model needs a teacher"):
+    with pytest.raises(UsageError, match="--distill-builder needs a teacher"):
         finetune(FIXTURES / "digits_cnn.pt", FinetuneRequest("d.npz", **words), Destination(tmp_path / "none.pt"))
 
 

@@ -48,7 +48,7 @@ def require_followable(model: ModelFile, origin: LoadOptions) -> None:
     """Refuse what cannot be followed, or needs no words."""
     if origin.model:
         raise UsageError(
-            "--model cannot be used with --pattern channel on a Keras file, which holds its own configuration",
+            "--builder cannot be used with --pattern channel on a Keras file, which holds its own configuration",
             hint="save the model that the function builds as .keras, and prune that file",
         )
     if model.about.wrappers:

@@ -36,7 +36,7 @@ from prunectl.training.backend import LoadOptions
 
 def read_onnx(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> OnnxAdapter:
     """The network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
-    for option, value in (("--model", origin.model), ("--custom-objects", origin.custom_objects)):
+    for option, value in (("--builder", origin.model), ("--custom-objects", origin.custom_objects)):
         if value:
             raise UsageError(
                 f"{option} cannot be used with an ONNX file, which holds its own graph", hint=f"leave out {option}"

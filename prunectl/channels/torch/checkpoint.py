@@ -93,7 +93,7 @@ def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = 
     if isinstance(value, torch.nn.Module):
         raise InputError(
             f"{path} holds a whole module, {name}, beside other values",
-            hint="save its state_dict() instead, and add --model",
+            hint="save its state_dict() instead, and add --builder",
         )
     if isinstance(value, torch.Tensor):
         if name not in changes.axes and name not in changes.numbers:

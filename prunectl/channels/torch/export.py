@@ -73,7 +73,7 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
 
 
 def _load_exported(model: ModelFile, origin: LoadOptions) -> TracedModel:
-    for option, value in (("--model", origin.model), ("--input", origin.inputs)):
+    for option, value in (("--builder", origin.model), ("--input", origin.inputs)):
         if value:
             raise UsageError(
                 f"{option} cannot be used with a .pt2 file, which holds its own graph", hint=f"leave out {option}"
@@ -213,7 +213,7 @@ def _convert_script(module: torch.jit.ScriptModule, examples: Examples, path: st
         except Exception as error:
             raise InputError(
                 f"PyTorch cannot convert the TorchScript of {path} to a graph: {first_line(error)}",
-                hint="use a state dict, and name the function that builds the model: --model package.module:function",
+                hint="use a state dict, and name the function that builds the model: --builder package.module:function",
             ) from error
 
 

@@ -125,11 +125,11 @@ def _no_builder(file: ModelFile, weight_layout: WeightLayout) -> PrunectlError:
     if weight_layout is WeightLayout.SAVED_MODEL:
         return InputError(
             f"{file.path} does not describe its Keras layers",
-            hint="name the function that builds the model: --model my_module:build",
+            hint="name the function that builds the model: --builder my_module:build",
         )
     return UsageError(
         f"{file.path} holds only weights, not the model",
-        hint="name the function that builds the model: --model my_module:build",
+        hint="name the function that builds the model: --builder my_module:build",
     )
 
 
@@ -154,7 +154,7 @@ def _library_of_model(model: Any, reference: str) -> KerasLibrary:
         if kind.__module__.startswith("keras."):
             return load_keras3()
     raise UsageError(
-        f"--model {reference} returned a {type(model).__module__}.{type(model).__name__}",
+        f"--builder {reference} returned a {type(model).__module__}.{type(model).__name__}",
         hint="it must return a keras or tf_keras model",
     )
 
@@ -162,7 +162,7 @@ def _library_of_model(model: Any, reference: str) -> KerasLibrary:
 def _check_built(model: Any, reference: str) -> None:
     if not model.built or not model.weights:
         raise UsageError(
-            f"--model {reference} returned a model without weights",
+            f"--builder {reference} returned a model without weights",
             hint="start the model with an Input, or call build() with its input shape",
         )
 
@@ -182,7 +182,7 @@ def _from_file(
         except Exception as error:
             raise InputError(
                 f"Keras {library.keras.__version__} cannot rebuild {file.path}: {error_line(error)}",
-                hint="provide custom layers with --custom-objects mod:DICT, or build the model with --model mod:fn",
+                hint="provide custom layers with --custom-objects mod:DICT, or build the model with --builder mod:fn",
             ) from error
 
 

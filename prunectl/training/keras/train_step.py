@@ -168,7 +168,9 @@ class CompiledModel:
     ) -> None:
         self._library, self.model, self._placement = loaded.library, loaded.model, placement
         self._means = options
-        self._custom_step = user_code.resolve_function(options.custom_step, "--step") if options.custom_step else None
+        self._custom_step = (
+            user_code.resolve_function(options.custom_step, "--train-step") if options.custom_step else None
+        )
         infos = outputs.describe_outputs(self.model, options.example)
         config = resolve_compile_config(loaded, options, infos)
         self.notes = config.notes
@@ -237,7 +239,8 @@ class CompiledModel:
         """The accumulated gradient statistics."""
         if variables and self._has_trained and not self.masking.has_seen_gradients:
             raise WorkError(
-                f"--step {self._means.custom_step} does not use model.optimizer, so prunectl cannot see its gradients",
+                f"--train-step {self._means.custom_step} does not use model.optimizer, "
+                "so prunectl cannot see its gradients",
                 hint="use model.optimizer in it, or a --strategy that needs no gradients",
             )
         return self.masking.statistics(variables)
@@ -288,7 +291,7 @@ class CompiledModel:
         logs = self._custom_step(self.model, x, y)
         if not isinstance(logs, Mapping):
             raise UsageError(
-                f"--step {self._means.custom_step} returned a {type(logs).__name__}, not a dictionary of numbers",
+                f"--train-step {self._means.custom_step} returned a {type(logs).__name__}, not a dictionary of numbers",
                 hint="return {'loss': loss}",
             )
         return {

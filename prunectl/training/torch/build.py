@@ -139,7 +139,7 @@ def match_parameters(model: ModelFile, module: torch.nn.Module, source: str) -> 
                 f"{tensor.name} is {format_shape(tensor.shape, 'a scalar')} in {model.path}, "
                 f"and {format_shape(value.shape, 'a scalar')} in the "
                 f"model of {source}",
-                hint="check that --model builds the network with the same layer sizes",
+                hint="check that --builder builds the network with the same layer sizes",
             )
     return names
 
@@ -183,7 +183,7 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         return _trusted(model)
     raise UsageError(
         f"{model.path} holds only weights, not the network that uses them",
-        hint="name the function that builds it: --model package.module:function, or ./file.py:function",
+        hint="name the function that builds it: --builder package.module:function, or ./file.py:function",
     )
 
 
@@ -191,7 +191,7 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     make = resolve_builder(origin.model)
     module = make if isinstance(make, torch.nn.Module) else call_builder(make, origin.model)
     if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"--model {origin.model} returned a {type(module).__name__}, not a torch.nn.Module")
+        raise UsageError(f"--builder {origin.model} returned a {type(module).__name__}, not a torch.nn.Module")
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
@@ -232,13 +232,13 @@ def _trusted(model: ModelFile) -> BuiltModule:
         hint = (
             f"import it first: {user_code.import_option(model, missing)}"
             if missing
-            else "name the function that builds the model: --model module:function"
+            else "name the function that builds the model: --builder module:function"
         )
         raise InputError(f"{model.path} needs code that cannot be found: {first_line(error)}", hint=hint) from error
     if not isinstance(module, torch.nn.Module):
         raise UsageError(
             f"{model.path} holds a {type(module).__name__}, not a model",
-            hint="name the function that builds the model: --model module:function",
+            hint="name the function that builds the model: --builder module:function",
         )
     return _from_module(model, module)
 

@@ -120,7 +120,7 @@ def shard(module: torch.nn.Module, context: DistributedContext) -> None:
     if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
         raise UsageError(
             "--shard needs a Python module: TorchScript and exported programs have no layers to distribute",
-            hint="add --model module:function, or leave out --shard",
+            hint="add --builder module:function, or leave out --shard",
         )
     mesh = init_device_mesh(context.device.type, (context.ranks,))
     for piece in reversed(_shardable_layers(module)):

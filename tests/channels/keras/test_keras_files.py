@@ -259,7 +259,7 @@ def test_layers_in_wrappers_have_to_come_out_first(tmp_path: Path) -> None:
 
 
 def test_a_model_of_the_users_own_code_is_not_followed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--model cannot be used with"):
+    with pytest.raises(UsageError, match="--builder cannot be used with"):
         cut(FIXTURES / "digits_cnn.h5", tmp_path / "small.h5", model="mod:build")
 
 

@@ -140,7 +140,7 @@ def test_the_state_of_an_optimizer_with_weights_in_an_order_of_its_own_is_left_o
 def test_the_class_beside_a_cut_is_among_what_was_written(tmp_path: Path) -> None:
     path, output = tmp_path / "net.pt", tmp_path / "small.pt"
     torch.save(nets.built(nets.Residual).state_dict(), path)
-    words = ("--pattern", "channel", "-s", "0.5", "--model", "tests.channels.nets:Residual", "--input", "1,3,16,16")
+    words = ("--pattern", "channel", "-s", "0.5", "--builder", "tests.channels.nets:Residual", "--input", "1,3,16,16")
     done = here("prune", path, "-o", output, *words, "--json")
     assert done.json["artifacts"] == [
         {"path": str(file), "bytes": file.stat().st_size} for file in (output, tmp_path / "small.py")
@@ -200,7 +200,7 @@ def test_what_was_cut_is_trained_further(tmp_path: Path) -> None:
         y=random.integers(0, 5, 12),
     )
     words = {"data": str(tmp_path / "train.npz"), "epochs": 1, "batch_size": 5, "lr": 0.01, "loss": "cross-entropy"}
-    finetune(small, parse_request({**words, "model": f"{tmp_path / 'small.py'}:Mobile"}), Destination(output))
+    finetune(small, parse_request({**words, "builder": f"{tmp_path / 'small.py'}:Mobile"}), Destination(output))
     assert not np.array_equal(
         torch.load(output, weights_only=True)["head.weight"], torch.load(small, weights_only=True)["head.weight"]
     )

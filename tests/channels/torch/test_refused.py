@@ -32,7 +32,7 @@ from tests.running import here
             "cannot run on inputs of 1x4x16x16",
             "--input",
         ),
-        ({}, "holds only weights", "--model"),
+        ({}, "holds only weights", "--builder"),
         (
             {"model": "tests.channels.nets:Vgg", "custom_objects": "x:Y"},
             "--custom-objects is for Keras models",
@@ -85,7 +85,7 @@ def test_what_is_not_known_locks_and_is_named(tmp_path: Path) -> None:
 
 def test_the_command_says_what_it_did_and_where(tmp_path: Path) -> None:
     path, output = saved(nets.built(nets.Vgg), tmp_path / "net.pt"), tmp_path / "small.pt"
-    words = ("--model", "tests.channels.nets:Vgg", "--input", "1,3,16,16")
+    words = ("--builder", "tests.channels.nets:Vgg", "--input", "1,3,16,16")
     done = here("prune", path, "-o", output, "--pattern", "channel", "-s", "50%", *words)
     assert done.code == 0
     assert "class Vgg for these weights is in the file beside it" in done.err
