@@ -60,6 +60,28 @@ def test_an_old_keyword_is_taken_for_the_new_one_with_a_warning_on_the_line_of_t
     assert old.read_bytes() == new.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ({"strategy": "obs", "sparsity": 0.5}, "the strategy obs needs data", "add data='train.npz'"),
+        ({}, "no sparsity is given", "add sparsity='80%', compression=5 or target_gzip='400KB'"),
+        (
+            {"sparsity": 0.5, "strategy": "movement"},
+            "the strategy movement needs training",
+            "use it in: prunectl finetune --strategy movement",
+        ),
+        ({"sparsity": 0.5, "samples": 3}, "samples, batch_size and loss need data", "add data=SPEC, or leave them out"),
+    ],
+)
+def test_an_error_speaks_of_keywords_and_its_hint_is_in_the_traceback(
+    options: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        prunectl.prune(FIXTURES / "digits_cnn.pt", None, **options)
+    assert (str(caught.value), caught.value.hint) == (message, hint)
+    assert f"hint: {hint}" in caught.value.__notes__
+
+
 def test_prune_writes_what_the_command_writes(tmp_path: Path) -> None:
     path = FIXTURES / "digits_cnn.onnx"
     found = prunectl.prune(path, tmp_path / "ours.onnx", sparsity=0.8, scope="global", exclude=["fc2"])

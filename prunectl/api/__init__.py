@@ -24,6 +24,7 @@ from prunectl.api.keywords import (
     PruneOptions,
     Ratio,
     SweepOptions,
+    as_keywords,
     check_type,
     names,
     parse_keywords,
@@ -77,6 +78,7 @@ from prunectl.training.max_drop import parse_drop
 from prunectl.training.quiet import host_settings
 
 
+@as_keywords()
 def inspect(
     model: AnyPath, *, layers: str = "", pattern: str = "", flops: bool = False, zeros: bool = True
 ) -> InspectResult:
@@ -86,6 +88,7 @@ def inspect(
     return InspectResult.of(inspection.inspect_model(open_model(_path(model)), options, parsed))
 
 
+@as_keywords()
 def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> SizeResult:
     """Measure how big a model is: as it is, packed, and compressed."""
     if codec not in {choice.value for choice in CodecName}:
@@ -111,6 +114,7 @@ def prune(
 def prune(model: LiveModel, /, *, in_place: bool = False, **options: Unpack[PruneOptions]) -> LiveModel: ...
 
 
+@as_keywords()
 @host_settings()
 def prune(
     model: Any,
@@ -165,6 +169,7 @@ def _prune_file(
     return PruneResult.of(result, output=written)
 
 
+@as_keywords()
 def strip(
     model: AnyPath,
     output: AnyPath | None,
@@ -184,6 +189,7 @@ def strip(
     return StripResult.of(result, output=written, is_rewritten=half or pack)
 
 
+@as_keywords()
 @host_settings()
 def finetune(
     model: AnyPath,
@@ -230,6 +236,7 @@ class _EpochWatcher:
             self._on_epoch(entry)
 
 
+@as_keywords()
 @host_settings()
 def evaluate(model: AnyPath, data: Data, /, **options: Unpack[EvaluateOptions]) -> EvaluationResult:
     """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
@@ -244,6 +251,7 @@ def evaluate(model: AnyPath, data: Data, /, **options: Unpack[EvaluateOptions]) 
         )
 
 
+@as_keywords()
 @host_settings()
 def export(
     model: AnyPath, output: AnyPath, /, *, force: bool = False, **options: Unpack[ExportOptions]
@@ -258,6 +266,7 @@ def export(
     return ConversionResult.of(result, output=str(destination.target))
 
 
+@as_keywords()
 def diff(new: AnyPath, old: AnyPath, *, fail_on: Names = "") -> DiffResult:
     """Compare two models tensor by tensor: what was added, removed or changed, zeros, sizes.
 
@@ -269,6 +278,7 @@ def diff(new: AnyPath, old: AnyPath, *, fail_on: Names = "") -> DiffResult:
     return DiffResult.of(result, findings=differences.judge(result, rules))
 
 
+@as_keywords()
 def verify(model: AnyPath, *, manifest: AnyPath | None = None, against: AnyPath | None = None) -> VerifyResult:
     """Verify a pruned model against the manifest of its run, against its source, or both: `is_ok` is the verdict."""
     if manifest is None and against is None:
@@ -279,6 +289,7 @@ def verify(model: AnyPath, *, manifest: AnyPath | None = None, against: AnyPath 
     return VerifyResult(str(path), verification.verify(open_model(path), record, source))
 
 
+@as_keywords()
 def check(
     *names: str,
     config: AnyPath | None = None,
@@ -301,17 +312,20 @@ def check(
     return CheckResult.of(findings)
 
 
+@as_keywords()
 def init(folder: AnyPath = ".", *, margin: Ratio = "10%") -> InitResult:
     """Measure all models in a folder, and write a prunectl.toml with limits for them and a baseline of their sizes."""
     check_type("margin", margin, Ratio)
     return InitResult(*write_budgets(_path(folder, "folder"), ratio("margin", margin)))
 
 
+@as_keywords()
 def doctor() -> DoctorResult:
     """Find out which versions are installed, which extras work, and what to install for the others."""
     return DoctorResult(extras())
 
 
+@as_keywords()
 def sweep(model: AnyPath, output: AnyPath, /, *, data: str, **options: Unpack[SweepOptions]) -> SweepResult:
     """Prune a model in many ways, and compare size and accuracy of the results (Pareto front).
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import types
 import typing
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypedDict, TypeVar
 
 from prunectl.commands._command import RENAMED
-from prunectl.errors import UsageError
+from prunectl.errors import PrunectlError, UsageError
 from prunectl.units import parse_ratio, parse_size
 
 AnyPath = str | os.PathLike[str]
@@ -194,6 +196,50 @@ class SweepOptions(TypedDict, total=False):
     builder: str
     custom_objects: str
     trust: bool
+
+
+_OPTION = re.compile(
+    r"""--([a-z][a-z0-9-]+)  # an option, and what may be its value:
+    (?:[ ](  # text in quotes, a placeholder, or what has a digit, a dot, a colon or a percent sign
+        '[^']*' | \d[\w.%:,]*(?<![,.:]) | [^\s;]*[.:%][^\s;]*[^\s,;.:] | [A-Z]{2,}\b
+    ))?""",
+    re.VERBOSE,
+)
+_A_COMMAND = re.compile(r"\bprunectl [a-z]")
+_OTHERS = frozenset(
+    ("force", "in_place", "trust", "manifest", "against", "fail_on", "config", "baseline", "update_baseline", "reason")
+)
+"""Keywords beside those of the classes above."""
+
+
+@contextmanager
+def as_keywords() -> Generator[None]:
+    """Let an error speak of keywords, `data='train.npz'` for `--data train.npz`, and let a traceback show its hint."""
+    try:
+        yield
+    except PrunectlError as error:
+        error.message, error.hint = _in_keywords(error.message), "\n".join(map(_in_keywords, error.hint.split("\n")))
+        error.did_you_mean = tuple(map(_in_keywords, error.did_you_mean))
+        error.args = (error.message,)
+        if error.hint:
+            error.add_note(f"hint: {error.hint}")
+        raise
+
+
+def _in_keywords(text: str) -> str:
+    return text if _A_COMMAND.search(text) else _OPTION.sub(_in_keyword, text)
+
+
+def _in_keyword(match: re.Match[str]) -> str:
+    name, value = match[1].replace("-", "_"), match[2]
+    kinds = (SelectionOptions, PruneOptions, FinetuneOptions, ExportOptions, SweepOptions)
+    hint = next((kind.__annotations__[name] for kind in kinds if name in kind.__annotations__), None)
+    if hint is None and name not in _OTHERS:
+        return match[0]
+    if value is None:
+        return name
+    is_plain = value.startswith("'") or value.isalpha() or re.fullmatch(r"\d+|0?\.\d+", value)
+    return f"{name}={value if is_plain else repr(value)}"
 
 
 _RATIOS = frozenset({"sparsity", "initial_sparsity", "max_ratio", "val_split"})

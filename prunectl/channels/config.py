@@ -177,9 +177,9 @@ def parse_config(
             raise UsageError(f"{option} must be at least 1")
     scope = Scope(request.scope)
     if scope is Scope.ERK:
-        raise UsageError("--pattern channel needs --scope layer or global")
+        raise UsageError("the pattern channel needs the scope layer or global")
     if threshold is not None and scope is Scope.GLOBAL:
-        raise UsageError("a threshold is applied to each layer separately: leave out --scope global")
+        raise UsageError("a threshold is applied to each layer separately", hint="use the scope layer")
     if request.layers and scope is Scope.GLOBAL:
         raise UsageError("--layer cannot be used with --scope global, which ranks the channels of all layers together")
     return ChannelConfig(

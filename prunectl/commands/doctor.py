@@ -25,7 +25,7 @@ EXTRAS = {
     "torch": "finetune, export and prune --data for PyTorch",
     "onnx": "prune --data and --pattern channel for ONNX; export from ONNX",
     "export": "export to ONNX",
-    "zstd": "size --codec zstd; models compressed with zstd",
+    "zstd": "size --codec zstd",
     "images": "--data from folders of images",
     "parquet": "--data from Parquet files",
     "ray": "sweep --on ray",

@@ -67,7 +67,7 @@ def _definition(name: str) -> Format:
     if not isinstance(row, Format) or not callable(row.opener):
         raise WorkError(f"the plug-in {package} must name a prunectl.formats.base.Format whose opener is a function")
     if any(name == builtin.name for builtin in FORMATS):
-        raise WorkError(f"the plug-in {package} names its format {name}, as a built-in one is called")
+        raise WorkError(f"the plug-in {package} calls its format {name}, which is the name of a built-in format")
     return row
 
 

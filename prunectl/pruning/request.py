@@ -217,8 +217,8 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
     if isinstance(pattern, NMPattern):
         if not is_by_layer:
             raise UsageError(
-                f"--scope cannot be used with the pattern {request.pattern}, which is the same in every layer",
-                hint="leave out --scope",
+                f"the scope {request.scope} cannot be used with the pattern {request.pattern}, the same in every layer",
+                hint="use the scope layer",
             )
         if request.layers:
             raise UsageError(
@@ -226,14 +226,15 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
             )
     if isinstance(pattern, BlockPattern) and not is_by_layer:
         raise UsageError(
-            "--scope cannot be used with blocks, which are ranked within each layer", hint="leave out --scope"
+            f"the scope {request.scope} cannot be used with blocks, which are ranked within each layer",
+            hint="use the scope layer",
         )
     if request.layers and not is_by_layer:
         raise UsageError(f"--layer cannot be used with --scope {request.scope}, which sets the sparsity of every layer")
     if strategy.allocation is not None and (request.layers or pattern or not is_by_layer):
         raise UsageError(
             f"the strategy {request.strategy} sets the sparsity of each layer itself",
-            hint="leave out --scope, --layer and --pattern",
+            hint="use the scope layer, without --layer and without a pattern",
         )
     return _method(request, strategy, (pattern, pool))
 

@@ -108,5 +108,5 @@ def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDr
     return WorkError(
         f"the limit cannot be kept: even at a sparsity of {trial.sparsity:.0%}, {base.metric} is {worse}; "
         f"a drop of {limit.shown} is allowed; nothing was written",
-        hint="raise --max-drop, or try another --strategy or --scope" if result.path else result.notes[0],
+        hint="raise --max-drop, or try another strategy or scope" if result.path else result.notes[0],
     )

@@ -83,7 +83,10 @@ def test_another_metric_sees_another_likeness(tmp_path: Path) -> None:
         ),
         ({"strategy": "similarity", "params": ("threshold=2",)}, "is not a number from 0 to 1"),
         ({"strategy": "similarity", "params": ("threshold=0.9",), "sparsity": 0.5}, "only one of --sparsity"),
-        ({"strategy": "similarity", "params": ("threshold=0.9",), "scope": "global"}, "leave out --scope"),
+        (
+            {"strategy": "similarity", "params": ("threshold=0.9",), "scope": "global"},
+            "applied to each layer separately",
+        ),
         (
             {"strategy": "bn-scale", "params": ("threshold=0.9",), "sparsity": 0.5},
             "the strategy bn-scale has no --param",

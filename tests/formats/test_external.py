@@ -126,7 +126,7 @@ def test_a_file_of_a_built_in_format_is_not_even_shown_to_it(tmp_path: Path) -> 
         (OPENER.format("'grabber:open'"), "any", 5, "must name a prunectl.formats.base.Format"),
         ("ROW = 3", "any", 5, "must name a prunectl.formats.base.Format"),
         ("1 / 0", "any", 5, "cannot be imported: ZeroDivisionError"),
-        (OPENER.format("lambda path: 0"), "onnx", 5, "names its format onnx, as a built-in one is called"),
+        (OPENER.format("lambda path: 0"), "onnx", 5, "calls its format onnx, which is the name of a built-in format"),
     ],
 )
 def test_a_plug_in_that_fails_is_named_in_a_sentence(

@@ -42,7 +42,7 @@ def test_only_what_goes_together_is_tried() -> None:
         *(Variant("obs", "global", params=f"damp={damp}") for damp in ("0.01", "0.1")),
     ]
     reasons = skipped_combinations(choices)
-    same = "--scope cannot be used with the pattern 2:4, which is the same in every layer"
+    same = "the scope global cannot be used with the pattern 2:4, the same in every layer"
     assert reasons[Variant("magnitude", "global", pattern="2:4")] == same
     assert reasons[Variant("obs", "layer", pattern="channel")] == "unknown channel strategy obs"
 
@@ -132,7 +132,7 @@ def test_the_table_says_what_was_left_out(tmp_path: Path, capsys: pytest.Capture
     assert app.run([*words, "--format", "human", "-n", "0"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "The pattern 2:4 fixes the sparsity at 50.0 %: no other was tried." in told
-    reason = "--scope cannot be used with the pattern 2:4, which is the same in every layer."
+    reason = "the scope global cannot be used with the pattern 2:4, the same in every layer."
     assert f"Not tried: magnitude global 2:4: {reason}" in told
 
 

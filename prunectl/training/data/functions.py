@@ -190,7 +190,7 @@ def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> 
         shape = typed[index] if typed else _known(port)
         x[f"input {index}"] = _filled(random, (count, *shape), port.dtype)
     y = {f"output {index}": _labels(random, count, port) for index, port in enumerate(signature.outputs)}
-    note = f"{spec.where}: the data is random, so accuracy and loss mean nothing"
+    note = f"{spec.where}: the data is random, so that an accuracy or a loss on it would mean nothing"
     return from_arrays(spec.text, x, y, note)
 
 

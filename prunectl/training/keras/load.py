@@ -154,7 +154,7 @@ def _library_of_model(model: Any, reference: str) -> KerasLibrary:
         if kind.__module__.startswith("keras."):
             return load_keras3()
     raise UsageError(
-        f"--builder {reference} returned a {type(model).__module__}.{type(model).__name__}",
+        f"--builder {reference} returned a value of type {type(model).__module__}.{type(model).__name__}",
         hint="it must return a keras or tf_keras model",
     )
 

@@ -291,7 +291,8 @@ class CompiledModel:
         logs = self._custom_step(self.model, x, y)
         if not isinstance(logs, Mapping):
             raise UsageError(
-                f"--train-step {self._means.custom_step} returned a {type(logs).__name__}, not a dictionary of numbers",
+                f"--train-step {self._means.custom_step} returned a value of type {type(logs).__name__}, "
+                "not a dictionary of numbers",
                 hint="return {'loss': loss}",
             )
         return {

@@ -191,7 +191,9 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     make = resolve_builder(origin.model)
     module = make if isinstance(make, torch.nn.Module) else call_builder(make, origin.model)
     if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"--builder {origin.model} returned a {type(module).__name__}, not a torch.nn.Module")
+        raise UsageError(
+            f"--builder {origin.model} returned a value of type {type(module).__name__}, not a torch.nn.Module"
+        )
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
