@@ -99,7 +99,7 @@ def given_on_command_line(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-_OLD_NAMES = "prunectl.old_names"
+_OLD_NAMES = "old names of options"
 _SELECTION = {"--only": "--layers", "--model": "--builder"}
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "inspect": {"--model": "--builder"},
