@@ -3,6 +3,7 @@
 # make check   what CI checks: lint, format, types, architecture, tests
 # make bench   speed and memory beside the scripts that it replaces
 # make house   how the code is cut: files, lines, names, what a command runs through
+# make pictures  the terminal in the README, from what is really printed
 # make man     the manual page, prunectl.1
 # make dist    wheel and source archive, built twice to see that they are the same bytes
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: demo test check lint bench house fixtures man dist clean
+.PHONY: demo test check lint bench house pictures fixtures man dist clean
 
 # The date in what is built: that of the commit, so that who builds it again gets the same bytes.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1580601600)
@@ -38,6 +39,9 @@ bench: .venv/.full
 
 house: .venv/.full
 	$(BIN)/python -m benchmarks.house
+
+pictures: .venv/.demo
+	$(BIN)/python -m benchmarks.pictures
 
 man: .venv/.core
 	$(BIN)/prunectl help --man > prunectl.1
