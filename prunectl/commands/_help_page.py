@@ -48,8 +48,12 @@ SHORT = {
 
 def show_help(ctx: typer.Context, *, is_short: bool) -> None:
     """Print a page of help."""
-    text = "\n".join(_help_lines(ctx, is_short=is_short))
-    typer.echo(text, color=False if os.environ.get("NO_COLOR") else None)
+    typer.echo(help_text(ctx, is_short=is_short), color=False if os.environ.get("NO_COLOR") else None)
+
+
+def help_text(ctx: typer.Context, *, is_short: bool) -> str:
+    """A page of help as wide as the terminal, with its headings in bold."""
+    return "\n".join(_help_lines(ctx, is_short=is_short))
 
 
 def _help_lines(ctx: typer.Context, *, is_short: bool) -> Iterator[str]:

@@ -35,7 +35,10 @@ def plot(sweep: Swept, best: list[Trial]) -> Table:
         )
         steps.append((number - low) / tall)
     grid = [list(line.ljust(_COLUMNS, "\u2800")) for line in braille_plot(steps, _COLUMNS, _ROWS)]
-    for trial, result in reversed(results.items()):
+    # What is on the front is drawn over what is in the same place and is not.
+    drawn = sorted(results, key=lambda trial: trial not in best)
+    for trial in reversed(drawn):
+        result = results[trial]
         column = round((result.gzip - left) / wide * (_COLUMNS - 1))
         row = round((high - result.value) / tall * (_ROWS - 1))
         letter = "=" if trial == BASELINE else _LETTERS[tried.index(trial.variant) % len(_LETTERS)]

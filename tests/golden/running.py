@@ -41,8 +41,8 @@ def result(case: Case, folder: Path, *, is_whole: bool = False) -> dict[str, Any
         _put(folder / name, content)
     given = {name: _digest(folder / name) for name in _files(folder)}
     keep = Keep.DOCUMENTS if is_whole and case.keep is Keep.DIGESTS else case.keep
-    same = _normaliser(folder)
-    with _calm(), _without(case.without):
+    same = normaliser(folder)
+    with calm(), _without(case.without):
         steps = [_step(line, folder, same, keep) for line in case.lines]
     made = [name for name in _files(folder) if _digest(folder / name) != given.get(name)]
     files = {name: _file(folder / name, same, keep) for name in made}
@@ -134,7 +134,7 @@ def _walk(document: Any, same: Callable[[str], str], *keys: str) -> Any:
             return document
 
 
-def _normaliser(folder: Path) -> Callable[[str], str]:
+def normaliser(folder: Path) -> Callable[[str], str]:
     """Return what takes folders, versions and times out of a text."""
     places = {
         str(FIXTURES): "{fixtures}",
@@ -188,7 +188,7 @@ def _without(modules: tuple[str, ...]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _calm() -> Iterator[None]:
+def calm() -> Iterator[None]:
     """Take what the machine's environment would change out of the way: CI's variables, widths, colours."""
     names = [*(name for name in os.environ if name.startswith(("GITHUB_", "CI"))), "COLUMNS", "FORCE_COLOR", "NO_COLOR"]
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
