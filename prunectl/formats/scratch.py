@@ -48,10 +48,10 @@ class Scratch:
         self._finalizer = weakref.finalize(self, held.release)
         try:
             held.take(parent, SHOWN)
+            self.path = held.inside_as_text()
         except BaseException:
             self.remove()
             raise
-        self.path = held.inside
 
     def remove(self) -> None:
         """Remove the folder with what is in it."""
@@ -77,18 +77,31 @@ def temporary_folder() -> Generator[Path]:
         held.remove()
 
 
+def is_text(path: Path) -> bool:
+    """Whether frameworks can read a path: they take names of UTF-8 alone, a file system any bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))
+
+
 class LockedFolder:
     """A folder that is being made or is made, and its lock."""
 
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._made: list[Path] = []
-        self._lock = -1
+        self._lock = self._inside = -1
 
     @property
     def inside(self) -> Path:
         """Where to write."""
         return self._made[-1] / INSIDE
+
+    def inside_as_text(self) -> Path:
+        """The same under a name that frameworks can read."""
+        if not is_text(self.inside):
+            self._inside = os.open(self.inside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            # By the number of this process, since its children look into it too.
+            return Path(f"/proc/{os.getpid()}/fd/{self._inside}")
+        return self.inside
 
     def take(self, parent: Path, prefix: str) -> None:
         """Make the folder, noted before it is there, so that no signal finds it unknown, and lock it."""
@@ -119,9 +132,10 @@ class LockedFolder:
         with deferred():
             for folder in self._made:
                 _remove(folder)
-            if self._lock >= 0:
-                os.close(self._lock)
-                self._lock = -1
+            for number in (self._lock, self._inside):
+                if number >= 0:
+                    os.close(number)
+            self._lock = self._inside = -1
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,21 @@ def test_fixtures_are_opened_however_their_bytes_lie(name: str) -> None:
     found = nets.opened(FIXTURES / name).tensors()
     wanted = {tensor.name: file.read(tensor) for tensor in file.tensors if tensor.role is not Role.OPTIMIZER}
     assert {one: raw(array) for one, array in found.items()} == {one: raw(array) for one, array in wanted.items()}
+
+
+@pytest.mark.parametrize("name", ["digits_cnn.h5", "digits_cnn.keras", "digits_cnn_savedmodel"])
+def test_a_model_in_a_folder_whose_name_is_no_text_is_opened_though_frameworks_take_text_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / os.fsdecode(b"o\xff")
+    (odd / "temporary").mkdir(parents=True)
+    copy = shutil.copytree if (FIXTURES / name).is_dir() else shutil.copy
+    copy(FIXTURES / name, odd / name)
+    monkeypatch.setattr(tempfile, "tempdir", str(odd / "temporary"))
+    found, file = nets.opened(odd / name).tensors(), open_model(FIXTURES / name)
+    wanted = {tensor.name: raw(file.read(tensor)) for tensor in file.tensors if tensor.role is not Role.OPTIMIZER}
+    assert {one: raw(array) for one, array in found.items()} == wanted
+    assert os.listdir(odd / "temporary") == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def test_steps_are_those_of_a_loop_of_ones_own_whatever_size_was_saved(batch: in
     for name, value in by_hand(3).items():
         assert np.allclose(found[name], value.numpy(), atol=1e-5), name
     assert "unused" not in found
+
+
+def test_a_program_in_a_folder_whose_name_is_no_text_is_opened(tmp_path: Path) -> None:
+    found = opened(saved(tmp_path / "m").rename(tmp_path / os.fsdecode(b"\xff"))).tensors()
+    assert np.array_equal(found["scale"], Plain().scale.numpy())
 
 
 def test_says_what_goes_in_and_comes_out(tmp_path: Path) -> None:
