@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 STEPS = 6
+GATES = {"recurrent_activation": "hard_sigmoid"}
+"""Gates of their own kind: with others, Keras 2 traces what a GPU would do, which takes seconds."""
 
 
 def seq2seq(k: Any) -> Any:
     """A layer that begins with what another was left with, and two that run both ways."""
     of = k.layers
     i = k.Input((STEPS, 8))
-    # With gates of their own kind, Keras 2 does not trace what a GPU would do, which takes seconds.
-    gates: dict[str, Any] = {"recurrent_activation": "hard_sigmoid", "return_sequences": True}
+    gates: dict[str, Any] = {**GATES, "return_sequences": True}
     x, *state = of.LSTM(6, return_state=True, name="enc", **gates)(i)
     y = of.LSTM(6, name="dec", **gates)(of.Dense(10, name="mid")(i), initial_state=state)
     z = of.Bidirectional(of.GRU(4, **gates), name="ways")(of.Concatenate()([x, y]))
@@ -40,6 +41,6 @@ def inside(k: Any) -> Any:
     of = k.layers
     j = k.Input((STEPS, 5))
     x = of.MultiHeadAttention(2, 3, name="self")(of.GRU(6, reset_after=False, return_sequences=True, name="gru")(j), j)
-    inner = k.Model(j, of.Bidirectional(of.LSTM(4, name="ways"), name="both")(x), name="inner")
+    inner = k.Model(j, of.Bidirectional(of.LSTM(4, name="ways", **GATES), name="both")(x), name="inner")
     i = k.Input((STEPS, 8))
     return k.Model(i, of.Dense(3, name="last")(inner(of.Dense(5, name="first")(i))))
