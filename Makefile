@@ -3,6 +3,7 @@
 # make check   what CI checks: lint, format, types, architecture, tests
 # make bench   speed and memory beside the scripts that it replaces
 # make house   how the code is cut: files, lines, names, what a command runs through
+# make docs    the documentation as a site, in site/; a broken link fails
 # make pictures  the terminal in the README, from what is really printed
 # make man     the manual page, prunectl.1
 # make dist    wheel and source archive, built twice to see that they are the same bytes
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: demo test check lint bench house pictures fixtures man dist clean
+.PHONY: demo test check lint bench house docs pictures fixtures man dist clean
 
 # The date in what is built: that of the commit, so that who builds it again gets the same bytes.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1580601600)
@@ -39,6 +40,9 @@ bench: .venv/.full
 
 house: .venv/.full
 	$(BIN)/python -m benchmarks.house
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 pictures: .venv/.demo
 	$(BIN)/python -m benchmarks.pictures
@@ -69,6 +73,10 @@ fixtures: .venv/.full
 .venv/.demo: .venv/.pip pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[onnx]'
 	@touch $@ .venv/.core
+
+.venv/.docs: .venv/.core
+	$(PIP) install -c constraints.txt --group docs
+	@touch $@
 
 .venv/.full: .venv/.pip pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt --group dev -e '.[all]'
