@@ -77,7 +77,7 @@ class WorkError(PrunectlError):
 def translate(error: Exception) -> PrunectlError | None:
     """Turn an error of the system into one for the user; None for what is our own fault."""
     if isinstance(error, MemoryError):
-        return WorkError("out of memory")
+        return WorkError("prunectl ran out of memory")
     if not isinstance(error, OSError):
         return None
     if isinstance(reason := getattr(error, "reason", None), OSError):

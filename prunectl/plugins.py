@@ -35,7 +35,7 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
         return loaded
     known = [*builtin, *installed]
     raise UsageError(
-        f"unknown {kind} {name}",
+        f"{name} is not a known {kind}",
         did_you_mean=tuple(get_close_matches(name, known, n=3, cutoff=0.5)),
         hint=f"choose one of {', '.join(known)}, or name a function: package.module:name or ./file.py:name",
     )

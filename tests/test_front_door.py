@@ -117,7 +117,7 @@ def test_exit_4_when_a_framework_is_missing(missing: str, words: tuple[str | Pat
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
-        (MemoryError(), 5, "error: out of memory"),
+        (MemoryError(), 5, "error: prunectl ran out of memory"),
         (OSError(28, "No space left on device", "/data"), 5, "error: no space left on the disk"),
         (ZeroDivisionError("division by zero"), 70, "error: this is a bug in prunectl: ZeroDivisionError"),
     ],

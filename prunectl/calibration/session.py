@@ -297,7 +297,7 @@ def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
         if remaining <= 0:
             break
     if not taken_batches:
-        raise UsageError("the data has no examples")
+        raise UsageError("the data has no examples", hint="name data with some: --data train.npz")
     return tuple(taken_batches)
 
 

@@ -177,7 +177,9 @@ def parse_config(
             raise UsageError(f"{option} must be at least 1")
     scope = Scope(request.scope)
     if scope is Scope.ERK:
-        raise UsageError("the pattern channel needs the scope layer or global")
+        raise UsageError(
+            f"the scope {scope} cannot be used with the pattern channel", hint="use the scope layer or global"
+        )
     if threshold is not None and scope is Scope.GLOBAL:
         raise UsageError("a threshold is applied to each layer separately", hint="use the scope layer")
     if request.layers and scope is Scope.GLOBAL:

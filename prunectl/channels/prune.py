@@ -165,7 +165,10 @@ def _check_companion_files(adapter: GraphAdapter, output: Destination | None) ->
         return
     for path in adapter.companion_files(output.target):
         if output.to_stdout:
-            raise UsageError("the result consists of several files, which cannot be written to standard output")
+            raise UsageError(
+                "the result consists of several files, which cannot be written to standard output",
+                hint=f"write it to a file: -o OUT{path.suffix}",
+            )
         if os.path.lexists(path) and not (output.is_forced or output.is_in_place):
             raise UsageError(f"{path} exists", hint="choose another --output, or replace it with --force")
 

@@ -117,7 +117,7 @@ def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> 
     if len({level.is_points for level in levels.values()}) > 1:
         raise UsageError("fail and warn are in different units", hint="write both in pp, or both as numbers")
     if len(levels) == len(LEVELS) and levels["warn"].amount > levels["fail"].amount:
-        raise UsageError("the fail limit is stricter than the warn limit")
+        raise UsageError("the fail limit is stricter than the warn limit", hint="write the larger drop as fail")
     if batch_size is not None and batch_size < 1:
         raise UsageError("batch-size must be at least 1")
     metric = MetricUnit.POINTS if all(level.is_points for level in levels.values()) else MetricUnit.NUMBER

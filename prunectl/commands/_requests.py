@@ -271,7 +271,7 @@ def import_first(names: Iterable[str]) -> None:
                 hint="for a file elsewhere, write --import folder/net.py",
             ) from error
         except Exception as error:
-            raise UsageError(f"--import {name}: {type(error).__name__}: {error}") from error
+            raise UsageError(f"--import {name} raised {type(error).__name__}: {error}") from error
         if is_file and getattr(imported, "__file__", None) is not None and not path.samefile(str(imported.__file__)):
             raise UsageError(
                 f"--import {name}: another module is already called {module}: {imported.__file__}",

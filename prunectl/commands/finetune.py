@@ -88,7 +88,7 @@ class Finetune(OutputOptions):
         _DEFAULT.means.temperature
     )
     early_stop: Annotated[
-        int | None, _train(metavar="EPOCHS", help="Stop after so many epochs without improvement.")
+        int | None, _train(metavar="EPOCHS", help="Stop after this many epochs without improvement.")
     ] = None
     keep: Annotated[KeepWeights, _train(help="Write the best epoch (by --val), or the last.")] = _DEFAULT.keep
     recalibrate: Annotated[bool, _train("--recalibrate", help="Recompute batch-norm statistics after training.")] = (

@@ -124,7 +124,7 @@ class Prune(OutputOptions):
     data: Annotated[str, _data(metavar="SPEC", help="Calibration or evaluation data, e.g. train.npz.")] = ""
     samples: Annotated[int, _data(help="Calibration examples to use.", min=1)] = _DEFAULT.samples
     batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = _DEFAULT.batch_size
-    repair: Annotated[bool, _data("--repair", help="Refit the kept weights on --data (least squares).")] = False
+    repair: Annotated[bool, _data("--repair", help="Reconstruct kept weights on --data (least squares).")] = False
     loss: Annotated[str, _data(metavar="NAME", help="Loss for gradients, e.g. mse; else the file's.")] = ""
     builder: Annotated[str, builder_option(_data)] = ""
     custom_objects: Annotated[str, custom_objects_option(_data)] = ""

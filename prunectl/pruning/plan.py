@@ -281,7 +281,8 @@ def adapt_policy(plugin: object) -> Policy:
         return plugin
     if not callable(plugin):
         raise UsageError(
-            "a policy must be a function that takes a tensor and returns why it is not pruned, or an empty string"
+            f"the policy is a value of type {type(plugin).__name__}, not a function",
+            hint="it takes a tensor, and returns why that is not pruned, or an empty string",
         )
     function: Callable[[Tensor], str | None] = plugin
 

@@ -90,7 +90,9 @@ def from_json(data: dict[str, Any]) -> PruneRequest:
     """Parse the request in a recipe."""
     defaults = {field.name: field.default for field in fields(PruneRequest)}
     if unknown := sorted(set(data) - defaults.keys()):
-        raise UsageError(f"unknown option {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], defaults)))
+        raise UsageError(
+            f"{unknown[0]} is not a known option", did_you_mean=tuple(get_close_matches(unknown[0], defaults))
+        )
     lists = {name: tuple(map(_to_tuple, value)) for name, value in data.items() if isinstance(value, list)}
     values = {**data, **lists}
     for name, value in values.items():

@@ -123,7 +123,7 @@ def check(config: SweepConfig) -> None:
         raise UsageError("--schedules needs training", hint="add --epochs 3, or leave out --schedules")
     for scope in config.scopes:
         if scope not in set(Scope):
-            raise UsageError(f"unknown scope {scope}", hint=f"known: {', '.join(Scope)}")
+            raise UsageError(f"{scope} is not a known scope", hint=f"known: {', '.join(Scope)}")
     variants(config)
     check_direction(training_of(config, BASELINE).means)
     for trial in grid(config)[1:]:

@@ -98,7 +98,7 @@ _SCORES: dict[str, Score] = {"accuracy": _accuracy, "mae": _absolute, "mse": _sq
 def _score(name: str) -> Score:
     if name not in _SCORES:
         raise UsageError(
-            f"unknown metric {name} for a model that is not trained",
+            f"{name} is not a known metric for a model that is not trained",
             did_you_mean=tuple(get_close_matches(name, _SCORES)),
             hint=f"known: {', '.join(_SCORES)}; a loss can be computed only for models that can be trained",
         )

@@ -108,7 +108,9 @@ def check(request: FinetuneRequest) -> None:
     if request.val_split and not 0 < request.val_split < 1:
         raise UsageError(f"--val-split must be between 0 and 1, not {request.val_split:g}")
     if request.rate not in LR_SCHEDULES:
-        raise UsageError(f"unknown learning-rate schedule {request.rate}", hint=f"known: {', '.join(LR_SCHEDULES)}")
+        raise UsageError(
+            f"{request.rate} is not a known learning-rate schedule", hint=f"known: {', '.join(LR_SCHEDULES)}"
+        )
     if request.is_resumed and request.checkpoint_dir is None:
         raise UsageError("--resume needs --checkpoint-dir", hint="add --checkpoint-dir DIR")
     if request.early_stop is not None and not (request.val or request.val_split):
@@ -262,7 +264,7 @@ class OptimizerSpec:
         key = self.name.strip().lower().replace("-", "").replace("_", "")
         if key not in classes:
             raise UsageError(
-                f"unknown optimizer {self.name}",
+                f"{self.name} is not a known optimizer",
                 did_you_mean=tuple(get_close_matches(key, classes, n=3, cutoff=0.5)),
                 hint=f"known: {', '.join(sorted(classes))}",
             )

@@ -128,7 +128,7 @@ def test_a_loss_is_limited_by_a_number(models: Path) -> None:
     [
         ("fail = '1pp', data = 'none.npz', against = 'dense.onnx'", 3, "none.npz"),
         ("fail = '1pp', data = 'test.npz', against = 'none.onnx'", 3, "none.onnx"),
-        ("fail = '1pp', data = 'test.npz', against = 'dense.onnx', metric = 'accurcy'", 2, "unknown metric accurcy"),
+        ("fail = '1pp', data = 'test.npz', against = 'dense.onnx', metric = 'accurcy'", 2, "is not a known metric"),
         ("fail = 0.01, data = 'test.npz', against = 'dense.onnx'", 2, "has no unit"),
     ],
 )

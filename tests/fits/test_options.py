@@ -210,7 +210,7 @@ def test_every_option_reaches_a_field_of_its_request_or_the_code_of_its_command(
 def test_a_name_that_is_empty_is_not_as_if_there_were_none() -> None:
     assert request_of("finetune", lr_schedule="").rate == ""
     done = here("prune", PT, *SPEC, "--strategy", "")
-    assert (done.code, "unknown strategy" in done.err) == (2, True)
+    assert (done.code, "not a known strategy" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("command", OPTION_RULES)

@@ -129,12 +129,12 @@ def test_schedules_are_compared_by_points_that_differ_in_nothing_else() -> None:
         ({"val": "v.npz", "val_split": 0.2}, "cannot be used together"),
         ({"schedules": ("polynomial",)}, "--schedules needs training"),
         ({"sparsities": (1.0,)}, "from 0 to below 1, not 1"),
-        ({"strategies": ("magnitud",)}, "unknown strategy magnitud"),
+        ({"strategies": ("magnitud",)}, "magnitud is not a known strategy"),
         ({"strategies": ("movement",)}, "needs training"),
         ({"strategies": ("obs",), "epochs": 1, "schedules": ("polynomial",)}, "prunes before training"),
         ({"strategies": ("movement",), "epochs": 1}, "prunes before training"),
-        ({"epochs": 1, "schedules": ("polynomal",)}, "unknown schedule"),
-        ({"scopes": ("everywhere",)}, "unknown scope"),
+        ({"epochs": 1, "schedules": ("polynomal",)}, "not a known schedule"),
+        ({"scopes": ("everywhere",)}, "not a known scope"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_a_file_is_opened(words: dict[str, object], said: str) -> None:
@@ -171,5 +171,5 @@ def test_answers_are_scored_as_by_hand() -> None:
     assert score(share, labels % 2) == ("accuracy", pytest.approx(np.mean((share[:, 0] > 0.5) == labels % 2)))
     logit = np.log(share / (1 - share))
     assert score(logit, labels % 2) == score(share, labels % 2)
-    with pytest.raises(UsageError, match="unknown metric"):
+    with pytest.raises(UsageError, match="not a known metric"):
         score(outputs, labels, "accurcy")

@@ -208,7 +208,7 @@ def _torch_accuracy(path: Path) -> float:
         (["--logdir", "logs"], "each trial is a separate run"),
         (["--keep-wrappers"], "cannot be evaluated"),
         (["--pattern", "2:4"], "fixes the sparsity"),
-        (["--schedule", "polynomal"], "unknown schedule"),
+        (["--schedule", "polynomal"], "not a known schedule"),
     ],
 )
 def test_training_refuses_what_does_not_go_with_it(words: list[str], told: str, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_only_what_goes_together_is_tried() -> None:
     reasons = skipped_combinations(choices)
     same = "the scope global cannot be used with the pattern 2:4, the same in every layer"
     assert reasons[Variant("magnitude", "global", pattern="2:4")] == same
-    assert reasons[Variant("obs", "layer", pattern="channel")] == "unknown channel strategy obs"
+    assert reasons[Variant("obs", "layer", pattern="channel")] == "obs is not a known channel strategy"
 
 
 def test_a_pattern_that_decides_the_sparsity_is_one_point() -> None:

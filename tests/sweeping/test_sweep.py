@@ -216,7 +216,7 @@ def test_other_choices_than_those_noted_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("trials_here")
 def test_a_sweep_that_made_nothing_yet_may_be_said_anew(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown metric"):
+    with pytest.raises(UsageError, match="not a known metric"):
         sweep(ONNX, SweepConfig(data=FEW, sparsities=(0.5,), metric="accurcy"), tmp_path / "points")
     assert len(sweep(ONNX, SweepConfig(data=FEW, sparsities=(0.5,)), tmp_path / "points").outcomes) == 2
 

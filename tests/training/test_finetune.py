@@ -356,7 +356,7 @@ def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path:
         ({"val": DATA}, "cannot be used together"),
         ({"val_split": 0.0, "early_stop": 2}, "needs validation data"),
         ({"is_resumed": True}, "needs --checkpoint-dir"),
-        ({"rate": "cosinus"}, "unknown learning-rate schedule"),
+        ({"rate": "cosinus"}, "not a known learning-rate schedule"),
         ({"ramping": ScheduleOptions("cosine")}, "needs a final sparsity"),
         ({"steps": 5, "epochs": 2}, "cannot be used together"),
         ({"frozen": ("cnv*",)}, "cnv"),

@@ -47,7 +47,7 @@ def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
     with toolkit.sparsity.keras.prune_scope():
         model = keras.models.model_from_config(_plain(config))
     if not model.built:
-        raise InputError("it does not give the shape of its input")
+        raise InputError("it does not give the shape of its input", hint="build the model, and save it again")
     model.load_weights(str(source)).assert_existing_objects_matched()
     for layer in model.submodules:
         for weight, mask, _ in getattr(layer, "pruning_vars", ()):

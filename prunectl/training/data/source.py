@@ -166,7 +166,9 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         return batches[0]
     targets = [batch.y for batch in batches if batch.y is not None]
     if targets and len(targets) < len(batches):
-        raise InputError("only some batches of the data have targets")
+        raise InputError(
+            "only some batches of the data have targets", hint="return (x, y) for each of them, or x alone"
+        )
     return Batch(_joined([batch.x for batch in batches]), _joined(targets) if targets else None)
 
 

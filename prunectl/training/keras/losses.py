@@ -182,7 +182,7 @@ def _loss_of_keras(library: KerasLibrary, name: str) -> Any:
     except (ValueError, TypeError) as error:
         names = loss_names(library)
         raise UsageError(
-            f"unknown loss {name}",
+            f"{name} is not a known loss",
             did_you_mean=tuple(get_close_matches(name, names, n=3, cutoff=0.5)),
             hint=f"known: {_CROSS_ENTROPY}, bce, {', '.join(_SHORT_NAMES)}, the losses of Keras, or my_module:my_loss",
         ) from error
@@ -255,7 +255,7 @@ def metric_by_name(library: KerasLibrary, name: str, loss: KerasLoss | None, obj
     except (ValueError, TypeError) as error:
         names = [*ACCURACY, *classes, *(name for name in dir(library.keras.metrics) if name.islower())]
         raise UsageError(
-            f"unknown metric {name}",
+            f"{name} is not a known metric",
             did_you_mean=tuple(get_close_matches(text.lower(), names, n=3, cutoff=0.5)),
             hint="known: accuracy, top5, auc, precision, recall, mae, the metrics of Keras, or my_module:my_metric",
         ) from error

@@ -177,7 +177,9 @@ class CompiledModel:
         self._user_functions, self._user_metrics = config.user_functions, config.user_metrics
         self._frozen_statistics = freeze(self._library, self.model, frozen)
         if not self.model.trainable_weights:
-            raise UsageError("there is nothing to train: every weight is frozen")
+            raise UsageError(
+                "there is nothing to train: every weight is frozen", hint="leave out --freeze, or name less"
+            )
         self.masking = compile_model(
             self._library,
             self.model,

@@ -67,7 +67,7 @@ def failures(device: torch.device) -> Iterator[None]:
         text = first_line(error)
         if isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in _MEMORY):
             raise WorkError(
-                f"out of memory on {device}", hint="use a smaller --batch-size, or --precision bf16"
+                f"the device {device} ran out of memory", hint="use a smaller --batch-size, or --precision bf16"
             ) from error
         if isinstance(error, torch.distributed.DistError):
             raise WorkError(

@@ -235,7 +235,9 @@ class TorchTrainable:
         targets = [] if y is None else [self._on_device(array) for array in as_tuple(y)]
         self._last = (outs, targets)
         if not targets and share < 1:
-            raise UsageError("the data has no targets")
+            raise UsageError(
+                "the data has no targets", hint="name data with some: train.npz with x and y, or --distill-share 1"
+            )
         if guide is None:
             return self._loss_of_targets(outs, targets)
         taught = losses.distilled(

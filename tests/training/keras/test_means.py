@@ -221,13 +221,13 @@ def test_the_gradient_is_clipped_by_its_norm(k: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("means", "message", "meant"),
     [
-        ({"optimizer": "adm"}, "unknown optimizer adm", "adam"),
+        ({"optimizer": "adm"}, "adm is not a known optimizer", "adam"),
         ({"optimizer": "sgd:momentm=0.9"}, "no setting momentm", "momentum"),
         ({"optimizer": "sgd:momentum"}, "is not a setting", ""),
         ({"optimizer": "sgd:momentum=7"}, "does not accept these settings", ""),
-        ({"loss": "cross-entrpy"}, "unknown loss", "cross-entropy"),
+        ({"loss": "cross-entrpy"}, "not a known loss", "cross-entropy"),
         ({"loss": "tests.nothing_there:loss"}, "no module", ""),
-        ({"metrics": ("acuracy",)}, "unknown metric", "accuracy"),
+        ({"metrics": ("acuracy",)}, "not a known metric", "accuracy"),
         ({"precision": "bf16"}, "set their own precision", ""),
         ({"device": "gpu"}, "no GPU", ""),
         ({"device": "tpu"}, "no device", ""),

@@ -170,7 +170,9 @@ def generate_module(
 
 def _state(traced: TracedModel, program: WeightedProgram) -> dict[str, torch.Tensor]:
     if traced.original is None:
-        raise WorkError("a program is written as a program")
+        raise WorkError(
+            "an exported program has no class that its weights would fit", hint="write it as a program: -o OUT.pt2"
+        )
     state = traced.original.state_dict()
     return {name: program.values.get(name, value).detach() for name, value in state.items()}
 
