@@ -77,7 +77,8 @@ class PruneOptions(SelectionOptions, ChannelOptions, total=False):
     builder: Code
     custom_objects: str | Mapping[str, Any]
     input: Names
-    repair: bool
+    repair: bool | str
+    repair_steps: int | None
     cluster: str
 
 

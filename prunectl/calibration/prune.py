@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.analysis.patterns import BlockPattern
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.calibration import statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
+from prunectl.calibration.match import OutputMatcher, masked, refuse_untrainable
 from prunectl.calibration.reconstruct import BLOCK, DAMP, Reconstructor
 from prunectl.calibration.session import Calibration, CalibrationSession, note_about, open_calibration
 from prunectl.calibration.sparsegpt import inverse_cholesky
@@ -132,10 +134,13 @@ def prune(
     has_digests: bool = False,
     is_trusted: bool = False,
     method: PruningMethod | None = None,
+    meter: ProgressFactory = no_progress,
 ) -> Pruned:
     """Prune a model with calibration data."""
     model, method = open_model(path), method or resolve_method(request)
     outputs.check(model, output)
+    if request.is_matched:
+        refuse_untrainable(model)
     scope, needs = method.criteria.scope, method.strategy.needs
     selection = planning.select_tensors(model, method.criteria)
     reconstructs = needs is Requires.PRODUCTS or request.is_repaired
@@ -161,7 +166,12 @@ def prune(
         if needs is not Requires.NOTHING:
             method, unseen = with_data_scores(model, selection.tensors, method, scope, session.calibration)
             notes += note_about("ranked by magnitude, because their inputs cannot be captured", unseen)
-        if reconstructor is not None:
+        matcher: OutputMatcher | None = None
+        if request.is_matched and session.trainable is not None:
+            start = masked if reconstructor is None else reconstructor.fit
+            matcher = OutputMatcher(session, session.trainable, request, start, meter)
+            method = replace(method, weight_updater=matcher.solve)
+        elif reconstructor is not None:
             method = replace(
                 method,
                 weight_updater=_ReconstructWithBatchNorm(session, reconstructor).solve
@@ -177,6 +187,7 @@ def prune(
             )
             how = "ranked by magnitude and not reconstructed" if reconstructor.uses_sparsegpt else "not reconstructed"
             notes += note_about(f"{how}, because their inputs cannot be captured", tuple(reconstructor.skipped))
+        notes += tuple(matcher.notes) if matcher is not None else ()
     return replace(pruned, notes=notes)
 
 

@@ -124,6 +124,8 @@ BLOCK = 128
 CrossByOutputs = Mapping[OutputRange, CrossStatistics]
 Fit = tuple[Float64Array, Mask]
 """Reconstructed weights, and the mask of what was pruned."""
+Solved = tuple[Array, Mask]
+"""The same in the type of the tensor."""
 
 
 @dataclass(slots=True)
@@ -142,6 +144,12 @@ class Reconstructor:
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
         """The pruned and reconstructed tensors of a plan."""
+        solved = self.fit(model, plan, method)
+        blocks = [partial(solved_blocks, cut.tensor, *solved[cut.tensor.name]) for cut in plan.cuts]
+        return PrunedTensors(blocks, dict(self.biases))
+
+    def fit(self, model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
+        """The pruned and reconstructed weights by tensor."""
         tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
         dense = {name: np.array(model.read(tensor)) for name, tensor in tensors.items()}
         kept = engine.keep_masks(model, plan, method, Selection(tuple(tensors.values()), (), {}), dict(dense))
@@ -152,7 +160,7 @@ class Reconstructor:
             groups, features = sums.size
             statistics.check_memory(name, groups=groups, features=features, kept=2)
         order = [*input_sums, *(name for name in tensors if name not in input_sums)]
-        solved: dict[str, tuple[Array, Mask]] = {}
+        solved: dict[str, Solved] = {}
         # In the order in which data meets them; what it never meets comes last.
         for number, name in enumerate(order):
             tensor, weights, inputs = tensors[name], dense[name], input_sums.get(name)
@@ -172,8 +180,7 @@ class Reconstructor:
             if bias is not None and inputs is not None:
                 sums = self.calibration.sums_after(tensor, met)
                 self._correct(model, bias, mean_outputs(inputs, weights), mean_outputs(sums, solved[name][0]))
-        blocks = [partial(_solved_blocks, cut.tensor, *solved[cut.tensor.name]) for cut in plan.cuts]
-        return PrunedTensors(blocks, dict(self.biases))
+        return solved
 
     def _begin(self, model: ModelFile, weights: Mapping[str, Array]) -> None:
         """Reset the model to its dense weights: a search for a size solves repeatedly."""
@@ -285,5 +292,6 @@ def _input_channels(values: Array, use: WeightUse) -> int:
     return 1 if use.in_axis is None else values.shape[use.in_axis]
 
 
-def _solved_blocks(tensor: Tensor, values: Array, dropped: Mask) -> Iterator[tuple[Array, Mask]]:
+def solved_blocks(tensor: Tensor, values: Array, dropped: Mask) -> Iterator[Solved]:
+    """Yield the one block that a tensor is."""
     yield in_storage_order(tensor, values), in_storage_order(tensor, dropped)

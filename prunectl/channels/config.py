@@ -218,7 +218,7 @@ _WEIGHT_OPTIONS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
     ("--target-packed", lambda request: request.target_packed is not None),
     ("--policy", lambda request: request.policy != "default"),
     ("--nan", lambda request: request.nan != "error"),
-    ("--repair", lambda request: request.is_repaired),
+    ("--repair", lambda request: request.is_repaired or request.is_matched),
     ("--cluster", lambda request: bool(request.cluster)),
     ("--loss", lambda request: bool(request.loss) and request.strategy != "taylor"),
 )

@@ -6,10 +6,11 @@ import importlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,17 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
 """Old names of options with their new ones, by command: taken for one version with a note, and shown nowhere."""
 
 
+BARE = {"--repair": ("layers", "outputs")}
+"""Options that may stand alone, which means the first of these words; it and the others may also be said."""
+
+
+def _with_default_values(args: list[str]) -> Iterator[str]:
+    """Yield arguments, with the value of an option that stands alone."""
+    for argument, following in zip_longest(args, args[1:]):
+        is_alone = argument in BARE and following not in BARE[argument]
+        yield f"{argument}={BARE[argument][0]}" if is_alone else argument
+
+
 class BaseCommand(TyperCommand):
     """A command with the common options after its own, which it takes as a reporter in the context."""
 
@@ -133,7 +145,7 @@ class BaseCommand(TyperCommand):
         """Parse the options, and remember which of them were typed by an old name."""
         typed = {argument.partition("=")[0] for argument in args}
         ctx.meta[_OLD_NAMES] = [pair for pair in RENAMED.get(str(self.name), {}).items() if pair[0] in typed]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, list(_with_default_values(args)))
 
     def invoke(self, ctx: Any) -> Any:
         """Take the common options out, and work with a reporter made of them."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from prunectl.analysis.patterns import CHANNEL
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.commands._command import (
     builder_option,
     custom_objects_option,
@@ -30,8 +31,8 @@ from prunectl.commands._requests import (
     request_options,
 )
 from prunectl.errors import UsageError
+from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.prune import prune
@@ -122,9 +123,24 @@ class Prune(OutputOptions):
     dead: Annotated[bool, _cut("--dead", help="Remove only channels that change no output.")] = False
     allow_empty: Annotated[bool, _cut("--allow-empty", help="Write the model even if no channel is removed.")] = False
     data: Annotated[str, _data(metavar="SPEC", help="Calibration or evaluation data, e.g. train.npz.")] = ""
-    samples: Annotated[int, _data(help="Calibration examples to use.", min=1)] = _DEFAULT.samples
-    batch_size: Annotated[int, _data(help="Examples per batch.", min=1)] = _DEFAULT.batch_size
-    repair: Annotated[bool, _data("--repair", help="Reconstruct kept weights on --data (least squares).")] = False
+    samples: Annotated[
+        int | None,
+        _data(help=f"Examples to use.  [default: {SAMPLES}; --repair outputs: {MATCHED_SAMPLES}]", min=1),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        _data(help=f"Examples per batch.  [default: {BATCH_SIZE}; --repair outputs: {MATCHED_BATCH_SIZE}]", min=1),
+    ] = None
+    repair: Annotated[
+        str,
+        _data(
+            metavar="HOW",
+            help="layers reconstructs kept weights by least squares, outputs trains them to match dense outputs.",
+        ),
+    ] = ""
+    repair_steps: Annotated[
+        int | None, _data(metavar="N", help="Most training steps of --repair outputs.  [default: 2000]", min=1)
+    ] = None
     loss: Annotated[str, _data(metavar="NAME", help="Loss for gradients, e.g. mse; else the file's.")] = ""
     builder: Annotated[str, builder_option(_data)] = ""
     custom_objects: Annotated[str, custom_objects_option(_data)] = ""
@@ -190,10 +206,12 @@ def select_mode(ctx: typer.Context, options: Prune, request: PruneRequest) -> Pr
     if options.max_drop:
         mode: PruneMode = load("prunectl.commands.max_drop:search_mode")(ctx.obj, options, request, limits)
         return mode
-    return build_mode(options, request, limits)
+    return build_mode(options, request, limits, ctx.obj.progress)
 
 
-def build_mode(options: Prune, request: PruneRequest, limits: Mapping[str, Any]) -> PruneMode:
+def build_mode(
+    options: Prune, request: PruneRequest, limits: Mapping[str, Any], meter: ProgressFactory = no_progress
+) -> PruneMode:
     """The mode for a given sparsity or size; limits are about channels."""
     if request.pattern == CHANNEL:
         return partial(_prune_channels, request, options, limits)
@@ -201,7 +219,11 @@ def build_mode(options: Prune, request: PruneRequest, limits: Mapping[str, Any])
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
         return mode
-    return partial(_prune_weights, request, check(request), options)
+    run: Callable[..., Any] = partial(prune, method=check(request))
+    if request.data:
+        calibrated = load("prunectl.calibration.prune:prune")
+        run = partial(calibrated, method=check(request), is_trusted=options.trust, meter=meter)
+    return partial(_prune_weights, run, request, options)
 
 
 def _prune_channels(
@@ -229,12 +251,9 @@ def _prune_channels(
 
 
 def _prune_weights(
-    request: PruneRequest, method: PruningMethod, options: Prune, path: Path, destination: Destination | None
+    run: Callable[..., Any], request: PruneRequest, options: Prune, path: Path, destination: Destination | None
 ) -> Report:
-    run: Callable[..., Any] = prune
-    if request.data:
-        run = partial(load("prunectl.calibration.prune:prune"), is_trusted=options.trust)
-    result = run(path, request, destination, has_digests=options.manifest is not None, method=method)
+    result = run(path, request, destination, has_digests=options.manifest is not None)
     if options.manifest is not None and destination is not None:
         write_manifest(options.manifest, result)
     return prune_report(replace(result, before=replace(result.before, path=options.model)), target_name(destination))

@@ -19,7 +19,7 @@ from prunectl.errors import InputError, UsageError
 from prunectl.formats.atomic import check_parent, write_text
 from prunectl.formats.safe_json import read_object
 from prunectl.plugins import check_untrusted, find
-from prunectl.pruning import BATCH_SIZE, SAMPLES
+from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.clustering import parse as parse_clustering
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
@@ -61,11 +61,17 @@ class PruneRequest:
     inputs: tuple[str, ...] = ()
     """Shapes of what goes in, where a network has to be run and its file does not say them."""
     is_repaired: bool = False
-    """Whether kept weights are reconstructed by least squares to make up for pruned ones."""
+    """Whether kept weights are reconstructed by least squares, layer by layer, to make up for pruned ones."""
+    is_matched: bool = False
+    """Whether kept weights are trained until the model answers as the dense one does."""
+    repair_steps: int | None = None
+    """For how many steps, if not as many as is usual."""
     cluster: str = ""
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
+LAYERS, OUTPUTS = "layers", "outputs"
+"""What `--repair` repairs."""
 _OPTION_OF = {
     "is_packed": "pack",
     "inputs": "input",
@@ -75,15 +81,26 @@ _OPTION_OF = {
     "layers": "layer",
     "model": "builder",
 }
-OPTIONS = {_OPTION_OF.get(field.name, field.name): field.name for field in fields(PruneRequest)}
-"""The fields that options decide; a manifest calls some of them otherwise."""
+OPTIONS = {
+    _OPTION_OF.get(field.name, field.name): field.name for field in fields(PruneRequest) if field.name != "is_matched"
+}
+"""The fields that options decide, two of them by one option; a manifest calls some of them otherwise."""
 
 
 def parse_request(options: Mapping[str, Any]) -> PruneRequest:
     """Parse options, by the names of the command line; those that are not given have their defaults."""
-    return from_json(
-        {OPTIONS.get(name, name): [*value] if isinstance(value, tuple) else value for name, value in options.items()}
-    )
+    given = {
+        OPTIONS.get(name, name): [*value] if isinstance(value, tuple) else value for name, value in options.items()
+    }
+    repaired = given.get("is_repaired")
+    if isinstance(repaired, str) and repaired:
+        if repaired not in {LAYERS, OUTPUTS}:
+            raise UsageError(f"--repair cannot be {repaired!r}", hint=f"use --repair {LAYERS} or --repair {OUTPUTS}")
+        given["is_repaired"] = repaired == LAYERS
+        if repaired == OUTPUTS:
+            # Training takes more examples than looking at layers does.
+            given = {"samples": MATCHED_SAMPLES, "batch_size": MATCHED_BATCH_SIZE, **given, "is_matched": True}
+    return from_json(given)
 
 
 def from_json(data: dict[str, Any]) -> PruneRequest:
@@ -191,9 +208,10 @@ def check(request: PruneRequest) -> PruningMethod:
             f"the strategy {request.strategy} needs training",
             hint=f"use it in: prunectl finetune --strategy {request.strategy}",
         )
-    looks_at_data = needs is not Requires.NOTHING or request.is_repaired
+    is_repaired = request.is_repaired or request.is_matched
+    looks_at_data = needs is not Requires.NOTHING or is_repaired
     if looks_at_data and not request.data:
-        who = "--repair" if request.is_repaired else f"the strategy {request.strategy}"
+        who = "--repair" if is_repaired else f"the strategy {request.strategy}"
         raise UsageError(f"{who} needs data", hint="add --data train.npz")
     if request.data and not looks_at_data:
         raise UsageError(
@@ -202,8 +220,11 @@ def check(request: PruneRequest) -> PruningMethod:
         )
     if not request.data and (request.loss, request.samples, request.batch_size) != ("", SAMPLES, BATCH_SIZE):
         raise UsageError("--samples, --batch-size and --loss need --data", hint="add --data SPEC, or leave them out")
-    for option, number in (("--samples", request.samples), ("--batch-size", request.batch_size)):
-        if number < 1:
+    if request.repair_steps is not None and not request.is_matched:
+        raise UsageError("--repair-steps needs --repair outputs", hint="add --repair outputs, or leave it out")
+    numbers = {"--samples": request.samples, "--batch-size": request.batch_size, "--repair-steps": request.repair_steps}
+    for option, number in numbers.items():
+        if number is not None and number < 1:
             raise UsageError(f"{option} must be at least 1")
     return check_shape(request, strategy)
 

@@ -30,7 +30,8 @@ def needs_data(request: PruneRequest) -> bool:
     if request.pattern == CHANNEL:
         measure = parse_config(request).importance
         return measure is not None and measure.needs is not RequiredData.NOTHING
-    return request.is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
+    is_repaired = request.is_repaired or request.is_matched
+    return is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
 
 
 def prune_by_request(

@@ -13,7 +13,7 @@ import numpy as np
 from prunectl.formats.base import Array
 from prunectl.pruning.strategies import BlockContext, Strategy
 from prunectl.training.data.source import Arrays, Batch
-from prunectl.training.task import FinalActivation
+from prunectl.training.task import DistilledOutput, FinalActivation
 
 
 class GradientStatistic(StrEnum):
@@ -183,6 +183,9 @@ class TrainableModel(Protocol):
 
     def forget(self) -> None:
         """Reset the gradient statistics."""
+
+    def compare(self, outputs: Sequence[DistilledOutput]) -> None:
+        """Choose how each output is compared with a teacher's, where that is not to follow from the loss."""
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch with a share of the learning rate, also towards what a teacher makes of it.

@@ -179,6 +179,47 @@ class DistilledOutput:
     """Of the classes."""
 
 
+def output_axis(ndim: int, *, is_channels_first: bool) -> int:
+    """The axis of an output's classes; a row of outputs for each word of a sentence has them last everywhere."""
+    return 1 if is_channels_first and ndim != 3 and ndim > 1 else -1
+
+
+def compare_outputs(dense: Array, pruned: Array, ending: FinalActivation, axis: int, loss: str = "") -> DistilledOutput:
+    """How an output is compared with that of a dense model: as classes where it has some, else as numbers.
+
+    An ending that only the numbers told has to hold for those of the pruned model as well: logarithms are taken of
+    them. What is raw is logits where it looks like them, or the user asks for `kl`; `mse` asks for numbers.
+    """
+    numbers = DistilledOutput(False, False, FinalActivation.RAW, axis)
+    if loss == "mse":
+        return numbers
+    if loss and loss not in _CLASS_LOSSES:
+        raise UsageError(f"outputs cannot be compared by the loss {loss}", hint="use --loss kl, or --loss mse")
+    apparent = activation_of_values(pruned, axis)
+    is_share = ending is FinalActivation.SIGMOID and apparent is not FinalActivation.RAW
+    if is_share or (ending in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX} and apparent is ending):
+        return DistilledOutput(True, is_share, ending, axis)
+    return DistilledOutput(True, False, FinalActivation.RAW, axis) if loss or are_logits(dense, axis) else numbers
+
+
+_CLASS_LOSSES = frozenset({"kl", "cross-entropy"})
+_SURE, _SURE_OF_TWO = 0.5, 0.8
+"""Mean probability of the likeliest class, of what is taken for logits."""
+_MOST_FREQUENT = 0.9
+"""Share of examples that may be of one class."""
+
+
+def are_logits(outputs: Array, axis: int) -> bool:
+    """Whether raw outputs look like those of a trained classifier: sure of a class, and not always of the same."""
+    values = np.asarray(outputs, np.float64)
+    if values.ndim < 2 or values.shape[axis] < 2 or len(values) < 2:
+        return False
+    shifted = np.exp(values - values.max(axis=axis, keepdims=True))
+    likeliest = shifted.max(axis=axis) / shifted.sum(axis=axis)
+    frequent = np.bincount(values.argmax(axis=axis).reshape(-1)).max() / likeliest.size
+    return bool(likeliest.mean() >= (_SURE_OF_TWO if values.shape[axis] == 2 else _SURE) and frequent <= _MOST_FREQUENT)
+
+
 def distillation_loss(ops: Any, output: DistilledOutput, teacher: Any, student: Any, temperature: float) -> Any:
     """T^2 KL(teacher at T || student at T) (Hinton et al. 2015), or the squared distance of numbers.
 

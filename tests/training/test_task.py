@@ -20,7 +20,7 @@ from prunectl.training.keras.losses import default_loss
 from prunectl.training.keras.outputs import OutputInfo
 from prunectl.training.request import OptimizerSpec, parse_optimizer
 from prunectl.training.task import DistilledOutput, FinalActivation, TaskKind, distillation_loss, infer_task
-from prunectl.training.torch.losses import LOSSES, METRICS, TorchLoss, distilled, resolve_loss
+from prunectl.training.torch.losses import LOSSES, METRICS, TorchLoss, compared_by_loss, distilled, resolve_loss
 from prunectl.training.torch.optimizers import make_optimizer
 from tests.contract import Array
 
@@ -160,9 +160,8 @@ def test_a_teacher_is_followed_alike_in_every_framework(loss: str, activation: F
         expected = temperature**2 * np.mean((p * np.log(p / q)).sum(1))
     form = {SOFTMAX: softmax, SIGMOID: sigmoid}.get(activation, np.asarray)
     theirs, ours = (torch.from_numpy(form(logits).astype(np.float32)) for logits in (teacher, student))
-    assert float(distilled([TorchLoss(loss, LOSSES[loss])], [ours], [theirs], temperature)) == pytest.approx(
-        expected, rel=1e-4
-    )
+    compared = compared_by_loss([TorchLoss(loss, LOSSES[loss])], [ours])
+    assert float(distilled(compared, [ours], [theirs], temperature)) == pytest.approx(expected, rel=1e-4)
     output = DistilledOutput(loss != "mse", loss.startswith("bce"), activation)
     for library in (load_keras2(), load_keras3()):
         found = distillation_loss(library.ops, output, theirs.numpy(), ours.numpy(), temperature)

@@ -34,6 +34,7 @@ from prunectl.training.keras.train_step import CompiledModel
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.runtimes import random_state, restore_random_state
+from prunectl.training.task import DistilledOutput
 
 
 def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
@@ -321,6 +322,10 @@ class KerasTrainable:
     def forget(self) -> None:
         """Reset the gradient statistics."""
         self._compiled.masking.reset()
+
+    def compare(self, outputs: Sequence[DistilledOutput]) -> None:
+        """Choose how each output is compared with a teacher's."""
+        self._compiled.compare(outputs)
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch with a share of the learning rate, also towards what a teacher makes of it."""

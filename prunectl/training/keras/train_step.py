@@ -247,6 +247,10 @@ class CompiledModel:
             )
         return self.masking.statistics(variables)
 
+    def compare(self, compared: Sequence[DistilledOutput]) -> None:
+        """Choose how each output is compared with a teacher's, before the first step with one."""
+        self._output_losses = list(compared)
+
     def step(self, batch: Batch, scale: float, teacher_outputs: Arrays | None) -> None:
         """Train on a batch."""
         x, y = outputs.pack_inputs(self.model, batch.x), outputs.pack_targets(self.model, batch.y)

@@ -376,17 +376,26 @@ _OPS = SimpleNamespace(
 )
 
 
+def compared_by_loss(losses: Sequence[TorchLoss], outs: Sequence[torch.Tensor]) -> tuple[DistilledOutput, ...]:
+    """How outputs are compared with a teacher's, by the loss of each."""
+    return tuple(
+        DistilledOutput(chosen.classifies or chosen.is_binary, chosen.is_binary, chosen.ending, min(1, out.ndim - 1))
+        for chosen, out in zip(losses, outs, strict=False)
+    )
+
+
 def distilled(
-    losses: Sequence[TorchLoss], outs: Sequence[torch.Tensor], teacher_outs: Sequence[torch.Tensor], temperature: float
+    compared: Sequence[DistilledOutput],
+    outs: Sequence[torch.Tensor],
+    teacher_outs: Sequence[torch.Tensor],
+    temperature: float,
 ) -> torch.Tensor:
     """The distillation loss of all outputs."""
     parts = []
-    for chosen, out, teacher_out in zip(losses, outs, teacher_outs, strict=False):
+    for output, out, teacher_out in zip(compared, outs, teacher_outs, strict=False):
         if out.shape != teacher_out.shape:
             raise UsageError(
                 f"the teacher's outputs have the shape {tuple(teacher_out.shape)}, the model's {tuple(out.shape)}"
             )
-        axis = min(1, out.ndim - 1)
-        output = DistilledOutput(chosen.classifies or chosen.is_binary, chosen.is_binary, chosen.ending, axis)
         parts.append(distillation_loss(_OPS, output, teacher_out, out, temperature))
     return torch.stack(parts).sum()

@@ -25,7 +25,7 @@ from prunectl.training.backend import (
 )
 from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
 from prunectl.training.runtimes import seed_everything
-from prunectl.training.task import FinalActivation, activation_of_values
+from prunectl.training.task import DistilledOutput, FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
 from prunectl.training.torch._compat import BatchNorm
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, output_specs
@@ -83,6 +83,7 @@ class TorchTrainable:
         self._signature = ModelSignature(input_specs(built.module, built.shapes), (), is_channels_first=True)
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
+        self._compared: tuple[DistilledOutput, ...] = ()
         kinds = {weight.dtype for weight in built.module.parameters() if weight.is_floating_point()}
         self._kind = kinds.pop() if len(kinds) == 1 else None
         """The type of all parameters, if they have one."""
@@ -240,15 +241,19 @@ class TorchTrainable:
             )
         if guide is None:
             return self._loss_of_targets(outs, targets)
-        taught = losses.distilled(
-            self._losses, outs, [self._on_device(array) for array in as_tuple(guide)], self._means.temperature
-        )
+        answers = [self._on_device(array) for array in as_tuple(guide)]
+        compared = self._compared or losses.compared_by_loss(self._losses, outs)
+        taught = losses.distilled(compared, outs, answers, self._means.temperature)
         return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught
 
     def _loss_of_targets(self, outs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack(
             [chosen.loss(out.float(), target) for chosen, out, target in zip(self._losses, outs, targets, strict=False)]
         ).sum()
+
+    def compare(self, outputs: Sequence[DistilledOutput]) -> None:
+        """Choose how each output is compared with a teacher's."""
+        self._compared = tuple(outputs)
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch."""

@@ -1,0 +1,305 @@
+"""Output matching: what is kept is trained until the model answers as it did when it was dense. No target is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.calibration.reconstruct import Solved, solved_blocks
+from prunectl.calibration.session import CalibrationSession
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.base import Array, Family, ModelFile
+from prunectl.formats.patch import is_writable
+from prunectl.formats.registry import by_name
+from prunectl.pruning import engine
+from prunectl.pruning.engine import PrunedTensors, PruningMethod
+from prunectl.pruning.masks import Mask
+from prunectl.pruning.plan import Plan, Selection
+from prunectl.pruning.request import PruneRequest
+from prunectl.training.backend import TrainableModel, TrainOptions
+from prunectl.training.course import DivergedError, TrainConfig
+from prunectl.training.data.source import Arrays, Batch, as_tuple
+from prunectl.training.task import (
+    DistilledOutput,
+    FinalActivation,
+    compare_outputs,
+    distillation_loss,
+    output_axis,
+)
+
+STEPS = 2000
+"""Of Adam, unless the user says how many."""
+RATE = 3e-3
+"""The learning rate at the first step, from which it falls to zero in a straight line."""
+HELD = 10
+"""One of so many examples is not trained on: it tells when no more is won."""
+_LOOKS = 40
+"""How often the held examples are looked at while all steps are done."""
+_PATIENCE = 10
+"""Looks without an improvement after which matching ends."""
+
+Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
+"""What matching begins with: the weights of the tensors of a plan, and what is pruned of them."""
+
+
+def refuse_untrainable(model: ModelFile) -> None:
+    """Refuse a format without gradients before its data is opened."""
+    if model.family is Family.ONNX:
+        raise UsageError(
+            f"--repair outputs trains the model, and {model.path} runs in onnxruntime, which computes no gradients",
+            hint="use --repair layers, or prune the Keras or PyTorch file of the model and export that",
+        )
+
+
+def masked(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
+    """The weights as they are, and what a strategy prunes of them."""
+    weights = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
+    kept = engine.keep_masks(
+        model, plan, method, Selection(tuple(cut.tensor for cut in plan.cuts), (), {}), dict(weights)
+    )
+    return {
+        name: (np.where(kept[name], array, np.zeros((), array.dtype)), ~kept[name]) for name, array in weights.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """Inputs, one array for each input of the model, and what the dense model answers."""
+
+    inputs: tuple[Array, ...]
+    answers: tuple[Array, ...]
+
+    def inputs_of(self, rows: Array) -> Arrays:
+        """The inputs of some examples."""
+        return _packed(tuple(array[rows] for array in self.inputs))
+
+    def answers_of(self, rows: Array) -> Arrays:
+        """The dense answers to them."""
+        return _packed(tuple(array[rows] for array in self.answers))
+
+
+def _packed(arrays: tuple[Array, ...]) -> Arrays:
+    return arrays if len(arrays) > 1 else arrays[0]
+
+
+@dataclass(slots=True)
+class OutputMatcher:
+    """Trains what is kept, with Adam, towards the outputs of the dense model; zeros stay zero."""
+
+    session: CalibrationSession
+    network: TrainableModel
+    request: PruneRequest
+    start: Start = masked
+    meter: ProgressFactory = no_progress
+    notes: list[str] = field(default_factory=list)
+    """What came of it, each a full sentence."""
+    _dense: dict[str, Array] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._dense = self.network.tensors()
+
+    def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
+        """The pruned and trained tensors of a plan, and what else was trained with them."""
+        self.notes.clear()
+        network, dense = self.network, self._dense
+        # A search for a size solves repeatedly.
+        network.assign(dense)
+        network.prepare(
+            TrainOptions(
+                loss="mse",
+                optimizer="adam",
+                lr=RATE,
+                seed=self.request.seed,
+                teacher_share=1.0,
+                temperature=1.0,
+                frozen=frozenset(_unwritable(model) & dense.keys()),
+                example=Batch(self.session.calibration.batches[0].x),
+            )
+        )
+        examples = self._answered(model)
+        solved = self.start(model, plan, method)
+        network.assign({name: values for name, (values, _) in solved.items() if name in dense})
+        masks = _masks(model, solved, dense)
+        network.mask(masks)
+        compared = self._compared(examples)
+        network.compare(compared)
+        self._train(model, examples, compared)
+        after = network.tensors()
+        lost = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
+        if lost:
+            raise WorkError(f"zeros of {lost[0]} became nonzero while outputs were matched; nothing was written")
+        blocks = []
+        for cut in plan.cuts:
+            weights, dropped = solved[cut.tensor.name]
+            values = np.where(dropped, 0, after.get(cut.tensor.name, weights)).astype(cut.tensor.dtype)
+            blocks.append(partial(solved_blocks, cut.tensor, values, dropped))
+        others = {
+            tensor.name: after[tensor.name]
+            for tensor in model.tensors
+            if tensor.name in after
+            and tensor.name not in solved
+            and not np.array_equal(after[tensor.name], dense[tensor.name])
+        }
+        return PrunedTensors(blocks, others)
+
+    def _answered(self, model: ModelFile) -> _Examples:
+        """The examples with the outputs of the dense model, which is what the network still is."""
+        batches = self.session.calibration.batches
+        parts = [as_tuple(self.network.predict(batch.x)) for batch in batches]
+        answers = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if not any(array.dtype.kind == "f" for array in answers):
+            raise UsageError(
+                f"the outputs of {model.path} are whole numbers, which cannot be matched", hint="use --repair layers"
+            )
+        for number, array in enumerate(answers):
+            if not np.isfinite(array).all():
+                where = f"output {number + 1}" if len(answers) > 1 else "the output"
+                raise WorkError(
+                    f"{where} of the dense model is NaN or infinite for some examples; nothing was written",
+                    hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
+                )
+        inputs = zip(*(as_tuple(batch.x) for batch in batches), strict=True)
+        return _Examples(tuple(np.concatenate(arrays) for arrays in inputs), answers)
+
+    def _compared(self, examples: _Examples) -> tuple[DistilledOutput, ...]:
+        """How each output is compared with the dense one; what is taken for logits is told."""
+        rows = np.arange(min(len(examples.inputs[0]), self.request.batch_size))
+        pruned = as_tuple(self.network.predict(examples.inputs_of(rows)))
+        signature = self.network.signature
+        endings = [port.ending for port in signature.outputs]
+        compared = tuple(
+            compare_outputs(
+                dense,
+                now,
+                endings[number] if number < len(endings) else FinalActivation.UNKNOWN,
+                output_axis(dense.ndim, is_channels_first=signature.is_channels_first),
+                self.request.loss,
+            )
+            for number, (dense, now) in enumerate(zip(examples.answers, pruned, strict=True))
+        )
+        kinds = dict.fromkeys(
+            "classes (KL divergence)" if one.is_classification else "numbers (squared error)" for one in compared
+        )
+        self.notes.append(
+            f"Outputs were compared as {' and '.join(kinds)}. If that is wrong, add --loss "
+            f"{'mse' if compared[0].is_classification else 'kl'}."
+        )
+        return compared
+
+    def _train(self, model: ModelFile, examples: _Examples, compared: Sequence[DistilledOutput]) -> None:
+        network, seed, count = self.network, self.request.seed, len(examples.inputs[0])
+        order = np.random.default_rng((seed, count)).permutation(count)
+        held, rows = order[: count // HELD], order[count // HELD :]
+        size = min(self.request.batch_size, len(rows))
+        steps = self.request.repair_steps or STEPS
+        # What is left over in an epoch comes in another: a batch of one has no statistics.
+        config = TrainConfig(steps, len(rows) // size, size, seed, "linear")
+        every = math.ceil(steps / _LOOKS)
+        first = best = self._divergence(examples, held, compared) if len(held) else math.inf
+        best_tensors, stale, step = network.tensors(), 0, 0
+        nbytes = sum(array[:1].nbytes for array in examples.inputs) * size
+        with self.meter(f"matching the outputs of {model.path.name}", steps * nbytes) as bar:
+            while step < steps and stale < _PATIENCE:
+                epoch, within = divmod(step, config.steps_per_epoch)
+                if not within:
+                    network.reseed(seed * 1_000_003 + epoch)
+                    shuffled = np.random.default_rng((seed, epoch)).permutation(rows)
+                chosen = shuffled[within * size : (within + 1) * size]
+                batch = Batch(examples.inputs_of(chosen))
+                network.step(batch, config.rate_at(step), examples.answers_of(chosen))
+                step += 1
+                bar.advance(nbytes)
+                if step % every and step < steps:
+                    continue
+                _check_finite(network.logs()["loss"], step)
+                if not len(held):
+                    continue
+                found = self._divergence(examples, held, compared)
+                _check_finite(found, step)
+                stale += 1
+                if found < best:
+                    best, best_tensors, stale = found, network.tensors(), 0
+        if len(held):
+            network.assign(best_tensors)
+        self._tell(first, best, step, count, network.recalibrate(iter(self.session.calibration.batches)))
+
+    def _tell(self, first: float, best: float, steps: int, count: int, norms: int) -> None:
+        won = (
+            f": on a tenth of them that was held back the distance fell from {first:.3g} to {best:.3g}"
+            if math.isfinite(first)
+            else ""
+        )
+        self.notes.insert(
+            0,
+            f"Kept weights were trained for {steps:,} steps to match the dense outputs for {count:,} examples of "
+            f"{self.request.data}{won}.",
+        )
+        if norms:
+            self.notes.append(
+                f"The statistics of {norms} batch normalisation layers were recomputed from the same data."
+            )
+
+    def _divergence(self, examples: _Examples, rows: Array, compared: Sequence[DistilledOutput]) -> float:
+        """How far the outputs for some examples are from the dense ones: what training makes small."""
+        total, size = 0.0, self.request.batch_size
+        for begin in range(0, len(rows), size):
+            part = rows[begin : begin + size]
+            found = as_tuple(self.network.predict(examples.inputs_of(part)))
+            answers = as_tuple(examples.answers_of(part))
+            losses = [
+                distillation_loss(_OPS, output, dense, now, 1.0)
+                for output, dense, now in zip(compared, answers, found, strict=True)
+            ]
+            total += len(part) * float(np.sum(losses))
+        return total / len(rows)
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the distance to the dense outputs is NaN or infinite after {step} steps; nothing was written",
+            hint="check the scale of the data (?norm=unit), or use --repair layers",
+        )
+
+
+def _unwritable(model: ModelFile) -> set[str]:
+    """Tensors whose place in the file cannot be written to: they stay as they are."""
+    if by_name(model.format).can_reencode:
+        return set()
+    return {tensor.name for tensor in model.tensors if not is_writable(tensor)}
+
+
+def _masks(model: ModelFile, solved: Mapping[str, Solved], dense: Mapping[str, Array]) -> dict[str, Mask]:
+    """What is not zero now, of the tensors that were pruned, and of others that could be and have zeros."""
+    masks = {name: np.asarray(values != 0) for name, (values, _) in solved.items() if name in dense}
+    for tensor in model.tensors:
+        if tensor.is_prunable and tensor.name in dense and tensor.name not in masks:
+            mask = np.asarray(dense[tensor.name] != 0)
+            if not mask.all():
+                masks[tensor.name] = mask
+    return masks
+
+
+def _log_softmax(logits: Array, axis: int) -> Array:
+    shifted = logits - logits.max(axis=axis, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+    return result
+
+
+_OPS = SimpleNamespace(
+    cast=lambda array, _: np.asarray(array, np.float64),
+    exp=np.exp,
+    log=np.log,
+    log_sigmoid=lambda logits: -np.logaddexp(0.0, -logits),
+    log_softmax=_log_softmax,
+    mean=np.mean,
+    sigmoid=lambda logits: np.exp(-np.logaddexp(0.0, -logits)),
+    square=np.square,
+    sum=np.sum,
+)

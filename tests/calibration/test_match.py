@@ -1,0 +1,318 @@
+"""What `--repair outputs` gives back: the answers of the dense model, from inputs alone, with every zero in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import prunectl
+from prunectl.calibration import match
+from prunectl.calibration.prune import prune
+from prunectl.errors import UsageError, WorkError
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.prune import Pruned
+from prunectl.pruning.prune import prune as prune_file
+from prunectl.pruning.request import PruneRequest, parse_request
+from prunectl.training.backend import LoadOptions
+from prunectl.training.runtimes import load_trainable
+from prunectl.training.task import FinalActivation, activation_of_values, are_logits, compare_outputs
+from tests.calibration import nets
+from tests.calibration.runs import DIGITS, NETS, build_of, data, examples, numbers, saved
+from tests.contract import Array, digest
+from tests.running import FIXTURES, here
+
+RAW, SOFTMAX, SIGMOID = FinalActivation.RAW, FinalActivation.SOFTMAX, FinalActivation.SIGMOID
+TRAINED = (
+    "digits_cnn.keras",
+    "digits_cnn.h5",
+    "digits_cnn_savedmodel",
+    "digits_cnn.pt",
+    "digits_cnn_torchscript.pt",
+    "digits_cnn.pt2",
+)
+SHORT: dict[str, Any] = {
+    "is_matched": True,
+    "repair_steps": 60,
+    "samples": 256,
+    "batch_size": 64,
+    "data": DIGITS,
+    "sparsity": 0.9,
+    "scope": "global",
+}
+
+
+def zeros(array: Array) -> int:
+    return int(np.count_nonzero(array == 0))
+
+
+def matched(file: str, target: Path, **wish: Any) -> Pruned:
+    """The digits network, pruned and matched for a few steps."""
+    return prune(FIXTURES / file, PruneRequest(**{**SHORT, "model": build_of(file), **wish}), Destination(target))
+
+
+def answers(path: Path, builder: str, x: Array) -> Array:
+    """What the network of a file answers."""
+    network = load_trainable(open_model(path), LoadOptions(model=builder, is_trusted=True))
+    try:
+        return np.asarray(network.predict(x))
+    finally:
+        network.close()
+
+
+def shares(logits: Array) -> Array:
+    exact = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(exact / exact.sum(1, keepdims=True))
+
+
+def distance(path: Path, dense: Path, builder: str, x: Array) -> float:
+    """Kullback-Leibler divergence of the dense probabilities from those of a file."""
+    ours, theirs = (shares(answers(one, builder, x).astype("f8")) for one in (path, dense))
+    return float((theirs * np.log(theirs / ours)).sum(1).mean())
+
+
+def digit_images(file: str) -> Array:
+    with np.load(FIXTURES / "digits.npz") as kept:
+        x = kept["x"][-400:].astype("f4") / 16
+    return np.moveaxis(x, -1, 1) if "torch" in file or file.endswith((".pt", ".pt2")) else x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("file", TRAINED)
+def test_a_network_answers_nearly_as_before_and_keeps_every_zero(file: str, tmp_path: Path) -> None:
+    plain, out = tmp_path / f"plain{Path(file).suffix}", tmp_path / f"out{Path(file).suffix}"
+    wish = PruneRequest(sparsity=0.9, scope="global")
+    cuts = prune_file(FIXTURES / file, wish, Destination(plain)).plan
+    found = matched(file, out)
+    before, after = numbers(plain), numbers(out)
+    held = 0
+    for cut in cuts.cuts:
+        name = cut.tensor.name
+        gone = before[name] == 0
+        held += np.count_nonzero(after[name][gone] == 0)
+        assert not after[name][gone].any(), name
+    assert held == cuts.drop == sum(tally.zeros for tally in found.tallies.values())
+    x = digit_images(file)
+    left = [distance(path, FIXTURES / file, build_of(file), x) for path in (plain, out)]
+    assert left[1] < left[0] / 3
+
+
+@pytest.mark.parametrize(
+    "wish", [{"pattern": "2:4", "sparsity": None}, {"pattern": "block:2x2", "sparsity": 0.75}], ids=str
+)
+def test_patterns_stay_as_they_are(wish: dict[str, Any], tmp_path: Path) -> None:
+    plain, out = tmp_path / "plain.pt", tmp_path / "out.pt"
+    prune_file(FIXTURES / "digits_cnn.pt", PruneRequest(**wish), Destination(plain))
+    matched("digits_cnn.pt", out, scope="layer", **wish)
+    before, after = numbers(plain), numbers(out)
+    for name, array in before.items():
+        if name.endswith("weight"):
+            np.testing.assert_array_equal(array == 0, after[name] == 0)
+            assert not np.array_equal(array, after[name])
+
+
+def test_zeros_of_tensors_that_are_not_pruned_stay_too(tmp_path: Path) -> None:
+    first, out = tmp_path / "first.pt", tmp_path / "out.pt"
+    prune_file(FIXTURES / "digits_cnn.pt", PruneRequest(sparsity=0.5, only="fc1*"), Destination(first))
+    wish = {**SHORT, "model": build_of("digits_cnn.pt"), "only": "fc2*", "sparsity": 0.3, "repair_steps": 20}
+    prune(first, PruneRequest(**wish), Destination(out))
+    before, after = numbers(first), numbers(out)
+    np.testing.assert_array_equal(before["fc1.weight"] == 0, after["fc1.weight"] == 0)
+    assert zeros(after["fc2.weight"]) == round(0.3 * after["fc2.weight"].size)
+    assert not np.array_equal(before["fc1.weight"], after["fc1.weight"]), "what is not pruned is trained as well"
+
+
+def test_targets_are_never_read_and_the_seed_decides_everything(tmp_path: Path) -> None:
+    with np.load(FIXTURES / "digits.npz") as kept:
+        x = kept["x"][:256]
+    sources = {
+        "alone": data(tmp_path / "x.npz", x=x),
+        "again": data(tmp_path / "x.npz", x=x),
+        "labels": data(tmp_path / "xy.npz", x=x, y=np.arange(256) % 10),
+        "wrong": data(tmp_path / "wrong.npz", x=x, y=np.zeros(256, np.int64)),
+        "seed": data(tmp_path / "x.npz", x=x),
+    }
+    found = {}
+    for name, source in sources.items():
+        out = tmp_path / f"{name}.pt"
+        matched("digits_cnn.pt", out, data=f"{source}?norm=/16", seed=int(name == "seed"), repair_steps=12)
+        found[name] = digest(out)
+    assert found["alone"] == found["again"] == found["labels"] == found["wrong"] != found["seed"]
+
+
+def test_obs_chooses_and_fits_what_is_then_trained(tmp_path: Path) -> None:
+    plain, out = tmp_path / "plain.pt", tmp_path / "out.pt"
+    wish = {**SHORT, "model": build_of("digits_cnn.pt"), "strategy": "obs", "is_matched": False, "repair_steps": None}
+    prune(FIXTURES / "digits_cnn.pt", PruneRequest(**wish), Destination(plain))
+    matched("digits_cnn.pt", out, strategy="obs")
+    before, after = numbers(plain), numbers(out)
+    np.testing.assert_array_equal(before["fc1.weight"] == 0, after["fc1.weight"] == 0)
+    x, builder = digit_images("digits_cnn.pt"), build_of("digits_cnn.pt")
+    dense = FIXTURES / "digits_cnn.pt"
+    assert distance(out, dense, builder, x) < distance(plain, dense, builder, x)
+
+
+def test_statistics_of_normalisations_are_those_of_the_pruned_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, out, x = saved(nets.Windows(), tmp_path / "m.pt"), tmp_path / "out.pt", examples(64, 4, 8, 8)
+    wish = {
+        **SHORT,
+        "data": data(tmp_path / "x.npz", x=x),
+        "model": f"{NETS}:Windows",
+        "sparsity": 0.5,
+        "repair_steps": 30,
+    }
+    done = prune(path, PruneRequest(**wish), Destination(out))
+    assert any("1 batch normalisation layers were recomputed" in note for note in done.notes)
+    module = nets.Windows()
+    module.load_state_dict(torch.load(out, weights_only=True))
+    seen = module.first(torch.from_numpy(x)).detach()
+    np.testing.assert_allclose(module.norm.running_mean, seen.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_where_nothing_is_won_it_ends_early_with_what_was_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(match, "RATE", 100.0)
+    plain, out = tmp_path / "plain.pt", tmp_path / "out.pt"
+    prune_file(FIXTURES / "digits_cnn.pt", PruneRequest(sparsity=0.5), Destination(plain))
+    done = matched("digits_cnn.pt", out, scope="layer", sparsity=0.5, repair_steps=80)
+    assert any("trained for 20 steps" in note for note in done.notes)
+    before, after = numbers(plain), numbers(out)
+    assert all(np.array_equal(before[name], array) for name, array in after.items())
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "message"),
+    [
+        ("Gaps", examples(64, 12), "the distance to the dense outputs is NaN or infinite after"),
+        ("Roots", examples(64, 12), "the output of the dense model is NaN or infinite for some examples"),
+    ],
+)
+def test_what_is_no_number_ends_it_and_nothing_is_written(net: str, x: Array, message: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, out = saved(getattr(nets, net)(), tmp_path / "m.pt"), tmp_path / "out.pt"
+    words = ("--repair", "outputs", "-s", "50%", "--data", data(tmp_path / "x.npz", x=x), "--builder", f"{NETS}:{net}")
+    done = here("prune", path, "-o", out, *words)
+    assert done.code == 5
+    assert message in done.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("file", ["digits_cnn.onnx", "digits_cnn.tflite", "digits_cnn.safetensors"])
+def test_a_file_without_gradients_is_refused_with_what_to_do(file: str, tmp_path: Path) -> None:
+    done = here("prune", FIXTURES / file, "-o", tmp_path / file, "-s", "50%", "--data", DIGITS, "--repair", "outputs")
+    assert done.code in {2, 3}
+    assert done.err.startswith("error: ")
+    assert len(done.err.splitlines()) > 1, "what to do instead"
+    assert not (tmp_path / file).exists()
+    if file.endswith("onnx"):
+        assert "--repair layers" in done.err
+
+
+MODEL = ("prune", FIXTURES / "digits_cnn.onnx", "-s", "50%", "--data", DIGITS, "--samples", "32")
+
+
+def test_repair_alone_means_layers_wherever_it_stands(tmp_path: Path) -> None:
+    outs = [tmp_path / f"{number}.onnx" for number in range(4)]
+    words = ("-s", "50%", "--data", DIGITS, "--samples", "32")
+    done = [
+        here("prune", "--repair", FIXTURES / "digits_cnn.onnx", "-o", outs[0], *words),
+        here("prune", FIXTURES / "digits_cnn.onnx", "-o", outs[1], *words, "--repair"),
+        here("prune", FIXTURES / "digits_cnn.onnx", "--repair=layers", "-o", outs[2], *words),
+        here("prune", FIXTURES / "digits_cnn.onnx", "--repair", "layers", "-o", outs[3], *words),
+    ]
+    assert [one.code for one in done] == [0] * 4, done
+    assert len({digest(out) for out in outs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--repair=weights",), "--repair cannot be 'weights'"),
+        (("--repair", "--repair-steps", "5"), "--repair-steps needs --repair outputs"),
+        (("--repair", "outputs", "--pattern", "channel"), "--repair cannot be used with --pattern channel"),
+    ],
+    ids=str,
+)
+def test_words_that_make_no_sense_are_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = here(*MODEL[:4], "-o", tmp_path / "out.onnx", "--data", DIGITS, *words)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_more_examples_are_used_than_to_look_at_layers_unless_it_is_said() -> None:
+    assert parse_request({"repair": True}) == parse_request({"repair": "layers"}) == PruneRequest(is_repaired=True)
+    found = parse_request({"repair": "outputs", "data": "x.npz"})
+    assert (found.samples, found.batch_size, found.is_matched, found.is_repaired) == (4096, 128, True, False)
+    assert parse_request({"repair": "outputs", "samples": 128, "batch_size": 32}).samples == 128
+
+
+def test_a_module_in_memory_is_matched_too() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.ReLU(), torch.nn.Linear(24, 3)).eval()
+    x = examples(200, 12)
+    dense = net(torch.from_numpy(x)).detach()
+    plain = prunectl.prune(net, sparsity=0.7)
+    found = prunectl.prune(net, sparsity=0.7, data=x, repair="outputs", repair_steps=200, loss="mse")
+    far, near = (float((one(torch.from_numpy(x)) - dense).square().mean().detach()) for one in (plain, found))
+    assert near < 0.8 * far
+    assert torch.equal(found[0].weight == 0, plain[0].weight == 0)
+
+
+RANDOM = np.random.default_rng(0)
+SURE = RANDOM.normal(size=(200, 10)) * 6
+SMALL = RANDOM.normal(size=(200, 10)) * 0.5
+SHARES = shares(SURE)
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "ending", "loss", "expected"),
+    [
+        (SURE, SMALL, RAW, "", (True, False, RAW)),
+        (SMALL, SMALL, RAW, "", (False, False, RAW)),
+        (SURE + 40 * np.eye(10)[0], SMALL, RAW, "", (False, False, RAW)),
+        (SURE, SMALL, RAW, "mse", (False, False, RAW)),
+        (SMALL, SMALL, RAW, "kl", (True, False, RAW)),
+        (SHARES, SHARES, SOFTMAX, "", (True, False, SOFTMAX)),
+        (np.log(SHARES), np.log(SHARES), FinalActivation.LOG_SOFTMAX, "", (True, False, FinalActivation.LOG_SOFTMAX)),
+        (np.abs(SMALL) / 10, np.abs(SMALL) / 10, SIGMOID, "", (True, True, SIGMOID)),
+        (np.abs(SMALL) / 10, SMALL, SIGMOID, "", (False, False, RAW)),
+        (SMALL[:, :1], SMALL[:, :1], RAW, "", (False, False, RAW)),
+        (SMALL[:, 0], SMALL[:, 0], RAW, "", (False, False, RAW)),
+    ],
+)
+def test_outputs_are_compared_as_what_they_are(
+    dense: Array, pruned: Array, ending: FinalActivation, loss: str, expected: tuple[bool, bool, FinalActivation]
+) -> None:
+    found = compare_outputs(dense, pruned, ending, 1 if dense.ndim > 1 else -1, loss)
+    assert (found.is_classification, found.is_binary, found.activation) == expected
+
+
+def test_an_unknown_way_to_compare_is_refused() -> None:
+    with pytest.raises(UsageError, match="cannot be compared by the loss hinge"):
+        compare_outputs(SURE, SURE, RAW, 1, "hinge")
+
+
+def test_a_single_example_tells_nothing_of_classes() -> None:
+    assert not are_logits(SURE[:1], 1)
+    assert activation_of_values(SHARES, 1) is SOFTMAX
+
+
+def test_a_run_can_be_repeated_from_its_manifest(tmp_path: Path) -> None:
+    outs = [tmp_path / "one.pt", tmp_path / "two.pt"]
+    words = ("-s", "80%", "--data", DIGITS, "--builder", build_of("digits_cnn.pt"), "--repair", "outputs")
+    steps = ("--repair-steps", "5", "--samples", "64", "--batch-size", "32")
+    manifest = tmp_path / "run.json"
+    first = here("prune", FIXTURES / "digits_cnn.pt", "-o", outs[0], *words, *steps, "--manifest", manifest)
+    again = here("prune", FIXTURES / "digits_cnn.pt", "-o", outs[1], "--recipe", manifest, "--trust")
+    assert (first.code, again.code) == (0, 0), first.err + again.err
+    assert digest(outs[0]) == digest(outs[1])
+    assert '"is_matched": true' in manifest.read_text()
+
+
+def test_work_errors_of_matching_are_exit_code_five() -> None:
+    with pytest.raises(WorkError, match="after 3 steps"):
+        match._check_finite(float("nan"), 3)
