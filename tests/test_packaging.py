@@ -45,6 +45,9 @@ def copied(to: Path) -> Path:
     return to
 
 
+WORKFLOWS = [*(ROOT / ".github/workflows").glob("*.yml"), ROOT / "examples/github-workflow.yml"]
+
+
 def built(root: Path, to: Path, **environment: str) -> dict[str, bytes]:
     """Build both archives, and return them by their names."""
     subprocess.run(
@@ -153,3 +156,28 @@ def test_the_oldest_versions_that_are_tried_are_those_that_the_project_allows() 
         assert bound
         lowest = tuple(map(int, bound[1].split(".")))
         assert versions[name_of(line)] == (*lowest, *(0,) * (3 - len(lowest)))
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_every_action_is_pinned_by_its_commit(workflow: Path) -> None:
+    used = re.findall(r"uses: (.*)", workflow.read_text())
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v[\d.]+", action)
+
+
+def test_before_a_commit_the_same_is_checked_as_in_ci() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    linted = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    assert linted
+    checked = {line.removeprefix("\t$(BIN)/") for line in linted[1].splitlines() if line.startswith("\t$(BIN)/")}
+    hooks = re.findall(r"entry: \.venv/bin/([^,\n]*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    # What a hook mends and is given file by file is looked for everywhere in CI.
+    said = {"ruff check --fix": "ruff check .", "ruff format": "ruff format --check ."}
+    assert {said.get(hook, hook) for hook in hooks} == checked
+
+
+def test_ci_runs_every_python_that_the_project_names() -> None:
+    named = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
+    (matrix,) = re.findall(r"python: \[(.*)\]\n    env", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert matrix.replace('"', "").split(", ") == named
