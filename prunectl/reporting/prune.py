@@ -70,6 +70,7 @@ def prune_report(pruned: Pruned, output: str) -> Report:
         "cuts", _COLUMNS, lambda: _rows(pruned), total=("all", "", size, dropped, zeros, zeros / size if size else 0.0)
     )
     notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *averaged_copies_hint(pruned.before)]
+    notes += [*_without_groups(pruned), *(_left_behind(pruned, Path(output)) if output else ())]
     if any(skip.reason == UNKNOWN for skip in pruned.plan.skips):
         notes.append(f"Tensors of {UNKNOWN} are pruned only if --layers names them.")
     if any(skip.reason == "optimizer state" for skip in pruned.plan.skips):
@@ -99,6 +100,33 @@ def prune_report(pruned: Pruned, output: str) -> Report:
         next_step=_next_step(pruned, output),
         quiet_lines=(),
     )
+
+
+def _without_groups(pruned: Pruned) -> Iterator[str]:
+    """Tensors too narrow for a single group of an N:M pattern."""
+    match = _N_OF_M.fullmatch(pruned.request.pattern)
+    names = [cut.tensor.name for cut in pruned.plan.cuts if not pruned.tallies[cut.tensor.name].zeros]
+    if match is not None and names:
+        shown = ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+        has, it = ("has", "it") if len(names) == 1 else ("have", "them")
+        yield f"{shown} {has} fewer than {match[2]} inputs, so {pruned.request.pattern} prunes none of {it}."
+
+
+_OF_WEIGHTS = (".safetensors", ".bin", ".index.json")
+"""What the weights in a folder of Hugging Face are called."""
+
+
+def _left_behind(pruned: Pruned, output: Path) -> Iterator[str]:
+    """Files that lie in the folder of the weights, and are not beside the output."""
+    source = Path(pruned.before.path)
+    if pruned.before.format not in {"safetensors", "shards"} or not source.is_dir():
+        return
+    names = [path.name for path in sorted(source.iterdir()) if path.is_file() and not path.name.endswith(_OF_WEIGHTS)]
+    folder = output if output.is_dir() else output.parent
+    missing = [name for name in names if not name.startswith(".") and not (folder / name).exists()]
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
+        yield f"Only the weights were written: copy {shown} from {source} beside them."
 
 
 def outcome(before: ModelStats, after: ModelStats, output: str) -> str:

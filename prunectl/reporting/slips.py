@@ -42,6 +42,8 @@ _COMMANDS = {
     "compare": "diff",
     "compress": "prune",
     "convert": "export",
+    "eval": "sweep",
+    "evaluate": "sweep",
     "fine-tune": "finetune",
     "gate": "check",
     "info": "inspect",

@@ -36,6 +36,7 @@ FOREIGN = {
     "commands/_topics.py": {"--install-completion", "--show-completion"},
     "checks/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
     "commands/_command.py": {old for names in RENAMED.values() for old in names},
+    "formats/packages.py": {"--python"},
     "reporting/html/page.py": set(re.findall(r"--\w+(?=:)", page._STYLE)),
     "reporting/slips.py": set(slips._OPTIONS),
     "sweeping/ray_workers.py": {"--head"},

@@ -271,3 +271,27 @@ def test_what_shares_the_numbers_of_a_pruned_tensor_is_said_to_be_tied(tmp_path:
     torch.save({"emb.weight": weight, "out.weight": weight, "out.bias": torch.zeros(6)}, tmp_path / "tied.pt")
     found, _ = prune(tmp_path / "tied.pt", tmp_path / "out", sparsity=0.5, only="out.weight")
     assert {skip.name: skip.reason for skip in found.plan.skips}["emb.weight"] == "tied to out.weight, which is pruned"
+
+
+def test_what_is_too_narrow_for_a_pattern_is_named(tmp_path: Path) -> None:
+    words = ("prune", FIXTURES / "digits_cnn.onnx", "--dry-run")
+    done = here(*words, "--pattern", "2:4", "--exclude", "fc2")
+    assert "note: conv1.weight has fewer than 4 inputs, so 2:4 prunes none of it." in done.err
+    assert "fewer than" not in here(*words, "--pattern", "2:4", "--exclude", "conv1").err
+    assert "fewer than" not in here(*words, "-s", "0").err
+
+
+def test_what_lies_beside_weights_and_is_not_copied_is_named(tmp_path: Path) -> None:
+    folder, output = tmp_path / "llama", tmp_path / "small"
+    for path in (folder, output):
+        path.mkdir()
+    (folder / "model.safetensors").write_bytes((FIXTURES / "digits_cnn.safetensors").read_bytes())
+    for name in ("config.json", "tokenizer.json", ".gitattributes"):
+        (folder / name).write_text("{}")
+    words = ("prune", "llama", "-s", "50%", "-o")
+    done = here(*words, "small/model.safetensors", cwd=tmp_path)
+    assert "Only the weights were written: copy config.json, tokenizer.json from llama beside them." in done.err
+    (output / "config.json").write_text("{}")
+    (output / "tokenizer.json").write_text("{}")
+    assert "Only the weights" not in here(*words, "small/model.safetensors", "--force", cwd=tmp_path).err
+    assert "Only the weights" not in here("prune", "llama", "-s", "50%", "--in-place", cwd=tmp_path).err
