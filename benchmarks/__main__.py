@@ -31,6 +31,7 @@ ALL = {
     "training": training.run,
     "calibration": calibration.run,
     "calibration_cost": calibration_cost.run,
+    "matching": calibration.matched,
     "channels_torch": channels_torch.run,
     "channels_onnx": channels_onnx.run,
     "channels_keras": channels_keras.run,

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
@@ -43,6 +44,14 @@ METHODS = (
     ("obs + repair", ("--strategy", "obs", "--repair")),
     ("obs, global", ("--strategy", "obs", "--scope", "global")),
     ("obs, global + repair", ("--strategy", "obs", "--scope", "global", "--repair")),
+)
+SPARSEST = (0.95, 0.98)
+_GLOBAL = ("--scope", "global")
+MATCHED = (
+    ("magnitude, global", _GLOBAL, SAMPLES),
+    ("obs, global, 512 examples", ("--strategy", "obs", *_GLOBAL), SAMPLES),
+    ("magnitude, global + repair outputs, 512 examples", (*_GLOBAL, "--repair", "outputs"), SAMPLES),
+    ("magnitude, global + repair outputs, 4,096 examples", (*_GLOBAL, "--repair", "outputs"), 4096),
 )
 _NETS = """
 import torch
@@ -170,10 +179,38 @@ def _table(folder: Path, net: str, train: str, test: Path) -> None:
     show(f"calibration: {net}, dense {dense:.2%}, {SAMPLES} examples, no training", ("method", *heads), rows)
 
 
-def _pruned(model: Path, folder: Path, net: str, train: str, sparsity: float, words: tuple[str, ...]) -> Path:
+def matched(net: str = "Mlp") -> None:
+    """Print what matching the dense outputs wins back, by the number of examples, with the time of each run."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "nets.py").write_text(_NETS)
+        train, test = DATA / "fashion_train.npz", DATA / "fashion_test.npz"
+        if not train.is_file():
+            print(f"matching: {train} is not there, nothing to train {net} on")
+            return
+        _run(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
+        model = folder / f"{net}.pt"
+        (dense,) = _accuracies(folder, net, test, [model])
+        rows = []
+        for title, words, samples in MATCHED:
+            row: list[str] = [title]
+            for sparsity in SPARSEST:
+                began = time.perf_counter()
+                made = _pruned(model, folder, net, f"{train}?norm=unit", sparsity, words, samples)
+                seconds = time.perf_counter() - began
+                row += [f"{_accuracies(folder, net, test, [made])[0]:.2%}", f"{seconds:.0f} s"]
+            rows.append(tuple(row))
+            _tell(", ".join(row))
+        heads = tuple(head for sparsity in SPARSEST for head in (f"{sparsity:.0%}", "time"))
+        show(f"matching: {net}, dense {dense:.2%}, no labels", ("method", *heads), rows)
+
+
+def _pruned(
+    model: Path, folder: Path, net: str, train: str, sparsity: float, words: tuple[str, ...], samples: int = SAMPLES
+) -> Path:
     looks = {"--repair", "activation-magnitude", "magnitude-gradient", "obs"} & set(words)
     own = ("--builder", f"{folder / 'nets.py'}:{net}")
-    data = ("--data", train, "--samples", SAMPLES, "--batch-size", "128", *own) if looks else ()
+    data = ("--data", train, "--samples", samples, "--batch-size", "128", *own) if looks else ()
     made = folder / f"{net}-{sparsity}.pt"
     left = LOOKED_UP if net == "Text" else ()
     _run(PRUNECTL, "prune", model, "-o", made, "--force", "-s", sparsity, *words, *left, *data)

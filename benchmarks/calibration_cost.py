@@ -80,10 +80,13 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "net.py").write_text(_NET)
-        images = np.random.default_rng(0).standard_normal((IMAGES, 3, 224, 224), np.float32)
-        np.savez(folder / "images.npz", x=images, y=np.arange(IMAGES) % 1000)
-        _measure(folder, "Net", f"calibrating a ResNet-50 on {IMAGES} images", _SCORES)
-        _measure(folder, "Small", f"fitting a ResNet-50 of an eighth of the widths to {IMAGES} images", _FITS)
+        for net, pixels, title, ways in (
+            ("Net", 224, "calibrating a ResNet-50 on", _SCORES),
+            ("Small", 64, "fitting a ResNet-50 of an eighth of the widths to", _FITS),
+        ):
+            images = np.random.default_rng(0).standard_normal((IMAGES, 3, pixels, pixels), np.float32)
+            np.savez(folder / "images.npz", x=images, y=np.arange(IMAGES) % 1000)
+            _measure(folder, net, f"{title} {IMAGES} images of {pixels}x{pixels}", ways)
 
 
 def _measure(folder: Path, net: str, title: str, ways: tuple[tuple[str, tuple[str, ...]], ...]) -> None:

@@ -25,13 +25,8 @@ from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import TrainableModel, TrainOptions
 from prunectl.training.course import DivergedError, TrainConfig
 from prunectl.training.data.source import Arrays, Batch, as_tuple
-from prunectl.training.task import (
-    DistilledOutput,
-    FinalActivation,
-    compare_outputs,
-    distillation_loss,
-    output_axis,
-)
+from prunectl.training.distillation import compare_answers
+from prunectl.training.task import DistilledOutput, distillation_loss
 
 STEPS = 2000
 """Of Adam, unless the user says how many."""
@@ -170,26 +165,9 @@ class OutputMatcher:
     def _compared(self, examples: _Examples) -> tuple[DistilledOutput, ...]:
         """How each output is compared with the dense one; what is taken for logits is told."""
         rows = np.arange(min(len(examples.inputs[0]), self.request.batch_size))
-        pruned = as_tuple(self.network.predict(examples.inputs_of(rows)))
-        signature = self.network.signature
-        endings = [port.ending for port in signature.outputs]
-        compared = tuple(
-            compare_outputs(
-                dense,
-                now,
-                endings[number] if number < len(endings) else FinalActivation.UNKNOWN,
-                output_axis(dense.ndim, is_channels_first=signature.is_channels_first),
-                self.request.loss,
-            )
-            for number, (dense, now) in enumerate(zip(examples.answers, pruned, strict=True))
-        )
-        kinds = dict.fromkeys(
-            "classes (KL divergence)" if one.is_classification else "numbers (squared error)" for one in compared
-        )
-        self.notes.append(
-            f"Outputs were compared as {' and '.join(kinds)}. If that is wrong, add --loss "
-            f"{'mse' if compared[0].is_classification else 'kl'}."
-        )
+        pruned = self.network.predict(examples.inputs_of(rows))
+        compared, note = compare_answers(_packed(examples.answers), pruned, self.network.signature, self.request.loss)
+        self.notes.append(note)
         return compared
 
     def _train(self, model: ModelFile, examples: _Examples, compared: Sequence[DistilledOutput]) -> None:

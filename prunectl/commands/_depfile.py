@@ -142,6 +142,8 @@ def _is_installed(path: Path) -> bool:
 
 MODELS = ("distill",)
 """Options that name a model, beside MODEL itself."""
+_NO_FILES = {None, "", "input"}
+"""No model, and MODEL itself."""
 CALLABLE_OPTIONS = ("data", "val")
 FILES = ("recipe",)
 
@@ -170,9 +172,10 @@ def options_of_recipe(recipe: Path, *, is_trusted: bool) -> dict[str, Any]:
 
 def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
     """The files that options name, those of the model first; modules with the user's functions are not among them."""
+    models = [name for name in MODELS if options.get(name) not in _NO_FILES]
     files = [
         *open_model(Path(options["model"])).files,
-        *(file for name in MODELS if options.get(name) for file in open_model(Path(options[name])).files),
+        *(file for name in models for file in open_model(Path(options[name])).files),
         *(file for name in CALLABLE_OPTIONS if options.get(name) for file in of_spec(options[name])),
         *(Path(options[name]) for name in FILES if options.get(name) is not None),
         *_data().files_of_references(

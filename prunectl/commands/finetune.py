@@ -77,7 +77,9 @@ class Finetune(OutputOptions):
     freeze: Annotated[list[str] | None, _train(metavar="GLOB", help="Do not train these tensors, e.g. 'embed*'.")] = (
         None
     )
-    distill: Annotated[str, _train(metavar="TEACHER", help="Teacher model for knowledge distillation.")] = ""
+    distill: Annotated[
+        str, _train(metavar="TEACHER", help="Teacher model for distillation; input: MODEL before pruning.")
+    ] = ""
     distill_builder: Annotated[
         str, _train(metavar="MOD:FN", help="Code that builds the teacher; else that of --builder.")
     ] = ""

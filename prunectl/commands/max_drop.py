@@ -34,7 +34,7 @@ from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.finetune import finetune
 from prunectl.training.max_drop import parse_drop
 from prunectl.training.monitor import check_direction, monitored_metric
-from prunectl.training.request import FinetuneRequest, check, parse_metrics
+from prunectl.training.request import INPUT, FinetuneRequest, check, parse_metrics
 
 if TYPE_CHECKING:
     from prunectl.commands.finetune import Finetune
@@ -178,7 +178,8 @@ def _files(request: FinetuneRequest) -> dict[str, str]:
         request.distill_model,
     )
     named = (pruning.strategy, pruning.policy, request.ramping.name)
-    return digests(specs=(request.data, request.val), functions=(*functions, *named), models=(request.distill,))
+    models = () if request.distill == INPUT else (request.distill,)
+    return digests(specs=(request.data, request.val), functions=(*functions, *named), models=models)
 
 
 def _copy_result(model: ModelFile, result: ModelFile, output: Destination) -> None:

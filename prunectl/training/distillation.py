@@ -21,7 +21,16 @@ from prunectl.training.data import adapt
 from prunectl.training.data.adapt import ArrayAdapter, AxisChange
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.runtimes import load_onnx_model, load_trainable
-from prunectl.training.task import FinalActivation, activation_of_values, convert_outputs, format_shape, shape_matches
+from prunectl.training.task import (
+    DistilledOutput,
+    FinalActivation,
+    activation_of_values,
+    compare_outputs,
+    convert_outputs,
+    format_shape,
+    output_axis,
+    shape_matches,
+)
 
 _COLOURS = frozenset({1, 3, 4})
 
@@ -78,6 +87,28 @@ def load_teacher(
     if len(answers) > len(outputs):
         notes += (f"{path} has {len(answers)} outputs: the first {len(outputs)} are used for distillation.",)
     return Teacher(predict, close, notes, inputs, outputs)
+
+
+def compare_answers(
+    teacher: Arrays, student: Arrays, signature: ModelSignature, loss: str
+) -> tuple[tuple[DistilledOutput, ...], str]:
+    """How each output is compared with a teacher's where no target tells, and a sentence that says so."""
+    endings = [port.ending for port in signature.outputs]
+    compared = tuple(
+        compare_outputs(
+            theirs,
+            ours,
+            endings[number] if number < len(endings) else FinalActivation.UNKNOWN,
+            output_axis(theirs.ndim, is_channels_first=signature.is_channels_first),
+            loss,
+        )
+        for number, (theirs, ours) in enumerate(zip(as_tuple(teacher), as_tuple(student), strict=False))
+    )
+    kinds = dict.fromkeys(
+        "classes (KL divergence)" if output.is_classification else "numbers (squared error)" for output in compared
+    )
+    other = "mse" if compared[0].is_classification else "kl"
+    return compared, f"Outputs were compared as {' and '.join(kinds)}. If that is wrong, add --loss {other}."
 
 
 def teacher_load_options(model: ModelFile, pupil: LoadOptions, builder: str) -> LoadOptions:

@@ -28,7 +28,7 @@ from prunectl.training.course import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, EpochOrder, Source, num_examples, peek, train_val_split
-from prunectl.training.distillation import Teacher, load_teacher, teacher_load_options
+from prunectl.training.distillation import Teacher, compare_answers, load_teacher, teacher_load_options
 from prunectl.training.logger import LogEntry, ProgressCallback, TrainingLogger
 from prunectl.training.loop import (
     DataSplits,
@@ -41,7 +41,16 @@ from prunectl.training.loop import (
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig, make_pruning_config, masks_of_zeros
 from prunectl.training.monitor import Monitor, check_direction, make_monitor
 from prunectl.training.native_pruning import make_mask_scheduler
-from prunectl.training.request import DEFAULT_EPOCHS, FinetuneRequest, KeepWeights, MaskMode, check, parse_time_point
+from prunectl.training.request import (
+    DEFAULT_EPOCHS,
+    FinetuneRequest,
+    KeepWeights,
+    MaskMode,
+    check,
+    learn_from_teacher,
+    parse_time_point,
+    resolve_teacher,
+)
 from prunectl.training.runtimes import load_trainable
 from prunectl.training.wrap.wrappers import (
     WrapperSpec,
@@ -53,6 +62,8 @@ from prunectl.training.wrap.wrappers import (
 )
 
 _COUNTED_BY = 4096
+_COMPARED = 256
+"""Examples that tell whether outputs are those of a classifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +74,21 @@ class TrainingData:
     val: Source | None
     example: Batch
     notes: tuple[str, ...]
+    request: FinetuneRequest
+    """With the teacher that is all there is to learn from where there are no targets."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether what is learned from says what the model should answer."""
+        return self.train.has_targets
 
 
-def open_training_data(network: TrainableModel, request: FinetuneRequest) -> TrainingData:
-    """Open what is learned from and what is judged by."""
+def open_training_data(network: TrainableModel, request: FinetuneRequest, model: Path | None = None) -> TrainingData:
+    """Open what is learned from and what is judged by; without targets a model may be its own teacher."""
     seed, val, val_split = request.means.seed, request.val, request.val_split
     train, notes = _fitted(request.data, network, seed)
+    if not train.has_targets:
+        request = learn_from_teacher(request, model)
     if request.needs_targets:
         require_targets(train)
     judged: Source | None = None
@@ -79,10 +99,11 @@ def open_training_data(network: TrainableModel, request: FinetuneRequest) -> Tra
         train, judged = train_val_split(train, val_split, seed)
     if judged is not None and not request.means.custom_step:
         require_targets(judged)
-    example = peek(train)
+    # What comes out is told by targets: those of the validation data, if there are no others.
+    example = peek(train if judged is None or train.has_targets or request.means.custom_step else judged)
     if example is None:
         raise InputError(f"{train.name} has no examples")
-    return TrainingData(train, judged, example, tuple(dict.fromkeys(notes)))
+    return TrainingData(train, judged, example, tuple(dict.fromkeys(notes)), request)
 
 
 def validate_training_data(data: TrainingData, signature: ModelSignature, request: FinetuneRequest) -> tuple[str, ...]:
@@ -160,6 +181,7 @@ def finetune(
 ) -> FinetuneResult:
     """Train a model, and write it into a copy of its file."""
     check(request)
+    request = resolve_teacher(request, path)
     if _has_best(request):
         check_direction(request.means)
     model = open_model(path)
@@ -173,7 +195,8 @@ def finetune(
         closing(load_trainable(plain, request.origin)) as network,
         ExitStack() as at_the_end,
     ):
-        data = open_training_data(network, request)
+        data = open_training_data(network, request, path)
+        request = data.request
         network.prepare(replace(request.means, frozen=_frozen(plain, request), example=data.example))
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
         config = _course(request, data, network.ranks[1])
@@ -192,6 +215,8 @@ def finetune(
             # Its runtime may share what joins the processes with the pupil's: it is let go of when all is done.
             at_the_end.callback(teacher.close)
             notes += teacher.notes
+            if not data.has_targets and not request.means.custom_step:
+                notes += _taught_alone(network, data, teacher)
         logger = _logger(network, scheduler, request, watcher)
         progress = _train(
             TrainingRun(
@@ -289,6 +314,17 @@ def _teacher(request: FinetuneRequest, network: TrainableModel, data: TrainingDa
         data.example,
         builder=request.distill_model,
     )
+
+
+def _taught_alone(network: TrainableModel, data: TrainingData, teacher: Teacher) -> tuple[str, ...]:
+    """Choose how outputs are compared with the teacher's, by some examples of all."""
+    request, train = data.request, data.train
+    order = EpochOrder(_COMPARED, request.means.seed, is_shuffled=train.count is not None)
+    x = next(train.batches(order)).x
+    loss = request.means.loss if request.means.loss in {"kl", "mse", "cross-entropy"} else ""
+    compared, note = compare_answers(teacher(x), network.predict(x), network.signature, loss)
+    network.compare(compared)
+    return (f"{train.name} has no targets: all that is learned from is what {request.distill} answers.", note)
 
 
 def _course(request: FinetuneRequest, data: TrainingData, ranks: int) -> TrainConfig:

@@ -19,6 +19,8 @@ from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.course import LR_SCHEDULES
 
 DEFAULT_EPOCHS = 3
+INPUT = "input"
+"""The teacher that is the model itself, as it came."""
 
 
 class MaskMode(StrEnum):
@@ -99,6 +101,19 @@ class FinetuneRequest:
         means = {name: value for name, value in values["means"].items() if name not in known_later}
         plain: dict[str, Any] = json.loads(json.dumps({**values, "means": means}))
         return plain
+
+
+def resolve_teacher(request: FinetuneRequest, model: Path) -> FinetuneRequest:
+    """A request whose teacher is a path, also where it is the model as it came."""
+    return replace(request, distill=str(model)) if request.distill == INPUT else request
+
+
+def learn_from_teacher(request: FinetuneRequest, model: Path | None) -> FinetuneRequest:
+    """The same for data without targets: all that is learned from is a teacher, or the model before it is pruned."""
+    teacher = request.distill or (str(model) if model is not None and request.prunes else "")
+    if not teacher or not request.needs_targets:
+        return request
+    return replace(request, distill=teacher, means=replace(request.means, teacher_share=1.0))
 
 
 def check(request: FinetuneRequest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from prunectl.errors import UntrustedError, UsageError
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec, TrainOptions
 from prunectl.training.data.source import Batch
 from prunectl.training.distillation import Teacher, load_teacher
@@ -253,6 +255,31 @@ def test_what_only_a_teacher_tells_needs_no_targets(model: str, tmp_path: Path) 
     words: dict[str, Any] = {"data": str(tmp_path / "x.npz"), "origin": origin}
     found = taught(model, "digits_cnn.onnx", tmp_path / f"out_{model}", share=1.0, **words)
     assert found.history[0].train["loss"] >= 0
-    for more in ({"share": 0.9}, {"share": 1.0, "val_split": 0.5}):
-        with pytest.raises(UsageError, match="has inputs but no targets"):
-            taught(model, "digits_cnn.onnx", tmp_path / "none", **words, **more)
+    with pytest.raises(UsageError, match="has inputs but no targets"):
+        taught(model, "digits_cnn.onnx", tmp_path / "none", **words, share=1.0, val_split=0.5)
+
+
+@pytest.mark.parametrize("model", ["digits_cnn.pt", "digits_cnn.keras"])
+def test_a_model_that_is_pruned_on_inputs_alone_is_its_own_teacher(model: str, tmp_path: Path) -> None:
+    held = np.load(FIXTURES / "digits.npz")
+    np.savez(tmp_path / "x.npz", x=held["x"][:300])
+    np.savez(tmp_path / "val.npz", x=held["x"][300:500], y=held["y"][300:500])
+    origin = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN" if model.endswith(".pt") else "")
+    said = FinetuneRequest(
+        f"{tmp_path / 'x.npz'}?norm=/16",
+        val=f"{tmp_path / 'val.npz'}?norm=/16",
+        steps=40,
+        origin=origin,
+        pruning=PruneRequest(sparsity=0.9, scope="global"),
+        means=TrainOptions(device="cpu", lr=3e-3, optimizer="adam"),
+    )
+    outs = {}
+    for name, distill in (("default", ""), ("input", "input"), ("path", str(FIXTURES / model))):
+        outs[name] = tmp_path / f"{name}{Path(model).suffix}"
+        found = finetune(FIXTURES / model, replace(said, distill=distill), Destination(outs[name]))
+        assert any("has no targets: all that is learned from" in note for note in found.notes)
+        assert any("compared as classes" in note for note in found.notes)
+        assert found.judged_after["accuracy"] > found.judged_before["accuracy"] - 0.1
+    assert len({path.read_bytes() for path in outs.values()}) == 1
+    with pytest.raises(UsageError, match="has inputs but no targets"):
+        finetune(FIXTURES / model, replace(said, pruning=PruneRequest()), Destination(tmp_path / "none"))
