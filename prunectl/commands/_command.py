@@ -23,7 +23,7 @@ from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.detect import address
 from prunectl.formats.scratch import temporary_folder
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
-from prunectl.reporting.reporter import Reporter, loading_notices
+from prunectl.reporting.reporter import Reporter, framework_imports
 from prunectl.units import Units
 
 STDIN = "-"
@@ -156,7 +156,7 @@ class BaseCommand(TyperCommand):
         ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html)
         for old, new in ctx.meta[_OLD_NAMES]:
             ctx.obj.note(f"note: {old} is now called {new}; the next version will not know the old name")
-        with loading_notices(common.settings):
+        with framework_imports(common.settings):
             return self.run(ctx)
 
     def run(self, ctx: Any) -> Any:
