@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from prunectl.formats import atomic as places
 from prunectl.formats.atomic import write_text
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, ModelInfo, Role, Storage, StripOptions, Tensor
 from prunectl.formats.registry import by_name, open_model
-from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.scratch import temporary_files
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import BIG_BYTES, Destination
 from prunectl.pruning.strip import stats_for_report, strip
@@ -194,8 +193,7 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
     # Before any work, so that what is missing is said first.
     load(route, route.writer)
     with (
-        temporary_folder() as scratch,
-        _temporary_files_in(scratch),
+        temporary_files() as scratch,
         places.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder,
     ):
         written = _utf8_path(folder / output.target.name, scratch / "target")
@@ -226,19 +224,6 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
         card = card_text(result)
     write_card(request, card, output)
     return result
-
-
-@contextmanager
-def _temporary_files_in(folder: Path) -> Generator[None]:
-    """Let frameworks put their temporary files into a folder of ours, which the next run clears where one is killed.
-
-    TensorFlow writes each function that it has rewritten to a file, and an interrupt may abort it.
-    """
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
 
 
 def _utf8_path(path: Path, link: Path) -> Path:

@@ -77,6 +77,20 @@ def temporary_folder() -> Generator[Path]:
         held.remove()
 
 
+@contextmanager
+def temporary_files() -> Generator[Path]:
+    """Yield such a folder, into which frameworks put their temporary files: the next run clears it if one is killed.
+
+    TensorFlow writes each function that it has rewritten to a file, and an interrupt may abort it.
+    """
+    with temporary_folder() as folder:
+        before, tempfile.tempdir = tempfile.tempdir, str(folder)
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
+
+
 def is_text(path: Path) -> bool:
     """Whether frameworks can read a path: they take names of UTF-8 alone, a file system any bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in str(path))

@@ -16,7 +16,7 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor, select_names
 from prunectl.formats.patch import TensorUpdate, in_storage_order, is_writable
 from prunectl.formats.registry import by_name, load, open_model
-from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.scratch import temporary_files, temporary_folder
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.masks import Mask
@@ -191,6 +191,7 @@ def finetune(
         user_code.check(teaching, teacher_load_options(teaching, request.origin, request.distill_model))
     saver = _saver(request)
     with (
+        temporary_files(),
         _unwrapped(model) as plain,
         closing(load_trainable(plain, request.origin)) as network,
         ExitStack() as at_the_end,

@@ -12,7 +12,7 @@ from prunectl.analysis.tensor_io import count_zeros
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile, Role
 from prunectl.formats.registry import open_model
-from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.scratch import temporary_files
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import TensorCounts
@@ -54,7 +54,7 @@ def prune_wrapped(
     wrapper_format(model, has_schedule=ramp is not None)
     outputs.check(model, output)
     user_code.check(model, origin)
-    with temporary_folder() as scratch:
+    with temporary_files() as scratch:
         plain = scratch / path.resolve().name
         pruned = prune(path, replace(request, is_packed=False), Destination(plain))
         pruned_model = open_model(plain)

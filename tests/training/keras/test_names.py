@@ -18,7 +18,7 @@ from prunectl.formats.registry import open_model
 from prunectl.training.keras import variable_names
 from tests.contract import raw
 from tests.networks import keras, tf_keras
-from tests.running import FIXTURES
+from tests.running import FIXTURES, here
 from tests.training.keras import nets
 from tests.training.keras.nets import both
 
@@ -142,6 +142,18 @@ def test_a_model_in_a_folder_whose_name_is_no_text_is_opened_though_frameworks_t
     wanted = {tensor.name: raw(file.read(tensor)) for tensor in file.tensors if tensor.role is not Role.OPTIMIZER}
     assert {one: raw(array) for one, array in found.items()} == wanted
     assert os.listdir(odd / "temporary") == []
+
+
+def test_functions_that_tensorflow_writes_to_a_file_lie_in_a_folder_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / os.fsdecode(b"o\xff")
+    odd.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
+    shutil.copy(FIXTURES / "digits_cnn.h5", odd)
+    done = here("prune", odd / "digits_cnn.h5", "--wrap", "-s", "50%", "-o", tmp_path / "wrapped.h5")
+    assert done.code == 0, done.err
+    assert os.listdir(odd) == ["digits_cnn.h5"]
 
 
 @pytest.mark.parametrize(
