@@ -52,7 +52,7 @@ os.register_at_fork(after_in_parent=forked)
 import threading
 threading.setprofile(note)
 sys.setprofile(note)
-from prunectl import cli
+import prunectl.cli as cli
 try:
     code = cli.main()
 except SystemExit as stop:

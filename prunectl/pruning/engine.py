@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.patch import TensorUpdate, in_storage_order
 from prunectl.formats.registry import by_name, load
 from prunectl.formats.workers import check_stopped
-from prunectl.pruning.clustering import Clustering, clustered
 from prunectl.pruning.masks import (
     Mask,
     NonFinitePolicy,
@@ -35,6 +35,9 @@ from prunectl.pruning.masks import (
 )
 from prunectl.pruning.plan import Plan, PlanCriteria, Selection, SkippedTensor, TensorPlan
 from prunectl.pruning.strategies import BlockContext, Strategy
+
+if TYPE_CHECKING:
+    from prunectl.pruning.clustering import Clustering
 
 KEPT_BYTES = 256 << 20
 """Scores beyond this lie in a file until they are needed: they may be twice the size of the model."""
@@ -77,6 +80,8 @@ def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[P
         solution = PrunedTensors(pruned_blocks(model, plan, method, next(iter(targets.values())).parent))
     makers = {cut.tensor.name: make for cut, make in zip(plan.cuts, solution.blocks, strict=True)}
     if method.clustering is not None:
+        from prunectl.pruning.clustering import clustered  # noqa: PLC0415 - few ask for clusters
+
         makers = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in makers.items()}
     rewrites = [
         TensorUpdate(cut.tensor, partial(_counted, makers[cut.tensor.name], cut.tensor.name, counts))

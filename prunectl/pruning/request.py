@@ -20,13 +20,13 @@ from prunectl.formats.atomic import check_parent, write_text
 from prunectl.formats.safe_json import read_object
 from prunectl.plugins import check_untrusted, find
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
-from prunectl.pruning.clustering import parse as parse_clustering
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
 from prunectl.pruning.plan import MIN_SIZE, POLICIES, Allocation, PlanCriteria, Policy, Scope, adapt_policy, min_size
 from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy, adapt_strategy, erk
 
 if TYPE_CHECKING:
+    from prunectl.pruning.clustering import Clustering
     from prunectl.pruning.prune import Pruned
 
 
@@ -180,7 +180,7 @@ def _method(
         request.seed,
         NonFinitePolicy(request.nan),
         pool,
-        clustering=parse_clustering(request.cluster) if request.cluster else None,
+        clustering=_parse_clustering(request.cluster),
     )
 
 
@@ -229,11 +229,18 @@ def check(request: PruneRequest) -> PruningMethod:
     return check_shape(request, strategy)
 
 
+def _parse_clustering(text: str | None) -> Clustering | None:
+    if not text:
+        return None
+    from prunectl.pruning import clustering  # noqa: PLC0415 - few ask for clusters
+
+    return clustering.parse(text)
+
+
 def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> PruningMethod:
     """The same of a request whose strategy may watch training: amounts, scopes, patterns and clusters are checked."""
     strategy = strategy or _strategy(request)
-    if request.cluster:
-        parse_clustering(request.cluster)
+    _parse_clustering(request.cluster)
     pattern, pool = parse_pattern(request)
     _check_amounts(request, pattern)
     is_by_layer = request.scope == Scope.LAYER

@@ -19,10 +19,9 @@ from prunectl.formats.base import Array, ModelFile, ModelInfo, NameAllocator, Ro
 from prunectl.formats.budgets import MAX_SEARCHED
 from prunectl.formats.extents import Extent
 from prunectl.formats.state_dict import StateUse
-from prunectl.formats.torch import script, tree, views
+from prunectl.formats.torch import tree, views
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, PickleDict, describe_value
 from prunectl.formats.torch.pickle.vm import PickleProgram, interpret
-from prunectl.formats.torch.script import CONSTANTS
 from prunectl.formats.torch.views import StorageInfo, View
 from prunectl.formats.zip_read import Archive, ZipEntry
 
@@ -44,6 +43,8 @@ def open_model(path: Path) -> ModelFile:
         is_compressed=any(not entry.is_stored for entry in archive.entries.values() if entry not in code),
     )
     if is_script:
+        from prunectl.formats.torch import script  # noqa: PLC0415 - only TorchScript has code to read
+
         texts, is_whole = script.code(archive, folder)
         declared, uses = script.parameters(texts), script.uses(texts) if is_whole else None
         sources = [
@@ -316,7 +317,7 @@ def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) 
             rebuilt.append(replace(_of_view(name, view, storages[view.storage]), kind=leaf.kind, role=role))
             if source.uses is not None:
                 uses[name] = source.uses.get(
-                    (leaf.owner, leaf.attribute) if leaf.owner else (CONSTANTS, f"c{leaf.name}")
+                    (leaf.owner, leaf.attribute) if leaf.owner else (tree.CONSTANTS, f"c{leaf.name}")
                 )
     return rebuilt, missing
 

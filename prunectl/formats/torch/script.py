@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from prunectl.formats import budgets
 from prunectl.formats.state_dict import StateUse
+from prunectl.formats.torch.tree import CONSTANTS
 from prunectl.formats.torch.usage import (
     ARITHMETIC,
     NOTHING,
@@ -56,8 +57,6 @@ def parameters(modules: Sequence[tuple[str, str]]) -> Mapping[str, frozenset[str
     return by_class
 
 
-CONSTANTS = "CONSTANTS"
-"""What the code calls the tensors that belong to no module."""
 _TOKEN = re.compile(
     r'"(?:[^"\\]|\\.?)*(?:"|$)|\'(?:[^\'\\]|\\.?)*(?:\'|$)|\.?[A-Za-z_]\w*(?:\.\w+)*|[0-9][\w.]*|[^\s\w]'
 )

@@ -35,6 +35,10 @@ _COMPRESSED = ("compressed_indices", "plain_indices", "values")
 _QUANTIZER = ("qscheme", "scales", "zero_points")
 
 
+CONSTANTS = "CONSTANTS"
+"""What TorchScript calls the owner of tensors that belong to no module."""
+
+
 def is_tensor(value: Any) -> bool:
     """Whether a value is a tensor with a storage of its own."""
     if isinstance(value, Persistent):
