@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from prunectl.analysis import sizes
 from prunectl.analysis.patterns import NMPattern, structured_sparsity
 from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
 from prunectl.analysis.stats import ModelStats, measure_stats
+from prunectl.analysis.tensor_io import blocks
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.atomic import flush
-from prunectl.formats.base import Capability, ModelFile
+from prunectl.formats.base import Capability, ModelFile, Tensor
 from prunectl.formats.registry import open_model, require
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
@@ -85,6 +89,8 @@ class Pruned:
     after: ModelStats
     notes: tuple[str, ...] = ()
     """Notes for the user, each a full sentence."""
+    lost: Mapping[str, float] = field(default_factory=dict)
+    """What went of the norm of each tensor, as a share; of none where kept weights change or that takes too long."""
 
 
 def prune(
@@ -137,8 +143,32 @@ def _prune(
             # Now, as an output in place takes the input's.
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
+        is_plain = method.weight_updater is None and method.clustering is None and model.nbytes <= _MEASURED_BYTES
+        lost = _lost_norms(model, result, plan) if is_plain else {}
     shown = str(target if output is not None else "the result")
-    return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown))
+    return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), lost=lost)
+
+
+_MEASURED_BYTES = 512 << 20
+"""Up to this size it takes little time to measure what is lost of each norm."""
+
+
+def _lost_norms(model: ModelFile, written: ModelFile, plan: Plan) -> dict[str, float]:
+    """What went of each norm, where tensors need not be decoded once more."""
+    tensors = {tensor.name: tensor for tensor in written.tensors}
+    lost = {}
+    for cut in plan.cuts:
+        is_cheap = cut.tensor.storage.extent is not None or model.nbytes <= outputs.BIG_BYTES
+        energy = _energy(model, cut.tensor) if is_cheap and cut.tensor.is_float else 0.0
+        if 0.0 < energy < math.inf:
+            lost[cut.tensor.name] = math.sqrt(max(1.0 - _energy(written, tensors[cut.tensor.name]) / energy, 0.0))
+    return lost
+
+
+def _energy(model: ModelFile, tensor: Tensor) -> float:
+    """The sum of the squares of a tensor."""
+    flat = (np.asarray(block).reshape(-1).astype(np.float32, copy=False) for block in blocks(model, tensor))
+    return sum(float(np.dot(block, block)) for block in flat)
 
 
 def _write(

@@ -7,12 +7,17 @@ from typing import Any
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.stats import ModelStats
-from prunectl.reporting.prune import UNMEASURED, before_after, outcome
+from prunectl.reporting.prune import LIKELY_TO_FALL, UNMEASURED, before_after, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.sweeping.grid import amount, drop, finite
 from prunectl.sweeping.max_drop import SearchResult
 from prunectl.sweeping.trial import Trial
 from prunectl.units import count, percent
+
+
+def _is_still_true(note: str) -> bool:
+    """Whether it can be said of a result whose accuracy was measured."""
+    return note != UNMEASURED and LIKELY_TO_FALL not in note
 
 
 def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_at_data: bool) -> Report:
@@ -23,7 +28,9 @@ def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_a
         else ()
     )
     sections = tuple(
-        replace(section, notes=tuple(note for note in section.notes if note != UNMEASURED))
+        replace(
+            section, notes=tuple(note for note in section.notes if note != UNMEASURED and LIKELY_TO_FALL not in note)
+        )
         for section in report.sections
     )
     return replace(

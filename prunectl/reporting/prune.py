@@ -87,7 +87,7 @@ def prune_report(pruned: Pruned, output: str) -> Report:
             f"Each of these tensors has at most {count_of} distinct values, which makes the file compress better."
         )
     if output and not pruned.request.data:
-        notes.append(UNMEASURED)
+        notes += [UNMEASURED, *_lossy(pruned)]
     if not output:
         notes.append("This was a dry run: nothing was written.")
     title = f"{pruned.before.path} -> {output or '(dry run)'}"
@@ -100,6 +100,43 @@ def prune_report(pruned: Pruned, output: str) -> Report:
         next_step=_next_step(pruned, output),
         quiet_lines=(),
     )
+
+
+_MOST_LOST = 0.5
+"""Share of its norm beyond which a layer is told to be badly hurt: accuracy is often gone by then."""
+LIKELY_TO_FALL = "accuracy is likely to fall"
+
+
+def _lossy(pruned: Pruned) -> Iterator[str]:
+    """What data would have told: layers that lose most of their norm, and what brings accuracy back."""
+    lost = sorted(((share, name) for name, share in pruned.lost.items() if share > _MOST_LOST), reverse=True)
+    if not lost:
+        return
+    (most, worst), tensors = lost[0], len(pruned.lost)
+    if len(lost) == 1:
+        yield f"{worst} loses {percent(most)} of the norm of its weights: {LIKELY_TO_FALL}. {_remedy(pruned)}"
+    else:
+        yield (
+            f"{len(lost)} of {tensors} tensors lose more than half of the norm of their weights, {worst} most "
+            f"({percent(most)}): {LIKELY_TO_FALL}. {_remedy(pruned)}"
+        )
+    empty = [name for share, name in lost if share >= 1.0]
+    if empty:
+        shown = ", ".join(empty[:_SHOWN]) + (" …" if len(empty) > _SHOWN else "")
+        yield f"Nothing is left of {shown}: --exclude keeps tensors whole."
+
+
+def _remedy(pruned: Pruned) -> str:
+    family = by_name(pruned.before.format).family
+    if family in _TRAINED or family is Family.SAFETENSORS:
+        is_bare = family in {Family.TORCH, Family.SAFETENSORS} and not pruned.request.model
+        code = " --builder net.py:Net" if is_bare else ""
+        return f"Add --repair outputs --data train.npz{code} to win it back without labels, or finetune the result."
+    if family is Family.ONNX:
+        return (
+            "Add --repair --data train.npz to win some of it back, or prune and train the file that it was made from."
+        )
+    return "Prune and train the Keras or PyTorch file that it was made from."
 
 
 def _without_groups(pruned: Pruned) -> Iterator[str]:

@@ -1,0 +1,66 @@
+"""What is said where much of a layer goes and no data was looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.prune import prune
+from prunectl.pruning.request import PruneRequest
+from tests.running import FIXTURES, here
+
+FALL = "accuracy is likely to fall"
+
+
+@pytest.mark.parametrize("file", ["digits_cnn.keras", "chunked_and_gzipped.h5", "digits_cnn.onnx", "digits_cnn.tflite"])
+def test_the_share_of_each_norm_that_goes_is_that_of_what_was_zeroed(file: str, tmp_path: Path) -> None:
+    out = tmp_path / f"out{Path(file).suffix}"
+    found = prune(FIXTURES / file, PruneRequest(sparsity=0.7), Destination(out))
+    before, after = open_model(FIXTURES / file), open_model(out)
+    tensors = {tensor.name: tensor for tensor in after.tensors}
+    assert found.lost.keys() == {cut.tensor.name for cut in found.plan.cuts}
+    for cut in found.plan.cuts:
+        old, new = before.read(cut.tensor).astype("f8"), after.read(tensors[cut.tensor.name]).astype("f8")
+        expected = np.linalg.norm(old - new) / np.linalg.norm(old)
+        assert found.lost[cut.tensor.name] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "remedy"),
+    [
+        ("digits_cnn.keras", ("-s", "95%"), "Add --repair outputs --data train.npz to win it back"),
+        ("digits_cnn.pt", ("-s", "95%"), "Add --repair outputs --data train.npz --builder net.py:Net to win it back"),
+        ("digits_cnn.onnx", ("-s", "95%"), "Add --repair --data train.npz to win some of it back"),
+        ("digits_cnn.tflite", ("-s", "95%"), "Prune and train the Keras or PyTorch file"),
+    ],
+)
+def test_a_prune_that_ruins_layers_says_so_and_what_wins_it_back(
+    file: str, words: tuple[str, ...], remedy: str, tmp_path: Path
+) -> None:
+    done = here("prune", FIXTURES / file, "-o", tmp_path / file, *words)
+    assert done.code == 0
+    (line,) = [line for line in done.err.splitlines() if FALL in line]
+    assert "of 4 tensors lose more than half of the norm of their weights" in line
+    assert remedy in line
+
+
+def test_a_mild_prune_one_with_data_and_a_dry_run_say_nothing_of_it(tmp_path: Path) -> None:
+    data = ("--data", f"{FIXTURES / 'digits.npz'}?norm=/16", "--samples", "16", "--strategy", "activation-magnitude")
+    model = FIXTURES / "digits_cnn.onnx"
+    for number, words in enumerate((("-s", "20%"), ("-s", "95%", *data))):
+        done = here("prune", model, "-o", tmp_path / f"{number}.onnx", *words)
+        assert done.code == 0
+        assert FALL not in done.err
+    assert FALL not in here("prune", model, "-s", "95%", "--dry-run").err
+
+
+def test_a_tensor_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
+    done = here(
+        "prune", FIXTURES / "digits_cnn.keras", "-o", tmp_path / "out.keras", "--layer", "fc1/kernel=100%", "-s", "10%"
+    )
+    assert done.code == 0
+    assert "Nothing is left of fc1/kernel: --exclude keeps tensors whole." in done.err
