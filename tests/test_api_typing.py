@@ -41,6 +41,12 @@ print(prunectl.diff("a.pt", "b.pt", fail_on="shape").is_ok, prunectl.verify("a.p
 print(prunectl.check("a*", config="prunectl.toml").failed, prunectl.init(".", margin=0.2).path)
 print(prunectl.doctor().extras)
 print(prunectl.sweep("m.onnx", "trials", data="d.npz", sparsities=["50%", 0.9], jobs=2).best)
+searched = prunectl.prune("m.pt", "out.pt", max_drop="1pp", data=x, metric="accuracy", manifest=Path("run.json"))
+print(searched.search.best.sparsity if searched.search else None, prunectl.prune("m.pt", None, recipe="run.json"))
+print(prunectl.prune("m.h5", "w.h5", sparsity=0.8, wrap=True, schedule="polynomial", begin=0, end="2000"))
+looked = prunectl.inspect("m.pt", groups=True, sensitivity=True, data=(x, y), builder=torch.nn.Bilinear)
+print(looked.groups, looked.sensitivity, looked.to_pandas())
+print(prunectl.size("m.pt", on_progress=lambda now: print(now.done, now.total, now.label)))
 print(prunectl.evaluate("m.pt", torch.utils.data.TensorDataset(torch.zeros(1)), metric="accuracy").value)
 """
 MISTAKES = """import prunectl

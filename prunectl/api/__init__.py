@@ -15,11 +15,12 @@ from prunectl.analysis.sizes import CodecName
 from prunectl.api.in_memory import named_objects
 from prunectl.api.keywords import (
     AnyPath,
-    ChannelOptions,
     Data,
     EvaluateOptions,
     ExportOptions,
+    FilePruneOptions,
     FinetuneOptions,
+    LookOptions,
     Names,
     PruneOptions,
     Ratio,
@@ -32,8 +33,8 @@ from prunectl.api.keywords import (
     ratio,
 )
 from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
+from prunectl.api.pruning import ChannelResult, PruneResult, prune_file, trial_teller
 from prunectl.api.results import (
-    ChannelResult,
     CheckResult,
     ConversionResult,
     DiffResult,
@@ -41,18 +42,19 @@ from prunectl.api.results import (
     EvaluationResult,
     InitResult,
     InspectResult,
-    PruneResult,
+    OnProgress,
     SizeResult,
     StripResult,
     SweepResult,
     TrainingResult,
     VerifyResult,
+    meter_of,
 )
-from prunectl.channels.prune import ChannelPruneResult
+from prunectl.calibration.sensitivity import sensitivity as sensitivity_of
+from prunectl.channels.groups import channel_groups
 from prunectl.checks import check as checking
 from prunectl.checks import diff as differences
 from prunectl.checks import verify as verification
-from prunectl.commands._requests import CHANNEL_LIMITS
 from prunectl.commands.check import ci_path, load_baseline, load_budgets
 from prunectl.commands.doctor import extras
 from prunectl.commands.init import write_budgets
@@ -68,32 +70,62 @@ from prunectl.pruning import strip as stripping
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import read_record
 from prunectl.sweeping import sweep as sweeping
-from prunectl.sweeping.requests import prune_by_request
 from prunectl.sweeping.trial import SweepConfig
 from prunectl.training import evaluate as evaluation
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request
+from prunectl.training.backend import LoadOptions
 from prunectl.training.logger import LogEntry, ProgressEvent
 from prunectl.training.max_drop import parse_drop
 from prunectl.training.quiet import host_settings
 
 
 @as_keywords()
+@host_settings()
 def inspect(
-    model: AnyPath, *, layers: str = "", pattern: str = "", flops: bool = False, zeros: bool = True
+    model: AnyPath,
+    *,
+    layers: str = "",
+    pattern: str = "",
+    flops: bool = False,
+    zeros: bool = True,
+    on_progress: OnProgress = None,
+    **options: Unpack[LookOptions],
 ) -> InspectResult:
-    """Measure what is in a model file."""
-    options = InspectOptions(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
+    """Measure what is in a model file.
+
+    ``groups=True`` also finds the channels that are cut together; ``sensitivity=True`` prunes each tensor alone and
+    measures the damage, with ``data=(x, y)`` also to the outputs. ``on_progress`` is called while the file is read.
+    """
     parsed = patterns.parse(pattern) if pattern else None
-    return InspectResult.of(inspection.inspect_model(open_model(_path(model)), options, parsed))
+    wanted = InspectOptions(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
+    meter, path = meter_of(on_progress), _path(model)
+    given = parse_keywords("inspect", LookOptions, options)
+    has_groups, is_measured = given.pop("groups", False), given.pop("sensitivity", False)
+    for needed, names_of in (("groups=True", ("input",)), ("sensitivity=True", ("data", "samples", "loss"))):
+        for name in names_of:
+            if name in given and not (has_groups if needed.startswith("groups") else is_measured):
+                raise UsageError(f"{name} needs {needed}", hint=f"add {needed}, or leave out {name}")
+    is_trusted = given.pop("trust", False)
+    with named_objects(given) as named:
+        file, request = open_model(path), prune_request.parse_request(named)
+        stats = inspection.inspect_model(file, wanted, parsed, meter)
+        origin = LoadOptions(request.model, request.custom_objects, is_trusted=is_trusted, inputs=request.inputs)
+        groups = channel_groups(file, origin) if has_groups else None
+        settings: Any = {"layers": layers, "is_trusted": is_trusted, "meter": meter}
+        damage = sensitivity_of(file, request, **settings) if is_measured else None
+    return InspectResult.of(stats, groups=groups, sensitivity=damage)
 
 
 @as_keywords()
-def size(model: AnyPath, *, codec: str = "gzip", level: int | None = None) -> SizeResult:
+def size(
+    model: AnyPath, *, codec: str = "gzip", level: int | None = None, on_progress: OnProgress = None
+) -> SizeResult:
     """Measure how big a model is: as it is, packed, and compressed."""
     if codec not in {choice.value for choice in CodecName}:
         raise UsageError(f"codec must be {', '.join(choice.value for choice in CodecName)}, not {codec!r}")
-    stats = sizes.measure(open_model(_path(model)), sizes.get_codec(CodecName(codec), level))
+    compressor = sizes.get_codec(CodecName(codec), level)
+    stats = sizes.measure(open_model(_path(model)), compressor, meter_of(on_progress))
     return SizeResult.of(stats, codec=codec, level=level)
 
 
@@ -106,7 +138,8 @@ def prune(
     force: bool = False,
     in_place: bool = False,
     trust: bool = False,
-    **options: Unpack[PruneOptions],
+    on_progress: OnProgress = None,
+    **options: Unpack[FilePruneOptions],
 ) -> PruneResult | ChannelResult: ...
 
 
@@ -124,12 +157,15 @@ def prune(
     force: bool = False,
     in_place: bool = False,
     trust: bool = False,
-    **options: Unpack[PruneOptions],
+    on_progress: OnProgress = None,
+    **options: Unpack[FilePruneOptions],
 ) -> Any:
     """Zero the least important weights of a model; without an output nothing is written.
 
     The options are those of the command line: ``sparsity="80%"``, ``scope="global"``, ``exclude=["fc*"]`` …; with
-    ``pattern="channel"`` channels are cut out, and ``target_flops="-50%"`` is one of them.
+    ``pattern="channel"`` channels are cut out, and ``target_flops="-50%"`` is one of them. ``max_drop="1pp"`` searches
+    for the highest sparsity that costs no more on `data`; ``manifest="run.json"`` records the run, and
+    ``recipe="run.json"`` repeats it; ``wrap=True`` writes masks for later training.
 
     A model in memory (a Keras model, a ``torch.nn.Module``, an ONNX ``ModelProto``, a dict of arrays) comes back as a
     pruned copy of the same kind, Keras models without their compilation; ``in_place=True`` changes the model itself.
@@ -145,28 +181,12 @@ def prune(
     if output is ...:
         raise UsageError("no output is given", hint=PATH_HINT)
     destination = _destination(output, force=force, in_place=in_place)
-    return _prune_file(path, destination, options, is_trusted=trust)
+    return prune_file(path, destination, options, is_trusted=trust, on_progress=on_progress)
 
 
 def _prune_own_file(path: Path, output: Path, options: Mapping[str, Any]) -> object:
     # What it holds was made here: no code in it is a stranger's.
-    return _prune_file(path, Destination(output), options, is_trusted=True)
-
-
-def _prune_file(
-    path: Path, destination: Destination | None, options: Mapping[str, Any], *, is_trusted: bool
-) -> PruneResult | ChannelResult:
-    parsed = parse_keywords("prune", PruneOptions, options)
-    is_cut = parsed.get("pattern") == patterns.CHANNEL
-    channel_options = ChannelOptions.__annotations__.keys() & parsed.keys() if is_cut else set()
-    limits = {CHANNEL_LIMITS.get(name, name): parsed[name] for name in channel_options}
-    with named_objects({name: value for name, value in parsed.items() if name not in channel_options}) as named:
-        request = prune_request.parse_request(named)
-        result = prune_by_request(path, request, destination, is_trusted=is_trusted, limits=limits)
-    written = "" if destination is None else str(destination.target)
-    if isinstance(result, ChannelPruneResult):
-        return ChannelResult.of(result, output=written)
-    return PruneResult.of(result, output=written)
+    return prune_file(path, Destination(output), options, is_trusted=True, known=PruneOptions)
 
 
 @as_keywords()
@@ -199,16 +219,18 @@ def finetune(
     force: bool = False,
     in_place: bool = False,
     on_epoch: Callable[[LogEntry], object] | None = None,
+    on_progress: OnProgress = None,
     **options: Unpack[FinetuneOptions],
 ) -> TrainingResult:
     """Train a model with its zeros kept, or prune it while it trains.
 
     The options are those of the command line: ``data="train.npz"``, ``sparsity="80%"``, ``schedule="cosine"`` …; data
     may also be arrays ``(x, y)``, a torch Dataset or DataLoader, or a ``tf.data.Dataset``, and the model's builder a
-    class or a function. ``on_epoch`` is called with the numbers of each epoch when it is over.
+    class or a function. ``on_epoch`` is called with the numbers of each epoch when it is over, ``on_progress`` after
+    each step.
     """
     destination = Destination(_path(output, "output"), is_forced=force, is_in_place=in_place)
-    watch = _EpochWatcher(on_epoch)
+    watch = _EpochWatcher(on_epoch, on_progress)
     with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
         result = training.finetune(_path(model), finetune_request.parse_request(named), destination, watch)
     for entry in result.history:
@@ -219,13 +241,16 @@ def finetune(
 class _EpochWatcher:
     """Tells of each epoch once, when it is over."""
 
-    def __init__(self, on_epoch: Callable[[LogEntry], object] | None) -> None:
+    def __init__(self, on_epoch: Callable[[LogEntry], object] | None, on_progress: OnProgress) -> None:
         if on_epoch is not None and not callable(on_epoch):
             raise TypeError(f"on_epoch must be a function, not {type(on_epoch).__name__}")
         self._on_epoch = on_epoch
         self._told = 0
+        self._bar = meter_of(on_progress)
 
     def __call__(self, event: ProgressEvent) -> None:
+        with self._bar(f"epoch {event.epoch} of {event.epochs}", event.steps) as bar:
+            bar.advance(event.step)
         if event.last is not None:
             self.tell(event.last)
 
@@ -267,26 +292,33 @@ def export(
 
 
 @as_keywords()
-def diff(new: AnyPath, old: AnyPath, *, fail_on: Names = "") -> DiffResult:
+def diff(new: AnyPath, old: AnyPath, *, fail_on: Names = "", on_progress: OnProgress = None) -> DiffResult:
     """Compare two models tensor by tensor: what was added, removed or changed, zeros, sizes.
 
     ``fail_on=["growth:2%", "nonzero"]`` names what must not differ: `is_ok` says whether it does.
     """
     check_type("fail_on", fail_on, Names)
     rules = parse_text("fail_on", differences.parse, ",".join(names(fail_on)))
-    result = differences.diff_models(open_model(_path(new, "new")), open_model(_path(old, "old")))
+    models = open_model(_path(new, "new")), open_model(_path(old, "old"))
+    result = differences.diff_models(*models, meter_of(on_progress))
     return DiffResult.of(result, findings=differences.judge(result, rules))
 
 
 @as_keywords()
-def verify(model: AnyPath, *, manifest: AnyPath | None = None, against: AnyPath | None = None) -> VerifyResult:
+def verify(
+    model: AnyPath,
+    *,
+    manifest: AnyPath | None = None,
+    against: AnyPath | None = None,
+    on_progress: OnProgress = None,
+) -> VerifyResult:
     """Verify a pruned model against the manifest of its run, against its source, or both: `is_ok` is the verdict."""
     if manifest is None and against is None:
         raise UsageError("there is nothing to compare the file with", hint="give manifest=, against=, or both")
     record = read_record(_path(manifest, "manifest")) if manifest is not None else None
     source = open_model(_path(against, "against")) if against is not None else None
     path = _path(model)
-    return VerifyResult(str(path), verification.verify(open_model(path), record, source))
+    return VerifyResult(str(path), verification.verify(open_model(path), record, source, meter_of(on_progress)))
 
 
 @as_keywords()
@@ -297,6 +329,7 @@ def check(
     update_baseline: bool = False,
     reason: str = "",
     trust: bool = False,
+    on_progress: OnProgress = None,
 ) -> CheckResult:
     """Check models against their budgets, all of them or those named: `is_ok` is the verdict.
 
@@ -306,9 +339,8 @@ def check(
         check_type("names", name, str)
     budgets = load_budgets(_path(config, "config") if config is not None else None)
     earlier = load_baseline(budgets, os.fspath(baseline), is_new=update_baseline, reason=reason)
-    findings = checking.check(
-        budgets, list(names), earlier, file=ci_path(budgets.path), reason=reason, is_trusted=trust
-    )
+    settings: Any = {"file": ci_path(budgets.path), "reason": reason, "is_trusted": trust}
+    findings = checking.check(budgets, list(names), earlier, **settings, meter=meter_of(on_progress))
     return CheckResult.of(findings)
 
 
@@ -326,7 +358,9 @@ def doctor() -> DoctorResult:
 
 
 @as_keywords()
-def sweep(model: AnyPath, output: AnyPath, /, *, data: str, **options: Unpack[SweepOptions]) -> SweepResult:
+def sweep(
+    model: AnyPath, output: AnyPath, /, *, data: str, on_progress: OnProgress = None, **options: Unpack[SweepOptions]
+) -> SweepResult:
     """Prune a model in many ways, and compare size and accuracy of the results (Pareto front).
 
     Every trial is kept in the folder when it is done: the same call resumes a sweep that was stopped. Trials run in
@@ -356,6 +390,7 @@ def sweep(model: AnyPath, output: AnyPath, /, *, data: str, **options: Unpack[Sw
         jobs=parsed.get("jobs", 1),
         on=parsed.get("on", ""),
         max_drop=drop,
+        watcher=trial_teller(on_progress),
     )
     return SweepResult.of(swept, model=str(model))
 

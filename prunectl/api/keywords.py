@@ -82,6 +82,28 @@ class PruneOptions(SelectionOptions, ChannelOptions, total=False):
     cluster: str
 
 
+class RunOptions(TypedDict, total=False):
+    """Options of `prune` for a file: a search, masks for later training, a record of the run, or one to repeat."""
+
+    max_drop: str
+    metric: Code | tuple[Code, str]
+    tried: AnyPath | None
+    wrap: bool
+    schedule: str
+    schedule_param: Names
+    initial_sparsity: Ratio
+    begin: str | int
+    end: str | int
+    frequency: int | None
+    power: float | None
+    manifest: AnyPath | None
+    recipe: AnyPath | None
+
+
+class FilePruneOptions(PruneOptions, RunOptions, total=False):
+    """All options of `prune`."""
+
+
 class FinetuneOptions(SelectionOptions, total=False):
     """Options of `finetune`; each has the default of the command line."""
 
@@ -126,6 +148,21 @@ class FinetuneOptions(SelectionOptions, total=False):
     checkpoint_dir: AnyPath | None
     resume: bool
     logdir: AnyPath | None
+    builder: Code
+    custom_objects: str | Mapping[str, Any]
+    trust: bool
+
+
+class LookOptions(TypedDict, total=False):
+    """Options of `inspect` beside those of its signature: dependency groups, and sensitivity to pruning."""
+
+    groups: bool
+    input: Names
+    sensitivity: bool
+    data: Data
+    samples: int
+    batch_size: int
+    loss: Code
     builder: Code
     custom_objects: str | Mapping[str, Any]
     trust: bool

@@ -8,7 +8,8 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,7 +17,9 @@ from typing import Any, ClassVar, Self
 from prunectl.analysis.patterns import SparsityMap, sparsity_maps
 from prunectl.analysis.sizes import CodecName, get_codec
 from prunectl.analysis.stats import ModelStats
-from prunectl.channels.prune import ChannelPruneResult
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.calibration.sensitivity import Sensitivity
+from prunectl.channels.groups import ChannelGroups
 from prunectl.checks.diff import ModelDiff
 from prunectl.checks.rules import Finding, Findings
 from prunectl.checks.suggest import Proposal
@@ -27,16 +30,15 @@ from prunectl.commands.init import init_report
 from prunectl.commands.size import size_report
 from prunectl.commands.strip import strip_report
 from prunectl.commands.verify import verify_report
+from prunectl.errors import MissingExtraError
 from prunectl.exporting.compare import ExportResult
 from prunectl.formats.registry import open_model
-from prunectl.pruning.prune import Pruned
 from prunectl.pruning.strip import Stripped
-from prunectl.reporting.channels import channels_report
 from prunectl.reporting.checks.text import check_report
 from prunectl.reporting.finetune import finetune_report
-from prunectl.reporting.inspect import inspect_report
-from prunectl.reporting.prune import prune_report
+from prunectl.reporting.inspect import add_channel_groups, inspect_report
 from prunectl.reporting.report import Column, Failure, Report, Section, Table, Unit, report_json
+from prunectl.reporting.sensitivity import add_sensitivity
 from prunectl.reporting.sweep import sweep_report
 from prunectl.sweeping.sweep import Swept, pareto_front
 from prunectl.sweeping.trial import BASELINE
@@ -46,6 +48,43 @@ from prunectl.units import Units, count, nbytes, percent
 
 _FRAME = "width:100%;height:30em;border:1px solid #8884;border-radius:4px"
 _MOST_LINES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a function has come."""
+
+    label: str
+    """What it does, such as `reading model.h5`."""
+    done: int
+    """In bytes, steps, trials or what else is counted."""
+    total: int
+    """0 where it is not known."""
+
+
+OnProgress = Callable[[Progress], object] | None
+"""Called as work is done, in the process and often in the thread of the caller."""
+
+
+class _Teller:
+    """A bar that tells a function instead of drawing."""
+
+    def __init__(self, tell: Callable[[Progress], object], label: str, total: int) -> None:
+        self._tell, self._label, self._total, self._done = tell, label, total, 0
+
+    def advance(self, nbytes: int) -> None:
+        """Count work that is done."""
+        self._done += nbytes
+        self._tell(Progress(self._label, self._done, self._total))
+
+
+def meter_of(on_progress: OnProgress) -> ProgressFactory:
+    """What makes bars that tell a function."""
+    if on_progress is None:
+        return no_progress
+    if not callable(on_progress):
+        raise TypeError(f"on_progress must be a function, not {type(on_progress).__name__}")
+    return lambda label, total: nullcontext(_Teller(on_progress, label, total))
 
 
 class Result(ABC):
@@ -68,6 +107,17 @@ class Result(ABC):
         document: dict[str, Any] = json.loads(report_json(self.report(), self.command))
         return document
 
+    def to_pandas(self) -> Any:
+        """The main table of the report as a DataFrame, with numbers as numbers; needs pandas."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise MissingExtraError(
+                "to_pandas needs pandas, which is not installed", hint="pip install pandas"
+            ) from error
+        table = self.report().table
+        return pandas.DataFrame([*table.rows], columns=[column.name for column in table.columns])
+
     def _maps(self) -> Mapping[str, tuple[SparsityMap, ...]]:
         """Where the zeros are, which only a page shows."""
         return {}
@@ -83,7 +133,7 @@ class Result(ABC):
         return "\n".join([first, *(f"  {line}" for line in rest)][:_MOST_LINES])
 
 
-class _Copied(Result):
+class EngineResult(Result):
     """A result of the engine with the same fields."""
 
     __slots__ = ()
@@ -94,7 +144,7 @@ class _Copied(Result):
         return cls(**{field.name: getattr(result, field.name) for field in fields(result)}, **more)
 
 
-def _sizes(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
+def size_lines(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
     """What changed in a model: sizes on disk and compressed, and the sparsity."""
     lines = [f"on disk   {nbytes(before.bytes.raw)} -> {nbytes(after.bytes.raw)}"]
     if before.bytes.compressed is not None and after.bytes.compressed is not None:
@@ -106,7 +156,8 @@ def _sizes(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _title(before: ModelStats, output: str) -> str:
+def title_of(before: ModelStats, output: str) -> str:
+    """What became of a model."""
     return f"{before.path} -> {output or '(nothing was written)'}"
 
 
@@ -123,14 +174,20 @@ def _stats_lines(stats: ModelStats) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class InspectResult(_Copied, ModelStats):
+class InspectResult(EngineResult, ModelStats):
     """A model, measured."""
 
+    groups: ChannelGroups | None = None
+    """Its dependency groups: channels that are cut together."""
+    sensitivity: Sensitivity | None = None
+    """What pruning does to each tensor alone."""
     command: ClassVar[str] = "inspect"
 
     def report(self) -> Report:
         """The report of `inspect`."""
-        return inspect_report([self], [], has_flops=self.macs is not None)
+        report = inspect_report([self], [], has_flops=self.macs is not None)
+        report = report if self.sensitivity is None else add_sensitivity(report, [self.sensitivity])
+        return report if self.groups is None else add_channel_groups(report, [self.groups])
 
     def lines(self) -> tuple[str, ...]:
         """Sizes and sparsity, and the first advice."""
@@ -145,7 +202,7 @@ class InspectResult(_Copied, ModelStats):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class SizeResult(_Copied, ModelStats):
+class SizeResult(EngineResult, ModelStats):
     """The sizes of a model: as it is, packed, and compressed."""
 
     codec: str = CodecName.GZIP.value
@@ -162,49 +219,7 @@ class SizeResult(_Copied, ModelStats):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class PruneResult(_Copied, Pruned):
-    """The result of pruning single weights."""
-
-    output: str = ""
-    """What was written; empty where nothing was."""
-    command: ClassVar[str] = "prune"
-
-    def report(self) -> Report:
-        """The report of `prune`."""
-        return prune_report(self, self.output)
-
-    def lines(self) -> tuple[str, ...]:
-        """Sizes and sparsity before and after."""
-        pruned = f"pruned    {count(self.plan.drop)} of {count(self.plan.size)} weights"
-        return (_title(self.before, self.output), *_sizes(self.before, self.after), pruned, *_next(self.output))
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class ChannelResult(_Copied, ChannelPruneResult):
-    """The result of pruning channels."""
-
-    output: str = ""
-    """What was written; empty where nothing was."""
-    command: ClassVar[str] = "prune"
-
-    def report(self) -> Report:
-        """The report of `prune --pattern channel`."""
-        return channels_report(self, self.output)
-
-    def lines(self) -> tuple[str, ...]:
-        """Sizes and channels before and after."""
-        removed = f"removed   {count(self.dropped)} of {count(self.channels)} channels"
-        return (_title(self.before, self.output), *_sizes(self.before, self.after), removed, *_next(self.output))
-
-
-def _next(output: str) -> tuple[str, ...]:
-    if not output:
-        return ()
-    return ("Accuracy was not measured.", f"Next: prunectl.evaluate({output!r}, DATA), or prunectl.finetune")
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class StripResult(_Copied, Stripped):
+class StripResult(EngineResult, Stripped):
     """What was removed, and sizes before and after."""
 
     output: str = ""
@@ -220,11 +235,11 @@ class StripResult(_Copied, Stripped):
     def lines(self) -> tuple[str, ...]:
         """Sizes before and after, and what was removed."""
         removed = f"removed   {nbytes(sum(item.bytes for item in self.removed))} in {count(len(self.removed))} parts"
-        return (_title(self.before, self.output), *_sizes(self.before, self.after), removed)
+        return (title_of(self.before, self.output), *size_lines(self.before, self.after), removed)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class TrainingResult(_Copied, FinetuneResult):
+class TrainingResult(EngineResult, FinetuneResult):
     """The result of a training run."""
 
     output: str = ""
@@ -243,8 +258,8 @@ class TrainingResult(_Copied, FinetuneResult):
         )
         course = f"epochs    {len(self.history)} ({count(self.course.steps)} steps)"
         return (
-            _title(self.before, self.output),
-            *_sizes(self.before, self.after),
+            title_of(self.before, self.output),
+            *size_lines(self.before, self.after),
             course,
             *metrics,
             f"Next: prunectl.size({self.output!r})",
@@ -252,7 +267,7 @@ class TrainingResult(_Copied, FinetuneResult):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class ConversionResult(_Copied, ExportResult):
+class ConversionResult(EngineResult, ExportResult):
     """The result of an export, compared with its source."""
 
     output: str = ""
@@ -266,11 +281,11 @@ class ConversionResult(_Copied, ExportResult):
         """Formats, sizes, and whether both compute the same."""
         compared = "equal bit by bit" if self.comparison is None else "the outputs agree"
         formats = f"format    {self.source} -> {self.target} ({compared})"
-        return (_title(self.before, self.output), formats, *_sizes(self.before, self.after))
+        return (title_of(self.before, self.output), formats, *size_lines(self.before, self.after))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class CheckResult(_Copied, Findings):
+class CheckResult(EngineResult, Findings):
     """The verdicts on all budgets."""
 
     command: ClassVar[str] = "check"
@@ -292,7 +307,7 @@ class CheckResult(_Copied, Findings):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class DiffResult(_Copied, ModelDiff):
+class DiffResult(EngineResult, ModelDiff):
     """Two models compared tensor by tensor, and what of it was forbidden."""
 
     findings: tuple[Finding, ...] = ()
@@ -311,7 +326,7 @@ class DiffResult(_Copied, ModelDiff):
         """How many tensors differ, and how the sizes do."""
         kinds = dict.fromkeys(change.kind for change in self.changes)
         counted = (f"{sum(change.kind == kind for change in self.changes)} {kind}" for kind in kinds)
-        return (_title(self.old, self.new.path), f"tensors   {', '.join(counted)}", *_sizes(self.old, self.new))
+        return (title_of(self.old, self.new.path), f"tensors   {', '.join(counted)}", *size_lines(self.old, self.new))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -339,7 +354,7 @@ class VerifyResult(Result):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class SweepResult(_Copied, Swept):
+class SweepResult(EngineResult, Swept):
     """The trials of a sweep."""
 
     model: str = ""
@@ -404,7 +419,7 @@ class DoctorResult(Result):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class EvaluationResult(_Copied, Evaluation):
+class EvaluationResult(EngineResult, Evaluation):
     """How good a model is on some data."""
 
     path: str = ""

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import trial_line
 from prunectl.sweeping.journal import digests
-from prunectl.sweeping.max_drop import Search, SearchResult, search
+from prunectl.sweeping.max_drop import Search, SearchResult, Watcher, search
 from prunectl.sweeping.requests import check_channels, needs_data, prune_by_request
 from prunectl.sweeping.trial import Variant
 from prunectl.training.backend import LoadOptions, TrainOptions
@@ -42,17 +42,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def run_search(path: Path, spec: Search, tried: Path | None, reporter: Reporter) -> Generator[SearchResult]:
+def run_search(path: Path, spec: Search, tried: Path | None, watcher: Watcher) -> Generator[SearchResult]:
     """Yield what a search came to, its models in the folder that was named or in one that goes away."""
-
-    def run(folder: Path) -> SearchResult:
-        return search(path, spec, folder, lambda *trial: reporter.note(trial_line(*trial)))
-
     if tried is not None:
-        yield run(tried)
+        yield search(path, spec, tried, watcher)
     else:
         with temporary_folder() as scratch:
-            yield run(scratch)
+            yield search(path, spec, scratch, watcher)
+
+
+def _teller(reporter: Reporter) -> Watcher:
+    """What tells each trial in a line."""
+    return lambda *trial: reporter.note(trial_line(*trial))
 
 
 def journal_key(choices: Mapping[str, Any], is_left_out: Callable[[str], bool]) -> dict[str, Any]:
@@ -68,8 +69,34 @@ def journal_key(choices: Mapping[str, Any], is_left_out: Callable[[str], bool]) 
 _LEAST_PRUNED = 0.01
 
 
+@dataclass(frozen=True, slots=True)
+class PruneSearch:
+    """A search by `prune` for the largest sparsity within a drop."""
+
+    pruning: PruneRequest
+    """What prunes, at the sparsity that is found."""
+    start: Callable[[Path, Destination | None], Search]
+    """The search for a model, if the output can be written."""
+    looks_at_data: bool
+    """Whether weights are ranked by the data that the drop is measured on."""
+
+
 def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limits: Mapping[str, Any]) -> PruneMode:
     """The mode that searches for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
+    spec = prune_search(options, request, limits)
+    build_mode(options, replace(spec.pruning, sparsity=_LEAST_PRUNED), limits)
+
+    def run(path: Path, destination: Destination | None) -> Report:
+        with run_search(path, spec.start(path, destination), options.tried, _teller(reporter)) as result:
+            best = replace(spec.pruning, sparsity=result.best.sparsity)
+            report = build_mode(options, best, limits)(path, destination)
+            return with_search(report, result, request.data, looks_at_data=spec.looks_at_data)
+
+    return run
+
+
+def prune_search(options: Prune, request: PruneRequest, limits: Mapping[str, Any]) -> PruneSearch:
+    """The search that the options ask for; conflicts are rejected before a file is opened."""
     limit = parse_drop(options.max_drop)
     if not request.data:
         raise UsageError("--max-drop needs data to measure the drop on", hint="add --data test.npz")
@@ -90,7 +117,6 @@ def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limit
     pruning = request if looks_at_data else _drop_data_options(request)
     if request.pattern == CHANNEL:
         check_channels(replace(pruning, sparsity=_LEAST_PRUNED))
-    build_mode(options, replace(pruning, sparsity=_LEAST_PRUNED), limits)
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
         # A small step may be less than a channel.
@@ -103,15 +129,12 @@ def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limit
     variant = Variant(request.strategy, request.scope, "", request.pattern, ",".join(request.params))
     functions = (request.strategy, request.policy, request.loss, request.model, request.custom_objects, *means.metrics)
 
-    def run(path: Path, destination: Destination | None) -> Report:
+    def start(path: Path, destination: Destination | None) -> Search:
         outputs.check(open_model(path), destination)
         files = digests(specs=(request.data,), functions=functions)
-        spec = Search(variant, limit, evaluation, make, choices, files)
-        with run_search(path, spec, options.tried, reporter) as result:
-            report = build_mode(options, replace(pruning, sparsity=result.best.sparsity), limits)(path, destination)
-            return with_search(report, result, request.data, looks_at_data=looks_at_data)
+        return Search(variant, limit, evaluation, make, choices, files)
 
-    return run
+    return PruneSearch(pruning, start, looks_at_data)
 
 
 def _drop_data_options(request: PruneRequest) -> PruneRequest:
@@ -154,7 +177,7 @@ def finetune_search(
         spec = Search(
             variant, limit, request, make, journal_key(request.choices, _NOT_IN_SEARCH.__contains__), _files(request)
         )
-        with run_search(path, spec, options.tried, reporter) as result:
+        with run_search(path, spec, options.tried, _teller(reporter)) as result:
             _copy_result(model, open_model(result.path), destination)
         after = replace(stats_for_report(open_model(_result_path(model, destination))), path=str(destination.target))
         notes = () if request.val or request.val_split else (_judged_on_training_data(request),)

@@ -191,8 +191,8 @@ class Prune(OutputOptions):
 PruneMode = Callable[[Path, Destination | None], Report]
 
 
-def select_mode(ctx: typer.Context, options: Prune, request: PruneRequest) -> PruneMode:
-    """The mode that the options select; conflicts are rejected before a file is opened."""
+def selected_modes(options: Prune, request: PruneRequest) -> Mode:
+    """The modes that the options select."""
     modes = {
         Mode.SEARCH: bool(options.max_drop),
         Mode.CHANNELS: request.pattern == CHANNEL,
@@ -201,7 +201,12 @@ def select_mode(ctx: typer.Context, options: Prune, request: PruneRequest) -> Pr
         Mode.DATA: bool(request.data),
         Mode.RECIPE: options.recipe is not None,
     }
-    check_options(ctx, options, reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE))
+    return reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE)
+
+
+def select_mode(ctx: typer.Context, options: Prune, request: PruneRequest) -> PruneMode:
+    """The mode that the options select; conflicts are rejected before a file is opened."""
+    check_options(ctx, options, selected_modes(options, request))
     limits = {CHANNEL_LIMITS[name]: value for name, value in request_options(ctx, options, CHANNEL_LIMITS).items()}
     if options.max_drop:
         mode: PruneMode = load("prunectl.commands.max_drop:search_mode")(ctx.obj, options, request, limits)

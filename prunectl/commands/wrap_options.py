@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunectl.commands.prune import Prune, PruneMode, load, target_name
 from prunectl.errors import UsageError
@@ -10,21 +12,31 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.reporting.prune import wrap_report
-from prunectl.reporting.report import Report
 from prunectl.training.backend import LoadOptions
 from prunectl.training.request import MOST_FREQUENCY, PointUnit, default_update_interval, parse_time_point
 from prunectl.training.wrap.wrappers import has_tfmot_class
 from prunectl.units import parse_ratio
 
+if TYPE_CHECKING:
+    from prunectl.training.wrap.prune import WrapResult
+
 
 def wrap_mode(options: Prune, request: PruneRequest) -> PruneMode:
-    """The mode that writes wrappers; without a schedule, weights are pruned now."""
+    """The mode that writes wrappers, with its report."""
+    run = wrap(options, request)
+    return lambda path, destination: wrap_report(run(path, destination), target_name(destination))
+
+
+def wrap(options: Prune, request: PruneRequest) -> Callable[[Path, Destination | None], WrapResult]:
+    """What writes wrappers; without a schedule, weights are pruned now."""
     ramp = _ramp(options, request) if options.schedule else None
     origin = LoadOptions(custom_objects=options.custom_objects, is_trusted=options.trust)
 
-    def run(path: Path, destination: Destination | None) -> Report:
-        result = load("prunectl.training.wrap.prune:prune_wrapped")(path, request, ramp, origin, destination)
-        return wrap_report(result, target_name(destination))
+    def run(path: Path, destination: Destination | None) -> WrapResult:
+        result: WrapResult = load("prunectl.training.wrap.prune:prune_wrapped")(
+            path, request, ramp, origin, destination
+        )
+        return result
 
     return run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.analysis.patterns import CHANNEL
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.calibration.prune import prune as prune_with_data
 from prunectl.channels.config import parse_config
 from prunectl.channels.importance import RequiredData
@@ -35,15 +36,23 @@ def needs_data(request: PruneRequest) -> bool:
 
 
 def prune_by_request(
-    path: Path, request: PruneRequest, output: Destination | None, *, is_trusted: bool, limits: Mapping[str, Any]
+    path: Path,
+    request: PruneRequest,
+    output: Destination | None,
+    *,
+    is_trusted: bool,
+    limits: Mapping[str, Any],
+    has_digests: bool = False,
+    meter: ProgressFactory = no_progress,
 ) -> Pruned | ChannelPruneResult:
     """Prune channels, or weights with data or without; limits are about channels."""
     if request.pattern == CHANNEL:
-        return prune_channels(path, request, output, is_trusted=is_trusted, **limits)
+        return prune_channels(path, request, output, has_digests=has_digests, is_trusted=is_trusted, **limits)
     method = check(request)
     if request.data:
-        return prune_with_data(path, request, output, is_trusted=is_trusted, method=method)
-    return prune(path, request, output, method=method)
+        settings: Any = {"has_digests": has_digests, "is_trusted": is_trusted, "method": method, "meter": meter}
+        return prune_with_data(path, request, output, **settings)
+    return prune(path, request, output, has_digests=has_digests, method=method)
 
 
 ONE_SHOT = "constant"

@@ -158,6 +158,7 @@ TEXTS = {
     **dict.fromkeys(("sparsity", "initial_sparsity", "val_split"), "25%"),
     **dict.fromkeys(("target_gzip", "target_packed"), "3kB"),
     "layer": ["a=0.5"],
+    "repair": "outputs",
     "metadata": ["a=b"],
     "input_": ["1,8"],
     "scope": Scope.GLOBAL,

@@ -1,0 +1,200 @@
+"""`prune` of a file, in each of its modes: by options or a recipe, by a search, and behind wrappers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import typer
+
+from prunectl.analysis.patterns import CHANNEL
+from prunectl.api.in_memory import is_in_memory, named_objects
+from prunectl.api.keywords import ChannelOptions, FilePruneOptions, RunOptions, parse_keywords
+from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
+from prunectl.channels import prune as cuts
+from prunectl.channels.prune import ChannelPruneResult
+from prunectl.commands._requests import CHANNEL_LIMITS, check_options
+from prunectl.commands.max_drop import prune_search, run_search
+from prunectl.commands.prune import Prune, selected_modes
+from prunectl.commands.wrap_options import wrap
+from prunectl.errors import PrunectlError, UsageError
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.prune import Pruned
+from prunectl.pruning.request import PruneRequest, check_manifest, parse_request, read_manifest, write_manifest
+from prunectl.reporting.channels import channels_report
+from prunectl.reporting.max_drop import with_search
+from prunectl.reporting.prune import prune_report, wrap_report
+from prunectl.reporting.report import Report
+from prunectl.reporting.sweep import trial_line
+from prunectl.sweeping.max_drop import SearchResult
+from prunectl.sweeping.requests import prune_by_request
+from prunectl.sweeping.trial import Trial, TrialResult
+from prunectl.training.wrap.prune import WrapResult
+from prunectl.units import count
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PruneResult(EngineResult, Pruned):
+    """The result of pruning single weights."""
+
+    output: str = ""
+    """What was written; empty where nothing was."""
+    search: SearchResult | None = None
+    """How the sparsity was found, for `max_drop`."""
+    wrapped: WrapResult | None = None
+    """What masks were written, for `wrap` and `schedule`."""
+    command: ClassVar[str] = "prune"
+
+    def report(self) -> Report:
+        """The report of `prune`."""
+        if self.wrapped is not None:
+            return wrap_report(self.wrapped, self.output)
+        return _with_search(prune_report(self, self.output), self.search, self.request.data)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and sparsity before and after."""
+        pruned = f"pruned    {count(self.plan.drop)} of {count(self.plan.size)} weights"
+        lines = (title_of(self.before, self.output), *size_lines(self.before, self.after), pruned)
+        return (*lines, *(_found(self.search) or _next(self.output)))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ChannelResult(EngineResult, ChannelPruneResult):
+    """The result of pruning channels."""
+
+    output: str = ""
+    """What was written; empty where nothing was."""
+    search: SearchResult | None = None
+    """How the share of channels was found, for `max_drop`."""
+    command: ClassVar[str] = "prune"
+
+    def report(self) -> Report:
+        """The report of `prune --pattern channel`."""
+        return _with_search(channels_report(self, self.output), self.search, self.request.data)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and channels before and after."""
+        removed = f"removed   {count(self.dropped)} of {count(self.channels)} channels"
+        lines = (title_of(self.before, self.output), *size_lines(self.before, self.after), removed)
+        return (*lines, *(_found(self.search) or _next(self.output)))
+
+
+def _with_search(report: Report, search: SearchResult | None, data: str) -> Report:
+    """The report with how the sparsity was found."""
+    return report if search is None else with_search(report, search, data, looks_at_data=bool(data))
+
+
+def _found(search: SearchResult | None) -> tuple[str, ...]:
+    """What a search came to, in a line."""
+    if search is None:
+        return ()
+    base, result = search.base, search.result
+    return (f"{base.metric}  {base.value:.4g} -> {result.value:.4g}, {len(search.tried)} sparsities tried",)
+
+
+def _next(output: str) -> tuple[str, ...]:
+    if not output:
+        return ()
+    return ("Accuracy was not measured.", f"Next: prunectl.evaluate({output!r}, DATA), or prunectl.finetune")
+
+
+_UNCHECKED = frozenset({"builder", "custom_objects"})
+"""What a model in memory brings itself, whether it is needed or not."""
+_AS_TEXT = frozenset({"initial_sparsity", "begin", "end"})
+
+
+def prune_file(
+    path: Path,
+    destination: Destination | None,
+    options: Mapping[str, Any],
+    *,
+    is_trusted: bool,
+    known: type = FilePruneOptions,
+    on_progress: OnProgress = None,
+) -> PruneResult | ChannelResult:
+    """Prune a file as the command does with the same options."""
+    parsed = parse_keywords("prune", known, options)
+    manifest, recipe = (Path(parsed.pop(name)) if name in parsed else None for name in ("manifest", "recipe"))
+    if manifest is not None and destination is not None:
+        check_manifest(manifest, [path, destination.target], is_forced=destination.is_forced)
+    if recipe is not None:
+        for name in parsed:
+            raise UsageError(f"{name} cannot be used with a recipe, which sets it already", hint=f"leave out {name}")
+        request, limits = read_manifest(recipe, is_trusted=is_trusted), {}
+        if request.pattern == CHANNEL:
+            limits = cuts.limits_in(recipe)
+        command, wish = Prune(model=str(path), trust=is_trusted), (request, limits, manifest)
+        return _prune(path, destination, command, wish, on_progress)
+    is_cut = parsed.get("pattern") == CHANNEL
+    channel_options = ChannelOptions.__annotations__.keys() & parsed.keys() if is_cut else set()
+    limits = {CHANNEL_LIMITS.get(name, name): parsed[name] for name in channel_options}
+    with named_objects({name: value for name, value in parsed.items() if name not in channel_options}) as named:
+        if manifest is not None and is_in_memory(named.values()):
+            raise UsageError("a manifest cannot name data or functions in memory", hint="save them in files")
+        (metric,) = named.pop("metric", ("",))
+        typed: dict[str, Any] = {
+            name: str(named[name]) if name in _AS_TEXT else named[name]
+            for name in RunOptions.__annotations__
+            if name in named
+        }
+        rest = {name: value for name, value in named.items() if name not in typed}
+        choices: dict[str, Any] = {
+            field.name: parsed[field.name] for field in fields(Prune) if field.name in rest.keys() - _UNCHECKED
+        }
+        command = Prune(model=str(path), metric=metric, trust=is_trusted, **typed, **choices)
+        return _prune(path, destination, command, (parse_request(rest), limits, manifest), on_progress)
+
+
+def _prune(
+    path: Path,
+    destination: Destination | None,
+    options: Prune,
+    wish: tuple[PruneRequest, Mapping[str, Any], Path | None],
+    on_progress: OnProgress,
+) -> PruneResult | ChannelResult:
+    """Prune in the mode that the options select; conflicts are those of the command."""
+    request, limits, manifest = wish
+    check_options(_context(), replace(options, trust=False), selected_modes(options, request))
+    output = "" if destination is None else str(destination.target)
+    if options.wrap or options.schedule:
+        wrapped = wrap(options, request)(path, destination)
+        return PruneResult.of(wrapped.pruned, output=output, wrapped=wrapped)
+
+    def run(request: PruneRequest) -> Any:
+        has_digests = manifest is not None
+        settings: Any = {"is_trusted": options.trust, "limits": limits, "has_digests": has_digests}
+        return prune_by_request(path, request, destination, **settings, meter=meter_of(on_progress))
+
+    if options.max_drop:
+        spec = prune_search(options, request, limits)
+        tried = Path(options.tried) if options.tried is not None else None
+        with run_search(path, spec.start(path, destination), tried, trial_teller(on_progress)) as found:
+            result, more = run(replace(spec.pruning, sparsity=found.best.sparsity)), {"search": found}
+    else:
+        result, more = run(request), {}
+    if isinstance(result, ChannelPruneResult):
+        if manifest is not None and destination is not None:
+            cuts.write_manifest(manifest, result, limits)
+        return ChannelResult.of(result, output=output, **more)
+    if manifest is not None and destination is not None:
+        write_manifest(manifest, result)
+    return PruneResult.of(result, output=output, **more)
+
+
+def trial_teller(on_progress: OnProgress) -> Callable[[Trial, TrialResult | PrunectlError], None]:
+    """What tells of each trial of a search."""
+    bar = meter_of(on_progress)
+
+    def tell(trial: Trial, result: TrialResult | PrunectlError) -> None:
+        with bar(trial_line(trial, result), 0) as one:
+            one.advance(1)
+
+    return tell
+
+
+def _context() -> typer.Context:
+    """The context of the command, by which its options are named."""
+    return typer.Context(importlib.import_module("prunectl.commands.prune").command)
