@@ -188,7 +188,7 @@ def prune(
             how = "ranked by magnitude and not reconstructed" if reconstructor.uses_sparsegpt else "not reconstructed"
             notes += note_about(f"{how}, because their inputs cannot be captured", tuple(reconstructor.skipped))
         notes += tuple(matcher.notes) if matcher is not None else ()
-    return replace(pruned, notes=notes)
+    return replace(pruned, notes=(*pruned.notes, *notes))
 
 
 class _ReconstructWithBatchNorm:

@@ -22,7 +22,7 @@ from prunectl.commands._requests import BuildOptions, OutputOptions
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
-from prunectl.pruning.destination import code_beside
+from prunectl.pruning.destination import code_beside, planned_files
 from prunectl.reporting.report import Artifact, Report, Table
 from prunectl.reporting.reporter import Reporter
 
@@ -140,8 +140,7 @@ class BuildStep:
         """Where the output will go, file by file, as far as the format of the model stays."""
         if self.command == "export":
             return ()
-        targets = atomic.targets(open_model(Path(self.options["model"])), self.output).values()
-        return tuple(self.output.parent / target for target in targets)
+        return planned_files(open_model(Path(self.options["model"])), self.output)
 
     def track_imports(self) -> Callable[[], tuple[Path, ...]]:
         """Begin to watch imports; the function that is returned lists the user's modules since."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
 from prunectl.formats import scratch
 from prunectl.formats.base import ModelFile
+from prunectl.formats.folder import companions
+from prunectl.formats.registry import IN_A_FOLDER
 
 _HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux."""
@@ -71,7 +73,7 @@ def _renameat2(one: Path, other: Path, how: int) -> int:
     return 0 if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), how) == 0 else ctypes.get_errno()
 
 
-_MODEL_FOLDERS = ("saved_model.pb", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_MODEL_FOLDERS = ("saved_model.pb", *IN_A_FOLDER)
 _INDEX = ".index.json"
 _SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
 
@@ -85,13 +87,40 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
     if is_same(model.path, target):
         raise UsageError(f"{target} is the input itself", hint="choose another --output, or use --in-place")
     check_parent(target)
-    for place in dict.fromkeys(_place_of(name, target) for name in targets(model, target).values()):
+    _check_apart(model, target)
+    for place in dict.fromkeys(_place_of(name, target) for name in planned_files(model, target)):
         if any(is_same(file, place) for file in model.files):
             raise UsageError(f"{place} is part of the input", hint="write to another folder")
         if os.path.lexists(place) and not is_forced:
             raise UsageError(f"{place} exists", hint="choose another --output, or replace it with --force")
         if place.is_dir() and not any((place / name).exists() for name in _MODEL_FOLDERS):
             raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
+
+
+def _check_apart(model: ModelFile, target: Path) -> None:
+    """Refuse a folder in which the input lies, or which lies in the input: one would be a part of the other."""
+    if model.folder is None:
+        return
+    source, place = model.folder.resolve(), target.resolve()
+    hint = "choose another --output, or use --in-place"
+    if source == place:
+        raise UsageError(f"{target} is the input itself", hint=hint)
+    if place.is_relative_to(source):
+        raise UsageError(f"{target} lies in the input {model.folder}", hint=hint)
+    if source.is_relative_to(place):
+        raise UsageError(f"{target} holds the input {model.folder}, and would be replaced as a whole", hint=hint)
+
+
+def planned_files(model: ModelFile, target: Path) -> dict[Path, Path]:
+    """What the output consists of, relative to the folder that it lies in, with the file that each comes from.
+
+    A model that was named by its folder becomes a folder, with all that goes with the weights.
+    """
+    if model.folder is None:
+        return {name: source for source, name in targets(model, target).items()}
+    weights = {name: source for source, name in targets(model, target / model.path.name).items()}
+    beside = {path: model.folder / path for path in companions(model).copied}
+    return {Path(target.name) / name: source for name, source in {**beside, **weights}.items()}
 
 
 def _place_of(name: Path, target: Path) -> Path:
@@ -166,7 +195,7 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
         placements = _move_order(folder, target)
         for new, _ in placements:
             flush(new)
-        origins = {} if model is None else {name: source for source, name in targets(model, target).items()}
+        origins = {} if model is None else planned_files(model, target)
         scratch.give(folder, target.parent, origins, model)
         # Between two files of one model no signal is heard: they come together.
         with scratch.deferred():

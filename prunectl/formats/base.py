@@ -257,6 +257,8 @@ class ModelFile:
     """Tensors that the file holds once more, with the names of what they are copies of: they change together."""
     family: Family = Family.OTHER
     """That of its format, as the table of formats says."""
+    folder: Path | None = None
+    """The folder by which it was named, if its weights are a part of it, as in those of Hugging Face."""
 
     @property
     def nbytes(self) -> int:

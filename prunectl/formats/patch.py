@@ -85,9 +85,9 @@ def copy_with_patches(source: Path, target: Path, rewrites: Sequence[TensorUpdat
         with workers(THREADS) as pool:
             writing = [pool.submit(_write_runs, new, batch) for batch in _batches(rewrites)]
             for run in (rewrite.run for rewrite in rewrites):
-                _copy(source, old, new, offset, run.offset)
+                copy_range(source, old, new, offset, run.offset)
                 offset = run.offset + run.nbytes
-            _copy(source, old, new, offset, end)
+            copy_range(source, old, new, offset, end)
             for done in writing:
                 done.result()
     finally:
@@ -123,7 +123,7 @@ def _write_runs(new: int, batch: Iterable[TensorUpdate]) -> None:
             raise ValueError(f"{offset - run.offset} bytes were written in the place of {run.nbytes}")
 
 
-def _copy(source: Path, old: int, new: int, begin: int, end: int) -> None:
+def copy_range(source: Path, old: int, new: int, begin: int, end: int) -> None:
     """Copy a range of bytes, by the kernel and without moving them where it can."""
     while begin < end:
         try:

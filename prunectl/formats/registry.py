@@ -148,12 +148,17 @@ FORMATS = (
 )
 
 
-_IN_A_FOLDER = (
+IN_A_FOLDER = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "model.safetensors",
     "pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
 )
+"""Weights in a folder of Hugging Face, of an adapter, or of a part of a pipeline of diffusers."""
 
 _CANNOT = {
     Capability.PACK: "the container has no compression of its own",
@@ -205,7 +210,7 @@ def resolve(path: Path) -> Path:
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")
     if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
-        return next((path / name for name in _IN_A_FOLDER if os.path.isfile(path / name)), path)
+        return next((path / name for name in IN_A_FOLDER if os.path.isfile(path / name)), path)
     return path
 
 
@@ -214,7 +219,8 @@ def open_model(path: Path) -> ModelFile:
     real = resolve(path)
     with reading(real), _uncollected():
         row = recognise(real)
-        model: ModelFile = replace(load(row.opener)(real), family=row.family)
+        folder = path if real != path and path.is_dir() else None
+        model: ModelFile = replace(load(row.opener)(real), family=row.family, folder=folder)
         for tensor in model.tensors:
             _refuse_impossible(real, tensor)
         _refuse_blown_up(real, model)

@@ -251,7 +251,7 @@ def give(folder: Path, parent: Path, origins: Mapping[Path, Path], model: ModelF
     allowed = stat.S_IMODE(folder.stat().st_mode) & _BITS
     modes = {name: _mode(source) for name, source in origins.items()}
     least = None if model is None else reduce(and_, map(_mode, model.files), _READ_WRITE)
-    if model is not None and model.path.is_dir():
+    if model is not None and (model.folder is not None or model.path.is_dir()):
         for name, source in origins.items():
             # Folders of a model that is a folder; the file lies as deep in it as its copy does.
             for copy, own in zip(name.parents, source.parents, strict=False):

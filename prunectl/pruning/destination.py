@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunectl.errors import UsageError
 from prunectl.formats import atomic, scratch
 from prunectl.formats.base import Capability, ModelFile
+from prunectl.formats.folder import companions, copy_companions
 from prunectl.formats.registry import FORMATS, by_name, load, open_model, require
 
 _ANYTHING = frozenset({"", ".bin", ".json", ".index"})
@@ -38,9 +39,28 @@ def check(model: ModelFile, output: Destination | None) -> None:
     """Refuse an output that may not be written, before any work begins."""
     require(model, Capability.WRITE)
     if output is not None:
-        if not (output.to_stdout or output.is_in_place):
+        model = _source(model, output)
+        if not (output.to_stdout or output.is_in_place or model.folder):
             _check_name(model, output.target)
         atomic.check_target(model, output.target, is_forced=output.is_forced, is_in_place=output.is_in_place)
+
+
+def _source(model: ModelFile, output: Destination) -> ModelFile:
+    """The model as an output sees it: of a folder, but not where one of its files is written by a name of its own."""
+    suffixes = {suffix for row in FORMATS for suffix in row.suffixes if suffix}
+    is_file = output.is_in_place or output.to_stdout or output.target.suffix.lower() in suffixes
+    return replace(model, folder=None) if is_file else model
+
+
+def planned_files(model: ModelFile, target: Path) -> tuple[Path, ...]:
+    """The files that an output will consist of, as far as the format of the model stays."""
+    return tuple(target.parent / name for name in atomic.planned_files(_source(model, Destination(target)), target))
+
+
+def notes_on_folder(model: ModelFile, output: Destination | None) -> tuple[str, ...]:
+    """What of the folder of a model does not go with it, each in a sentence."""
+    source = None if output is None else _source(model, output)
+    return () if source is None or source.folder is None else companions(source).notes(source.folder)
 
 
 def _check_name(model: ModelFile, target: Path) -> None:
@@ -87,8 +107,15 @@ def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple
         target = model.path.resolve() if output.is_in_place else output.target
         # The output appears when this ends without an error.
         may_replace = output.is_forced or output.is_in_place
-        with atomic.atomic_replace(target, may_replace=may_replace, model=model) as folder:
-            yield folder, target
+        source = _source(model, output)
+        with atomic.atomic_replace(target, may_replace=may_replace, model=source) as folder:
+            if source.folder is None:
+                yield folder, target
+            else:
+                inside = folder / target.name
+                inside.mkdir()
+                yield inside, target / model.path.name
+                copy_companions(model, inside)
 
 
 def code_beside(target: Path) -> Path:

@@ -146,7 +146,8 @@ def _prune(
         is_plain = method.weight_updater is None and method.clustering is None and model.nbytes <= _MEASURED_BYTES
         lost = _lost_norms(model, result, plan) if is_plain else {}
     shown = str(target if output is not None else "the result")
-    return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), lost=lost)
+    notes = outputs.notes_on_folder(model, output)
+    return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), notes, lost=lost)
 
 
 _MEASURED_BYTES = 512 << 20

@@ -31,6 +31,8 @@ class Stripped:
     removed: tuple[RemovedItem, ...]
     before: ModelStats
     after: ModelStats
+    notes: tuple[str, ...] = ()
+    """What of the folder of the model was not copied."""
 
 
 def strip(path: Path, options: StripOptions, output: Destination | None, *, is_packed: bool) -> Stripped:
@@ -55,7 +57,8 @@ def strip(path: Path, options: StripOptions, output: Destination | None, *, is_p
         result = open_model(written)
         _verify(model, result, options, frozenset(thing.name for thing in removed))
         before, after = stats_for_report(model), stats_for_report(result)
-    return Stripped(removed, before, replace(after, path=str(target)) if output is not None else after)
+    shown = replace(after, path=str(target)) if output is not None else after
+    return Stripped(removed, before, shown, outputs.notes_on_folder(model, output))
 
 
 def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed: frozenset[str]) -> None:

@@ -156,14 +156,13 @@ _OF_WEIGHTS = (".safetensors", ".bin", ".index.json")
 def _left_behind(pruned: Pruned, output: Path) -> Iterator[str]:
     """Files that lie in the folder of the weights, and are not beside the output."""
     source = Path(pruned.before.path)
-    if pruned.before.format not in {"safetensors", "shards"} or not source.is_dir():
+    if pruned.before.format not in {"safetensors", "shards"} or not source.is_dir() or output.is_dir():
         return
     names = [path.name for path in sorted(source.iterdir()) if path.is_file() and not path.name.endswith(_OF_WEIGHTS)]
-    folder = output if output.is_dir() else output.parent
-    missing = [name for name in names if not name.startswith(".") and not (folder / name).exists()]
+    missing = [name for name in names if not name.startswith(".") and not (output.parent / name).exists()]
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
-        yield f"Only the weights were written: copy {shown} from {source} beside them."
+        yield f"Only the weights were written, without {shown} of {source}: a folder as the output holds them all."
 
 
 def outcome(before: ModelStats, after: ModelStats, output: str) -> str:

@@ -244,6 +244,7 @@ def finetune(
         notes = (
             *notes,
             *network.notes,
+            *outputs.notes_on_folder(model, output),
             *(saved_pruning.notes(progress.step) if saved_pruning is not None and not request.prunes else ()),
         )
     return FinetuneResult(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from prunectl import __version__
 from prunectl.commands import _build as build
 from prunectl.commands import _depfile as depfile
 from prunectl.commands._build import check_unmodified
@@ -74,7 +75,7 @@ def test_what_has_changed_is_said_and_what_prunectl_wrote_is_replaced(
     assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was written by prunectl prune"
     assert prunectl(folder, "strip", *WORDS[1:]).err == f"note: {OUT} is up to date.\n"
     monkeypatch.setattr(build, "__version__", "9.9")
-    assert reason(prunectl(folder, "strip", *WORDS[1:])) == "it was written by prunectl 0.1.0"
+    assert reason(prunectl(folder, "strip", *WORDS[1:])) == f"it was written by prunectl {__version__}"
 
 
 def test_what_somebody_else_wrote_is_noticed_and_stays(folder: Path) -> None:

@@ -290,7 +290,7 @@ def test_what_lies_beside_weights_and_is_not_copied_is_named(tmp_path: Path) -> 
         (folder / name).write_text("{}")
     words = ("prune", "llama", "-s", "50%", "-o")
     done = here(*words, "small/model.safetensors", cwd=tmp_path)
-    assert "Only the weights were written: copy config.json, tokenizer.json from llama beside them." in done.err
+    assert "Only the weights were written, without config.json, tokenizer.json of llama: a folder" in done.err
     (output / "config.json").write_text("{}")
     (output / "tokenizer.json").write_text("{}")
     assert "Only the weights" not in here(*words, "small/model.safetensors", "--force", cwd=tmp_path).err

@@ -1,0 +1,111 @@
+"""Model folders: the files that lie beside the weights, as in a folder of Hugging Face, and go with them."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunectl.errors import SCRATCH, InputError, reading
+from prunectl.formats import budgets
+from prunectl.formats.base import ModelFile
+from prunectl.formats.patch import copy_range
+
+_NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__"})
+_OTHER_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|tf_model|flax_model|rust_model)\b.*"
+    r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"
+)
+"""The same weights once more, in another format or precision: as they are, they would not fit what was written."""
+_SNAPSHOTS, _BLOBS = "snapshots", "blobs"
+"""In its cache, Hugging Face keeps the files of a model in one folder, and links to them in another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """What lies in the folder of a model beside its weights, by paths relative to the folder."""
+
+    copied: tuple[Path, ...]
+    """Files that go with the weights."""
+    other_weights: tuple[Path, ...]
+    """The same weights once more, which do not."""
+    links: tuple[Path, ...]
+    """Links that lead out of the folder: what they show may not be meant for others."""
+
+    def notes(self, folder: Path) -> tuple[str, ...]:
+        """What became of them, each in a sentence."""
+        weights = f"{_named(self.other_weights)} in {folder}: the same weights, unpruned, and not copied."
+        links = f"{_named(self.links)} in {folder}: not copied, because links may not lead out of the folder."
+        return (*([weights] if self.other_weights else []), *([links] if self.links else []))
+
+
+def companions(model: ModelFile) -> Companions:
+    """What lies beside the weights in the folder by which a model was named."""
+    found = Companions((), (), ())
+    if model.folder is None:
+        return found
+    copied, weights, links = [], [], []
+    own = {file.relative_to(model.folder) for file in model.files}
+    for path in _walk(model.folder, model.folder):
+        if path in own:
+            continue
+        if len(path.parts) == 1 and _OTHER_WEIGHTS.fullmatch(path.name):
+            weights.append(path)
+        elif _real(model.folder, path) is None:
+            links.append(path)
+        else:
+            copied.append(path)
+        if len(copied) + len(links) > budgets.MAX_FILES:
+            raise InputError(f"{model.folder} is refused: it has more than {budgets.MAX_FILES} files")
+    return Companions(tuple(copied), tuple(weights), tuple(links))
+
+
+def copy_companions(model: ModelFile, target: Path) -> None:
+    """Copy what goes with the weights of a model into a folder."""
+    for path in companions(model).copied:
+        if model.folder is not None and (source := _real(model.folder, path)) is not None:
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            _copy(source, target / path)
+
+
+def _walk(folder: Path, root: Path) -> Iterator[Path]:
+    """Yield files and links in the order of their names; sockets and the like are no part of a model."""
+    with reading(folder):
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name in _NOT_OF_THE_MODEL or SCRATCH.fullmatch(entry.name):
+            continue
+        if entry.is_symlink() or entry.is_file():
+            yield Path(entry.path).relative_to(root)
+        elif entry.is_dir():
+            yield from _walk(Path(entry.path), root)
+
+
+def _real(folder: Path, path: Path) -> Path | None:
+    """The file to copy; None for a link that leads out of the folder, or to no file."""
+    real, root = (folder / path).resolve(), folder.resolve()
+    allowed = [root]
+    if root.parent.name == _SNAPSHOTS:
+        allowed.append(root.parent.parent / _BLOBS)
+    return real if real.is_file() and any(real.is_relative_to(parent) for parent in allowed) else None
+
+
+def _copy(source: Path, target: Path) -> None:
+    with reading(source):
+        # Not through a link that has come into its place meanwhile, and waiting for no pipe.
+        old = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(old, "rb", closefd=True) as reader, target.open("wb") as writer:
+        facts = os.fstat(reader.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise InputError(f"{source} is not a file")
+        copy_range(source, reader.fileno(), writer.fileno(), 0, facts.st_size)
+
+
+_SHOWN = 3
+
+
+def _named(paths: tuple[Path, ...]) -> str:
+    return ", ".join(map(str, paths[:_SHOWN])) + (" …" if len(paths) > _SHOWN else "")
