@@ -235,7 +235,7 @@ def parse_layer_ratio(text: str) -> tuple[str, float]:
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("sparsity", "initial_sparsity", "max_ratio", "val_split"), parse_ratio),
     **dict.fromkeys(("target_gzip", "target_packed"), parse_size),
-    **dict.fromkeys(("scope", "nan"), str),
+    **dict.fromkeys(("scope", "nan", "repair"), str),
     "layer": lambda texts: tuple(map(parse_layer_ratio, texts)),
 }
 """From what typer makes of an option to its value in a request, by name."""

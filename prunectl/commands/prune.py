@@ -36,7 +36,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.prune import prune
-from prunectl.pruning.request import OPTIONS, PruneRequest, check, parse_request, read_manifest, write_manifest
+from prunectl.pruning.request import OPTIONS, PruneRequest, Repair, check, parse_request, read_manifest, write_manifest
 from prunectl.reporting.prune import prune_report
 from prunectl.reporting.report import Report
 
@@ -132,12 +132,9 @@ class Prune(OutputOptions):
         _data(help=f"Examples per batch.  [default: {BATCH_SIZE}; --repair outputs: {MATCHED_BATCH_SIZE}]", min=1),
     ] = None
     repair: Annotated[
-        str,
-        _data(
-            metavar="HOW",
-            help="layers reconstructs kept weights by least squares, outputs trains them to match dense outputs.",
-        ),
-    ] = ""
+        Repair | None,
+        _data(help="Refit kept weights: each layer by least squares (the default), or train to match dense outputs."),
+    ] = None
     repair_steps: Annotated[
         int | None, _data(metavar="N", help="Most training steps of --repair outputs.  [default: 2000]", min=1)
     ] = None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,15 @@ class PruneRequest:
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 
 
-LAYERS, OUTPUTS = "layers", "outputs"
-"""What `--repair` repairs."""
+class Repair(StrEnum):
+    """What kept weights are changed for."""
+
+    LAYERS = "layers"
+    """The outputs of each layer, by least squares."""
+    OUTPUTS = "outputs"
+    """The outputs of the model, by training."""
+
+
 _OPTION_OF = {
     "is_packed": "pack",
     "inputs": "input",
@@ -94,10 +102,10 @@ def parse_request(options: Mapping[str, Any]) -> PruneRequest:
     }
     repaired = given.get("is_repaired")
     if isinstance(repaired, str) and repaired:
-        if repaired not in {LAYERS, OUTPUTS}:
-            raise UsageError(f"--repair cannot be {repaired!r}", hint=f"use --repair {LAYERS} or --repair {OUTPUTS}")
-        given["is_repaired"] = repaired == LAYERS
-        if repaired == OUTPUTS:
+        if repaired not in set(Repair):
+            raise UsageError(f"--repair cannot be {repaired!r}", hint=f"use --repair {' or --repair '.join(Repair)}")
+        given["is_repaired"] = repaired == Repair.LAYERS
+        if repaired == Repair.OUTPUTS:
             # Training takes more examples than looking at layers does.
             given = {"samples": MATCHED_SAMPLES, "batch_size": MATCHED_BATCH_SIZE, **given, "is_matched": True}
     return from_json(given)

@@ -231,7 +231,7 @@ def test_repair_alone_means_layers_wherever_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--repair=weights",), "--repair cannot be 'weights'"),
+        (("--repair=weights",), "'weights' is not one of 'layers', 'outputs'"),
         (("--repair", "--repair-steps", "5"), "--repair-steps needs --repair outputs"),
         (("--repair", "outputs", "--pattern", "channel"), "--repair cannot be used with --pattern channel"),
     ],
@@ -248,6 +248,12 @@ def test_more_examples_are_used_than_to_look_at_layers_unless_it_is_said() -> No
     found = parse_request({"repair": "outputs", "data": "x.npz"})
     assert (found.samples, found.batch_size, found.is_matched, found.is_repaired) == (4096, 128, True, False)
     assert parse_request({"repair": "outputs", "samples": 128, "batch_size": 32}).samples == 128
+
+
+def test_only_layers_and_outputs_are_repaired() -> None:
+    with pytest.raises(UsageError, match="--repair cannot be 'weights'") as caught:
+        parse_request({"repair": "weights"})
+    assert caught.value.hint == "use --repair layers or --repair outputs"
 
 
 def test_a_module_in_memory_is_matched_too() -> None:
