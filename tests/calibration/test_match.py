@@ -22,9 +22,10 @@ from prunectl.training.backend import LoadOptions
 from prunectl.training.runtimes import load_trainable
 from prunectl.training.task import FinalActivation, activation_of_values, are_logits, compare_outputs
 from tests.calibration import nets
-from tests.calibration.runs import DIGITS, NETS, build_of, data, examples, numbers, saved
+from tests.calibration.runs import DIGITS, NETS, TORCH_NETS, build_of, data, examples, numbers, saved
 from tests.contract import Array, digest
 from tests.running import FIXTURES, here
+from tests.training.torch import nets as torch_nets
 
 RAW, SOFTMAX, SIGMOID = FinalActivation.RAW, FinalActivation.SOFTMAX, FinalActivation.SIGMOID
 TRAINED = (
@@ -172,6 +173,24 @@ def test_statistics_of_normalisations_are_those_of_the_pruned_network(tmp_path: 
     module.load_state_dict(torch.load(out, weights_only=True))
     seen = module.first(torch.from_numpy(x)).detach()
     np.testing.assert_allclose(module.norm.running_mean, seen.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_all_outputs_are_matched_by_all_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = torch_nets.Forked().eval()
+    path, plain, out = saved(dense, tmp_path / "m.pt"), tmp_path / "plain.pt", tmp_path / "out.pt"
+    arrays = {"x0": examples(200, 6), "x1": examples(200, 6, seed=1)}
+    wish = {**SHORT, "data": data(tmp_path / "x.npz", **arrays) + "[x0+x1]", "model": f"{TORCH_NETS}:Forked"}
+    wish |= {"sparsity": 0.5, "repair_steps": 200, "loss": "mse"}
+    prune_file(path, PruneRequest(sparsity=0.5, scope="global"), Destination(plain))
+    prune(path, PruneRequest(**wish), Destination(out))
+    x = [torch.from_numpy(array) for array in arrays.values()]
+    left = []
+    for file in (plain, out):
+        net = torch_nets.Forked().eval()
+        net.load_state_dict(torch.load(file, weights_only=True))
+        left.append([float((a - b).square().mean().detach()) for a, b in zip(net(*x), dense(*x), strict=True)])
+    assert all(near < far for far, near in zip(*left, strict=True))
 
 
 def test_where_nothing_is_won_it_ends_early_with_what_was_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
