@@ -23,7 +23,7 @@ from prunectl.pruning.masks import Mask
 from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import TrainableModel, TrainOptions
-from prunectl.training.course import DivergedError, TrainConfig
+from prunectl.training.config import DivergedError, TrainConfig
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.distillation import compare_answers
 from prunectl.training.task import DistilledOutput, distillation_loss

@@ -33,7 +33,7 @@ from prunectl.formats.registry import open_model
 from prunectl.pruning.choices import choices
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
-from prunectl.training.course import LR_SCHEDULES
+from prunectl.training.config import LR_SCHEDULES
 
 
 @dataclass(frozen=True, slots=True)

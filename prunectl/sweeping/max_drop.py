@@ -13,7 +13,7 @@ from prunectl.sweeping.grid import amount, check_limit, drop, make_bracket
 from prunectl.sweeping.journal import digest, find_stale, open_journal, trial_dir
 from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant, diverged
 from prunectl.sweeping.workers import evaluate, threads_per_worker
-from prunectl.training.course import DivergedError
+from prunectl.training.config import DivergedError
 from prunectl.training.max_drop import MaxDrop
 from prunectl.training.request import FinetuneRequest
 

@@ -37,7 +37,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.sweeping.journal import digest, trial_dir
 from prunectl.sweeping.requests import is_one_shot, prune_by_request, pruning_of, training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, diverged
-from prunectl.training.course import DivergedError
+from prunectl.training.config import DivergedError
 from prunectl.training.evaluate import evaluate_baseline, evaluate_file
 from prunectl.training.finetune import finetune
 from prunectl.training.loop import retain_freed_memory

@@ -160,7 +160,7 @@ class TrainableModel(Protocol):
     def place(self, device: str) -> None:
         """Choose the device of a model that only predicts, and is never prepared."""
 
-    def prepare(self, means: TrainOptions) -> None:
+    def prepare(self, options: TrainOptions) -> None:
         """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:

@@ -24,7 +24,7 @@ from prunectl.pruning.strip import stats_for_report
 from prunectl.training import user_code
 from prunectl.training.backend import Logs, ModelSignature, TrainableModel
 from prunectl.training.checkpoint import CheckpointManager
-from prunectl.training.course import TrainConfig, resolve_steps
+from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, EpochOrder, Source, num_examples, peek, train_val_split
@@ -200,7 +200,7 @@ def finetune(
         request = data.request
         network.prepare(replace(request.means, frozen=_frozen(plain, request), example=data.example))
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
-        config = _course(request, data, network.ranks[1])
+        config = _train_config(request, data, network.ranks[1])
         pruning = make_pruning_config(plain, request, config)
         first = masks_of_zeros(pruning.choice, network.weights(pruning.names))
         if request.mask is MaskMode.REGROW and not first and pruning.schedule is None:
@@ -329,7 +329,7 @@ def _taught_alone(network: TrainableModel, data: TrainingData, teacher: Teacher)
     return (f"{train.name} has no targets: all that is learned from is what {request.distill} answers.", note)
 
 
-def _course(request: FinetuneRequest, data: TrainingData, ranks: int) -> TrainConfig:
+def _train_config(request: FinetuneRequest, data: TrainingData, ranks: int) -> TrainConfig:
     steps, per_epoch = resolve_steps(
         count_examples(data.train),
         request.batch_size,

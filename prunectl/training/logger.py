@@ -16,7 +16,7 @@ from prunectl.errors import writing
 from prunectl.formats.protobuf import length_prefix, number
 from prunectl.formats.tensorflow.leveldb import masked_crc
 from prunectl.training.backend import Logs
-from prunectl.training.course import TrainConfig
+from prunectl.training.config import TrainConfig
 
 _WALL_TIME = 1 << 3 | 1
 _SIMPLE_VALUE = 2 << 3 | 5
@@ -106,14 +106,14 @@ class TrainingLogger:
     watcher: ProgressCallback = _nobody
     layers: Callable[[], Logs] = dict
     """Numbers of each layer, for TensorBoard."""
-    _course: TrainConfig | None = None
+    _config: TrainConfig | None = None
     _last: LogEntry | None = None
     _file: TextIO | None = field(default=None, repr=False)
     _events: EventWriter | None = field(default=None, repr=False)
 
-    def begin(self, course: TrainConfig, step: int) -> None:
+    def begin(self, config: TrainConfig, step: int) -> None:
         """Open the files; what an interrupted run wrote after its checkpoint is written again, so it goes."""
-        self._course = course
+        self._config = config
         if self.folder is None:
             return
         with writing(self.folder):
@@ -126,10 +126,10 @@ class TrainingLogger:
 
     def step(self, step: int, sparsity: float) -> None:
         """Note that a step is done."""
-        course = self._course
-        assert course is not None
-        epoch = (step - 1) // course.steps_per_epoch + 1
-        self.watcher(ProgressEvent(step, course.steps, epoch, course.epochs, sparsity, self._last))
+        config = self._config
+        assert config is not None
+        epoch = (step - 1) // config.steps_per_epoch + 1
+        self.watcher(ProgressEvent(step, config.steps, epoch, config.epochs, sparsity, self._last))
 
     def epoch(self, entry: LogEntry) -> None:
         """Note that an epoch is done."""

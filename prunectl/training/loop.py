@@ -16,7 +16,7 @@ from prunectl.errors import InputError
 from prunectl.formats.base import Array
 from prunectl.training.backend import Logs, TrainableModel
 from prunectl.training.checkpoint import CheckpointManager
-from prunectl.training.course import DivergedError, TrainConfig
+from prunectl.training.config import DivergedError, TrainConfig
 from prunectl.training.data.readers import IndexedSource
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source
 from prunectl.training.logger import LogEntry, TrainingLogger
@@ -91,7 +91,7 @@ class TrainingRun:
 
     network: TrainableModel
     data: DataSplits
-    course: TrainConfig
+    config: TrainConfig
     scheduler: MaskScheduler
     logger: TrainingLogger
     saver: CheckpointManager | None = None
@@ -101,24 +101,24 @@ class TrainingRun:
 
 
 def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
-    """Train to the end of the course, from the last checkpoint if there is one to go on from."""
-    network, course, scheduler = run.network, run.course, run.scheduler
+    """Train to the end, from the last checkpoint if there is one to go on from."""
+    network, config, scheduler = run.network, run.config, run.scheduler
     progress = TrainState()
     scheduler.begin(network)
     if run.saver is not None:
         run.saver.resume(network, scheduler, progress)
-    run.logger.begin(course, progress.step)
-    while progress.step < course.steps and not _is_over(run, progress):
+    run.logger.begin(config, progress.step)
+    while progress.step < config.steps and not _is_over(run, progress):
         done = progress.step - progress.epoch_began
         if not done:
-            network.reseed(course.seed * 1_000_003 + progress.epoch)
-        left = min(course.steps - progress.step, course.steps_per_epoch - done)
+            network.reseed(config.seed * 1_000_003 + progress.epoch)
+        left = min(config.steps - progress.step, config.steps_per_epoch - done)
         for batch in islice(_batches(run, progress.epoch, done), left):
             if stopping.is_wanted:
                 break
             scheduler.maybe_update(network, progress.step)
             guide = run.teacher(batch.x) if run.teacher is not None else None
-            network.step(batch, course.rate_at(progress.step), guide)
+            network.step(batch, config.rate_at(progress.step), guide)
             progress.step += 1
             run.logger.step(progress.step, scheduler.sparsity)
         if stopping.is_wanted:
@@ -129,22 +129,22 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
             _refuse_empty_epoch(run, progress.epoch)
         _end_epoch(run, progress)
     scheduler.maybe_update(network, progress.step)
-    if course.keeps_best and progress.best_tensors and progress.stale:
+    if config.keeps_best and progress.best_tensors and progress.stale:
         network.assign(progress.best_tensors)
     return progress
 
 
 def _is_over(run: TrainingRun, progress: TrainState) -> bool:
-    patience = run.course.patience
+    patience = run.config.patience
     return patience is not None and progress.stale >= patience
 
 
 def _batches(run: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
     rank, ranks = run.network.ranks
-    course = run.course
-    batch_size, workers = course.batch_size // ranks, run.data.workers
+    config = run.config
+    batch_size, workers = config.batch_size // ranks, run.data.workers
     order = EpochOrder(
-        batch_size, course.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers
+        batch_size, config.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers
     )
     batches = run.data.train.batches(order)
     # Examples with numbers are as many in every process; a stream may end earlier in one, and the others would wait.
@@ -169,7 +169,7 @@ def _refuse_empty_epoch(run: TrainingRun, epoch: int) -> None:
 
 def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
     network, scheduler = run.network, run.scheduler
-    if progress.step == run.course.steps:
+    if progress.step == run.config.steps:
         # A ramp that ends with training has its last update before the model is judged.
         scheduler.maybe_update(network, progress.step)
     logs = network.logs()
@@ -178,7 +178,7 @@ def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
             f"the loss is {logs['loss']:g} after epoch {progress.epoch + 1}",
             hint="try a lower --lr, --clip 1, or scaled data (?norm=unit)",
         )
-    seen = evaluate(network, run.data.val, run.course.batch_size)
+    seen = evaluate(network, run.data.val, run.config.batch_size)
     entry = LogEntry(progress.epoch + 1, progress.step, scheduler.sparsity, dict(logs), dict(seen))
     progress.history.append(entry)
     run.logger.epoch(entry)
@@ -195,7 +195,7 @@ def _judge(run: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
     value = entry.val[decider.name]
     if decider.is_better(value, progress.best):
         progress.best, progress.best_epoch, progress.stale = value, entry.epoch, 0
-        progress.best_tensors = run.network.tensors() if run.course.keeps_best else {}
+        progress.best_tensors = run.network.tensors() if run.config.keeps_best else {}
     else:
         progress.stale += 1
 

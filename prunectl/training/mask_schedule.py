@@ -20,7 +20,7 @@ from prunectl.pruning.plan import PlanCriteria, Selection
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.pruning.strategies import Requires
 from prunectl.training.backend import STATISTIC_OF_STRATEGY, GradientStatistic, TrainableModel, with_gradient_scores
-from prunectl.training.course import DivergedError, TrainConfig
+from prunectl.training.config import DivergedError, TrainConfig
 from prunectl.training.request import (
     FinetuneRequest,
     MaskMode,
@@ -189,8 +189,8 @@ _REGROWS_UNTIL = 0.75
 _RAMP_UNTIL = "75%"
 
 
-def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: TrainConfig) -> PruningConfig:
-    """What decides the masks during a course."""
+def make_pruning_config(model: ModelFile, request: FinetuneRequest, config: TrainConfig) -> PruningConfig:
+    """What decides the masks of a training."""
     pruning = request.pruning
     if request.prunes:
         requests.check_shape(pruning)
@@ -211,7 +211,7 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
         # A layer with a ratio of its own is as far on its way as the others: of the whole way if there are no others.
         final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else pruning.sparsity
         ramping = replace(request.ramping, name=request.ramping.name or ("constant" if is_grouped else "polynomial"))
-        schedule = make_schedule(ramping, 1.0 if final is None else final, course)
+        schedule = make_schedule(ramping, 1.0 if final is None else final, config)
         if evidence is not GradientStatistic.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
             raise UsageError(
                 f"the strategy {pruning.strategy} needs training, but the schedule prunes before the first step",
@@ -219,27 +219,27 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, course: Trai
             )
     growth = None
     if request.mask is MaskMode.REGROW:
-        growth = RigLSchedule(0, int(_REGROWS_UNTIL * course.steps), _frequency(request.ramping, course.steps))
+        growth = RigLSchedule(0, int(_REGROWS_UNTIL * config.steps), _frequency(request.ramping, config.steps))
     has_others = pruning.sparsity is not None or not pruning.layers
     return PruningConfig(model, choice, selection, method, schedule, evidence, growth, has_others=has_others)
 
 
-def make_schedule(ramping: ScheduleOptions, final: float, course: TrainConfig) -> Schedule:
+def make_schedule(ramping: ScheduleOptions, final: float, config: TrainConfig) -> Schedule:
     """A schedule with its points in steps."""
-    begin = parse_time_point(ramping.begin).step(course.steps, course.steps_per_epoch)
+    begin = parse_time_point(ramping.begin).step(config.steps, config.steps_per_epoch)
     if ramping.end:
-        end: int | None = parse_time_point(ramping.end).step(course.steps, course.steps_per_epoch)
+        end: int | None = parse_time_point(ramping.end).step(config.steps, config.steps_per_epoch)
     else:
         # What is left afterwards is for the network to recover in.
-        default = parse_time_point(_RAMP_UNTIL).step(course.steps, course.steps_per_epoch)
+        default = parse_time_point(_RAMP_UNTIL).step(config.steps, config.steps_per_epoch)
         end = None if ramping.name == "constant" else max(default, begin)
     for name, step in (("begin", begin), ("end", end or 0)):
-        if step > course.steps:
+        if step > config.steps:
             raise UsageError(
-                f"the schedule would {name} at step {step}, but training has only {course.steps} steps",
+                f"the schedule would {name} at step {step}, but training has only {config.steps} steps",
                 hint=f"a step is one batch; write --{name} as a share (75%) or in epochs (2ep), or train longer",
             )
-    frequency = _frequency(ramping, (course.steps if end is None else end) - begin)
+    frequency = _frequency(ramping, (config.steps if end is None else end) - begin)
     return SparsitySchedule(ramping.name, final, begin, end, ramping.initial, frequency, ramping.params)
 
 

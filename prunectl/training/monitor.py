@@ -151,28 +151,28 @@ def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) ->
     return direction
 
 
-def check_direction(means: TrainOptions) -> None:
+def check_direction(options: TrainOptions) -> None:
     """Refuse a function of the user's of which nobody knows whether more is better, before a file is opened."""
-    name = monitored_metric(means)
+    name = monitored_metric(options)
     # A bare name may be misspelled, which the framework tells.
     if ":" in name:
-        resolve_direction(name, means.goal)
+        resolve_direction(name, options.goal)
 
 
-def make_monitor(logs: Mapping[str, float], means: TrainOptions, outputs: Iterable[str] = ()) -> Monitor:
+def make_monitor(logs: Mapping[str, float], options: TrainOptions, outputs: Iterable[str] = ()) -> Monitor:
     """The monitor of some logs."""
-    requested = monitored_metric(means)
+    requested = monitored_metric(options)
     name = monitored_log(logs, requested)
     if name == LOSS and requested not in {"", LOSS}:
         raise UsageError(
             f"the metric {requested} is not measured: only the loss is", hint=f"leave it out, or write --metric {LOSS}"
         )
-    return Monitor(name, resolve_direction(name, means.goal, outputs))
+    return Monitor(name, resolve_direction(name, options.goal, outputs))
 
 
-def monitored_metric(means: TrainOptions) -> str:
+def monitored_metric(options: TrainOptions) -> str:
     """The metric that was requested first; empty if none was."""
-    return means.decides or next(iter(means.metrics), "")
+    return options.decides or next(iter(options.metrics), "")
 
 
 def metric_mismatch(metric: str, outputs: Sequence[int], targets: Sequence[int], why: str = "") -> UsageError:

@@ -12,7 +12,7 @@ from prunectl.pruning.masks import Mask, Pooling
 from prunectl.pruning.plan import Scope, Selection
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.training.backend import GradientStatistic, TrainableModel
-from prunectl.training.course import TrainConfig
+from prunectl.training.config import TrainConfig
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.request import FinetuneRequest, MaskMode
 from prunectl.training.wrap.wrappers import ResumedSchedule, SavedPruning
@@ -101,7 +101,7 @@ def make_mask_scheduler(
     network: TrainableModel,
     rules: PruningConfig,
     request: FinetuneRequest,
-    course: TrainConfig,
+    config: TrainConfig,
     *,
     first: Mapping[str, Mask],
     saved: SavedPruning | None,
@@ -111,7 +111,7 @@ def make_mask_scheduler(
         resumed = _resume(network, rules, request, first, saved) if not request.prunes else None
         resumed = resumed or _start(network, rules, request, first)
         if resumed is not None:
-            resumed.per_epoch, resumed.last = course.steps_per_epoch, course.steps
+            resumed.per_epoch, resumed.last = config.steps_per_epoch, config.steps
             return resumed
     return MaskScheduler(rules, dict(first), first)
 

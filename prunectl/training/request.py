@@ -16,7 +16,7 @@ from prunectl.errors import UsageError
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import parse_literal
 from prunectl.training.backend import LoadOptions, TrainOptions
-from prunectl.training.course import LR_SCHEDULES
+from prunectl.training.config import LR_SCHEDULES
 
 DEFAULT_EPOCHS = 3
 INPUT = "input"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunectl.errors import InputError, UsageError
-from prunectl.training.course import TrainConfig, resolve_steps
+from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.readers import IterableSource
 from prunectl.training.data.source import Batch, Source, as_tuple
 from prunectl.training.logger import TrainingLogger

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prunectl.errors import UsageError, WorkError
 from prunectl.pruning import schedules
 from prunectl.pruning.schedules import CURVES, ChainedSchedule, SparsitySchedule
-from prunectl.training.course import TrainConfig
+from prunectl.training.config import TrainConfig
 from prunectl.training.mask_schedule import make_schedule
 from prunectl.training.request import ScheduleOptions, parse_time_point
 

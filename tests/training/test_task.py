@@ -17,7 +17,7 @@ from prunectl.training.evaluate import evaluate_predictions
 from prunectl.training.keras.backend import load_keras2, load_keras3
 from prunectl.training.keras.compile import optimizer_by_name
 from prunectl.training.keras.losses import default_loss
-from prunectl.training.keras.outputs import OutputInfo
+from prunectl.training.keras.outputs import ModelOutput
 from prunectl.training.request import OptimizerSpec, parse_optimizer
 from prunectl.training.task import DistilledOutput, FinalActivation, TaskKind, distillation_loss, infer_task
 from prunectl.training.torch.losses import LOSSES, METRICS, TorchLoss, compared_by_loss, distilled, resolve_loss
@@ -75,7 +75,7 @@ def test_frameworks_take_the_same_loss(activation: FinalActivation, targets: Arr
         out = np.exp(out) / np.exp(out).sum(1, keepdims=True)
     chosen = resolve_loss("", torch.from_numpy(out), torch.from_numpy(targets), activation)
     by_torch = float(chosen.loss(torch.from_numpy(out), torch.from_numpy(targets)))
-    by_keras = default_loss(load_keras3(), OutputInfo("y", activation, (None, width)), targets)
+    by_keras = default_loss(load_keras3(), ModelOutput("y", activation, (None, width)), targets)
     assert by_keras is not None
     y = targets.reshape(-1, 1) if width == 1 else targets
     assert by_torch == pytest.approx(float(by_keras.what(y.astype(np.float32), out)), rel=1e-5)

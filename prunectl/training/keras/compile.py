@@ -23,7 +23,7 @@ from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.load import LoadedModel, error_line
 from prunectl.training.keras.losses import KerasLoss
 from prunectl.training.keras.masking import Keras3Masking, OptimizerMasking, TfKerasMasking
-from prunectl.training.keras.outputs import OutputInfo
+from prunectl.training.keras.outputs import ModelOutput
 from prunectl.training.monitor import Metric, metric_factory
 from prunectl.training.request import DEFAULT_OPTIMIZER, parse_optimizer
 
@@ -87,10 +87,10 @@ class CompileConfig:
     """Metrics of the user's with `update` and `compute`, of which Keras knows nothing."""
 
 
-def resolve_compile_config(loaded: LoadedModel, means: TrainOptions, infos: Sequence[OutputInfo]) -> CompileConfig:
+def resolve_compile_config(loaded: LoadedModel, options: TrainOptions, infos: Sequence[ModelOutput]) -> CompileConfig:
     """Resolve loss, metrics and optimizer."""
-    context = _Context(loaded, means, infos, read_training_config(loaded.file) if loaded.has_config else {})
-    targets, factories = _targets(means, len(infos)), context.metric_factories
+    context = _Context(loaded, options, infos, read_training_config(loaded.file) if loaded.has_config else {})
+    targets, factories = _targets(options, len(infos)), context.metric_factories
     output_losses = _losses(context, targets)
     for loss, info, y in zip(output_losses, infos, targets, strict=True):
         if loss is not None:
@@ -115,8 +115,8 @@ class _Context:
     """The sources of a configuration, and the notes gathered while resolving it."""
 
     loaded: LoadedModel
-    means: TrainOptions
-    answers: Sequence[OutputInfo]
+    options: TrainOptions
+    answers: Sequence[ModelOutput]
     file: Mapping[str, Any]
     """What the file says, in its words."""
     notes: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ class _Context:
         """What the user's own metrics are."""
         return {
             name: user_code.resolve_reference(name, "--metric", "my_module:my_function")
-            for name in map(str.strip, self.means.metrics)
+            for name in map(str.strip, self.options.metrics)
             if ":" in name
         }
 
@@ -142,10 +142,10 @@ class _Context:
         return self.loaded.library
 
 
-def _targets(means: TrainOptions, count: int) -> tuple[Array | None, ...]:
-    if means.example is None or means.example.y is None:
+def _targets(options: TrainOptions, count: int) -> tuple[Array | None, ...]:
+    if options.example is None or options.example.y is None:
         return (None,) * count
-    arrays = as_tuple(means.example.y)
+    arrays = as_tuple(options.example.y)
     if len(arrays) != count:
         raise UsageError(f"the model has {count} outputs, but the data has {len(arrays)} arrays of targets")
     return arrays
@@ -153,9 +153,9 @@ def _targets(means: TrainOptions, count: int) -> tuple[Array | None, ...]:
 
 def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLoss | None, ...]:
     library, infos, entry = context.library, context.answers, context.file.get("loss")
-    if context.means.loss:
+    if context.options.loss:
         return tuple(
-            losses.loss_by_name(library, context.means.loss, *output_and_targets)
+            losses.loss_by_name(library, context.options.loss, *output_and_targets)
             for output_and_targets in zip(infos, targets, strict=True)
         )
     resolved: list[KerasLoss | None] = []
@@ -188,11 +188,11 @@ def _loss_of_file(loaded: LoadedModel, entry: Any) -> KerasLoss:
 
 
 def _optimizer(context: _Context) -> ScheduledOptimizer:
-    library, means, entry = context.library, context.means, context.file.get("optimizer")
-    if not means.optimizer and entry:
+    library, options, entry = context.library, context.options, context.file.get("optimizer")
+    if not options.optimizer and entry:
         try:
             context.loaded.check_trusted(entry)
-            resolved = optimizer_from_config(library, entry, context.loaded.objects, lr=means.lr, clip=means.clip)
+            resolved = optimizer_from_config(library, entry, context.loaded.objects, lr=options.lr, clip=options.clip)
         except _UNKNOWN_NAME as error:
             context.notes.append(
                 f"The file's optimizer is custom ({error_line(error)}): using {DEFAULT_OPTIMIZER} instead."
@@ -201,13 +201,13 @@ def _optimizer(context: _Context) -> ScheduledOptimizer:
             if resolved.schedule is not None:
                 context.notes.append("The learning rate follows the schedule in the file, from its start.")
             return resolved
-    return optimizer_by_name(library, means.optimizer, lr=means.lr, clip=means.clip)
+    return optimizer_by_name(library, options.optimizer, lr=options.lr, clip=options.clip)
 
 
 def _metrics(
     context: _Context, resolved: Sequence[KerasLoss | None], targets: Sequence[Array | None]
 ) -> tuple[list[Any], ...]:
-    library, names = context.library, context.means.metrics
+    library, names = context.library, context.options.metrics
     if names:
         names = tuple(name for name in names if name.strip() not in context.metric_factories)
         for name in names:
@@ -242,7 +242,7 @@ def _distinct(metrics: Sequence[Any]) -> list[Any]:
     return list({getattr(metric, "name", metric): metric for metric in metrics}.values())
 
 
-def _per_output(entry: Any, infos: Sequence[OutputInfo]) -> list[Any]:
+def _per_output(entry: Any, infos: Sequence[ModelOutput]) -> list[Any]:
     """What a file says of each output, where one word may stand for all."""
     if isinstance(entry, dict) and "class_name" not in entry:
         return [entry.get(output.name) for output in infos]
@@ -251,7 +251,7 @@ def _per_output(entry: Any, infos: Sequence[OutputInfo]) -> list[Any]:
     return [entry] * len(infos)
 
 
-def _metrics_per_output(entry: Any, infos: Sequence[OutputInfo]) -> list[list[Any]]:
+def _metrics_per_output(entry: Any, infos: Sequence[ModelOutput]) -> list[list[Any]]:
     if len(infos) == 1:
         return [_flat(entry)]
     if isinstance(entry, dict) and "class_name" not in entry:
@@ -269,7 +269,7 @@ def _flat(entry: Any) -> list[Any]:
     return [entry] if entry else []
 
 
-def _loss_weights(entry: Any, infos: Sequence[OutputInfo]) -> Any:
+def _loss_weights(entry: Any, infos: Sequence[ModelOutput]) -> Any:
     """How much each output counts, as a list."""
     if isinstance(entry, dict):
         return [entry.get(output.name, 1.0) for output in infos]

@@ -19,7 +19,7 @@ from prunectl.formats.base import Array
 from prunectl.formats.keras.config import part, text
 from prunectl.training import user_code
 from prunectl.training.keras.backend import KerasLibrary
-from prunectl.training.keras.outputs import OutputInfo, flatten
+from prunectl.training.keras.outputs import ModelOutput, flatten
 from prunectl.training.monitor import metric_mismatch
 from prunectl.training.task import (
     DistilledOutput,
@@ -79,7 +79,7 @@ _FUNCTIONS = {
 }
 
 
-def default_loss(library: KerasLibrary, output: OutputInfo, y: Array | None) -> KerasLoss | None:
+def default_loss(library: KerasLibrary, output: ModelOutput, y: Array | None) -> KerasLoss | None:
     """The loss that fits an output and its targets; none without targets."""
     if y is None:
         return None
@@ -87,14 +87,14 @@ def default_loss(library: KerasLibrary, output: OutputInfo, y: Array | None) -> 
     return _instance(library, "MeanSquaredError") if encoding is None else cross_entropy(library, encoding, output)
 
 
-def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, answer: OutputInfo) -> KerasLoss:
+def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, answer: ModelOutput) -> KerasLoss:
     """A cross-entropy that takes what the model ends with."""
     is_of_logits = answer.ending is FinalActivation.RAW
     loss = getattr(library.keras.losses, encoding.value)(from_logits=is_of_logits)
     return KerasLoss(encoding, loss, is_of_logits, _snake(encoding))
 
 
-def loss_by_name(library: KerasLibrary, name: str, output: OutputInfo, y: Array | None) -> KerasLoss:
+def loss_by_name(library: KerasLibrary, name: str, output: ModelOutput, y: Array | None) -> KerasLoss:
     """The loss that a user asks for."""
     text = name.strip()
     if ":" in text:
@@ -137,7 +137,9 @@ def loss_from_config(library: KerasLibrary, entry: Any, objects: Mapping[str, An
         return library.keras.losses.deserialize(entry) if isinstance(entry, dict) else library.keras.losses.get(entry)
 
 
-def match_targets(library: KerasLibrary, loss: KerasLoss, answer: OutputInfo, y: Array | None) -> tuple[KerasLoss, str]:
+def match_targets(
+    library: KerasLibrary, loss: KerasLoss, answer: ModelOutput, y: Array | None
+) -> tuple[KerasLoss, str]:
     """A cross-entropy that takes targets as they come, and what was changed about it."""
     if y is None or loss.kind not in {CrossEntropy.SPARSE, CrossEntropy.CATEGORICAL}:
         return loss, ""
@@ -156,14 +158,14 @@ _ELEMENTWISE = frozenset(
 """Losses that compare number with number, which TensorFlow would stretch where there are fewer targets."""
 
 
-def check_shape(loss: KerasLoss, output: OutputInfo, y: Array | None) -> None:
+def check_shape(loss: KerasLoss, output: ModelOutput, y: Array | None) -> None:
     """Refuse targets of another shape than the outputs that they are compared with."""
     shape = output.shape[1:]
     if y is not None and loss.name in _ELEMENTWISE and None not in shape and not has_same_size(shape, y.shape[1:]):
         raise target_mismatch(y.shape[1:], shape, f"the output {output.name} is")
 
 
-def _encoding(output: OutputInfo, y: Array | None) -> CrossEntropy:
+def _encoding(output: ModelOutput, y: Array | None) -> CrossEntropy:
     """The cross-entropy for the shape of targets, where it is known that they name classes."""
     if output.width == 1:
         return CrossEntropy.BINARY
@@ -211,7 +213,7 @@ _ELEMENTWISE_METRICS = frozenset({"mae", "mse", "mape", "msle", "rmse", "logcosh
 """What compares number with number, beside all that end with `_error`: Keras may stretch targets that are fewer."""
 
 
-def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: OutputInfo, y: Array | None) -> list[Any]:
+def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: ModelOutput, y: Array | None) -> list[Any]:
     """The default metrics."""
     if loss is None:
         return []
@@ -226,7 +228,7 @@ def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: Outpu
     return [] if is_compared else [library.keras.metrics.MeanAbsoluteError(name="mae")]
 
 
-def check_metric_shape(name: str, output: OutputInfo, y: Array | None) -> None:
+def check_metric_shape(name: str, output: ModelOutput, y: Array | None) -> None:
     """Refuse a metric that compares number with number where there are more of the one."""
     text, shape = name.strip().lower(), output.shape[1:]
     is_elementwise = text in _ELEMENTWISE_METRICS or text.endswith("_error")

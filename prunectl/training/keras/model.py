@@ -253,24 +253,24 @@ class KerasTrainable:
         """What is true here: every process goes through the same batches."""
         return mine
 
-    def prepare(self, means: TrainOptions) -> None:
+    def prepare(self, options: TrainOptions) -> None:
         """Compile the model."""
-        if means.precision != "fp32":
+        if options.precision != "fp32":
             raise UsageError(
-                f"--precision {means.precision} cannot be used: the layers of a Keras model set their own precision",
+                f"--precision {options.precision} cannot be used: the layers of a Keras model set their own precision",
                 hint="leave out --precision, or build the model with another dtype policy",
             )
-        if means.is_sharded:
+        if options.is_sharded:
             raise UsageError("--shard works only with PyTorch", hint="leave out --shard")
-        unknown = sorted(means.frozen - self._variables.keys())
+        unknown = sorted(options.frozen - self._variables.keys())
         if unknown:
             raise UsageError(f"{unknown[0]} cannot be frozen: Keras loads no such weight")
-        self.place(means.device)
-        self._random.seed(means.seed)
-        self._frozen = means.frozen
+        self.place(options.device)
+        self._random.seed(options.seed)
+        self._frozen = options.frozen
         with self._placement.scope(self._library), ignore_warnings():
-            frozen = [self._variables[name] for name in sorted(means.frozen)]
-            self._training = CompiledModel(self._loaded, self._placement, means, frozen)
+            frozen = [self._variables[name] for name in sorted(options.frozen)]
+            self._training = CompiledModel(self._loaded, self._placement, options, frozen)
 
     def place(self, device: str) -> None:
         """Reload the model on a device, if it is on another."""

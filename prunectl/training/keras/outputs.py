@@ -46,8 +46,8 @@ _NAMELESS = "keras_tensor"
 
 
 @dataclass(frozen=True, slots=True)
-class OutputInfo:
-    """One output."""
+class ModelOutput:
+    """An output of a model: its layer's name, its last activation and its shape."""
 
     name: str
     ending: FinalActivation
@@ -64,18 +64,18 @@ class OutputInfo:
         return infer_task(self.shape[1:], self.ending, targets)
 
 
-def describe_outputs(model: Any, example: Batch | None) -> tuple[OutputInfo, ...]:
+def describe_outputs(model: Any, example: Batch | None) -> tuple[ModelOutput, ...]:
     """What each output is: by the layers that make it, else by what comes out for some examples."""
     outputs = flatten(getattr(model, "outputs", None) or ())
     names = output_names(model, outputs)
     activations = [activation_of(tensor) for tensor in outputs]
     if (outputs and all(activations)) or example is None:
         shapes = [tuple(tensor.shape) for tensor in outputs]
-        return _output_infos(names, [activation or FinalActivation.RAW for activation in activations], shapes)
+        return _model_outputs(names, [activation or FinalActivation.RAW for activation in activations], shapes)
     arrays = as_tuple(backend.as_arrays(model.predict_on_batch(pack_inputs(model, example.x))))
     known = activations if len(activations) == len(arrays) else [None] * len(arrays)
     resolved = [activation or _activation_from_values(array) for activation, array in zip(known, arrays, strict=True)]
-    return _output_infos(names, resolved, [(None, *array.shape[1:]) for array in arrays])
+    return _model_outputs(names, resolved, [(None, *array.shape[1:]) for array in arrays])
 
 
 def output_names(model: Any, outputs: Sequence[Any]) -> list[str]:
@@ -90,12 +90,12 @@ def output_names(model: Any, outputs: Sequence[Any]) -> list[str]:
     ]
 
 
-def _output_infos(
+def _model_outputs(
     names: Sequence[str], activations: Sequence[FinalActivation], shapes: Sequence[tuple[int | None, ...]]
-) -> tuple[OutputInfo, ...]:
+) -> tuple[ModelOutput, ...]:
     if len(names) != len(activations):
         names = [f"output_{index + 1}" for index in range(len(activations))]
-    return tuple(map(OutputInfo, names, activations, shapes))
+    return tuple(map(ModelOutput, names, activations, shapes))
 
 
 def flatten(nested: Any) -> list[Any]:

@@ -167,7 +167,7 @@ class CompiledModel:
         self, loaded: LoadedModel, placement: DevicePlacement, options: TrainOptions, frozen: Sequence[Any]
     ) -> None:
         self._library, self.model, self._placement = loaded.library, loaded.model, placement
-        self._means = options
+        self._options = options
         self._custom_step = (
             user_code.resolve_function(options.custom_step, "--train-step") if options.custom_step else None
         )
@@ -241,7 +241,7 @@ class CompiledModel:
         """The accumulated gradient statistics."""
         if variables and self._has_trained and not self.masking.has_seen_gradients:
             raise WorkError(
-                f"--train-step {self._means.custom_step} does not use model.optimizer, "
+                f"--train-step {self._options.custom_step} does not use model.optimizer, "
                 "so prunectl cannot see its gradients",
                 hint="use model.optimizer in it, or a --strategy that needs no gradients",
             )
@@ -297,7 +297,7 @@ class CompiledModel:
         logs = self._custom_step(self.model, x, y)
         if not isinstance(logs, Mapping):
             raise UsageError(
-                f"--train-step {self._means.custom_step} returned a value of type {type(logs).__name__}, "
+                f"--train-step {self._options.custom_step} returned a value of type {type(logs).__name__}, "
                 "not a dictionary of numbers",
                 hint="return {'loss': loss}",
             )
@@ -314,8 +314,8 @@ class CompiledModel:
                 "--distill cannot be used with a custom training step",
                 hint="leave out --distill, or distil in the training step",
             )
-        means = self._means
-        guidance = DistillationConfig(self._library, self._output_losses, means.teacher_share, means.temperature)
+        options = self._options
+        guidance = DistillationConfig(self._library, self._output_losses, options.teacher_share, options.temperature)
         self._reset_distillation = losses.install_distillation(self.model, guidance)
         self.retrace()
         self._is_distilling = True

@@ -49,10 +49,10 @@ class TfmotTrainable(KerasTrainable):
     _step = 0
     _epoch = 0
 
-    def prepare(self, means: TrainOptions) -> None:
+    def prepare(self, options: TrainOptions) -> None:
         """Compile the model."""
-        self._options = means
-        super().prepare(means)
+        self._options = options
+        super().prepare(options)
 
     @property
     def notes(self) -> tuple[str, ...]:

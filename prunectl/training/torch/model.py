@@ -112,31 +112,31 @@ class TorchTrainable:
         """Whether something is true in every process."""
         return distributed.all_true(self._place, mine)
 
-    def prepare(self, means: TrainOptions) -> None:
+    def prepare(self, options: TrainOptions) -> None:
         """Choose a device, a loss, metrics and an optimizer."""
-        if means.precision not in _PRECISIONS:
+        if options.precision not in _PRECISIONS:
             raise UsageError(
-                f"--precision {means.precision!r} is not known", hint=f"use one of {', '.join(_PRECISIONS)}"
+                f"--precision {options.precision!r} is not known", hint=f"use one of {', '.join(_PRECISIONS)}"
             )
-        self._means, self._place = means, distributed.join(means.device)
-        self._half = _PRECISIONS[means.precision]
+        self._options, self._place = options, distributed.join(options.device)
+        self._half = _PRECISIONS[options.precision]
         self._scaler = torch.amp.GradScaler(self._place.device.type, enabled=self._half is torch.float16)
-        self._freeze(means.frozen)
-        if means.is_sharded:
+        self._freeze(options.frozen)
+        if options.is_sharded:
             distributed.shard(self._module, self._place)
         else:
             self._module.to(self._place.device)
-        example = means.example
+        example = options.example
         if example is None:
             raise ValueError("a network is prepared with an example")
-        self._custom: Any = find("step", means.custom_step, {}) if means.custom_step else None
+        self._custom: Any = find("step", options.custom_step, {}) if options.custom_step else None
         self._choose(example)
         self._averager = losses.MetricAverager(self._metrics, is_training=True)
-        self._optimizer = make_optimizer(means.optimizer, self._trained(), means.lr)
+        self._optimizer = make_optimizer(options.optimizer, self._trained(), options.lr)
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
-        if means.is_compiled:
+        if options.is_compiled:
             self._run = torch.compile(self._module)
-        if self._place.ranks > 1 and not means.is_sharded:
+        if self._place.ranks > 1 and not options.is_sharded:
             device_ids = [self._place.device.index] if self._place.device.type == "cuda" else None
             self._run = DistributedDataParallel(self._run, device_ids=device_ids)
 
@@ -160,30 +160,30 @@ class TorchTrainable:
         self._signature = ModelSignature(self._signature.inputs, specs, is_channels_first=True)
         targets = [] if example.y is None else [self._on_device(array) for array in as_tuple(example.y)]
         self._metrics: tuple[losses.TorchMetric, ...] = ()
-        if self._custom is not None and not self._means.loss and not targets:
+        if self._custom is not None and not self._options.loss and not targets:
             self._losses = []
             return
         if targets and len(targets) > len(outs):
             raise UsageError(f"the data has {len(targets)} targets, but the model has {len(outs)} outputs")
-        if not targets and not self._means.loss and self._means.teacher_share == 1:
+        if not targets and not self._options.loss and self._options.teacher_share == 1:
             self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, specs, strict=True)]
         else:
             self._losses = [
                 losses.resolve_loss(
-                    self._means.loss, out.float(), targets[index] if targets else None, specs[index].ending
+                    self._options.loss, out.float(), targets[index] if targets else None, specs[index].ending
                 )
                 for index, out in enumerate(outs[: len(targets) or 1])
             ]
             target = targets[0] if targets else None
-            self._metrics = losses.resolve_metrics(self._means.metrics, self._losses[0], outs[0], target)
+            self._metrics = losses.resolve_metrics(self._options.metrics, self._losses[0], outs[0], target)
         self._signature = replace(self._signature, outputs=self._ended(specs, outs))
-        if not self._means.loss:
+        if not self._options.loss:
             self._notes.append(f"The loss is {', '.join(array.name for array in self._losses)}, {_known_by(specs)}.")
         if len(outs) > 1 and self._metrics:
             self._notes.append(f"The metrics use only the first of the model's {len(outs)} outputs.")
-        if not self._means.optimizer:
+        if not self._options.optimizer:
             self._notes.append("The optimizer is adam: PyTorch files do not name one.")
-        if self._place.ranks > 1 and not self._means.is_sharded:
+        if self._place.ranks > 1 and not self._options.is_sharded:
             self._leave_out_unreached(example)
 
     def _ended(self, specs: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
@@ -232,7 +232,7 @@ class TorchTrainable:
         return tensors.output_tensors(outputs)
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
-        share = self._means.teacher_share if guide is not None else 0.0
+        share = self._options.teacher_share if guide is not None else 0.0
         targets = [] if y is None else [self._on_device(array) for array in as_tuple(y)]
         self._last = (outs, targets)
         if not targets and share < 1:
@@ -243,7 +243,7 @@ class TorchTrainable:
             return self._loss_of_targets(outs, targets)
         answers = [self._on_device(array) for array in as_tuple(guide)]
         compared = self._compared or losses.compared_by_loss(self._losses, outs)
-        taught = losses.distilled(compared, outs, answers, self._means.temperature)
+        taught = losses.distilled(compared, outs, answers, self._options.temperature)
         return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught
 
     def _loss_of_targets(self, outs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -280,12 +280,12 @@ class TorchTrainable:
         self._scaler.unscale_(self._optimizer)
         self._gathered.add(self._is_taken())
         self._masks.calm()
-        if self._means.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._trained(), self._means.clip)
+        if self._options.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained(), self._options.clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._masks.hold()
-        if self._means.is_sharded:
+        if self._options.is_sharded:
             distributed.sync_buffers(self._module)
 
     def _is_taken(self) -> torch.Tensor | None:

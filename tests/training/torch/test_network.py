@@ -17,7 +17,7 @@ import torch
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.training.backend import GradientStatistic, LoadOptions, TrainOptions
-from prunectl.training.course import DivergedError
+from prunectl.training.config import DivergedError
 from prunectl.training.data.source import Batch
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.torch import losses
