@@ -16,6 +16,7 @@ from prunectl.calibration.prune import prune
 from prunectl.calibration.sensitivity import sensitivity
 from prunectl.errors import WorkError
 from prunectl.formats.registry import open_model
+from prunectl.graphs.onnx.network import stands_outside
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import InspectableModel, LayerInput, LoadOptions, PassEnd
@@ -172,3 +173,29 @@ def test_a_pass_that_fails_before_the_layer_still_says_why(chain: Path) -> None:
     assert isinstance(network, InspectableModel)
     with pytest.raises(WorkError, match="not this"):
         network.observe(["layers.0.weight"], examples(8, 12), broken)
+
+
+def test_a_pass_that_ends_early_asks_for_no_large_weight_after_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"first": (8, 16), "second": (16, 1024), "third": (1024, 16)}
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    assert sum(stands_outside(shape, TensorProto.FLOAT) for shape in shapes.values()) == 2
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "first"], ["a"]),
+            helper.make_node("MatMul", ["a", "second"], ["b"]),
+            helper.make_node("MatMul", ["b", "third"], ["y"]),
+        ],
+        "three",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    source = data(tmp_path / "x.npz", x=rng.normal(size=(EXAMPLES, 8)).astype(np.float32))
+    said = PruneRequest(sparsity=0.5, data=source, strategy="obs")
+    prune(tmp_path / "m.onnx", said, Destination(tmp_path / "out.onnx"))
+    left = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert {name: np.count_nonzero(array) * 2 for name, array in left.items()} == {
+        name: array.size for name, array in weights.items()
+    }

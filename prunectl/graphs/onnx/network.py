@@ -229,14 +229,15 @@ class OnnxSession:
         # Kept alive, as onnxruntime reads the arrays where they lie.
         self._outside: dict[str, Array] = {}
         if isinstance(source, OnnxNetwork):
-            outside = source.outside.items()
+            proto = _with_outputs(source.proto, observed, ends_there=ends_there)
+            types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+            outside = ((name, array) for name, array in source.outside.items() if name in types)
             self._outside = {name: np.require(array, requirements=["C", "A"]) for name, array in outside}
-            types = {tensor.name: tensor.data_type for tensor in source.proto.graph.initializer}
             as_value = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
             values = [as_value(array, types[name]) for name, array in self._outside.items()]
             if values:
                 options.add_external_initializers(list(self._outside), values)
-            model = _with_outputs(source.proto, observed, ends_there=ends_there).SerializeToString()
+            model = proto.SerializeToString()
         self.runtime = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> list[Any]:
@@ -260,11 +261,13 @@ def _with_outputs(proto: Any, names: Iterable[str], *, ends_there: bool) -> Any:
 
 
 def _keep_ancestors(graph: Any) -> None:
-    """Leave out every node on which no output depends: onnxruntime would run it all the same."""
+    """Leave out nodes and tensors on which no output depends: onnxruntime would run and ask for them all the same."""
     wanted, kept = {port.name for port in graph.output}, []
     for node in reversed(graph.node):
         if not wanted.isdisjoint(node.output):
             kept.append(node)
             wanted.update(names_read(node))
-    del graph.node[:]
+    read = [tensor for tensor in graph.initializer if tensor.name in wanted]
+    del graph.node[:], graph.initializer[:]
     graph.node.extend(reversed(kept))
+    graph.initializer.extend(read)
