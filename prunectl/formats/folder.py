@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from prunectl.errors import SCRATCH, InputError, reading
 from prunectl.formats import budgets
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import ModelFile, StripPart
 from prunectl.formats.patch import copy_range
 
 _NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__"})
@@ -20,6 +20,14 @@ _OTHER_WEIGHTS = re.compile(
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"
 )
 """The same weights once more, in another format or precision: as they are, they would not fit what was written."""
+_TRAINING_STATE = {
+    StripPart.OPTIMIZER: re.compile(r"optimizer(_\d+)?\.(pt|bin)|(optimizer_\d+|global_step\d+)/.*"),
+    StripPart.TRAINING: re.compile(
+        r"(scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|trainer_state\.json|"
+        r"training_args\.bin|latest|zero_to_fp32\.py"
+    ),
+}
+"""What the Trainer of Hugging Face, Accelerate and DeepSpeed write to go on from, which a model needs no more."""
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 """In its cache, Hugging Face keeps the files of a model in one folder, and links to them in another."""
 
@@ -63,9 +71,17 @@ def companions(model: ModelFile) -> Companions:
     return Companions(tuple(copied), tuple(weights), tuple(links))
 
 
-def copy_companions(model: ModelFile, target: Path) -> None:
+def training_state(model: ModelFile) -> dict[Path, StripPart]:
+    """Files beside the weights from which training would go on, and what each is a part of."""
+    kinds = [(path, part) for path in companions(model).copied for part in _TRAINING_STATE]
+    return {path: part for path, part in kinds if _TRAINING_STATE[part].fullmatch(path.as_posix())}
+
+
+def copy_companions(model: ModelFile, target: Path, left_out: Container[Path] = ()) -> None:
     """Copy what goes with the weights of a model into a folder."""
     for path in companions(model).copied:
+        if path in left_out:
+            continue
         if model.folder is not None and (source := _real(model.folder, path)) is not None:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             _copy(source, target / path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Container, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +57,11 @@ def planned_files(model: ModelFile, target: Path) -> tuple[Path, ...]:
     return tuple(target.parent / name for name in atomic.planned_files(_source(model, Destination(target)), target))
 
 
+def is_folder(model: ModelFile, output: Destination | None) -> bool:
+    """Whether what lies beside the weights goes with them: not where one file is written by a name of its own."""
+    return (model if output is None else _source(model, output)).folder is not None
+
+
 def notes_on_folder(model: ModelFile, output: Destination | None) -> tuple[str, ...]:
     """What of the folder of a model does not go with it, each in a sentence."""
     source = None if output is None else _source(model, output)
@@ -95,8 +100,13 @@ def pack(written: Path, folder: Path) -> None:
 
 
 @contextmanager
-def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple[Path, Path]]:
-    """Yield the folder to write into, and the path that the result is named after."""
+def staging_dir(
+    model: ModelFile, output: Destination | None, left_out: Container[Path] = ()
+) -> Generator[tuple[Path, Path]]:
+    """Yield the folder to write into, and the path that the result is named after.
+
+    What lies beside the weights in a model's folder is copied at the end, but for what is to be left out.
+    """
     if output is None:
         with scratch.temporary_folder() as folder:
             yield folder, folder / model.path.name
@@ -115,7 +125,7 @@ def staging_dir(model: ModelFile, output: Destination | None) -> Generator[tuple
                 inside = folder / target.name
                 inside.mkdir()
                 yield inside, target / model.path.name
-                copy_companions(model, inside)
+                copy_companions(model, inside, left_out)
 
 
 def code_beside(target: Path) -> Path:

@@ -19,6 +19,7 @@ from prunectl.formats.base import (
     StripOptions,
     StripPart,
 )
+from prunectl.formats.folder import training_state
 from prunectl.formats.registry import by_name, load, open_model, require
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
@@ -44,7 +45,9 @@ def strip(path: Path, options: StripOptions, output: Destination | None, *, is_p
         require(model, Capability.STRIP)
     row = by_name(model.format)
     outputs.check(model, output)
-    with outputs.staging_dir(model, output) as (folder, target):
+    state = training_state(model) if outputs.is_folder(model, output) else {}
+    left_out = {path: part for path, part in state.items() if part in options.parts}
+    with outputs.staging_dir(model, output, left_out) as (folder, target):
         staged = outputs.staged_paths(model, folder, target)
         removed: tuple[RemovedItem, ...] = ()
         if row.stripper:
@@ -57,6 +60,9 @@ def strip(path: Path, options: StripOptions, output: Destination | None, *, is_p
         result = open_model(written)
         _verify(model, result, options, frozenset(thing.name for thing in removed))
         before, after = stats_for_report(model), stats_for_report(result)
+    if model.folder is not None:
+        sizes = {path: (model.folder / path).stat().st_size for path in left_out}
+        removed += tuple(RemovedItem(str(path), left_out[path], size) for path, size in sizes.items())
     shown = replace(after, path=str(target)) if output is not None else after
     return Stripped(removed, before, shown, outputs.notes_on_folder(model, output))
 

@@ -179,3 +179,25 @@ def test_adapters_and_parts_of_pipelines_are_folders_too(llama: Path, name: str)
     (llama / "model.safetensors").rename(llama / name)
     assert here("prune", "llama", "-o", "small", "-s", "50%", cwd=llama.parent).code == 0
     assert files_of(llama.parent / "small").keys() == {*BESIDE, name}
+
+
+def test_strip_leaves_out_what_training_would_go_on_from(llama: Path) -> None:
+    state = {
+        "optimizer.pt": "optimizer",
+        "global_step12/zero_pp_rank_0_mp_rank_00_optim_states.pt": "optimizer",
+        "scheduler.pt": "training",
+        "rng_state_3.pth": "training",
+        "trainer_state.json": "training",
+        "training_args.bin": "training",
+    }
+    for name in state:
+        (llama / name).parent.mkdir(exist_ok=True)
+        (llama / name).write_bytes(bytes(100))
+    done = here("strip", "llama", "-o", "small", cwd=llama.parent)
+    assert sorted(done.out.splitlines()) == sorted(f"{name}\t{part}\t100" for name, part in state.items())
+    assert files_of(llama.parent / "small").keys() == {*BESIDE, "model.safetensors"}
+    assert here("strip", "llama", "-o", "some", "--only", "optimizer", cwd=llama.parent).code == 0
+    kept = {name for name, part in state.items() if part == "training"}
+    assert files_of(llama.parent / "some").keys() == {*BESIDE, "model.safetensors", *kept}
+    assert here("prune", "llama", "-o", "all", "-s", "50%", cwd=llama.parent).code == 0
+    assert files_of(llama.parent / "all").keys() == {*BESIDE, "model.safetensors", *state}
