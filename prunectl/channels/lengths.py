@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from prunectl.channels.graph import Shape
 from prunectl.errors import UsageError
 from prunectl.training.backend import ModelSignature
+from prunectl.training.task import shape_matches
 
 OpenShape = tuple[int | None, ...]
 DataShapes = Callable[[ModelSignature], Sequence[Shape] | None]
@@ -93,7 +94,7 @@ class AxisLengths:
         if shapes is None:
             return {}
         for port, shape in zip(signature.inputs, shapes, strict=True):
-            if port.shape is not None and not fits(shape, port.shape):
+            if port.shape is not None and not shape_matches(shape, port.shape):
                 raise UsageError(
                     f"the input {port.name} of the model has the shape {shape_text((None, *port.shape))}, "
                     f"but {'--input' if self.typed else 'the data'} gives {shape_text((1, *shape))}",
@@ -126,13 +127,6 @@ def in_order(options: Sequence[InputOption], names: Sequence[str]) -> Sequence[I
         raise UsageError(f"the model has {inputs}, but --input gives {len(options)}")
     by_name = {option.name: option for option in options}
     return [by_name[name] for name in names] if by_name.keys() == set(names) else options
-
-
-def fits(shape: OpenShape, known: OpenShape) -> bool:
-    """Whether a shape is a known one, or fills its open axes."""
-    return len(shape) == len(known) and all(
-        length is None or length == actual for actual, length in zip(shape, known, strict=True)
-    )
 
 
 def shape_text(shape: OpenShape | None) -> str:

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from prunectl.calibration.session import load_inputs, padded_batch_rows
-from prunectl.channels.lengths import InputOption, OpenShape, fits, in_order, shape_text
+from prunectl.channels.lengths import InputOption, OpenShape, in_order, shape_text
 from prunectl.errors import UsageError
 from prunectl.exporting.request import BATCH_SIZE, SAMPLES, ExportRequest
 from prunectl.formats.base import Array, ModelFile
 from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.training.data.functions import random_array
 from prunectl.training.data.source import EpochOrder
+from prunectl.training.task import shape_matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def apply_input_options(inputs: tuple[InputSpec, ...], options: Sequence[InputOp
 def _apply_option(spec: InputSpec, option: InputOption) -> InputSpec:
     if spec.is_declared and spec.dtype and option.dtype and option.dtype != spec.dtype:
         raise UsageError(f"the input {spec.name} of the model is {spec.dtype}, but --input gives {option.dtype}")
-    if spec.shape is not None and not fits(option.shape, spec.shape):
+    if spec.shape is not None and not shape_matches(option.shape, spec.shape):
         raise UsageError(
             f"the input {spec.name} of the model has the shape {shape_text(spec.shape)}, "
             f"but --input gives {shape_text(option.shape)}",
@@ -166,14 +168,11 @@ def _shape_hint(shape: OpenShape) -> str:
 
 
 def _random_array(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
-    if dtype.startswith(("int", "uint", "bool")):
-        # What these numbers count is unknown; 0 and 1 are within every vocabulary.
-        return random.integers(0, 2, shape).astype(dtype)
-    if dtype and not dtype.startswith("float"):
+    if dtype and not dtype.startswith(("int", "uint", "bool", "float")):
         raise UsageError(
             f"the model takes inputs of type {dtype}, for which prunectl has no random values", hint="add --data SPEC"
         )
-    return random.standard_normal(shape, np.float32).astype(dtype or "float32")
+    return random_array(random, shape, dtype).astype(dtype or "float32")
 
 
 def _batches(arrays: tuple[Array, ...], size: int, *, is_fixed: bool) -> tuple[tuple[Array, ...], ...]:

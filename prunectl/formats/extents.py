@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +30,48 @@ class Extent:
     path: Path
     offset: int
     nbytes: int
+
+
+class FileWindow(io.RawIOBase):
+    """A part of a file, as if it were one."""
+
+    def __init__(self, path: Path, begin: int, nbytes: int) -> None:
+        super().__init__()
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._begin, self._nbytes, self._position = begin, nbytes, 0
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether any place in it can be read."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, counted from the start, the current place or the end of the part."""
+        start = (0, self._position, self._nbytes)[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "a place before the start")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        """The current place."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what fits, up to the end of the part."""
+        want = max(min(len(buffer), self._nbytes - self._position), 0)
+        got = os.preadv(self._fd, [memoryview(buffer)[:want]], self._begin + self._position)
+        self._position += got
+        return got
+
+    def close(self) -> None:
+        """Close the file behind it."""
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
 
 
 def check_inside(path: Path, offset: int, nbytes: int, file_bytes: int, what: str) -> None:

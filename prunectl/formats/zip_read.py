@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats.budgets import BOMB_RATIO, MAX_DEFLATE_RATIO, MAX_UNFOLDED_BYTES
 from prunectl.formats.detect import refuse_long_directory
-from prunectl.formats.extents import BLOCK_BYTES, Extent
+from prunectl.formats.extents import BLOCK_BYTES, Extent, FileWindow
 
 _LOCAL_HEADER_BYTES = 30
 _RECORD_BYTES, _ZIP64 = 4, b"\x01\x00"
@@ -107,47 +106,6 @@ def open_archive(path: Path) -> Archive:
 def open_inside(archive: Archive, entry: ZipEntry) -> Archive:
     """Read the directory of a zip that is stored in a zip; its entries lie where they lie in the outer file."""
     return _opened(archive.path, entry.extent)
-
-
-class FileWindow(io.RawIOBase):
-    """A part of a file, as if it were one."""
-
-    def __init__(self, path: Path, begin: int, nbytes: int) -> None:
-        self._file = path.open("rb")
-        self._begin, self._nbytes, self._at = begin, nbytes, 0
-
-    def readable(self) -> bool:
-        """Whether it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Whether any place in it can be read."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place, counted from the start, the current place or the end of the part."""
-        start = (0, self._at, self._nbytes)[whence]
-        if start + offset < 0:
-            raise OSError(errno.EINVAL, "a place before the start")
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        """The current place."""
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what fits, up to the end of the part."""
-        self._file.seek(self._begin + self._at)
-        piece = self._file.read(min(len(buffer), max(self._nbytes - self._at, 0)))
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
-
-    def close(self) -> None:
-        """Close the file behind it."""
-        self._file.close()
-        super().close()
 
 
 def _opened(path: Path, within: Extent | None) -> Archive:

@@ -12,9 +12,9 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from prunectl.formats.base import ModelFile
-from prunectl.formats.extents import BLOCK_BYTES, Extent, file_chunks
+from prunectl.formats.extents import BLOCK_BYTES, Extent, FileWindow, file_chunks
 from prunectl.formats.patch import TensorUpdate, copy_with_patches
-from prunectl.formats.zip_read import Archive, FileWindow, ZipEntry, open_archive, open_inside, written_again
+from prunectl.formats.zip_read import Archive, ZipEntry, open_archive, open_inside, written_again
 
 LEVEL = 6
 EPOCH = (1980, 1, 1, 0, 0, 0)

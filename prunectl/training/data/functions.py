@@ -188,7 +188,7 @@ def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> 
     x = {}
     for index, port in enumerate(signature.inputs):
         shape = typed[index] if typed else _known(port)
-        x[f"input {index}"] = _filled(random, (count, *shape), port.dtype)
+        x[f"input {index}"] = random_array(random, (count, *shape), port.dtype)
     y = {f"output {index}": _labels(random, count, port) for index, port in enumerate(signature.outputs)}
     note = f"{spec.where}: the data is random, so that an accuracy or a loss on it would mean nothing"
     return from_arrays(spec.text, x, y, note)
@@ -208,7 +208,8 @@ def _axes_text(port: TensorSpec) -> str:
     return "unknown" if port.shape is None else str(port.shape).replace("None", "?")
 
 
-def _filled(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+def random_array(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    """Zeros and ones for integers, else normal floats."""
     if dtype.startswith(("int", "uint", "bool")):
         # What these numbers count is unknown; 0 and 1 are within every vocabulary.
         return random.integers(0, 2, shape).astype(dtype)

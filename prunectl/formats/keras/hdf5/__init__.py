@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets, extents
 from prunectl.formats.base import Storage, format_shape
 from prunectl.formats.budgets import BOMB_RATIO, MAX_DEFLATE_RATIO, MAX_UNFOLDED_TENSOR_BYTES
-from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.extents import Extent, FileWindow, check_inside
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.sandbox import run_sandboxed
 
@@ -171,43 +169,8 @@ class H5Location:
     def open(self) -> Any:
         """Open the file with h5py."""
         if self.offset:
-            return h5py.File(_FileRange(self), "r")
+            return h5py.File(FileWindow(self.path, self.offset, self.nbytes), "r")
         return h5py.File(self.path, "r", locking=False)
-
-
-class _FileRange(RawIOBase):
-    """A part of a file as a file, which h5py reads through."""
-
-    def __init__(self, location: H5Location) -> None:
-        super().__init__()
-        self._fd = os.open(location.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._location = location
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._location.nbytes}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        want = max(min(len(buffer), self._location.nbytes - self._position), 0)
-        got = os.preadv(self._fd, [memoryview(buffer)[:want]], self._location.offset + self._position)
-        self._position += got
-        return got
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._fd)
-        super().close()
 
 
 def list_objects(location: H5Location) -> dict[str, Any]:
