@@ -142,6 +142,7 @@ def normaliser(folder: Path) -> Callable[[str], str]:
         str(folder): "{out}",
         str(folder.resolve()): "{out}",
         str(ROOT): "{root}",
+        sys.executable: "{python}",
     }
     pattern = re.compile("|".join(map(re.escape, sorted(places, key=len, reverse=True))))
     version = re.compile(rf"(?<![\d.]){re.escape(__version__)}(?![\d.])")
