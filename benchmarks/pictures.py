@@ -1,9 +1,10 @@
-"""The terminal of the README: what prunectl prints on the model that ships with it, as SVG, light and dark.
+"""The pictures of the documents, as SVG, light and dark: a terminal of real output, and a chart of published figures.
 
-    python -m benchmarks.pictures
+    python -m benchmarks.pictures          both
+    python -m benchmarks.pictures chart    the chart alone
 
-Nothing in a picture is typed by hand: the commands are run in a scratch folder. Lines left out are marked by an
-ellipsis.
+Nothing in a picture is typed by hand. The commands are run in a scratch folder, and lines left out are marked by an
+ellipsis; the chart has the numbers of the tables in docs/figures.md.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ DARK = TerminalTheme(
     colours("484f58 ff7b72 3fb950 d29922 58a6ff bc8cff 39c5cf b1bac4"),
     colours("6e7681 ffa198 56d364 e3b341 79c0ff d2a8ff 56d4dd ffffff"),
 )
+THEMES = {"light": LIGHT, "dark": DARK}
 
 
 def printed(line: str, folder: Path) -> list[str]:
@@ -113,11 +115,95 @@ def drawn(lines: list[str], theme: TerminalTheme) -> str:
     return "\n".join(line.rstrip() for line in svg.splitlines()) + "\n"
 
 
+METHODS = ("magnitude", "magnitude, global", "magnitude + repair", "obs, global")
+PANEL, HEIGHT, TOP, LEFT = 260, 300, 44, 58
+SPARSITIES = (70, 80, 90, 95)
+
+
+def calibration_tables() -> dict[str, dict[str, list[float]]]:
+    """Return the accuracies of the section on pruning without training: by network and method, dense among them."""
+    section = (ROOT / "docs/figures.md").read_text().partition("## Pruning without training")[2].partition("\n## ")[0]
+    found = {}
+    for network, dense, rows in re.findall(r"\*\*([^*]+)\*\*, dense ([\d.]+) %\n\n((?:\|.*\n)+)", section):
+        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[2:]]
+        found[network] = {name: list(map(float, values)) for name, *values in cells} | {"dense": [float(dense)]}
+    return found
+
+
+def chart(theme: TerminalTheme) -> str:
+    """Return accuracy against sparsity, a panel for each network and a line for each method."""
+    ink, paper = theme.foreground_color.hex, theme.background_color.hex
+    colors = dict(zip(METHODS, (theme.ansi_colors[number] for number in (1, 3, 4, 2)), strict=True))
+    tables = calibration_tables()
+    width = LEFT + len(tables) * PANEL + 10
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT + 76}" role="img">',
+        "<title>Accuracy against sparsity, without training afterwards</title>",
+        f'<rect width="100%" height="100%" rx="8" fill="{paper}"/>',
+        f'<g font-family="system-ui, sans-serif" font-size="12" fill="{ink}" stroke-linejoin="round">',
+    ]
+    for number, (network, table) in enumerate(tables.items()):
+        lines += panel(network, table, LEFT + number * PANEL, colors, ink, is_first=not number)
+    for number, (method, color) in enumerate(colors.items()):
+        x = LEFT + number * 190
+        lines.append(f'<rect x="{x}" y="{HEIGHT + 46}" width="18" height="4" fill="rgb({color_text(color)})"/>')
+        lines.append(f'<text x="{x + 24}" y="{HEIGHT + 52}">{method}</text>')
+    return "\n".join([*lines, "</g>", "</svg>", ""])
+
+
+def color_text(color: tuple[int, int, int]) -> str:
+    return ",".join(map(str, color))
+
+
+def panel(
+    network: str,
+    table: dict[str, list[float]],
+    left: int,
+    colors: dict[str, tuple[int, int, int]],
+    ink: str,
+    *,
+    is_first: bool,
+) -> list[str]:
+    """Return one network's axes and lines."""
+
+    def x(sparsity: float) -> float:
+        return left + (sparsity - 70) / 25 * (PANEL - 48)
+
+    def y(accuracy: float) -> float:
+        return round(TOP + (1 - accuracy / 100) * (HEIGHT - TOP), 1)
+
+    (dense,) = table["dense"]
+    lines = [f'<text x="{left}" y="26" font-weight="600">{network.partition(",")[0]}</text>']
+    for accuracy in (0, 25, 50, 75, 100):
+        lines.append(f'<path d="M{left} {y(accuracy)}H{x(95):g}" stroke="{ink}" stroke-opacity=".15"/>')
+        if is_first:
+            lines.append(f'<text x="{left - 8}" y="{y(accuracy) + 4:g}" text-anchor="end">{accuracy} %</text>')
+    for sparsity in SPARSITIES:
+        lines.append(f'<text x="{x(sparsity):g}" y="{HEIGHT + 20}" text-anchor="middle">{sparsity} %</text>')
+    lines.append(
+        f'<path d="M{left} {y(dense)}H{x(95):g}" stroke="{ink}" stroke-dasharray="4 4"/>'
+        f'<text x="{x(95):g}" y="{y(dense) - 5:g}" text-anchor="end">dense {dense:.2f} %</text>'
+    )
+    for method, color in colors.items():
+        points = list(zip(SPARSITIES, table[method], strict=True))
+        path = "L".join(f"{x(sparsity):g} {y(accuracy)}" for sparsity, accuracy in points)
+        lines.append(f'<path d="M{path}" fill="none" stroke="rgb({color_text(color)})" stroke-width="2.5"/>')
+        lines += [
+            f'<circle cx="{x(sparsity):g}" cy="{y(accuracy)}" r="3.5" fill="rgb({color_text(color)})">'
+            f"<title>{method}, {sparsity} %: {accuracy:.2f} %</title></circle>"
+            for sparsity, accuracy in points
+        ]
+    return lines
+
+
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
-    lines = screen()
-    for name, theme in (("light", LIGHT), ("dark", DARK)):
-        (PICTURES / f"terminal-{name}.svg").write_text(drawn(lines, theme))
+    for name, theme in THEMES.items():
+        (PICTURES / f"accuracy-{name}.svg").write_text(chart(theme))
+    if "chart" not in sys.argv[1:]:
+        lines = screen()
+        for name, theme in THEMES.items():
+            (PICTURES / f"terminal-{name}.svg").write_text(drawn(lines, theme))
 
 
 if __name__ == "__main__":

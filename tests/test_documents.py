@@ -15,6 +15,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
+from benchmarks.pictures import THEMES, calibration_tables, chart
 from prunectl.commands.app import COMMANDS
 from prunectl.formats.registry import FORMATS
 from tests.running import FIXTURES, HANG_SECONDS, ROOT, Outcome, clean, here
@@ -156,6 +157,16 @@ def test_the_tour_of_the_readme_is_the_demo() -> None:
     demo = (ROOT / "examples/demo.sh").read_text().replace('"$data"', "'digits.npz?norm=/16'")
     for line in typed(README):
         assert f"show {line.removeprefix('prunectl ')}\n" in demo
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_chart_has_the_numbers_of_its_tables(theme: str) -> None:
+    assert (ROOT / f"docs/pictures/accuracy-{theme}.svg").read_text() == chart(THEMES[theme])
+    assert {name: len(table) for name, table in calibration_tables().items()} == {
+        "Small transformer, words of Python source": 12,
+        "CNN, Fashion-MNIST": 12,
+        "Multilayer perceptron, Fashion-MNIST": 12,
+    }
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
