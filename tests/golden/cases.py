@@ -125,13 +125,14 @@ MANIFEST = """{"request": {
   "scope": "global", "seed": 3, "sparsity": 0.5, "strategy": "lamp", "target_gzip": null, "target_packed": null
 }, "schema": "prunectl.manifest/1"}"""
 STAMP = """{"asked": {
-  "allow_empty": false, "batch_size": 32, "begin": "", "build": "", "cluster": "", "compression": null,
-  "custom_objects": "", "data": "", "dead": false, "end": "", "exclude": [], "flops": "", "frequency": null,
-  "initial_sparsity": "", "inputs": [], "latency": false, "layer": [], "loss": "", "max_drop": "", "max_ratio": "",
-  "metric": "", "min_channels": null, "nan": "error", "only": "", "pack": false, "param": [], "params": "",
-  "pattern": "", "policy": "default", "power": null, "recipe": null, "repair": false, "round_to": null,
-  "samples": 128, "schedule": "", "schedule_param": [], "scope": "layer", "seed": 0, "sparsity": "75%",
-  "strategy": "magnitude", "target_gzip": "", "target_packed": "", "tried": null, "trust": false, "wrap": false
+  "allow_empty": false, "batch_size": null, "begin": "", "builder": "", "cluster": "", "compression": null,
+  "custom_objects": "", "data": "", "dead": false, "end": "", "exclude": [], "frequency": null, "initial_sparsity":
+  "", "inputs": [], "latency": false, "layer": [], "layers": "", "loss": "", "max_drop": "", "max_ratio": "",
+  "metric": "", "min_channels": null, "nan": "error", "pack": false, "param": [], "pattern": "", "policy":
+  "default", "power": null, "recipe": null, "repair": "", "repair_steps": null, "round_to": null, "samples": null,
+  "schedule": "", "schedule_param": [], "scope": "layer", "seed": 0, "sparsity": "75%", "strategy": "magnitude",
+  "target_flops": "", "target_gzip": "", "target_packed": "", "target_params": "", "tried": null, "trust": false,
+  "wrap": false
 }, "code": {}, "command": "prune", "read": {
   "a.safetensors": "c01fbb40089d99a79849b36e7944bf74d75f2bf1a26cd85e2d1ace186023d2b4"
 }, "schema": "prunectl.stamp/1", "version": "{version}", "written": {
