@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -100,7 +101,7 @@ def given_on_command_line(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-_OLD_NAMES = "old names of options"
+_OLD_NAMES, _TYPED = "old names of options", "the command line"
 _SELECTION = {"--only": "--layers", "--model": "--builder"}
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "inspect": {"--model": "--builder"},
@@ -144,6 +145,7 @@ class BaseCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options, and remember which of them were typed by an old name."""
         typed = {argument.partition("=")[0] for argument in args}
+        ctx.meta[_TYPED] = shlex.join(["prunectl", str(self.name), *args])
         ctx.meta[_OLD_NAMES] = [pair for pair in RENAMED.get(str(self.name), {}).items() if pair[0] in typed]
         return super().parse_args(ctx, list(_with_default_values(args)))
 
@@ -153,7 +155,7 @@ class BaseCommand(TyperCommand):
         common: CommonOptions = self._take_common(ctx)
         if common.html is not None:
             _check_page(common.html, ctx.params)
-        ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html)
+        ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html, typed=ctx.meta[_TYPED])
         for old, new in ctx.meta[_OLD_NAMES]:
             ctx.obj.note(f"note: {old} is now called {new}; the next version will not know the old name")
         with framework_imports(common.settings):

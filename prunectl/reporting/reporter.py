@@ -61,6 +61,8 @@ class Reporter:
     """Where what is shown is also written, as a page."""
     on_success: Callable[[], tuple[str, ...]] = tuple
     """Called when a command has succeeded, right before its report is shown; returns notes to add to it."""
+    typed: str = ""
+    """The command line, for a page."""
 
     @property
     def is_json(self) -> bool:
@@ -117,7 +119,7 @@ class Reporter:
         """Write a report as a page, and return it with the page among what was written."""
         from prunectl.reporting.html.page import write  # noqa: PLC0415 - most reports are for terminals and scripts
 
-        nbytes = write(path, report, self.command, self.settings.units)
+        nbytes = write(path, report, self.command, self.settings.units, self.typed)
         return replace(report, artifacts=(*report.artifacts, Artifact(str(path), nbytes)))
 
     def _note_on_stderr(self, report: Report) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,12 @@ def escape(text: str) -> str:
 
 
 def format_number(text: str, longest: int = _LONGEST) -> str:
-    """The end of a name, which tells it from the others, as text of a page."""
-    shown = printable(text[-_LONGEST_TEXT:])
-    return html.escape(shown if len(shown) <= longest else f"…{shown[1 - longest :]}")
+    """A name as text of a page: one that is too long loses its middle."""
+    shown = printable(abbreviated(text, _LONGEST_TEXT))
+    if len(shown) > longest:
+        end = (longest - 1) // 2
+        shown = f"{shown[: longest - 1 - end]}…{shown[len(shown) - end :]}"
+    return html.escape(shown)
 
 
 def tag(name: str, inside: str = "", **attributes: str) -> str:
@@ -66,8 +70,12 @@ class Scale:
 
     @property
     def marks(self) -> list[float]:
-        """The numbers that stand at the axis."""
-        return [self.low + (self.high - self.low) * part / (_LINES - 1) for part in range(_LINES)]
+        """The numbers that stand at the axis: round ones, a step of 1, 2 or 5 apart."""
+        rough = (self.high - self.low) / _LINES
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * next(size for size in (1, 2, 5, 10) if size * power >= rough)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def across(values: Sequence[float]) -> Scale:
@@ -87,7 +95,7 @@ def axes(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str])
     for mark in y.marks:
         position = round(y.position(mark), 1)
         parts.append(f'<path class="grid" d="M{LEFT} {position:g}h{WIDTH}"/>')
-        parts.append(f'<text class="dim" x="{LEFT - 6}" y="{position + 4:g}" text-anchor="end">{mark:.3g}</text>')
+        parts.append(f'<text class="dim" x="{LEFT - 6}" y="{position + 4:g}" text-anchor="end">{mark:g}</text>')
     for mark, text in marks.items():
         position = round(x.position(mark), 1)
         parts.append(f'<text class="dim" x="{position:g}" y="{bottom + 16}" text-anchor="middle">{escape(text)}</text>')
@@ -97,11 +105,13 @@ def axes(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str])
 
 
 def chart(label: str, inside: str, more: int = 0) -> str:
-    """A chart as SVG, with room for a legend below."""
-    wide, tall = LEFT + WIDTH + 30, TOP + HEIGHT + BELOW + more
-    return (
-        f'<svg viewBox="0 -12 {wide} {tall + 12}" width="{wide}" role="img" aria-label="{escape(label)}">{inside}</svg>'
-    )
+    """A chart as SVG, with room for a legend below; on a narrow screen it is moved sideways."""
+    wide, tall = LEFT + WIDTH + 60, TOP + HEIGHT + BELOW + more
+    return _scrolling(f'<svg viewBox="0 -12 {wide} {tall + 12}" role="img" aria-label="{escape(label)}">{inside}</svg>')
+
+
+def _scrolling(picture: str) -> str:
+    return f'<div class="scroll">{picture}</div>'
 
 
 _MOST = 1000
@@ -118,7 +128,7 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
     rows = "".join(_bar(layer, number * _BAR_HEIGHT) for number, layer in enumerate(shown))
     left = f"<p>The table lists {count(len(known) - _MOST)} more.</p>" if len(known) > _MOST else ""
     label = f"sparsity of {count(len(shown))} prunable tensors"
-    picture = f'<svg viewBox="0 0 {wide} {tall}" width="{wide}" role="img" aria-label="{label}">{rows}</svg>'
+    picture = f'<svg viewBox="0 0 {wide} {tall}" role="img" aria-label="{label}">{rows}</svg>'
     return f'<div class="tall" tabindex="0" role="group" aria-label="{label}">{picture}</div>{left}'
 
 
@@ -135,7 +145,7 @@ def _bar(layer: dict[str, Any], top: int) -> str:
     )
 
 
-_TABLE = "epochs"
+_TABLE, _SPARSITY = "epochs", "sparsity"
 _COLOURS, _LEGEND_LINE, _MARKS = 6, 18, 8
 
 
@@ -151,8 +161,9 @@ def _pictures(table: Table) -> str:
     }
     lines = {name: _values(table, index) for name, index in columns.items()}
     losses = {name: values for name, values in lines.items() if "loss" in name and values}
-    metrics = {name: values for name, values in lines.items() if "loss" not in name and values}
-    return "".join(_picture(group) for group in (losses, metrics) if group)
+    zeros = {name: values for name, values in lines.items() if name == _SPARSITY and values}
+    metrics = {name: values for name, values in lines.items() if values and name not in losses | zeros}
+    return "".join(_picture(group) for group in (losses, metrics, zeros) if group)
 
 
 def _values(table: Table, column: int) -> list[tuple[int, float]]:
@@ -187,9 +198,34 @@ def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
     metric = points[0]["point"]["metric"]
     marks = {mark: nbytes(max(round(mark), 0), units) for mark in x.marks}
     best = sorted((point for point in points if point["point"]["is_front"]), key=_size)
+    ways = list(dict.fromkeys(name for point in points if (name := _way(point))))
     inside = axes(x, y, ("gzip", metric), marks) + _steps(best, x, y)
-    inside += "".join(_dot(point, x, y, units) for point in points)
-    return chart(f"{metric} against gzip size of {len(points)} models, {len(best)} on the Pareto front", inside)
+    # What is on the front is drawn over what is not.
+    inside += "".join(
+        _dot(point, x, y, ways, units) for point in sorted(points, key=lambda one: one["point"]["is_front"])
+    )
+    inside += _labels(best, x, y) + _legend(ways)
+    label = f"{metric} against gzip size of {len(points)} models, {len(best)} on the Pareto front"
+    return chart(label, inside, more=_LEGEND_LINE * (len(ways) + 1))
+
+
+def _legend(ways: Sequence[str]) -> str:
+    """What the colours mean, and what the shapes do."""
+    rows = []
+    for number, name in enumerate(ways):
+        top = TOP + HEIGHT + BELOW + number * _LEGEND_LINE
+        rows.append(f'<circle class="f{number % _COLOURS}" cx="{LEFT + 12}" cy="{top + 8}" r="5"/>')
+        rows.append(f'<text x="{LEFT + 32}" y="{top + 12}">{escape(name)}</text>')
+    top = TOP + HEIGHT + BELOW + len(ways) * _LEGEND_LINE
+    shapes = "with its sparsity: on the Pareto front; diamond: the unpruned model"
+    return "".join(rows) + f'<text class="dim" x="{LEFT + 32}" y="{top + 12}">{shapes}</text>'
+
+
+def _way(model: dict[str, Any]) -> str:
+    """How a model was pruned, but for how much; empty for the unpruned one."""
+    point = model["point"]
+    parts = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
+    return " ".join(part for part in parts if part and part != UNSTRUCTURED)
 
 
 def _size(point: dict[str, Any]) -> int:
@@ -205,15 +241,33 @@ def _steps(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
     return f'<path class="step" d="{path}"/>'
 
 
-def _dot(model: dict[str, Any], x: Scale, y: Scale, units: Units) -> str:
-    point = model["point"]
-    parts = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
-    parts = [part for part in parts if part and part != UNSTRUCTURED]
-    name = " ".join([*parts, percent(point["sparsity"])]) if parts else "unpruned"
-    title = f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}"
-    kind, radius = ("best", 5) if point["is_front"] else ("dot", 4)
-    position = f'cx="{x.position(_size(model)):.1f}" cy="{y.position(point["value"]):.1f}"'
-    return f'<circle class="{kind}" {position} r="{radius}"><title>{escape(title)}</title></circle>'
+def _dot(model: dict[str, Any], x: Scale, y: Scale, ways: Sequence[str], units: Units) -> str:
+    """A point in the colour of its way; those of the front are larger, and the unpruned model is a diamond."""
+    point, way = model["point"], _way(model)
+    name = f"{way} {percent(point['sparsity'])}" if way else "unpruned"
+    title = escape(f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}")
+    across, up = round(x.position(_size(model)), 1), round(y.position(point["value"]), 1)
+    if not way:
+        shape = f'<path class="dense" d="M{across} {up - 7:g}l7 7l-7 7l-7 -7z"><title>{title}</title></path>'
+        return f'{shape}<text x="{across}" y="{up - 10:g}" text-anchor="middle">unpruned</text>'
+    kind, radius = ("best", 6) if point["is_front"] else ("dot", 4)
+    colour = f"f{ways.index(way) % _COLOURS}"
+    return f'<circle class="{kind} {colour}" cx="{across}" cy="{up}" r="{radius}"><title>{title}</title></circle>'
+
+
+_LABEL_WIDTH, _LABEL_HEIGHT = 40, 12
+
+
+def _labels(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
+    """The sparsities of the points on the front, but for those that would lie on another."""
+    placed: list[tuple[float, float]] = []
+    texts = []
+    for model in filter(_way, best):
+        across, up = round(x.position(_size(model)) + 9, 1), round(y.position(model["point"]["value"]) + 14, 1)
+        if all(abs(across - left) > _LABEL_WIDTH or abs(up - low) > _LABEL_HEIGHT for left, low in placed):
+            placed.append((across, up))
+            texts.append(f'<text x="{across:g}" y="{up:g}">{escape(percent(model["point"]["sparsity"]))}</text>')
+    return "".join(texts)
 
 
 _TREEMAP_WIDTH, _HEIGHT = 800.0, 360.0
@@ -249,8 +303,8 @@ def treemap(layers: Sequence[dict[str, Any]], units: Units) -> str:
             _draw_cell(boxes[-1], f"{count(len(rest))} smaller tensors: {nbytes(sizes[-1], units)}", "", _FAINT)
         )
     label = f"size of {count(len(sized))} tensors, {nbytes(total, units)} in total"
-    view = f'viewBox="0 0 {_TREEMAP_WIDTH:g} {_HEIGHT:g}" width="{_TREEMAP_WIDTH:g}"'
-    return f'<svg {view} role="img" aria-label="{escape(label)}">{"".join(cells)}</svg>'
+    view = f'viewBox="0 0 {_TREEMAP_WIDTH:g} {_HEIGHT:g}"'
+    return _scrolling(f'<svg {view} role="img" aria-label="{escape(label)}">{"".join(cells)}</svg>')
 
 
 def squarify(sizes: Sequence[float], box: Box) -> list[Box]:

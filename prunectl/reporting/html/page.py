@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import time
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from itertools import count as numbers
 from pathlib import Path
 
@@ -69,8 +72,8 @@ PLOT = "plot"
 """The name of a table that draws the points of a sweep."""
 
 
-def page(report: Report, command: str, units: Units) -> str:
-    """Render a report as a self-contained HTML file."""
+def page(report: Report, command: str, units: Units, typed: str = "") -> str:
+    """Render a report as a self-contained HTML file, with what was typed for it at its end."""
     title = f"prunectl {command}"
     rules = (
         f"default-src 'none'; style-src {_hash(_STYLE)}; script-src {_hash(_SCRIPT)}; img-src data:; "
@@ -88,10 +91,18 @@ def page(report: Report, command: str, units: Units) -> str:
     )
     body = (
         f"<main><h1>{escape(title)}</h1>{verdict}{_failures(report.failures)}{_gates(report, units)}"
-        f"{_notes(report.notes)}{_plots(report, units)}{_sections(report, units)}{_models(report, units)}</main>"
-        f"<footer>prunectl {escape(__version__)}</footer><script>{_SCRIPT}</script>"
+        f"{_notes(report.notes)}{_plots(report, units)}{_models(report, units)}{_sections(report, units)}</main>"
+        f"<footer>{_origin(typed)}</footer><script>{_SCRIPT}</script>"
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def _origin(typed: str) -> str:
+    """What a page was made by, and when; the day is that of SOURCE_DATE_EPOCH where builds have to repeat."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
+    day = datetime.fromtimestamp(int(seconds) if seconds.isdecimal() else time.time(), UTC).date()
+    command = f"<code>{escape(typed)}</code><br>" if typed else ""
+    return f"{command}prunectl {escape(__version__)}, {day}"
 
 
 def _hash(text: str) -> str:
@@ -177,11 +188,11 @@ def check(path: Path) -> None:
         raise UsageError(f"{path} exists and is not a prunectl report", hint="choose another file, or remove this one")
 
 
-def write(path: Path, report: Report, command: str, units: Units) -> int:
+def write(path: Path, report: Report, command: str, units: Units, typed: str = "") -> int:
     """Write a report as a page, and return its bytes."""
     # Whatever the command itself has written there meanwhile stays.
     check(path)
-    text = page(report, command, units)
+    text = page(report, command, units, typed)
     atomic.write_text(path, text, is_forced=True)
     return len(text.encode())
 
@@ -230,11 +241,11 @@ for (const field of document.querySelectorAll("input[type=search]")) {
 """What the page does: sort a table by a column, and show the rows that hold a word."""
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1b1f24; --dim: #59636e; --line: #d1d9e0; --mark: #0b6bcb;
-  --bar: #0b6bcb; --rest: #e4e9ee; --warn: #9a6700; --bad: #c4232b; --good: #1a7f37; --low: #b8c2cc }
+  --bar: #0b6bcb; --rest: #e4e9ee; --bad: #c4232b; --good: #1a7f37; --low: #b8c2cc }
 @media (prefers-color-scheme: dark) { :root { --back: #12161b; --ink: #e6edf3; --dim: #9aa6b2; --line: #343c46;
-  --mark: #6cb6ff; --bar: #6cb6ff; --rest: #2a313a; --warn: #d8a32c; --bad: #ff7b72; --good: #56d364; --low: #39424d } }
+  --mark: #6cb6ff; --bar: #6cb6ff; --rest: #2a313a; --bad: #ff7b72; --good: #56d364; --low: #39424d } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 75rem; padding: 1.5rem; background: var(--back); color: var(--ink);
+body { margin: 0; padding: 1.5rem; background: var(--back); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2.2rem; overflow-wrap: anywhere }
 h3 { font-size: 1rem; margin-bottom: .4rem }
@@ -255,13 +266,17 @@ input { font: inherit; padding: .25rem .5rem; border: 1px solid var(--line); bor
   background: var(--back); color: inherit; margin-bottom: .5rem }
 output { color: var(--dim); margin-left: .6rem }
 pre { line-height: 1.15; overflow-x: auto }
-.remarks { color: var(--warn) } .bad { color: var(--bad) }
+.remarks { max-width: 60rem } .bad { color: var(--bad) }
 .good { color: var(--good) }
-svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font: 11px system-ui, sans-serif }
+svg { display: block; width: 100%; min-width: 34rem; max-width: 80rem; height: auto }
+svg text { fill: var(--ink); font: 11px system-ui, sans-serif }
 svg .dim { fill: var(--dim) } svg .grid { stroke: var(--line) } svg .bar { fill: var(--bar) }
 svg .rest { fill: var(--rest) }
-svg .step { fill: none; stroke: var(--mark); stroke-width: 2 } svg .dot { fill: var(--low); stroke: var(--ink) }
-svg .best { fill: var(--mark); stroke: var(--ink) }
+svg .step { fill: none; stroke: var(--low); stroke-width: 2 } svg .dot { fill-opacity: .55 }
+svg .best { stroke: var(--ink); stroke-width: 1.5 }
+svg .dense { fill: var(--back); stroke: var(--ink); stroke-width: 2 }
+svg .f0 { fill: #0072b2 } svg .f1 { fill: #d55e00 } svg .f2 { fill: #009e73 } svg .f3 { fill: #cc79a7 }
+svg .f4 { fill: #56b4e9 } svg .f5 { fill: #e69f00 }
 svg .curve { fill: none; stroke-width: 2 }
 svg .c0 { stroke: #0072b2 } svg .c1 { stroke: #d55e00 } svg .c2 { stroke: #009e73 } svg .c3 { stroke: #cc79a7 }
 svg .c4 { stroke: #56b4e9 } svg .c5 { stroke: #e69f00 }
@@ -270,6 +285,6 @@ svg .cell { fill: var(--bar); stroke: var(--back) }
 figure { margin: 0; max-width: 18rem } figcaption { font-size: .8rem; color: var(--dim); overflow-wrap: anywhere }
 img { image-rendering: pixelated; border: 1px solid var(--line); max-width: 100% }
 .tall { max-height: 32rem; overflow-y: auto }
-footer { margin-top: 3rem; color: var(--dim) }
+footer { margin-top: 3rem; color: var(--dim); overflow-wrap: anywhere }
 @media print { input, output { display: none } thead th { position: static } }
 """
