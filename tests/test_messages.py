@@ -30,7 +30,7 @@ VERBS = re.compile(
     r"\b(is|are|was|were|has|have|had|do|does|did|can|cannot|could|may|must|need|needs|will|would|"
     r"answered|answers|applies|asks|became|began|belongs|chose|claims|combines|compresses|computes|consists|contains|"
     r"costs|differ|differs|ended|ends|exceeds|exist|exists|expects|failed|finds|fits|fixes|follows|gives|goes|grew|"
-    r"held|holds|imports|keeps|knows|leads|leaves|lets|lists|lost|made|makes|match|matches|means|names|offers|outputs|"
+    r"held|holds|imports|keeps|knows|leads|leaves|lets|lies|lists|lost|made|makes|match|matches|means|names|offers|outputs|"
     r"overlap|points|produced|prunes|raised|ran|ranks|reaches|reads|refers|repeats|reported|requires|returned|returns|runs|"
     r"says|scores|selects|serves|sets|shares|shrank|starts|states|stopped|stores|takes|trains|unpacks|uses|wants|"
     r"works|wraps|writes)|and \S+ name the same\b"

@@ -8,21 +8,22 @@ import re
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from prunectl import __version__
 from prunectl.analysis.sizes import LimitCheck
 from prunectl.api import inspect
 from prunectl.commands import app
-from prunectl.reporting.html.charts import Box, squarify
+from prunectl.reporting.html.charts import Box, Scale, pareto, squarify
 from prunectl.reporting.html.page import page
 from prunectl.reporting.inspect import inspect_report
 from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.units import Units
-from tests.running import FIXTURES
+from tests.running import FIXTURES, here
 
 HOSTILE = "</title></svg><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='x\u202egnp.exe\x1b[2J"
 
@@ -190,7 +191,7 @@ def test_check_and_diff_have_a_page(tmp_path: Path) -> None:
     assert any(one.text == "FAIL" for one in Page.of(text).all("td"))
     code, text = written("diff", FIXTURES / "digits_cnn.onnx", FIXTURES / "digits_cnn.pt", "--html", place)
     assert code == 0
-    assert "digits_cnn.pt -> " in Page.of(text).all("h2")[0].text
+    assert any("digits_cnn.pt -> " in one.text for one in Page.of(text).all("h2"))
 
 
 def test_a_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path: Path) -> None:
@@ -231,3 +232,57 @@ def test_a_treemap_fills_its_box_in_proportion_and_overlaps_nowhere() -> None:
         left, right, top, bottom = (round(10 * at) for at in (box.x, box.x + box.width, box.y, box.y + box.height))
         held[top:bottom, left:right] += 1
     assert np.all(held == 1)
+
+
+def trial(strategy: str, sparsity: float, value: float, size: int, *, is_front: bool = False) -> dict[str, Any]:
+    """A model of a sweep, as reports have it."""
+    point = {"strategy": strategy, "scope": "global" if strategy else "", "schedule": "", "pattern": "", "params": ""}
+    point |= {"sparsity": sparsity, "metric": "accuracy", "value": value, "is_front": is_front}
+    return {"point": point, "bytes": {"compressed": size}}
+
+
+@pytest.mark.parametrize(
+    ("values", "marks"),
+    [
+        ([0.0, 1.0], [0, 0.5, 1]),
+        ([0.8734, 0.9271], [0.88, 0.9, 0.92]),
+        ([5_690, 37_041], [10_000, 20_000, 30_000]),
+        ([0.5], [0.48, 0.49, 0.5, 0.51, 0.52]),
+        ([-3.0, 12.0], [0, 5, 10]),
+    ],
+)
+def test_the_marks_of_an_axis_are_round_and_within_it(values: list[float], marks: list[float]) -> None:
+    scale = Scale.of(values, 0, 100)
+    assert scale.marks == marks
+    assert all(0 <= scale.position(mark) <= 100 for mark in scale.marks)
+
+
+def test_the_points_of_a_sweep_are_coloured_by_strategy_and_the_front_is_labelled() -> None:
+    models = [
+        trial("", 0.0, 0.97, 37_000, is_front=True),
+        trial("magnitude", 0.5, 0.95, 22_000),
+        trial("lamp", 0.5, 0.96, 21_000, is_front=True),
+        trial("magnitude", 0.9, 0.61, 5_700, is_front=True),
+        trial("lamp", 0.9, 0.611, 5_701, is_front=True),
+    ]
+    picture = Page.of(pareto(models, Units.SI))
+    texts = [element.text for element in picture.elements if element.name == "text"]
+    assert {"unpruned", "magnitude global", "lamp global", "10.0 kB", "50.0 %"} <= set(texts)
+    # Of two that lie on one another, one has a label.
+    assert texts.count("90.0 %") == 1
+    circles = [element.attributes["class"] for element in picture.elements if element.name == "circle"]
+    assert circles.count("dot f0") == 1
+    assert {"best f0", "best f1", "f0", "f1"} <= set(circles)
+    assert [element.attributes["class"] for element in picture.elements if element.name == "path"].count("dense") == 1
+
+
+def test_the_picture_is_first_and_the_end_tells_what_the_page_was_made_by(tmp_path: Path) -> None:
+    words = ("prune", FIXTURES / "digits_cnn.onnx", "--dry-run", "-s", "50%", "--exclude", "fc 2*", "--html", "p.html")
+    assert here(*words, cwd=tmp_path, SOURCE_DATE_EPOCH="86400").code == 2
+    words = (*words[:5], "--exclude", "fc2*", "--html", "p.html")
+    assert here(*words, cwd=tmp_path, SOURCE_DATE_EPOCH="86400").code == 0
+    text = (tmp_path / "p.html").read_text()
+    assert text.index("<svg") < text.index("<table")
+    footer = text[text.index("<footer>") : text.index("</footer>")]
+    assert "--dry-run -s 50% --exclude &#x27;fc2*&#x27; --html p.html</code>" in footer
+    assert f"prunectl {__version__}, 1970-01-02" in footer
