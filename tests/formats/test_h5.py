@@ -373,8 +373,8 @@ def test_a_dataset_in_chunks_is_decoded_no_more_often_than_it_is_looked_at(
 
     monkeypatch.setattr(hdf5, "decode", counted)
     reference.prune(CHUNKED, tmp_path / "out", sparsity=0.5)
-    # Counted before and after, each time with a second look at its channels, and pruned in between.
-    assert max(Counter(decoded).values()) <= 5
+    # Counted before and after, each time with a second look at its channels or its norm, and pruned in between.
+    assert max(Counter(decoded).values()) <= 6
 
 
 def test_a_plug_in_scores_what_is_in_chunks_once_and_fails_in_its_own_name(tmp_path: Path) -> None:
