@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -43,7 +44,11 @@ def main() -> None:
 
 
 def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
+    # Imports make no garbage to speak of, and to look for it takes a sixth of their time.
+    gc.disable()
     tensorflow, keras, toolkit = (require(module, extra=EXTRA) for module in MODULES)
+    gc.freeze()
+    gc.enable()
     with toolkit.sparsity.keras.prune_scope():
         model = keras.models.model_from_config(_plain(config))
     if not model.built:
