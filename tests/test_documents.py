@@ -194,6 +194,12 @@ def test_every_link_of_a_page_leads_to_what_is_there(page: str) -> None:
             assert section in anchors(PAGES[target]), (target, section)
 
 
+def test_every_guide_and_every_command_is_in_the_navigation_of_the_site() -> None:
+    navigation = set(re.findall(r"[\w/-]+\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+    guides = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert guides | {f"commands/{command}.md" for command in COMMANDS} <= navigation
+
+
 def test_every_suffix_that_is_recognised_is_in_the_readme() -> None:
     for row in FORMATS:
         for suffix in row.suffixes:
