@@ -25,7 +25,7 @@ SHORT = {
     "inspect": ("--layers", "--tensors", "--sort", "--pattern", "--flops", "--hist", "--groups", "--rows",
         "--sensitivity", "--data", "--builder", "--json", "--html"),
     "prune": ("--output", "--sparsity", "--scope", "--strategy", "--pattern", "--layers", "--exclude", "--max-drop",
-        "--data", "--builder", "--dry-run", "--force"),
+        "--data", "--repair", "--builder", "--dry-run", "--force"),
     "finetune": ("--output", "--data", "--val", "--val-split", "--epochs", "--lr", "--sparsity", "--schedule",
         "--builder", "--device", "--checkpoint-dir", "--resume", "--force"),
     "strip": ("--output", "--only", "--half", "--pack", "--in-place", "--dry-run", "--force"),
