@@ -37,6 +37,34 @@ def test_a_search_finds_what_the_command_finds(tmp_path: Path) -> None:
         prunectl.prune(ONNX, None, max_drop="2pp")
 
 
+def test_a_search_with_training_finds_what_the_command_finds(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    epochs: list[int] = []
+    tried: list[Progress] = []
+    options: Any = {"data": DATA, "epochs": 1, "device": "cpu", "builder": NET, "scope": "global"}
+    found = prunectl.finetune(
+        TORCH,
+        tmp_path / "ours.pt",
+        max_drop="5pp",
+        tried=tmp_path / "tries",
+        on_epoch=lambda entry: epochs.append(entry.epoch),
+        on_progress=tried.append,
+        **options,
+    )
+    words = ("--data", DATA, "--epochs", "1", "--device", "cpu", "--builder", NET, "--scope", "global")
+    done = command("finetune", TORCH, "-o", tmp_path / "theirs.pt", "--max-drop", "5pp", *words)
+    assert done.code == 0, done.err
+    assert (tmp_path / "ours.pt").read_bytes() == (tmp_path / "theirs.pt").read_bytes()
+    assert epochs == [1] * len(found.search.tried)
+    assert any("accuracy" in now.label for now in tried)
+    assert "sparsities tried" in repr(found)
+    assert found.to_dict()["max_drop"]
+    with pytest.raises(UsageError, match="sparsity and max_drop both set the sparsity"):
+        prunectl.finetune(TORCH, tmp_path / "b.pt", max_drop="5pp", sparsity=0.5, **options)
+    with pytest.raises(UsageError, match="tried needs max_drop"):
+        prunectl.finetune(TORCH, tmp_path / "b.pt", tried=tmp_path / "tries", **options)  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "channel", "target_params": "-50%"}])
 def test_a_run_is_recorded_and_repeated(tmp_path: Path, options: dict[str, Any]) -> None:
     record = tmp_path / "run.json"

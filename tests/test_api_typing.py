@@ -36,6 +36,7 @@ trained = prunectl.finetune(
     "m.pt", "out.pt", data=(x, y), builder=torch.nn.Bilinear, metric=[(max, "max")], on_epoch=lambda one: print(one.val)
 )
 print(trained.judged_after["accuracy"])
+print(prunectl.finetune("m.pt", "out.pt", data=x, max_drop="1pp", tried=Path("tries")).search.best.sparsity)
 print(prunectl.export("m.pt", "m.onnx", input=["x:?,8"], half=True).comparison)
 print(prunectl.diff("a.pt", "b.pt", fail_on="shape").is_ok, prunectl.verify("a.pt", against="b.pt").is_ok)
 print(prunectl.check("a*", config="prunectl.toml").failed, prunectl.init(".", margin=0.2).path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Unpack, overload
@@ -50,6 +50,7 @@ from prunectl.api.results import (
     VerifyResult,
     meter_of,
 )
+from prunectl.api.training import EpochWatcher, OnEpoch, TrainingSearchResult, search_trained
 from prunectl.calibration.sensitivity import sensitivity as sensitivity_of
 from prunectl.channels.groups import channel_groups
 from prunectl.checks import check as checking
@@ -75,7 +76,6 @@ from prunectl.training import evaluate as evaluation
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request
 from prunectl.training.backend import LoadOptions
-from prunectl.training.logger import LogEntry, ProgressEvent
 from prunectl.training.max_drop import parse_drop
 from prunectl.training.quiet import host_settings
 
@@ -209,8 +209,23 @@ def strip(
     return StripResult.of(result, output=written, is_rewritten=half or pack)
 
 
-@as_keywords()
-@host_settings()
+@overload
+def finetune(
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    max_drop: str,
+    tried: AnyPath | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    on_epoch: OnEpoch = None,
+    on_progress: OnProgress = None,
+    **options: Unpack[FinetuneOptions],
+) -> TrainingSearchResult: ...
+
+
+@overload
 def finetune(
     model: AnyPath,
     output: AnyPath,
@@ -218,47 +233,49 @@ def finetune(
     *,
     force: bool = False,
     in_place: bool = False,
-    on_epoch: Callable[[LogEntry], object] | None = None,
+    on_epoch: OnEpoch = None,
     on_progress: OnProgress = None,
     **options: Unpack[FinetuneOptions],
-) -> TrainingResult:
+) -> TrainingResult: ...
+
+
+@as_keywords()
+@host_settings()
+def finetune(
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    max_drop: str = "",
+    tried: AnyPath | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    on_epoch: OnEpoch = None,
+    on_progress: OnProgress = None,
+    **options: Unpack[FinetuneOptions],
+) -> TrainingResult | TrainingSearchResult:
     """Train a model with its zeros kept, or prune it while it trains.
 
     The options are those of the command line: ``data="train.npz"``, ``sparsity="80%"``, ``schedule="cosine"`` …; data
     may also be arrays ``(x, y)``, a torch Dataset or DataLoader, or a ``tf.data.Dataset``, and the model's builder a
     class or a function. ``on_epoch`` is called with the numbers of each epoch when it is over, ``on_progress`` after
-    each step.
+    each step. With ``max_drop="1pp"`` a training run is made at each of several sparsities, of which the highest that
+    costs no more is written; ``tried`` is a folder for them, in which a search is resumed.
     """
     destination = Destination(_path(output, "output"), is_forced=force, is_in_place=in_place)
-    watch = _EpochWatcher(on_epoch, on_progress)
+    watch = EpochWatcher(on_epoch, on_progress)
+    if max_drop:
+        folder = _path(tried, "tried") if tried is not None else None
+        with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
+            request = finetune_request.parse_request(named)
+            return search_trained(_path(model), destination, request, (max_drop, folder), watch)
+    if tried is not None:
+        raise UsageError("tried needs max_drop, such as max_drop='0.5pp'")
     with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
         result = training.finetune(_path(model), finetune_request.parse_request(named), destination, watch)
     for entry in result.history:
         watch.tell(entry)
     return TrainingResult.of(result, output=str(destination.target))
-
-
-class _EpochWatcher:
-    """Tells of each epoch once, when it is over."""
-
-    def __init__(self, on_epoch: Callable[[LogEntry], object] | None, on_progress: OnProgress) -> None:
-        if on_epoch is not None and not callable(on_epoch):
-            raise TypeError(f"on_epoch must be a function, not {type(on_epoch).__name__}")
-        self._on_epoch = on_epoch
-        self._told = 0
-        self._bar = meter_of(on_progress)
-
-    def __call__(self, event: ProgressEvent) -> None:
-        with self._bar(f"epoch {event.epoch} of {event.epochs}", event.steps) as bar:
-            bar.advance(event.step)
-        if event.last is not None:
-            self.tell(event.last)
-
-    def tell(self, entry: LogEntry) -> None:
-        """Tell of an epoch, unless it was told already."""
-        if self._on_epoch is not None and entry.epoch > self._told:
-            self._told = entry.epoch
-            self._on_epoch(entry)
 
 
 @as_keywords()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunectl.analysis.patterns import CHANNEL, NMPattern
+from prunectl.analysis.stats import ModelStats
 from prunectl.commands.prune import PruneMode, build_mode
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
@@ -151,8 +152,37 @@ _NOT_IN_SEARCH = frozenset({"pruning sparsity"})
 def finetune_search(
     reporter: Reporter, options: Finetune, request: FinetuneRequest
 ) -> Callable[[Path, Destination], Report]:
+    """The search for the largest sparsity within a drop, with its report."""
+
+    def make(path: Path, sparsity: float, output: Destination) -> None:
+        with TrainingProgress(reporter.settings, None, monitored_metric(request.means)) as progress:
+            finetune(path, request_at(request, sparsity), output, progress.watch)
+
+    run = training_search(request, options.max_drop, make)
+
+    def report(path: Path, destination: Destination) -> Report:
+        found = run(path, destination, options.tried, _teller(reporter))
+        surveys = (replace(found.before, path=options.model), found.after)
+        return max_drop_report(found.search, surveys, options.model, str(destination.target), found.notes)
+
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSearch:
+    """The result of a search whose trials are trained."""
+
+    search: SearchResult
+    before: ModelStats
+    after: ModelStats
+    notes: tuple[str, ...]
+
+
+def training_search(
+    request: FinetuneRequest, max_drop: str, make: Callable[[Path, float, Destination], None]
+) -> Callable[[Path, Destination, Path | None, Watcher], TrainingSearch]:
     """The search for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
-    limit = parse_drop(options.max_drop)
+    limit = parse_drop(max_drop)
     if os.environ.get(_PROCESSES, "1") != "1":
         raise UsageError(
             "--max-drop cannot be used with torchrun", hint="search in one process, then train with --sparsity"
@@ -160,33 +190,29 @@ def finetune_search(
     pruning = request.pruning
     if isinstance(parse_pattern(pruning)[0], NMPattern):
         raise UsageError(f"the pattern {pruning.pattern} fixes the sparsity", hint="leave out --max-drop")
-    check(_request_at(request, _LEAST_FINETUNED))
+    check(request_at(request, _LEAST_FINETUNED))
     check_direction(request.means)
-
-    def make(path: Path, sparsity: float, output: Destination) -> None:
-        with TrainingProgress(reporter.settings, None, monitored_metric(request.means)) as progress:
-            finetune(path, _request_at(request, sparsity), output, progress.watch)
-
     variant = Variant(pruning.strategy, pruning.scope, request.ramping.name, pruning.pattern, ",".join(pruning.params))
 
-    def run(path: Path, destination: Destination) -> Report:
+    def run(path: Path, destination: Destination, tried: Path | None, watcher: Watcher) -> TrainingSearch:
         model = open_model(path)
         outputs.check(model, destination)
         # As it is now: in place, the result takes its place.
-        before = replace(stats_for_report(model), path=options.model)
+        before = stats_for_report(model)
         spec = Search(
             variant, limit, request, make, journal_key(request.choices, _NOT_IN_SEARCH.__contains__), _files(request)
         )
-        with run_search(path, spec, options.tried, _teller(reporter)) as result:
+        with run_search(path, spec, tried, watcher) as result:
             _copy_result(model, open_model(result.path), destination)
         after = replace(stats_for_report(open_model(_result_path(model, destination))), path=str(destination.target))
         notes = () if request.val or request.val_split else (_judged_on_training_data(request),)
-        return max_drop_report(result, (before, after), options.model, str(destination.target), notes)
+        return TrainingSearch(result, before, after, notes)
 
     return run
 
 
-def _request_at(request: FinetuneRequest, sparsity: float) -> FinetuneRequest:
+def request_at(request: FinetuneRequest, sparsity: float) -> FinetuneRequest:
+    """A request to train at a sparsity."""
     return replace(request, pruning=replace(request.pruning, sparsity=sparsity))
 
 
