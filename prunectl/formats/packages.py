@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -82,7 +81,8 @@ def _installer() -> list[str]:
     if prefix.parent.name == "venvs" and "pipx" in prefix.parts:
         return ["pipx", "inject", prefix.name]
     shown = os.path.relpath(python) if python.is_relative_to(Path.cwd()) else str(python)
-    if importlib.util.find_spec("pip") is None:
+    # Not by looking for the module, which lets setuptools warn of what it replaces.
+    if not _version("pip"):
         return ["uv", "pip", "install", "--python", shown]
     pip = shutil.which("pip")
     if pip and Path(pip).parent == python.parent:

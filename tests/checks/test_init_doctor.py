@@ -170,7 +170,7 @@ def test_the_command_installs_where_prunectl_runs(
     monkeypatch.setattr(sys, "prefix", prefix)
     monkeypatch.setattr(sys, "executable", f"{prefix}/bin/python")
     monkeypatch.setattr("prunectl.formats.packages.shutil.which", lambda _: on_path)
-    monkeypatch.setattr("prunectl.formats.packages.importlib.util.find_spec", lambda _: has_pip or None)
+    monkeypatch.setattr("prunectl.formats.packages._version", lambda _: "1" if has_pip else "")
     assert packages.install_command([packages.Package("torch", "torch", ">=2.4", "")]) == command
 
 
