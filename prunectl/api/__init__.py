@@ -270,7 +270,7 @@ def finetune(
             request = finetune_request.parse_request(named)
             return search_trained(_path(model), destination, request, (max_drop, folder), watch)
     if tried is not None:
-        raise UsageError("tried needs max_drop, such as max_drop='0.5pp'")
+        raise UsageError("tried needs max_drop", hint="add max_drop='0.5pp'")
     with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
         result = training.finetune(_path(model), finetune_request.parse_request(named), destination, watch)
     for entry in result.history:
