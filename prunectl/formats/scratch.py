@@ -102,7 +102,7 @@ class LockedFolder:
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._made: list[Path] = []
-        self._lock = self._inside = -1
+        self._lock = -1
 
     @property
     def inside(self) -> Path:
@@ -112,9 +112,10 @@ class LockedFolder:
     def inside_as_text(self) -> Path:
         """The same under a name that frameworks can read."""
         if not is_text(self.inside):
-            self._inside = os.open(self.inside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            # By the number of this process, since its children look into it too.
-            return Path(f"/proc/{os.getpid()}/fd/{self._inside}")
+            inside = os.open(self.inside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            # By the number of this process, since its children look into it too. It stays open, though the folder goes:
+            # TensorFlow removes its files at exit, and the number might be that of another file by then.
+            return Path(f"/proc/{os.getpid()}/fd/{inside}")
         return self.inside
 
     def take(self, parent: Path, prefix: str) -> None:
@@ -146,10 +147,9 @@ class LockedFolder:
         with deferred():
             for folder in self._made:
                 _remove(folder)
-            for number in (self._lock, self._inside):
-                if number >= 0:
-                    os.close(number)
-            self._lock = self._inside = -1
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
 
 
 @contextmanager
