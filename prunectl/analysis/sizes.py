@@ -216,6 +216,8 @@ class LimitCheck:
     level: str = "error"
     codec: CodecName = field(default=CodecName.GZIP, kw_only=True, metadata=SENTENCES_ONLY)
     """What the compressed size was measured with."""
+    is_share: bool = field(default=True, kw_only=True, metadata=SENTENCES_ONLY)
+    """Whether what is not counted in bytes is a share; else it is a number, such as a loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +301,8 @@ _PHRASES = {
     "sparsity": "{actual} of {subject} is zero",
     "min-nm": "{actual} of the groups of {subject} follow the pattern",
     "keep-zeros": "{actual} weights of {subject} are no longer zero",
+    "min-metric": "the {metric} of {subject} is {actual}",
+    "max-metric": "the {metric} of {subject} is {actual}",
     "max-drop": "the {metric} of {subject} is {worse} by {actual}",
     "nonzero": "{actual} pruned weights of {subject} are no longer zero",
     "shape": "{actual} tensors of {subject} were added, removed or resized",
@@ -349,7 +353,9 @@ def points(distance: float) -> str:
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
     """A limit and the value held against it, as people read them."""
     actual, distance = abs(gate.actual), abs(gate.actual - gate.limit)
-    if not isinstance(gate.limit, int):
+    if not gate.is_share:
+        texts = LimitTexts(*(f"{value:.4g}" for value in (actual, gate.limit, distance)))
+    elif not isinstance(gate.limit, int):
         texts = LimitTexts(percent(actual), percent(gate.limit), points(distance))
         if texts.actual == texts.limit and distance:
             texts = LimitTexts(f"{actual:.6%}", f"{gate.limit:.6%}", texts.distance)

@@ -37,13 +37,13 @@ def inspect_each(models: Iterable[str], look: Callable[[Path], ModelStats]) -> t
         with resolve_stdin(model) as path:
             stats = attempt(look, path)
         if isinstance(stats, PrunectlError):
-            failures.append(Failure(model, _with_given_path(stats, path, model)))
+            failures.append(Failure(model, with_given_path(stats, path, model)))
         else:
             inspected.append(replace(stats, path=model))
     return inspected, failures
 
 
-def _with_given_path(error: PrunectlError, path: Path, argument: str) -> PrunectlError:
+def with_given_path(error: PrunectlError, path: Path, argument: str) -> PrunectlError:
     """Let an error speak of standard input, not of the scratch file that its bytes were kept in."""
     if argument == STDIN:
         error.message = error.message.replace(str(path), "standard input")
@@ -69,7 +69,7 @@ def resolve_stdin(argument: str) -> Generator[Path]:
         try:
             yield copy
         except PrunectlError as error:
-            raise _with_given_path(error, copy, argument) from error
+            raise with_given_path(error, copy, argument) from error
 
 
 def option_group(title: str) -> Callable[..., Any]:

@@ -69,6 +69,7 @@ COMMANDS: dict[str, str] = {
     "finetune": "finetune M -o O --data D --epochs 1",
     "finetune max-drop": "finetune M -o O --data D --epochs 1 --max-drop 1pp",
     "distill": "finetune S -o P --data D --epochs 1 --distill M",
+    "eval": "eval M --data D",
     "sweep": "sweep M -o O --data D --sparsities 50%",
     "check": "check --config C",
     "check against": "check --config A",

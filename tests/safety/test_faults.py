@@ -365,13 +365,13 @@ def test_an_input_that_becomes_shorter_while_it_is_copied_is_the_inputs_fault(
     save_file({"a.weight": np.ones((64, 64), np.float32), "b.weight": np.ones((64, 64), np.float32)}, path)
     first, *_ = sorted(open_model(path).tensors, key=lambda tensor: tensor.storage.extent.offset)
     rewrite = TensorUpdate(first, lambda: iter([np.zeros((64, 64), np.float32)]))
-    real = patch._copy
+    real = patch.copy_range
 
     def late(*given: Any) -> None:
         os.truncate(path, 1000)
         real(*given)
 
-    monkeypatch.setattr(patch, "_copy", late)
+    monkeypatch.setattr(patch, "copy_range", late)
     with pytest.raises(InputError, match="was truncated while prunectl was copying it"):
         patch.copy_with_patches(path, tmp_path / "out", [rewrite])
 

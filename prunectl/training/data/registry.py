@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -243,7 +244,8 @@ def _only_classes(source: Source, spec: DataSpec) -> Source:
 def _labels(y: Arrays, option: str) -> Array:
     """One whole number for each example."""
     arrays = as_tuple(y)
-    flat = arrays[0].reshape(len(arrays[0]), -1)
+    # Not -1, which says nothing where there are no examples.
+    flat = arrays[0].reshape(len(arrays[0]), math.prod(arrays[0].shape[1:]))
     if len(arrays) > 1 or flat.shape[1:] not in {(1,), (0,)}:
         raise InputError(
             f"{option} needs one label for each example, but the targets have the shape {arrays[0].shape[1:]}"

@@ -1,0 +1,115 @@
+"""`prunectl eval`: the metric of each file, beside a dense one, within limits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.running import FIXTURES, here
+
+DATA = ("--data", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=400")
+ONNX, PRUNED = FIXTURES / "digits_cnn.onnx", ("prune", FIXTURES / "digits_cnn.onnx", "-s", "95%")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copy(ONNX, tmp_path / "dense.onnx")
+    assert here(*PRUNED, "-o", tmp_path / "small.onnx").code == 0
+    return tmp_path
+
+
+def accuracy(path: Path) -> float:
+    """As onnxruntime and NumPy have it."""
+    with np.load(FIXTURES / "digits.npz") as arrays:
+        x, y = (arrays[name][:400] for name in ("x", "y"))
+    session = onnxruntime.InferenceSession(path)
+    (port,) = session.get_inputs()
+    out = session.run(None, {port.name: (x / 16).astype(np.float32).reshape(-1, 1, 8, 8)})[0]
+    return float((out.argmax(axis=1) == y).mean())
+
+
+def test_each_file_is_measured_and_nothing_is_written(folder: Path) -> None:
+    before = sorted(os.listdir(folder))
+    done = here("eval", "dense.onnx", "small.onnx", *DATA, "--json", cwd=folder)
+    assert done.code == 0, done.err
+    found = {row["path"]: row["value"] for row in done.json["evaluations"]}
+    assert found == pytest.approx({name: accuracy(folder / name) for name in ("dense.onnx", "small.onnx")}, abs=1e-6)
+    assert found["small.onnx"] < found["dense.onnx"]
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_frameworks_agree_on_one_network() -> None:
+    names = [FIXTURES / f"digits_cnn.{suffix}" for suffix in ("h5", "onnx", "pt2")]
+    done = here("eval", *names, *DATA, "--metric", "accuracy", "--against", ONNX, "--max-drop", "0pp")
+    assert done.code == 0, done.err
+    rows = [line.split("\t") for line in done.out.splitlines() if "\taccuracy\t" in line]
+    assert [row[3] for row in rows] == ["-", "0", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (("--min", "99%"), "below the limit of 99.0 % (min-metric)"),
+        (("--against", "dense.onnx", "--max-drop", "1pp"), "over the limit of 1.0 % (max-drop)"),
+        (("--metric", "mse", "--max", "0.001"), "over the limit of 0.001 (max-metric)"),
+    ],
+)
+def test_a_model_beyond_a_limit_is_exit_code_1(limit: tuple[str, ...], message: str, folder: Path) -> None:
+    data = ("--data", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=400&onehot=10") if "mse" in limit else DATA
+    done = here("eval", "small.onnx", *data, *limit, cwd=folder)
+    assert done.code == 1
+    assert "FAIL" in done.err
+    assert message in done.err
+
+
+def test_a_model_within_its_limits_passes(folder: Path) -> None:
+    words = ("--min", "0.9", "--against", "dense.onnx", "--max-drop", "1pp")
+    assert here("eval", "dense.onnx", *DATA, *words, cwd=folder).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-drop", "1pp"), "--max-drop needs a model to compare with"),
+        (("--max", "3"), "--max does not go with accuracy, which is better when it is higher"),
+        (("--metric", "mae", "--min", "3"), "--min does not go with mae, which is better when it is lower"),
+        (("--min", "much"), "--min 'much' is not a number"),
+        (("--against", "dense.onnx", "--max-drop", "1%"), "--max-drop '1%' is not a drop"),
+        (("--metric", "beauty"), "beauty is not a known metric"),
+    ],
+)
+def test_a_slip_is_exit_code_2(words: tuple[str, ...], message: str, folder: Path) -> None:
+    data = ("--data", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=40&onehot=10") if "mae" in words else DATA
+    done = here("eval", "small.onnx", *data, *words, cwd=folder)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_measured(folder: Path) -> None:
+    (folder / "broken.onnx").write_bytes(b"no model")
+    done = here("eval", "broken.onnx", "dense.onnx", *DATA, cwd=folder)
+    assert done.code == 3
+    assert "broken.onnx" in done.err
+    assert done.out.startswith("dense.onnx\taccuracy\t")
+
+
+def test_an_answer_that_is_no_number_is_within_no_limit(folder: Path) -> None:
+    shutil.copy(FIXTURES / "digits_cnn.onnx", folder / "nan.onnx")
+    raw = (folder / "nan.onnx").read_bytes()
+    bias = np.float32(np.nan).tobytes() * 10
+    from prunectl.formats.registry import open_model  # noqa: PLC0415 - where the bias of the last layer lies
+
+    tensor = next(tensor for tensor in open_model(folder / "nan.onnx").tensors if tensor.name == "fc2.bias")
+    assert tensor.storage.extent is not None
+    at = tensor.storage.extent.offset + tensor.start
+    (folder / "nan.onnx").write_bytes(raw[:at] + bias + raw[at + len(bias) :])
+    data = ("--data", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=40&onehot=10", "--metric", "mse")
+    done = here("eval", "nan.onnx", *data, "--max", "1", cwd=folder)
+    assert done.code == 5
+    assert "mse is nan for nan.onnx" in done.err
+    assert here("eval", "nan.onnx", *data, "--json", cwd=folder).json["evaluations"][0]["value"] is None
