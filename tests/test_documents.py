@@ -83,7 +83,7 @@ def test_every_example_in_the_help_runs(command: str, tmp_path: Path) -> None:
     for suffix in (".h5", ".pt", ".onnx", ".keras"):
         shutil.copy(FIXTURES / f"digits_cnn{suffix}", tmp_path / f"model{suffix}")
     shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / "sparse.h5")
-    if command == "size":
+    if command in {"size", "eval"}:
         here("prune", tmp_path / "model.h5", "-o", tmp_path / "small.h5", "-s", "80%")
     shutil.copy(FIXTURES / "digits_cnn.pt", tmp_path / "net.pt")
     (tmp_path / "net.py").write_text((FIXTURES / "digits_torch.py").read_text().replace("DigitsCNN", "Net"))

@@ -238,8 +238,8 @@ class SweepOptions(TypedDict, total=False):
 
 _OPTION = re.compile(
     r"""--([a-z][a-z0-9-]+)  # an option, and what may be its value:
-    (?:[ ](  # text in quotes, a placeholder, or what has a digit, a dot, a colon or a percent sign
-        '[^']*' | \d[\w.%:,]*(?<![,.:]) | [^\s;]*[.:%][^\s;]*[^\s,;.:] | [A-Z]{2,}\b
+    (?:[ ](  # a format, text in quotes, a placeholder, or what has a digit, a dot, a colon or a percent sign
+        (?<=--to[ ])[a-z][a-z0-9-]* | '[^']*' | \d[\w.%:,]*(?<![,.:]) | [^\s;]*[.:%][^\s;]*[^\s,;.:] | [A-Z]{2,}\b
     ))?""",
     re.VERBOSE,
 )
@@ -276,7 +276,7 @@ def _in_keyword(match: re.Match[str]) -> str:
         return match[0]
     if value is None:
         return name
-    is_plain = value.startswith("'") or value.isalpha() or re.fullmatch(r"\d+|0?\.\d+", value)
+    is_plain = value.startswith("'") or (value.isalpha() and value.isupper()) or re.fullmatch(r"\d+|0?\.\d+", value)
     return f"{name}={value if is_plain else repr(value)}"
 
 

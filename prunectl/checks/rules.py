@@ -81,6 +81,8 @@ class Findings:
     """The earlier sizes, as a reader of the report calls them."""
     accept_command: str = 'prunectl check --update-baseline --reason "…"'
     """The command that takes what is now for the baseline."""
+    typed: str = ""
+    """The command by which all of this was found."""
 
     @property
     def failed(self) -> tuple[Finding, ...]:

@@ -205,7 +205,7 @@ def check(
     file, bar = ci_path(budgets.path), reporter.progress
     findings = run(budgets, names or [], earlier, file=file, reason=reason, is_trusted=trust, meter=bar)
     accept = _accept_command(names or [], config, baseline)
-    return reports.emit(replace(findings, accept_command=accept), reporter)
+    return reports.emit(replace(findings, accept_command=accept, typed=reporter.typed), reporter)
 
 
 def _accept_command(names: list[str], config: Path | None, location: str) -> str:

@@ -77,7 +77,7 @@ def evaluate(
 
     [dim]$[/] prunectl eval small.h5 --data test.npz
 
-    [dim]$[/] prunectl eval a.onnx b.onnx --data test.npz --against m.onnx --max-drop 1pp
+    [dim]$[/] prunectl eval model.onnx --data test.npz --against model.h5 --max-drop 1pp
 
     [dim]$[/] prunectl eval net.pt --builder net.py:Net --data test.npz --min 95%
     """

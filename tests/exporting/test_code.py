@@ -94,9 +94,9 @@ def test_an_operation_of_somebody_else_is_named_and_nothing_is_written(tmp_path:
 def test_what_is_no_network_of_pytorch_gives_no_code(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is Keras HDF5"):
         export("digits_cnn.h5", tmp_path / "out.safetensors", code=True)
-    with pytest.raises(UsageError, match="--code cannot be used with ONNX"):
+    with pytest.raises(UsageError, match=r"^code cannot be used with ONNX"):
         export("digits_cnn.pt", tmp_path / "out.onnx", code=True)
-    with pytest.raises(UsageError, match="nothing is run without --code"):
+    with pytest.raises(UsageError, match="nothing is run without code"):
         export("digits_cnn.h5", tmp_path / "out.safetensors", data=DIGITS)
 
 
@@ -123,5 +123,5 @@ def test_bfloat16_rounds_as_ml_dtypes_does_and_is_refused_where_there_is_no_such
         np.testing.assert_array_equal(held[name].float().numpy(), expected)
     assert found.after.bytes.raw < 0.55 * found.before.bytes.raw
     for name in ("w.npz", "m.h5", "m.keras", "m.tflite", "m.pt2"):
-        with pytest.raises(UsageError, match="--bf16 cannot be used with"):
+        with pytest.raises(UsageError, match=r"^bf16 cannot be used with"):
             export("digits_cnn.pt", tmp_path / name, bf16=True)

@@ -132,7 +132,7 @@ def test_what_tflite_cannot_do_with_open_axes_it_does_with_fixed_ones(tmp_path: 
     place, model = saved("3", "lstm", tmp_path)
     with pytest.raises(WorkError, match=r"tf\.TensorListReserve requires") as caught:
         export(place, tmp_path / "m.tflite")
-    assert "--input steps:1,6,3" in caught.value.hint
+    assert "input='steps:1,6,3'" in caught.value.hint
     assert not (tmp_path / "m.tflite").exists()
     export(place, tmp_path / "m.tflite", input=["steps:2,6,3"])
     (inputs,) = random((2, 6, 3))
@@ -225,7 +225,7 @@ def test_custom_layers_and_code_ask_for_what_explains_them(tmp_path: Path) -> No
     save(model, tmp_path / "twice.h5")
     with pytest.raises(InputError, match="Twice") as caught:
         export(tmp_path / "twice.h5", tmp_path / "n.onnx")
-    assert "--custom-objects" in caught.value.hint
+    assert "custom_objects=" in caught.value.hint
     code = "import tf_keras\n\nclass Twice(tf_keras.layers.Layer):\n    def call(self, x):\n        return x * 2\n\n"
     (tmp_path / "layers.py").write_text(f"{code}ALL = {{'Twice': Twice}}\n")
     export(tmp_path / "twice.h5", tmp_path / "n.onnx", custom_objects=f"{tmp_path}/layers.py:ALL")

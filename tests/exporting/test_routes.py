@@ -55,7 +55,7 @@ def test_the_table_loads_no_converter() -> None:
         ("digits_cnn.onnx", "m.keras", "cannot export ONNX to Keras archive", "onnx, safetensors, npz"),
         ("digits_cnn.h5", "m.h5", "already has the format Keras HDF5", "prunectl strip"),
         ("digits_cnn.pt", "m.pt", "already has the format PyTorch state dict", "prunectl strip"),
-        ("digits_cnn.h5", "m.foo", "is not that of a format", "add --to FORMAT: onnx, "),
+        ("digits_cnn.h5", "m.foo", "is not that of a format", "add to=FORMAT: onnx, "),
     ],
 )
 def test_what_cannot_be_is_told_with_what_can(
@@ -84,15 +84,15 @@ def test_what_cannot_be_is_told_with_what_can(
 def test_an_option_that_does_not_fit_is_named(
     output: str, words: dict[str, object], option: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=f"--{option} cannot be used with"):
+    with pytest.raises(UsageError, match=f"^{option} cannot be used with"):
         export("digits_cnn.keras", tmp_path / output, **words)
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     for words, message in (
         ({"half": True, "int8": True}, "cannot be used together"),
-        ({"atol": -1.0}, "--atol cannot be negative, but is -1"),
-        ({"opset": 5}, "--opset 5 is older"),
+        ({"atol": -1.0}, "^atol cannot be negative, but is -1"),
+        ({"opset": 5}, "opset 5 is older"),
         ({"to": "onxx"}, "cannot write the format --to onxx"),
         ({"metadata": ["a"]}, "is not KEY=VALUE"),
         ({"inputs": 3}, "export has no option inputs"),
@@ -148,7 +148,7 @@ def test_code_in_a_file_does_not_run_unless_it_is_trusted(tmp_path: Path) -> Non
 def test_weights_alone_ask_for_what_builds_the_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds only weights") as caught:
         export("digits_cnn.pt", tmp_path / "m.onnx", input=["?,1,8,8"])
-    assert "--builder" in caught.value.hint
+    assert "builder=" in caught.value.hint
 
 
 def test_the_command_reports_as_json_and_writes_a_card(tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_what_goes_wrong_with_a_copy_is_told_of_the_file_that_the_user_knows() -
 
 def test_options_that_leave_fewer_bits_exclude_each_other_and_two_files_need_a_name(tmp_path: Path) -> None:
     for words, message in (
-        ({"half": True, "bf16": True}, "--half and --bf16 cannot be used together"),
-        ({"bf16": True, "int8": True}, "--bf16 and --int8 cannot be used together"),
+        ({"half": True, "bf16": True}, "^half and bf16 cannot be used together"),
+        ({"bf16": True, "int8": True}, "^bf16 and int8 cannot be used together"),
     ):
         with pytest.raises(UsageError, match=message):
             export("digits_cnn.onnx", tmp_path / "m.onnx", **words)

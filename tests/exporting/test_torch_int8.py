@@ -57,7 +57,7 @@ def test_with_data_convolutions_are_integers_too_and_zeros_stay_zeros(tmp_path: 
 def test_what_shows_no_layers_or_runs_by_its_numbers_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no layers that PyTorch can see") as script:
         export("digits_cnn_torchscript.pt", tmp_path / "m.torchscript", int8=True, input=["?,1,8,8"])
-    assert "--builder mod:fn" in script.value.hint
+    assert "builder='mod:fn'; or to='onnx' supports" in script.value.hint
     (tmp_path / "net.py").write_text(
         "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.one = torch.nn.Conv1d(3, 2, 1)\n\n    def forward(self, x):\n"
@@ -68,7 +68,7 @@ def test_what_shows_no_layers_or_runs_by_its_numbers_says_so(tmp_path: Path) -> 
     words = {"int8": True, "builder": f"{tmp_path}/net.py:Net"}
     with pytest.raises(WorkError, match=r"cannot quantise .* to 8 bits") as failed:
         export(tmp_path / "n.pt", tmp_path / "m.torchscript", data=f"{tmp_path}/d.npz", **words)
-    assert "--to onnx" in failed.value.hint
+    assert "to='onnx'" in failed.value.hint
     with pytest.raises(UsageError, match=r"has no layer whose weights PyTorch can quantise to 8 bits") as empty:
         export(tmp_path / "n.pt", tmp_path / "m.torchscript", input=["?,3,4"], **words)
     assert "--data SPEC" in empty.value.hint
