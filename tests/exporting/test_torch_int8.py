@@ -72,6 +72,6 @@ def test_what_shows_no_layers_or_runs_by_its_numbers_says_so(tmp_path: Path) -> 
     with pytest.raises(UsageError, match=r"has no layer whose weights PyTorch can quantise to 8 bits") as empty:
         export(tmp_path / "n.pt", tmp_path / "m.torchscript", input=["?,3,4"], **words)
     assert "data=SPEC" in empty.value.hint
-    with pytest.raises(UsageError, match="--int8 cannot be used with PyTorch exported program") as other:
+    with pytest.raises(UsageError, match="int8 cannot be used with PyTorch exported program") as other:
         export("digits_cnn.pt", tmp_path / "m.pt2", int8=True)
     assert "onnx, tflite, torchscript" in other.value.hint
