@@ -11,16 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.calibration.reconstruct import Solved, solved_blocks
+from prunectl.calibration.reconstruct import Solved, dense_and_kept, solved_blocks
 from prunectl.calibration.session import CalibrationSession
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.patch import is_writable
 from prunectl.formats.registry import by_name
-from prunectl.pruning import engine
 from prunectl.pruning.engine import PrunedTensors, PruningMethod
 from prunectl.pruning.masks import Mask
-from prunectl.pruning.plan import Plan, Selection
+from prunectl.pruning.plan import Plan
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import TrainableModel, TrainOptions
 from prunectl.training.config import DivergedError, TrainConfig
@@ -54,10 +53,7 @@ def refuse_untrainable(model: ModelFile) -> None:
 
 def masked(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
     """The weights as they are, and what a strategy prunes of them."""
-    weights = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
-    kept = engine.keep_masks(
-        model, plan, method, Selection(tuple(cut.tensor for cut in plan.cuts), (), {}), dict(weights)
-    )
+    weights, kept = dense_and_kept(model, plan, method)
     return {
         name: (np.where(kept[name], array, np.zeros((), array.dtype)), ~kept[name]) for name, array in weights.items()
     }

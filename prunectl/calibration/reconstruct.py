@@ -128,6 +128,13 @@ Solved = tuple[Array, Mask]
 """The same in the type of the tensor."""
 
 
+def dense_and_kept(model: ModelFile, plan: Plan, method: PruningMethod) -> tuple[dict[str, Array], Mapping[str, Mask]]:
+    """The weights of the tensors of a plan, and which of them a strategy keeps."""
+    tensors = tuple(cut.tensor for cut in plan.cuts)
+    dense = {tensor.name: np.array(model.read(tensor)) for tensor in tensors}
+    return dense, engine.keep_masks(model, plan, method, Selection(tensors, (), {}), dict(dense))
+
+
 @dataclass(slots=True)
 class Reconstructor:
     """Prunes by SparseGPT and reconstructs by least squares, one tensor after the other in data order."""
@@ -151,8 +158,7 @@ class Reconstructor:
     def fit(self, model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
         """The pruned and reconstructed weights by tensor."""
         tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
-        dense = {name: np.array(model.read(tensor)) for name, tensor in tensors.items()}
-        kept = engine.keep_masks(model, plan, method, Selection(tuple(tensors.values()), (), {}), dict(dense))
+        dense, kept = dense_and_kept(model, plan, method)
         self._begin(model, dense)
         input_sums = self.calibration.accumulate(list(tensors.values()), statistics.sum_inputs)
         for name, sums in input_sums.items():
