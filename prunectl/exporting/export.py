@@ -22,7 +22,7 @@ from prunectl.formats import atomic as places
 from prunectl.formats.atomic import check_parent, write_text
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, ModelInfo, Role, Storage, StripOptions, Tensor
 from prunectl.formats.registry import by_name, open_model
-from prunectl.formats.scratch import temporary_files
+from prunectl.formats.scratch import temporary_files, utf8_path
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import BIG_BYTES, Destination
 from prunectl.pruning.strip import stats_for_report, strip
@@ -195,8 +195,8 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
         temporary_files() as scratch,
         places.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder,
     ):
-        written = _utf8_path(folder / output.target.name, scratch / "target")
-        readable = _utf8_path(model.path, scratch / "source")
+        written = utf8_path(folder / output.target.name, scratch / "target")
+        readable = utf8_path(model.path, scratch / "source")
         plain, stripped = _without_wrappers(model if readable is model.path else open_model(readable), scratch)
         with naming_original(path, plain.path):
             job = _export_job(plain, request, route, scratch)
@@ -223,16 +223,6 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
         card = card_text(result)
     write_card(request, card, output)
     return result
-
-
-def _utf8_path(path: Path, link: Path) -> Path:
-    """A path, through a link to its folder where the name of that is not UTF-8: most frameworks take no such path."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        link.symlink_to(path.parent.absolute(), target_is_directory=True)
-        return link / path.name
-    return path
 
 
 def _without_wrappers(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple[str, ...]]:

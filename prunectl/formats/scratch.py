@@ -96,6 +96,17 @@ def is_text(path: Path) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in str(path))
 
 
+def utf8_path(path: Path, link: Path) -> Path:
+    """A path that frameworks can read: through a link to its folder, or to itself where its own name is the trouble."""
+    if is_text(path):
+        return path
+    if is_text(Path(path.name)):
+        link.symlink_to(path.parent.absolute(), target_is_directory=True)
+        return link / path.name
+    link.symlink_to(path.absolute(), target_is_directory=path.is_dir())
+    return link
+
+
 class LockedFolder:
     """A folder that is being made or is made, and its lock."""
 

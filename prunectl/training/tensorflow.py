@@ -11,12 +11,12 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array, ModelFile
-from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.scratch import temporary_folder, utf8_path
 from prunectl.training import user_code
 from prunectl.training.backend import GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import DevicePlacement, load_keras2
-from prunectl.training.keras.load import LoadedModel, WeightLayout, link_with_suffix
+from prunectl.training.keras.load import LoadedModel
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.keras.model import load_trainable as open_keras
 from prunectl.training.quiet import ignore_warnings
@@ -93,8 +93,7 @@ def load_signature_model(path: Path) -> SignatureModel:
     """Load the serving signature of a SavedModel as a model."""
     try:
         with ignore_warnings(), temporary_folder() as folder:
-            readable = link_with_suffix(path, WeightLayout.SAVED_MODEL, folder, is_old=False)
-            root = _tf.saved_model.load(str(readable))
+            root = _tf.saved_model.load(str(utf8_path(path, folder / "link")))
     except Exception as error:
         line = first_line(error)
         raise InputError(f"TensorFlow cannot load {path}: {line}") from error

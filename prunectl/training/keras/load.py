@@ -16,7 +16,7 @@ from prunectl.errors import InputError, PrunectlError, UsageError
 from prunectl.formats import trust
 from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.keras.archive import renumber
-from prunectl.formats.scratch import is_text, temporary_folder
+from prunectl.formats.scratch import temporary_folder, utf8_path
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, load_keras2, load_keras3
@@ -56,9 +56,9 @@ def link_with_suffix(path: Path, weight_layout: WeightLayout, folder: Path, *, i
 
     An old archive, of Keras 2, is copied where its layers lie in other folders than those where Keras looks now.
     """
-    if weight_layout is WeightLayout.SAVED_MODEL and is_text(path):
-        return path
-    link = folder / (weight_layout.value or "saved_model")
+    if weight_layout is WeightLayout.SAVED_MODEL:
+        return utf8_path(path, folder / "link")
+    link = folder / weight_layout.value
     if not link.exists() and not (is_old and weight_layout is WeightLayout.ARCHIVE and renumber(path, link)):
         os.symlink(path.resolve(), link)
     return link
