@@ -31,7 +31,7 @@ _STRIPPABLE = {
 def hints(stats: ModelStats) -> tuple[str, ...]:
     """What makes the file bigger than it must be."""
     shares = {part.name: part.bytes / stats.bytes.raw for part in stats.parts if stats.bytes.raw}
-    sentences = list(stats.about.notes)
+    sentences = [*stats.about.notes, *(stats.architecture.notes if stats.architecture is not None else ())]
     zeros = stats.prunable_sparsity
     if zeros is not None and zeros >= _MANY_ZEROS and not stats.about.is_compressed:
         sentences.append(
@@ -111,6 +111,8 @@ def inspect_model(
         stats = replace(stats, histogram=histogram(model, (tensor for tensor in selected if tensor.is_prunable)))
     if options.has_digest and options.has_zeros:
         stats = replace(stats, sha256=sizes.sha256(model))
+    if model.folder is not None:
+        stats = replace(stats, architecture=load("families:architecture")(model))
     if options.order:
         stats = replace(stats, layers=tuple(sorted(stats.layers, key=_KEYS[options.order])))
     return replace(stats, pattern=options.pattern, advice=hints(stats))

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from prunectl.analysis.tensor_io import blocks, count_zeros, is_contiguous, nonz
 from prunectl.errors import abbreviated
 from prunectl.formats import extents
 from prunectl.formats.base import PRUNABLE, WEIGHTS, ModelFile, ModelInfo, Operation, Role, Tensor, dtype_name
+
+if TYPE_CHECKING:
+    from prunectl.formats.families import Architecture
 
 _EXPONENTS = range(-1100, 1100)
 _SHOWN = 16
@@ -178,6 +181,8 @@ class ModelStats:
     histogram: Histogram | None = None
     advice: tuple[str, ...] = ()
     sha256: str | None = None
+    architecture: Architecture | None = None
+    """Of a model folder, where `inspect` looks at it."""
 
     @property
     def sparsity(self) -> float | None:

@@ -62,7 +62,7 @@ def companions(model: ModelFile) -> Companions:
             continue
         if len(path.parts) == 1 and _OTHER_WEIGHTS.fullmatch(path.name):
             weights.append(path)
-        elif _real(model.folder, path) is None:
+        elif real_file(model.folder, path) is None:
             links.append(path)
         else:
             copied.append(path)
@@ -82,7 +82,7 @@ def copy_companions(model: ModelFile, target: Path, left_out: Container[Path] = 
     for path in companions(model).copied:
         if path in left_out:
             continue
-        if model.folder is not None and (source := _real(model.folder, path)) is not None:
+        if model.folder is not None and (source := real_file(model.folder, path)) is not None:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             _copy(source, target / path)
 
@@ -100,8 +100,8 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
             yield from _walk(Path(entry.path), root)
 
 
-def _real(folder: Path, path: Path) -> Path | None:
-    """The file to copy; None for a link that leads out of the folder, or to no file."""
+def real_file(folder: Path, path: Path | str) -> Path | None:
+    """A file of a folder; None for a link that leads out of the folder, or to no file."""
     real, root = (folder / path).resolve(), folder.resolve()
     allowed = [root]
     if root.parent.name == _SNAPSHOTS:

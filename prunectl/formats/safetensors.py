@@ -200,14 +200,19 @@ def open_shards(path: Path) -> ModelFile:
         raise InputError(f"{path} is JSON, but not the index of a sharded checkpoint: it has no weight_map")
     if len(weight_map) > budgets.MAX_INDEX_NAMES:
         raise InputError(f"{path} is refused: it names more than {budgets.MAX_INDEX_NAMES} tensors")
-    shards = [_open_shard(path, name) for name in dict.fromkeys(weight_map.values())]
+    names = list(dict.fromkeys(weight_map.values()))
+    _refuse_missing(path, names)
+    shards = [_open_shard(path, name) for name in names]
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     stored = {tensor.name for tensor in tensors}
+    if len(stored) < len(tensors):
+        raise _stored_twice(path, shards)
     if missing := [name for name in weight_map if name not in stored]:
         raise InputError(
             f"{path} is damaged: "
             f"it lists {abbreviated(missing[0])}, but {abbreviated(weight_map[missing[0]])} does not hold it"
         )
+    unlisted = [tensor.name for tensor in tensors if tensor.name not in weight_map]
     described = state_dict.describe(tensors)
     owners = {shard.path.name: shard for shard in shards}
 
@@ -224,6 +229,7 @@ def open_shards(path: Path) -> ModelFile:
             wrappers=state_dict.wrappers(described),
             code=tuple(dict.fromkeys(code for shard in shards for code in shard.about.code)),
             code_bytes=sum(shard.about.code_bytes for shard in shards),
+            notes=_note_unlisted(unlisted),
             is_compressed=any(shard.about.is_compressed for shard in shards),
         ),
         files=(path, *(shard.path for shard in shards)),
@@ -243,12 +249,41 @@ def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence
     targets[model.path].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _refuse_missing(index: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if "/" in name or "\\" in name or name in {"", ".", ".."}:
+            raise InputError(f"{index} is refused: it names a shard outside its folder: {abbreviated(name)}")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        some = f"its shard {abbreviated(missing[0])} is missing"
+        if len(missing) > 1:
+            some = f"{len(missing)} of its {len(names)} shards are missing, such as {abbreviated(missing[0])}"
+        raise InputError(f"{index} is incomplete: {some}")
+
+
+def _stored_twice(index: Path, shards: Sequence[ModelFile]) -> InputError:
+    """The error for a tensor that two shards hold: which of them counts depends on who reads them."""
+    owners: dict[str, Path] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            other = owners.setdefault(tensor.name, shard.path)
+            if other != shard.path:
+                return InputError(
+                    f"{index} is refused: {abbreviated(tensor.name)} stands in two of its shards, "
+                    f"{abbreviated(other.name)} and {abbreviated(shard.path.name)}"
+                )
+    return InputError(f"{index} is refused: one of its shards holds a tensor twice")
+
+
+def _note_unlisted(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    what = "1 tensor of its shards is" if len(names) == 1 else f"{len(names)} tensors of its shards are"
+    return (f"{what} not in the index, such as {abbreviated(names[0])}.",)
+
+
 def _open_shard(index: Path, name: str) -> ModelFile:
-    if "/" in name or "\\" in name or name in {"", ".", ".."}:
-        raise InputError(f"{index} is refused: it names a shard outside its folder: {abbreviated(name)}")
     shard = index.parent / name
-    if not shard.is_file():
-        raise InputError(f"{index} is incomplete: its shard {abbreviated(name)} is missing")
     prefix = f"{name}:"
     with reading(shard):
         row = registry.recognise(shard)

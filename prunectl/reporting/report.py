@@ -347,6 +347,7 @@ def survey_json(stats: ModelStats) -> dict[str, Any]:
         "macs_unknown": list(stats.macs_unknown),
         "histogram": asdict(stats.histogram) if stats.histogram else None,
         "advice": list(stats.advice),
+        **({} if stats.architecture is None else {"architecture": asdict(stats.architecture)}),
     }
 
 

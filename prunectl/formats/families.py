@@ -1,0 +1,278 @@
+"""Families of Hugging Face models: by the model_type of a config, what counts their blocks, and how those are named.
+
+The table is data, and there is no code for any one family; of what it does not know, the names of the tensors tell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import WEIGHTS, ModelFile, Tensor, dtype_name
+from prunectl.formats.folder import real_file
+from prunectl.formats.safe_json import read_object
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Blocks that follow each other, all of one kind."""
+
+    key: str
+    """What counts them in the config, with dots between its objects."""
+    prefix: str
+    """What stands before the number of a block in the names of its tensors, as a regular expression."""
+    name: str = ""
+    """What it is called beside another: `encoder`."""
+    default_key: str = ""
+    """What counts them where the key is left out or null."""
+    first_only: str = ""
+    """A part of names that stands in the first block alone, whichever that is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models whose configs and names are alike."""
+
+    model_types: frozenset[str]
+    stacks: tuple[Stack, ...]
+    needs: str = ""
+    """A list in the config without which it is by its number that a block is of this kind or that."""
+
+
+def _row(model_types: str, *stacks: Stack, needs: str = "") -> Family:
+    return Family(frozenset(model_types.split()), stacks, needs)
+
+
+_HIDDEN = "num_hidden_layers"
+FAMILIES = (
+    _row(
+        "llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma phi phi3 phimoe starcoder2 olmo olmo2 "
+        "olmoe granite granitemoe stablelm deepseek_v2 deepseek_v3 glm glm4 glm4_moe persimmon nemotron helium "
+        "seed_oss ernie4_5 hunyuan_v1_dense dots1 bitnet apertus arcee cohere gpt_neox internlm2 internlm3 minicpm "
+        "baichuan yi",
+        Stack(_HIDDEN, "layers"),
+    ),
+    _row("gemma2 gemma3_text cohere2 olmo3 gpt_oss smollm3 exaone4", Stack(_HIDDEN, "layers"), needs="layer_types"),
+    _row(
+        "gemma3 llava mistral3 paligemma",
+        Stack(f"text_config.{_HIDDEN}", r"language_model(?:\.model)?\.layers"),
+        needs="text_config.layer_types",
+    ),
+    _row("gpt2 gpt_bigcode gptj codegen bloom", Stack("n_layer", "h")),
+    _row("falcon", Stack(_HIDDEN, "h")),
+    _row("mpt", Stack("n_layers", "blocks")),
+    _row("opt", Stack(_HIDDEN, r"decoder\.layers")),
+    _row(
+        "bert roberta xlm-roberta xlm-roberta-xl camembert electra ernie mpnet deberta deberta-v2 layoutlm esm rembert "
+        "nystromformer megatron-bert vit deit audio-spectrogram-transformer yolos vit_mae vit_msn ijepa",
+        Stack(_HIDDEN, r"encoder\.layer"),
+    ),
+    _row("distilbert", Stack("n_layers", r"transformer\.layer")),
+    _row("wav2vec2 hubert clip_text_model clip_vision_model siglip_vision_model", Stack(_HIDDEN, r"encoder\.layers")),
+    _row(
+        "t5 mt5 umt5 longt5",
+        Stack("num_layers", r"encoder\.block", "encoder", first_only="relative_attention_bias"),
+        Stack("num_decoder_layers", r"decoder\.block", "decoder", "num_layers", "relative_attention_bias"),
+    ),
+    _row(
+        "bart mbart pegasus marian m2m_100 whisper blenderbot plbart",
+        Stack("encoder_layers", r"encoder\.layers", "encoder"),
+        Stack("decoder_layers", r"decoder\.layers", "decoder"),
+    ),
+    _row(
+        "clip siglip",
+        Stack(f"text_config.{_HIDDEN}", r"text_model\.encoder\.layers", "text"),
+        Stack(f"vision_config.{_HIDDEN}", r"vision_model\.encoder\.layers", "vision"),
+    ),
+)
+COUNTS = frozenset(stack.key.rpartition(".")[2] for family in FAMILIES for stack in family.stacks)
+"""All keys that count blocks."""
+
+
+def family_of(model_type: str) -> Family | None:
+    """The row of a model_type."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
+def block_pattern(stack: Stack) -> re.Pattern[str]:
+    """What finds the number of a block in the name of one of its tensors."""
+    return re.compile(rf"(?:^|\.){stack.prefix}\.(\d{{1,6}})\.")
+
+
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key with dots between its objects; None where there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def count_of(config: Mapping[str, Any], stack: Stack) -> int | None:
+    """How many blocks a config gives a stack."""
+    for key in filter(None, (stack.key, stack.default_key)):
+        value = lookup(config, key)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts."""
+
+    total: int
+    """In each block."""
+    active: int
+    """For each token."""
+    active_params: int
+    """Parameters of the model that one token goes through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a model folder is: by its config, and by the names of its tensors where that says nothing."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    blocks: Mapping[str, int]
+    """How many blocks there are, by what stands before their numbers."""
+    hidden_size: int | None
+    heads: int | None
+    key_value_heads: int | None
+    vocabulary: int | None
+    experts: Experts | None
+    dtypes: Mapping[str, int]
+    """Parameters by their types of numbers."""
+    is_tied: bool | None
+    """Whether the output layer is the embedding; None where there is neither."""
+    shards: int
+    base_model: str = ""
+    """What an adapter adapts."""
+    notes: tuple[str, ...] = ()
+    """What is wrong with its config, each a sentence."""
+
+
+def architecture(model: ModelFile) -> Architecture | None:
+    """What a folder is that a model was named by; None for a file."""
+    if model.folder is None:
+        return None
+    notes: list[str] = []
+    configs = []
+    for name in (CONFIG, "adapter_config.json"):
+        try:
+            configs.append(read_config(model, name))
+        except InputError as error:
+            # The weights are whole, and can be looked at and pruned without it.
+            notes.append(f"{error.message}.")
+            configs.append({})
+    config, adapter = configs
+    weights = [tensor for tensor in model.tensors if tensor.role in WEIGHTS]
+    classes = config.get("architectures")
+    kinds = (config.get("model_type"), config.get("_class_name"), adapter.get("peft_type"))
+    return Architecture(
+        model_type=next(filter(None, map(_text, kinds)), ""),
+        architectures=tuple(map(_text, classes[:8])) if isinstance(classes, list) else (),
+        blocks=_blocks(config, weights),
+        hidden_size=_number(config, "hidden_size", "n_embd", "d_model", "dim"),
+        heads=_number(config, "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"),
+        key_value_heads=_number(config, "num_key_value_heads"),
+        vocabulary=_number(config, "vocab_size"),
+        experts=_experts(config, weights),
+        dtypes=_dtypes(weights),
+        is_tied=_is_tied(config, weights),
+        shards=max(len(model.files) - 1, 1) if model.format == "shards" else 1,
+        base_model=_text(adapter.get("base_model_name_or_path")),
+        notes=tuple(notes),
+    )
+
+
+def read_config(model: ModelFile, name: str) -> dict[str, Any]:
+    """A JSON file in the folder of a model; nothing where there is none."""
+    path = None if model.folder is None else real_file(model.folder, name)
+    return {} if path is None else read_object(path, "it")
+
+
+def _text(value: Any) -> str:
+    return abbreviated(value) if isinstance(value, str) else ""
+
+
+_INSIDE = ("", "text_config.", "llm_config.", "language_config.", "thinker_config.text_config.")
+"""Where configs of models that see as well keep what is about language."""
+
+
+def _number(config: Mapping[str, Any], *keys: str) -> int | None:
+    for inside in _INSIDE:
+        for key in keys:
+            value = lookup(config, inside + key)
+            if type(value) is int and 0 < value < 1 << 40:
+                return value
+    return None
+
+
+_ANY_BLOCK = re.compile(r"((?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(\d{1,6})\.")
+_MOST_STACKS = 8
+
+
+def _blocks(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, int]:
+    """The stacks of a model: those of its family, else the ones whose numbers begin at 0 and leave out none."""
+    found: dict[str, set[int]] = {}
+    family = family_of(_text(config.get("model_type")))
+    patterns = [block_pattern(stack) for stack in family.stacks] if family is not None else []
+    for tensor in tensors:
+        if family is None:
+            match = _ANY_BLOCK.match(tensor.name)
+            if match is not None:
+                found.setdefault(match[1], set()).add(int(match[2]))
+            continue
+        for pattern in patterns:
+            if (match := pattern.search(tensor.name)) is not None:
+                found.setdefault(tensor.name[: match.start(1) - 1], set()).add(int(match[1]))
+                break
+    whole = {name: len(numbers) for name, numbers in found.items() if max(numbers) == len(numbers) - 1 > 0 or family}
+    return dict(sorted(whole.items(), key=lambda item: -item[1])[:_MOST_STACKS])
+
+
+_EXPERT = re.compile(r"(?:^|\.)experts\.(?:\d+\.|(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])(?:\b|_))")
+
+
+def _experts(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> Experts | None:
+    """The mixture of experts that a config describes; experts that all tokens go through are none of them."""
+    total = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    active = _number(config, "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k", "top_k")
+    if total is None or active is None or not 0 < active <= total:
+        return None
+    tensors = _once(tensors)
+    routed = sum(tensor.size for tensor in tensors if _EXPERT.search(tensor.name))
+    return Experts(total, active, sum(tensor.size for tensor in tensors) - routed * (total - active) // total)
+
+
+def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({tensor.view_key: tensor for tensor in tensors}.values())
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for tensor in _once(tensors):
+        counts[dtype_name(tensor.dtype)] += tensor.size
+    return dict(counts.most_common())
+
+
+_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|predictions\.decoder|generator_lm_head)\.weight$")
+_OF_LANGUAGE = re.compile(r"(LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration)")
+
+
+def _is_tied(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> bool | None:
+    """Whether the embedding is the output layer too: as the config says it, else as there is no other."""
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or not any(_OF_LANGUAGE.search(_text(name)) for name in classes):
+        return None
+    for inside in _INSIDE:
+        if type(value := lookup(config, f"{inside}tie_word_embeddings")) is bool:
+            return value
+    return not any(_HEAD.search(tensor.name) for tensor in tensors)
