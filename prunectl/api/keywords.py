@@ -204,6 +204,7 @@ class ExportOptions(TypedDict, total=False):
     code: bool
     metadata: Names | Mapping[str, str]
     card: AnyPath | None
+    shard_size: Size
 
 
 class SweepOptions(TypedDict, total=False):
@@ -281,7 +282,7 @@ def _in_keyword(match: re.Match[str]) -> str:
 
 
 _RATIOS = frozenset({"sparsity", "initial_sparsity", "max_ratio", "val_split"})
-_SIZES = frozenset({"target_gzip", "target_packed"})
+_SIZES = frozenset({"target_gzip", "target_packed", "shard_size"})
 _AMOUNTS = frozenset({"target_params", "target_flops"})
 """Targets of channel pruning, which may also be a share such as `-50%`."""
 Value = TypeVar("Value")

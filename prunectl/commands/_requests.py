@@ -234,7 +234,7 @@ def parse_layer_ratio(text: str) -> tuple[str, float]:
 
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("sparsity", "initial_sparsity", "max_ratio", "val_split"), parse_ratio),
-    **dict.fromkeys(("target_gzip", "target_packed"), parse_size),
+    **dict.fromkeys(("target_gzip", "target_packed", "shard_size"), parse_size),
     **dict.fromkeys(("scope", "nan", "repair"), str),
     "layer": lambda texts: tuple(map(parse_layer_ratio, texts)),
 }

@@ -142,6 +142,9 @@ class Export(OutputOptions):
         bool, typer.Option("--code", help="Also write OUT.py, the class that loads the weights (PyTorch).")
     ] = False
     pack: Annotated[bool, _small("--pack", help="Compress inside the file; it loads as before.")] = False
+    shard_size: Annotated[
+        str, _small(metavar="SIZE", help="Split the weights of a folder into shards of at most this size, e.g. 2GB.")
+    ] = ""
     builder: Annotated[str, builder_option(_file)] = ""
     custom_objects: Annotated[str, custom_objects_option(_file)] = ""
     imports: Annotated[

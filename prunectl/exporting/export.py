@@ -15,6 +15,7 @@ from prunectl.analysis.sizes import CodecName, compress, get_codec, iter_model_b
 from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
 from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.exporting.compare import Comparison, ExportResult, compare, tolerance_of
+from prunectl.exporting.folder import export_folder, makes_folder
 from prunectl.exporting.job import ExportJob, apply_input_options, check_known, make_samples
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import Route, Target, check_options, find_route, load, target_of
@@ -175,6 +176,10 @@ def naming_original(path: Path, copy: Path) -> Generator[None]:
 
 def export(path: Path, request: ExportRequest, output: Destination) -> ExportResult:
     """Write a model in another format, whole or not at all, and only if it computes what its source does."""
+    if makes_folder(path, request, output):
+        return export_folder(path, request, output)
+    if request.shard_size is not None:
+        raise UsageError("--shard-size needs a model folder, and a folder as output", hint="write -o FOLDER")
     if output.to_stdout and not request.to:
         raise UsageError("the format of the output is not given", hint="add --to FORMAT, such as --to onnx")
     target = target_of(request.to, output.target)

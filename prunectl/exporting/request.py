@@ -41,6 +41,8 @@ class ExportRequest:
     code: bool = False
     metadata: tuple[tuple[str, str], ...] = ()
     card: Path | None = None
+    shard_size: int | None = None
+    """Bytes of one shard at most, where a folder is written."""
 
     @property
     def origin(self) -> LoadOptions:

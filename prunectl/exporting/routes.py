@@ -20,6 +20,8 @@ _RUN_OPTIONS = frozenset(
     {"input", "data", "samples", "batch-size", "seed", "atol", "rtol", "builder", "custom-objects", "trust"}
 )
 """Options of targets that are run and compared with the source."""
+_WEIGHT_OPTIONS = frozenset({"half", "bf16", "code", "shard-size"})
+"""Options of targets that hold the weights of PyTorch networks; shards are for folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,15 @@ TARGETS = (
     Target("saved-model", "TensorFlow SavedModel", "", _RUN_OPTIONS),
     Target("keras", "Keras archive", ".keras", _RUN_OPTIONS | {"pack"}),
     Target("h5", "Keras HDF5", ".h5", _RUN_OPTIONS | {"pack"}),
-    Target("torch", "PyTorch state dict", ".pt", frozenset({"half", "bf16", "pack", "code"}), is_weights=True),
+    Target("torch", "PyTorch state dict", ".pt", _WEIGHT_OPTIONS | {"pack"}, is_weights=True),
     Target("torchscript", "TorchScript", ".torchscript", _RUN_OPTIONS | {"int8", "pack"}),
     Target("torch-export", "PyTorch exported program", ".pt2", _RUN_OPTIONS | {"pack"}),
     Target(
-        "safetensors", "safetensors", ".safetensors", frozenset({"half", "bf16", "metadata", "code"}), is_weights=True
+        "safetensors",
+        "safetensors",
+        ".safetensors",
+        _WEIGHT_OPTIONS | {"metadata"},
+        is_weights=True,
     ),
     Target("npz", "NumPy archive", ".npz", frozenset({"half", "pack"}), is_weights=True),
 )

@@ -6,7 +6,7 @@ import copy
 import importlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -292,6 +292,19 @@ def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
         if not same_bits(array, to_numpy(loaded[tensor.name])):
             raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
     return ()
+
+
+def save_state(arrays: Iterable[tuple[str, object, Array]], target: Path) -> None:
+    """Write a state dict of named arrays, each with what it views: equal views share their bytes in the file."""
+    state: dict[str, torch.Tensor] = {}
+    shared: dict[object, torch.Tensor] = {}
+    for name, view, array in arrays:
+        if view not in shared:
+            shared[view] = to_torch(array)
+        state[name] = shared[view]
+    # Into an open file: one that is named would be named inside of itself.
+    with target.open("xb") as file:
+        torch.save(state, file)
 
 
 def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:

@@ -43,9 +43,9 @@ class Companions:
     links: tuple[Path, ...]
     """Links that lead out of the folder: what they show may not be meant for others."""
 
-    def notes(self, folder: Path) -> tuple[str, ...]:
+    def notes(self, folder: Path, others: str = "the same weights, unpruned, and not copied") -> tuple[str, ...]:
         """What became of them, each in a sentence."""
-        weights = f"{_named(self.other_weights)} in {folder}: the same weights, unpruned, and not copied."
+        weights = f"{_named(self.other_weights)} in {folder}: {others}."
         links = f"{_named(self.links)} in {folder}: not copied, because links may not lead out of the folder."
         return (*([weights] if self.other_weights else []), *([links] if self.links else []))
 

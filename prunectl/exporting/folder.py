@@ -1,0 +1,218 @@
+"""Export of a model folder to a folder: other containers, shards and precision, with all else that lies in it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.exporting.compare import ExportResult
+from prunectl.exporting.job import ExportJob
+from prunectl.exporting.request import ExportRequest
+from prunectl.exporting.routes import TARGETS, Target, check_options
+from prunectl.exporting.weights import cast_tensor, check_types, exported_dtype, exported_tensors, same_bits
+from prunectl.formats import atomic
+from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
+from prunectl.formats.families import CONFIG, read_config
+from prunectl.formats.folder import companions, copy_companions, training_state
+from prunectl.formats.registry import FORMATS, by_name, open_model, resolve
+from prunectl.formats.safe_json import require
+from prunectl.formats.safetensors import CODES, SafetensorsEntry, write_entries
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.strip import stats_for_report
+
+_STEMS = {
+    "safetensors": {"pytorch_model": "model"},
+    "torch": {"model": "pytorch_model"},
+}
+"""What weights are called in a folder, where the other container has them by another name."""
+_SUFFIX = {"safetensors": ".safetensors", "torch": ".bin"}
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|proj_out|output_projection|predictions\.decoder)\.weight$")
+_COPY = re.compile(r"(?:^|\.)(encoder|decoder)\.embed_tokens\.weight$")
+_SHARED = re.compile(r"(?:^|\.)shared\.weight$")
+"""An output layer that is the embedding, and the embeddings of two halves that are one: `transformers` ties them."""
+
+
+def makes_folder(path: Path, request: ExportRequest, output: Destination) -> bool:
+    """Whether a model folder becomes a folder: unless one file is asked for, by its name or its format."""
+    suffixes = {suffix for row in FORMATS for suffix in row.suffixes if suffix}
+    suffixes |= {target.suffix for target in TARGETS if target.suffix}
+    is_file = output.to_stdout or output.target.suffix.lower() in suffixes
+    return not is_file and request.to in {"", *_SUFFIX} and path.is_dir() and resolve(path) != path
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A file that is to be written."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+
+
+def export_folder(path: Path, request: ExportRequest, output: Destination) -> ExportResult:
+    """Write the weights of a folder in another container, other shards or fewer bits, and copy what lies beside."""
+    target = next(target for target in TARGETS if target.name == (request.to or "safetensors"))
+    request = replace(request, to=target.name)
+    _check(request, target)
+    model = open_model(path)
+    if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
+        raise InputError(f"{path} holds masks of pruning", hint=f"remove them first: prunectl strip {path} -o OUT")
+    atomic.check_target(model, output.target, is_forced=output.is_forced, is_in_place=False)
+    if target.name == "torch":
+        require("torch", extra="torch")
+    job = ExportJob(model, request)
+    check_types(job, frozenset(dtype.name for dtype in CODES), target.title)
+    tensors, copies = _without_copies(model, exported_tensors(model))
+    shards, index = _shards(job, tensors)
+    config, changed = _config(model, request)
+    with atomic.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder:
+        inside = folder / output.target.name
+        inside.mkdir()
+        for shard in shards:
+            _write(job, shard, inside / shard.name)
+        if index is not None:
+            _write_index(job, shards, inside / index)
+        left_out = {*training_state(model), *([Path(CONFIG)] if changed else [])}
+        copy_companions(model, inside, left_out)
+        if changed:
+            (inside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        written = open_model(inside)
+        _check_equal(job, tensors, written)
+        before, after = stats_for_report(model), replace(stats_for_report(written), path=str(output.target))
+    kept_back = companions(model).notes(path, "the same weights in another form, and not copied")
+    notes = (*changed, *_note_copies(copies), *kept_back)
+    return ExportResult(before, after, by_name(model.format).title, target.title, None, notes)
+
+
+def _check(request: ExportRequest, target: Target) -> None:
+    check_options(target, request.given_options)
+    if request.half and request.bf16:
+        raise UsageError("--half and --bf16 cannot be used together")
+    for option in ("code", "pack", "card"):
+        if getattr(request, option):
+            raise UsageError(
+                f"--{option} cannot be used with a folder as output", hint=f"write one file: -o OUT{target.suffix}"
+            )
+    if request.metadata and target.name != "safetensors":
+        raise UsageError("--metadata cannot be used with .bin files")
+
+
+def _without_copies(model: ModelFile, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[str]]:
+    """The tensors without those that `transformers` makes of others, where they share their bytes and are tied."""
+    config = read_config(model, CONFIG)
+    if config.get("tie_word_embeddings") is False:
+        return tuple(tensors), []
+    by_view: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        by_view.setdefault(tensor.view_key, []).append(tensor)
+    copies: set[str] = set()
+    for group in by_view.values():
+        names = [tensor.name for tensor in group]
+        heads = {name for name in names if _HEAD.search(name)}
+        if len(names) > len(heads):
+            copies |= heads
+        if any(map(_SHARED.search, names)):
+            copies |= set(filter(_COPY.search, names))
+    return tuple(tensor for tensor in tensors if tensor.name not in copies), sorted(copies)
+
+
+def _note_copies(names: Sequence[str]) -> tuple[str, ...]:
+    return (f"{', '.join(names[:3])}: not written, because it is tied to the embedding.",) if names else ()
+
+
+def _shards(job: ExportJob, tensors: Sequence[Tensor]) -> tuple[list[_Shard], str | None]:
+    """The files to write with their tensors, and the name of their index where there are several."""
+    model, size = job.file, job.request.shard_size
+    groups: list[list[Tensor]] = []
+    if size is None:
+        # As they lie in the files of the source.
+        by_file: dict[str, list[Tensor]] = {}
+        for tensor in tensors:
+            by_file.setdefault(_file_of(model, tensor), []).append(tensor)
+        groups = list(by_file.values())
+    else:
+        full = size
+        for tensor in tensors:
+            nbytes = tensor.size * exported_dtype(job, tensor).itemsize
+            if not groups or full + nbytes > size:
+                groups.append([])
+                full = 0
+            groups[-1].append(tensor)
+            full += nbytes
+    stem, suffix = _stem(model, job.request.to), _SUFFIX[job.request.to]
+    if len(groups) == 1:
+        return [_Shard(stem + suffix, tuple(groups[0]))], None
+    shards = [
+        _Shard(f"{stem}-{number:05}-of-{len(groups):05}{suffix}", tuple(group))
+        for number, group in enumerate(groups, 1)
+    ]
+    return shards, f"{stem}{suffix}.index.json"
+
+
+def _file_of(model: ModelFile, tensor: Tensor) -> str:
+    return tensor.storage.key.partition(":")[0] if model.format == "shards" else ""
+
+
+def _stem(model: ModelFile, to: str) -> str:
+    name = model.path.name.partition(".")[0]
+    stem = _SHARD.sub("", name) or "model"
+    return _STEMS[to].get(stem, stem)
+
+
+def _write(job: ExportJob, shard: _Shard, path: Path) -> None:
+    """Write one file: a tensor at a time, or for PyTorch a shard."""
+    if job.request.to == "torch":
+        arrays = ((tensor.name, tensor.view_key, cast_tensor(job, tensor)) for tensor in shard.tensors)
+        importlib.import_module("prunectl.exporting.torch").save_state(arrays, path)
+        return
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted(job.request.metadata))}}
+    entries = [_entry(job, tensor) for tensor in shard.tensors]
+    write_entries(path, header, sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)))
+
+
+def _entry(job: ExportJob, tensor: Tensor) -> SafetensorsEntry:
+    return SafetensorsEntry(tensor.name, exported_dtype(job, tensor), tensor.shape, lambda: (cast_tensor(job, tensor),))
+
+
+def _write_index(job: ExportJob, shards: Sequence[_Shard], path: Path) -> None:
+    total = sum(tensor.size * exported_dtype(job, tensor).itemsize for shard in shards for tensor in shard.tensors)
+    owners = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(owners.items()))}
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config with the new type of numbers, and a sentence where it is another."""
+    narrow = "float16" if request.half else "bfloat16" if request.bf16 else ""
+    config = read_config(model, CONFIG) if narrow else {}
+    places = [inner for inner in _objects(config) if set(inner) & {"dtype", "torch_dtype"}]
+    for inner in places:
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(inner.get(key), str):
+                inner[key] = narrow
+    return config, (f"{CONFIG} was changed: its dtype is {narrow} now.",) if places else ()
+
+
+def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a config, and those of its parts."""
+    yield config
+    for key, value in config.items():
+        if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+            yield from _objects(value)
+
+
+def _check_equal(job: ExportJob, tensors: Sequence[Tensor], written: ModelFile) -> None:
+    """Read every tensor back, and compare its bits."""
+    found = {tensor.name: tensor for tensor in written.tensors}
+    if odd := found.keys() ^ {tensor.name for tensor in tensors}:
+        raise WorkError(f"{min(odd)} is missing or unexpected in the output; nothing was written")
+    for tensor in tensors:
+        array = cast_tensor(job, tensor)
+        if not same_bits(array, written.read(found[tensor.name]).reshape(array.shape)):
+            raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
