@@ -47,6 +47,7 @@ BY_NAME = {
     "api/keywords.py",
     "commands/completion.py",
     "exporting/export.py",
+    "exporting/folder.py",
     "exporting/routes.py",
     "training/checkpoint.py",
     "training/mask_schedule.py",
@@ -156,7 +157,7 @@ def test_an_old_name_is_never_proposed() -> None:
 REQUESTS = {"prune": PruneRequest(), "finetune": FinetuneRequest("train.npz"), "export": ExportRequest()}
 TEXTS = {
     **dict.fromkeys(("sparsity", "initial_sparsity", "val_split"), "25%"),
-    **dict.fromkeys(("target_gzip", "target_packed"), "3kB"),
+    **dict.fromkeys(("target_gzip", "target_packed", "shard_size"), "3kB"),
     "layer": ["a=0.5"],
     "repair": "outputs",
     "metadata": ["a=b"],
