@@ -402,7 +402,10 @@ def test_every_option_stands_in_the_whole_help(name: str) -> None:
     shown = here(name, "--help").out.partition("Examples:")[2]
     for param in importlib.import_module(COMMANDS[name][0]).command.params:
         if param.param_type_name == "option" and not param.hidden:
-            assert len(re.findall(rf"(?m)^ +(?:-\w, )?{param.opts[-1]}\b|(?:, | ){param.opts[-1]}(?:,|$)", shown)) >= 1
+            assert (
+                len(re.findall(rf"(?m)^ +(?:--?[\w-]+, )?{param.opts[-1]}\b|(?:, | ){param.opts[-1]}(?:,|$)", shown))
+                >= 1
+            )
 
 
 def test_an_interrupt_that_a_framework_turns_into_an_error_of_its_own_is_still_an_interrupt() -> None:

@@ -327,6 +327,7 @@ def limit_sentence(gate: LimitCheck, subject: str, texts: LimitTexts, *details: 
     """What was measured, and how far it is over a limit or below it; no full stop ends it."""
     # That of a single tensor is called alike, whether too much or too little of it is zero.
     name = "sparsity" if gate.metric == "sparsity" else gate.id
+    option = gate.id if gate.id != "max-gzip" or gate.codec is CodecName.GZIP else "max-compressed"
     phrase = _PHRASES.get(name, "{subject} has {actual}").format(
         subject=subject,
         actual=texts.actual,
@@ -342,7 +343,7 @@ def limit_sentence(gate: LimitCheck, subject: str, texts: LimitTexts, *details: 
         verdict = f"{texts.distance} {side} the limit of {texts.limit}"
     else:
         verdict = f"the limit is {texts.limit}"
-    return f"{phrase}, {verdict} ({'; '.join((gate.id, *details))})"
+    return f"{phrase}, {verdict} ({'; '.join((option, *details))})"
 
 
 def points(distance: float) -> str:

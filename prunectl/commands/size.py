@@ -58,8 +58,8 @@ def _cells(stats: ModelStats, first: int | None) -> tuple[Cell, ...]:
 _LIMITS = "Limits (exit code 1 if a model exceeds one)"
 
 
-def _limit(metavar: str, line: str) -> Any:
-    return typer.Option(metavar=metavar, help=line, rich_help_panel=_LIMITS)
+def _limit(metavar: str, line: str, *names: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=line, rich_help_panel=_LIMITS)
 
 
 def size(
@@ -70,7 +70,9 @@ def size(
     *,
     max_raw: Annotated[str, _limit("SIZE", "Largest size on disk, e.g. 2MB.")] = "",
     max_packed: Annotated[str, _limit("SIZE", "Largest size after --pack, e.g. 1MB.")] = "",
-    max_gzip: Annotated[str, _limit("SIZE", "Largest compressed size, e.g. 500KB (see --codec).")] = "",
+    max_gzip: Annotated[
+        str, _limit("SIZE", "Largest compressed size, e.g. 500KB (see --codec).", "--max-gzip", "--max-compressed")
+    ] = "",
     min_sparsity: Annotated[str, _limit("RATIO", "Lowest sparsity of the prunable weights: 80%.")] = "",
     against: Annotated[str, _limit("FILE", "Earlier model to compare with, for --max-growth.")] = "",
     max_growth: Annotated[str, _limit("SIZE|%", "Largest growth in compressed size: 2% or 10KB.")] = "",
