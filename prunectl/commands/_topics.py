@@ -334,7 +334,8 @@ stars. prunectl inspect MODEL lists all names.
 A selector that matches nothing is an error (exit code 2) with similar names.
 
   --layer 'fc*=90%'   a sparsity of their own; the last match wins
-  --layers 'conv*'    only these, whatever the policy
+  --layers 'conv*'    only the kernels of these; what is no kernel (a bias, an
+                      embedding) if it alone is named: 'conv1.bias'
   --exclude head      never these; repeatable, and wins over the others
   --policy NAME       which tensors may be pruned:
 

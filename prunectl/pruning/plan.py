@@ -89,10 +89,11 @@ class PlanCriteria:
 
 def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
     """The tensors that policy and selectors allow; a container that re-encodes can change what is not contiguous."""
+    skip_reason = criteria.policy.skip_reason(model)
     layer_ratios = {
-        tensor.name: sparsity for selector, sparsity in criteria.layers for tensor in select_names(model, selector)
+        name: sparsity for selector, sparsity in criteria.layers for name in _named(model, selector, skip_reason)
     }
-    tensors, skips = _partition(model, criteria, layer_ratios)
+    tensors, skips = _partition(model, criteria, skip_reason, layer_ratios)
     if not tensors:
         raise UsageError(
             _nothing_to_prune(model, skips),
@@ -140,21 +141,36 @@ def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
     return (groups * pattern.zeros + short) * (tensor.size // length)
 
 
+def _named(model: ModelFile, selector: str, skip_reason: Callable[[Tensor], Verdict]) -> frozenset[str]:
+    """The tensors that a selector means: of those it matches what the policy allows.
+
+    Where the policy allows none of them, as when a selector names a bias, they were meant themselves, kernels first.
+    """
+    matched = select_names(model, selector)
+    allowed = [tensor.name for tensor in matched if not skip_reason(tensor)]
+    kernels = [tensor.name for tensor in matched if tensor.is_prunable]
+    return frozenset(allowed or kernels or (tensor.name for tensor in matched))
+
+
 def _partition(
-    model: ModelFile, criteria: PlanCriteria, layer_ratios: Mapping[str, float]
+    model: ModelFile,
+    criteria: PlanCriteria,
+    skip_reason: Callable[[Tensor], Verdict],
+    layer_ratios: Mapping[str, float],
 ) -> tuple[tuple[Tensor, ...], tuple[SkippedTensor, ...]]:
     can_reencode = by_name(model.format).can_reencode
-    skip_reason = criteria.policy.skip_reason(model)
-    only = {tensor.name for tensor in select_names(model, criteria.only)} if criteria.only else None
+    matched = {tensor.name for tensor in select_names(model, criteria.only)} if criteria.only else None
+    only = _named(model, criteria.only, skip_reason) if criteria.only else None
     excluded = {tensor.name for selector in criteria.exclude for tensor in select_names(model, selector)}
     reasons: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in excluded:
             reasons[tensor.name] = "excluded"
         elif tensor.name not in layer_ratios:
-            # What was named by --layers was meant, even if it is no kernel.
+            is_left_out = matched is not None and tensor.name not in matched
+            is_meant = only is not None and tensor.name in only
             reasons[tensor.name] = (
-                skip_reason(tensor) if only is None else "" if tensor.name in only else "not selected by --layers"
+                "not selected by --layers" if is_left_out else "" if is_meant else skip_reason(tensor)
             )
         if tensor.name in model.duplicates:
             reasons[tensor.name] = "a copy of another variable, pruned with it"

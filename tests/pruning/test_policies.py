@@ -73,11 +73,27 @@ def test_only_means_what_it_names_even_if_it_is_no_kernel() -> None:
     names, reasons = chosen(DIGITS, only="re:bias$")
     assert names == ["conv1.bias", "conv2.bias", "fc1.bias", "fc2.bias"]
     assert reasons["fc1.weight"] == "not selected by --layers"
+    assert chosen(DIGITS, only="conv1.bias")[0] == ["conv1.bias"]
+
+
+@pytest.mark.parametrize("selector", ["conv*", "conv?.*", "re:conv"])
+def test_the_layers_of_a_pattern_are_pruned_without_their_biases(selector: str) -> None:
+    names, reasons = chosen(DIGITS, only=selector)
+    assert names == ["conv1.weight", "conv2.weight"]
+    assert (reasons["conv1.bias"], reasons["fc1.bias"]) == ("a bias", "not selected by --layers")
+    everything, _ = chosen(DIGITS, only=selector, policy="all")
+    assert everything == ["conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias"]
+
+
+def test_of_the_layers_of_a_pattern_the_policy_chooses_unless_it_allows_none() -> None:
+    assert chosen(DIGITS, only="conv*", policy="skip-first-last")[0] == ["conv2.weight"]
+    assert chosen(DIGITS, only="conv1", policy="skip-first-last")[0] == ["conv1.weight"]
+    assert chosen(DIGITS, only="*", policy="min-size:1000")[0] == ["conv2.weight", "fc1.weight"]
 
 
 def test_excluded_beats_all_else() -> None:
     names, reasons = chosen(DIGITS, only="fc*", exclude=("fc2",), layers=(("fc2", 0.9),))
-    assert names == ["fc1.weight", "fc1.bias"]
+    assert names == ["fc1.weight"]
     assert reasons["fc2.weight"] == "excluded"
 
 
@@ -87,7 +103,8 @@ def test_of_two_ratios_for_a_layer_the_last_counts(tmp_path: Path) -> None:
     ratios = {name: float((array == 0).mean()) for name, array in arrays(written).items()}
     assert ratios["fc1.weight"] == pytest.approx(0.5, abs=1e-3)
     assert ratios["fc2.weight"] == pytest.approx(0.25, abs=1e-2)
-    assert ratios["conv1.bias"] == pytest.approx(0.1, abs=0.1)
+    assert ratios["conv2.weight"] == pytest.approx(0.1, abs=1e-2)
+    assert ratios["conv1.bias"] == 0
     assert found.plan.drop == sum(tally.dropped for tally in found.tallies.values())
 
 
