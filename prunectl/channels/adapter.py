@@ -132,6 +132,11 @@ class GraphAdapter(ABC):
         """Whether its runtime can calculate in float64, whatever the network itself does."""
         return True
 
+    @property
+    def class_name(self) -> str:
+        """The class that is written beside the weights; empty where none is."""
+        return ""
+
     def companion_files(self, target: Path) -> tuple[Path, ...]:
         """The files that are written beside a target."""
         del target

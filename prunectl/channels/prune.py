@@ -50,6 +50,8 @@ class ChannelPruneResult:
     """How long both take for one example, if that was measured."""
     beside: tuple[tuple[str, int], ...] = ()
     """Files that were written with the model, such as its class, and their bytes."""
+    builder: str = ""
+    """The class in such a file, as `--builder` names it."""
 
     @property
     def channels(self) -> int:
@@ -136,6 +138,7 @@ def prune_channels(
         ),
         seconds,
         companions if output is not None else (),
+        f"{companions[0][0]}:{adapter.class_name}" if companions and adapter.class_name else "",
     )
 
 

@@ -15,7 +15,7 @@ from prunectl.exporting.export import export
 from prunectl.exporting.request import BATCH_SIZE, OPTIONS, SAMPLES, parse_request
 from prunectl.exporting.routes import suffix_of
 from prunectl.pruning.destination import Destination
-from prunectl.reporting.prune import before_after, outcome
+from prunectl.reporting.prune import before_after, compare_sizes, outcome
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
 
 _OUTPUTS = (
@@ -38,7 +38,7 @@ def export_report(result: ExportResult, output: str) -> Report:
         sections=(Section(f"{result.before.path} -> {output}", facts, tables, notes),),
         artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.companion_files)),
         summary=outcome(result.before, result.after, output),
-        next_step=f"prunectl size {result.before.path} {output}",
+        next_step=compare_sizes(result.before, output),
         quiet_lines=(),
         extra_json={"parity": _parity_json(result.comparison)},
     )

@@ -15,7 +15,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped, strip
-from prunectl.reporting.prune import before_after, outcome
+from prunectl.reporting.prune import before_after, compare_sizes, outcome
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
 
 _ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
@@ -38,7 +38,7 @@ def strip_report(result: Stripped, output: str, *, is_rewritten: bool) -> Report
         sections=(Section(f"{result.before.path} -> {output or '(dry run)'}", (), tables, tuple(notes)),),
         artifacts=(Artifact(output, result.after.bytes.raw),) if output else (),
         summary=outcome(result.before, result.after, output),
-        next_step=f"prunectl size {result.before.path} {output}" if output else "",
+        next_step=compare_sizes(result.before, output),
         quiet_lines=(),
     )
 

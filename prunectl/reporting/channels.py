@@ -9,7 +9,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.channels.config import ChannelConfig
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.channels.verify import Verification
-from prunectl.reporting.prune import outcome
+from prunectl.reporting.prune import compare_sizes, outcome, recover_accuracy
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.units import count, percent
 
@@ -55,10 +55,17 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
         if output
         else (),
         summary=outcome(result.before, result.after, output),
-        next_step=f"prunectl size {result.before.path} {output}" if output else "",
+        next_step=_next_step(result, output),
         quiet_lines=(),
         extra_json={"channels": _json(result)},
     )
+
+
+def _next_step(result: ChannelPruneResult, output: str) -> str:
+    """To train what is smaller; to compare sizes where only what made no difference is gone."""
+    if not output or result.cutting.only_dead:
+        return compare_sizes(result.before, output)
+    return recover_accuracy(result.before, output, result.builder)
 
 
 def _rows(result: ChannelPruneResult) -> tuple[tuple[Cell, ...], ...]:

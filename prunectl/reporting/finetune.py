@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from prunectl.reporting.prune import before_after, outcome
+from prunectl.reporting.prune import before_after, compare_sizes, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Settings, Table, Unit, survey_json
 from prunectl.reporting.reporter import escape_unencodable, make_console
 from prunectl.training.finetune import FinetuneResult
@@ -56,7 +56,7 @@ def finetune_report(result: FinetuneResult, model: str, output: str) -> Report:
         sections=(Section(f"{model} -> {output}", _facts(result), tables, result.notes),),
         artifacts=(Artifact(output, result.after.bytes.raw),),
         summary=outcome(result.before, result.after, output),
-        next_step=f"prunectl size {model} {output}",
+        next_step=compare_sizes(result.before, output),
         quiet_lines=(),
     )
 

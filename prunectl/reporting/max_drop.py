@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import Any
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.stats import ModelStats
-from prunectl.reporting.prune import LIKELY_TO_FALL, UNMEASURED, before_after, outcome
+from prunectl.reporting.prune import LIKELY_TO_FALL, UNMEASURED, before_after, compare_sizes, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.sweeping.grid import amount, drop, finite
 from prunectl.sweeping.max_drop import SearchResult
@@ -36,7 +37,7 @@ def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_a
     return replace(
         report,
         sections=(_section(result, notes), *sections),
-        next_step="".join(f"prunectl size {artifact.path}" for artifact in report.artifacts[:1]),
+        next_step="".join(shlex.join(["prunectl", "size", artifact.path]) for artifact in report.artifacts[:1]),
         extra_json={**report.extra_json, "max_drop": _json(result)},
     )
 
@@ -53,7 +54,7 @@ def max_drop_report(
         sections=(Section(f"{model} -> {output}", tables=(before_after(before, after),)), section),
         artifacts=(Artifact(output, after.bytes.raw),),
         summary=outcome(before, after, output),
-        next_step=f"prunectl size {model} {output}",
+        next_step=compare_sizes(before, output),
         quiet_lines=(),
         extra_json={"max_drop": _json(result)},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -178,16 +179,29 @@ def outcome(before: ModelStats, after: ModelStats, output: str) -> str:
 
 def _next_step(pruned: Pruned, output: str) -> str:
     """Training where the format can be trained; else a search that looks at the accuracy."""
-    if not output:
-        return ""
-    family, path = by_name(pruned.before.format).family, Path(output)
-    if family in _TRAINED:
-        builder = f" --builder {pruned.request.model or 'net.py:Net'}" if family is Family.TORCH else ""
-        tuned = path.with_name(f"{path.stem}-tuned{path.suffix}")
-        return f"prunectl finetune {output} -o {tuned} --data train.npz --val test.npz{builder}"
-    if family is Family.ONNX and not pruned.request.data:
-        return f"prunectl prune {pruned.before.path} -o {output} --force --max-drop 1pp --data test.npz"
-    return f"prunectl size {pruned.before.path} {output}"
+    family = by_name(pruned.before.format).family
+    if output and family is Family.ONNX and not pruned.request.data:
+        words = ("-o", output, "--force", "--max-drop", "1pp", "--data", "test.npz")
+        return shlex.join(["prunectl", "prune", pruned.before.path, *words])
+    if not output or (family is not Family.ONNX and family not in _TRAINED):
+        return compare_sizes(pruned.before, output)
+    return recover_accuracy(pruned.before, output, pruned.request.model or "net.py:Net")
+
+
+def compare_sizes(before: ModelStats, output: str) -> str:
+    """The command that compares the sizes of a model before and after; none of a dry run."""
+    return shlex.join(["prunectl", "size", before.path, output]) if output else ""
+
+
+def recover_accuracy(before: ModelStats, output: str, builder: str) -> str:
+    """The command that trains a smaller model, or where no framework does, says what it is still worth."""
+    family, path = by_name(before.format).family, Path(output)
+    if family is Family.ONNX:
+        return shlex.join(["prunectl", "eval", output, "--data", "test.npz", "--against", before.path])
+    tuned = str(path.with_name(f"{path.stem}-tuned{path.suffix}"))
+    code = ("--builder", builder) if family in {Family.TORCH, Family.SAFETENSORS} else ()
+    data = ("--data", "train.npz", "--val", "test.npz")
+    return shlex.join(["prunectl", "finetune", output, "-o", tuned, *data, *code])
 
 
 _TRAINED = {Family.KERAS, Family.SAVED_MODEL, Family.TORCH, Family.TORCH_PROGRAM}

@@ -99,6 +99,11 @@ class TorchAdapter(GraphAdapter):
         """What every convolution and every dense layer makes; layers of several steps are one step of the program."""
         return outputs_of_weighted_layers(self.graph) & {node.name for node in self._traced.module.graph.nodes}
 
+    @property
+    def class_name(self) -> str:
+        """That of the module that was traced."""
+        return "" if self._is_program else class_of(self._traced)
+
     def companion_files(self, target: Path) -> tuple[Path, ...]:
         """The file of the generated class."""
         return () if self._is_program else (companion_file(target),)
