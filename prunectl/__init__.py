@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prunectl.api import check as check
     from prunectl.api import diff as diff
     from prunectl.api import doctor as doctor
+    from prunectl.api import eval as eval  # noqa: A004 - as the command is called
     from prunectl.api import evaluate as evaluate
     from prunectl.api import export as export
     from prunectl.api import finetune as finetune
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 _FUNCTIONS = frozenset(
-    "check diff doctor evaluate export finetune init inspect prune size strip sweep verify".split()  # noqa: SIM905
+    "check diff doctor eval evaluate export finetune init inspect prune size strip sweep verify".split()  # noqa: SIM905
 )
 
 

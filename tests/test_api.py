@@ -38,6 +38,7 @@ def test_every_function_is_listed() -> None:
     assert all(inspect.getdoc(getattr(prunectl, name)) for name in api.__all__)
     # Every command but those that only talk to a shell; `eval` has a name that hides nothing of Python.
     talking = {"help", "plugins"}
+    assert prunectl.eval is prunectl.evaluate
     assert {*api.__all__} == {"evaluate" if name == "eval" else name for name in COMMANDS} - talking
     with pytest.raises(AttributeError, match="no attribute 'bake'"):
         prunectl.bake  # noqa: B018 - asking for it is the test

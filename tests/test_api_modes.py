@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import prunectl
+from prunectl import api
 from prunectl.api.results import Progress
 from prunectl.errors import MissingExtraError, UsageError
 from tests.running import FIXTURES
@@ -28,8 +31,9 @@ def test_a_search_finds_what_the_command_finds(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
     assert found.search is not None
-    assert len(told) == len(found.search.tried)
-    assert f"{len(told)} sparsities tried" in repr(found)
+    tried = [now for now in told if ": accuracy " in now.label]
+    assert len(tried) == len(found.search.tried)
+    assert f"{len(tried)} sparsities tried" in repr(found)
     assert found.to_dict()["max_drop"]
     with pytest.raises(UsageError, match="sparsity and max_drop both set the sparsity"):
         prunectl.prune(ONNX, None, max_drop="2pp", data=DATA, sparsity=0.5)
@@ -126,8 +130,35 @@ def test_progress_is_told_as_work_is_done(tmp_path: Path) -> None:
         function(ONNX, on_progress=told.append)
         assert 0 < told[-1].done <= told[-1].total
         assert "digits_cnn.onnx" in told[-1].label
+    told = []
+    prunectl.prune({"fc.weight": np.ones((4, 4), np.float32)}, sparsity=0.5, on_progress=told.append)
+    assert 0 < told[-1].done <= told[-1].total
+    told = []
+    prunectl.strip(ONNX, tmp_path / "stripped.onnx", on_progress=told.append)
+    assert {now.label for now in told} == {"measuring digits_cnn.onnx", "measuring stripped.onnx"}
+    told = []
+    prunectl.evaluate(ONNX, DATA, on_progress=told.append)
+    assert [(now.done, now.total) for now in told][-1] == (200, 200)
+    (tmp_path / "models").mkdir()
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(ONNX, tmp_path / "models" / name)
+    told = []
+    prunectl.init(tmp_path / "models", on_progress=told.append)
+    assert [(now.done, now.total) for now in told] == [(1, 2), (2, 2)]
+    told = []
+    prunectl.export(ONNX, tmp_path / "weights.npz", on_progress=told.append)
+    assert [(now.label, now.done, now.total) for now in told] == [
+        ("exporting digits_cnn.onnx", step, 3) for step in (1, 2, 3)
+    ]
     with pytest.raises(TypeError, match="on_progress must be a function, not int"):
         prunectl.size(ONNX, on_progress=3)  # type: ignore[arg-type]
+
+
+def test_every_function_that_takes_time_tells_how_far_it_is_or_why_it_does_not() -> None:
+    for name in api.__all__:
+        function = getattr(prunectl, name)
+        assert ("on_progress" in inspect.signature(function).parameters) == (name != "doctor"), name
+    assert "no ``on_progress``" in (prunectl.doctor.__doc__ or "")
 
 
 def test_a_table_becomes_a_data_frame(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ print(prunectl.prune("m.h5", "w.h5", sparsity=0.8, wrap=True, schedule="polynomi
 looked = prunectl.inspect("m.pt", groups=True, sensitivity=True, data=(x, y), builder=torch.nn.Bilinear)
 print(looked.groups, looked.sensitivity, looked.to_pandas())
 print(prunectl.size("m.pt", on_progress=lambda now: print(now.done, now.total, now.label)))
+print(prunectl.strip("m.pt", None, on_progress=print), prunectl.init("models", on_progress=print).proposals)
+print(prunectl.export("m.pt", "m.npz", on_progress=lambda now: now.done).output, prunectl.doctor().to_dict())
+print(prunectl.eval("m.onnx", "d.npz", metric=["accuracy"], on_progress=print).logs["accuracy"])
 print(prunectl.evaluate("m.pt", torch.utils.data.TensorDataset(torch.zeros(1)), metric="accuracy").value)
 """
 MISTAKES = """import prunectl

@@ -148,6 +148,10 @@ class _NoProgress:
         """Count nothing."""
 
 
+class Items(int):
+    """A total that counts things, where others count bytes."""
+
+
 def no_progress(_label: str, _total_bytes: int) -> AbstractContextManager[ProgressBar]:
     """A bar that nobody sees."""
     return nullcontext(_NoProgress())

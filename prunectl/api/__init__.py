@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Unpack, overload
@@ -33,7 +33,7 @@ from prunectl.api.keywords import (
     ratio,
 )
 from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
-from prunectl.api.pruning import ChannelResult, PruneResult, prune_file, trial_teller
+from prunectl.api.pruning import ChannelResult, PruneResult, prune_file, prune_own_file, trial_teller
 from prunectl.api.results import (
     CheckResult,
     ConversionResult,
@@ -50,7 +50,7 @@ from prunectl.api.results import (
     VerifyResult,
     meter_of,
 )
-from prunectl.api.training import EpochWatcher, OnEpoch, TrainingSearchResult, search_trained
+from prunectl.api.training import EpochWatcher, OnEpoch, TrainingSearchResult, search_trained, sweep_config
 from prunectl.calibration.sensitivity import sensitivity as sensitivity_of
 from prunectl.channels.groups import channel_groups
 from prunectl.checks import check as checking
@@ -60,7 +60,6 @@ from prunectl.commands.check import ci_path, load_baseline, load_budgets
 from prunectl.commands.doctor import extras
 from prunectl.commands.init import write_budgets
 from prunectl.commands.strip import parse_parts
-from prunectl.commands.sweep import USUAL, parse_names, parse_param
 from prunectl.errors import UsageError
 from prunectl.exporting import export as exporting
 from prunectl.exporting import request as export_request
@@ -71,7 +70,6 @@ from prunectl.pruning import strip as stripping
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import read_record
 from prunectl.sweeping import sweep as sweeping
-from prunectl.sweeping.trial import SweepConfig
 from prunectl.training import evaluate as evaluation
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request
@@ -144,7 +142,14 @@ def prune(
 
 
 @overload
-def prune(model: LiveModel, /, *, in_place: bool = False, **options: Unpack[PruneOptions]) -> LiveModel: ...
+def prune(
+    model: LiveModel,
+    /,
+    *,
+    in_place: bool = False,
+    on_progress: OnProgress = None,
+    **options: Unpack[PruneOptions],
+) -> LiveModel: ...
 
 
 @as_keywords()
@@ -176,17 +181,14 @@ def prune(
             raise UsageError(
                 f"{kind.title} in memory is returned and not written: there is no output", hint="save what is returned"
             )
-        return prune_in_memory(kind, model, _prune_own_file, options, in_place=in_place)
+        # What it holds was made here: no code in it is a stranger's.
+        own = partial(prune_own_file, on_progress=on_progress)
+        return prune_in_memory(kind, model, own, options, in_place=in_place)
     path = _path(model)
     if output is ...:
         raise UsageError("no output is given", hint=PATH_HINT)
     destination = _destination(output, force=force, in_place=in_place)
     return prune_file(path, destination, options, is_trusted=trust, on_progress=on_progress)
-
-
-def _prune_own_file(path: Path, output: Path, options: Mapping[str, Any]) -> object:
-    # What it holds was made here: no code in it is a stranger's.
-    return prune_file(path, Destination(output), options, is_trusted=True, known=PruneOptions)
 
 
 @as_keywords()
@@ -199,12 +201,16 @@ def strip(
     pack: bool = False,
     force: bool = False,
     in_place: bool = False,
+    on_progress: OnProgress = None,
 ) -> StripResult:
-    """Drop what a model does not need to predict; without an output nothing is written."""
+    """Drop what a model does not need to predict; without an output nothing is written.
+
+    ``on_progress`` is called while both models are measured.
+    """
     check_type("only", only, Names)
     destination = _destination(output, force=force, in_place=in_place)
     options = StripOptions(parse_parts(",".join(names(only))), to_half=half)
-    result = stripping.strip(_path(model), options, destination, is_packed=pack)
+    result = stripping.strip(_path(model), options, destination, is_packed=pack, meter=meter_of(on_progress))
     written = "" if destination is None else str(destination.target)
     return StripResult.of(result, output=written, is_rewritten=half or pack)
 
@@ -280,31 +286,41 @@ def finetune(
 
 @as_keywords()
 @host_settings()
-def evaluate(model: AnyPath, data: Data, /, **options: Unpack[EvaluateOptions]) -> EvaluationResult:
+def evaluate(
+    model: AnyPath, data: Data, /, *, on_progress: OnProgress = None, **options: Unpack[EvaluateOptions]
+) -> EvaluationResult:
     """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
 
-    ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", builder=Net)``
+    ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", builder=Net)``. ``on_progress`` is called after each
+    batch, with the number of examples.
     """
     if data is None:
         raise UsageError("no data is given", hint="write prunectl.evaluate('model.h5', 'test.npz')")
     with named_objects({**parse_keywords("evaluate", EvaluateOptions, options), "data": data}) as named:
-        return EvaluationResult.of(
-            evaluation.evaluate_file(_path(model), finetune_request.parse_request(named)), path=str(model)
-        )
+        request = finetune_request.parse_request(named)
+        result = evaluation.evaluate_file(_path(model), request, meter_of(on_progress))
+    return EvaluationResult.of(result, path=str(model))
 
 
 @as_keywords()
 @host_settings()
 def export(
-    model: AnyPath, output: AnyPath, /, *, force: bool = False, **options: Unpack[ExportOptions]
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    force: bool = False,
+    on_progress: OnProgress = None,
+    **options: Unpack[ExportOptions],
 ) -> ConversionResult:
     """Write a model in another format, run beside its source before it is kept.
 
     The options are those of the command line: ``to="onnx"``, ``opset=18``, ``input=["x:?,3,8,8"]``, ``half=True`` …
+    ``on_progress`` is called when the model is loaded, written and compared.
     """
     destination = Destination(_path(output, "output"), is_forced=force)
     with named_objects(parse_keywords("export", ExportOptions, options)) as named:
-        result = exporting.export(_path(model), export_request.parse_request(named), destination)
+        result = exporting.export(_path(model), export_request.parse_request(named), destination, meter_of(on_progress))
     return ConversionResult.of(result, output=str(destination.target))
 
 
@@ -362,15 +378,21 @@ def check(
 
 
 @as_keywords()
-def init(folder: AnyPath = ".", *, margin: Ratio = "10%") -> InitResult:
-    """Measure all models in a folder, and write a prunectl.toml with limits for them and a baseline of their sizes."""
+def init(folder: AnyPath = ".", *, margin: Ratio = "10%", on_progress: OnProgress = None) -> InitResult:
+    """Measure all models in a folder, and write a prunectl.toml with limits for them and a baseline of their sizes.
+
+    ``on_progress`` is called after each model.
+    """
     check_type("margin", margin, Ratio)
-    return InitResult(*write_budgets(_path(folder, "folder"), ratio("margin", margin)))
+    return InitResult(*write_budgets(_path(folder, "folder"), ratio("margin", margin), meter_of(on_progress)))
 
 
 @as_keywords()
 def doctor() -> DoctorResult:
-    """Find out which versions are installed, which extras work, and what to install for the others."""
+    """Find out which versions are installed, which extras work, and what to install for the others.
+
+    It takes less than a second, so that it has no ``on_progress``.
+    """
     return DoctorResult(extras())
 
 
@@ -385,21 +407,8 @@ def sweep(
     """
     check_type("data", data, AnyPath)
     parsed = parse_keywords("sweep", SweepOptions, options)
-    lists: dict[str, Any] = {
-        name: parse_names(",".join(names(parsed[name])), name)
-        for name in ("strategies", "scopes", "patterns", "schedules")
-        if name in parsed
-    }
     drop = parse_text("max_drop", parse_drop, parsed["max_drop"]) if parsed.get("max_drop") else None
-    config = SweepConfig(
-        data=os.fspath(data),
-        params=tuple(map(parse_param, parsed.get("param", ()))),
-        sparsities=_ratios(parsed.get("sparsities", () if drop else USUAL)),
-        exclude=parsed.get("exclude", ()),
-        is_trusted=parsed.get("trust", False),
-        **lists,
-        **{field: parsed[name] for name, field in _FIELDS.items() if name in parsed},
-    )
+    config = sweep_config(os.fspath(data), parsed, is_search=drop is not None)
     swept = sweeping.sweep(
         _path(model),
         config,
@@ -412,16 +421,6 @@ def sweep(
     return SweepResult.of(swept, model=str(model))
 
 
-_SAME = "val val_split epochs batch_size samples lr optimizer loss metric policy seed custom_objects"
-_FIELDS = {**{name: name for name in _SAME.split()}, "layers": "only", "builder": "model"}
-"""Options of `sweep`, each with what its configuration calls it."""
-
-
-def _ratios(values: Any) -> tuple[float, ...]:
-    listed = values.split(",") if isinstance(values, str) else [values] if isinstance(values, int | float) else values
-    return tuple(sorted({ratio("sparsities", value) for value in listed}))
-
-
 def _path(path: AnyPath, name: str = "model") -> Path:
     check_type(name, path, AnyPath)
     return Path(path)
@@ -431,6 +430,7 @@ def _destination(path: AnyPath | None, *, force: bool, in_place: bool) -> Destin
     return None if path is None else Destination(_path(path, "output"), is_forced=force, is_in_place=in_place)
 
 
+eval = evaluate  # noqa: A001 - as the command is called; among the names to import it would hide that of Python
 __all__ = [
     "check",
     "diff",

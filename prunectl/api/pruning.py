@@ -12,7 +12,7 @@ import typer
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.api.in_memory import is_in_memory, named_objects
-from prunectl.api.keywords import ChannelOptions, FilePruneOptions, RunOptions, parse_keywords
+from prunectl.api.keywords import ChannelOptions, FilePruneOptions, PruneOptions, RunOptions, parse_keywords
 from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
 from prunectl.channels import prune as cuts
 from prunectl.channels.prune import ChannelPruneResult
@@ -99,6 +99,12 @@ def _next(output: str) -> tuple[str, ...]:
     if not output:
         return ()
     return ("Accuracy was not measured.", f"Next: prunectl.evaluate({output!r}, DATA), or prunectl.finetune")
+
+
+def prune_own_file(path: Path, output: Path, options: Mapping[str, Any], *, on_progress: OnProgress) -> object:
+    """Prune the file of a model in memory, whose code is the caller's own."""
+    known = PruneOptions
+    return prune_file(path, Destination(output), options, is_trusted=True, known=known, on_progress=on_progress)
 
 
 _UNCHECKED = frozenset({"builder", "custom_objects"})

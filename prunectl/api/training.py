@@ -1,20 +1,23 @@
-"""`finetune` as a function: who watches it, and its search for the highest sparsity within a drop."""
+"""`finetune` and `sweep` as functions: who watches a run, its search for a sparsity, and what is tried."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from prunectl.api.keywords import names, ratio
 from prunectl.api.pruning import trial_teller
 from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
 from prunectl.commands._requests import OPTION_RULES, Mode
 from prunectl.commands.max_drop import TrainingSearch, request_at, training_search
+from prunectl.commands.sweep import USUAL, parse_names, parse_param
 from prunectl.errors import UsageError
 from prunectl.pruning.destination import Destination
 from prunectl.reporting.max_drop import max_drop_report
 from prunectl.reporting.report import Report
+from prunectl.sweeping.trial import SweepConfig
 from prunectl.training.finetune import finetune
 from prunectl.training.logger import LogEntry, ProgressEvent
 from prunectl.training.request import FinetuneRequest
@@ -74,6 +77,34 @@ def _refuse_what_is_of_one_run(request: FinetuneRequest) -> None:
         for name in rule.options:
             if rule.never & Mode.SEARCH and given[name]:
                 raise UsageError(rule.message.format(name), hint=rule.hint.format(name))
+
+
+_SAME = "val val_split epochs batch_size samples lr optimizer loss metric policy seed custom_objects"
+_FIELDS = {**{name: name for name in _SAME.split()}, "layers": "only", "builder": "model"}
+"""Options of `sweep`, each with what its configuration calls it."""
+
+
+def sweep_config(data: str, parsed: Mapping[str, Any], *, is_search: bool) -> SweepConfig:
+    """What a sweep tries, of parsed keywords; a search for a sparsity is given none."""
+    lists: dict[str, Any] = {
+        name: parse_names(",".join(names(parsed[name])), name)
+        for name in ("strategies", "scopes", "patterns", "schedules")
+        if name in parsed
+    }
+    return SweepConfig(
+        data=data,
+        params=tuple(map(parse_param, parsed.get("param", ()))),
+        sparsities=_ratios(parsed.get("sparsities", () if is_search else USUAL)),
+        exclude=parsed.get("exclude", ()),
+        is_trusted=parsed.get("trust", False),
+        **lists,
+        **{field: parsed[name] for name, field in _FIELDS.items() if name in parsed},
+    )
+
+
+def _ratios(values: Any) -> tuple[float, ...]:
+    listed = values.split(",") if isinstance(values, str) else [values] if isinstance(values, int | float) else values
+    return tuple(sorted({ratio("sparsities", value) for value in listed}))
 
 
 class EpochWatcher:

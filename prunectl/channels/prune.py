@@ -11,6 +11,7 @@ from typing import Any
 from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, with_macs
+from prunectl.analysis.tensor_io import Items, ProgressBar, ProgressFactory, no_progress
 from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwork, open_adapter, pruned_shape
 from prunectl.channels.config import ChannelConfig, parse_config
 from prunectl.channels.groups import ChannelGroup, PrunedGroup
@@ -68,6 +69,7 @@ def prune_channels(
     path: Path,
     request: PruneRequest,
     output: Destination | None,
+    meter: ProgressFactory = no_progress,
     *,
     has_digests: bool = False,
     is_trusted: bool = False,
@@ -78,9 +80,35 @@ def prune_channels(
     """Prune channels of a model; without an output, into a scratch file that is measured and thrown away.
 
     The limits are those of `parse_config`. A cut that removes nothing is refused, unless none was asked for or it is
-    allowed to be empty.
+    allowed to be empty. Progress is counted in steps: planned, verified, written.
     """
     config = parse_config(request, **limits)
+    with meter(f"cutting channels of {path.name}", Items(3)) as bar:
+        return _prune(
+            path,
+            request,
+            output,
+            config,
+            bar,
+            has_digests=has_digests,
+            is_trusted=is_trusted,
+            has_latency=has_latency,
+            allow_empty=allow_empty,
+        )
+
+
+def _prune(
+    path: Path,
+    request: PruneRequest,
+    output: Destination | None,
+    config: ChannelConfig,
+    bar: ProgressBar,
+    *,
+    has_digests: bool,
+    is_trusted: bool,
+    has_latency: bool,
+    allow_empty: bool,
+) -> ChannelPruneResult:
     model = open_model(path)
     if request.is_packed:
         require_can(model, Capability.PACK)
@@ -103,11 +131,13 @@ def prune_channels(
     if not plan.removed and not allow_empty and not config.removes_nothing:
         raise _removes_nothing_error(path, plan, config)
     pruned = adapter.prune(plan.removed, plan.after, plan.weights)
+    bar.advance(1)
     batches, notes = calibration_batches(model, adapter, request, config.importance)
     verification = verify(adapter, pruned, plan, config.seed, batches)
     if adapter.has_float64 and verification.error_float64 is None:
         notes = (*notes, "The networks were compared in their own precision only: the original cannot run in float64.")
     seconds = latency(adapter, pruned, config.seed) if has_latency else None
+    bar.advance(1)
     with outputs.staging_dir(model, output) as (folder, target):
         written = adapter.write(pruned, folder, target)
         staged = written.path
@@ -120,6 +150,7 @@ def prune_channels(
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(open_model(staged)))
         companions = tuple((str(path), (folder / path.name).stat().st_size) for path in adapter.companion_files(target))
+    bar.advance(1)
     display_path = str(target if output is not None else "the result")
     return ChannelPruneResult(
         request,

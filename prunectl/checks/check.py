@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeGuard
 
-from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.checks import baseline as baselines
 from prunectl.checks.baseline import Baseline, BaselineEntry
 from prunectl.checks.lazy_stats import LazyModelStats
@@ -89,7 +89,7 @@ def check(
     chosen = select_budgets(budgets, names)
     run = _CheckRun(budgets, baseline, file, is_trusted, baseline.entries)
     keys = {budget: _model_keys(run, budget) for budget in chosen}
-    with reuse_worker(), meter("checking", sum(map(len, keys.values()))) as bar:
+    with reuse_worker(), meter("checking", Items(sum(map(len, keys.values())))) as bar:
         notes = _record_baseline(run, keys, reason)
         for budget, model_keys in keys.items():
             for key in model_keys:

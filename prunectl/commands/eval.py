@@ -104,14 +104,14 @@ def evaluate(
         }
     )
     # First, since nothing can be compared without it.
-    dense = evaluate_baseline(Path(against), request) if against else None
+    dense = evaluate_baseline(Path(against), request, reporter.progress) if against else None
     has_limits = bool(against or min_ or max_)
     results: list[tuple[str, Evaluation]] = [] if dense is None else [(against, dense)]
     failures = []
     for name in paths:
         with resolve_stdin(name) as path:
             judge = evaluate_baseline if has_limits else evaluate_file
-            result = attempt(partial(judge, request=request), path)
+            result = attempt(partial(judge, request=request, meter=reporter.progress), path)
         if isinstance(result, PrunectlError):
             failures.append(Failure(name, with_given_path(result, path, name)))
         else:

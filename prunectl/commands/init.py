@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.checks import baseline as baselines
 from prunectl.checks.baseline import Baseline
 from prunectl.checks.config import OWN, SHARED, load_config
@@ -76,10 +77,12 @@ def init(
     [dim]$[/] prunectl check
     """
     reporter: Reporter = ctx.obj
-    return reporter.show(init_report(*write_budgets(folder, parse_ratio(margin))))
+    return reporter.show(init_report(*write_budgets(folder, parse_ratio(margin), reporter.progress)))
 
 
-def write_budgets(folder: Path, room: float) -> tuple[Path, Path | None, list[Proposal], list[Failure]]:
+def write_budgets(
+    folder: Path, room: float, meter: ProgressFactory = no_progress
+) -> tuple[Path, Path | None, list[Proposal], list[Failure]]:
     """Write limits for all models of a folder, with room above their sizes, and a baseline unless there is one.
 
     Returns both files, the limits, and what failed.
@@ -91,7 +94,7 @@ def write_budgets(folder: Path, room: float) -> tuple[Path, Path | None, list[Pr
         raise UsageError(f"{target} exists", hint="edit it, or remove it first")
     if (folder / SHARED).is_file() and load_config(folder / SHARED).table:
         raise UsageError(f"{folder / SHARED} already has budgets", hint="edit them there")
-    proposals, failures = _proposals(folder, room)
+    proposals, failures = _proposals(folder, room, meter)
     if not proposals:
         raise UsageError(f"no model was found in {folder}", hint="name the folder of the models: prunectl init FOLDER")
     atomic.write_text(target, as_toml(proposals, BASELINE), is_forced=False)
@@ -107,14 +110,17 @@ def _write_baseline(path: Path, proposals: list[Proposal]) -> Path | None:
     return path
 
 
-def _proposals(folder: Path, room: float) -> tuple[list[Proposal], list[Failure]]:
+def _proposals(folder: Path, room: float, meter: ProgressFactory) -> tuple[list[Proposal], list[Failure]]:
     proposals, failures = [], []
-    for path in discover_models(folder):
-        proposal = attempt(partial(_proposal, folder=folder, room=room), path)
-        if isinstance(proposal, PrunectlError):
-            failures.append(Failure(str(path), proposal))
-        else:
-            proposals.append(proposal)
+    paths = list(discover_models(folder))
+    with meter("measuring models", Items(len(paths))) as bar:
+        for path in paths:
+            proposal = attempt(partial(_proposal, folder=folder, room=room), path)
+            if isinstance(proposal, PrunectlError):
+                failures.append(Failure(str(path), proposal))
+            else:
+                proposals.append(proposal)
+            bar.advance(1)
     return proposals, failures
 
 

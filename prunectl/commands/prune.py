@@ -221,7 +221,7 @@ def build_mode(
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
         return mode
-    run: Callable[..., Any] = partial(prune, method=check(request))
+    run: Callable[..., Any] = partial(prune, method=check(request), meter=meter)
     if request.data:
         calibrated = load("prunectl.calibration.prune:prune")
         run = partial(calibrated, method=check(request), is_trusted=options.trust, meter=meter)

@@ -78,7 +78,7 @@ class Strip(OutputOptions):
         strip_options = StripOptions(parse_parts(self.only), to_half=self.half)
 
         def work(path: Path, destination: Destination | None) -> Report:
-            result = strip(path, strip_options, destination, is_packed=self.pack)
+            result = strip(path, strip_options, destination, is_packed=self.pack, meter=ctx.obj.progress)
             target = str(destination.target) if destination is not None else ""
             return strip_report(result, target, is_rewritten=self.half or self.pack)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from prunectl.analysis.sizes import CodecName, compress, get_codec, iter_model_bytes
 from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
+from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.exporting.compare import Comparison, ExportResult, compare, tolerance_of
 from prunectl.exporting.folder import export_folder, makes_folder
@@ -102,6 +103,9 @@ _FIRST_OPSET = 9
 """Before it, weights had to be inputs as well."""
 
 
+_STEPS = Items(3)
+
+
 def check(request: ExportRequest, target: Target, output: Destination) -> None:
     """Refuse options that contradict each other, before a file is opened."""
     check_options(target, request.given_options)
@@ -174,10 +178,18 @@ def naming_original(path: Path, copy: Path) -> Generator[None]:
         raise
 
 
-def export(path: Path, request: ExportRequest, output: Destination) -> ExportResult:
-    """Write a model in another format, whole or not at all, and only if it computes what its source does."""
+def export(
+    path: Path, request: ExportRequest, output: Destination, meter: ProgressFactory = no_progress
+) -> ExportResult:
+    """Write a model in another format, whole or not at all, and only if it computes what its source does.
+
+    Its progress is counted in steps, since converters do not say how far they are: loaded, written, compared.
+    """
     if makes_folder(path, request, output):
-        return export_folder(path, request, output)
+        with meter(f"exporting {path.name}", Items(1)) as bar:
+            result = export_folder(path, request, output)
+            bar.advance(1)
+            return result
     if request.shard_size is not None:
         raise UsageError("--shard-size needs a model folder, and a folder as output", hint="write -o FOLDER")
     if output.to_stdout and not request.to:
@@ -199,12 +211,14 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
     with (
         temporary_files() as scratch,
         places.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder,
+        meter(f"exporting {path.name}", _STEPS) as bar,
     ):
         written = utf8_path(folder / output.target.name, scratch / "target")
         readable = utf8_path(model.path, scratch / "source")
         plain, stripped = _without_wrappers(model if readable is model.path else open_model(readable), scratch)
         with naming_original(path, plain.path):
             job = _export_job(plain, request, route, scratch)
+            bar.advance(1)
             notes = load(route, route.writer)(job, written)
         if output.to_stdout and len(list(folder.iterdir())) > 1:
             raise WorkError(
@@ -212,8 +226,10 @@ def export(path: Path, request: ExportRequest, output: Destination) -> ExportRes
             )
         if request.pack or request.sparse:
             _pack(written, folder, target)
+        bar.advance(1)
         with naming_original(path, plain.path):
             comparison = _comparison(job, route, written)
+            bar.advance(1)
         before, after = stats_for_report(model), replace(measure(written, target), path=str(output.target))
         all_notes = (*stripped, *_notes(job), *notes, *_note_lost_zeros(before, after))
         result = ExportResult(

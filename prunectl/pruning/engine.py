@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
-from prunectl.analysis.stats import ModelStats, measure_stats
+from prunectl.analysis.stats import ModelStats, Tick, measure_stats
 from prunectl.analysis.tensor_io import blocks, is_contiguous, iter_blocks, iter_slabs, nonzero_mask
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, ModelFile, Storage, Tensor
@@ -71,7 +71,9 @@ class TensorCounts:
     zeros: int
 
 
-def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[Path, Path]) -> dict[str, TensorCounts]:
+def execute(
+    model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[Path, Path], tick: Tick = lambda _: None
+) -> dict[str, TensorCounts]:
     """Write the pruned copy; counts by tensor, taken while it is written."""
     counts: dict[str, TensorCounts] = {}
     if method.weight_updater is not None:
@@ -84,12 +86,12 @@ def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[P
 
         makers = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in makers.items()}
     rewrites = [
-        TensorUpdate(cut.tensor, partial(_counted, makers[cut.tensor.name], cut.tensor.name, counts))
+        TensorUpdate(cut.tensor, partial(_counted, makers[cut.tensor.name], cut.tensor.name, counts, tick))
         for cut in plan.cuts
     ]
     # What the file holds once more is written once more, from the same numbers.
     rewrites += [
-        TensorUpdate(tensor, partial(_counted, makers[model.duplicates[tensor.name]], tensor.name, {}))
+        TensorUpdate(tensor, partial(_counted, makers[model.duplicates[tensor.name]], tensor.name, {}, tick))
         for tensor in model.tensors
         if model.duplicates.get(tensor.name) in makers
     ]
@@ -108,14 +110,21 @@ def execute(model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[P
     return counts
 
 
-def verify(model: ModelFile, written: ModelFile, counts: dict[str, TensorCounts], *, has_channels: bool) -> ModelStats:
+def verify(
+    model: ModelFile,
+    written: ModelFile,
+    counts: dict[str, TensorCounts],
+    *,
+    has_channels: bool,
+    tick: Tick = lambda _: None,
+) -> ModelStats:
     """Verify the written file against the input's tensors and the counts; its statistics."""
     # Not in their order: what was packed meanwhile may be listed behind the rest.
     if {(tensor.name, tensor.shape, tensor.dtype) for tensor in written.tensors} != {
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
     }:
         raise WorkError(f"the output of {model.path} has different tensors from the input")
-    stats = measure_stats(written, written.tensors, has_channels=has_channels)
+    stats = measure_stats(written, written.tensors, has_channels=has_channels, tick=tick)
     for row in stats.layers:
         if row.name in counts and row.zeros != counts[row.name].zeros:
             raise WorkError(f"{row.name} of {model.path} has a different number of zeros in the output than planned")
@@ -142,13 +151,14 @@ def _to_storage(tensor: Tensor, value: Array) -> Iterator[Array]:
     yield from iter_blocks(in_storage_order(tensor, value.astype(tensor.dtype, copy=False)))
 
 
-def _counted(make: Callable[[], Pruned], name: str, counts: dict[str, TensorCounts]) -> Iterator[Array]:
+def _counted(make: Callable[[], Pruned], name: str, counts: dict[str, TensorCounts], tick: Tick) -> Iterator[Array]:
     """Yield the blocks of a tensor; with the last one its counts are known."""
     dropped = zeros = 0
     for block, mask in make():
         dropped += int(np.count_nonzero(mask))
         zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
         yield block
+        tick(block.nbytes)
     counts[name] = TensorCounts(dropped, zeros)
 
 

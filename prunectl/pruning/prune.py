@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import numpy as np
 from prunectl.analysis import sizes
 from prunectl.analysis.patterns import NMPattern, structured_sparsity
 from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
-from prunectl.analysis.stats import ModelStats, measure_stats
-from prunectl.analysis.tensor_io import blocks
+from prunectl.analysis.stats import ModelStats, Tick, measure_stats
+from prunectl.analysis.tensor_io import ProgressFactory, blocks, no_progress
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.atomic import flush
 from prunectl.formats.base import Capability, ModelFile, Tensor
@@ -100,18 +101,20 @@ def prune(
     *,
     has_digests: bool = False,
     method: PruningMethod | None = None,
+    meter: ProgressFactory = no_progress,
 ) -> Pruned:
     """Prune a model; without an output, into a scratch file that is measured and thrown away."""
     # The input and what was written are read by one child, where it takes a child to read them.
     with reuse_worker():
         model = source if isinstance(source, ModelFile) else open_model(source)
-        return _prune(model, request, output, has_digests=has_digests, method=method)
+        return _prune(model, request, output, meter, has_digests=has_digests, method=method)
 
 
 def _prune(
     model: ModelFile,
     request: PruneRequest,
     output: Destination | None,
+    meter: ProgressFactory,
     *,
     has_digests: bool,
     method: PruningMethod | None,
@@ -124,14 +127,15 @@ def _prune(
     method, selection = engine.with_model_scores(model, selection, method)
     sparsity = _sparsity(model, request, selection, method)
     plan = planning.make_plan(selection, method.criteria, sparsity)
-    with outputs.staging_dir(model, output) as (folder, target), workers(1) as background:
+    with outputs.staging_dir(model, output) as (folder, target), workers(1) as background, ExitStack() as progress:
         is_small = model.nbytes <= outputs.BIG_BYTES
         before_stats = background.submit(measure_stats, model, model.tensors, has_channels=is_small)
-        written, counts = _write(model, plan, method, folder, target, is_packed=request.is_packed)
+        bar = progress.enter_context(meter(f"pruning {model.path.name}", _work(model, plan)))
+        written, counts = _write(model, plan, method, folder, target, is_packed=request.is_packed, tick=bar.advance)
         # What has to be on the disk before it may be renamed gets there while it is read back.
         flushing = background.submit(flush, folder) if output is not None else None
         result = open_model(written)
-        before, after = before_stats.result(), verify(model, result, counts, has_channels=is_small)
+        before, after = before_stats.result(), verify(model, result, counts, has_channels=is_small, tick=bar.advance)
         _check_pattern(result, plan, method)
         if flushing is not None:
             flushing.result()
@@ -154,6 +158,11 @@ _MEASURED_BYTES = 512 << 20
 """Up to this size it takes little time to measure what is lost of each norm."""
 
 
+def _work(model: ModelFile, plan: Plan) -> int:
+    """Bytes that are written, and all that are read back."""
+    return sum(cut.tensor.nbytes for cut in plan.cuts) + sum(tensor.storage.stored_bytes for tensor in model.tensors)
+
+
 def _lost_norms(model: ModelFile, written: ModelFile, plan: Plan) -> dict[str, float]:
     """What went of each norm, where tensors need not be decoded once more."""
     tensors = {tensor.name: tensor for tensor in written.tensors}
@@ -173,11 +182,18 @@ def _energy(model: ModelFile, tensor: Tensor) -> float:
 
 
 def _write(
-    model: ModelFile, plan: Plan, method: PruningMethod, folder: Path, target: Path, *, is_packed: bool
+    model: ModelFile,
+    plan: Plan,
+    method: PruningMethod,
+    folder: Path,
+    target: Path,
+    *,
+    is_packed: bool,
+    tick: Tick = lambda _: None,
 ) -> tuple[Path, dict[str, TensorCounts]]:
     """Write the pruned model into a folder, and return by which path it is opened."""
     staged = outputs.staged_paths(model, folder, target)
-    counts = execute(model, plan, method, staged)
+    counts = execute(model, plan, method, staged, tick)
     written = staged.get(model.path, folder / target.name)
     if is_packed:
         outputs.pack(written, folder)

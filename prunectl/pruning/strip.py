@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.analysis.stats import ModelStats, measure_stats
-from prunectl.analysis.tensor_io import bitwise_equal, count_zeros
+from prunectl.analysis.tensor_io import ProgressFactory, bitwise_equal, count_zeros, no_progress
 from prunectl.errors import WorkError
 from prunectl.formats.base import (
     PARAMETRIZATION,
@@ -36,7 +36,14 @@ class Stripped:
     """What of the folder of the model was not copied."""
 
 
-def strip(path: Path, options: StripOptions, output: Destination | None, *, is_packed: bool) -> Stripped:
+def strip(
+    path: Path,
+    options: StripOptions,
+    output: Destination | None,
+    *,
+    is_packed: bool,
+    meter: ProgressFactory = no_progress,
+) -> Stripped:
     """Write a copy without what inference does not need; without an output, into a scratch file."""
     model = open_model(path)
     require(model, Capability.PACK if is_packed else Capability.WRITE)
@@ -59,7 +66,7 @@ def strip(path: Path, options: StripOptions, output: Destination | None, *, is_p
             outputs.pack(written, folder)
         result = open_model(written)
         _verify(model, result, options, frozenset(thing.name for thing in removed))
-        before, after = stats_for_report(model), stats_for_report(result)
+        before, after = stats_for_report(model, meter), stats_for_report(result, meter)
     if model.folder is not None:
         sizes = {path: (model.folder / path).stat().st_size for path in left_out}
         removed += tuple(RemovedItem(str(path), left_out[path], size) for path, size in sizes.items())
@@ -87,8 +94,9 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
             raise WorkError(f"{tensor.name} of {model.path} has different values in the output; nothing was written")
 
 
-def stats_for_report(model: ModelFile) -> ModelStats:
+def stats_for_report(model: ModelFile, meter: ProgressFactory = no_progress) -> ModelStats:
     """Statistics of a model, with its gzip size if it is small."""
     if model.nbytes <= outputs.BIG_BYTES:
-        return measure(model, get_codec(CodecName.GZIP, None))
-    return measure_stats(model, model.tensors, has_channels=False)
+        return measure(model, get_codec(CodecName.GZIP, None), meter)
+    with meter(f"measuring {model.path.name}", model.nbytes) as bar:
+        return measure_stats(model, model.tensors, has_channels=False, tick=bar.advance)

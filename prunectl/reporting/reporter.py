@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 from typer import Abort, TyperException
 
 from prunectl.analysis.sizes import gate_sentence
+from prunectl.analysis.tensor_io import Items
 from prunectl.errors import PrunectlError, translate
 from prunectl.reporting.report import (
     DEFAULT_ROWS,
@@ -339,7 +340,7 @@ PATIENCE_SECONDS = 1.0
 
 
 class ProgressBars:
-    """Counts bytes; shows a bar once it has taken long enough to ask what is going on."""
+    """Counts bytes, or items; shows a bar once it has taken long enough to ask what is going on."""
 
     def __init__(self, label: str, total_bytes: int, settings: Settings) -> None:
         self._label = label
@@ -366,12 +367,12 @@ class ProgressBars:
         bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
-            progress.DownloadColumn(),
+            progress.MofNCompleteColumn() if isinstance(self._total, Items) else progress.DownloadColumn(),
             progress.TimeRemainingColumn(),
             console=make_console(sys.stderr, self._settings),
             transient=True,
         )
-        bar.add_task(self._label, total=self._total)
+        bar.add_task(self._label, total=self._total or None)
         bar.start()
         return bar
 

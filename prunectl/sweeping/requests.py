@@ -47,12 +47,13 @@ def prune_by_request(
 ) -> Pruned | ChannelPruneResult:
     """Prune channels, or weights with data or without; limits are about channels."""
     if request.pattern == CHANNEL:
-        return prune_channels(path, request, output, has_digests=has_digests, is_trusted=is_trusted, **limits)
+        cut: Any = {"has_digests": has_digests, "is_trusted": is_trusted, **limits}
+        return prune_channels(path, request, output, meter, **cut)
     method = check(request)
     if request.data:
         settings: Any = {"has_digests": has_digests, "is_trusted": is_trusted, "method": method, "meter": meter}
         return prune_with_data(path, request, output, **settings)
-    return prune(path, request, output, has_digests=has_digests, method=method)
+    return prune(path, request, output, has_digests=has_digests, method=method, meter=meter)
 
 
 ONE_SHOT = "constant"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import open_source
-from prunectl.training.data.source import Arrays, Batch, EpochOrder, as_tuple, train_val_split
+from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, train_val_split
 from prunectl.training.finetune import open_training_data, validate_training_data
-from prunectl.training.loop import evaluate
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
 from prunectl.training.request import FinetuneRequest
 from prunectl.training.runtimes import load_onnx_model, load_trainable
@@ -126,7 +126,7 @@ class Evaluation:
         return math.isfinite(self.value)
 
 
-def evaluate_file(path: Path, request: FinetuneRequest) -> Evaluation:
+def evaluate_file(path: Path, request: FinetuneRequest, meter: ProgressFactory = no_progress) -> Evaluation:
     """How good a model is on what it is judged by: the data itself, if nothing else is named."""
     check_direction(request.means)
     model = open_model(path)
@@ -135,12 +135,13 @@ def evaluate_file(path: Path, request: FinetuneRequest) -> Evaluation:
             f"{path} has pruning wrappers",
             hint=f"remove them first: prunectl strip {path} -o plain{path.suffix}",
         )
-    return _by_onnxruntime(model, request) if model.family is Family.ONNX else _by_framework(model, request)
+    run = _by_onnxruntime if model.family is Family.ONNX else _by_framework
+    return run(model, request, meter)
 
 
-def evaluate_baseline(path: Path, request: FinetuneRequest) -> Evaluation:
+def evaluate_baseline(path: Path, request: FinetuneRequest, meter: ProgressFactory = no_progress) -> Evaluation:
     """How good a model is of which a number is expected: one that nothing was taken from."""
-    result = evaluate_file(path, request)
+    result = evaluate_file(path, request, meter)
     if not result.is_finite:
         raise WorkError(
             f"{result.metric} is {result.value:g} for {path}",
@@ -149,17 +150,25 @@ def evaluate_baseline(path: Path, request: FinetuneRequest) -> Evaluation:
     return result
 
 
-def _by_framework(model: ModelFile, request: FinetuneRequest) -> Evaluation:
+def _watched(model: ModelFile, source: Source, batch_size: int, meter: ProgressFactory) -> Iterator[Batch]:
+    """The batches of a source, in order, examples counted as they are used."""
+    with meter(f"evaluating {model.path.name}", Items(source.count or 0)) as bar:
+        for batch in source.batches(EpochOrder(batch_size)):
+            yield batch
+            bar.advance(len(as_tuple(batch.x)[0]))
+
+
+def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFactory) -> Evaluation:
     with closing(load_trainable(model, request.origin)) as network:
         data = open_training_data(network, request)
         network.prepare(replace(request.means, example=data.example))
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
-        logs = dict(evaluate(network, data.val or data.train, request.batch_size))
+        logs = dict(network.evaluate(_watched(model, data.val or data.train, request.batch_size, meter)))
         monitor = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
         return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.higher_is_better)
 
 
-def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
+def _by_onnxruntime(model: ModelFile, request: FinetuneRequest, meter: ProgressFactory) -> Evaluation:
     if request.epochs:
         raise InputError(
             f"{model.path} (ONNX) cannot be trained: no framework can compute gradients for it",
@@ -176,7 +185,7 @@ def _by_onnxruntime(model: ModelFile, request: FinetuneRequest) -> Evaluation:
     if request.val_split:
         source = train_val_split(source, request.val_split, seed)[1]
     notes += check_batches(source, signature, needs_targets=True)
-    batches = source.batches(EpochOrder(request.batch_size))
+    batches = _watched(model, source, request.batch_size, meter)
     metric, value = evaluate_predictions(network.predict, batches, monitored_metric(request.means), source.name)
     logs = {metric: value}
     return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), make_monitor(logs, request.means).higher_is_better)
