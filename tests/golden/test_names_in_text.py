@@ -21,7 +21,7 @@ QUOTED = r"[\"']prunectl\."
 FUNCTION = re.compile(r"[a-z_][\w.]*:[A-Za-z_]\w*")
 OURS_THAT_ARE_NONE = re.compile(r"prunectl\.(toml|json|md|xml|1|(strategies|policies|schedules|formats)$)")
 """Files and groups of entry points look like modules."""
-EXAMPLES = frozenset({"models:CUSTOM_OBJECTS", "my_module:my_function"})
+EXAMPLES = frozenset({"models:CUSTOM_OBJECTS", "my_module:my_function", "net.py:Net"})
 """Of users' modules, in hints."""
 
 
