@@ -86,6 +86,8 @@ Pattern = NMPattern | BlockPattern | ChannelPattern
 
 
 CHANNEL = "channel"
+LAYERS = "layers"
+"""Depth pruning, whole blocks: not of zeros, and so no pattern to measure."""
 """The word for the pattern of whole channels."""
 
 
@@ -96,6 +98,10 @@ def parse(text: str) -> Pattern:
     if match := _BLOCK.fullmatch(text):
         return BlockPattern(int(match[1]), int(match[2]))
     match = _NM.fullmatch(text)
+    if text == LAYERS:
+        raise UsageError(
+            "the pattern layers works with prune alone", hint="prunectl prune FOLDER -o OUT --pattern layers"
+        )
     if match is None:
         raise UsageError(f"{text!r} is not a pattern", hint="write 2:4, block:1x4 or channel")
     zeros, group = int(match[1]), int(match[2])

@@ -33,7 +33,14 @@ from prunectl.api.keywords import (
     ratio,
 )
 from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
-from prunectl.api.pruning import ChannelResult, PruneResult, prune_file, prune_own_file, trial_teller
+from prunectl.api.pruning import (
+    BlocksResult,
+    ChannelResult,
+    PruneResult,
+    prune_file,
+    prune_own_file,
+    trial_teller,
+)
 from prunectl.api.results import (
     CheckResult,
     ConversionResult,
@@ -138,7 +145,7 @@ def prune(
     trust: bool = False,
     on_progress: OnProgress = None,
     **options: Unpack[FilePruneOptions],
-) -> PruneResult | ChannelResult: ...
+) -> PruneResult | ChannelResult | BlocksResult: ...
 
 
 @overload

@@ -64,6 +64,7 @@ class PruneOptions(SelectionOptions, ChannelOptions, total=False):
     """Options of `prune` that decide the numbers in its output; each has the default of the command line."""
 
     sparsity: Ratio | None
+    blocks: int | None
     compression: float | None
     target_gzip: Size | None
     target_packed: Size | None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import typer
 
-from prunectl.analysis.patterns import CHANNEL
+from prunectl.analysis.patterns import CHANNEL, LAYERS
 from prunectl.api.in_memory import is_in_memory, named_objects
 from prunectl.api.keywords import ChannelOptions, FilePruneOptions, PruneOptions, RunOptions, parse_keywords
 from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
@@ -21,9 +21,12 @@ from prunectl.commands.max_drop import prune_search, run_search
 from prunectl.commands.prune import Prune, selected_modes
 from prunectl.commands.wrap_options import wrap
 from prunectl.errors import PrunectlError, UsageError
+from prunectl.pruning import blocks
+from prunectl.pruning.blocks import BlocksPruned
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import PruneRequest, check_manifest, parse_request, read_manifest, write_manifest
+from prunectl.reporting.blocks import blocks_report
 from prunectl.reporting.channels import channels_report
 from prunectl.reporting.max_drop import with_search
 from prunectl.reporting.prune import prune_report, wrap_report
@@ -82,6 +85,26 @@ class ChannelResult(EngineResult, ChannelPruneResult):
         return (*lines, *(_found(self.search) or _next(self.output)))
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class BlocksResult(EngineResult, BlocksPruned):
+    """The result of removing blocks from a model folder."""
+
+    output: str = ""
+    """What was written; empty where nothing was."""
+    search: SearchResult | None = None
+    """Always none: accuracy decides nothing here."""
+    command: ClassVar[str] = "prune"
+
+    def report(self) -> Report:
+        """The report of `prune --pattern layers`."""
+        return blocks_report(self, self.output)
+
+    def lines(self) -> tuple[str, ...]:
+        """Sizes and blocks before and after."""
+        removed = [f"removed   {len(stack.removed)} of {stack.before} blocks of {stack.name}" for stack in self.stacks]
+        return (title_of(self.before, self.output), *size_lines(self.before, self.after), *removed, *_next(self.output))
+
+
 def _with_search(report: Report, search: SearchResult | None, data: str) -> Report:
     """The report with how the sparsity was found."""
     return report if search is None else with_search(report, search, data, looks_at_data=bool(data))
@@ -120,7 +143,7 @@ def prune_file(
     is_trusted: bool,
     known: type = FilePruneOptions,
     on_progress: OnProgress = None,
-) -> PruneResult | ChannelResult:
+) -> PruneResult | ChannelResult | BlocksResult:
     """Prune a file as the command does with the same options."""
     parsed = parse_keywords("prune", known, options)
     manifest, recipe = (Path(parsed.pop(name)) if name in parsed else None for name in ("manifest", "recipe"))
@@ -160,7 +183,7 @@ def _prune(
     options: Prune,
     wish: tuple[PruneRequest, Mapping[str, Any], Path | None],
     on_progress: OnProgress,
-) -> PruneResult | ChannelResult:
+) -> PruneResult | ChannelResult | BlocksResult:
     """Prune in the mode that the options select; conflicts are those of the command."""
     request, limits, manifest = wish
     check_options(_context(), replace(options, trust=False), selected_modes(options, request))
@@ -168,6 +191,12 @@ def _prune(
     if options.wrap or options.schedule:
         wrapped = wrap(options, request)(path, destination)
         return PruneResult.of(wrapped.pruned, output=output, wrapped=wrapped)
+
+    if request.pattern == LAYERS:
+        removed = blocks.prune_blocks(path, request, destination, has_digests=manifest is not None)
+        if manifest is not None and destination is not None:
+            blocks.write_manifest(manifest, removed)
+        return BlocksResult.of(removed, output=output)
 
     def run(request: PruneRequest) -> Any:
         has_digests = manifest is not None

@@ -121,6 +121,7 @@ class Mode(Flag):
     """Of wrappers."""
     DATA = auto()
     RECIPE = auto()
+    BLOCKS = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,15 @@ OPTION_RULES = {
             "add --wrap or --data SPEC, or leave out {}",
             # A recipe may name code as well, which is trusted or not.
             only=Mode.WRAPPERS | Mode.DATA | Mode.CHANNELS | Mode.SEARCH | Mode.RECIPE,
+        ),
+        OptionRule(("blocks",), "{} needs --pattern layers", only=Mode.BLOCKS | Mode.RECIPE),
+        OptionRule(
+            (
+                *("compression", "target_gzip", "target_packed", "max_drop", "exclude", "layer", "cluster", "data"),
+                *("repair", "wrap", "schedule", "builder", "custom_objects"),
+            ),
+            "{} cannot be used with --pattern layers, which removes whole blocks",
+            never=Mode.BLOCKS,
         ),
         OptionRule(
             (*CHANNEL_LIMITS, "allow_empty", "inputs"),

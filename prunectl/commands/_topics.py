@@ -256,14 +256,13 @@ divide are padded, as in tfmot.
 block:RxC zeroes blocks of R inputs x C outputs, ranked by their mean magnitude
 (:avg) or by their largest weight (:max).
 
-channel removes whole channels, filters, units and heads, and everything that
-depends on them (their dependency group): the network becomes smaller and faster
-everywhere. Each result is compared with the original, with the same channels
-set to zero, before it is written.
+channel removes whole channels, filters, units and heads with their dependency
+group, and is compared with the original before it is written. layers removes
+blocks from a Hugging Face folder, and mends its config.json.
 
-  prunectl prune model.onnx -o fast.onnx --pattern 2:4
   prunectl inspect fast.onnx --pattern 2:4
   prunectl prune model.onnx -o thin.onnx --pattern channel -s 50%
+  prunectl prune llama -o short --pattern layers --blocks 4
 """
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from typer.core import TyperArgument, TyperCommand
 
-from prunectl.analysis.patterns import CHANNEL
+from prunectl.analysis.patterns import CHANNEL, LAYERS
 from prunectl.checks.diff import DiffRule
 from prunectl.commands.app import COMMANDS, TOPICS
 from prunectl.errors import PrunectlError, UsageError, attempt
@@ -56,6 +56,7 @@ PATTERNS = {
     "block:4x4": "blocks of 4 inputs x 4 outputs",
     "block:4x4:max": "the same, ranked by the largest weight",
     "channel": "whole channels, removed from the network",
+    "layers": "whole blocks, removed from a model folder",
 }
 
 
@@ -112,7 +113,7 @@ OFFERS: Mapping[str, Offers] = {
 
 OFFERS_OF: Mapping[str, Offers] = {
     "strip --only": _matching(map(str, StripPart)),
-    "finetune --pattern": _matching({name: line for name, line in PATTERNS.items() if name != CHANNEL}),
+    "finetune --pattern": _matching({name: line for name, line in PATTERNS.items() if name not in {CHANNEL, LAYERS}}),
 }
 """Where a command means something else by it."""
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunectl.analysis.patterns import CHANNEL
+from prunectl.analysis.patterns import CHANNEL, LAYERS
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.commands._command import (
     builder_option,
@@ -82,6 +82,10 @@ class Prune(OutputOptions):
             help="Share of zeros to reach, e.g. 80%; with --pattern channel, of channels to remove.",
         ),
     ] = ""
+    blocks: Annotated[
+        int | None,
+        _much(metavar="N", help="With --pattern layers: how many blocks to remove.", min=1),
+    ] = None
     compression: Annotated[
         float | None, _much(metavar="X", min=1, help="All parameters over those kept: 4 keeps 25 %.")
     ] = None
@@ -100,7 +104,7 @@ class Prune(OutputOptions):
     )
     param: Annotated[list[str] | None, _which(metavar="K=V", help="Parameter of the strategy, e.g. damp=0.01.")] = None
     scope: Annotated[Scope, _which(help="Same sparsity per layer, global ranking, or ERK.")] = _SCOPE
-    pattern: Annotated[str, _which(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4, channel …")] = ""
+    pattern: Annotated[str, _which(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4, channel, layers.")] = ""
     cluster: Annotated[str, _which(metavar="K[:START]", help="Cluster weights to K values per tensor, e.g. 16.")] = ""
     policy: Annotated[str, _which(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
         _DEFAULT.policy
@@ -193,6 +197,7 @@ def selected_modes(options: Prune, request: PruneRequest) -> Mode:
     modes = {
         Mode.SEARCH: bool(options.max_drop),
         Mode.CHANNELS: request.pattern == CHANNEL,
+        Mode.BLOCKS: request.pattern == LAYERS,
         Mode.WRAPPERS: options.wrap or bool(options.schedule),
         Mode.SCHEDULE: bool(options.schedule),
         Mode.DATA: bool(request.data),
@@ -217,6 +222,8 @@ def build_mode(
     """The mode for a given sparsity or size; limits are about channels."""
     if request.pattern == CHANNEL:
         return partial(_prune_channels, request, options, limits)
+    if request.pattern == LAYERS:
+        return partial(_prune_blocks, request, options)
     if options.wrap or options.schedule:
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
@@ -249,6 +256,17 @@ def _prune_channels(
         cuts.write_manifest(options.manifest, result, limits)
     result = replace(result, before=replace(result.before, path=options.model))
     report: Report = load("prunectl.reporting.channels:channels_report")(result, target_name(destination))
+    return report
+
+
+def _prune_blocks(request: PruneRequest, options: Prune, path: Path, destination: Destination | None) -> Report:
+    blocks = importlib.import_module("prunectl.pruning.blocks")
+    result = blocks.prune_blocks(path, request, destination, has_digests=options.manifest is not None)
+    if options.manifest is not None and destination is not None:
+        blocks.write_manifest(options.manifest, result)
+    report: Report = load("prunectl.reporting.blocks:blocks_report")(
+        replace(result, before=replace(result.before, path=options.model)), target_name(destination)
+    )
     return report
 
 

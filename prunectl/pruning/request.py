@@ -67,6 +67,8 @@ class PruneRequest:
     """Whether kept weights are trained until the model answers as the dense one does."""
     repair_steps: int | None = None
     """For how many steps, if not as many as is usual."""
+    blocks: int | None = None
+    """How many blocks go, for the pattern layers."""
     cluster: str = ""
     """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
 

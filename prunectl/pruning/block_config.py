@@ -1,0 +1,142 @@
+"""Configs of model folders for fewer blocks: what counts them, and all that stands in lists or by number for each."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.base import ModelFile
+from prunectl.formats.families import CONFIG, COUNTS, Family, Stack, lookup
+
+LISTS = frozenset(
+    {
+        *("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers", "block_types"),
+        *("moe_layer_freq", "intermediate_size", "num_key_value_heads", "num_attention_heads", "num_query_heads"),
+        *("num_kv_heads", "ffn_multipliers", "activation_sparsity_pattern", "attn_layer_types", "hybrid_layer_pattern"),
+    }
+)
+"""Lists in a config that have an item for each block."""
+NUMBERS = frozenset({"mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices"})
+"""Lists of the numbers of blocks."""
+BOUNDS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
+"""How many of the first blocks are of another kind."""
+PERIODS = {
+    "decoder_sparse_step": "mlp_layer_types",
+    "full_attention_interval": "layer_types",
+    "sliding_window_pattern": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "interleave_moe_layer_step": "moe_layers",
+    "global_attn_every_n_layers": "layer_types",
+    "moe_layer_freq": "",
+    "moe_layer_interval": "",
+    "attn_layer_period": "",
+    "expert_layer_period": "",
+    "scale_attn_by_inverse_layer_idx": "",
+}
+"""What makes a block another by its number, each with the list that says it instead where there is one."""
+_NOT_BY_BLOCK = re.compile(r"architectures|.*(_ids?|_tokens|_token_id|_token_ids)")
+"""Lists that may be as long as there are blocks by chance."""
+_SHARED = ("num_kv_shared_layers",)
+"""What ties the last blocks to others, which can then not go."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCut:
+    """A stack of the model, and the numbers of the blocks that go."""
+
+    stack: Stack
+    count: int
+    removed: frozenset[int]
+    pattern: re.Pattern[str]
+
+    @property
+    def kept(self) -> list[int]:
+        """The numbers of those that stay."""
+        return [number for number in range(self.count) if number not in self.removed]
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether every block that stays keeps its number."""
+        return self.kept == list(range(len(self.kept)))
+
+    def new_number(self, number: int) -> int:
+        """The number of a block once those before it are gone."""
+        return number - sum(1 for gone in self.removed if gone < number)
+
+
+def shortened(
+    model: ModelFile, config: Mapping[str, Any], family: Family, cuts: Sequence[BlockCut]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config of the model without these blocks, and a sentence about what was changed in it."""
+    new = copy.deepcopy(dict(config))
+    changed: list[str] = []
+    for cut in cuts:
+        owner, _, key = cut.stack.key.rpartition(".")
+        place: dict[str, Any] = lookup(new, owner) if owner else new
+        old = lookup(config, owner) if owner else config
+        _refuse_by_number(model, old, config, family, cut)
+        # What is counted by another key until now gets its own; what says the same number elsewhere says the new one.
+        own = {stack.key.rpartition(".")[2] for stack in family.stacks}
+        aliases = COUNTS - own if cut.stack is family.stacks[0] else frozenset()
+        for other in family.stacks:
+            if other.default_key == key and lookup(config, other.key) is None:
+                place[other.key] = cut.count
+        for name in (key, *sorted(name for name in aliases if old.get(name) == cut.count)):
+            place[name] = len(cut.kept)
+            changed.append(f"{name} {cut.count} -> {len(cut.kept)}")
+        changed += _shorten_lists(model, place, cut, own)
+    return new, (f"{CONFIG} was changed: {', '.join(changed)}.",)
+
+
+def _shorten_lists(model: ModelFile, place: dict[str, Any], cut: BlockCut, counts: Collection[str]) -> list[str]:
+    changed = []
+    for key, value in place.items():
+        if key in BOUNDS and type(value) is int and value < cut.count:
+            place[key] = sum(1 for number in cut.kept if number < value)
+            changed += [f"{key} {value} -> {place[key]}"] if place[key] != value else []
+        elif not isinstance(value, list) or key in counts:
+            continue
+        elif key in NUMBERS:
+            place[key] = [cut.new_number(number) for number in value if number not in cut.removed]
+            changed += [key] if place[key] != value else []
+        elif key in LISTS and len(value) == cut.count:
+            place[key] = [value[number] for number in cut.kept]
+            changed.append(f"{key} (an item for each block)")
+        elif len(value) == cut.count and not _NOT_BY_BLOCK.fullmatch(key):
+            raise InputError(
+                f"the {CONFIG} of {model.folder} has a list {abbreviated(key)} as long as there are blocks "
+                f"({cut.count}), which prunectl does not know how to shorten"
+            )
+    return changed
+
+
+def _refuse_by_number(
+    model: ModelFile, place: Mapping[str, Any], config: Mapping[str, Any], family: Family, cut: BlockCut
+) -> None:
+    """Refuse to give blocks new numbers where the number makes them what they are."""
+    for key in _SHARED:
+        if place.get(key):
+            raise InputError(f"the {CONFIG} of {model.folder} lets blocks share their keys ({key}): none can go")
+    if cut.is_at_end:
+        return
+    reasons = [
+        key
+        for key, instead in PERIODS.items()
+        if _is_period(place.get(key)) and not isinstance(place.get(instead), list)
+    ]
+    if family.needs and not isinstance(lookup(config, family.needs), list):
+        reasons.append(f"no {family.needs}")
+    if reasons:
+        raise InputError(
+            f"the {CONFIG} of {model.folder} makes a block what it is by its number ({reasons[0]}): only the last ones "
+            "can go",
+            hint="--strategy last",
+        )
+
+
+def _is_period(value: object) -> bool:
+    return value is True or (type(value) is int and value > 1)
