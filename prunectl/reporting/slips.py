@@ -17,7 +17,7 @@ _OPTIONS = {
     "--dataset": "--data",
     "--epoch": "--epochs",
     "--fp16": "--half",
-    "--global": "--scope",
+    "--global": "--scope global",
     "--ignore": "--exclude",
     "--include": "--layers",
     "--filter": "--layers",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,7 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
 
     Where the user's own function builds the model, nothing in the file is looked at but numbers.
     """
+    check_builder(origin.model)
     if origin.is_trusted or origin.model:
         return
     if model.family in {Family.KERAS, Family.SAVED_MODEL}:
@@ -68,6 +70,13 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
             hint=f"if you trust it: --trust {import_option(model, _module_of(model.about.code[0]))}\n"
             "better: save only torch.save(model.state_dict(), ...), and use --builder module:function",
         )
+
+
+def search_current_folder() -> None:
+    """Find modules in the current folder, as a script there does, after all others: for a file that is trusted."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def import_option(model: ModelFile, module: str) -> str:
@@ -113,7 +122,16 @@ _MOST_NAMES = 3
 
 
 def resolve_builder(reference: str) -> Any:
-    """What a reference names, and refuse a file of which it is not said what in it is meant."""
+    """What a reference names."""
+    check_builder(reference)
+    return find("model", reference, {})
+
+
+def check_builder(reference: str) -> None:
+    """Refuse a file that is not there, and one of which it is not said what in it is meant; no code of it is run."""
+    file, _, name = reference.rpartition(":")
+    if file.endswith(".py") and name and not Path(file).is_file():
+        raise UsageError(f"--builder {reference}: {file} is not a Python file")
     if reference.endswith(".py") and ":" not in reference:
         names = _public(Path(reference))
         listed = ", ".join(names[:_MOST_NAMES]) or "no function or class"
@@ -122,7 +140,6 @@ def resolve_builder(reference: str) -> Any:
             did_you_mean=tuple(f"{reference}:{name}" for name in names[:_MOST_NAMES]),
             hint=f"write --builder {reference}:{names[0] if names else 'function'}",
         )
-    return find("model", reference, {})
 
 
 def call_builder(make: Any, reference: str) -> Any:

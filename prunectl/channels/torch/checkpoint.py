@@ -214,6 +214,7 @@ def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
         return torch.load(model.path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if traced.is_trusted:
+            user_code.search_current_folder()
             return torch.load(model.path, map_location="cpu", weights_only=False)
         code = f": {model.about.code[0]}" if model.about.code else ""
         raise UntrustedError(

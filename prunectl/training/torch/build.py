@@ -227,6 +227,7 @@ def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
 
 
 def _trusted(model: ModelFile) -> BuiltModule:
+    user_code.search_current_folder()
     try:
         module = torch.load(str(model.path), map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:
