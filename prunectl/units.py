@@ -14,6 +14,8 @@ _FACTORS = {"": 1, "b": 1}
 _FACTORS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kmgt", 1) for end in ("", "b")}
 _FACTORS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+_TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zµ]+)", re.IGNORECASE)
 _RATIO = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)")
 
 
@@ -51,6 +53,23 @@ def percent(value: float) -> str:
     if text == "0.0" and value > 0:
         return "< 0.1 %"
     return f"{text} %"
+
+
+def duration(seconds: float) -> str:
+    """Format a time with three digits, in the unit that leaves one to three before the point."""
+    unit, factor = next(((unit, factor) for unit, factor in _TIMES.items() if seconds >= 0.9995 * factor), ("µs", 1e-6))
+    scaled = seconds / factor
+    digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+    return f"{scaled:,.{digits}f} {'µs' if unit == 'us' else unit}"
+
+
+def parse_duration(text: str) -> float:
+    """Parse `5ms`, `1.5 s` or `200us` into seconds; a bare number is rejected, as nobody knows its unit."""
+    match = _TIME.fullmatch(text.strip())
+    factor = _TIMES.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise UsageError(f"{text!r} is not a time", hint="write 5ms, 1.5s or 200us")
+    return float(match[1]) * factor
 
 
 def parse_size(text: str) -> int:

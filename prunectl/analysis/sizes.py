@@ -21,7 +21,7 @@ from prunectl.formats.registry import by_name, load
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import check_stopped, workers
-from prunectl.units import Units, count, nbytes, percent, printable
+from prunectl.units import Units, count, duration, nbytes, percent, printable
 
 
 def iter_model_bytes(model: ModelFile) -> Iterator[bytes]:
@@ -304,6 +304,8 @@ _PHRASES = {
     "min-metric": "the {metric} of {subject} is {actual}",
     "max-metric": "the {metric} of {subject} is {actual}",
     "max-drop": "the {metric} of {subject} is {worse} by {actual}",
+    "max-latency": "a run of {subject} takes {actual}",
+    "min-speedup": "{subject} is {actual} as fast",
     "nonzero": "{actual} pruned weights of {subject} are no longer zero",
     "shape": "{actual} tensors of {subject} were added, removed or resized",
     "dtype": "{actual} tensors of {subject} have another dtype",
@@ -354,7 +356,11 @@ def points(distance: float) -> str:
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
     """A limit and the value held against it, as people read them."""
     actual, distance = abs(gate.actual), abs(gate.actual - gate.limit)
-    if not gate.is_share:
+    if gate.id == "max-latency":
+        texts = LimitTexts(*map(duration, (actual, gate.limit, distance)))
+    elif gate.id == "min-speedup":
+        texts = LimitTexts(f"{actual:.2f} times", f"{gate.limit:g}", f"{distance:.2g}")
+    elif not gate.is_share:
         texts = LimitTexts(*(f"{value:.4g}" for value in (actual, gate.limit, distance)))
     elif not isinstance(gate.limit, int):
         texts = LimitTexts(percent(actual), percent(gate.limit), points(distance))

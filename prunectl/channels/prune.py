@@ -12,13 +12,14 @@ from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, with_macs
 from prunectl.analysis.tensor_io import Items, ProgressBar, ProgressFactory, no_progress
+from prunectl.analysis.timing import Latency
 from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwork, open_adapter, pruned_shape
 from prunectl.channels.config import ChannelConfig, parse_config
 from prunectl.channels.groups import ChannelGroup, PrunedGroup
 from prunectl.channels.importance import calibration_batches, importance_inputs, shapes_of_data
 from prunectl.channels.plan import ChannelPlan, Context, ShapeOf, macs, make_plan, removed_indices
 from prunectl.channels.rules import propagate
-from prunectl.channels.verify import Verification, latency, verify
+from prunectl.channels.verify import Verification, measure_latency, verify
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import Array, Capability, ModelFile
 from prunectl.formats.registry import by_name, load, open_model
@@ -47,8 +48,8 @@ class ChannelPruneResult:
     """How far the cut network is from the original with its channels silenced."""
     notes: tuple[str, ...] = ()
     """What a user should know about what was written."""
-    seconds: tuple[float, float] | None = None
-    """How long both take for one example, if that was measured."""
+    latencies: tuple[Latency, ...] = ()
+    """How long the network takes for one example, before and after, if that was measured."""
     beside: tuple[tuple[str, int], ...] = ()
     """Files that were written with the model, such as its class, and their bytes."""
     builder: str = ""
@@ -136,7 +137,7 @@ def _prune(
     verification = verify(adapter, pruned, plan, config.seed, batches)
     if adapter.has_float64 and verification.error_float64 is None:
         notes = (*notes, "The networks were compared in their own precision only: the original cannot run in float64.")
-    seconds = latency(adapter, pruned, config.seed) if has_latency else None
+    latencies = measure_latency(adapter, pruned, config.seed) if has_latency else ()
     bar.advance(1)
     with outputs.staging_dir(model, output) as (folder, target):
         written = adapter.write(pruned, folder, target)
@@ -167,7 +168,7 @@ def _prune(
             *notes,
             *(() if plan.removed else ("No channel was removed.",)),
         ),
-        seconds,
+        latencies,
         companions if output is not None else (),
         f"{companions[0][0]}:{adapter.class_name}" if companions and adapter.class_name else "",
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from prunectl.analysis import timing
+from prunectl.analysis.timing import Latency
 from prunectl.channels.adapter import Feeds, GraphAdapter, PrunedShapes, RemovedIndices, Runner
 from prunectl.channels.graph import ChannelGraph, OpKind
 from prunectl.channels.labels import AxisRole, LabelTrace
@@ -166,27 +167,12 @@ def _changed_layers(adapter: GraphAdapter, after: PrunedShapes) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in showable]
 
 
-_SECONDS = 2.0
-"""How long the two are run at most, in turns, so that what else the machine does falls on both."""
-_RUNS = 50
-_WARM = 2
+_SECONDS = 3.0
+"""How long the two are timed at most."""
 
 
-def latency(adapter: GraphAdapter, pruned: Any, seed: int) -> tuple[float, float]:
-    """The median seconds of a run of both networks in their own runtime."""
+def measure_latency(adapter: GraphAdapter, pruned: Any, seed: int) -> tuple[Latency, ...]:
+    """How long a run of both networks takes in their own runtime, for one example."""
     feeds = adapter.random_inputs(np.random.default_rng(seed))
     runners = (adapter.runner(adapter.with_weights({}), ()), adapter.runner(pruned, ()))
-    for run in runners * _WARM:
-        run(feeds)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    began = time.perf_counter()
-    while len(seconds[0]) < _RUNS and (not seconds[1] or time.perf_counter() - began < _SECONDS):
-        for run, times in zip(runners, seconds, strict=True):
-            times.append(_timed(run, feeds))
-    return median(seconds[0]), median(seconds[1])
-
-
-def _timed(run: Runner, feeds: Feeds) -> float:
-    began = time.perf_counter()
-    run(feeds)
-    return time.perf_counter() - began
+    return timing.measure([partial(run, feeds) for run in runners], seconds=_SECONDS, seed=seed)

@@ -34,6 +34,8 @@ SHORT = {
     "sweep": ("--output", "--data", "--val", "--strategies", "--sparsities", "--scopes", "--patterns", "--max-drop",
         "--epochs", "--jobs", "--builder", "--html"),
     "eval": ("--data", "--metric", "--against", "--max-drop", "--min", "--max", "--builder", "--device", "--json"),
+    "bench": ("--batch-size", "--threads", "--seconds", "--input", "--data", "--max-latency", "--min-speedup",
+        "--builder", "--json"),
     "size": ("--max-raw", "--max-packed", "--max-gzip", "--min-sparsity", "--against", "--max-growth", "--codec",
         "--quiet", "--json"),
     "check": ("--config", "--report", "--baseline", "--update-baseline", "--reason", "--trust", "--json"),

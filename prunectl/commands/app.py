@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("prunectl.commands.export", "Convert to another format, and verify the result."),
     "sweep": ("prunectl.commands.sweep", "Prune in many ways, and compare size and accuracy."),
     "eval": ("prunectl.commands.eval", "Measure how good models are on data."),
+    "bench": ("prunectl.commands.bench", "Measure how fast models are, and whether they differ."),
     "size": ("prunectl.commands.size", "Measure sizes and sparsity, and check them against limits."),
     "check": ("prunectl.commands.check", "Check models against their budgets, for CI."),
     "diff": ("prunectl.commands.diff", "Compare two models tensor by tensor, also across formats."),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prunectl.analysis.timing import Timed
 from prunectl.calibration.session import load_inputs, padded_batch_rows
 from prunectl.channels.lengths import InputOption, OpenShape, in_order, shape_text
 from prunectl.errors import UsageError
@@ -45,11 +46,18 @@ class RunnableModel(Protocol):
         """Whether images are CHW, and not HWC."""
 
     @property
+    def runtime(self) -> str:
+        """What runs it, as people call it."""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about how it is run."""
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """The outputs for one batch, by name and in order."""
+
+    def prepare(self, inputs: tuple[Array, ...]) -> Timed:
+        """What runs one batch as often as it is called, with the inputs at hand as the runtime takes them."""
 
 
 def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> ModelSignature:

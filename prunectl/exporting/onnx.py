@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prunectl.analysis.timing import Timed
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec
@@ -60,13 +62,23 @@ class OnnxRunnable:
     inputs: tuple[InputSpec, ...]
     is_channels_first: bool = True
     notes: tuple[str, ...] = ()
+    runtime: str = "onnxruntime"
+
+    def prepare(self, inputs: tuple[Array, ...]) -> Timed:
+        """What runs one batch again and again."""
+        return partial(self.session.run, self._output_names(), self._feeds(inputs))
+
+    def _output_names(self) -> list[str]:
+        return [output.name for output in self.session.runtime.get_outputs()]
+
+    def _feeds(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
+        return {
+            spec.name: array.astype(spec.dtype, copy=False) for spec, array in zip(self.inputs, inputs, strict=True)
+        }
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """The outputs for one batch."""
-        names = [output.name for output in self.session.runtime.get_outputs()]
-        feeds = {
-            spec.name: array.astype(spec.dtype, copy=False) for spec, array in zip(self.inputs, inputs, strict=True)
-        }
+        names, feeds = self._output_names(), self._feeds(inputs)
         try:
             values = self.session.run(names, feeds)
         except Exception as error:
@@ -91,16 +103,15 @@ def _output_array(name: str, value: Any) -> Array:
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> OnnxRunnable:
     """Open a session on an ONNX file, which needs no code to be rebuilt."""
-    del origin
     try:
-        return _open_session(model.path)
+        return _open_session(model.path, origin.threads or 1)
     except Exception as error:
         raise InputError(f"onnxruntime cannot load {model.path}: {first_line(error)}") from error
 
 
-def _open_session(path: Path) -> OnnxRunnable:
-    # One thread after the other gives the same sums each time.
-    session = OnnxSession(path, num_threads=1)
+def _open_session(path: Path, threads: int = 1) -> OnnxRunnable:
+    """A session with one thread, which gives the same sums each time, unless it is asked for more."""
+    session = OnnxSession(path, num_threads=threads)
     return OnnxRunnable(session, tuple(_input_spec(port) for port in session.runtime.get_inputs()))
 
 

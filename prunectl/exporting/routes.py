@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import UsageError
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
@@ -178,6 +178,20 @@ ROUTES = (
     Route(WEIGHTS_SOURCES, "safetensors", "weights:write_safetensors"),
     Route(WEIGHTS_SOURCES, "npz", "weights:write_npz"),
 )
+
+
+_LITE = Route(("tflite",), "", "", "tensorflow:open_lite", needs=_TENSORFLOW)
+
+
+def running_route(model: ModelFile) -> Route:
+    """The route whose opener runs a model as it is, with as few packages as any."""
+    routes = [route for route in (*ROUTES, _LITE) if route.opener and model.format in route.sources]
+    if not routes:
+        raise InputError(
+            f"{model.path} ({by_name(model.format).title}) holds weights alone, which no runtime here can run",
+            hint="use the model that they were taken from",
+        )
+    return min(routes, key=lambda route: len(route.needs))
 
 
 def find_route(model: ModelFile, target: Target, *, has_code: bool = False) -> Route:

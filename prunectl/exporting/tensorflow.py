@@ -7,11 +7,13 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prunectl.analysis.timing import Timed
 from prunectl.channels.lengths import shape_text
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
@@ -46,6 +48,7 @@ class TfRunnable:
     notes: tuple[str, ...] = ()
     keras: Any = field(default=None)
     """The loaded Keras model, where it is one."""
+    runtime: str = "TensorFlow"
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """The outputs for one batch."""
@@ -60,6 +63,11 @@ class TfRunnable:
                 hint="add --data SPEC, or the shape: --input x:1,224,224,3:f32",
             ) from error
         return {name: tensor.numpy() for name, tensor in zip(self.output_names, outputs, strict=True)}
+
+    def prepare(self, inputs: tuple[Array, ...]) -> Timed:
+        """What runs one batch again and again, as a graph: what `predict` does around it is not measured."""
+        tensors = [_tf.constant(array, spec.dtype or None) for array, spec in zip(inputs, self.inputs, strict=True)]
+        return partial(self.graph, tensors)
 
     def specs(self, inputs: tuple[InputSpec, ...]) -> list[Any]:
         """The inputs as `tf.TensorSpec`."""
@@ -84,7 +92,24 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
     """Load the serving signature of a SavedModel."""
     # It is run as it is, whatever builds the model.
     user_code.check(model, replace(origin, model=""))
+    set_threads(origin.threads)
     return _load_signature(model.path)
+
+
+def set_threads(threads: int) -> None:
+    """Let TensorFlow run with some threads, as long as it has not run anything yet."""
+    if not threads:
+        return
+    try:
+        _tf.config.threading.set_intra_op_parallelism_threads(threads)
+        _tf.config.threading.set_inter_op_parallelism_threads(threads)
+    except RuntimeError as error:
+        current = _tf.config.threading.get_intra_op_parallelism_threads()
+        if current != threads:
+            raise UsageError(
+                f"TensorFlow runs with {current or 'all'} threads already, not with {threads}",
+                hint="measure in a new process",
+            ) from error
 
 
 def _load_signature(path: Path) -> TfRunnable:
@@ -247,6 +272,65 @@ def run_tflite(job: ExportJob, target: Path) -> Run:
         return {name: outputs[name] for name in runnable.output_names}
 
     return run
+
+
+@dataclass(frozen=True, slots=True)
+class LiteRunnable:
+    """A TensorFlow Lite interpreter with its inputs."""
+
+    interpreter: Any
+    inputs: tuple[InputSpec, ...]
+    is_channels_first: bool = False
+    notes: tuple[str, ...] = ()
+    runtime: str = "TensorFlow Lite"
+
+    def prepare(self, inputs: tuple[Array, ...]) -> Timed:
+        """What runs one batch again and again."""
+        details = self.interpreter.get_input_details()
+        try:
+            with silence():
+                for detail, array in zip(details, inputs, strict=True):
+                    if tuple(detail["shape"]) != array.shape:
+                        self.interpreter.resize_tensor_input(detail["index"], array.shape)
+                self.interpreter.allocate_tensors()
+        except Exception as error:
+            raise UsageError(f"TensorFlow Lite cannot run the model: {error_line(error)}") from error
+        for detail, array in zip(details, inputs, strict=True):
+            self.interpreter.set_tensor(detail["index"], array.astype(detail["dtype"], copy=False))
+        invoke: Timed = self.interpreter.invoke
+        return invoke
+
+    def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
+        """The outputs for one batch."""
+        self.prepare(inputs)()
+        return {
+            detail["name"]: self.interpreter.get_tensor(detail["index"])
+            for detail in self.interpreter.get_output_details()
+        }
+
+
+def open_lite(model: ModelFile, origin: LoadOptions) -> LiteRunnable:
+    """Load a TensorFlow Lite model, which holds no code."""
+    try:
+        with silence():
+            interpreter = _tf.lite.Interpreter(model_path=str(model.path), num_threads=origin.threads or 1)
+    except Exception as error:
+        raise InputError(f"TensorFlow Lite cannot load {model.path}: {error_line(error)}") from error
+    inputs = tuple(
+        InputSpec(
+            detail["name"],
+            tuple(None if length < 0 else int(length) for length in _declared_shape(detail)),
+            np.dtype(detail["dtype"]).name,
+        )
+        for detail in interpreter.get_input_details()
+    )
+    return LiteRunnable(interpreter, inputs)
+
+
+def _declared_shape(detail: Mapping[str, Any]) -> Sequence[int]:
+    """The shape with -1 for an open axis, which older files do not have."""
+    signature: Sequence[int] = detail["shape_signature"]
+    return signature if len(signature) else detail["shape"]
 
 
 def _erfc(graph: Any, node: Any, name: str, _: Any) -> None:

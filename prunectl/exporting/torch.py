@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from prunectl.analysis.timing import Timed
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec
@@ -32,6 +33,8 @@ from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy,
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
     """Build the module of a file, in eval mode."""
+    if origin.threads:
+        torch.set_num_threads(origin.threads)
     script = _frozen_script(model, origin)
     if script is not None:
         return TorchRunnable(BuiltModule(script, {}), _frozen_inputs(script))
@@ -92,9 +95,24 @@ class TorchRunnable:
         module = self.built.module
         return module.inner if isinstance(module, FixedBatchModule) else module
 
+    @property
+    def runtime(self) -> str:
+        """What runs it."""
+        return "TorchScript" if isinstance(self.module, torch.jit.ScriptModule) else "PyTorch"
+
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """The outputs for one batch."""
         return run_module(self.module, inputs)
+
+    def prepare(self, inputs: tuple[Array, ...]) -> Timed:
+        """What runs one batch again and again."""
+        tensors, module = [to_torch(array) for array in inputs], self.module
+
+        def run() -> object:
+            with torch.inference_mode():
+                return module(*tensors)
+
+        return run
 
 
 @contextmanager

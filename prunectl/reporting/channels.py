@@ -9,6 +9,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.channels.config import ChannelConfig
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.channels.verify import Verification
+from prunectl.reporting.bench import comparison
 from prunectl.reporting.prune import compare_sizes, outcome, recover_accuracy
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.units import count, percent
@@ -28,7 +29,7 @@ _SIZES = (
     Column("raw", Unit.BYTES),
     Column("gzip", Unit.BYTES),
 )
-_MILLISECONDS = Column("ms", Unit.NUMBER)
+_LATENCY = Column("latency", Unit.SECONDS)
 
 
 def channels_report(result: ChannelPruneResult, output: str) -> Report:
@@ -36,13 +37,15 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
     cuts = Table("cuts", _CUTS, _rows(result))
     sizes = Table(
         "sizes",
-        (*_SIZES, *(() if result.seconds is None else (_MILLISECONDS,))),
+        (*_SIZES, *((_LATENCY,) if result.latencies else ())),
         tuple(
-            (*_size(name, stats), *(() if result.seconds is None else (round(result.seconds[index] * 1e3, 3),)))
+            (*_size(name, stats), *(latency.median.middle for latency in result.latencies[index : index + 1]))
             for index, (name, stats) in enumerate((("before", result.before), ("after", result.after)))
         ),
     )
     notes = [*([_skipped(result)] if result.skips else []), *_unknown(result.before), *result.notes]
+    if result.latencies:
+        notes.append(comparison("the original", "The result", result.latencies[1]))
     if not output:
         notes.append("This was a dry run: nothing was written.")
     return Report(
@@ -137,13 +140,14 @@ def _shape(lengths: tuple[int, ...]) -> str:
 
 
 def _json(result: ChannelPruneResult) -> dict[str, object]:
+    medians = [latency.median.middle for latency in result.latencies]
     return {
         "total": result.channels,
         "dropped": result.dropped,
         "error": result.proof.error,
         "error_float64": result.proof.error_float64,
         "data_batches": result.proof.batches,
-        "seconds": None if result.seconds is None else dict(zip(("before", "after"), result.seconds, strict=True)),
+        "seconds": dict(zip(("before", "after"), medians, strict=True)) if medians else None,
         "families": [
             {"name": loss.group.name, "channels": len(loss.group), "dropped": list(loss.dropped)}
             for loss in result.pruned_groups

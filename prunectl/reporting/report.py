@@ -18,7 +18,7 @@ from prunectl.analysis.patterns import SparsityMap
 from prunectl.analysis.sizes import SENTENCES_ONLY, LimitCheck
 from prunectl.analysis.stats import ModelStats, TensorStats
 from prunectl.errors import PrunectlError, abbreviated
-from prunectl.units import Units, count, nbytes, percent, printable
+from prunectl.units import Units, count, duration, nbytes, percent, printable
 
 Cell = str | int | float | None
 _MAX_SHOWN, _MAX_WRITTEN = 200, 1000
@@ -34,6 +34,7 @@ class Unit(StrEnum):
     RATIO = "ratio"
     FACTOR = "factor"
     NUMBER = "number"
+    SECONDS = "seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class Column:
             return percent(cell)
         if self.unit is Unit.FACTOR and isinstance(cell, int | float):
             return f"{cell:.2f}x"
+        if self.unit is Unit.SECONDS and isinstance(cell, int | float):
+            return duration(cell)
         if self.unit is Unit.NUMBER and isinstance(cell, int | float):
             return f"{cell:.4g}"
         return printable(abbreviated(str(cell), _MAX_SHOWN))
