@@ -10,6 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from prunectl.api import bench as bench
     from prunectl.api import check as check
     from prunectl.api import diff as diff
     from prunectl.api import doctor as doctor
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 _FUNCTIONS = frozenset(
-    "check diff doctor eval evaluate export finetune init inspect prune size strip sweep verify".split()  # noqa: SIM905
+    "bench check diff doctor eval evaluate export finetune init inspect prune size strip sweep verify".split()  # noqa: SIM905
 )
 
 

@@ -51,6 +51,7 @@ print(prunectl.size("m.pt", on_progress=lambda now: print(now.done, now.total, n
 print(prunectl.strip("m.pt", None, on_progress=print), prunectl.init("models", on_progress=print).proposals)
 print(prunectl.export("m.pt", "m.npz", on_progress=lambda now: now.done).output, prunectl.doctor().to_dict())
 print(prunectl.eval("m.onnx", "d.npz", metric=["accuracy"], on_progress=print).logs["accuracy"])
+print(prunectl.bench("m.onnx", Path("n.onnx"), batch_size=[1, 16]).latencies[1][0].median.middle)
 print(prunectl.evaluate("m.pt", torch.utils.data.TensorDataset(torch.zeros(1)), metric="accuracy").value)
 """
 MISTAKES = """import prunectl

@@ -32,6 +32,7 @@ from prunectl.api.keywords import (
     parse_text,
     ratio,
 )
+from prunectl.api.latency import bench
 from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
 from prunectl.api.pruning import (
     BlocksResult,
@@ -439,6 +440,7 @@ def _destination(path: AnyPath | None, *, force: bool, in_place: bool) -> Destin
 
 eval = evaluate  # noqa: A001 - as the command is called; among the names to import it would hide that of Python
 __all__ = [
+    "bench",
     "check",
     "diff",
     "doctor",

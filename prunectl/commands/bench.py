@@ -54,9 +54,9 @@ def bench_models(
 
     [dim]$[/] prunectl bench model.onnx small.onnx
 
-    [dim]$[/] prunectl bench model.onnx small.onnx --batch-size 1,16 --min-speedup 1.2
+    [dim]$[/] prunectl bench model.onnx small.onnx --batch-size 1,16
 
-    [dim]$[/] prunectl bench small.tflite --max-latency 5ms
+    [dim]$[/] prunectl bench small.onnx --max-latency 20ms
     """
     reporter: Reporter = ctx.obj
     if min_speedup is not None and len(paths) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ class BenchRequest:
     batch_size: tuple[int, ...] = ()
     """Empty for what the models were saved for, or else 1."""
     threads: int = 1
-    seconds: float = 10.0
+    seconds: float = 5.0
     """At most, for each batch size."""
     input: tuple[InputOption, ...] = ()
     data: str = ""
@@ -65,8 +66,8 @@ def parse_request(options: Mapping[str, Any]) -> BenchRequest:
     return BenchRequest(**parsed)
 
 
-def _parse_batch_sizes(text: str | int) -> tuple[int, ...]:
-    sizes = [part.strip() for part in str(text).split(",") if part.strip()]
+def _parse_batch_sizes(text: str) -> tuple[int, ...]:
+    sizes = [part.strip() for part in text.split(",") if part.strip()]
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise UsageError(f"--batch-size {text!r} is not a list of numbers above 0", hint="write --batch-size 1,16")
     return tuple(dict.fromkeys(map(int, sizes)))
@@ -137,7 +138,7 @@ def bench(paths: Sequence[Path], request: BenchRequest) -> Benchmark:
             for size in sizes
         }
     models = tuple(_describe(each, grown[0] if grown else None) for each, grown in zip(opened, memory, strict=True))
-    return Benchmark(models, latencies, request.threads, _notes(opened))
+    return Benchmark(models, latencies, request.threads, tuple(_notes(opened, request.threads)))
 
 
 def _open(file: ModelFile, opener: Any, request: BenchRequest) -> _Opened:
@@ -154,7 +155,8 @@ def _prepare(opened: _Opened, size: int, request: BenchRequest) -> Timed:
     fixed = opened.fixed_batch_size
     if fixed not in {None, size}:
         raise UsageError(
-            f"{opened.file.path} accepts batches of {fixed} alone, not of {size}", hint=f"use --batch-size {fixed}"
+            f"{opened.file.path} cannot run batches of {size}: it was saved for {fixed}",
+            hint=f"use --batch-size {fixed}",
         )
     samples = make_samples(
         opened.runnable,
@@ -182,10 +184,12 @@ def _describe(opened: _Opened, memory: int | None) -> BenchedModel:
     )
 
 
-def _notes(opened: Sequence[_Opened]) -> tuple[str, ...]:
+def _notes(opened: Sequence[_Opened], threads: int) -> Iterator[str]:
     if any(each.file.family is Family.KERAS for each in opened):
-        return ("Keras models are run as a graph, without what predict does around it.",)
-    return ()
+        yield "Keras models are run as a graph, without what predict does around it."
+    if any(each.runnable.runtime == "TensorFlow" for each in opened):
+        note: str = importlib.import_module("prunectl.exporting.tensorflow").threads_note(threads)
+        yield from [note] * bool(note)
 
 
 @contextmanager

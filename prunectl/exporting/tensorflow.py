@@ -6,6 +6,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -97,19 +98,19 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
 
 
 def set_threads(threads: int) -> None:
-    """Let TensorFlow run with some threads, as long as it has not run anything yet."""
-    if not threads:
-        return
-    try:
-        _tf.config.threading.set_intra_op_parallelism_threads(threads)
-        _tf.config.threading.set_inter_op_parallelism_threads(threads)
-    except RuntimeError as error:
-        current = _tf.config.threading.get_intra_op_parallelism_threads()
-        if current != threads:
-            raise UsageError(
-                f"TensorFlow runs with {current or 'all'} threads already, not with {threads}",
-                hint="measure in a new process",
-            ) from error
+    """Let TensorFlow run with some threads; what has run something in this process keeps those that it has."""
+    if threads:
+        with suppress(RuntimeError):
+            _tf.config.threading.set_intra_op_parallelism_threads(threads)
+            _tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+def threads_note(threads: int) -> str:
+    """What is to be said if TensorFlow does not run with so many threads."""
+    current = _tf.config.threading.get_intra_op_parallelism_threads()
+    if current == threads:
+        return ""
+    return f"TensorFlow runs with {current or 'all'} threads, not with {threads}: it was in use in this process before."
 
 
 def _load_signature(path: Path) -> TfRunnable:
@@ -312,7 +313,7 @@ class LiteRunnable:
 def open_lite(model: ModelFile, origin: LoadOptions) -> LiteRunnable:
     """Load a TensorFlow Lite model, which holds no code."""
     try:
-        with silence():
+        with silence(), ignore_warnings():
             interpreter = _tf.lite.Interpreter(model_path=str(model.path), num_threads=origin.threads or 1)
     except Exception as error:
         raise InputError(f"TensorFlow Lite cannot load {model.path}: {error_line(error)}") from error
