@@ -16,13 +16,19 @@ from prunectl.analysis.stats import measure_stats
 from prunectl.analysis.timing import Latency, Timed, measure
 from prunectl.channels.lengths import InputOption, parse_input
 from prunectl.errors import UsageError, WorkError, first_line
-from prunectl.exporting.job import InputSpec, RunnableModel, apply_input_options, check_known, make_samples
+from prunectl.exporting.job import (
+    InputSpec,
+    RunnableModel,
+    TimedOptions,
+    apply_input_options,
+    check_known,
+    make_samples,
+)
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import load, running_route
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training import user_code
-from prunectl.training.backend import LoadOptions
 
 _INPUT = "x:1,3,224,224:f32"
 
@@ -44,9 +50,9 @@ class BenchRequest:
     trust: bool = False
 
     @property
-    def origin(self) -> LoadOptions:
+    def origin(self) -> TimedOptions:
         """How a model becomes a network of its framework."""
-        return LoadOptions(self.builder, self.custom_objects, self.trust, self.seed, threads=self.threads)
+        return TimedOptions(self.builder, self.custom_objects, self.trust, self.seed, threads=self.threads)
 
 
 OPTIONS = tuple(field.name for field in fields(BenchRequest))

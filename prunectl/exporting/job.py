@@ -15,7 +15,7 @@ from prunectl.channels.lengths import InputOption, OpenShape, in_order, shape_te
 from prunectl.errors import UsageError
 from prunectl.exporting.request import BATCH_SIZE, SAMPLES, ExportRequest
 from prunectl.formats.base import Array, ModelFile
-from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec
 from prunectl.training.data.functions import random_array
 from prunectl.training.data.source import EpochOrder
 from prunectl.training.task import shape_matches
@@ -32,6 +32,18 @@ class InputSpec:
     """A NumPy name such as float32; empty if unknown."""
     is_declared: bool = True
     """Whether the model itself declares it; else it is a guess by the first layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOptions(LoadOptions):
+    """How a model becomes a network whose speed is measured."""
+
+    threads: int = 1
+
+
+def threads_of(origin: LoadOptions) -> int:
+    """How many threads a model is run with; 0 leaves that to whoever opens it."""
+    return origin.threads if isinstance(origin, TimedOptions) else 0
 
 
 class RunnableModel(Protocol):

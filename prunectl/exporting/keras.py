@@ -11,7 +11,7 @@ from typing import Any
 
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.job import ExportJob, InputSpec
+from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.tensorflow import TfRunnable, set_threads
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import open_model
@@ -28,7 +28,7 @@ _tf = load_keras2().tensorflow
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
     """Load a Keras model to be run by TensorFlow."""
-    set_threads(origin.threads)
+    set_threads(threads_of(origin))
     loaded = load(model, origin, DevicePlacement())
     if not loaded.library.is_on_tensorflow:
         raise UsageError(

@@ -12,7 +12,7 @@ import numpy as np
 from prunectl.analysis.timing import Timed
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.compare import Run
-from prunectl.exporting.job import ExportJob, InputSpec
+from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_finish import checker_error, finalize
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
@@ -104,7 +104,7 @@ def _output_array(name: str, value: Any) -> Array:
 def open_runnable(model: ModelFile, origin: LoadOptions) -> OnnxRunnable:
     """Open a session on an ONNX file, which needs no code to be rebuilt."""
     try:
-        return _open_session(model.path, origin.threads or 1)
+        return _open_session(model.path, threads_of(origin) or 1)
     except Exception as error:
         raise InputError(f"onnxruntime cannot load {model.path}: {first_line(error)}") from error
 

@@ -18,7 +18,7 @@ from prunectl.analysis.timing import Timed
 from prunectl.channels.lengths import shape_text
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
-from prunectl.exporting.job import ExportJob, InputSpec
+from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_canonical import canonical_names
 from prunectl.exporting.onnx_finish import OPSET, finalize
 from prunectl.formats.base import Array, Family, ModelFile
@@ -93,7 +93,7 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
     """Load the serving signature of a SavedModel."""
     # It is run as it is, whatever builds the model.
     user_code.check(model, replace(origin, model=""))
-    set_threads(origin.threads)
+    set_threads(threads_of(origin))
     return _load_signature(model.path)
 
 
@@ -314,7 +314,7 @@ def open_lite(model: ModelFile, origin: LoadOptions) -> LiteRunnable:
     """Load a TensorFlow Lite model, which holds no code."""
     try:
         with silence(), ignore_warnings():
-            interpreter = _tf.lite.Interpreter(model_path=str(model.path), num_threads=origin.threads or 1)
+            interpreter = _tf.lite.Interpreter(model_path=str(model.path), num_threads=threads_of(origin) or 1)
     except Exception as error:
         raise InputError(f"TensorFlow Lite cannot load {model.path}: {error_line(error)}") from error
     inputs = tuple(

@@ -18,7 +18,7 @@ import torch
 from prunectl.analysis.timing import Timed
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.compare import Run
-from prunectl.exporting.job import ExportJob, InputSpec
+from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_canonical import BATCH, canonical_names
 from prunectl.exporting.onnx_finish import OPSET, finalize
 from prunectl.exporting.weights import exported_arrays, same_bits
@@ -33,8 +33,8 @@ from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy,
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
     """Build the module of a file, in eval mode."""
-    if origin.threads:
-        torch.set_num_threads(origin.threads)
+    if threads := threads_of(origin):
+        torch.set_num_threads(threads)
     script = _frozen_script(model, origin)
     if script is not None:
         return TorchRunnable(BuiltModule(script, {}), _frozen_inputs(script))

@@ -133,8 +133,6 @@ class LoadOptions:
     seed: int = 0
     inputs: tuple[str, ...] = ()
     """Shapes of what goes in, `1,3,224,224`, where it has to be run and nothing says them."""
-    threads: int = 0
-    """How many threads it is run with, where its speed is measured; 0 leaves that to whoever opens it."""
 
 
 class TrainableModel(Protocol):
