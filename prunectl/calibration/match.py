@@ -109,6 +109,7 @@ class OutputMatcher:
                 seed=self.request.seed,
                 teacher_share=1.0,
                 temperature=1.0,
+                is_matching=True,
                 frozen=frozenset(_unwritable(model) & dense.keys()),
                 example=Batch(self.session.calibration.batches[0].x),
             )

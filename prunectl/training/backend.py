@@ -71,6 +71,8 @@ class TensorSpec:
     """Such as float32 or int64; empty if unknown."""
     ending: FinalActivation = FinalActivation.UNKNOWN
     """The activation that an output ends with."""
+    is_binary: bool = False
+    """Whether the file says that each number of an output is the logit of a yes or no."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,9 @@ class TrainOptions:
     seed: int = 0
     teacher_share: float = 0.5
     """How much of the loss comes from a teacher's outputs, in steps that are given some."""
+    is_matching: bool = False
+    """Whether a step works as when it predicts, so that a model is trained towards its own answers: nothing is dropped
+    out, weights are not penalised. Batch normalisation alone takes the statistics of the batch."""
     temperature: float = 2.0
     """What logits are divided by before they are compared with the teacher's."""
     example: Batch | None = field(default=None, compare=False)

@@ -93,22 +93,27 @@ def compare_answers(
     teacher: Arrays, student: Arrays, signature: ModelSignature, loss: str
 ) -> tuple[tuple[DistilledOutput, ...], str]:
     """How each output is compared with a teacher's where no target tells, and a sentence that says so."""
-    endings = [port.ending for port in signature.outputs]
+    ports = (*signature.outputs, *(TensorSpec("", None, ""),) * len(as_tuple(teacher)))
     compared = tuple(
         compare_outputs(
             theirs,
             ours,
-            endings[number] if number < len(endings) else FinalActivation.UNKNOWN,
+            port.ending,
             output_axis(theirs.ndim, is_channels_first=signature.is_channels_first),
             loss,
+            is_binary=port.is_binary,
         )
-        for number, (theirs, ours) in enumerate(zip(as_tuple(teacher), as_tuple(student), strict=False))
+        for theirs, ours, port in zip(as_tuple(teacher), as_tuple(student), ports, strict=False)
     )
-    kinds = dict.fromkeys(
-        "classes (KL divergence)" if output.is_classification else "numbers (squared error)" for output in compared
-    )
+    kinds = dict.fromkeys(map(_kind, compared))
     other = "mse" if compared[0].is_classification else "kl"
     return compared, f"Outputs were compared as {' and '.join(kinds)}. If that is wrong, add --loss {other}."
+
+
+def _kind(output: DistilledOutput) -> str:
+    if output.is_classification and output.is_binary:
+        return "yes or no (binary cross-entropy)"
+    return "classes (KL divergence)" if output.is_classification else "numbers (squared error)"
 
 
 def teacher_load_options(model: ModelFile, pupil: LoadOptions, builder: str) -> LoadOptions:

@@ -52,6 +52,7 @@ from prunectl.training.request import (
     resolve_teacher,
 )
 from prunectl.training.runtimes import load_trainable
+from prunectl.training.task import COMPARING_LOSSES
 from prunectl.training.wrap.wrappers import (
     WrapperSpec,
     check_wrappable,
@@ -323,7 +324,7 @@ def _taught_alone(network: TrainableModel, data: TrainingData, teacher: Teacher)
     request, train = data.request, data.train
     order = EpochOrder(_COMPARED, request.means.seed, is_shuffled=train.count is not None)
     x = next(train.batches(order)).x
-    loss = request.means.loss if request.means.loss in {"kl", "mse", "cross-entropy"} else ""
+    loss = request.means.loss if request.means.loss in COMPARING_LOSSES else ""
     compared, note = compare_answers(teacher(x), network.predict(x), network.signature, loss)
     network.compare(compared)
     return (f"{train.name} has no targets: all that is learned from is what {request.distill} answers.", note)

@@ -184,25 +184,35 @@ def output_axis(ndim: int, *, is_channels_first: bool) -> int:
     return 1 if is_channels_first and ndim != 3 and ndim > 1 else -1
 
 
-def compare_outputs(dense: Array, pruned: Array, ending: FinalActivation, axis: int, loss: str = "") -> DistilledOutput:
+def compare_outputs(
+    dense: Array, pruned: Array, ending: FinalActivation, axis: int, loss: str = "", *, is_binary: bool = False
+) -> DistilledOutput:
     """How an output is compared with that of a dense model: as classes where it has some, else as numbers.
 
     An ending that only the numbers told has to hold for those of the pruned model as well: logarithms are taken of
-    them. What is raw is logits where it looks like them, or the user asks for `kl`; `mse` asks for numbers.
+    them. What is raw is logits where it looks like them, or the user asks for `kl`; `mse` asks for numbers. It is
+    logits of yes or no, each for itself, where the user asks for `bce`, or the file was trained so (`is_binary`).
     """
     numbers = DistilledOutput(False, False, FinalActivation.RAW, axis)
     if loss == "mse":
         return numbers
-    if loss and loss not in _CLASS_LOSSES:
-        raise UsageError(f"outputs cannot be compared by the loss {loss}", hint="use --loss kl, or --loss mse")
+    if loss and loss not in COMPARING_LOSSES:
+        raise UsageError(
+            f"outputs cannot be compared by the loss {loss}", hint="use --loss kl, --loss bce or --loss mse"
+        )
     apparent = activation_of_values(pruned, axis)
     is_share = ending is FinalActivation.SIGMOID and apparent is not FinalActivation.RAW
     if is_share or (ending in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX} and apparent is ending):
         return DistilledOutput(True, is_share, ending, axis)
+    # A single number is no distribution over classes.
+    is_single = dense.ndim < 2 or dense.shape[axis] == 1
+    if loss == "bce" or (is_binary and not loss) or (loss and is_single):
+        return DistilledOutput(True, True, FinalActivation.RAW, axis)
     return DistilledOutput(True, False, FinalActivation.RAW, axis) if loss or are_logits(dense, axis) else numbers
 
 
-_CLASS_LOSSES = frozenset({"kl", "cross-entropy"})
+COMPARING_LOSSES = frozenset({"kl", "cross-entropy", "bce", "mse"})
+"""What the user may call for where outputs are compared with those of a teacher."""
 _SURE, _SURE_OF_TWO = 0.5, 0.8
 """Mean probability of the likeliest class, of what is taken for logits."""
 _MOST_FREQUENT = 0.9

@@ -20,10 +20,11 @@ from prunectl.pruning.prune import prune as prune_file
 from prunectl.pruning.request import PruneRequest, parse_request
 from prunectl.training.backend import LoadOptions
 from prunectl.training.runtimes import load_trainable
-from prunectl.training.task import FinalActivation, activation_of_values, are_logits, compare_outputs
+from prunectl.training.task import FinalActivation, activation_of_values, are_logits, compare_outputs, distillation_loss
 from tests.calibration import nets
 from tests.calibration.runs import DIGITS, NETS, TORCH_NETS, build_of, data, examples, numbers, saved
 from tests.contract import Array, digest
+from tests.networks import keras, tf_keras
 from tests.running import FIXTURES, here
 from tests.training.torch import nets as torch_nets
 
@@ -307,6 +308,10 @@ SHARES = shares(SURE)
         (np.abs(SMALL) / 10, SMALL, SIGMOID, "", (False, False, RAW)),
         (SMALL[:, :1], SMALL[:, :1], RAW, "", (False, False, RAW)),
         (SMALL[:, 0], SMALL[:, 0], RAW, "", (False, False, RAW)),
+        (SMALL[:, :1], SMALL[:, :1], RAW, "kl", (True, True, RAW)),
+        (SMALL[:, 0], SMALL[:, 0], RAW, "kl", (True, True, RAW)),
+        (SMALL, SMALL, RAW, "bce", (True, True, RAW)),
+        (np.abs(SMALL) / 10, np.abs(SMALL) / 10, SIGMOID, "bce", (True, True, SIGMOID)),
     ],
 )
 def test_outputs_are_compared_as_what_they_are(
@@ -314,6 +319,33 @@ def test_outputs_are_compared_as_what_they_are(
 ) -> None:
     found = compare_outputs(dense, pruned, ending, 1 if dense.ndim > 1 else -1, loss)
     assert (found.is_classification, found.is_binary, found.activation) == expected
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("k", [keras, tf_keras])
+def test_a_single_logit_is_yes_or_no_where_the_file_was_compiled_so(k: Any, tmp_path: Path) -> None:
+    k().utils.set_random_seed(0)
+    layers, x = k().layers, examples(64, 6)
+    for loss, told in (
+        (k().losses.BinaryCrossentropy(from_logits=True), "yes or no (binary cross-entropy)"),
+        ("mse", "numbers (squared error)"),
+    ):
+        model = k().Sequential([layers.Input((6,)), layers.Dense(8, activation="relu"), layers.Dense(1)])
+        model.compile("adam", loss)
+        model.save(tmp_path / "model.keras")
+        wish = {**SHORT, "data": data(tmp_path / "x.npz", x=x), "sparsity": 0.5, "repair_steps": 10}
+        done = prune(
+            tmp_path / "model.keras", PruneRequest(**wish), Destination(tmp_path / "out.keras", is_forced=True)
+        )
+        assert any(note.startswith(f"Outputs were compared as {told}.") for note in done.notes), done.notes
+
+
+def test_the_distance_of_logits_of_yes_or_no_is_that_of_their_probabilities() -> None:
+    dense, pruned = SMALL[:, 0], SMALL[:, 1]
+    p, q = (1 / (1 + np.exp(-logits)) for logits in (dense, pruned))
+    expected = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
+    how = compare_outputs(dense, pruned, RAW, -1, "bce")
+    assert distillation_loss(match._OPS, how, dense, pruned, 1.0) == pytest.approx(expected)
 
 
 def test_an_unknown_way_to_compare_is_refused() -> None:

@@ -176,6 +176,17 @@ def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLo
     return tuple(resolved)
 
 
+def binary_logits(loaded: LoadedModel, infos: Sequence[ModelOutput]) -> tuple[bool, ...]:
+    """Of each output whether the file was compiled with the binary cross-entropy of logits."""
+    entries = _per_output(read_training_config(loaded.file).get("loss") if loaded.has_config else None, infos)
+    return tuple(
+        isinstance(entry, dict)
+        and named(entry) == losses.CrossEntropy.BINARY
+        and part(entry, "config").get("from_logits") is True
+        for entry in entries
+    )
+
+
 def _loss_of_file(loaded: LoadedModel, entry: Any) -> KerasLoss:
     try:
         loaded.check_trusted(entry)

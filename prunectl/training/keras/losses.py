@@ -331,6 +331,8 @@ class DistillationConfig:
     outputs: Sequence[DistilledOutput]
     alpha: float
     temperature: float
+    has_penalties: bool = True
+    """Whether penalties on weights are added where there are no targets."""
 
 
 def install_distillation(model: Any, config: DistillationConfig) -> Callable[[], None]:
@@ -369,7 +371,7 @@ def install_distillation(model: Any, config: DistillationConfig) -> Callable[[],
 def _total_loss(model: Any, config: DistillationConfig, y: Any, y_pred: Any, plain: Callable[[Any], Any]) -> Any:
     """The combined loss; penalties on weights are added in full."""
     distilled = _distillation_loss(config, y[TEACHER], y_pred)
-    penalties = sum(model.losses) if model.losses else 0.0
+    penalties = sum(model.losses) if config.has_penalties and model.losses else 0.0
     if TARGETS not in y:
         return distilled + penalties
     return config.alpha * (distilled + penalties) + (1.0 - config.alpha) * plain(y[TARGETS])

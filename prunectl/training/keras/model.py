@@ -25,22 +25,15 @@ from prunectl.training.backend import (
 from prunectl.training.checkpoint import load_arrays, save_arrays
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, gradients, outputs
-from prunectl.training.keras._compat import distinct_layers
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, RandomState, resolve_device
 from prunectl.training.keras.compile import optimizer_variables
 from prunectl.training.keras.layer_inputs import capture_layer_inputs, preserved_state
 from prunectl.training.keras.load import LoadedModel, load
-from prunectl.training.keras.train_step import CompiledModel
+from prunectl.training.keras.train_step import CompiledModel, batch_norm_layers
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.runtimes import random_state, restore_random_state
 from prunectl.training.task import DistilledOutput
-
-
-def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
-    """The trainable batch-normalization layers."""
-    batch_norm = library.keras.layers.BatchNormalization
-    return [layer for layer in distinct_layers(model) if isinstance(layer, batch_norm) and layer.trainable]
 
 
 def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any], batches: Iterable[Batch]) -> None:
@@ -224,13 +217,15 @@ class KerasTrainable:
 
     def _with_activations(self, signature: ModelSignature) -> ModelSignature:
         """A signature with what each output ends in, once that is known."""
-        endings = self._training.endings if self._training is not None else ()
-        if len(endings) != len(signature.outputs):
+        known = zip(self._training.endings, self._training.binary, strict=True) if self._training is not None else ()
+        told = list(known)
+        if len(told) != len(signature.outputs):
             return signature
         return replace(
             signature,
             outputs=tuple(
-                replace(port, ending=ending) for port, ending in zip(signature.outputs, endings, strict=True)
+                replace(port, ending=ending, is_binary=is_binary)
+                for port, (ending, is_binary) in zip(signature.outputs, told, strict=True)
             ),
         )
 

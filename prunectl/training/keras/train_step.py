@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from prunectl.training import user_code
 from prunectl.training.backend import GradientStatistic, TrainOptions
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, losses, outputs
-from prunectl.training.keras._compat import count_train_step, flat_layers
+from prunectl.training.keras._compat import count_train_step, distinct_layers, flat_layers
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary
-from prunectl.training.keras.compile import compile_model, resolve_compile_config
+from prunectl.training.keras.compile import binary_logits, compile_model, resolve_compile_config
 from prunectl.training.keras.load import LoadedModel, error_line
 from prunectl.training.keras.losses import CrossEntropy, DistillationConfig
 from prunectl.training.monitor import metric_failures
@@ -45,6 +46,33 @@ def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[
     }
     statistics = [variable for variable in variables if id(variable) not in trained and id(variable) not in untrained]
     return [(variable, backend.get_value(library, variable)) for variable in statistics]
+
+
+def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
+    """The trainable batch-normalization layers."""
+    batch_norm = library.keras.layers.BatchNormalization
+    return [layer for layer in distinct_layers(model) if isinstance(layer, batch_norm) and layer.trainable]
+
+
+def silence_layers(library: KerasLibrary, model: Any) -> None:
+    """Let every layer work as when it predicts, dropout and noise above all, but for batch normalisation."""
+    norms = {id(layer) for layer in batch_norm_layers(library, model)}
+    for layer in distinct_layers(model):
+        parameters = inspect.signature(layer.call).parameters
+        if "training" in parameters and not norms & {id(inner) for inner in flat_layers(layer)}:
+            layer.call = _predicting(layer.call)
+
+
+def _predicting(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["training"] = False
+        return original(*bound.args, **bound.kwargs)
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
 
 
 class StepAverager:
@@ -176,6 +204,8 @@ class CompiledModel:
         self.notes = config.notes
         self._user_functions, self._user_metrics = config.user_functions, config.user_metrics
         self._frozen_statistics = freeze(self._library, self.model, frozen)
+        if options.is_matching:
+            silence_layers(self._library, self.model)
         if not self.model.trainable_weights:
             raise UsageError(
                 "there is nothing to train: every weight is frozen", hint="leave out --freeze, or name less"
@@ -202,6 +232,8 @@ class CompiledModel:
             for loss, info in zip(config.losses, infos, strict=True)
         ]
         self.endings = tuple(info.ending for info in infos)
+        self.binary = binary_logits(loaded, infos)
+        """Of each output whether the file says that its numbers are logits of yes or no."""
         self._is_distilling = self._has_trained = False
         # Keras 3 forgets what it counted at every batch; here that is done when the numbers are asked for.
         self._reset_metrics: Callable[[], None] = self.model.reset_metrics
@@ -315,7 +347,13 @@ class CompiledModel:
                 hint="leave out --distill, or distil in the training step",
             )
         options = self._options
-        guidance = DistillationConfig(self._library, self._output_losses, options.teacher_share, options.temperature)
+        guidance = DistillationConfig(
+            self._library,
+            self._output_losses,
+            options.teacher_share,
+            options.temperature,
+            has_penalties=not options.is_matching,
+        )
         self._reset_distillation = losses.install_distillation(self.model, guidance)
         self.retrace()
         self._is_distilling = True

@@ -83,6 +83,8 @@ class TorchTrainable:
         self._signature = ModelSignature(input_specs(built.module, built.shapes), (), is_channels_first=True)
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
+        self._trains: bool | None = None
+        """Whether the module is in the mode in which it is trained; None before the first of both."""
         self._compared: tuple[DistilledOutput, ...] = ()
         kinds = {weight.dtype for weight in built.module.parameters() if weight.is_floating_point()}
         self._kind = kinds.pop() if len(kinds) == 1 else None
@@ -302,8 +304,14 @@ class TorchTrainable:
             self._rate = rate
 
     def _mode(self, *, training: bool) -> None:
-        if self._built.has_modes and self._module.training != training:
-            self._module.train(training)
+        if self._built.has_modes and self._trains is not training:
+            self._trains, is_matching = training, training and self._options.is_matching
+            self._module.train(training and not is_matching)
+            for layer in self._module.modules() if is_matching else ():
+                # The gradients of cuDNN's recurrent layers need them to train.
+                is_cudnn = isinstance(layer, torch.nn.RNNBase) and self._place.device.type == "cuda"
+                if is_cudnn or isinstance(layer, BatchNorm):
+                    layer.train()
         if training:
             for norm in self._still:
                 norm.eval()

@@ -12,6 +12,7 @@ import pytest
 
 from prunectl.errors import UsageError
 from prunectl.training.data.source import Batch
+from prunectl.training.distillation import compare_answers
 from prunectl.training.keras.model import KerasTrainable
 from tests.contract import Array
 from tests.networks import keras, tf_keras
@@ -370,3 +371,38 @@ def test_what_is_no_mean_of_batches_is_measured_over_all_examples(name: str, k: 
     assert network.evaluate(parts) == found
     network.step(parts[0], 1.0)
     assert (name in network.logs()) == (name != "F1")
+
+
+@both
+def test_towards_its_own_answers_nothing_is_dropped_out_or_penalised(k: Callable[[], Any], tmp_path: Path) -> None:
+    layers = k().layers
+    k().utils.set_random_seed(0)
+    parts = [
+        layers.Reshape((nets.FEATURES, 1)),
+        layers.LSTM(8, dropout=0.5, recurrent_dropout=0.5),
+        layers.GaussianNoise(1.0),
+        layers.Dense(8, activation="relu", kernel_regularizer="l2", activity_regularizer="l2"),
+        k().Sequential([layers.Dropout(0.5), layers.Dense(nets.CLASSES, activation="softmax")]),
+    ]
+    path = nets.saved(k().Sequential([layers.Input((nets.FEATURES,)), *parts]), tmp_path / "model.keras")
+    x = nets.batches(1)[0].x
+    network = nets.prepared(path, Batch(x), loss="mse", teacher_share=1.0, temperature=1.0, is_matching=True)
+    network.compare(compare_answers(network.predict(x), network.predict(x), network.signature, "")[0])
+    network.step(Batch(x), 0.0, network.predict(x))
+    assert network.logs()["loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+@both
+def test_towards_its_own_answers_batch_normalisation_takes_the_statistics_of_the_batch(
+    k: Callable[[], Any], tmp_path: Path
+) -> None:
+    path, x = nets.saved(nets.random_parts(k()), tmp_path / "model.keras"), nets.batches(1)[0].x
+    network = nets.prepared(path, Batch(x), loss="mse", teacher_share=1.0, temperature=1.0, is_matching=True)
+    before = network.tensors()
+    network.step(Batch(x), 0.0, network.predict(x))
+    moved = {
+        name.rpartition("/")[2].partition(":")[0]
+        for name, array in network.tensors().items()
+        if not np.array_equal(array, before[name])
+    }
+    assert moved == {"moving_mean", "moving_variance"}

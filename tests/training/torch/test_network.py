@@ -255,6 +255,21 @@ def test_a_teacher_alone_is_learned_by_heart(plain: tuple[nets.Plain, Path]) -> 
     assert agreed > 0.95
 
 
+def test_towards_its_own_answers_nothing_is_dropped_out_and_normalisations_take_the_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nets.Noisy()
+    batch = Batch(np.random.default_rng(0).normal(size=(16, 1, 8, 8)).astype("f4"))
+    network = opened(
+        saved(module, tmp_path / "noisy.pt"), "Noisy", batch, loss="mse", teacher_share=1.0, is_matching=True
+    )
+    guide = np.asarray(network.predict(batch.x))
+    network.step(batch, 0.0, guide)
+    module.drop.eval()
+    expected = (module(torch.from_numpy(batch.x)) - torch.from_numpy(guide)).square().mean()
+    assert network.logs()["loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
+    np.testing.assert_allclose(network.tensors()["norm.running_mean"], module.norm.running_mean, rtol=1e-5, atol=1e-7)
+
+
 def test_a_training_step_of_ones_own_is_taken(plain: tuple[nets.Plain, Path]) -> None:
     module, path = plain
     network = opened(path, "Plain", examples(), custom_step=f"{NETS}:squared", optimizer="sgd:lr=0.1")
