@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,14 @@ def pytest_collection() -> Iterator[Any]:
         gc.collect()
         gc.freeze()
         gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """Let PyTorch build its table of ONNX functions once: nothing changes it, and it takes a third of an export."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry: Any = module and module.ONNXRegistry
+    if registry and not hasattr(registry.from_torchlib, "cache_info"):
+        registry.from_torchlib = cache(registry.from_torchlib)
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,13 @@ from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.training.finetune import finetune
 from prunectl.training.request import parse_request
+from tests import forked
 from tests.channels import nets
 from tests.channels.masked import masked
 from tests.channels.nets import nn, torch
 from tests.channels.torch import nets as more
 from tests.channels.torch.cutting import built, cut, exported, loaded, said, saved
-from tests.running import FIXTURES, here, prunectl
+from tests.running import COMMAND, FIXTURES, clean, here
 
 BATCH = {0: torch.export.Dim("batch", min=1, max=64)}
 
@@ -243,12 +244,13 @@ class Lit(nn.Module):
 
 
 def test_a_program_is_cut_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
-    # In a child: PyTorch takes the process down that lets it write to such a path.
+    # In a process of its own: PyTorch takes the one down that lets it write to such a path.
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     folder.mkdir()
     shutil.copyfile(FIXTURES / "digits_cnn.pt2", folder / "net.pt2")
-    done = prunectl("prune", folder / "net.pt2", "-o", folder / "small.pt2", "-s", "0.5", "--pattern", "channel")
-    assert done.code == 0, done.err
+    words = ["prune", folder / "net.pt2", "-o", folder / "small.pt2", "-s", "0.5", "--pattern", "channel"]
+    done = forked.run([*COMMAND, *map(os.fspath, words)], env=clean())
+    assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(folder)) == ["net.pt2", "small.pt2"]
 
 
