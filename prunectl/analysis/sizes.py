@@ -356,18 +356,21 @@ def points(distance: float) -> str:
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
     """A limit and the value held against it, as people read them."""
     actual, distance = abs(gate.actual), abs(gate.actual - gate.limit)
+    is_hidden = bool(distance) and not gate.ok
     if gate.id == "max-latency":
         texts = LimitTexts(*map(duration, (actual, gate.limit, distance)))
     elif gate.id == "min-speedup":
         texts = LimitTexts(f"{actual:.2f} times", f"{gate.limit:g}", f"{distance:.2g}")
+    elif gate.id == "max-drop" and gate.is_share:
+        texts = LimitTexts(*map(points, (actual, gate.limit, distance)))
     elif not gate.is_share:
         texts = LimitTexts(*(f"{value:.4g}" for value in (actual, gate.limit, distance)))
     elif not isinstance(gate.limit, int):
         texts = LimitTexts(percent(actual), percent(gate.limit), points(distance))
-        if texts.actual == texts.limit and distance:
+        if texts.actual == texts.limit and is_hidden:
             texts = LimitTexts(f"{actual:.6%}", f"{gate.limit:.6%}", texts.distance)
     else:
         texts = LimitTexts(*(nbytes(int(value), units) for value in (actual, gate.limit, distance)))
-        if texts.actual == texts.limit and distance:
+        if texts.actual == texts.limit and is_hidden:
             texts = LimitTexts(f"{count(int(actual))} B", f"{count(gate.limit)} B", texts.distance)
     return limit_sentence(gate, printable(gate.model), texts)

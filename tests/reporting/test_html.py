@@ -109,7 +109,8 @@ def test_a_model_is_shown_with_its_tables_and_pictures(tmp_path: Path, capsys: p
     assert found.all("h2")[0].text.endswith("digits_cnn.h5")
     assert {"parts", "tensors", "size by tensor", "sparsity by tensor"} <= {one.text for one in found.all("h3")}
     labels = [one.attributes["aria-label"] for one in found.all("svg")]
-    assert labels == ["size of 9 tensors, 39.2 kB in total", "sparsity of 4 prunable tensors"]
+    assert labels[:2] == ["size of 9 tensors, 39.2 kB in total", "conv1/kernel:0: 0.0 % of 72 weights are zero"]
+    assert "sparsity of 4 prunable tensors" in {one.attributes.get("aria-label") for one in found.all("div")}
 
 
 def test_nothing_is_fetched_and_only_its_own_style_and_script_are_allowed(tmp_path: Path) -> None:
@@ -173,11 +174,18 @@ def test_every_column_is_sorted_by_a_button_and_by_plain_numbers() -> None:
     assert numbers == ["2000000", "0.25", "999", "", "2000999", ""]
 
 
+def test_a_column_that_may_go_and_tells_nothing_is_not_on_the_page() -> None:
+    columns = (Column("model"), Column("was", is_optional=True), Column("note", is_optional=True), Column("left"))
+    table = Table("t", columns, (("a", "", "", ""), ("b", None, "x", "")))
+    found = Page.of(page(Report(models=(), table=table), "diff", Units.SI))
+    assert [button.text for button in found.all("button")] == ["model", "note", "left"]
+
+
 def test_a_gate_that_says_no_is_on_the_page_too(tmp_path: Path) -> None:
     model = FIXTURES / "digits_cnn.h5"
     code, text = written("size", model, "--max-raw", "5kB", "--html", tmp_path / "page.html")
     assert code == 1
-    assert "exit code 1" in text
+    assert "A limit is exceeded (exit code 1)" in text
     assert "over the limit of 5.00 kB (max-raw)" in text
 
 
@@ -188,7 +196,7 @@ def test_check_and_diff_have_a_page(tmp_path: Path) -> None:
     place = tmp_path / "page.html"
     code, text = written("check", "--config", config, "--json", "--html", place)
     assert code == 1
-    assert any(one.text == "FAIL" for one in Page.of(text).all("td"))
+    assert [one.attributes["class"] for one in Page.of(text).all("td") if one.text == "FAIL"] == ["bad"]
     code, text = written("diff", FIXTURES / "digits_cnn.onnx", FIXTURES / "digits_cnn.pt", "--html", place)
     assert code == 0
     assert any("digits_cnn.pt -> " in one.text for one in Page.of(text).all("h2"))

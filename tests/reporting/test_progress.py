@@ -9,6 +9,7 @@ import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -103,11 +104,18 @@ def test_training_keeps_its_bar_count_and_time_and_the_metric_that_decides(
         assert parts[5:8] == ["val", "accuracy", "0.8156"]
 
 
+def forget(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have modules imported anew, and what is imported for them forgotten when the test is over."""
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        del sys.modules[name]
+
+
 def test_a_framework_that_is_imported_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_terminal(monkeypatch)
     (tmp_path / "tf_keras.py").write_text("import sys\nseen = sys.stderr.getvalue()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tf_keras", raising=False)
+    forget(monkeypatch, "tf_keras")
     before = list(sys.meta_path)
     with framework_imports(Settings()):
         assert importlib.util.find_spec("tf_keras") is not None
@@ -124,7 +132,7 @@ def test_nobody_is_told_of_imports_who_asked_for_quiet(
     terminal = at_terminal(monkeypatch)
     (tmp_path / "tf_keras.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tf_keras", raising=False)
+    forget(monkeypatch, "tf_keras")
     with framework_imports(settings):
         importlib.import_module("tf_keras")
     assert terminal.getvalue() == ""
@@ -137,8 +145,7 @@ def test_garbage_is_collected_again_after_a_framework_was_imported(
     (tmp_path / "torch.py").write_text("import gc, keras\nassert not gc.isenabled()\n" + ending)
     (tmp_path / "keras.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("torch", "keras"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    forget(monkeypatch, "torch", "keras")
     with framework_imports(Settings()), pytest.raises(ImportError) if ending else nullcontext():
         importlib.import_module("torch")
     assert gc.isenabled()

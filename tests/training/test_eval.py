@@ -55,7 +55,7 @@ def test_frameworks_agree_on_one_network() -> None:
     ("limit", "message"),
     [
         (("--min", "99%"), "below the limit of 99.0 % (min-metric)"),
-        (("--against", "dense.onnx", "--max-drop", "1pp"), "over the limit of 1.0 % (max-drop)"),
+        (("--against", "dense.onnx", "--max-drop", "1pp"), "over the limit of 1 pp (max-drop)"),
         (("--metric", "mse", "--max", "0.001"), "over the limit of 0.001 (max-metric)"),
     ],
 )

@@ -33,9 +33,9 @@ def subject(finding: Finding) -> str:
 
 
 def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, str]:
-    """Format a measured value and its limit, with more digits where rounding makes them equal."""
+    """Format a measured value and its limit, with more digits where rounding hides what is wrong."""
     actual, limit = number(finding.actual, finding.unit, units), number(finding.limit, finding.unit, units)
-    if actual == limit and finding.actual != finding.limit:
+    if actual == limit and not finding.ok:
         if finding.unit is MetricUnit.BYTES:
             return f"{count(int(finding.actual))} B", f"{count(int(finding.limit))} B"
         if finding.unit is MetricUnit.POINTS:

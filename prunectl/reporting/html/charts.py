@@ -115,7 +115,7 @@ def _scrolling(picture: str) -> str:
 
 
 _MOST = 1000
-_NAMES, _BARS_WIDTH, _BAR_HEIGHT, _NUMBERS = 330, 400, 16, 70
+_BARS_WIDTH = 400
 
 
 def bars(layers: Sequence[dict[str, Any]]) -> str:
@@ -124,24 +124,23 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
     if not known:
         return ""
     shown = known[:_MOST]
-    wide, tall = _NAMES + _BARS_WIDTH + _NUMBERS, _BAR_HEIGHT * len(shown)
-    rows = "".join(_bar(layer, number * _BAR_HEIGHT) for number, layer in enumerate(shown))
+    rows = "".join(map(_bar, shown))
     left = f"<p>The table lists {count(len(known) - _MOST)} more.</p>" if len(known) > _MOST else ""
     label = f"sparsity of {count(len(shown))} prunable tensors"
-    picture = f'<svg viewBox="0 0 {wide} {tall}" role="img" aria-label="{label}">{rows}</svg>'
+    picture = f'<div class="bars">{rows}</div>'
     return f'<div class="tall" tabindex="0" role="group" aria-label="{label}">{picture}</div>{left}'
 
 
-def _bar(layer: dict[str, Any], top: int) -> str:
+def _bar(layer: dict[str, Any]) -> str:
+    """The name, the bar as wide as there is room, and the number, so that letters keep their size on any screen."""
     share = layer["sparsity"]
     length = round(share * _BARS_WIDTH, 1)
     title = f"{escape(layer['name'])}: {percent(share)} of {count(layer['params'])} weights are zero"
     return (
-        f"<g><title>{title}</title>"
-        f'<text x="{_NAMES - 6}" y="{top + 12}" text-anchor="end">{format_number(layer["name"])}</text>'
-        f'<rect class="rest" x="{_NAMES}" y="{top + 2}" width="{_BARS_WIDTH}" height="12"/>'
-        f'<rect class="bar" x="{_NAMES}" y="{top + 2}" width="{length:g}" height="12"/>'
-        f'<text x="{_NAMES + _BARS_WIDTH + 6}" y="{top + 12}">{escape(percent(share))}</text></g>'
+        f"<span>{format_number(layer['name'])}</span>"
+        f'<svg viewBox="0 0 {_BARS_WIDTH} 12" preserveAspectRatio="none" role="img" aria-label="{title}">'
+        f'<title>{title}</title><rect class="rest" width="{_BARS_WIDTH}" height="12"/>'
+        f'<rect class="bar" width="{length:g}" height="12"/></svg><span>{escape(percent(share))}</span>'
     )
 
 
@@ -270,7 +269,7 @@ def _labels(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
     return "".join(texts)
 
 
-_TREEMAP_WIDTH, _HEIGHT = 800.0, 360.0
+_TREEMAP_WIDTH, _HEIGHT = 800.0, 280.0
 _LEAST_SHARE = 0.0003
 """Smaller ones are drawn as one: they would be less than a letter."""
 _FAINT, _FULL = 0.12, 0.6

@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count as numbers
 from pathlib import Path
@@ -26,6 +27,7 @@ _FILTERED_FROM = 9
 
 def table_html(table: Table, identity: str, units: Units) -> str:
     """A table; its rows are those of the report, in that order until somebody clicks."""
+    table = _without_empty(table)
     heads = "".join(_head(column) for column in table.columns)
     rows = "".join(_row(table, row, units) for row in table.rows)
     foot = f"<tfoot>{_row(table, table.total, units)}</tfoot>" if table.total else ""
@@ -34,6 +36,19 @@ def table_html(table: Table, identity: str, units: Units) -> str:
     element = f'<table class="sortable" id="{identity}" aria-label="{name}">{inside}</table>'
     around = f'<div class="scroll" tabindex="0" role="group" aria-label="{name}">{element}</div>'
     return f"{_filter(table, identity, name)}{around}"
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without the columns that may go and tell nothing."""
+    shown = [
+        place
+        for place, column in enumerate(table.columns)
+        if not column.is_optional
+        or any(row[place] not in {"", None} for row in (*table.rows, table.total or ()) if row)
+    ]
+    rows = tuple(tuple(row[place] for place in shown) for row in table.rows)
+    total = tuple(table.total[place] for place in shown) if table.total else table.total
+    return replace(table, columns=tuple(table.columns[place] for place in shown), cells=rows, total=total)
 
 
 def _filter(table: Table, identity: str, name: str) -> str:
@@ -57,15 +72,19 @@ def _row(table: Table, row: tuple[Cell, ...], units: Units) -> str:
 def _cell(column: Column, cell: Cell, units: Units) -> str:
     formatted = escape(column.format(cell, units))
     if not column.is_number:
-        return f"<td>{formatted}</td>"
+        return f"<td{_VERDICTS.get(str(cell), '') if column.name == 'verdict' else ''}>{formatted}</td>"
     value = "" if cell is None or isinstance(cell, str) else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
     return f'<td class="n" data-v="{value}">{formatted}</td>'
+
+
+_VERDICTS = {"pass": ' class="good"', "FAIL": ' class="bad"', "warn": ' class="warn"'}
 
 
 def _css_class(column: Column) -> str:
     return ' class="n"' if column.is_number else ""
 
 
+_FAILED = {1: "A limit is exceeded"}
 GENERATOR_TAG = '<meta name="generator" content="prunectl">'
 """By which one of our pages is known again."""
 PLOT = "plot"
@@ -87,7 +106,7 @@ def page(report: Report, command: str, units: Units, typed: str = "") -> str:
     verdict = (
         '<p class="good">Finished without errors</p>'
         if report.exit_code == 0
-        else f'<p class="bad">exit code {report.exit_code}</p>'
+        else f'<p class="bad">{_FAILED.get(report.exit_code, "Failed")} (exit code {report.exit_code})</p>'
     )
     body = (
         f"<main><h1>{escape(title)}</h1>{verdict}{_failures(report.failures)}{_gates(report, units)}"
@@ -157,11 +176,13 @@ def _section(section: Section, units: Units, number: Iterable[int], *, has_plot:
 
 
 def _models(report: Report, units: Units) -> str:
-    return "".join(
+    """The pictures of each model; those of several are side by side where there is room."""
+    pictures = "".join(
         _model(model, report.sparsity_maps.get(str(model["path"]), ()), units)
         for model in report.models
         if model.get("layers")
     )
+    return f'<div class="models">{pictures}</div>' if pictures else ""
 
 
 def _model(model: dict[str, object], maps: Sequence[SparsityMap], units: Units) -> str:
@@ -241,9 +262,9 @@ for (const field of document.querySelectorAll("input[type=search]")) {
 """What the page does: sort a table by a column, and show the rows that hold a word."""
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1b1f24; --dim: #59636e; --line: #d1d9e0; --mark: #0b6bcb;
-  --bar: #0b6bcb; --rest: #e4e9ee; --bad: #c4232b; --good: #1a7f37; --low: #b8c2cc }
+  --bar: #0b6bcb; --rest: #e4e9ee; --bad: #c4232b; --good: #1a7f37; --warn: #9a6700; --low: #b8c2cc }
 @media (prefers-color-scheme: dark) { :root { --back: #12161b; --ink: #e6edf3; --dim: #9aa6b2; --line: #343c46;
-  --mark: #6cb6ff; --bar: #6cb6ff; --rest: #2a313a; --bad: #ff7b72; --good: #56d364; --low: #39424d } }
+  --mark: #6cb6ff; --bar: #6cb6ff; --rest: #2a313a; --bad: #ff7b72; --good: #56d364; --warn: #d29922; --low: #39424d } }
 * { box-sizing: border-box }
 body { margin: 0; padding: 1.5rem; background: var(--back); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif }
@@ -252,8 +273,14 @@ h3 { font-size: 1rem; margin-bottom: .4rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dt { color: var(--dim) }
 dd { margin: 0; overflow-wrap: anywhere }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: break-word }
+.models { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 0 2rem }
+.models > * { min-width: 0 }
+.bars { display: grid; grid-template-columns: fit-content(45%) 1fr max-content; gap: .15rem .6rem; font-size: .85rem }
+.bars > :first-child, .bars > :nth-child(3n + 1) { overflow-wrap: anywhere; text-align: right }
+.bars svg { min-width: 0; max-width: none; height: 1rem; align-self: center }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: max-content }
+th, td { padding: .2rem .7rem; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: break-word;
+  max-width: 34rem }
 td.n, th.n { text-align: right; white-space: nowrap }
 thead th { padding: 0; position: sticky; top: 0; background: var(--back) }
 th button { font: inherit; font-weight: 600; color: var(--dim); background: none; border: 0; padding: .3rem .7rem;
@@ -267,7 +294,7 @@ input { font: inherit; padding: .25rem .5rem; border: 1px solid var(--line); bor
 output { color: var(--dim); margin-left: .6rem }
 pre { line-height: 1.15; overflow-x: auto }
 .remarks { max-width: 60rem } .bad { color: var(--bad) }
-.good { color: var(--good) }
+.good { color: var(--good) } .warn { color: var(--warn) }
 svg { display: block; width: 100%; min-width: 34rem; max-width: 80rem; height: auto }
 svg text { fill: var(--ink); font: 11px system-ui, sans-serif }
 svg .dim { fill: var(--dim) } svg .grid { stroke: var(--line) } svg .bar { fill: var(--bar) }
