@@ -38,9 +38,11 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
             f"{_percent(zeros)} of the prunable weights are zero, yet the file is no smaller: in this format "
             f"a zero takes as many bytes as any other number. {_suggestion(stats)}"
         )
+    is_only_read = not Capability.WRITE & by_name(stats.format).can
     for part, sentence in _STRIPPABLE.items():
         if (share := shares.get(part, 0)) > _MENTIONED_SHARE:
-            sentences.append(sentence.format(_percent(share)))
+            told = sentence.replace("`prunectl strip` removes it", "`prunectl export` leaves it out")
+            sentences.append((told if is_only_read else sentence).format(_percent(share)))
     return (*sentences, *quantised_hint(stats), *averaged_copies_hint(stats))
 
 

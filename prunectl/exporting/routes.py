@@ -162,7 +162,7 @@ ROUTES = (
     Route(TORCH, "torch-export", "torch:write_program", "torch:open_runnable", "torch:run_program", _TORCH),
     Route(TORCH, "torchscript", "torch:write_script", "torch:open_runnable", "torch:run_script", _TORCH),
     Route(ONNX, "onnx", "onnx:write", "onnx:open_runnable", "onnx:runner", _ORT),
-    Route((*TORCH, *PROGRAM), "torch", "torch:write_state_dict", needs=_TORCH),
+    Route((*TORCH, *PROGRAM, "torch-dcp"), "torch", "torch:write_state_dict", needs=_TORCH),
     *(
         Route(
             (*TORCH, *PROGRAM),

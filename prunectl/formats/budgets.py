@@ -182,6 +182,14 @@ MAX_PICKLE_NAME_CHARACTERS = 2000
 """A function or class that a pickle names, with its module."""
 BROKEN_TEXT_COST = 32
 """How much more than its bytes a text counts that is not UTF-8: each bad byte takes as long as many good ones."""
+PICKLE_SCALE_BYTES = 32 << 20
+"""Bytes on the disk for which the metadata of a distributed checkpoint may take the usual steps once more."""
+MAX_PICKLE_SCALE = 16
+"""How often it may do so: for 400,000 parts of tensors, each of which takes 1,100 bytes and 70 steps at least."""
+PART_BYTES = 256
+"""Bytes on the disk for each part of a tensor that such a metadata lists; PyTorch writes 1,100 for the smallest."""
+MAX_SMALL_PARTS = 20_000
+"""Parts of tensors in a distributed checkpoint of any size."""
 MAX_CHECKPOINT_DEPTH = 400
 """Values of a checkpoint inside each other."""
 MAX_CHECKPOINT_PLACES = 3_000_000

@@ -197,6 +197,11 @@ def is_torch_legacy(peek: FileProbe) -> bool:
     return peek.head[:1] == b"\x80" and peek.head[2:14] == TORCH_LEGACY_MAGIC
 
 
+def is_distributed_checkpoint(peek: FileProbe) -> bool:
+    """The pickle beside the parts that the ranks of `torch.distributed.checkpoint` wrote."""
+    return peek.path.name == ".metadata" and peek.head[:1] == b"\x80"
+
+
 def is_torch_tar(peek: FileProbe) -> bool:
     """The tar of the earliest torch."""
     first = peek.head[:100].split(b"\0", 1)[0].removeprefix(b"./")

@@ -108,6 +108,14 @@ FORMATS = (
         writer="safetensors:write_shards",
     ),
     Format(
+        "torch-dcp",
+        "PyTorch distributed checkpoint",
+        (".metadata",),
+        detect.is_distributed_checkpoint,
+        "torch.distributed:open_checkpoint",
+        writer="",
+    ),
+    Format(
         "safetensors",
         "safetensors",
         (".safetensors",),
@@ -157,8 +165,9 @@ IN_A_FOLDER = (
     "adapter_model.bin",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
+    ".metadata",
 )
-"""Weights in a folder of Hugging Face, of an adapter, or of a part of a pipeline of diffusers."""
+"""Weights in a folder of Hugging Face, of an adapter, or of a part of a pipeline of diffusers; those of many ranks."""
 
 _CANNOT = {
     Capability.PACK: "the container has no compression of its own",
@@ -281,5 +290,11 @@ def _read_bytes(tensor: Tensor) -> int:
 def require(model: ModelFile, needs: Capability) -> None:
     """Refuse what a format cannot do, before any work begins."""
     row = by_name(model.format)
+    if needs & ~row.can and row.name == "torch-dcp":
+        what = model.folder or model.path
+        raise InputError(
+            f"{what} is a distributed checkpoint, which prunectl only reads",
+            hint=f"make a model of it first: prunectl export {what} -o OUT",
+        )
     if needs & ~row.can:
         raise InputError(f"{model.path} ({row.title}): {_CANNOT[needs if row.writer else Capability.WRITE]}")

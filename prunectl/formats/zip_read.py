@@ -103,6 +103,11 @@ def open_archive(path: Path) -> Archive:
     return _opened(path, None)
 
 
+def open_part(extent: Extent) -> Archive:
+    """Read the directory of a zip that is a part of a file; its entries lie where they lie in that file."""
+    return _opened(extent.path, extent)
+
+
 def open_inside(archive: Archive, entry: ZipEntry) -> Archive:
     """Read the directory of a zip that is stored in a zip; its entries lie where they lie in the outer file."""
     return _opened(archive.path, entry.extent)

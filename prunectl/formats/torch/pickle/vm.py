@@ -51,19 +51,24 @@ class PickleProgram:
 
 
 def interpret(
-    data: bytes | mmap.mmap, path: Path, subject: str, *, start: int = 0, end: int | None = None
+    data: bytes | mmap.mmap, path: Path, subject: str, *, start: int = 0, end: int | None = None, scale: int = 1
 ) -> PickleProgram:
-    """Interpret the pickle program that begins at an offset; an error message calls it the subject."""
-    vm = PickleVM(OpcodeReader(data, start, len(data) if end is None else end))
+    """Interpret the pickle program that begins at an offset; an error message calls it the subject.
+
+    One that describes many big files may take as many times the usual steps and objects as its scale says.
+    """
+    vm = PickleVM(OpcodeReader(data, start, len(data) if end is None else end), scale)
     try:
-        value = run(vm, OPCODE_HANDLERS)
+        value = run(vm, OPCODE_HANDLERS, scale * MAX_PICKLE_STEPS)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         reason = f": {error}" if isinstance(error, ValueError) else ""
         raise InputError(
             f"{path} is truncated or damaged: {subject} is not a pickle that can be interpreted{reason[:80]}"
         ) from error
     except LimitExceededError as error:
-        raise InputError(f"{path} is refused: {subject} is a pickle of more than {MAX_PICKLE_STEPS} steps") from error
+        raise InputError(
+            f"{path} is refused: {subject} is a pickle of more than {scale * MAX_PICKLE_STEPS} steps"
+        ) from error
     return PickleProgram(value, vm.reader.offset, tuple(vm.storages), vm.foreign_calls())
 
 
@@ -104,10 +109,14 @@ Machine = TypeVar("Machine", bound=PickleMachine[Any])
 OpcodeHandler = Callable[[Machine, int], None]
 
 
-def run(machine: PickleMachine[Value], handlers: Mapping[int, Callable[[Any, int], None]]) -> Value:
+def run(
+    machine: PickleMachine[Value],
+    handlers: Mapping[int, Callable[[Any, int], None]],
+    most_steps: int = MAX_PICKLE_STEPS,
+) -> Value:
     """Execute opcodes up to the one that stops, and return the value on top of the stack."""
     reader, data = machine.reader, machine.reader.data
-    for _ in range(MAX_PICKLE_STEPS):
+    for _ in range(most_steps):
         if reader.offset >= reader.end:
             raise ValueError("it ends early")
         code = data[reader.offset]
@@ -163,8 +172,9 @@ STACK_HANDLERS: Mapping[int, OpcodeHandler[PickleMachine[Any]]] = {
 class PickleVM(PickleMachine[Any]):
     """A machine that makes the values of a program, calls as `OpaqueCall`."""
 
-    def __init__(self, reader: OpcodeReader) -> None:
+    def __init__(self, reader: OpcodeReader, scale: int = 1) -> None:
         super().__init__(reader)
+        self.most_objects = scale * MAX_PICKLE_OBJECTS
         self.storages: list[Any] = []
         self.globals: dict[Global, None] = {}
         self.foreign: dict[str, None] = {}
@@ -207,7 +217,7 @@ class PickleVM(PickleMachine[Any]):
     def push_new(self, thing: Any) -> None:
         """Push a thing that takes memory of its own."""
         self.objects += 1
-        if self.objects > MAX_PICKLE_OBJECTS:
+        if self.objects > self.most_objects:
             raise ValueError("it creates more objects than prunectl allows")
         self.stack.append(thing)
 

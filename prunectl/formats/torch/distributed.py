@@ -1,0 +1,317 @@
+"""Distributed checkpoints of PyTorch (DCP): a pickle that says where the parts of each tensor lie, and their files.
+
+`.metadata` is followed by our own pickle machine, as every pickle here; each part is what torch.save wrote of a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from prunectl.errors import InputError, UntrustedError, abbreviated
+from prunectl.formats import budgets, state_dict, zip_read
+from prunectl.formats.base import (
+    Array,
+    ModelFile,
+    ModelInfo,
+    NameAllocator,
+    Role,
+    Storage,
+    Tensor,
+    dtype_name,
+    format_shape,
+)
+from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.torch import model as torch_zip
+from prunectl.formats.torch import views
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, PickleDict, describe_value
+from prunectl.formats.torch.pickle.vm import interpret
+
+_BLOCK_BYTES = 512
+"""What `stat` counts in."""
+_HERE = "torch.distributed."
+_METADATA, _TENSOR, _BYTES = "Metadata", "TensorStorageMetadata", "BytesStorageMetadata"
+_KNOWN = re.compile(r"torch\.distributed\.[\w.]*\._?[A-Z]\w*|pathlib\.\w*Path|torch\.(strided|contiguous_format)")
+"""Classes that a metadata names beside plain data: none of them is imported, nor any function called."""
+_MOST_AXES = 4
+"""Axes along which a tensor may lie in several parts: each part has 2 to this power of corners."""
+_MOST_FIELDS = 64
+"""Fields of an instance; the metadata itself has five."""
+_OUTER = state_dict.MODEL_ROOTS | {"app"}
+"""Names of entries that only say that here is the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A box of a tensor, and where torch.save wrote it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Extent
+
+
+def open_checkpoint(path: Path) -> ModelFile:
+    """Open the checkpoint that a `.metadata` describes."""
+    if path.stat().st_size > budgets.MAX_PICKLE_BYTES:
+        raise InputError(f"{path} is refused: it is longer than {budgets.MAX_PICKLE_BYTES} bytes")
+    allocated = _allocated(path.parent)
+    scale = max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))
+    program = interpret(path.read_bytes(), path, "it", scale=scale)
+    _refuse_foreign(path, program.foreign_calls)
+    fields = _fields(path, program.value, _METADATA)
+    most = max(budgets.MAX_SMALL_PARTS, allocated // budgets.PART_BYTES)
+    entries = _dictionary(path, fields.get("state_dict_metadata"), most)
+    places = _places(path, fields.get("storage_data"), most)
+    _refuse_repeated(path, entries, most)
+    parts: dict[str, list[_Part]] = {}
+    found: list[Tensor] = []
+    for key, entry in entries:
+        if _is_class(entry, _BYTES):
+            continue
+        tensor, parts[key] = _tensor(path, key, entry, places)
+        found.append(tensor)
+    if not found:
+        raise InputError(f"{path} holds no tensors")
+    keys = _object_paths(path, fields.get("planner_data"))
+    named, sections = _named(found, keys)
+    described = state_dict.describe(named, sections)
+    files = dict.fromkeys(part.place.path for boxes in parts.values() for part in boxes)
+    has_optimizer = any(tensor.role is Role.OPTIMIZER for tensor in described)
+    about = ModelInfo(
+        producer="pytorch (distributed checkpoint)",
+        wrappers=state_dict.wrappers(described),
+        optimizer="optimizer state" if has_optimizer else "",
+    )
+    return ModelFile(path, "torch-dcp", described, about, (path, *files), partial(_decode, path, parts))
+
+
+def _allocated(folder: Path) -> int:
+    """What the files of the ranks take on the disk, where holes count nothing: what the metadata may cost."""
+    files = (entry for entry in os.scandir(folder) if entry.name.endswith(".distcp"))
+    return sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
+
+
+def _refuse_foreign(path: Path, calls: Sequence[str]) -> None:
+    """Refuse a pickle that would call what no checkpoint needs, as soon as PyTorch opened it."""
+    for call in calls:
+        name = call.partition(" ")[2]
+        if not _KNOWN.fullmatch(name):
+            raise UntrustedError(f"{path} is refused: opened by PyTorch, its pickle would use {abbreviated(name)}")
+
+
+def _is_class(value: Any, name: str) -> bool:
+    """Whether a value is an instance of a class of torch.distributed.checkpoint."""
+    return (
+        isinstance(value, OpaqueCall)
+        and isinstance(value.function, Global)
+        and value.function.name == name
+        and value.function.path.startswith(_HERE)
+    )
+
+
+def _fields(path: Path, value: Any, name: str) -> dict[str, Any]:
+    """The fields of an instance, as it was pickled."""
+    if not _is_class(value, name) or not isinstance(value.state, PickleDict) or len(value.state.items) > _MOST_FIELDS:
+        raise InputError(f"{path} is not the metadata of a distributed checkpoint: it has no {name}")
+    return value.state.plain()
+
+
+def _dictionary(path: Path, value: Any, most: int) -> list[tuple[str, Any]]:
+    if isinstance(value, PickleDict) and len(value.items) > most:
+        raise InputError(f"{path} is refused: it claims {len(value.items)} entries, more than its files could hold")
+    if not isinstance(value, PickleDict) or not all(isinstance(key, str) for key, _ in value.items):
+        raise InputError(f"{path} is damaged: it does not list the tensors")
+    if len({key for key, _ in value.items}) < len(value.items):
+        raise InputError(f"{path} is damaged: it lists a tensor twice")
+    return value.items
+
+
+Places = Mapping[tuple[str, tuple[int, ...]], Extent]
+"""Where the part of a tensor lies that begins at these offsets."""
+
+
+def _refuse_repeated(path: Path, entries: Sequence[tuple[str, Any]], most: int) -> None:
+    """Refuse lists of more parts than there can be: one list may stand in every entry."""
+    states = [entry.state for _, entry in entries if _is_class(entry, _TENSOR) and isinstance(entry.state, PickleDict)]
+    chunks = (state.plain().get("chunks") for state in states if len(state.items) <= _MOST_FIELDS)
+    if sum(len(parts) for parts in chunks if isinstance(parts, list)) > most:
+        raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
+
+
+def _places(path: Path, value: Any, most: int) -> Places:
+    """Where every part lies, as the storage says."""
+    if isinstance(value, PickleDict) and len(value.items) > most:
+        raise InputError(f"{path} is refused: it claims {len(value.items)} parts, more than its files could hold")
+    if not isinstance(value, PickleDict):
+        raise InputError(f"{path} is damaged: it does not say where the tensors lie")
+    found: dict[tuple[str, tuple[int, ...]], Extent] = {}
+    sizes: dict[str, int] = {}
+    for key, info in value.items:
+        index, where = _fields(path, key, "MetadataIndex"), _fields(path, info, "_StorageInfo")
+        name, offset, length = where.get("relative_path"), where.get("offset"), where.get("length")
+        if not isinstance(name, str) or name in {"", ".", ".."} or "/" in name or "\\" in name:
+            raise InputError(f"{path} is refused: it names a file outside its folder: {abbreviated(str(name))}")
+        if where.get("transform_descriptors"):
+            raise InputError(f"{path}: its parts are compressed or transformed, which prunectl does not read")
+        if name not in sizes:
+            file = path.with_name(name)
+            if not file.is_file():
+                raise InputError(f"{path} is incomplete: {abbreviated(name)} is missing")
+            sizes[name] = file.stat().st_size
+        if type(offset) is not int or type(length) is not int or not isinstance(index.get("fqn"), str):
+            raise InputError(f"{path} is damaged: it does not say where {abbreviated(name)} begins")
+        check_inside(path.with_name(name), offset, length, sizes[name], index["fqn"])
+        corner = index.get("offset")
+        if isinstance(corner, tuple | list):
+            found[index["fqn"], tuple(corner)] = Extent(path.with_name(name), offset, length)
+    return found
+
+
+def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, list[_Part]]:
+    """A tensor by its metadata, and the parts that it lies in."""
+    fields = _fields(path, entry, _TENSOR)
+    shape, chunks = fields.get("size"), fields.get("chunks")
+    dtype = _dtype(path, key, fields.get("properties"))
+    if not _is_shape(shape) or not isinstance(chunks, list):
+        raise InputError(f"{path} is damaged: {abbreviated(key)} has no shape")
+    parts: dict[tuple[tuple[int, ...], tuple[int, ...]], _Part] = {}
+    for chunk in chunks:
+        box = _fields(path, chunk, "ChunkStorageMetadata")
+        offsets, sizes = box.get("offsets"), box.get("sizes")
+        if not (_is_shape(offsets) and _is_shape(sizes) and len(offsets) == len(sizes) == len(shape)):
+            raise InputError(f"{path} is damaged: a part of {abbreviated(key)} has no place in it")
+        place = places.get((key, tuple(offsets)))
+        if place is None:
+            raise InputError(f"{path} is damaged: it does not say where a part of {abbreviated(key)} lies")
+        parts[tuple(offsets), tuple(sizes)] = _Part(tuple(offsets), tuple(sizes), place)
+    boxes = list(parts.values())
+    if not _tiles(tuple(shape), boxes):
+        raise InputError(
+            f"{path} is damaged: the parts of {abbreviated(key)} do not make up its shape {format_shape(shape)}"
+        )
+    stored = sum(part.place.nbytes for part in boxes)
+    nbytes = math.prod(shape) * dtype.itemsize
+    storage = Storage(key, nbytes, None, min(stored, nbytes) if len(boxes) < 2 else nbytes)
+    return Tensor(key, "", tuple(shape), dtype, Role.OTHER, storage), boxes
+
+
+def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) <= budgets.MAX_AXES
+        and all(type(length) is int and 0 <= length <= budgets.MAX_ELEMENTS for length in value)
+    )
+
+
+def _dtype(path: Path, key: str, properties: Any) -> np.dtype[Any]:
+    """The type of numbers, which stands first in what the properties pickle of themselves."""
+    state = properties.state if _is_class(properties, "TensorProperties") else None
+    code = state[0] if isinstance(state, tuple) and state else None
+    if isinstance(state, PickleDict):
+        code = state.plain().get("dtype")
+    name = code.name if isinstance(code, Global) else ""
+    if name not in views.DTYPES:
+        raise InputError(f"{path} holds {abbreviated(key)} in a type of number that prunectl does not read")
+    return views.DTYPES[name]
+
+
+def _tiles(shape: tuple[int, ...], parts: Sequence[_Part]) -> bool:
+    """Whether boxes fill a shape without a gap and without an overlap.
+
+    They do if their corners, counted up where a box begins and down where it ends along each axis, cancel to those of
+    the whole: the counts are the mixed difference of how many boxes cover a place, which they determine.
+    """
+    if not all(part.sizes for part in parts) or not shape:
+        return len(parts) == 1 and parts[0].sizes == shape
+    axes = [axis for axis, length in enumerate(shape) if any(part.sizes[axis] != length for part in parts)]
+    if len(axes) > _MOST_AXES or any(
+        part.offsets[axis] for part in parts for axis in range(len(shape)) if axis not in axes
+    ):
+        return False
+    counts: Counter[tuple[int, ...]] = Counter()
+    for part in parts:
+        for corner, sign in _corners([part.offsets[axis] for axis in axes], [part.sizes[axis] for axis in axes]):
+            counts[corner] += sign
+    for corner, sign in _corners([0] * len(axes), [shape[axis] for axis in axes]):
+        counts[corner] -= sign
+    return not any(counts.values())
+
+
+def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    for ends in product((0, 1), repeat=len(offsets)):
+        place = tuple(offset + end * size for offset, end, size in zip(offsets, ends, sizes, strict=True))
+        yield place, -1 if sum(ends) % 2 else 1
+
+
+def _object_paths(path: Path, planner: Any) -> dict[str, tuple[str, ...]]:
+    """Where in the dictionaries that were saved each tensor stood."""
+    found: dict[str, tuple[str, ...]] = {}
+    characters = 0
+    for key, steps in planner.items if isinstance(planner, PickleDict) else ():
+        if not isinstance(key, str) or not isinstance(steps, tuple) or not 0 < len(steps) <= budgets.MAX_AXES:
+            continue
+        if all(isinstance(step, str | int) for step in steps):
+            found[key] = tuple(map(str, steps))
+            characters += sum(map(len, found[key]))
+        if characters > budgets.MAX_NAMES_BYTES:
+            raise InputError(f"{path} is refused: its names are longer than those of any model")
+    return found
+
+
+def _named(tensors: Sequence[Tensor], paths: Mapping[str, tuple[str, ...]]) -> tuple[list[Tensor], frozenset[str]]:
+    """The tensors under the names that a model has for them, and the entries that held further ones.
+
+    Entries that only say that here is the model are left out of the names: the class of the model does not know them.
+    """
+    steps = {tensor.name: paths.get(tensor.name, (tensor.name,)) for tensor in tensors}
+    while _share_first(list(steps.values())) and next(iter(steps.values()))[0] in _OUTER:
+        steps = {name: path[1:] for name, path in steps.items()}
+    sections = frozenset(path[0] for path in steps.values() if len(path) > 1)
+    models = sections & state_dict.MODEL_ROOTS
+    allocator = NameAllocator()
+    named = []
+    for tensor in tensors:
+        path = steps[tensor.name]
+        is_in_model = len(models) == 1 and len(path) > 1 and path[0] in models
+        named.append(replace(tensor, name=allocator.unique(".".join(path[1:] if is_in_model else path))))
+    return named, sections
+
+
+def _share_first(paths: Sequence[tuple[str, ...]]) -> bool:
+    return all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1
+
+
+def _decode(path: Path, parts: Mapping[str, Sequence[_Part]], tensor: Tensor) -> Array:
+    """Put a tensor together from its parts, each mapped where it lies."""
+    boxes = parts[tensor.storage.key]
+    if len(boxes) == 1:
+        return _read(path, tensor, boxes[0])
+    whole = np.empty(tensor.shape, tensor.dtype)
+    for part in boxes:
+        place = tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True))
+        whole[place] = _read(path, tensor, part)
+    whole.flags.writeable = False
+    return whole
+
+
+def _read(path: Path, tensor: Tensor, part: _Part) -> Array:
+    """The numbers of a part, if it is what the metadata says."""
+    archive = zip_read.open_part(part.place)
+    source = torch_zip.pickle_source(archive, torch_zip.top_folder(archive), "data")
+    _refuse_foreign(path, source.program.foreign_calls)
+    found, _ = torch_zip.tensors(part.place.path, source, {})
+    if len(found) != 1 or (found[0].shape, found[0].dtype) != (part.sizes, tensor.dtype):
+        what = f"{dtype_name(tensor.dtype)} of shape {format_shape(part.sizes)}"
+        raise InputError(f"{part.place.path} is damaged: a part of {describe_value(tensor.name)} is no {what}")
+    opened = ModelFile(part.place.path, "torch", (), ModelInfo(), (part.place.path,), torch_zip.decoder(archive))
+    return opened.read(found[0])

@@ -1,0 +1,302 @@
+"""Distributed checkpoints of PyTorch: the parts of all ranks become what torch's own converter gives."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import Metadata
+
+from prunectl.formats.registry import open_model
+from prunectl.formats.torch.distributed import _Part, _tiles
+from tests.running import here
+from tests.safety.cost import assert_refused_cheaply, cost
+
+RANKS = 3
+SAVE = """
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+ranks, home = int(sys.argv[1]), sys.argv[2]
+# Loaded once, and forked before any thread runs.
+children = [os.fork() for _ in range(1)]
+rank = 0 if children[0] else 1
+while 0 < rank < ranks - 1:
+    children.append(os.fork())
+    if children[-1]:
+        break
+    rank += 1
+dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=ranks)
+mesh = init_device_mesh("cpu", (ranks,))
+torch.manual_seed(0)
+rows, columns, whole = torch.randn(100, 60), torch.randn(8, 7).bfloat16(), torch.randn(5)
+def spread(tensor, place):
+    return distribute_tensor(tensor, mesh, [place])
+model = {
+    "model.layers.0.weight": spread(rows, Shard(0)), "model.layers.1.weight": spread(columns, Shard(1)),
+    "model.norm.weight": spread(whole, Replicate()), "model.steps": torch.tensor(3),
+}
+state = {"exp_avg": spread(rows * 2, Shard(0)), "step": torch.tensor(5.0)}
+optimizer = {"state": {"model.layers.0.weight": state}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+dcp.save({"model": model, "optimizer": optimizer, "epoch": 7}, checkpoint_id=f"{home}/saved")
+dist.destroy_process_group()
+if children[-1]:
+    code = os.waitpid(children[-1], 0)[1]
+    os._exit(1 if code else 0)
+os._exit(0)
+"""
+"""Each rank forks the next, and waits for it."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What several ranks saved together: sharded by rows and by columns, replicated, scalars, bfloat16."""
+    home = tmp_path_factory.mktemp("dcp")
+    command = [sys.executable, "-W", "ignore", "-c", SAVE, str(RANKS), str(home)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240, check=False)
+    assert done.returncode == 0
+    return home / "saved"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Path]:
+    """What one process saved, to be damaged."""
+    torch.manual_seed(1)
+    state = {"model": {"a.weight": torch.randn(4, 6), "a.bias": torch.zeros(4)}, "epoch": 1}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(state, checkpoint_id=tmp_path / "own", no_dist=True)
+    return tmp_path / "own"
+
+
+def test_the_weights_are_those_of_torchs_own_converter_bit_by_bit(saved: Path, tmp_path: Path) -> None:
+    (saved / "config.json").write_text("{}")
+    dcp_to_torch_save(saved, tmp_path / "reference.pt")
+    reference = torch.load(tmp_path / "reference.pt", weights_only=True)
+    assert here("export", saved, "-o", tmp_path / "out").code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == reference["model"].keys()
+    for name, tensor in reference["model"].items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    # The state of the optimizer is put together as well, though nothing writes it.
+    opened = open_model(saved)
+    moment = next(tensor for tensor in opened.tensors if tensor.name.endswith("exp_avg"))
+    assert (
+        opened.read(moment).tolist()
+        == reference["optimizer"]["state"]["model.layers.0.weight"]["exp_avg"].numpy().tolist()
+    )
+
+
+def test_one_file_is_written_where_it_is_asked_for(saved: Path, tmp_path: Path) -> None:
+    for name in ("out.safetensors", "out.pt"):
+        assert here("export", saved, "-o", tmp_path / name).code == 0
+    state = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert state.keys() == load_file(tmp_path / "out.safetensors").keys()
+
+
+def test_inspect_needs_no_torch_and_tells_the_state_of_the_optimizer(saved: Path) -> None:
+    code = "import sys; from prunectl.cli import _run; _run(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "inspect", str(saved), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert '"format": "torch-dcp"' in done.stdout
+    assert "The optimizer state takes" in done.stdout
+    assert "`prunectl export` leaves it out." in done.stdout
+    roles = {row[1]: row[2] for row in here("inspect", saved).rows}
+    assert roles["model.layers.0.weight"] == "kernel"
+    assert roles["optimizer.state.model.layers.0.weight.exp_avg"] == "optimizer"
+
+
+@pytest.mark.parametrize("words", [("prune", "-s", "50%"), ("strip",)])
+def test_what_is_only_read_says_what_to_do_first(saved: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = here(words[0], saved, "-o", tmp_path / "out", *words[1:])
+    assert done.code == 3
+    assert f"prunectl export {saved} -o OUT" in done.err
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo gone",)
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """Let a change work on the metadata as torch itself reads it, and pickle it again."""
+    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def longer(metadata: Metadata) -> None:
+    metadata.state_dict_metadata["model.a.weight"].size = torch.Size([5, 6])  # type: ignore[union-attr]
+
+
+def huge(metadata: Metadata) -> None:
+    entry: Any = metadata.state_dict_metadata["model.a.weight"]
+    entry.size = torch.Size([1 << 40, 6])
+    entry.chunks[0].sizes = torch.Size([1 << 40, 6])
+
+
+def overlapping(metadata: Metadata) -> None:
+    entry: Any = metadata.state_dict_metadata["model.a.weight"]
+    entry.chunks[0].sizes = torch.Size([4, 7])
+
+
+def beyond(metadata: Metadata) -> None:
+    for place in metadata.storage_data.values():
+        place.length = 1 << 40
+
+
+def outside(metadata: Metadata) -> None:
+    for place in metadata.storage_data.values():
+        place.relative_path = "../own/__0_0.distcp"
+
+
+def without_places(metadata: Metadata) -> None:
+    metadata.storage_data = {}
+
+
+def not_a_dictionary(metadata: Metadata) -> None:
+    metadata.state_dict_metadata = [1]  # type: ignore[assignment]
+
+
+def evil(metadata: Metadata) -> None:
+    metadata.planner_data = Evil()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (longer, "the parts of model.a.weight do not make up its shape [5, 6]"),
+        (overlapping, "the parts of model.a.weight do not make up its shape [4, 6]"),
+        (huge, "would expand to"),
+        (beyond, "should be at bytes 0..1099511627776"),
+        (outside, "names a file outside its folder: ../own/__0_0.distcp"),
+        (without_places, "does not say where a part of model.a.weight lies"),
+        (not_a_dictionary, "does not list the tensors"),
+        (evil, "opened by PyTorch, its pickle would use posix.system"),
+    ],
+)
+def test_metadata_that_lies_is_refused_and_calls_nothing(own: Path, change: Any, message: str) -> None:
+    rewritten(own, change)
+    for words in (("inspect", own), ("export", own, "-o", own.parent / "out")):
+        done = here(*words)
+        assert done.code == 3
+        assert message in done.err
+    assert [path.name for path in own.parent.iterdir()] == ["own"]
+
+
+def test_a_missing_file_of_a_rank_and_a_cut_one_are_sentences(own: Path) -> None:
+    part = own / "__0_0.distcp"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-200])
+    assert "is truncated or damaged" in here("export", own, "-o", own.parent / "out").err
+    part.unlink()
+    assert "is incomplete: __0_0.distcp is missing" in here("inspect", own).err
+    assert not (own.parent / "out").exists()
+
+
+def test_a_part_of_another_shape_than_it_should_have_is_refused(own: Path) -> None:
+    def swap(metadata: Metadata) -> None:
+        first, second = (key for key in metadata.storage_data if key.offset is not None)
+        places = metadata.storage_data
+        places[first], places[second] = places[second], places[first]
+
+    rewritten(own, swap)
+    done = here("export", own, "-o", own.parent / "out")
+    assert done.code == 3
+    assert "is no float32 of shape" in done.err
+
+
+def deep(metadata: Metadata) -> bytes:
+    del metadata
+    return b"\x80\x02" + b"}" * 3_000_000 + b"."
+
+
+class Repeated:
+    """A dictionary that gets one entry again and again, which no dictionary of Python can hold."""
+
+    def __init__(self, key: object, value: object) -> None:
+        self.key, self.value = key, value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (), None, None, iter([(self.key, self.value)] * 500_000)
+
+
+def many_places(metadata: Metadata) -> bytes:
+    metadata.storage_data = Repeated(*next(iter(metadata.storage_data.items())))
+    return pickle.dumps(metadata)
+
+
+def many_chunks(metadata: Metadata) -> bytes:
+    entry: Any = metadata.state_dict_metadata["model.a.weight"]
+    entry.chunks *= 900_000
+    return pickle.dumps(metadata)
+
+
+def many_tensors(metadata: Metadata) -> bytes:
+    entry: Any = metadata.state_dict_metadata["model.a.weight"]
+    entry.chunks *= 10_000
+    metadata.state_dict_metadata = {f"{number}": entry for number in range(90_000)}
+    return pickle.dumps(metadata)
+
+
+def long_names(metadata: Metadata) -> bytes:
+    steps = tuple("n" * 60_000 for _ in range(60))
+    metadata.planner_data = {f"{number}": steps for number in range(90_000)}
+    return pickle.dumps(metadata)
+
+
+@pytest.mark.parametrize("make", [deep, many_places, many_chunks, many_tensors, long_names])
+def test_a_metadata_that_makes_much_of_little_costs_little(own: Path, make: Any) -> None:
+    metadata: Metadata = pickle.loads((own / ".metadata").read_bytes())
+    (own / ".metadata").write_bytes(make(metadata))
+    assert_refused_cheaply(cost("inspect", own, scratch=own.parent / "scratch"))
+
+
+def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[_Part]:
+    return [_Part(offsets, sizes, None) for offsets, sizes in parts]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "fits"),
+    [
+        ((4, 6), [((0, 0), (4, 6))], True),
+        ((4, 6), [((0, 0), (2, 6)), ((2, 0), (2, 6))], True),
+        ((4, 6), [((0, 0), (2, 3)), ((2, 0), (2, 3)), ((0, 3), (4, 3))], True),
+        ((4, 6), [((0, 0), (2, 6)), ((2, 0), (0, 6)), ((2, 0), (2, 6))], True),
+        # As many elements, but one box lies over the other.
+        ((4, 6), [((0, 0), (2, 6)), ((1, 0), (2, 6))], False),
+        ((4, 4), [((0, 0), (2, 2)), ((2, 2), (2, 2)), ((0, 2), (2, 2)), ((0, 2), (2, 2))], False),
+        ((4, 6), [((0, 0), (2, 6))], False),
+        ((4, 6), [((0, 0), (4, 6)), ((4, 0), (4, 6))], False),
+        ((4,), [((1,), (4,))], False),
+        ((), [((), ())], True),
+        ((0, 3), [((0, 0), (0, 3))], True),
+    ],
+)
+def test_parts_fill_a_shape_without_gaps_and_overlaps(shape: tuple[int, ...], parts: Any, fits: bool) -> None:
+    assert _tiles(shape, boxes(*parts)) is fits
+
+
+def test_an_old_checkpoint_without_a_plan_keeps_its_names(own: Path) -> None:
+    def forget(metadata: Metadata) -> None:
+        metadata.planner_data = None
+
+    rewritten(own, forget)
+    assert [tensor.name for tensor in open_model(own).tensors] == ["model.a.weight", "model.a.bias"]
+
+
+def test_a_copy_of_the_folder_reads_the_same(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "copy")
+    assert here("diff", tmp_path / "copy", saved, "--fail-on", "nonzero").code == 0
