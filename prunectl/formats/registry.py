@@ -110,7 +110,7 @@ FORMATS = (
     Format(
         "torch-dcp",
         "PyTorch distributed checkpoint",
-        (".metadata",),
+        ("",),
         detect.is_distributed_checkpoint,
         "torch.distributed:open_checkpoint",
         writer="",
