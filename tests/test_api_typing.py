@@ -47,6 +47,7 @@ print(searched.search.best.sparsity if searched.search else None, prunectl.prune
 print(prunectl.prune("m.h5", "w.h5", sparsity=0.8, wrap=True, schedule="polynomial", begin=0, end="2000"))
 looked = prunectl.inspect("m.pt", groups=True, sensitivity=True, data=(x, y), builder=torch.nn.Bilinear)
 print(looked.groups, looked.sensitivity, looked.to_pandas())
+print(prunectl.bench("a.onnx", "b.onnx", batch_size=[1, 8], on_progress=print).latencies)
 print(prunectl.size("m.pt", on_progress=lambda now: print(now.done, now.total, now.label)))
 print(prunectl.strip("m.pt", None, on_progress=print), prunectl.init("models", on_progress=print).proposals)
 print(prunectl.export("m.pt", "m.npz", on_progress=lambda now: now.done).output, prunectl.doctor().to_dict())

@@ -15,8 +15,6 @@ from prunectl.analysis.sizes import CodecName
 from prunectl.api.in_memory import named_objects
 from prunectl.api.keywords import (
     AnyPath,
-    Data,
-    EvaluateOptions,
     ExportOptions,
     FilePruneOptions,
     FinetuneOptions,
@@ -32,7 +30,7 @@ from prunectl.api.keywords import (
     parse_text,
     ratio,
 )
-from prunectl.api.latency import bench
+from prunectl.api.latency import bench, evaluate
 from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
 from prunectl.api.pruning import (
     BlocksResult,
@@ -47,7 +45,6 @@ from prunectl.api.results import (
     ConversionResult,
     DiffResult,
     DoctorResult,
-    EvaluationResult,
     InitResult,
     InspectResult,
     OnProgress,
@@ -78,7 +75,6 @@ from prunectl.pruning import strip as stripping
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import read_record
 from prunectl.sweeping import sweep as sweeping
-from prunectl.training import evaluate as evaluation
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request
 from prunectl.training.backend import LoadOptions
@@ -290,24 +286,6 @@ def finetune(
     for entry in result.history:
         watch.tell(entry)
     return TrainingResult.of(result, output=str(destination.target))
-
-
-@as_keywords()
-@host_settings()
-def evaluate(
-    model: AnyPath, data: Data, /, *, on_progress: OnProgress = None, **options: Unpack[EvaluateOptions]
-) -> EvaluationResult:
-    """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
-
-    ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", builder=Net)``. ``on_progress`` is called after each
-    batch, with the number of examples.
-    """
-    if data is None:
-        raise UsageError("no data is given", hint="write prunectl.evaluate('model.h5', 'test.npz')")
-    with named_objects({**parse_keywords("evaluate", EvaluateOptions, options), "data": data}) as named:
-        request = finetune_request.parse_request(named)
-        result = evaluation.evaluate_file(_path(model), request, meter_of(on_progress))
-    return EvaluationResult.of(result, path=str(model))
 
 
 @as_keywords()

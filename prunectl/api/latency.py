@@ -1,4 +1,4 @@
-"""`bench` as a function."""
+"""`bench` and `eval` as functions: how fast models are, and how good."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
 
 from prunectl.api.in_memory import named_objects
-from prunectl.api.keywords import AnyPath, Code, Data, Names, as_keywords, check_type, parse_keywords
-from prunectl.api.results import EngineResult
+from prunectl.api.keywords import (
+    AnyPath,
+    Code,
+    Data,
+    EvaluateOptions,
+    Names,
+    as_keywords,
+    check_type,
+    parse_keywords,
+)
+from prunectl.api.results import EngineResult, EvaluationResult, OnProgress, meter_of
+from prunectl.errors import UsageError
 from prunectl.exporting import bench as benching
 from prunectl.exporting.bench import Benchmark
 from prunectl.reporting.bench import bench_report
 from prunectl.reporting.report import Report
+from prunectl.training.evaluate import evaluate_file
 from prunectl.training.quiet import host_settings
+from prunectl.training.request import parse_request
 from prunectl.units import duration
 
 
@@ -54,10 +66,12 @@ class BenchResult(EngineResult, Benchmark):
 
 @as_keywords()
 @host_settings()
-def bench(model: AnyPath, /, *others: AnyPath, **options: Unpack[BenchOptions]) -> BenchResult:
+def bench(
+    model: AnyPath, /, *others: AnyPath, on_progress: OnProgress = None, **options: Unpack[BenchOptions]
+) -> BenchResult:
     """Measure how fast models are, each in the runtime that opens it; the first is compared with.
 
-    ``prunectl.bench("model.onnx", "small.onnx", batch_size=[1, 16])``
+    ``prunectl.bench("model.onnx", "small.onnx", batch_size=[1, 16])``. ``on_progress`` is called after each batch size.
     """
     for path in (model, *others):
         check_type("model", path, AnyPath)
@@ -66,4 +80,24 @@ def bench(model: AnyPath, /, *others: AnyPath, **options: Unpack[BenchOptions]) 
         parsed["batch_size"] = ",".join(map(str, [sizes] if isinstance(sizes, int) else sizes))
     with named_objects(parsed) as named:
         request = benching.parse_request(named)
-        return BenchResult.of(benching.bench([Path(path) for path in (model, *others)], request))
+        paths = [Path(path) for path in (model, *others)]
+        return BenchResult.of(benching.bench(paths, request, meter_of(on_progress)))
+
+
+@as_keywords()
+@host_settings()
+def evaluate(
+    model: AnyPath, data: Data, /, *, on_progress: OnProgress = None, **options: Unpack[EvaluateOptions]
+) -> EvaluationResult:
+    """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
+
+    ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", builder=Net)``. ``on_progress`` is called after each
+    batch, with the number of examples.
+    """
+    check_type("model", model, AnyPath)
+    if data is None:
+        raise UsageError("no data is given", hint="write prunectl.evaluate('model.h5', 'test.npz')")
+    with named_objects({**parse_keywords("evaluate", EvaluateOptions, options), "data": data}) as named:
+        request = parse_request(named)
+        result = evaluate_file(Path(model), request, meter_of(on_progress))
+    return EvaluationResult.of(result, path=str(model))

@@ -74,7 +74,7 @@ def bench_models(
     }
     request = parse_request({**options, **({"batch_size": batch_size} if batch_size else {})})
     import_first(imports or ())
-    return reporter.show(bench_report(bench(paths, request), limit, min_speedup))
+    return reporter.show(bench_report(bench(paths, request, reporter.progress), limit, min_speedup))
 
 
 command = make_command(bench_models)

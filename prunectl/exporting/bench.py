@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.analysis.stats import measure_stats
+from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.analysis.timing import Latency, Timed, measure
 from prunectl.channels.lengths import InputOption, parse_input
 from prunectl.errors import UsageError, WorkError, first_line
@@ -115,7 +116,7 @@ class _Opened:
         return next((spec.shape[0] for spec in self.inputs if spec.shape), None)
 
 
-def bench(paths: Sequence[Path], request: BenchRequest) -> Benchmark:
+def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory = no_progress) -> Benchmark:
     """Measure the latency of each model beside the others."""
     files = [open_model(path) for path in paths]
     routes = [running_route(file) for file in files]
@@ -137,12 +138,12 @@ def bench(paths: Sequence[Path], request: BenchRequest) -> Benchmark:
                 for size in sizes:
                     _prepare(opened[-1], size, request)()
             memory.append(grown)
-        latencies = {
-            size: measure(
-                [_prepare(each, size, request) for each in opened], seconds=request.seconds, seed=request.seed
-            )
-            for size in sizes
-        }
+        latencies = {}
+        with meter("measuring batch sizes", Items(len(sizes))) as bar:
+            for size in sizes:
+                runs = [_prepare(each, size, request) for each in opened]
+                latencies[size] = measure(runs, seconds=request.seconds, seed=request.seed)
+                bar.advance(1)
     models = tuple(_describe(each, grown[0] if grown else None) for each, grown in zip(opened, memory, strict=True))
     return Benchmark(models, latencies, request.threads, tuple(_notes(opened, request.threads)))
 
