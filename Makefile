@@ -6,14 +6,16 @@
 # make docs    the documentation as a site, in site/; a broken link fails
 # make pictures  the terminal in the README, from what is really printed
 # make man     the manual page, prunectl.1
+# make requirements  the files with hashes, anew, when constraints.txt has changed
 # make dist    wheel and source archive, built twice to see that they are the same bytes
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 JOBS ?= 2
+COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -c constraints.txt
 
-.PHONY: demo test check lint bench house docs pictures fixtures man dist clean
+.PHONY: demo test check lint bench house docs pictures requirements fixtures man dist clean
 
 # The date in what is built: that of the commit, so that who builds it again gets the same bytes.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1580601600)
@@ -42,7 +44,7 @@ house: .venv/.full
 	$(BIN)/python -m benchmarks.house
 
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 pictures: .venv/.demo
 	$(BIN)/python -m benchmarks.pictures
@@ -57,6 +59,12 @@ dist: .venv/.pip
 	$(BIN)/python -m hatchling build -d dist/again 2> /dev/null
 	@cd dist && for file in again/*; do cmp "$$file" "$${file#again/}" || exit 1; done && rm -r again
 	@$(BIN)/pip hash dist/*
+
+requirements: .venv/.pip
+	$(PIP) install 'uv>=0.8'
+	$(COMPILE) --python-version 3.11 requirements/build.in -o requirements/build.txt
+	$(COMPILE) --python-version 3.11 pyproject.toml -o requirements/core.txt
+	$(COMPILE) --python-version 3.11.5 --group docs pyproject.toml -o requirements/docs.txt
 
 fixtures: .venv/.full
 	$(BIN)/python fixtures/make.py
@@ -74,8 +82,8 @@ fixtures: .venv/.full
 	$(PIP) install -c constraints.txt -e '.[onnx]'
 	@touch $@ .venv/.core
 
-.venv/.docs: .venv/.core
-	$(PIP) install -c constraints.txt --group docs
+.venv/.docs: .venv/.pip requirements/docs.txt
+	$(PIP) install --require-hashes -r requirements/docs.txt
 	@touch $@
 
 .venv/.full: .venv/.pip pyproject.toml constraints.txt

@@ -137,8 +137,15 @@ def test_the_dependencies_are_pinned() -> None:
     assert set(map(name_of, asked)) - {"prunectl"} <= set(map(name_of, pinned))
 
 
-@pytest.mark.parametrize(("file", "asked"), [("core", CORE), ("build", PROJECT["build-system"]["requires"])])
-def test_what_a_release_is_made_with_is_pinned_by_hash(file: str, asked: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("file", "asked"),
+    [
+        ("core", CORE),
+        ("build", PROJECT["build-system"]["requires"]),
+        ("docs", [*CORE, *PROJECT["dependency-groups"]["docs"]]),
+    ],
+)
+def test_what_a_release_and_the_site_are_made_with_is_pinned_by_hash(file: str, asked: list[str]) -> None:
     pinned = (ROOT / "constraints.txt").read_text().lower().replace("_", "-").split()
     entries = re.split(r"\n(?=\S)", (ROOT / f"requirements/{file}.txt").read_text().strip())
     elsewhere = {"colorama"}  # for Windows alone
@@ -156,6 +163,19 @@ def test_the_oldest_versions_that_are_tried_are_those_that_the_project_allows() 
         assert bound
         lowest = tuple(map(int, bound[1].split(".")))
         assert versions[name_of(line)] == (*lowest, *(0,) * (3 - len(lowest)))
+
+
+def test_only_one_page_has_placeholders_for_where_the_project_is_published() -> None:
+    ignored = {".git", ".venv", "site", "demo", "dist", "node_modules"}
+    texts = [path for ending in ("md", "yml", "yaml", "toml") for path in ROOT.rglob(f"*.{ending}")]
+    named = {
+        path.relative_to(ROOT).as_posix()
+        for path in texts
+        if not ignored & set(path.relative_to(ROOT).parts)
+        and re.search(r"\bOWNER/|\bclone URL\b|\badd URL\b|repo: URL", path.read_text())
+    }
+    assert named == {"docs/ci.md"}
+    assert "`OWNER` in `docs/ci.md`, which alone names it" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
