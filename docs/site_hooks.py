@@ -16,8 +16,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 from prunectl.api import keywords
 from prunectl.commands.app import COMMANDS, TOPICS
 from prunectl.commands.help import topic_lines
@@ -60,6 +58,8 @@ def on_files(files: Any, config: Any) -> Any:
         "files.md": files_page(),
         "python-reference.md": reference_page(),
     }
+    from mkdocs.structure.files import File  # noqa: PLC0415 - what makes the site has it, and the tests have not
+
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -87,7 +87,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             path = path.removeprefix("docs/") if path.startswith("docs/") else path
         return f"]({posixpath.relpath(path, posixpath.dirname(here) or '.')}{section})"
 
-    return _LINK.sub(lead, markdown)
+    return lead_to_pictures(_LINK.sub(lead, markdown), page.url)
+
+
+def lead_to_pictures(markdown: str, url: str) -> str:
+    """Pictures in HTML by where they are from the page, of which each is a folder of the site."""
+    up = "../" * url.count("/")
+    for name in _PICTURE.findall(markdown):
+        if not (ROOT / "docs" / "pictures" / name).is_file():
+            raise FileNotFoundError(f"docs/pictures/{name}")
+    return _PICTURE.sub(rf'="{up}pictures/\1"', markdown)
+
+
+_PICTURE = re.compile(r'="pictures/([^"]+)"')
 
 
 def slug(path: str) -> str:

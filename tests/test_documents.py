@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.pictures import THEMES, calibration_tables, chart
+from docs.site_hooks import lead_to_pictures
 from prunectl.commands.app import COMMANDS
 from prunectl.formats.registry import FORMATS
 from tests.running import FIXTURES, HANG_SECONDS, ROOT, Outcome, clean, here
@@ -195,6 +196,14 @@ def test_every_link_of_a_page_leads_to_what_is_there(page: str) -> None:
         assert (ROOT / target).exists(), target
         if section:
             assert section in anchors(PAGES[target]), (target, section)
+
+
+def test_a_page_of_the_site_finds_its_pictures_from_its_own_folder() -> None:
+    picture = '<img src="pictures/accuracy-light.svg">'
+    assert lead_to_pictures(picture, "figures/") == picture.replace("pictures/", "../pictures/")
+    assert lead_to_pictures(picture, "") == picture
+    with pytest.raises(FileNotFoundError, match=r"docs/pictures/gone\.svg"):
+        lead_to_pictures('<img src="pictures/gone.svg">', "")
 
 
 def test_every_guide_and_every_command_is_in_the_navigation_of_the_site() -> None:
