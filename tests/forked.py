@@ -51,7 +51,8 @@ class Forked:
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LOADED)
-    with patch.dict(os.environ, TF_USE_LEGACY_KERAS="1"):
+    # Its socket is to last longer than a scratch folder of what starts it first.
+    with patch.dict(os.environ, TF_USE_LEGACY_KERAS="1"), patch.object(tempfile, "tempdir", None):
         forkserver.ensure_running()
     return context
 

@@ -75,13 +75,13 @@ def batches(count: int = 4, seed: int = 0) -> list[Batch]:
     ]
 
 
-def saved(model: Any, path: Path) -> Path:
-    """Save a model by its suffix."""
+def saved(model: Any, path: Path, *, is_traced: bool = False) -> Path:
+    """Save a model by its suffix; into a folder without the graphs of its layers, for Keras builds them anew."""
     with ignore_warnings():
         if path.suffix:
             model.save(path)
         else:
-            model.save(path, save_format="tf")
+            model.save(path, save_format="tf", save_traces=is_traced)
     return path
 
 

@@ -61,7 +61,7 @@ def test_masks_reach_layers_within_layers_while_they_are_looked_at(k: Callable[[
         [
             layers.Input((4, 5)),
             layers.Embedding(6, 3, mask_zero=True),
-            layers.TimeDistributed(layers.LSTM(2, name="inner"), name="outer"),
+            layers.TimeDistributed(layers.LSTM(2, recurrent_activation="hard_sigmoid", name="inner"), name="outer"),
             layers.Dense(7, name="last"),
         ]
     )

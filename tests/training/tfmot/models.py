@@ -41,7 +41,7 @@ def recurrent(k: Any) -> Any:
 
 
 def saved(model: Any, path: Path, *, is_compiled: bool = True, **words: Any) -> Path:
-    """Save a model of ours; as a SavedModel where the path has no suffix."""
+    """Save a model of ours; where the path has no suffix as a SavedModel, whose layers Keras builds anew."""
     tf_keras().utils.set_random_seed(5)
     for weight in model.weights:
         shape = weight.shape
@@ -49,5 +49,5 @@ def saved(model: Any, path: Path, *, is_compiled: bool = True, **words: Any) -> 
         weight.assign(np.abs(np.random.default_rng(len(weight.name)).normal(size=shape)).astype(np.float32) + 0.01)
     if is_compiled:
         model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"], **words)
-    model.save(path, **({} if path.suffix else {"save_format": "tf"}))
+    model.save(path, **({} if path.suffix else {"save_format": "tf", "save_traces": False}))
     return path
