@@ -1,6 +1,7 @@
 # make demo    what prunectl does, on a small ONNX model: 230 MB in .venv, the outputs in demo/
 # make test    every test (installs every framework into .venv first: 4.3 GB with PyTorch for CPUs)
 # make check   what CI checks: lint, format, types, architecture, tests
+# make hf      folders of fourteen families through Hugging Face's own libraries, which it installs (200 MB)
 # make bench   speed and memory beside the scripts that it replaces
 # make house   how the code is cut: files, lines, names, what a command runs through
 # make docs    the documentation as a site, in site/; a broken link fails
@@ -15,7 +16,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 JOBS ?= 2
 COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -c constraints.txt
 
-.PHONY: demo test check lint bench house docs pictures requirements fixtures man dist clean
+.PHONY: demo test check lint hf bench house docs pictures requirements fixtures man dist clean
 
 # The date in what is built: that of the commit, so that who builds it again gets the same bytes.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1580601600)
@@ -35,6 +36,10 @@ lint: .venv/.full
 	$(BIN)/lint-imports
 	$(BIN)/zizmor --offline --quiet .github action.yml examples/github-workflow.yml
 	@if command -v actionlint > /dev/null; then actionlint; else echo "actionlint is not installed: skipped"; fi
+
+hf: .venv/.full
+	$(PIP) install --group hf
+	$(BIN)/python -m pytest -q tests/formats/test_transformers.py
 
 bench: .venv/.full
 	$(PIP) install -c constraints.txt --group bench

@@ -290,6 +290,10 @@ def _describe_folder(peek: FileProbe) -> str:
     for name in names:
         if (peek.path / name / "saved_model.pb").is_file():
             return f"is a folder of SavedModels, not one: name a version, such as {peek.path / name}"
+    if "model_index.json" in names:
+        parts = [name for name in names if any((peek.path / name).glob("*.safetensors"))]
+        some = f", such as {peek.path / parts[-1]}" if parts else ""
+        return f"is a pipeline of diffusers: name one of its parts{some}"
     if "saved_model.pbtxt" in names:
         return "is a SavedModel in text form (saved_model.pbtxt), which prunectl does not read"
     if "checkpoint" in names:
