@@ -31,6 +31,7 @@ from prunectl.formats import atomic, extents, patch, scratch
 from prunectl.formats.onnx import messages, rewrite
 from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.registry import open_model
+from tests import forked
 from tests.contract import digest
 from tests.running import COMMAND, FIXTURES, ROOT, clean, here
 
@@ -228,23 +229,12 @@ def test_an_export_that_is_killed_while_its_framework_works_leaves_what_the_next
     work = tmp_path / "work"
     work.mkdir()
     model, out = put("digits_cnn.pt2", work), work / "out.onnx"
-    before, command = digest(model), [*COMMAND, "export", str(model), "-o", str(out), "-q"]
-    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TMPDIR": str(temporary)}
-
-    def code(opened: str) -> int:
-        # Python imports it by itself, before anything else.
-        (tmp_path / "sitecustomize.py").write_text(f"""
-import os, signal, sys
-def hook(event, given):
-    if event == "open" and {opened!r} in str(given[0]):
-        os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-""")
-        return subprocess.run(command, env=clean(**paths), capture_output=True, check=False).returncode
-
+    before, words = digest(model), ["export", str(model), "-o", str(out), "-q"]
     for opened in ("/out.onnx", "/onnxruntime/"):
-        assert (code(opened), digest(model), out.exists()) == (-signal.SIGKILL, before, False), opened
-    assert (here(*command[len(COMMAND) :]).code, out.exists()) == (0, True)
+        command = [sys.executable, "-m", "tests.safety.killed", opened, *words]
+        code = forked.run(command, env=clean(TMPDIR=str(temporary))).returncode
+        assert (code, digest(model), out.exists()) == (-signal.SIGKILL, before, False), opened
+    assert (here(*words).code, out.exists()) == (0, True)
     assert sorted(os.listdir(work)) == [model.name, out.name]
     # PyTorch has a cache there.
     assert not [name for name in os.listdir(temporary) if name.startswith(scratch.SHOWN)]
