@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest, from_json
 from tests.contract import digest
-from tests.running import FIXTURES, here, prunectl
+from tests.running import FIXTURES, ROOT, clean, here
 
 DIGITS = FIXTURES / "digits_cnn.pt"
 
@@ -77,36 +79,43 @@ def test_a_big_model_is_hashed_for_its_manifest_though_it_is_not_compressed(
     assert found.after.sha256 == hashlib.sha256((tmp_path / "out.pt").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "name", ["digits_cnn.pt", "digits_cnn.keras", "digits_cnn.h5", "digits_cnn_savedmodel", "deflated.keras"]
-)
-@pytest.mark.parametrize("pack", [(), ("--pack",)], ids=["", "pack"])
-def test_place_time_zone_hashes_and_threads_do_not_matter(name: str, pack: tuple[str, ...], tmp_path: Path) -> None:
-    path = FIXTURES / name
-    if pack and path.is_dir():
-        pytest.skip("a SavedModel has no compression of its own")
-    words = ("-s", "0.7", "--scope", "global", *pack)
-    first = tmp_path / f"first{path.suffix}"
-    assert here("prune", path, "-o", first, *words).code == 0
+ALL = "import json, sys; from prunectl import cli; sys.exit(max(map(cli._run, json.loads(sys.argv[1]))))"
+"""Runs one command after the other in a process."""
+
+
+def test_place_time_zone_hashes_and_threads_do_not_matter(tmp_path: Path) -> None:
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
-    own = elsewhere / f"my own{path.suffix}"
-    (shutil.copytree if path.is_dir() else shutil.copy)(path, own)
-    other = prunectl(
-        "prune",
-        own.name,
-        "-o",
-        "second",
-        *words,
+    pairs, commands = list[tuple[Path, Path]](), list[list[str]]()
+    for name in ("digits_cnn.pt", "digits_cnn.keras", "digits_cnn.h5", "digits_cnn_savedmodel", "deflated.keras"):
+        path = FIXTURES / name
+        own = elsewhere / f"my own {name}"
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, own)
+        # A SavedModel has no compression of its own.
+        for pack in ((), *([("--pack",)] if path.is_file() else [])):
+            words = ("-s", "0.7", "--scope", "global", *pack)
+            first, second = tmp_path / f"{len(pairs)}{path.suffix}", f"second{len(pairs)}"
+            assert here("prune", path, "-o", first, *words).code == 0
+            commands.append(["prune", own.name, "-o", second, *words])
+            pairs.append((first, elsewhere / second))
+    other = subprocess.run(
+        [sys.executable, "-c", ALL, json.dumps(commands)],
         cwd=elsewhere,
-        TZ="Pacific/Kiritimati",
-        PYTHONHASHSEED="123",
-        OMP_NUM_THREADS="3",
-        OPENBLAS_NUM_THREADS="2",
-        LC_ALL="C",
+        env=clean(
+            PYTHONPATH=str(ROOT),
+            TZ="Pacific/Kiritimati",
+            PYTHONHASHSEED="123",
+            OMP_NUM_THREADS="3",
+            OPENBLAS_NUM_THREADS="2",
+            LC_ALL="C",
+        ),
+        capture_output=True,
+        check=False,
     )
-    assert other.code == 0, other.err
-    assert digest(first) == digest(elsewhere / "second")
+    assert other.returncode == 0, other.stderr
+    assert len(pairs) == 9
+    for first, second in pairs:
+        assert digest(first) == digest(second), first
 
 
 def test_a_dry_run_writes_nothing_and_says_so(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-STEPS = 6
+STEPS = 3
 GATES = {"recurrent_activation": "hard_sigmoid"}
 """Gates of their own kind: with others, Keras 2 traces what a GPU would do, which takes seconds."""
 

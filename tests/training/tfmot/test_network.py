@@ -186,11 +186,13 @@ class TestWhoPrunes:
             ({"sparsity": 0.8}, ScheduleOptions()),
             ({"sparsity": 0.8}, ScheduleOptions("cosine", end="60%")),
             ({"sparsity": 0.8}, ScheduleOptions("constant")),
-            ({"sparsity": 0.8}, ScheduleOptions("polynomial", end="13", frequency=5)),
             ({"pattern": "2:4"}, ScheduleOptions()),
-            ({"sparsity": 0.6, "layers": (("hidden/kernel*", 0.9),)}, ScheduleOptions()),
+            (
+                {"sparsity": 0.6, "layers": (("hidden/kernel*", 0.9),)},
+                ScheduleOptions("polynomial", end="13", frequency=5),
+            ),
         ],
-        ids=["polynomial", "cosine", "constant", "an end between turns", "groups", "a ratio of its own"],
+        ids=["polynomial", "cosine", "constant", "groups", "a ratio of its own and an end between turns"],
     )
     def test_tfmot_does_what_it_can_to_the_exact_count(
         self, words: Any, ramping: ScheduleOptions, path: Path, data: Path, tmp_path: Path
