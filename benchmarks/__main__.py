@@ -15,6 +15,7 @@ from benchmarks import (
     export_sizes,
     faults,
     fuzz,
+    latency,
     overhead,
     pruning,
     scripts,
@@ -37,6 +38,7 @@ ALL = {
     "channels_keras": channels_keras.run,
     "channels_training": channels_training.run,
     "export_sizes": export_sizes.run,
+    "latency": latency.run,
 }
 
 ON_REQUEST = {"faults": faults.run, "fuzz": fuzz.run}

@@ -47,14 +47,13 @@ def _row(known: Known) -> list[str]:
             return [known.name, str(error)[:100]]
         seconds = time.perf_counter() - begin
         theirs = _theirs(path, example_of(known.shape).numpy(), found.before)
-    assert found.seconds is not None
     return [
         known.name,
         f"{found.dropped}/{found.channels}",
         f"{found.after.params.total / found.before.params.total:.1%}",
         f"{(found.after.macs or 0) / (found.before.macs or 1):.1%}",
         f"{found.proof.error:.0e}",
-        *(f"{one * 1e3:.1f}" for one in found.seconds),
+        *(f"{latency.median.middle * 1e3:.1f}" for latency in found.latencies),
         f"{seconds:.1f}",
         *theirs,
     ]
