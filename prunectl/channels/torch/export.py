@@ -59,6 +59,9 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
     named = {name: tensor for tensor, name in built.names.items()}
     module = _graph_module(program)
     open_module = open_batch_axis(module, built.module, used)
+    if open_module is None and (open_program := _trace_any_batch(built.module, used)) is not None:
+        open_module = open_batch_axis(_graph_module(open_program), built.module, used)
+        program = program if open_module is None else open_program
     return TracedModel(
         module=open_module or module,
         names=named,
@@ -153,7 +156,10 @@ _TRACED_BATCH = 2
 
 
 def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[ExportedProgram, Examples]:
-    """A module as a program, for a batch of any size where it is written so, and what it was traced on."""
+    """A module as a program for a batch of one size, and what it was traced on.
+
+    PyTorch takes two to three times as long where a size is left open.
+    """
     module.eval()
     if any(weight.dtype in _HALF for weight in module.parameters()):
         # What is proved is proved in single precision; the numbers that are written are those of the file.
@@ -161,29 +167,30 @@ def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[Expor
     accepted = _accepted_inputs(module, examples, path)
     if isinstance(module, torch.jit.ScriptModule):
         return _convert_script(module, accepted, path), accepted
-    open_batch = tuple({0: Dim.AUTO} if value.ndim else None for value in accepted)
     with quiet():
         try:
-            return _export(module, accepted, open_batch), accepted
-        except Exception as error:  # noqa: BLE001 - PyTorch raises what it likes
-            open_error = error
-        try:
-            return _export(module, accepted, None), accepted
+            return torch.export.export(module, accepted, strict=False), accepted
         except Exception as error:
-            reason = first_line(open_error)
             raise InputError(
-                f"torch.export cannot trace the model of {path}: {reason}",
+                f"torch.export cannot trace the model of {path}: {first_line(error)}",
                 hint="its control flow must not depend on input values; or export it to ONNX, and prune that file",
             ) from error
 
 
-def _export(
-    module: torch.nn.Module, examples: Examples, axes: tuple[dict[int, Any] | None, ...] | None
-) -> ExportedProgram:
+def _trace_any_batch(module: torch.nn.Module, examples: Examples) -> ExportedProgram | None:
+    """A module as a program for a batch of any size; None where it is not written so."""
+    if isinstance(module, torch.jit.ScriptModule) or not _has_batch_axis(examples):
+        return None
+    axes: Any = tuple({0: Dim.AUTO} if value.ndim else None for value in examples)
     takes_varargs = getattr(getattr(module.forward, "__code__", None), "co_flags", 0) & inspect.CO_VARARGS
-    # What goes into one parameter, `*inputs`, is described together.
-    dynamic = (axes,) if axes is not None and takes_varargs else axes
-    return torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
+    try:
+        with quiet():
+            # What goes into one parameter, `*inputs`, is described together.
+            return torch.export.export(
+                module, examples, dynamic_shapes=(axes,) if takes_varargs else axes, strict=False
+            )
+    except Exception:  # noqa: BLE001 - PyTorch raises what it likes
+        return None
 
 
 def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
@@ -256,8 +263,7 @@ def open_batch_axis(
     `len(x)` is a number like any other once it was traced: where a size is as long as the batch was, it may be that.
     Whether it is so is seen when it runs.
     """
-    sizes = {len(value) for value in examples if value.ndim}
-    if len(sizes) != 1 or sizes == {1} or not all(value.ndim for value in examples):
+    if not _has_batch_axis(examples):
         return None
     generator = torch.Generator().manual_seed(0)
     single = [random_like(with_batch(value, 1), generator) for value in examples]
@@ -266,8 +272,17 @@ def open_batch_axis(
             expected = tensor_leaves(original(*(value.clone() for value in single)))
     except Exception:  # noqa: BLE001 - it is the user's code
         return None
-    (size,) = sizes
+    size = len(examples[0])
     return next((value for value in (module, _measure_batch(module, size)) if _gives(value, single, expected)), None)
+
+
+def _has_batch_axis(examples: Examples) -> bool:
+    """Whether the first axis of all inputs may be that of a batch of several."""
+    return (
+        bool(examples)
+        and all(value.ndim for value in examples)
+        and {len(value) for value in examples} == {len(examples[0])} != {1}
+    )
 
 
 def _gives(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]) -> bool:
