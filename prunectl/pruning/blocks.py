@@ -86,10 +86,10 @@ def prune_blocks(
     names = new_names(model.tensors, cuts)
     new_config, notes = shortened(model, config, family, cuts)
     stacks = tuple(RemovedBlocks(_shown(model, cut), cut.count, tuple(sorted(cut.removed))) for cut in cuts)
-    before = stats_for_report(model)
+    before = _stats(model)
     if output is None:
         kept = [tensor for tensor in model.tensors if tensor.name in names]
-        after = measure_stats(model, kept, has_channels=False)
+        after = measure_stats(model, kept, has_channels=False, has_zeros=model.nbytes <= outputs.BIG_BYTES)
         gone = sum(tensor.nbytes for tensor in model.tensors) - sum(tensor.nbytes for tensor in kept)
         return BlocksPruned(
             request, stacks, before, replace(after, path="the result", bytes=SizeStats(before.bytes.raw - gone)), notes
@@ -99,12 +99,19 @@ def prune_blocks(
         (folder / CONFIG).write_text(json.dumps(new_config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         result = open_model(folder)
         _verify(model, names, result)
-        after = stats_for_report(result)
+        after = _stats(result)
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
     beside = outputs.notes_on_folder(model, output)
     return BlocksPruned(request, stacks, before, replace(after, path=str(target.parent)), (*notes, *beside))
+
+
+def _stats(model: ModelFile) -> ModelStats:
+    """Sizes and parameters: what is copied as it is need not be read for the zeros in it, where that takes long."""
+    if model.nbytes <= outputs.BIG_BYTES:
+        return stats_for_report(model)
+    return measure_stats(model, model.tensors, has_zeros=False)
 
 
 def check(request: PruneRequest) -> None:
