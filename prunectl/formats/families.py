@@ -42,7 +42,7 @@ class Family:
     model_types: frozenset[str]
     stacks: tuple[Stack, ...]
     needs: str = ""
-    """A list in the config without which it is by its number that a block is of this kind or that."""
+    """A list beside the count without which it is by its number that a block is of this kind or that."""
 
 
 def _row(model_types: str, *stacks: Stack, needs: str = "") -> Family:
@@ -54,27 +54,28 @@ FAMILIES = (
     _row(
         "llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma phi phi3 phimoe starcoder2 olmo olmo2 "
         "olmoe granite granitemoe stablelm deepseek_v2 deepseek_v3 glm glm4 glm4_moe persimmon nemotron helium "
-        "seed_oss ernie4_5 hunyuan_v1_dense dots1 bitnet apertus arcee cohere gpt_neox internlm2 internlm3 minicpm "
-        "baichuan yi",
+        "seed_oss ernie4_5 hunyuan_v1_dense dots1 bitnet apertus arcee cohere gpt_neox internlm3",
         Stack(_HIDDEN, "layers"),
     ),
     _row("gemma2 gemma3_text cohere2 olmo3 gpt_oss smollm3 exaone4", Stack(_HIDDEN, "layers"), needs="layer_types"),
     _row(
         "gemma3 llava mistral3 paligemma",
         Stack(f"text_config.{_HIDDEN}", r"language_model(?:\.model)?\.layers"),
-        needs="text_config.layer_types",
     ),
     _row("gpt2 gpt_bigcode gptj codegen bloom", Stack("n_layer", "h")),
     _row("falcon", Stack(_HIDDEN, "h")),
     _row("mpt", Stack("n_layers", "blocks")),
     _row("opt", Stack(_HIDDEN, r"decoder\.layers")),
     _row(
-        "bert roberta xlm-roberta xlm-roberta-xl camembert electra ernie mpnet deberta deberta-v2 layoutlm esm rembert "
-        "nystromformer megatron-bert vit deit audio-spectrogram-transformer yolos vit_mae vit_msn ijepa",
+        "bert roberta xlm-roberta xlm-roberta-xl camembert electra ernie mpnet deberta deberta-v2 layoutlm rembert "
+        "nystromformer megatron-bert vit deit audio-spectrogram-transformer vit_mae vit_msn ijepa",
         Stack(_HIDDEN, r"encoder\.layer"),
     ),
     _row("distilbert", Stack("n_layers", r"transformer\.layer")),
-    _row("wav2vec2 hubert clip_text_model clip_vision_model siglip_vision_model", Stack(_HIDDEN, r"encoder\.layers")),
+    _row(
+        "wav2vec2 hubert clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
+        Stack(_HIDDEN, r"encoder\.layers"),
+    ),
     _row(
         "t5 mt5 umt5 longt5",
         Stack("num_layers", r"encoder\.block", "encoder", first_only="relative_attention_bias"),
@@ -235,7 +236,8 @@ def _blocks(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, i
                 found.setdefault(tensor.name[: match.start(1) - 1], set()).add(int(match[1]))
                 break
     whole = {name: len(numbers) for name, numbers in found.items() if max(numbers) == len(numbers) - 1 > 0 or family}
-    return dict(sorted(whole.items(), key=lambda item: -item[1])[:_MOST_STACKS])
+    most = sorted(whole.items(), key=lambda item: -item[1])[:_MOST_STACKS]
+    return {abbreviated(name): count for name, count in most}
 
 
 _EXPERT = re.compile(r"(?:^|\.)experts\.(?:\d+\.|(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])(?:\b|_))")

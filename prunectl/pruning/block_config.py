@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import ModelFile
-from prunectl.formats.families import CONFIG, COUNTS, Family, Stack, lookup
+from prunectl.formats.families import CONFIG, COUNTS, Family, Stack, family_of, lookup
 
 LISTS = frozenset(
     {
@@ -50,13 +51,15 @@ class BlockCut:
 
     stack: Stack
     count: int
-    removed: frozenset[int]
+    removed: tuple[int, ...]
+    """In order."""
     pattern: re.Pattern[str]
 
     @property
     def kept(self) -> list[int]:
         """The numbers of those that stay."""
-        return [number for number in range(self.count) if number not in self.removed]
+        gone = set(self.removed)
+        return [number for number in range(self.count) if number not in gone]
 
     @property
     def is_at_end(self) -> bool:
@@ -65,7 +68,7 @@ class BlockCut:
 
     def new_number(self, number: int) -> int:
         """The number of a block once those before it are gone."""
-        return number - sum(1 for gone in self.removed if gone < number)
+        return number - bisect_left(self.removed, number)
 
 
 def shortened(
@@ -101,7 +104,8 @@ def _shorten_lists(model: ModelFile, place: dict[str, Any], cut: BlockCut, count
         elif not isinstance(value, list) or key in counts:
             continue
         elif key in NUMBERS:
-            place[key] = [cut.new_number(number) for number in value if number not in cut.removed]
+            gone = set(cut.removed)
+            place[key] = [cut.new_number(number) for number in value if type(number) is int and number not in gone]
             changed += [key] if place[key] != value else []
         elif key in LISTS and len(value) == cut.count:
             place[key] = [value[number] for number in cut.kept]
@@ -128,8 +132,11 @@ def _refuse_by_number(
         for key, instead in PERIODS.items()
         if _is_period(place.get(key)) and not isinstance(place.get(instead), list)
     ]
-    if family.needs and not isinstance(lookup(config, family.needs), list):
-        reasons.append(f"no {family.needs}")
+    # What sees as well has in it a model of language, of a family of its own.
+    is_own = place is config or "model_type" not in place
+    inner = family if is_own else family_of(str(place.get("model_type")))
+    if inner is None or (inner.needs and not isinstance(place.get(inner.needs), list)):
+        reasons.append(f"no {inner.needs}" if inner is not None else "an unknown model_type in it")
     if reasons:
         raise InputError(
             f"the {CONFIG} of {model.folder} makes a block what it is by its number ({reasons[0]}): only the last ones "

@@ -85,7 +85,7 @@ def prune_blocks(
     cuts = _cuts(model, config, family, request)
     names = new_names(model.tensors, cuts)
     new_config, notes = shortened(model, config, family, cuts)
-    stacks = tuple(RemovedBlocks(_shown(model, cut), cut.count, tuple(sorted(cut.removed))) for cut in cuts)
+    stacks = tuple(RemovedBlocks(_shown(model, cut), cut.count, cut.removed) for cut in cuts)
     before = _stats(model)
     if output is None:
         kept = [tensor for tensor in model.tensors if tensor.name in names]
@@ -227,7 +227,7 @@ def _cuts(model: ModelFile, config: Mapping[str, Any], family: Family, request: 
         if max(numbers) >= count or len(numbers) == count:
             reason = f"{max(numbers)} is none of them" if max(numbers) >= count else "one must stay"
             raise UsageError(f"{model.folder} has the blocks 0 to {count - 1} ({stack.key}): {reason}")
-        cuts.append(BlockCut(stack, count, frozenset(numbers), block_pattern(stack)))
+        cuts.append(BlockCut(stack, count, tuple(sorted(numbers)), block_pattern(stack)))
     return cuts
 
 
@@ -252,7 +252,7 @@ def _count(model: ModelFile, config: Mapping[str, Any], stack: Stack) -> int:
     numbers = {int(match[1]) for tensor in model.tensors if (match := pattern.search(tensor.name))}
     extra = lookup(config, _EXTRA)
     most = count + (extra if type(extra) is int and extra > 0 else 0)
-    if not set(range(count)) <= numbers or (numbers and max(numbers) >= most):
+    if count > len(numbers) or not set(range(count)) <= numbers or (numbers and max(numbers) >= most):
         raise InputError(
             f"{model.folder} holds {len(numbers)} blocks by the names of its tensors, but its {CONFIG} counts {count} "
             f"({stack.key})"
@@ -272,12 +272,12 @@ def new_names(tensors: Sequence[Tensor], cuts: Sequence[BlockCut]) -> dict[str, 
     """What the tensors that stay are called, by their names so far."""
     names = {tensor.name: tensor.name for tensor in tensors}
     for cut in cuts:
-        first, parts = cut.kept[0], cut.stack.first_only
+        first, parts, gone = cut.kept[0], cut.stack.first_only, set(cut.removed)
         found = {name: match for name in names if (match := cut.pattern.search(name)) is not None}
         has_own = any(int(match[1]) == first and parts in name for name, match in found.items()) if parts else True
         for name, match in found.items():
             number = int(match[1])
-            if number not in cut.removed:
+            if number not in gone:
                 names[name] = f"{name[: match.start(1)]}{cut.new_number(number)}{name[match.end(1) :]}"
             elif number != 0 or has_own or parts not in name:
                 del names[name]

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import prunectl
 from prunectl.pruning.blocks import chosen
 from tests.running import Outcome, here
+from tests.safety.cost import assert_refused_cheaply, cost
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 6, "hidden_size": 4}
 
@@ -149,6 +150,22 @@ def test_of_two_stacks_the_named_one_shrinks(tmp_path: Path) -> None:
     assert blocks_of(tmp_path / "out", "decoder.block") == {0: 0, 1: 1, 2: 2}
 
 
+@pytest.mark.parametrize(
+    ("inner", "code"),
+    [({"model_type": "llama"}, 0), ({"model_type": "gemma2"}, 3), ({"model_type": "new"}, 3), ({}, 0)],
+)
+def test_in_what_sees_as_well_the_family_of_its_language_decides(
+    tmp_path: Path, inner: dict[str, Any], code: int
+) -> None:
+    config = {"model_type": "llava", "text_config": {**inner, "num_hidden_layers": 3}, "vision_config": {"x": 1}}
+    stacks = {"vision_tower.vision_model.encoder.layers": 5, "language_model.model.layers": 3}
+    assert cut(made(tmp_path / "llava", config, weights(stacks)), "--layers", "0").code == code
+    if code == 0:
+        assert config_of(tmp_path / "out") == {**config, "text_config": {**inner, "num_hidden_layers": 2}}
+        assert blocks_of(tmp_path / "out", "language_model.model.layers") == {0: 1, 1: 2}
+        assert len(blocks_of(tmp_path / "out", "vision_tower.vision_model.encoder.layers")) == 5
+
+
 def test_a_count_that_stands_in_two_keys_changes_in_both(tmp_path: Path) -> None:
     config = {"model_type": "bart", "encoder_layers": 3, "decoder_layers": 2, "num_hidden_layers": 3}
     source = made(tmp_path / "bart", config, weights({"model.encoder.layers": 3, "model.decoder.layers": 2}))
@@ -177,6 +194,15 @@ def test_what_would_not_load_is_refused_with_the_key(
     assert done.code == 3
     assert message in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_count_beyond_all_memory_and_endless_blocks_cost_little(tmp_path: Path) -> None:
+    words = ("--pattern", "layers", "--blocks", "1", "-o", tmp_path / "out")
+    source = made(tmp_path / "llama", {**LLAMA, "num_hidden_layers": 10**15}, weights({"model.layers": 6}))
+    assert_refused_cheaply(cost("prune", source, *words, scratch=tmp_path / "scratch"))
+    many = {f"layers.{number}.w": np.zeros(1, np.float32) for number in range(40_000)}
+    source = made(tmp_path / "many", {**LLAMA, "num_hidden_layers": 39_999, "layer_types": "x"}, many)
+    assert_refused_cheaply(cost("prune", source, *words, scratch=tmp_path / "scratch"))
 
 
 def test_what_goes_by_its_number_may_lose_its_last_blocks(tmp_path: Path) -> None:
