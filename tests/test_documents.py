@@ -115,11 +115,25 @@ RECIPES = [
 ]
 
 
+def outline(line: str) -> list[str]:
+    """A command line without what may differ between two of the same: names of files, not their suffixes; numbers."""
+    words = shlex.split(line)
+    found = []
+    for at, word in enumerate(words):
+        name = re.split("[?:]", word)[0]
+        is_path = Path(name).suffix or at == words.index("prunectl") + 2 or words[at - 1] == "-o"
+        found.append(Path(name).suffix if is_path else word if word.startswith("--") else re.sub(r"\d+", "#", word))
+    return found
+
+
 @pytest.mark.usefixtures("trials_here")
 @pytest.mark.parametrize(
     "lines", [lines for lines in RECIPES if lines], ids=lambda lines: " ".join(lines[0].split()[:2])
 )
 def test_every_recipe_of_the_readme_runs(lines: list[str], tmp_path: Path) -> None:
+    run_elsewhere = [outline(line) for line in typed(PAGES["docs/recipes.md"])]
+    if all(outline(line) in run_elsewhere for line in lines):
+        return
     for suffix in (".h5", ".keras", ".onnx"):
         shutil.copy(FIXTURES / f"digits_cnn{suffix}", tmp_path / f"model{suffix}")
     shutil.copy(FIXTURES / "digits_cnn.pt", tmp_path / "resnet.pt")
