@@ -158,7 +158,7 @@ def prune_file(
         command, wish = Prune(model=str(path), trust=is_trusted), (request, limits, manifest)
         return _prune(path, destination, command, wish, on_progress)
     is_cut = parsed.get("pattern") == CHANNEL
-    channel_options = ChannelOptions.__annotations__.keys() & parsed.keys() if is_cut else set()
+    channel_options = (ChannelOptions.__annotations__.keys() if is_cut else {"allow_empty"}) & parsed.keys()
     limits = {CHANNEL_LIMITS.get(name, name): parsed[name] for name in channel_options}
     with named_objects({name: value for name, value in parsed.items() if name not in channel_options}) as named:
         if manifest is not None and is_in_memory(named.values()):
@@ -173,7 +173,8 @@ def prune_file(
         choices: dict[str, Any] = {
             field.name: parsed[field.name] for field in fields(Prune) if field.name in rest.keys() - _UNCHECKED
         }
-        command = Prune(model=str(path), metric=metric, trust=is_trusted, **typed, **choices)
+        may = {"allow_empty": bool(parsed.get("allow_empty"))}
+        command = Prune(model=str(path), metric=metric, trust=is_trusted, **may, **typed, **choices)
         return _prune(path, destination, command, (parse_request(rest), limits, manifest), on_progress)
 
 
@@ -200,7 +201,9 @@ def _prune(
 
     def run(request: PruneRequest) -> Any:
         has_digests = manifest is not None
-        settings: Any = {"is_trusted": options.trust, "limits": limits, "has_digests": has_digests}
+        # What a search has found by measuring it is good, whatever is left.
+        own = {**limits, "allow_empty": True} if options.max_drop else limits
+        settings: Any = {"is_trusted": options.trust, "limits": own, "has_digests": has_digests}
         return prune_by_request(path, request, destination, **settings, meter=meter_of(on_progress))
 
     if options.max_drop:

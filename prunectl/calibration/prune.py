@@ -135,6 +135,7 @@ def prune(
     is_trusted: bool = False,
     method: PruningMethod | None = None,
     meter: ProgressFactory = no_progress,
+    allow_empty: bool = False,
 ) -> Pruned:
     """Prune a model with calibration data."""
     model, method = open_model(path), method or resolve_method(request)
@@ -178,7 +179,7 @@ def prune(
                 if request.is_repaired
                 else reconstructor.solve,
             )
-        pruned = prune_file(model, request, output, has_digests=has_digests, method=method)
+        pruned = prune_file(model, request, output, has_digests=has_digests, method=method, allow_empty=allow_empty)
         if reconstructor is not None:
             reconstructed = sum(cut.tensor.name not in reconstructor.skipped for cut in pruned.plan.cuts)
             examples = session.calibration.examples

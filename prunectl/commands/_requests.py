@@ -175,13 +175,13 @@ OPTION_RULES = {
         OptionRule(
             (
                 *("compression", "target_gzip", "target_packed", "max_drop", "exclude", "layer", "cluster", "data"),
-                *("repair", "wrap", "schedule", "builder", "custom_objects"),
+                *("repair", "wrap", "schedule", "builder", "custom_objects", "allow_empty"),
             ),
             "{} cannot be used with --pattern layers, which removes whole blocks",
             never=Mode.BLOCKS,
         ),
         OptionRule(
-            (*CHANNEL_LIMITS, "allow_empty", "inputs"),
+            (*CHANNEL_LIMITS, "inputs"),
             "{} needs --pattern channel",
             only=Mode.CHANNELS,
         ),

@@ -90,7 +90,7 @@ def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limit
     def run(path: Path, destination: Destination | None) -> Report:
         with run_search(path, spec.start(path, destination), options.tried, _teller(reporter)) as result:
             best = replace(spec.pruning, sparsity=result.best.sparsity)
-            report = build_mode(options, best, limits)(path, destination)
+            report = build_mode(replace(options, allow_empty=True), best, limits)(path, destination)
             return with_search(report, result, request.data, looks_at_data=spec.looks_at_data)
 
     return run

@@ -125,7 +125,10 @@ class Prune(OutputOptions):
     target_flops: Annotated[str, _cut(metavar="-R|N", help="FLOPs per input to reach: -50% (half), or 20M.")] = ""
     latency: Annotated[bool, _cut("--latency", help="Measure latency before and after, for one input.")] = False
     dead: Annotated[bool, _cut("--dead", help="Remove only channels that change no output.")] = False
-    allow_empty: Annotated[bool, _cut("--allow-empty", help="Write the model even if no channel is removed.")] = False
+    allow_empty: Annotated[
+        bool,
+        _much("--allow-empty", help="Write the model even if nothing is left of a tensor, or no channel is removed."),
+    ] = False
     data: Annotated[str, _data(metavar="SPEC", help="Calibration or evaluation data, e.g. train.npz.")] = ""
     samples: Annotated[
         int | None,
@@ -228,10 +231,11 @@ def build_mode(
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
         return mode
-    run: Callable[..., Any] = partial(prune, method=check(request), meter=meter)
+    settings: Any = {"method": check(request), "meter": meter, "allow_empty": options.allow_empty}
+    run: Callable[..., Any] = partial(prune, **settings)
     if request.data:
         calibrated = load("prunectl.calibration.prune:prune")
-        run = partial(calibrated, method=check(request), is_trusted=options.trust, meter=meter)
+        run = partial(calibrated, is_trusted=options.trust, **settings)
     return partial(_prune_weights, run, request, options)
 
 

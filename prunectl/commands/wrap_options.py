@@ -34,7 +34,7 @@ def wrap(options: Prune, request: PruneRequest) -> Callable[[Path, Destination |
 
     def run(path: Path, destination: Destination | None) -> WrapResult:
         result: WrapResult = load("prunectl.training.wrap.prune:prune_wrapped")(
-            path, request, ramp, origin, destination
+            path, request, ramp, origin, destination, allow_empty=options.allow_empty
         )
         return result
 

@@ -115,10 +115,16 @@ def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> 
         counts = criteria.allocation(selection.tensors, drop)
     else:
         counts = [
-            round(selection.layer_ratios.get(tensor.name, sparsity) * tensor.size) for tensor in selection.tensors
+            _layer_count(tensor, selection.layer_ratios.get(tensor.name, sparsity)) for tensor in selection.tensors
         ]
     cuts = tuple(TensorPlan(tensor, count) for tensor, count in zip(selection.tensors, counts, strict=True))
     return Plan(cuts, selection.skips, sum(counts))
+
+
+def _layer_count(tensor: Tensor, sparsity: float) -> int:
+    """Number of weights to prune: rounding alone never takes the last one, which tfmot keeps as well."""
+    count = round(sparsity * tensor.size)
+    return count if sparsity >= 1.0 else min(count, tensor.size - 1)
 
 
 def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:

@@ -15,7 +15,7 @@ from prunectl.analysis.patterns import NMPattern, structured_sparsity
 from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
 from prunectl.analysis.stats import ModelStats, Tick, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, blocks, no_progress
-from prunectl.errors import UsageError, WorkError
+from prunectl.errors import UsageError, WorkError, abbreviated
 from prunectl.formats.atomic import flush
 from prunectl.formats.base import Capability, ModelFile, Tensor
 from prunectl.formats.registry import open_model, require
@@ -102,12 +102,16 @@ def prune(
     has_digests: bool = False,
     method: PruningMethod | None = None,
     meter: ProgressFactory = no_progress,
+    allow_empty: bool = False,
 ) -> Pruned:
-    """Prune a model; without an output, into a scratch file that is measured and thrown away."""
+    """Prune a model; without an output, into a scratch file that is measured and thrown away.
+
+    That nothing is left of a tensor is refused, unless it is allowed.
+    """
     # The input and what was written are read by one child, where it takes a child to read them.
     with reuse_worker():
         model = source if isinstance(source, ModelFile) else open_model(source)
-        return _prune(model, request, output, meter, has_digests=has_digests, method=method)
+        return _prune(model, request, output, meter, has_digests=has_digests, method=method, allow_empty=allow_empty)
 
 
 def _prune(
@@ -118,6 +122,7 @@ def _prune(
     *,
     has_digests: bool,
     method: PruningMethod | None,
+    allow_empty: bool,
 ) -> Pruned:
     method = method or resolve_method(request)
     if request.is_packed:
@@ -137,6 +142,8 @@ def _prune(
         result = open_model(written)
         before, after = before_stats.result(), verify(model, result, counts, has_channels=is_small, tick=bar.advance)
         _check_pattern(result, plan, method)
+        if not allow_empty:
+            _check_left(before, counts)
         if flushing is not None:
             flushing.result()
         if after.bytes.raw <= outputs.BIG_BYTES:
@@ -198,6 +205,21 @@ def _write(
     if is_packed:
         outputs.pack(written, folder)
     return written, counts
+
+
+def _check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:
+    """Refuse a prune that leaves nothing of a tensor: what comes behind it no longer depends on the input."""
+    empty = [
+        row.name
+        for row in before.layers
+        if row.name in counts and counts[row.name].zeros == row.params and (row.zeros or 0) < row.params
+    ]
+    if empty:
+        more = f" and of {len(empty) - 1} more tensors" if len(empty) > 1 else ""
+        raise WorkError(
+            f"{before.path}: nothing would be left of {abbreviated(empty[0])}{more}; nothing was written",
+            hint="prune less, keep it whole with --exclude NAME, or add --allow-empty if that is meant",
+        )
 
 
 def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None:

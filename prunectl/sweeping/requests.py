@@ -45,15 +45,19 @@ def prune_by_request(
     has_digests: bool = False,
     meter: ProgressFactory = no_progress,
 ) -> Pruned | ChannelPruneResult:
-    """Prune channels, or weights with data or without; limits are about channels."""
+    """Prune channels, or weights with data or without; limits are about channels, but for what may be empty."""
     if request.pattern == CHANNEL:
         cut: Any = {"has_digests": has_digests, "is_trusted": is_trusted, **limits}
         return prune_channels(path, request, output, meter, **cut)
-    method = check(request)
+    settings: Any = {
+        "has_digests": has_digests,
+        "method": check(request),
+        "meter": meter,
+        "allow_empty": bool(limits.get("allow_empty")),
+    }
     if request.data:
-        settings: Any = {"has_digests": has_digests, "is_trusted": is_trusted, "method": method, "meter": meter}
-        return prune_with_data(path, request, output, **settings)
-    return prune(path, request, output, has_digests=has_digests, method=method, meter=meter)
+        return prune_with_data(path, request, output, is_trusted=is_trusted, **settings)
+    return prune(path, request, output, **settings)
 
 
 ONE_SHOT = "constant"

@@ -164,12 +164,6 @@ def test_a_cut_that_removes_nothing_is_refused_unless_it_may(words: tuple[str, .
     assert shapes(output) == shapes(FIXTURE)
 
 
-def test_to_allow_an_empty_cut_is_about_channels(tmp_path: Path) -> None:
-    done = here("prune", FIXTURE, "-o", tmp_path / "x.onnx", "-s", "0.5", "--allow-empty")
-    assert done.code == 2
-    assert "--pattern channel" in done.err
-
-
 def chain(**more: Any) -> Any:
     """Two convolutions with a reshape to a said shape between them."""
     nodes = [

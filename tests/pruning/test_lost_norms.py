@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import prunectl
+from prunectl.errors import WorkError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest
+from tests.calibration.runs import numbers
 from tests.running import FIXTURES, here
 
 FALL = "accuracy is likely to fall"
@@ -58,9 +62,45 @@ def test_a_mild_prune_one_with_data_and_a_dry_run_say_nothing_of_it(tmp_path: Pa
     assert FALL not in here("prune", model, "-s", "95%", "--dry-run").err
 
 
-def test_a_tensor_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
-    done = here(
-        "prune", FIXTURES / "digits_cnn.keras", "-o", tmp_path / "out.keras", "--layer", "fc1/kernel=100%", "-s", "10%"
-    )
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layer", "fc1/kernel=100%", "-s", "10%"), "nothing would be left of fc1/kernel; nothing was written"),
+        (("--layer", "*/kernel=100%", "-s", "10%"), "left of conv1/kernel and of 3 more tensors; nothing was written"),
+        (("-s", "99.99%", "--scope", "global", "--dry-run"), "nothing would be left of"),
+    ],
+)
+def test_a_tensor_of_which_nothing_is_left_is_refused_unless_that_is_allowed(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    to = () if "--dry-run" in words else ("-o", tmp_path / "out.keras")
+    done = here("prune", FIXTURES / "digits_cnn.keras", *to, *words)
+    assert done.code == 5
+    assert message in done.err
+    assert "prune less, keep it whole with --exclude NAME, or add --allow-empty" in done.err
+    assert not list(tmp_path.iterdir())
+    done = here("prune", FIXTURES / "digits_cnn.keras", *to, *words, "--allow-empty")
     assert done.code == 0
-    assert "Nothing is left of fc1/kernel: --exclude keeps tensors whole." in done.err
+    assert ("Nothing is left of" in done.err) is bool(to)
+
+
+def test_python_refuses_it_too_and_may_allow_it(tmp_path: Path) -> None:
+    path, out = FIXTURES / "digits_cnn.onnx", tmp_path / "out.onnx"
+    with pytest.raises(WorkError, match="nothing would be left of"):
+        prunectl.prune(path, out, sparsity=0.1, layer={"fc1.weight": 1.0})
+    prunectl.prune(path, out, sparsity=0.1, layer={"fc1.weight": 1.0}, allow_empty=True)
+    assert not np.count_nonzero(numbers(out)["fc1.weight"])
+
+
+def test_what_was_zero_before_may_be_zero_after(tmp_path: Path) -> None:
+    arrays = {"zeros.weight": np.zeros((4, 4), "f4"), "other.weight": np.arange(1, 17, dtype="f4").reshape(4, 4)}
+    save_file(arrays, tmp_path / "m.safetensors")
+    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "50%")
+    assert done.code == 0, done.err
+
+
+def test_rounding_alone_never_takes_the_last_weight(tmp_path: Path) -> None:
+    save_file({"gate.weight": np.float32([[1, 3, 2]])}, tmp_path / "m.safetensors")
+    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "90%")
+    assert done.code == 0, done.err
+    assert load_file(tmp_path / "out.safetensors")["gate.weight"].tolist() == [[0, 3, 0]]

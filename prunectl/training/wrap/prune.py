@@ -47,7 +47,13 @@ class WrapResult:
 
 
 def prune_wrapped(
-    path: Path, request: PruneRequest, ramp: SparsitySchedule | None, origin: LoadOptions, output: Destination | None
+    path: Path,
+    request: PruneRequest,
+    ramp: SparsitySchedule | None,
+    origin: LoadOptions,
+    output: Destination | None,
+    *,
+    allow_empty: bool = False,
 ) -> WrapResult:
     """Prune a model behind wrappers: now, or, with a ramp, in later training."""
     model = open_model(path)
@@ -56,7 +62,7 @@ def prune_wrapped(
     user_code.check(model, origin)
     with temporary_files() as scratch:
         plain = scratch / path.resolve().name
-        pruned = prune(path, replace(request, is_packed=False), Destination(plain))
+        pruned = prune(path, replace(request, is_packed=False), Destination(plain), allow_empty=allow_empty)
         pruned_model = open_model(plain)
         wrapping = _wrapping(pruned_model, pruned, ramp, origin)
         with outputs.staging_dir(model, output) as (folder, target):
