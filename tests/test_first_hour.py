@@ -301,7 +301,11 @@ def test_what_other_tools_call_otherwise_leads_to_our_name(typed: tuple[str, ...
 @pytest.mark.parametrize(
     ("words", "following"),
     [
-        (("prune", KERAS, "-o", "my small.h5", "-s", "80%"), "prunectl finetune 'my small.h5' -o 'my small-tuned.h5'"),
+        (("prune", KERAS, "-o", "my small.h5", "-s", "20%"), "prunectl finetune 'my small.h5' -o 'my small-tuned.h5'"),
+        (
+            ("prune", TORCH, "-o", "thin.pt", "-s", "95%"),
+            f"prunectl eval thin.pt --data test.npz --against {TORCH} --builder net.py:Net",
+        ),
         (
             ("prune", ONNX, "-o", "thin.onnx", "--pattern", "channel", "-s", "50%"),
             f"prunectl eval thin.onnx --data test.npz --against {ONNX}",
@@ -312,7 +316,7 @@ def test_what_other_tools_call_otherwise_leads_to_our_name(typed: tuple[str, ...
         ),
         (("strip", KERAS, "-o", "bare.h5"), f"prunectl size {KERAS} bare.h5"),
     ],
-    ids=["zeros", "channels of ONNX", "channels of PyTorch", "strip"],
+    ids=["few zeros", "many zeros", "channels of ONNX", "channels of PyTorch", "strip"],
 )
 def test_the_next_step_is_to_look_at_accuracy_by_a_line_that_can_be_pasted(
     words: tuple[str | Path, ...], following: str, tmp_path: Path

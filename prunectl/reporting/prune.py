@@ -108,9 +108,14 @@ _MOST_LOST = 0.5
 LIKELY_TO_FALL = "accuracy is likely to fall"
 
 
+def _most_hurt(pruned: Pruned) -> list[tuple[float, str]]:
+    """The tensors that lose most of their norm, the worst first."""
+    return sorted(((share, name) for name, share in pruned.lost.items() if share > _MOST_LOST), reverse=True)
+
+
 def _lossy(pruned: Pruned) -> Iterator[str]:
     """What data would have told: layers that lose most of their norm, and what brings accuracy back."""
-    lost = sorted(((share, name) for name, share in pruned.lost.items() if share > _MOST_LOST), reverse=True)
+    lost = _most_hurt(pruned)
     if not lost:
         return
     (most, worst), tensors = lost[0], len(pruned.lost)
@@ -178,14 +183,19 @@ def outcome(before: ModelStats, after: ModelStats, output: str) -> str:
 
 
 def _next_step(pruned: Pruned, output: str) -> str:
-    """Training where the format can be trained; else a search that looks at the accuracy."""
-    family = by_name(pruned.before.format).family
+    """Training where the format can be trained; else a search that looks at the accuracy.
+
+    After a loss that no data has measured, how much accuracy is left comes first.
+    """
+    family, builder = by_name(pruned.before.format).family, pruned.request.model or "net.py:Net"
     if output and family is Family.ONNX and not pruned.request.data:
         words = ("-o", output, "--force", "--max-drop", "1pp", "--data", "test.npz")
         return shlex.join(["prunectl", "prune", pruned.before.path, *words])
+    if output and not pruned.request.data and _most_hurt(pruned) and family in {*_TRAINED, Family.SAFETENSORS}:
+        return measure_accuracy(pruned.before, output, builder)
     if not output or (family is not Family.ONNX and family not in _TRAINED):
         return compare_sizes(pruned.before, output)
-    return recover_accuracy(pruned.before, output, pruned.request.model or "net.py:Net")
+    return recover_accuracy(pruned.before, output, builder)
 
 
 def compare_sizes(before: ModelStats, output: str) -> str:
@@ -193,11 +203,18 @@ def compare_sizes(before: ModelStats, output: str) -> str:
     return shlex.join(["prunectl", "size", before.path, output]) if output else ""
 
 
+def measure_accuracy(before: ModelStats, output: str, builder: str) -> str:
+    """The command that tells what a smaller model is still worth."""
+    is_bare = by_name(before.format).family in {Family.TORCH, Family.SAFETENSORS}
+    code = ("--builder", builder) if is_bare else ()
+    return shlex.join(["prunectl", "eval", output, "--data", "test.npz", "--against", before.path, *code])
+
+
 def recover_accuracy(before: ModelStats, output: str, builder: str) -> str:
     """The command that trains a smaller model, or where no framework does, says what it is still worth."""
     family, path = by_name(before.format).family, Path(output)
     if family is Family.ONNX:
-        return shlex.join(["prunectl", "eval", output, "--data", "test.npz", "--against", before.path])
+        return measure_accuracy(before, output, builder)
     tuned = str(path.with_name(f"{path.stem}-tuned{path.suffix}"))
     code = ("--builder", builder) if family in {Family.TORCH, Family.SAFETENSORS} else ()
     data = ("--data", "train.npz", "--val", "test.npz")
