@@ -39,6 +39,8 @@ METHODS = (
     ("lamp, global", ("--strategy", "lamp", "--scope", "global")),
     ("activation-magnitude", ("--strategy", "activation-magnitude")),
     ("magnitude-gradient", ("--strategy", "magnitude-gradient")),
+    ("activation-magnitude, global", ("--strategy", "activation-magnitude", "--scope", "global")),
+    ("magnitude-gradient, global", ("--strategy", "magnitude-gradient", "--scope", "global")),
     ("magnitude + repair", ("--repair",)),
     ("obs", ("--strategy", "obs")),
     ("obs + repair", ("--strategy", "obs", "--repair")),
