@@ -29,7 +29,7 @@ from prunectl.training.task import DistilledOutput, distillation_loss
 
 STEPS = 2000
 """Of Adam, unless the user says how many."""
-RATE = 3e-3
+RATE = 4e-3
 """The learning rate at the first step, from which it falls to zero in a straight line."""
 HELD = 10
 """One of so many examples is not trained on: it tells when no more is won."""

@@ -2,5 +2,5 @@
 
 SAMPLES, BATCH_SIZE = 128, 32
 """How many examples of data are looked at, and how many at a time."""
-MATCHED_SAMPLES, MATCHED_BATCH_SIZE = 4096, 128
+MATCHED_SAMPLES, MATCHED_BATCH_SIZE = 4096, 64
 """The same where a model is trained until it answers as it did."""
