@@ -173,8 +173,8 @@ def prune_file(
         choices: dict[str, Any] = {
             field.name: parsed[field.name] for field in fields(Prune) if field.name in rest.keys() - _UNCHECKED
         }
-        may = {"allow_empty": bool(parsed.get("allow_empty"))}
-        command = Prune(model=str(path), metric=metric, trust=is_trusted, **may, **typed, **choices)
+        may_be_empty = bool(parsed.get("allow_empty"))
+        command = Prune(model=str(path), metric=metric, trust=is_trusted, allow_empty=may_be_empty, **typed, **choices)
         return _prune(path, destination, command, (parse_request(rest), limits, manifest), on_progress)
 
 
