@@ -6,7 +6,7 @@ import hashlib
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -267,16 +267,19 @@ def _check_max(
 _NAMED = 3
 
 
-def growth_sentence(stats: ModelStats, baseline: ModelStats, units: Units) -> str:
-    """Which tensors grew most, or lost most zeros, which is what makes a compressed file grow; empty if none did."""
-    before = {row.name: row for row in baseline.layers}
+def growth_sentence(stats: ModelStats, before: Mapping[str, tuple[int, int]], units: Units, least: int = 0) -> str:
+    """Which tensors grew most, or lost most zeros, which is what makes a compressed file grow; empty if none did.
+
+    Of earlier tensors the bytes and zeros are known, perhaps only of those of at least so many bytes.
+    """
     grown: dict[str, int] = {}
     lost: dict[str, int] = {}
     for row in stats.layers:
-        earlier = before.get(row.name)
-        if not row.tied_to:
-            grown[row.name] = row.bytes - (earlier.bytes if earlier else 0)
-            lost[row.name] = (earlier.zeros or 0) - (row.zeros or 0) if earlier else 0
+        if row.tied_to or (row.name not in before and row.bytes < least):
+            continue
+        size, zeros = before.get(row.name, (0, 0))
+        grown[row.name] = row.bytes - size
+        lost[row.name] = zeros - (row.zeros or 0)
     if any(size > 0 for size in grown.values()):
         tensors = [f"{name} (+{nbytes(size, units)})" for name, size in _most(grown)]
         return f"The tensors that grew most: {', '.join(tensors)}."

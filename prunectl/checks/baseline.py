@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from prunectl.formats import atomic
 from prunectl.formats.safe_json import parse_object
 
 SCHEMA = "prunectl.baseline/1"
+_RECORDED = 10
+"""So many of the largest tensors tell what has grown, and keep the file short."""
 GIT = "git:"
 
 
@@ -28,6 +31,8 @@ class BaselineEntry:
     prunable_zero: int
     reason: str
     """Why it was taken for a baseline."""
+    tensors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Bytes and zeros of the largest tensors, by which it is told what has grown; older files have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,9 @@ def read(spec: str, path: Path) -> Baseline:
 def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
     """The entry of a model as it is now."""
     params = stats.zeros.params
-    return BaselineEntry(stats.raw, stats.gzip, params.total, params.prunable_zero or 0, reason)
+    rows = sorted((row for row in stats.zeros.layers if not row.tied_to), key=lambda row: -row.bytes)
+    tensors = {row.name: (row.bytes, row.zeros or 0) for row in rows[:_RECORDED]}
+    return BaselineEntry(stats.raw, stats.gzip, params.total, params.prunable_zero or 0, reason, tensors)
 
 
 def write(baseline: Baseline, updates: dict[str, BaselineEntry], *, is_forced: bool = True) -> Path:
@@ -81,11 +88,21 @@ def _entry(data: Any, name: str, path: Path) -> BaselineEntry:
     values: dict[str, Any] = (
         {field.name: data.get(field.name) for field in fields(BaselineEntry)} if isinstance(data, dict) else {}
     )
+    tensors = values.pop("tensors", None) or {}
+    pairs = tensors.values() if isinstance(tensors, dict) else [None]
     counts = [value for key, value in values.items() if key != "reason"]
-    if not counts or any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in counts):
+    if not counts or not all(map(_is_count, counts)) or not all(map(_is_pair, pairs)):
         raise InputError(f"{path} is damaged: its entry for {name} has no valid numbers")
     values["reason"] = str(values["reason"] or "")
-    return BaselineEntry(**values)
+    return BaselineEntry(**values, tensors={key: (size, zeros) for key, (size, zeros) in tensors.items()})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
 
 
 def _at_ref(ref: str, path: Path) -> bytes | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from prunectl.analysis.sizes import SENTENCES_ONLY, LimitCheck
+from prunectl.analysis.sizes import SENTENCES_ONLY, LimitCheck, growth_sentence
 from prunectl.analysis.stats import TensorStats
 from prunectl.analysis.tensor_io import count_zeros
 from prunectl.checks.baseline import Baseline, BaselineEntry
@@ -37,6 +37,8 @@ class Finding(LimitCheck):
     """What the baseline has: parameters for `max-params`, else bytes."""
     largest: tuple[tuple[str, int], ...] = field(default=(), kw_only=True, metadata=SENTENCES_ONLY)
     """The largest tensors of a model that is too big, with their bytes."""
+    grown: str = field(default="", kw_only=True, metadata=SENTENCES_ONLY)
+    """Which tensors grew most since the baseline, a full sentence; empty where it does not know."""
     is_measured: bool = field(default=True, kw_only=True, metadata=SENTENCES_ONLY)
     """Whether there was something to compare with."""
 
@@ -254,7 +256,13 @@ def with_context(finding: Finding, stats: LazyModelStats, entry: BaselineEntry |
     if finding.ok or not finding.is_measured or finding.id not in _OF_SIZE:
         return replace(finding, before=before)
     rows = sorted((row for row in stats.facts.layers if not row.tied_to), key=lambda row: -row.bytes)
-    return replace(finding, before=before, largest=tuple((row.name, row.bytes) for row in rows[:_LARGEST]))
+    grown = ""
+    if entry is not None and entry.tensors and before is not None:
+        # What the baseline does not list was smaller than what it does, or was not there.
+        least = min(size for size, _ in entry.tensors.values())
+        grown = growth_sentence(stats.zeros, entry.tensors, Units.SI, least)
+    largest = tuple((row.name, row.bytes) for row in rows[:_LARGEST])
+    return replace(finding, before=before, largest=largest, grown=grown)
 
 
 PATTERN_METRIC = "conforming"

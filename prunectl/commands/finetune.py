@@ -136,7 +136,7 @@ class Finetune(OutputOptions):
     policy: Annotated[str, _when(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
         _DEFAULT.pruning.policy
     )
-    layers: Annotated[str, _when(metavar="GLOB", help="Prune only here, e.g. 'conv*'; a bias by its name.")] = ""
+    layers: Annotated[str, _when(metavar="GLOB", help="Prune only the kernels of these, e.g. 'conv*'.")] = ""
     exclude: Annotated[
         list[str] | None, _when(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
     ] = None

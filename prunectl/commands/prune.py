@@ -109,7 +109,7 @@ class Prune(OutputOptions):
     policy: Annotated[str, _which(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
         _DEFAULT.policy
     )
-    layers: Annotated[str, _which(metavar="GLOB", help="Prune only here, e.g. 'conv*'; a bias by its name.")] = ""
+    layers: Annotated[str, _which(metavar="GLOB", help="Prune only the kernels of these, e.g. 'conv*'.")] = ""
     exclude: Annotated[
         list[str] | None, _which(metavar="GLOB", help="Never prune these tensors, e.g. fc2; repeatable.")
     ] = None

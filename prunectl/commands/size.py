@@ -110,11 +110,12 @@ def size(
     models, failures = inspect_each(paths, lambda path: measure(open_model(path), compressor, reporter.progress))
     checks = [gate for stats in models for gate in check_limits(stats, limits)]
     grown = {check.model for check in checks if check.id == "max-growth" and not check.ok}
+    earlier = {row.name: (row.bytes, row.zeros or 0) for row in limits.baseline.layers} if limits.baseline else {}
     notes = [
         f"{stats.path}: {sentence}"
         for stats in models
-        if limits.baseline is not None and stats.path in grown
-        if (sentence := growth_sentence(stats, limits.baseline, reporter.settings.units))
+        if stats.path in grown
+        if (sentence := growth_sentence(stats, earlier, reporter.settings.units))
     ]
     return reporter.show(size_report(models, checks, failures, compressor, notes))
 

@@ -228,6 +228,7 @@ def test_the_baseline_is_written_with_a_reason_and_then_holds(tmp_path: Path) ->
     known = json.loads((tmp_path / "prunectl-baseline.json").read_text())["models"]
     assert known["a.safetensors"] == {
         "raw": RAW, "gzip": GZIP, "params": PARAMS, "prunable_zero": 16, "reason": "a new head",
+        "tensors": {"fc.weight": [128, 16], "fc.bias": [16, 4]},
     }  # fmt: skip
     put(tmp_path, "[[budget]]\npath = '*.safetensors'\nmax-growth = '0%'\n", b=MODEL)
     assert prunectl(tmp_path, "check").code == int(known["b.safetensors"]["gzip"] < GZIP)

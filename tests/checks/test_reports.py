@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from prunectl.checks.rules import ERROR, WARNING, CheckError, Finding, Findings
 from prunectl.checks.schema import MetricUnit
@@ -191,3 +194,30 @@ def test_quiet_prints_what_failed_alone(tmp_path: Path) -> None:
     assert prunectl(tmp_path, "check", "-q").out.startswith(
         "a.safetensors is 131 B gzipped, 130 B over the limit of 1 B"
     )
+
+
+@pytest.mark.parametrize("name", ["markdown", "github", "junit", "human"])
+def test_a_baseline_tells_which_tensors_grew_most_or_lost_zeros(name: str, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    sparse = np.where(np.abs(numbers) < 1.5, 0, numbers).astype(np.float32)
+    keys = "[[budget]]\npath = 'a.safetensors'\nmax-growth = '2%'\n"
+    put(tmp_path, keys, a=save({"kept": numbers[:32], "thinned": sparse, "cut": numbers[:8]}))
+    assert prunectl(tmp_path, "check", "--update-baseline", "--reason", "first").code == 0
+    put(tmp_path, keys, a=save({"kept": numbers[:32], "thinned": numbers, "cut": numbers[:8]}))
+    zeros = int((sparse == 0).sum())
+    told = unescape(prunectl(tmp_path, "check", "--report", f"{name}:-").out).replace("\\", "")
+    assert f"The tensors that lost most zeros: thinned ({zeros:,} fewer)." in told
+    put(tmp_path, keys, a=save({"kept": numbers[:32], "thinned": sparse, "cut": numbers, "new": numbers[:16]}))
+    told = unescape(prunectl(tmp_path, "check", "--report", f"{name}:-").out).replace("\\", "")
+    assert "The tensors that grew most: cut (+14.3 kB), new (+4.10 kB)." in told
+
+
+@pytest.mark.parametrize("tensors", ['"x"', '{"a": 1}', '{"a": [1]}', '{"a": [-1, 0]}', '{"a": [true, 0]}'])
+def test_a_baseline_with_damaged_tensors_is_refused(tensors: str, tmp_path: Path) -> None:
+    put(tmp_path, "[[budget]]\npath = 'a.safetensors'\nmax-growth = '2%'\n", a=MODEL)
+    numbers = '"gzip": 1, "params": 1, "prunable_zero": 0, "raw": 1, "reason": ""'
+    text = f'{{"schema": "prunectl.baseline/1", "models": {{"a.safetensors": {{{numbers}, "tensors": {tensors}}}}}}}'
+    (tmp_path / "prunectl-baseline.json").write_text(text)
+    refused = prunectl(tmp_path, "check")
+    assert refused.code == 3
+    assert "its entry for a.safetensors has no valid numbers" in refused.err

@@ -133,7 +133,9 @@ def largest_tensors(findings: Iterable[Finding], units: Units = Units.SI) -> tup
         if not finding.largest:
             continue
         tensors = _listed([f"{abbreviated(name)} ({nbytes(size, units)})" for name, size in finding.largest])
-        if finding.id == GROWTH:
+        if finding.grown:
+            lines[finding.model] = f"{finding.model}: {finding.grown}"
+        elif finding.id == GROWTH:
             lines[finding.model] = (
                 f"The baseline has no sizes of single tensors; the largest of {finding.model} are {tensors}."
             )
