@@ -288,16 +288,18 @@ def test_a_pruned_model_is_what_tfmot_strips_it_to(make: Any, tmp_path: Path) ->
     assert not open_model(target).about.wrappers
 
 
-def saved_wrapped(path: Path) -> Path:
-    model = pruned(plain_network())
-    model.save(path, save_format="tf")
+def save(model: Any, path: Path, **signatures: Any) -> Path:
+    """Save a model without the graphs of its layers, which say nothing of what is asked below, and take long."""
+    model.save(path, save_format="tf", save_traces=False, **signatures)
     return path
 
 
 @pytest.fixture(scope="module")
 def pruned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tfmot()
-    return saved_wrapped(tmp_path_factory.mktemp("pruned") / "m")
+    path = tmp_path_factory.mktemp("pruned") / "m"
+    pruned(plain_network()).save(path, save_format="tf")
+    return path
 
 
 def test_wrappers_do_not_go_alone(pruned_folder: Path) -> None:
@@ -317,7 +319,7 @@ def test_the_optimizer_may_go_alone(pruned_folder: Path, tmp_path: Path) -> None
 def test_a_lambda_layer_is_named_and_nothing_is_rebuilt(tmp_path: Path) -> None:
     k = tf_keras()
     model = k.Sequential([k.Input((5,)), k.layers.Lambda(lambda x: x, name="same"), wrapped(k.layers.Dense(2))])
-    model.save(tmp_path / "m", save_format="tf")
+    save(model, tmp_path / "m")
     with pytest.raises(UntrustedError, match="could run code: Lambda layer same") as caught:
         strip(tmp_path / "m")
     assert caught.value.exit_code == 3
@@ -332,7 +334,7 @@ def test_a_class_that_keras_does_not_know_is_named(tmp_path: Path) -> None:
             return x
 
     model = k.Sequential([k.Input((5,)), Homemade(), wrapped(k.layers.Dense(2))])
-    model.save(tmp_path / "m", save_format="tf")
+    save(model, tmp_path / "m")
     with pytest.raises(UntrustedError, match="custom class Homemade"):
         strip(tmp_path / "m")
 
@@ -341,7 +343,7 @@ def test_a_class_that_keras_does_not_know_is_named(tmp_path: Path) -> None:
 def test_a_pruned_layer_inside_another_wrapper_is_refused(tmp_path: Path) -> None:
     k = tf_keras()
     model = k.Sequential([k.Input((3, 5)), k.layers.TimeDistributed(wrapped(k.layers.Dense(2, name="deep")))])
-    model.save(tmp_path / "m", save_format="tf")
+    save(model, tmp_path / "m")
     with pytest.raises(InputError, match="prune_low_magnitude_deep is inside another wrapper") as caught:
         strip(tmp_path / "m")
     assert "--only optimizer,training" in caught.value.hint
@@ -351,7 +353,7 @@ def test_files_that_the_graph_reads_would_be_lost(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("one")
     model = pruned(plain_network())
     model.words = tf.saved_model.Asset(str(tmp_path / "words.txt"))
-    model.save(tmp_path / "m", save_format="tf")
+    save(model, tmp_path / "m")
     with pytest.raises(InputError, match="would lose the files that its graph reads"):
         strip(tmp_path / "m")
 
@@ -359,7 +361,7 @@ def test_files_that_the_graph_reads_would_be_lost(tmp_path: Path) -> None:
 def test_another_signature_would_be_lost(tmp_path: Path) -> None:
     model = pruned(plain_network())
     serve = tf.function(lambda x: {"y": model(x)}).get_concrete_function(tf.TensorSpec((None, 5), tf.float32))
-    model.save(tmp_path / "m", save_format="tf", signatures={"serving_default": serve, "other": serve})
+    save(model, tmp_path / "m", signatures={"serving_default": serve, "other": serve})
     with pytest.raises(InputError, match="would lose its signatures other"):
         strip(tmp_path / "m")
 
@@ -368,7 +370,7 @@ def test_another_signature_would_be_lost(tmp_path: Path) -> None:
 def test_a_signature_of_the_users_own_is_refused(tmp_path: Path) -> None:
     model = pruned(plain_network())
     serve = tf.function(lambda x: {"y": model(x)}).get_concrete_function(tf.TensorSpec((None, 5), tf.float32))
-    model.save(tmp_path / "m", save_format="tf", signatures={"serving_default": serve})
+    save(model, tmp_path / "m", signatures={"serving_default": serve})
     with pytest.raises(InputError, match="its serving_default was not written by Keras"):
         strip(tmp_path / "m")
 

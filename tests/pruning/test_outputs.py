@@ -181,7 +181,7 @@ def test_whatever_the_moment_of_its_death_the_target_is_absent_or_whole(big: Pat
     out.unlink()
     moments = random.Random(1)
     stale = 0
-    for turn in range(12):
+    for turn in range(7):
         process = subprocess.Popen(
             words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean(PYTHONPATH=str(ROOT))
         )
