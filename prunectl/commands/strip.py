@@ -28,7 +28,7 @@ def strip_report(result: Stripped, output: str, *, is_rewritten: bool) -> Report
     items = Table("removed", _ITEMS, rows, total=("all", "", sum(item.bytes for item in result.removed)))
     # A copy may be smaller by the name of its data.
     has_shrunk = is_rewritten and result.after.bytes.raw < result.before.bytes.raw
-    notes = [*result.notes, *result.after.about.notes]
+    notes = [*dict.fromkeys((*result.notes, *result.after.about.notes))]
     notes += [] if rows or has_shrunk else ["There was nothing to strip: the output holds the same data as the input."]
     notes += [] if output else ["This was a dry run: nothing was written."]
     tables = (*([_by_part(result)] if rows else []), before_after(result.before, result.after))

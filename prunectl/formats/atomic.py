@@ -73,7 +73,7 @@ def _renameat2(one: Path, other: Path, how: int) -> int:
     return 0 if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), how) == 0 else ctypes.get_errno()
 
 
-_MODEL_FOLDERS = ("saved_model.pb", *IN_A_FOLDER)
+_MODEL_FOLDERS = ("saved_model.pb", "model_index.json", *IN_A_FOLDER)
 _INDEX = ".index.json"
 _SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
 

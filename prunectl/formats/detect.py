@@ -202,6 +202,11 @@ def is_distributed_checkpoint(peek: FileProbe) -> bool:
     return peek.path.name == ".metadata" and peek.head[:1] == b"\x80"
 
 
+def is_pipeline(peek: FileProbe) -> bool:
+    """A folder with the index of a pipeline of diffusers, whose parts have folders of their own."""
+    return peek.holds("model_index.json")
+
+
 def is_torch_tar(peek: FileProbe) -> bool:
     """The tar of the earliest torch."""
     first = peek.head[:100].split(b"\0", 1)[0].removeprefix(b"./")
@@ -290,10 +295,6 @@ def _describe_folder(peek: FileProbe) -> str:
     for name in names:
         if (peek.path / name / "saved_model.pb").is_file():
             return f"is a folder of SavedModels, not one: name a version, such as {peek.path / name}"
-    if "model_index.json" in names:
-        parts = [name for name in names if any((peek.path / name).glob("*.safetensors"))]
-        some = f", such as {peek.path / parts[-1]}" if parts else ""
-        return f"is a pipeline of diffusers: name one of its parts{some}"
     if "saved_model.pbtxt" in names:
         return "is a SavedModel in text form (saved_model.pbtxt), which prunectl does not read"
     if "checkpoint" in names:

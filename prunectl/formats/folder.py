@@ -52,23 +52,27 @@ class Companions:
 
 def companions(model: ModelFile) -> Companions:
     """What lies beside the weights in the folder by which a model was named."""
-    found = Companions((), (), ())
     if model.folder is None:
-        return found
-    copied, weights, links = [], [], []
-    own = {file.relative_to(model.folder) for file in model.files}
-    for path in _walk(model.folder, model.folder):
+        return Companions((), (), ())
+    found = files_in(model.folder, frozenset(file.relative_to(model.folder) for file in model.files))
+    others = tuple(path for path in found.copied if len(path.parts) == 1 and _OTHER_WEIGHTS.fullmatch(path.name))
+    copied = tuple(path for path in found.copied if path not in set(others))
+    links = tuple(path for path in found.links if len(path.parts) > 1 or not _OTHER_WEIGHTS.fullmatch(path.name))
+    other_links = tuple(path for path in found.links if path not in set(links))
+    return Companions(copied, tuple(sorted((*others, *other_links))), links)
+
+
+def files_in(folder: Path, own: Container[Path] = ()) -> Companions:
+    """All files of a folder that may be copied, and links that may not, but for its own weights."""
+    copied: list[Path] = []
+    links: list[Path] = []
+    for path in _walk(folder, folder):
         if path in own:
             continue
-        if len(path.parts) == 1 and _OTHER_WEIGHTS.fullmatch(path.name):
-            weights.append(path)
-        elif real_file(model.folder, path) is None:
-            links.append(path)
-        else:
-            copied.append(path)
+        (copied if real_file(folder, path) is not None else links).append(path)
         if len(copied) + len(links) > budgets.MAX_FILES:
-            raise InputError(f"{model.folder} is refused: it has more than {budgets.MAX_FILES} files")
-    return Companions(tuple(copied), tuple(weights), tuple(links))
+            raise InputError(f"{folder} is refused: it has more than {budgets.MAX_FILES} files")
+    return Companions(tuple(copied), (), tuple(links))
 
 
 def training_state(model: ModelFile) -> dict[Path, StripPart]:

@@ -115,6 +115,7 @@ FORMATS = (
         "torch.distributed:open_checkpoint",
         writer="",
     ),
+    Format("diffusers", "pipeline of diffusers", ("",), detect.is_pipeline, "pipeline:open_pipeline"),
     Format(
         "safetensors",
         "safetensors",

@@ -296,18 +296,23 @@ def test_an_adapter_loads_into_its_base_again(sources: Callable[[str, str], Path
     assert distance(outputs("llama", again), outputs("llama", adapter)) == 0
 
 
-def test_a_part_of_a_pipeline_loads_again(tmp_path: Path) -> None:
+def test_a_pipeline_and_a_part_of_it_load_again(tmp_path: Path) -> None:
     diffusers: Any = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
     network = diffusers.UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=8, **blocks).eval()
     pipeline = diffusers.DDPMPipeline(network, diffusers.DDPMScheduler())
     pipeline.save_pretrained(tmp_path / "pipe")
-    done = here("prune", tmp_path / "pipe", "-o", tmp_path / "out", "-s", "50%")
-    assert done.code == 3
-    assert f"is a pipeline of diffusers: name one of its parts, such as {tmp_path}/pipe/unet" in done.err
+    before = hashes(tmp_path / "pipe")
+    assert here("prune", tmp_path / "pipe", "-o", tmp_path / "out", "-s", "50%").code == 0
+    after = hashes(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert {path for path in before if before[path] != after[path]} == {"unet/diffusion_pytorch_model.safetensors"}
     assert here("prune", tmp_path / "pipe/unet", "-o", tmp_path / "unet", "-s", "50%").code == 0
-    pruned = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    assert hashes(tmp_path / "unet") == {
+        path.removeprefix("unet/"): digest for path, digest in after.items() if path.startswith("unet/")
+    }
+    pruned = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet.eval()
     reference = masked(network, pruned)
     noise = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
     with torch.no_grad():

@@ -1,0 +1,91 @@
+"""Pipelines of diffusers: their parts are pruned as one model, and all else is copied."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from tests.running import here
+
+
+def numbers(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """Two parts with weights, one of them in shards, and a scheduler."""
+    home = tmp_path / "pipe"
+    names = ("unet", "text_encoder", "scheduler")
+    for name in names:
+        (home / name).mkdir(parents=True)
+        (home / name / "config.json").write_text(json.dumps({"part": name}))
+    (home / "model_index.json").write_text(json.dumps({"_class_name": "P", **{name: ["a", "B"] for name in names}}))
+    (home / "README.md").write_text("")
+    save_file({"conv.weight": numbers(4, 4)}, home / "unet/diffusion_pytorch_model.safetensors")
+    shards = {}
+    for number in (1, 2):
+        shard = f"model-{number:05}-of-00002.safetensors"
+        save_file({f"layers.{number}.weight": 100 * numbers(4, 4)}, home / "text_encoder" / shard)
+        shards[f"layers.{number}.weight"] = shard
+    (home / "text_encoder/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    return home
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_all_parts_are_pruned_and_all_else_is_copied(pipe: Path) -> None:
+    out = pipe.parent / "out"
+    done = here("prune", pipe, "-o", out, "-s", "50%", "--scope", "global")
+    assert done.code == 0, done.err
+    before, after = files(pipe), files(out)
+    assert after.keys() == before.keys()
+    assert all(before[name] == after[name] for name in before if not name.endswith(".safetensors"))
+    # Ranked together, the weights of the unet are the smallest.
+    assert not load_file(out / "unet/diffusion_pytorch_model.safetensors")["conv.weight"].any()
+    assert here("verify", out, "--against", pipe).code == 0
+    names = [row[1] for row in here("inspect", out).rows]
+    assert names == ["unet.conv.weight", "text_encoder.layers.1.weight", "text_encoder.layers.2.weight"]
+
+
+def test_strip_copies_it_and_in_place_the_weights_alone_change(pipe: Path) -> None:
+    before = files(pipe)
+    assert here("strip", pipe, "-o", pipe.parent / "copy").code == 0
+    assert files(pipe.parent / "copy") == before
+    assert here("prune", pipe, "--in-place", "-s", "50%", "--layers", "unet*").code == 0
+    after = files(pipe)
+    assert {name for name in before if before[name] != after[name]} == {"unet/diffusion_pytorch_model.safetensors"}
+
+
+def test_other_forms_of_the_weights_are_copied_and_said(pipe: Path) -> None:
+    (pipe / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"dense")
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    assert "diffusion_pytorch_model.fp16.safetensors in " in done.err
+    assert files(pipe.parent / "out").keys() == files(pipe).keys()
+
+
+def test_a_link_out_of_the_folder_is_not_copied(pipe: Path) -> None:
+    (pipe.parent / "secret").write_text("mine")
+    (pipe / "notes").symlink_to("../secret")
+    assert here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%").code == 0
+    assert not (pipe.parent / "out/notes").exists()
+
+
+def test_parts_in_pickles_and_indexes_that_name_none_are_sentences(pipe: Path) -> None:
+    (pipe / "unet/diffusion_pytorch_model.safetensors").rename(pipe / "unet/gone")
+    torch.save({"a": torch.ones(2, 2)}, pipe / "unet/pytorch_model.bin")
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    assert done.code == 3
+    assert "pruned as a whole in safetensors alone" in done.err
+    (pipe / "model_index.json").write_text('{"../unet": [], "_x": 1, "scheduler": []}')
+    assert "without weights in safetensors" in here("inspect", pipe).err
+    (pipe / "model_index.json").write_text("[]")
+    assert "is damaged" in here("inspect", pipe).err
+    assert not (pipe.parent / "out").exists()
