@@ -192,7 +192,7 @@ def test_a_build_that_is_killed_leaves_no_half_file(tmp_path: Path, bin_folder: 
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.attrs["layer_names"] = [b"fc"]
         file.create_group("fc").attrs["weight_names"] = [b"fc/kernel:0"]
-        file["fc/fc/kernel:0"] = np.random.default_rng(0).random((2048, 2048), np.float32)
+        file["fc/fc/kernel:0"] = np.random.default_rng(0).random((1024, 1024), np.float32)
     words = [
         *COMMAND,
         "prune",
