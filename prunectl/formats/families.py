@@ -13,8 +13,9 @@ from typing import Any
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import WEIGHTS, ModelFile, Tensor, dtype_name
-from prunectl.formats.folder import real_file
+from prunectl.formats.folder import real_file, training_state
 from prunectl.formats.safe_json import read_object
+from prunectl.units import nbytes
 
 CONFIG = "config.json"
 
@@ -156,7 +157,7 @@ class Architecture:
     base_model: str = ""
     """What an adapter adapts."""
     notes: tuple[str, ...] = ()
-    """What is wrong with its config, each a sentence."""
+    """What a user should know of the folder, each a sentence."""
 
 
 def architecture(model: ModelFile) -> Architecture | None:
@@ -173,6 +174,7 @@ def architecture(model: ModelFile) -> Architecture | None:
             notes.append(f"{error.message}.")
             configs.append({})
     config, adapter = configs
+    notes += _note_training_state(model)
     weights = [tensor for tensor in model.tensors if tensor.role in WEIGHTS]
     classes = config.get("architectures")
     kinds = (config.get("model_type"), config.get("_class_name"), adapter.get("peft_type"))
@@ -191,6 +193,19 @@ def architecture(model: ModelFile) -> Architecture | None:
         base_model=_text(adapter.get("base_model_name_or_path")),
         notes=tuple(notes),
     )
+
+
+def _note_training_state(model: ModelFile) -> list[str]:
+    """Say how much of a folder training alone would go on from."""
+    state = sorted(training_state(model))
+    if not state or model.folder is None:
+        return []
+    size = sum((model.folder / path).stat().st_size for path in state)
+    files = "1 file" if len(state) == 1 else f"{len(state)} files"
+    return [
+        f"The folder also holds the state of a training ({files} such as {abbreviated(str(state[0]))}, {nbytes(size)}). "
+        "`prunectl strip` leaves it out."
+    ]
 
 
 def read_config(model: ModelFile, name: str) -> dict[str, Any]:

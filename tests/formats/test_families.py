@@ -108,6 +108,17 @@ def test_a_config_of_odd_values_tells_nothing_and_breaks_nothing(tmp_path: Path,
     assert (found.model_type, found.architectures, found.hidden_size, found.is_tied) == ("", (), None, None)
 
 
+def test_what_training_left_in_a_folder_is_said(tmp_path: Path) -> None:
+    folder = made(tmp_path / "trained", MIXTURE, weights_of(3, 4))
+    (folder / "optimizer.pt").write_bytes(bytes(2_000_000))
+    (folder / "scheduler.pt").write_bytes(bytes(1_000))
+    (advice,) = here("inspect", folder, "--json").json["models"][0]["advice"]
+    assert advice == (
+        "The folder also holds the state of a training (2 files such as optimizer.pt, 2.00 MB). "
+        "`prunectl strip` leaves it out."
+    )
+
+
 def test_a_config_that_links_out_of_its_folder_is_not_read(tmp_path: Path) -> None:
     folder = made(tmp_path / "linked", None, weights_of(2, 1))
     (tmp_path / "secret").write_text('{"model_type": "secret"}')
