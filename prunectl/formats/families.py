@@ -202,10 +202,8 @@ def _note_training_state(model: ModelFile) -> list[str]:
         return []
     size = sum((model.folder / path).stat().st_size for path in state)
     files = "1 file" if len(state) == 1 else f"{len(state)} files"
-    return [
-        f"The folder also holds the state of a training ({files} such as {abbreviated(str(state[0]))}, {nbytes(size)}). "
-        "`prunectl strip` leaves it out."
-    ]
+    what = f"{files} such as {abbreviated(str(state[0]))}, {nbytes(size)}"
+    return [f"The folder also holds the state of a training ({what}). `prunectl strip` leaves it out."]
 
 
 def read_config(model: ModelFile, name: str) -> dict[str, Any]:
