@@ -100,7 +100,7 @@ OFFERS: Mapping[str, Offers] = {
     "policy": _known("policies"),
     "scopes": _matching(map(str, Scope)),
     "pattern": _matching(PATTERNS),
-    "patterns": _matching(PATTERNS),
+    "patterns": _matching({name: line for name, line in PATTERNS.items() if name != LAYERS}),
     "on": _matching({"ray": "Ray on this machine", "ray:": "a Ray cluster, by its address"}),
     "to": _matching({target.name: target.title for target in TARGETS}),
     "report": _matching(f"{name}:" for name in REPORTS),
@@ -113,6 +113,7 @@ OFFERS: Mapping[str, Offers] = {
 
 OFFERS_OF: Mapping[str, Offers] = {
     "strip --only": _matching(map(str, StripPart)),
+    "inspect --pattern": _matching({name: line for name, line in PATTERNS.items() if name != LAYERS}),
     "finetune --pattern": _matching({name: line for name, line in PATTERNS.items() if name not in {CHANNEL, LAYERS}}),
 }
 """Where a command means something else by it."""

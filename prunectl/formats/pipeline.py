@@ -20,7 +20,7 @@ def open_pipeline(path: Path) -> ModelFile:
     """Open the parts of a pipeline as one model, its tensors under the names of their parts."""
     index = real_file(path, INDEX)
     if index is None:
-        raise InputError(f"{path}/{INDEX} links out of its folder")
+        raise InputError(f"{path} is refused: its {INDEX} is a link that leads out of it")
     parts = [part for name in read_object(index, "it") if (part := _part(path, name)) is not None]
     if not parts:
         raise InputError(f"{path} is a pipeline of diffusers without weights in safetensors")

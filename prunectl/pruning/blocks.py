@@ -204,13 +204,11 @@ def _cuts(model: ModelFile, config: Mapping[str, Any], family: Family, request: 
     if request.only:
         wanted = _ranges(request.only)
         if odd := wanted.keys() - stacks.keys():
-            what = f"{min(odd)} is not a stack of" if min(odd) else "it is not said which blocks are meant of"
-            raise UsageError(
-                f"--layers {request.only}: {what} {model.folder}",
-                hint=f"its stacks are {shown}: write --layers {[*stacks][-1]}:4-5"
-                if len(stacks) > 1
-                else "write 20-23",
-            )
+            several = f"its stacks are {shown}: write --layers {[*stacks][-1]}:4-5"
+            hint = several if len(stacks) > 1 else "write numbers alone: --layers 20-23"
+            if min(odd):
+                raise UsageError(f"--layers {request.only}: {min(odd)} is not a stack of {model.folder}", hint=hint)
+            raise UsageError(f"--layers {request.only} does not say of which stack of {model.folder}", hint=hint)
     elif len(stacks) > 1:
         raise UsageError(
             f"{model.folder} has several stacks of blocks: {shown}", hint=f"name them: --layers {[*stacks][-1]}:4-5"
