@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import prunectl
 from benchmarks.nets_torch import lively, resnet18
 from benchmarks.timing import PYTHON, show
-from prunectl.analysis.timing import Verdict
+from prunectl.analysis.timing import Verdict, measure
 
 PAIRS, SECONDS = 25, 1.0
 _BUSY = "while True: sum(range(1000))"
@@ -30,7 +32,7 @@ def run() -> None:
             ("file", "beside a busy process", "called different", "called the same", "left open"),
             rows,
         )
-        show("A network and its half", ("network", "measured", "interval", "aim"), [_half(folder)])
+        show("What should be faster", ("network", "measured", "interval", "aim"), [_half(folder), _sparse(folder)])
 
 
 def _networks(folder: Path) -> list[Path]:
@@ -81,3 +83,40 @@ def _half(folder: Path) -> tuple[str, ...]:
     speedup = prunectl.bench(dense, half, seconds=20).latencies[1][1].speedup
     interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
     return ("ResNet-18, half of the channels, onnxruntime", f"{speedup.middle:.2f}x", interval, "2.5x")
+
+
+def _sparse(folder: Path) -> tuple[str, ...]:
+    """A network without its zeros beside the dense one, which holds them: how many times as fast."""
+    code = folder / "mlp.py"
+    code.write_text(_MLP)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(code.read_text(), names)
+    torch.save(names["Net"]().state_dict(), folder / "mlp.pt")
+    pruned = prunectl.prune(folder / "mlp.pt", folder / "zeros.pt", sparsity=0.95)
+    prunectl.export(
+        pruned.output, folder / "fast.pt", sparse=True, builder=f"{code}:Net", input="x:?,784", batch_size=32
+    )
+    exec((folder / "fast.py").read_text(), fast := {})
+    nets = [names["Net"]().eval(), fast["Net"]().eval()]
+    for net, path in zip(nets, (pruned.output, folder / "fast.pt"), strict=True):
+        net.load_state_dict(torch.load(path, weights_only=True))
+    x = torch.randn(32, 784)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        error = float((nets[0](x) - nets[1](x)).abs().max())
+        speedup = measure([partial(net, x) for net in nets], seconds=10)[1].speedup
+    torch.set_num_threads(threads)
+    interval = f"{speedup.low:.2f} to {speedup.high:.2f}; outputs within {error:.0e}"
+    return ("784-1024-1024-10, 95 % zeros, batch 32, PyTorch", f"{speedup.middle:.2f}x", interval, "2.5x, 1e-5")
+
+
+_MLP = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+"""

@@ -137,7 +137,9 @@ class Export(OutputOptions):
         False
     )
     int8: Annotated[bool, _small("--int8", help="Quantise weights to 8 bits; with --data, activations too.")] = False
-    sparse: Annotated[bool, _small("--sparse", help="Use sparse tensors (ONNX, TensorFlow Lite).")] = False
+    sparse: Annotated[bool, _small("--sparse", help="Store no zeros (ONNX, TFLite); PyTorch: run without them.")] = (
+        False
+    )
     code: Annotated[
         bool, typer.Option("--code", help="Also write OUT.py, the class that loads the weights (PyTorch).")
     ] = False

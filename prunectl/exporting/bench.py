@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,11 @@ def _open(file: ModelFile, opener: Any, request: BenchRequest) -> _Opened:
     # Of several models, whose layouts may differ, those are told the shape that do not know it.
     is_open = any(spec.shape is None or None in spec.shape[1:] for spec in runnable.inputs)
     inputs = apply_input_options(runnable.inputs, request.input if is_open else ())
+    # The batch is that of --batch-size, whatever example --input gives, unless the model has one of its own.
+    inputs = tuple(
+        replace(spec, shape=(own.shape[0] if own.shape else None, *spec.shape[1:])) if spec.shape else spec
+        for own, spec in zip(runnable.inputs, inputs, strict=True)
+    )
     check_known(inputs, ExportRequest(data=request.data, input=request.input))
     return _Opened(file, runnable, inputs)
 

@@ -114,6 +114,11 @@ def check(request: ExportRequest, target: Target, output: Destination) -> None:
     precisions = [f"--{name}" for name in ("half", "bf16", "int8") if name in request.given_options]
     if len(precisions) > 1:
         raise UsageError(f"{' and '.join(precisions)} cannot be used together")
+    if request.sparse and request.code and precisions:
+        raise UsageError(
+            f"--sparse cannot be used with {precisions[0]} for PyTorch, which multiplies sparse weights in 32 bits",
+            hint=f"leave out {precisions[0]}",
+        )
     for option, value in (("--atol", request.atol), ("--rtol", request.rtol)):
         if value is not None and not value >= 0:
             raise UsageError(f"{option} cannot be negative, but is {value:g}")
@@ -195,7 +200,8 @@ def export(
     if output.to_stdout and not request.to:
         raise UsageError("the format of the output is not given", hint="add --to FORMAT, such as --to onnx")
     target = target_of(request.to, output.target)
-    request = replace(request, to=target.name)
+    # A layer without zeros needs a class that knows it.
+    request = replace(request, to=target.name, code=request.code or (request.sparse and target.name == "torch"))
     check(request, target, output)
     model = open_model(path)
     route = find_route(model, target, has_code=request.code)
@@ -224,14 +230,15 @@ def export(
             raise WorkError(
                 f"the export of {path} consists of several files, which cannot be written to standard output"
             )
-        if request.pack or request.sparse:
+        # Sparse tensors of PyTorch are weights as any others.
+        if request.pack or (request.sparse and not request.code):
             _pack(written, folder, target)
         bar.advance(1)
         with naming_original(path, plain.path):
             comparison = _comparison(job, route, written)
             bar.advance(1)
         before, after = stats_for_report(model), replace(measure(written, target), path=str(output.target))
-        all_notes = (*stripped, *_notes(job), *notes, *_note_lost_zeros(before, after))
+        all_notes = (*stripped, *_notes(job), *notes, *(() if request.sparse else _note_lost_zeros(before, after)))
         result = ExportResult(
             before,
             after,

@@ -42,7 +42,7 @@ TARGETS = (
     Target("saved-model", "TensorFlow SavedModel", "", _RUN_OPTIONS),
     Target("keras", "Keras archive", ".keras", _RUN_OPTIONS | {"pack"}),
     Target("h5", "Keras HDF5", ".h5", _RUN_OPTIONS | {"pack"}),
-    Target("torch", "PyTorch state dict", ".pt", _WEIGHT_OPTIONS | {"pack"}, is_weights=True),
+    Target("torch", "PyTorch state dict", ".pt", _WEIGHT_OPTIONS | {"pack", "sparse"}, is_weights=True),
     Target("torchscript", "TorchScript", ".torchscript", _RUN_OPTIONS | {"int8", "pack"}),
     Target("torch-export", "PyTorch exported program", ".pt2", _RUN_OPTIONS | {"pack"}),
     Target(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from prunectl.channels.lengths import shape_text
 from prunectl.channels.torch.checkpoint import class_of, companion_file
 from prunectl.channels.torch.code.expressions import literal
-from prunectl.channels.torch.code.module import GeneratedModule, generate_module
+from prunectl.channels.torch.code.module import GeneratedModule, Replace, generate_module
 from prunectl.channels.torch.export import trace_model
 from prunectl.channels.torch.fx import WeightedProgram
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec
+from prunectl.exporting.request import BATCH_SIZE
 from prunectl.exporting.torch import run_module, without_mha_fastpath
+from prunectl.exporting.torch_sparse import replace_layers as sparse_layers
 from prunectl.exporting.weights import cast_down, save_arrays
 from prunectl.formats.base import Array, Family
 from prunectl.formats.registry import open_model
@@ -44,7 +47,8 @@ def companion_files(target: Path) -> tuple[Path, ...]:
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write weights, and the class generated for them."""
-    code = _generate(job, _loading_lines(job.request.to, target.name))
+    notes: list[str] = []
+    code = _generate(job, _loading_lines(job.request.to, target.name), notes)
     arrays = {
         name: cast_down(job.request, name, to_numpy(value)) for name, value in _state_in_file_types(job, code).items()
     }
@@ -57,18 +61,26 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     companion_file(target).write_text(code.text, encoding="utf-8")
     return (
         f"The class {code.name} in {companion_file(target).name} loads the weights and needs only torch.",
+        *notes,
         *_note_fixed_lengths(job),
     )
 
 
-def _generate(job: ExportJob, loading: tuple[str, ...]) -> GeneratedModule:
+def _generate(job: ExportJob, loading: tuple[str, ...], notes: list[str]) -> GeneratedModule:
+    """The class; where zeros are to be left out, layers without them are in it that were measured as faster."""
+    replace_layers: Replace | None = None
+    if job.request.sparse:
+        size = job.request.batch_size or BATCH_SIZE
+        replace_layers = partial(sparse_layers, file=job.file, batch_size=size, notes=notes)
     try:
         with without_mha_fastpath(), quiet_conversion():
             traced = trace_model(job.file, _origin(job))
             # Of a program the module is all that there is of an original.
             traced = traced if traced.original is not None else replace(traced, original=traced.program.module())
-            return generate_module(traced, WeightedProgram(traced.module), class_of(traced), loading)
+            return generate_module(traced, WeightedProgram(traced.module), class_of(traced), loading, replace_layers)
     except (WorkError, InputError) as error:
+        if job.request.sparse and error.message.endswith("nothing was written"):
+            raise
         raise WorkError(f"no code can be generated for {job.file.path}: {error.message}", hint=error.hint) from error
 
 

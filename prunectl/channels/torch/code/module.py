@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import keyword
+import math
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -146,13 +147,46 @@ class GeneratedModule:
     """What of it is no part of the state of the original: constants too long to be written out."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear layer whose weight is used by it alone."""
+
+    path: str
+    weight: torch.Tensor
+    has_bias: bool
+    rows: int
+    """How many vectors one example gives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplacedLayers:
+    """Other layers in the place of linear ones."""
+
+    constructors: Mapping[str, str]
+    """How each is made, by its path."""
+    weights: Mapping[str, Mapping[str, torch.Tensor]]
+    """What takes the place of the weight of each; the bias stays."""
+    code: str
+    """Their class."""
+    imports: tuple[str, ...] = ()
+
+
+Replace = Callable[[Sequence[LinearLayer]], ReplacedLayers]
+
+
 def generate_module(
-    traced: TracedModel, program: WeightedProgram, name: str, loading: Sequence[str]
+    traced: TracedModel, program: WeightedProgram, name: str, loading: Sequence[str], replace: Replace | None = None
 ) -> GeneratedModule:
     """A class that does what a network does, held against it."""
     state, extras = _state(traced, program), _constants(traced, program)
     shapes = shapes_of(program, traced.examples)
     layers, constructors = _layers(traced, program, state, shapes)
+    replaced = None if replace is None else replace(_linear_layers(traced, program, layers, shapes))
+    if replaced is not None:
+        constructors |= replaced.constructors
+        for path, weights in replaced.weights.items():
+            del state[f"{path}.weight"]
+            state |= {f"{path}.{key}": value for key, value in weights.items()}
     large = {key: value for key, value in extras.items() if value.numel() > _MAX_INLINE}
     statement_of = {key: _statement(traced, key, value, layers) for key, value in state.items()}
     statement_of |= {key: _constant(key, value, is_large=key in large) for key, value in extras.items()}
@@ -162,7 +196,10 @@ def generate_module(
     )
     lines = [*statements(root), *_shared(traced, root), *_precision(state)]
     steps = forward.body(code)
-    text = _text(_header(name, loading, steps), f"{name}({root.container})", forward.signature(code), lines, steps)
+    header = _header(name, loading, steps, () if replaced is None else replaced.imports)
+    text = _text(header, f"{name}({root.container})", forward.signature(code), lines, steps)
+    if replaced is not None:
+        text += f"\n{replaced.code}"
     generated = GeneratedModule(name, text, state | large, large)
     _verify(traced, program, generated)
     return generated
@@ -277,7 +314,32 @@ def _unwrapped(value: Any) -> Any:
     return value
 
 
-def _header(name: str, loading: Sequence[str], steps: Sequence[str]) -> list[str]:
+def _linear_layers(
+    traced: TracedModel,
+    program: WeightedProgram,
+    layers: Mapping[torch.fx.Node, LayerCode],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[LinearLayer]:
+    """The linear layers whose weight nothing else uses, in the order of the network."""
+    state, shared = _state(traced, program), _groups(traced)
+    batch = max(len(traced.examples[0]), 1) if traced.examples[0].ndim else 1
+    found: dict[str, LinearLayer] = {}
+    others = {
+        str(weight.target)
+        for weight in program.module.graph.nodes
+        if weight.op == "get_attr" and any(user not in layers for user in weight.users)
+    }
+    for layer in layers.values():
+        key = f"{layer.path}.weight"
+        if layer.emit.startswith("nn.Linear(") and key not in shared and key not in others:
+            rows = math.prod(shapes.get(layer.inputs[0].name, (batch,))[:-1])
+            known = found.get(layer.path)
+            rows = max(1, rows // batch) + (known.rows if known else 0)
+            found[layer.path] = LinearLayer(layer.path, state[key], f"{layer.path}.bias" in state, rows)
+    return list(found.values())
+
+
+def _header(name: str, loading: Sequence[str], steps: Sequence[str], imports: Sequence[str]) -> list[str]:
     return [
         f'"""{name}, the network for the weights in the file beside this one, {HEADER}',
         "",
@@ -285,6 +347,7 @@ def _header(name: str, loading: Sequence[str], steps: Sequence[str]) -> list[str
         *(f"    {line}" for line in loading),
         '"""',
         "",
+        *([*imports, ""] if imports else []),
         "import torch",
         *(["import torch.nn.functional as F"] if any("F." in step for step in steps) else []),
         "from torch import nn",
