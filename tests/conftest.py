@@ -54,7 +54,7 @@ def pytest_runtest_setup() -> None:
     module = sys.modules.get("torch.onnx._internal.exporter._registration")
     registry: Any = module and module.ONNXRegistry
     if registry and not hasattr(registry.from_torchlib, "cache_info"):
-        registry.from_torchlib = cache(registry.from_torchlib)
+        registry.from_torchlib = staticmethod(cache(registry.from_torchlib))
 
 
 @pytest.fixture(autouse=True)
