@@ -33,6 +33,7 @@ ALL = {
     "calibration": calibration.run,
     "calibration_cost": calibration_cost.run,
     "matching": calibration.matched,
+    "scopes": calibration.scopes,
     "channels_torch": channels_torch.run,
     "channels_onnx": channels_onnx.run,
     "channels_keras": channels_keras.run,

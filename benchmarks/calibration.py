@@ -47,7 +47,7 @@ METHODS = (
     ("obs, global", ("--strategy", "obs", "--scope", "global")),
     ("obs, global + repair", ("--strategy", "obs", "--scope", "global", "--repair")),
 )
-SPARSEST = (0.95, 0.98)
+SPARSEST, SCOPED = (0.95, 0.98), (0.5, 0.8, 0.9, 0.95)
 _GLOBAL = ("--scope", "global")
 MATCHED = (
     ("magnitude, global", _GLOBAL, SAMPLES),
@@ -116,6 +116,25 @@ for model in models:
         right = sum(int((net(part).argmax(1) == of).sum()) for part, of in zip(x.split(1000), y.split(1000)))
     found.append(right / len(x))
 print(json.dumps(found))
+"""
+
+
+_FLOORED = """
+import sys, torch
+source, target, sparsity, *left = sys.argv[1:]
+state = torch.load(source, weights_only=True)
+kernels = {name: value for name, value in state.items() if value.ndim > 1 and not name.startswith(tuple(left))}
+scores = []
+for value in kernels.values():
+    score = value.abs().flatten()
+    score[score.topk(-(-len(score) // 100)).indices] = torch.inf
+    scores.append(score)
+order = torch.cat(scores).argsort(stable=True)
+kept = torch.ones(len(order))
+kept[order[:round(float(sparsity) * len(order))]] = 0
+for value, mask in zip(kernels.values(), kept.split([len(score) for score in scores])):
+    value.mul_(mask.reshape(value.shape))
+torch.save(state, target)
 """
 
 
@@ -193,6 +212,37 @@ def matched(nets: Sequence[str] = ("Mlp", "Cnn")) -> None:
         for net in nets:
             _run(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
             _match(folder, net, train, test)
+
+
+def scopes(nets: Sequence[str] = tuple(EPOCHS)) -> None:
+    """Print what magnitude loses in each scope, and in a global one that leaves 1 % of every tensor."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "nets.py").write_text(_NETS)
+        _text(folder)
+        rows = []
+        for net in nets:
+            home, kind = (folder, "text") if net == "Text" else (DATA, "fashion")
+            train, test = home / f"{kind}_train.npz", home / f"{kind}_test.npz"
+            if not train.is_file():
+                print(f"scopes: {train} is not there, nothing to train {net} on")
+                continue
+            _run(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
+            rows += _by_scope(folder, net, str(train), test)
+    show("scopes: magnitude, no data", ("net", "scope", *(f"{sparsity:.0%}" for sparsity in SCOPED)), rows)
+
+
+def _by_scope(folder: Path, net: str, train: str, test: Path) -> list[tuple[str, ...]]:
+    model = folder / f"{net}.pt"
+    rows = [(net, f"dense {_accuracies(folder, net, test, [model])[0]:.2%}", *("",) * len(SCOPED))]
+    for title, words in (("layer", ()), ("global", _GLOBAL), ("erk", ("--scope", "erk"))):
+        made = [_pruned(model, folder, net, train, sparsity, words) for sparsity in SCOPED]
+        rows.append((net, title, *(f"{one:.2%}" for one in _accuracies(folder, net, test, made))))
+    made = [folder / f"{net}-floor-{sparsity}.pt" for sparsity in SCOPED]
+    for sparsity, target in zip(SCOPED, made, strict=True):
+        _run(PYTHON, "-c", _FLOORED, model, target, sparsity, "words", "places")
+    rows.append((net, "global, 1 % of each left", *(f"{one:.2%}" for one in _accuracies(folder, net, test, made))))
+    return rows
 
 
 def _match(folder: Path, net: str, train: Path, test: Path) -> None:
