@@ -43,13 +43,13 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_all_parts_are_pruned_and_all_else_is_copied(pipe: Path) -> None:
     out = pipe.parent / "out"
-    done = here("prune", pipe, "-o", out, "-s", "50%", "--scope", "global")
+    done = here("prune", pipe, "-o", out, "-s", "25%", "--scope", "global")
     assert done.code == 0, done.err
     before, after = files(pipe), files(out)
     assert after.keys() == before.keys()
     assert all(before[name] == after[name] for name in before if not name.endswith(".safetensors"))
     # Ranked together, the weights of the unet are the smallest.
-    assert not load_file(out / "unet/diffusion_pytorch_model.safetensors")["conv.weight"].any()
+    assert np.count_nonzero(load_file(out / "unet/diffusion_pytorch_model.safetensors")["conv.weight"]) == 4
     assert here("verify", out, "--against", pipe).code == 0
     names = [row[1] for row in here("inspect", out).rows]
     assert names == ["unet.conv.weight", "text_encoder.layers.1.weight", "text_encoder.layers.2.weight"]
