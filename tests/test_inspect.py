@@ -315,7 +315,7 @@ def test_one_copy_of_the_weights_is_not_called_two(tmp_path: Path) -> None:
 def overview(path: Path, *words: str) -> list[str]:
     """Return the lines that a terminal shows of the layers and of what is summed up."""
     shown = here("inspect", path, "--format", "human", *words).out
-    return shown[shown.index("\ntensor") + 1 :].splitlines()
+    return shown[shown.index("\ntensor") + 1 :].partition("\nNext: ")[0].splitlines()
 
 
 def test_a_terminal_gets_a_row_for_each_kernel_and_a_line_for_the_rest(tmp_path: Path) -> None:

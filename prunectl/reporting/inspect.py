@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunectl.analysis.inspect import FoldedTensors, in_natural_order, overview
 from prunectl.analysis.stats import Histogram, ModelStats, TensorStats, totals
 from prunectl.errors import abbreviated
-from prunectl.formats.base import QUANTISED
+from prunectl.formats.base import PRUNABLE, QUANTISED, Capability
 from prunectl.formats.registry import by_name
 from prunectl.reporting.report import Cell, Column, Failure, Report, Row, Section, Table, Unit, survey_json
 from prunectl.units import count, percent
@@ -48,7 +50,28 @@ def inspect_report(
             for stats in models
         ),
         failures=tuple(failures),
+        next_step=_next_step(models[0]) if len(models) == 1 and not failures else "",
     )
+
+
+def _next_step(stats: ModelStats) -> str:
+    """To remove what only training needs; else to prune what is dense."""
+    path = Path(stats.path)
+
+    def command(verb: str, kind: str, *options: str) -> str:
+        output = str(path.with_name(f"{path.stem}-{kind}{path.suffix}"))
+        return shlex.join(["prunectl", verb, stats.path, "-o", output, *options])
+
+    if not path.name.strip(".-") or not Capability.WRITE & by_name(stats.format).can:
+        return ""
+    if any("`prunectl strip`" in sentence for sentence in stats.advice):
+        return command("strip", "stripped")
+    is_dense = stats.prunable_sparsity is not None and stats.prunable_sparsity < _FEW_ZEROS
+    can_be_pruned = is_dense and not any(row.dtype in QUANTISED for row in stats.layers if row.role in PRUNABLE)
+    return command("prune", "pruned", "-s", "80%", "--scope", "global") if can_be_pruned else ""
+
+
+_FEW_ZEROS = 0.1
 
 
 def _columns(pattern: str, *, has_flops: bool) -> tuple[Column, ...]:
