@@ -17,7 +17,7 @@ from prunectl.units import parse_duration
 
 _DEFAULT = BenchRequest()
 _measure = option_group("Measurement")
-_limit = option_group("Limits (exit code 1 if a model exceeds one, 5 if the noise is larger than the margin)")
+_limit = option_group("Limits (exit code 1 beyond one, 5 if noise hides it)")
 _file = option_group("Model code")
 
 
