@@ -328,7 +328,7 @@ def test_a_log_gets_the_outcome_in_a_sentence_and_no_next_step(tmp_path: Path) -
     assert here("prune", MODEL, "-o", tmp_path / "quiet.h5", "-s", "80%", "-q").err == ""
     shown = here("prune", MODEL, "-o", tmp_path / "human.h5", "-s", "80%", "--format", "human").out
     assert "Accuracy was not measured." in shown
-    assert f"Next: prunectl finetune {tmp_path / 'human.h5'}" in shown
+    assert f"Next: prunectl eval {tmp_path / 'human.h5'}" in shown
 
 
 def test_an_empty_cell_of_plain_rows_is_a_dash(tmp_path: Path) -> None:
