@@ -93,7 +93,7 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
             raise UsageError(f"{place} is part of the input", hint="write to another folder")
         if os.path.lexists(place) and not is_forced:
             raise UsageError(f"{place} exists", hint="choose another --output, or replace it with --force")
-        if place.is_dir() and not any((place / name).exists() for name in _MODEL_FOLDERS):
+        if place.is_dir() and not any((place / name).is_file() for name in _MODEL_FOLDERS):
             raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
 
 

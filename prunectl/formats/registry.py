@@ -166,9 +166,10 @@ IN_A_FOLDER = (
     "adapter_model.bin",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
-    ".metadata",
 )
-"""Weights in a folder of Hugging Face, of an adapter, or of a part of a pipeline of diffusers; those of many ranks."""
+"""Weights in a folder of Hugging Face, of an adapter, or of a part of a pipeline of diffusers."""
+_OF_MANY_RANKS = ".metadata"
+"""That of a distributed checkpoint; folders of Flutter and Eclipse have one too."""
 
 _CANNOT = {
     Capability.PACK: "the container has no compression of its own",
@@ -220,7 +221,7 @@ def resolve(path: Path) -> Path:
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")
     if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
-        return next((path / name for name in IN_A_FOLDER if os.path.isfile(path / name)), path)
+        return next((path / name for name in (*IN_A_FOLDER, _OF_MANY_RANKS) if os.path.isfile(path / name)), path)
     return path
 
 

@@ -139,6 +139,18 @@ def test_a_folder_of_other_things_is_never_replaced(llama: Path) -> None:
     assert "photos is a folder without a model" in done.err
 
 
+@pytest.mark.parametrize("name", [".metadata", ".metadata/x", "model.safetensors/x"])
+def test_a_folder_is_no_model_for_a_name_that_other_programs_use_too(llama: Path, name: str) -> None:
+    kept = [llama.parent / "app" / name, llama.parent / "app/main.dart"]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    done = here("prune", "llama", "-o", "app", "-s", "50%", "--force", cwd=llama.parent)
+    assert done.code == 2
+    assert "app is a folder without a model" in done.err
+    assert all(path.read_text() == "mine" for path in kept)
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [
