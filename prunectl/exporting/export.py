@@ -138,7 +138,13 @@ def check_destination(model: ModelFile, output: Destination, target: Target, com
         if any(os.path.lexists(path) and places.is_same(file, path) for file in model.files):
             raise UsageError(f"{path} is part of the input", hint="choose another --output")
     written = model if model.path.is_dir() else replace(model, format=target.name, files=(model.path,))
-    places.check_target(written, output.target, is_forced=output.is_forced, is_in_place=False)
+    places.check_target(
+        written,
+        output.target,
+        is_forced=output.is_forced,
+        is_in_place=False,
+        is_one_file=model.folder is None and target.name != "saved-model",
+    )
     for path in companions:
         if os.path.lexists(path) and not output.is_forced:
             raise UsageError(f"{path} exists", hint="choose another --output, or replace it with --force")

@@ -78,8 +78,13 @@ _INDEX = ".index.json"
 _SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
 
 
-def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place: bool) -> None:
-    """Refuse a target that is there already, or that is the input, unless the user said so."""
+def check_target(
+    model: ModelFile, target: Path, *, is_forced: bool, is_in_place: bool, is_one_file: bool = False
+) -> None:
+    """Refuse a target that is there already, or that is the input, unless the user said so.
+
+    One file may go into the folder of a SavedModel or a pipeline that it is made from.
+    """
     if is_in_place:
         return
     if not target.name:
@@ -87,7 +92,7 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
     if is_same(model.path, target):
         raise UsageError(f"{target} is the input itself", hint="choose another --output, or use --in-place")
     check_parent(target)
-    _check_apart(model, target)
+    _check_apart(model, target, is_one_file=is_one_file)
     for place in dict.fromkeys(_place_of(name, target) for name in planned_files(model, target)):
         if any(is_same(file, place) for file in model.files):
             raise UsageError(f"{place} is part of the input", hint="write to another folder")
@@ -97,18 +102,19 @@ def check_target(model: ModelFile, target: Path, *, is_forced: bool, is_in_place
             raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
 
 
-def _check_apart(model: ModelFile, target: Path) -> None:
+def _check_apart(model: ModelFile, target: Path, *, is_one_file: bool) -> None:
     """Refuse a folder in which the input lies, or which lies in the input: one would be a part of the other."""
-    if model.folder is None:
+    folder = model.folder or (model.path if model.path.is_dir() else None)
+    if folder is None:
         return
-    source, place = model.folder.resolve(), target.resolve()
+    source, place = folder.resolve(), target.resolve()
     hint = "choose another --output, or use --in-place"
     if source == place:
         raise UsageError(f"{target} is the input itself", hint=hint)
-    if place.is_relative_to(source):
-        raise UsageError(f"{target} lies in the input {model.folder}", hint=hint)
+    if place.is_relative_to(source) and not is_one_file:
+        raise UsageError(f"{target} lies in the input {folder}", hint=hint)
     if source.is_relative_to(place):
-        raise UsageError(f"{target} holds the input {model.folder}, and would be replaced as a whole", hint=hint)
+        raise UsageError(f"{target} holds the input {folder}, and would be replaced as a whole", hint=hint)
 
 
 def planned_files(model: ModelFile, target: Path) -> dict[Path, Path]:

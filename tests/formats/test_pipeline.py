@@ -64,6 +64,32 @@ def test_strip_copies_it_and_in_place_the_weights_alone_change(pipe: Path) -> No
     assert {name for name in before if before[name] != after[name]} == {"unet/diffusion_pytorch_model.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("pipe/sub", "pipe/sub lies in the input pipe"),
+        ("pipe/text_encoder", "pipe/text_encoder lies in the input pipe"),
+        ("../here", "holds the input pipe, and would be replaced"),
+    ],
+)
+def test_an_output_that_would_hold_its_input_or_lie_in_it_is_refused(pipe: Path, output: str, message: str) -> None:
+    here_folder = pipe.parent / "here"
+    here_folder.mkdir()
+    pipe = pipe.rename(here_folder / "pipe")
+    before = files(here_folder)
+    done = here("prune", "pipe", "-o", output, "-s", "50%", "--force", cwd=here_folder)
+    assert done.code == 2
+    assert message in done.err
+    assert files(here_folder) == before
+
+
+def test_one_file_may_be_exported_into_the_folder_that_it_is_made_from(pipe: Path) -> None:
+    before = files(pipe)
+    done = here("export", pipe, "-o", pipe / "all.npz")
+    assert done.code == 0, done.err
+    assert files(pipe).items() > before.items()
+
+
 def test_other_forms_of_the_weights_are_copied_and_said(pipe: Path) -> None:
     (pipe / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"dense")
     done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
