@@ -198,7 +198,7 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
     """
     with _staging_dir(target.parent) as folder:
         yield folder
-        placements = _move_order(folder, target)
+        placements = _move_order(folder, target, model)
         for new, _ in placements:
             flush(new)
         origins = {} if model is None else planned_files(model, target)
@@ -209,9 +209,14 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
         _sync_folder(target.parent)
 
 
-def _move_order(folder: Path, target: Path) -> list[tuple[Path, Path]]:
+def _move_order(folder: Path, target: Path, model: ModelFile | None) -> list[tuple[Path, Path]]:
     """What goes where; that by which a model is opened comes last: until it is there, there is no model."""
     whole = folder / target.name
+    if model is not None and model.format == "diffusers" and is_same(model.path, target):
+        # In place the files with weights alone are replaced: its folder holds what is no part of the model as well.
+        paths = {tensor.storage.extent.path for tensor in model.tensors if tensor.storage.extent is not None}
+        names = sorted(path.relative_to(model.path) for path in paths)
+        return [(whole / name, target / name) for name in names]
     news = [whole] if whole.is_dir() else [child for child in folder.rglob("*") if child.is_file()]
     order = sorted(news, key=lambda new: (new == whole, new.suffix in {".index", ".json"}, new))
     return [(new, target.parent / new.relative_to(folder)) for new in order]

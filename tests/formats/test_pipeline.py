@@ -90,6 +90,27 @@ def test_one_file_may_be_exported_into_the_folder_that_it_is_made_from(pipe: Pat
     assert files(pipe).items() > before.items()
 
 
+def test_in_place_all_that_is_no_weight_stays_as_it_is(pipe: Path) -> None:
+    (pipe.parent / "secret").write_text("mine")
+    (pipe / "notes").symlink_to("../secret")
+    for name in (".git/HEAD", ".cache/x", "unet/__pycache__/y"):
+        (pipe / name).parent.mkdir()
+        (pipe / name).write_text(name)
+    (pipe / "empty").mkdir()
+    (pipe / "README.md").chmod(0o600)
+    before, was = files(pipe), (pipe / "README.md").stat()
+    done = here("prune", pipe, "--in-place", "-s", "50%")
+    assert done.code == 0, done.err
+    after = files(pipe)
+    assert after.keys() == before.keys()
+    assert all(name.endswith(".safetensors") for name in before if before[name] != after[name])
+    assert (pipe / "README.md").stat() == was
+    assert (pipe / "empty").is_dir()
+    assert (pipe / "notes").is_symlink()
+    assert "not copied" not in done.err
+    assert sorted(path.name for path in pipe.parent.iterdir()) == ["pipe", "secret"]
+
+
 def test_other_forms_of_the_weights_are_copied_and_said(pipe: Path) -> None:
     (pipe / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"dense")
     done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
