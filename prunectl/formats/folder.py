@@ -15,7 +15,7 @@ from prunectl.formats.base import ModelFile, StripPart
 from prunectl.formats.patch import copy_range
 
 _NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__"})
-_OTHER_WEIGHTS = re.compile(
+OTHER_WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|tf_model|flax_model|rust_model)\b.*"
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"
 )
@@ -55,9 +55,9 @@ def companions(model: ModelFile) -> Companions:
     if model.folder is None:
         return Companions((), (), ())
     found = files_in(model.folder, frozenset(file.relative_to(model.folder) for file in model.files))
-    others = tuple(path for path in found.copied if len(path.parts) == 1 and _OTHER_WEIGHTS.fullmatch(path.name))
+    others = tuple(path for path in found.copied if len(path.parts) == 1 and OTHER_WEIGHTS.fullmatch(path.name))
     copied = tuple(path for path in found.copied if path not in set(others))
-    links = tuple(path for path in found.links if len(path.parts) > 1 or not _OTHER_WEIGHTS.fullmatch(path.name))
+    links = tuple(path for path in found.links if len(path.parts) > 1 or not OTHER_WEIGHTS.fullmatch(path.name))
     other_links = tuple(path for path in found.links if path not in set(links))
     return Companions(copied, tuple(sorted((*others, *other_links))), links)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import registry
 from prunectl.formats.base import ModelFile, ModelInfo, Tensor
-from prunectl.formats.folder import Companions, companions, files_in, real_file
+from prunectl.formats.folder import OTHER_WEIGHTS, Companions, files_in, real_file
 from prunectl.formats.safe_json import read_object
 
 INDEX = "model_index.json"
@@ -21,16 +21,19 @@ def open_pipeline(path: Path) -> ModelFile:
     index = real_file(path, INDEX)
     if index is None:
         raise InputError(f"{path} is refused: its {INDEX} is a link that leads out of it")
-    parts = [part for name in read_object(index, "it") if (part := _part(path, name)) is not None]
+    found = files_in(path)
+    inside: dict[str, list[str]] = {}
+    for file in (*found.copied, *found.links):
+        inside.setdefault(file.parent.as_posix(), []).append(file.name)
+    names = read_object(index, "it")
+    parts = [part for name in names if (part := _part(path, name, inside.get(name, ()))) is not None]
     if not parts:
         raise InputError(f"{path} is a pipeline of diffusers without weights in safetensors")
-    beside = [companions(part) for part in parts]
-    # By the names of the parts: the same is said of a copy of the folder elsewhere.
-    named = [Path(part.path.parent.name) for part in parts]
-    notes = [note for found, name in zip(beside, named, strict=True) for note in found.notes(name, _COPIED)]
     tensors = tuple(tensor for part in parts for tensor in _named(part))
-    weights = [file for part in parts for file in part.files]
-    files = dict.fromkeys((path / INDEX, *weights, *(path / name for name in _copied(path))))
+    weights = dict.fromkeys(file for part in parts for file in part.files)
+    files = dict.fromkeys((path / INDEX, *weights, *(path / name for name in found.copied)))
+    links = Companions((), (), found.links).notes(path)
+    notes = (*(note for part in parts for note in _note_others(part, found, weights)), *links)
     about = ModelInfo(
         producer=f"pipeline of {', '.join(part.path.parent.name for part in parts)}",
         wrappers=tuple(wrapper for part in parts for wrapper in part.about.wrappers),
@@ -40,22 +43,50 @@ def open_pipeline(path: Path) -> ModelFile:
 
 
 _COPIED = "the same weights in another form, copied as they are"
+_SAFETENSORS = "but a pipeline is pruned as a whole in safetensors alone"
+_OF_OTHERS = ("saved_model.pb", "model.onnx")
+"""Weights of other frameworks, which pass for no other form of those of PyTorch."""
 
 
-def _part(path: Path, name: Any) -> ModelFile | None:
+def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
     """The weights of a part; None for one without, such as a scheduler."""
     if not isinstance(name, str) or name.startswith(("_", ".")) or "/" in name or "\\" in name:
         return None
     folder = path / name
-    if folder.is_symlink() or not folder.is_dir() or registry.resolve(folder) == folder:
+    if folder.is_symlink() or not folder.is_dir():
         return None
-    model = registry.open_model(folder)
-    if any(tensor.storage.extent is None or tensor.storage.extent.path.suffix == ".bin" for tensor in model.tensors):
+    if registry.resolve(folder) == folder:
+        others = [file for file in files if file in _OF_OTHERS or OTHER_WEIGHTS.fullmatch(file)]
+        if not others:
+            return None
+        # Passed over, they would be copied dense into what is called pruned.
+        shown = abbreviated(next((file for file in _OF_OTHERS if file in others), others[0]))
         raise InputError(
-            f"{folder} has its weights in {model.path.name}, but a pipeline is pruned as a whole in safetensors alone",
-            hint=f"prunectl export {abbreviated(str(folder))} -o OUT makes them",
+            f"{folder} has its weights in {shown}, {_SAFETENSORS}",
+            hint="rename them as those without a variant: model.safetensors, diffusion_pytorch_model.safetensors",
         )
+    model = registry.open_model(folder)
+    # By their content: a name may promise safetensors, and a pickle be in it.
+    for file in model.files:
+        row = registry.recognise(file)
+        if row.name not in {"safetensors", "shards"}:
+            raise InputError(
+                f"{folder} has its weights in {abbreviated(file.name)} ({row.title}), {_SAFETENSORS}",
+                hint=f"prunectl export {abbreviated(str(folder))} -o OUT makes them",
+            )
     return model
+
+
+def _note_others(part: ModelFile, found: Companions, weights: Container[Path]) -> tuple[str, ...]:
+    # By the name of the part: the same is said of a copy of the folder elsewhere.
+    folder = part.path.parent
+    others = (
+        folder / path.name
+        for path in found.copied
+        if path.parent.as_posix() == folder.name and OTHER_WEIGHTS.fullmatch(path.name)
+    )
+    names = tuple(Path(path.name) for path in others if path not in weights)
+    return Companions((), names, ()).notes(Path(folder.name), _COPIED)
 
 
 def _named(part: ModelFile) -> Iterator[Tensor]:
@@ -63,9 +94,3 @@ def _named(part: ModelFile) -> Iterator[Tensor]:
     for tensor in part.tensors:
         storage = replace(tensor.storage, key=f"{name}/{tensor.storage.key}")
         yield replace(tensor, name=f"{name}.{tensor.name}", layer=f"{name}.{tensor.layer}", storage=storage)
-
-
-def _copied(path: Path) -> tuple[Path, ...]:
-    """Everything that lies in the folder of a pipeline, but for links that lead out of it."""
-    found: Companions = files_in(path)
-    return found.copied

@@ -121,8 +121,45 @@ def test_other_forms_of_the_weights_are_copied_and_said(pipe: Path) -> None:
 def test_a_link_out_of_the_folder_is_not_copied(pipe: Path) -> None:
     (pipe.parent / "secret").write_text("mine")
     (pipe / "notes").symlink_to("../secret")
-    assert here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%").code == 0
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    assert done.code == 0
     assert not (pipe.parent / "out/notes").exists()
+    assert f"notes in {pipe}: not copied, because links may not lead out of the folder." in done.err
+
+
+def test_the_links_of_the_cache_of_hugging_face_become_files(pipe: Path) -> None:
+    snapshot = pipe.parent / "models--x--pipe/snapshots/0a1b"
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    names = files(pipe)
+    for number, name in enumerate(names):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (pipe / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(blobs / str(number))
+    done = here("prune", snapshot, "-o", pipe.parent / "out", "-s", "50%")
+    assert done.code == 0, done.err
+    assert files(pipe.parent / "out").keys() == names.keys()
+    assert "not copied" not in done.err
+
+
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.fp16.safetensors", "flax_model.msgpack", "saved_model.pb", "model.onnx"]
+)
+def test_a_part_of_which_no_weights_are_opened_is_not_passed_over(pipe: Path, name: str) -> None:
+    (pipe / "unet/diffusion_pytorch_model.safetensors").rename(pipe / "unet" / name)
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    assert done.code == 3
+    assert f"unet has its weights in {name}, but a pipeline is pruned as a whole in safetensors alone" in done.err
+    assert not (pipe.parent / "out").exists()
+
+
+@pytest.mark.parametrize("is_in_shards", [False, True])
+def test_a_pickle_by_the_name_of_safetensors_is_refused(pipe: Path, *, is_in_shards: bool) -> None:
+    name = "text_encoder/model-00002-of-00002" if is_in_shards else "unet/diffusion_pytorch_model"
+    torch.save({"layers.2.weight": torch.ones(2, 2)}, pipe / f"{name}.safetensors")
+    done = here("inspect", pipe)
+    assert done.code == 3
+    assert f"{Path(name).name}.safetensors (PyTorch), but a pipeline is pruned" in done.err
 
 
 def test_parts_in_pickles_and_indexes_that_name_none_are_sentences(pipe: Path) -> None:
