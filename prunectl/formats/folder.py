@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunectl.errors import SCRATCH, InputError, reading
+from prunectl.errors import SCRATCH, InputError, abbreviated, reading
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, StripPart
 from prunectl.formats.patch import copy_range
@@ -88,6 +88,11 @@ def copy_companions(model: ModelFile, target: Path, left_out: Container[Path] = 
             continue
         if model.folder is not None and (source := real_file(model.folder, path)) is not None:
             (target / path).parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(target / path):
+                raise InputError(
+                    f"{abbreviated(str(path))} of {model.folder} would take the place of weights that were written",
+                    hint="no index names that file: remove it, or give it another name",
+                )
             _copy(source, target / path)
 
 
@@ -117,7 +122,7 @@ def _copy(source: Path, target: Path) -> None:
     with reading(source):
         # Not through a link that has come into its place meanwhile, and waiting for no pipe.
         old = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(old, "rb", closefd=True) as reader, target.open("wb") as writer:
+    with open(old, "rb", closefd=True) as reader, target.open("xb") as writer:
         facts = os.fstat(reader.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise InputError(f"{source} is not a file")

@@ -107,6 +107,21 @@ def test_the_index_names_what_is_left_and_empty_shards_are_gone(tmp_path: Path) 
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in stored.values())
 
 
+def test_a_stale_file_takes_the_place_of_no_shard_that_was_written(tmp_path: Path) -> None:
+    source = made(tmp_path / "llama", LLAMA, weights({"model.layers": 6}), 6)
+    for path in source.glob("model-*"):
+        path.rename(path.with_name(path.name.replace("model", "weights")))
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-", "weights-"))
+    assert cut(source, "--layers", "3-5").code == 0
+    shard = max(path.name for path in (tmp_path / "out").glob("weights-*"))
+    (source / shard).write_bytes(b"stale")
+    done = here("prune", source, "-o", tmp_path / "again", "--pattern", "layers", "--layers", "3-5")
+    assert done.code == 3
+    assert f"{shard} of {source} would take the place of weights that were written" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
+
+
 def test_per_block_lists_and_bounds_of_the_config_follow(tmp_path: Path) -> None:
     config = {
         **LLAMA,
