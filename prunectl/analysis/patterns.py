@@ -86,9 +86,9 @@ Pattern = NMPattern | BlockPattern | ChannelPattern
 
 
 CHANNEL = "channel"
+"""The word for the pattern of whole channels."""
 LAYERS = "layers"
 """Depth pruning, whole blocks: not of zeros, and so no pattern to measure."""
-"""The word for the pattern of whole channels."""
 
 
 def parse(text: str) -> Pattern:
