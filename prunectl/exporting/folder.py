@@ -21,7 +21,7 @@ from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
 from prunectl.formats.families import CONFIG, read_config
 from prunectl.formats.folder import companions, copy_companions, training_state
 from prunectl.formats.registry import FORMATS, by_name, open_model, resolve
-from prunectl.formats.safe_json import require
+from prunectl.formats.safe_json import SURROGATES, require
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, write_entries
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import stats_for_report
@@ -81,7 +81,8 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
         left_out = {*training_state(model), *([Path(CONFIG)] if changed else [])}
         copy_companions(model, inside, left_out)
         if changed:
-            (inside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            (inside / CONFIG).write_text(text, encoding="utf-8", errors=SURROGATES)
         written = open_model(inside)
         _check_equal(job, tensors, written)
         before, after = stats_for_report(model), replace(stats_for_report(written), path=str(output.target))
@@ -184,7 +185,7 @@ def _write_index(job: ExportJob, shards: Sequence[_Shard], path: Path) -> None:
     total = sum(tensor.size * exported_dtype(job, tensor).itemsize for shard in shards for tensor in shard.tensors)
     owners = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(owners.items()))}
-    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors=SURROGATES)
 
 
 def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], tuple[str, ...]]:

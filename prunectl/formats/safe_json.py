@@ -23,6 +23,9 @@ _MADE_BYTES = (("{", 200), ("[", 90), (":", 70), (",", 50), ('"', 20))
 Those inside strings count as well: looking for the ends of strings would take as long as parsing does.
 """
 
+SURROGATES = "backslashreplace"
+"""How half a character is encoded, which JSON has only as an escape: as just that escape."""
+
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """The object that a file of JSON holds, of which no more is read than may be parsed."""

@@ -29,7 +29,7 @@ from prunectl.formats.base import (
 )
 from prunectl.formats.extents import Extent, blocks, raw_bytes
 from prunectl.formats.patch import HALF, HALVED, TensorUpdate, apply_mask, broadcast_mask, patch_files, to_float16
-from prunectl.formats.safe_json import parse_object, read_object
+from prunectl.formats.safe_json import SURROGATES, parse_object, read_object
 from prunectl.formats.state_dict import OPTIMIZER_ROOTS, MaskedParam
 
 LENGTH_BYTES = 8
@@ -149,7 +149,7 @@ def header_without_tensors(path: Path) -> dict[str, Any]:
 
 def encode_header(header: Mapping[str, Any]) -> bytes:
     """A header as it stands in a file, its length before it."""
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", SURROGATES)
     text += b" " * (-len(text) % _ROUND_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 

@@ -111,6 +111,12 @@ def test_what_is_tied_in_bin_is_written_once(source: Path, tmp_path: Path) -> No
     assert load_file(tmp_path / "all/model.safetensors").keys() == state.keys()
 
 
+def test_half_a_character_is_written_as_it_was_escaped(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text('{"dtype": "float32", "x": "\\ud800"}')
+    assert here("export", source, "-o", tmp_path / "out", "--half").code == 0
+    assert json.loads((tmp_path / "out/config.json").read_bytes()) == {"dtype": "float16", "x": "\ud800"}
+
+
 def test_an_adapter_keeps_its_name(tmp_path: Path) -> None:
     source = tmp_path / "lora"
     source.mkdir()

@@ -211,6 +211,16 @@ def test_what_would_not_load_is_refused_with_the_key(
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
+def test_half_a_character_is_written_as_it_was_escaped(tmp_path: Path) -> None:
+    source = made(tmp_path / "llama", {**LLAMA, "x": "\ud800", "y": "é"}, weights({"model.layers": 6}))
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"format":"pt"', b'"a":"\\ud800x"'))
+    assert cut(source, "--blocks", "1").code == 0
+    assert config_of(tmp_path / "out")["x"] == "\ud800"
+    assert '"é"' in (tmp_path / "out/config.json").read_text(encoding="utf-8")
+    assert b'{"__metadata__":{"a":"\\ud800x"}' in (tmp_path / "out/model.safetensors").read_bytes()
+
+
 def test_a_count_beyond_all_memory_and_endless_blocks_cost_little(tmp_path: Path) -> None:
     words = ("--pattern", "layers", "--blocks", "1", "-o", tmp_path / "out")
     source = made(tmp_path / "llama", {**LLAMA, "num_hidden_layers": 10**15}, weights({"model.layers": 6}))
