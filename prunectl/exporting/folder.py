@@ -18,7 +18,7 @@ from prunectl.exporting.routes import TARGETS, Target, check_options
 from prunectl.exporting.weights import cast_tensor, check_types, exported_dtype, exported_tensors, same_bits
 from prunectl.formats import atomic
 from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
-from prunectl.formats.families import CONFIG, read_config
+from prunectl.formats.families import CONFIG, read_config, said_of_ties
 from prunectl.formats.folder import companions, copy_companions, training_state
 from prunectl.formats.registry import FORMATS, by_name, open_model, resolve
 from prunectl.formats.safe_json import SURROGATES, require
@@ -107,7 +107,8 @@ def _check(request: ExportRequest, target: Target) -> None:
 def _without_copies(model: ModelFile, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[str]]:
     """The tensors without those that `transformers` makes of others, where they share their bytes and are tied."""
     config = read_config(model, CONFIG)
-    if config.get("tie_word_embeddings") is False:
+    # Without a config nothing ties them again on loading, and where its parts disagree, what is kept does no harm.
+    if not config or False in said_of_ties(config):
         return tuple(tensors), []
     by_view: dict[object, list[Tensor]] = {}
     for tensor in tensors:
@@ -192,12 +193,13 @@ def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], t
     """The config with the new type of numbers, and a sentence where it is another."""
     narrow = "float16" if request.half else "bfloat16" if request.bf16 else ""
     config = read_config(model, CONFIG) if narrow else {}
-    places = [inner for inner in _objects(config) if set(inner) & {"dtype", "torch_dtype"}]
-    for inner in places:
+    is_changed = False
+    for inner in _objects(config):
         for key in ("dtype", "torch_dtype"):
-            if isinstance(inner.get(key), str):
+            if isinstance(inner.get(key), str) and inner[key] != narrow:
                 inner[key] = narrow
-    return config, (f"{CONFIG} was changed: its dtype is {narrow} now.",) if places else ()
+                is_changed = True
+    return config, (f"{CONFIG} was changed: its dtype is {narrow} now.",) if is_changed else ()
 
 
 def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -282,12 +282,17 @@ _HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|predictions\.decoder|generator_l
 _OF_LANGUAGE = re.compile(r"(LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration)")
 
 
+def said_of_ties(config: Mapping[str, Any]) -> list[bool]:
+    """What a config and its parts say of whether the embedding is the output layer too, the outermost first."""
+    found = (lookup(config, f"{inside}tie_word_embeddings") for inside in _INSIDE)
+    return [value for value in found if type(value) is bool]
+
+
 def _is_tied(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> bool | None:
     """Whether the embedding is the output layer too: as the config says it, else as there is no other."""
     classes = config.get("architectures")
     if not isinstance(classes, list) or not any(_OF_LANGUAGE.search(_text(name)) for name in classes):
         return None
-    for inside in _INSIDE:
-        if type(value := lookup(config, f"{inside}tie_word_embeddings")) is bool:
-            return value
+    for is_tied in said_of_ties(config):
+        return is_tied
     return not any(_HEAD.search(tensor.name) for tensor in tensors)

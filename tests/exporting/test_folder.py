@@ -111,6 +111,30 @@ def test_what_is_tied_in_bin_is_written_once(source: Path, tmp_path: Path) -> No
     assert load_file(tmp_path / "all/model.safetensors").keys() == state.keys()
 
 
+@pytest.mark.parametrize(
+    "config", [{"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}}, None], ids=["inner", "none"]
+)
+def test_a_head_that_no_config_ties_is_kept(tmp_path: Path, config: dict[str, Any] | None) -> None:
+    weight = torch.arange(128, dtype=torch.float32).reshape(16, 8)
+    state = {"model.embed_tokens.weight": weight, "lm_head.weight": weight}
+    source = tmp_path / "source"
+    source.mkdir()
+    if config is not None:
+        (source / "config.json").write_text(json.dumps(config))
+    torch.save(state, source / "pytorch_model.bin")
+    assert here("export", source, "-o", tmp_path / "out").code == 0
+    found = load_torch(tmp_path / "out/model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == dict.fromkeys(state, weight.tolist())
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_a_config_that_already_fits_is_copied_without_a_note(source: Path, tmp_path: Path, dtype: str | None) -> None:
+    (source / "config.json").write_text(json.dumps({**MIXTURE, "torch_dtype": dtype}, indent=4))
+    done = here("export", source, "-o", tmp_path / "out", "--half")
+    assert "was changed" not in done.err
+    assert (tmp_path / "out/config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
 def test_half_a_character_is_written_as_it_was_escaped(source: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text('{"dtype": "float32", "x": "\\ud800"}')
     assert here("export", source, "-o", tmp_path / "out", "--half").code == 0
