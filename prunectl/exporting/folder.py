@@ -95,7 +95,11 @@ def _check(request: ExportRequest, target: Target) -> None:
     check_options(target, request.given_options)
     if request.half and request.bf16:
         raise UsageError("--half and --bf16 cannot be used together")
-    for option in ("code", "pack", "card"):
+    if request.shard_size is not None and request.shard_size < 1:
+        raise UsageError(
+            f"--shard-size must be at least 1 byte, not {request.shard_size}", hint="write --shard-size 5GB"
+        )
+    for option in ("code", "sparse", "pack", "card"):
         if getattr(request, option):
             raise UsageError(
                 f"--{option} cannot be used with a folder as output", hint=f"write one file: -o OUT{target.suffix}"

@@ -171,6 +171,8 @@ def test_one_file_is_written_where_its_name_or_its_format_asks_for_it(source: Pa
     [
         (("--bf16", "--half"), "--half and --bf16 cannot be used together"),
         (("--to", "torch", "--pack"), "--pack cannot be used with a folder as output"),
+        (("--to", "torch", "--sparse"), "--sparse cannot be used with a folder as output"),
+        (("--shard-size", "0"), "--shard-size must be at least 1 byte, not 0"),
         (("--to", "onnx", "--shard-size", "1MB"), "--shard-size needs a model folder, and a folder as output"),
         (("--opset", "18"), "--opset cannot be used with safetensors"),
     ],
