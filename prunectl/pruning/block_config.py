@@ -41,6 +41,8 @@ PERIODS = {
 """What makes a block another by its number, each with the list that says it instead where there is one."""
 _NOT_BY_BLOCK = re.compile(r"architectures|.*(_ids?|_tokens|_token_id|_token_ids)")
 """Lists that may be as long as there are blocks by chance."""
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+"""A name of a module, and no regular expression of names."""
 _SHARED = ("num_kv_shared_layers",)
 """What ties the last blocks to others, which can then not go."""
 
@@ -92,6 +94,8 @@ def shortened(
             place[name] = len(cut.kept)
             changed.append(f"{name} {cut.count} -> {len(cut.kept)}")
         changed += _shorten_lists(model, place, cut, own)
+        if not cut.is_at_end:
+            changed += _renumber_names(model, new, cut)
     return new, (f"{CONFIG} was changed: {', '.join(changed)}.",)
 
 
@@ -116,6 +120,55 @@ def _shorten_lists(model: ModelFile, place: dict[str, Any], cut: BlockCut, count
                 f"({cut.count}), which prunectl does not know how to shorten"
             )
     return changed
+
+
+def _renumber_names(model: ModelFile, config: dict[str, Any], cut: BlockCut) -> list[str]:
+    """Give names of blocks anywhere in a config their new numbers, as `modules_to_not_convert` has them."""
+    changed = []
+    for key, value in config.items():
+        new = _renumbered(model, value, cut)
+        if new != value:
+            config[key] = new
+            changed.append(f"{abbreviated(key)} (names of blocks)")
+    return changed
+
+
+def _renumbered(model: ModelFile, value: Any, cut: BlockCut) -> Any:
+    """A value with other numbers in the names of blocks; in lists and as keys, names of removed ones are left out."""
+    if isinstance(value, str):
+        new = _new_name(model, value, cut)
+        if new is None:
+            raise _named_by_number(model, value)
+        return new
+    if isinstance(value, list):
+        names = [item for item in value if not isinstance(item, str) or _new_name(model, item, cut) is not None]
+        return [_renumbered(model, item, cut) for item in names]
+    if isinstance(value, dict):
+        keys = {key: new for key in value if (new := _new_name(model, key, cut)) is not None}
+        return {new: _renumbered(model, value[key], cut) for key, new in keys.items()}
+    return value
+
+
+def _new_name(model: ModelFile, text: str, cut: BlockCut) -> str | None:
+    """What a name of a block, or of a part of it, is now; None where the block is gone."""
+    if match := cut.pattern.search(f"{text}."):
+        number = int(match[1])
+        if _PLAIN_NAME.fullmatch(text):
+            gone = number in cut.removed
+            return None if gone else f"{text[: match.start(1)]}{cut.new_number(number)}{text[match.end(1) :]}"
+        raise _named_by_number(model, text)
+    # Names are written as regular expressions too: `re:.*layers\\.(0|3)\\..*`.
+    if re.search(rf"(?<![A-Za-z0-9_]){cut.stack.prefix}\\?\.[\[(\d]", text):
+        raise _named_by_number(model, text)
+    return text
+
+
+def _named_by_number(model: ModelFile, text: str) -> InputError:
+    return InputError(
+        f"the {CONFIG} of {model.folder} names blocks by their numbers ({abbreviated(text)}), which prunectl cannot "
+        "change: only the last ones can go",
+        hint="--strategy last",
+    )
 
 
 def _refuse_by_number(

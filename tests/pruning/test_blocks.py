@@ -211,6 +211,38 @@ def test_what_would_not_load_is_refused_with_the_key(
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
+def test_names_of_blocks_in_the_config_get_their_new_numbers(tmp_path: Path) -> None:
+    kept = {"bits": 4, "modules_to_not_convert": ["lm_head", "model.layers.0", "model.layers.1.mlp", "model.layers.5."]}
+    rules = {"ignore": ["re:.*mlp.*"], "per_layer": {"model.layers.2.mlp": 8, "model.layers.0.mlp": 3, "other": 1}}
+    config = {**LLAMA, "quantization_config": {**kept, **rules}, "last": "model.layers.4"}
+    source = made(tmp_path / "llama", config, weights({"model.layers": 6}))
+    done = cut(source, "--layers", "0,3")
+    assert done.code == 0, done.err
+    assert "quantization_config (names of blocks), last (names of blocks)" in done.err
+    new = config_of(tmp_path / "out")
+    assert new["last"] == "model.layers.2"
+    assert new["quantization_config"] == {
+        "bits": 4,
+        "modules_to_not_convert": ["lm_head", "model.layers.0.mlp", "model.layers.3."],
+        "ignore": ["re:.*mlp.*"],
+        "per_layer": {"model.layers.1.mlp": 8, "other": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    "name", [r"re:.*layers\.1\.mlp", "re:.*layers.1.*", r"re:model\.layers\.[0-2]\..*", "layers.(0|1)"]
+)
+def test_expressions_of_block_numbers_in_the_config_allow_the_last_blocks_alone(tmp_path: Path, name: str) -> None:
+    config = {**LLAMA, "quantization_config": {"ignore": [name]}}
+    source = made(tmp_path / "llama", config, weights({"model.layers": 6}))
+    done = cut(source, "--layers", "0")
+    assert done.code == 3
+    assert "names blocks by their numbers" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+    assert cut(source, "--blocks", "1").code == 0
+    assert config_of(tmp_path / "out") == {**config, "num_hidden_layers": 5}
+
+
 def test_half_a_character_is_written_as_it_was_escaped(tmp_path: Path) -> None:
     source = made(tmp_path / "llama", {**LLAMA, "x": "\ud800", "y": "é"}, weights({"model.layers": 6}))
     file = source / "model.safetensors"
