@@ -393,6 +393,8 @@ class ManifestRecord:
     cuts: tuple[RecordedTensor, ...]
     zeroed_nonfinite: bool
     """Whether NaN and infinity became zero in addition to what was pruned."""
+    removed: str = ""
+    """What whole parts the run took out, `blocks` or `channels`: zeros are then not recorded."""
 
 
 def read_record(path: Path) -> ManifestRecord:
@@ -406,10 +408,10 @@ def read_record(path: Path) -> ManifestRecord:
         )
     try:
         zeroed_nonfinite = document["request"].get("nan") == "zero"
-        cuts = tuple(map(_recorded_tensor, document["cuts"]))
-        return ManifestRecord(
-            path, str(document["input"]["sha256"]), str(document["output"]["sha256"]), cuts, zeroed_nonfinite
-        )
+        removed = next((part for part in ("blocks", "channels") if isinstance(document.get(part), list)), "")
+        cuts = () if removed else tuple(map(_recorded_tensor, document["cuts"]))
+        before, after = str(document["input"]["sha256"]), str(document["output"]["sha256"])
+        return ManifestRecord(path, before, after, cuts, zeroed_nonfinite, removed)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: it does not list the pruned tensors") from error
 

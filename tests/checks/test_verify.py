@@ -169,3 +169,27 @@ def test_a_manifest_that_is_none_is_unreadable_input(text: str, tmp_path: Path) 
     found = prunectl(tmp_path, "verify", SOURCE, "--manifest", "out.json", "--json")
     assert found.code == 3
     assert json.loads(found.out)["error"]["kind"] == "input"
+
+
+@pytest.mark.parametrize("words", [("--pattern", "layers", "--blocks", "1"), ("--pattern", "channel", "-s", "0.5")])
+def test_a_run_that_removed_whole_parts_is_verified_by_its_digests(tmp_path: Path, words: tuple[str, ...]) -> None:
+    part, source, out = "channels", FIXTURES / "digits_cnn.onnx", tmp_path / "out.onnx"
+    weights = out
+    if "layers" in words:
+        part, source, out = "blocks", tmp_path / "llama", tmp_path / "out"
+        weights = out / "model.safetensors"
+        source.mkdir()
+        (source / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+        save_file({f"layers.{i}.w": np.full((2, 2), i, np.float32) for i in range(2)}, source / weights.name)
+    done = prunectl(tmp_path, "prune", source, "-o", out, *words, "--manifest", "m.json")
+    assert done.code == 0, done.err
+    found = prunectl(tmp_path, "verify", out, "--manifest", "m.json", "--against", source)
+    assert (found.code, [row[:2] for row in found.rows]) == (0, [["pass", "digest"], ["pass", "source-digest"]])
+    assert f"The run removed {part}: only digests are compared, not weights." in found.out
+    with weights.open("ab") as file:
+        file.seek(-1, 2)
+        last = weights.read_bytes()[-1]
+        file.truncate(weights.stat().st_size - 1)
+        file.write(bytes([last ^ 1]))
+    found = prunectl(tmp_path, "verify", out, "--manifest", "m.json", "--json")
+    assert [gate["id"] for gate in gates(found) if not gate["ok"]] == ["digest"]
