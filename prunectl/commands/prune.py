@@ -182,7 +182,8 @@ class Prune(OutputOptions):
     def _request(self, ctx: typer.Context) -> PruneRequest:
         """The request of a recipe, or of the options."""
         if self.recipe is None:
-            return parse_request(request_options(ctx, self, OPTIONS))
+            named = {"strategy": self.strategy} if given_on_command_line(ctx, "strategy") else {}
+            return parse_request({**request_options(ctx, self, OPTIONS), **named})
         typed = [name for name in ctx.params if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
         if typed:
             option = option_name(ctx, typed[0])

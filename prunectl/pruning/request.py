@@ -102,6 +102,9 @@ def parse_request(options: Mapping[str, Any]) -> PruneRequest:
     given = {
         OPTIONS.get(name, name): [*value] if isinstance(value, tuple) else value for name, value in options.items()
     }
+    default = PruneRequest().strategy
+    if given.get("pattern") == patterns.LAYERS and given.get("strategy") == default:
+        raise UsageError(f"the strategy {default} cannot be used with --pattern layers", hint="use last or even")
     repaired = given.get("is_repaired")
     if isinstance(repaired, str) and repaired:
         if repaired not in set(Repair):

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import prunectl
+from prunectl.errors import UsageError
 from prunectl.pruning.blocks import chosen
 from tests.running import Outcome, here
 from tests.safety.cost import assert_refused_cheaply, cost
@@ -281,6 +282,7 @@ def test_what_goes_by_its_number_may_lose_its_last_blocks(tmp_path: Path) -> Non
         (("--layers", "decoder:1"), "decoder is not a stack of"),
         (("--layers", "1", "--strategy", "even"), "--strategy even chooses them"),
         (("--blocks", "1", "--strategy", "lamp"), "the strategy lamp cannot be used with --pattern layers"),
+        (("--blocks", "1", "--strategy", "magnitude"), "the strategy magnitude cannot be used with --pattern layers"),
         (("--blocks", "1", "--scope", "global"), "--scope cannot be used with --pattern layers"),
         (("--blocks", "1", "--exclude", "a"), "--exclude cannot be used with --pattern layers"),
         (("--blocks", "1", "--max-drop", "1pp", "--data", "x"), "cannot be used with --pattern layers"),
@@ -323,6 +325,8 @@ def test_the_function_takes_the_same_keywords(tmp_path: Path) -> None:
     source = made(tmp_path / "llama", LLAMA, weights({"model.layers": 6}))
     result = prunectl.prune(source, tmp_path / "out", pattern="layers", blocks=2)
     assert "removed   2 of 6 blocks of model.layers" in repr(result)
+    with pytest.raises(UsageError, match="the strategy magnitude cannot be used"):
+        prunectl.prune(source, tmp_path / "more", pattern="layers", blocks=2, strategy="magnitude")
     assert blocks_of(tmp_path / "out") == {number: number for number in range(4)}
 
 
