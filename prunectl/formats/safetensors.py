@@ -239,11 +239,18 @@ def open_shards(path: Path) -> ModelFile:
 
 def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
     """Write every shard with new numbers in it, and an index that names them as they are called now."""
-    names = {source.name: target.name for source, target in targets.items() if source != model.path}
+    shards = {source: target for source, target in targets.items() if source != model.path}
+    by_shard: dict[Path, list[TensorUpdate]] = {source: [] for source in shards}
+    for rewrite in rewrites:
+        by_shard[rewrite.run.path].append(rewrite)
+    for source, target in shards.items():
+        # Each as its own format has it: the archives of PyTorch have checksums.
+        writer = registry.load(registry.recognise(source).writer)
+        writer(replace(model, path=source), {source: target}, by_shard[source])
+    names = {source.name: target.name for source, target in shards.items()}
     if all(old == new for old, new in names.items()):
-        patch_files(model, targets, rewrites)
+        patch_files(model, {model.path: targets[model.path]}, ())
         return
-    patch_files(model, {source: target for source, target in targets.items() if source != model.path}, rewrites)
     index = read_object(model.path, "the index")
     index["weight_map"] = {tensor: names[shard] for tensor, shard in index["weight_map"].items()}
     targets[model.path].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

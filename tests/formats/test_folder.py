@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from prunectl.errors import InputError
@@ -73,6 +75,22 @@ def test_shards_keep_their_names_and_their_index(llama: Path) -> None:
     assert {name for name in before if before[name] != after[name]} == set(index.values())
     found = load_file(llama.parent / "small" / index["fc1.weight"])["fc1.weight"]
     assert np.count_nonzero(found) == found.size // 2
+
+
+def test_shards_that_are_archives_of_pytorch_stay_whole_with_their_checksums(tmp_path: Path) -> None:
+    index = {}
+    for number in (1, 2):
+        shard = f"pytorch_model-{number:05}-of-00002.bin"
+        numbers = torch.arange(1.0, 17.0).reshape(4, 4)
+        torch.save({f"fc{number}.weight": numbers}, tmp_path / shard)
+        index[f"fc{number}.weight"] = shard
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    done = here("prune", tmp_path, "--in-place", "-s", "50%")
+    assert done.code == 0, done.err
+    for name, shard in index.items():
+        with zipfile.ZipFile(tmp_path / shard) as archive:
+            assert archive.testzip() is None
+        assert torch.load(tmp_path / shard)[name].count_nonzero() == 8
 
 
 def test_the_same_weights_in_other_formats_stay_behind_and_are_named(llama: Path) -> None:
