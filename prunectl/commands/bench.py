@@ -35,7 +35,7 @@ def bench_models(
         _measure("--input", metavar="NAME:SHAPE", help="Shape of an input that a model leaves open; repeatable."),
     ] = None,
     data: Annotated[str, _measure(metavar="SPEC", help="Take inputs from this data instead of random ones.")] = "",
-    seed: Annotated[int, _measure(help="Seed of random inputs and of the order.")] = _DEFAULT.seed,
+    seed: Annotated[int, _measure(help="Seed of random inputs and of the order.", min=0)] = _DEFAULT.seed,
     max_latency: Annotated[str, _limit(metavar="TIME", help="Longest median time of a run, e.g. 5ms.")] = "",
     min_speedup: Annotated[
         float | None, _limit(metavar="FACTOR", help="Lowest speed-up over the first model, e.g. 1.2.", min=0.0)

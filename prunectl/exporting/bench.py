@@ -16,7 +16,7 @@ from prunectl.analysis.stats import measure_stats
 from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.analysis.timing import Latency, Timed, measure
 from prunectl.channels.lengths import InputOption, parse_input
-from prunectl.errors import UsageError, WorkError, first_line
+from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.job import (
     InputSpec,
     RunnableModel,
@@ -69,6 +69,8 @@ def parse_request(options: Mapping[str, Any]) -> BenchRequest:
     parsed = dict(options)
     if "batch_size" in parsed:
         parsed["batch_size"] = _parse_batch_sizes(parsed["batch_size"])
+    if parsed.get("seed", 0) < 0:
+        raise UsageError(f"--seed {parsed['seed']} is negative", hint="use 0 or a larger number")
     parsed["input"] = tuple(parse_input(text, _INPUT) for text in options.get("input", ()))
     return BenchRequest(**parsed)
 
@@ -109,6 +111,8 @@ class _Opened:
     file: ModelFile
     runnable: RunnableModel
     inputs: tuple[InputSpec, ...]
+    is_open: bool
+    """Whether it leaves shapes open, which `--input` gives."""
 
     @property
     def fixed_batch_size(self) -> int | None:
@@ -138,6 +142,8 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
                 for size in sizes:
                     _prepare(opened[-1], size, request)()
             memory.append(grown)
+        if request.input and not any(each.is_open for each in opened):
+            raise UsageError("--input has no use: the models give the shapes of all inputs", hint="leave out --input")
         latencies = {}
         with meter("measuring batch sizes", Items(len(sizes))) as bar:
             for size in sizes:
@@ -159,7 +165,9 @@ def _open(file: ModelFile, opener: Any, request: BenchRequest) -> _Opened:
         for own, spec in zip(runnable.inputs, inputs, strict=True)
     )
     check_known(inputs, ExportRequest(data=request.data, input=request.input))
-    return _Opened(file, runnable, inputs)
+    if not inputs:
+        raise InputError(f"{file.path} takes no inputs, so nothing can be run on batches of any size")
+    return _Opened(file, runnable, inputs, is_open=is_open)
 
 
 def _prepare(opened: _Opened, size: int, request: BenchRequest) -> Timed:

@@ -16,13 +16,14 @@ import numpy as np
 
 from prunectl.analysis.timing import Timed
 from prunectl.channels.lengths import shape_text
-from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.errors import InputError, UntrustedError, UsageError, WorkError, abbreviated
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_canonical import canonical_names
 from prunectl.exporting.onnx_finish import OPSET, finalize
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.safe_json import require
+from prunectl.formats.tflite.schema import read_lite
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import load_keras2
@@ -310,8 +311,20 @@ class LiteRunnable:
         }
 
 
+_FLEX = "Flex"
+"""What the names of TensorFlow's own operators begin with in TensorFlow Lite."""
+
+
 def open_lite(model: ModelFile, origin: LoadOptions) -> LiteRunnable:
-    """Load a TensorFlow Lite model, which holds no code."""
+    """Load a TensorFlow Lite model, which holds no code but the names of operators."""
+    graphs = read_lite(model.path).graphs
+    flex = {op.kind for graph in graphs for op in graph.operators if op.kind.startswith(_FLEX)}
+    if flex and not origin.is_trusted:
+        raise UntrustedError(
+            f"{model.path} uses operators of TensorFlow, some of which read and write files: "
+            f"{', '.join(abbreviated(kind) for kind in sorted(flex)[:3])}",
+            hint="if you trust its author, add --trust",
+        )
     try:
         with silence(), ignore_warnings():
             interpreter = _tf.lite.Interpreter(model_path=str(model.path), num_threads=threads_of(origin) or 1)

@@ -51,7 +51,7 @@ class SparseLinear(nn.Module):
         else:
             y = torch.sparse.mm(weight, flat.t()).t()
         y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], self.shape[0])
 '''
 """What stands in the file of the class after it."""
 
@@ -67,6 +67,8 @@ def replace_layers(
     slower: dict[str, str] = {}
     chosen = []
     for layer in layers:
+        if not layer.weight.numel():
+            continue
         zeros = 1 - float(torch.count_nonzero(layer.weight)) / layer.weight.numel()
         if zeros < _FEW_ZEROS:
             slower[layer.path] = f"{100 * zeros:.0f} % zeros"

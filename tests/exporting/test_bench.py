@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ from onnx import TensorProto, helper
 
 from prunectl.analysis.timing import Interval, Latency
 from prunectl.exporting.bench import BenchedModel, Benchmark
+from prunectl.formats.tflite.schema import LiteGraph, LiteOperator
 from prunectl.reporting.bench import bench_report
 from prunectl.reporting.report import Report, report_json
 from tests.running import FIXTURES, Outcome, here
@@ -89,6 +92,8 @@ def test_inputs_can_be_the_users_own(tmp_path: Path) -> None:
         ((ONNX, "--batch-size", "0"), 2, "is not a list of numbers above 0"),
         ((ONNX, "--max-latency", "5"), 2, "'5' is not a time"),
         ((ONNX, "--min-speedup", "1.2"), 2, "--min-speedup needs a second model"),
+        ((ONNX, "--seed", "-1"), 2, "-1 is not in the range x>=0"),
+        ((ONNX, "--input", "x:1,1,8,8"), 2, "--input has no use"),
         (("no.onnx",), 3, "no.onnx does not exist"),
     ],
 )
@@ -106,6 +111,25 @@ def test_a_model_of_a_fixed_batch_is_measured_with_it(tmp_path: Path) -> None:
     done = bench(tmp_path / "m.onnx", "--batch-size", "3")
     assert done.code == 2
     assert "cannot run batches of 3: it was saved for 2" in " ".join(done.err.split())
+
+
+def test_a_model_without_inputs_is_refused(tmp_path: Path) -> None:
+    port = helper.make_tensor_value_info("y", TensorProto.FLOAT, (3,))
+    node = helper.make_node("Constant", [], ["y"], value_floats=[1.0, 2.0, 3.0])
+    graph = helper.make_graph([node], "g", [], [port])
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "m.onnx")
+    done = bench(tmp_path / "m.onnx")
+    assert done.code == 3
+    assert "takes no inputs" in done.err
+
+
+def test_operators_of_tensorflow_that_may_write_files_need_trust(tmp_path: Path) -> None:
+    graphs = (LiteGraph((), (LiteOperator("FlexWriteFile", (), (), None),)),)
+    with patch("prunectl.exporting.tensorflow.read_lite", return_value=SimpleNamespace(graphs=graphs)):
+        done = bench(FIXTURES / "digits_cnn.tflite")
+        assert done.code == 3
+        assert "uses operators of TensorFlow, some of which read and write files: FlexWriteFile" in done.err
+        assert bench(FIXTURES / "digits_cnn.tflite", "--trust").code == 0
 
 
 def test_limits_decide_the_exit_code() -> None:
