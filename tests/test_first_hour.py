@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -326,3 +328,21 @@ def test_the_next_step_is_to_look_at_accuracy_by_a_line_that_can_be_pasted(
     assert f"Next: {following}" in shown
     if words[0] == "prune":
         assert "size" not in shown.partition("Next: ")[2]
+
+
+def test_the_next_step_after_a_look_is_a_command_that_runs(tmp_path: Path) -> None:
+    dense, small = tmp_path / "dense.onnx", tmp_path / "small.onnx"
+    shutil.copy(FIXTURES / "digits_cnn.onnx", dense)
+    assert here("prune", dense, "-o", small, "-s", "80%").code == 0
+    data = ("--data", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=64")
+    looks: dict[str, tuple[str | Path, ...]] = {
+        f"prune {dense}": ("size", dense),
+        f"diff {small} {dense}": ("size", dense, small),
+        f"verify {small} --against {dense}": ("diff", small, dense),
+        f"size {dense} {small}": ("eval", small, *data, "--against", dense),
+    }
+    for expected, words in looks.items():
+        shown = here(*words, "--format", "human").out
+        (line,) = (line for line in shown.splitlines() if line.startswith("Next: "))
+        assert line.startswith(f"Next: prunectl {expected}")
+        assert here(*shlex.split(line.removeprefix("Next: prunectl "))).code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import replace
 from typing import Annotated, Any
@@ -47,12 +48,21 @@ def diff_report(model_diff: ModelDiff, findings: tuple[Finding, ...], *, has_gat
         table=rows,
         sections=(Section(f"{model_diff.old.path} -> {model_diff.new.path}", _facts(model_diff), tuple(tables)),),
         notes=(*(() if has_gates else remarks), *_unmatched(model_diff)),
+        next_step=_next_step(model_diff),
         log_lines=tuple(f"{finding.verdict}: {verdict_sentence(finding)}" for finding in failed),
         gates=findings if has_gates else (),
         quiet_lines=tuple(f"{finding.verdict}: {describe(finding)}" for finding in failed),
         exit_code_override=int(bool(failed)),
         extra_json={"changes": [_json(change) for change in model_diff.changes], "growth": model_diff.growth},
     )
+
+
+def _next_step(model_diff: ModelDiff) -> str:
+    """To prove that nothing but zeros came, where the tensors are the same ones."""
+    new, old = model_diff.new, model_diff.old
+    if new.format != old.format or not any(change.zeros_added for change in model_diff.changes):
+        return ""
+    return shlex.join(["prunectl", "verify", new.path, "--against", old.path])
 
 
 def _row(change: TensorDiff) -> tuple[Cell, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -143,6 +144,7 @@ def evaluation_report(
         gates=tuple(gates),
         failures=tuple(failures),
         notes=tuple(notes),
+        next_step="" if dense is None or failures else shlex.join(["prunectl", "size", *(path for path, _ in results)]),
         quiet_lines=tuple(f"{result.value:.6g}" for _, result in results),
         extra_json={"evaluations": [_as_json(path, result, dense) for path, result in results]},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.commands._command import inspect_each, make_command
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
+from prunectl.reporting.inspect import next_step
 from prunectl.reporting.report import Cell, Column, Failure, Report, Table, Unit, survey_json
 from prunectl.reporting.reporter import Reporter
 from prunectl.units import parse_ratio, parse_size
@@ -45,8 +47,16 @@ def size_report(
         gates=tuple(gates),
         failures=tuple(failures),
         notes=(*(f"{stats.path}: {sentence}" for stats in models for sentence in quantised_hint(stats)), *notes),
+        next_step=_next_step(models) if not failures else "",
         quiet_lines=tuple(str(stats.bytes.compressed) for stats in models),
     )
+
+
+def _next_step(models: Sequence[ModelStats]) -> str:
+    """What makes a single model smaller; of several, what is different in them."""
+    if len(models) == 1:
+        return next_step(models[0])
+    return shlex.join(["prunectl", "diff", models[-1].path, models[0].path])
 
 
 def _cells(stats: ModelStats, first: int | None) -> tuple[Cell, ...]:

@@ -50,11 +50,11 @@ def inspect_report(
             for stats in models
         ),
         failures=tuple(failures),
-        next_step=_next_step(models[0]) if len(models) == 1 and not failures else "",
+        next_step=next_step(models[0]) if len(models) == 1 and not failures else "",
     )
 
 
-def _next_step(stats: ModelStats) -> str:
+def next_step(stats: ModelStats) -> str:
     """To remove what only training needs; else to prune what is dense."""
     path = Path(stats.path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from prunectl.errors import PrunectlError
@@ -66,6 +67,7 @@ def sweep_report(sweep: Swept, model: str) -> Report:
         *_shapes(sweep),
         *(_compared(comparison, sweep) for comparison in compare_schedules(sweep.config, sweep.outcomes)),
     )
+    files = tuple(_file(sweep, trial) for trial in best if trial != BASELINE)
     written = [(str(sweep.folder / result.path), result) for result in sweep.outcomes.values() if result.path]
     metric = sweep.base.metric
     return Report(
@@ -82,7 +84,8 @@ def sweep_report(sweep: Swept, model: str) -> Report:
         ),
         failures=tuple(Failure(trial.name, error) for trial, error in sweep.failed.items()),
         artifacts=tuple(Artifact(path, result.raw) for path, result in written),
-        quiet_lines=tuple(_file(sweep, trial) for trial in best if trial != BASELINE),
+        next_step=shlex.join(["prunectl", "inspect", *files[-1:]]) if files else "",
+        quiet_lines=files,
         extra_json={"max_drop": _held_json(sweep)} if sweep.max_drop is not None else {},
     )
 
