@@ -16,7 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from prunectl.formats.registry import open_model
 from prunectl.formats.torch.distributed import _Part, _tiles
@@ -174,6 +175,22 @@ def evil(metadata: Metadata) -> None:
     metadata.planner_data = Evil()
 
 
+class Starter:
+    """What starts a process where it is called, and has a capitalised name below torch.distributed."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SubprocessHandler, ("echo", ("gone",), {}, "out", "err", 0)
+
+
+def starter(metadata: Metadata) -> None:
+    metadata.planner_data = Starter()
+
+
+def without_a_beginning(metadata: Metadata) -> None:
+    for index in metadata.storage_data:
+        object.__setattr__(index, "offset", [[]])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,6 +202,8 @@ def evil(metadata: Metadata) -> None:
         (without_places, "does not say where a part of model.a.weight lies"),
         (not_a_dictionary, "does not list the tensors"),
         (evil, "opened by PyTorch, its pickle would use posix.system"),
+        (starter, "its pickle would use torch.distributed.elastic."),
+        (without_a_beginning, "begins nowhere"),
     ],
 )
 def test_metadata_that_lies_is_refused_and_calls_nothing(own: Path, change: Any, message: str) -> None:
@@ -257,7 +276,19 @@ def long_names(metadata: Metadata) -> bytes:
     return pickle.dumps(metadata)
 
 
-@pytest.mark.parametrize("make", [deep, many_places, many_chunks, many_tensors, long_names])
+def long_beginnings(metadata: Metadata) -> bytes:
+    """One list of many numbers, as where many parts begin."""
+    (_, place), beginning = next(iter(metadata.storage_data.items())), [0] * 300_000
+    for number in range(1500):
+        index = MetadataIndex(f"{number}")
+        object.__setattr__(index, "offset", None)
+        metadata.storage_data[index] = place
+    for index in metadata.storage_data:
+        object.__setattr__(index, "offset", beginning)
+    return pickle.dumps(metadata)
+
+
+@pytest.mark.parametrize("make", [deep, many_places, many_chunks, many_tensors, long_names, long_beginnings])
 def test_a_metadata_that_makes_much_of_little_costs_little(own: Path, make: Any) -> None:
     metadata: Metadata = pickle.loads((own / ".metadata").read_bytes())
     (own / ".metadata").write_bytes(make(metadata))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,8 +40,29 @@ _BLOCK_BYTES = 512
 """What `stat` counts in."""
 _HERE = "torch.distributed."
 _METADATA, _TENSOR, _BYTES = "Metadata", "TensorStorageMetadata", "BytesStorageMetadata"
-_KNOWN = re.compile(r"torch\.distributed\.[\w.]*\._?[A-Z]\w*|pathlib\.\w*Path|torch\.(strided|contiguous_format)")
-"""Classes that a metadata names beside plain data: none of them is imported, nor any function called."""
+_KNOWN = frozenset(
+    {
+        *(
+            f"torch.distributed.{home}.{name}"
+            for home in ("checkpoint", "_shard.checkpoint")
+            for name in (
+                *(f"metadata.{name}" for name in (_METADATA, _TENSOR, _BYTES, "TensorProperties", "StorageMeta")),
+                *("metadata.ChunkStorageMetadata", "metadata.MetadataIndex", "metadata._MEM_FORMAT_ENCODING"),
+                *("filesystem._StorageInfo", "filesystem._StoragePrefix"),
+            )
+        ),
+        *(
+            f"torch.distributed._shard.sharded_tensor.metadata.{name}"
+            for name in ("TensorProperties", "MEM_FORMAT_ENCODING")
+        ),
+        *(
+            f"{module}.{name}"
+            for module in ("pathlib", "pathlib._local")
+            for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+        ),
+    }
+)
+"""Classes that a metadata names beside plain data, from PyTorch 1.13 on: each only holds what it is given."""
 _MOST_AXES = 4
 """Axes along which a tensor may lie in several parts: each part has 2 to this power of corners."""
 _MOST_FIELDS = 64
@@ -105,7 +125,7 @@ def _refuse_foreign(path: Path, calls: Sequence[str]) -> None:
     """Refuse a pickle that would call what no checkpoint needs, as soon as PyTorch opened it."""
     for call in calls:
         name = call.partition(" ")[2]
-        if not _KNOWN.fullmatch(name):
+        if name not in _KNOWN:
             raise UntrustedError(f"{path} is refused: opened by PyTorch, its pickle would use {abbreviated(name)}")
 
 
@@ -171,9 +191,11 @@ def _places(path: Path, value: Any, most: int) -> Places:
         if type(offset) is not int or type(length) is not int or not isinstance(index.get("fqn"), str):
             raise InputError(f"{path} is damaged: it does not say where {abbreviated(name)} begins")
         check_inside(path.with_name(name), offset, length, sizes[name], index["fqn"])
-        corner = index.get("offset")
-        if isinstance(corner, tuple | list):
-            found[index["fqn"], tuple(corner)] = Extent(path.with_name(name), offset, length)
+        corner, place = index.get("offset"), Extent(path.with_name(name), offset, length)
+        if corner is not None and not _is_shape(corner):
+            raise InputError(f"{path} is damaged: a part of {abbreviated(index['fqn'])} begins nowhere")
+        if corner is not None:
+            found[index["fqn"], tuple(corner)] = place
     return found
 
 
