@@ -190,6 +190,10 @@ PART_BYTES = 256
 """Bytes on the disk for each part of a tensor that such a metadata lists; PyTorch writes 1,100 for the smallest."""
 MAX_SMALL_PARTS = 20_000
 """Parts of tensors in a distributed checkpoint of any size."""
+MAX_SMALL_VALUES = 2_500
+"""Different values beside the tensors in a distributed checkpoint of any size, each of which is a zip by itself."""
+MAX_VALUE_ENTRIES = 10
+"""Entries that such a zip has in the mean: PyTorch writes four, and one more for each tensor."""
 MAX_CHECKPOINT_DEPTH = 400
 """Values of a checkpoint inside each other."""
 MAX_CHECKPOINT_PLACES = 3_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -10,13 +11,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from prunectl.formats.registry import open_model
@@ -203,7 +206,7 @@ def without_a_beginning(metadata: Metadata) -> None:
         (not_a_dictionary, "does not list the tensors"),
         (evil, "opened by PyTorch, its pickle would use posix.system"),
         (starter, "its pickle would use torch.distributed.elastic."),
-        (without_a_beginning, "begins nowhere"),
+        (without_a_beginning, "does not say which part of which tensor lies where"),
     ],
 )
 def test_metadata_that_lies_is_refused_and_calls_nothing(own: Path, change: Any, message: str) -> None:
@@ -288,11 +291,106 @@ def long_beginnings(metadata: Metadata) -> bytes:
     return pickle.dumps(metadata)
 
 
-@pytest.mark.parametrize("make", [deep, many_places, many_chunks, many_tensors, long_names, long_beginnings])
+def deep_file_name(metadata: Metadata) -> bytes:
+    """A file name that is no text: written out, it would be longer than any memory."""
+    name: list[Any] = []
+    for _ in range(60):
+        name = [name, name]
+    for place in metadata.storage_data.values():
+        place.relative_path = name
+    return pickle.dumps(metadata)
+
+
+@pytest.mark.parametrize(
+    "make", [deep, many_places, many_chunks, many_tensors, long_names, long_beginnings, deep_file_name]
+)
 def test_a_metadata_that_makes_much_of_little_costs_little(own: Path, make: Any) -> None:
     metadata: Metadata = pickle.loads((own / ".metadata").read_bytes())
     (own / ".metadata").write_bytes(make(metadata))
     assert_refused_cheaply(cost("inspect", own, scratch=own.parent / "scratch"))
+
+
+def with_values(folder: Path, values: list[bytes], file: str = "__0_0.distcp") -> None:
+    """Let the metadata name more values beside the tensors, at the end of a file."""
+    with (folder / file).open("ab") as writer:
+        places = [(writer.tell(), len(value), writer.write(value)) for value in values]
+
+    def name(metadata: Metadata) -> None:
+        for number, (offset, length, _) in enumerate(places):
+            key = f"value.{file}.{number}"
+            metadata.state_dict_metadata[key] = BytesStorageMetadata()
+            metadata.storage_data[MetadataIndex(key)] = _StorageInfo(file, offset, length)
+
+    rewritten(folder, name)
+
+
+def zipped(program: bytes, name: str = "archive/data.pkl") -> bytes:
+    """A zip with one pickle in it, as PyTorch would look for it."""
+    made = io.BytesIO()
+    with ZipFile(made, "w") as archive:
+        archive.writestr(name, program)
+    return made.getvalue()
+
+
+def code_of(folder: Path) -> list[str]:
+    return list(open_model(folder).about.code)
+
+
+def test_code_in_a_value_beside_the_tensors_is_shown_and_never_run(tmp_path: Path) -> None:
+    state = {"model": {"a.weight": torch.randn(4, 6)}, "epoch": {"x": Evil()}}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(state, checkpoint_id=tmp_path / "own", no_dist=True)
+    assert code_of(tmp_path / "own") == ["calls posix.system"]
+    assert '"calls posix.system"' in here("inspect", tmp_path / "own", "--json").out
+    assert here("export", tmp_path / "own", "-o", tmp_path / "out").code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_plain_values_beside_the_tensors_are_no_code(saved: Path) -> None:
+    assert code_of(saved) == []
+
+
+@pytest.mark.parametrize("name", ["archive/data.pkl", "other/DATA.PKL", "archive/constants.pkl"])
+def test_code_is_found_wherever_pytorch_would_look_for_it(own: Path, name: str) -> None:
+    made = io.BytesIO(zipped(pickle.dumps(1)))
+    with ZipFile(made, "a" if name != "archive/data.pkl" else "w") as archive:
+        archive.writestr(name, pickle.dumps(Evil()))
+    with_values(own, [made.getvalue()])
+    assert "calls posix.system" in code_of(own)
+
+
+def test_files_that_hold_only_values_are_part_of_the_checkpoint(own: Path) -> None:
+    with_values(own, [zipped(pickle.dumps(Evil()))], "__1_0.distcp")
+    assert own / "__1_0.distcp" in open_model(own).files
+    assert here("export", own, "-o", own.parent / "out").code == 0
+    assert [path.name for path in (own.parent / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_a_value_of_another_kind_than_pytorch_writes_is_refused(own: Path) -> None:
+    with_values(own, [pickle.dumps(1)])
+    assert "is a damaged zip" in here("inspect", own).err
+
+
+def test_values_that_make_much_of_little_cost_little(own: Path) -> None:
+    def overlap(metadata: Metadata) -> None:
+        for number in range(10_000):
+            key = f"again.{number}"
+            metadata.state_dict_metadata[key] = BytesStorageMetadata()
+            metadata.storage_data[MetadataIndex(key)] = _StorageInfo("__0_0.distcp", 0, 1500 + number % 100)
+
+    with_values(own, [zipped(b"\x80\x02" + b"N0" * 400_000 + b"N." + bytes(number)) for number in range(6)])
+    assert_refused_cheaply(cost("inspect", own, scratch=own.parent / "scratch"))
+    rewritten(own, overlap)
+    found = cost("inspect", own, scratch=own.parent / "scratch")
+    assert_refused_cheaply(found)
+    assert "lie over each other" in found.outcome.err
+
+
+def test_so_many_values_that_no_checkpoint_has_them_cost_little(own: Path) -> None:
+    with_values(own, [zipped(pickle.dumps(number)) for number in range(2600)])
+    found = cost("inspect", own, scratch=own.parent / "scratch")
+    assert_refused_cheaply(found)
+    assert "more values beside the tensors" in found.outcome.err
 
 
 def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[_Part]:

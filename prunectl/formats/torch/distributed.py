@@ -1,10 +1,12 @@
 """Distributed checkpoints of PyTorch (DCP): a pickle that says where the parts of each tensor lie, and their files.
 
 `.metadata` is followed by our own pickle machine, as every pickle here; each part is what torch.save wrote of a tensor.
+So is each value beside the tensors (byte entries), which PyTorch loads without `weights_only`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -91,7 +93,7 @@ def open_checkpoint(path: Path) -> ModelFile:
     fields = _fields(path, program.value, _METADATA)
     most = max(budgets.MAX_SMALL_PARTS, allocated // budgets.PART_BYTES)
     entries = _dictionary(path, fields.get("state_dict_metadata"), most)
-    places = _places(path, fields.get("storage_data"), most)
+    places, extents = _places(path, fields.get("storage_data"), most)
     _refuse_repeated(path, entries, most)
     parts: dict[str, list[_Part]] = {}
     found: list[Tensor] = []
@@ -105,12 +107,16 @@ def open_checkpoint(path: Path) -> ModelFile:
     keys = _object_paths(path, fields.get("planner_data"))
     named, sections = _named(found, keys)
     described = state_dict.describe(named, sections)
-    files = dict.fromkeys(part.place.path for boxes in parts.values() for part in boxes)
+    files = dict.fromkeys(extent.path for extent in extents)
+    used = {part.place for boxes in parts.values() for part in boxes}
+    # By what reads are told apart, not by names: PyTorch may find other ones in a pickle that was made for that.
+    code = _code(path, [extent for extent in extents if extent not in used], scale)
     has_optimizer = any(tensor.role is Role.OPTIMIZER for tensor in described)
     about = ModelInfo(
         producer="pytorch (distributed checkpoint)",
         wrappers=state_dict.wrappers(described),
         optimizer="optimizer state" if has_optimizer else "",
+        code=code,
     )
     return ModelFile(path, "torch-dcp", described, about, (path, *files), partial(_decode, path, parts))
 
@@ -127,6 +133,50 @@ def _refuse_foreign(path: Path, calls: Sequence[str]) -> None:
         name = call.partition(" ")[2]
         if name not in _KNOWN:
             raise UntrustedError(f"{path} is refused: opened by PyTorch, its pickle would use {abbreviated(name)}")
+
+
+def _code(path: Path, values: Sequence[Extent], scale: int) -> tuple[str, ...]:
+    """What PyTorch would run when it opens the values beside the tensors."""
+    found: dict[str, None] = {}
+    seen: set[bytes] = set()
+    looked_at = entries = steps = 0
+    last = Extent(path, 0, 0)
+    for place in sorted(values, key=lambda extent: (extent.path, extent.offset)):
+        if place.path == last.path and place.offset < last.offset + last.nbytes:
+            raise InputError(f"{path} is refused: two of its values lie over each other in {place.path.name}")
+        last = place
+        # The settings of an optimizer are saved for every parameter, and nearly all of them are the same.
+        if place.nbytes <= budgets.MAX_NAME_BYTES:
+            with place.path.open("rb") as file:
+                file.seek(place.offset)
+                digest = hashlib.sha256(file.read(place.nbytes)).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+        looked_at += 1
+        archive = zip_read.open_part(place)
+        entries += len(archive.entries)
+        calls, taken = _calls(archive)
+        found |= dict.fromkeys(calls)
+        steps += taken
+        most = budgets.MAX_SMALL_VALUES * scale
+        if looked_at > most or entries > most * budgets.MAX_VALUE_ENTRIES:
+            raise InputError(f"{path} is refused: it holds more values beside the tensors than any checkpoint")
+        if steps > budgets.MAX_PICKLE_STEPS * scale:
+            raise InputError(f"{path} is refused: the pickles of its values take more steps than any checkpoint")
+    return torch_zip.shorten(tuple(found))
+
+
+def _calls(archive: zip_read.Archive) -> tuple[list[str], int]:
+    """What loading one value would call, and the steps that it took to see that."""
+    # PyTorch looks for entries without regard to case, in a folder that it takes from the first of them.
+    pickles = [entry for name, entry in archive.entries.items() if name.lower().endswith(".pkl")]
+    if not pickles or not all(entry.is_stored for entry in pickles):
+        raise InputError(f"{archive.path} is damaged: a value in it is not what PyTorch writes")
+    is_script = any("code/" in name.lower() or name.lower().endswith("constants.pkl") for name in archive.entries)
+    programs = [torch_zip.program_of(archive, entry) for entry in pickles]
+    calls = [call for program in programs for call in program.foreign_calls]
+    return ["TorchScript code"] * is_script + calls, sum(program.steps for program in programs)
 
 
 def _is_class(value: Any, name: str) -> bool:
@@ -168,35 +218,45 @@ def _refuse_repeated(path: Path, entries: Sequence[tuple[str, Any]], most: int) 
         raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
 
 
-def _places(path: Path, value: Any, most: int) -> Places:
-    """Where every part lies, as the storage says."""
+def _places(path: Path, value: Any, most: int) -> tuple[Places, Sequence[Extent]]:
+    """Where every part of a tensor lies, and where anything lies, as the storage says."""
     if isinstance(value, PickleDict) and len(value.items) > most:
         raise InputError(f"{path} is refused: it claims {len(value.items)} parts, more than its files could hold")
     if not isinstance(value, PickleDict):
         raise InputError(f"{path} is damaged: it does not say where the tensors lie")
     found: dict[tuple[str, tuple[int, ...]], Extent] = {}
+    extents: dict[Extent, None] = {}
     sizes: dict[str, int] = {}
     for key, info in value.items:
-        index, where = _fields(path, key, "MetadataIndex"), _fields(path, info, "_StorageInfo")
-        name, offset, length = where.get("relative_path"), where.get("offset"), where.get("length")
-        if not isinstance(name, str) or name in {"", ".", ".."} or "/" in name or "\\" in name:
-            raise InputError(f"{path} is refused: it names a file outside its folder: {abbreviated(str(name))}")
-        if where.get("transform_descriptors"):
-            raise InputError(f"{path}: its parts are compressed or transformed, which prunectl does not read")
-        if name not in sizes:
-            file = path.with_name(name)
-            if not file.is_file():
-                raise InputError(f"{path} is incomplete: {abbreviated(name)} is missing")
-            sizes[name] = file.stat().st_size
-        if type(offset) is not int or type(length) is not int or not isinstance(index.get("fqn"), str):
-            raise InputError(f"{path} is damaged: it does not say where {abbreviated(name)} begins")
-        check_inside(path.with_name(name), offset, length, sizes[name], index["fqn"])
-        corner, place = index.get("offset"), Extent(path.with_name(name), offset, length)
-        if corner is not None and not _is_shape(corner):
-            raise InputError(f"{path} is damaged: a part of {abbreviated(index['fqn'])} begins nowhere")
+        index = _fields(path, key, "MetadataIndex")
+        name, corner = index.get("fqn"), index.get("offset")
+        if not isinstance(name, str) or not (corner is None or _is_shape(corner)):
+            raise InputError(f"{path} is damaged: it does not say which part of which tensor lies where")
+        place = _place(path, name, _fields(path, info, "_StorageInfo"), sizes)
+        extents[place] = None
         if corner is not None:
-            found[index["fqn"], tuple(corner)] = place
-    return found
+            found[name, tuple(corner)] = place
+    return found, list(extents)
+
+
+def _place(path: Path, key: str, where: Mapping[str, Any], sizes: dict[str, int]) -> Extent:
+    """Where one part or value lies, held against the file; fill in how long that is."""
+    name, offset, length = where.get("relative_path"), where.get("offset"), where.get("length")
+    if not isinstance(name, str):
+        raise InputError(f"{path} is damaged: it does not say in which file {abbreviated(key)} lies")
+    if name in {"", ".", ".."} or "/" in name or "\\" in name:
+        raise InputError(f"{path} is refused: it names a file outside its folder: {abbreviated(name)}")
+    if where.get("transform_descriptors"):
+        raise InputError(f"{path}: its parts are compressed or transformed, which prunectl does not read")
+    if name not in sizes:
+        file = path.with_name(name)
+        if not file.is_file():
+            raise InputError(f"{path} is incomplete: {abbreviated(name)} is missing")
+        sizes[name] = file.stat().st_size
+    if type(offset) is not int or type(length) is not int:
+        raise InputError(f"{path} is damaged: it does not say where {abbreviated(name)} begins")
+    check_inside(path.with_name(name), offset, length, sizes[name], key)
+    return Extent(path.with_name(name), offset, length)
 
 
 def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, list[_Part]]:

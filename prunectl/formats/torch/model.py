@@ -79,7 +79,7 @@ def pickle_source(archive: Archive, folder: str, part: str, prefix: str = "") ->
                 return storage_of(archive, name, info, big_endian=is_big)
         raise InputError(f"{archive.path} is damaged: it has no entry {folder}{part}/{describe_value(info.key)}")
 
-    return PickleSource(_program(archive, entry), find, prefix=prefix, is_flat=entry.is_stored)
+    return PickleSource(program_of(archive, entry), find, prefix=prefix, is_flat=entry.is_stored)
 
 
 def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bool) -> Storage:
@@ -116,7 +116,8 @@ def decoder(archive: Archive) -> Callable[[Tensor], Array]:
     return decode
 
 
-def _program(archive: Archive, entry: ZipEntry) -> PickleProgram:
+def program_of(archive: Archive, entry: ZipEntry) -> PickleProgram:
+    """What a pickle in the archive would make."""
     what = f"its entry {entry.name}"
     if not entry.is_stored:
         return interpret(archive.read(entry.name, budgets.MAX_PICKLE_BYTES), archive.path, what)
@@ -362,7 +363,7 @@ def model_from_pickle(
             wrappers=state_dict.wrappers(described),
             optimizer=optimizer(root),
             training=training(root),
-            code=(*about.code, *_shorten(foreign_calls)),
+            code=(*about.code, *shorten(foreign_calls)),
             notes=(*about.notes, *notes(root), *_numpy_arrays_note(missing)),
         ),
         files=(path,),
@@ -378,7 +379,8 @@ def reject_without_tensors(path: Path, foreign_calls: Sequence[str]) -> None:
     raise UntrustedError(f"{path} holds no tensors; opened by PyTorch, it would {_VERBS[verb]} {function}")
 
 
-def _shorten(foreign_calls: tuple[str, ...]) -> tuple[str, ...]:
+def shorten(foreign_calls: tuple[str, ...]) -> tuple[str, ...]:
+    """As many of the calls as anybody reads."""
     more = len(foreign_calls) - MAX_FOREIGN_CALLS
     return foreign_calls if more <= 0 else (*foreign_calls[:MAX_FOREIGN_CALLS], f"and {more} more")
 

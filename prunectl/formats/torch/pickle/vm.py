@@ -48,6 +48,8 @@ class PickleProgram:
     """The ids of all that the container has to provide."""
     foreign_calls: tuple[str, ...]
     """What loading would call, make or import beyond plain data, each as a phrase."""
+    steps: int
+    """Opcodes that it took, and elements that it copied."""
 
 
 def interpret(
@@ -69,7 +71,7 @@ def interpret(
         raise InputError(
             f"{path} is refused: {subject} is a pickle of more than {scale * MAX_PICKLE_STEPS} steps"
         ) from error
-    return PickleProgram(value, vm.reader.offset, tuple(vm.storages), vm.foreign_calls())
+    return PickleProgram(value, vm.reader.offset, tuple(vm.storages), vm.foreign_calls(), vm.steps + vm.copies)
 
 
 class LimitExceededError(Exception):
@@ -87,6 +89,7 @@ class PickleMachine(Generic[Value]):
         self.stack: list[Value] = []
         self.marks: list[int] = []
         self.memo: dict[int, Value] = {}
+        self.steps = 0
 
     def since_mark(self) -> list[Value]:
         """Pop what was pushed since the last mark."""
@@ -116,12 +119,13 @@ def run(
 ) -> Value:
     """Execute opcodes up to the one that stops, and return the value on top of the stack."""
     reader, data = machine.reader, machine.reader.data
-    for _ in range(most_steps):
+    for step in range(most_steps):
         if reader.offset >= reader.end:
             raise ValueError("it ends early")
         code = data[reader.offset]
         reader.offset += 1
         if code == STOP:
+            machine.steps = step
             return machine.stack.pop()
         handlers[code](machine, code)
     raise LimitExceededError
