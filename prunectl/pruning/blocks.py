@@ -30,7 +30,7 @@ from prunectl.formats.families import (
     lookup,
     read_config,
 )
-from prunectl.formats.registry import open_model
+from prunectl.formats.registry import open_model, recognise
 from prunectl.formats.safe_json import SURROGATES, read_object
 from prunectl.formats.safetensors import header_without_tensors, unchanged_entry, write_entries
 from prunectl.pruning import destination as outputs
@@ -39,6 +39,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import SCHEMA, PruneRequest, write_json
 from prunectl.pruning.strip import stats_for_report
 
+_SUFFIX = ".safetensors"
 LAST, EVEN = "last", "even"
 STRATEGIES = {
     LAST: "the last blocks",
@@ -167,9 +168,12 @@ def _check_model(model: ModelFile, output: Destination | None) -> None:
             f"--pattern layers needs a model folder with its {CONFIG}, but {model.path} is a file",
             hint="name the folder",
         )
-    if any(file.suffix != ".safetensors" for file in _weight_files(model)):
+    # By content: a pickle may have the name of safetensors, and is opened as what it is.
+    odd = [file for file in _weight_files(model) if file.suffix != _SUFFIX or recognise(file).name != "safetensors"]
+    if odd:
+        name = model.path.name if odd[0].suffix != _SUFFIX else f"{odd[0].name}, which holds something else"
         raise UsageError(
-            f"--pattern layers needs safetensors, but {model.folder} has {model.path.name}",
+            f"--pattern layers needs safetensors, but {model.folder} has {abbreviated(name)}",
             hint=f"prunectl export {model.folder} -o FOLDER",
         )
     if output is not None and (output.is_in_place or not outputs.is_folder(model, output)):

@@ -338,3 +338,15 @@ def test_even_distances_differ_by_one_at_most_and_keep_both_ends(number: int) ->
         assert not {0, 11} & set(gone)
         distances = np.diff([*gone])
         assert distances.size == 0 or distances.max() - distances.min() <= 1
+
+
+def test_a_pickle_that_is_named_as_safetensors_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = made(tmp_path / "model", LLAMA, weights({"model.layers": 6}))
+    state = {name: torch.from_numpy(array) for name, array in weights({"model.layers": 6}).items()}
+    torch.save(state, folder / "model.safetensors")
+    found = cost(
+        "prune", folder, "-o", tmp_path / "out", "--pattern", "layers", "--blocks", "1", scratch=tmp_path / "scratch"
+    )
+    assert_refused_cheaply(found, code=2)
+    assert "has model.safetensors, which holds something else" in found.outcome.err
