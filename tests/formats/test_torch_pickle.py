@@ -50,6 +50,8 @@ def test_bytes_and_sets_come_back() -> None:
 
 def test_strings_of_python_2_are_text() -> None:
     assert interpret(b"(U\x03abcT\x03\x00\x00\x00defS'ghi'\nt.", WHERE, "it").value == ("abc", "def", "ghi")
+    # As Python reads them, so that a key cannot be one thing to us and another to PyTorch.
+    assert interpret(b"S'of\\x66set'\n.", WHERE, "it").value == "offset"
 
 
 def test_an_instance_is_told_and_not_made() -> None:
@@ -70,6 +72,11 @@ def test_an_instance_is_told_and_not_made() -> None:
         (b"cbuiltins\neval\n)}\x92.", "class builtins.eval"),
         (b"cbuiltins\neval\n.", "imports builtins.eval"),
         (b"\x82\x07.", "imports copyreg.extension 7"),
+        (
+            b"\x8c\x0ctorch._utils\x8c\x20_rebuild_tensor.__builtins__.get\x93\x8c\x04eval\x85R\x8c\x031+1\x85R.",
+            "calls torch._utils._rebuild_tensor.__builtins__.get",
+        ),
+        (b"ctorch.jit._pickle\n__builtins__\n.", "imports torch.jit._pickle.__builtins__"),
     ],
 )
 def test_whatever_would_run_is_named(program: bytes, fact: str) -> None:

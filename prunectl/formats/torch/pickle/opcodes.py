@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import mmap
 import struct
 import sys
@@ -195,5 +196,6 @@ class OpcodeReader:
             return known[line] if line in known else int(line.removesuffix(b"L"))
         if kind == "float":
             return float(line)
-        # Escapes in a quoted string stay as they stand: no name of a tensor needs them.
-        return line.decode("raw-unicode-escape", "replace") if kind == "text" else line[1:-1].decode("latin-1")
+        if kind == "text":
+            return line.decode("raw-unicode-escape", "replace")
+        return codecs.escape_decode(line[1:-1])[0].decode("latin-1")
