@@ -14,11 +14,14 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from benchmarks.pictures import THEMES, calibration_tables, chart
 from docs.site_hooks import lead_to_pictures
 from prunectl.commands.app import COMMANDS
 from prunectl.formats.registry import FORMATS
+from tests.pruning.test_blocks import LLAMA, made, weights
 from tests.running import FIXTURES, HANG_SECONDS, ROOT, Outcome, clean, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as for a user: frameworks warn of themselves
@@ -140,7 +143,11 @@ def test_every_recipe_of_the_readme_runs(lines: list[str], tmp_path: Path) -> No
     shutil.copy(FIXTURES / "digits_cnn.pt", tmp_path / "resnet.pt")
     shutil.copy(FIXTURES / "checkpoint_with_optimizer.pt", tmp_path / "checkpoint.pt")
     (tmp_path / "net.py").write_text((FIXTURES / "digits_torch.py").read_text().replace("DigitsCNN", "Net"))
-    shutil.copytree(FIXTURES / "two_shards", tmp_path / "llama")
+    made(tmp_path / "llama", LLAMA, weights({"model.layers": 6}), shards=2)
+    if any("checkpoint-1000" in line for line in lines):
+        dcp.save(
+            {"model": torch.nn.Linear(8, 4).state_dict()}, checkpoint_id=tmp_path / "checkpoint-1000", no_dist=True
+        )
     (tmp_path / "models").mkdir()
     shutil.copy(FIXTURES / "digits_cnn.h5", tmp_path / "models")
     few(tmp_path, "train.npz", "test.npz")
