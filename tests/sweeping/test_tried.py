@@ -177,7 +177,7 @@ def test_the_sparsity_told_is_that_of_the_file_where_layers_have_their_own(
     assert ran(*PRUNE, "--layer", "*=10%", "--format", "human") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert ", so no more can be pruned" in told
-    assert "The sparsity of all parameters is 10.0 %." in told
+    assert "The sparsity of all parameters is 9.9 %." in told
     assert "largest sparsity within the limit is 99" not in told
 
 
