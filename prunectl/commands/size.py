@@ -47,7 +47,7 @@ def size_report(
         gates=tuple(gates),
         failures=tuple(failures),
         notes=(*(f"{stats.path}: {sentence}" for stats in models for sentence in quantised_hint(stats)), *notes),
-        next_step=_next_step(models) if not failures else "",
+        next_step=_next_step(models) if models and not failures else "",
         quiet_lines=tuple(str(stats.bytes.compressed) for stats in models),
     )
 
