@@ -37,7 +37,7 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelFamily:
     """Models whose configs and names are alike."""
 
     model_types: frozenset[str]
@@ -46,8 +46,8 @@ class Family:
     """A list beside the count without which it is by its number that a block is of this kind or that."""
 
 
-def _row(model_types: str, *stacks: Stack, needs: str = "") -> Family:
-    return Family(frozenset(model_types.split()), stacks, needs)
+def _row(model_types: str, *stacks: Stack, needs: str = "") -> ModelFamily:
+    return ModelFamily(frozenset(model_types.split()), stacks, needs)
 
 
 _HIDDEN = "num_hidden_layers"
@@ -97,7 +97,7 @@ COUNTS = frozenset(stack.key.rpartition(".")[2] for family in FAMILIES for stack
 """All keys that count blocks."""
 
 
-def family_of(model_type: str) -> Family | None:
+def family_of(model_type: str) -> ModelFamily | None:
     """The row of a model_type."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 

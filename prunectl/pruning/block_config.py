@@ -11,7 +11,7 @@ from typing import Any
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import ModelFile
-from prunectl.formats.families import CONFIG, COUNTS, Family, Stack, family_of, lookup
+from prunectl.formats.families import CONFIG, COUNTS, ModelFamily, Stack, family_of, lookup
 
 LISTS = frozenset(
     {
@@ -74,7 +74,7 @@ class BlockCut:
 
 
 def shortened(
-    model: ModelFile, config: Mapping[str, Any], family: Family, cuts: Sequence[BlockCut]
+    model: ModelFile, config: Mapping[str, Any], family: ModelFamily, cuts: Sequence[BlockCut]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The config of the model without these blocks, and a sentence about what was changed in it."""
     new = copy.deepcopy(dict(config))
@@ -172,7 +172,7 @@ def _named_by_number(model: ModelFile, text: str) -> InputError:
 
 
 def _refuse_by_number(
-    model: ModelFile, place: Mapping[str, Any], config: Mapping[str, Any], family: Family, cut: BlockCut
+    model: ModelFile, place: Mapping[str, Any], config: Mapping[str, Any], family: ModelFamily, cut: BlockCut
 ) -> None:
     """Refuse to give blocks new numbers where the number makes them what they are."""
     for key in _SHARED:

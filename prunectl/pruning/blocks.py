@@ -22,7 +22,7 @@ from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.families import (
     CONFIG,
     COUNTS,
-    Family,
+    ModelFamily,
     Stack,
     block_pattern,
     count_of,
@@ -186,7 +186,7 @@ def _weight_files(model: ModelFile) -> list[Path]:
     return [file for file in model.files if model.format != "shards" or file != model.path]
 
 
-def _family(model: ModelFile, config: Mapping[str, Any]) -> Family:
+def _family(model: ModelFile, config: Mapping[str, Any]) -> ModelFamily:
     if not config:
         raise InputError(f"{model.folder} has no {CONFIG}, which says how many blocks there are")
     model_type = config.get("model_type")
@@ -202,7 +202,7 @@ def _family(model: ModelFile, config: Mapping[str, Any]) -> Family:
     return family
 
 
-def _cuts(model: ModelFile, config: Mapping[str, Any], family: Family, request: PruneRequest) -> list[BlockCut]:
+def _cuts(model: ModelFile, config: Mapping[str, Any], family: ModelFamily, request: PruneRequest) -> list[BlockCut]:
     """Which blocks go, held against the blocks that there are."""
     stacks = {stack.name: (stack, _count(model, config, stack)) for stack in family.stacks}
     shown = ", ".join(f"{name} ({count})" for name, (_, count) in stacks.items())
