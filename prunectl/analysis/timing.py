@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from time import perf_counter
@@ -13,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from prunectl.formats.registry import uncollected
 
+if TYPE_CHECKING:
     from prunectl.formats.base import Array
 
 Timed = Callable[[], object]
@@ -96,7 +94,8 @@ def measure(
     Of what takes long, six rounds are run, however many seconds that may be.
     """
     random = np.random.default_rng(seed)
-    with _without_collector():
+    # Garbage is not looked for in the middle of a sample.
+    with uncollected():
         repeats = [_warm_up(run, clock) for run in runs]
         rounds: list[list[float]] = []
         began, next_look = clock(), _LEAST
@@ -166,15 +165,3 @@ def _sample(run: Timed, repeats: int, clock: Clock) -> float:
     for _ in range(repeats):
         run()
     return (clock() - began) / repeats
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from running in the middle of a sample."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from prunectl.exporting.job import (
     check_known,
     make_samples,
 )
-from prunectl.exporting.request import ExportRequest
+from prunectl.exporting.request import ExportRequest, refuse_unknown
 from prunectl.exporting.routes import load, running_route
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
@@ -61,11 +60,7 @@ OPTIONS = tuple(field.name for field in fields(BenchRequest))
 
 def parse_request(options: Mapping[str, Any]) -> BenchRequest:
     """Parse options, by the names of the command line; those that are not given have their defaults."""
-    for option in options:
-        if option not in OPTIONS:
-            raise UsageError(
-                f"bench has no option {option}", did_you_mean=tuple(get_close_matches(option, OPTIONS, n=2))
-            )
+    refuse_unknown("bench", options, OPTIONS)
     parsed = dict(options)
     if "batch_size" in parsed:
         parsed["batch_size"] = _parse_batch_sizes(parsed["batch_size"])
@@ -140,7 +135,7 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
                 opened.append(_open(file, opener, request))
                 sizes = request.batch_size or (opened[0].fixed_batch_size or 1,)
                 for size in sizes:
-                    _prepare(opened[-1], size, request)()
+                    _prepare(opened[-1], size, request)
             memory.append(grown)
         if request.input and not any(each.is_open for each in opened):
             raise UsageError("--input has no use: the models give the shapes of all inputs", hint="leave out --input")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,13 +59,18 @@ class ExportRequest:
 OPTIONS = tuple(field.name for field in fields(ExportRequest))
 
 
+def refuse_unknown(command: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse an option that a command does not have, with the names that are like it."""
+    for option in options:
+        if option not in known:
+            raise UsageError(
+                f"{command} has no option {option}", did_you_mean=tuple(get_close_matches(option, known, n=2))
+            )
+
+
 def parse_request(options: Mapping[str, Any]) -> ExportRequest:
     """Parse options, by the names of the command line; those that are not given have their defaults."""
-    for option in options:
-        if option not in OPTIONS:
-            raise UsageError(
-                f"export has no option {option}", did_you_mean=tuple(get_close_matches(option, OPTIONS, n=2))
-            )
+    refuse_unknown("export", options, OPTIONS)
     request = ExportRequest(**options)
     return replace(
         request,

@@ -228,7 +228,7 @@ def resolve(path: Path) -> Path:
 def open_model(path: Path) -> ModelFile:
     """Open a model of any format, or say in one sentence why not."""
     real = resolve(path)
-    with reading(real), _uncollected():
+    with reading(real), uncollected():
         row = recognise(real)
         folder = path if real != path and path.is_dir() else None
         model: ModelFile = replace(load(row.opener)(real), family=row.family, folder=folder)
@@ -239,7 +239,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 @contextmanager
-def _uncollected() -> Generator[None]:
+def uncollected() -> Generator[None]:
     """Look for no garbage meanwhile: among many new objects, none of which is any, that takes as long as the work."""
     was_enabled = gc.isenabled()
     gc.disable()
