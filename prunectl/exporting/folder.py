@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
 from prunectl.formats.families import CONFIG, read_config, said_of_ties
 from prunectl.formats.folder import companions, copy_companions, training_state
 from prunectl.formats.registry import FORMATS, by_name, open_model, resolve
-from prunectl.formats.safe_json import SURROGATES, require
+from prunectl.formats.safe_json import require, write_object
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, write_entries
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import stats_for_report
@@ -81,8 +80,7 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
         left_out = {*training_state(model), *([Path(CONFIG)] if changed else [])}
         copy_companions(model, inside, left_out)
         if changed:
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            (inside / CONFIG).write_text(text, encoding="utf-8", errors=SURROGATES)
+            write_object(inside / CONFIG, config)
         written = open_model(inside)
         _check_equal(job, tensors, written)
         before, after = stats_for_report(model), replace(stats_for_report(written), path=str(output.target))
@@ -190,7 +188,7 @@ def _write_index(job: ExportJob, shards: Sequence[_Shard], path: Path) -> None:
     total = sum(tensor.size * exported_dtype(job, tensor).itemsize for shard in shards for tensor in shard.tensors)
     owners = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(owners.items()))}
-    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors=SURROGATES)
+    write_object(path, index)
 
 
 def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     """The object that a file of JSON holds, of which no more is read than may be parsed."""
     with path.open("rb") as file:
         return parse_object(file.read(budgets.MAX_JSON_BYTES + 1), path, what)
+
+
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as Hugging Face does, so that reading it again gives the same one."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors=SURROGATES)
 
 
 def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.MAX_JSON_OBJECT_BYTES) -> dict[str, Any]:

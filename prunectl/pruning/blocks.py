@@ -31,7 +31,7 @@ from prunectl.formats.families import (
     read_config,
 )
 from prunectl.formats.registry import open_model, recognise
-from prunectl.formats.safe_json import SURROGATES, read_object
+from prunectl.formats.safe_json import read_object, write_object
 from prunectl.formats.safetensors import header_without_tensors, unchanged_entry, write_entries
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.block_config import BlockCut, shortened
@@ -97,8 +97,7 @@ def prune_blocks(
         )
     with outputs.staging_dir(model, output, {Path(CONFIG)}) as (folder, target):
         _write_weights(model, names, folder)
-        text = json.dumps(new_config, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8", errors=SURROGATES)
+        write_object(folder / CONFIG, new_config)
         result = open_model(folder)
         _verify(model, names, result)
         after = _stats(result)
