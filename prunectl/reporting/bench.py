@@ -17,21 +17,24 @@ if TYPE_CHECKING:
     from prunectl.exporting.bench import BenchedModel, Benchmark
 
 
+_COLUMNS = (
+    Column("path"),
+    Column("runtime"),
+    Column("batch", Unit.COUNT),
+    Column("median", Unit.SECONDS),
+    Column("low", Unit.SECONDS, title="95 % from"),
+    Column("high", Unit.SECONDS, title="to"),
+    Column("minimum", Unit.SECONDS, is_optional=True),
+    Column("throughput", Unit.NUMBER, is_optional=True, title="per second"),
+    Column("memory", Unit.BYTES, is_optional=True),
+    Column("speedup", Unit.FACTOR, title="speed"),
+)
+"""The last one only beside other models."""
+
+
 def bench_report(benchmark: Benchmark, max_latency: float | None = None, min_speedup: float | None = None) -> Report:
     """The report on how fast some models are."""
     models, has_others = benchmark.models, len(benchmark.models) > 1
-    columns = [
-        Column("path"),
-        Column("runtime"),
-        Column("batch", Unit.COUNT),
-        Column("median", Unit.SECONDS),
-        Column("low", Unit.SECONDS, title="95 % from"),
-        Column("high", Unit.SECONDS, title="to"),
-        Column("minimum", Unit.SECONDS, is_optional=True),
-        Column("throughput", Unit.NUMBER, is_optional=True, title="per second"),
-        Column("memory", Unit.BYTES, is_optional=True),
-    ]
-    columns += [Column("speedup", Unit.FACTOR, title="speed")] * has_others
     names = _names(models)
     rows, sentences, judged = [], [], []
     for size, latencies in benchmark.latencies.items():
@@ -51,7 +54,7 @@ def bench_report(benchmark: Benchmark, max_latency: float | None = None, min_spe
             judged += _judge(model, latency, max_latency, min_speedup if index else None)
     return Report(
         models=(),
-        table=Table("latencies", tuple(columns), tuple(rows)),
+        table=Table("latencies", _COLUMNS if has_others else _COLUMNS[:-1], tuple(rows)),
         gates=tuple(gate for gate in judged if isinstance(gate, LimitCheck)),
         failures=tuple(failure for failure in judged if isinstance(failure, Failure)),
         notes=(*sentences, *benchmark.notes),

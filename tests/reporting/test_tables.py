@@ -16,8 +16,9 @@ from rich.cells import cell_len
 from prunectl.analysis.sizes import CodecName, get_codec
 from prunectl.analysis.stats import SizeStats, measure_stats
 from prunectl.commands import diff, doctor, export, init, plugins, size, strip, verify
+from prunectl.commands.eval import evaluation_report
 from prunectl.formats.registry import open_model
-from prunectl.reporting import channels, finetune, inspect, prune, sensitivity, sweep
+from prunectl.reporting import bench, blocks, channels, finetune, inspect, prune, sensitivity, sweep
 from prunectl.reporting.checks import text
 from prunectl.reporting.report import Cell, Column, Settings, Table, Unit
 from prunectl.reporting.reporter import make_console
@@ -44,6 +45,9 @@ MAIN: dict[str, tuple[Column, ...]] = {
     "plugins": plugins._COLUMNS,
     "doctor": doctor._EXTRAS,
     "check": text._HUMAN,
+    "bench": bench._COLUMNS,
+    "eval": evaluation_report((), None, (), ()).table.columns,
+    "prune --pattern layers": blocks._STACKS,
     "size": size.size_report((), (), (), get_codec(CodecName.GZIP, None)).table.columns,
 }
 PARTS = ("model", "layers", "0", "17", "mlp", "down_proj", "self_attn", "conv2d_transpose", "encoder", "weight", "bias")
