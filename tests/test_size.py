@@ -158,3 +158,39 @@ def test_a_floor_is_told_in_percentage_points() -> None:
     told = here("size", FIXTURES / "digits_cnn.h5", "--min-sparsity", "50%")
     assert "0.0 % of the prunable weights of " in told.err
     assert " are zero, 50 pp below the limit of 50.0 % (min-sparsity)" in told.err
+
+
+def test_an_estimate_says_that_it_is_one_and_judges_no_limit_that_is_too_near(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": np.random.default_rng(0).standard_normal(1 << 20, np.float32)}, path)
+    for name, value in (("EXACT_BYTES", 1 << 20), ("_PIECES", 4), ("_PROBES", 20), ("_MOST", 1.0)):
+        monkeypatch.setattr(f"prunectl.analysis.estimate.{name}", value)
+    found = here("size", path, "--estimate", "--json").json
+    (model,) = found["models"]
+    size, estimate = model["bytes"]["compressed"], model["estimate"]
+    assert 0 < estimate["error"] <= 0.01
+    assert estimate["sampled"] < path.stat().st_size
+    assert (model["bytes"]["packed"], model["sparsity"]) == (None, None)
+    assert "gzip is an estimate from" in found["warnings"][0]
+    assert here("size", path, "--estimate", "--max-gzip", str(round(size * 1.1))).code == 0
+    assert here("size", path, "--estimate", "--max-gzip", str(round(size * 0.9))).code == 1
+    near = here("size", path, "--estimate", "--max-gzip", str(size))
+    assert near.code == 5
+    assert "cannot be judged: gzip is" in near.err
+    assert "estimate" not in here("size", path, "--json").json["models"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--codec", "xz"), "--estimate knows gzip alone, and not xz"),
+        (("--max-packed", "1MB"), "--max-packed needs every byte of the model"),
+        (("--min-sparsity", "50%"), "--min-sparsity needs every byte of the model"),
+    ],
+)
+def test_an_estimate_is_of_gzip_alone(words: tuple[str, ...], said: str) -> None:
+    found = here("size", FIXTURES / "digits_cnn.h5", "--estimate", *words)
+    assert found.code == 2
+    assert said in found.err

@@ -165,6 +165,16 @@ class TensorStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """How far a compressed size may be off that was not measured."""
+
+    error: float
+    """Half of the 95 % interval, as a share of the size."""
+    sampled: int
+    """Bytes that were compressed to know."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStats:
     """A model, measured: what the reports are drawn from."""
 
@@ -183,6 +193,8 @@ class ModelStats:
     sha256: str | None = None
     architecture: Architecture | None = None
     """Of a model folder, where `inspect` looks at it."""
+    estimate: Estimate | None = None
+    """Where the compressed size is one."""
 
     @property
     def sparsity(self) -> float | None:

@@ -7,8 +7,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -23,6 +23,7 @@ from prunectl.commands.app import COMMON_OPTIONS
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.detect import address
 from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.workers import workers
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
 from prunectl.reporting.reporter import Reporter, framework_imports
 from prunectl.units import Units
@@ -30,16 +31,20 @@ from prunectl.units import Units
 STDIN = "-"
 
 
-def inspect_each(models: Iterable[str], look: Callable[[Path], ModelStats]) -> tuple[list[ModelStats], list[Failure]]:
-    """Statistics of each model that could be read, and a failure for each of the others."""
+def inspect_each(
+    models: Sequence[str], look: Callable[[Path], ModelStats], *, jobs: int = 1
+) -> tuple[list[ModelStats], list[Failure]]:
+    """Statistics of each model that could be read, and a failure for each of the others; so many looked at at once."""
     inspected, failures = [], []
-    for model in models:
-        with resolve_stdin(model) as path:
-            stats = attempt(look, path)
-        if isinstance(stats, PrunectlError):
-            failures.append(Failure(model, with_given_path(stats, path, model)))
-        else:
-            inspected.append(replace(stats, path=model))
+    with ExitStack() as scope:
+        # One after the other they need no threads, beside which a child process costs more.
+        each: Callable[..., Iterable[Any]] = scope.enter_context(workers(jobs)).map if jobs > 1 else map
+        paths = [scope.enter_context(resolve_stdin(model)) for model in models]
+        for model, path, stats in zip(models, paths, each(partial(attempt, look), paths), strict=True):
+            if isinstance(stats, PrunectlError):
+                failures.append(Failure(model, with_given_path(stats, path, model)))
+            else:
+                inspected.append(replace(stats, path=model))
     return inspected, failures
 
 

@@ -37,7 +37,7 @@ SHORT = {
     "bench": ("--batch-size", "--threads", "--seconds", "--input", "--data", "--max-latency", "--min-speedup",
         "--builder", "--json"),
     "size": ("--max-raw", "--max-packed", "--max-gzip", "--min-sparsity", "--against", "--max-growth", "--codec",
-        "--quiet", "--json"),
+        "--estimate", "--quiet", "--json"),
     "check": ("--config", "--report", "--baseline", "--update-baseline", "--reason", "--trust", "--json"),
     "diff": ("--fail-on", "--rows", "--json", "--html", "--quiet"),
     "verify": ("--manifest", "--against", "--json", "--quiet"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +15,16 @@ import typer
 from prunectl.analysis import sizes
 from prunectl.analysis.inspect import quantised_hint
 from prunectl.analysis.sizes import Codec, CodecName, LimitCheck, SizeLimits, check_limits, growth_sentence, measure
-from prunectl.analysis.stats import ModelStats
+from prunectl.analysis.stats import Estimate, ModelStats
+from prunectl.analysis.tensor_io import Items, no_progress
 from prunectl.commands._command import inspect_each, make_command
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, WorkError
 from prunectl.formats.registry import open_model
+from prunectl.formats.workers import usable_cores
 from prunectl.reporting.inspect import next_step
 from prunectl.reporting.report import Cell, Column, Failure, Report, Table, Unit, survey_json
 from prunectl.reporting.reporter import Reporter
-from prunectl.units import parse_ratio, parse_size
+from prunectl.units import nbytes, parse_ratio, parse_size
 
 
 def size_report(
@@ -46,10 +50,49 @@ def size_report(
         table=Table("sizes", tuple(columns), tuple(_cells(stats, first)[: len(columns)] for stats in models)),
         gates=tuple(gates),
         failures=tuple(failures),
-        notes=(*(f"{stats.path}: {sentence}" for stats in models for sentence in quantised_hint(stats)), *notes),
+        notes=(
+            *(f"{stats.path}: {sentence}" for stats in models for sentence in quantised_hint(stats)),
+            *(f"{stats.path}: {_estimated(stats.estimate)}" for stats in models if stats.estimate is not None),
+            *notes,
+        ),
         next_step=_next_step(models) if models and not failures else "",
         quiet_lines=tuple(str(stats.bytes.compressed) for stats in models),
     )
+
+
+def _estimated(estimate: Estimate) -> str:
+    return (
+        f"gzip is an estimate from {nbytes(estimate.sampled)}, off by at most {estimate.error:.1%} in 95 of 100 cases; "
+        "packed and sparsity were not measured."
+    )
+
+
+def _unclear(stats: ModelStats, limit: int | None, reporter: Reporter) -> Failure | None:
+    """A limit that an estimate cannot be judged by."""
+    if limit is None or stats.estimate is None or stats.bytes.compressed is None:
+        return None
+    size, error = stats.bytes.compressed, stats.estimate.error
+    if abs(size - limit) > error * size:
+        return None
+    between = " to ".join(nbytes(round(size * (1 + sign * error)), reporter.settings.units) for sign in (-1, 1))
+    return Failure(
+        stats.path,
+        WorkError(
+            f"{stats.path} cannot be judged: gzip is {between}, too near --max-gzip "
+            f"{nbytes(limit, reporter.settings.units)}",
+            hint="leave out --estimate to measure it exactly",
+        ),
+    )
+
+
+def _check_estimate(codec: CodecName, **needs_all: str) -> None:
+    """Refuse what an estimate does not tell."""
+    if codec is not CodecName.GZIP:
+        raise UsageError(f"--estimate knows gzip alone, and not {codec}", hint="leave out --estimate or --codec")
+    for name, value in needs_all.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} needs every byte of the model", hint=f"leave out --estimate or {option}")
 
 
 def _next_step(models: Sequence[ModelStats]) -> str:
@@ -88,6 +131,9 @@ def size(
     max_growth: Annotated[str, _limit("SIZE|%", "Largest growth in compressed size: 2% or 10KB.")] = "",
     codec: Annotated[CodecName, typer.Option(help="Compression to measure with.")] = CodecName.GZIP,
     level: Annotated[int | None, typer.Option(help="Compression level.  [default: gzip 6, zstd 3, xz 6]")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Estimate gzip of models above 32 MB to 1 %, in about a second.")
+    ] = False,
 ) -> int:
     """Measure raw, packed and compressed size and sparsity, and check them against limits.
 
@@ -102,6 +148,8 @@ def size(
     """
     reporter: Reporter = ctx.obj
     compressor = sizes.get_codec(codec, level)
+    if estimate:
+        _check_estimate(codec, max_packed=max_packed, min_sparsity=min_sparsity, against=against)
     if bool(against) != bool(max_growth):
         raise UsageError(
             "--against and --max-growth must be used together", hint="write --against old.h5 --max-growth 2%"
@@ -117,8 +165,25 @@ def size(
         baseline=measure(open_model(Path(against)), compressor) if against else None,
         codec=codec,
     )
-    models, failures = inspect_each(paths, lambda path: measure(open_model(path), compressor, reporter.progress))
-    checks = [gate for stats in models for gate in check_limits(stats, limits)]
+    look: Any = importlib.import_module("prunectl.analysis.estimate").estimate_size if estimate else measure
+    jobs = min(len(paths), usable_cores())
+    with reporter.progress("measuring models", Items(len(paths))) if jobs > 1 else nullcontext() as bar:
+        # A terminal shows one bar at a time.
+        meter = no_progress if jobs > 1 else reporter.progress
+
+        def measured(path: Path) -> ModelStats:
+            try:
+                stats: ModelStats = look(open_model(path), compressor, meter)
+            finally:
+                if bar is not None:
+                    bar.advance(1)
+            return stats
+
+        models, failures = inspect_each(paths, measured, jobs=jobs)
+    unclear = [failure for stats in models if (failure := _unclear(stats, limits.max_compressed, reporter)) is not None]
+    failures += unclear
+    unjudged = {failure.path for failure in unclear}
+    checks = [gate for stats in models if stats.path not in unjudged for gate in check_limits(stats, limits)]
     grown = {check.model for check in checks if check.id == "max-growth" and not check.ok}
     earlier = {row.name: (row.bytes, row.zeros or 0) for row in limits.baseline.layers} if limits.baseline else {}
     notes = [

@@ -41,7 +41,8 @@ def before_after(before: ModelStats, after: ModelStats) -> Table:
 
 
 _UNMEASURED = (
-    f"packed and gzip sizes are measured only up to {BIG_BYTES >> 20} MB; prunectl size measures them for any file"
+    f"packed and gzip sizes are measured only up to {BIG_BYTES >> 20} MB: prunectl size measures them, "
+    "prunectl size --estimate tells gzip in about a second"
 )
 
 

@@ -351,6 +351,7 @@ def survey_json(stats: ModelStats) -> dict[str, Any]:
         "histogram": asdict(stats.histogram) if stats.histogram else None,
         "advice": list(stats.advice),
         **({} if stats.architecture is None else {"architecture": asdict(stats.architecture)}),
+        **({} if stats.estimate is None else {"estimate": asdict(stats.estimate)}),
     }
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -343,23 +344,23 @@ class ProgressBars:
     """Counts bytes, or items; shows a bar once it has taken long enough to ask what is going on."""
 
     def __init__(self, label: str, total_bytes: int, settings: Settings) -> None:
-        self._label = label
-        self._total = total_bytes
-        self._settings = settings
-        self._done = 0
-        self._began = time.monotonic()
+        self._label, self._total, self._settings = label, total_bytes, settings
+        self._done, self._began = 0, time.monotonic()
+        self._lock = threading.Lock()
         self._is_wanted = _is_watched(settings)
         self._bar: Progress | None = None
 
     def advance(self, nbytes: int) -> None:
         """Count work that is done."""
-        self._done += nbytes
         if not self._is_wanted:
             return
-        if self._bar is None and time.monotonic() - self._began > PATIENCE_SECONDS:
-            self._bar = self._start()
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
+        # Several threads may work at once.
+        with self._lock:
+            self._done += nbytes
+            if self._bar is None and time.monotonic() - self._began > PATIENCE_SECONDS:
+                self._bar = self._start()
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self._done)
 
     def _start(self) -> Progress:
         from rich import progress  # noqa: PLC0415 - rich is loaded only for people

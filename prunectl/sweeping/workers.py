@@ -33,6 +33,7 @@ from prunectl.errors import (
 from prunectl.formats.registry import open_model
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.workers import usable_cores
 from prunectl.pruning.destination import Destination
 from prunectl.sweeping.journal import digest, trial_dir
 from prunectl.sweeping.requests import is_one_shot, prune_by_request, pruning_of, training_of
@@ -94,8 +95,7 @@ def worker_env(threads: int) -> dict[str, str]:
 def threads_per_worker(jobs: int) -> int:
     """How many threads each process may have, if nobody says."""
     from_env = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(from_env) if from_env.isdecimal() and int(from_env) else max(cores // jobs, 1)
+    return int(from_env) if from_env.isdecimal() and int(from_env) else max(usable_cores() // jobs, 1)
 
 
 class ProcessWorker:

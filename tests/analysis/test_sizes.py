@@ -14,7 +14,10 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
+from prunectl.analysis import estimate
+from prunectl.analysis.estimate import estimate_size
 from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
@@ -147,3 +150,49 @@ def test_a_model_that_cannot_be_packed_ends_the_work_in_a_sentence(tmp_path: Pat
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"m\.pt is damaged"):
         measure(open_model(path), get_codec(CodecName.GZIP, None))
+
+
+def write_mixed(path: Path, tensors: int = 10) -> None:
+    """Write tensors that gzip makes quite different things of."""
+    random = np.random.default_rng(7)
+    state = {}
+    for index in range(tensors):
+        values = random.standard_normal(512 * 1024, np.float32)
+        values[random.random(values.size) < (0.0, 0.8, 0.95, 0.5)[index % 4]] = 0
+        state[f"layers.{index}"] = values
+    save_file(state, path)
+
+
+def test_an_estimate_is_within_the_error_that_it_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    write_mixed(path)
+    for name, value in (("EXACT_BYTES", 1 << 20), ("_PIECES", 16), ("_PROBES", 200), ("_AIM", 0.05)):
+        monkeypatch.setattr(estimate, name, value)
+    model, codec = open_model(path), get_codec(CodecName.GZIP, None)
+    found, exact = estimate_size(model, codec), len(gzip.compress(path.read_bytes(), 6, mtime=0))
+    assert found.bytes.compressed is not None
+    assert found.estimate is not None
+    assert found.estimate.error <= 0.05
+    assert found.estimate.sampled < path.stat().st_size
+    assert abs(found.bytes.compressed / exact - 1) <= found.estimate.error
+    assert estimate_size(model, codec) == found
+
+
+def test_of_a_small_model_nothing_is_estimated() -> None:
+    model, codec = open_model(FIXTURES / "digits_cnn.h5"), get_codec(CodecName.GZIP, None)
+    assert estimate_size(model, codec) == measure(model, codec)
+
+
+@pytest.mark.parametrize("what", ["mixed", "zeros"])
+def test_what_a_sample_says_too_little_of_is_measured(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    if what == "mixed":
+        write_mixed(path, 1)
+        monkeypatch.setattr(estimate, "_AIM", 0.0)
+    else:
+        save_file({"w": np.zeros(1 << 20, np.float32)}, path)
+    monkeypatch.setattr(estimate, "EXACT_BYTES", 0)
+    model, codec = open_model(path), get_codec(CodecName.GZIP, None)
+    assert estimate_size(model, codec) == measure(model, codec)
