@@ -359,6 +359,8 @@ def check(
     baseline: str = "",
     update_baseline: bool = False,
     reason: str = "",
+    max_latency: str = "",
+    min_speedup: float | None = None,
     trust: bool = False,
     on_progress: OnProgress = None,
 ) -> CheckResult:
@@ -368,7 +370,8 @@ def check(
     """
     for name in names:
         check_type("names", name, str)
-    budgets = load_budgets(_path(config, "config") if config is not None else None)
+    file = _path(config, "config") if config is not None else None
+    budgets = load_budgets(file, names, max_latency, min_speedup)
     earlier = load_baseline(budgets, os.fspath(baseline), is_new=update_baseline, reason=reason)
     settings: Any = {"file": ci_path(budgets.path), "reason": reason, "is_trusted": trust}
     findings = checking.check(budgets, list(names), earlier, **settings, meter=meter_of(on_progress))

@@ -72,16 +72,21 @@ class AccuracyChecker:
 
     def _request(self, drop: MaxDropRule) -> FinetuneRequest:
         means = TrainOptions(**parse_metrics((drop.metric,)))
-        data = self._resolve(drop.data)
+        data = resolve_spec(self._folder, drop.data)
         if not self._is_trusted:
             named = "" if data.startswith(RANDOM_PREFIX) else data
             check_untrusted((named, *means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
-        origin = LoadOptions(self._resolve(drop.model), self._resolve(drop.custom_objects), is_trusted=self._is_trusted)
+        origin = LoadOptions(
+            resolve_spec(self._folder, drop.model),
+            resolve_spec(self._folder, drop.custom_objects),
+            is_trusted=self._is_trusted,
+        )
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)
 
-    def _resolve(self, spec: str) -> str:
-        """A spec whose path is relative to the config, made relative to the working directory."""
-        path = spec.partition("?")[0]
-        file = path.rpartition(":")[0] or path
-        is_path = bool(file) and (self._folder / file).exists()
-        return os.path.join(os.path.relpath(self._folder), spec) if is_path else spec
+
+def resolve_spec(folder: Path, spec: str) -> str:
+    """A spec whose path is relative to the folder of a config, made relative to the working directory."""
+    path = spec.partition("?")[0]
+    file = path.rpartition(":")[0] or path
+    is_path = bool(file) and (folder / file).exists()
+    return os.path.join(os.path.relpath(folder), spec) if is_path else spec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeGuard
@@ -14,7 +14,19 @@ from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.checks import baseline as baselines
 from prunectl.checks.baseline import Baseline, BaselineEntry
 from prunectl.checks.lazy_stats import LazyModelStats
-from prunectl.checks.parse import Budget, Budgets, LayerBudget, OnMissing, expand_globs, select_budgets
+from prunectl.checks.parse import (
+    EXAMPLES,
+    MAX_LATENCY,
+    MIN_SPEEDUP,
+    Budget,
+    Budgets,
+    LatencyRule,
+    LayerBudget,
+    Limit,
+    OnMissing,
+    expand_globs,
+    select_budgets,
+)
 from prunectl.checks.rules import (
     BaselineContext,
     CheckError,
@@ -28,6 +40,7 @@ from prunectl.checks.rules import (
     check_zeros_kept,
     with_context,
 )
+from prunectl.checks.schema import MetricUnit
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.base import select_names
 from prunectl.formats.registry import open_model
@@ -60,6 +73,15 @@ class _CheckRun:
         check_max_drop: Callable[..., Finding] = checker.check
         return check_max_drop
 
+    @cached_property
+    def check_latency(self) -> Callable[..., Finding]:
+        """The latency check, loaded where a budget has max-latency or min-speedup."""
+        checker = importlib.import_module("prunectl.checks.latency").LatencyChecker(
+            self.budgets.folder, self.file, is_trusted=self.is_trusted
+        )
+        check_latency: Callable[..., Finding] = checker.check
+        return check_latency
+
     def name_of(self, key: str) -> str:
         """A model's path as the report calls it."""
         return os.path.relpath(self.budgets.folder / key)
@@ -70,6 +92,42 @@ class _CheckRun:
             model = attempt(open_model, Path(self.name_of(key)))
             self.measured[key] = model if isinstance(model, PrunectlError) else LazyModelStats(model, self.name_of(key))
         return self.measured[key]
+
+
+def with_limits(
+    budgets: Budgets, names: Sequence[str], max_latency: float | None, min_speedup: float | None
+) -> Budgets:
+    """Budgets with other limits on the latency of all that are named: those of the command line."""
+    chosen = set(select_budgets(budgets, names))
+    changed = [
+        _with_speedup(_with_latency(budget, max_latency), min_speedup) if budget in chosen else budget
+        for budget in budgets.budgets
+    ]
+    if min_speedup is not None and not any(rule.against for budget in chosen for rule in budget.latency):
+        raise UsageError(
+            "--min-speedup needs a budget that names the model to compare with",
+            hint=f"write {MIN_SPEEDUP} = {EXAMPLES[MIN_SPEEDUP]} in {budgets.path}",
+        )
+    return replace(budgets, budgets=tuple(changed))
+
+
+def _with_latency(budget: Budget, seconds: float | None) -> Budget:
+    if seconds is None:
+        return budget
+    rules = [rule for rule in budget.latency if rule.limit.name == MAX_LATENCY]
+    limit = Limit(MAX_LATENCY, MetricUnit.SECONDS, rules[0].limit.line if rules else budget.line, seconds)
+    own = replace(rules[0], limit=limit) if rules else LatencyRule(limit)
+    return replace(budget, latency=(own, *(rule for rule in budget.latency if rule.limit.name != MAX_LATENCY)))
+
+
+def _with_speedup(budget: Budget, factor: float | None) -> Budget:
+    if factor is None:
+        return budget
+    rules = (
+        replace(rule, limit=replace(rule.limit, fail=factor, warn=None)) if rule.against else rule
+        for rule in budget.latency
+    )
+    return replace(budget, latency=tuple(rules))
 
 
 def check(
@@ -170,6 +228,8 @@ def _budget_checks(run: _CheckRun, budget: Budget, key: str) -> Iterator[BudgetC
         )
     if budget.drop is not None:
         yield budget.drop.limit.line, partial(run.check_accuracy, drop=budget.drop, budget=budget)
+    for rule in budget.latency:
+        yield rule.limit.line, partial(run.check_latency, rule=rule, budget=budget)
     for layer in budget.layers:
         yield layer.line, partial(_check_layer, budget=budget, layer=layer)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -14,12 +15,12 @@ from typing import Any, TypeVar
 from prunectl.analysis import patterns
 from prunectl.analysis.patterns import NMPattern
 from prunectl.checks.config import ConfigFile
-from prunectl.checks.schema import BUDGET, DROP, LAYER, LEVELS, TOP, KeySpec, MetricUnit, ValueType
+from prunectl.checks.schema import BUDGET, DROP, LATENCY, LAYER, LEVELS, SPEEDUP, TOP, KeySpec, MetricUnit, ValueType
 from prunectl.errors import UsageError
 from prunectl.formats.base import close_matches
 from prunectl.formats.registry import resolve
 from prunectl.training.max_drop import MaxDrop, parse_drop
-from prunectl.units import parse_ratio, parse_size
+from prunectl.units import parse_duration, parse_ratio, parse_size
 
 
 class OnMissing(StrEnum):
@@ -63,6 +64,21 @@ class MaxDropRule:
 
 
 @dataclass(frozen=True, slots=True)
+class LatencyRule:
+    """How long a run may take, or how many times as fast as another model it must be, as `bench` measures it."""
+
+    limit: Limit
+    against: str = ""
+    batch_size: int | None = None
+    threads: int = 1
+    seconds: float = 5.0
+    input: str = ""
+    data: str = ""
+    model: str = ""
+    custom_objects: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerBudget:
     """Limits on the tensors that a selector matches."""
 
@@ -86,6 +102,7 @@ class Budget:
     pattern: LocatedValue | None
     keep_zeros: LocatedValue | None
     drop: MaxDropRule | None
+    latency: tuple[LatencyRule, ...]
     layers: tuple[LayerBudget, ...]
     message: str
 
@@ -134,6 +151,9 @@ def _drop_level(value: Any) -> MaxDrop:
     return parse_drop(str(value))
 
 
+MAX_LATENCY, MIN_SPEEDUP = "max-latency", "min-speedup"
+_MEASURED = {MAX_LATENCY: (LATENCY, MetricUnit.SECONDS), MIN_SPEEDUP: (SPEEDUP, MetricUnit.FACTOR)}
+EXAMPLES = {MAX_LATENCY: '"5ms"', MIN_SPEEDUP: '{fail = 1.2, against = "dense.onnx"}'}
 BASELINE = "prunectl-baseline.json"
 _METRICS = {ValueType.SIZE: MetricUnit.BYTES, ValueType.COUNT: MetricUnit.COUNT, ValueType.RATIO: MetricUnit.RATIO}
 _COUNT = re.compile(r"\d+(?:\.\d+)?\s*[kmgt]?", re.IGNORECASE)
@@ -205,6 +225,7 @@ class _BudgetParser:
             pattern=self._pattern(table, path),
             keep_zeros=self._located(table, "keep-zeros", path),
             drop=self._max_drop(table, (*path, NAME)),
+            latency=tuple(self._latency(table, name, (*path, name)) for name in _MEASURED if name in table),
             layers=tuple(
                 self._layer(layer, (*path, "layer", index))
                 for index, layer in enumerate(self.tables(table, "layer", path))
@@ -250,6 +271,43 @@ class _BudgetParser:
         size = inner.get("batch-size")
         number = int(self._number(size, ValueType.COUNT, (*path, "batch-size"))) if size is not None else None
         return self._parse_value(lambda table: parse_max_drop(table, self.config.line(*path), number), inner, path)
+
+    def _latency(self, table: dict[str, Any], name: str, path: KeyPath) -> LatencyRule:
+        """The limit of max-latency, which may be a time alone, or of min-speedup."""
+        keys, metric = _MEASURED[name]
+        inner = {"fail": table[name]} if isinstance(table[name], str) and name == MAX_LATENCY else table[name]
+        if not isinstance(inner, dict):
+            raise self.error(f"{name} must be a table", *path, hint=f"write {name} = {EXAMPLES[name]}")
+        self.check(inner, keys, path)
+        levels = {
+            level: self._parse_value(parse_duration, str(inner[level]), path)
+            if name == MAX_LATENCY
+            else self._positive(inner[level], path)
+            for level in LEVELS
+            if level in inner
+        }
+        if not levels:
+            raise self.error("a limit needs fail, warn or both", *path, hint=f"write {name} = {EXAMPLES[name]}")
+        self._check_order(levels, path, is_floor=name != MAX_LATENCY)
+        limit = Limit(name, metric, self.config.line(*path), levels.get("fail"), levels.get("warn"))
+        given: dict[str, Any] = {
+            key.name.replace("-", "_"): self.text(inner, key.name, path)
+            for key in keys
+            if key.kind is ValueType.TEXT and key.name in inner
+        }
+        for count in ("batch-size", "threads"):
+            if count in inner:
+                given[count.replace("-", "_")] = number = int(self._number(inner[count], ValueType.COUNT, path))
+                if number < 1:
+                    raise self.error(f"{count} must be at least 1", *path)
+        if "seconds" in inner:
+            given["seconds"] = self._positive(inner["seconds"], path)
+        return LatencyRule(limit, **given)
+
+    def _positive(self, value: Any, path: KeyPath) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(f"{value!r} is not a number above 0", *path)
+        return float(value)
 
     def _pattern(self, table: dict[str, Any], path: KeyPath) -> LocatedValue | None:
         pattern = self._located(table, "min-nm", path)
@@ -331,7 +389,7 @@ class _BudgetParser:
             raise self.error(error.message, *path, hint=error.hint) from error
 
 
-def select_budgets(budgets: Budgets, names: list[str]) -> list[Budget]:
+def select_budgets(budgets: Budgets, names: Sequence[str]) -> list[Budget]:
     """Budgets that names or globs match; all if there are none."""
     budget_names = [budget.name for budget in budgets.budgets]
     for name in names:

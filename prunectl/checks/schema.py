@@ -22,6 +22,8 @@ class ValueType(StrEnum):
     TABLES = "tables"
     TABLE = "table"
     DROP = "drop"
+    TIME = "time"
+    NUMBER = "number"
 
 
 class MetricUnit(StrEnum):
@@ -33,6 +35,8 @@ class MetricUnit(StrEnum):
     POINTS = "points"
     """Of a share: 0.005 is half a percentage point."""
     NUMBER = "number"
+    SECONDS = "seconds"
+    FACTOR = "factor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,10 @@ BUDGET = (
     KeySpec("max-growth", ValueType.GROWTH, "Growth of the compressed size since the baseline.", is_limit=True),
     KeySpec("keep-zeros", ValueType.TEXT, "A model whose zeros in prunable weights must still be zero."),
     KeySpec("max-drop", ValueType.TABLE, "How much worse a metric may be than that of another model."),
+    KeySpec("max-latency", ValueType.TABLE, "The longest median time of a run, measured as bench does."),
+    KeySpec(
+        "min-speedup", ValueType.TABLE, "How many times as fast as another model it must be, measured as bench does."
+    ),
     KeySpec("layer", ValueType.TABLES, "Limits on single tensors."),
 )
 
@@ -99,6 +107,29 @@ DROP = (
     KeySpec("model", ValueType.TEXT, "The function that builds the model of a state dict: net.py:Net."),
     KeySpec("custom-objects", ValueType.TEXT, "A dictionary of custom Keras layers: layers.py:OBJECTS."),
     KeySpec("batch-size", ValueType.COUNT, "Examples in a batch; by default 32."),
+)
+
+_MEASUREMENT = (
+    KeySpec("batch-size", ValueType.COUNT, "Examples in a batch; by default 1, or what the model was saved for."),
+    KeySpec("threads", ValueType.COUNT, "Threads of the runtime; by default 1."),
+    KeySpec("seconds", ValueType.NUMBER, "The longest time to measure; by default 5."),
+    KeySpec("input", ValueType.TEXT, "The shape of an input that the model leaves open: x:1,3,224,224."),
+    KeySpec("data", ValueType.TEXT, "The data to take inputs from; by default random ones."),
+    KeySpec("model", ValueType.TEXT, "The function that builds the model of a state dict: net.py:Net."),
+    KeySpec("custom-objects", ValueType.TEXT, "A dictionary of custom Keras layers: layers.py:OBJECTS."),
+)
+
+LATENCY = (
+    KeySpec("fail", ValueType.TIME, "The longest time allowed: 5ms."),
+    KeySpec("warn", ValueType.TIME, "The longest time without a warning."),
+    *_MEASUREMENT,
+)
+
+SPEEDUP = (
+    KeySpec("fail", ValueType.NUMBER, "The lowest speed-up allowed: 1.2."),
+    KeySpec("warn", ValueType.NUMBER, "The lowest speed-up without a warning."),
+    KeySpec("against", ValueType.TEXT, "The model to compare with.", is_required=True),
+    *_MEASUREMENT,
 )
 
 LAYER = (
@@ -142,12 +173,18 @@ _TYPES: dict[ValueType, Any] = {
         "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^(\d+(\.\d+)?|\.\d+)\s*(pp)?$"}],
     },
     ValueType.PATTERN: {"type": "string", "pattern": r"^[1-9]\d*:[1-9]\d*$"},
+    ValueType.TIME: {"type": "string", "pattern": r"^(\d+(\.\d+)?|\.\d+)\s*(s|ms|us|µs)$"},
+    ValueType.NUMBER: {"type": "number", "minimum": 0},
 }
 
 
 def schema() -> dict[str, Any]:
     """The schema of `prunectl.toml`, and of `[tool.prunectl]`."""
-    table = _table(TOP, {"budget": _table(BUDGET, {"layer": _table(LAYER, {}), "max-drop": _table(DROP, {})})})
+    tables = {"layer": LAYER, "max-drop": DROP, "max-latency": LATENCY, "min-speedup": SPEEDUP}
+    inner = {name: _table(keys, {}) for name, keys in tables.items()}
+    # A time by itself is the limit.
+    inner["max-latency"] = {"anyOf": [_TYPES[ValueType.TIME], inner["max-latency"]]}
+    table = _table(TOP, {"budget": _table(BUDGET, inner)})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **table}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from prunectl.checks import baseline
 from prunectl.checks import config as checks_config
 from prunectl.checks.baseline import GIT, Baseline
 from prunectl.checks.check import check as run
+from prunectl.checks.check import with_limits
 from prunectl.checks.parse import Budgets, read
 from prunectl.checks.rules import Findings
 from prunectl.commands._command import STDIN, make_command
@@ -25,15 +27,19 @@ from prunectl.formats.registry import recognise
 from prunectl.reporting.checks.ci import REPORT_FORMATS
 from prunectl.reporting.checks.text import check_report
 from prunectl.reporting.reporter import Reporter, print_error
+from prunectl.units import parse_duration
 
 _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
 """Where services that run checks have the repository, from which they name files."""
 
 
-def load_budgets(config: Path | None) -> Budgets:
-    """The budgets of the file that was named, or of the nearest one."""
+def load_budgets(
+    config: Path | None, names: Sequence[str] = (), max_latency: str = "", min_speedup: float | None = None
+) -> Budgets:
+    """The budgets of the file that was named, or of the nearest one, with the limits of the command line."""
+    seconds = parse_duration(max_latency) if max_latency else None
     file = checks_config.find_config(Path.cwd()) if config is None else checks_config.load_config(config)
-    return read(file)
+    return with_limits(read(file), names, seconds, min_speedup)
 
 
 def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str) -> Baseline:
@@ -182,9 +188,19 @@ def check(
         bool, typer.Option("--update-baseline", help="Store the current sizes as the baseline.")
     ] = False,
     reason: Annotated[str, typer.Option(metavar="TEXT", help="Why the baseline changes; stored with it.")] = "",
+    max_latency: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME", help="Longest median time of a run of each model, e.g. 5ms, as bench measures it."
+        ),
+    ] = "",
+    min_speedup: Annotated[
+        float | None,
+        typer.Option(metavar="FACTOR", help="Lowest speed-up of budgets with min-speedup, e.g. 1.2.", min=0.0),
+    ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Allow code in a model or in the budgets to run.")] = False,
 ) -> int:
-    r"""Check models against their budgets: size, growth, sparsity, zeros, accuracy.
+    r"""Check models against their budgets: size, growth, sparsity, zeros, accuracy, latency.
 
     Budgets are in prunectl.toml, or in the tool.prunectl table of pyproject.toml. Exit code 1 if a model exceeds a
     limit; warnings alone are exit code 0.
@@ -199,7 +215,7 @@ def check(
     """
     reporter: Reporter = ctx.obj
     reports = Reports.of(report or [], is_json=reporter.is_json)
-    budgets = load_budgets(config)
+    budgets = load_budgets(config, names or (), max_latency, min_speedup)
     earlier = load_baseline(budgets, baseline, is_new=update_baseline, reason=reason)
     reports.protect(budgets.path, earlier.path)
     file, bar = ci_path(budgets.path), reporter.progress

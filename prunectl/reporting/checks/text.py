@@ -11,7 +11,7 @@ from prunectl.checks.rules import Finding, Findings
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import abbreviated
 from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Table, Unit, report_json, tab_separated
-from prunectl.units import Units, count, nbytes, percent, printable
+from prunectl.units import Units, count, duration, nbytes, percent, printable
 
 
 def number(value: float, unit: MetricUnit, units: Units = Units.SI) -> str:
@@ -24,6 +24,10 @@ def number(value: float, unit: MetricUnit, units: Units = Units.SI) -> str:
         return f"{100 * value:.3g} pp"
     if unit is MetricUnit.NUMBER:
         return f"{value:.4g}"
+    if unit is MetricUnit.SECONDS:
+        return duration(value)
+    if unit is MetricUnit.FACTOR:
+        return f"{value:.2f}x"
     return count(int(value))
 
 
@@ -40,8 +44,10 @@ def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, st
             return f"{count(int(finding.actual))} B", f"{count(int(finding.limit))} B"
         if finding.unit is MetricUnit.POINTS:
             return f"{100 * finding.actual:.7g} pp", f"{100 * finding.limit:.7g} pp"
-        if finding.unit is MetricUnit.NUMBER:
+        if finding.unit in {MetricUnit.NUMBER, MetricUnit.FACTOR}:
             return f"{finding.actual:.9g}", f"{finding.limit:.9g}"
+        if finding.unit is MetricUnit.SECONDS:
+            return f"{1e3 * finding.actual:.7g} ms", f"{1e3 * finding.limit:.7g} ms"
         return f"{finding.actual:.6%}", f"{finding.limit:.6%}"
     return actual, limit
 
@@ -57,6 +63,8 @@ def verdict_sentence(finding: Finding, units: Units = Units.SI) -> str:
         limit,
         points(distance) if finding.unit is MetricUnit.RATIO else number(distance, finding.unit, units),
     )
+    if finding.unit is MetricUnit.FACTOR:
+        texts = LimitTexts(f"{finding.actual:.2f} times", f"{finding.limit:g}", f"{distance:.2g}")
     is_told = finding.ok or finding.before is None or finding.id == GROWTH
     details = () if is_told else (f"{before(finding, units)} in the baseline",)
     # The actual value keeps its sign, which tells what grew from what shrank.
@@ -87,6 +95,8 @@ _WAYS_OUT = {
     "min-nm": ("Prune with that pattern", "remove"),
     "keep-zeros": (_PRUNE_AGAIN, "remove"),
     "max-drop": ("Fine-tune", "raise"),
+    "max-latency": (_PRUNE_CHANNELS, "raise"),
+    "min-speedup": (_PRUNE_CHANNELS, "lower"),
 }
 """What to do about the model, and what about the limit."""
 _NAMED = 3
