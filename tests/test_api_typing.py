@@ -42,6 +42,8 @@ print(prunectl.diff("a.pt", "b.pt", fail_on="shape").is_ok, prunectl.verify("a.p
 print(prunectl.check("a*", config="prunectl.toml").failed, prunectl.init(".", margin=0.2).path)
 print(prunectl.doctor().extras)
 print(prunectl.sweep("m.onnx", "trials", data="d.npz", sparsities=["50%", 0.9], jobs=2).best)
+print(prunectl.prune("llama", "small", part="1/2", sparsity="50%").missing)
+print(prunectl.prune("llama", "small", join=True))
 searched = prunectl.prune("m.pt", "out.pt", max_drop="1pp", data=x, metric="accuracy", manifest=Path("run.json"))
 print(searched.search.best.sparsity if searched.search else None, prunectl.prune("m.pt", None, recipe="run.json"))
 print(prunectl.prune("m.h5", "w.h5", sparsity=0.8, wrap=True, schedule="polynomial", begin=0, end="2000"))

@@ -21,6 +21,7 @@ from prunectl.api.keywords import (
     FinetuneOptions,
     LookOptions,
     Names,
+    PartOptions,
     PruneOptions,
     Ratio,
     SweepOptions,
@@ -36,6 +37,7 @@ from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
 from prunectl.api.pruning import (
     BlocksResult,
     ChannelResult,
+    PartResult,
     PruneResult,
     prune_file,
     prune_own_file,
@@ -159,6 +161,18 @@ def prune(
 
 @overload
 def prune(
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    part: str,
+    on_progress: OnProgress = None,
+    **options: Unpack[FilePruneOptions],
+) -> PartResult: ...
+
+
+@overload
+def prune(
     model: LiveModel,
     /,
     *,
@@ -179,14 +193,15 @@ def prune(
     in_place: bool = False,
     trust: bool = False,
     on_progress: OnProgress = None,
-    **options: Unpack[FilePruneOptions],
+    **options: Unpack[PartOptions],
 ) -> Any:
     """Zero the least important weights of a model; without an output nothing is written.
 
     The options are those of the command line: ``sparsity="80%"``, ``scope="global"``, ``exclude=["fc*"]`` …; with
     ``pattern="channel"`` channels are cut out, and ``target_flops="-50%"`` is one of them. ``max_drop="1pp"`` searches
     for the highest sparsity that costs no more on `data`; ``manifest="run.json"`` records the run, and
-    ``recipe="run.json"`` repeats it; ``wrap=True`` writes masks for later training.
+    ``recipe="run.json"`` repeats it; ``wrap=True`` writes masks for later training; ``part="3/8"`` prunes a part of the
+    shards of a folder, and ``join=True`` makes a model of all parts.
 
     A model in memory (a Keras model, a ``torch.nn.Module``, an ONNX ``ModelProto``, a dict of arrays) comes back as a
     pruned copy of the same kind, Keras models without their compilation; ``in_place=True`` changes the model itself.

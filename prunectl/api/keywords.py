@@ -84,7 +84,7 @@ class PruneOptions(SelectionOptions, ChannelOptions, total=False):
 
 
 class RunOptions(TypedDict, total=False):
-    """Options of `prune` for a file: a search, masks for later training, a record of the run, or one to repeat."""
+    """Options of `prune` for a file: a search, masks for later training, a record, one to repeat, or parts."""
 
     max_drop: str
     metric: Code | tuple[Code, str]
@@ -99,10 +99,17 @@ class RunOptions(TypedDict, total=False):
     power: float | None
     manifest: AnyPath | None
     recipe: AnyPath | None
+    join: bool
 
 
 class FilePruneOptions(PruneOptions, RunOptions, total=False):
-    """All options of `prune`."""
+    """All options of `prune`, but for one whose result is another."""
+
+
+class PartOptions(FilePruneOptions, total=False):
+    """Those of a part of a model folder."""
+
+    part: str
 
 
 class FinetuneOptions(SelectionOptions, total=False):

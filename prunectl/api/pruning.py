@@ -12,24 +12,25 @@ import typer
 
 from prunectl.analysis.patterns import CHANNEL, LAYERS
 from prunectl.api.in_memory import is_in_memory, named_objects
-from prunectl.api.keywords import ChannelOptions, FilePruneOptions, PruneOptions, RunOptions, parse_keywords
+from prunectl.api.keywords import ChannelOptions, PartOptions, PruneOptions, RunOptions, parse_keywords
 from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
 from prunectl.channels import prune as cuts
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.commands._requests import CHANNEL_LIMITS, check_options
 from prunectl.commands.max_drop import prune_search, run_search
-from prunectl.commands.prune import Prune, selected_modes
+from prunectl.commands.prune import Prune, prune_in_parts, selected_modes
 from prunectl.commands.wrap_options import wrap
 from prunectl.errors import PrunectlError, UsageError
 from prunectl.pruning import blocks
 from prunectl.pruning.blocks import BlocksPruned
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.parts import PartPruned
 from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import PruneRequest, check_manifest, parse_request, read_manifest, write_manifest
 from prunectl.reporting.blocks import blocks_report
 from prunectl.reporting.channels import channels_report
 from prunectl.reporting.max_drop import with_search
-from prunectl.reporting.prune import prune_report, wrap_report
+from prunectl.reporting.prune import part_report, prune_report, wrap_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.sweep import trial_line
 from prunectl.sweeping.max_drop import SearchResult
@@ -105,6 +106,24 @@ class BlocksResult(EngineResult, BlocksPruned):
         return (title_of(self.before, self.output), *size_lines(self.before, self.after), *removed, *_next(self.output))
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class PartResult(EngineResult, PartPruned):
+    """The result of pruning a part of the shards of a folder."""
+
+    output: str = ""
+    """The folder that they were written to."""
+    command: ClassVar[str] = "prune"
+
+    def report(self) -> Report:
+        """The report of `prune --part`."""
+        return part_report(self, self.output)
+
+    def lines(self) -> tuple[str, ...]:
+        """The shards of the part, and what is missing."""
+        missing = f"missing   {len(self.missing)} shards" if self.missing else "Next: join=True"
+        return (f"{self.source} -> {self.output}, part {self.part}", f"shards    {len(self.shards)}", missing)
+
+
 def _with_search(report: Report, search: SearchResult | None, data: str) -> Report:
     """The report with how the sparsity was found."""
     return report if search is None else with_search(report, search, data, looks_at_data=bool(data))
@@ -141,9 +160,9 @@ def prune_file(
     options: Mapping[str, Any],
     *,
     is_trusted: bool,
-    known: type = FilePruneOptions,
+    known: type = PartOptions,
     on_progress: OnProgress = None,
-) -> PruneResult | ChannelResult | BlocksResult:
+) -> PruneResult | ChannelResult | BlocksResult | PartResult:
     """Prune a file as the command does with the same options."""
     parsed = parse_keywords("prune", known, options)
     manifest, recipe = (Path(parsed.pop(name)) if name in parsed else None for name in ("manifest", "recipe"))
@@ -166,7 +185,7 @@ def prune_file(
         (metric,) = named.pop("metric", ("",))
         typed: dict[str, Any] = {
             name: str(named[name]) if name in _AS_TEXT else named[name]
-            for name in RunOptions.__annotations__
+            for name in (*RunOptions.__annotations__, "part")
             if name in named
         }
         rest = {name: value for name, value in named.items() if name not in typed}
@@ -184,7 +203,7 @@ def _prune(
     options: Prune,
     wish: tuple[PruneRequest, Mapping[str, Any], Path | None],
     on_progress: OnProgress,
-) -> PruneResult | ChannelResult | BlocksResult:
+) -> PruneResult | ChannelResult | BlocksResult | PartResult:
     """Prune in the mode that the options select; conflicts are those of the command."""
     request, limits, manifest = wish
     check_options(_context(), replace(options, trust=False), selected_modes(options, request))
@@ -198,6 +217,9 @@ def _prune(
         if manifest is not None and destination is not None:
             blocks.write_manifest(manifest, removed)
         return BlocksResult.of(removed, output=output)
+
+    if options.part or options.join:
+        return _in_parts(path, destination, options, wish, on_progress)
 
     def run(request: PruneRequest) -> Any:
         has_digests = manifest is not None
@@ -220,6 +242,26 @@ def _prune(
     if manifest is not None and destination is not None:
         write_manifest(manifest, result)
     return PruneResult.of(result, output=output, **more)
+
+
+def _in_parts(
+    path: Path,
+    destination: Destination | None,
+    options: Prune,
+    wish: tuple[PruneRequest, Mapping[str, Any], Path | None],
+    on_progress: OnProgress,
+) -> PruneResult | PartResult:
+    """Prune a part of the shards of a folder, or join all parts."""
+    request, _, manifest = wish
+    if destination is None:
+        raise UsageError("no output is given", hint="name the folder that all parts write to")
+    bar = meter_of(on_progress)
+    done = prune_in_parts(path, request, options, destination, bar, has_digests=manifest is not None)
+    if isinstance(done, PartPruned):
+        return PartResult.of(done, output=str(destination.target))
+    if manifest is not None:
+        write_manifest(manifest, done)
+    return PruneResult.of(done, output=str(destination.target))
 
 
 def trial_teller(on_progress: OnProgress) -> Callable[[Trial, TrialResult | PrunectlError], None]:

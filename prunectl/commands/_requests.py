@@ -122,6 +122,9 @@ class Mode(Flag):
     DATA = auto()
     RECIPE = auto()
     BLOCKS = auto()
+    PART = auto()
+    PARTS = auto()
+    """A part, or what joins or runs them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,22 @@ OPTION_RULES = {
             "{} needs --pattern channel",
             only=Mode.CHANNELS,
         ),
+        OptionRule(
+            ("target_gzip", "target_packed", "max_drop", "data", "repair", "wrap", "schedule", "pack", "latency"),
+            "{} cannot be used with --part or --join: it needs the whole model at once",
+            never=Mode.PARTS,
+        ),
+        OptionRule(
+            ("part", "join"),
+            "{} cannot be used with --pattern channel or layers",
+            never=Mode.CHANNELS | Mode.BLOCKS,
+        ),
+        OptionRule(
+            ("force", "in_place", "dry_run"),
+            "{} cannot be used with --part or --join: they write a new folder",
+            never=Mode.PARTS,
+        ),
+        OptionRule(("manifest",), "{} goes with --join, which has all parts", "add {} to --join", never=Mode.PART),
         OptionRule(
             ("cluster",), "{} cannot be used with wrappers: training would undo the clusters", never=Mode.WRAPPERS
         ),

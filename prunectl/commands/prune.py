@@ -35,9 +35,9 @@ from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SA
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.prune import prune
+from prunectl.pruning.prune import Pruned, prune
 from prunectl.pruning.request import OPTIONS, PruneRequest, Repair, check, parse_request, read_manifest, write_manifest
-from prunectl.reporting.prune import prune_report
+from prunectl.reporting.prune import part_report, prune_report
 from prunectl.reporting.report import Report
 
 _NOT_IN_RECIPE = frozenset(
@@ -51,6 +51,7 @@ _which = option_group("What to prune")
 _later = option_group("Masks and schedules for later training")
 _cut = option_group("Channels (--pattern channel)")
 _data = option_group("Data and model code")
+_many = option_group("Many machines (folders of shards)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +165,8 @@ class Prune(OutputOptions):
         int | None, _later(metavar="STEPS", help="Steps between two pruning steps, e.g. 100.", min=1)
     ] = None
     power: Annotated[float | None, _later(help="Exponent of the polynomial.  [default: 3]")] = None
+    part: Annotated[str, _many(metavar="I/N", help="Prune only part I of N of the shards, e.g. 3/8.")] = ""
+    join: Annotated[bool, _many("--join", help="Complete OUT, of which all parts are there.")] = False
     pack: Annotated[bool, typer.Option("--pack", help="Compress inside the file; it loads as before.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the result, but write nothing.")] = False
     manifest: Annotated[
@@ -206,6 +209,8 @@ def selected_modes(options: Prune, request: PruneRequest) -> Mode:
         Mode.SCHEDULE: bool(options.schedule),
         Mode.DATA: bool(request.data),
         Mode.RECIPE: options.recipe is not None,
+        Mode.PART: bool(options.part),
+        Mode.PARTS: bool(options.part) or options.join,
     }
     return reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE)
 
@@ -232,6 +237,8 @@ def build_mode(
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
         return mode
+    if options.part or options.join:
+        return partial(_prune_parts, request, options, meter)
     settings: Any = {"method": check(request), "meter": meter, "allow_empty": options.allow_empty}
     run: Callable[..., Any] = partial(prune, **settings)
     if request.data:
@@ -275,10 +282,47 @@ def _prune_blocks(request: PruneRequest, options: Prune, path: Path, destination
     return report
 
 
+def _prune_parts(
+    request: PruneRequest, options: Prune, meter: ProgressFactory, path: Path, destination: Destination | None
+) -> Report:
+    assert destination is not None
+    has_digests = options.manifest is not None
+    result = prune_in_parts(path, request, options, destination, meter, has_digests=has_digests)
+    if options.part:
+        return part_report(replace(result, source=options.model), target_name(destination))
+    return _weights_report(result, options, destination)
+
+
+def prune_in_parts(
+    path: Path,
+    request: PruneRequest,
+    options: Prune,
+    destination: Destination,
+    meter: ProgressFactory,
+    *,
+    has_digests: bool,
+) -> Any:
+    """Prune a part of the shards of a folder, or join all parts."""
+    parts = importlib.import_module("prunectl.pruning.parts")
+    if options.part and options.join:
+        raise UsageError("--part and --join cannot be used together", hint="run --join when all parts are done")
+    if options.part:
+        check(request)
+        part = parts.parse_part(options.part)
+        return parts.prune_part(path, request, destination, part, meter=meter, allow_empty=options.allow_empty)
+    # Without options of its own, those of the parts.
+    own = request if request != PruneRequest() else None
+    return parts.join(path, own, destination, has_digests=has_digests)
+
+
 def _prune_weights(
     run: Callable[..., Any], request: PruneRequest, options: Prune, path: Path, destination: Destination | None
 ) -> Report:
     result = run(path, request, destination, has_digests=options.manifest is not None)
+    return _weights_report(result, options, destination)
+
+
+def _weights_report(result: Pruned, options: Prune, destination: Destination | None) -> Report:
     if options.manifest is not None and destination is not None:
         write_manifest(options.manifest, result)
     return prune_report(replace(result, before=replace(result.before, path=options.model)), target_name(destination))

@@ -297,6 +297,8 @@ def _describe_folder(peek: FileProbe) -> str:
             return f"is a folder of SavedModels, not one: name a version, such as {peek.path / name}"
     if "saved_model.pbtxt" in names:
         return "is a SavedModel in text form (saved_model.pbtxt), which prunectl does not read"
+    if ".prunectl-parts" in names:
+        return "is a folder of parts that are not joined yet: run prunectl prune with --join"
     if "checkpoint" in names:
         index = next((name for name in names if name.endswith(".index")), "*.index")
         return f"is a folder of TensorFlow checkpoints: name one, such as {peek.path / index}"

@@ -14,7 +14,9 @@ from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, StripPart
 from prunectl.formats.patch import copy_range
 
-_NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__"})
+LEDGER = ".prunectl-parts"
+"""Where `prune --part` notes what is done, in a folder that is no model yet."""
+_NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__", LEDGER})
 OTHER_WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|tf_model|flax_model|rust_model)\b.*"
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"

@@ -169,11 +169,10 @@ def pruned_blocks(
     if method.pattern is not None:
         return [partial(_pruned_in_pattern, model, cut, method) for cut in plan.cuts]
     joint = any(cut.drop is None for cut in plan.cuts)
-    is_wide = joint and any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
-    scored = _TensorScores(model, method, plan, scratch, is_wide=is_wide, is_joint=joint)
+    scored = _TensorScores(model, method, plan, scratch, is_wide=joint and is_wide(plan), is_joint=joint)
     sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
     if joint:
-        joint_threshold = threshold(sources, plan.drop, sum(cut.tensor.size for cut in plan.cuts))
+        joint_threshold = plan.threshold or threshold(sources, plan.drop, sum(cut.tensor.size for cut in plan.cuts))
         masker_makers = [partial(joint_threshold.masker, number) for number in range(len(sources))]
     else:
         # Each threshold is selected just before its tensor is written, while the tensor is still in the caches.
@@ -184,6 +183,19 @@ def pruned_blocks(
         partial(_pruned_unstructured, scored, cut.tensor, masker)
         for cut, masker in zip(plan.cuts, masker_makers, strict=True)
     ]
+
+
+def joint_sources(
+    model: ModelFile, plan: Plan, method: PruningMethod, scratch: Path, *, is_wide: bool
+) -> Sequence[Source]:
+    """The scores of each tensor of a plan, to be ranked together with those of others, wide if any of them is."""
+    scored = _TensorScores(model, method, plan, scratch, is_wide=is_wide, is_joint=True)
+    return [partial(scored.scores, cut.tensor) for cut in plan.cuts]
+
+
+def is_wide(plan: Plan) -> bool:
+    """Whether scores that are ranked together are compared in 64 bits."""
+    return any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
 
 
 def _per_tensor_threshold(source: Source, cut: TensorPlan) -> ThresholdMasker:

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 THREADS = 2
 _MANY = 1 << 20
 _DIGIT_BITS = 16
-_BINS = 1 << _DIGIT_BITS
+BINS = 1 << _DIGIT_BITS
 _SAMPLE_STEP = 64
 _SAMPLE_LEAST = 10_000
 _SAMPLE_ERRORS = 6
@@ -85,7 +85,7 @@ def threshold(sources: Sequence[Source], drop: int, size: int) -> Threshold:
         return Threshold(0, (0,) * len(sources))
     select = sorted_select if size < _SAMPLE_LEAST * _SAMPLE_STEP else sampled_select
     key, below, equal = select(sources, drop) or radix_select(sources, drop)
-    return Threshold(key, _split_ties(sources, key, drop - below, equal))
+    return Threshold(key, split_ties(sources, key, drop - below, equal))
 
 
 def sorted_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
@@ -108,8 +108,8 @@ def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]
     if guess is None:
         return None
     first, last = guess
-    low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + _BINS - 1)
-    below, counts = 0, np.zeros((last - first + 1) * _BINS, np.int64)
+    low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + BINS - 1)
+    below, counts = 0, np.zeros((last - first + 1) * BINS, np.int64)
     with closing(_map_parallel(partial(_count_between, low=low, high=high), sources)) as counted:
         for counted_part in counted:
             below, counts = below + counted_part[0], counts + counted_part[1].counts()
@@ -132,7 +132,7 @@ def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int
 
 def _sample(source: Source) -> tuple[int, LazyHistogram | None]:
     """How many scores a source has, and the upper bits of some; none if they are wider than 32 bits."""
-    size, digits = 0, LazyHistogram(_BINS)
+    size, digits = 0, LazyHistogram(BINS)
     for block in source():
         if block.dtype.itemsize != np.dtype(np.float32).itemsize:
             return 0, None
@@ -174,7 +174,7 @@ def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -
 
 def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
     """First and last bin of the upper bits between which the threshold lies by a sample, or None."""
-    counts = np.zeros(_BINS, np.int64)
+    counts = np.zeros(BINS, np.int64)
     total = 0
     with closing(_map_parallel(_sample, sources)) as sampled_each:
         for size, digits in sampled_each:
@@ -189,7 +189,7 @@ def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int
     error = _SAMPLE_ERRORS * math.sqrt(share * (1 - share) / sampled) * sampled + 1
     rising = np.cumsum(counts)
     first = int(np.searchsorted(rising, max(share * sampled - error, 0)))
-    last = min(int(np.searchsorted(rising, share * sampled + error)), _BINS - 1)
+    last = min(int(np.searchsorted(rising, share * sampled + error)), BINS - 1)
     return (first, last) if last - first < _CLOSE_BINS else None
 
 
@@ -197,28 +197,41 @@ def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
     """The key of the k-th lowest score, how many are below it, and how many equal it, sixteen bits a pass."""
     prefix, below, equal, shift = 0, 0, 0, None
     while shift is None or shift > 0:
-        counts = np.zeros(_BINS, np.int64)
-        for source in sources:
-            for block in source():
-                keys = sort_keys(block).reshape(-1)
-                bits = keys.dtype.itemsize * 8
-                low = (bits if shift is None else shift) - _DIGIT_BITS
-                if shift is not None:
-                    keys = keys[keys >> keys.dtype.type(shift) == prefix]
-                digits = (keys >> keys.dtype.type(low)) & keys.dtype.type(_BINS - 1)
-                counts += np.bincount(digits.astype(np.intp), minlength=_BINS)
-        rising = np.cumsum(counts)
-        digit = int(np.searchsorted(rising, drop - below))
-        if digit == _BINS:
-            raise ValueError(f"there are fewer than {drop} scores")
-        below += int(rising[digit] - counts[digit])
-        equal = int(counts[digit])
-        prefix = prefix << _DIGIT_BITS | digit
-        shift = low
+        counted = [count_digits(source, prefix, shift) for source in sources]
+        shift = max(low for _, low in counted)
+        prefix, below, equal = next_digit(np.sum([counts for counts, _ in counted], axis=0), prefix, below, drop)
     return prefix, below, equal
 
 
-def _split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:
+def count_digits(source: Source, prefix: int, shift: int | None) -> tuple[NDArray[np.int64], int]:
+    """How many keys of a source have each next digit, of those that begin with a prefix; how many bits are behind it.
+
+    The shift is how many bits are behind the prefix; None where there is no prefix yet.
+    """
+    counts, low = np.zeros(BINS, np.int64), 0
+    for block in source():
+        keys = sort_keys(block).reshape(-1)
+        low = (keys.dtype.itemsize * 8 if shift is None else shift) - _DIGIT_BITS
+        if shift is not None:
+            keys = keys[keys >> keys.dtype.type(shift) == prefix]
+        digits = (keys >> keys.dtype.type(low)) & keys.dtype.type(BINS - 1)
+        counts += np.bincount(digits.astype(np.intp), minlength=BINS)
+    return counts, low
+
+
+def next_digit(counts: NDArray[np.int64], prefix: int, below: int, drop: int) -> tuple[int, int, int]:
+    """The prefix of the k-th lowest key with its next digit, how many keys are below all that have it, and how many do.
+
+    Counts add up: those of parts of a model, counted anywhere, lead to the key of the whole.
+    """
+    rising = np.cumsum(counts)
+    digit = int(np.searchsorted(rising, drop - below))
+    if digit == BINS:
+        raise ValueError(f"there are fewer than {drop} scores")
+    return prefix << _DIGIT_BITS | digit, below + int(rising[digit] - counts[digit]), int(counts[digit])
+
+
+def split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:
     """Ties to prune in each source, the first sources first."""
     if len(sources) == 1 or ties == equal:
         return (ties,) * len(sources)

@@ -15,6 +15,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor, select_names
 from prunectl.formats.patch import is_writable
 from prunectl.formats.registry import by_name
+from prunectl.pruning.masks import Threshold
 from prunectl.pruning.strategies import call_plugin
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
@@ -55,6 +56,8 @@ class Plan:
     skips: tuple[SkippedTensor, ...]
     drop: int
     """Number of weights that are pruned in all."""
+    threshold: Threshold | None = None
+    """Where all tensors are ranked together, if more are ranked with them than the plan has, the threshold of all."""
 
     @property
     def size(self) -> int:

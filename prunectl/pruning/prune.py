@@ -130,7 +130,7 @@ def _prune(
     outputs.check(model, output)
     selection = planning.select_tensors(model, method.criteria)
     method, selection = engine.with_model_scores(model, selection, method)
-    sparsity = _sparsity(model, request, selection, method)
+    sparsity = resolve_sparsity(model, request, selection, method)
     plan = planning.make_plan(selection, method.criteria, sparsity)
     with outputs.staging_dir(model, output) as (folder, target), workers(1) as background, ExitStack() as progress:
         is_small = model.nbytes <= outputs.BIG_BYTES
@@ -141,9 +141,9 @@ def _prune(
         flushing = background.submit(flush, folder) if output is not None else None
         result = open_model(written)
         before, after = before_stats.result(), verify(model, result, counts, has_channels=is_small, tick=bar.advance)
-        _check_pattern(result, plan, method)
+        check_pattern(result, plan, method)
         if not allow_empty:
-            _check_left(before, counts)
+            check_left(before, counts)
         if flushing is not None:
             flushing.result()
         if after.bytes.raw <= outputs.BIG_BYTES:
@@ -207,7 +207,7 @@ def _write(
     return written, counts
 
 
-def _check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:
+def check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:
     """Refuse a prune that leaves nothing of a tensor: what comes behind it no longer depends on the input."""
     empty = [
         row.name
@@ -222,7 +222,7 @@ def _check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:
         )
 
 
-def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None:
+def check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None:
     """Check that the written file conforms to the N:M pattern."""
     if not isinstance(method.pattern, NMPattern):
         return
@@ -236,7 +236,7 @@ def _check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> Non
                 )
 
 
-def _sparsity(model: ModelFile, request: PruneRequest, selection: Selection, method: PruningMethod) -> float:
+def resolve_sparsity(model: ModelFile, request: PruneRequest, selection: Selection, method: PruningMethod) -> float:
     """The requested sparsity, or the one that gives the requested compression or size."""
     if isinstance(method.pattern, NMPattern):
         return method.pattern.zeros / method.pattern.group

@@ -21,6 +21,7 @@ from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Secti
 from prunectl.units import count, nbytes, percent
 
 if TYPE_CHECKING:
+    from prunectl.pruning.parts import PartPruned
     from prunectl.pruning.schedules import SparsitySchedule
     from prunectl.training.wrap.prune import WrapResult
 
@@ -268,6 +269,44 @@ def _skipped(pruned: Pruned) -> str:
 
 
 _SHOWN = 6
+
+
+_SHARDS = (
+    Column("shard"),
+    Column("bytes", Unit.BYTES),
+    Column("weights", Unit.COUNT, is_optional=True),
+    Column("dropped", Unit.COUNT, title="pruned"),
+    Column("zeros", Unit.COUNT),
+    Column("written"),
+)
+
+
+def part_report(result: PartPruned, output: str) -> Report:
+    """The report on a part: its shards, and whether all are there to be joined."""
+    rows = tuple(
+        (shard.name, shard.bytes, shard.weights, shard.pruned, shard.zeros, "now" if shard.is_new else "before")
+        for shard in result.shards
+    )
+    table = Table("shards", _SHARDS, rows)
+    new, total = sum(shard.is_new for shard in result.shards), len(result.shards)
+    notes = [f"{total - new} of {total} shards were there already."] if total > new else []
+    if result.missing:
+        notes.append(f"{output} is not complete: {len(result.missing)} shards of other parts are missing.")
+    else:
+        notes.append(f"All shards are there; {output} becomes a model by --join.")
+    step = shlex.join(["prunectl", "prune", result.source, "-o", output, "--join"])
+    return Report(
+        models=(),
+        table=table,
+        sections=(Section(f"{result.source} -> {output}, part {result.part}", (), (table,), tuple(notes)),),
+        artifacts=tuple(Artifact(str(Path(output, shard.name)), shard.bytes) for shard in result.shards),
+        summary=f"{output}: part {result.part} is done, {new} of {total} shards were written",
+        next_step="" if result.missing else step,
+        quiet_lines=(),
+        extra_json={
+            "part": {"number": result.part.number, "count": result.part.count, "missing": list(result.missing)}
+        },
+    )
 
 
 def wrap_report(wrapped: WrapResult, output: str) -> Report:

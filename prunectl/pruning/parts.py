@@ -1,0 +1,429 @@
+"""Pruning a model folder in parts, on any number of machines: each part writes its shards, the join all that is left.
+
+The ledger says of each shard what it was, how its scores are distributed (for the global scope), and what was written;
+whoever finds a shard in it does not do it again. The index comes with the join: until then the output is no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunectl import __version__
+from prunectl.analysis.patterns import BlockPattern
+from prunectl.analysis.sizes import CodecName, get_codec, measure, sha256, sha256_of
+from prunectl.analysis.stats import ModelStats, measure_stats, totals
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.errors import InputError, UsageError, WorkError, abbreviated
+from prunectl.formats import registry, scratch
+from prunectl.formats.base import ModelFile, Tensor
+from prunectl.formats.patch import patch_files
+from prunectl.formats.workers import reuse_worker, workers
+from prunectl.pruning import destination as outputs
+from prunectl.pruning import engine, masks
+from prunectl.pruning import plan as planning
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.engine import PruningMethod, TensorCounts
+from prunectl.pruning.ledger import SCHEMA, Ledger, facts, is_as_noted
+from prunectl.pruning.masks import Threshold
+from prunectl.pruning.plan import Plan
+from prunectl.pruning.prune import Pruned, check_left, check_pattern, resolve_sparsity
+from prunectl.pruning.request import OPTIONS, PruneRequest, from_json, resolve_method
+
+_DONE, _SOURCE, _COUNTS = "done-", "source-", "counts-"
+"""How notes on a shard are called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of so many parts, counted from 1."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+def parse_part(text: str) -> Part:
+    """A part, written 3/8."""
+    number, sign, count = text.partition("/")
+    if not (sign and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--part cannot be {text!r}", hint="write --part 1/8, --part 2/8 … --part 8/8")
+    return Part(int(number), int(count))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """A shard of the output."""
+
+    name: str
+    bytes: int
+    pruned: int
+    weights: int
+    """How many weights its pruned tensors have."""
+    zeros: int
+    is_new: bool
+    """Whether this run has written it; else it was there already."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartPruned:
+    """The result of a part."""
+
+    source: str
+    request: PruneRequest
+    part: Part
+    shards: tuple[ShardResult, ...]
+    missing: tuple[str, ...]
+    """Shards of all parts that are not there yet."""
+
+
+def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """The shards of each part: the biggest first, each to the part that has the fewest bytes so far."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, number = heapq.heappop(loads)
+        parts[number].append(name)
+        heapq.heappush(loads, (load + sizes[name], number))
+    return [sorted(part) for part in parts]
+
+
+def prune_part(
+    source: Path,
+    request: PruneRequest,
+    output: Destination,
+    part: Part,
+    *,
+    meter: ProgressFactory = no_progress,
+    allow_empty: bool = False,
+) -> PartPruned:
+    """Prune the shards of a part, but for those that are there already."""
+    with reuse_worker():
+        task = _Task.of(source, request, output, part)
+        task.enter()
+        mine = shares(task.sizes, part.count)[part.number - 1]
+        with meter(f"pruning part {part}", sum(task.sizes[name] for name in mine)) as bar:
+            done = []
+            for name in mine:
+                done.append(task.noted(name) or task.write(name, allow_empty=allow_empty))
+                bar.advance(task.sizes[name])
+    missing = tuple(name for name in task.sizes if task.ledger.read(f"{_DONE}{name}.json") is None)
+    return PartPruned(str(source), request, part, tuple(done), missing)
+
+
+def join(source: Path, request: PruneRequest | None, output: Destination, *, has_digests: bool = False) -> Pruned:
+    """Make a model of the shards of all parts: check that they are there and of one plan, and write the index last."""
+    noted = Ledger(output.target).task()
+    own, count = from_json(noted["request"]), noted["parts"]
+    task = _Task.of(source, own if request is None else request, output, Part(1, count))
+    task.enter()
+    for number, share in enumerate(shares(task.sizes, count), 1):
+        if missing := [name for name in share if task.noted(name) is None]:
+            raise WorkError(
+                f"part {number}/{count} of {output.target} is not done: {len(missing)} of its {len(share)} shards are "
+                f"missing, such as {abbreviated(missing[0])}",
+                hint=f"run it again: prunectl prune {source} -o {output.target} … --part {number}/{count}",
+            )
+    rows = {name: row for shard in task.sizes for name, row in task.entry(shard)["tensors"].items()}
+    counts = {cut.tensor.name: TensorCounts(*rows[cut.tensor.name][1:]) for cut in task.plan.cuts}
+    task.check_total(counts)
+    task.ledger.close(task.model)
+    before, after = task.stats(rows, has_digests=has_digests)
+    task.ledger.remove()
+    notes = outputs.notes_on_folder(task.model, output)
+    return Pruned(task.request, task.sparsity, task.plan, counts, before, after, notes)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all parts have in common."""
+
+    model: ModelFile
+    request: PruneRequest
+    method: PruningMethod
+    sparsity: float
+    plan: Plan
+    ledger: Ledger
+    part: Part
+    """Which of the parts is at work: it begins with its own shards."""
+
+    @classmethod
+    def of(cls, source: Path, request: PruneRequest, output: Destination, part: Part) -> _Task:
+        """Open the model, and plan the whole of it."""
+        model = registry.open_model(source)
+        if model.format != "shards" or not outputs.is_folder(model, output):
+            raise UsageError(
+                f"{source} cannot be pruned in parts: --part divides the shards of a folder among machines, "
+                "and writes a folder",
+                hint=f"make shards first: prunectl export {source} -o OUT --shard-size 2GB",
+            )
+        ledger = Ledger(output.target)
+        if not ledger.is_begun:
+            outputs.check(model, output)
+        method = resolve_method(request)
+        selection = planning.select_tensors(model, method.criteria)
+        method, selection = engine.with_model_scores(model, selection, method)
+        sparsity = resolve_sparsity(model, request, selection, method)
+        plan = planning.make_plan(selection, method.criteria, sparsity)
+        return cls(model, request, method, sparsity, plan, ledger, part)
+
+    @property
+    def target(self) -> Path:
+        """The output."""
+        return self.ledger.target
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each shard, in the order of the tensors."""
+        return {path.name: path.stat().st_size for path in self.model.files if path != self.model.path}
+
+    @cached_property
+    def _tensors(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {name: [] for name in self.sizes}
+        for tensor in self.model.tensors:
+            found[tensor.storage.key.partition(":")[0]].append(tensor)
+        return found
+
+    @cached_property
+    def _plans(self) -> dict[str, Plan]:
+        cuts: dict[str, list[planning.TensorPlan]] = {name: [] for name in self.sizes}
+        for cut in self.plan.cuts:
+            cuts[cut.tensor.storage.key.partition(":")[0]].append(cut)
+        return {name: Plan(tuple(own), (), sum(cut.drop or 0 for cut in own)) for name, own in cuts.items()}
+
+    def _shard(self, name: str) -> ModelFile:
+        path = self.model.path.parent / name
+        return replace(
+            self.model,
+            path=path,
+            files=(path,),
+            format=registry.recognise(path).name,
+            tensors=tuple(self._tensors[name]),
+            folder=None,
+        )
+
+    def enter(self) -> None:
+        """Note what is asked for, or check that it is what the other parts were asked for."""
+        note = {
+            "schema": SCHEMA,
+            "version": __version__,
+            "parts": self.part.count,
+            "request": json.loads(json.dumps(asdict(self.request))),
+            "input": self._digest_of_input(),
+            "plan": _digest([[cut.tensor.name, cut.drop] for cut in self.plan.cuts], self.plan.drop),
+        }
+        if not self.ledger.is_begun:
+            self.ledger.begin(note, self.model)
+        noted = self.ledger.task()
+        different = [key for key, value in note.items() if noted.get(key) != value]
+        if "request" in different:
+            options = {name: option for option, name in OPTIONS.items()}
+            own, other = asdict(self.request), asdict(from_json(noted["request"]))
+            name = next(name for name in own if own[name] != other[name])
+            option = options.get(name, name).replace("_", "-")
+            raise UsageError(
+                f"another {option} than that of the parts of {self.target}: {own[name]!r}, not {other[name]!r}",
+                hint=f"give all parts the same options, or remove {self.target}",
+            )
+        if "parts" in different:
+            raise UsageError(f"{self.target} is made of {noted['parts']} parts, not of {self.part.count}")
+        if "input" in different:
+            raise InputError(
+                f"{self.model.folder} is not what the parts of {self.target} were made from: "
+                "its index, a size or the header of a shard is another",
+                hint=f"remove {self.target}, and start again",
+            )
+        if different:
+            raise WorkError(
+                f"{self.target} was begun by prunectl {noted.get('version')}, or with other code of the strategy",
+                hint=f"remove {self.target}, and start again",
+            )
+
+    def _digest_of_input(self) -> str:
+        tensors = (
+            [tensor.name, tensor.shape, str(tensor.dtype), tensor.storage.key, tensor.start]
+            for tensor in self.model.tensors
+        )
+        return _digest(sha256_of(self.model.path), self.sizes, list(tensors))
+
+    def noted(self, name: str) -> ShardResult | None:
+        """What was written of a shard; None where it is not there as it was noted."""
+        if self.ledger.read(f"{_DONE}{name}.json") is None:
+            return None
+        entry = self.entry(name)
+        if not self.ledger.has(name, entry["output"]):
+            return None
+        self._check_source(name)
+        sizes = {cut.tensor.name: cut.tensor.size for cut in self._plans[name].cuts}
+        rows = [entry["tensors"][cut] for cut in sizes]
+        dropped, zeros = sum(row[1] for row in rows), sum(row[2] for row in rows)
+        return ShardResult(name, entry["output"].get("bytes", 0), dropped, sum(sizes.values()), zeros, is_new=False)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the ledger has of a shard."""
+        entry = self.ledger.read(f"{_DONE}{name}.json") or {}
+        rows, names = entry.get("tensors"), {tensor.name for tensor in self._tensors[name]}
+        if not isinstance(rows, dict) or rows.keys() != names or not isinstance(entry.get("output"), dict):
+            raise self.ledger.damaged(f"{_DONE}{name}.json")
+        if any(not isinstance(row, list) or [*map(type, row)] != [int, int, int] for row in rows.values()):
+            raise self.ledger.damaged(f"{_DONE}{name}.json")
+        return entry
+
+    def _check_source(self, name: str) -> None:
+        """Note what a shard of the input is, or check that it is what it was when a part first looked at it."""
+        path, place = self.model.path.parent / name, f"{_SOURCE}{name}.json"
+        noted = self.ledger.read(place)
+        if noted is None:
+            noted = {**facts(path), "sha256": sha256_of(path)}
+            self.ledger.write(place, noted)
+        if not is_as_noted(path, noted):
+            raise _changed(path)
+
+    def write(self, name: str, *, allow_empty: bool) -> ShardResult:
+        """Prune a shard, check what was written, and note it."""
+        self._check_source(name)
+        own, plan = self._shard(name), self._plan_of(name)
+        known = facts(own.path)
+        with self.ledger.placing(name, own) as place:
+            before = measure_stats(own, own.tensors, has_channels=False)
+            counts = engine.execute(own, plan, self.method, {own.path: place}) if plan.cuts else {}
+            if not plan.cuts:
+                patch_files(own, {own.path: place}, ())
+            written = registry.open_model(place)
+            with workers(1) as background:
+                hashing = background.submit(sha256_of, place)
+                after = engine.verify(own, written, counts, has_channels=False)
+                check_pattern(written, plan, self.method)
+                if not allow_empty:
+                    check_left(before, counts)
+                digest = hashing.result()
+            if facts(own.path) != known:
+                raise _changed(own.path)
+        zeros = {row.name: row.zeros for row in after.layers}
+        rows = {
+            row.name: [row.zeros, counts[row.name].dropped if row.name in counts else 0, zeros[row.name]]
+            for row in before.layers
+        }
+        entry = {"part": str(self.part), "output": {**self.ledger.facts(name), "sha256": digest}, "tensors": rows}
+        self.ledger.write(f"{_DONE}{name}.json", entry)
+        done = self.noted(name)
+        if done is None:
+            raise WorkError(f"{self.target / name} was changed by somebody else while prunectl was running")
+        return replace(done, is_new=True)
+
+    def _plan_of(self, name: str) -> Plan:
+        """The plan of a shard, with the threshold of all where all are ranked together."""
+        plan = self._plans[name]
+        if self.plan.drop == 0 or all(cut.drop is not None for cut in plan.cuts):
+            return plan
+        key, shares_of = self._joint_threshold
+        below, ties, equal = shares_of[name]
+        with scratch.temporary_folder() as folder:
+            sources = engine.joint_sources(self._shard(name), plan, self.method, folder, is_wide=self._is_wide)
+            threshold = Threshold(key, masks.split_ties(sources, key, ties, equal))
+        return replace(plan, drop=below + ties, threshold=threshold)
+
+    @cached_property
+    def _is_wide(self) -> bool:
+        return engine.is_wide(self.plan)
+
+    @cached_property
+    def _joint_threshold(self) -> tuple[int, dict[str, tuple[int, int, int]]]:
+        """The key below which weights are pruned in all shards; of each how many are below it, tied, and equal it.
+
+        Sixteen bits a pass, as `radix_select` does it. Counts add up: each part counts its own shards first, then those
+        that nobody has counted yet, so that no part waits for another.
+        """
+        names = [name for name, plan in self._plans.items() if plan.cuts]
+        mine = [name for name in shares(self.sizes, self.part.count)[self.part.number - 1] if name in names]
+        start = names.index(mine[0]) if mine else 0
+        order = [*mine, *(name for name in (*names[start:], *names[:start]) if name not in mine)]
+        prefix, below, shift = 0, 0, None
+        under, last = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        while shift is None or shift > 0:
+            counted = {name: self._counts(name, prefix, shift) for name in order}
+            shift = max(low for _, low in counted.values())
+            every = np.sum([counts for counts, _ in counted.values()], axis=0)
+            prefix, below, _ = masks.next_digit(every, prefix, below, self.plan.drop)
+            digit = prefix % len(every)
+            for name, (counts, _) in counted.items():
+                under[name] += int(counts[:digit].sum())
+                last[name] = int(counts[digit])
+        ties = self.plan.drop - below
+        split: dict[str, tuple[int, int, int]] = {}
+        for name in names:
+            own = min(ties, last[name])
+            split[name] = (under[name], own, last[name])
+            ties -= own
+        return prefix, split
+
+    def _counts(self, name: str, prefix: int, shift: int | None) -> tuple[NDArray[np.int64], int]:
+        """How the scores of a shard are distributed, as it was noted, or counted now."""
+        self._check_source(name)
+        place = f"{_COUNTS}{name}.{'all' if shift is None else shift}-{prefix:x}.json"
+        note = self.ledger.read(place)
+        if note is None:
+            shard = self._shard(name)
+            known = facts(shard.path)
+            with scratch.temporary_folder() as folder:
+                sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=self._is_wide)
+                counted = [masks.count_digits(source, prefix, shift) for source in sources]
+            if facts(shard.path) != known:
+                raise _changed(shard.path)
+            every = np.sum([counts for counts, _ in counted], axis=0)
+            digits = np.flatnonzero(every)
+            low = max(low for _, low in counted)
+            note = {"digits": digits.tolist(), "counts": every[digits].tolist(), "shift": low}
+            self.ledger.write(place, note)
+        try:
+            counts = np.zeros(masks.BINS, np.int64)
+            counts[np.array(note["digits"], np.int64)] = np.array(note["counts"], np.int64)
+            return counts, int(note["shift"])
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise self.ledger.damaged(place) from error
+
+    def check_total(self, counts: Mapping[str, TensorCounts]) -> None:
+        """Check that all parts together pruned as many weights as was planned."""
+        dropped = sum(count.dropped for count in counts.values())
+        is_exact = isinstance(self.method.pattern, BlockPattern) or self.request.nan == "zero"
+        if dropped != self.plan.drop and not is_exact:
+            raise WorkError(f"{dropped} weights of {self.model.folder} were pruned instead of {self.plan.drop}")
+
+    def stats(self, rows: Mapping[str, Sequence[int]], *, has_digests: bool) -> tuple[ModelStats, ModelStats]:
+        """The statistics before and after: of a big model from the ledger, as all of it was read already."""
+        result = registry.open_model(self.target)
+        if result.nbytes <= outputs.BIG_BYTES:
+            codec = get_codec(CodecName.GZIP, None)
+            before, after = measure(self.model, codec), measure(result, codec)
+        else:
+            before, after = _counted(self.model, rows, 0), _counted(result, rows, 2)
+            if has_digests:
+                before, after = (replace(before, sha256=sha256(self.model)), replace(after, sha256=sha256(result)))
+        return before, replace(after, path=str(self.target))
+
+
+def _counted(model: ModelFile, rows: Mapping[str, Sequence[int]], column: int) -> ModelStats:
+    stats = measure_stats(model, model.tensors, has_zeros=False)
+    layers = tuple(replace(row, zeros=rows[row.name][column]) for row in stats.layers)
+    return replace(stats, layers=layers, params=totals(layers))
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(
+        f"{path} was changed while the parts were pruned", hint="remove the output, and start all parts again"
+    )
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode("utf-8", "backslashreplace")).hexdigest()

@@ -1,0 +1,229 @@
+"""A model folder pruned in parts: the bytes of one process, whoever does what, and however often one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import prunectl
+from prunectl.api.pruning import PartResult, PruneResult
+from prunectl.pruning.parts import shares
+from tests.formats.test_folder import files_of
+from tests.running import COMMAND, ROOT, clean, here
+
+SHARDS = 6
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of shards with ties: few values, some of them in all shards, in 16 and in 32 bits."""
+    source = tmp_path / "model"
+    source.mkdir()
+    draw, index = np.random.default_rng(0), {}
+    for number in range(1, SHARDS + 1):
+        name = f"model-{number:05}-of-{SHARDS:05}.safetensors"
+        rough = draw.integers(-40, 40, (48, 8 * number)).astype(np.float16)
+        tensors = {
+            f"model.layers.{number}.mlp.up_proj.weight": rough,
+            f"model.layers.{number}.mlp.down_proj.weight": draw.normal(0, 20, (32, 64)).astype(np.float32).round(),
+            f"model.layers.{number}.input_layernorm.weight": np.ones(64, np.float32),
+        }
+        save_file(tensors, source / name)
+        index |= dict.fromkeys(tensors, name)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    (source / "extra").mkdir()
+    (source / "extra/tokenizer.json").write_text("{}")
+    (source / "config.json").chmod(0o640)
+    return source
+
+
+def in_parts(folder: Path, count: int, *words: str) -> Path:
+    """Prune in so many parts, in a mixed order, and join them."""
+    output = folder.parent / "parts"
+    for number in random.Random(count).sample(range(1, count + 1), count):
+        done = here("prune", folder, "-o", output, *words, "--part", f"{number}/{count}")
+        assert done.code == 0, done.err
+    done = here("prune", folder, "-o", output, "--join")
+    assert done.code == 0, done.err
+    return output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-s", "50%"),
+        ("-s", "30%", "--scope", "global"),
+        ("-s", "70%", "--scope", "global", "--strategy", "lamp", "--policy", "all"),
+        ("-s", "50%", "--strategy", "random", "--seed", "3", "--cluster", "4"),
+        ("--pattern", "2:4"),
+        ("--compression", "2", "--scope", "erk"),
+    ],
+)
+def test_parts_give_the_bytes_of_one_process(folder: Path, words: tuple[str, ...]) -> None:
+    assert here("prune", folder, "-o", folder.parent / "whole", *words).code == 0
+    parts = in_parts(folder, 4, *words)
+    assert files_of(parts) == files_of(folder.parent / "whole")
+    modes = [(parts.parent / name / "config.json").stat().st_mode for name in ("parts", "whole")]
+    assert modes[0] == modes[1]
+    assert sorted(os.listdir(folder.parent)) == ["model", "parts", "whole"]
+
+
+def test_the_join_records_what_one_process_does(folder: Path) -> None:
+    words, records = ("-s", "40%", "--scope", "global"), (folder.parent / "whole.json", folder.parent / "parts.json")
+    assert here("prune", folder, "-o", folder.parent / "whole", *words, "--manifest", records[0]).code == 0
+    output = folder.parent / "parts"
+    for number in (1, 2):
+        assert here("prune", folder, "-o", output, *words, "--part", f"{number}/2").code == 0
+    assert here("prune", folder, "-o", output, *words, "--join", "--manifest", records[1]).code == 0
+    assert records[0].read_bytes() == records[1].read_bytes()
+
+
+def test_shares_are_even_and_decided_by_the_sizes() -> None:
+    sizes = {f"shard-{number}": 100 * number for number in range(1, 11)}
+    split = shares(sizes, 3)
+    assert sorted(name for part in split for name in part) == sorted(sizes)
+    loads = [sum(sizes[name] for name in part) for part in split]
+    assert max(loads) - min(loads) <= 200
+    assert split == shares(dict(reversed(sizes.items())), 3)
+
+
+def test_until_the_join_the_output_is_no_model_and_a_missing_part_is_named(folder: Path) -> None:
+    output = folder.parent / "parts"
+    assert here("prune", folder, "-o", output, "-s", "50%", "--part", "1/3").code == 0
+    seen = here("inspect", output)
+    assert seen.code == 3
+    assert "parts that are not joined" in seen.err
+    done = here("prune", folder, "-o", output, "--join")
+    assert done.code == 5
+    assert "part 2/3 of" in done.err
+    assert not (output / "model.safetensors.index.json").exists()
+    assert not (output / "config.json").exists()
+
+
+def test_a_part_is_not_done_twice(folder: Path) -> None:
+    output, words = folder.parent / "parts", ("-s", "50%", "--scope", "global", "--part", "2/2")
+    assert len(here("prune", folder, "-o", output, *words, "--json").json["artifacts"]) == SHARDS // 2
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir() if path.is_file()}
+    # Copied elsewhere, as a bucket does, it is known by its digest.
+    for name in before:
+        os.utime(output / name)
+    again = {path.name: path.stat().st_mtime_ns for path in output.iterdir() if path.is_file()}
+    rows = here("prune", folder, "-o", output, *words, "--format", "csv").rows
+    assert {row[0].rpartition(",")[2] for row in rows[1:]} == {"before"}
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir() if path.is_file()} == again
+    # What is damaged is made again.
+    next(path for path in output.iterdir() if path.suffix == ".safetensors").write_bytes(b"short")
+    rows = here("prune", folder, "-o", output, *words, "--format", "csv").rows
+    assert sorted(row[0].rpartition(",")[2] for row in rows[1:]) == ["before", "before", "now"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("-s", "60%", "--part", "2/2"), "another sparsity than that of the parts"),
+        (("-s", "50%", "--scope", "global", "--part", "2/2"), "another scope than that"),
+        (("-s", "50%", "--part", "2/3"), "is made of 2 parts, not of 3"),
+        (("-s", "50%", "--part", "3/2"), "--part cannot be '3/2'"),
+        (("-s", "60%", "--join"), "another sparsity"),
+        (("-s", "50%"), "exists"),
+        (("-s", "50%", "--part", "2/2", "--manifest", "run.json"), "--manifest goes with --join"),
+        (("--target-gzip", "1KB", "--part", "2/2"), "--target-gzip cannot be used with --part"),
+        (("-s", "50%", "--part", "2/2", "--in-place"), "--in-place cannot be used with --part"),
+        (("--pattern", "layers", "--strategy", "last", "--blocks", "1", "--part", "2/2"), "--part cannot be used with"),
+    ],
+)
+def test_a_part_with_other_options_is_refused(folder: Path, words: tuple[str, ...], sentence: str) -> None:
+    output = folder.parent / "parts"
+    assert here("prune", folder, "-o", output, "-s", "50%", "--part", "1/2").code == 0
+    before = files_of(output)
+    done = here("prune", folder, "-o", output, *words, cwd=folder.parent)
+    assert done.code == 2
+    assert sentence in done.err
+    assert files_of(output) == before
+
+
+def test_a_shard_that_changed_between_two_parts_is_told(folder: Path) -> None:
+    output, words = folder.parent / "parts", ("-s", "50%", "--scope", "global")
+    assert here("prune", folder, "-o", output, *words, "--part", "1/2").code == 0
+    shard = folder / f"model-{SHARDS:05}-of-{SHARDS:05}.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    for last in (("--part", "2/2"), ("--join",)):
+        done = here("prune", folder, "-o", output, *words, *last)
+        assert done.code == 3 if last[0] == "--part" else done.code in {3, 5}
+    assert "was changed while the parts were pruned" in here("prune", folder, "-o", output, *words, "--part", "2/2").err
+
+
+def test_another_header_is_another_input(folder: Path) -> None:
+    output = folder.parent / "parts"
+    assert here("prune", folder, "-o", output, "-s", "50%", "--part", "1/2").code == 0
+    shard = folder / f"model-{SHARDS:05}-of-{SHARDS:05}.safetensors"
+    save_file({f"model.layers.{SHARDS}.mlp.up_proj.weight": np.ones((2, 2), np.float32)}, shard)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {
+        name: file for name, file in index["weight_map"].items() if file != shard.name or "up_proj" in name
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    done = here("prune", folder, "-o", output, "-s", "50%", "--part", "2/2")
+    assert done.code == 3
+    assert "is not what the parts" in done.err
+
+
+def test_a_single_file_has_no_parts(folder: Path) -> None:
+    shard = folder / f"model-00001-of-{SHARDS:05}.safetensors"
+    alone = folder.parent / "alone"
+    alone.mkdir()
+    shutil.copy(shard, alone / "model.safetensors")
+    done = here("prune", alone, "-o", folder.parent / "out", "-s", "50%", "--part", "1/2")
+    assert done.code == 2
+    assert "--part divides the shards" in done.err
+    assert not (folder.parent / "out").exists()
+
+
+def test_a_ledger_that_lies_is_refused(folder: Path) -> None:
+    output = folder.parent / "parts"
+    for number in (1, 2):
+        assert here("prune", folder, "-o", output, "-s", "50%", "--part", f"{number}/2").code == 0
+    note = next((output / ".prunectl-parts").glob(f"done-*-00001-of-{SHARDS:05}.safetensors.json"))
+    note.write_text('{"output": {}, "tensors": {"a": [1]}}')
+    done = here("prune", folder, "-o", output, "--join")
+    assert done.code == 3
+    assert "is damaged" in done.err
+
+
+def test_killed_at_any_time_and_run_again_it_gives_the_same_bytes(folder: Path) -> None:
+    words = ("-s", "60%", "--scope", "global")
+    assert here("prune", folder, "-o", folder.parent / "whole", *words).code == 0
+    output, pause = folder.parent / "parts", random.Random(1)
+    for number in (1, 2):
+        command = [*COMMAND, "prune", str(folder), "-o", str(output), *words, "--part", f"{number}/2"]
+        process = subprocess.Popen(command, env=clean(PYTHONPATH=str(ROOT)), stdout=subprocess.DEVNULL)
+        time.sleep(0.4 + 0.4 * pause.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert files_of(in_parts(folder, 2, *words)) == files_of(folder.parent / "whole")
+    assert sorted(os.listdir(folder.parent)) == ["model", "parts", "whole"]
+
+
+def test_python_prunes_parts_and_joins_them(folder: Path) -> None:
+    output = folder.parent / "parts"
+    first = prunectl.prune(folder, output, sparsity="50%", part="1/2")
+    assert isinstance(first, PartResult)
+    assert first.missing
+    assert "part 1/2" in repr(first)
+    prunectl.prune(folder, output, sparsity="50%", part="2/2")
+    joined = prunectl.prune(folder, output, join=True)
+    assert isinstance(joined, PruneResult)
+    assert joined.after.prunable_sparsity == 0.5
