@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.calibration.reconstruct import Solved, dense_and_kept, solved_blocks
-from prunectl.calibration.session import CalibrationSession
+from prunectl.calibration.session import open_calibration
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.patch import is_writable
@@ -21,10 +23,12 @@ from prunectl.pruning.engine import PrunedTensors, PruningMethod
 from prunectl.pruning.masks import Mask
 from prunectl.pruning.plan import Plan
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.backend import TrainableModel, TrainOptions
+from prunectl.training.backend import LoadOptions, TrainableModel, TrainOptions
 from prunectl.training.config import DivergedError, TrainConfig
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.distillation import compare_answers
+from prunectl.training.finetune import write_back
+from prunectl.training.runtimes import load_trainable
 from prunectl.training.task import DistilledOutput, distillation_loss
 
 STEPS = 2000
@@ -42,12 +46,13 @@ Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """What matching begins with: the weights of the tensors of a plan, and what is pruned of them."""
 
 
-def refuse_untrainable(model: ModelFile) -> None:
-    """Refuse a format without gradients before its data is opened."""
+def refuse_untrainable(model: ModelFile, *, has_layers: bool = True) -> None:
+    """Refuse a format without gradients before its data is opened; --repair layers may be what can be used."""
     if model.family is Family.ONNX:
+        export = "prune the Keras or PyTorch file of the model and export that"
         raise UsageError(
             f"--repair outputs trains the model, and {model.path} runs in onnxruntime, which computes no gradients",
-            hint="use --repair layers, or prune the Keras or PyTorch file of the model and export that",
+            hint=f"use --repair layers, or {export}" if has_layers else export,
         )
 
 
@@ -60,7 +65,7 @@ def masked(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Sol
 
 
 @dataclass(frozen=True, slots=True)
-class _Examples:
+class Examples:
     """Inputs, one array for each input of the model, and what the dense model answers."""
 
     inputs: tuple[Array, ...]
@@ -75,6 +80,25 @@ class _Examples:
         return _packed(tuple(array[rows] for array in self.answers))
 
 
+def answered(network: TrainableModel, batches: Sequence[Batch], path: Path) -> Examples:
+    """The examples with the outputs of the dense model, which is what the network still is."""
+    parts = [as_tuple(network.predict(batch.x)) for batch in batches]
+    answers = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if not any(array.dtype.kind == "f" for array in answers):
+        raise UsageError(
+            f"the outputs of {path} are whole numbers, which cannot be matched", hint="leave out --repair outputs"
+        )
+    for number, array in enumerate(answers):
+        if not np.isfinite(array).all():
+            where = f"output {number + 1}" if len(answers) > 1 else "the output"
+            raise WorkError(
+                f"{where} of the dense model is NaN or infinite for some examples; nothing was written",
+                hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
+            )
+    inputs = zip(*(as_tuple(batch.x) for batch in batches), strict=True)
+    return Examples(tuple(np.concatenate(arrays) for arrays in inputs), answers)
+
+
 def _packed(arrays: tuple[Array, ...]) -> Arrays:
     return arrays if len(arrays) > 1 else arrays[0]
 
@@ -83,49 +107,29 @@ def _packed(arrays: tuple[Array, ...]) -> Arrays:
 class OutputMatcher:
     """Trains what is kept, with Adam, towards the outputs of the dense model; zeros stay zero."""
 
-    session: CalibrationSession
+    batches: Sequence[Batch]
+    """Calibration data."""
     network: TrainableModel
     request: PruneRequest
     start: Start = masked
     meter: ProgressFactory = no_progress
     notes: list[str] = field(default_factory=list)
     """What came of it, each a full sentence."""
-    _dense: dict[str, Array] = field(init=False)
+    _first: dict[str, Array] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._dense = self.network.tensors()
+        self._first = self.network.tensors()
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
         """The pruned and trained tensors of a plan, and what else was trained with them."""
-        self.notes.clear()
-        network, dense = self.network, self._dense
+        network, dense = self.network, self._first
         # A search for a size solves repeatedly.
         network.assign(dense)
-        network.prepare(
-            TrainOptions(
-                loss="mse",
-                optimizer="adam",
-                lr=RATE,
-                seed=self.request.seed,
-                teacher_share=1.0,
-                temperature=1.0,
-                is_matching=True,
-                frozen=frozenset(_unwritable(model) & dense.keys()),
-                example=Batch(self.session.calibration.batches[0].x),
-            )
-        )
-        examples = self._answered(model)
+        self._prepare(model)
+        examples = answered(network, self.batches, model.path)
         solved = self.start(model, plan, method)
         network.assign({name: values for name, (values, _) in solved.items() if name in dense})
-        masks = _masks(model, solved, dense)
-        network.mask(masks)
-        compared = self._compared(examples)
-        network.compare(compared)
-        self._train(model, examples, compared)
-        after = network.tensors()
-        lost = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
-        if lost:
-            raise WorkError(f"zeros of {lost[0]} became nonzero while outputs were matched; nothing was written")
+        after = self.match(model, examples, _masks(model, solved, dense))
         blocks = []
         for cut in plan.cuts:
             weights, dropped = solved[cut.tensor.name]
@@ -140,26 +144,40 @@ class OutputMatcher:
         }
         return PrunedTensors(blocks, others)
 
-    def _answered(self, model: ModelFile) -> _Examples:
-        """The examples with the outputs of the dense model, which is what the network still is."""
-        batches = self.session.calibration.batches
-        parts = [as_tuple(self.network.predict(batch.x)) for batch in batches]
-        answers = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        if not any(array.dtype.kind == "f" for array in answers):
-            raise UsageError(
-                f"the outputs of {model.path} are whole numbers, which cannot be matched", hint="use --repair layers"
+    def _prepare(self, model: ModelFile) -> None:
+        self.network.prepare(
+            TrainOptions(
+                loss="mse",
+                optimizer="adam",
+                lr=RATE,
+                seed=self.request.seed,
+                teacher_share=1.0,
+                temperature=1.0,
+                is_matching=True,
+                frozen=frozenset(_unwritable(model) & self._first.keys()),
+                example=Batch(self.batches[0].x),
             )
-        for number, array in enumerate(answers):
-            if not np.isfinite(array).all():
-                where = f"output {number + 1}" if len(answers) > 1 else "the output"
-                raise WorkError(
-                    f"{where} of the dense model is NaN or infinite for some examples; nothing was written",
-                    hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
-                )
-        inputs = zip(*(as_tuple(batch.x) for batch in batches), strict=True)
-        return _Examples(tuple(np.concatenate(arrays) for arrays in inputs), answers)
+        )
 
-    def _compared(self, examples: _Examples) -> tuple[DistilledOutput, ...]:
+    def match(self, model: ModelFile, examples: Examples, masks: Mapping[str, Mask]) -> Mapping[str, Array]:
+        """Train the network, which is prepared, towards some answers; all its tensors, zero where the masks say so."""
+        self.notes.clear()
+        self.network.mask(masks)
+        compared = self._compared(examples)
+        self.network.compare(compared)
+        self._train(model, examples, compared)
+        after = self.network.tensors()
+        lost = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
+        if lost:
+            raise WorkError(f"zeros of {lost[0]} became nonzero while outputs were matched; nothing was written")
+        return after
+
+    def match_smaller(self, model: ModelFile, examples: Examples) -> Mapping[str, Array]:
+        """The same for a network that lost channels: the zeros that it has stay."""
+        self._prepare(model)
+        return self.match(model, examples, _masks(model, {}, self._first))
+
+    def _compared(self, examples: Examples) -> tuple[DistilledOutput, ...]:
         """How each output is compared with the dense one; what is taken for logits is told."""
         rows = np.arange(min(len(examples.inputs[0]), self.request.batch_size))
         pruned = self.network.predict(examples.inputs_of(rows))
@@ -167,7 +185,7 @@ class OutputMatcher:
         self.notes.append(note)
         return compared
 
-    def _train(self, model: ModelFile, examples: _Examples, compared: Sequence[DistilledOutput]) -> None:
+    def _train(self, model: ModelFile, examples: Examples, compared: Sequence[DistilledOutput]) -> None:
         network, seed, count = self.network, self.request.seed, len(examples.inputs[0])
         order = np.random.default_rng((seed, count)).permutation(count)
         held, rows = order[: count // HELD], order[count // HELD :]
@@ -202,7 +220,7 @@ class OutputMatcher:
                     best, best_tensors, stale = found, network.tensors(), 0
         if len(held):
             network.assign(best_tensors)
-        self._tell(first, best, step, count, network.recalibrate(iter(self.session.calibration.batches)))
+        self._tell(first, best, step, count, network.recalibrate(iter(self.batches)))
 
     def _tell(self, first: float, best: float, steps: int, count: int, norms: int) -> None:
         won = (
@@ -220,7 +238,7 @@ class OutputMatcher:
                 f"The statistics of {norms} batch normalisation layers were recomputed from the same data."
             )
 
-    def _divergence(self, examples: _Examples, rows: Array, compared: Sequence[DistilledOutput]) -> float:
+    def _divergence(self, examples: Examples, rows: Array, compared: Sequence[DistilledOutput]) -> float:
         """How far the outputs for some examples are from the dense ones: what training makes small."""
         total, size = 0.0, self.request.batch_size
         for begin in range(0, len(rows), size):
@@ -233,6 +251,29 @@ class OutputMatcher:
             ]
             total += len(part) * float(np.sum(losses))
         return total / len(rows)
+
+
+def match_smaller(
+    dense: ModelFile,
+    smaller: ModelFile,
+    request: PruneRequest,
+    places: dict[Path, Path],
+    meter: ProgressFactory = no_progress,
+    *,
+    builder: str,
+    is_trusted: bool,
+) -> tuple[str, ...]:
+    """Train a network that lost channels towards the outputs that it had; write it to some places, and return notes."""
+    session = open_calibration(dense, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
+    with closing(session):
+        assert session.trainable is not None
+        batches = session.calibration.batches
+        examples = answered(session.trainable, batches, dense.path)
+    origin = LoadOptions(builder or request.model, request.custom_objects, is_trusted, request.seed)
+    with closing(load_trainable(smaller, origin)) as network:
+        matcher = OutputMatcher(batches, network, request, meter=meter)
+        write_back(smaller, matcher.match_smaller(smaller, examples), places)
+    return tuple(dict.fromkeys((*session.notes, *matcher.notes)))
 
 
 def _check_finite(loss: float, step: int) -> None:

@@ -170,7 +170,7 @@ def prune(
         matcher: OutputMatcher | None = None
         if request.is_matched and session.trainable is not None:
             start = masked if reconstructor is None else reconstructor.fit
-            matcher = OutputMatcher(session, session.trainable, request, start, meter)
+            matcher = OutputMatcher(session.calibration.batches, session.trainable, request, start, meter)
             method = replace(method, weight_updater=matcher.solve)
         elif reconstructor is not None:
             method = replace(

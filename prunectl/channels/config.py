@@ -19,7 +19,7 @@ from prunectl.plugins import find, installed
 from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning.choices import Choice
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.request import PruneRequest, check_matching
 from prunectl.pruning.strategies import bind_params
 
 _POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -218,16 +218,18 @@ _WEIGHT_OPTIONS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
     ("--target-packed", lambda request: request.target_packed is not None),
     ("--policy", lambda request: request.policy != "default"),
     ("--nan", lambda request: request.nan != "error"),
-    ("--repair", lambda request: request.is_repaired or request.is_matched),
+    ("--repair layers", lambda request: request.is_repaired),
     ("--cluster", lambda request: bool(request.cluster)),
-    ("--loss", lambda request: bool(request.loss) and request.strategy != "taylor"),
+    ("--loss", lambda request: bool(request.loss) and request.strategy != "taylor" and not request.is_matched),
 )
 
 
 def _refuse_weight_options(request: PruneRequest) -> None:
     for word, is_given in _WEIGHT_OPTIONS:
         if is_given(request):
-            raise UsageError(f"{word} cannot be used with --pattern channel", hint=f"leave out {word}")
+            hint = "use --repair outputs" if request.is_repaired else f"leave out {word}"
+            raise UsageError(f"{word} cannot be used with --pattern channel", hint=hint)
+    check_matching(request)
     if not request.data and (request.samples, request.batch_size) != (SAMPLES, BATCH_SIZE):
         raise UsageError("--samples and --batch-size need --data", hint="add --data SPEC, or leave them out")
 

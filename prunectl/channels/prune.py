@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, with_macs
-from prunectl.analysis.tensor_io import Items, ProgressBar, ProgressFactory, no_progress
+from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.analysis.timing import Latency
 from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwork, open_adapter, pruned_shape
 from prunectl.channels.config import ChannelConfig, parse_config
@@ -25,6 +27,7 @@ from prunectl.formats.base import Array, Capability, ModelFile
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.formats.registry import require as require_can
 from prunectl.formats.safe_json import read_object
+from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import SkippedTensor
@@ -84,13 +87,14 @@ def prune_channels(
     allowed to be empty. Progress is counted in steps: planned, verified, written.
     """
     config = parse_config(request, **limits)
-    with meter(f"cutting channels of {path.name}", Items(3)) as bar:
+    with ExitStack() as cutting:
         return _prune(
             path,
             request,
             output,
             config,
-            bar,
+            meter=meter,
+            cutting=cutting,
             has_digests=has_digests,
             is_trusted=is_trusted,
             has_latency=has_latency,
@@ -103,14 +107,20 @@ def _prune(
     request: PruneRequest,
     output: Destination | None,
     config: ChannelConfig,
-    bar: ProgressBar,
     *,
+    meter: ProgressFactory,
+    cutting: ExitStack,
     has_digests: bool,
     is_trusted: bool,
     has_latency: bool,
     allow_empty: bool,
 ) -> ChannelPruneResult:
+    bar = cutting.enter_context(meter(f"cutting channels of {path.name}", Items(3)))
     model = open_model(path)
+    if request.is_matched:
+        from prunectl.calibration.match import refuse_untrainable  # noqa: PLC0415 - most cuts train nothing
+
+        refuse_untrainable(model, has_layers=False)
     if request.is_packed:
         require_can(model, Capability.PACK)
     outputs.check(model, output)
@@ -142,6 +152,10 @@ def _prune(
     with outputs.staging_dir(model, output) as (folder, target):
         written = adapter.write(pruned, folder, target)
         staged = written.path
+        bar.advance(1)
+        cutting.close()
+        if request.is_matched:
+            notes += _match(model, adapter, request, (folder, target), meter, is_trusted=is_trusted)
         if request.is_packed or model.about.is_compressed:
             # One that was packed comes out packed.
             outputs.pack(staged, folder)
@@ -151,7 +165,6 @@ def _prune(
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(open_model(staged)))
         companions = tuple((str(path), (folder / path.name).stat().st_size) for path in adapter.companion_files(target))
-    bar.advance(1)
     display_path = str(target if output is not None else "the result")
     return ChannelPruneResult(
         request,
@@ -165,13 +178,42 @@ def _prune(
             *adapter.notes,
             *written.notes,
             *adapter.assumptions,
-            *notes,
+            *dict.fromkeys(notes),
             *(() if plan.removed else ("No channel was removed.",)),
         ),
         latencies,
         companions if output is not None else (),
         f"{companions[0][0]}:{adapter.class_name}" if companions and adapter.class_name else "",
     )
+
+
+def _match(
+    model: ModelFile,
+    adapter: GraphAdapter,
+    request: PruneRequest,
+    staged: tuple[Path, Path],
+    meter: ProgressFactory,
+    *,
+    is_trusted: bool,
+) -> tuple[str, ...]:
+    """Train what was written until it answers as the original does, and return notes for the user."""
+    from prunectl.calibration.match import match_smaller  # noqa: PLC0415 - most cuts train nothing
+
+    folder, target = staged
+    code = [folder / path.name for path in adapter.companion_files(target)]
+    with temporary_folder() as scratch:
+        # Read from here, what is written takes its place.
+        shutil.move(folder / target.name, scratch / target.name)
+        smaller = open_model(scratch / target.name)
+        return match_smaller(
+            model,
+            smaller,
+            request,
+            outputs.staged_paths(smaller, folder, target),
+            meter,
+            builder=f"{code[0]}:{adapter.class_name}" if code and adapter.class_name else "",
+            is_trusted=is_trusted,
+        )
 
 
 def _removes_nothing_error(path: Path, plan: ChannelPlan, config: ChannelConfig) -> WorkError:

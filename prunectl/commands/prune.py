@@ -230,7 +230,7 @@ def build_mode(
 ) -> PruneMode:
     """The mode for a given sparsity or size; limits are about channels."""
     if request.pattern == CHANNEL:
-        return partial(_prune_channels, request, options, limits)
+        return partial(_prune_channels, request, options, limits, meter=meter)
     if request.pattern == LAYERS:
         return partial(_prune_blocks, request, options)
     if options.wrap or options.schedule:
@@ -248,7 +248,13 @@ def build_mode(
 
 
 def _prune_channels(
-    request: PruneRequest, options: Prune, limits: Mapping[str, Any], path: Path, destination: Destination | None
+    request: PruneRequest,
+    options: Prune,
+    limits: Mapping[str, Any],
+    path: Path,
+    destination: Destination | None,
+    *,
+    meter: ProgressFactory,
 ) -> Report:
     cuts = importlib.import_module("prunectl.channels.prune")
     if options.recipe is not None:
@@ -258,6 +264,7 @@ def _prune_channels(
         path,
         request,
         destination,
+        meter,
         has_digests=options.manifest is not None,
         is_trusted=options.trust,
         has_latency=has_latency,

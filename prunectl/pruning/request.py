@@ -233,13 +233,20 @@ def check(request: PruneRequest) -> PruningMethod:
         )
     if not request.data and (request.loss, request.samples, request.batch_size) != ("", SAMPLES, BATCH_SIZE):
         raise UsageError("--samples, --batch-size and --loss need --data", hint="add --data SPEC, or leave them out")
-    if request.repair_steps is not None and not request.is_matched:
-        raise UsageError("--repair-steps needs --repair outputs", hint="add --repair outputs, or leave it out")
+    check_matching(request)
     numbers = {"--samples": request.samples, "--batch-size": request.batch_size, "--repair-steps": request.repair_steps}
     for option, number in numbers.items():
         if number is not None and number < 1:
             raise UsageError(f"{option} must be at least 1")
     return check_shape(request, strategy)
+
+
+def check_matching(request: PruneRequest) -> None:
+    """Refuse options of `--repair outputs` that lack what they need."""
+    if request.repair_steps is not None and not request.is_matched:
+        raise UsageError("--repair-steps needs --repair outputs", hint="add --repair outputs, or leave it out")
+    if request.is_matched and not request.data:
+        raise UsageError("--repair needs data", hint="add --data train.npz")
 
 
 def _parse_clustering(text: str | None) -> Clustering | None:

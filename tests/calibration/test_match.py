@@ -12,6 +12,7 @@ import torch
 import prunectl
 from prunectl.calibration import match
 from prunectl.calibration.prune import prune
+from prunectl.channels.prune import prune_channels
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
@@ -126,6 +127,45 @@ def test_zeros_of_tensors_that_are_not_pruned_stay_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(before["fc1.weight"] == 0, after["fc1.weight"] == 0)
     assert zeros(after["fc2.weight"]) == round(0.3 * after["fc2.weight"].size)
     assert not np.array_equal(before["fc1.weight"], after["fc1.weight"]), "what is not pruned is trained as well"
+
+
+CUT: dict[str, Any] = {"pattern": "channel", "sparsity": 0.6, "data": DIGITS, "inputs": ("1,1,8,8",)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("file", ["digits_cnn.keras", "digits_cnn_savedmodel", "digits_cnn.pt", "digits_cnn.pt2"])
+def test_a_network_that_lost_channels_answers_nearly_as_before(file: str, tmp_path: Path) -> None:
+    plain, out = tmp_path / f"plain{Path(file).suffix}", tmp_path / f"out{Path(file).suffix}"
+    wish = {**CUT, "model": build_of(file), "inputs": CUT["inputs"] if file.endswith("pt") else ()}
+    few = {"samples": 256, "batch_size": 64, "repair_steps": 60, "is_matched": True}
+    cut = prune_channels(FIXTURES / file, PruneRequest(**wish), Destination(plain))
+    done = prune_channels(FIXTURES / file, PruneRequest(**wish, **few), Destination(out))
+    assert any("trained for 60 steps to match the dense outputs for 256 examples" in note for note in done.notes)
+    assert [layer.shape for layer in done.after.layers] == [layer.shape for layer in cut.after.layers]
+    x = digit_images(file)
+    dense = answers(FIXTURES / file, build_of(file), x).astype("f8")
+    left = []
+    for path, result in ((plain, cut), (out, done)):
+        ours = shares(answers(path, result.builder, x).astype("f8"))
+        left.append(float((shares(dense) * np.log(shares(dense) / ours)).sum(1).mean()))
+    assert left[1] < left[0] / 3
+
+
+def test_zeros_of_a_network_that_loses_channels_stay_and_a_recipe_repeats_it(tmp_path: Path) -> None:
+    sparse, plain, out = tmp_path / "sparse.pt", tmp_path / "plain.pt", tmp_path / "out.pt"
+    record, again = tmp_path / "run.json", tmp_path / "again" / "out.pt"
+    again.parent.mkdir()
+    prune_file(FIXTURES / "digits_cnn.pt", PruneRequest(sparsity=0.5), Destination(sparse))
+    words = ("--data", DIGITS, "--builder", build_of("digits_cnn.pt"), "--input", "1,1,8,8", "--pattern", "channel")
+    few = ("--samples", "128", "--repair", "outputs", "--repair-steps", "5", "--manifest", record)
+    assert here("prune", sparse, "-o", plain, *words, "-s", "50%").code == 0
+    assert here("prune", sparse, "-o", out, *words, "-s", "50%", *few).code == 0
+    before, after = numbers(plain), numbers(out)
+    for name, array in before.items():
+        assert not after[name][array == 0].any(), name
+    assert not np.array_equal(before["fc1.weight"], after["fc1.weight"])
+    assert here("prune", sparse, "-o", again, "--recipe", record, "--trust").code == 0
+    assert digest(again) == digest(out)
 
 
 def test_targets_are_never_read_and_the_seed_decides_everything(tmp_path: Path) -> None:
@@ -253,7 +293,9 @@ def test_repair_alone_means_layers_wherever_it_stands(tmp_path: Path) -> None:
     [
         (("--repair=weights",), "'weights' is not one of 'layers', 'outputs'"),
         (("--repair", "--repair-steps", "5"), "--repair-steps needs --repair outputs"),
-        (("--repair", "outputs", "--pattern", "channel"), "--repair cannot be used with --pattern channel"),
+        (("--repair", "--pattern", "channel"), "--repair layers cannot be used with --pattern channel"),
+        (("--repair", "outputs", "--pattern", "channel"), "onnxruntime, which computes no gradients"),
+        (("--repair-steps", "5", "--pattern", "channel"), "--repair-steps needs --repair outputs"),
     ],
     ids=str,
 )
