@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
 
 
 _DEFAULT = "serving_default"
+_RANDOM_OPERATIONS = ("Random", "Multinomial", "TruncatedNormal", "ParameterizedTruncatedNormal")
 _Base: Any = load_keras2().keras.Model
 _tf = load_keras2().tensorflow
 
@@ -53,6 +55,13 @@ class SignatureModel(_Base):  # type: ignore[misc]
         """The batch size that the signature is fixed to, if it is."""
         sizes = {spec.shape[0] for spec in self._specs.values() if spec.shape.rank}
         return next((int(size) for size in sizes if size is not None), None)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether an operation of the signature, or of a function that it calls, draws random numbers."""
+        graph = self._function.graph.as_graph_def()
+        nodes = chain(graph.node, *(function.node_def for function in graph.library.function))
+        return any(node.op.startswith(_RANDOM_OPERATIONS) for node in nodes)
 
     @property
     def ports(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -130,6 +139,7 @@ class SignatureTrainable(KerasTrainable):
         self._variables = {copies.get(name, name): variable for name, variable in self._variables.items()}
         # Nothing in a signature is random in a way that retracing would seed.
         self._random.needs_retrace = False
+        self._random.has_hidden_state = self._model.is_random
         self._unserved_weights: dict[str, Array] = {}
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from prunectl.formats.safe_json import require
@@ -92,6 +93,18 @@ def make_stateful(tf: Any, layer: Any) -> Iterator[Any]:
     generator._generator = tf.random.Generator.from_seed(1)
     generator._built = True
     yield generator._generator
+
+
+@contextmanager
+def kept_kernels() -> Iterator[None]:
+    """Seed TensorFlow without dropping its compiled kernels, which it would then build, and optimise, once more."""
+    library = require("tensorflow.python.eager.context", extra="tensorflow").pywrap_tfe
+    clear = library.TFE_ContextClearCaches
+    library.TFE_ContextClearCaches = lambda _: None
+    try:
+        yield
+    finally:
+        library.TFE_ContextClearCaches = clear
 
 
 def global_generator() -> Any:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from prunectl.formats.safe_json import require
 from prunectl.training.keras._compat import (
     flat_layers,
     global_generator,
+    kept_kernels,
     make_stateful,
     seed_generators,
     set_global_generator,
@@ -310,11 +311,14 @@ class RandomState:
         self._generators = _generators(library, model)
         self.needs_retrace = library.is_keras2 and _has_custom_layers(model)
         """Whether some random operations take a new seed only when they are retraced."""
+        self.has_hidden_state = not library.is_on_tensorflow or _has_foreign_code(model)
+        """Whether kernels of TensorFlow may hold the state of random operations, beside the generators."""
 
-    def seed(self, number: int) -> None:
+    def seed(self, number: int, *, keeps_kernels: bool = False) -> None:
         """Seed all generators from a number."""
         shared = self._global_generator()
-        with quiet_import():  # it seeds, and for that imports, whatever framework there is
+        # It seeds, and for that imports, whatever framework there is.
+        with quiet_import(), kept_kernels() if keeps_kernels else nullcontext():
             self._library.keras.utils.set_random_seed(number % _INT32_SEEDS)
         for generator in shared:
             # Keras forgets it when it seeds, but steps that are traced already go on with it.
@@ -367,3 +371,17 @@ _KNOWN_PACKAGES = frozenset({"tf_keras", "tensorflow_model_optimization"})
 
 def _has_custom_layers(model: Any) -> bool:
     return any(type(layer).__module__.partition(".")[0] not in _KNOWN_PACKAGES for layer in flat_layers(model))
+
+
+_RUNS_ANY_CODE = frozenset({"Lambda", "TFOpLambda", "ClassMethod", "TFSMLayer"})
+"""Layers of Keras that run operations that are not its own."""
+
+
+def _has_foreign_code(model: Any) -> bool:
+    """Whether a model may run random operations that are not of Keras: in a layer, or in a function that one has."""
+    for layer in flat_layers(model):
+        parts = (layer, *(value for value in vars(layer).values() if callable(value)))
+        modules = {str(getattr(part, "__module__", None)).partition(".")[0] for part in parts}
+        if type(layer).__name__ in _RUNS_ANY_CODE or not modules <= {*_KNOWN_PACKAGES, "keras", "prunectl"}:
+            return True
+    return False

@@ -380,7 +380,10 @@ class KerasTrainable:
 
     def reseed(self, number: int) -> None:
         """Make what is random from here on depend on a number alone."""
-        self._random.seed(number)
+        keeps_kernels = self._training is not None and not (
+            self._random.has_hidden_state or self._training.runs_user_code
+        )
+        self._random.seed(number, keeps_kernels=keeps_kernels)
         if self._random.needs_retrace and self._training is not None:
             self._training.retrace()
 

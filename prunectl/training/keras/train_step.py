@@ -247,6 +247,11 @@ class CompiledModel:
         module = type(self.model).train_step.__module__
         return self._custom_step is not None or module.partition(".")[0] not in {"keras", "tf_keras"}
 
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether a step runs what neither Keras nor this package has written."""
+        return bool(self._has_custom_step or self._user_functions or self._user_metrics)
+
     def _is_running_mean(self, name: str, last: float) -> bool:
         """Whether a log is a running mean since the metrics were reset, not the value of one batch."""
         if self._custom_step is not None:

@@ -112,6 +112,28 @@ def test_the_same_seed_drops_out_the_same(k: Any, tmp_path: Path) -> None:
     assert ends[0] != ends[2]
 
 
+def noisy(x: Any) -> Any:
+    return x
+
+
+@both
+def test_kernels_are_kept_where_all_that_is_random_has_a_generator(k: Any, tmp_path: Path) -> None:
+    layers = k().layers
+    hidden = {}
+    for name, layer in {
+        "dropout": layers.Dropout(0.5),
+        "lambda": layers.Lambda(noisy),
+        "function": layers.Dense(4, activation=noisy),
+    }.items():
+        path = nets.saved(k().Sequential([layers.Input((6,)), layer, layers.Dense(2)]), tmp_path / f"{name}.keras")
+        options = {"is_trusted": True, "custom_objects": f"{__name__}:NOISY"} if name != "dropout" else {}
+        hidden[name] = nets.opened(path, **options)._random.has_hidden_state
+    assert hidden == {"dropout": False, "lambda": True, "function": True}
+
+
+NOISY = {"noisy": noisy}
+
+
 @both
 def test_dropout_differs_from_step_to_step(k: Any, tmp_path: Path) -> None:
     network = nets.prepared(nets.saved(nets.random_parts(k()), tmp_path / "model.keras"), optimizer="sgd", lr=0.0)

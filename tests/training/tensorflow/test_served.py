@@ -54,6 +54,15 @@ def saved(path: Path, batch: int | None = None) -> Path:
     return path
 
 
+def test_a_signature_that_draws_random_numbers_is_known(tmp_path: Path) -> None:
+    module = Plain()
+    module.draw = tf.function(lambda x: {"out": (x @ module.first) + tf.random.normal((8,))})
+    signature = module.draw.get_concrete_function(tf.TensorSpec((None, 6), tf.float32, "x"))
+    tf.saved_model.save(module, tmp_path / "random", signatures=signature)
+    paths = (tmp_path / "random", saved(tmp_path / "plain"))
+    assert [load_trainable(open_model(path), LoadOptions())._random.has_hidden_state for path in paths] == [True, False]
+
+
 def opened(path: Path) -> Any:
     network = load_trainable(open_model(path), LoadOptions())
     network.prepare(MEANS)
