@@ -39,7 +39,7 @@ lint: .venv/.full
 
 hf: .venv/.full
 	$(PIP) install --group hf
-	$(BIN)/python -m pytest -q tests/formats/test_transformers.py
+	$(BIN)/python -m pytest -q tests/formats/test_transformers.py tests/calibration/test_folders.py
 
 bench: .venv/.full
 	$(PIP) install -c constraints.txt --group bench

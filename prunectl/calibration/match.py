@@ -23,7 +23,7 @@ from prunectl.pruning.engine import PrunedTensors, PruningMethod
 from prunectl.pruning.masks import Mask
 from prunectl.pruning.plan import Plan
 from prunectl.pruning.request import PruneRequest
-from prunectl.training.backend import LoadOptions, TrainableModel, TrainOptions
+from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel, TrainOptions
 from prunectl.training.config import DivergedError, TrainConfig
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.distillation import compare_answers
@@ -39,6 +39,8 @@ HELD = 10
 """One of so many examples is not trained on: it tells when no more is won."""
 _LOOKS = 40
 """How often the held examples are looked at while all steps are done."""
+ANSWER_BYTES = 1 << 30
+"""Dense outputs beyond this are computed again in each step, where a copy of the dense model is at hand."""
 _PATIENCE = 10
 """Looks without an improvement after which matching ends."""
 
@@ -70,6 +72,8 @@ class Examples:
 
     inputs: tuple[Array, ...]
     answers: tuple[Array, ...]
+    dense: InspectableModel | None = None
+    """What gives the answers each time, where all of them would take too much memory."""
 
     def inputs_of(self, rows: Array) -> Arrays:
         """The inputs of some examples."""
@@ -77,12 +81,19 @@ class Examples:
 
     def answers_of(self, rows: Array) -> Arrays:
         """The dense answers to them."""
+        if self.dense is not None:
+            return self.dense.predict(self.inputs_of(rows))
         return _packed(tuple(array[rows] for array in self.answers))
 
 
-def answered(network: TrainableModel, batches: Sequence[Batch], path: Path) -> Examples:
-    """The examples with the outputs of the dense model, which is what the network still is."""
-    parts = [as_tuple(network.predict(batch.x)) for batch in batches]
+def answered(
+    network: TrainableModel, batches: Sequence[Batch], path: Path, copy: InspectableModel | None = None
+) -> Examples:
+    """The examples with the outputs of the dense model, which is what the network still is, or those of a copy."""
+    first = as_tuple(network.predict(batches[0].x))
+    nbytes = sum(array[:1].nbytes for array in first) * sum(len(as_tuple(batch.x)[0]) for batch in batches)
+    dense = copy if nbytes > ANSWER_BYTES else None
+    parts = [first, *(as_tuple(network.predict(batch.x)) for batch in (batches[1:] if dense is None else ()))]
     answers = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not any(array.dtype.kind == "f" for array in answers):
         raise UsageError(
@@ -96,7 +107,7 @@ def answered(network: TrainableModel, batches: Sequence[Batch], path: Path) -> E
                 hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
             )
     inputs = zip(*(as_tuple(batch.x) for batch in batches), strict=True)
-    return Examples(tuple(np.concatenate(arrays) for arrays in inputs), answers)
+    return Examples(tuple(np.concatenate(arrays) for arrays in inputs), answers, dense)
 
 
 def _packed(arrays: tuple[Array, ...]) -> Arrays:
@@ -115,6 +126,8 @@ class OutputMatcher:
     meter: ProgressFactory = no_progress
     notes: list[str] = field(default_factory=list)
     """What came of it, each a full sentence."""
+    copy: InspectableModel | None = None
+    """The dense model once more, which stays as it was."""
     _first: dict[str, Array] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +139,7 @@ class OutputMatcher:
         # A search for a size solves repeatedly.
         network.assign(dense)
         self._prepare(model)
-        examples = answered(network, self.batches, model.path)
+        examples = answered(network, self.batches, model.path, self.copy)
         solved = self.start(model, plan, method)
         network.assign({name: values for name, (values, _) in solved.items() if name in dense})
         after = self.match(model, examples, _masks(model, solved, dense))
@@ -181,7 +194,10 @@ class OutputMatcher:
         """How each output is compared with the dense one; what is taken for logits is told."""
         rows = np.arange(min(len(examples.inputs[0]), self.request.batch_size))
         pruned = self.network.predict(examples.inputs_of(rows))
-        compared, note = compare_answers(_packed(examples.answers), pruned, self.network.signature, self.request.loss)
+        signature = self.network.signature
+        # What predicts the next token ends in logits, however unsure of it it is.
+        loss = self.request.loss or ("kl" if signature.text is not None and signature.text.is_causal else "")
+        compared, note = compare_answers(_packed(examples.answers), pruned, signature, loss)
         self.notes.append(note)
         return compared
 

@@ -150,7 +150,8 @@ def prune(
         request,
         is_trusted=is_trusted,
         needs_targets=needs is Requires.GRADIENTS,
-        has_reference=reconstructs,
+        # What the dense model says of a text is more than can be kept.
+        has_reference=reconstructs or (request.is_matched and model.folder is not None),
     )
     with closing(session):
         notes = session.notes
@@ -170,7 +171,8 @@ def prune(
         matcher: OutputMatcher | None = None
         if request.is_matched and session.trainable is not None:
             start = masked if reconstructor is None else reconstructor.fit
-            matcher = OutputMatcher(session.calibration.batches, session.trainable, request, start, meter)
+            copy = session.calibration.reference
+            matcher = OutputMatcher(session.calibration.batches, session.trainable, request, start, meter, copy=copy)
             method = replace(method, weight_updater=matcher.solve)
         elif reconstructor is not None:
             method = replace(

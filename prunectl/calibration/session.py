@@ -36,6 +36,7 @@ from prunectl.training.backend import (
 from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
+from prunectl.training.data.text import batch_size
 from prunectl.training.runtimes import load_onnx_model, load_trainable, seed_everything
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
@@ -335,7 +336,8 @@ def open_calibration(
             hint="use data with targets, or --strategy activation-magnitude or obs, which need inputs only",
         )
     # A stream is not read to its end for the sake of a few examples.
-    order = EpochOrder(request.batch_size, request.seed, is_shuffled=source.count is not None)
+    size = batch_size(source, network.signature, request.batch_size)
+    order = EpochOrder(size, request.seed, is_shuffled=source.count is not None)
     batches = take_samples(source.batches(order), request.samples)
     notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets)
     if trainable is not None and needs_targets:

@@ -17,7 +17,7 @@ from prunectl.pruning.strategies import STRATEGIES, Requires
 from prunectl.reporting.checks.ci import REPORT_FORMATS
 from prunectl.reporting.report import SCHEMA, Layout
 from prunectl.reporting.reporter import BUG, CANCELLED
-from prunectl.training.data.spec import GENERAL, IMAGE_OPTIONS, RECORD_OPTIONS, TABLE_OPTIONS
+from prunectl.training.data.spec import GENERAL, IMAGE_OPTIONS, RECORD_OPTIONS, TABLE_OPTIONS, TEXT_OPTIONS
 
 WIDTH = 80
 """Of a terminal that nobody has made wider."""
@@ -82,6 +82,7 @@ Data: how to name examples, the same in every command
   images/                     images; each subfolder is a class
   table.csv?target=label      a table; also .parquet
   '*.tfrecord?schema=f.json'  TFRecord files
+  corpus.txt, corpus.jsonl    text, for a folder with its tokenizer
   package.module:function     a function that returns (x, y) or batches of them
   ./file.py:function          the same, from a file
   random:64                   64 random examples, to test that a command runs
@@ -97,7 +98,7 @@ Options follow a question mark, separated by &:
 
 For all: {", ".join(GENERAL)}.
 For images: {", ".join(IMAGE_OPTIONS)}. For tables: {", ".join(TABLE_OPTIONS)}.
-For TFRecords: {", ".join(RECORD_OPTIONS)}.
+For TFRecords: {", ".join(RECORD_OPTIONS)}. For text: {", ".join(TEXT_OPTIONS)}.
 
 Quote a SPEC that contains ? * [ or &. Shapes, types, labels and NaN are checked
 before anything runs, and every automatic choice is reported.

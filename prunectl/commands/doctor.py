@@ -29,6 +29,7 @@ EXTRAS = {
     "images": "--data from folders of images",
     "parquet": "--data from Parquet files",
     "ray": "sweep --on ray",
+    "transformers": "eval and prune --data for folders of Hugging Face models, with text",
 }
 """What each extra is for; none is the core."""
 

@@ -69,6 +69,15 @@ MAX_ZIP_ENTRIES = 200_000
 MAX_ZIP_DIRECTORY_BYTES = 32 << 20
 """The directory of a zip, of about 100 bytes for each of them."""
 
+MAX_CONFIG_COUNT = 1 << 16
+"""Heads, experts or classes that the config of a model folder may ask for."""
+MAX_MODULE_BUFFER_BYTES = 1 << 30
+"""Tables beside the weights, such as masks of all positions, that such a config may ask for."""
+MAX_TOKENIZER_BYTES = 256 << 20
+"""The files of a tokenizer; those of a million tokens take 40 MB."""
+MAX_TEXT_BYTES = 256 << 20
+"""Text that is tokenised; calibration looks at a few megabytes."""
+
 MAX_KERAS_OBJECT_BYTES = 100_000_000
 """What the configuration of a Keras model may become once it is parsed; a vocabulary of a million words fits."""
 MAX_KERAS_OBJECTS = 50_000

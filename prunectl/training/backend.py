@@ -76,6 +76,21 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TextInput:
+    """How text becomes the token ids that a model takes: by the tokenizer in its folder."""
+
+    folder: Path
+    vocabulary: int
+    """How many tokens there are."""
+    longest: int = 0
+    """How many a sequence may have; 0 where nobody says so."""
+    is_causal: bool = False
+    """Whether the model predicts the next token at each place."""
+    is_trusted: bool = False
+    """Whether code in the folder may run."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSignature:
     """Everything that goes into a model and comes out of it."""
 
@@ -83,6 +98,8 @@ class ModelSignature:
     outputs: tuple[TensorSpec, ...]
     is_channels_first: bool
     """Whether images are CHW, as in PyTorch, and not HWC."""
+    text: TextInput | None = None
+    """How text goes in, where the model takes some."""
 
 
 Logs = Mapping[str, float]

@@ -18,6 +18,7 @@ from prunectl.formats.registry import open_model
 from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, train_val_split
+from prunectl.training.data.text import batch_size
 from prunectl.training.finetune import open_training_data, validate_training_data
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
 from prunectl.training.request import FinetuneRequest
@@ -163,7 +164,9 @@ def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFac
         data = open_training_data(network, request)
         network.prepare(replace(request.means, example=data.example))
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
-        logs = dict(network.evaluate(_watched(model, data.val or data.train, request.batch_size, meter)))
+        judged = data.val or data.train
+        size = batch_size(judged, network.signature, request.batch_size)
+        logs = dict(network.evaluate(_watched(model, judged, size, meter)))
         monitor = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
         return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.higher_is_better)
 

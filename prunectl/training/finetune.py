@@ -28,6 +28,7 @@ from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, EpochOrder, Source, num_examples, peek, train_val_split
+from prunectl.training.data.text import batch_size
 from prunectl.training.distillation import Teacher, compare_answers, load_teacher, teacher_load_options
 from prunectl.training.logger import LogEntry, ProgressCallback, TrainingLogger
 from prunectl.training.loop import (
@@ -63,6 +64,8 @@ from prunectl.training.wrap.wrappers import (
 )
 
 _COUNTED_BY = 4096
+_SHOWN = 32
+"""Examples by which a network is prepared."""
 _COMPARED = 256
 """Examples that tell whether outputs are those of a classifier."""
 
@@ -101,7 +104,8 @@ def open_training_data(network: TrainableModel, request: FinetuneRequest, model:
     if judged is not None and not request.means.custom_step:
         require_targets(judged)
     # What comes out is told by targets: those of the validation data, if there are no others.
-    example = peek(train if judged is None or train.has_targets or request.means.custom_step else judged)
+    shown = train if judged is None or train.has_targets or request.means.custom_step else judged
+    example = peek(shown, batch_size(shown, network.signature, _SHOWN))
     if example is None:
         raise InputError(f"{train.name} has no examples")
     return TrainingData(train, judged, example, tuple(dict.fromkeys(notes)), request)

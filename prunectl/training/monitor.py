@@ -86,7 +86,7 @@ msle mean_squared_logarithmic_error mean_relative_error logcosh log_cosh log_cos
 hinge squared_hinge categorical_hinge kl kld kl_divergence kullback_leibler_divergence poisson nll
 ce cross_entropy crossentropy bce binary_crossentropy categorical_crossentropy sparse_categorical_crossentropy
 binary_focal_crossentropy categorical_focal_crossentropy categorical_generalized_cross_entropy ctc circle
-false_positives false_negatives
+false_positives false_negatives perplexity
 """
 _TOP = re.compile(r"top\d+(?:accuracy)?")
 _COUNTED = re.compile(r"_\d+$")

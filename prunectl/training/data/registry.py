@@ -27,6 +27,8 @@ from prunectl.training.data.spec import (
     RANDOM_PREFIX,
     RECORD_OPTIONS,
     TABLE_OPTIONS,
+    TEXT_OPTIONS,
+    TEXT_SUFFIXES,
     DataSpec,
     parse_shape,
     pictures_in,
@@ -44,11 +46,14 @@ class SourceKind:
     options: tuple[str, ...] = ()
 
 
+TOKEN_IDS = SourceKind(lambda where: where.endswith(".npy"), "text:open_text", TEXT_OPTIONS)
+"""An array without labels, for a model that takes token ids."""
 _RECORD_SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec", ".tfrecord.gz", ".tfrecords.gz")
 KINDS = (
     SourceKind(lambda where: where.startswith(RANDOM_PREFIX), "functions:open_random"),
     SourceKind(lambda where: where.endswith(".npz") or bool(NPZ_ARRAYS.fullmatch(where)), "numpy_files:open_npz"),
     SourceKind(lambda where: where.endswith(".npy"), "numpy_files:open_npy"),
+    SourceKind(lambda where: where.endswith(TEXT_SUFFIXES), "text:open_text", TEXT_OPTIONS),
     SourceKind(lambda where: where.endswith((".csv", ".tsv")), "tables:open_csv", TABLE_OPTIONS),
     SourceKind(lambda where: where.endswith((".parquet", ".pq")), "tables:open_parquet", TABLE_OPTIONS),
     SourceKind(
@@ -65,7 +70,8 @@ KINDS = (
 def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> Source:
     """The examples that a SPEC means, as the file has them but for what its options say."""
     parsed = data_spec.parse(spec)
-    for kind in KINDS:
+    is_text = signature is not None and signature.text is not None and parsed.path.is_file()
+    for kind in (TOKEN_IDS, *KINDS) if is_text else KINDS:
         if kind.fits(parsed.where):
             data_spec.check_options(parsed, kind.options)
             module, _, name = kind.opener.partition(":")

@@ -15,12 +15,15 @@ from prunectl.formats.detect import address
 
 GRAMMAR = (
     "a SPEC is train.npz, train.npz[x,y], x.npy,y.npy, images/, table.csv?target=label, table.parquet?target=label, "
+    "corpus.txt, corpus.jsonl?field=text, "
     "'*.tfrecord?schema=f.json', package.module:function, ./file.py:function or random:64"
 )
 GENERAL = ("norm", "shape", "flatten", "classes", "relabel", "onehot", "limit")
 """Options that every SPEC takes."""
 TABLE_OPTIONS = ("target", "columns")
 RECORD_OPTIONS = ("schema",)
+TEXT_OPTIONS = ("length", "field")
+TEXT_SUFFIXES = (".txt", ".jsonl")
 IMAGE_OPTIONS = ("size", "color")
 NPZ_ARRAYS = re.compile(r"(?P<path>.+\.npz)\[(?P<names>.*)\]")
 NPY_SEPARATOR = re.compile(r"(?<=\.npy)([,+])")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import tempfile
@@ -17,7 +18,7 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch import exported_trust
 from prunectl.training import user_code
-from prunectl.training.backend import LoadOptions, TensorSpec
+from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
 from prunectl.training.task import format_shape, shape_matches
 from prunectl.training.torch._compat import tree_flatten, tree_map
 from prunectl.training.torch.tensors import final_activation, to_torch
@@ -121,15 +122,22 @@ def input_shapes(program: Any) -> tuple[tuple[int | None, ...], ...]:
 _IDLE = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
 
 
-def match_parameters(model: ModelFile, module: torch.nn.Module, source: str) -> dict[str, str]:
-    """The name in the module of each tensor of the file that has one; every parameter must have a tensor."""
-    state = module.state_dict()
+def match_parameters(model: ModelFile, module: torch.nn.Module, source: str, part: str = "") -> dict[str, str]:
+    """The name in the module of each tensor of the file that has one; every parameter must have a tensor, or a tie.
+
+    The file may hold only a part of the module, and then not name it.
+    """
+    state, tied = module.state_dict(), dict(module.named_parameters(remove_duplicate=False))
     tensors = {tensor.name: tensor for tensor in model.tensors if tensor.role not in _IDLE}
+    is_part = bool(part) and not any(name.startswith(f"{part}.") for name in tensors)
+    inner = {name.removeprefix(f"{part}.") if is_part else name: name for name in state}
+    state = {name: state[inside] for name, inside in inner.items()}
     prefix = _prefix(tensors, state)
-    names = {prefix + name: name for name in state if prefix + name in tensors}
+    names = {prefix + name: inner[name] for name in state if prefix + name in tensors}
+    matched = {id(tied[name]) for name in names.values() if name in tied}
     for name, value in state.items():
         tensor = tensors.get(prefix + name)
-        if tensor is None and name in dict(module.named_parameters()):
+        if tensor is None and inner[name] in tied and id(tied[inner[name]]) not in matched:
             raise UsageError(
                 f"{model.path} has no tensor {prefix + name}, which the model of {source} needs",
                 hint=f"list its tensors: prunectl inspect {model.path}",
@@ -167,6 +175,8 @@ class BuiltModule:
     notes: tuple[str, ...] = ()
     shapes: tuple[tuple[int | None, ...], ...] = ()
     """What goes in, without the batch, where the file says so."""
+    text: TextInput | None = None
+    """How text becomes what goes in."""
 
 
 def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
@@ -181,6 +191,11 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         return _scripted(model)
     if model.about.code:
         return _trusted(model)
+    folder = importlib.import_module("prunectl.training.torch.folder")
+    if folder.names_network(model):
+        network = folder.open_network(model, origin)
+        network.fill()
+        return BuiltModule(network.module, network.names, text=network.text if network.text.vocabulary else None)
     raise UsageError(
         f"{model.path} holds only weights, not the network that uses them",
         hint="name the function that builds it: --builder package.module:function, or ./file.py:function",

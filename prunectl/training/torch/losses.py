@@ -272,6 +272,23 @@ METRICS: Mapping[str, MeanFunction] = {
 }
 
 
+class Perplexity:
+    """e to the mean cross-entropy over all targets."""
+
+    def __init__(self) -> None:
+        self._total, self._count = 0.0, 0
+
+    def update(self, out: torch.Tensor, y: torch.Tensor) -> None:
+        """Take the logits and the labels of a batch."""
+        out, labels = _with_labels(out, y)
+        self._total += float(functional.cross_entropy(out, labels, reduction="sum"))
+        self._count += labels.numel()
+
+    def compute(self) -> torch.Tensor:
+        """The perplexity of what was taken."""
+        return torch.tensor(self._total / self._count, dtype=torch.float64).exp()
+
+
 def _binary_of_logits(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((out > 0) == (y.reshape(out.shape) > 0.5)).float().mean()
 
@@ -284,8 +301,9 @@ def resolve_metrics(
     names: tuple[str, ...], chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | None
 ) -> tuple[TorchMetric, ...]:
     """Metrics by name; without names, the one that people judge such outputs and targets by."""
+    known = {**METRICS, "perplexity": Perplexity}
     functions: dict[str, Any] = {
-        name: find("metric", name, METRICS) for name in names or _default_metrics(chosen, out, y)
+        name: find("metric", name, known) for name in names or _default_metrics(chosen, out, y)
     }
     if chosen.is_binary and "accuracy" in functions:
         functions["accuracy"] = _binary_of_logits if chosen.name == "bce" else _binary_of_probabilities

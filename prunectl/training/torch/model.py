@@ -80,7 +80,8 @@ class TorchTrainable:
         self._module = built.module
         self._run: Any = built.module
         self._notes = list(built.notes)
-        self._signature = ModelSignature(input_specs(built.module, built.shapes), (), is_channels_first=True)
+        inputs = input_specs(built.module, built.shapes)
+        self._signature = ModelSignature(inputs, (), is_channels_first=True, text=built.text)
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
         self._trains: bool | None = None
@@ -159,7 +160,7 @@ class TorchTrainable:
         outs = self._forward(self._module, example.x)
         specs = output_specs(outs)
         outs = tuple(out.detach() for out in outs)
-        self._signature = ModelSignature(self._signature.inputs, specs, is_channels_first=True)
+        self._signature = replace(self._signature, outputs=specs)
         targets = [] if example.y is None else [self._on_device(array) for array in as_tuple(example.y)]
         self._metrics: tuple[losses.TorchMetric, ...] = ()
         if self._custom is not None and not self._options.loss and not targets:

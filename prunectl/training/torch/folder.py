@@ -1,0 +1,231 @@
+"""A model folder as a module of PyTorch: `transformers` builds the network of its config, and prunectl fills it in.
+
+Nothing in the folder is unpickled or run: the config names a class of the library, and the weights are read as they are
+for every other command. Everything is computed in 32 bits, whatever the file holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunectl.errors import InputError, PrunectlError, UntrustedError, UsageError, abbreviated, first_line
+from prunectl.formats import budgets
+from prunectl.formats.base import ModelFile
+from prunectl.formats.families import CONFIG, COUNTS, read_config
+from prunectl.formats.safe_json import require
+from prunectl.training.backend import LoadOptions, TextInput
+from prunectl.training.quiet import ignore_warnings, quiet_logging
+from prunectl.training.torch.build import match_parameters
+from prunectl.training.torch.tensors import to_torch
+
+_EXTRA = "transformers"
+
+
+def names_network(model: ModelFile) -> bool:
+    """Whether a folder has a config that names the class of its network."""
+    return model.folder is not None and bool(read_config(model, CONFIG).get("architectures"))
+
+
+class FolderModule(torch.nn.Module):
+    """Runs token ids, or whatever else a model of `transformers` mainly takes, to its first output."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self._key = str(getattr(inner, "main_input_name", "input_ids"))
+
+    def state_dict(self, *args: Any, **more: Any) -> Any:
+        """The inner module's, under its names."""
+        return self.inner.state_dict(*args, **more)
+
+    def named_parameters(self, *args: Any, **more: Any) -> Any:
+        """Yield the inner module's, under its names."""
+        return self.inner.named_parameters(*args, **more)
+
+    def named_buffers(self, *args: Any, **more: Any) -> Any:
+        """Yield the inner module's, under its names."""
+        return self.inner.named_buffers(*args, **more)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        """The logits, or what a model without a head ends in."""
+        with quiet_logging():
+            return self.inner(**{self._key: input_ids})[0]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderNetwork:
+    """The network of a folder, whose parameters have shapes and no numbers yet."""
+
+    model: ModelFile
+    module: FolderModule
+    names: Mapping[str, str]
+    """From tensors of the file to parameters and buffers."""
+    text: TextInput
+
+    def fill(self, names: Iterable[str] | None = None) -> None:
+        """Read the numbers of some tensors, or of all, from the file."""
+        tensors = {tensor.name: tensor for tensor in self.model.tensors if tensor.name in self.names}
+        wanted = tensors if names is None else names
+        numbers = {self.names[name]: to_torch(self.model.read(tensors[name])) for name in wanted}
+        values = {name: value.float() if value.is_floating_point() else value for name, value in numbers.items()}
+        self.module.inner.load_state_dict(values, strict=False, assign=True)
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        # An output layer that is the embedding is that of the file from now on.
+        self.module.inner.tie_weights()  # type: ignore[operator]
+
+
+def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
+    """The network that the config of a folder names, held against the tensors of the folder."""
+    # Imported before anything looks for them: nothing is to be fetched for a folder that is here.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    library = require("transformers", extra=_EXTRA)
+    config_of_file = read_config(model, CONFIG)
+    _check_config(model, config_of_file)
+    with quiet_logging(), ignore_warnings(), _told(model):
+        config = _config(library, model, config_of_file, is_trusted=origin.is_trusted)
+        kind = _kind(library, model, config, config_of_file, is_trusted=origin.is_trusted)
+        # First without any memory: what the config asks for may be more than there is.
+        with torch.device("meta"):
+            _check_buffers(model, _built(kind, config))
+        with _without_parameters():
+            inner = _built(kind, config)
+        inner.eval()
+        causal = {*library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+        own = config_of_file.get("auto_map") or {}
+        causal.add(str(own.get("AutoModelForCausalLM")).rpartition(".")[2])
+        embedding = inner.get_input_embeddings()
+    module = FolderModule(inner)
+    names = match_parameters(model, inner, str(model.folder), inner.base_model_prefix)
+    is_text = getattr(inner, "main_input_name", "") == "input_ids" and isinstance(embedding, torch.nn.Embedding)
+    text = TextInput(
+        folder=model.folder or model.path.parent,
+        vocabulary=embedding.num_embeddings if is_text else 0,
+        longest=_longest(config),
+        is_causal=kind.__name__ in causal,
+        is_trusted=origin.is_trusted,
+    )
+    return FolderNetwork(model, module, names, text)
+
+
+def _check_config(model: ModelFile, config: Mapping[str, Any]) -> None:
+    """Refuse a config that asks for what could not be built, before the library tries."""
+    where = f"the {CONFIG} of {model.folder}"
+    if config.get("is_encoder_decoder") is True:
+        raise UsageError(
+            f"{where} is of an encoder with a decoder, which takes two texts at once",
+            hint="name a function that builds it and takes your data: --builder ./file.py:function",
+        )
+    if config.get("quantization_config"):
+        raise UsageError(
+            f"{where} says that the weights are quantized, which cannot be run here",
+            hint="use the folder that it was made from",
+        )
+    for key, number in _counts(config):
+        most = len(model.tensors) if key in COUNTS else budgets.MAX_CONFIG_COUNT
+        if number > most:
+            raise InputError(f"{where} is refused: {abbreviated(key)} is {number}, which does not fit its weights")
+
+
+def _counts(value: Any) -> Iterator[tuple[str, int]]:
+    """Yield what counts layers, heads, experts and classes in a config and its parts."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            name = str(key)
+            if type(inner) is int and (name in COUNTS or name.startswith(("num_", "n_")) or name.endswith("layers")):
+                yield name, inner
+            else:
+                yield from _counts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _counts(inner)
+
+
+@contextmanager
+def _told(model: ModelFile) -> Generator[None]:
+    """Say of which folder it is what the library raises, which may be anything."""
+    try:
+        yield
+    except (PrunectlError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"transformers cannot build the model of {model.folder}: {first_line(error)}") from error
+
+
+def _config(library: Any, model: ModelFile, fields: Mapping[str, Any], *, is_trusted: bool) -> Any:
+    kind = fields.get("model_type")
+    if not is_trusted and kind not in library.CONFIG_MAPPING:
+        if fields.get("auto_map"):
+            raise UntrustedError(
+                f"opening {model.folder} would run its own Python code, for the model_type {abbreviated(str(kind))!r}",
+                hint="read that code, and if you trust it, add --trust",
+            )
+        raise InputError(f"transformers {library.__version__} has no model_type {abbreviated(str(kind))!r}")
+    config = library.AutoConfig.from_pretrained(
+        str(model.folder), local_files_only=True, trust_remote_code=is_trusted and bool(fields.get("auto_map"))
+    )
+    config.use_cache = False
+    return config
+
+
+def _kind(library: Any, model: ModelFile, config: Any, fields: Mapping[str, Any], *, is_trusted: bool) -> Any:
+    """The class of the network: one of the library, made for such a config, or where that is trusted, the folder's."""
+    name = str((fields.get("architectures") or [""])[0])
+    kind = getattr(library, name, None) if name.isidentifier() else None
+    base = library.PreTrainedModel
+    if isinstance(kind, type) and issubclass(kind, base) and isinstance(config, getattr(kind, "config_class", ())):
+        return kind
+    references = fields.get("auto_map")
+    own = [value for value in references.values() if str(value).endswith(f".{name}")] if references else []
+    if is_trusted and own:
+        return library.dynamic_module_utils.get_class_from_dynamic_module(
+            str(own[0]), str(model.folder), local_files_only=True
+        )
+    raise InputError(
+        f"the {CONFIG} of {model.folder} names the architecture {abbreviated(name)!r}, "
+        f"which transformers {library.__version__} does not have for it"
+    )
+
+
+def _built(kind: Any, config: Any) -> Any:
+    # Never what a config asks for: it may name a kernel that would have to be fetched.
+    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
+    return kind._from_config(config, dtype=torch.float32, attn_implementation=attention)  # noqa: SLF001
+
+
+def _check_buffers(model: ModelFile, module: torch.nn.Module) -> None:
+    """Refuse tables of a size that only the config names."""
+    nbytes = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    if nbytes > budgets.MAX_MODULE_BUFFER_BYTES:
+        raise InputError(f"the {CONFIG} of {model.folder} is refused: it asks for tables of {nbytes} bytes")
+
+
+@contextmanager
+def _without_parameters() -> Generator[None]:
+    """Give parameters no memory when they are made, and buffers, which no file holds, their numbers."""
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = torch.nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    torch.nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _longest(config: Any) -> int:
+    """How many tokens a sequence may have; 0 where the config does not say it."""
+    inner = config.get_text_config()
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    found = [getattr(inner, key, None) for key in keys]
+    return next((value for value in found if type(value) is int and value > 0), 0)

@@ -1,0 +1,373 @@
+"""Model folders with text, held against what Hugging Face's own libraries give (`make hf` installs these)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.running import here
+
+transformers: Any = pytest.importorskip("transformers")
+tokenizers: Any = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+WORDS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 32}
+LLAMA = {**SIZE, **WORDS, "num_key_value_heads": 1}
+TEXT = "\n".join(f"Line {number} of a text says that {number % 7} is not {number % 5}." for number in range(200))
+MODELS = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 300, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "bos_token_id": 0},
+    ),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**LLAMA, "head_dim": 8, "sliding_window": 8}),
+    "bert": ("BertForMaskedLM", "BertConfig", {**SIZE, **WORDS}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    """Let the library say nothing, and look nowhere."""
+    transformers.logging.set_verbosity_error()
+    with contextlib.suppress(AttributeError):
+        transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, in which all folders of models are made."""
+    folder = tmp_path_factory.mktemp("folders")
+    (folder / "corpus.txt").write_text(TEXT)
+    (folder / "test.txt").write_text(TEXT[::-1])
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes and their commonest pairs."""
+    bytewise = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = bytewise
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=bytewise.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(home: Path) -> Callable[..., Path]:
+    """Folders of some families, each made when it is first asked for."""
+
+    def make(name: str, **settings: Any) -> Path:
+        folder = home / "-".join([name, *settings])
+        if folder.exists():
+            return folder
+        kind, config, fields = MODELS[name]
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(getattr(transformers, config)(**fields)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Larger than at the start of training, so that what one layer does can be seen in the next.
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.to(settings.pop("dtype", torch.float32)).save_pretrained(folder, **settings)
+        save_tokenizer(folder)
+        (folder / "README.md").write_text(f"# {name}")
+        return folder
+
+    return make
+
+
+def loaded(folder: Path) -> Any:
+    """The model in a folder, which has all keys that it should have and no others."""
+    kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    model, found = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(found.values()), found
+    return model.eval()
+
+
+def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
+    """The text as the tokenizer of a folder reads it, in rows that share one token with the next."""
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    count = (len(ids) - 1) // length
+    return torch.stack([torch.tensor(ids[row * length : (row + 1) * length + 1]) for row in range(count)])
+
+
+def perplexity(model: Any, rows: torch.Tensor) -> float:
+    """As the library counts it: e to the loss of a model that is given its own inputs as labels."""
+    with torch.no_grad():
+        return math.exp(float(model(rows, labels=rows).loss))
+
+
+def files(folder: Path) -> dict[str, str]:
+    """What lies in a folder beside its weights."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if not path.name.startswith("model")
+    }
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a folder."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@contextlib.contextmanager
+def watched(model: Any) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Keep what goes into every linear layer."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach().flatten(0, -2))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_perplexity_is_that_of_the_library(name: str, home: Path, made: Callable[..., Path]) -> None:
+    folder = made(name)
+    done = here("eval", folder, "--data", f"{home}/test.txt?length=24", "--metric", "perplexity", "--json")
+    assert done.code == 0, done.err
+    (found,) = done.json["evaluations"]
+    expected = perplexity(loaded(folder), sequences(folder, TEXT[::-1], 24))
+    assert found["value"] == pytest.approx(expected, rel=1e-5)
+    assert found["higher_is_better"] is False
+
+
+def test_perplexity_is_compared_and_held_to_a_limit(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    folder, data = made("llama"), home / "test.txt"
+    assert here("prune", folder, "-o", tmp_path / "small", "-s", "60%").code == 0
+    words = ("eval", folder, tmp_path / "small", "--data", data, "--metric", "perplexity", "--json")
+    dense, pruned = here(*words, "--against", folder).json["evaluations"][1:]
+    assert dense["drop"] == 0
+    assert pruned["drop"] == pytest.approx(pruned["value"] - dense["value"], abs=1e-4)
+    between = (pruned["value"] + dense["value"]) / 2
+    done = here(*words, "--max", str(between))
+    assert done.code == 1
+    assert sorted(gate["ok"] for gate in done.json["gates"]) == [False, True]
+    assert here(*words, "--min", "1").code == 2
+
+
+def lowest(scores: torch.Tensor, zeros: int) -> torch.Tensor:
+    """Where the lowest of each row are."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter(-1, scores.argsort(dim=-1, stable=True)[..., :zeros], value=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+def test_wanda_is_the_weight_times_the_norm_of_its_input(
+    name: str, home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = made(name)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"][: 30 * 24]
+    rows = torch.tensor(ids).reshape(24, 30)
+    np.save(tmp_path / "ids.npy", torch.cat([rows, rows[:, :1]], 1).numpy() if name != "bert" else rows.numpy())
+    model = loaded(folder)
+    with watched(model) as seen, torch.no_grad():
+        model(rows)
+    for out, words in {"half": ("-s", "50%"), "2of4": ("--pattern", "2:4")}.items():
+        options = ("--strategy", "activation-magnitude", "--data", tmp_path / "ids.npy", *words)
+        done = here("prune", folder, "-o", tmp_path / out, *options)
+        assert done.code == 0, done.err
+        assert files(tmp_path / out) == files(folder)
+        before, after, checked = state(folder), state(tmp_path / out), 0
+        loaded(tmp_path / out)
+        for layer, inputs in seen.items():
+            weight = f"{layer}.weight"
+            if weight not in before or torch.equal(before[weight], after[weight]):
+                continue
+            scores = before[weight].double().abs() * torch.cat(inputs).double().square().mean(0).sqrt()
+            if out == "half":
+                gone = lowest(scores, scores.shape[1] // 2)
+            else:
+                gone = lowest(scores.reshape(len(scores), -1, 4), 2).reshape(scores.shape)
+            assert torch.equal(after[weight], before[weight].masked_fill(gone, 0)), weight
+            checked += 1
+        assert checked >= 18
+
+
+@pytest.mark.parametrize("words", [("-s", "50%"), ("--pattern", "2:4")])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_sparsegpt_answers_more_like_the_dense_model_than_magnitude(
+    name: str, words: tuple[str, ...], home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = made(name, max_shard_size="12KB") if name == "qwen3" else made(name)
+    data = ("--data", f"{home}/corpus.txt?length=24", "--samples", "48")
+    done = here("prune", folder, "-o", tmp_path / "obs", "--strategy", "obs", *data, *words)
+    assert done.code == 0, done.err
+    assert here("prune", folder, "-o", tmp_path / "plain", *words).code == 0
+    assert files(tmp_path / "obs") == files(folder)
+    assert {path.name for path in (tmp_path / "obs").iterdir()} == {path.name for path in folder.iterdir()}
+    dense, obs, plain = map(loaded, (folder, tmp_path / "obs", tmp_path / "plain"))
+    rows = sequences(folder, TEXT, 24)
+    with torch.no_grad():
+        answer = dense(rows).logits
+        error = [float((model(rows).logits - answer).square().mean()) for model in (obs, plain)]
+    assert error[0] < 0.7 * error[1]
+    if name == "qwen3":
+        assert obs.lm_head.weight is obs.model.embed_tokens.weight
+
+
+def test_numbers_of_16_bits_stay_such_and_a_recipe_repeats_the_run(
+    home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = made("llama", dtype=torch.bfloat16)
+    options = ("--strategy", "obs", "-s", "50%", "--data", home / "corpus.txt", "--manifest", tmp_path / "run.json")
+    assert here("prune", folder, "-o", tmp_path / "out", *options).code == 0
+    assert {tensor.dtype for tensor in state(tmp_path / "out").values()} == {torch.bfloat16}
+    done = here("prune", folder, "-o", tmp_path / "again", "--recipe", tmp_path / "run.json")
+    assert done.code == 0, done.err
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert first == second
+    assert here("verify", tmp_path / "out", "--manifest", tmp_path / "run.json").code == 0
+
+
+def test_repaired_outputs_are_nearer_to_those_of_the_dense_model(
+    home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made("qwen3")
+    words = ("--data", f"{home}/corpus.txt?length=24", "-s", "50%", "--samples", "96")
+    matched = ("--repair", "outputs", "--repair-steps", "60", "--batch-size", "16")
+    done = here("prune", folder, "-o", tmp_path / "matched", *words, *matched)
+    assert done.code == 0, done.err
+    assert "KL divergence" in done.err
+    # What the dense model says is the same, whether it is kept or asked each time.
+    monkeypatch.setattr("prunectl.calibration.match.ANSWER_BYTES", 0)
+    assert here("prune", folder, "-o", tmp_path / "asked", *words, *matched).code == 0
+    assert here("prune", folder, "-o", tmp_path / "plain", "-s", "50%").code == 0
+    rows = sequences(folder, TEXT, 24)
+    dense, *others = (loaded(path) for path in (folder, *(tmp_path / name for name in ("matched", "asked", "plain"))))
+    with torch.no_grad():
+        answer = dense(rows).logits.log_softmax(-1)
+        far = [
+            float(torch.nn.functional.kl_div(model(rows).logits.log_softmax(-1), answer, log_target=True))
+            for model in others
+        ]
+    assert far[0] < 0.5 * far[2]
+    assert far[1] == pytest.approx(far[0], rel=0.05)
+    assert others[0].lm_head.weight is others[0].model.embed_tokens.weight
+    zeros = {name: (tensor == 0).float().mean() for name, tensor in state(tmp_path / "matched").items()}
+    assert all(share == pytest.approx(0.5, abs=0.01) for name, share in zeros.items() if "proj" in name)
+
+
+def test_names_without_what_stands_before_them_in_the_model_are_known(
+    home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = made("gpt2")
+    shutil.copytree(folder, tmp_path / "short")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in state(folder).items()}
+    save_file(short, tmp_path / "short" / "model.safetensors", {"format": "pt"})
+    words = ("--data", home / "test.txt", "--metric", "perplexity", "--json")
+    values = [row["value"] for row in here("eval", folder, tmp_path / "short", *words).json["evaluations"]]
+    assert values[0] == values[1]
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+import pathlib
+pathlib.Path({mark!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_a_folder_runs_only_with_trust(
+    home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "own")
+    mark, config = tmp_path / "ran", tmp_path / "own" / "config.json"
+    (tmp_path / "own" / "own.py").write_text(CODE.format(mark=str(mark)))
+    references = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    fields = {**json.loads(config.read_text()), "model_type": "own", "auto_map": references}
+    config.write_text(json.dumps({**fields, "architectures": ["OwnModel"]}))
+    words = ("eval", tmp_path / "own", "--data", home / "test.txt", "--metric", "perplexity")
+    done = here(*words)
+    assert done.code == 3
+    assert "--trust" in done.err
+    assert not mark.exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    done = here(*words, "--trust")
+    assert done.code == 0, done.err
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads is"),
+        ({"num_hidden_layers": 2}, ""),
+        ({"num_hidden_layers": 4}, "no tensor"),
+        ({"hidden_size": 1 << 40}, ""),
+        ({"vocab_size": 10**12}, ""),
+        ({"hidden_size": "x"}, "cannot build"),
+        ({"model_type": "unheard"}, "no model_type 'unheard'"),
+        ({"model_type": ["llama"]}, "cannot build"),
+        ({"architectures": ["AutoModel"]}, "'AutoModel'"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'"),
+        ({"architectures": 7}, "cannot build"),
+        ({"is_encoder_decoder": True}, "decoder"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights_is_refused(
+    changed: dict[str, Any], message: str, home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
+    assert done.code == (0 if changed == {"num_hidden_layers": 2} else done.code)
+    assert done.code in {0, 2, 3}
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_tables_that_only_a_config_asks_for_are_refused(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(made("bert"), tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 10**10}))
+    data = ("--data", home / "test.txt", "-s", "50%", "--strategy", "activation-magnitude")
+    done = here("prune", tmp_path / "odd", "-o", tmp_path / "out", *data)
+    assert done.code == 3
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b"\xff\xfe", b'{"model": {"type": "BPE", "vocab": {}, "merges": [["a"]]}}', None]
+)
+def test_a_broken_tokenizer_is_refused_and_ids_need_none(
+    content: bytes | None, home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "odd" / name).unlink()
+    if content is not None:
+        (tmp_path / "odd" / "tokenizer.json").write_bytes(content)
+    done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
+    assert done.code == 3, done.err
+    assert "tokenizer" in done.err
+    np.save(tmp_path / "ids.npy", np.arange(290))
+    assert here("eval", tmp_path / "odd", "--data", tmp_path / "ids.npy", "--metric", "perplexity").code == 0
