@@ -9,10 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from types import FrameType
-from typing import TextIO
 
 from prunectl import __version__
+
+TYPE_CHECKING = False
+"""As in `prunectl/__init__.py`."""
+
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import TextIO
 
 _WITH_DATA = ("--data", "--recipe", "--repair", "--sensitivity")
 """Options, or their beginnings, by which data goes through a model; a recipe may name data."""

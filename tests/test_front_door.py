@@ -32,7 +32,13 @@ def modules_after(*lines: tuple[str, ...]) -> set[str]:
 
 def test_the_version_is_told_without_importing_anything() -> None:
     assert prunectl("--version").out == f"prunectl {cli.__version__}\n"
-    assert not {"typer", "rich", "numpy", "dataclasses"} & modules_after(("--version",))
+    assert not {"typer", "rich", "numpy", "dataclasses", "typing"} & modules_after(("--version",))
+
+
+def test_a_small_dense_model_is_measured_without_what_others_need() -> None:
+    models = [str(FIXTURES / f"digits_cnn{suffix}") for suffix in (".pt", ".safetensors")]
+    loaded = modules_after(*((command, model) for command in ("size", "inspect") for model in models))
+    assert not {"ml_dtypes", "concurrent", "logging", "tarfile", "secrets", "csv", "rich", "h5py"} & loaded
 
 
 def test_help_loads_no_command_and_no_framework() -> None:

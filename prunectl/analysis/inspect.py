@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunectl.analysis import sizes
-from prunectl.analysis.patterns import Pattern
 from prunectl.analysis.stats import ModelStats, TensorStats, averaged_copies_hint, histogram, measure_stats, with_macs
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.formats.base import PRUNABLE, QUANTISED, WEIGHTS, Capability, ModelFile, Role, select_names
 from prunectl.formats.registry import by_name, load, require
+
+if TYPE_CHECKING:
+    from prunectl.analysis.patterns import Pattern
 
 _MANY_ZEROS = 0.3
 _MENTIONED_SHARE = 0.01

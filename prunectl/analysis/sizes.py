@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import lzma
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from prunectl.analysis.stats import ModelStats, SizeStats, Tick, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
@@ -20,7 +19,7 @@ from prunectl.formats.extents import file_chunks
 from prunectl.formats.registry import by_name, load
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
-from prunectl.formats.workers import check_stopped, workers
+from prunectl.formats.workers import Made, Workers, check_stopped, workers
 from prunectl.units import Units, count, duration, nbytes, percent, printable
 
 
@@ -43,6 +42,8 @@ def sha256_of(path: Path) -> str:
 
 
 def _hashed(content: Iterator[bytes]) -> str:
+    import hashlib  # noqa: PLC0415 - tables tell no hash
+
     digest = hashlib.sha256()
     for piece in content:
         digest.update(piece)
@@ -51,6 +52,8 @@ def _hashed(content: Iterator[bytes]) -> str:
 
 def iter_tar(root: Path, files: tuple[Path, ...]) -> Iterator[bytes]:
     """Yield a tar of files, sorted, without times, owners or modes of their own."""
+    import tarfile  # noqa: PLC0415 - most models are a single file
+
     done = 0
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
         info = tarfile.TarInfo(name)
@@ -118,6 +121,8 @@ def _gzip(level: int) -> Compressor:
 
 
 def _xz(level: int) -> Compressor:
+    import lzma  # noqa: PLC0415 - gzip is what is asked for most
+
     return lzma.LZMACompressor(preset=level)
 
 
@@ -145,6 +150,8 @@ def get_codec(name: CodecName, level: int | None) -> Codec:
 
 def compress(pieces: Iterable[bytes], codec: Codec, tick: Tick = lambda _: None) -> Compressed:
     """How many bytes a codec leaves of a stream, keeping none of them."""
+    import hashlib  # noqa: PLC0415 - see above
+
     compressor = _MAKERS[codec.name][0](codec.level)
     digest = hashlib.sha256()
     nbytes = 0
@@ -163,6 +170,7 @@ def _library(name: CodecName) -> str:
     return "liblzma" if name is CodecName.XZ else ""
 
 
+_SMALL_BYTES = 1 << 20
 _PASSES = 3
 """Each byte is counted, compressed and packed."""
 
@@ -172,16 +180,21 @@ def measure(
 ) -> ModelStats:
     """A survey with every size in it, compressing and packing side by side; one that is known is not redone."""
     total = model.nbytes * (_PASSES if known is None else _PASSES - 1)
-    with workers(2) as pool, meter(f"measuring {model.path.name}", total) as bar:
+    # Of a small model it takes less time than to start threads.
+    threads: AbstractContextManager[Workers | None] = nullcontext() if model.nbytes <= _SMALL_BYTES else workers(2)
+    with threads as pool, meter(f"measuring {model.path.name}", total) as bar:
 
         def watched(nbytes: int) -> None:
             check_stopped()
             bar.advance(nbytes)
 
-        compressing = pool.submit(compress, iter_model_bytes(model), codec, watched)
-        packing = pool.submit(packed_bytes, model, watched)
+        def begin(work: Callable[..., Made], *given: Any) -> Callable[[], Made]:
+            return partial(work, *given) if pool is None else pool.submit(work, *given).result
+
+        compressing = begin(compress, iter_model_bytes(model), codec, watched)
+        packing = begin(packed_bytes, model, watched)
         stats = measure_stats(model, model.tensors, tick=watched) if known is None else known
-        compressed, packed = compressing.result(), packing.result()
+        compressed, packed = compressing(), packing()
     sizes = SizeStats(raw=stats.bytes.raw, packed=packed, compressed=compressed.nbytes)
     return replace(stats, bytes=sizes, sha256=compressed.sha256)
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prunectl.analysis.patterns import Pattern, structured_sparsity
 from prunectl.analysis.tensor_io import blocks, count_zeros, is_contiguous, nonzero_mask
 from prunectl.errors import abbreviated
 from prunectl.formats import extents
 from prunectl.formats.base import PRUNABLE, WEIGHTS, ModelFile, ModelInfo, Operation, Role, Tensor, dtype_name
 
 if TYPE_CHECKING:
+    from prunectl.analysis.patterns import Pattern
     from prunectl.formats.families import Architecture
 
 _EXPONENTS = range(-1100, 1100)
@@ -332,6 +332,8 @@ def _read_contents(model: ModelFile, tensor: Tensor, pattern: Pattern | None, *,
     if applicable is None and zeros < tensor.size // tensor.shape[tensor.out_axis]:
         # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
         return _Contents(zeros, 0)
+    from prunectl.analysis.patterns import structured_sparsity  # noqa: PLC0415 - of a dense model it is not needed
+
     structure = structured_sparsity(model, tensor, tensor.out_axis, applicable, slabs)
     return _Contents(zeros, structure.dead_channels, structure.conforming)
 

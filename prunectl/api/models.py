@@ -152,7 +152,7 @@ def _save_arrays(model: Mapping[str, Any], path: Path) -> None:
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
             raise TypeError(f"model[{name!r}] must be a NumPy array, not {type(value).__name__}")
-        if value.dtype not in CODES:
+        if value.dtype.name not in CODES or not value.dtype.isnative:
             raise TypeError(f"model[{name!r}] has the type {value.dtype}, which safetensors does not support")
     save_arrays([*model.items()], {}, path)
 

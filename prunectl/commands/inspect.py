@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunectl.analysis import patterns
 from prunectl.analysis.inspect import InspectOptions, SortKey, inspect_model
-from prunectl.analysis.patterns import SparsityMap, sparsity_maps
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands._command import (
     builder_option,
@@ -30,6 +28,7 @@ from prunectl.reporting.inspect import add_channel_groups, inspect_report
 from prunectl.reporting.reporter import Reporter
 
 if TYPE_CHECKING:
+    from prunectl.analysis.patterns import SparsityMap
     from prunectl.calibration.sensitivity import Sensitivity
 
 _OPENING = ("builder", "custom_objects", "trust")
@@ -87,7 +86,7 @@ def inspect(
     """
     _check(ctx, data=data, is_measured=sensitivity, inputs=inputs, groups=groups)
     reporter: Reporter = ctx.obj
-    parsed = patterns.parse(pattern) if pattern else None
+    parsed = importlib.import_module("prunectl.analysis.patterns").parse(pattern) if pattern else None
     options = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
     request = {"data": data, "samples": samples, "batch_size": batch_size, "loss": loss}
     request |= {"model": builder, "custom_objects": custom_objects}
@@ -107,7 +106,8 @@ def inspect(
         if sensitivity:
             sensitivities.append(_measured(model, request, layers=layers, is_trusted=trust, meter=reporter.progress))
         # Only a page has pictures.
-        maps.append(sparsity_maps(model, stats) if reporter.html is not None else ())
+        patterns = importlib.import_module("prunectl.analysis.patterns") if reporter.html is not None else None
+        maps.append(patterns.sparsity_maps(model, stats) if patterns is not None else ())
         return stats
 
     surveys, failures = inspect_each(models, seen)

@@ -66,7 +66,7 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
     if target.name == "torch":
         require("torch", extra="torch")
     job = ExportJob(model, request)
-    check_types(job, frozenset(dtype.name for dtype in CODES), target.title)
+    check_types(job, frozenset(CODES), target.title)
     tensors, copies = _without_copies(model, exported_tensors(model))
     shards, index = _shards(job, tensors)
     config, changed = _config(model, request)

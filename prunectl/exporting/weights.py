@@ -99,7 +99,7 @@ _OF_TORCH = frozenset({Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS})
 
 def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Export to safetensors, with one tensor in memory at a time."""
-    check_types(job, frozenset(dtype.name for dtype in CODES), "safetensors")
+    check_types(job, frozenset(CODES), "safetensors")
     metadata = {"format": "pt"} if job.file.family in _OF_TORCH or job.file.format == "torch-dcp" else {}
     _save(
         [_entry(job, tensor) for tensor in exported_tensors(job.file)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections import Counter
@@ -27,6 +28,28 @@ if TYPE_CHECKING:
 
 
 Array = NDArray[Any]
+
+
+class DtypeTable(dict[str, np.dtype[Any]]):
+    """The types of numbers of a format, by its names; those that NumPy lacks are imported when one is met."""
+
+    def __init__(self, known: Mapping[str, Any], lacking: Mapping[str, str]) -> None:
+        super().__init__({name: np.dtype(kind) for name, kind in known.items()})
+        self._lacking = lacking
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it is a type of the format."""
+        return super().__contains__(name) or name in self._lacking
+
+    @property
+    def codes(self) -> dict[str, str]:
+        """Its names, by those of NumPy."""
+        return {kind.name: name for name, kind in self.items()} | {kind: name for name, kind in self._lacking.items()}
+
+    def __missing__(self, name: str) -> np.dtype[Any]:
+        """A type of ml_dtypes."""
+        self[name] = np.dtype(getattr(importlib.import_module("ml_dtypes"), self._lacking[name]))
+        return self[name]
 
 
 @lru_cache

@@ -11,7 +11,6 @@ from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import BadZipFile, ZipFile
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import budgets
@@ -143,6 +142,8 @@ class FileProbe:
         """Names in a zip, as its central directory has them; none when it is no zip."""
         if not self.head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             return ()
+        from zipfile import BadZipFile, ZipFile  # noqa: PLC0415 - most files are no zip
+
         try:
             with self.path.open("rb") as file:
                 refuse_long_directory(self.path, file)

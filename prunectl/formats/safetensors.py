@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated, reading
@@ -17,6 +16,7 @@ from prunectl.formats import budgets, registry, state_dict
 from prunectl.formats.base import (
     WRAPPING,
     Array,
+    DtypeTable,
     ModelFile,
     ModelInfo,
     RemovedItem,
@@ -25,6 +25,7 @@ from prunectl.formats.base import (
     StripOptions,
     StripPart,
     Tensor,
+    dtype_name,
     format_shape,
 )
 from prunectl.formats.extents import Extent, blocks, raw_bytes
@@ -36,27 +37,31 @@ LENGTH_BYTES = 8
 
 _MAX_BITS = 63
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "C64": np.dtype(np.complex64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
+DTYPES = DtypeTable(
+    {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "C64": np.complex64,
+    },
+    {
+        "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F8_E8M0": "float8_e8m0fnu",
+    },
+)
 
 
 def open_model(path: Path) -> ModelFile:
@@ -100,11 +105,11 @@ def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tenso
         raise InputError(
             f"{path} is refused: {abbreviated(name)} claims the shape {format_shape(shape)}, too large for any memory"
         )
-    dtype = DTYPES.get(code) if isinstance(code, str) else None
-    if dtype is None:
+    if not isinstance(code, str) or code not in DTYPES:
         raise InputError(
             f"{path} holds {abbreviated(name)} as {abbreviated(str(code))}, a type that prunectl does not read"
         )
+    dtype = DTYPES[code]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(
             f"{path} is damaged: {abbreviated(name)} of shape {format_shape(shape)} does not match bytes {begin}..{end}"
@@ -130,7 +135,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return (extent.offset, extent.nbytes) if extent is not None else (0, 0)
 
 
-CODES: Mapping[np.dtype[Any], str] = {dtype: code for code, dtype in DTYPES.items()}
+CODES = DTYPES.codes
 _METADATA = "__metadata__"
 _ROUND_BYTES = 8
 
@@ -183,7 +188,7 @@ def write_entries(path: Path, header: dict[str, Any], entries: Sequence[Safetens
     offset = 0
     for entry in entries:
         end = offset + math.prod(entry.shape) * entry.dtype.itemsize
-        code = CODES[entry.dtype.newbyteorder("=")]
+        code = CODES[dtype_name(entry.dtype)]
         header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     with path.open("xb") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import signal
 import stat
@@ -132,7 +131,7 @@ class LockedFolder:
     def take(self, parent: Path, prefix: str) -> None:
         """Make the folder, noted before it is there, so that no signal finds it unknown, and lock it."""
         while True:
-            folder = parent / f"{prefix}{secrets.token_hex(8)}"
+            folder = parent / f"{prefix}{os.urandom(8).hex()}"
             self._made.append(folder)
             try:
                 os.mkdir(folder, 0o700)

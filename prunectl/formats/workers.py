@@ -6,10 +6,12 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Given = ParamSpec("Given")
 Item = TypeVar("Item")
@@ -94,6 +96,8 @@ def workers(
 
     What fails in a thread fails here. `on_failure` ends work that asks nobody, such as that of another process.
     """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - what reads a small file needs no threads
+
     with ThreadPoolExecutor(threads, name) as pool:
         current = Workers(pool)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -11,14 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunectl import __version__
-from prunectl.analysis.patterns import SparsityMap
 from prunectl.analysis.sizes import SENTENCES_ONLY, LimitCheck
 from prunectl.analysis.stats import ModelStats, TensorStats
 from prunectl.errors import PrunectlError, abbreviated
 from prunectl.units import Units, count, duration, nbytes, percent, printable
+
+if TYPE_CHECKING:
+    from prunectl.analysis.patterns import SparsityMap
 
 Cell = str | int | float | None
 _MAX_SHOWN, _MAX_WRITTEN = 200, 1000
@@ -237,6 +238,8 @@ def tab_separated(table: Table) -> str:
 
 def comma_separated(table: Table) -> str:
     """CSV with a head, in which no text is a formula."""
+    import csv  # noqa: PLC0415 - most reports are for people
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = [column.name for column in table.columns]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +40,6 @@ from prunectl.reporting.report import (
     report_json,
     tab_separated,
 )
-from prunectl.reporting.slips import usage_error
 from prunectl.reporting.tables import print_table
 from prunectl.units import nbytes, printable
 
@@ -231,6 +229,8 @@ def _to_prunectl_error(error: Exception) -> PrunectlError:
     if isinstance(error, PrunectlError):
         return error
     if isinstance(error, TyperException):
+        from prunectl.reporting.slips import usage_error  # noqa: PLC0415 - most command lines are right
+
         return usage_error(error)
     known = translate(error)
     if known is not None:
@@ -391,7 +391,7 @@ _FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "keras": "Keras",
 """What takes seconds to import, whoever imports it first."""
 
 
-class _FrameworkImporter(MetaPathFinder):
+class _FrameworkImporter:
     """Imports frameworks without looking for garbage, a sixth of the time; names on a terminal what it imports."""
 
     def __init__(self, *, is_watched: bool) -> None:

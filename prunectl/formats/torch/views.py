@@ -7,43 +7,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from prunectl.errors import InputError
+from prunectl.formats.base import DtypeTable
 from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS, MAX_EXPANDED_ELEMENTS, MAX_REPEATS
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, RawBytes, describe_value
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "bool": np.dtype(np.bool_),
-    "uint8": np.dtype(np.uint8),
-    "int8": np.dtype(np.int8),
-    "uint16": np.dtype(np.uint16),
-    "int16": np.dtype(np.int16),
-    "uint32": np.dtype(np.uint32),
-    "int32": np.dtype(np.int32),
-    "uint64": np.dtype(np.uint64),
-    "int64": np.dtype(np.int64),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-    "complex64": np.dtype(np.complex64),
-    "complex128": np.dtype(np.complex128),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
-    # Quantized numbers are the whole numbers that are stored.
-    "qint8": np.dtype(np.int8),
-    "quint8": np.dtype(np.uint8),
-    "qint32": np.dtype(np.int32),
-    # Several numbers in a byte: the bytes are all that NumPy can say of them.
-    "quint4x2": np.dtype(np.uint8),
-    "quint2x4": np.dtype(np.uint8),
-    "float4_e2m1fn_x2": np.dtype(np.uint8),
-}
+DTYPES = DtypeTable(
+    {
+        "bool": np.bool_,
+        "uint8": np.uint8,
+        "int8": np.int8,
+        "uint16": np.uint16,
+        "int16": np.int16,
+        "uint32": np.uint32,
+        "int32": np.int32,
+        "uint64": np.uint64,
+        "int64": np.int64,
+        "float16": np.float16,
+        "float32": np.float32,
+        "float64": np.float64,
+        "complex64": np.complex64,
+        "complex128": np.complex128,
+        # Quantized numbers are the whole numbers that are stored.
+        "qint8": np.int8,
+        "quint8": np.uint8,
+        "qint32": np.int32,
+        # Several numbers in a byte: the bytes are all that NumPy can say of them.
+        "quint4x2": np.uint8,
+        "quint2x4": np.uint8,
+        "float4_e2m1fn_x2": np.uint8,
+    },
+    {
+        "bfloat16": "bfloat16",
+        "float8_e4m3fn": "float8_e4m3fn",
+        "float8_e5m2": "float8_e5m2",
+        "float8_e4m3fnuz": "float8_e4m3fnuz",
+        "float8_e5m2fnuz": "float8_e5m2fnuz",
+        "float8_e8m0fnu": "float8_e8m0fnu",
+    },
+)
 
 STORAGES: dict[str, str] = {
     "BoolStorage": "bool",
