@@ -15,7 +15,7 @@ from prunectl.analysis.stats import ModelStats, SizeStats, Tick, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import UsageError, abbreviated
 from prunectl.formats.base import ModelFile
-from prunectl.formats.extents import file_chunks
+from prunectl.formats.extents import file_bytes, file_chunks
 from prunectl.formats.registry import by_name, load
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
@@ -57,7 +57,7 @@ def iter_tar(root: Path, files: tuple[Path, ...]) -> Iterator[bytes]:
     done = 0
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in files):
         info = tarfile.TarInfo(name)
-        info.size = path.stat().st_size
+        info.size = file_bytes(path)
         head = info.tobuf(tarfile.GNU_FORMAT)
         yield head
         yield from file_chunks(path)

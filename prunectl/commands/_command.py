@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperOption
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands.app import COMMON_OPTIONS
 from prunectl.errors import PrunectlError, UsageError, attempt
-from prunectl.formats.detect import address
+from prunectl.formats.detect import URL, address
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import workers
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
@@ -32,15 +32,23 @@ STDIN = "-"
 
 
 def inspect_each(
-    models: Sequence[str], look: Callable[[Path], ModelStats], *, jobs: int = 1
+    models: Sequence[str], look: Callable[[Path], ModelStats], tell: Callable[[str], object], *, jobs: int = 1
 ) -> tuple[list[ModelStats], list[Failure]]:
     """Statistics of each model that could be read, and a failure for each of the others; so many looked at at once."""
     inspected, failures = [], []
+
+    def seen(named: tuple[str, Path]) -> ModelStats:
+        if named[0] == STDIN:
+            return look(named[1])
+        with resolve_model(named[0], tell) as path:
+            return look(path)
+
     with ExitStack() as scope:
         # One after the other they need no threads, beside which a child process costs more.
         each: Callable[..., Iterable[Any]] = scope.enter_context(workers(jobs)).map if jobs > 1 else map
         paths = [scope.enter_context(resolve_stdin(model)) for model in models]
-        for model, path, stats in zip(models, paths, each(partial(attempt, look), paths), strict=True):
+        found = each(partial(attempt, seen), zip(models, paths, strict=True))
+        for model, path, stats in zip(models, paths, found, strict=True):
             if isinstance(stats, PrunectlError):
                 failures.append(Failure(model, with_given_path(stats, path, model)))
             else:
@@ -54,6 +62,20 @@ def with_given_path(error: PrunectlError, path: Path, argument: str) -> Prunectl
         error.message = error.message.replace(str(path), "standard input")
         error.hint = error.hint.replace(str(path), STDIN)
     return error
+
+
+@contextmanager
+def resolve_model(
+    argument: str, tell: Callable[[str], object] = lambda _: None, *, is_read_whole: bool = False
+) -> Generator[Path]:
+    """Yield a path to what was named: a file, standard input, or a URL, of which no more is read than is needed."""
+    if URL.match(argument) is None:
+        with resolve_stdin(argument) as path:
+            yield path
+        return
+    remote = importlib.import_module("prunectl.formats.remote")
+    with remote.mirrored(argument, tell=tell, is_read_whole=is_read_whole) as path:
+        yield path
 
 
 @contextmanager
@@ -156,7 +178,9 @@ class BaseCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Take the common options out, and work with a reporter made of them."""
-        _check_addresses(self.params, ctx.params)
+        # Those that are written to by a command that knows how are left to it, as those of models are.
+        is_uploading = self.name == "prune" and URL.match(str(ctx.params.get("output")))
+        _check_addresses((param for param in self.params if not (is_uploading and param.name == "output")), ctx.params)
         common: CommonOptions = self._take_common(ctx)
         if common.html is not None:
             _check_page(common.html, ctx.params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Container, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from enum import Flag, auto
 from functools import partial
@@ -45,13 +45,17 @@ class OutputOptions:
         suffix: str | None = None,
     ) -> int:
         """Call what writes the output, and show its report, unless there is none or standard output has the model."""
-        with resolve_stdin(self.model) as path, self._destination(path, suffix) as destination:
+        with self._source(reporter) as path, self._destination(path, suffix) as destination:
             report = work(path, destination)
             if report is None:
                 return 0
             if self.output == STDIN and destination is not None:
                 return reporter.copy_to_stdout(destination.target)
             return reporter.show(report)
+
+    def _source(self, _: Reporter) -> AbstractContextManager[Path]:
+        """Where the model is."""
+        return resolve_stdin(self.model)
 
     @contextmanager
     def _destination(self, model: Path, suffix: str | None) -> Generator[Destination | None]:

@@ -13,7 +13,7 @@ from prunectl.analysis.patterns import sparsity_maps
 from prunectl.analysis.stats import TensorStats
 from prunectl.checks.diff import ModelDiff, TensorDiff, diff_models, judge, parse
 from prunectl.checks.rules import Finding
-from prunectl.commands._command import make_command, resolve_stdin
+from prunectl.commands._command import make_command, resolve_model
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
 from prunectl.reporting.checks.text import describe, table, verdict_sentence
@@ -166,7 +166,7 @@ def diff(
         raise UsageError(
             "only one of the two models can come from standard input", hint="write prunectl diff - OLD < NEW"
         )
-    with resolve_stdin(new) as new_path, resolve_stdin(old) as old_path:
+    with resolve_model(new, reporter.note) as new_path, resolve_model(old, reporter.note) as old_path:
         models = (open_model(new_path), open_model(old_path))
         model_diff = diff_models(*models, reporter.progress)
         # Only a page has pictures.

@@ -30,6 +30,7 @@ EXTRAS = {
     "parquet": "--data from Parquet files",
     "ray": "sweep --on ray",
     "transformers": "eval and prune --data for folders of Hugging Face models, with text",
+    "remote": "hf://, s3://, gs:// and az:// URLs, with huggingface_hub, s3fs, gcsfs or adlfs",
 }
 """What each extra is for; none is the core."""
 

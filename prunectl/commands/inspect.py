@@ -22,10 +22,13 @@ from prunectl.commands._command import (
 )
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
+from prunectl.formats.detect import URL
+from prunectl.formats.extents import REMOTE
 from prunectl.formats.registry import open_model
 from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.reporting.inspect import add_channel_groups, inspect_report
 from prunectl.reporting.reporter import Reporter
+from prunectl.units import nbytes
 
 if TYPE_CHECKING:
     from prunectl.analysis.patterns import SparsityMap
@@ -85,6 +88,8 @@ def inspect(
     [dim]$[/] prunectl inspect model.keras --sensitivity --data train.npz
     """
     _check(ctx, data=data, is_measured=sensitivity, inputs=inputs, groups=groups)
+    if (sensitivity or groups) and any(map(URL.match, models)):
+        raise UsageError("--sensitivity and --groups need a file, not a URL", hint="download the model first")
     reporter: Reporter = ctx.obj
     parsed = importlib.import_module("prunectl.analysis.patterns").parse(pattern) if pattern else None
     options = InspectOptions(layers, sort, pattern, hist, flops, zeros, has_digest=reporter.is_json)
@@ -94,9 +99,15 @@ def inspect(
     groups_found: list[Any] = []
     maps: list[tuple[SparsityMap, ...]] = []
 
+    reads_all = given_on_command_line(ctx, "zeros") or bool(parsed) or hist
+
     def seen(path: Path) -> ModelStats:
         model = open_model(path)
-        stats = inspect_model(model, options, parsed, reporter.progress)
+        is_elsewhere = any(file in REMOTE for file in model.files)
+        own = replace(options, has_zeros=zeros and (reads_all or not is_elsewhere))
+        if own.has_zeros != zeros:
+            reporter.note(f"note: zeros were not counted, for which {nbytes(model.nbytes)} are read: --zeros does it")
+        stats = inspect_model(model, own, parsed, reporter.progress)
         if groups:
             # By name, as below: a look at a file does without.
             origin = importlib.import_module("prunectl.training.backend").LoadOptions(
@@ -110,7 +121,7 @@ def inspect(
         maps.append(patterns.sparsity_maps(model, stats) if patterns is not None else ())
         return stats
 
-    surveys, failures = inspect_each(models, seen)
+    surveys, failures = inspect_each(models, seen, reporter.note)
     report = inspect_report(
         surveys,
         failures,

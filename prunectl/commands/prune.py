@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import or_
@@ -15,12 +16,14 @@ import typer
 from prunectl.analysis.patterns import CHANNEL, LAYERS
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.commands._command import (
+    STDIN,
     builder_option,
     custom_objects_option,
     given_on_command_line,
     make_command,
     option_group,
     option_name,
+    resolve_model,
 )
 from prunectl.commands._requests import (
     CHANNEL_LIMITS,
@@ -31,6 +34,8 @@ from prunectl.commands._requests import (
     request_options,
 )
 from prunectl.errors import UsageError
+from prunectl.formats.detect import URL
+from prunectl.formats.registry import open_model
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.masks import NonFinitePolicy
@@ -39,6 +44,7 @@ from prunectl.pruning.prune import Pruned, prune
 from prunectl.pruning.request import OPTIONS, PruneRequest, Repair, check, parse_request, read_manifest, write_manifest
 from prunectl.reporting.prune import part_report, prune_report
 from prunectl.reporting.report import Report
+from prunectl.reporting.reporter import Reporter
 
 _NOT_IN_RECIPE = frozenset(
     {"model", "output", "dry_run", "manifest", "recipe", "force", "in_place", "trust", "allow_empty"}
@@ -177,6 +183,32 @@ class Prune(OutputOptions):
     )
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
     in_place: Annotated[bool, typer.Option("--in-place", help="Overwrite MODEL itself, instead of --output.")] = False
+
+    @contextmanager
+    def _source(self, reporter: Reporter) -> Generator[Path]:
+        with resolve_model(self.model, reporter.note, is_read_whole=not self._is_streamed) as path:
+            yield path
+
+    @contextmanager
+    def _destination(self, model: Path, suffix: str | None) -> Generator[Destination | None]:
+        if URL.match(self.model) and self.in_place:
+            raise UsageError("--in-place cannot replace a model at a URL", hint="name another place with --output")
+        if not URL.match(self.output) or self.dry_run:
+            with super()._destination(model, suffix) as destination:
+                yield destination
+            return
+        upload = load("prunectl.formats.remote:uploading")
+        begun = load("prunectl.pruning.ledger:BEGUN") if self._is_streamed else ""
+        with upload(self.output, is_forced=self.force, begun=begun) as target:
+            yield Destination(target, is_forced=self.force, url=self.output)
+
+    @property
+    def _is_streamed(self) -> bool:
+        """Whether a folder of shards at a URL, or one that goes there, is pruned one shard after the other."""
+        is_whole = self.force or self.dry_run or self.in_place or self.pack or self.output == STDIN
+        modes = (self.max_drop, self.data, self.recipe, self.wrap, self.schedule, self.target_gzip, self.target_packed)
+        is_cut = self.pattern in {CHANNEL, LAYERS} or (self.manifest is not None and URL.match(self.output))
+        return not (is_whole or any(modes) or is_cut)
 
     def run(self, ctx: typer.Context) -> int:
         """Prune the model in the mode that its options select, and show what came of it."""
@@ -325,14 +357,23 @@ def prune_in_parts(
 def _prune_weights(
     run: Callable[..., Any], request: PruneRequest, options: Prune, path: Path, destination: Destination | None
 ) -> Report:
-    result = run(path, request, destination, has_digests=options.manifest is not None)
+    has_digests = options.manifest is not None
+    if destination is not None and (URL.match(options.model) or destination.url):
+        model = open_model(path)
+        if model.format == "shards" and model.folder is not None and options._is_streamed:  # noqa: SLF001
+            run = partial(load("prunectl.pruning.parts:prune_whole"), allow_empty=options.allow_empty)
+        elif URL.match(options.model):
+            load("prunectl.formats.remote:fetch")(path, lambda _: None)
+    result = run(path, request, destination, has_digests=has_digests)
     return _weights_report(result, options, destination)
 
 
 def _weights_report(result: Pruned, options: Prune, destination: Destination | None) -> Report:
     if options.manifest is not None and destination is not None:
         write_manifest(options.manifest, result)
-    return prune_report(replace(result, before=replace(result.before, path=options.model)), target_name(destination))
+    output = target_name(destination)
+    after = replace(result.after, path=output or result.after.path)
+    return prune_report(replace(result, before=replace(result.before, path=options.model), after=after), output)
 
 
 def load(function: str) -> Any:
@@ -343,7 +384,7 @@ def load(function: str) -> Any:
 
 def target_name(destination: Destination | None) -> str:
     """Where the result goes, for a report; empty for a dry run."""
-    return str(destination.target) if destination is not None else ""
+    return destination.url or str(destination.target) if destination is not None else ""
 
 
 command = make_command(Prune, BuildCommand)

@@ -179,7 +179,7 @@ def size(
                     bar.advance(1)
             return stats
 
-        models, failures = inspect_each(paths, measured, jobs=jobs)
+        models, failures = inspect_each(paths, measured, reporter.note, jobs=jobs)
     unclear = [failure for stats in models if (failure := _unclear(stats, limits.max_compressed, reporter)) is not None]
     failures += unclear
     unjudged = {failure.path for failure in unclear}

@@ -286,7 +286,7 @@ class ModelFile:
     @property
     def nbytes(self) -> int:
         """Bytes of all its files."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(extents.file_bytes(path) for path in self.files)
 
     def read(self, tensor: Tensor) -> Array:
         """The tensor as a read-only array, paged in as it is touched where the bytes lie flat."""

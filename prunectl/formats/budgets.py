@@ -64,6 +64,9 @@ MAX_INDEX_NAMES = 500_000
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the limit of the format's own library."""
 
+MAX_FETCHED_BYTES = 8 << 30
+"""A file at a URL that is no safetensors, and is fetched whole into the temporary folder."""
+
 MAX_ZIP_ENTRIES = 200_000
 """Files in a zip; PyTorch writes one for each tensor."""
 MAX_ZIP_DIRECTORY_BYTES = 32 << 20

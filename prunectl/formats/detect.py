@@ -43,6 +43,8 @@ def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
 
 
 _URL = re.compile(r"(https?|ftp|hf|s3|gs):/+(.+)")
+URL = re.compile(r"(https?|hf|s3a?|gs|gcs|az|abfss?|memory)://.")
+"""What `formats.remote` reads."""
 _FETCH = {
     "hf": "hf download {rest}",
     "s3": "aws s3 cp {url} .",

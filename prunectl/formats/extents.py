@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -30,6 +30,30 @@ class Extent:
     path: Path
     offset: int
     nbytes: int
+
+
+class RemoteFile(Protocol):
+    """A file that is elsewhere, read in ranges."""
+
+    url: str
+    nbytes: int
+    version: str
+    """By what one state of it is told from another."""
+
+    def head(self, nbytes: int, whole: int = 0) -> bytes:
+        """The first bytes, and with them its size; all up to so many where no range is to be had."""
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """A range of bytes."""
+
+
+REMOTE: dict[Path, RemoteFile] = {}
+"""Files of which only the head is here, by the path of that: all else is read where they are."""
+
+
+def file_bytes(path: Path) -> int:
+    """The size of a file, wherever it is."""
+    return REMOTE[path].nbytes if path in REMOTE else path.stat().st_size
 
 
 class FileWindow(io.RawIOBase):
@@ -95,8 +119,11 @@ def view(
     """The extent as a read-only array, mapped into memory rather than read."""
     if math.prod(shape) == 0 or extent.nbytes == 0:
         return np.zeros(shape, dtype)
-    mapped = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.nbytes,))
-    return arrange(mapped, dtype=dtype, shape=shape, start=start, strides=strides, big_endian=big_endian)
+    if extent.path in REMOTE:
+        raw = np.frombuffer(REMOTE[extent.path].read(extent.offset, extent.nbytes), np.uint8)
+    else:
+        raw = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.nbytes,))
+    return arrange(raw, dtype=dtype, shape=shape, start=start, strides=strides, big_endian=big_endian)
 
 
 def arrange(
@@ -141,6 +168,10 @@ def raw_bytes(array: NDArray[Any], *, big_endian: bool = False) -> memoryview:
 
 def file_chunks(path: Path) -> Iterator[bytes]:
     """Yield a file chunk by chunk."""
+    if path in REMOTE:
+        for offset in range(0, REMOTE[path].nbytes, BLOCK_BYTES):
+            yield REMOTE[path].read(offset, min(BLOCK_BYTES, REMOTE[path].nbytes - offset))
+        return
     with path.open("rb") as file:
         while chunk := file.read(BLOCK_BYTES):
             yield chunk
@@ -148,6 +179,13 @@ def file_chunks(path: Path) -> Iterator[bytes]:
 
 def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
     """Yield the extent piece by piece, each valid until the next: memory stays one block."""
+    if extent.path in REMOTE:
+        for done in range(0, extent.nbytes, BLOCK_BYTES):
+            check_stopped()
+            piece = REMOTE[extent.path].read(extent.offset + done, min(BLOCK_BYTES, extent.nbytes - done))
+            # As a copy, which may be written to.
+            yield np.frombuffer(piece, np.uint8).copy().view(dtype)
+        return
     buffer = np.empty(min(BLOCK_BYTES, extent.nbytes), np.uint8)
     fd = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
     try:

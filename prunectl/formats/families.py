@@ -13,6 +13,7 @@ from typing import Any
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import WEIGHTS, ModelFile, Tensor, dtype_name
+from prunectl.formats.extents import file_bytes
 from prunectl.formats.folder import real_file, training_state
 from prunectl.formats.safe_json import read_object
 from prunectl.units import nbytes
@@ -200,7 +201,7 @@ def _note_training_state(model: ModelFile) -> list[str]:
     state = sorted(training_state(model))
     if not state or model.folder is None:
         return []
-    size = sum((model.folder / path).stat().st_size for path in state)
+    size = sum(file_bytes(model.folder / path) for path in state)
     files = "1 file" if len(state) == 1 else f"{len(state)} files"
     what = f"{files} such as {abbreviated(str(state[0]))}, {nbytes(size)}"
     return [f"The folder also holds the state of a training ({what}). `prunectl strip` leaves it out."]

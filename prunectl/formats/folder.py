@@ -12,6 +12,7 @@ from pathlib import Path
 from prunectl.errors import SCRATCH, InputError, abbreviated, reading
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, StripPart
+from prunectl.formats.extents import REMOTE, file_chunks
 from prunectl.formats.patch import copy_range
 
 LEDGER = ".prunectl-parts"
@@ -121,6 +122,10 @@ def real_file(folder: Path, path: Path | str) -> Path | None:
 
 
 def _copy(source: Path, target: Path) -> None:
+    if source in REMOTE:
+        with target.open("xb") as writer:
+            writer.writelines(file_chunks(source))
+        return
     with reading(source):
         # Not through a link that has come into its place meanwhile, and waiting for no pipe.
         old = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

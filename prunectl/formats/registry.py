@@ -17,6 +17,7 @@ from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats import budgets, detect
 from prunectl.formats.base import Capability, Family, Format, ModelFile, Tensor, format_shape
 from prunectl.formats.detect import FileProbe
+from prunectl.formats.extents import REMOTE
 
 FORMATS = (
     Format(
@@ -261,8 +262,7 @@ def _refuse_impossible(path: Path, tensor: Tensor) -> None:
 
 def _refuse_blown_up(path: Path, model: ModelFile) -> None:
     """Refuse tensors that take far more reading together than the files are worth, by unfolding or by sharing."""
-    facts = [file.stat() for file in model.files]
-    whole = sum(fact.st_size for fact in facts)
+    whole = model.nbytes
     # What is the same in every way is read once, and holes in a file cost their maker nothing.
     views = {tensor.view_key: tensor for tensor in model.tensors}.values()
     hidden = [tensor for tensor in views if tensor.storage.extent is None]
@@ -277,6 +277,7 @@ def _refuse_blown_up(path: Path, model: ModelFile) -> None:
             f"{path} is refused: more than {budgets.MAX_TIED} of its tensors share their bytes with others"
         )
     read_bytes = sum(_read_bytes(tensor) for tensor in views if tensor.storage.extent is not None)
+    facts = [file.stat() for file in model.files if file not in REMOTE]
     allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in facts)
     if read_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
         raise InputError(f"{path} is refused: its tensors reuse the bytes that they share too many times")

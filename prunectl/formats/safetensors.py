@@ -28,7 +28,7 @@ from prunectl.formats.base import (
     dtype_name,
     format_shape,
 )
-from prunectl.formats.extents import Extent, blocks, raw_bytes
+from prunectl.formats.extents import Extent, blocks, file_bytes, raw_bytes
 from prunectl.formats.patch import HALF, HALVED, TensorUpdate, apply_mask, broadcast_mask, patch_files, to_float16
 from prunectl.formats.safe_json import SURROGATES, parse_object, read_object
 from prunectl.formats.state_dict import OPTIMIZER_ROOTS, MaskedParam
@@ -74,10 +74,10 @@ def open_model(path: Path) -> ModelFile:
 
 def open_undescribed(path: Path, prefix: str = "") -> ModelFile:
     """Open a safetensors file without a look at what its names tell, with this in front of its storages' keys."""
-    file_bytes = path.stat().st_size
+    all_bytes = file_bytes(path)
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if header_bytes > min(budgets.MAX_SAFETENSORS_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        if header_bytes > min(budgets.MAX_SAFETENSORS_HEADER_BYTES, all_bytes - LENGTH_BYTES):
             raise InputError(f"{path} is truncated or damaged: it claims a header of {header_bytes} bytes")
         header = parse_object(file.read(header_bytes), path, "its header")
     metadata = header.pop("__metadata__", {})
@@ -85,7 +85,7 @@ def open_undescribed(path: Path, prefix: str = "") -> ModelFile:
         raise InputError(f"{path} is refused: it claims {len(header)} tensors")
     start = LENGTH_BYTES + header_bytes
     tensors = tuple(_tensor(path, name, facts, start, prefix) for name, facts in header.items())
-    _check_layout(path, tensors, start, file_bytes)
+    _check_layout(path, tensors, start, all_bytes)
     return ModelFile(path, "safetensors", tensors, ModelInfo(producer=_producer(metadata)), files=(path,))
 
 
@@ -118,15 +118,15 @@ def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tenso
     return Tensor(name, "", shape, dtype, Role.OTHER, storage)
 
 
-def _check_layout(path: Path, tensors: Iterable[Tensor], start: int, file_bytes: int) -> None:
+def _check_layout(path: Path, tensors: Iterable[Tensor], start: int, all_bytes: int) -> None:
     at = start
     for extent, name in sorted((_extent(tensor), tensor.name) for tensor in tensors):
         if extent[0] != at:
             raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another tensor or leaves a gap")
         at += extent[1]
-    if at != file_bytes:
+    if at != all_bytes:
         raise InputError(
-            f"{path} is truncated or damaged: its tensors end at byte {at}, but the file ends at {file_bytes}"
+            f"{path} is truncated or damaged: its tensors end at byte {at}, but the file ends at {all_bytes}"
         )
 
 

@@ -33,6 +33,8 @@ class Destination:
     is_in_place: bool = False
     to_stdout: bool = False
     """Whether it is sent on from there as one run of bytes."""
+    url: str = ""
+    """Where it is uploaded to from there."""
 
 
 def check(model: ModelFile, output: Destination | None) -> None:

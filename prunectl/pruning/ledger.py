@@ -18,14 +18,19 @@ from typing import Any
 
 from prunectl.analysis.sizes import sha256_of
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats import atomic, scratch
+from prunectl.formats import atomic, budgets, scratch
 from prunectl.formats.base import ModelFile
+from prunectl.formats.extents import REMOTE
 from prunectl.formats.folder import LEDGER, copy_companions
 from prunectl.formats.patch import patch_files
-from prunectl.formats.safe_json import read_object, write_object
+from prunectl.formats.places import LibraryPlace
+from prunectl.formats.remote import UPLOADS
+from prunectl.formats.safe_json import parse_object, read_object, write_object
 
 SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"
+BEGUN = f"{LEDGER}/{_TASK}"
+"""By what it is known that parts of an output are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,12 @@ class Ledger:
     """An output folder with its ledger: whatever is written comes whole or not at all, the index last."""
 
     target: Path
+
+    @staticmethod
+    def of(target: Path) -> Ledger:
+        """The ledger of an output, also of one that is uploaded."""
+        place = UPLOADS.get(target)
+        return Ledger(target) if place is None else BucketLedger(target, place)
 
     @property
     def folder(self) -> Path:
@@ -90,7 +101,7 @@ class Ledger:
         with atomic.atomic_replace(self.target / name, may_replace=True, model=model) as folder:
             yield folder / name
 
-    def facts(self, name: str) -> dict[str, int]:
+    def facts(self, name: str) -> dict[str, Any]:
         """By what a shard is known again."""
         return facts(self.target / name)
 
@@ -107,8 +118,76 @@ class Ledger:
         shutil.rmtree(self.folder)
 
 
-def facts(path: Path) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class BucketLedger(Ledger):
+    """The same in an object store, where each object appears when it is whole, and none is renamed."""
+
+    place: LibraryPlace
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a part was there."""
+        return self.read(_TASK) is not None
+
+    def begin(self, task: Mapping[str, Any], model: ModelFile) -> None:
+        """Note what is asked for; of two parts at once that ask for different things, one will see it."""
+        del model
+        self.write(_TASK, task)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A note; None where there is none."""
+        file = self.place.file(f"{LEDGER}/{name}")
+        try:
+            size, _ = file.state()
+        except InputError:
+            return None
+        if size > budgets.MAX_JSON_BYTES:
+            raise self.damaged(name)
+        return parse_object(file.head(size), self.folder / name, "it")
+
+    def write(self, name: str, note: Mapping[str, Any]) -> None:
+        """Write a note."""
+        with scratch.temporary_folder() as folder:
+            write_object(folder / "note", note)
+            self.place.put(folder / "note", f"{LEDGER}/{name}")
+
+    def has(self, name: str, noted: Mapping[str, Any]) -> bool:
+        """Whether a shard is there as it was noted: another state of it is another shard."""
+        try:
+            return self.facts(name) == {key: noted.get(key) for key in ("bytes", "modified")}
+        except InputError:
+            return False
+
+    @contextmanager
+    def placing(self, name: str, model: ModelFile) -> Generator[Path]:
+        """Yield where to write a shard, which is uploaded at the end."""
+        del model
+        with scratch.temporary_folder() as folder:
+            yield folder / name
+            self.place.put(folder / name, name)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """By what a shard is known again."""
+        size, version = self.place.file(name).state()
+        return {"bytes": size, "modified": version}
+
+    def close(self, model: ModelFile) -> None:
+        """Write what lies beside the weights, the index last."""
+        with scratch.temporary_folder() as folder:
+            copy_companions(model, folder)
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                self.place.put(path, path.relative_to(folder).as_posix())
+        self.place.put(model.path, model.path.name)
+
+    def remove(self) -> None:
+        """Forget what was done."""
+        self.place.remove(LEDGER)
+
+
+def facts(path: Path) -> dict[str, Any]:
     """By what a file is known again."""
+    if path in REMOTE:
+        return {"bytes": REMOTE[path].nbytes, "modified": REMOTE[path].version}
     stat = os.stat(path)
     return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
 
@@ -118,4 +197,6 @@ def is_as_noted(path: Path, noted: Mapping[str, Any]) -> bool:
     known = facts(path)
     if known["bytes"] != noted.get("bytes"):
         return False
-    return known["modified"] == noted.get("modified") or sha256_of(path) == noted.get("sha256")
+    if known["modified"] == noted.get("modified"):
+        return True
+    return bool(noted.get("sha256")) and sha256_of(path) == noted["sha256"]

@@ -26,14 +26,16 @@ from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import InputError, UsageError, WorkError, abbreviated
 from prunectl.formats import registry, scratch
 from prunectl.formats.base import ModelFile, Tensor
+from prunectl.formats.extents import REMOTE, file_bytes
 from prunectl.formats.patch import patch_files
+from prunectl.formats.remote import downloaded
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import engine, masks
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts
-from prunectl.pruning.ledger import SCHEMA, Ledger, facts, is_as_noted
+from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, facts, is_as_noted
 from prunectl.pruning.masks import Threshold
 from prunectl.pruning.plan import Plan
 from prunectl.pruning.prune import Pruned, check_left, check_pattern, resolve_sparsity
@@ -122,9 +124,23 @@ def prune_part(
     return PartPruned(str(source), request, part, tuple(done), missing)
 
 
+def prune_whole(
+    source: Path,
+    request: PruneRequest,
+    output: Destination,
+    *,
+    has_digests: bool = False,
+    meter: ProgressFactory = no_progress,
+    allow_empty: bool = False,
+) -> Pruned:
+    """Prune all shards, one of them here at a time, where the model or the output is elsewhere."""
+    prune_part(source, request, output, Part(1, 1), meter=meter, allow_empty=allow_empty)
+    return join(source, request, output, has_digests=has_digests)
+
+
 def join(source: Path, request: PruneRequest | None, output: Destination, *, has_digests: bool = False) -> Pruned:
     """Make a model of the shards of all parts: check that they are there and of one plan, and write the index last."""
-    noted = Ledger(output.target).task()
+    noted = Ledger.of(output.target).task()
     own, count = from_json(noted["request"]), noted["parts"]
     task = _Task.of(source, own if request is None else request, output, Part(1, count))
     task.enter()
@@ -168,7 +184,7 @@ class _Task:
                 "and writes a folder",
                 hint=f"make shards first: prunectl export {source} -o OUT --shard-size 2GB",
             )
-        ledger = Ledger(output.target)
+        ledger = Ledger.of(output.target)
         if not ledger.is_begun:
             outputs.check(model, output)
         method = resolve_method(request)
@@ -186,7 +202,7 @@ class _Task:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """The bytes of each shard, in the order of the tensors."""
-        return {path.name: path.stat().st_size for path in self.model.files if path != self.model.path}
+        return {path.name: file_bytes(path) for path in self.model.files if path != self.model.path}
 
     @cached_property
     def _tensors(self) -> dict[str, list[Tensor]]:
@@ -233,7 +249,7 @@ class _Task:
             name = next(name for name in own if own[name] != other[name])
             option = options.get(name, name).replace("_", "-")
             raise UsageError(
-                f"another {option} than that of the parts of {self.target}: {own[name]!r}, not {other[name]!r}",
+                f"{option} is {own[name]!r}, but {other[name]!r} in the parts of {self.target}",
                 hint=f"give all parts the same options, or remove {self.target}",
             )
         if "parts" in different:
@@ -285,7 +301,8 @@ class _Task:
         path, place = self.model.path.parent / name, f"{_SOURCE}{name}.json"
         noted = self.ledger.read(place)
         if noted is None:
-            noted = {**facts(path), "sha256": sha256_of(path)}
+            # What is elsewhere has a version, and is not read once more.
+            noted = {**facts(path), "sha256": "" if path in REMOTE else sha256_of(path)}
             self.ledger.write(place, noted)
         if not is_as_noted(path, noted):
             raise _changed(path)
@@ -293,9 +310,9 @@ class _Task:
     def write(self, name: str, *, allow_empty: bool) -> ShardResult:
         """Prune a shard, check what was written, and note it."""
         self._check_source(name)
-        own, plan = self._shard(name), self._plan_of(name)
-        known = facts(own.path)
-        with self.ledger.placing(name, own) as place:
+        plan = self._plan_of(name)
+        with downloaded(self.model.path.parent / name), self.ledger.placing(name, own := self._shard(name)) as place:
+            known = facts(own.path)
             before = measure_stats(own, own.tensors, has_channels=False)
             counts = engine.execute(own, plan, self.method, {own.path: place}) if plan.cuts else {}
             if not plan.cuts:
@@ -402,8 +419,9 @@ class _Task:
 
     def stats(self, rows: Mapping[str, Sequence[int]], *, has_digests: bool) -> tuple[ModelStats, ModelStats]:
         """The statistics before and after: of a big model from the ledger, as all of it was read already."""
-        result = registry.open_model(self.target)
-        if result.nbytes <= outputs.BIG_BYTES:
+        is_here = not isinstance(self.ledger, BucketLedger)
+        result = registry.open_model(self.target) if is_here else self.model
+        if result.nbytes <= outputs.BIG_BYTES and is_here:
             codec = get_codec(CodecName.GZIP, None)
             before, after = measure(self.model, codec), measure(result, codec)
         else:

@@ -131,11 +131,11 @@ def test_a_part_is_not_done_twice(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("-s", "60%", "--part", "2/2"), "another sparsity than that of the parts"),
-        (("-s", "50%", "--scope", "global", "--part", "2/2"), "another scope than that"),
+        (("-s", "60%", "--part", "2/2"), "sparsity is 0.6, but 0.5 in the parts of"),
+        (("-s", "50%", "--scope", "global", "--part", "2/2"), "scope is 'global', but 'layer' in"),
         (("-s", "50%", "--part", "2/3"), "is made of 2 parts, not of 3"),
         (("-s", "50%", "--part", "3/2"), "--part cannot be '3/2'"),
-        (("-s", "60%", "--join"), "another sparsity"),
+        (("-s", "60%", "--join"), "sparsity is 0.6, but 0.5"),
         (("-s", "50%"), "exists"),
         (("-s", "50%", "--part", "2/2", "--manifest", "run.json"), "--manifest goes with --join"),
         (("--target-gzip", "1KB", "--part", "2/2"), "--target-gzip cannot be used with --part"),

@@ -1,0 +1,347 @@
+"""Where files are: on web servers, and in object stores that fsspec knows.
+
+A server may lie: every answer is held against what was asked for, and bounded. One that ignores ranges, answers with
+other bytes than were asked for, stops early or never, leads in circles, or changes the file meanwhile is told in a
+sentence.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from email.message import Message
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from prunectl import __version__
+from prunectl.errors import InputError, MissingExtraError, PrunectlError, UsageError, WorkError, abbreviated, first_line
+from prunectl.formats import budgets
+from prunectl.formats.extents import RemoteFile
+from prunectl.formats.safe_json import require
+
+_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
+COPY_BYTES = 16 << 20
+_TRIES = 3
+_PAUSE_SECONDS = 0.5
+_PIECE_BYTES = 1 << 16
+_SILENCE_SECONDS = 30.0
+"""How long a server may say nothing."""
+_LEAST_BYTES_A_SECOND = 16 << 10
+"""What is slower is no download, but a trap."""
+_PASSING = frozenset({429, 500, 502, 503, 504})
+"""Failures that may be over a moment later."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_repeats, max_redirections = 2, 5
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:  # noqa: PLR0917
+        scheme = urllib.parse.urlsplit(newurl).scheme
+        if scheme not in {"http", "https"} or (scheme == "http" and req.type == "https"):
+            fp.close()
+            raise InputError(f"{shown(req.full_url)} leads to {shown(newurl)}, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_opener = urllib.request.build_opener(_Redirects)
+
+
+def shown(url: str) -> str:
+    """An address without what follows its path, which may be a secret."""
+    return abbreviated(url.partition("?")[0])
+
+
+@dataclass(slots=True)
+class HttpFile:
+    """A file on a web server."""
+
+    url: str
+    nbytes: int = -1
+    """-1 until the server was asked."""
+    version: str = ""
+    """What the server calls this state of it."""
+
+    def head(self, nbytes: int, whole: int = 0) -> bytes:
+        """The first bytes, and with them all that is to be known; so many at most where the server ignores ranges."""
+        return self._asked(0, nbytes, whole)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """A range of bytes."""
+        return self._asked(offset, nbytes, 0)
+
+    def _asked(self, offset: int, nbytes: int, whole: int) -> bytes:
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return self._answer(offset, nbytes, whole)
+            except urllib.error.HTTPError as error:
+                error.close()
+                if error.code not in _PASSING or attempt == _TRIES:
+                    raise self._refused(error) from error
+            except (OSError, http.client.HTTPException) as error:
+                if attempt == _TRIES:
+                    cause = getattr(error, "reason", error)
+                    text = first_line(cause) if isinstance(cause, Exception) else str(cause)
+                    raise InputError(f"{shown(self.url)} cannot be read: {text or type(error).__name__}") from error
+            time.sleep(_PAUSE_SECONDS * attempt)
+        raise AssertionError
+
+    def _refused(self, error: urllib.error.HTTPError) -> InputError:
+        name = shown(self.url)
+        if error.code in {404, 410}:
+            return InputError(f"{name} does not exist")
+        if error.code in {401, 403}:
+            return InputError(f"{name} cannot be read: the server asks for permission (status {error.code})")
+        if error.code == 416:
+            return InputError(f"{name} is empty, or shorter than it was")
+        if 300 <= error.code < 400:
+            return InputError(f"{name} leads from address to address without end, or to none of the web")
+        return InputError(f"{name} cannot be read: the server answers with status {error.code}")
+
+    def _answer(self, offset: int, nbytes: int, whole: int) -> bytes:
+        headers = {
+            "Range": f"bytes={offset}-{offset + nbytes - 1}",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"prunectl/{__version__}",
+        }
+        request = urllib.request.Request(self.url, headers=headers)  # noqa: S310 - http and https alone come here
+        with _opener.open(request, timeout=_SILENCE_SECONDS) as response:
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise InputError(f"{shown(self.url)} comes compressed, so that no range of it can be read")
+            if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+                begin, end, total = self._range(response.headers, offset, nbytes)
+            else:
+                length = response.headers.get("Content-Length", "")
+                total = int(length) if length.isdecimal() and len(length) < 20 else whole + 1
+                if total > whole:
+                    raise InputError(
+                        f"{shown(self.url)} cannot be read in ranges: the server answers with the whole file "
+                        f"(status {response.status})",
+                        hint=f"download it first: curl -LO {shown(self.url)}",
+                    )
+                begin, end = 0, total
+            self._check_same(total, response.headers)
+            return self._body(response, end - begin)
+
+    def _range(self, headers: Message, offset: int, nbytes: int) -> tuple[int, int, int]:
+        match = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        if match is None:
+            raise InputError(f"{shown(self.url)} cannot be read: the server does not say which bytes it sends")
+        begin, end, total = int(match[1]), int(match[2]) + 1, int(match[3])
+        if begin != offset or end != min(offset + nbytes, total) or total > budgets.MAX_COUNT:
+            raise InputError(f"{shown(self.url)} cannot be read: the server sends other bytes than those asked for")
+        return begin, end, total
+
+    def _check_same(self, total: int, headers: Message) -> None:
+        version = headers.get("ETag") or headers.get("Last-Modified") or ""
+        if self.nbytes < 0:
+            self.nbytes, self.version = total, version[: budgets.MAX_MARK_BYTES]
+        elif (self.nbytes, self.version) != (total, version[: budgets.MAX_MARK_BYTES]):
+            raise InputError(f"{shown(self.url)} was changed while it was being read")
+
+    def _body(self, response: Any, nbytes: int) -> bytes:
+        """The body, of which no more is taken than was announced."""
+        until = time.monotonic() + _SILENCE_SECONDS + nbytes / _LEAST_BYTES_A_SECOND
+        body = bytearray()
+        while len(body) <= nbytes and (piece := response.read1(min(_PIECE_BYTES, nbytes + 1 - len(body)))):
+            body += piece
+            if time.monotonic() > until:
+                raise InputError(f"{shown(self.url)} cannot be read: the server is too slow")
+        if len(body) != nbytes:
+            what = "more" if len(body) > nbytes else "fewer"
+            raise InputError(f"{shown(self.url)} cannot be read: the server sends {what} bytes than it says")
+        return bytes(body)
+
+
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "e_tag",
+    "generation",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "updated",
+    "created",
+    "blob_id",
+)
+"""By what file systems tell one state of a file from another."""
+
+
+class Place(Protocol):
+    """Where files are: a folder at a URL."""
+
+    @property
+    def url(self) -> str:
+        """Its own."""
+
+    def files(self) -> dict[str, RemoteFile] | None:
+        """What is in it, by relative names; None where that cannot be told."""
+
+    def file(self, name: str) -> RemoteFile:
+        """One of its files, which may not be there."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpPlace:
+    """A folder on a web server, which lists nothing."""
+
+    url: str
+    query: str = ""
+
+    def files(self) -> None:
+        """Nothing that is listed."""
+        return
+
+    def file(self, name: str) -> RemoteFile:
+        """One of its files."""
+        return HttpFile(f"{self.url}/{name}{self.query}")
+
+
+@contextmanager
+def _of_library(url: str) -> Generator[None]:
+    """Say in a sentence what a library of file systems has failed at, whose errors are of all kinds."""
+    try:
+        yield
+    except (PrunectlError, KeyboardInterrupt):
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{shown(url)} does not exist") from error
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{url.partition(':')[0]}:// needs a package that is not installed: {first_line(error)}",
+            hint="pip install s3fs, gcsfs, adlfs or huggingface_hub, for s3://, gs://, az:// or hf://",
+        ) from error
+    except Exception as error:
+        raise InputError(f"{shown(url)} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+
+
+@dataclass(slots=True)
+class LibraryFile:
+    """A file that fsspec reads."""
+
+    system: Any
+    path: str
+    url: str
+    nbytes: int = -1
+    version: str = ""
+
+    def head(self, nbytes: int, whole: int = 0) -> bytes:
+        """The first bytes, and with them all that is to be known."""
+        if self.nbytes < 0:
+            self.nbytes, self.version = self.state()
+        return self.read(0, min(max(nbytes, min(self.nbytes, whole)), self.nbytes))
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """A range of bytes."""
+        with _of_library(self.url):
+            found = bytes(self.system.cat_file(self.path, start=offset, end=offset + nbytes)) if nbytes else b""
+        if len(found) != min(nbytes, max(self.nbytes - offset, 0)):
+            raise InputError(f"{self.url} was truncated, or another file took its place, while it was being read")
+        return found
+
+    def state(self) -> tuple[int, str]:
+        """Its size, and by what one state of it is told from another, as they are now."""
+        with _of_library(self.url):
+            self.system.invalidate_cache()
+            facts = self.system.info(self.path)
+            if facts.get("type") == "directory":
+                raise FileNotFoundError
+        return int(facts.get("size") or 0), _version(facts)
+
+
+def _version(facts: Mapping[str, Any]) -> str:
+    return next((str(facts[key]) for key in _VERSIONS if facts.get(key)), "")[: budgets.MAX_MARK_BYTES]
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryPlace:
+    """A folder, or what passes for one, in a file system of fsspec."""
+
+    system: Any
+    root: str
+    url: str
+
+    def files(self) -> dict[str, RemoteFile] | None:
+        """What is in it; nothing where it is a file."""
+        with _of_library(self.url):
+            self.system.invalidate_cache()
+            found = self.system.find(self.root, detail=True)
+        if self.root in found:
+            return {}
+        if len(found) > budgets.MAX_FILES:
+            raise InputError(f"{self.url} is refused: it has more than {budgets.MAX_FILES} files")
+        prefix = self.root.strip("/") + "/"
+        names = ((path.strip("/").removeprefix(prefix), path, facts) for path, facts in found.items())
+        return {
+            name: LibraryFile(self.system, path, f"{self.url}/{name}", int(facts.get("size") or 0), _version(facts))
+            for name, path, facts in names
+            if is_inside(name)
+        }
+
+    def file(self, name: str) -> LibraryFile:
+        """One of its files."""
+        return LibraryFile(self.system, f"{self.root}/{name}", f"{self.url}/{name}")
+
+    def check_free(self, begun: str) -> None:
+        """Refuse a place where something is, unless it is begun: by a file of this name."""
+        with _of_library(self.url):
+            self.system.invalidate_cache()
+            is_taken = self.system.exists(self.root) and bool(self.system.find(self.root))
+            is_begun = bool(begun) and self.system.exists(f"{self.root}/{begun}")
+        if is_taken and not is_begun:
+            raise UsageError(f"{self.url} exists", hint="choose another --output, or replace it with --force")
+
+    def put(self, source: Path, name: str) -> None:
+        """Write a file to its final name, in several parts where it is big; it appears when it is whole."""
+        try:
+            target = self.system.open(f"{self.root}/{name}".rstrip("/"), "wb", block_size=COPY_BYTES)
+            try:
+                with source.open("rb") as file:
+                    shutil.copyfileobj(file, target, COPY_BYTES)
+            except BaseException:
+                # Closed, it would appear as it is.
+                with suppress(Exception):
+                    target.discard()
+                raise
+            target.close()
+        except (PrunectlError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise WorkError(
+                f"{self.url}/{name} cannot be written: {first_line(error)}", hint="run the same command again, which resumes"
+            ) from error
+
+    def remove(self, name: str) -> None:
+        """Remove a folder in it with all that is there."""
+        with _of_library(self.url):
+            self.system.rm(f"{self.root}/{name}", recursive=True)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name leads to a file in its folder, and nowhere else."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+
+
+def place_of(url: str) -> Place:
+    """The place that a URL names."""
+    if url.startswith("http"):
+        base, mark, query = url.partition("?")
+        return HttpPlace(base.rstrip("/"), mark + query)
+    return library_place(url)
+
+
+def library_place(url: str) -> LibraryPlace:
+    """The place that a URL names, which fsspec reads and writes."""
+    require("fsspec", extra="remote")
+    with _of_library(url):
+        system, root = require("fsspec.core", extra="remote").url_to_fs(url.rstrip("/"))
+    return LibraryPlace(system, root.rstrip("/"), url.rstrip("/"))

@@ -1,0 +1,330 @@
+"""Models at URLs: a folder of stubs stands for them here, whose bytes come in ranges as they are asked for.
+
+Of a safetensors file the stub is the header; `formats.extents` reads the rest where it is. Whatever else read a stub
+would find it truncated, and not full of zeros. What is no safetensors is fetched whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import ClassVar
+
+from prunectl.errors import InputError, PrunectlError, UsageError
+from prunectl.formats import budgets
+from prunectl.formats.extents import REMOTE, RemoteFile
+from prunectl.formats.places import (
+    COPY_BYTES,
+    LibraryFile,
+    LibraryPlace,
+    Place,
+    is_inside,
+    library_place,
+    place_of,
+    shown,
+)
+from prunectl.formats.registry import IN_A_FOLDER
+from prunectl.formats.safe_json import parse_object
+from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.workers import workers
+
+_HEAD_BYTES = 64 << 10
+"""What is read of a file at first: the header of most safetensors, and no more of it than of a long one."""
+_ASKED_AT_ONCE = 8
+_FACTS = frozenset({"config.json", "adapter_config.json", "generation_config.json", "model_index.json", "modules.json"})
+"""What tells what a model is, beside its index; all else in its folder is fetched only to be copied."""
+_BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json"),
+    *("vocab.txt", "merges.txt", "chat_template.jinja", "preprocessor_config.json", "README.md", "LICENSE"),
+)
+"""What is looked for in a folder on a web server, which lists none."""
+Tell = Callable[[str], object]
+
+
+@dataclass(slots=True)
+class _Mirror:
+    """A folder of stubs, and what they stand for."""
+
+    folder: Path
+    tell: Tell
+    stubs: list[Path] = field(default_factory=list)
+
+    def stub(self, name: str, file: RemoteFile, *, is_fact: bool) -> None:
+        """Make the stub of a file: of safetensors with the header, of what tells of the model with all of it."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_fact:
+            path.write_bytes(_whole(file, budgets.MAX_JSON_BYTES))
+            return
+        path.write_bytes(_header(file, path) if path.suffix == ".safetensors" else b"")
+        self.keep(path, file)
+
+    def keep(self, path: Path, file: RemoteFile) -> None:
+        """Have a file read where it is."""
+        REMOTE[path] = _Buffered(file)
+        self.stubs.append(path)
+
+    def fetch(self, path: Path) -> None:
+        """Make a file of a stub."""
+        file = REMOTE[path]
+        if file.nbytes > budgets.MAX_FETCHED_BYTES:
+            raise InputError(f"{path} is refused: it is too big to be fetched whole ({file.nbytes} bytes)")
+        self.tell(f"{path.name} is fetched whole ({file.nbytes} bytes): only safetensors are read in ranges")
+        download(path)
+
+
+def _whole(file: RemoteFile, most: int) -> bytes:
+    head = file.head(_HEAD_BYTES, most)
+    if file.nbytes > most:
+        raise InputError(f"{shown(file.url)} is refused: it is longer than {most} bytes")
+    return head + file.read(len(head), file.nbytes - len(head)) if len(head) < file.nbytes else head
+
+
+def _header(file: RemoteFile, path: Path) -> bytes:
+    """The header of a safetensors file, or all that is there of one that claims a longer one."""
+    head = file.head(_HEAD_BYTES)
+    length = int.from_bytes(head[:8], "little") + 8
+    if length > min(budgets.MAX_SAFETENSORS_HEADER_BYTES, file.nbytes):
+        raise InputError(f"{path} is truncated or damaged: it claims a header of {length - 8} bytes")
+    return head[:length] if length <= len(head) else head + file.read(len(head), length - len(head))
+
+
+class _Buffered:
+    """A file that is read in windows, of which a few are kept."""
+
+    _windows: ClassVar[OrderedDict[tuple[_Buffered, int], bytes]] = OrderedDict()
+    """Those of all files together."""
+    _lock = Lock()
+    _WINDOW_BYTES = 8 << 20
+    _KEPT = 4
+
+    def __init__(self, file: RemoteFile) -> None:
+        self.file, self.url = file, file.url
+        if file.nbytes < 0:
+            file.head(1)
+        self.nbytes, self.version = file.nbytes, file.version
+
+    @classmethod
+    def forget(cls) -> None:
+        """Keep no windows any more."""
+        with cls._lock:
+            cls._windows.clear()
+
+    def head(self, nbytes: int, whole: int = 0) -> bytes:
+        """The first bytes."""
+        return self.file.head(nbytes, whole)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """A range of bytes."""
+        found = bytearray()
+        while len(found) < nbytes:
+            number, begin = divmod(offset + len(found), self._WINDOW_BYTES)
+            piece = self._window(number)[begin : begin + nbytes - len(found)]
+            if not piece:
+                raise InputError(f"{shown(self.url)} ends too early")
+            found += piece
+        return bytes(found)
+
+    def _window(self, number: int) -> bytes:
+        key = (self, number)
+        with self._lock:
+            if key in self._windows:
+                self._windows.move_to_end(key)
+                return self._windows[key]
+        begin = number * self._WINDOW_BYTES
+        window = self.file.read(begin, min(self._WINDOW_BYTES, max(self.nbytes - begin, 0)))
+        with self._lock:
+            self._windows[key] = window
+            while len(self._windows) > self._KEPT:
+                self._windows.popitem(last=False)
+        return window
+
+
+def download(path: Path) -> None:
+    """Make a file of a stub, its bytes in ranges; it is checked that nobody has changed it meanwhile."""
+    remote = REMOTE[path]
+    file = remote.file if isinstance(remote, _Buffered) else remote
+    before = file.state() if isinstance(file, LibraryFile) else None
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as target:
+        for offset in range(0, file.nbytes, COPY_BYTES):
+            target.write(file.read(offset, min(COPY_BYTES, file.nbytes - offset)))
+    if isinstance(file, LibraryFile) and (file.state() != before or before[0] != file.nbytes):
+        raise InputError(f"{file.url} was changed while it was being read")
+    os.replace(part, path)
+    del REMOTE[path]
+
+
+@contextmanager
+def downloaded(path: Path) -> Generator[None]:
+    """Have a file here for a while, if only its stub is; then the stub again."""
+    remote = REMOTE.get(path)
+    if remote is None:
+        yield
+        return
+    stub = path.read_bytes()
+    download(path)
+    try:
+        yield
+    finally:
+        path.write_bytes(stub)
+        REMOTE[path] = remote
+
+
+UPLOADS: dict[Path, LibraryPlace] = {}
+"""Where an output goes that is written here first, by its path here."""
+
+
+@contextmanager
+def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
+    """Yield a path for an output; what is there at the end goes to a URL, that by which it is opened last.
+
+    Nothing may be there yet but what was begun, unless the user said so.
+    """
+    if url.startswith("http"):
+        raise UsageError(f"{shown(url)} cannot be written to", hint="use s3://, gs://, az:// or hf://, or write a file")
+    place = library_place(url)
+    if not is_forced:
+        place.check_free(begun)
+    with temporary_folder() as scratch:
+        target = scratch.resolve() / (_name(url) or "model")
+        UPLOADS[target] = place
+        try:
+            yield target
+            found = [path for path in target.rglob("*") if path.is_file()] if target.is_dir() else [target]
+            for path in sorted(found, key=lambda path: (path.name in IN_A_FOLDER, path)):
+                if path.exists():
+                    place.put(path, path.relative_to(target).as_posix() if path != target else "")
+        except PrunectlError as error:
+            error.message, error.hint = (text.replace(str(target), url) for text in (error.message, error.hint))
+            raise
+        finally:
+            del UPLOADS[target]
+
+
+def fetch(path: Path, tell: Tell) -> None:
+    """Make files of all stubs in a folder, or of one."""
+    for stub in [stub for stub in REMOTE if stub == path or stub.is_relative_to(path)]:
+        _Mirror(path, tell).fetch(stub)
+
+
+@contextmanager
+def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = False) -> Generator[Path]:
+    """Yield a path that stands for a URL; what is to be read by others than `formats.extents` is fetched whole."""
+    with temporary_folder() as scratch:
+        name = _name(url)
+        folder = path = scratch.resolve() / (name if is_inside(name) else "model")
+        folder.mkdir()
+        mirror = _Mirror(folder, tell)
+        try:
+            path = _mirror(mirror, url)
+            for stub in mirror.stubs:
+                if is_read_whole and stub in REMOTE:
+                    mirror.fetch(stub)
+            yield path
+        except PrunectlError as error:
+            for here, there in ((path, url.rstrip("/")), (folder, _parent(url))):
+                error.message = error.message.replace(str(here), there)
+                error.hint = error.hint.replace(str(here), there)
+            raise
+        finally:
+            for stub in mirror.stubs:
+                REMOTE.pop(stub, None)
+            _Buffered.forget()
+
+
+def _name(url: str) -> str:
+    return PurePosixPath(url.partition("?")[0].partition("://")[2]).name
+
+
+def _mirror(mirror: _Mirror, url: str) -> Path:
+    """Make the stubs for a URL, and return the path that stands for it."""
+    place, name = place_of(url), _name(url)
+    listed = place.files()
+    if PurePosixPath(name).suffix in _SUFFIXES if listed is None else not listed:
+        return _one_file(mirror, place_of(_parent(url)), name)
+    files = _probed(place) if listed is None else listed
+    index = next((one for one in IN_A_FOLDER if one in files), "")
+    needed = _shards(mirror, place, index, listed) if index.endswith(".json") else [index]
+    rest = {one: file for one, file in files.items() if not (mirror.folder / one).exists()}
+    _make(mirror, rest, frozenset(one for one in rest if PurePosixPath(one).name in _FACTS))
+    if not index and "model_index.json" not in files:
+        # No weights that could be read where they are.
+        needed = list(rest)
+    for one in needed:
+        if mirror.folder / one in REMOTE and not one.endswith(".safetensors"):
+            mirror.fetch(mirror.folder / one)
+    return mirror.folder
+
+
+_SUFFIXES = frozenset(
+    ".safetensors .json .bin .pt .pth .ckpt .pt2 .h5 .hdf5 .keras .onnx .tflite .tar .index".split()  # noqa: SIM905
+)
+
+
+def _parent(url: str) -> str:
+    base, mark, query = url.partition("?")
+    return f"{base.rpartition('/')[0]}{mark}{query}"
+
+
+def _one_file(mirror: _Mirror, place: Place, name: str) -> Path:
+    file, path = place.file(name), mirror.folder / name
+    if name.endswith(".index.json"):
+        for one in _shards(mirror, place, name, place.files()):
+            if mirror.folder / one in REMOTE and not one.endswith(".safetensors"):
+                mirror.fetch(mirror.folder / one)
+        return path
+    mirror.stub(name, file, is_fact=path.suffix == ".json")
+    if path in REMOTE and path.suffix != ".safetensors":
+        mirror.fetch(path)
+    return path
+
+
+def _shards(mirror: _Mirror, place: Place, index: str, files: Mapping[str, RemoteFile] | None) -> list[str]:
+    """Make the stubs of an index and of the shards that it names, and return the names of those."""
+    path = mirror.folder / index
+    text = _whole(place.file(index), budgets.MAX_JSON_BYTES)
+    path.write_bytes(text)
+    names = parse_object(text, path, "the index").get("weight_map")
+    values = dict.fromkeys(names.values()) if isinstance(names, dict) else {}
+    wanted = [one for one in values if isinstance(one, str) and is_inside(one) and "/" not in one]
+    if len(wanted) > budgets.MAX_FILES:
+        raise InputError(f"{path} is refused: it names more than {budgets.MAX_FILES} shards")
+    # One that is not there is missed when the model is opened, which names it.
+    _make(mirror, {one: place.file(one) for one in wanted if files is None or one in files}, frozenset())
+    return wanted
+
+
+def _probed(place: Place) -> dict[str, RemoteFile]:
+    """What is found of the usual files in a folder that lists nothing."""
+    found: dict[str, RemoteFile] = {}
+    for names in (IN_A_FOLDER, (*_FACTS, *_BESIDE)):
+        for name in names:
+            file = place.file(name)
+            try:
+                file.head(1, budgets.MAX_JSON_BYTES)
+            except InputError as error:
+                if not error.message.endswith("does not exist"):
+                    raise
+            else:
+                found[name] = file
+                if names is IN_A_FOLDER:
+                    break
+        if not found:
+            raise InputError(
+                f"{shown(place.url)} has no model that is found without a list of its files",
+                hint="name a file: the index, or the weights",
+            )
+    return found
+
+
+def _make(mirror: _Mirror, files: Mapping[str, RemoteFile], facts: frozenset[str]) -> None:
+    """Make the stubs of files, some at a time."""
+    with workers(_ASKED_AT_ONCE) as pool:
+        for _ in pool.map(lambda one: mirror.stub(one[0], one[1], is_fact=one[0] in facts), files.items()):
+            pass

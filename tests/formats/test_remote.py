@@ -1,0 +1,342 @@
+"""Models at URLs: only what is needed is read, a server that lies is told, and nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from prunectl.formats import places
+from tests.formats.test_folder import files_of
+from tests.pruning.test_parts import folder
+from tests.running import FIXTURES, here
+
+__all__ = ["folder"]
+Answer = Callable[[BaseHTTPRequestHandler, bytes, int, int], bool]
+"""Answers a request for a range of a file, and returns whether it did."""
+
+
+@dataclass
+class Server:
+    """A web server on this machine that knows ranges, and counts what it sends."""
+
+    root: Path
+    url: str = ""
+    sent: int = 0
+    asked: list[str] = field(default_factory=list)
+    answer: Answer = lambda *_: False
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    state = Server(tmp_path)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = state.root / self.path.partition("?")[0].lstrip("/")
+            state.asked.append(self.path)
+            if not path.is_file():
+                self.send_error(404)
+                return
+            size = path.stat().st_size
+            match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"])
+            assert match is not None
+            begin, end = int(match[1]), min(int(match[2]) + 1, size)
+            with path.open("rb") as file:
+                file.seek(begin)
+                body = file.read(end - begin)
+            if state.answer(self, body, begin, size):
+                return
+            reply(self, 206, body, ETag='"1"', Content_Range=f"bytes {begin}-{end - 1}/{size}")
+            state.sent += len(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.daemon_threads = True
+    state.url = f"http://127.0.0.1:{running.server_address[1]}"
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+    yield state
+    running.shutdown()
+    running.server_close()
+
+
+def reply(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content_Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """The file system of fsspec that is in memory, empty."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    yield system
+    system.store.clear()
+
+
+def upload(system: Any, source: Path, root: str) -> None:
+    for name, content in files_of(source).items():
+        system.pipe_file(f"{root}/{name}", content)
+
+
+def big_file(path: Path, nbytes: int) -> Path:
+    """A safetensors file with nothing but a header, and holes behind it."""
+    shape = [nbytes >> 12, 1024]
+    header = {"model.layers.0.mlp.up_proj.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, nbytes]}}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + nbytes)
+    return path
+
+
+def test_a_look_at_eight_gigabytes_reads_less_than_one_megabyte(server: Server, tmp_path: Path) -> None:
+    big_file(tmp_path / "model.safetensors", 8 << 30)
+    seen = here("inspect", f"{server.url}/model.safetensors", "--json")
+    assert seen.code == 0, seen.err
+    (model,) = seen.json["models"]
+    assert model["bytes"]["raw"] > 8 << 30
+    assert model["params"]["total"] == 2 << 30
+    assert model["sparsity"] is None
+    assert server.sent < 1 << 20
+    assert "zeros were not counted" in here("inspect", f"{server.url}/model.safetensors").err
+
+
+@pytest.mark.parametrize("kind", ["memory", "http"])
+def test_commands_say_of_a_url_what_they_say_of_the_folder(
+    folder: Path, memory: Any, server: Server, kind: str
+) -> None:
+    upload(memory, folder, "/bucket/model")
+    url = "memory://bucket/model" if kind == "memory" else f"{server.url}/model"
+    for words in (("inspect", "--zeros"), ("size",), ("diff", folder)):
+        here_too = here(words[0], folder, *words[1:], "--json").json
+        found = here(words[0], url, *words[1:], "--json")
+        assert found.code == 0, found.err
+        assert found.out.replace(url, str(folder)) == json.dumps(here_too, indent=2, ensure_ascii=False) + "\n"
+    read = here("inspect", f"{url}/model.safetensors.index.json", "--zeros", "--json").json["models"][0]
+    assert read["params"] == here("inspect", folder, "--json").json["models"][0]["params"]
+
+
+def test_what_is_no_safetensors_is_fetched_whole_which_is_said(server: Server, memory: Any, tmp_path: Path) -> None:
+    for name in ("digits_cnn.onnx", "digits_cnn.h5", "digits_cnn.pt"):
+        shutil.copy(FIXTURES / name, tmp_path / name)
+        memory.pipe_file(f"/bucket/{name}", (tmp_path / name).read_bytes())
+        for url in (f"{server.url}/{name}", f"memory://bucket/{name}"):
+            seen = here("inspect", url, "--format", "csv")
+            assert seen.out == here("inspect", tmp_path / name, "--format", "csv").out.replace(
+                str(tmp_path / name), url
+            )
+            assert f"{name} is fetched whole" in seen.err
+
+
+def test_without_fsspec_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    done = here("inspect", "s3://bucket/model.safetensors")
+    assert done.code == 4
+    assert "fsspec is not installed" in done.err
+    assert "does not exist" not in done.err
+
+
+def test_a_file_system_that_is_not_installed_is_named() -> None:
+    done = here("inspect", "s3://bucket/model.safetensors")
+    assert done.code == 4
+    assert "s3fs" in done.err
+
+
+def test_what_is_not_there_is_told(server: Server, memory: Any) -> None:
+    for url in (f"{server.url}/no.safetensors", "memory://bucket/no.safetensors"):
+        done = here("inspect", url)
+        assert done.code == 3
+        assert f"{url} does not exist" in done.err
+    done = here("inspect", f"{server.url}/nothing")
+    assert done.code == 3
+    assert "has no model that is found" in done.err
+
+
+def whole(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(size))
+    handler.end_headers()
+    return True
+
+
+def endless(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {begin}-{begin + len(body) - 1}/{size}")
+    handler.end_headers()
+    try:
+        for _ in range(200):
+            handler.wfile.write(bytes(1 << 20))
+    except OSError:
+        pass
+    return True
+
+
+def lying(status: int = 206, *, cut: int = 0, to: str = "", **headers: str) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+        span = f"bytes {begin}-{begin + len(body) - 1}/{size}"
+        if to:
+            headers["Location"] = to
+        reply(handler, status, body[: len(body) - cut], **{"Content_Range": span, **headers})
+        return True
+
+    return answer
+
+
+LIES: dict[str, tuple[Answer, str]] = {
+    "ranges ignored": (whole, "cannot be read in ranges"),
+    "endless": (endless, "sends more bytes"),
+    "truncated": (lying(cut=9), "sends fewer bytes"),
+    "truncated and longer": (lying(cut=9, Content_Length="65536"), "cannot be read|fewer bytes"),
+    "no range": (lying(Content_Range="some"), "does not say which bytes"),
+    "another range": (lying(Content_Range="bytes 8-99/4096"), "other bytes than those"),
+    "a size beyond any": (lying(Content_Range=f"bytes 0-65535/{10**18}"), "truncated or damaged|other bytes|overlaps"),
+    "compressed": (lying(Content_Encoding="gzip"), "comes compressed"),
+    "circles": (lying(302, to="/again.safetensors"), "without end"),
+    "another scheme": (lying(302, to="file:///etc/passwd"), "to none of the web"),
+    "forbidden": (lying(403), "asks for permission"),
+    "broken": (lying(500), "status 500"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_lies_is_refused_in_a_sentence(
+    server: Server, tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_PAUSE_SECONDS", 0.0)
+    for name in ("model.safetensors", "again.safetensors"):
+        big_file(tmp_path / name, 1 << 20)
+    server.answer, sentence = LIES[lie]
+    done = here("inspect", f"{server.url}/model.safetensors")
+    assert done.code == 3, done.err
+    assert re.search(sentence, done.err), done.err
+    assert len(done.err.splitlines()[0]) <= 320
+
+
+def test_a_file_that_changes_between_two_requests_is_told(server: Server, folder: Path) -> None:
+    tags = iter(range(1000))
+
+    def changed(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+        span = f"bytes {begin}-{begin + len(body) - 1}/{size}"
+        reply(handler, 206, body, Content_Range=span, ETag=f'"{next(tags)}"')
+        return True
+
+    server.answer = changed
+    done = here("size", f"{server.url}/model/model-00001-of-00006.safetensors")
+    assert done.code == 3
+    assert "was changed while it was being read" in done.err
+
+
+def test_a_long_header_is_read_to_its_end_and_one_that_lies_is_refused(server: Server, tmp_path: Path) -> None:
+    many = {f"model.layers.{number}.mlp.up_proj.weight": np.ones((2, 2), np.float32) for number in range(2000)}
+    save_file(many, tmp_path / "many.safetensors")
+    assert here("inspect", f"{server.url}/many.safetensors", "--json").json["models"][0]["params"]["total"] == 8000
+    for claim in (1 << 30, 1 << 62):
+        (tmp_path / "lies.safetensors").write_bytes(claim.to_bytes(8, "little") + b"{" + bytes(100_000))
+        done = here("inspect", f"{server.url}/lies.safetensors")
+        assert done.code == 3
+        assert "claims a header" in done.err
+
+
+def in_memory(system: Any, root: str) -> dict[str, bytes]:
+    return {path.removeprefix(f"{root}/"): system.cat_file(path) for path in system.find(root)}
+
+
+SCOPES = [("-s", "50%"), ("-s", "30%", "--scope", "global")]
+
+
+@pytest.mark.parametrize("words", SCOPES)
+def test_a_folder_at_a_url_is_pruned_to_the_bytes_of_the_folder_here(
+    folder: Path, memory: Any, server: Server, words: tuple[str, ...]
+) -> None:
+    assert here("prune", folder, "-o", folder.parent / "whole", *words).code == 0
+    expected = files_of(folder.parent / "whole")
+    upload(memory, folder, "/bucket/model")
+    places = [("memory://bucket/model", "memory://bucket/out"), (f"{server.url}/model", str(folder.parent / "out"))]
+    places += [("memory://bucket/model", str(folder.parent / "here")), (str(folder), "memory://bucket/up")]
+    for source, output in places:
+        done = here("prune", source, "-o", output, *words, "--json")
+        assert done.code == 0, done.err
+        assert [one["path"] for one in done.json["models"]] == [source, output]
+        is_up = output.startswith("memory")
+        found = in_memory(memory, f"/bucket/{output[16:]}") if is_up else files_of(Path(output))
+        # What no list names is not found on a web server.
+        kept = {name for name in expected if not (source.startswith("http") and name.startswith("extra"))}
+        assert found == {name: content for name, content in expected.items() if name in kept}
+        report = here("prune", source, "-o", output, *words)
+        assert report.code == 2
+        assert f"{output} exists" in report.err
+
+
+def test_parts_of_a_folder_at_a_url_go_to_a_bucket_and_are_joined_there(folder: Path, memory: Any) -> None:
+    words = ("-s", "30%", "--scope", "global")
+    assert here("prune", folder, "-o", folder.parent / "whole", *words).code == 0
+    upload(memory, folder, "/bucket/model")
+    place = ("memory://bucket/model", "-o", "memory://bucket/out")
+    assert here("prune", *place, *words, "--part", "2/2").code == 0
+    assert "model.safetensors.index.json" not in in_memory(memory, "/bucket/out")
+    early = here("prune", *place, "--join")
+    assert early.code == 5
+    assert "part 1/2 of memory://bucket/out is not done" in early.err
+    done = here("prune", *place, *words, "--part", "1/2")
+    assert "becomes a model by --join" in done.err + done.out
+    again = here("prune", *place, *words, "--part", "2/2", "--format", "csv")
+    assert {row[0].rpartition(",")[2] for row in again.rows[1:]} == {"before"}
+    assert here("prune", *place, *words[:1], "40%", *words[2:], "--part", "2/2").code == 2
+    assert here("prune", *place, "--join").code == 0
+    assert in_memory(memory, "/bucket/out") == files_of(folder.parent / "whole")
+
+
+def test_a_single_file_and_every_other_mode_are_fetched_and_uploaded_whole(memory: Any, tmp_path: Path) -> None:
+    shutil.copy(FIXTURES / "digits_cnn.safetensors", tmp_path / "m.safetensors")
+    memory.pipe_file("/bucket/m.safetensors", (tmp_path / "m.safetensors").read_bytes())
+    for words in (("-s", "50%"), ("--target-gzip", "9KB"), ("--pattern", "2:4", "--force")):
+        here_too, up = tmp_path / "out.safetensors", "memory://bucket/out.safetensors"
+        assert here("prune", tmp_path / "m.safetensors", "-o", here_too, *words, "--force").code == 0
+        memory.store.pop("/bucket/out.safetensors", None)
+        done = here("prune", "memory://bucket/m.safetensors", "-o", up, *words)
+        assert done.code == 0, done.err
+        assert memory.cat_file("/bucket/out.safetensors") == here_too.read_bytes()
+    assert here("prune", "memory://bucket/m.safetensors", "-o", up, "-s", "50%").code == 2
+    assert here("prune", "memory://bucket/m.safetensors", "-o", "https://x.org/out.safetensors", "-s", "50%").code == 2
+    assert here("prune", "memory://bucket/m.safetensors", "--in-place", "-s", "50%").code == 2
+
+
+def test_a_full_bucket_is_told_and_what_was_written_is_no_model(
+    folder: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = iter(range(9))
+    opened = type(memory).open
+
+    def full(self: Any, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "wb" and next(room, None) is None:
+            raise OSError(28, "No space left on device")
+        return opened(self, path, mode, **options)
+
+    monkeypatch.setattr(type(memory), "open", full)
+    done = here("prune", folder, "-o", "memory://bucket/out", "-s", "50%")
+    assert done.code == 5
+    assert "cannot be written: [Errno 28] No space left" in done.err
+    assert "model.safetensors.index.json" not in in_memory(memory, "/bucket/out")
+    monkeypatch.undo()
+    assert here("prune", folder, "-o", "memory://bucket/out", "-s", "50%").code == 0
+    assert here("prune", folder, "-o", folder.parent / "whole", "-s", "50%").code == 0
+    assert in_memory(memory, "/bucket/out") == files_of(folder.parent / "whole")
