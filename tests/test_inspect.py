@@ -256,7 +256,9 @@ def test_what_is_not_all_zero_is_never_called_a_hundred_percent(tmp_path: Path) 
         ("s3://bucket/model.pt", "aws s3 cp s3://bucket/model.pt ."),
     ],
 )
-@pytest.mark.parametrize("command", [("strip", "-o", "out.pt"), ("export", "-o", "out.npz")], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "command", [("strip", "-o", "out.pt"), ("export", "-o", "out.npz")], ids=lambda words: words[0]
+)
 def test_a_url_is_told_from_a_file_that_is_not_there(
     command: tuple[str, ...], word: str, hint: str, tmp_path: Path
 ) -> None:

@@ -316,7 +316,8 @@ class LibraryPlace:
             raise
         except Exception as error:
             raise WorkError(
-                f"{self.url}/{name} cannot be written: {first_line(error)}", hint="run the same command again, which resumes"
+                f"{self.url}/{name} cannot be written: {first_line(error)}",
+                hint="run the same command again, which resumes",
             ) from error
 
     def remove(self, name: str) -> None:
