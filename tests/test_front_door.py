@@ -52,6 +52,21 @@ def test_no_command_on_bytes_loads_a_framework() -> None:
     assert not HEAVY & modules_after(*((command, "--json", model) for command in commands for model in models))
 
 
+def test_what_is_not_there_is_told_before_a_framework_is_loaded(tmp_path: Path) -> None:
+    net, out, data = str(FIXTURES / "digits_cnn.pt"), str(tmp_path / "out"), str(FIXTURES / "digits.npz")
+    lines = (
+        ("finetune", str(MODEL), "-o", f"{out}.h5", "--data", "nope.npz"),
+        ("finetune", net, "-o", f"{out}.pt", "--data", data),
+        ("eval", str(MODEL), "--data", "nope.npz"),
+        ("bench", str(MODEL), "--data", "nope.npz"),
+        ("bench", net),
+        ("inspect", str(MODEL), "--sensitivity", "--data", "nope.csv"),
+        ("prune", str(MODEL), "-o", f"{out}.h5", "-s", "80%", "--repair", "--data", "x.npy,y.npy"),
+        ("prune", net, "-o", f"{out}.pt", "-s", "50%", "--pattern", "channel"),
+    )
+    assert not HEAVY & modules_after(*lines)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_has_help_with_examples_before_its_options(command: str, flag: str) -> None:

@@ -34,7 +34,7 @@ from prunectl.training.backend import (
     WeightUse,
 )
 from prunectl.training.data.adapt import adapt, check_batches
-from prunectl.training.data.registry import open_source
+from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
 from prunectl.training.data.text import batch_size
 from prunectl.training.runtimes import load_onnx_model, load_trainable, seed_everything
@@ -326,6 +326,7 @@ def open_calibration(
             f"{model.path} has pruning wrappers, which change what the model computes",
             hint=f"remove them first: prunectl strip {model.path} -o plain{model.path.suffix}",
         )
+    check_exists(request.data)
     seed_everything(request.seed)
     origin = LoadOptions(request.model, request.custom_objects, is_trusted, request.seed)
     network, trainable = _network(model, origin)

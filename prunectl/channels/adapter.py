@@ -229,6 +229,7 @@ def open_adapter(model: ModelFile, origin: LoadOptions, data: DataShapes | None 
 
                 # The others are followed without their framework, and ask before they load it.
                 user_code.check(model, origin)
+                user_code.require_network(model, origin)
                 require(frontend.needs, extra=frontend.needs)
             module, _, name = frontend.reader.partition(":")
             adapter: GraphAdapter = getattr(importlib.import_module(f"prunectl.channels.{module}"), name)(

@@ -29,6 +29,7 @@ from prunectl.exporting.routes import load, running_route
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training import user_code
+from prunectl.training.data.registry import check_exists
 
 _INPUT = "x:1,3,224,224:f32"
 
@@ -119,8 +120,10 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
     """Measure the latency of each model beside the others."""
     files = [open_model(path) for path in paths]
     routes = [running_route(file) for file in files]
+    check_exists(request.data)
     for file in files:
         user_code.check(file, request.origin)
+        user_code.require_network(file, request.origin)
     # What is missing is said, and loaded, before anything is measured.
     openers = [load(route, route.opener) for route in routes]
     with _as_before():

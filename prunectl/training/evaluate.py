@@ -16,7 +16,7 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training.data.adapt import adapt, check_batches
-from prunectl.training.data.registry import open_source
+from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, train_val_split
 from prunectl.training.data.text import batch_size
 from prunectl.training.finetune import open_training_data, validate_training_data
@@ -136,6 +136,7 @@ def evaluate_file(path: Path, request: FinetuneRequest, meter: ProgressFactory =
             f"{path} has pruning wrappers",
             hint=f"remove them first: prunectl strip {path} -o plain{path.suffix}",
         )
+    check_exists(request.data, request.val)
     run = _by_onnxruntime if model.family is Family.ONNX else _by_framework
     return run(model, request, meter)
 

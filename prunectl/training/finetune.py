@@ -26,7 +26,7 @@ from prunectl.training.backend import Logs, ModelSignature, TrainableModel
 from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
-from prunectl.training.data.registry import open_source
+from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Batch, EpochOrder, Source, num_examples, peek, train_val_split
 from prunectl.training.data.text import batch_size
 from prunectl.training.distillation import Teacher, compare_answers, load_teacher, teacher_load_options
@@ -194,6 +194,7 @@ def finetune(
     if request.distill:
         teaching = open_model(Path(request.distill))
         user_code.check(teaching, teacher_load_options(teaching, request.origin, request.distill_model))
+    check_exists(request.data, request.val)
     saver = _saver(request)
     with (
         temporary_files(),

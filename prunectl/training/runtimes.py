@@ -54,6 +54,7 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     for runtime in BACKENDS:
         if runtime.trains(model):
             user_code.check(model, origin)
+            user_code.require_network(model, origin)
             if runtime.imports:
                 require(runtime.imports, extra=runtime.imports)
             seed_everything(origin.seed)

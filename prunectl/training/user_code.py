@@ -72,6 +72,21 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
         )
 
 
+def require_network(model: ModelFile, origin: LoadOptions) -> None:
+    """Refuse a file of weights alone that nobody says the network of: before its framework, which says so too."""
+    is_bare = model.family in {Family.TORCH, Family.SAFETENSORS} and model.folder is None and not model.about.code
+    if is_bare and not origin.model and not is_script(model):
+        raise no_network(model)
+
+
+def no_network(model: ModelFile) -> UsageError:
+    """The error for a file without a network."""
+    return UsageError(
+        f"{model.path} holds only weights, not the network that uses them",
+        hint="name the function that builds it: --builder package.module:function, or ./file.py:function",
+    )
+
+
 def search_current_folder() -> None:
     """Find modules in the current folder, as a script there does, after all others: for a file that is trusted."""
     folder = str(Path.cwd())

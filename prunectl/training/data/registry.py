@@ -80,6 +80,18 @@ def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> So
     raise _unknown(parsed)
 
 
+def check_exists(*specs: str) -> None:
+    """Refuse data that is not there, before a framework is loaded for it."""
+    for where in (data_spec.parse(spec).where for spec in specs if spec):
+        if where.startswith(RANDOM_PREFIX) or FUNCTION.fullmatch(where) or glob.has_magic(where):
+            continue
+        arrays = NPZ_ARRAYS.fullmatch(where)
+        # Every other part is a separator.
+        names = NPY_SEPARATOR.split(where)[::2] if where.endswith(".npy") else [arrays["path"] if arrays else where]
+        for name in names:
+            data_spec.require_path(Path(name))
+
+
 def _unknown(spec: DataSpec) -> UsageError:
     data_spec.require_path(spec.path)
     return UsageError(f"--data {spec.text} is not in a format that prunectl reads", hint=data_spec.GRAMMAR)

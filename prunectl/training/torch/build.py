@@ -196,10 +196,7 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         network = folder.open_network(model, origin)
         network.fill()
         return BuiltModule(network.module, network.names, text=network.text if network.text.vocabulary else None)
-    raise UsageError(
-        f"{model.path} holds only weights, not the network that uses them",
-        hint="name the function that builds it: --builder package.module:function, or ./file.py:function",
-    )
+    raise user_code.no_network(model)
 
 
 def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
