@@ -46,6 +46,8 @@ def pytest_collection() -> Iterator[Any]:
         return (yield)
     finally:
         gc.freeze()
+        # A network is tens of thousands of objects: with Python's 700, a twentieth of all time goes into looking.
+        gc.set_threshold(10_000, 10, 10)
         gc.enable()
 
 

@@ -88,6 +88,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_from_env() -> int:
+    """How many threads a process may calculate on by OMP_NUM_THREADS; 0 if that does not say."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdecimal() else 0
+
+
 @contextmanager
 def workers(
     threads: int, name: str = "prunectl", *, on_failure: Callable[[], None] | None = None

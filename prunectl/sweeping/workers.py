@@ -33,7 +33,7 @@ from prunectl.errors import (
 from prunectl.formats.registry import open_model
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
-from prunectl.formats.workers import usable_cores
+from prunectl.formats.workers import threads_from_env, usable_cores
 from prunectl.pruning.destination import Destination
 from prunectl.sweeping.journal import digest, trial_dir
 from prunectl.sweeping.requests import is_one_shot, prune_by_request, pruning_of, training_of
@@ -94,8 +94,7 @@ def worker_env(threads: int) -> dict[str, str]:
 
 def threads_per_worker(jobs: int) -> int:
     """How many threads each process may have, if nobody says."""
-    from_env = os.environ.get("OMP_NUM_THREADS", "")
-    return int(from_env) if from_env.isdecimal() and int(from_env) else max(usable_cores() // jobs, 1)
+    return threads_from_env() or max(usable_cores() // jobs, 1)
 
 
 class ProcessWorker:

@@ -16,6 +16,7 @@ from prunectl.errors import InputError, first_line
 from prunectl.formats.base import Array, ModelFile, NameAllocator
 from prunectl.formats.onnx.tensors import CODES, STRING
 from prunectl.formats.safe_json import require
+from prunectl.formats.workers import threads_from_env
 from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, names_read, output_of
 
 MAX_MESSAGE_BYTES = (1 << 31) - 1
@@ -220,7 +221,9 @@ class OnnxSession:
         runtime = require("onnxruntime", extra="onnx")
         options = runtime.SessionOptions()
         options.log_severity_level = _FATAL
-        options.intra_op_num_threads = num_threads
+        # Unlike NumPy and PyTorch, onnxruntime does not obey the variable by itself, and threads of its own that wait
+        # take a processor from whatever runs beside it.
+        options.intra_op_num_threads = num_threads or threads_from_env()
         if not is_optimized:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if not is_prepacked:

@@ -305,3 +305,12 @@ def test_what_onnxruntime_does_not_load_is_refused_in_one_line(tmp_path: Path) -
     with pytest.raises(InputError, match=r"onnxruntime cannot load .*m\.onnx: .*Unheard") as caught:
         load(path)
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(("variable", "asked", "expected"), [("3", 0, 3), ("3", 2, 2), ("many", 0, 0), ("", 0, 0)])
+def test_it_calculates_on_as_many_threads_as_the_environment_says(
+    variable: str, asked: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    session = network.OnnxSession(FIXTURES / "digits_cnn.onnx", num_threads=asked)
+    assert session.runtime.get_session_options().intra_op_num_threads == expected
