@@ -113,7 +113,7 @@ class Prune(OutputOptions):
     scope: Annotated[Scope, _which(help="Same sparsity per layer, global ranking, or ERK.")] = _SCOPE
     pattern: Annotated[str, _which(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4, channel, layers.")] = ""
     cluster: Annotated[str, _which(metavar="K[:START]", help="Cluster weights to K values per tensor, e.g. 16.")] = ""
-    policy: Annotated[str, _which(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
+    policy: Annotated[str, _which(metavar="NAME", help="Which tensors: skip-first-last; xnnpack for ARM, WASM …")] = (
         _DEFAULT.policy
     )
     layers: Annotated[str, _which(metavar="GLOB", help="Prune only the kernels of these, e.g. 'conv*'.")] = ""

@@ -348,5 +348,5 @@ POLICIES = (
     Policy("all", _all, "every floating-point tensor, also biases, norms and embeddings"),
     Policy("skip-first-last", _skip_first_last, "kernels, except in the first and the last layer"),
     Policy("skip-classifier", _skip_classifier, "kernels, except in the last layer"),
-    Policy("xnnpack", _xnnpack, "kernels of 1x1 convolutions, which XNNPACK runs faster if sparse"),
+    Policy("xnnpack", _xnnpack, "kernels of 1x1 convolutions, which XNNPACK runs faster if sparse (ARM, WASM, RISC-V)"),
 )

@@ -276,6 +276,14 @@ def test_xnnpack_takes_what_has_no_configuration_at_its_word(tmp_path: Path) -> 
         chosen(DIGITS, policy="xnnpack")
 
 
+def test_xnnpack_says_on_which_processors_it_pays(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.randn(8, 4, 1, 1), "conv.bias": torch.zeros(8)}, tmp_path / "m.pt")
+    for policy, is_told in (("xnnpack", True), ("default", False)):
+        done = here("prune", tmp_path / "m.pt", "--dry-run", "-s", "0.5", "--policy", policy)
+        assert done.code == 0
+        assert ("faster on ARM, in WebAssembly and on RISC-V; on x86 with AVX" in done.err) is is_told
+
+
 def test_a_model_whose_graph_is_not_that_of_xnnpack_is_refused_on_the_command_line(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--policy", "xnnpack")
     done = here("prune", FIXTURES / "digits_cnn.h5", "-o", tmp_path / "out.h5", *words)
