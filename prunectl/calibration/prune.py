@@ -14,8 +14,14 @@ from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.calibration import statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
 from prunectl.calibration.match import OutputMatcher, masked, refuse_untrainable
-from prunectl.calibration.reconstruct import BLOCK, DAMP, Reconstructor
-from prunectl.calibration.session import Calibration, CalibrationSession, note_about, open_calibration
+from prunectl.calibration.reconstruct import BLOCK, DAMP, BlockwiseReconstructor, Reconstructor
+from prunectl.calibration.session import (
+    BlockwiseCalibration,
+    Calibration,
+    CalibrationSession,
+    note_about,
+    open_calibration,
+)
 from prunectl.calibration.sparsegpt import inverse_cholesky
 from prunectl.calibration.sparsegpt import scores as obs_scores
 from prunectl.calibration.statistics import Float64Array, InputStatistics, covers_all_outputs, rank_per_output
@@ -56,16 +62,19 @@ def with_data_scores(
         return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
     is_by_output = scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
     norms = _norms(calibration, tensors, strategy)
-    scores_by_name = {}
-    for tensor in tensors:
-        weights = model.read(tensor)
-        if tensor.name in norms:
-            score = statistics.wanda_scores(weights, norms[tensor.name])
-            scores_by_name[tensor.name] = rank_per_output(score, norms[tensor.name]) if is_by_output else score
-    unseen = tuple(tensor.name for tensor in tensors if tensor.name not in scores_by_name)
+    unseen = tuple(tensor.name for tensor in tensors if tensor.name not in norms)
     # Beside others, a magnitude counts as if it met what the others meet on the average.
     mean_norm = float(np.median(np.concatenate([_flat(sums) for sums in norms.values()]))) if norms else 1.0
-    return replace(method, strategy=_with_scores(strategy, scores_by_name, mean_norm)), unseen
+
+    def score(weights: Array, context: BlockContext) -> Array:
+        # When its turn comes: the scores of all tensors together are larger than the model.
+        if context.name not in norms:
+            return magnitude(weights, context).astype(np.float64) * mean_norm
+        scores = statistics.wanda_scores(weights, norms[context.name])
+        return rank_per_output(scores, norms[context.name]) if is_by_output else scores
+
+    scored = replace(strategy, score=score, is_elementwise=False, needs=Requires.NOTHING)
+    return replace(method, strategy=scored), unseen
 
 
 def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strategy) -> dict[str, InputStatistics]:
@@ -145,9 +154,14 @@ def prune(
     scope, needs = method.criteria.scope, method.strategy.needs
     selection = planning.select_tensors(model, method.criteria)
     reconstructs = needs is Requires.PRODUCTS or request.is_repaired
+    # What is ranked over all tensors at once, or trained, has to be in memory at once.
+    is_blockwise = needs is not Requires.GRADIENTS and not request.is_matched
+    if reconstructs:
+        is_blockwise &= scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
     session = open_calibration(
         model,
         request,
+        is_blockwise=is_blockwise,
         is_trusted=is_trusted,
         needs_targets=needs is Requires.GRADIENTS,
         # What the dense model says of a text is more than can be kept.
@@ -158,7 +172,8 @@ def prune(
         reconstructor: Reconstructor | None = None
         if reconstructs:
             params = method.strategy.params
-            reconstructor = Reconstructor(
+            is_blockwise = isinstance(session.calibration, BlockwiseCalibration)
+            reconstructor = (BlockwiseReconstructor if is_blockwise else Reconstructor)(
                 session.calibration,
                 needs is Requires.PRODUCTS,
                 request.is_repaired,

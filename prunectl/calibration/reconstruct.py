@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from prunectl.analysis.patterns import NMPattern
 from prunectl.calibration import sparsegpt, statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
-from prunectl.calibration.session import Calibration, CrossInputs
+from prunectl.calibration.session import BlockwiseCalibration, Calibration, CrossInputs
 from prunectl.calibration.sparsegpt import dampen
 from prunectl.calibration.statistics import (
     CrossStatistics,
@@ -273,6 +274,41 @@ class Reconstructor:
             ]
             result = scatter_rows(np.stack(new), pairs.use, result)
         return result
+
+
+@dataclass(slots=True)
+class BlockwiseReconstructor(Reconstructor):
+    """The same for a model of which one block at a time is in memory; what comes of it lies in a file until then."""
+
+    def fit(self, model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
+        """The pruned and reconstructed weights by tensor."""
+        assert isinstance(self.calibration, BlockwiseCalibration)
+        self.skipped.clear()
+        self.biases.clear()
+        solved: dict[str, Solved] = {}
+        for number, part in self.calibration.parts(has_reference=True):
+            own = tuple(cut for cut in plan.cuts if self.calibration.network.part_of(cut.tensor.name) == number)
+            if not own:
+                continue
+            block = Reconstructor(part, self.uses_sparsegpt, self.is_repaired, self.damp, self.block)
+            for name, (values, dropped) in block.fit(model, replace(plan, cuts=own), method).items():
+                solved[name] = _in_a_file(values), _in_a_file(dropped)
+            self.skipped += block.skipped
+            self.biases |= block.biases
+        return solved
+
+
+_SMALL = 1 << 20
+
+
+def _in_a_file(array: Array) -> Array:
+    """A read-only view of a file without a name, unless the array is small."""
+    if array.nbytes < _SMALL:
+        return array
+    with tempfile.TemporaryFile(prefix="prunectl-") as file:
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.flush()
+        return np.memmap(file, array.dtype, "r", shape=array.shape)
 
 
 def _correctable_bias(

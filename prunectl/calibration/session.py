@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
 from prunectl.training.data.text import batch_size
-from prunectl.training.runtimes import load_onnx_model, load_trainable, seed_everything
+from prunectl.training.runtimes import load_blockwise, load_onnx_model, load_trainable, seed_everything
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
 
@@ -252,6 +253,42 @@ class Calibration:
         return means
 
 
+@dataclass(frozen=True, slots=True)
+class BlockwiseCalibration(Calibration):
+    """The same of a model of which one block at a time is in memory, in the order in which data reaches them."""
+
+    network: Any
+    """A `BlockwiseModel`."""
+
+    def parts(self, *, has_reference: bool) -> Iterator[tuple[int, Calibration]]:
+        """Yield the calibration of each part; what its weights are changed to is what goes into the next."""
+        arrays = [as_tuple(batch.x)[0] for batch in self.batches]
+        self.network.begin(arrays)
+        # A part knows what goes into it by the number of the batch.
+        batches = tuple(Batch(np.full(len(array), index)) for index, array in enumerate(arrays))
+        for number in range(self.network.parts):
+            network, reference = self.network.open(number, has_copy=has_reference)
+            yield number, Calibration(network, batches, reference)
+            self.network.advance(number)
+
+    def accumulate(self, tensors: Sequence[Tensor], accumulator: Accumulator) -> dict[str, InputStatistics]:
+        """Statistics of each tensor's inputs in the model as it is."""
+        found: dict[str, InputStatistics] = {}
+        for number, part in self.parts(has_reference=False):
+            own = [tensor for tensor in tensors if self.network.part_of(tensor.name) == number]
+            found |= part.accumulate(own, accumulator) if own else {}
+        return found
+
+    def influence(self) -> list[float]:
+        """Block influence (ShortGPT, Men et al. 2024): one less the mean cosine similarity of a block's two ends."""
+        self.network.begin([as_tuple(batch.x)[0] for batch in self.batches])
+        found = []
+        for number in range(self.network.parts - 1):
+            self.network.open(number, has_copy=False)
+            found.append(1 - self.network.advance(number))
+        return found
+
+
 def _observe(
     network: InspectableModel, names: Collection[str], batch: Batch, see: InputCallback, expected: int | None
 ) -> None:
@@ -318,9 +355,18 @@ class CalibrationSession:
 
 
 def open_calibration(
-    model: ModelFile, request: PruneRequest, *, is_trusted: bool, needs_targets: bool, has_reference: bool
+    model: ModelFile,
+    request: PruneRequest,
+    *,
+    is_trusted: bool,
+    needs_targets: bool,
+    has_reference: bool,
+    is_blockwise: bool = False,
 ) -> CalibrationSession:
-    """Open a model in its runtime, and the first examples in an order that the seed decides."""
+    """Open a model in its runtime, and the first examples in an order that the seed decides.
+
+    Where it may be blockwise, a model folder that allows it is opened one block at a time.
+    """
     if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
         raise UsageError(
             f"{model.path} has pruning wrappers, which change what the model computes",
@@ -329,7 +375,9 @@ def open_calibration(
     check_exists(request.data)
     seed_everything(request.seed)
     origin = LoadOptions(request.model, request.custom_objects, is_trusted, request.seed)
-    network, trainable = _network(model, origin)
+    blockwise = load_blockwise(model, origin) if is_blockwise else None
+    network: Any
+    network, trainable = _network(model, origin) if blockwise is None else (blockwise, None)
     source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)
     if needs_targets and not source.has_targets:
         raise UsageError(
@@ -341,6 +389,8 @@ def open_calibration(
     order = EpochOrder(size, request.seed, is_shuffled=source.count is not None)
     batches = take_samples(source.batches(order), request.samples)
     notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets)
+    if blockwise is not None:
+        return CalibrationSession(BlockwiseCalibration(blockwise, batches), None, tuple(dict.fromkeys(notes)))
     if trainable is not None and needs_targets:
         trainable.prepare(
             TrainOptions(loss=request.loss, optimizer="sgd", lr=0.0, seed=request.seed, example=batches[0])

@@ -316,6 +316,33 @@ class InspectableModel(Protocol):
         """Replace the numbers of some tensors."""
 
 
+class BlockwiseModel(Protocol):
+    """A model that is run one block at a time, with the hidden states of some batches held between two blocks."""
+
+    @property
+    def signature(self) -> ModelSignature:
+        """What goes in and comes out, as far as it is known."""
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are: the blocks, and last what is not in a block."""
+
+    def part_of(self, name: str) -> int:
+        """In which part a tensor is."""
+
+    def begin(self, batches: Sequence[Array]) -> None:
+        """Run some batches as far as the first block."""
+
+    def open(self, number: int, *, has_copy: bool) -> tuple[InspectableModel, InspectableModel | None]:
+        """A part, and where it is wanted a copy that stays as it is; both take the number of a batch for its inputs.
+
+        What goes into the copy is what the model gives as it was, and into the part what it gives by now.
+        """
+
+    def advance(self, number: int) -> float:
+        """Go through the open part, and let go of it; how alike is what goes in and what comes out (mean cosine)."""
+
+
 @runtime_checkable
 class DifferentiableModel(InspectableModel, Protocol):
     """A model that also knows its gradients, once `prepare` has said which loss."""

@@ -15,7 +15,7 @@ from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
 from prunectl.training import user_code
-from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel
+from prunectl.training.backend import BlockwiseModel, InspectableModel, LoadOptions, TrainableModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,18 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
         f"{model.path} ({title}) cannot be trained: no framework can compute gradients for it",
         hint="train the Keras or PyTorch model that it was exported from, then export it again",
     )
+
+
+def load_blockwise(model: ModelFile, origin: LoadOptions) -> BlockwiseModel | None:
+    """Open a model folder one block at a time; None for any other model, and where that cannot be done."""
+    if model.folder is None or origin.model or model.family not in {Family.TORCH, Family.SAFETENSORS}:
+        return None
+    user_code.check(model, origin)
+    require("torch", extra="torch")
+    load: Callable[[ModelFile, LoadOptions], BlockwiseModel | None] = importlib.import_module(
+        "prunectl.training.torch.blockwise"
+    ).open_blockwise
+    return load(model, origin)
 
 
 def load_onnx_model(model: ModelFile) -> InspectableModel:

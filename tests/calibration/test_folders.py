@@ -16,6 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunectl.formats.registry import open_model
+from prunectl.training.backend import LoadOptions
+from prunectl.training.torch import blockwise
 from tests.running import here
 
 transformers: Any = pytest.importorskip("transformers")
@@ -371,3 +374,58 @@ def test_a_broken_tokenizer_is_refused_and_ids_need_none(
     assert "tokenizer" in done.err
     np.save(tmp_path / "ids.npy", np.arange(290))
     assert here("eval", tmp_path / "odd", "--data", tmp_path / "ids.npy", "--metric", "perplexity").code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--strategy", "activation-magnitude", "-s", "50%"),
+        ("--strategy", "activation-magnitude", "-s", "50%", "--scope", "global"),
+        ("--strategy", "obs", "-s", "60%", "--repair"),
+        ("--strategy", "activation-magnitude", "--pattern", "2:4", "--repair"),
+    ],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_one_block_at_a_time_gives_what_the_whole_model_gives(
+    name: str,
+    words: tuple[str, ...],
+    home: Path,
+    made: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, data = made(name), ("--data", f"{home}/corpus.txt?length=24", "--samples", "20", "--batch-size", "8")
+    seen: list[object] = []
+    begin = blockwise.BlockwiseModel.begin
+    monkeypatch.setattr(blockwise.BlockwiseModel, "begin", lambda *words: (seen.append(words[0]), begin(*words)))
+    done = here("prune", folder, "-o", tmp_path / "blocks", *data, *words)
+    assert done.code == 0, done.err
+    assert seen
+    monkeypatch.setattr(blockwise, "open_blockwise", lambda *_: None)
+    assert here("prune", folder, "-o", tmp_path / "whole", *data, *words).code == 0
+    first, second = state(tmp_path / "blocks"), state(tmp_path / "whole")
+    for key, tensor in first.items():
+        # What goes into a block is rounded in the same way, but for what reaches it through an exported product.
+        assert float(((tensor == 0) != (second[key] == 0)).float().mean()) < 0.01, key
+        assert torch.allclose(tensor, second[key], atol=1e-3) or "--repair" in words, key
+    zeros = [sum(int((tensor == 0).sum()) for tensor in found.values()) for found in (first, second)]
+    assert zeros[0] == zeros[1]
+
+
+def test_the_weights_of_one_block_are_in_memory(home: Path, made: Callable[..., Path]) -> None:
+    model = open_model(made("llama"))
+    network = blockwise.open_blockwise(model, LoadOptions())
+    assert network is not None
+    network.begin([np.arange(24).reshape(2, 12)])
+    inner = network._network.module.inner
+
+    def in_memory() -> set[int]:
+        names = {name for name, parameter in inner.named_parameters() if parameter.device.type != "meta"}
+        return {network.part_of(name) for name in names}
+
+    assert in_memory() == {3}
+    for number in range(3):
+        network.open(number, has_copy=True)
+        assert in_memory() == {number, 3}
+        assert 0 < network.advance(number) < 1
+    assert in_memory() == {3}
