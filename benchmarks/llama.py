@@ -84,7 +84,7 @@ def text() -> tuple[str, str]:
     return "\n".join(parts[0]), "\n".join(parts[1])
 
 
-def train(steps: int = 2000) -> Path:
+def train(steps: int = 700) -> Path:
     """The trained folder, made where there is none."""
     model = HOME / "model"
     if not (model / "model.safetensors").is_file():

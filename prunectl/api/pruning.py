@@ -18,7 +18,7 @@ from prunectl.channels import prune as cuts
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.commands._requests import CHANNEL_LIMITS, check_options
 from prunectl.commands.max_drop import prune_search, run_search
-from prunectl.commands.prune import Prune, prune_in_parts, selected_modes
+from prunectl.commands.prune import Prune, influence_measure, prune_in_parts, selected_modes
 from prunectl.commands.wrap_options import wrap
 from prunectl.errors import PrunectlError, UsageError
 from prunectl.pruning import blocks
@@ -213,7 +213,8 @@ def _prune(
         return PruneResult.of(wrapped.pruned, output=output, wrapped=wrapped)
 
     if request.pattern == LAYERS:
-        removed = blocks.prune_blocks(path, request, destination, has_digests=manifest is not None)
+        measure = influence_measure(request, is_trusted=options.trust)
+        removed = blocks.prune_blocks(path, request, destination, has_digests=manifest is not None, measure=measure)
         if manifest is not None and destination is not None:
             blocks.write_manifest(manifest, removed)
         return BlocksResult.of(removed, output=output)

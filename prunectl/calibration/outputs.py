@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from prunectl.calibration import statistics
 from prunectl.calibration.im2col import im2col_by_group, weight_matrix
 from prunectl.calibration.reconstruct import bias_of
-from prunectl.calibration.session import Calibration, open_calibration
+from prunectl.calibration.session import BlockwiseCalibration, Calibration, open_calibration
 from prunectl.calibration.statistics import Float64Array, InputStatistics
+from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile, Role, Tensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import LayerInput, WeightUse
@@ -51,6 +52,19 @@ def collect_outputs(
     with closing(session):
         tensors = [tensor for tensor in model.tensors if tensor.name in names]
         return CollectedOutputs(output_statistics(model, tensors, session.calibration), session.notes)
+
+
+def block_influence(
+    model: ModelFile, request: PruneRequest, *, is_trusted: bool = False
+) -> tuple[list[float], tuple[str, ...]]:
+    """Run the calibration data of a request through a model folder; the influence of each of its blocks."""
+    session = open_calibration(
+        model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False, is_blockwise=True
+    )
+    with closing(session):
+        if not isinstance(session.calibration, BlockwiseCalibration):
+            raise UsageError(f"the blocks of {model.folder} cannot be run one by one", hint="name them: --layers 20-23")
+        return session.calibration.influence(), session.notes
 
 
 def output_norms(

@@ -181,7 +181,7 @@ OPTION_RULES = {
         OptionRule(("blocks",), "{} needs --pattern layers", only=Mode.BLOCKS | Mode.RECIPE),
         OptionRule(
             (
-                *("compression", "target_gzip", "target_packed", "max_drop", "exclude", "layer", "cluster", "data"),
+                *("compression", "target_gzip", "target_packed", "max_drop", "exclude", "layer", "cluster"),
                 *("repair", "wrap", "schedule", "builder", "custom_objects", "allow_empty"),
             ),
             "{} cannot be used with --pattern layers, which removes whole blocks",

@@ -310,9 +310,17 @@ def _prune_channels(
     return report
 
 
+def influence_measure(request: PruneRequest, *, is_trusted: bool) -> Any:
+    """What runs data through the blocks of a model folder; None without data."""
+    if not request.data:
+        return None
+    return partial(load("prunectl.calibration.outputs:block_influence"), request=request, is_trusted=is_trusted)
+
+
 def _prune_blocks(request: PruneRequest, options: Prune, path: Path, destination: Destination | None) -> Report:
     blocks = importlib.import_module("prunectl.pruning.blocks")
-    result = blocks.prune_blocks(path, request, destination, has_digests=options.manifest is not None)
+    measure = influence_measure(request, is_trusted=options.trust)
+    result = blocks.prune_blocks(path, request, destination, has_digests=options.manifest is not None, measure=measure)
     if options.manifest is not None and destination is not None:
         blocks.write_manifest(options.manifest, result)
     report: Report = load("prunectl.reporting.blocks:blocks_report")(

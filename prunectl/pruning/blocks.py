@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,15 @@ from prunectl.pruning.request import SCHEMA, PruneRequest, write_json
 from prunectl.pruning.strip import stats_for_report
 
 _SUFFIX = ".safetensors"
-LAST, EVEN = "last", "even"
+LAST, EVEN, INFLUENCE = "last", "even", "block-influence"
 STRATEGIES = {
     LAST: "the last blocks",
     EVEN: "blocks at even distances, the first and the last kept",
+    INFLUENCE: "blocks that change least of what goes through them, as --data shows",
 }
-"""Which blocks go where they are not named, without data."""
+"""Which blocks go where they are not named."""
+Measure = Callable[[ModelFile], tuple[Sequence[float], tuple[str, ...]]]
+"""The influence of each block, and notes on the data that showed it."""
 _EXTRA = "num_nextn_predict_layers"
 """Blocks behind the counted ones that predict further tokens (DeepSeek's MTP)."""
 _RANGE = re.compile(r"(?:([a-z]+):)?(\d{1,6})(?:-(\d{1,6}))?")
@@ -74,7 +77,12 @@ class BlocksPruned:
 
 
 def prune_blocks(
-    path: Path, request: PruneRequest, output: Destination | None, *, has_digests: bool = False
+    path: Path,
+    request: PruneRequest,
+    output: Destination | None,
+    *,
+    has_digests: bool = False,
+    measure: Measure | None = None,
 ) -> BlocksPruned:
     """Take blocks out of a model folder; without an output nothing is written."""
     check(request)
@@ -83,9 +91,16 @@ def prune_blocks(
     outputs.check(model, output)
     config = read_config(model, CONFIG)
     family = _family(model, config)
-    cuts = _cuts(model, config, family, request)
+    influence: Sequence[float] = ()
+    seen: tuple[str, ...] = ()
+    if measure is not None and _strategy(request) == INFLUENCE:
+        # What cannot be removed is told before anything runs.
+        _cuts(model, config, family, request, ())
+        influence, seen = measure(model)
+    cuts = _cuts(model, config, family, request, influence)
     names = new_names(model.tensors, cuts)
     new_config, notes = shortened(model, config, family, cuts)
+    notes = (*notes, *seen, *_note_influence(influence, cuts))
     stacks = tuple(RemovedBlocks(_shown(model, cut), cut.count, cut.removed) for cut in cuts)
     before = _stats(model)
     if output is None:
@@ -128,7 +143,14 @@ def check(request: PruneRequest) -> None:
             "--pattern layers needs one of --blocks, --sparsity and --layers",
             hint="add --blocks 4, -s 25%, or --layers 20-23",
         )
-    _strategy(request)
+    name = _strategy(request)
+    if name == INFLUENCE and not request.data:
+        raise UsageError(f"the strategy {name} needs data", hint="add --data corpus.txt")
+    if request.data and name != INFLUENCE:
+        raise UsageError(
+            f"--data has no effect: the strategy {name} uses no data",
+            hint=f"leave out --data, or use --strategy {INFLUENCE}",
+        )
     if request.only:
         _ranges(request.only)
 
@@ -201,7 +223,23 @@ def _family(model: ModelFile, config: Mapping[str, Any]) -> ModelFamily:
     return family
 
 
-def _cuts(model: ModelFile, config: Mapping[str, Any], family: ModelFamily, request: PruneRequest) -> list[BlockCut]:
+def _note_influence(influence: Sequence[float], cuts: Sequence[BlockCut]) -> tuple[str, ...]:
+    """Say how little the removed blocks did, beside those that are kept."""
+    if not influence:
+        return ()
+    removed = {number for cut in cuts for number in cut.removed}
+    shown = ", ".join(f"{number} ({influence[number]:.3g})" for number in sorted(removed))
+    least = min(value for number, value in enumerate(influence) if number not in removed)
+    return (f"Block influence of what was removed: {shown}; of the blocks that were kept at least {least:.3g}.",)
+
+
+def _cuts(
+    model: ModelFile,
+    config: Mapping[str, Any],
+    family: ModelFamily,
+    request: PruneRequest,
+    influence: Sequence[float],
+) -> list[BlockCut]:
     """Which blocks go, held against the blocks that there are."""
     stacks = {stack.name: (stack, _count(model, config, stack)) for stack in family.stacks}
     shown = ", ".join(f"{name} ({count})" for name, (_, count) in stacks.items())
@@ -222,7 +260,9 @@ def _cuts(model: ModelFile, config: Mapping[str, Any], family: ModelFamily, requ
         number = request.blocks if request.blocks is not None else round((request.sparsity or 0) * count)
         if not 0 < number < count:
             raise UsageError(f"{number} of {count} blocks cannot be removed from {model.folder}")
-        wanted = {"": chosen(_strategy(request), count, number)}
+        if influence and len(influence) != count:
+            raise InputError(f"{model.folder} has {count} blocks ({CONFIG}), but {len(influence)} ran")
+        wanted = {"": chosen(_strategy(request), count, number, influence)}
     cuts = []
     for name, numbers in wanted.items():
         stack, count = stacks[name]
@@ -233,12 +273,14 @@ def _cuts(model: ModelFile, config: Mapping[str, Any], family: ModelFamily, requ
     return cuts
 
 
-def chosen(strategy: str, count: int, number: int) -> set[int]:
+def chosen(strategy: str, count: int, number: int, influence: Sequence[float] = ()) -> set[int]:
     """Which of so many blocks go by a strategy.
 
     >>> sorted(chosen("even", 12, 4))
     [2, 4, 7, 9]
     """
+    if influence:
+        return set(sorted(range(count), key=influence.__getitem__)[:number])
     if strategy == LAST:
         return set(range(count - number, count))
     # The first and the last block do most, and stay as long as others can go.

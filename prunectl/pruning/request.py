@@ -104,7 +104,9 @@ def parse_request(options: Mapping[str, Any]) -> PruneRequest:
     }
     default = PruneRequest().strategy
     if given.get("pattern") == patterns.LAYERS and given.get("strategy") == default:
-        raise UsageError(f"the strategy {default} cannot be used with --pattern layers", hint="use last or even")
+        raise UsageError(
+            f"the strategy {default} cannot be used with --pattern layers", hint="use last, even or block-influence"
+        )
     repaired = given.get("is_repaired")
     if isinstance(repaired, str) and repaired:
         if repaired not in set(Repair):

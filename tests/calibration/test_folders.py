@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -429,3 +431,44 @@ def test_the_weights_of_one_block_are_in_memory(home: Path, made: Callable[..., 
         assert in_memory() == {number, 3}
         assert 0 < network.advance(number) < 1
     assert in_memory() == {3}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_blocks_that_change_least_are_removed(
+    name: str, home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = made(name)
+    np.save(tmp_path / "ids.npy", rows := np.arange(3, 3 + 5 * 13).reshape(5, 13))
+    words = ("--pattern", "layers", "--strategy", "block-influence", "--data", tmp_path / "ids.npy")
+    done = here("prune", folder, "-o", tmp_path / "short", "--blocks", "2", *words)
+    assert done.code == 0, done.err
+    ids = torch.tensor(rows if name == "bert" else rows[:, :-1])
+    with torch.no_grad():
+        states = loaded(folder)(ids, output_hidden_states=True).hidden_states[:4]
+    if name != "bert":
+        # What the library gives as the last has gone through the norm at the end: only the first two can be told.
+        states = states[:3]
+    expected = [
+        1 - float(torch.nn.functional.cosine_similarity(one, two, dim=-1).mean())
+        for one, two in itertools.pairwise(states)
+    ]
+    found = dict(re.findall(r"(\d) \(([\d.e-]+)\)", done.err.replace("\n", " ")))
+    assert len(found) == 2
+    for number, value in found.items():
+        if int(number) < len(expected):
+            assert float(value) == pytest.approx(expected[int(number)], rel=2e-2)
+    loaded(tmp_path / "short")
+    assert here("prune", folder, "--dry-run", "--pattern", "layers", "--blocks", "3", *words[2:]).code == 2
+
+
+def test_influence_needs_data_and_blocks_that_run_one_by_one(
+    home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("prune", made("llama"), "-o", tmp_path / "out", "--pattern", "layers", "--blocks", "1")
+    influence, data = ("--strategy", "block-influence"), ("--data", home / "corpus.txt")
+    assert "needs data" in here(*words, *influence).err
+    assert "has no effect" in here(*words, *data).err
+    assert "leave out one" in here(*words[:-2], "--layers", "1", *influence, *data).err
+    monkeypatch.setattr(blockwise, "open_blockwise", lambda *_: None)
+    assert "one by one" in here(*words, *influence, *data).err
+    assert not (tmp_path / "out").exists()
