@@ -20,8 +20,6 @@ from typing import Any
 from unittest.mock import patch
 
 SECONDS = 300
-LOADED = ["pytest", "torch._dynamo", "tf_keras", "prunectl.training.torch.model"]
-"""Not Keras 3, which asks for its backend when it is loaded."""
 
 
 class Forked:
@@ -50,7 +48,7 @@ class Forked:
 @cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LOADED)
+    context.set_forkserver_preload(["tests.loaded"])
     # Its socket is to last longer than a scratch folder of what starts it first.
     with patch.dict(os.environ, TF_USE_LEGACY_KERAS="1"), patch.object(tempfile, "tempdir", None):
         forkserver.ensure_running()
