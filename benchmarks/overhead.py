@@ -30,7 +30,7 @@ def watch(moment):
     if moment.step * 1.0 / moment.steps * moment.epochs == len(ends) + 1:
         ends.append(os.times().user)
 words = {"data": data, "epochs": int(epochs), "batch_size": int(batch), "sparsity": 0.875, "begin": "10",
-         "device": "cpu", "frequency": 100, "model": model, "keep": "last"}
+         "device": "cpu", "frequency": 100, "builder": model, "keep": "last"}
 training.finetune(Path(source), parse_request(words), Destination(Path(target), is_forced=True), watch)
 print(json.dumps(statistics.median(later - earlier for earlier, later in zip(ends, ends[1:]))))
 """
