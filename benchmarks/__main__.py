@@ -16,6 +16,7 @@ from benchmarks import (
     faults,
     fuzz,
     latency,
+    llama,
     overhead,
     pruning,
     scripts,
@@ -40,6 +41,7 @@ ALL = {
     "channels_training": channels_training.run,
     "export_sizes": export_sizes.run,
     "latency": latency.run,
+    "llama": llama.run,
 }
 
 ON_REQUEST = {"faults": faults.run, "fuzz": fuzz.run}
