@@ -29,11 +29,11 @@ LLMCOMPRESSOR = os.environ.get("BENCH_LLMCOMPRESSOR", "")
 LENGTH, HELD = 128, 10
 SEEDS = (0, 1)
 """Of which sequences calibrate."""
-JUDGED = 384
+JUDGED = 192
 """Held-out sequences that are looked at."""
 SHAPES = {"50 %": ("50%", ""), "70 %": ("70%", ""), "2:4": ("", "2:4")}
 _OBS, _WANDA = {"strategy": "obs"}, {"strategy": "activation-magnitude"}
-_MATCHED = {"repair": "outputs", "repair_steps": 200, "batch_size": 8, "samples": 1024}
+_MATCHED = {"repair": "outputs", "repair_steps": 100, "batch_size": 8, "samples": 512}
 METHODS = {
     "magnitude": {},
     "Wanda": _WANDA,
@@ -122,7 +122,7 @@ def judge(folder):
 print(json.dumps(["dense", "", 0, judge(f"{home}/model")]), flush=True)
 for seed in seeds:
     np.save(f"{home}/few{seed}.npy", rows(ids, 128, seed))
-    np.save(f"{home}/many{seed}.npy", rows(ids, 1024, seed))
+    np.save(f"{home}/many{seed}.npy", rows(ids, 512, seed))
     for name, options in methods.items():
         for shape, (sparsity, pattern) in shapes.items():
             own = {"sparsity": sparsity} if sparsity else {"pattern": pattern}

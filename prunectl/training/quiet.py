@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -68,6 +70,17 @@ def quiet_conversion() -> Iterator[None]:
     # Its exporters tell of every operator of packages that are not installed.
     with ignore_warnings(), quiet_logging(), silence():
         yield
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Let the libraries of Hugging Face fetch nothing meanwhile, whatever a folder names; the host program may."""
+    hub: Any = importlib.import_module("huggingface_hub.constants")
+    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -318,6 +318,25 @@ def test_code_in_a_folder_runs_only_with_trust(
     assert mark.exists()
 
 
+def test_nothing_is_fetched_and_the_program_around_may_go_on_to(
+    home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub: Any = pytest.importorskip("huggingface_hub")
+    was_offline: list[bool] = []
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
+        opened = kind.from_pretrained
+
+        def watch(*words: Any, opened: Any = opened, **more: Any) -> Any:
+            was_offline.append(hub.constants.is_offline_mode() and more["local_files_only"])
+            return opened(*words, **more)
+
+        monkeypatch.setattr(kind, "from_pretrained", watch)
+    before = hub.constants.is_offline_mode()
+    assert here("eval", made("llama"), "--data", home / "test.txt", "--metric", "perplexity").code == 0
+    assert was_offline == [True, True]
+    assert hub.constants.is_offline_mode() is before
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -19,7 +19,7 @@ from prunectl.training.data.numpy_files import map_npy
 from prunectl.training.data.readers import IndexedSource, from_arrays
 from prunectl.training.data.source import Source, as_tuple, peek
 from prunectl.training.data.spec import GRAMMAR, DataSpec, require_path
-from prunectl.training.quiet import ignore_warnings, quiet_logging
+from prunectl.training.quiet import ignore_warnings, offline, quiet_logging
 
 LENGTH = 512
 """Tokens in a sequence, where neither the user nor the model says that there are fewer."""
@@ -194,7 +194,7 @@ def load_tokenizer(text: TextInput) -> Any:
     if nbytes > budgets.MAX_TOKENIZER_BYTES:
         raise InputError(f"the tokenizer in {text.folder} is refused: it has {nbytes:,} bytes")
     try:
-        with quiet_logging(), ignore_warnings():
+        with quiet_logging(), ignore_warnings(), offline():
             return library.AutoTokenizer.from_pretrained(
                 str(text.folder), local_files_only=True, trust_remote_code=text.is_trusted
             )

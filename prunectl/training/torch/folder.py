@@ -6,7 +6,6 @@ for every other command. Everything is computed in 32 bits, whatever the file ho
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.families import CONFIG, COUNTS, read_config
 from prunectl.formats.safe_json import require
 from prunectl.training.backend import LoadOptions, TextInput
-from prunectl.training.quiet import ignore_warnings, quiet_logging
+from prunectl.training.quiet import ignore_warnings, offline, quiet_logging
 from prunectl.training.torch.build import match_parameters
 from prunectl.training.torch.tensors import to_torch
 
@@ -83,17 +82,17 @@ class FolderNetwork:
 
 def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
     """The network that the config of a folder names, held against the tensors of the folder."""
-    # Imported before anything looks for them: nothing is to be fetched for a folder that is here.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     library = require("transformers", extra=_EXTRA)
     config_of_file = read_config(model, CONFIG)
     _check_config(model, config_of_file)
-    with quiet_logging(), ignore_warnings(), _told(model):
+    with quiet_logging(), ignore_warnings(), offline(), _told(model):
         config = _config(library, model, config_of_file, is_trusted=origin.is_trusted)
         kind = _kind(library, model, config, config_of_file, is_trusted=origin.is_trusted)
         # First without any memory: what the config asks for may be more than there is.
         with torch.device("meta"):
-            _check_buffers(model, _built(kind, config))
+            shapes = _built(kind, config)
+        _check_buffers(model, shapes)
+        names = match_parameters(model, shapes, str(model.folder), shapes.base_model_prefix)
         with _without_parameters():
             inner = _built(kind, config)
         inner.eval()
@@ -102,7 +101,6 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         causal.add(str(own.get("AutoModelForCausalLM")).rpartition(".")[2])
         embedding = inner.get_input_embeddings()
     module = FolderModule(inner)
-    names = match_parameters(model, inner, str(model.folder), inner.base_model_prefix)
     is_text = getattr(inner, "main_input_name", "") == "input_ids" and isinstance(embedding, torch.nn.Embedding)
     text = TextInput(
         folder=model.folder or model.path.parent,
