@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -373,6 +374,11 @@ def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
     )
 
 
+@lru_cache(maxsize=1024)
+def _is_average(part: str) -> bool:
+    return _AVERAGE.search(part.lower()) is not None
+
+
 def averaged_copies(tensors: Iterable[TensorStats]) -> tuple[str, str, int] | None:
     """Where a file holds its weights twice, as trained and as an average (EMA, SWA): both places, and how many.
 
@@ -386,7 +392,7 @@ def averaged_copies(tensors: Iterable[TensorStats]) -> tuple[str, str, int] | No
             continue
         parts = tensor.name.split(".")
         for i, part in enumerate(parts[:_MOST_ROOTS]):
-            if _AVERAGE.search(part.lower()):
+            if _is_average(part):
                 averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
                 break
         else:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from prunectl import __version__
 from prunectl.analysis.patterns import BlockPattern
 from prunectl.analysis.sizes import CodecName, get_codec, measure, sha256, sha256_of
-from prunectl.analysis.stats import ModelStats, measure_stats, totals
+from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats, totals
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import InputError, UsageError, WorkError, abbreviated
 from prunectl.formats import registry, scratch
@@ -420,14 +420,17 @@ class _Task:
     def stats(self, rows: Mapping[str, Sequence[int]], *, has_digests: bool) -> tuple[ModelStats, ModelStats]:
         """The statistics before and after: of a big model from the ledger, as all of it was read already."""
         is_here = not isinstance(self.ledger, BucketLedger)
-        result = registry.open_model(self.target) if is_here else self.model
-        if result.nbytes <= outputs.BIG_BYTES and is_here:
+        if is_here and self.model.nbytes <= outputs.BIG_BYTES:
             codec = get_codec(CodecName.GZIP, None)
-            before, after = measure(self.model, codec), measure(result, codec)
+            before, after = measure(self.model, codec), measure(registry.open_model(self.target), codec)
         else:
-            before, after = _counted(self.model, rows, 0), _counted(result, rows, 2)
+            before = _counted(self.model, rows, 0)
+            sizes = (self.ledger.facts(name)["bytes"] for name in self.sizes)
+            raw = file_bytes(self.model.path) + sum(sizes)
+            after = replace(_counted(self.model, rows, 2), bytes=SizeStats(raw))
             if has_digests:
-                before, after = (replace(before, sha256=sha256(self.model)), replace(after, sha256=sha256(result)))
+                written = registry.open_model(self.target)
+                before, after = replace(before, sha256=sha256(self.model)), replace(after, sha256=sha256(written))
         return before, replace(after, path=str(self.target))
 
 

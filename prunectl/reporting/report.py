@@ -109,9 +109,11 @@ class Table:
 
 
 def _plain(cell: str | int | float) -> str:  # noqa: PYI041 - the three kinds of cell, spelled out
-    if isinstance(cell, float):
-        return f"{cell:.6g}"
-    return printable(abbreviated(cell, _MAX_WRITTEN)) if isinstance(cell, str) else str(cell)
+    if isinstance(cell, str):
+        # Most are short and plain: of a hundred thousand tensors each has several.
+        is_plain = len(cell) <= _MAX_WRITTEN and cell.isprintable()
+        return cell if is_plain else printable(abbreviated(cell, _MAX_WRITTEN))
+    return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +322,23 @@ def _document(command: str, exit_code: int, **parts: Any) -> str:
         "exit_code": exit_code,
         **parts,
     }
-    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return json.dumps(document, indent=2, sort_keys=True, allow_nan=False, default=list) + "\n"
 
 
 _FACTS = tuple(field.name for field in fields(TensorStats))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers(Sequence[dict[str, Any]]):
+    """The tensors of a model in a JSON document, each made when it is asked for: there may be a hundred thousand."""
+
+    rows: tuple[TensorStats, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _layer(self.rows[index])
 
 
 def survey_json(stats: ModelStats) -> dict[str, Any]:
@@ -338,7 +353,7 @@ def survey_json(stats: ModelStats) -> dict[str, Any]:
         "sparsity": stats.sparsity,
         "prunable_sparsity": stats.prunable_sparsity,
         "parts": [asdict(part) for part in stats.parts],
-        "layers": [_layer(row) for row in stats.layers],
+        "layers": _Layers(stats.layers),
         "about": {
             "producer": about.producer,
             "wrappers": [asdict(wrapper) for wrapper in about.wrappers],

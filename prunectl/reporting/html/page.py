@@ -187,7 +187,7 @@ def _models(report: Report, units: Units) -> str:
 
 def _model(model: dict[str, object], maps: Sequence[SparsityMap], units: Units) -> str:
     layers = model["layers"]
-    assert isinstance(layers, list)
+    assert isinstance(layers, Sequence)
     parts = (
         ("size by tensor", treemap(layers, units)),
         ("sparsity by tensor", bars(layers)),
