@@ -100,6 +100,7 @@ class RunOptions(TypedDict, total=False):
     manifest: AnyPath | None
     recipe: AnyPath | None
     join: bool
+    on: str
 
 
 class FilePruneOptions(PruneOptions, RunOptions, total=False):

@@ -219,7 +219,7 @@ def _prune(
             blocks.write_manifest(manifest, removed)
         return BlocksResult.of(removed, output=output)
 
-    if options.part or options.join:
+    if options.part or options.join or options.on:
         return _in_parts(path, destination, options, wish, on_progress)
 
     def run(request: PruneRequest) -> Any:

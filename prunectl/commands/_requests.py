@@ -194,17 +194,17 @@ OPTION_RULES = {
         ),
         OptionRule(
             ("target_gzip", "target_packed", "max_drop", "data", "repair", "wrap", "schedule", "pack", "latency"),
-            "{} cannot be used with --part or --join: it needs the whole model at once",
+            "{} cannot be used with --part, --join or --on: it needs the whole model at once",
             never=Mode.PARTS,
         ),
         OptionRule(
-            ("part", "join"),
+            ("part", "join", "on"),
             "{} cannot be used with --pattern channel or layers",
             never=Mode.CHANNELS | Mode.BLOCKS,
         ),
         OptionRule(
             ("force", "in_place", "dry_run"),
-            "{} cannot be used with --part or --join: they write a new folder",
+            "{} cannot be used with --part, --join or --on: they write a new folder",
             never=Mode.PARTS,
         ),
         OptionRule(("manifest",), "{} goes with --join, which has all parts", "add {} to --join", never=Mode.PART),

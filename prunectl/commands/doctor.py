@@ -28,7 +28,7 @@ EXTRAS = {
     "zstd": "size --codec zstd",
     "images": "--data from folders of images",
     "parquet": "--data from Parquet files",
-    "ray": "sweep --on ray",
+    "ray": "sweep --on ray, prune --on ray",
     "transformers": "eval and prune --data for folders of Hugging Face models, with text",
     "remote": "hf://, s3://, gs:// and az:// URLs, with huggingface_hub, s3fs, gcsfs or adlfs",
 }

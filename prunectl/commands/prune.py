@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from operator import or_
 from pathlib import Path
@@ -173,6 +173,7 @@ class Prune(OutputOptions):
     power: Annotated[float | None, _later(help="Exponent of the polynomial.  [default: 3]")] = None
     part: Annotated[str, _many(metavar="I/N", help="Prune only part I of N of the shards, e.g. 3/8.")] = ""
     join: Annotated[bool, _many("--join", help="Complete OUT, of which all parts are there.")] = False
+    on: Annotated[str, _many(metavar="ray[:ADDRESS]", help="Prune all parts on a Ray cluster, and join them.")] = ""
     pack: Annotated[bool, typer.Option("--pack", help="Compress inside the file; it loads as before.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the result, but write nothing.")] = False
     manifest: Annotated[
@@ -242,7 +243,7 @@ def selected_modes(options: Prune, request: PruneRequest) -> Mode:
         Mode.DATA: bool(request.data),
         Mode.RECIPE: options.recipe is not None,
         Mode.PART: bool(options.part),
-        Mode.PARTS: bool(options.part) or options.join,
+        Mode.PARTS: bool(options.part or options.on) or options.join,
     }
     return reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE)
 
@@ -269,7 +270,7 @@ def build_mode(
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
         return mode
-    if options.part or options.join:
+    if options.part or options.join or options.on:
         return partial(_prune_parts, request, options, meter)
     settings: Any = {"method": check(request), "meter": meter, "allow_empty": options.allow_empty}
     run: Callable[..., Any] = partial(prune, **settings)
@@ -349,10 +350,22 @@ def prune_in_parts(
     *,
     has_digests: bool,
 ) -> Any:
-    """Prune a part of the shards of a folder, or join all parts."""
+    """Prune a part of the shards of a folder, all of them on a cluster, or join all parts."""
     parts = importlib.import_module("prunectl.pruning.parts")
-    if options.part and options.join:
-        raise UsageError("--part and --join cannot be used together", hint="run --join when all parts are done")
+    if bool(options.part) + options.join + bool(options.on) > 1:
+        raise UsageError(
+            "only one of --part, --join and --on can be used", hint="--on does all; --join goes after the last --part"
+        )
+    if options.on:
+        load("prunectl.sweeping.workers:check")(options.on)
+        check(request)
+        begun = load("prunectl.pruning.ledger:Ledger").of(destination.target)
+        job = {"model": options.model, "output": target_name(destination), "request": asdict(request)}
+        load("prunectl.sweeping.ray_workers:prune_parts")(
+            options.on.partition(":")[2],
+            {**job, "allow_empty": options.allow_empty},
+            begun.task()["parts"] if begun.is_begun else None,
+        )
     if options.part:
         check(request)
         part = parts.parse_part(options.part)

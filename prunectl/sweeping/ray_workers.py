@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster, one trial at a time each."""
+"""Workers on a Ray cluster: one trial of a sweep at a time each, or a part of a folder that is pruned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,15 @@ from typing import Any
 import ray
 
 from prunectl.errors import InputError, PrunectlError, WorkError, first_line
+from prunectl.formats.detect import URL
+from prunectl.formats.remote import mirrored, uploading
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.ledger import BEGUN
+from prunectl.pruning.parts import parse_part, prune_part
+from prunectl.pruning.request import from_json
 from prunectl.sweeping.journal import FILE
 from prunectl.sweeping.trial import Trial, TrialResult
-from prunectl.sweeping.workers import decode_reply, handle, worker_env
+from prunectl.sweeping.workers import decode_error, decode_reply, encode_error, handle, threads_per_worker, worker_env
 
 _PATIENCE_SECONDS = 5.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -102,8 +109,13 @@ class _Cluster:
         """Stop when the last hand is gone."""
         with self._lock:
             self._left -= 1
-            if not self._left and ray.is_initialized():
-                ray.shutdown()
+            if not self._left:
+                self.stop()
+
+    def stop(self) -> None:
+        """Stop, or let go of a cluster that others run."""
+        if ray.is_initialized():
+            ray.shutdown()
 
 
 def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int) -> None:
@@ -127,3 +139,49 @@ def make_ray_workers(address: str, job: dict[str, Any], jobs: int, threads: int)
     """So many workers of a cluster; without an address, of one on this machine."""
     cluster = _Cluster(address, threads, jobs)
     return [_RayWorker(job, threads, cluster) for _ in range(jobs)]
+
+
+def _prune_part(job: dict[str, Any], folder: str, part: str) -> dict[str, Any]:
+    """Prune a part of the shards in a process of the cluster; an empty reply, or an error in JSON."""
+    try:
+        # Paths are those of who asked.
+        os.chdir(folder)
+        with ExitStack() as scope:
+            model, output = Path(job["model"]), Path(job["output"])
+            if URL.match(job["model"]):
+                model = scope.enter_context(mirrored(job["model"]))
+            elif not model.exists():
+                return encode_error(InputError(f"{model} does not exist on {os.uname().nodename}", hint=_SHARED))
+            if URL.match(job["output"]):
+                output = scope.enter_context(uploading(job["output"], is_forced=False, begun=BEGUN))
+            request, destination = from_json(job["request"]), Destination(output)
+            prune_part(model, request, destination, parse_part(part), allow_empty=job["allow_empty"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told where the command runs
+        return encode_error(error)
+    return {}
+
+
+_SHARED = "use a folder that all machines of the cluster share, or a URL"
+
+
+def prune_parts(address: str, job: dict[str, Any], count: int | None) -> None:
+    """Prune all parts of a folder on a cluster: so many, or one for each of its processors."""
+    cluster = _Cluster(address, 1, 1 if address else threads_per_worker(1))
+    cluster.connect()
+    try:
+        processors = sum(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        count = count or max(processors, 1)
+        options = {"num_cpus": 1, "runtime_env": {"env_vars": worker_env(1)}}
+        task = ray.remote(**options)(_prune_part)
+        names = [f"{number}/{count}" for number in range(1, count + 1)]
+        waiting = {task.remote(job, os.getcwd(), name): name for name in names}
+        while waiting:
+            # The first that fails ends all: the others would fail as well, or go on where they were.
+            (done, *_), _ = ray.wait(list(waiting))
+            name = waiting.pop(done)
+            if reply := ray.get(done):
+                raise decode_error(f"part {name}", reply)
+    except ray.exceptions.RayError as error:
+        raise WorkError(f"a worker ended: {first_line(error)}", hint="run the same command again") from error
+    finally:
+        cluster.stop()

@@ -60,20 +60,30 @@ def handle(job: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"outcome": run_trial(Path(job["model"]), config, Path(job["folder"]), Trial(**trial)).as_json}
     except Exception as error:  # noqa: BLE001 - the other trials can do without this one
-        failure = error if isinstance(error, PrunectlError) else translate(error)
-        if failure is None:
-            return {"bug": f"{type(error).__name__}: {error}", "trace": "".join(traceback.format_exception(error))}
-        reply = {"message": failure.message, "hint": failure.hint, "did_you_mean": list(failure.did_you_mean)}
-        return {"error": {"kind": failure.kind, **reply}}
+        return encode_error(error)
+
+
+def encode_error(error: Exception) -> dict[str, Any]:
+    """An error in JSON."""
+    failure = error if isinstance(error, PrunectlError) else translate(error)
+    if failure is None:
+        return {"bug": f"{type(error).__name__}: {error}", "trace": "".join(traceback.format_exception(error))}
+    reply = {"message": failure.message, "hint": failure.hint, "did_you_mean": list(failure.did_you_mean)}
+    return {"error": {"kind": failure.kind, **reply}}
 
 
 def decode_reply(trial: Trial, reply: dict[str, Any]) -> TrialResult | PrunectlError:
     """The result or error of a reply."""
     if "outcome" in reply:
         return TrialResult.from_json(reply["outcome"])
+    return decode_error(trial.name, reply)
+
+
+def decode_error(name: str, reply: dict[str, Any]) -> PrunectlError:
+    """The error of a reply, about what has this name."""
     if "bug" in reply:
         sys.stderr.write(reply["trace"])
-        return WorkError(f"{trial.name}: {reply['bug']}", hint="please report it with the traceback above")
+        return WorkError(f"{name}: {reply['bug']}", hint="please report it with the traceback above")
     error = reply["error"]
     kind = _KINDS.get(error["kind"], WorkError)
     return kind(error["message"], hint=error["hint"], did_you_mean=tuple(error["did_you_mean"]))

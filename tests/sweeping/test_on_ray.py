@@ -14,9 +14,12 @@ from prunectl.commands import app
 from prunectl.errors import MissingExtraError, UsageError, WorkError
 from prunectl.sweeping.sweep import sweep
 from prunectl.sweeping.trial import SweepConfig
-from tests.running import FIXTURES, prunectl
+from tests.formats.test_folder import files_of
+from tests.pruning.test_parts import folder
+from tests.running import FIXTURES, here, prunectl
 from tests.sweeping.test_sweep import killed_after, noted
 
+__all__ = ["folder"]
 ONNX, FEW = FIXTURES / "digits_cnn.onnx", f"{FIXTURES / 'digits.npz'}?limit=60"
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
@@ -42,6 +45,34 @@ def test_a_cluster_of_two_workers_makes_the_same_table_and_goes_on_after_a_kill(
     assert (broken / "magnitude-layer-15/model.onnx").read_bytes() == (
         tmp_path / "alone/magnitude-layer-15/model.onnx"
     ).read_bytes()
+
+
+@needs_ray
+def test_parts_of_a_folder_on_a_cluster_give_the_bytes_of_one_process(folder: Path) -> None:
+    words = ("-s", "30%", "--scope", "global")
+    assert here("prune", folder, "-o", folder.parent / "whole", *words).code == 0
+    output = folder.parent / "parts"
+    # What one of two parts has done before is not done again.
+    assert here("prune", folder, "-o", output, *words, "--part", "2/2").code == 0
+    times = {path.name: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
+    done = prunectl("prune", folder, "-o", output, *words, "--on", "ray", "--json")
+    assert done.code == 0, done.err
+    assert done.json["models"][1]["path"] == str(output)
+    assert files_of(output) == files_of(folder.parent / "whole")
+    assert {name: (output / name).stat().st_mtime_ns for name in times} == times
+    # What a worker cannot do is told as here.
+    (folder / "model-00003-of-00006.safetensors").write_bytes(b"short")
+    done = prunectl("prune", folder, "-o", folder.parent / "again", *words, "--on", "ray")
+    assert done.code == 3
+    assert "model-00003-of-00006.safetensors" in done.err
+
+
+def test_a_cluster_for_parts_goes_without_those_of_others(folder: Path) -> None:
+    for words in (("--on", "ray", "--join"), ("--on", "slurm"), ("--on", "ray", "--data", "x.npz")):
+        done = here("prune", folder, "-o", folder.parent / "out", "-s", "50%", *words)
+        assert done.code == 2
+        assert words[1] in done.err or "--on" in done.err
+    assert not (folder.parent / "out").exists()
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
