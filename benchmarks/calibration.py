@@ -30,25 +30,26 @@ MODULES = ("argparse", "ast", "datetime", "_pydecimal", "doctest", "inspect", "p
 WORDS, LENGTH, BLOCK = 2048, 32, 256
 """Numbers that words are hashed to, words in an example, and words in a run that is for training or for testing."""
 EPOCHS = {"Cnn": 3, "Mlp": 5, "Text": 4}
+SCOPES_EPOCHS = {**EPOCHS, "Resnet": 4}
 LOOKED_UP = ("--exclude", "words*", "--exclude", "places*")
 """Tensors whose rows are looked up: they meet no inputs, and all methods leave them whole."""
+_LAYER, _GLOBAL = ("--scope", "layer"), ("--scope", "global")
 METHODS = (
     ("random", ("--strategy", "random")),
-    ("magnitude", ()),
-    ("magnitude, global", ("--scope", "global")),
-    ("lamp, global", ("--strategy", "lamp", "--scope", "global")),
+    ("magnitude", _LAYER),
+    ("magnitude, global", _GLOBAL),
+    ("lamp, global", ("--strategy", "lamp", *_GLOBAL)),
     ("activation-magnitude", ("--strategy", "activation-magnitude")),
-    ("magnitude-gradient", ("--strategy", "magnitude-gradient")),
-    ("activation-magnitude, global", ("--strategy", "activation-magnitude", "--scope", "global")),
-    ("magnitude-gradient, global", ("--strategy", "magnitude-gradient", "--scope", "global")),
-    ("magnitude + repair", ("--repair",)),
+    ("magnitude-gradient", ("--strategy", "magnitude-gradient", *_LAYER)),
+    ("activation-magnitude, global", ("--strategy", "activation-magnitude", *_GLOBAL)),
+    ("magnitude-gradient, global", ("--strategy", "magnitude-gradient", *_GLOBAL)),
+    ("magnitude + repair", (*_LAYER, "--repair")),
     ("obs", ("--strategy", "obs")),
     ("obs + repair", ("--strategy", "obs", "--repair")),
-    ("obs, global", ("--strategy", "obs", "--scope", "global")),
-    ("obs, global + repair", ("--strategy", "obs", "--scope", "global", "--repair")),
+    ("obs, global", ("--strategy", "obs", *_GLOBAL)),
+    ("obs, global + repair", ("--strategy", "obs", *_GLOBAL, "--repair")),
 )
 SPARSEST, SCOPED = (0.95, 0.98), (0.5, 0.8, 0.9, 0.95)
-_GLOBAL = ("--scope", "global")
 MATCHED = (
     ("magnitude, global", _GLOBAL, SAMPLES),
     ("obs, global, 512 examples", ("--strategy", "obs", *_GLOBAL), SAMPLES),
@@ -67,6 +68,21 @@ def Cnn():
 def Mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(),
                          nn.Linear(256, 10))
+
+class Unit(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.second, self.norm2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.down = nn.Identity() if stride == 1 else nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    def forward(self, x):
+        return torch.relu(self.norm2(self.second(torch.relu(self.norm1(self.first(x))))) + self.down(x))
+
+def Resnet():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), Unit(16, 16, 1), Unit(16, 32, 2),
+        Unit(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 class Text(nn.Module):
     def __init__(self):
@@ -214,7 +230,7 @@ def matched(nets: Sequence[str] = ("Mlp", "Cnn")) -> None:
             _match(folder, net, train, test)
 
 
-def scopes(nets: Sequence[str] = tuple(EPOCHS)) -> None:
+def scopes(nets: Sequence[str] = tuple(SCOPES_EPOCHS)) -> None:
     """Print what magnitude loses in each scope, and in a global one that leaves 1 % of every tensor."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -227,7 +243,7 @@ def scopes(nets: Sequence[str] = tuple(EPOCHS)) -> None:
             if not train.is_file():
                 print(f"scopes: {train} is not there, nothing to train {net} on")
                 continue
-            _run(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
+            _run(PYTHON, "-c", _TRAIN, folder, net, train, SCOPES_EPOCHS[net])
             rows += _by_scope(folder, net, str(train), test)
     show("scopes: magnitude, no data", ("net", "scope", *(f"{sparsity:.0%}" for sparsity in SCOPED)), rows)
 
@@ -235,7 +251,12 @@ def scopes(nets: Sequence[str] = tuple(EPOCHS)) -> None:
 def _by_scope(folder: Path, net: str, train: str, test: Path) -> list[tuple[str, ...]]:
     model = folder / f"{net}.pt"
     rows = [(net, f"dense {_accuracies(folder, net, test, [model])[0]:.2%}", *("",) * len(SCOPED))]
-    for title, words in (("layer", ()), ("global", _GLOBAL), ("erk", ("--scope", "erk"))):
+    for title, words in (
+        ("layer", _LAYER),
+        ("global", _GLOBAL),
+        ("erk", ("--scope", "erk")),
+        ("lamp, global", ("--strategy", "lamp", *_GLOBAL)),
+    ):
         made = [_pruned(model, folder, net, train, sparsity, words) for sparsity in SCOPED]
         rows.append((net, title, *(f"{one:.2%}" for one in _accuracies(folder, net, test, made))))
     made = [folder / f"{net}-floor-{sparsity}.pt" for sparsity in SCOPED]

@@ -70,7 +70,7 @@ torch.save(getattr(net, sys.argv[2])().state_dict(), f"{sys.argv[1]}/{sys.argv[2
 _SCORES = tuple((name, ("--strategy", name)) for name in ("activation-magnitude", "magnitude-gradient"))
 _FITS = (
     ("obs", ("--strategy", "obs")),
-    ("magnitude + repair", ("--repair",)),
+    ("magnitude + repair", ("--scope", "layer", "--repair")),
     ("obs, global + repair", ("--strategy", "obs", "--scope", "global", "--repair")),
 )
 

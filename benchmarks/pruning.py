@@ -71,7 +71,7 @@ def run() -> None:
 
 
 def _rows(folder: Path) -> Iterator[tuple[str, ...]]:
-    global_80 = ["-s", "0.8", "--scope", "global"]
+    global_80, by_layer = ["-s", "0.8", "--scope", "global"], ["-s", "0.8", "--scope", "layer"]
     path = _state(folder / "model.pt", LAYERS)
     yield _row(path, "torch: global_unstructured, remove, save", [PYTHON, "-c", _TORCH], global_80, runs=1)
     path = folder / "model.safetensors"
@@ -81,12 +81,12 @@ def _rows(folder: Path) -> Iterator[tuple[str, ...]]:
         used.unlink()
     path = folder / "model.h5"
     cost([PYTHON, "-c", _MAKE_H5, str(path)], runs=1)
-    yield _row(path, "tfmot: wrap, mask, strip, save", [PYTHON, "-c", _TFMOT], ["-s", "0.8"], runs=1)
+    yield _row(path, "tfmot: wrap, mask, strip, save", [PYTHON, "-c", _TFMOT], by_layer, runs=1)
     path.unlink()
     path = _network(folder / "model.onnx")
     surgeon = [str(BIN / "polygraphy"), "surgeon", "prune"]
     yield _row(path, "polygraphy surgeon prune (2:4)", surgeon, ["--pattern", "2:4"], runs=1, flag="-o")
-    yield _row(path, "onnxsim.apply_magnitude_pruning", [PYTHON, "-c", _ONNXSIM], ["-s", "0.5"], runs=1)
+    yield _row(path, "onnxsim.apply_magnitude_pruning", [PYTHON, "-c", _ONNXSIM], ["-s", "0.5", *by_layer[2:]], runs=1)
 
 
 def _row(path: Path, peer: str, words: list[str] | None, how: list[str], runs: int, flag: str = "") -> tuple[str, ...]:

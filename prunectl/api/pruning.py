@@ -194,7 +194,8 @@ def prune_file(
         }
         may_be_empty = bool(parsed.get("allow_empty"))
         command = Prune(model=str(path), metric=metric, trust=is_trusted, allow_empty=may_be_empty, **typed, **choices)
-        return _prune(path, destination, command, (parse_request(rest), limits, manifest), on_progress)
+        request = parse_request(rest, is_by_layer=command.wrap or bool(command.schedule))
+        return _prune(path, destination, command, (request, limits, manifest), on_progress)
 
 
 def _prune(

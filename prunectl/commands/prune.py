@@ -51,7 +51,7 @@ _NOT_IN_RECIPE = frozenset(
 )
 """What a recipe leaves open."""
 _DEFAULT = PruneRequest()
-_SCOPE, _NAN = Scope(_DEFAULT.scope), NonFinitePolicy(_DEFAULT.nan)
+_NAN = NonFinitePolicy(_DEFAULT.nan)
 _much = option_group("How much to prune")
 _which = option_group("What to prune")
 _later = option_group("Masks and schedules for later training")
@@ -64,10 +64,11 @@ _many = option_group("Many machines (folders of shards)")
 class Prune(OutputOptions):
     """Set the least important weights of MODEL to zero, or remove whole channels.
 
-    Every layer gets the same sparsity unless --scope says otherwise. Plain pruning changes no other byte of the file;
-    channels, --repair, --strategy obs and --cluster change more. Accuracy is measured only with --max-drop.
+    Weights of all layers are ranked together unless --scope or a pattern says otherwise. Plain pruning changes no other
+    byte of the file; channels, --repair, --strategy obs and --cluster change more. Accuracy is measured only with
+    --max-drop.
 
-    [dim]$[/] prunectl prune model.h5 -o small.h5 -s 80% --scope global
+    [dim]$[/] prunectl prune model.h5 -o small.h5 -s 80%
 
     [dim]$[/] prunectl prune model.onnx -o best.onnx --max-drop 1pp --data test.npz
 
@@ -110,7 +111,10 @@ class Prune(OutputOptions):
         _DEFAULT.strategy
     )
     param: Annotated[list[str] | None, _which(metavar="K=V", help="Parameter of the strategy, e.g. damp=0.01.")] = None
-    scope: Annotated[Scope, _which(help="Same sparsity per layer, global ranking, or ERK.")] = _SCOPE
+    scope: Annotated[
+        Scope,
+        _which(help="Rank weights in each layer, over all layers, or by ERK; auto: global, layer for patterns."),
+    ] = Scope.AUTO
     pattern: Annotated[str, _which(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4, channel, layers.")] = ""
     cluster: Annotated[str, _which(metavar="K[:START]", help="Cluster weights to K values per tensor, e.g. 16.")] = ""
     policy: Annotated[str, _which(metavar="NAME", help="Which tensors: skip-first-last; xnnpack for ARM, WASM …")] = (
@@ -219,7 +223,8 @@ class Prune(OutputOptions):
         """The request of a recipe, or of the options."""
         if self.recipe is None:
             named = {"strategy": self.strategy} if given_on_command_line(ctx, "strategy") else {}
-            return parse_request({**request_options(ctx, self, OPTIONS), **named})
+            typed_options = {**request_options(ctx, self, OPTIONS), **named}
+            return parse_request(typed_options, is_by_layer=self.wrap or bool(self.schedule))
         typed = [name for name in ctx.params if name not in _NOT_IN_RECIPE and given_on_command_line(ctx, name)]
         if typed:
             option = option_name(ctx, typed[0])

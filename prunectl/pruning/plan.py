@@ -25,6 +25,8 @@ Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
 class Scope(StrEnum):
     """Among which weights scores are ranked."""
 
+    AUTO = "auto"
+    """Whichever loses least in most models, by strategy and pattern."""
     LAYER = "layer"
     GLOBAL = "global"
     ERK = "erk"
@@ -109,7 +111,7 @@ def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
 
 def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> Plan:
     """The plan for a selection at a sparsity."""
-    drop = round(sparsity * sum(tensor.size for tensor in selection.tensors))
+    drop = _rounded(sparsity, sum(tensor.size for tensor in selection.tensors))
     if criteria.scope is Scope.GLOBAL:
         return Plan(tuple(TensorPlan(tensor, None) for tensor in selection.tensors), selection.skips, drop)
     if isinstance(criteria.pattern, NMPattern):
@@ -118,16 +120,16 @@ def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> 
         counts = criteria.allocation(selection.tensors, drop)
     else:
         counts = [
-            _layer_count(tensor, selection.layer_ratios.get(tensor.name, sparsity)) for tensor in selection.tensors
+            _rounded(selection.layer_ratios.get(tensor.name, sparsity), tensor.size) for tensor in selection.tensors
         ]
     cuts = tuple(TensorPlan(tensor, count) for tensor, count in zip(selection.tensors, counts, strict=True))
     return Plan(cuts, selection.skips, sum(counts))
 
 
-def _layer_count(tensor: Tensor, sparsity: float) -> int:
+def _rounded(sparsity: float, size: int) -> int:
     """Number of weights to prune: rounding alone never takes the last one, which tfmot keeps as well."""
-    count = round(sparsity * tensor.size)
-    return count if sparsity >= 1.0 else min(count, tensor.size - 1)
+    count = round(sparsity * size)
+    return count if sparsity >= 1.0 else min(count, size - 1)
 
 
 def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:

@@ -82,6 +82,9 @@ class Repair(StrEnum):
     """The outputs of the model, by training."""
 
 
+_AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed")
+UNSTRUCTURED = "unstructured"
+"""The pattern of zeros anywhere, as it is typed."""
 _OPTION_OF = {
     "is_packed": "pack",
     "inputs": "input",
@@ -97,8 +100,11 @@ OPTIONS = {
 """The fields that options decide, two of them by one option; a manifest calls some of them otherwise."""
 
 
-def parse_request(options: Mapping[str, Any]) -> PruneRequest:
-    """Parse options, by the names of the command line; those that are not given have their defaults."""
+def parse_request(options: Mapping[str, Any], *, is_by_layer: bool = False) -> PruneRequest:
+    """Parse options, by the names of the command line; those that are not given have their defaults.
+
+    What prunes later, layer by layer, has no use for another scope, unless one is typed.
+    """
     given = {
         OPTIONS.get(name, name): [*value] if isinstance(value, tuple) else value for name, value in options.items()
     }
@@ -115,7 +121,22 @@ def parse_request(options: Mapping[str, Any]) -> PruneRequest:
         if repaired == Repair.OUTPUTS:
             # Training takes more examples than looking at layers does.
             given = {"samples": MATCHED_SAMPLES, "batch_size": MATCHED_BATCH_SIZE, **given, "is_matched": True}
+    if given and given.get("scope", Scope.AUTO) == Scope.AUTO:
+        is_clustered = given.get("cluster") and all(given.get(amount) is None for amount in _AMOUNTS)
+        is_by_layer = is_by_layer or bool(given.get("layers") or is_clustered)
+        strategy, pattern = str(given.get("strategy", default)), str(given.get("pattern", ""))
+        given["scope"] = default_scope(strategy, pattern, has_layers=is_by_layer)
     return from_json(given)
+
+
+def default_scope(strategy: str, pattern: str = "", *, has_layers: bool = False) -> str:
+    """The scope where none is typed: global if scores of different layers mean the same, else layer.
+
+    Zeros in a pattern, and sparsities for single layers, are the same share of each layer anyway.
+    """
+    is_free = pattern in {"", UNSTRUCTURED} and not has_layers
+    is_comparable = any(known.name == strategy and known.is_comparable for known in STRATEGIES)
+    return str(Scope.GLOBAL if is_free and is_comparable else Scope.LAYER)
 
 
 def from_json(data: dict[str, Any]) -> PruneRequest:
@@ -136,7 +157,8 @@ def from_json(data: dict[str, Any]) -> PruneRequest:
 def _check_type(name: str, value: Any, default: Any) -> bool:
     """Whether a value is of the type of a field."""
     if name in {"scope", "nan"}:
-        return value in {str(choice) for choice in (Scope if name == "scope" else NonFinitePolicy)}
+        choices = set(Scope) - {Scope.AUTO} if name == "scope" else set(NonFinitePolicy)
+        return value in {str(choice) for choice in choices}
     if name == "layers":
         return isinstance(value, tuple) and all(
             isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int | float)
@@ -156,7 +178,7 @@ def _to_tuple(value: Any) -> Any:
 
 def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | None, Pooling]:
     """The pattern, and how its blocks are scored."""
-    if request.pattern in {"", "unstructured"}:
+    if request.pattern in {"", UNSTRUCTURED}:
         return None, Pooling.AVG
     text, pool = request.pattern, Pooling.AVG
     for choice in Pooling:
@@ -165,7 +187,7 @@ def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | Non
     pattern = patterns.parse(text)
     if isinstance(pattern, NMPattern | BlockPattern):
         return pattern, pool
-    raise UsageError("the pattern channel cannot be used here", hint="write 2:4, block:1x4 or unstructured")
+    raise UsageError("the pattern channel cannot be used here", hint=f"write 2:4, block:1x4 or {UNSTRUCTURED}")
 
 
 def resolve_method(request: PruneRequest) -> PruningMethod:

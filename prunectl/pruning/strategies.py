@@ -60,6 +60,8 @@ class Strategy:
     """What it does, in a line."""
     is_elementwise: bool = True
     """Whether a weight's score depends on that weight alone, so that blocks can be scored one by one."""
+    is_comparable: bool = False
+    """Whether scores of different layers mean the same, so that they are ranked together by default."""
     is_precomputed: bool = False
     """Whether the scores of all tensors are in memory already, so that none need be cached."""
     score_all: Callable[[Mapping[str, Array]], Mapping[str, Array | None]] | None = None
@@ -153,7 +155,7 @@ def sample_depth_bias(seed: int) -> str:
 
 
 STRATEGIES = (
-    Strategy("magnitude", magnitude, "the smallest absolute values"),
+    Strategy("magnitude", magnitude, "the smallest absolute values", is_comparable=True),
     Strategy("random", random, "random weights, chosen by --seed"),
     Strategy(
         "random-weighted",
@@ -167,24 +169,28 @@ STRATEGIES = (
         lamp,
         "the smallest square over the sum of squares not below it in the layer (LAMP, Lee et al. 2021)",
         is_elementwise=False,
+        is_comparable=True,
     ),
     Strategy("gradient", _needs_data, "the smallest mean |gradient|", needs=Requires.GRADIENTS),
     Strategy(
         "magnitude-gradient",
         _needs_data,
         "the smallest |weight| times mean |gradient|; in finetune, since the last pruning step",
+        is_comparable=True,
         needs=Requires.GRADIENTS,
     ),
     Strategy(
         "snip",
         _needs_data,
         "the smallest |weight times mean gradient| (SNIP, Lee et al. 2019)",
+        is_comparable=True,
         needs=Requires.GRADIENTS,
     ),
     Strategy(
         "fisher",
         _needs_data,
         "the smallest squared weight times mean squared gradient (empirical Fisher, per batch)",
+        is_comparable=True,
         needs=Requires.GRADIENTS,
     ),
     Strategy(

@@ -68,7 +68,7 @@ def next_step(stats: ModelStats) -> str:
         return command("strip", "stripped")
     is_dense = stats.prunable_sparsity is not None and stats.prunable_sparsity < _FEW_ZEROS
     can_be_pruned = is_dense and not any(row.dtype in QUANTISED for row in stats.layers if row.role in PRUNABLE)
-    return command("prune", "pruned", "-s", "80%", "--scope", "global") if can_be_pruned else ""
+    return command("prune", "pruned", "-s", "80%") if can_be_pruned else ""
 
 
 _FEW_ZEROS = 0.1

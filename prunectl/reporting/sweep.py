@@ -6,9 +6,10 @@ import shlex
 from typing import Any
 
 from prunectl.errors import PrunectlError
+from prunectl.pruning.request import UNSTRUCTURED
 from prunectl.reporting.plots import braille_plot
 from prunectl.reporting.report import Artifact, Cell, Column, Failure, Report, Section, Table, Unit
-from prunectl.sweeping.grid import UNSTRUCTURED, amount, drop, finite, implied_sparsity, skipped_combinations, variants
+from prunectl.sweeping.grid import amount, drop, finite, implied_sparsity, skipped_combinations, variants
 from prunectl.sweeping.sweep import ScheduleComparison, Swept, compare_schedules, pareto_front
 from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant
 from prunectl.units import count, nbytes, percent

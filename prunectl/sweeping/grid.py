@@ -15,15 +15,13 @@ from prunectl.channels.importance import MEASURES, RANDOM, Importance
 from prunectl.errors import UsageError
 from prunectl.plugins import find
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.request import PruneRequest, parse_pattern
+from prunectl.pruning.request import UNSTRUCTURED, PruneRequest, default_scope, parse_pattern
 from prunectl.pruning.strategies import STRATEGIES, Strategy
 from prunectl.sweeping.requests import ONE_SHOT, check_variant, training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
 from prunectl.training import max_drop as drops
 from prunectl.training.max_drop import MaxDrop
 from prunectl.training.monitor import check_direction
-
-UNSTRUCTURED = "unstructured"
 
 
 def variants(config: SweepConfig) -> list[Variant]:
@@ -83,11 +81,12 @@ def _product(config: SweepConfig) -> list[Variant]:
     used: set[str] = set()
     combinations: list[Variant] = []
     for strategy, scope, schedule, pattern in every:
+        ranked = default_scope(strategy, pattern) if scope == Scope.AUTO else scope
         accepted = [param for param in config.params if accepts_param(strategy, pattern, param[0])]
         used |= {name for name, _ in accepted}
         for values in product(*(values for _, values in accepted)):
             settings = (f"{name}={value}" for (name, _), value in zip(accepted, values, strict=True))
-            combinations.append(Variant(strategy, scope, schedule, pattern, ",".join(settings)))
+            combinations.append(Variant(strategy, ranked, schedule, pattern, ",".join(settings)))
     for name, _ in config.params:
         if name not in used:
             raise UsageError(

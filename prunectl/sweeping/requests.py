@@ -30,7 +30,7 @@ def needs_data(request: PruneRequest) -> bool:
     """Whether weights or channels go, or are fitted again, by what data does in the model."""
     if request.pattern == CHANNEL:
         measure = parse_config(request).importance
-        return measure is not None and measure.needs is not RequiredData.NOTHING
+        return request.is_matched or (measure is not None and measure.needs is not RequiredData.NOTHING)
     is_repaired = request.is_repaired or request.is_matched
     return is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from prunectl.errors import PrunectlError
 from prunectl.pruning import BATCH_SIZE, SAMPLES
+from prunectl.pruning.plan import Scope
 from prunectl.training.monitor import resolve_direction
 
 
@@ -113,7 +114,7 @@ class SweepConfig:
     val: str = ""
     val_split: float = 0.0
     strategies: tuple[str, ...] = ("magnitude",)
-    scopes: tuple[str, ...] = ("layer",)
+    scopes: tuple[str, ...] = (Scope.AUTO,)
     patterns: tuple[str, ...] = ("unstructured",)
     params: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Parameters of strategies that have them, each with the values to try."""

@@ -132,7 +132,7 @@ def test_a_part_is_not_done_twice(folder: Path) -> None:
     ("words", "sentence"),
     [
         (("-s", "60%", "--part", "2/2"), "sparsity is 0.6, but 0.5 in the parts of"),
-        (("-s", "50%", "--scope", "global", "--part", "2/2"), "scope is 'global', but 'layer' in"),
+        (("-s", "50%", "--scope", "layer", "--part", "2/2"), "scope is 'layer', but 'global' in"),
         (("-s", "50%", "--part", "2/3"), "is made of 2 parts, not of 3"),
         (("-s", "50%", "--part", "3/2"), "--part cannot be '3/2'"),
         (("-s", "60%", "--join"), "sparsity is 0.6, but 0.5"),

@@ -110,7 +110,7 @@ def test_a_function_in_a_file_is_named_by_the_file(tmp_path: Path) -> None:
 def test_a_function_in_a_module_is_named_by_the_module(tmp_path: Path) -> None:
     words = ("-s", "0.5", "--strategy", "tests.pruning.reference:magnitudes")
     assert here("prune", DIGITS, "-o", tmp_path / "a.pt", *words).code == 0
-    assert here("prune", DIGITS, "-o", tmp_path / "b.pt", "-s", "0.5").code == 0
+    assert here("prune", DIGITS, "-o", tmp_path / "b.pt", "-s", "0.5", "--scope", "layer").code == 0
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
@@ -263,7 +263,7 @@ def test_a_file_imports_what_lies_beside_it_at_once_and_later(tmp_path: Path) ->
         *("--strategy", f"{plug(tmp_path, f'{text}scores(w)')}:s"),
     )
     assert done.code == 0, done.err
-    assert here("prune", DIGITS, "-o", tmp_path / "plain.pt", "-s", "0.5").code == 0
+    assert here("prune", DIGITS, "-o", tmp_path / "plain.pt", "-s", "0.5", "--scope", "layer").code == 0
     assert (tmp_path / "out.pt").read_bytes() == (tmp_path / "plain.pt").read_bytes()
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from prunectl.analysis.patterns import SparsityMap
 from prunectl.errors import abbreviated
+from prunectl.pruning.request import UNSTRUCTURED
 from prunectl.reporting.report import Report, Table, Unit
-from prunectl.sweeping.grid import UNSTRUCTURED
 from prunectl.units import Units, count, nbytes, percent, printable
 
 _LONGEST = 46
