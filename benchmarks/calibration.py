@@ -48,6 +48,8 @@ METHODS = (
     ("obs + repair", ("--strategy", "obs", "--repair")),
     ("obs, global", ("--strategy", "obs", *_GLOBAL)),
     ("obs, global + repair", ("--strategy", "obs", *_GLOBAL, "--repair")),
+    ("alps", ("--strategy", "alps")),
+    ("alps, global", ("--strategy", "alps", *_GLOBAL)),
 )
 SPARSEST, SCOPED = (0.95, 0.98), (0.5, 0.8, 0.9, 0.95)
 MATCHED = (
@@ -286,7 +288,7 @@ def _match(folder: Path, net: str, train: Path, test: Path) -> None:
 def _pruned(
     model: Path, folder: Path, net: str, train: str, sparsity: float, words: tuple[str, ...], samples: int = SAMPLES
 ) -> Path:
-    looks = {"--repair", "activation-magnitude", "magnitude-gradient", "obs"} & set(words)
+    looks = {"--repair", "activation-magnitude", "magnitude-gradient", "obs", "alps"} & set(words)
     own = ("--builder", f"{folder / 'nets.py'}:{net}")
     size = () if "outputs" in words else ("--batch-size", "128")
     data = ("--data", train, "--samples", samples, *size, *own) if looks else ()

@@ -175,7 +175,7 @@ def prune(
             is_blockwise = isinstance(session.calibration, BlockwiseCalibration)
             reconstructor = (BlockwiseReconstructor if is_blockwise else Reconstructor)(
                 session.calibration,
-                needs is Requires.PRODUCTS,
+                method.strategy.name if needs is Requires.PRODUCTS else "",
                 request.is_repaired,
                 params.get("damp", DAMP),
                 params.get("blocksize", BLOCK),
@@ -203,7 +203,7 @@ def prune(
             notes += (
                 f"Weights of {reconstructed} tensors were reconstructed from {examples} examples of {request.data}.",
             )
-            how = "ranked by magnitude and not reconstructed" if reconstructor.uses_sparsegpt else "not reconstructed"
+            how = "ranked by magnitude and not reconstructed" if reconstructor.strategy else "not reconstructed"
             notes += note_about(f"{how}, because their inputs cannot be captured", tuple(reconstructor.skipped))
         notes += tuple(matcher.notes) if matcher is not None else ()
     return replace(pruned, notes=(*pruned.notes, *notes))

@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 
 from prunectl.analysis.patterns import NMPattern
-from prunectl.calibration import sparsegpt, statistics
+from prunectl.calibration import alps, sparsegpt, statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
 from prunectl.calibration.session import BlockwiseCalibration, Calibration, CrossInputs
-from prunectl.calibration.sparsegpt import dampen
+from prunectl.calibration.sparsegpt import ColumnBlock, dampen
 from prunectl.calibration.statistics import (
     CrossStatistics,
     Float64Array,
@@ -81,10 +81,17 @@ def least_squares_refit(
     Among each other and across are the products of the inputs now, and of them with the inputs before. Damping pulls
     towards the old weights and not towards zero: without evidence a weight stays as it is.
     """
+    damped, target = _normal_equations(rows, gram, cross_gram, damp)
+    first = np.where(kept, rows if initial is None else initial, 0.0)
+    return _conjugate_gradients(damped, np.where(kept, target, 0.0), kept, first)
+
+
+def _normal_equations(
+    rows: Float64Array, gram: Float64Array, cross_gram: Float64Array, damp: float
+) -> tuple[Float64Array, Float64Array]:
+    """A damped Gram matrix, and what the rows that fit the dense outputs best give when they are multiplied by it."""
     damped = dampen(gram, damp)
-    diagonal = np.diagonal(damped)
-    target = np.where(kept, rows @ cross_gram.T + rows * (diagonal - np.diagonal(gram)), 0.0)
-    return _conjugate_gradients(damped, target, kept, np.where(kept, rows if initial is None else initial, 0.0))
+    return damped, rows @ cross_gram.T + rows * (np.diagonal(damped) - np.diagonal(gram))
 
 
 def _conjugate_gradients(gram: Float64Array, target: Float64Array, kept: Mask, solution: Float64Array) -> Float64Array:
@@ -138,10 +145,11 @@ def dense_and_kept(model: ModelFile, plan: Plan, method: PruningMethod) -> tuple
 
 @dataclass(slots=True)
 class Reconstructor:
-    """Prunes by SparseGPT and reconstructs by least squares, one tensor after the other in data order."""
+    """Prunes by SparseGPT or ALPS, reconstructs by least squares, one tensor after the other in data order."""
 
     calibration: Calibration
-    uses_sparsegpt: bool
+    strategy: str
+    """The strategy that decides within a layer which weights go, `obs` or `alps`; empty if a score has decided."""
     is_repaired: bool
     damp: float = DAMP
     block: int = BLOCK
@@ -216,14 +224,14 @@ class Reconstructor:
         """Reconstruct a tensor whose inputs are observed."""
         values: Float64Array = weights.astype(np.float64)
         initial = values
-        if self.uses_sparsegpt and _supports_obs(tensor, method, met.sums):
+        if self.strategy and _supports_obs(tensor, method, met.sums):
             initial, dropped = self._operated(values, met.statistics, int(np.count_nonzero(dropped)), method)
         return self._refitted(values, initial, dropped, met.statistics, has_bias=has_bias), dropped
 
     def _operated(
         self, values: Float64Array, cross_statistics: CrossByOutputs, drop: int, method: PruningMethod
     ) -> Fit:
-        """Prune by SparseGPT, column by column; the updated weights and the mask."""
+        """Prune by SparseGPT, column by column, or by ALPS; the updated weights and the mask."""
         dropped: Mask = np.zeros(values.shape, np.bool_)
         size, pattern = values.size, method.pattern
         values_now, pruned_count, weights_seen = values, 0, 0
@@ -236,11 +244,16 @@ class Reconstructor:
                 weights_seen += outputs * features
                 count = drop * weights_seen // size - pruned_count
                 pruned_count += count
+                decided: list[ColumnBlock] = []
                 if isinstance(pattern, NMPattern):
                     channels = features if use.window is None else _input_channels(values, use)
                     decided = sparsegpt.nm_blocks(features, channels, pattern.zeros, pattern.group)
-                else:
-                    decided = sparsegpt.unstructured_blocks(outputs, features, count, self.block)
+                if self.strategy == "alps":
+                    project = alps.lowest_in(decided) if decided else alps.lowest(count)
+                    gram, target = _normal_equations(rows[group], total, pairs.cross_gram[group], self.damp)
+                    new[group], pruned[group] = alps.prune_rows(rows[group], gram, target, project)
+                    continue
+                decided = decided or sparsegpt.unstructured_blocks(outputs, features, count, self.block)
                 new[group], pruned[group] = sparsegpt.prune_rows(rows[group], total, decided, self.damp, self.block)
             values_now, dropped = scatter_rows(new, use, values_now), scatter_rows(pruned, use, dropped)
         return values_now, dropped

@@ -64,7 +64,7 @@ def verify(
     """Verify a pruned model against the manifest of its run, against its source, or both.
 
     Checks digests, zeros, kept weights and architecture. Exit code 1 if a check fails. Runs that change kept weights
-    (--repair, --strategy obs, --cluster) differ from the source.
+    (--repair, obs, alps, --cluster) differ from the source.
 
     [dim]$[/] prunectl prune model.h5 -o out.h5 -s 80% --manifest out.json
 

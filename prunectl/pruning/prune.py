@@ -218,7 +218,7 @@ def check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:
         more = f" and of {len(empty) - 1} more tensors" if len(empty) > 1 else ""
         raise WorkError(
             f"{before.path}: nothing would be left of {abbreviated(empty[0])}{more}; nothing was written",
-            hint="prune less or with --scope layer, keep it whole with --exclude NAME, or use --allow-empty if that is meant",
+            hint="prune less, use --scope layer or --exclude NAME, or add --allow-empty if that is meant",
         )
 
 

@@ -208,6 +208,13 @@ STRATEGIES = (
         needs=Requires.PRODUCTS,
     ),
     Strategy(
+        "alps",
+        _needs_data,
+        "the smallest output error of each layer, sought by ADMM: slower than obs, better from 70 % on (ALPS, 2024)",
+        choices={"damp": 0.01},
+        needs=Requires.PRODUCTS,
+    ),
+    Strategy(
         "movement",
         _needs_data,
         "weights that training moves towards zero (movement pruning, Sanh et al. 2020)",

@@ -77,7 +77,7 @@ def test_a_tensor_of_which_nothing_is_left_is_refused_unless_that_is_allowed(
     done = here("prune", FIXTURES / "digits_cnn.keras", *to, *words)
     assert done.code == 5
     assert message in done.err
-    assert "prune less or with --scope layer, keep it whole with --exclude NAME, or use --allow-empty" in done.err
+    assert "prune less, use --scope layer or --exclude NAME, or add --allow-empty" in done.err
     assert not list(tmp_path.iterdir())
     done = here("prune", FIXTURES / "digits_cnn.keras", *to, *words, "--allow-empty")
     assert done.code == 0
