@@ -22,7 +22,6 @@ from prunectl.training.monitor import monitored_metric
 from prunectl.training.request import DEFAULT_EPOCHS, OPTIONS, FinetuneRequest, KeepWeights, MaskMode, parse_request
 
 _DEFAULT = FinetuneRequest("")
-_SCOPE = Scope(_DEFAULT.pruning.scope)
 _data = option_group("Data")
 _train = option_group("Training")
 _when = option_group("Pruning during training")
@@ -131,7 +130,9 @@ class Finetune(OutputOptions):
         str, _when(metavar="NAME", help="How weights are ranked: magnitude, lamp, movement, magnitude-gradient …")
     ] = _DEFAULT.pruning.strategy
     param: Annotated[list[str] | None, _when(metavar="K=V", help="Parameter of the strategy, e.g. bias=late.")] = None
-    scope: Annotated[Scope, _when(help="Same sparsity per layer, global ranking, or ERK.")] = _SCOPE
+    scope: Annotated[Scope, _when(help="Rank weights in each layer (auto, as tfmot), over all layers, or by ERK.")] = (
+        Scope.AUTO
+    )
     pattern: Annotated[str, _when(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4 …")] = ""
     policy: Annotated[str, _when(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
         _DEFAULT.pruning.policy

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from prunectl.errors import UsageError
+from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import parse_literal
 from prunectl.training.backend import LoadOptions, TrainOptions
@@ -226,7 +227,9 @@ OPTION_OF_FIELD = {
 }
 OPTIONS = ("metric", "power", *dict.fromkeys(OPTION_OF_FIELD.values()))
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("warmup", "begin", "end", "distill", "scope"), str),
+    **dict.fromkeys(("warmup", "begin", "end", "distill"), str),
+    # Training makes up for an even share, and tfmot prunes by layer.
+    "scope": lambda scope: str(Scope.LAYER if scope == Scope.AUTO else scope),
     **dict.fromkeys(("checkpoint_dir", "logdir"), Path),
     **dict.fromkeys(("param", "exclude", "freeze", "schedule_param"), tuple),
     "layer": lambda pairs: tuple(map(tuple, pairs)),

@@ -17,7 +17,7 @@ from prunectl.training.data.source import Batch
 from prunectl.training.evaluate import evaluate_predictions
 from prunectl.training.max_drop import MaxDrop
 
-WAY = Variant("magnitude", "layer")
+WAY = Variant("magnitude", "global")
 ONE_WAY = SweepConfig(data="d.npz")
 
 

@@ -42,8 +42,8 @@ def test_a_cluster_of_two_workers_makes_the_same_table_and_goes_on_after_a_kill(
     # What one point cannot do is told as on one machine.
     assert found.code == 2
     assert "onnxruntime cannot compute" in found.json["error"]["message"]
-    assert (broken / "magnitude-layer-15/model.onnx").read_bytes() == (
-        tmp_path / "alone/magnitude-layer-15/model.onnx"
+    assert (broken / "magnitude-global-15/model.onnx").read_bytes() == (
+        tmp_path / "alone/magnitude-global-15/model.onnx"
     ).read_bytes()
 
 

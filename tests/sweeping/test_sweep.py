@@ -236,7 +236,7 @@ def test_a_point_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path)
     choices = SweepConfig(data=FEW, strategies=("gradient", "magnitude"), sparsities=(0.5,))
     for jobs in (1, 2):
         found = sweep(ONNX, choices, tmp_path / f"points{jobs}", jobs=jobs)
-        assert list(found.outcomes) == [BASELINE, Trial("magnitude", "layer", "", 0.5)]
+        assert list(found.outcomes) == [BASELINE, Trial("magnitude", "global", "", 0.5)]
         ((point, error),) = found.failed.items()
         assert point.strategy == "gradient"
         assert "onnxruntime cannot compute" in error.message
@@ -249,7 +249,7 @@ import numpy as np
 
 def load():
     here = pathlib.Path(__file__).parent
-    if (here / "points/magnitude-layer-50/model.onnx").exists() and not (here / "died").exists():
+    if (here / "points/magnitude-global-50/model.onnx").exists() and not (here / "died").exists():
         (here / "died").touch()
         os.kill(os.getpid(), 9)
     digits = np.load({str(DIGITS)!r})
@@ -261,8 +261,8 @@ def test_a_process_that_dies_costs_its_point_alone(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(DEADLY)
     choices = SweepConfig(data=f"{tmp_path / 'deadly.py'}:load", sparsities=(0.5, 0.8))
     found = sweep(ONNX, choices, tmp_path / "points")
-    assert [point.name for point in found.outcomes] == ["base", "magnitude-layer-80"]
-    assert "ended with signal 9" in found.failed[Trial("magnitude", "layer", "", 0.5)].message
+    assert [point.name for point in found.outcomes] == ["base", "magnitude-global-80"]
+    assert "ended with signal 9" in found.failed[Trial("magnitude", "global", "", 0.5)].message
     again = sweep(ONNX, choices, tmp_path / "points")
-    assert [point.name for point in again.outcomes] == ["base", "magnitude-layer-50", "magnitude-layer-80"]
+    assert [point.name for point in again.outcomes] == ["base", "magnitude-global-50", "magnitude-global-80"]
     assert not again.failed

@@ -93,7 +93,7 @@ def test_a_model_that_was_exchanged_or_removed_is_made_again_and_said(
 @pytest.mark.usefixtures("trials_here")
 def test_a_sweep_makes_a_point_again_whose_file_was_exchanged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = said(capsys, *SWEEP)
-    path = folder / "t/magnitude-layer-80/model.onnx"
+    path = folder / "t/magnitude-global-80/model.onnx"
     before = path.read_bytes()
     path.write_bytes(b"no model")
     assert said(capsys, *SWEEP)["models"] == first["models"]
