@@ -303,7 +303,7 @@ class BlockwiseReconstructor(Reconstructor):
             own = tuple(cut for cut in plan.cuts if self.calibration.network.part_of(cut.tensor.name) == number)
             if not own:
                 continue
-            block = Reconstructor(part, self.uses_sparsegpt, self.is_repaired, self.damp, self.block)
+            block = Reconstructor(part, self.strategy, self.is_repaired, self.damp, self.block)
             for name, (values, dropped) in block.fit(model, replace(plan, cuts=own), method).items():
                 solved[name] = _in_a_file(values), _in_a_file(dropped)
             self.skipped += block.skipped
