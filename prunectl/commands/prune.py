@@ -398,7 +398,7 @@ def _weights_report(result: Pruned, options: Prune, destination: Destination | N
     if options.manifest is not None and destination is not None:
         write_manifest(options.manifest, result)
     output = target_name(destination)
-    after = replace(result.after, path=output or result.after.path)
+    after = replace(result.after, path=destination.url) if destination is not None and destination.url else result.after
     return prune_report(replace(result, before=replace(result.before, path=options.model), after=after), output)
 
 
