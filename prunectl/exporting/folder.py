@@ -17,7 +17,7 @@ from prunectl.exporting.routes import TARGETS, Target, check_options
 from prunectl.exporting.weights import cast_tensor, check_types, exported_dtype, exported_tensors, same_bits
 from prunectl.formats import atomic
 from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
-from prunectl.formats.families import CONFIG, read_config, said_of_ties
+from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
 from prunectl.formats.folder import companions, copy_companions, training_state
 from prunectl.formats.registry import FORMATS, by_name, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
@@ -32,10 +32,9 @@ _STEMS = {
 """What weights are called in a folder, where the other container has them by another name."""
 _SUFFIX = {"safetensors": ".safetensors", "torch": ".bin"}
 _SHARD = re.compile(r"-\d+-of-\d+$")
-_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|proj_out|output_projection|predictions\.decoder)\.weight$")
 _COPY = re.compile(r"(?:^|\.)(encoder|decoder)\.embed_tokens\.weight$")
 _SHARED = re.compile(r"(?:^|\.)shared\.weight$")
-"""An output layer that is the embedding, and the embeddings of two halves that are one: `transformers` ties them."""
+"""The embeddings of two halves that are one: `transformers` ties them."""
 
 
 def makes_folder(path: Path, request: ExportRequest, output: Destination) -> bool:
@@ -118,7 +117,7 @@ def _without_copies(model: ModelFile, tensors: Sequence[Tensor]) -> tuple[tuple[
     copies: set[str] = set()
     for group in by_view.values():
         names = [tensor.name for tensor in group]
-        heads = {name for name in names if _HEAD.search(name)}
+        heads = {name for name in names if HEAD.search(name)}
         if len(names) > len(heads):
             copies |= heads
         if any(map(_SHARED.search, names)):

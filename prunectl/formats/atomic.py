@@ -212,7 +212,7 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
 def _move_order(folder: Path, target: Path, model: ModelFile | None) -> list[tuple[Path, Path]]:
     """What goes where; that by which a model is opened comes last: until it is there, there is no model."""
     whole = folder / target.name
-    if model is not None and model.format == "diffusers" and is_same(model.path, target):
+    if model is not None and model.has_neighbours and is_same(model.path, target):
         # In place the files with weights alone are replaced: its folder holds what is no part of the model as well.
         paths = {tensor.storage.extent.path for tensor in model.tensors if tensor.storage.extent is not None}
         names = sorted(path.relative_to(model.path) for path in paths)

@@ -282,6 +282,8 @@ class ModelFile:
     """That of its format, as the table of formats says."""
     folder: Path | None = None
     """The folder by which it was named, if its weights are a part of it, as in those of Hugging Face."""
+    has_neighbours: bool = False
+    """Whether it is a folder that also holds what is no part of it."""
 
     @property
     def nbytes(self) -> int:

@@ -279,7 +279,10 @@ def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-_HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out|predictions\.decoder|generator_lm_head)\.weight$")
+HEAD = re.compile(
+    r"(?:^|\.)(lm_head|generator_lm_head|embed_out|proj_out|output_projection|predictions\.decoder)\.weight$"
+)
+"""An output layer, which may be the embedding."""
 _OF_LANGUAGE = re.compile(r"(LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration)")
 
 
@@ -296,4 +299,4 @@ def _is_tied(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> bool | Non
         return None
     for is_tied in said_of_ties(config):
         return is_tied
-    return not any(_HEAD.search(tensor.name) for tensor in tensors)
+    return not any(HEAD.search(tensor.name) for tensor in tensors)

@@ -39,7 +39,7 @@ def open_pipeline(path: Path) -> ModelFile:
         wrappers=tuple(wrapper for part in parts for wrapper in part.about.wrappers),
         notes=(*notes, *(note for part in parts for note in part.about.notes)),
     )
-    return ModelFile(path, "diffusers", tensors, about, tuple(files))
+    return ModelFile(path, "diffusers", tensors, about, tuple(files), has_neighbours=True)
 
 
 _COPIED = "the same weights in another form, copied as they are"

@@ -66,7 +66,7 @@ def is_folder(model: ModelFile, output: Destination | None) -> bool:
 
 def notes_on_folder(model: ModelFile, output: Destination | None) -> tuple[str, ...]:
     """What of the folder of a model does not go with it, each in a sentence."""
-    if model.format == "diffusers":
+    if model.has_neighbours:
         # In place all that lies in it stays where it is.
         return () if output is not None and output.is_in_place else model.about.notes
     source = None if output is None else _source(model, output)

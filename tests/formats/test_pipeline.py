@@ -99,7 +99,7 @@ def test_in_place_all_that_is_no_weight_stays_as_it_is(pipe: Path) -> None:
     (pipe / "empty").mkdir()
     (pipe / "README.md").chmod(0o600)
     before, was = files(pipe), (pipe / "README.md").stat()
-    done = here("prune", pipe, "--in-place", "-s", "50%")
+    done = here("prune", pipe, "--in-place", "-s", "50%", "--scope", "layer")
     assert done.code == 0, done.err
     after = files(pipe)
     assert after.keys() == before.keys()
@@ -113,7 +113,7 @@ def test_in_place_all_that_is_no_weight_stays_as_it_is(pipe: Path) -> None:
 
 def test_other_forms_of_the_weights_are_copied_and_said(pipe: Path) -> None:
     (pipe / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"dense")
-    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%", "--scope", "layer")
     assert "diffusion_pytorch_model.fp16.safetensors in " in done.err
     assert files(pipe.parent / "out").keys() == files(pipe).keys()
 
@@ -121,7 +121,7 @@ def test_other_forms_of_the_weights_are_copied_and_said(pipe: Path) -> None:
 def test_a_link_out_of_the_folder_is_not_copied(pipe: Path) -> None:
     (pipe.parent / "secret").write_text("mine")
     (pipe / "notes").symlink_to("../secret")
-    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%", "--scope", "layer")
     assert done.code == 0
     assert not (pipe.parent / "out/notes").exists()
     assert f"notes in {pipe}: not copied, because links may not lead out of the folder." in done.err
@@ -136,7 +136,7 @@ def test_the_links_of_the_cache_of_hugging_face_become_files(pipe: Path) -> None
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (pipe / name).rename(blobs / str(number))
         (snapshot / name).symlink_to(blobs / str(number))
-    done = here("prune", snapshot, "-o", pipe.parent / "out", "-s", "50%")
+    done = here("prune", snapshot, "-o", pipe.parent / "out", "-s", "50%", "--scope", "layer")
     assert done.code == 0, done.err
     assert files(pipe.parent / "out").keys() == names.keys()
     assert "not copied" not in done.err
@@ -147,7 +147,7 @@ def test_the_links_of_the_cache_of_hugging_face_become_files(pipe: Path) -> None
 )
 def test_a_part_of_which_no_weights_are_opened_is_not_passed_over(pipe: Path, name: str) -> None:
     (pipe / "unet/diffusion_pytorch_model.safetensors").rename(pipe / "unet" / name)
-    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%", "--scope", "layer")
     assert done.code == 3
     assert f"unet has its weights in {name}, but a pipeline is pruned as a whole in safetensors alone" in done.err
     assert not (pipe.parent / "out").exists()
@@ -165,7 +165,7 @@ def test_a_pickle_by_the_name_of_safetensors_is_refused(pipe: Path, *, is_in_sha
 def test_parts_in_pickles_and_indexes_that_name_none_are_sentences(pipe: Path) -> None:
     (pipe / "unet/diffusion_pytorch_model.safetensors").rename(pipe / "unet/gone")
     torch.save({"a": torch.ones(2, 2)}, pipe / "unet/pytorch_model.bin")
-    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%")
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", "50%", "--scope", "layer")
     assert done.code == 3
     assert "pruned as a whole in safetensors alone" in done.err
     (pipe / "model_index.json").write_text('{"../unet": [], "_x": 1, "scheduler": []}')
