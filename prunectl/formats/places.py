@@ -232,6 +232,8 @@ class LibraryFile:
     url: str
     nbytes: int = -1
     version: str = ""
+    called: str = ""
+    """The fact that is the version: a list may tell fewer facts of a file than the file system does when asked."""
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
         """The first bytes, and with them all that is to be known."""
@@ -254,11 +256,15 @@ class LibraryFile:
             facts = self.system.info(self.path)
             if facts.get("type") == "directory":
                 raise FileNotFoundError
-        return int(facts.get("size") or 0), _version(facts)
+        return int(facts.get("size") or 0), _version(facts, self.called or _version_name(facts))
 
 
-def _version(facts: Mapping[str, Any]) -> str:
-    return next((str(facts[key]) for key in _VERSIONS if facts.get(key)), "")[: budgets.MAX_MARK_BYTES]
+def _version_name(facts: Mapping[str, Any]) -> str:
+    return next((name for name in _VERSIONS if facts.get(name)), "")
+
+
+def _version(facts: Mapping[str, Any], name: str) -> str:
+    return str(facts.get(name) or "")[: budgets.MAX_MARK_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +287,14 @@ class LibraryPlace:
         prefix = self.root.strip("/") + "/"
         names = ((path.strip("/").removeprefix(prefix), path, facts) for path, facts in found.items())
         return {
-            name: LibraryFile(self.system, path, f"{self.url}/{name}", int(facts.get("size") or 0), _version(facts))
+            name: LibraryFile(
+                self.system,
+                path,
+                f"{self.url}/{name}",
+                int(facts.get("size") or 0),
+                _version(facts, called := _version_name(facts)),
+                called,
+            )
             for name, path, facts in names
             if is_inside(name)
         }

@@ -147,17 +147,26 @@ class _Buffered:
 
 def download(path: Path) -> None:
     """Make a file of a stub, its bytes in ranges; it is checked that nobody has changed it meanwhile."""
-    remote = REMOTE[path]
-    file = remote.file if isinstance(remote, _Buffered) else remote
-    before = file.state() if isinstance(file, LibraryFile) else None
+    check_unchanged(path)
+    file = _unbuffered(REMOTE[path])
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as target:
         for offset in range(0, file.nbytes, COPY_BYTES):
             target.write(file.read(offset, min(COPY_BYTES, file.nbytes - offset)))
-    if isinstance(file, LibraryFile) and (file.state() != before or before[0] != file.nbytes):
-        raise InputError(f"{file.url} was changed while it was being read")
+    check_unchanged(path)
     os.replace(part, path)
     del REMOTE[path]
+
+
+def check_unchanged(path: Path) -> None:
+    """Refuse a file in a store that is no longer what it was when it was first seen; a web server says so itself."""
+    file = _unbuffered(REMOTE[path]) if path in REMOTE else None
+    if isinstance(file, LibraryFile) and file.state() != (file.nbytes, file.version):
+        raise InputError(f"{shown(file.url)} was changed while it was being read")
+
+
+def _unbuffered(file: RemoteFile) -> RemoteFile:
+    return file.file if isinstance(file, _Buffered) else file
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from prunectl.formats import registry, scratch
 from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.extents import REMOTE, file_bytes
 from prunectl.formats.patch import patch_files
-from prunectl.formats.remote import downloaded
+from prunectl.formats.remote import check_unchanged, downloaded
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import engine, masks
@@ -396,6 +396,7 @@ class _Task:
             with scratch.temporary_folder() as folder:
                 sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=self._is_wide)
                 counted = [masks.count_digits(source, prefix, shift) for source in sources]
+            check_unchanged(shard.path)
             if facts(shard.path) != known:
                 raise _changed(shard.path)
             every = np.sum([counts for counts, _ in counted], axis=0)

@@ -340,3 +340,24 @@ def test_a_full_bucket_is_told_and_what_was_written_is_no_model(
     assert here("prune", folder, "-o", "memory://bucket/out", "-s", "50%").code == 0
     assert here("prune", folder, "-o", folder.parent / "whole", "-s", "50%").code == 0
     assert in_memory(memory, "/bucket/out") == files_of(folder.parent / "whole")
+
+
+@pytest.mark.parametrize("words", [("-s", "50%", "--scope", "layer"), ("-s", "50%", "--scope", "global")])
+def test_a_folder_in_a_store_that_is_replaced_while_it_is_pruned_is_told(
+    folder: Path, memory: Any, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(memory, folder, "/bucket/model")
+    reads = iter(range(1000))
+    read = type(memory).cat_file
+
+    def replaced(self: Any, path: str, start: int | None = None, end: int | None = None, **options: Any) -> Any:
+        # After the six headers.
+        if path.endswith("safetensors") and next(reads) == 7:
+            upload(memory, folder, "/bucket/model")
+        return read(self, path, start, end, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", replaced)
+    done = here("prune", "memory://bucket/model", "-o", "memory://bucket/out", *words)
+    assert done.code == 3, done.err
+    assert "was changed while it was being read" in done.err
+    assert "model.safetensors.index.json" not in in_memory(memory, "/bucket/out")
