@@ -45,13 +45,15 @@ class OutputOptions:
         suffix: str | None = None,
     ) -> int:
         """Call what writes the output, and show its report, unless there is none or standard output has the model."""
-        with self._source(reporter) as path, self._destination(path, suffix) as destination:
-            report = work(path, destination)
-            if report is None:
-                return 0
-            if self.output == STDIN and destination is not None:
-                return reporter.copy_to_stdout(destination.target)
-            return reporter.show(report)
+        with self._source(reporter) as path:
+            # An output at a URL is uploaded when this ends.
+            with self._destination(path, suffix) as destination:
+                report = work(path, destination)
+                if report is not None and self.output == STDIN and destination is not None:
+                    _finish(destination)
+                    return reporter.copy_to_stdout(destination.target)
+            _finish(destination)
+            return 0 if report is None else reporter.show(report)
 
     def _source(self, _: Reporter) -> AbstractContextManager[Path]:
         """Where the model is."""
@@ -80,6 +82,11 @@ class OutputOptions:
             with temporary_folder() as scratch:
                 name = f"standard-output{model.suffix if suffix is None else suffix}"
                 yield Destination(scratch / name, to_stdout=True)
+
+
+def _finish(destination: Destination | None) -> None:
+    for step in destination.then if destination is not None else ():
+        step()
 
 
 _building = option_group("Builds (make, CI)")

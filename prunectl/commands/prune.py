@@ -310,7 +310,7 @@ def _prune_channels(
         **limits,
     )
     if options.manifest is not None and destination is not None:
-        cuts.write_manifest(options.manifest, result, limits)
+        destination.then.append(partial(cuts.write_manifest, options.manifest, result, limits))
     result = replace(result, before=replace(result.before, path=options.model))
     report: Report = load("prunectl.reporting.channels:channels_report")(result, target_name(destination))
     return report
@@ -328,7 +328,7 @@ def _prune_blocks(request: PruneRequest, options: Prune, path: Path, destination
     measure = influence_measure(request, is_trusted=options.trust)
     result = blocks.prune_blocks(path, request, destination, has_digests=options.manifest is not None, measure=measure)
     if options.manifest is not None and destination is not None:
-        blocks.write_manifest(options.manifest, result)
+        destination.then.append(partial(blocks.write_manifest, options.manifest, result))
     report: Report = load("prunectl.reporting.blocks:blocks_report")(
         replace(result, before=replace(result.before, path=options.model)), target_name(destination)
     )
@@ -396,7 +396,7 @@ def _prune_weights(
 
 def _weights_report(result: Pruned, options: Prune, destination: Destination | None) -> Report:
     if options.manifest is not None and destination is not None:
-        write_manifest(options.manifest, result)
+        destination.then.append(partial(write_manifest, options.manifest, result))
     output = target_name(destination)
     after = replace(result.after, path=destination.url) if destination is not None and destination.url else result.after
     return prune_report(replace(result, before=replace(result.before, path=options.model), after=after), output)

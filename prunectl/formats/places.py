@@ -307,10 +307,17 @@ class LibraryPlace:
         """Refuse a place where something is, unless it is begun: by a file of this name."""
         with _of_library(self.url):
             self.system.invalidate_cache()
-            is_taken = self.system.exists(self.root) and bool(self.system.find(self.root))
-            is_begun = bool(begun) and self.system.exists(f"{self.root}/{begun}")
-        if is_taken and not is_begun:
-            raise UsageError(f"{self.url} exists", hint="choose another --output, or replace it with --force")
+            is_taken = self._has(self.root) and not (begun and self._has(f"{self.root}/{begun}"))
+        if is_taken:
+            raise UsageError(f"{shown(self.url)} exists", hint="choose another --output, or replace it with --force")
+
+    def _has(self, path: str) -> bool:
+        """Whether something is there; `exists` of most file systems takes every failure for a no."""
+        try:
+            facts = self.system.info(path)
+            return facts.get("type") != "directory" or bool(self.system.ls(path, detail=False))
+        except FileNotFoundError:
+            return False
 
     def put(self, source: Path, name: str) -> None:
         """Write a file to its final name, in several parts where it is big; it appears when it is whole."""
@@ -329,12 +336,12 @@ class LibraryPlace:
             raise
         except Exception as error:
             raise WorkError(
-                f"{self.url}/{name} cannot be written: {first_line(error)}",
+                f"{shown(f'{self.url}/{name}'.rstrip('/'))} cannot be written: {first_line(error)}",
                 hint="run the same command again, which resumes",
             ) from error
 
     def remove(self, name: str) -> None:
-        """Remove a folder in it with all that is there."""
+        """Remove a file in it, or a folder with all that is there."""
         with _of_library(self.url):
             self.system.rm(f"{self.root}/{name}", recursive=True)
 

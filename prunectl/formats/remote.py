@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import ClassVar
 
-from prunectl.errors import InputError, PrunectlError, UsageError
+from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
 from prunectl.formats import budgets
 from prunectl.formats.extents import REMOTE, RemoteFile
 from prunectl.formats.places import (
@@ -193,7 +193,8 @@ UPLOADS: dict[Path, LibraryPlace] = {}
 def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
     """Yield a path for an output; what is there at the end goes to a URL, that by which it is opened last.
 
-    Nothing may be there yet but what was begun, unless the user said so.
+    Nothing may be there yet but what was begun, unless the user said so: then by what the old model is opened goes
+    first, so that no old index ever stands beside new weights.
     """
     if url.startswith("http"):
         raise UsageError(f"{shown(url)} cannot be written to", hint="use s3://, gs://, az:// or hf://, or write a file")
@@ -205,15 +206,51 @@ def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
         UPLOADS[target] = place
         try:
             yield target
-            found = [path for path in target.rglob("*") if path.is_file()] if target.is_dir() else [target]
-            for path in sorted(found, key=lambda path: (path.name in IN_A_FOLDER, path)):
-                if path.exists():
-                    place.put(path, path.relative_to(target).as_posix() if path != target else "")
+            _put(place, target, is_forced=is_forced)
         except PrunectlError as error:
             error.message, error.hint = (text.replace(str(target), url) for text in (error.message, error.hint))
             raise
         finally:
             del UPLOADS[target]
+
+
+def _put(place: LibraryPlace, target: Path, *, is_forced: bool) -> None:
+    """Upload a file, or all of a folder."""
+    found = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
+    if target.is_file():
+        found = {"": target}
+    last = [name for name in found if PurePosixPath(name).name in IN_A_FOLDER]
+    try:
+        old = _remove_heads(place) if is_forced and found and "" not in found else []
+        for name in [*sorted(found.keys() - last), *sorted(last)]:
+            place.put(found[name], name)
+        for name in old:
+            if name not in found:
+                place.remove(name)
+    except WorkError as error:
+        # Nothing notes what has been uploaded.
+        error.hint = "run the same command again, with --force, which replaces what was uploaded"
+        raise
+
+
+def _remove_heads(place: LibraryPlace) -> list[str]:
+    """Remove that by which a model in a folder is opened, and return what its index named."""
+    files = place.files() or {}
+    named: list[str] = []
+    for name in [name for name in files if PurePosixPath(name).name in IN_A_FOLDER]:
+        if name.endswith(".json"):
+            # What cannot be read names nothing, and goes all the same.
+            with suppress(InputError):
+                text = _whole(files[name], budgets.MAX_JSON_BYTES)
+                weights = parse_object(text, Path(name), "the index").get("weight_map")
+                shards = set(map(str, weights.values())) if isinstance(weights, dict) else set()
+                named += [one for one in files if PurePosixPath(one).name in shards and _folder(one) == _folder(name)]
+        place.remove(name)
+    return sorted(set(named))
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def fetch(path: Path, tell: Tell) -> None:

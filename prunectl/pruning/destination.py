@@ -5,9 +5,9 @@ from __future__ import annotations
 import keyword
 import os
 import sys
-from collections.abc import Container, Generator
+from collections.abc import Callable, Container, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prunectl.errors import UsageError
@@ -35,6 +35,8 @@ class Destination:
     """Whether it is sent on from there as one run of bytes."""
     url: str = ""
     """Where it is uploaded to from there."""
+    then: list[Callable[[], object]] = field(default_factory=list)
+    """What is done once it is where it goes, such as writing the record of it."""
 
 
 def check(model: ModelFile, output: Destination | None) -> None:

@@ -361,3 +361,56 @@ def test_a_folder_in_a_store_that_is_replaced_while_it_is_pruned_is_told(
     assert done.code == 3, done.err
     assert "was changed while it was being read" in done.err
     assert "model.safetensors.index.json" not in in_memory(memory, "/bucket/out")
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_free(
+    folder: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(memory, folder, "/bucket/out")
+    expected = in_memory(memory, "/bucket/out")
+    look = type(memory).info
+
+    def forbidden(self: Any, path: str, **options: Any) -> Any:
+        if path.rstrip("/").endswith("out"):
+            raise PermissionError(13, "Forbidden")
+        return look(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "info", forbidden)
+    done = here("prune", folder, "-o", "memory://bucket/out", "-s", "50%")
+    assert done.code == 3, done.err
+    assert "Forbidden" in done.err
+    monkeypatch.undo()
+    assert in_memory(memory, "/bucket/out") == expected
+
+
+def test_a_model_that_is_replaced_by_force_is_none_until_all_of_the_new_one_is_there(
+    folder: Path, memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(memory, folder, "/bucket/out")
+    assert here("export", folder, "-o", tmp_path / "two", "--shard-size", "40KB").code == 0
+    room = iter(range(2))
+    opened = type(memory).open
+
+    def full(self: Any, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "wb" and next(room, None) is None:
+            raise OSError(28, "No space left on device")
+        return opened(self, path, mode, **options)
+
+    monkeypatch.setattr(type(memory), "open", full)
+    words = ("prune", tmp_path / "two", "-o", "memory://bucket/out", "-s", "50%", "--force")
+    record = tmp_path / "record.json"
+    done = here(*words, "--json", "--manifest", record)
+    assert done.code == 5, done.err
+    assert done.json["models"] == done.json["artifacts"] == []
+    assert not record.exists()
+    assert "with --force" in done.json["error"]["hint"]
+    assert "resumes" not in done.json["error"]["hint"]
+    monkeypatch.undo()
+    assert here("inspect", "memory://bucket/out").code == 3
+    memory.store.clear()
+    upload(memory, folder, "/bucket/out")
+    memory.pipe_file("/bucket/out/notes.txt", b"mine")
+    assert here(*words, "--manifest", record).code == 0
+    assert record.exists()
+    assert here("prune", tmp_path / "two", "-o", tmp_path / "whole", "-s", "50%").code == 0
+    assert in_memory(memory, "/bucket/out") == {**files_of(tmp_path / "whole"), "notes.txt": b"mine"}
