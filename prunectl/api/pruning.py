@@ -26,7 +26,14 @@ from prunectl.pruning.blocks import BlocksPruned
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.parts import PartPruned
 from prunectl.pruning.prune import Pruned
-from prunectl.pruning.request import PruneRequest, check_manifest, parse_request, read_manifest, write_manifest
+from prunectl.pruning.request import (
+    PruneRequest,
+    check_manifest,
+    names_code,
+    parse_request,
+    read_manifest,
+    write_manifest,
+)
 from prunectl.reporting.blocks import blocks_report
 from prunectl.reporting.channels import channels_report
 from prunectl.reporting.max_drop import with_search
@@ -120,7 +127,8 @@ class PartResult(EngineResult, PartPruned):
 
     def lines(self) -> tuple[str, ...]:
         """The shards of the part, and what is missing."""
-        missing = f"missing   {len(self.missing)} shards" if self.missing else "Next: join=True"
+        join = f"Next: join=True{', trust=True' if names_code(self.request) else ''}"
+        missing = f"missing   {len(self.missing)} shards" if self.missing else join
         return (f"{self.source} -> {self.output}, part {self.part}", f"shards    {len(self.shards)}", missing)
 
 

@@ -136,6 +136,7 @@ class Mode(Flag):
     PART = auto()
     PARTS = auto()
     """A part, or what joins or runs them all."""
+    JOIN = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,8 @@ _AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "target_p
 _SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
 _SECOND_AMOUNT = "{} and --max-drop both set the sparsity", "leave out {}"
 _SEARCH = "{} cannot be used with --max-drop: "
+_NOT_LOADED = "{} has no effect here: the model is not loaded by its framework"
+_LOADED = Mode.WRAPPERS | Mode.DATA | Mode.CHANNELS | Mode.SEARCH
 OPTION_RULES = {
     "prune": (
         OptionRule(_AMOUNTS, *_SECOND_AMOUNT, never=Mode.SEARCH),
@@ -179,11 +182,17 @@ OPTION_RULES = {
         ),
         OptionRule(_SCHEDULE, "{} needs a schedule", "add --schedule NAME", only=Mode.SCHEDULE),
         OptionRule(
-            ("custom_objects", "trust", "builder"),
-            "{} has no effect here: the model is not loaded by its framework",
+            ("trust",),
+            _NOT_LOADED,
             "add --wrap or --data SPEC, or leave out {}",
-            # A recipe may name code as well, which is trusted or not.
-            only=Mode.WRAPPERS | Mode.DATA | Mode.CHANNELS | Mode.SEARCH | Mode.RECIPE,
+            # A recipe may name code as well, which is trusted or not, and so may the notes of parts.
+            only=_LOADED | Mode.RECIPE | Mode.JOIN,
+        ),
+        OptionRule(
+            ("custom_objects", "builder"),
+            _NOT_LOADED,
+            "add --wrap or --data SPEC, or leave out {}",
+            only=_LOADED | Mode.RECIPE,
         ),
         OptionRule(("blocks",), "{} needs --pattern layers", only=Mode.BLOCKS | Mode.RECIPE),
         OptionRule(

@@ -249,6 +249,7 @@ def selected_modes(options: Prune, request: PruneRequest) -> Mode:
         Mode.RECIPE: options.recipe is not None,
         Mode.PART: bool(options.part),
         Mode.PARTS: bool(options.part or options.on) or options.join,
+        Mode.JOIN: options.join,
     }
     return reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE)
 
@@ -377,7 +378,7 @@ def prune_in_parts(
         return parts.prune_part(path, request, destination, part, meter=meter, allow_empty=options.allow_empty)
     # Without options of its own, those of the parts.
     own = request if request != PruneRequest() else None
-    return parts.join(path, own, destination, has_digests=has_digests)
+    return parts.join(path, own, destination, has_digests=has_digests, is_trusted=options.trust)
 
 
 def _prune_weights(

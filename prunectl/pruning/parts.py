@@ -30,6 +30,7 @@ from prunectl.formats.extents import REMOTE, file_bytes
 from prunectl.formats.patch import patch_files
 from prunectl.formats.remote import check_unchanged, downloaded
 from prunectl.formats.workers import reuse_worker, workers
+from prunectl.plugins import check_untrusted
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import engine, masks
 from prunectl.pruning import plan as planning
@@ -39,7 +40,7 @@ from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, facts, is_as_n
 from prunectl.pruning.masks import Threshold
 from prunectl.pruning.plan import Plan
 from prunectl.pruning.prune import Pruned, check_left, check_pattern, resolve_sparsity
-from prunectl.pruning.request import OPTIONS, PruneRequest, from_json, resolve_method
+from prunectl.pruning.request import OPTIONS, PruneRequest, code_specs, from_json, resolve_method
 
 _DONE, _SOURCE, _COUNTS = "done-", "source-", "counts-"
 """How notes on a shard are called."""
@@ -138,10 +139,19 @@ def prune_whole(
     return join(source, request, output, has_digests=has_digests)
 
 
-def join(source: Path, request: PruneRequest | None, output: Destination, *, has_digests: bool = False) -> Pruned:
+def join(
+    source: Path,
+    request: PruneRequest | None,
+    output: Destination,
+    *,
+    has_digests: bool = False,
+    is_trusted: bool = False,
+) -> Pruned:
     """Make a model of the shards of all parts: check that they are there and of one plan, and write the index last."""
-    noted = Ledger.of(output.target).task()
+    noted = (ledger := Ledger.of(output.target)).task()
     own, count = from_json(noted["request"]), noted["parts"]
+    if request is None and not is_trusted:
+        check_untrusted(code_specs(own), str(ledger.folder))
     task = _Task.of(source, own if request is None else request, output, Part(1, count))
     task.enter()
     for number, share in enumerate(shares(task.sizes, count), 1):

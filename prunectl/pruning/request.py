@@ -387,15 +387,20 @@ def read_manifest(path: Path, *, is_trusted: bool = False) -> PruneRequest:
         raise InputError(f"{path} is JSON, but not a prunectl manifest: it has no request")
     request = from_json(fields)
     if not is_trusted:
-        check_untrusted(_code_specs(request), str(path))
+        check_untrusted(code_specs(request), str(path))
     return request
 
 
-def _code_specs(request: PruneRequest) -> tuple[str, ...]:
+def code_specs(request: PruneRequest) -> tuple[str, ...]:
     """Every choice that may mean `package.module:name` or `./file.py:name`."""
     policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
     data = "" if _RANDOM_DATA.match(request.data) else request.data
     return request.strategy, policy, data, request.loss, request.model, request.custom_objects
+
+
+def names_code(request: PruneRequest) -> bool:
+    """Whether a request may name code, so that its record is to be trusted before it is repeated."""
+    return any(":" in name for name in code_specs(request))
 
 
 def _is_ours(path: Path) -> bool:

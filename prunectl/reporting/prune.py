@@ -16,6 +16,7 @@ from prunectl.formats.registry import by_name
 from prunectl.pruning.destination import BIG_BYTES
 from prunectl.pruning.plan import UNKNOWN, counted_reason
 from prunectl.pruning.prune import Pruned
+from prunectl.pruning.request import names_code
 from prunectl.pruning.strategies import sample_depth_bias
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Section, Table, Unit, survey_json
 from prunectl.units import count, nbytes, percent
@@ -299,7 +300,8 @@ def part_report(result: PartPruned, output: str) -> Report:
         notes.append(f"{output} is not complete: {len(result.missing)} shards of other parts are missing.")
     else:
         notes.append(f"All shards are there; {output} becomes a model by --join.")
-    step = shlex.join(["prunectl", "prune", result.source, "-o", output, "--join"])
+    trust = ["--trust"] if names_code(result.request) else []
+    step = shlex.join(["prunectl", "prune", result.source, "-o", output, "--join", *trust])
     return Report(
         models=(),
         table=table,

@@ -227,3 +227,33 @@ def test_python_prunes_parts_and_joins_them(folder: Path) -> None:
     joined = prunectl.prune(folder, output, join=True)
     assert isinstance(joined, PruneResult)
     assert joined.after.prunable_sparsity == 0.5
+
+
+SCORES = "import numpy as np\nfrom pathlib import Path\n\nPath(__file__).with_suffix('.ran').touch()\n"
+
+
+def scorer(path: Path, score: str) -> str:
+    """Write a strategy, which leaves a mark where it runs."""
+    path.write_text(f"{SCORES}\n\ndef score(weights):\n    return {score}\n")
+    return f"{path}:score"
+
+
+def test_the_join_runs_no_code_that_only_the_notes_name(folder: Path) -> None:
+    output, code = folder.parent / "parts", scorer(folder.parent / "stranger.py", "np.abs(weights)")
+    words = ("-s", "50%", "--strategy", code)
+    part = prunectl.prune(folder, output, sparsity="50%", strategy=code, part="1/1")
+    assert isinstance(part, PartResult)
+    assert part.report().next_step.endswith("--join --trust")
+    assert "join=True, trust=True" in repr(part)
+    (mark := folder.parent / "stranger.ran").unlink()
+    os.utime(folder.parent / "stranger.py", (1, 1))
+    done = here("prune", folder, "-o", output, "--join")
+    assert done.code == 3
+    assert "names code that prunectl would run" in done.err
+    assert "--trust" in done.err
+    assert not mark.exists()
+    shutil.copytree(output, folder.parent / "copy")
+    assert here("prune", folder, "-o", output, "--join", "--trust").code == 0
+    # Who types the same options has named the code.
+    assert here("prune", folder, "-o", folder.parent / "copy", *words, "--join").code == 0
+    assert mark.exists()
