@@ -74,6 +74,14 @@ def import_source(source: str) -> object:
     return _from_file(Path(source)) if source.endswith(".py") else _from_name(source)
 
 
+def source_file(kind: str, name: str) -> Path | None:
+    """The file that a plug-in is in; none where it is built in."""
+    points = {} if ":" in name else {point.name: point.module for point in entry_points(group=group(kind))}
+    source = name.rpartition(":")[0] or points.get(name)
+    file = None if source is None else getattr(import_source(source), "__file__", None)
+    return None if file is None else Path(file)
+
+
 def _from_name(name: str) -> object:
     try:
         return importlib.import_module(name)

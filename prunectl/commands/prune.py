@@ -374,7 +374,7 @@ def prune_in_parts(
         )
     if options.part:
         check(request)
-        part = parts.parse_part(options.part)
+        part = load("prunectl.pruning.ledger:parse_part")(options.part)
         return parts.prune_part(path, request, destination, part, meter=meter, allow_empty=options.allow_empty)
     # Without options of its own, those of the parts.
     own = request if request != PruneRequest() else None

@@ -26,11 +26,31 @@ from prunectl.formats.patch import patch_files
 from prunectl.formats.places import LibraryPlace
 from prunectl.formats.remote import UPLOADS
 from prunectl.formats.safe_json import parse_object, read_object, write_object
+from prunectl.pruning.request import OPTIONS
 
 SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"
 BEGUN = f"{LEDGER}/{_TASK}"
 """By what it is known that parts of an output are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of so many parts, counted from 1."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+def parse_part(text: str) -> Part:
+    """A part, written 3/8."""
+    number, sign, count = text.partition("/")
+    if not (sign and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--part cannot be {text!r}", hint="write --part 1/8, --part 2/8 … --part 8/8")
+    return Part(int(number), int(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +98,45 @@ class Ledger:
             raise self.damaged(_TASK)
         return task
 
+    def check(self, own: Mapping[str, Any], model: ModelFile) -> None:
+        """Check that the parts were asked for what is asked for now."""
+        noted = self.task()
+        different = [key for key, value in own.items() if noted.get(key) != value]
+        if "version" not in different and "request" in different:
+            self._refuse_options(own["request"], noted["request"])
+        if "parts" in different:
+            raise UsageError(f"{self.target} is made of {noted['parts']} parts, not of {own['parts']}")
+        if "input" in different:
+            raise InputError(
+                f"{model.folder} is not what the parts of {self.target} were made from: "
+                "its index, a size or the header of a shard is another",
+                hint=f"remove {self.target}, and start again",
+            )
+        if different:
+            raise WorkError(
+                f"{self.target} was begun by prunectl {noted.get('version')}, or with other code of the strategy",
+                hint=f"remove {self.target}, and start again",
+            )
+
+    def _refuse_options(self, own: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
+        """Refuse options that are not those of the parts, by the first that differs."""
+        options = {name: option for option, name in OPTIONS.items()}
+        for name in own:
+            if name not in noted:
+                raise self.damaged(_TASK)
+            if own[name] != noted[name]:
+                option = options.get(name, name).replace("_", "-")
+                raise UsageError(
+                    f"{option} is {own[name]!r}, but {noted[name]!r} in the parts of {self.target}",
+                    hint=f"give all parts the same options, or remove {self.target}",
+                )
+
     def read(self, name: str) -> dict[str, Any] | None:
-        """A note; None where there is none."""
-        place = self.folder / name
-        return read_object(place, "it") if place.is_file() else None
+        """A note; None where there is none: one that cannot be read is none that is missing."""
+        try:
+            return read_object(self.folder / name, "it")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def write(self, name: str, note: Mapping[str, Any]) -> None:
         """Write a note."""
@@ -139,8 +194,10 @@ class BucketLedger(Ledger):
         file = self.place.file(f"{LEDGER}/{name}")
         try:
             size, _ = file.state()
-        except InputError:
-            return None
+        except InputError as error:
+            if _is_missing(error):
+                return None
+            raise
         if size > budgets.MAX_JSON_BYTES:
             raise self.damaged(name)
         return parse_object(file.head(size), self.folder / name, "it")
@@ -155,8 +212,10 @@ class BucketLedger(Ledger):
         """Whether a shard is there as it was noted: another state of it is another shard."""
         try:
             return self.facts(name) == {key: noted.get(key) for key in ("bytes", "modified")}
-        except InputError:
-            return False
+        except InputError as error:
+            if _is_missing(error):
+                return False
+            raise
 
     @contextmanager
     def placing(self, name: str, model: ModelFile) -> Generator[Path]:
@@ -182,6 +241,11 @@ class BucketLedger(Ledger):
     def remove(self) -> None:
         """Forget what was done."""
         self.place.remove(LEDGER)
+
+
+def _is_missing(error: InputError) -> bool:
+    """Whether an object is not there, rather than not to be reached now."""
+    return isinstance(error.__cause__, FileNotFoundError)
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -36,33 +36,14 @@ from prunectl.pruning import engine, masks
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts
-from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, facts, is_as_noted
+from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, Part, facts, is_as_noted
 from prunectl.pruning.masks import Threshold
 from prunectl.pruning.plan import Plan
 from prunectl.pruning.prune import Pruned, check_left, check_pattern, resolve_sparsity
-from prunectl.pruning.request import OPTIONS, PruneRequest, code_specs, from_json, resolve_method
+from prunectl.pruning.request import PruneRequest, code_files, code_specs, from_json, resolve_method
 
 _DONE, _SOURCE, _COUNTS = "done-", "source-", "counts-"
 """How notes on a shard are called."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One of so many parts, counted from 1."""
-
-    number: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-
-def parse_part(text: str) -> Part:
-    """A part, written 3/8."""
-    number, sign, count = text.partition("/")
-    if not (sign and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UsageError(f"--part cannot be {text!r}", hint="write --part 1/8, --part 2/8 … --part 8/8")
-    return Part(int(number), int(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +102,9 @@ def prune_part(
             for name in mine:
                 done.append(task.noted(name) or task.write(name, allow_empty=allow_empty))
                 bar.advance(task.sizes[name])
-    missing = tuple(name for name in task.sizes if task.ledger.read(f"{_DONE}{name}.json") is None)
+        # In an object store nothing keeps two parts from beginning at once, with different options.
+        task.ledger.check(task.note, task.model)
+    missing = tuple(name for name in task.sizes if not task.is_noted(name))
     return PartPruned(str(source), request, part, tuple(done), missing)
 
 
@@ -241,40 +224,36 @@ class _Task:
 
     def enter(self) -> None:
         """Note what is asked for, or check that it is what the other parts were asked for."""
-        note = {
+        if not self.ledger.is_begun:
+            self.ledger.begin(self.note, self.model)
+        self.ledger.check(self.note, self.model)
+
+    @cached_property
+    def note(self) -> dict[str, Any]:
+        """What is asked for, by which parts know one another."""
+        return {
             "schema": SCHEMA,
             "version": __version__,
             "parts": self.part.count,
             "request": json.loads(json.dumps(asdict(self.request))),
             "input": self._digest_of_input(),
             "plan": _digest([[cut.tensor.name, cut.drop] for cut in self.plan.cuts], self.plan.drop),
+            "code": [sha256_of(file) for file in code_files(self.request)],
         }
-        if not self.ledger.is_begun:
-            self.ledger.begin(note, self.model)
-        noted = self.ledger.task()
-        different = [key for key, value in note.items() if noted.get(key) != value]
-        if "request" in different:
-            options = {name: option for option, name in OPTIONS.items()}
-            own, other = asdict(self.request), asdict(from_json(noted["request"]))
-            name = next(name for name in own if own[name] != other[name])
-            option = options.get(name, name).replace("_", "-")
-            raise UsageError(
-                f"{option} is {own[name]!r}, but {other[name]!r} in the parts of {self.target}",
-                hint=f"give all parts the same options, or remove {self.target}",
-            )
-        if "parts" in different:
-            raise UsageError(f"{self.target} is made of {noted['parts']} parts, not of {self.part.count}")
-        if "input" in different:
-            raise InputError(
-                f"{self.model.folder} is not what the parts of {self.target} were made from: "
-                "its index, a size or the header of a shard is another",
-                hint=f"remove {self.target}, and start again",
-            )
-        if different:
-            raise WorkError(
-                f"{self.target} was begun by prunectl {noted.get('version')}, or with other code of the strategy",
-                hint=f"remove {self.target}, and start again",
-            )
+
+    @cached_property
+    def _digest(self) -> str:
+        return _digest(self.note)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A note on a shard; None where there is none, or one of parts that were asked for something else."""
+        note = self.ledger.read(name)
+        if note is not None and not isinstance(note.get("task"), str):
+            raise self.ledger.damaged(name)
+        return note if note is not None and note["task"] == self._digest else None
+
+    def _write(self, name: str, note: Mapping[str, Any]) -> None:
+        self.ledger.write(name, {"task": self._digest, **note})
 
     def _digest_of_input(self) -> str:
         tensors = (
@@ -283,9 +262,13 @@ class _Task:
         )
         return _digest(sha256_of(self.model.path), self.sizes, list(tensors))
 
+    def is_noted(self, name: str) -> bool:
+        """Whether a shard was written by one of the parts."""
+        return self._read(f"{_DONE}{name}.json") is not None
+
     def noted(self, name: str) -> ShardResult | None:
         """What was written of a shard; None where it is not there as it was noted."""
-        if self.ledger.read(f"{_DONE}{name}.json") is None:
+        if not self.is_noted(name):
             return None
         entry = self.entry(name)
         if not self.ledger.has(name, entry["output"]):
@@ -298,7 +281,7 @@ class _Task:
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the ledger has of a shard."""
-        entry = self.ledger.read(f"{_DONE}{name}.json") or {}
+        entry = self._read(f"{_DONE}{name}.json") or {}
         rows, names = entry.get("tensors"), {tensor.name for tensor in self._tensors[name]}
         if not isinstance(rows, dict) or rows.keys() != names or not isinstance(entry.get("output"), dict):
             raise self.ledger.damaged(f"{_DONE}{name}.json")
@@ -343,7 +326,7 @@ class _Task:
             for row in before.layers
         }
         entry = {"part": str(self.part), "output": {**self.ledger.facts(name), "sha256": digest}, "tensors": rows}
-        self.ledger.write(f"{_DONE}{name}.json", entry)
+        self._write(f"{_DONE}{name}.json", entry)
         done = self.noted(name)
         if done is None:
             raise WorkError(f"{self.target / name} was changed by somebody else while prunectl was running")
@@ -399,7 +382,7 @@ class _Task:
         """How the scores of a shard are distributed, as it was noted, or counted now."""
         self._check_source(name)
         place = f"{_COUNTS}{name}.{'all' if shift is None else shift}-{prefix:x}.json"
-        note = self.ledger.read(place)
+        note = self._read(place)
         if note is None:
             shard = self._shard(name)
             known = facts(shard.path)
@@ -413,7 +396,7 @@ class _Task:
             digits = np.flatnonzero(every)
             low = max(low for _, low in counted)
             note = {"digits": digits.tolist(), "counts": every[digits].tolist(), "shift": low}
-            self.ledger.write(place, note)
+            self._write(place, note)
         try:
             counts = np.zeros(masks.BINS, np.int64)
             counts[np.array(note["digits"], np.int64)] = np.array(note["counts"], np.int64)

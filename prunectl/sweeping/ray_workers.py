@@ -17,8 +17,8 @@ from prunectl.errors import InputError, PrunectlError, WorkError, first_line
 from prunectl.formats.detect import URL
 from prunectl.formats.remote import mirrored, uploading
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.ledger import BEGUN
-from prunectl.pruning.parts import parse_part, prune_part
+from prunectl.pruning.ledger import BEGUN, parse_part
+from prunectl.pruning.parts import prune_part
 from prunectl.pruning.request import from_json
 from prunectl.sweeping.journal import FILE
 from prunectl.sweeping.trial import Trial, TrialResult

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -197,10 +199,12 @@ def test_a_ledger_that_lies_is_refused(folder: Path) -> None:
     for number in (1, 2):
         assert here("prune", folder, "-o", output, "-s", "50%", "--part", f"{number}/2").code == 0
     note = next((output / ".prunectl-parts").glob(f"done-*-00001-of-{SHARDS:05}.safetensors.json"))
-    note.write_text('{"output": {}, "tensors": {"a": [1]}}')
-    done = here("prune", folder, "-o", output, "--join")
-    assert done.code == 3
-    assert "is damaged" in done.err
+    told = json.loads(note.read_text())
+    for lie in ({**told, "output": {}, "tensors": {"a": [1]}}, {"output": {}, "tensors": {}}):
+        note.write_text(json.dumps(lie))
+        done = here("prune", folder, "-o", output, "--join")
+        assert done.code == 3
+        assert "is damaged" in done.err
 
 
 def test_killed_at_any_time_and_run_again_it_gives_the_same_bytes(folder: Path) -> None:
@@ -257,3 +261,50 @@ def test_the_join_runs_no_code_that_only_the_notes_name(folder: Path) -> None:
     # Who types the same options has named the code.
     assert here("prune", folder, "-o", folder.parent / "copy", *words, "--join").code == 0
     assert mark.exists()
+
+
+def test_parts_by_other_code_of_the_strategy_are_not_mixed(folder: Path) -> None:
+    output, place = folder.parent / "parts", folder.parent / "own.py"
+    words = ("-s", "50%", "--strategy", scorer(place, "np.abs(weights)"), "--part")
+    assert here("prune", folder, "-o", output, *words, "1/2").code == 0
+    before = files_of(output)
+    scorer(place, "1000 - np.abs(weights)")
+    done = here("prune", folder, "-o", output, *words, "2/2")
+    assert done.code == 5
+    assert "with other code of the strategy" in done.err
+    assert files_of(output) == before
+
+
+def test_shards_of_parts_with_other_options_count_as_missing(folder: Path) -> None:
+    output, other = folder.parent / "parts", folder.parent / "other"
+    for place, sparsity in ((output, "50%"), (other, "70%")):
+        for number in (1, 2):
+            assert here("prune", folder, "-o", place, "-s", sparsity, "--part", f"{number}/2").code == 0
+    # As if both had begun at the same time in an object store, where the note of the last one stays.
+    shutil.copy(other / ".prunectl-parts/task.json", output / ".prunectl-parts/task.json")
+    done = here("prune", folder, "-o", output, "--join")
+    assert done.code == 5
+    assert "part 1/2 of" in done.err
+    for number in (1, 2):
+        assert here("prune", folder, "-o", output, "-s", "70%", "--part", f"{number}/2").code == 0
+    for place in (output, other):
+        assert here("prune", folder, "-o", place, "--join").code == 0
+    assert files_of(output) == files_of(other)
+
+
+def test_a_note_that_cannot_be_read_is_not_one_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, sparse = fsspec.filesystem("memory"), ("-o", "memory://unread/parts", "-s")
+    assert here("prune", folder, *sparse, "50%", "--part", "1/2").code == 0
+    before, info = memory.cat(memory.find("/unread")), type(memory).info
+
+    def slow_down(self: Any, path: str, **settings: Any) -> Any:
+        if path.endswith("task.json"):
+            raise PermissionError("SlowDown")
+        return info(self, path, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "info", slow_down)
+        done = here("prune", folder, *sparse, "70%", "--part", "2/2")
+    assert done.code == 3
+    assert "SlowDown" in done.err
+    assert memory.cat(memory.find("/unread")) == before
