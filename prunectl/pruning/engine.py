@@ -169,7 +169,8 @@ def pruned_blocks(
     if method.pattern is not None:
         return [partial(_pruned_in_pattern, model, cut, method) for cut in plan.cuts]
     joint = any(cut.drop is None for cut in plan.cuts)
-    scored = _TensorScores(model, method, plan, scratch, is_wide=joint and is_wide(plan), is_joint=joint)
+    wide = joint and (is_wide(plan) if plan.threshold is None else plan.threshold.is_wide)
+    scored = _TensorScores(model, method, plan, scratch, is_wide=wide, is_joint=joint)
     sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
     if joint:
         joint_threshold = plan.threshold or threshold(sources, plan.drop, sum(cut.tensor.size for cut in plan.cuts))

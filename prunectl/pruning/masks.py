@@ -47,6 +47,8 @@ class Threshold:
     key: int
     ties: tuple[int, ...]
     """How many ties are pruned in each source, counted from its beginning."""
+    is_wide: bool = False
+    """Whether the key is that of a score in 64 bits, whatever the scores of these sources have."""
 
     def masker(self, source: int) -> ThresholdMasker:
         """The masker of one source's scores, block by block in order."""

@@ -341,7 +341,7 @@ class _Task:
         below, ties, equal = shares_of[name]
         with scratch.temporary_folder() as folder:
             sources = engine.joint_sources(self._shard(name), plan, self.method, folder, is_wide=self._is_wide)
-            threshold = Threshold(key, masks.split_ties(sources, key, ties, equal))
+            threshold = Threshold(key, masks.split_ties(sources, key, ties, equal), is_wide=self._is_wide)
         return replace(plan, drop=below + ties, threshold=threshold)
 
     @cached_property

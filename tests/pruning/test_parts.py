@@ -19,6 +19,9 @@ from safetensors.numpy import save_file
 
 import prunectl
 from prunectl.api.pruning import PartResult, PruneResult
+from prunectl.errors import InputError
+from prunectl.formats.places import LibraryPlace
+from prunectl.pruning.ledger import BucketLedger
 from prunectl.pruning.parts import shares
 from tests.formats.test_folder import files_of
 from tests.running import COMMAND, ROOT, clean, here
@@ -292,19 +295,38 @@ def test_shards_of_parts_with_other_options_count_as_missing(folder: Path) -> No
     assert files_of(output) == files_of(other)
 
 
-def test_a_note_that_cannot_be_read_is_not_one_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, sparse = fsspec.filesystem("memory"), ("-o", "memory://unread/parts", "-s")
-    assert here("prune", folder, *sparse, "50%", "--part", "1/2").code == 0
-    before, info = memory.cat(memory.find("/unread")), type(memory).info
+def test_a_note_that_cannot_be_read_is_not_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    ledger = BucketLedger(tmp_path / "parts", LibraryPlace(memory, "/unread", "memory://unread"))
+    assert not ledger.is_begun
+    assert not ledger.has("a.safetensors", {"bytes": 1, "modified": ""})
 
     def slow_down(self: Any, path: str, **settings: Any) -> Any:
-        if path.endswith("task.json"):
-            raise PermissionError("SlowDown")
-        return info(self, path, **settings)
+        raise PermissionError("SlowDown")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(type(memory), "info", slow_down)
-        done = here("prune", folder, *sparse, "70%", "--part", "2/2")
-    assert done.code == 3
-    assert "SlowDown" in done.err
-    assert memory.cat(memory.find("/unread")) == before
+    monkeypatch.setattr(type(memory), "info", slow_down)
+    with pytest.raises(InputError, match="SlowDown"):
+        _ = ledger.is_begun
+    with pytest.raises(InputError, match="SlowDown"):
+        ledger.read("done-a.safetensors.json")
+    with pytest.raises(InputError, match="SlowDown"):
+        ledger.has("a.safetensors", {"bytes": 1, "modified": ""})
+
+
+def shards_of(folder: Path, shards: dict[str, dict[str, np.ndarray[Any, Any]]]) -> Path:
+    """Write a folder of these shards."""
+    folder.mkdir()
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+    index = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def test_shards_in_32_and_in_64_bits_are_ranked_together(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    tensors = [draw.normal(size=(32, 32)).astype(dtype) for dtype in (np.float32, np.float64)]
+    shards = {f"model-0000{n}-of-00002.safetensors": {f"layers.{n}.weight": own} for n, own in enumerate(tensors, 1)}
+    folder = shards_of(tmp_path / "model", shards)
+    assert here("prune", folder, "-o", tmp_path / "whole", "-s", "50%").code == 0
+    assert files_of(in_parts(folder, 2, "-s", "50%")) == files_of(tmp_path / "whole")
