@@ -13,6 +13,7 @@ from prunectl.checks.schema import MetricUnit
 from prunectl.errors import PrunectlError, WorkError, attempt
 from prunectl.exporting.bench import Benchmark, BenchRequest, bench, parse_request
 from prunectl.plugins import check_untrusted
+from prunectl.training.data.spec import RANDOM_PREFIX
 from prunectl.units import duration
 
 
@@ -65,7 +66,8 @@ class LatencyChecker:
 
     def _request(self, rule: LatencyRule) -> BenchRequest:
         if not self._is_trusted:
-            check_untrusted((rule.data, rule.model, rule.custom_objects), rule.limit.name)
+            named = "" if rule.data.startswith(RANDOM_PREFIX) else rule.data
+            check_untrusted((named, rule.model, rule.custom_objects), rule.limit.name)
         size = {} if rule.batch_size is None else {"batch_size": str(rule.batch_size)}
         return parse_request(
             {

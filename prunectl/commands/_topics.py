@@ -398,14 +398,11 @@ The lowest scores are pruned first. Each strategy prunes first:
 
 {_BLANK.join(parts)}
 
-Equal scores are pruned in file order, so the same input gives the same bytes on
-any machine. Magnitudes, LAMP and gradients of the loss are ranked over all
-layers together (--scope global); other strategies, and zeros in a pattern, give
-every layer the same sparsity (--scope layer); --scope erk prunes large layers
-more. --repair reconstructs kept weights on the same data, --repair outputs
-trains them on it. Your own function is ./file.py:name or package.module:name
-(prunectl help extending). Channels have their own measures: prunectl plugins
-channels.
+Equal scores are pruned in file order: the same bytes on any machine. Magnitude,
+LAMP and gradients of the loss rank all layers together (--scope global), others
+each layer by itself; erk prunes large layers more. --repair reconstructs kept
+weights on the same data, --repair outputs trains them. Channels: prunectl
+plugins channels. Your own: ./file.py:name (prunectl help extending).
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -85,13 +85,12 @@ def _unclear(stats: ModelStats, limit: int | None, reporter: Reporter) -> Failur
     )
 
 
-def _check_estimate(codec: CodecName, **needs_all: str) -> None:
+def _check_estimate(codec: CodecName, whole: Mapping[str, str]) -> None:
     """Refuse what an estimate does not tell."""
     if codec is not CodecName.GZIP:
         raise UsageError(f"--estimate knows gzip alone, and not {codec}", hint="leave out --estimate or --codec")
-    for name, value in needs_all.items():
+    for option, value in whole.items():
         if value:
-            option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} needs every byte of the model", hint=f"leave out --estimate or {option}")
 
 
@@ -149,7 +148,8 @@ def size(
     reporter: Reporter = ctx.obj
     compressor = sizes.get_codec(codec, level)
     if estimate:
-        _check_estimate(codec, max_packed=max_packed, min_sparsity=min_sparsity, against=against)
+        whole = {"--max-packed": max_packed, "--min-sparsity": min_sparsity, "--against": against}
+        _check_estimate(codec, whole)
     if bool(against) != bool(max_growth):
         raise UsageError(
             "--against and --max-growth must be used together", hint="write --against old.h5 --max-growth 2%"

@@ -251,7 +251,7 @@ def test_repaired_outputs_are_nearer_to_those_of_the_dense_model(
     home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made("qwen3")
-    words = ("--data", f"{home}/corpus.txt?length=24", "-s", "50%", "--samples", "96")
+    words = ("--data", f"{home}/corpus.txt?length=24", "-s", "50%", "--scope", "layer", "--samples", "96")
     matched = ("--repair", "outputs", "--repair-steps", "60", "--batch-size", "16")
     done = here("prune", folder, "-o", tmp_path / "matched", *words, *matched)
     assert done.code == 0, done.err
@@ -259,7 +259,7 @@ def test_repaired_outputs_are_nearer_to_those_of_the_dense_model(
     # What the dense model says is the same, whether it is kept or asked each time.
     monkeypatch.setattr("prunectl.calibration.match.ANSWER_BYTES", 0)
     assert here("prune", folder, "-o", tmp_path / "asked", *words, *matched).code == 0
-    assert here("prune", folder, "-o", tmp_path / "plain", "-s", "50%").code == 0
+    assert here("prune", folder, "-o", tmp_path / "plain", "-s", "50%", "--scope", "layer").code == 0
     rows = sequences(folder, TEXT, 24)
     dense, *others = (loaded(path) for path in (folder, *(tmp_path / name for name in ("matched", "asked", "plain"))))
     with torch.no_grad():
@@ -333,7 +333,8 @@ def test_nothing_is_fetched_and_the_program_around_may_go_on_to(
         monkeypatch.setattr(kind, "from_pretrained", watch)
     before = hub.constants.is_offline_mode()
     assert here("eval", made("llama"), "--data", home / "test.txt", "--metric", "perplexity").code == 0
-    assert was_offline == [True, True]
+    assert len(was_offline) >= 2
+    assert all(was_offline)
     assert hub.constants.is_offline_mode() is before
 
 
