@@ -19,6 +19,7 @@ from prunectl.analysis.stats import Estimate, ModelStats
 from prunectl.analysis.tensor_io import Items, no_progress
 from prunectl.commands._command import inspect_each, make_command
 from prunectl.errors import UsageError, WorkError
+from prunectl.formats.detect import URL
 from prunectl.formats.registry import open_model
 from prunectl.formats.workers import usable_cores
 from prunectl.reporting.inspect import next_step
@@ -150,6 +151,9 @@ def size(
     if estimate:
         whole = {"--max-packed": max_packed, "--min-sparsity": min_sparsity, "--against": against}
         _check_estimate(codec, whole)
+        if any(map(URL.match, paths)):
+            # A thousand places in it would be a thousand requests.
+            raise UsageError("--estimate needs a file, not a URL", hint="leave out --estimate, or download the model")
     if bool(against) != bool(max_growth):
         raise UsageError(
             "--against and --max-growth must be used together", hint="write --against old.h5 --max-growth 2%"
