@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from prunectl.analysis.stats import ModelStats, averaged_copies_hint
 from prunectl.formats.base import Family
+from prunectl.formats.detect import URL
 from prunectl.formats.registry import by_name
 from prunectl.pruning.destination import BIG_BYTES
 from prunectl.pruning.plan import UNKNOWN, counted_reason
@@ -74,7 +75,7 @@ def prune_report(pruned: Pruned, output: str) -> Report:
         "cuts", _COLUMNS, lambda: _rows(pruned), total=("all", "", size, dropped, zeros, zeros / size if size else 0.0)
     )
     notes = [*([_skipped(pruned)] if pruned.plan.skips else []), *pruned.notes, *averaged_copies_hint(pruned.before)]
-    notes += [*_without_groups(pruned), *(_left_behind(pruned, Path(output)) if output else ())]
+    notes += [*_without_groups(pruned), *(_left_behind(pruned, output) if output else ())]
     if any(skip.reason == UNKNOWN for skip in pruned.plan.skips):
         notes.append(f"Tensors of {UNKNOWN} are pruned only if --layers names them.")
     if any(skip.reason == "optimizer state" for skip in pruned.plan.skips):
@@ -167,10 +168,11 @@ _OF_WEIGHTS = (".safetensors", ".bin", ".index.json")
 """What the weights in a folder of Hugging Face are called."""
 
 
-def _left_behind(pruned: Pruned, output: Path) -> Iterator[str]:
+def _left_behind(pruned: Pruned, place: str) -> Iterator[str]:
     """Files that lie in the folder of the weights, and are not beside the output."""
-    source = Path(pruned.before.path)
-    if pruned.before.format not in {"safetensors", "shards"} or not source.is_dir() or output.is_dir():
+    source, output = Path(pruned.before.path), Path(place)
+    is_folder = not place.endswith(".safetensors") if URL.match(place) else output.is_dir()
+    if pruned.before.format not in {"safetensors", "shards"} or not source.is_dir() or is_folder:
         return
     names = [path.name for path in sorted(source.iterdir()) if path.is_file() and not path.name.endswith(_OF_WEIGHTS)]
     missing = [name for name in names if not name.startswith(".") and not (output.parent / name).exists()]
