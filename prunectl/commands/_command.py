@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperOption
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands.app import COMMON_OPTIONS
 from prunectl.errors import PrunectlError, UsageError, attempt
-from prunectl.formats.detect import URL, address
+from prunectl.formats.detect import URL, address, public
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import workers
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
@@ -50,9 +50,9 @@ def inspect_each(
         found = each(partial(attempt, seen), zip(models, paths, strict=True))
         for model, path, stats in zip(models, paths, found, strict=True):
             if isinstance(stats, PrunectlError):
-                failures.append(Failure(model, with_given_path(stats, path, model)))
+                failures.append(Failure(public(model), with_given_path(stats, path, model)))
             else:
-                inspected.append(replace(stats, path=model))
+                inspected.append(replace(stats, path=public(model)))
     return inspected, failures
 
 
@@ -172,7 +172,7 @@ class BaseCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options, and remember which of them were typed by an old name."""
         typed = {argument.partition("=")[0] for argument in args}
-        ctx.meta[_TYPED] = shlex.join(["prunectl", str(self.name), *args])
+        ctx.meta[_TYPED] = shlex.join(["prunectl", str(self.name), *map(public, args)])
         ctx.meta[_OLD_NAMES] = [pair for pair in RENAMED.get(str(self.name), {}).items() if pair[0] in typed]
         return super().parse_args(ctx, list(_with_default_values(args)))
 

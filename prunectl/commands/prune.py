@@ -34,7 +34,7 @@ from prunectl.commands._requests import (
     request_options,
 )
 from prunectl.errors import UsageError
-from prunectl.formats.detect import URL
+from prunectl.formats.detect import URL, public
 from prunectl.formats.registry import open_model
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.destination import Destination
@@ -312,7 +312,7 @@ def _prune_channels(
     )
     if options.manifest is not None and destination is not None:
         destination.then.append(partial(cuts.write_manifest, options.manifest, result, limits))
-    result = replace(result, before=replace(result.before, path=options.model))
+    result = replace(result, before=replace(result.before, path=public(options.model)))
     report: Report = load("prunectl.reporting.channels:channels_report")(result, target_name(destination))
     return report
 
@@ -331,7 +331,7 @@ def _prune_blocks(request: PruneRequest, options: Prune, path: Path, destination
     if options.manifest is not None and destination is not None:
         destination.then.append(partial(blocks.write_manifest, options.manifest, result))
     report: Report = load("prunectl.reporting.blocks:blocks_report")(
-        replace(result, before=replace(result.before, path=options.model)), target_name(destination)
+        replace(result, before=replace(result.before, path=public(options.model))), target_name(destination)
     )
     return report
 
@@ -343,7 +343,7 @@ def _prune_parts(
     has_digests = options.manifest is not None
     result = prune_in_parts(path, request, options, destination, meter, has_digests=has_digests)
     if options.part:
-        return part_report(replace(result, source=options.model), target_name(destination))
+        return part_report(replace(result, source=public(options.model)), target_name(destination))
     return _weights_report(result, options, destination)
 
 
@@ -366,7 +366,7 @@ def prune_in_parts(
         load("prunectl.sweeping.workers:check")(options.on)
         check(request)
         begun = load("prunectl.pruning.ledger:Ledger").of(destination.target)
-        job = {"model": options.model, "output": target_name(destination), "request": asdict(request)}
+        job = {"model": options.model, "output": destination.url or str(destination.target), "request": asdict(request)}
         load("prunectl.sweeping.ray_workers:prune_parts")(
             options.on.partition(":")[2],
             {**job, "allow_empty": options.allow_empty},
@@ -399,8 +399,12 @@ def _weights_report(result: Pruned, options: Prune, destination: Destination | N
     if options.manifest is not None and destination is not None:
         destination.then.append(partial(write_manifest, options.manifest, result))
     output = target_name(destination)
-    after = replace(result.after, path=destination.url) if destination is not None and destination.url else result.after
-    return prune_report(replace(result, before=replace(result.before, path=options.model), after=after), output)
+    after = (
+        replace(result.after, path=public(destination.url))
+        if destination is not None and destination.url
+        else result.after
+    )
+    return prune_report(replace(result, before=replace(result.before, path=public(options.model)), after=after), output)
 
 
 def load(function: str) -> Any:
@@ -411,7 +415,7 @@ def load(function: str) -> Any:
 
 def target_name(destination: Destination | None) -> str:
     """Where the result goes, for a report; empty for a dry run."""
-    return destination.url or str(destination.target) if destination is not None else ""
+    return public(destination.url) or str(destination.target) if destination is not None else ""
 
 
 command = make_command(Prune, BuildCommand)

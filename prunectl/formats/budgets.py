@@ -64,8 +64,10 @@ MAX_INDEX_NAMES = 500_000
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the limit of the format's own library."""
 
+MAX_HEADERS_BYTES = 256 << 20
+"""The headers of all safetensors of a model at a URL, and what tells of it; those of 100,000 tensors take 15 MB."""
 MAX_FETCHED_BYTES = 8 << 30
-"""A file at a URL that is no safetensors, and is fetched whole into the temporary folder."""
+"""Files of a model at a URL that are no safetensors, and are fetched whole into the temporary folder."""
 
 MAX_ZIP_ENTRIES = 200_000
 """Files in a zip; PyTorch writes one for each tensor."""

@@ -45,6 +45,16 @@ def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
 _URL = re.compile(r"(https?|ftp|hf|s3|gs):/+(.+)")
 URL = re.compile(r"(https?|hf|s3a?|gs|gcs|az|abfss?|memory)://.")
 """What `formats.remote` reads."""
+_SECRET = re.compile(r"(https?://)[^/?#]*@|(\w+://)[^/?#@]*:[^/?#]*@")
+
+
+def public(url: str) -> str:
+    """An address without who asks, and without what follows its path: both may be secrets. Paths stay as they are."""
+    if URL.match(url) is None:
+        return url
+    return _SECRET.sub(lambda match: match[1] or match[2], url.partition("?")[0], count=1)
+
+
 _FETCH = {
     "hf": "hf download {rest}",
     "s3": "aws s3 cp {url} .",

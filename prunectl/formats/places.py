@@ -8,6 +8,7 @@ sentence.
 from __future__ import annotations
 
 import http.client
+import io
 import re
 import shutil
 import time
@@ -24,8 +25,10 @@ from typing import Any, Protocol
 from prunectl import __version__
 from prunectl.errors import InputError, MissingExtraError, PrunectlError, UsageError, WorkError, abbreviated, first_line
 from prunectl.formats import budgets
+from prunectl.formats.detect import public
 from prunectl.formats.extents import RemoteFile
 from prunectl.formats.safe_json import require
+from prunectl.formats.workers import StoppedError, check_stopped
 
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 COPY_BYTES = 16 << 20
@@ -40,23 +43,83 @@ _PASSING = frozenset({429, 500, 502, 503, 504})
 """Failures that may be over a moment later."""
 
 
+class _TooSlowError(Exception):
+    """A server takes its time."""
+
+
+class _Timed(io.RawIOBase):
+    """What a server sends, until its time is over: byte by byte it could go on for ever, within headers as well."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__()
+        self.until = time.monotonic() + _SILENCE_SECONDS
+        self._raw = raw
+
+    def readable(self) -> bool:
+        """It is all that it can."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what is there."""
+        check_stopped()
+        if time.monotonic() > self.until:
+            raise _TooSlowError
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Close what is behind it."""
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.timed = _Timed(self.fp.detach())
+        self.fp = io.BufferedReader(self.timed)
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_TlsConnection, req)
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     max_repeats, max_redirections = 2, 5
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        """Follow a redirection, without what comes with it: the library would read it whole, of any length."""
+        fp.close()
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:  # noqa: PLR0917
         scheme = urllib.parse.urlsplit(newurl).scheme
         if scheme not in {"http", "https"} or (scheme == "http" and req.type == "https"):
-            fp.close()
             raise InputError(f"{shown(req.full_url)} leads to {shown(newurl)}, which is not followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-_opener = urllib.request.build_opener(_Redirects)
+_opener = urllib.request.build_opener(_Redirects, _Http, _Https)
 
 
 def shown(url: str) -> str:
-    """An address without what follows its path, which may be a secret."""
-    return abbreviated(url.partition("?")[0])
+    """An address, cut to what fits into a message, without what may be a secret."""
+    return abbreviated(public(url).partition("?")[0])
 
 
 @dataclass(slots=True)
@@ -90,6 +153,10 @@ class HttpFile:
                     cause = getattr(error, "reason", error)
                     text = first_line(cause) if isinstance(cause, Exception) else str(cause)
                     raise InputError(f"{shown(self.url)} cannot be read: {text or type(error).__name__}") from error
+            except _TooSlowError as error:
+                raise InputError(f"{shown(self.url)} cannot be read: the server is too slow") from error
+            except ValueError as error:
+                raise InputError(f"{shown(self.url)} is no address, or leads to one that is none") from error
             time.sleep(_PAUSE_SECONDS * attempt)
         raise AssertionError
 
@@ -148,12 +215,10 @@ class HttpFile:
 
     def _body(self, response: Any, nbytes: int) -> bytes:
         """The body, of which no more is taken than was announced."""
-        until = time.monotonic() + _SILENCE_SECONDS + nbytes / _LEAST_BYTES_A_SECOND
+        response.timed.until = time.monotonic() + _SILENCE_SECONDS + nbytes / _LEAST_BYTES_A_SECOND
         body = bytearray()
         while len(body) <= nbytes and (piece := response.read1(min(_PIECE_BYTES, nbytes + 1 - len(body)))):
             body += piece
-            if time.monotonic() > until:
-                raise InputError(f"{shown(self.url)} cannot be read: the server is too slow")
         if len(body) != nbytes:
             what = "more" if len(body) > nbytes else "fewer"
             raise InputError(f"{shown(self.url)} cannot be read: the server sends {what} bytes than it says")
@@ -202,7 +267,7 @@ class HttpPlace:
 
     def file(self, name: str) -> RemoteFile:
         """One of its files."""
-        return HttpFile(f"{self.url}/{name}{self.query}")
+        return HttpFile(f"{self.url}/{urllib.parse.quote(name)}{self.query}")
 
 
 @contextmanager
@@ -210,7 +275,7 @@ def _of_library(url: str) -> Generator[None]:
     """Say in a sentence what a library of file systems has failed at, whose errors are of all kinds."""
     try:
         yield
-    except (PrunectlError, KeyboardInterrupt):
+    except (PrunectlError, StoppedError, KeyboardInterrupt):
         raise
     except FileNotFoundError as error:
         raise InputError(f"{shown(url)} does not exist") from error
@@ -232,21 +297,23 @@ class LibraryFile:
     url: str
     nbytes: int = -1
     version: str = ""
-    called: str = ""
-    """The fact that is the version: a list may tell fewer facts of a file than the file system does when asked."""
+    """Empty until the file system was asked for it: a list tells other facts, or the same in other words."""
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
         """The first bytes, and with them all that is to be known."""
-        if self.nbytes < 0:
+        if not self.version:
             self.nbytes, self.version = self.state()
         return self.read(0, min(max(nbytes, min(self.nbytes, whole)), self.nbytes))
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """A range of bytes."""
         with _of_library(self.url):
+            check_stopped()
             found = bytes(self.system.cat_file(self.path, start=offset, end=offset + nbytes)) if nbytes else b""
         if len(found) != min(nbytes, max(self.nbytes - offset, 0)):
-            raise InputError(f"{self.url} was truncated, or another file took its place, while it was being read")
+            raise InputError(
+                f"{shown(self.url)} was truncated, or another file took its place, while it was being read"
+            )
         return found
 
     def state(self) -> tuple[int, str]:
@@ -256,15 +323,8 @@ class LibraryFile:
             facts = self.system.info(self.path)
             if facts.get("type") == "directory":
                 raise FileNotFoundError
-        return int(facts.get("size") or 0), _version(facts, self.called or _version_name(facts))
-
-
-def _version_name(facts: Mapping[str, Any]) -> str:
-    return next((name for name in _VERSIONS if facts.get(name)), "")
-
-
-def _version(facts: Mapping[str, Any], name: str) -> str:
-    return str(facts.get(name) or "")[: budgets.MAX_MARK_BYTES]
+        version = next((str(facts[name]) for name in _VERSIONS if facts.get(name)), "")
+        return int(facts.get("size") or 0), version[: budgets.MAX_MARK_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,25 +339,38 @@ class LibraryPlace:
         """What is in it; nothing where it is a file."""
         with _of_library(self.url):
             self.system.invalidate_cache()
-            found = self.system.find(self.root, detail=True)
+            found = self._listed()
         if self.root in found:
             return {}
-        if len(found) > budgets.MAX_FILES:
-            raise InputError(f"{self.url} is refused: it has more than {budgets.MAX_FILES} files")
         prefix = self.root.strip("/") + "/"
         names = ((path.strip("/").removeprefix(prefix), path, facts) for path, facts in found.items())
         return {
-            name: LibraryFile(
-                self.system,
-                path,
-                f"{self.url}/{name}",
-                int(facts.get("size") or 0),
-                _version(facts, called := _version_name(facts)),
-                called,
-            )
+            name: LibraryFile(self.system, path, f"{self.url}/{name}", int(facts.get("size") or 0))
             for name, path, facts in names
             if is_inside(name)
         }
+
+    def _listed(self) -> dict[str, Mapping[str, Any]]:
+        """All files, folder by folder: a bucket that was named by mistake is given up before it is listed whole."""
+        found: dict[str, Mapping[str, Any]] = {}
+        folders, seen = [self.root], 0
+        while folders:
+            here = folders.pop()
+            check_stopped()
+            try:
+                listed = self.system.ls(here, detail=True)
+            except FileNotFoundError:
+                listed = []
+            seen += 1 + len(listed)
+            if seen > budgets.MAX_FILES:
+                raise InputError(f"{shown(self.url)} is refused: it has more than {budgets.MAX_FILES} files")
+            for facts in listed:
+                path = str(facts["name"])
+                if facts.get("type") != "directory":
+                    found[path] = facts
+                elif path.strip("/") != here.strip("/"):
+                    folders.append(path)
+        return found
 
     def file(self, name: str) -> LibraryFile:
         """One of its files."""
@@ -356,7 +429,11 @@ def place_of(url: str) -> Place:
     """The place that a URL names."""
     if url.startswith("http"):
         base, mark, query = url.partition("?")
-        return HttpPlace(base.rstrip("/"), mark + query)
+        scheme, _, rest = base.partition("://")
+        host, slash, path = rest.rstrip("/").partition("/")
+        # As a browser does it: what is quoted already stays.
+        path, query = (urllib.parse.quote(text, safe="%/:@!$&'()*+,;=~?") for text in (path, query))
+        return HttpPlace(f"{scheme}://{host}{slash}{path}", mark + query)
     return library_place(url)
 
 

@@ -13,11 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import ClassVar
+from typing import Any, ClassVar
+from urllib.parse import unquote
 
-from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
+from prunectl.errors import InputError, PrunectlError, UsageError, WorkError, abbreviated
 from prunectl.formats import budgets
+from prunectl.formats.detect import public
 from prunectl.formats.extents import REMOTE, RemoteFile
+from prunectl.formats.folder import LEDGER
 from prunectl.formats.places import (
     COPY_BYTES,
     LibraryFile,
@@ -51,31 +54,38 @@ class _Mirror:
     """A folder of stubs, and what they stand for."""
 
     folder: Path
+    url: str
+    """That which the folder stands for, as it is shown."""
     tell: Tell
     stubs: list[Path] = field(default_factory=list)
+    nbytes: int = 0
+    """Of all stubs."""
+    _lock: Any = field(default_factory=Lock)
 
     def stub(self, name: str, file: RemoteFile, *, is_fact: bool) -> None:
         """Make the stub of a file: of safetensors with the header, of what tells of the model with all of it."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path, head = self.folder / name, b""
         if is_fact:
-            path.write_bytes(_whole(file, budgets.MAX_JSON_BYTES))
-            return
-        path.write_bytes(_header(file, path) if path.suffix == ".safetensors" else b"")
-        self.keep(path, file)
+            head = _whole(file, budgets.MAX_JSON_BYTES)
+        elif path.suffix == ".safetensors":
+            head = _header(file, path)
+        with self._lock:
+            self.nbytes += len(head)
+        if self.nbytes > budgets.MAX_HEADERS_BYTES:
+            raise InputError(f"{self.url} is refused: its headers are longer than {budgets.MAX_HEADERS_BYTES} bytes")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(head)
+        except OSError as error:
+            # A store may have x and x/y, and longer names than a file system.
+            raise InputError(f"{shown(file.url)} cannot be kept as a file here: {error.strerror}") from error
+        if not is_fact:
+            self.keep(path, file)
 
     def keep(self, path: Path, file: RemoteFile) -> None:
         """Have a file read where it is."""
         REMOTE[path] = _Buffered(file)
         self.stubs.append(path)
-
-    def fetch(self, path: Path) -> None:
-        """Make a file of a stub."""
-        file = REMOTE[path]
-        if file.nbytes > budgets.MAX_FETCHED_BYTES:
-            raise InputError(f"{path} is refused: it is too big to be fetched whole ({file.nbytes} bytes)")
-        self.tell(f"{path.name} is fetched whole ({file.nbytes} bytes): only safetensors are read in ranges")
-        download(path)
 
 
 def _whole(file: RemoteFile, most: int) -> bytes:
@@ -161,7 +171,11 @@ def download(path: Path) -> None:
 def check_unchanged(path: Path) -> None:
     """Refuse a file in a store that is no longer what it was when it was first seen; a web server says so itself."""
     file = _unbuffered(REMOTE[path]) if path in REMOTE else None
-    if isinstance(file, LibraryFile) and file.state() != (file.nbytes, file.version):
+    if not isinstance(file, LibraryFile):
+        return
+    nbytes, version = file.state()
+    file.version = file.version or version
+    if (nbytes, version) != (file.nbytes, file.version):
         raise InputError(f"{shown(file.url)} was changed while it was being read")
 
 
@@ -208,7 +222,7 @@ def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
             yield target
             _put(place, target, is_forced=is_forced)
         except PrunectlError as error:
-            error.message, error.hint = (text.replace(str(target), url) for text in (error.message, error.hint))
+            error.message, error.hint = (text.replace(str(target), public(url)) for text in (error.message, error.hint))
             raise
         finally:
             del UPLOADS[target]
@@ -255,8 +269,19 @@ def _folder(name: str) -> str:
 
 def fetch(path: Path, tell: Tell) -> None:
     """Make files of all stubs in a folder, or of one."""
-    for stub in [stub for stub in REMOTE if stub == path or stub.is_relative_to(path)]:
-        _Mirror(path, tell).fetch(stub)
+    _fetch([stub for stub in REMOTE if stub == path or stub.is_relative_to(path)], tell)
+
+
+def _fetch(paths: list[Path], tell: Tell) -> None:
+    """Make files of stubs; of what is no safetensors only so much, as nobody knows yet whether it is a model."""
+    unknown = [path for path in paths if path.suffix != ".safetensors"]
+    nbytes = sum(REMOTE[path].nbytes for path in unknown)
+    if nbytes > budgets.MAX_FETCHED_BYTES:
+        raise InputError(f"{unknown[0]} is refused: too much would be fetched whole ({nbytes} bytes)")
+    for path in paths:
+        why = "only safetensors are read in ranges" if path in unknown else "what is asked for needs all of it"
+        tell(f"{path.name} is fetched whole ({REMOTE[path].nbytes} bytes): {why}")
+        download(path)
 
 
 @contextmanager
@@ -266,17 +291,15 @@ def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = Fal
         name = _name(url)
         folder = path = scratch.resolve() / (name if is_inside(name) else "model")
         folder.mkdir()
-        mirror = _Mirror(folder, tell)
+        mirror = _Mirror(folder, public(url).rstrip("/"), tell)
         try:
             path = _mirror(mirror, url)
-            for stub in mirror.stubs:
-                if is_read_whole and stub in REMOTE:
-                    mirror.fetch(stub)
+            if is_read_whole:
+                _fetch([stub for stub in mirror.stubs if stub in REMOTE], tell)
             yield path
         except PrunectlError as error:
-            for here, there in ((path, url.rstrip("/")), (folder, _parent(url))):
-                error.message = error.message.replace(str(here), there)
-                error.hint = error.hint.replace(str(here), there)
+            error.message = error.message.replace(str(folder), mirror.url)
+            error.hint = error.hint.replace(str(folder), mirror.url)
             raise
         finally:
             for stub in mirror.stubs:
@@ -285,7 +308,9 @@ def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = Fal
 
 
 def _name(url: str) -> str:
-    return PurePosixPath(url.partition("?")[0].partition("://")[2]).name
+    name = PurePosixPath(url.partition("?")[0].partition("://")[2]).name
+    plain = unquote(name) if url.startswith("http") else name
+    return plain if is_inside(plain) and "/" not in plain else name
 
 
 def _mirror(mirror: _Mirror, url: str) -> Path:
@@ -293,19 +318,38 @@ def _mirror(mirror: _Mirror, url: str) -> Path:
     place, name = place_of(url), _name(url)
     listed = place.files()
     if PurePosixPath(name).suffix in _SUFFIXES if listed is None else not listed:
+        mirror.url = public(_parent(url))
         return _one_file(mirror, place_of(_parent(url)), name)
     files = _probed(place) if listed is None else listed
     index = next((one for one in IN_A_FOLDER if one in files), "")
+    if not index and not any(one in files for one in _FETCHED_FOLDERS):
+        raise InputError(f"{shown(url)} has no model of a format that prunectl knows", hint=_hint(files))
     needed = _shards(mirror, place, index, listed) if index.endswith(".json") else [index]
-    rest = {one: file for one, file in files.items() if not (mirror.folder / one).exists()}
+    rest = {one: file for one, file in files.items() if not os.path.exists(mirror.folder / one)}
     _make(mirror, rest, frozenset(one for one in rest if PurePosixPath(one).name in _FACTS))
     if not index and "model_index.json" not in files:
         # No weights that could be read where they are.
         needed = list(rest)
-    for one in needed:
-        if mirror.folder / one in REMOTE and not one.endswith(".safetensors"):
-            mirror.fetch(mirror.folder / one)
+    _fetch_needed(mirror, needed)
     return mirror.folder
+
+
+def _fetch_needed(mirror: _Mirror, names: list[str]) -> None:
+    """Fetch what is no safetensors."""
+    paths = (mirror.folder / one for one in names if not one.endswith(".safetensors"))
+    _fetch([path for path in paths if path in REMOTE], mirror.tell)
+
+
+_FETCHED_FOLDERS = ("saved_model.pb", ".metadata", "model_index.json")
+"""What tells a folder without weights that can be read where they are: SavedModel, torch.distributed, diffusers."""
+
+
+def _hint(files: Mapping[str, RemoteFile]) -> str:
+    """Files in a folder that may have been meant."""
+    if any(one.startswith(f"{LEDGER}/") for one in files):
+        return "it holds parts of a model that are not joined: prunectl prune … --join"
+    named = [one for one in files if PurePosixPath(one).suffix in _SUFFIXES][:3]
+    return f"name a file: {', '.join(map(abbreviated, named))}" if named else "name the folder of a model, or a file"
 
 
 _SUFFIXES = frozenset(
@@ -321,13 +365,10 @@ def _parent(url: str) -> str:
 def _one_file(mirror: _Mirror, place: Place, name: str) -> Path:
     file, path = place.file(name), mirror.folder / name
     if name.endswith(".index.json"):
-        for one in _shards(mirror, place, name, place.files()):
-            if mirror.folder / one in REMOTE and not one.endswith(".safetensors"):
-                mirror.fetch(mirror.folder / one)
+        _fetch_needed(mirror, _shards(mirror, place, name, place.files()))
         return path
     mirror.stub(name, file, is_fact=path.suffix == ".json")
-    if path in REMOTE and path.suffix != ".safetensors":
-        mirror.fetch(path)
+    _fetch_needed(mirror, [name])
     return path
 
 

@@ -7,18 +7,22 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from prunectl.formats import places
+from prunectl.formats import budgets, places
+from prunectl.formats.detect import public
 from tests.formats.test_folder import files_of
 from tests.pruning.test_parts import folder
 from tests.running import FIXTURES, here
@@ -45,7 +49,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path = state.root / self.path.partition("?")[0].lstrip("/")
+            path = state.root / unquote(self.path.partition("?")[0].lstrip("/"))
             state.asked.append(self.path)
             if not path.is_file():
                 self.send_error(404)
@@ -190,6 +194,31 @@ def endless(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int)
     return True
 
 
+def continuing(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+    dripped(handler, b"HTTP/1.1 100 Continue\r\n\r\n")
+    return True
+
+
+def dripping(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+    handler.wfile.write(b"HTTP/1.1 206 Some\r\nX: ")
+    dripped(handler, b"x")
+    return True
+
+
+def dripped(handler: BaseHTTPRequestHandler, piece: bytes) -> None:
+    with suppress(OSError):
+        for _ in range(200):
+            handler.wfile.write(piece)
+            time.sleep(0.1)
+
+
+def long_winded(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+    """Send a redirection whose own body does not end: whoever reads it gets no further."""
+    handler.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: /none.safetensors\r\nContent-Length: 1000000000\r\n\r\n")
+    dripped(handler, b"x")
+    return True
+
+
 def lying(status: int = 206, *, cut: int = 0, to: str = "", **headers: str) -> Answer:
     def answer(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
         span = f"bytes {begin}-{begin + len(body) - 1}/{size}"
@@ -212,9 +241,18 @@ LIES: dict[str, tuple[Answer, str]] = {
     "compressed": (lying(Content_Encoding="gzip"), "comes compressed"),
     "circles": (lying(302, to="/again.safetensors"), "without end"),
     "another scheme": (lying(302, to="file:///etc/passwd"), "to none of the web"),
+    "nowhere": (lying(302, to="http://[::1/x"), "leads to one that is none"),
+    "no host": (lying(302, to="http://a..b/x"), "leads to one that is none"),
+    "no letters": (lying(302, to="http://\xff\xfe/x"), "leads to one that is none"),
+    "wait and wait": (continuing, "is too slow"),
+    "a header that does not end": (dripping, "is too slow"),
+    "a redirection that does not end": (long_winded, "l.safetensors does not exist"),
     "forbidden": (lying(403), "asks for permission"),
     "broken": (lying(500), "status 500"),
 }
+
+
+SLOW = ("wait and wait", "a header that does not end")
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -222,6 +260,7 @@ def test_a_server_that_lies_is_refused_in_a_sentence(
     server: Server, tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(places, "_SILENCE_SECONDS", 0.3 if lie in SLOW else 30.0)
     for name in ("model.safetensors", "again.safetensors"):
         big_file(tmp_path / name, 1 << 20)
     server.answer, sentence = LIES[lie]
@@ -414,3 +453,111 @@ def test_a_model_that_is_replaced_by_force_is_none_until_all_of_the_new_one_is_t
     assert record.exists()
     assert here("prune", tmp_path / "two", "-o", tmp_path / "whole", "-s", "50%").code == 0
     assert in_memory(memory, "/bucket/out") == {**files_of(tmp_path / "whole"), "notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://a..b/m.safetensors", "http://[::1/m.safetensors", f"http://{'a' * 70}.org/m.safetensors", "http:///m.bin"],
+)
+def test_what_is_no_address_is_told(url: str) -> None:
+    done = here("inspect", url)
+    assert done.code == 3
+    assert "is no address" in done.err or "no host given" in done.err
+
+
+def test_names_on_a_web_server_are_quoted(server: Server, folder: Path, tmp_path: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    name = "m\u00f6 #1?50%41.safetensors"
+    (folder / "model-00001-of-00006.safetensors").rename(folder / name)
+    index.write_text(index.read_text().replace("model-00001-of-00006.safetensors", name))
+    expected = here("size", folder, "--format", "csv").rows[1:]
+    found = here("size", f"{server.url}/model", "--format", "csv")
+    assert [row[1:] for row in found.rows[1:]] == [row[1:] for row in expected]
+    assert here("inspect", f"{server.url}/model/m\u00f6 %231%3F50%2541.safetensors").code == 0
+
+
+def test_a_folder_that_is_no_model_is_refused_by_its_list(memory: Any) -> None:
+    for number in range(5):
+        memory.pipe_file(f"/bucket/data/{number}.csv", b"x" * 1000)
+        memory.pipe_file(f"/bucket/data/sub/{number}.onnx", b"x" * 1000)
+    done = here("inspect", "memory://bucket/data")
+    assert done.code == 3
+    assert "has no model of a format" in done.err
+    assert "sub/0.onnx" in done.err
+    assert "fetched" not in done.err
+
+
+def test_a_bucket_is_given_up_before_it_is_listed_whole(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "MAX_FILES", 20)
+    listed, look = [], type(memory).ls
+    for number in range(50):
+        memory.pipe_file(f"/bucket/{number}/model.safetensors", b"x")
+
+    def seen(self: Any, path: str, detail: bool = True, **options: Any) -> Any:
+        listed.append(path)
+        return look(self, path, detail=detail, **options)
+
+    monkeypatch.setattr(type(memory), "ls", seen)
+    done = here("inspect", "memory://bucket")
+    assert done.code == 3
+    assert "has more than 20 files" in done.err
+    assert len(listed) == 1
+
+
+def test_headers_and_what_is_fetched_have_a_limit_for_all_together(
+    folder: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(memory, folder, "/bucket/model")
+    monkeypatch.setattr(budgets, "MAX_HEADERS_BYTES", 1000)
+    assert "headers are longer than 1000 bytes" in here("inspect", "memory://bucket/model").err
+    monkeypatch.undo()
+    for name in ("saved_model.pb", "variables/variables.data-00000-of-00001"):
+        memory.pipe_file(f"/bucket/saved/{name}", b"x" * 600)
+    monkeypatch.setattr(budgets, "MAX_FETCHED_BYTES", 1000)
+    done = here("inspect", "memory://bucket/saved")
+    assert done.code == 3
+    assert "too much would be fetched whole (1200 bytes)" in done.err
+    # Safetensors are what their headers say, whatever needs all of them.
+    assert here("prune", "memory://bucket/model", "-s", "50%", "--dry-run").code == 0
+
+
+def test_names_that_no_folder_here_can_hold_are_told(folder: Path, memory: Any) -> None:
+    upload(memory, folder, "/bucket/model")
+    memory.pipe_file(f"/bucket/model/{'n' * 300}", b"x")
+    done = here("inspect", "memory://bucket/model")
+    assert done.code == 3, done.err
+    assert "cannot be kept as a file here" in done.err
+    assert "/tmp" not in done.err
+
+
+def test_secrets_in_an_address_are_not_shown(server: Server, tmp_path: Path) -> None:
+    shutil.copy(FIXTURES / "digits_cnn.safetensors", tmp_path / "m.safetensors")
+    (tmp_path / "lies.safetensors").write_bytes(b"\xff" * 8 + b"x" * 100)
+    page, out = tmp_path / "page.html", tmp_path / "out.safetensors"
+    for words in (
+        ("inspect", f"{server.url}/m.safetensors?token=SECRET", "--html", page),
+        ("size", f"{server.url}/m.safetensors?token=SECRET", "--json"),
+        ("diff", f"{server.url}/m.safetensors?token=SECRET", tmp_path / "m.safetensors"),
+        ("prune", f"{server.url}/m.safetensors?token=SECRET", "-o", out, "-s", "50%"),
+        ("inspect", f"{server.url}/lies.safetensors?token=SECRET"),
+        ("inspect", f"{server.url}/none.safetensors?token=SECRET"),
+        ("inspect", "http://me:SECRET@127.0.0.1:1/m.safetensors"),
+    ):
+        done = here(*words)
+        assert "SECRET" not in done.out + done.err
+        assert "m.safetensors/m" not in done.out + done.err
+    assert "SECRET" not in page.read_text()
+    assert public("abfss://box@me.dfs.core.windows.net/m") == "abfss://box@me.dfs.core.windows.net/m"
+    assert public("s3://me:SECRET@bucket/m") == "s3://bucket/m"
+
+
+def test_an_estimate_of_a_model_at_a_url_is_refused(memory: Any) -> None:
+    done = here("size", "memory://bucket/m.safetensors", "--estimate")
+    assert done.code == 2
+    assert "--estimate needs a file, not a URL" in done.err
+
+
+def test_the_report_on_a_folder_that_goes_to_a_url_does_not_miss_what_is_there(folder: Path, memory: Any) -> None:
+    done = here("prune", folder, "-o", "memory://bucket/out", "-s", "50%")
+    assert "/bucket/out/config.json" in memory.store
+    assert "Only the weights were written" not in done.out + done.err
