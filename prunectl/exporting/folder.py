@@ -21,7 +21,7 @@ from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
 from prunectl.formats.folder import companions, copy_companions, training_state
 from prunectl.formats.registry import FORMATS, by_name, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
-from prunectl.formats.safetensors import CODES, SafetensorsEntry, write_entries
+from prunectl.formats.safetensors import CODES, SafetensorsEntry, shard_of, write_entries
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import stats_for_report
 
@@ -159,7 +159,7 @@ def _shards(job: ExportJob, tensors: Sequence[Tensor]) -> tuple[list[_Shard], st
 
 
 def _file_of(model: ModelFile, tensor: Tensor) -> str:
-    return tensor.storage.key.partition(":")[0] if model.format == "shards" else ""
+    return shard_of(tensor) if model.format == "shards" else ""
 
 
 def _stem(model: ModelFile, to: str) -> str:

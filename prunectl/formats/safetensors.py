@@ -222,7 +222,7 @@ def open_shards(path: Path) -> ModelFile:
     owners = {shard.path.name: shard for shard in shards}
 
     def decode(tensor: Tensor) -> Array:
-        owner, _, key = tensor.storage.key.partition(":")
+        owner, _, key = tensor.storage.key.partition(_NO_NAME)
         return owners[owner].read(replace(tensor, storage=replace(tensor.storage, key=key)))
 
     return ModelFile(
@@ -240,6 +240,15 @@ def open_shards(path: Path) -> ModelFile:
         files=(path, *(shard.path for shard in shards)),
         decode=decode,
     )
+
+
+_NO_NAME = "\0"
+"""Stands between the name of a shard and the key of a storage in it: no name of a file has it."""
+
+
+def shard_of(tensor: Tensor) -> str:
+    """The name of the shard that holds a tensor of several shards."""
+    return tensor.storage.key.partition(_NO_NAME)[0]
 
 
 def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
@@ -296,7 +305,7 @@ def _note_unlisted(names: Sequence[str]) -> tuple[str, ...]:
 
 def _open_shard(index: Path, name: str) -> ModelFile:
     shard = index.parent / name
-    prefix = f"{name}:"
+    prefix = f"{name}{_NO_NAME}"
     with reading(shard):
         row = registry.recognise(shard)
         if row.name == "shards":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.analysis.sizes import sha256_of
-from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.errors import InputError, UsageError, WorkError, abbreviated
 from prunectl.formats import atomic, budgets, scratch
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import REMOTE
@@ -32,6 +33,8 @@ SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"
 BEGUN = f"{LEDGER}/{_TASK}"
 """By what it is known that parts of an output are there."""
+_PART = re.compile("([0-9]{1,6})/([0-9]{1,6})")
+_MOST_PARTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,11 @@ class Part:
 
 def parse_part(text: str) -> Part:
     """A part, written 3/8."""
-    number, sign, count = text.partition("/")
-    if not (sign and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UsageError(f"--part cannot be {text!r}", hint="write --part 1/8, --part 2/8 … --part 8/8")
-    return Part(int(number), int(count))
+    found = _PART.fullmatch(text)
+    part = Part(int(found[1]), int(found[2])) if found else Part(0, 0)
+    if not 1 <= part.number <= part.count <= _MOST_PARTS:
+        raise UsageError(f"--part cannot be {abbreviated(text)!r}", hint="write --part 1/8, --part 2/8 … --part 8/8")
+    return part
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class Ledger:
                 f"{self.target} has no parts to join",
                 hint="write them first: prunectl prune FOLDER -o OUT … --part 1/8",
             )
-        is_whole = task.get("schema") == SCHEMA and type(task.get("parts")) is int and task["parts"] > 0
+        is_whole = task.get("schema") == SCHEMA and type(task.get("parts")) is int and 0 < task["parts"] <= _MOST_PARTS
         if not is_whole or not isinstance(task.get("request"), dict):
             raise self.damaged(_TASK)
         return task

@@ -30,8 +30,8 @@ Source = Callable[[], Iterator[Array]]
 Result = TypeVar("Result")
 THREADS = 2
 _MANY = 1 << 20
-_DIGIT_BITS = 16
-BINS = 1 << _DIGIT_BITS
+DIGIT_BITS = 16
+BINS = 1 << DIGIT_BITS
 _SAMPLE_STEP = 64
 _SAMPLE_LEAST = 10_000
 _SAMPLE_ERRORS = 6
@@ -110,7 +110,7 @@ def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]
     if guess is None:
         return None
     first, last = guess
-    low, high = np.uint32(first << _DIGIT_BITS), np.uint32((last << _DIGIT_BITS) + BINS - 1)
+    low, high = np.uint32(first << DIGIT_BITS), np.uint32((last << DIGIT_BITS) + BINS - 1)
     below, counts = 0, np.zeros((last - first + 1) * BINS, np.int64)
     with closing(_map_parallel(partial(_count_between, low=low, high=high), sources)) as counted:
         for counted_part in counted:
@@ -139,7 +139,7 @@ def _sample(source: Source) -> tuple[int, LazyHistogram | None]:
         if block.dtype.itemsize != np.dtype(np.float32).itemsize:
             return 0, None
         keys = sort_keys(np.ascontiguousarray(block.reshape(-1)[::_SAMPLE_STEP]))
-        digits.add(keys >> np.uint32(_DIGIT_BITS))
+        digits.add(keys >> np.uint32(DIGIT_BITS))
         size += block.size
     return size, digits
 
@@ -213,7 +213,7 @@ def count_digits(source: Source, prefix: int, shift: int | None) -> tuple[NDArra
     counts, low = np.zeros(BINS, np.int64), 0
     for block in source():
         keys = sort_keys(block).reshape(-1)
-        low = (keys.dtype.itemsize * 8 if shift is None else shift) - _DIGIT_BITS
+        low = (keys.dtype.itemsize * 8 if shift is None else shift) - DIGIT_BITS
         if shift is not None:
             keys = keys[keys >> keys.dtype.type(shift) == prefix]
         digits = (keys >> keys.dtype.type(low)) & keys.dtype.type(BINS - 1)
@@ -230,7 +230,7 @@ def next_digit(counts: NDArray[np.int64], prefix: int, below: int, drop: int) ->
     digit = int(np.searchsorted(rising, drop - below))
     if digit == BINS:
         raise ValueError(f"there are fewer than {drop} scores")
-    return prefix << _DIGIT_BITS | digit, below + int(rising[digit] - counts[digit]), int(counts[digit])
+    return prefix << DIGIT_BITS | digit, below + int(rising[digit] - counts[digit]), int(counts[digit])
 
 
 def split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.extents import REMOTE, file_bytes
 from prunectl.formats.patch import patch_files
 from prunectl.formats.remote import check_unchanged, downloaded
+from prunectl.formats.safetensors import shard_of
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.plugins import check_untrusted
 from prunectl.pruning import destination as outputs
@@ -201,14 +202,14 @@ class _Task:
     def _tensors(self) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {name: [] for name in self.sizes}
         for tensor in self.model.tensors:
-            found[tensor.storage.key.partition(":")[0]].append(tensor)
+            found[shard_of(tensor)].append(tensor)
         return found
 
     @cached_property
     def _plans(self) -> dict[str, Plan]:
         cuts: dict[str, list[planning.TensorPlan]] = {name: [] for name in self.sizes}
         for cut in self.plan.cuts:
-            cuts[cut.tensor.storage.key.partition(":")[0]].append(cut)
+            cuts[shard_of(cut.tensor)].append(cut)
         return {name: Plan(tuple(own), (), sum(cut.drop or 0 for cut in own)) for name, own in cuts.items()}
 
     def _shard(self, name: str) -> ModelFile:
@@ -360,9 +361,9 @@ class _Task:
         start = names.index(mine[0]) if mine else 0
         order = [*mine, *(name for name in (*names[start:], *names[:start]) if name not in mine)]
         prefix, below, shift = 0, 0, None
-        under, last = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        under, last = dict.fromkeys(names, 0), {name: self._plans[name].size for name in names}
         while shift is None or shift > 0:
-            counted = {name: self._counts(name, prefix, shift) for name in order}
+            counted = {name: self._counts(name, prefix, shift, last[name]) for name in order}
             shift = max(low for _, low in counted.values())
             every = np.sum([counts for counts, _ in counted.values()], axis=0)
             prefix, below, _ = masks.next_digit(every, prefix, below, self.plan.drop)
@@ -378,8 +379,8 @@ class _Task:
             ties -= own
         return prefix, split
 
-    def _counts(self, name: str, prefix: int, shift: int | None) -> tuple[NDArray[np.int64], int]:
-        """How the scores of a shard are distributed, as it was noted, or counted now."""
+    def _counts(self, name: str, prefix: int, shift: int | None, total: int) -> tuple[NDArray[np.int64], int]:
+        """How so many scores of a shard are distributed, as it was noted, or counted now."""
         self._check_source(name)
         place = f"{_COUNTS}{name}.{'all' if shift is None else shift}-{prefix:x}.json"
         note = self._read(place)
@@ -400,9 +401,14 @@ class _Task:
         try:
             counts = np.zeros(masks.BINS, np.int64)
             counts[np.array(note["digits"], np.int64)] = np.array(note["counts"], np.int64)
-            return counts, int(note["shift"])
+            low = int(note["shift"])
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise self.ledger.damaged(place) from error
+        # Without any scores there is none that says how wide they are.
+        widths = {0, *((16, 48) if shift is None else (shift - masks.DIGIT_BITS,))}
+        if low not in widths or counts.min() < 0 or int(counts.sum()) != total:
+            raise self.ledger.damaged(place)
+        return counts, low
 
     def check_total(self, counts: Mapping[str, TensorCounts]) -> None:
         """Check that all parts together pruned as many weights as was planned."""

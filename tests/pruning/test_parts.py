@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import prunectl
 from prunectl.api.pruning import PartResult, PruneResult
@@ -140,6 +140,8 @@ def test_a_part_is_not_done_twice(folder: Path) -> None:
         (("-s", "50%", "--scope", "layer", "--part", "2/2"), "scope is 'layer', but 'global' in"),
         (("-s", "50%", "--part", "2/3"), "is made of 2 parts, not of 3"),
         (("-s", "50%", "--part", "3/2"), "--part cannot be '3/2'"),
+        (("-s", "50%", "--part", f"1/{'9' * 5000}"), "--part cannot be '1/99"),
+        (("-s", "50%", "--part", "1/10000000"), "--part cannot be '1/10000000'"),
         (("-s", "60%", "--join"), "sparsity is 0.6, but 0.5"),
         (("-s", "50%"), "exists"),
         (("-s", "50%", "--part", "2/2", "--manifest", "run.json"), "--manifest goes with --join"),
@@ -330,3 +332,43 @@ def test_shards_in_32_and_in_64_bits_are_ranked_together(tmp_path: Path) -> None
     folder = shards_of(tmp_path / "model", shards)
     assert here("prune", folder, "-o", tmp_path / "whole", "-s", "50%").code == 0
     assert files_of(in_parts(folder, 2, "-s", "50%")) == files_of(tmp_path / "whole")
+
+
+def test_a_shard_may_have_a_colon_in_its_name(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    weights = {f"layers.{n}.weight": draw.normal(size=(32, 32)).astype(np.float32) for n in (1, 2)}
+    folder = shards_of(tmp_path / "model", {f"m:{name}.safetensors": {name: own} for name, own in weights.items()})
+    pruned = load_shards(in_parts(folder, 2, "-s", "50%", "--scope", "layer"))
+    for name, own in weights.items():
+        kept = np.abs(own) > np.median(np.abs(own))
+        assert np.array_equal(pruned[name], np.where(kept, own, 0))
+
+
+def load_shards(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All tensors of a folder."""
+    return {name: own for shard in folder.glob("*.safetensors") for name, own in load_file(shard).items()}
+
+
+@pytest.mark.parametrize(
+    ("note", "change", "sentence"),
+    [
+        ("task", {"request": {"sparsity": 0.5}}, "task.json is damaged"),
+        ("task", {"version": "0.0.1", "request": {"sparsity": 0.5}}, "was begun by prunectl 0.0.1"),
+        ("task", {"parts": 10**9}, "task.json is damaged"),
+        ("counts-*00001*", {"counts": [1], "digits": [5]}, "is damaged"),
+        ("counts-*00001*", {"counts": [10**30], "digits": [5]}, "is damaged"),
+        ("counts-*00001*", {"counts": "much"}, "is damaged"),
+        ("counts-*00001*", {"shift": 10**9}, "is damaged"),
+        ("counts-*00001*", {"shift": -1}, "is damaged"),
+    ],
+)
+def test_a_note_that_says_what_cannot_be_is_refused(
+    folder: Path, note: str, change: dict[str, Any], sentence: str
+) -> None:
+    output = folder.parent / "parts"
+    assert here("prune", folder, "-o", output, "-s", "50%", "--part", "2/2").code == 0
+    place = next((output / ".prunectl-parts").glob(f"{note}.json"))
+    place.write_text(json.dumps(json.loads(place.read_text()) | change))
+    done = here("prune", folder, "-o", output, "-s", "50%", "--part", "1/2")
+    assert done.code in {3, 5}
+    assert sentence in done.err
