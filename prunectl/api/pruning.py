@@ -177,12 +177,13 @@ def prune_file(
     if manifest is not None and destination is not None:
         check_manifest(manifest, [path, destination.target], is_forced=destination.is_forced)
     if recipe is not None:
+        modes: dict[str, Any] = {name: parsed.pop(name) for name in ("part", "join", "on") if name in parsed}
         for name in parsed:
             raise UsageError(f"{name} cannot be used with a recipe, which sets it already", hint=f"leave out {name}")
         request, limits = read_manifest(recipe, is_trusted=is_trusted), {}
         if request.pattern == CHANNEL:
             limits = cuts.limits_in(recipe)
-        command, wish = Prune(model=str(path), trust=is_trusted), (request, limits, manifest)
+        command, wish = Prune(model=str(path), trust=is_trusted, **modes), (request, limits, manifest)
         return _prune(path, destination, command, wish, on_progress)
     is_cut = parsed.get("pattern") == CHANNEL
     channel_options = (ChannelOptions.__annotations__.keys() if is_cut else {"allow_empty"}) & parsed.keys()
@@ -228,7 +229,7 @@ def _prune(
             blocks.write_manifest(manifest, removed)
         return BlocksResult.of(removed, output=output)
 
-    if options.part or options.join or options.on:
+    if options.has_parts:
         return _in_parts(path, destination, options, wish, on_progress)
 
     def run(request: PruneRequest) -> Any:

@@ -47,7 +47,20 @@ from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 
 _NOT_IN_RECIPE = frozenset(
-    {"model", "output", "dry_run", "manifest", "recipe", "force", "in_place", "trust", "allow_empty"}
+    {
+        "model",
+        "output",
+        "dry_run",
+        "manifest",
+        "recipe",
+        "force",
+        "in_place",
+        "trust",
+        "allow_empty",
+        "part",
+        "join",
+        "on",
+    }
 )
 """What a recipe leaves open."""
 _DEFAULT = PruneRequest()
@@ -191,29 +204,39 @@ class Prune(OutputOptions):
 
     @contextmanager
     def _source(self, reporter: Reporter) -> Generator[Path]:
-        with resolve_model(self.model, reporter.note, is_read_whole=not self._is_streamed) as path:
+        with resolve_model(self.model, reporter.note, is_read_whole=not self.is_streamed) as path:
             yield path
 
     @contextmanager
     def _destination(self, model: Path, suffix: str | None) -> Generator[Destination | None]:
         if URL.match(self.model) and self.in_place:
             raise UsageError("--in-place cannot replace a model at a URL", hint="name another place with --output")
+        if URL.match(self.output) and self.manifest is not None and self.has_parts:
+            raise UsageError(
+                "--manifest cannot be used with parts that are joined at a URL: each would be read once more",
+                hint="leave out --manifest, or join them in a folder",
+            )
         if not URL.match(self.output) or self.dry_run:
             with super()._destination(model, suffix) as destination:
                 yield destination
             return
         upload = load("prunectl.formats.remote:uploading")
-        begun = load("prunectl.pruning.ledger:BEGUN") if self._is_streamed else ""
+        begun = load("prunectl.pruning.ledger:BEGUN") if self.is_streamed else ""
         with upload(self.output, is_forced=self.force, begun=begun) as target:
             yield Destination(target, is_forced=self.force, url=self.output)
 
     @property
-    def _is_streamed(self) -> bool:
+    def has_parts(self) -> bool:
+        """Whether a part of a folder is pruned, or what joins or runs them all."""
+        return bool(self.part or self.on) or self.join
+
+    @property
+    def is_streamed(self) -> bool:
         """Whether a folder of shards at a URL, or one that goes there, is pruned one shard after the other."""
         is_whole = self.force or self.dry_run or self.in_place or self.pack or self.output == STDIN
         modes = (self.max_drop, self.data, self.recipe, self.wrap, self.schedule, self.target_gzip, self.target_packed)
         is_cut = self.pattern in {CHANNEL, LAYERS} or (self.manifest is not None and URL.match(self.output))
-        return not (is_whole or any(modes) or is_cut)
+        return self.has_parts or not (is_whole or any(modes) or is_cut)
 
     def run(self, ctx: typer.Context) -> int:
         """Prune the model in the mode that its options select, and show what came of it."""
@@ -248,7 +271,7 @@ def selected_modes(options: Prune, request: PruneRequest) -> Mode:
         Mode.DATA: bool(request.data),
         Mode.RECIPE: options.recipe is not None,
         Mode.PART: bool(options.part),
-        Mode.PARTS: bool(options.part or options.on) or options.join,
+        Mode.PARTS: options.has_parts,
         Mode.JOIN: options.join,
     }
     return reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE)
@@ -276,7 +299,7 @@ def build_mode(
         mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
         return mode
-    if options.part or options.join or options.on:
+    if options.has_parts:
         return partial(_prune_parts, request, options, meter)
     settings: Any = {"method": check(request), "meter": meter, "allow_empty": options.allow_empty}
     run: Callable[..., Any] = partial(prune, **settings)
@@ -362,6 +385,8 @@ def prune_in_parts(
         raise UsageError(
             "only one of --part, --join and --on can be used", hint="--on does all; --join goes after the last --part"
         )
+    if request.data or request.is_packed or request.target_gzip or request.target_packed:
+        raise UsageError("the recipe cannot be used with --part, --join or --on: it needs the whole model at once")
     if options.on:
         load("prunectl.sweeping.workers:check")(options.on)
         check(request)
@@ -387,7 +412,7 @@ def _prune_weights(
     has_digests = options.manifest is not None
     if destination is not None and (URL.match(options.model) or destination.url):
         model = open_model(path)
-        if model.format == "shards" and model.folder is not None and options._is_streamed:  # noqa: SLF001
+        if model.format == "shards" and model.folder is not None and options.is_streamed:
             run = partial(load("prunectl.pruning.parts:prune_whole"), allow_empty=options.allow_empty)
         elif URL.match(options.model):
             load("prunectl.formats.remote:fetch")(path, lambda _: None)

@@ -94,7 +94,7 @@ class Ledger:
         task = self.read(_TASK)
         if task is None:
             raise UsageError(
-                f"{self.target} has no parts to join",
+                f"{self.target} has no parts to join, or is joined already",
                 hint="write them first: prunectl prune FOLDER -o OUT … --part 1/8",
             )
         is_whole = task.get("schema") == SCHEMA and type(task.get("parts")) is int and 0 < task["parts"] <= _MOST_PARTS
@@ -109,7 +109,10 @@ class Ledger:
         if "version" not in different and "request" in different:
             self._refuse_options(own["request"], noted["request"])
         if "parts" in different:
-            raise UsageError(f"{self.target} is made of {noted['parts']} parts, not of {own['parts']}")
+            raise UsageError(
+                f"{self.target} is made of {noted['parts']} parts, not of {own['parts']}",
+                hint=f"run --part I/{noted['parts']}, or remove {self.target} and start again",
+            )
         if "input" in different:
             raise InputError(
                 f"{model.folder} is not what the parts of {self.target} were made from: "
@@ -173,8 +176,10 @@ class Ledger:
             scratch.give(folder, self.target, {path: model.path.parent / path for path in beside}, model)
 
     def remove(self) -> None:
-        """Forget what was done: the model is whole."""
-        shutil.rmtree(self.folder)
+        """Forget what was done: the model is whole, also where this is killed halfway."""
+        gone = self.target / f".prunectl-{os.urandom(8).hex()}"
+        os.rename(self.folder, gone)
+        shutil.rmtree(gone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +248,8 @@ class BucketLedger(Ledger):
         self.place.put(model.path, model.path.name)
 
     def remove(self) -> None:
-        """Forget what was done."""
+        """Forget what was done, first that there are parts."""
+        self.place.remove(BEGUN)
         self.place.remove(LEDGER)
 
 

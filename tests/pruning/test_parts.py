@@ -138,7 +138,7 @@ def test_a_part_is_not_done_twice(folder: Path) -> None:
     [
         (("-s", "60%", "--part", "2/2"), "sparsity is 0.6, but 0.5 in the parts of"),
         (("-s", "50%", "--scope", "layer", "--part", "2/2"), "scope is 'layer', but 'global' in"),
-        (("-s", "50%", "--part", "2/3"), "is made of 2 parts, not of 3"),
+        (("-s", "50%", "--part", "2/3"), "run --part I/2"),
         (("-s", "50%", "--part", "3/2"), "--part cannot be '3/2'"),
         (("-s", "50%", "--part", f"1/{'9' * 5000}"), "--part cannot be '1/99"),
         (("-s", "50%", "--part", "1/10000000"), "--part cannot be '1/10000000'"),
@@ -372,3 +372,62 @@ def test_a_note_that_says_what_cannot_be_is_refused(
     done = here("prune", folder, "-o", output, "-s", "50%", "--part", "1/2")
     assert done.code in {3, 5}
     assert sentence in done.err
+
+
+def test_a_recipe_goes_with_parts(folder: Path) -> None:
+    whole, output, record = (folder.parent / name for name in ("whole", "parts", "run.json"))
+    assert here("prune", folder, "-o", whole, "-s", "40%", "--manifest", record).code == 0
+    for last in (("--part", "1/2"), ("--part", "2/2"), ("--join",)):
+        done = here("prune", folder, "-o", output, "--recipe", record, *last)
+        assert done.code == 0, done.err
+    assert files_of(output) == files_of(whole)
+    prunectl.prune(folder, folder.parent / "python", recipe=record, part="1/1")
+    prunectl.prune(folder, folder.parent / "python", recipe=record, join=True)
+    assert files_of(folder.parent / "python") == files_of(whole)
+
+
+@pytest.mark.parametrize("choice", [{"is_packed": True}, {"target_gzip": 9000, "sparsity": None}, {"data": "a.npz"}])
+def test_a_recipe_that_needs_the_whole_model_has_no_parts(folder: Path, choice: dict[str, Any]) -> None:
+    record = folder.parent / "run.json"
+    assert here("prune", folder, "-o", folder.parent / "whole", "-s", "40%", "--manifest", record).code == 0
+    document = json.loads(record.read_text())
+    document["request"] |= choice
+    record.write_text(json.dumps(document))
+    done = here("prune", folder, "-o", folder.parent / "parts", "--recipe", record, "--part", "1/2")
+    assert done.code == 2
+    assert "needs the whole model at once" in done.err
+    assert not (folder.parent / "parts").exists()
+
+
+def test_a_join_that_was_killed_at_its_end_leaves_a_whole_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = folder.parent / "parts"
+    assert here("prune", folder, "-o", output, "-s", "50%", "--part", "1/1").code == 0
+
+    remove = shutil.rmtree
+
+    def killed(place: Path, **settings: Any) -> None:
+        if not (place / "task.json").exists():
+            remove(place, **settings)
+            return
+        (place / "task.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        assert here("prune", folder, "-o", output, "--join").code == 130
+    assert not (output / ".prunectl-parts").exists()
+    assert "has no parts to join, or is joined already" in here("prune", folder, "-o", output, "--join").err
+    again = here("prune", folder, "-o", output, "-s", "50%", "--part", "1/1")
+    assert again.code == 2
+    assert "exists" in again.err
+    # What is left of the notes is not taken for a part of the model.
+    assert here("prune", output, "-o", folder.parent / "more", "-s", "70%").code == 0
+    assert sorted(files_of(folder.parent / "more")) == sorted(files_of(folder))
+
+
+def test_a_manifest_of_parts_that_are_joined_at_a_url_is_refused_at_once(folder: Path) -> None:
+    for mode in ("--join", "--on=ray"):
+        done = here("prune", folder, "-o", "memory://recorded/parts", mode, "--manifest", folder.parent / "run.json")
+        assert done.code == 2
+        assert "--manifest cannot be used with" in done.err
+        assert "leave out --manifest" in done.err
