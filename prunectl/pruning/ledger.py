@@ -27,7 +27,9 @@ from prunectl.formats.patch import patch_files
 from prunectl.formats.places import LibraryPlace
 from prunectl.formats.remote import UPLOADS
 from prunectl.formats.safe_json import parse_object, read_object, write_object
-from prunectl.pruning.request import OPTIONS
+from prunectl.plugins import source_file
+from prunectl.pruning.plan import MIN_SIZE
+from prunectl.pruning.request import OPTIONS, PruneRequest
 
 SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"
@@ -256,6 +258,13 @@ class BucketLedger(Ledger):
 def _is_missing(error: InputError) -> bool:
     """Whether an object is not there, rather than not to be reached now."""
     return isinstance(error.__cause__, FileNotFoundError)
+
+
+def code_files(request: PruneRequest) -> list[Path]:
+    """The files of the strategy and of the policy of a request, where they are not built in."""
+    policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
+    files = source_file("strategy", request.strategy), source_file("policy", policy)
+    return [file for file in files if file is not None]
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.atomic import check_parent, write_text
 from prunectl.formats.safe_json import read_object
-from prunectl.plugins import check_untrusted, find, source_file
+from prunectl.plugins import check_untrusted, find
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
@@ -396,13 +396,6 @@ def code_specs(request: PruneRequest) -> tuple[str, ...]:
     policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
     data = "" if _RANDOM_DATA.match(request.data) else request.data
     return request.strategy, policy, data, request.loss, request.model, request.custom_objects
-
-
-def code_files(request: PruneRequest) -> list[Path]:
-    """The files of the strategy and of the policy of a request, where they are not built in."""
-    policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
-    files = source_file("strategy", request.strategy), source_file("policy", policy)
-    return [file for file in files if file is not None]
 
 
 def names_code(request: PruneRequest) -> bool:
