@@ -27,6 +27,7 @@ from prunectl.api.keywords import (
     SweepOptions,
     as_keywords,
     check_type,
+    local_path,
     names,
     parse_keywords,
     parse_text,
@@ -438,8 +439,7 @@ def sweep(
 
 
 def _path(path: AnyPath, name: str = "model") -> Path:
-    check_type(name, path, AnyPath)
-    return Path(path)
+    return local_path(name, path)
 
 
 def _destination(path: AnyPath | None, *, force: bool, in_place: bool) -> Destination | None:

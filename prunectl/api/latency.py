@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
 
 from prunectl.api.in_memory import named_objects
@@ -15,7 +14,7 @@ from prunectl.api.keywords import (
     EvaluateOptions,
     Names,
     as_keywords,
-    check_type,
+    local_path,
     parse_keywords,
 )
 from prunectl.api.results import EngineResult, EvaluationResult, OnProgress, meter_of
@@ -73,14 +72,12 @@ def bench(
 
     ``prunectl.bench("model.onnx", "small.onnx", batch_size=[1, 16])``. ``on_progress`` is called after each batch size.
     """
-    for path in (model, *others):
-        check_type("model", path, AnyPath)
+    paths = [local_path("model", path) for path in (model, *others)]
     parsed = parse_keywords("bench", BenchOptions, options)
     if (sizes := parsed.get("batch_size")) is not None:
         parsed["batch_size"] = ",".join(map(str, [sizes] if isinstance(sizes, int) else sizes))
     with named_objects(parsed) as named:
         request = benching.parse_request(named)
-        paths = [Path(path) for path in (model, *others)]
         return BenchResult.of(benching.bench(paths, request, meter_of(on_progress)))
 
 
@@ -94,10 +91,10 @@ def evaluate(
     ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", builder=Net)``. ``on_progress`` is called after each
     batch, with the number of examples.
     """
-    check_type("model", model, AnyPath)
+    path = local_path("model", model)
     if data is None:
         raise UsageError("no data is given", hint="write prunectl.evaluate('model.h5', 'test.npz')")
     with named_objects({**parse_keywords("evaluate", EvaluateOptions, options), "data": data}) as named:
         request = parse_request(named)
-        result = evaluate_file(Path(model), request, meter_of(on_progress))
+        result = evaluate_file(path, request, meter_of(on_progress))
     return EvaluationResult.of(result, path=str(model))

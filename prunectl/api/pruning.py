@@ -216,7 +216,7 @@ def _prune(
 ) -> PruneResult | ChannelResult | BlocksResult | PartResult:
     """Prune in the mode that the options select; conflicts are those of the command."""
     request, limits, manifest = wish
-    check_options(_context(), replace(options, trust=False), selected_modes(options, request))
+    _check(options, wish, destination)
     output = "" if destination is None else str(destination.target)
     if options.wrap or options.schedule:
         wrapped = wrap(options, request)(path, destination)
@@ -253,6 +253,17 @@ def _prune(
     if manifest is not None and destination is not None:
         write_manifest(manifest, result)
     return PruneResult.of(result, output=output, **more)
+
+
+def _check(
+    options: Prune, wish: tuple[PruneRequest, Mapping[str, Any], Path | None], destination: Destination | None
+) -> None:
+    """Refuse options that do not go together, as the command does."""
+    request, _, manifest = wish
+    typed = replace(options, trust=False, manifest=manifest)
+    if destination is not None:
+        typed = replace(typed, force=destination.is_forced, in_place=destination.is_in_place)
+    check_options(_context(), typed, selected_modes(options, request))
 
 
 def _in_parts(

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import prunectl
 from prunectl.api.pruning import PartResult, PruneResult
-from prunectl.errors import InputError
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.places import LibraryPlace
 from prunectl.pruning.ledger import BucketLedger
 from prunectl.pruning.parts import shares
@@ -432,3 +432,31 @@ def test_a_manifest_of_parts_that_are_joined_at_a_url_is_refused_at_once(folder:
         assert done.code == 2
         assert "--manifest cannot be used with" in done.err
         assert "leave out --manifest" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"part": "1/2", "manifest": "run.json"}, "manifest goes with join"),
+        ({"part": "1/2", "force": True}, "force cannot be used with part"),
+        ({"part": "1/2", "in_place": True}, "in_place cannot be used with part"),
+        ({"wrap": True, "manifest": "run.json"}, "manifest cannot be used with wrappers"),
+    ],
+)
+def test_python_refuses_what_the_command_refuses(folder: Path, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        prunectl.prune(folder, folder.parent / "parts", sparsity="50%", **options)
+    assert sorted(os.listdir(folder.parent)) == ["model"]
+
+
+def test_python_says_that_it_reads_no_urls(folder: Path) -> None:
+    for call in (
+        lambda: prunectl.inspect("memory://b/model"),
+        lambda: prunectl.prune("memory://b/model", folder.parent / "out", sparsity="50%"),
+        lambda: prunectl.prune(folder, "memory://b/out", sparsity="50%"),
+        lambda: prunectl.evaluate("memory://b/model", "test.npz"),
+        lambda: prunectl.bench("memory://b/model"),
+    ):
+        with pytest.raises(UsageError, match="is a URL, which only the command reads and writes"):
+            call()
+    assert sorted(os.listdir(folder.parent)) == ["model"]
