@@ -1,6 +1,7 @@
 """The ledger of a model folder that is pruned in parts: what was asked for, and of each shard what was done.
 
-It lies beside the shards, in a file of a few kilobytes for each of them, so that parts share nothing but the folder.
+It lies beside the shards, in files of its own for each of them, so that parts share nothing but the folder: kilobytes
+of what was done, and where all layers are ranked together up to a megabyte a pass of how the scores are distributed.
 A shard is known again by its size and the time of its last change, which costs nothing however big it is; by its
 digest where it has another time, as after a copy.
 """

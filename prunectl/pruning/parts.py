@@ -413,8 +413,8 @@ class _Task:
     def check_total(self, counts: Mapping[str, TensorCounts]) -> None:
         """Check that all parts together pruned as many weights as was planned."""
         dropped = sum(count.dropped for count in counts.values())
-        is_exact = isinstance(self.method.pattern, BlockPattern) or self.request.nan == "zero"
-        if dropped != self.plan.drop and not is_exact:
+        is_exact = not isinstance(self.method.pattern, BlockPattern) and self.request.nan != "zero"
+        if is_exact and dropped != self.plan.drop:
             raise WorkError(f"{dropped} weights of {self.model.folder} were pruned instead of {self.plan.drop}")
 
     def stats(self, rows: Mapping[str, Sequence[int]], *, has_digests: bool) -> tuple[ModelStats, ModelStats]:
