@@ -465,6 +465,31 @@ def test_what_is_no_address_is_told(url: str) -> None:
     assert "is no address" in done.err or "no host given" in done.err
 
 
+def test_after_one_failure_nobody_waits_for_what_the_server_sends_slowly(server: Server, folder: Path) -> None:
+    (folder / "model-00001-of-00006.safetensors").unlink()
+    sent = []
+
+    def slow(handler: BaseHTTPRequestHandler, body: bytes, begin: int, size: int) -> bool:
+        if not handler.path.endswith("safetensors"):
+            return False
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {begin}-{begin + len(body) - 1}/{size}")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b"x")
+                sent.append(handler.path)
+                time.sleep(0.1)
+        return True
+
+    server.answer = slow
+    done = here("inspect", f"{server.url}/model/model.safetensors.index.json")
+    assert done.code == 3
+    assert "model-00001-of-00006.safetensors does not exist" in done.err
+    assert len(sent) < 150
+
+
 def test_names_on_a_web_server_are_quoted(server: Server, folder: Path, tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     name = "m\u00f6 #1?50%41.safetensors"
