@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import prunectl
 from prunectl.api.pruning import PartResult, PruneResult
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError, UntrustedError, UsageError
 from prunectl.formats.places import LibraryPlace
 from prunectl.pruning.ledger import BucketLedger
 from prunectl.pruning.parts import shares
@@ -261,8 +261,12 @@ def test_the_join_runs_no_code_that_only_the_notes_name(folder: Path) -> None:
     assert "names code that prunectl would run" in done.err
     assert "--trust" in done.err
     assert not mark.exists()
-    shutil.copytree(output, folder.parent / "copy")
+    with pytest.raises(UntrustedError, match="names code"):
+        prunectl.prune(folder, output, join=True)
+    for name in ("copy", "python"):
+        shutil.copytree(output, folder.parent / name)
     assert here("prune", folder, "-o", output, "--join", "--trust").code == 0
+    prunectl.prune(folder, folder.parent / "python", join=True, trust=True)
     # Who types the same options has named the code.
     assert here("prune", folder, "-o", folder.parent / "copy", *words, "--join").code == 0
     assert mark.exists()
