@@ -69,7 +69,7 @@ def test_shards_keep_their_names_and_their_index(llama: Path) -> None:
         save_file({name: weights[name] for name in part}, llama / f"model-{number:05}-of-00002.safetensors")
         index |= dict.fromkeys(part, f"model-{number:05}-of-00002.safetensors")
     (llama / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    assert here("prune", "llama", "-o", "small", "-s", "50%", cwd=llama.parent).code == 0
+    assert here("prune", "llama", "-o", "small", "-s", "50%", "--scope", "layer", cwd=llama.parent).code == 0
     before, after = files_of(llama), files_of(llama.parent / "small")
     assert after.keys() == before.keys()
     assert {name for name in before if before[name] != after[name]} == set(index.values())
