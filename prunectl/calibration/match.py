@@ -190,9 +190,14 @@ class OutputMatcher:
         self._prepare(model)
         return self.match(model, examples, _masks(model, {}, self._first))
 
+    @property
+    def _batch_size(self) -> int:
+        """As was asked for, unless the outputs of so many examples are too much at once, as those of long texts are."""
+        return min(self.request.batch_size, len(as_tuple(self.batches[0].x)[0]))
+
     def _compared(self, examples: Examples) -> tuple[DistilledOutput, ...]:
         """How each output is compared with the dense one; what is taken for logits is told."""
-        rows = np.arange(min(len(examples.inputs[0]), self.request.batch_size))
+        rows = np.arange(min(len(examples.inputs[0]), self._batch_size))
         pruned = self.network.predict(examples.inputs_of(rows))
         signature = self.network.signature
         # What predicts the next token ends in logits, however unsure of it it is.
@@ -205,7 +210,7 @@ class OutputMatcher:
         network, seed, count = self.network, self.request.seed, len(examples.inputs[0])
         order = np.random.default_rng((seed, count)).permutation(count)
         held, rows = order[: count // HELD], order[count // HELD :]
-        size = min(self.request.batch_size, len(rows))
+        size = min(self._batch_size, len(rows))
         steps = self.request.repair_steps or STEPS
         # What is left over in an epoch comes in another: a batch of one has no statistics.
         config = TrainConfig(steps, len(rows) // size, size, seed, "linear")
@@ -256,7 +261,7 @@ class OutputMatcher:
 
     def _divergence(self, examples: Examples, rows: Array, compared: Sequence[DistilledOutput]) -> float:
         """How far the outputs for some examples are from the dense ones: what training makes small."""
-        total, size = 0.0, self.request.batch_size
+        total, size = 0.0, self._batch_size
         for begin in range(0, len(rows), size):
             part = rows[begin : begin + size]
             found = as_tuple(self.network.predict(examples.inputs_of(part)))

@@ -169,6 +169,8 @@ def prune(
     )
     with closing(session):
         notes = session.notes
+        if reconstructs and scope is Scope.GLOBAL and model.folder is not None and not request.model:
+            notes += ("The whole model was loaded; with --scope layer it is gone through one block at a time.",)
         reconstructor: Reconstructor | None = None
         if reconstructs:
             params = method.strategy.params

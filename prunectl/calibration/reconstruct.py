@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -226,7 +229,8 @@ class Reconstructor:
         initial = values
         if self.strategy and _supports_obs(tensor, method, met.sums):
             initial, dropped = self._operated(values, met.statistics, int(np.count_nonzero(dropped)), method)
-        return self._refitted(values, initial, dropped, met.statistics, has_bias=has_bias), dropped
+        # What is zero already stays zero, also where less is to go than there are zeros.
+        return self._refitted(values, initial, dropped | (weights == 0), met.statistics, has_bias=has_bias), dropped
 
     def _operated(
         self, values: Float64Array, cross_statistics: CrossByOutputs, drop: int, method: PruningMethod
@@ -298,30 +302,52 @@ class BlockwiseReconstructor(Reconstructor):
         assert isinstance(self.calibration, BlockwiseCalibration)
         self.skipped.clear()
         self.biases.clear()
-        solved: dict[str, Solved] = {}
-        for number, part in self.calibration.parts(has_reference=True):
-            own = tuple(cut for cut in plan.cuts if self.calibration.network.part_of(cut.tensor.name) == number)
-            if not own:
-                continue
-            block = Reconstructor(part, self.strategy, self.is_repaired, self.damp, self.block)
-            for name, (values, dropped) in block.fit(model, replace(plan, cuts=own), method).items():
-                solved[name] = _in_a_file(values), _in_a_file(dropped)
-            self.skipped += block.skipped
-            self.biases |= block.biases
-        return solved
+        with closing(_ArraysInFile()) as kept:
+            for number, part in self.calibration.parts(has_reference=True):
+                own = tuple(cut for cut in plan.cuts if self.calibration.network.part_of(cut.tensor.name) == number)
+                if not own:
+                    continue
+                block = Reconstructor(part, self.strategy, self.is_repaired, self.damp, self.block)
+                for name, (values, dropped) in block.fit(model, replace(plan, cuts=own), method).items():
+                    kept.add(name, values, dropped)
+                self.skipped += block.skipped
+                self.biases |= block.biases
+            return kept.views()
 
 
-_SMALL = 1 << 20
+_ALIGNMENT = 64
 
 
-def _in_a_file(array: Array) -> Array:
-    """A read-only view of a file without a name, unless the array is small."""
-    if array.nbytes < _SMALL:
-        return array
-    with tempfile.TemporaryFile(prefix="prunectl-") as file:
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        file.flush()
-        return np.memmap(file, array.dtype, "r", shape=array.shape)
+class _ArraysInFile:
+    """Tensors in one file without a name, which is mapped once: as many files of their own could not be open."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="prunectl-")  # noqa: SIM115 - closed by close
+        self._places: dict[str, list[tuple[int, np.dtype[Any], tuple[int, ...]]]] = {}
+
+    def add(self, name: str, *arrays: Array) -> None:
+        """Write the arrays of a tensor behind those of the others."""
+        for array in arrays:
+            begin = self._file.tell()
+            self._places.setdefault(name, []).append((begin, array.dtype, array.shape))
+            self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+
+    def close(self) -> None:
+        """Let go of the file; views of it stay."""
+        self._file.close()
+
+    def views(self) -> dict[str, Solved]:
+        """Read-only views of all that was written, by tensor."""
+        self._file.flush()
+        whole = np.memmap(self._file, np.uint8, "r") if self._places else np.zeros(0, np.uint8)
+        return {
+            name: tuple(  # type: ignore[misc]
+                whole[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+                for begin, dtype, shape in places
+            )
+            for name, places in self._places.items()
+        }
 
 
 def _correctable_bias(

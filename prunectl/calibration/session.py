@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -285,7 +286,13 @@ class BlockwiseCalibration(Calibration):
         found = []
         for number in range(self.network.parts - 1):
             self.network.open(number, has_copy=False)
-            found.append(1 - self.network.advance(number))
+            influence = 1 - self.network.advance(number)
+            if not math.isfinite(influence):
+                raise WorkError(
+                    f"what comes out of block {number} is NaN or infinite; nothing was written",
+                    hint="check that the model has no NaN: prunectl inspect",
+                )
+            found.append(influence)
         return found
 
 

@@ -80,6 +80,8 @@ MAX_MODULE_BUFFER_BYTES = 1 << 30
 """Tables beside the weights, such as masks of all positions, that such a config may ask for."""
 MAX_TOKENIZER_BYTES = 256 << 20
 """The files of a tokenizer; those of a million tokens take 40 MB."""
+MAX_TEXT_GROWTH = 64
+"""How many times as long the normalizer of a tokenizer may make a text by what it puts in; those in use: a few."""
 MAX_TEXT_BYTES = 256 << 20
 """Text that is tokenised; calibration looks at a few megabytes."""
 

@@ -33,6 +33,7 @@ from prunectl.formats.families import (
 from prunectl.formats.registry import open_model, recognise
 from prunectl.formats.safe_json import read_object, write_object
 from prunectl.formats.safetensors import header_without_tensors, unchanged_entry, write_entries
+from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.block_config import BlockCut, shortened
 from prunectl.pruning.destination import Destination
@@ -137,6 +138,10 @@ def check(request: PruneRequest) -> None:
     for option, field in others.items():
         if getattr(request, field) != getattr(plain, field):
             raise UsageError(f"{option} cannot be used with --pattern layers, which removes whole blocks")
+    data_options = (request.loss, request.samples, request.batch_size)
+    if request.loss or (not request.data and data_options != ("", SAMPLES, BATCH_SIZE)):
+        option = "--loss" if request.loss else "--samples or --batch-size without --data"
+        raise UsageError(f"{option} has no effect with --pattern layers", hint="leave it out")
     amounts = [request.blocks is not None, request.sparsity is not None, bool(request.only)]
     if sum(amounts) != 1:
         raise UsageError(

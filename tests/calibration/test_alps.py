@@ -90,6 +90,17 @@ def test_a_network_without_gradients_answers_nearer_to_the_dense_one(tmp_path: P
     assert off["alps"] < off["obs"]
 
 
+@pytest.mark.parametrize("words", [("--strategy", "obs"), ("--strategy", "alps"), ("--repair", "--scope", "layer")])
+def test_zeros_of_the_input_stay_where_less_is_to_go_than_there_are(words: tuple[str, ...], tmp_path: Path) -> None:
+    sparse, out = tmp_path / "sparse.onnx", tmp_path / "out.onnx"
+    assert here("prune", FIXTURES / "digits_cnn.onnx", "-o", sparse, "-s", "80%").code == 0
+    done = here("prune", sparse, "-o", out, "-s", "50%", *words, "--data", DIGITS, "--samples", "64")
+    assert done.code == 0, done.err
+    before, after = numbers(sparse), numbers(out)
+    for name in ("conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"):
+        assert not after[name][before[name] == 0].any(), name
+
+
 def test_the_command_takes_patterns_and_damping_and_nothing_else(tmp_path: Path) -> None:
     words = ("--strategy", "alps", "--data", DIGITS, "--samples", "64")
     model, out = FIXTURES / "digits_cnn.onnx", tmp_path / "out.onnx"

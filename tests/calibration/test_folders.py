@@ -343,6 +343,7 @@ def test_nothing_is_fetched_and_the_program_around_may_go_on_to(
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"num_attention_heads": 10**9}, "num_attention_heads is"),
+        ({"depths": [3_000_000, 2]}, "depths is 3000000"),
         ({"num_hidden_layers": 2}, ""),
         ({"num_hidden_layers": 4}, "no tensor"),
         ({"hidden_size": 1 << 40}, ""),
@@ -368,6 +369,33 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(
     assert done.code in {0, 2, 3}
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_tokenizer_that_makes_a_text_many_times_as_long_is_refused(
+    home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    path = tmp_path / "odd" / "tokenizer.json"
+    step = {"type": "Replace", "pattern": {"String": " "}, "content": "xyz"}
+    whole = json.loads(path.read_text()) | {"normalizer": {"type": "Sequence", "normalizers": [step] * 9}}
+    path.write_text(json.dumps(whole))
+    done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
+    assert done.code == 3
+    assert "19,683 times as long" in done.err
+
+
+def test_a_block_that_gives_no_numbers_is_not_taken_for_the_least_important(
+    home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    (path,) = (tmp_path / "odd").glob("*.safetensors")
+    arrays = load_file(path)
+    arrays["model.layers.0.mlp.down_proj.weight"][0, 0] = float("inf")
+    save_file(arrays, path, {"format": "pt"})
+    words = ("--pattern", "layers", "--blocks", "1", "--strategy", "block-influence")
+    done = here("prune", tmp_path / "odd", "-o", tmp_path / "out", *words, "--data", home / "test.txt")
+    assert done.code == 5
+    assert "block 0 is NaN or infinite" in done.err
 
 
 def test_tables_that_only_a_config_asks_for_are_refused(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:

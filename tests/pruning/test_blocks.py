@@ -284,6 +284,7 @@ def test_what_goes_by_its_number_may_lose_its_last_blocks(tmp_path: Path) -> Non
         (("--blocks", "1", "--strategy", "lamp"), "the strategy lamp cannot be used with --pattern layers"),
         (("--blocks", "1", "--strategy", "magnitude"), "the strategy magnitude cannot be used with --pattern layers"),
         (("--blocks", "1", "--scope", "global"), "--scope cannot be used with --pattern layers"),
+        (("--blocks", "1", "--samples", "8"), "has no effect with --pattern layers"),
         (("--blocks", "1", "--exclude", "a"), "--exclude cannot be used with --pattern layers"),
         (("--blocks", "1", "--max-drop", "1pp", "--data", "x"), "cannot be used with --pattern layers"),
     ],

@@ -47,6 +47,8 @@ def open_text(spec: DataSpec, signature: ModelSignature | None, *_: object) -> I
             f"{path} is text, but the model does not come in a folder with a tokenizer",
             hint=f"name the folder of the model, or save token ids; {GRAMMAR}",
         )
+    if "field" in spec.options and path.suffix != ".jsonl":
+        raise UsageError(f"field has no effect on {path}", hint="leave it out, or use .jsonl")
     ids = _ids_in(path) if path.suffix == ".npy" else _tokenised(spec, text)
     return sequences(spec, ids, text)
 
@@ -60,6 +62,8 @@ def sequences(spec: DataSpec, ids: Array, text: TextInput) -> IndexedSource:
             hint="use the data of this model's own tokenizer",
         )
     notes = []
+    if ids.ndim != 1 and spec.int_option("length") is not None:
+        raise UsageError(f"length has no effect on {spec.where}, which holds sequences already", hint="leave it out")
     if ids.ndim == 1:
         ids, note = _rows(spec, ids, text)
         notes.append(note)
@@ -193,6 +197,7 @@ def load_tokenizer(text: TextInput) -> Any:
             nbytes += path.stat().st_size
     if nbytes > budgets.MAX_TOKENIZER_BYTES:
         raise InputError(f"the tokenizer in {text.folder} is refused: it has {nbytes:,} bytes")
+    _check_growth(text.folder)
     try:
         with quiet_logging(), ignore_warnings(), offline():
             return library.AutoTokenizer.from_pretrained(
@@ -200,6 +205,29 @@ def load_tokenizer(text: TextInput) -> Any:
             )
     except BaseException as error:
         raise _failed(error, f"the tokenizer in {text.folder} cannot be opened") from error
+
+
+def _check_growth(folder: Path) -> None:
+    """Refuse a tokenizer whose normalizer may make a text many times as long."""
+    path = real_file(folder, "tokenizer.json")
+    if path is None:
+        return
+    try:
+        whole = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON") from error
+    steps, factor = [whole.get("normalizer") if isinstance(whole, dict) else None], 1
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
+            content = step.get("content", step.get("prepend", ""))
+            factor *= max(len(content), 1) if isinstance(content, str) else 1
+    if factor > budgets.MAX_TEXT_GROWTH:
+        raise InputError(
+            f"{path} is refused: its normalizer may make a text {factor:,} times as long",
+            hint="without it, save token ids: --data ids.npy",
+        )
 
 
 def _failed(error: BaseException, what: str) -> BaseException:

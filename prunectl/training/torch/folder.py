@@ -131,12 +131,19 @@ def _check_config(model: ModelFile, config: Mapping[str, Any]) -> None:
             raise InputError(f"{where} is refused: {abbreviated(key)} is {number}, which does not fit its weights")
 
 
+_STAGES = frozenset({"depths", "num_block_repeats"})
+
+
 def _counts(value: Any) -> Iterator[tuple[str, int]]:
     """Yield what counts layers, heads, experts and classes in a config and its parts."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             name = str(key)
-            if type(inner) is int and (name in COUNTS or name.startswith(("num_", "n_")) or name.endswith("layers")):
+            # How often the blocks of each stage are repeated, as in vision models.
+            if isinstance(inner, list) and inner and all(type(number) is int for number in inner):
+                if name in _STAGES or name.startswith(("num_", "n_")) or name.endswith(("layers", "depths", "repeats")):
+                    yield from ((name, number) for number in inner)
+            elif type(inner) is int and (name in COUNTS or name.startswith(("num_", "n_")) or name.endswith("layers")):
                 yield name, inner
             else:
                 yield from _counts(inner)

@@ -122,6 +122,9 @@ def test_more_text_than_is_tokenised_is_refused_before_it_is_read(tmp_path: Path
 def test_sequences_longer_than_the_model_takes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     np.save(tmp_path / "rows.npy", np.zeros((3, 9), np.int64))
+    for spec in (f"{tmp_path}/a.txt?field=b", f"{tmp_path}/rows.npy?length=4"):
+        with pytest.raises(UsageError, match="has no effect on"):
+            batch(spec, signature())
     for spec in (f"{tmp_path}/a.txt?length=9", f"{tmp_path}/rows.npy"):
         with pytest.raises(UsageError, match="the model takes"):
             batch(spec, signature(longest=5))
