@@ -306,7 +306,8 @@ def test_words_that_make_no_sense_are_refused(words: tuple[str, ...], message: s
 
 
 def test_more_examples_are_used_than_to_look_at_layers_unless_it_is_said() -> None:
-    assert parse_request({"repair": True}) == parse_request({"repair": "layers"}) == PruneRequest(is_repaired=True)
+    plain = PruneRequest(is_repaired=True, scope="global")
+    assert parse_request({"repair": True}) == parse_request({"repair": "layers"}) == plain
     found = parse_request({"repair": "outputs", "data": "x.npz"})
     assert (found.samples, found.batch_size, found.is_matched, found.is_repaired) == (4096, 64, True, False)
     assert parse_request({"repair": "outputs", "samples": 128, "batch_size": 32}).samples == 128
