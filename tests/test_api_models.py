@@ -116,7 +116,7 @@ class Scale(keras.layers.Layer):  # type: ignore[misc]
 
 def test_layers_of_ones_own_need_no_words() -> None:
     dense = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(32), Scale(), keras.layers.Dense(4)])
-    pruned = prunectl.prune(dense, sparsity=0.5)
+    pruned = prunectl.prune(dense, sparsity=0.5, scope="layer")
     assert isinstance(pruned.layers[1], Scale)
     assert np.mean(pruned.layers[0].get_weights()[0] == 0) == 0.5
 

@@ -122,7 +122,10 @@ def test_exit_4_when_a_package_is_missing_with_the_line_that_brings_it() -> None
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("torch", ("finetune", FIXTURES / "digits_cnn.pt", "-o", "out.pt", "--data", "random:8")),
+        (
+            "torch",
+            ("finetune", FIXTURES / "digits_cnn.pt", "-o", "out.pt", "--data", "random:8", "--builder", "os:open"),
+        ),
         ("tf_keras", ("finetune", FIXTURES / "digits_cnn.h5", "-o", "out.h5", "--data", "random:8")),
         ("onnx", ("prune", FIXTURES / "digits_cnn.onnx", "-o", "out.onnx", "--pattern", "channel", "-s", "50%")),
         ("onnx", ("inspect", FIXTURES / "digits_cnn.onnx", "--groups")),

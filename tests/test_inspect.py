@@ -298,7 +298,9 @@ def test_weights_that_are_in_a_file_twice_are_named_with_both_places(layout: str
     root, trained, average = TWICE[layout]
     torch.save({name: _copied(one) for name, one in root.items()}, tmp_path / "m.pt")
     found = here("inspect", tmp_path / "m.pt", "--format", "human")
-    pruned = here("prune", tmp_path / "m.pt", "-s", "50%", "-o", tmp_path / "out.pt", "--format", "human")
+    pruned = here(
+        "prune", tmp_path / "m.pt", "-s", "50%", "--scope", "layer", "-o", tmp_path / "out.pt", "--format", "human"
+    )
     for done in (found, pruned):
         assert done.code == 0, done.err
         text = " ".join(f"{done.out} {done.err}".split())
