@@ -29,8 +29,7 @@ from prunectl.formats.places import LibraryPlace
 from prunectl.formats.remote import UPLOADS
 from prunectl.formats.safe_json import parse_object, read_object, write_object
 from prunectl.plugins import source_file
-from prunectl.pruning.plan import MIN_SIZE
-from prunectl.pruning.request import OPTIONS, PruneRequest
+from prunectl.pruning.request import OPTIONS, PruneRequest, code_specs
 
 SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"
@@ -263,8 +262,8 @@ def _is_missing(error: InputError) -> bool:
 
 def code_files(request: PruneRequest) -> list[Path]:
     """The files of the strategy and of the policy of a request, where they are not built in."""
-    policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
-    files = source_file("strategy", request.strategy), source_file("policy", policy)
+    strategy, policy, *_ = code_specs(request)
+    files = source_file("strategy", strategy), source_file("policy", policy)
     return [file for file in files if file is not None]
 
 

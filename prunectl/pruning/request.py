@@ -125,16 +125,16 @@ def parse_request(options: Mapping[str, Any], *, is_by_layer: bool = False) -> P
         is_clustered = given.get("cluster") and all(given.get(amount) is None for amount in _AMOUNTS)
         is_by_layer = is_by_layer or bool(given.get("layers") or is_clustered)
         strategy, pattern = str(given.get("strategy", default)), str(given.get("pattern", ""))
-        given["scope"] = default_scope(strategy, pattern, has_layers=is_by_layer)
+        given["scope"] = default_scope(strategy, pattern, is_by_layer=is_by_layer)
     return from_json(given)
 
 
-def default_scope(strategy: str, pattern: str = "", *, has_layers: bool = False) -> str:
+def default_scope(strategy: str, pattern: str = "", *, is_by_layer: bool = False) -> str:
     """The scope where none is typed: global if scores of different layers mean the same, else layer.
 
     Zeros in a pattern, and sparsities for single layers, are the same share of each layer anyway.
     """
-    is_free = pattern in {"", UNSTRUCTURED} and not has_layers
+    is_free = pattern in {"", UNSTRUCTURED} and not is_by_layer
     is_comparable = any(known.name == strategy and known.is_comparable for known in STRATEGIES)
     return str(Scope.GLOBAL if is_free and is_comparable else Scope.LAYER)
 

@@ -446,8 +446,8 @@ def test_one_block_at_a_time_gives_what_the_whole_model_gives(
 ) -> None:
     folder, data = made(name), ("--data", f"{home}/corpus.txt?length=24", "--samples", "20", "--batch-size", "8")
     seen: list[object] = []
-    begin = blockwise.BlockwiseModel.begin
-    monkeypatch.setattr(blockwise.BlockwiseModel, "begin", lambda *words: (seen.append(words[0]), begin(*words)))
+    begin = blockwise.TorchBlockwise.begin
+    monkeypatch.setattr(blockwise.TorchBlockwise, "begin", lambda *words: (seen.append(words[0]), begin(*words)))
     done = here("prune", folder, "-o", tmp_path / "blocks", *data, *words)
     assert done.code == 0, done.err
     assert seen

@@ -359,10 +359,9 @@ def test_a_single_file_and_every_other_mode_are_fetched_and_uploaded_whole(memor
     assert here("prune", "memory://bucket/m.safetensors", "--in-place", "-s", "50%").code == 2
 
 
-def test_a_full_bucket_is_told_and_what_was_written_is_no_model(
-    folder: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    room = iter(range(9))
+def fill(memory: Any, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Let a bucket be full after so many files."""
+    room = iter(range(after))
     opened = type(memory).open
 
     def full(self: Any, path: str, mode: str = "rb", **options: Any) -> Any:
@@ -371,6 +370,12 @@ def test_a_full_bucket_is_told_and_what_was_written_is_no_model(
         return opened(self, path, mode, **options)
 
     monkeypatch.setattr(type(memory), "open", full)
+
+
+def test_a_full_bucket_is_told_and_what_was_written_is_no_model(
+    folder: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(memory, monkeypatch, after=9)
     done = here("prune", folder, "-o", "memory://bucket/out", "-s", "50%")
     assert done.code == 5
     assert "cannot be written: [Errno 28] No space left" in done.err
@@ -427,15 +432,7 @@ def test_a_model_that_is_replaced_by_force_is_none_until_all_of_the_new_one_is_t
 ) -> None:
     upload(memory, folder, "/bucket/out")
     assert here("export", folder, "-o", tmp_path / "two", "--shard-size", "40KB").code == 0
-    room = iter(range(2))
-    opened = type(memory).open
-
-    def full(self: Any, path: str, mode: str = "rb", **options: Any) -> Any:
-        if mode == "wb" and next(room, None) is None:
-            raise OSError(28, "No space left on device")
-        return opened(self, path, mode, **options)
-
-    monkeypatch.setattr(type(memory), "open", full)
+    fill(memory, monkeypatch, after=2)
     words = ("prune", tmp_path / "two", "-o", "memory://bucket/out", "-s", "50%", "--force")
     record = tmp_path / "record.json"
     done = here(*words, "--json", "--manifest", record)

@@ -63,7 +63,7 @@ class _Call:
         return block(hidden, *self.args, **self.more)
 
 
-class BlockwiseModel:
+class TorchBlockwise:
     """The model of a folder with the weights of one block in memory, as SparseGPT goes through it.
 
     The hidden states of all batches are held between two blocks: those of the model as it is, and those of the model
@@ -231,7 +231,7 @@ class _Part:
         return {name: inside[self.names[name]] for name in names if self.names.get(name) in inside}
 
 
-def open_blockwise(model: ModelFile, origin: LoadOptions) -> BlockwiseModel | None:
+def open_blockwise(model: ModelFile, origin: LoadOptions) -> TorchBlockwise | None:
     """A model that is run one block at a time; None where its family or what it takes does not allow it."""
     kind = read_config(model, CONFIG).get("model_type")
     family = family_of(kind) if isinstance(kind, str) else None
@@ -246,4 +246,4 @@ def open_blockwise(model: ModelFile, origin: LoadOptions) -> BlockwiseModel | No
         for path, module in network.module.inner.named_modules()
         if isinstance(module, torch.nn.ModuleList) and pattern.fullmatch(path)
     ]
-    return BlockwiseModel(network, *lists[0]) if len(lists) == 1 and len(lists[0][1]) else None
+    return TorchBlockwise(network, *lists[0]) if len(lists) == 1 and len(lists[0][1]) else None
