@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -21,7 +20,7 @@ from zlib import crc32
 
 import numpy as np
 
-from benchmarks.timing import PRUNECTL, PYTHON, show
+from benchmarks.timing import PRUNECTL, PYTHON, output_of, show
 
 DATA = Path(os.environ.get("BENCH_DATA", "../shared/data"))
 SAMPLES = 512
@@ -176,16 +175,9 @@ def _text(folder: Path) -> None:
 
 
 def _accuracies(folder: Path, net: str, test: Path, models: list[Path]) -> list[float]:
-    out = _run(PYTHON, "-c", _JUDGE, folder, net, test, *models)
+    out = output_of(PYTHON, "-c", _JUDGE, folder, net, test, *models)
     found: list[float] = json.loads(out.splitlines()[-1])
     return found
-
-
-def _run(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout
 
 
 def run(nets: Sequence[str] = tuple(EPOCHS)) -> None:
@@ -200,7 +192,7 @@ def run(nets: Sequence[str] = tuple(EPOCHS)) -> None:
             if not train.is_file():
                 print(f"calibration: {train} is not there, nothing to train {net} on")
                 continue
-            _run(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
+            output_of(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
             options = "?norm=unit" if home is DATA else ""
             _table(folder, net, f"{train}{options}", test)
 
@@ -228,7 +220,7 @@ def matched(nets: Sequence[str] = ("Mlp", "Cnn")) -> None:
         folder = Path(name)
         (folder / "nets.py").write_text(_NETS)
         for net in nets:
-            _run(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
+            output_of(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
             _match(folder, net, train, test)
 
 
@@ -245,7 +237,7 @@ def scopes(nets: Sequence[str] = tuple(SCOPES_EPOCHS)) -> None:
             if not train.is_file():
                 print(f"scopes: {train} is not there, nothing to train {net} on")
                 continue
-            _run(PYTHON, "-c", _TRAIN, folder, net, train, SCOPES_EPOCHS[net])
+            output_of(PYTHON, "-c", _TRAIN, folder, net, train, SCOPES_EPOCHS[net])
             rows += _by_scope(folder, net, str(train), test)
     show("scopes: magnitude, no data", ("net", "scope", *(f"{sparsity:.0%}" for sparsity in SCOPED)), rows)
 
@@ -263,7 +255,7 @@ def _by_scope(folder: Path, net: str, train: str, test: Path) -> list[tuple[str,
         rows.append((net, title, *(f"{one:.2%}" for one in _accuracies(folder, net, test, made))))
     made = [folder / f"{net}-floor-{sparsity}.pt" for sparsity in SCOPED]
     for sparsity, target in zip(SCOPED, made, strict=True):
-        _run(PYTHON, "-c", _FLOORED, model, target, sparsity, "words", "places")
+        output_of(PYTHON, "-c", _FLOORED, model, target, sparsity, "words", "places")
     rows.append((net, "global, 1 % of each left", *(f"{one:.2%}" for one in _accuracies(folder, net, test, made))))
     return rows
 
@@ -294,7 +286,7 @@ def _pruned(
     data = ("--data", train, "--samples", samples, *size, *own) if looks else ()
     made = folder / f"{net}-{sparsity}.pt"
     left = LOOKED_UP if net == "Text" else ()
-    _run(PRUNECTL, "prune", model, "-o", made, "--force", "--allow-empty", "-s", sparsity, *words, *left, *data)
+    output_of(PRUNECTL, "prune", model, "-o", made, "--force", "--allow-empty", "-s", sparsity, *words, *left, *data)
     return made
 
 

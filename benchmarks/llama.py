@@ -22,7 +22,7 @@ from zlib import crc32
 
 import numpy as np
 
-from benchmarks.timing import PYTHON, cost, show
+from benchmarks.timing import PYTHON, cost, output_of, show
 
 HOME = Path(os.environ.get("BENCH_LLAMA", Path(tempfile.gettempdir()) / "prunectl-llama"))
 LLMCOMPRESSOR = os.environ.get("BENCH_LLMCOMPRESSOR", "")
@@ -314,19 +314,12 @@ def _others(model: Path, data: Path) -> dict[str, dict[str, float]]:
             outs = []
             for number, (sparsity, pattern) in enumerate(SHAPES.values()):
                 out, share = Path(folder) / f"{name}{number}", str(float(sparsity.rstrip("%") or 50) / 100)
-                _run(*words, script, model, out, data, share, pattern)
+                output_of(*words, script, model, out, data, share, pattern)
                 outs.append(out)
-            values = json.loads(_run(PYTHON, "-c", _JUDGE, HOME, *outs).splitlines()[-1])
+            values = json.loads(output_of(PYTHON, "-c", _JUDGE, HOME, *outs).splitlines()[-1])
             found[name] = dict(zip(SHAPES, values, strict=True))
             _tell(f"{name}, {data.stem}: {values}")
     return found
-
-
-def _run(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout
 
 
 def _shown(values: Sequence[float]) -> str:

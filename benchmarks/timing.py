@@ -58,3 +58,11 @@ def show(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None
     print(f"\n## {title}\n")
     for line in (head, tuple("---" for _ in head), *rows):
         print("| " + " | ".join(line) + " |", flush=True)
+
+
+def output_of(*words: object) -> str:
+    """What a command prints, which must not fail."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return done.stdout

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Generator, Hashable, Iterable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from prunectl.checks.lazy_stats import LazyModelStats
 from prunectl.checks.parse import Budget, MaxDropRule
@@ -18,9 +21,12 @@ from prunectl.training.evaluate import Evaluation, evaluate_baseline
 from prunectl.training.max_drop import MaxDrop, check_max_drop, improvement
 from prunectl.training.request import FinetuneRequest, parse_metrics
 
+Subject = TypeVar("Subject", bound=Hashable)
+Result = TypeVar("Result")
 
-class AccuracyChecker:
-    """How good models are, each judged once on the same data."""
+
+class RunningChecker:
+    """What budgets that run models have in common: each is run once with the same options, in a config's folder."""
 
     def __init__(self, folder: Path, file: str, *, is_trusted: bool = False) -> None:
         self._folder = folder
@@ -28,17 +34,47 @@ class AccuracyChecker:
         self._file = file
         self._is_trusted = is_trusted
         """Whether code may run that the budgets name, or that comes with a model."""
-        self._evaluations: dict[tuple[str, FinetuneRequest], Evaluation | PrunectlError] = {}
+        self._results: dict[Hashable, Any] = {}
+
+    @contextmanager
+    def _at(self, line: int) -> Generator[None]:
+        """Name a line of the config in an error."""
+        try:
+            yield
+        except PrunectlError as error:
+            raise type(error)(
+                f"{self._file}:{line}: {error.message}", hint=error.hint, did_you_mean=error.did_you_mean
+            ) from error
+
+    def _once(self, key: Subject, run: Callable[[Subject], Result]) -> Result:
+        """What came of a run, also if it failed."""
+        if key not in self._results:
+            self._results[key] = attempt(run, key)
+        result: Result | PrunectlError = self._results[key]
+        if isinstance(result, PrunectlError):
+            raise result
+        return result
+
+    def _check_code(self, data: str, others: Iterable[str], key: str) -> None:
+        """Refuse code that a key of the config names, unless it is trusted; random data are none."""
+        if not self._is_trusted:
+            check_untrusted(("" if data.startswith(RANDOM_PREFIX) else data, *others), key)
+
+    def _resolve(self, spec: str) -> str:
+        """A spec whose path is relative to the config, made relative to the working directory."""
+        path = spec.partition("?")[0]
+        file = path.rpartition(":")[0] or path
+        is_path = bool(file) and (self._folder / file).exists()
+        return os.path.join(os.path.relpath(self._folder), spec) if is_path else spec
+
+
+class AccuracyChecker(RunningChecker):
+    """How good models are, each judged once on the same data."""
 
     def check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
         """Evaluate max-drop; an error names its line in the config."""
-        try:
+        with self._at(drop.limit.line):
             return self._check(stats, drop=drop, budget=budget)
-        except PrunectlError as error:
-            location = f"{self._file}:{drop.limit.line}"
-            raise type(error)(
-                f"{location}: {error.message}", hint=error.hint, did_you_mean=error.did_you_mean
-            ) from error
 
     def _check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
         request = self._request(drop)
@@ -62,31 +98,11 @@ class AccuracyChecker:
         )
 
     def _evaluate(self, path: str, request: FinetuneRequest) -> Evaluation:
-        key = path, request
-        if key not in self._evaluations:
-            self._evaluations[key] = attempt(lambda model_path: evaluate_baseline(model_path, request), Path(path))
-        evaluation = self._evaluations[key]
-        if isinstance(evaluation, PrunectlError):
-            raise evaluation
-        return evaluation
+        return self._once((path, request), lambda key: evaluate_baseline(Path(key[0]), key[1]))
 
     def _request(self, drop: MaxDropRule) -> FinetuneRequest:
         means = TrainOptions(**parse_metrics((drop.metric,)))
-        data = resolve_spec(self._folder, drop.data)
-        if not self._is_trusted:
-            named = "" if data.startswith(RANDOM_PREFIX) else data
-            check_untrusted((named, *means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
-        origin = LoadOptions(
-            resolve_spec(self._folder, drop.model),
-            resolve_spec(self._folder, drop.custom_objects),
-            is_trusted=self._is_trusted,
-        )
+        data = self._resolve(drop.data)
+        self._check_code(data, (*means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
+        origin = LoadOptions(self._resolve(drop.model), self._resolve(drop.custom_objects), is_trusted=self._is_trusted)
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)
-
-
-def resolve_spec(folder: Path, spec: str) -> str:
-    """A spec whose path is relative to the folder of a config, made relative to the working directory."""
-    path = spec.partition("?")[0]
-    file = path.rpartition(":")[0] or path
-    is_path = bool(file) and (folder / file).exists()
-    return os.path.join(os.path.relpath(folder), spec) if is_path else spec

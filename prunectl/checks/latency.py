@@ -5,34 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from prunectl.checks.accuracy import resolve_spec
+from prunectl.checks.accuracy import RunningChecker
 from prunectl.checks.lazy_stats import LazyModelStats
 from prunectl.checks.parse import Budget, LatencyRule
 from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
-from prunectl.errors import PrunectlError, WorkError, attempt
+from prunectl.errors import WorkError
 from prunectl.exporting.bench import Benchmark, BenchRequest, bench, parse_request
-from prunectl.plugins import check_untrusted
-from prunectl.training.data.spec import RANDOM_PREFIX
 from prunectl.units import duration
 
 
-class LatencyChecker:
+class LatencyChecker(RunningChecker):
     """How fast models are, each measured once with the same options."""
-
-    def __init__(self, folder: Path, file: str, *, is_trusted: bool = False) -> None:
-        self._folder, self._file, self._is_trusted = folder, file, is_trusted
-        self._benchmarks: dict[tuple[tuple[str, ...], BenchRequest], Benchmark | PrunectlError] = {}
 
     def check(self, stats: LazyModelStats, *, rule: LatencyRule, budget: Budget) -> Finding:
         """Evaluate max-latency or min-speedup; an error names its line in the config."""
-        try:
+        with self._at(rule.limit.line):
             return self._check(stats, rule, budget)
-        except PrunectlError as error:
-            location = f"{self._file}:{rule.limit.line}"
-            raise type(error)(
-                f"{location}: {error.message}", hint=error.hint, did_you_mean=error.did_you_mean
-            ) from error
 
     def _check(self, stats: LazyModelStats, rule: LatencyRule, budget: Budget) -> Finding:
         limit, is_speedup = rule.limit, rule.limit.metric is MetricUnit.FACTOR
@@ -56,18 +45,10 @@ class LatencyChecker:
         )
 
     def _measure(self, names: tuple[str, ...], request: BenchRequest) -> Benchmark:
-        key = names, request
-        if key not in self._benchmarks:
-            self._benchmarks[key] = attempt(lambda paths: bench(list(map(Path, paths)), request), names)
-        benchmark = self._benchmarks[key]
-        if isinstance(benchmark, PrunectlError):
-            raise benchmark
-        return benchmark
+        return self._once((names, request), lambda key: bench(list(map(Path, key[0])), key[1]))
 
     def _request(self, rule: LatencyRule) -> BenchRequest:
-        if not self._is_trusted:
-            named = "" if rule.data.startswith(RANDOM_PREFIX) else rule.data
-            check_untrusted((named, rule.model, rule.custom_objects), rule.limit.name)
+        self._check_code(rule.data, (rule.model, rule.custom_objects), rule.limit.name)
         size = {} if rule.batch_size is None else {"batch_size": str(rule.batch_size)}
         return parse_request(
             {
@@ -75,9 +56,9 @@ class LatencyChecker:
                 "threads": rule.threads,
                 "seconds": rule.seconds,
                 "input": (rule.input,) if rule.input else (),
-                "data": resolve_spec(self._folder, rule.data),
-                "builder": resolve_spec(self._folder, rule.model),
-                "custom_objects": resolve_spec(self._folder, rule.custom_objects),
+                "data": self._resolve(rule.data),
+                "builder": self._resolve(rule.model),
+                "custom_objects": self._resolve(rule.custom_objects),
                 "trust": self._is_trusted,
             }
         )
