@@ -40,7 +40,8 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
             f"{_percent(zeros)} of the prunable weights are zero, yet the file is no smaller: in this format "
             f"a zero takes as many bytes as any other number. {_suggestion(stats)}"
         )
-    is_only_read = not Capability.WRITE & by_name(stats.format).can
+    row = by_name(stats.format)
+    is_only_read = not (Capability.WRITE & row.can or row.is_of_ranks)
     for part, sentence in _STRIPPABLE.items():
         if (share := shares.get(part, 0)) > _MENTIONED_SHARE:
             told = sentence.replace("`prunectl strip` removes it", "`prunectl export` leaves it out")

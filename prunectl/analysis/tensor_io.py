@@ -28,6 +28,8 @@ def blocks(model: ModelFile, tensor: Tensor) -> Iterator[Array]:
     if extent is not None and is_contiguous(tensor):
         begin = extent.offset + tensor.start * tensor.dtype.itemsize
         yield from extents.blocks(Extent(extent.path, begin, tensor.nbytes), tensor.dtype)
+    elif extent is None and model.stream is not None:
+        yield from model.stream(tensor)
     else:
         yield from iter_blocks(model.read(tensor))
 

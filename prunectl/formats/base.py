@@ -6,7 +6,7 @@ import importlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum, Flag, StrEnum, auto
@@ -251,6 +251,8 @@ class Format:
     """`module:function` that writes a copy without what a trained model does not need."""
     can_reencode: bool = False
     """Whether the writer can change what does not lie flat."""
+    is_of_ranks: bool = False
+    """Whether many processes wrote it, each its part: it is only read, and becomes another model."""
 
     @property
     def can(self) -> Capability:
@@ -276,6 +278,8 @@ class ModelFile:
     """Every file that the model consists of."""
     decode: Callable[[Tensor], Array] | None = None
     """Reads a tensor that has no flat extent."""
+    stream: Callable[[Tensor], Iterator[Array]] | None = None
+    """Yields such a tensor in C order piece by piece, where its parts lie flat: it may be bigger than memory."""
     duplicates: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the file holds once more, with the names of what they are copies of: they change together."""
     family: Family = Family.OTHER

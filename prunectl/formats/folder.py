@@ -27,10 +27,10 @@ _TRAINING_STATE = {
     StripPart.OPTIMIZER: re.compile(r"optimizer(_\d+)?\.(pt|bin)|(optimizer_\d+|global_step\d+)/.*"),
     StripPart.TRAINING: re.compile(
         r"(scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|trainer_state\.json|"
-        r"training_args\.bin|latest|zero_to_fp32\.py"
+        r"training_args\.bin|latest|zero_to_fp32\.py|meta\.pt"
     ),
 }
-"""What the Trainer of Hugging Face, Accelerate and DeepSpeed write to go on from, which a model needs no more."""
+"""What the Trainer of Hugging Face, Accelerate, Lightning and DeepSpeed write to go on from."""
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 """In its cache, Hugging Face keeps the files of a model in one folder, and links to them in another."""
 

@@ -115,6 +115,7 @@ FORMATS = (
         detect.is_distributed_checkpoint,
         "torch.distributed:open_checkpoint",
         writer="",
+        is_of_ranks=True,
     ),
     Format("diffusers", "pipeline of diffusers", ("",), detect.is_pipeline, "pipeline:open_pipeline"),
     Format(
@@ -169,8 +170,8 @@ IN_A_FOLDER = (
     "diffusion_pytorch_model.safetensors",
 )
 """Weights in a folder of Hugging Face, of an adapter, or of a part of a pipeline of diffusers."""
-_OF_MANY_RANKS = ".metadata"
-"""That of a distributed checkpoint; folders of Flutter and Eclipse have one too."""
+_OF_MANY_RANKS = (".metadata", "pytorch_model_fsdp_0/.metadata")
+"""That of a distributed checkpoint, or of Accelerate's; folders of Flutter and Eclipse have such a file too."""
 
 _CANNOT = {
     Capability.PACK: "the container has no compression of its own",
@@ -222,7 +223,7 @@ def resolve(path: Path) -> Path:
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")
     if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
-        return next((path / name for name in (*IN_A_FOLDER, _OF_MANY_RANKS) if os.path.isfile(path / name)), path)
+        return next((path / name for name in (*IN_A_FOLDER, *_OF_MANY_RANKS) if os.path.isfile(path / name)), path)
     return path
 
 
@@ -293,11 +294,11 @@ def _read_bytes(tensor: Tensor) -> int:
 def require(model: ModelFile, needs: Capability) -> None:
     """Refuse what a format cannot do, before any work begins."""
     row = by_name(model.format)
-    if needs & ~row.can and row.name == "torch-dcp":
+    if needs & ~row.can and row.is_of_ranks:
         what = model.folder or model.path
         raise InputError(
-            f"{what} is a distributed checkpoint, which prunectl only reads",
-            hint=f"make a model of it first: prunectl export {what} -o OUT",
+            f"{what} is a checkpoint of many ranks ({row.title}), which prunectl only reads",
+            hint=f"make a model of its weights first: prunectl strip {what} -o OUT",
         )
     if needs & ~row.can:
         raise InputError(f"{model.path} ({row.title}): {_CANNOT[needs if row.writer else Capability.WRITE]}")

@@ -1,14 +1,20 @@
-"""Stripping, from a file to a file."""
+"""Stripping, from a file to a file; of a checkpoint of many ranks, the weights become a model of safetensors."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.analysis.stats import ModelStats, measure_stats
-from prunectl.analysis.tensor_io import ProgressFactory, bitwise_equal, count_zeros, no_progress
-from prunectl.errors import WorkError
+from prunectl.analysis.tensor_io import ProgressFactory, bitwise_equal, blocks, count_zeros, no_progress
+from prunectl.errors import InputError, UsageError, WorkError, abbreviated
+from prunectl.formats import atomic, extents, scratch
 from prunectl.formats.base import (
     PARAMETRIZATION,
     WEIGHTS,
@@ -18,9 +24,14 @@ from prunectl.formats.base import (
     Role,
     StripOptions,
     StripPart,
+    Tensor,
+    dtype_name,
 )
-from prunectl.formats.folder import training_state
-from prunectl.formats.registry import by_name, load, open_model, require
+from prunectl.formats.extents import BLOCK_BYTES, BYTE, Extent, raw_bytes
+from prunectl.formats.folder import companions, copy_companions, training_state
+from prunectl.formats.patch import HALF, HALVED, to_float16
+from prunectl.formats.registry import FORMATS, by_name, load, open_model, require
+from prunectl.formats.safetensors import CODES, SafetensorsEntry, write_entries
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 
@@ -46,6 +57,8 @@ def strip(
 ) -> Stripped:
     """Write a copy without what inference does not need; without an output, into a scratch file."""
     model = open_model(path)
+    if by_name(model.format).is_of_ranks:
+        return _consolidate(model, options, output, is_packed=is_packed, meter=meter)
     require(model, Capability.PACK if is_packed else Capability.WRITE)
     # What has nothing to strip is copied, whatever the format.
     if options.to_half or model.about.wrappers or any(tensor.role not in WEIGHTS for tensor in model.tensors):
@@ -67,11 +80,138 @@ def strip(
         result = open_model(written)
         _verify(model, result, options, frozenset(thing.name for thing in removed))
         before, after = stats_for_report(model, meter), stats_for_report(result, meter)
-    if model.folder is not None:
-        sizes = {path: (model.folder / path).stat().st_size for path in left_out}
-        removed += tuple(RemovedItem(str(path), left_out[path], size) for path, size in sizes.items())
+    removed += _files_left_out(model, left_out)
     shown = replace(after, path=str(target)) if output is not None else after
     return Stripped(removed, before, shown, outputs.notes_on_folder(model, output))
+
+
+def _files_left_out(model: ModelFile, left_out: Mapping[Path, StripPart]) -> tuple[RemovedItem, ...]:
+    folder = model.folder or model.path.parent
+    return tuple(RemovedItem(str(path), part, (folder / path).stat().st_size) for path, part in left_out.items())
+
+
+_WEIGHTS, _SUFFIX = "model.safetensors", ".safetensors"
+
+
+def _consolidate(
+    model: ModelFile, options: StripOptions, output: Destination | None, *, is_packed: bool, meter: ProgressFactory
+) -> Stripped:
+    """Write the weights of a checkpoint of many ranks as safetensors: one file, or a folder with what lies beside."""
+    folder = model.folder or model.path.parent
+    is_file = output is not None and (output.to_stdout or output.target.suffix.lower() == _SUFFIX)
+    weights = tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS)
+    _check_consolidation(model, options, output, is_packed=is_packed)
+    source = replace(model, folder=None if is_file else folder)
+    left_out = training_state(source)
+    with _staged_weights(source, output, left_out) as written:
+        entries = sorted((_entry(model, tensor, options) for tensor in weights), key=_by_width)
+        write_entries(written, {"__metadata__": {"format": "pt"}}, entries)
+        result = open_model(written)
+        _compare(entries, result)
+        before = measure_stats(model, model.tensors, has_zeros=False)
+        after = stats_for_report(result, meter)
+    before = replace(before, path=str(model.folder or model.path))
+    if not options.to_half:
+        # The same bits have as many zeros: they are counted once.
+        before = replace(before, params=replace(after.params, prunable=before.params.prunable))
+    shown = after if output is None else replace(after, path=str(output.target))
+    removed = (*_removed_of_ranks(model), *_files_left_out(source, left_out))
+    return Stripped(removed, before, shown, companions(source).notes(folder))
+
+
+def _check_consolidation(
+    model: ModelFile, options: StripOptions, output: Destination | None, *, is_packed: bool
+) -> None:
+    """Refuse what does not go with weights of many ranks, before any work begins."""
+    source = model.folder or model.path
+    ranks = f"{source} is a checkpoint of many ranks, whose weights alone are written, as safetensors"
+    if is_packed:
+        raise UsageError(f"--pack cannot be used: {ranks}, which have no compression", hint="leave out --pack")
+    if not {StripPart.OPTIMIZER, StripPart.TRAINING} <= options.parts:
+        raise UsageError(f"--only cannot be used: {ranks}", hint="leave out --only")
+    if output is not None and output.is_in_place:
+        raise UsageError(f"--in-place cannot be used: {ranks}", hint="write -o OUT")
+    suffixes = {suffix for row in FORMATS for suffix in row.suffixes if suffix} - {_SUFFIX}
+    if output is not None and not output.to_stdout and output.target.suffix.lower() in suffixes:
+        raise UsageError(f"-o {output.target}: {ranks}", hint=f"prunectl export {source} -o {output.target}")
+    for tensor in model.tensors:
+        if tensor.role is Role.MASK:
+            raise InputError(
+                f"{source} holds the mask {abbreviated(tensor.name)}, which cannot be applied to the parts of ranks",
+                hint="call torch.nn.utils.prune.remove before it is saved",
+            )
+        if tensor.role in WEIGHTS and dtype_name(tensor.dtype) not in CODES:
+            raise InputError(f"{abbreviated(tensor.name)} of {source} is {tensor.dtype}, which safetensors cannot hold")
+    if not any(tensor.role in WEIGHTS for tensor in model.tensors):
+        raise InputError(f"{source} holds no weights")
+    if output is not None:
+        folder = None if output.target.suffix.lower() == _SUFFIX else source
+        apart = replace(model, files=(model.path,), folder=folder)
+        atomic.check_target(apart, output.target, is_forced=output.is_forced, is_in_place=False)
+
+
+@contextmanager
+def _staged_weights(
+    source: ModelFile, output: Destination | None, left_out: Mapping[Path, StripPart]
+) -> Generator[Path]:
+    """Yield where weights are written, so that they appear at the output with what lies beside the model."""
+    if output is None:
+        with scratch.temporary_folder() as folder:
+            yield folder / _WEIGHTS
+        return
+    with atomic.atomic_replace(output.target, may_replace=output.is_forced, model=source) as folder:
+        if source.folder is None:
+            yield folder / output.target.name
+            return
+        inside = folder / output.target.name
+        inside.mkdir()
+        yield inside / _WEIGHTS
+        copy_companions(source, inside, left_out)
+
+
+def _entry(model: ModelFile, tensor: Tensor, options: StripOptions) -> SafetensorsEntry:
+    """A weight as it is written, piece by piece."""
+    if options.to_half and tensor.dtype in HALVED:
+        return SafetensorsEntry(
+            tensor.name, HALF, tensor.shape, lambda: to_float16(blocks(model, tensor), model.path, tensor.name)
+        )
+    return SafetensorsEntry(tensor.name, tensor.dtype, tensor.shape, lambda: blocks(model, tensor))
+
+
+def _by_width(entry: SafetensorsEntry) -> tuple[int, str]:
+    """The order in which the format's own library writes: each then begins at a multiple of its width."""
+    return -entry.dtype.itemsize, entry.name
+
+
+def _compare(entries: Sequence[SafetensorsEntry], result: ModelFile) -> None:
+    """Read back what was written, and compare it with its source bit by bit."""
+    written = {tensor.name: tensor.storage.extent for tensor in result.tensors}
+    for entry in entries:
+        extent = written[entry.name]
+        if extent is None:
+            raise AssertionError
+        offset = extent.offset
+        for block in entry.blocks():
+            raw = np.frombuffer(raw_bytes(block), np.uint8)
+            for begin in range(0, raw.size, BLOCK_BYTES):
+                expected = raw[begin : begin + BLOCK_BYTES]
+                run = Extent(extent.path, offset + begin, expected.size)
+                if not all(np.array_equal(piece, expected) for piece in extents.blocks(run, BYTE)):
+                    raise WorkError(f"{entry.name} has different values in the output; nothing was written")
+            offset += raw.size
+
+
+def _removed_of_ranks(model: ModelFile) -> Iterator[RemovedItem]:
+    """Yield what the ranks saved beside the weights: the state of each optimizer, and all that is no tensor."""
+    rest = model.nbytes
+    states: Counter[str] = Counter()
+    for tensor in model.tensors:
+        rest -= tensor.storage.stored_bytes
+        if tensor.role not in WEIGHTS:
+            states[tensor.name.partition(".")[0]] += tensor.storage.stored_bytes
+    yield from (RemovedItem(name, StripPart.OPTIMIZER, nbytes) for name, nbytes in states.items())
+    if rest > 0:
+        yield RemovedItem("values beside the tensors", StripPart.TRAINING, rest)
 
 
 def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed: frozenset[str]) -> None:

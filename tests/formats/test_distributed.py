@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,8 +24,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from prunectl.formats.base import Role, Storage, Tensor
+from prunectl.formats.extents import Extent
 from prunectl.formats.registry import open_model
-from prunectl.formats.torch.distributed import _Part, _tiles
+from prunectl.formats.torch.distributed import _decode, _Part, _stream, _tiles
 from tests.running import here
 from tests.safety.cost import assert_refused_cheaply, cost
 
@@ -116,17 +120,115 @@ def test_inspect_needs_no_torch_and_tells_the_state_of_the_optimizer(saved: Path
     assert done.returncode == 0
     assert '"format": "torch-dcp"' in done.stdout
     assert "The optimizer state takes" in done.stdout
-    assert "`prunectl export` leaves it out." in done.stdout
+    assert "`prunectl strip` removes it." in done.stdout
     roles = {row[1]: row[2] for row in here("inspect", saved).rows}
     assert roles["model.layers.0.weight"] == "kernel"
     assert roles["optimizer.state.model.layers.0.weight.exp_avg"] == "optimizer"
 
 
-@pytest.mark.parametrize("words", [("prune", "-s", "50%"), ("strip",)])
-def test_what_is_only_read_says_what_to_do_first(saved: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    done = here(words[0], saved, "-o", tmp_path / "out", *words[1:])
+def test_what_is_only_read_says_what_to_do_first(saved: Path, tmp_path: Path) -> None:
+    done = here("prune", saved, "-o", tmp_path / "out", "-s", "50%")
     assert done.code == 3
-    assert f"prunectl export {saved} -o OUT" in done.err
+    assert f"prunectl strip {saved} -o OUT" in done.err
+
+
+def test_strip_leaves_the_weights_of_torchs_own_converter_and_says_what_went(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / "config.json").write_text("{}")
+    (folder / "rng_state_0.pth").write_bytes(b"random")
+    (folder / "meta.pt").write_bytes(b"epoch and callbacks, as Lightning keeps them")
+    dcp_to_torch_save(saved, tmp_path / "reference.pt")
+    reference = torch.load(tmp_path / "reference.pt", weights_only=True)["model"]
+    assert here("strip", folder, "-o", tmp_path / "out").code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == reference.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in reference.items()
+    )
+    removed = {name: (part, int(nbytes)) for name, part, nbytes in here("strip", folder, "--dry-run").rows}
+    assert removed["rng_state_0.pth"] == ("training", len(b"random"))
+    assert removed["meta.pt"][0] == "training"
+    # One moment of a matrix of 100 rows and 60 columns, and a step that takes a small archive of its own.
+    assert 100 * 60 * 4 + 4 <= removed["optimizer"][1] < 100 * 60 * 4 + 2000
+
+
+def test_strip_writes_one_file_or_halves_where_it_is_asked_for(saved: Path, tmp_path: Path) -> None:
+    assert here("strip", saved, "-o", tmp_path / "out.safetensors").code == 0
+    assert here("strip", saved / ".metadata", "-o", tmp_path / "half.safetensors", "--half").code == 0
+    whole, half = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "half.safetensors")
+    assert torch.equal(whole["model.layers.0.weight"].half(), half["model.layers.0.weight"])
+    assert half["model.layers.1.weight"].dtype is torch.bfloat16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.safetensors", "out.safetensors"]
+
+
+def test_a_dry_run_of_strip_writes_nothing(saved: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in saved.iterdir())
+    assert here("strip", saved, "--dry-run").code == 0
+    assert sorted(path.name for path in saved.iterdir()) == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("-o", "OUT.pt"), "prunectl export"),
+        (("-o", "OUT", "--pack"), "leave out --pack"),
+        (("-o", "OUT", "--only", "optimizer"), "leave out --only"),
+        (("--in-place",), "write -o OUT"),
+    ],
+)
+def test_what_strip_cannot_do_with_many_ranks_is_a_sentence(saved: Path, words: tuple[str, ...], hint: str) -> None:
+    done = here("strip", saved, *words)
+    assert done.code == 2
+    assert hint in done.err
+    assert not Path("OUT").exists()
+
+
+def test_strip_replaces_nothing_unless_it_is_told_to(saved: Path, tmp_path: Path) -> None:
+    assert here("strip", saved, "-o", tmp_path / "out").code == 0
+    assert here("strip", saved, "-o", tmp_path / "out").code == 2
+    assert here("strip", saved, "-o", tmp_path / "out", "--force").code == 0
+    assert here("strip", saved, "-o", saved / "out").code == 2
+    assert here("strip", saved, "-o", saved.parent).code == 2
+
+
+def test_a_checkpoint_of_accelerate_with_fsdp_is_found_in_its_folder(saved: Path, tmp_path: Path) -> None:
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        shutil.copytree(saved, tmp_path / f"checkpoint-100/{name}", ignore=shutil.ignore_patterns("config.json"))
+    (tmp_path / "checkpoint-100/tokenizer.json").write_text("{}")
+    (tmp_path / "checkpoint-100/scheduler.pt").write_bytes(b"schedule")
+    assert here("strip", tmp_path / "checkpoint-100", "-o", tmp_path / "out").code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tokenizer.json", "model.safetensors"}
+
+
+TILED = [
+    ((7, 5), [((0, 0), (3, 5)), ((3, 0), (4, 5))]),
+    ((7, 5), [((0, 0), (7, 2)), ((0, 2), (7, 3))]),
+    ((4, 6), [((0, 0), (2, 3)), ((2, 0), (2, 3)), ((0, 3), (4, 3))]),
+    ((5, 2, 3), [((0, 0, 0), (5, 1, 3)), ((0, 1, 0), (2, 1, 3)), ((2, 1, 0), (3, 1, 3))]),
+    ((9,), [((6,), (3,)), ((0,), (6,))]),
+    ((), [((), ())]),
+    ((0, 3), [((0, 0), (0, 3))]),
+]
+"""Shapes with boxes that tile them: by rows, by columns, by both, and unevenly."""
+
+
+@pytest.mark.parametrize(("shape", "parts"), TILED)
+def test_a_tensor_is_streamed_as_it_is_read(tmp_path: Path, shape: tuple[int, ...], parts: Any) -> None:
+    whole = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+    boxes = []
+    for number, (offsets, sizes) in enumerate(parts):
+        place = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        file = tmp_path / f"{number}.distcp"
+        torch.save(whole[place].clone(), file)
+        boxes.append(_Part(offsets, sizes, Extent(file, 0, file.stat().st_size)))
+    storage = Storage("a", whole.nbytes, None, whole.nbytes)
+    tensor = Tensor("a", "", shape, np.dtype(np.float32), Role.KERNEL, storage)
+    pieces = [piece.copy().reshape(-1) for piece in _stream(tmp_path, {"a": boxes}, tensor)]
+    flat = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
+    assert flat.tolist() == whole.reshape(-1).tolist()
+    assert _decode(tmp_path, {"a": boxes}, tensor).tolist() == whole.tolist()
 
 
 class Evil:
@@ -211,7 +313,8 @@ def without_a_beginning(metadata: Metadata) -> None:
 )
 def test_metadata_that_lies_is_refused_and_calls_nothing(own: Path, change: Any, message: str) -> None:
     rewritten(own, change)
-    for words in (("inspect", own), ("export", own, "-o", own.parent / "out")):
+    out = own.parent / "out"
+    for words in (("inspect", own), ("export", own, "-o", out), ("strip", own, "-o", out)):
         done = here(*words)
         assert done.code == 3
         assert message in done.err
@@ -235,9 +338,11 @@ def test_a_part_of_another_shape_than_it_should_have_is_refused(own: Path) -> No
         places[first], places[second] = places[second], places[first]
 
     rewritten(own, swap)
-    done = here("export", own, "-o", own.parent / "out")
-    assert done.code == 3
-    assert "is no float32 of shape" in done.err
+    for command in ("export", "strip"):
+        done = here(command, own, "-o", own.parent / "out")
+        assert done.code == 3
+        assert "is no float32 of shape" in done.err
+    assert not (own.parent / "out").exists()
 
 
 def deep(metadata: Metadata) -> bytes:

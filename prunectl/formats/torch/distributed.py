@@ -12,15 +12,15 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import product
+from functools import lru_cache, partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from prunectl.errors import InputError, UntrustedError, abbreviated
-from prunectl.formats import budgets, state_dict, zip_read
+from prunectl.formats import budgets, extents, state_dict, zip_read
 from prunectl.formats.base import (
     Array,
     ModelFile,
@@ -93,7 +93,7 @@ def open_checkpoint(path: Path) -> ModelFile:
     fields = _fields(path, program.value, _METADATA)
     most = max(budgets.MAX_SMALL_PARTS, allocated // budgets.PART_BYTES)
     entries = _dictionary(path, fields.get("state_dict_metadata"), most)
-    places, extents = _places(path, fields.get("storage_data"), most)
+    places, everything = _places(path, fields.get("storage_data"), most)
     _refuse_repeated(path, entries, most)
     parts: dict[str, list[_Part]] = {}
     found: list[Tensor] = []
@@ -107,10 +107,10 @@ def open_checkpoint(path: Path) -> ModelFile:
     keys = _object_paths(path, fields.get("planner_data"))
     named, sections = _named(found, keys)
     described = state_dict.describe(named, sections)
-    files = dict.fromkeys(extent.path for extent in extents)
+    files = dict.fromkeys(place.path for place in everything)
     used = {part.place for boxes in parts.values() for part in boxes}
     # By what reads are told apart, not by names: PyTorch may find other ones in a pickle that was made for that.
-    code = _code(path, [extent for extent in extents if extent not in used], scale)
+    code = _code(path, [place for place in everything if place not in used], scale)
     has_optimizer = any(tensor.role is Role.OPTIMIZER for tensor in described)
     about = ModelInfo(
         producer="pytorch (distributed checkpoint)",
@@ -118,7 +118,15 @@ def open_checkpoint(path: Path) -> ModelFile:
         optimizer="optimizer state" if has_optimizer else "",
         code=code,
     )
-    return ModelFile(path, "torch-dcp", described, about, (path, *files), partial(_decode, path, parts))
+    return ModelFile(
+        path=path,
+        format="torch-dcp",
+        tensors=described,
+        about=about,
+        files=(path, *files),
+        decode=partial(_decode, path, parts),
+        stream=partial(_stream, path, parts),
+    )
 
 
 def _allocated(folder: Path) -> int:
@@ -225,7 +233,7 @@ def _places(path: Path, value: Any, most: int) -> tuple[Places, Sequence[Extent]
     if not isinstance(value, PickleDict):
         raise InputError(f"{path} is damaged: it does not say where the tensors lie")
     found: dict[tuple[str, tuple[int, ...]], Extent] = {}
-    extents: dict[Extent, None] = {}
+    everything: dict[Extent, None] = {}
     sizes: dict[str, int] = {}
     for key, info in value.items:
         index = _fields(path, key, "MetadataIndex")
@@ -233,10 +241,10 @@ def _places(path: Path, value: Any, most: int) -> tuple[Places, Sequence[Extent]
         if not isinstance(name, str) or not (corner is None or _is_shape(corner)):
             raise InputError(f"{path} is damaged: it does not say which part of which tensor lies where")
         place = _place(path, name, _fields(path, info, "_StorageInfo"), sizes)
-        extents[place] = None
+        everything[place] = None
         if corner is not None:
             found[name, tuple(corner)] = place
-    return found, list(extents)
+    return found, list(everything)
 
 
 def _place(path: Path, key: str, where: Mapping[str, Any], sizes: dict[str, int]) -> Extent:
@@ -380,20 +388,78 @@ def _decode(path: Path, parts: Mapping[str, Sequence[_Part]], tensor: Tensor) ->
         return _read(path, tensor, boxes[0])
     whole = np.empty(tensor.shape, tensor.dtype)
     for part in boxes:
-        place = tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True))
-        whole[place] = _read(path, tensor, part)
+        whole[_box(part)] = _read(path, tensor, part)
     whole.flags.writeable = False
     return whole
 
 
-def _read(path: Path, tensor: Tensor, part: _Part) -> Array:
-    """The numbers of a part, if it is what the metadata says."""
-    archive = zip_read.open_part(part.place)
+def _box(part: _Part) -> tuple[slice, ...]:
+    return tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True))
+
+
+def _stream(path: Path, parts: Mapping[str, Sequence[_Part]], tensor: Tensor) -> Iterator[Array]:
+    """Yield a tensor in C order from its parts, each piece valid until the next: memory stays a few rows."""
+    boxes = {part: _run(_located(path, tensor, part)) for part in parts[tensor.storage.key] if math.prod(part.sizes)}
+    runs = {part: run for part, run in boxes.items() if run is not None}
+    if not tensor.shape or len(runs) < len(boxes):
+        yield _decode(path, parts, tensor)
+        return
+    ends = {end for part in runs for end in (part.offsets[0], part.offsets[0] + part.sizes[0])}
+    waiting = sorted(runs, key=lambda part: part.offsets, reverse=True)
+    across: dict[_Part, Extent] = {}
+    for begin, end in pairwise(sorted(ends)):
+        across = {part: run for part, run in across.items() if begin < part.offsets[0] + part.sizes[0]}
+        while waiting and waiting[-1].offsets[0] == begin:
+            part = waiting.pop()
+            across[part] = runs[part]
+        if len(across) == 1:
+            ((part, run),) = across.items()
+            yield from extents.blocks(_rows(part, run, begin, end), tensor.dtype)
+            continue
+        height = max(extents.BLOCK_BYTES * tensor.shape[0] // tensor.nbytes, 1)
+        for top in range(begin, end, height):
+            bottom = min(top + height, end)
+            slab = np.empty((bottom - top, *tensor.shape[1:]), tensor.dtype)
+            for part, run in across.items():
+                pieces = [piece.copy() for piece in extents.blocks(_rows(part, run, top, bottom), tensor.dtype)]
+                slab[:, *_box(part)[1:]] = np.concatenate(pieces).reshape(bottom - top, *part.sizes[1:])
+            yield slab
+
+
+def _run(part: Tensor) -> Extent | None:
+    """Where the numbers of a part lie, if they do so one after another."""
+    extent = part.storage.extent
+    if extent is None or part.strides is not None or part.storage.big_endian:
+        return None
+    return Extent(extent.path, extent.offset + part.start * part.dtype.itemsize, part.nbytes)
+
+
+def _rows(part: _Part, run: Extent, begin: int, end: int) -> Extent:
+    """Some rows of a part, counted in the whole tensor."""
+    row_bytes = run.nbytes // part.sizes[0]
+    return Extent(run.path, run.offset + (begin - part.offsets[0]) * row_bytes, (end - begin) * row_bytes)
+
+
+@lru_cache(maxsize=1 << 13)
+def _opened(path: Path, place: Extent) -> tuple[zip_read.Archive, tuple[Tensor, ...]]:
+    """What torch.save wrote at a place."""
+    archive = zip_read.open_part(place)
     source = torch_zip.pickle_source(archive, torch_zip.top_folder(archive), "data")
     _refuse_foreign(path, source.program.foreign_calls)
-    found, _ = torch_zip.tensors(part.place.path, source, {})
+    return archive, tuple(torch_zip.tensors(place.path, source, {})[0])
+
+
+def _located(path: Path, tensor: Tensor, part: _Part) -> Tensor:
+    """A part as a tensor of its own, if it is what the metadata says."""
+    _, found = _opened(path, part.place)
     if len(found) != 1 or (found[0].shape, found[0].dtype) != (part.sizes, tensor.dtype):
         what = f"{dtype_name(tensor.dtype)} of shape {format_shape(part.sizes)}"
         raise InputError(f"{part.place.path} is damaged: a part of {describe_value(tensor.name)} is no {what}")
+    return found[0]
+
+
+def _read(path: Path, tensor: Tensor, part: _Part) -> Array:
+    """The numbers of a part."""
+    located, (archive, _) = _located(path, tensor, part), _opened(path, part.place)
     opened = ModelFile(part.place.path, "torch", (), ModelInfo(), (part.place.path,), torch_zip.decoder(archive))
-    return opened.read(found[0])
+    return opened.read(located)
