@@ -77,7 +77,7 @@ from prunectl.formats.registry import open_model
 from prunectl.pruning import request as prune_request
 from prunectl.pruning import strip as stripping
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.request import read_record
+from prunectl.pruning.manifest import read_record
 from prunectl.sweeping import sweep as sweeping
 from prunectl.training import finetune as training
 from prunectl.training import request as finetune_request

@@ -10,38 +10,27 @@ from typing import Any, ClassVar
 
 import typer
 
-from prunectl.analysis.patterns import CHANNEL, LAYERS
+from prunectl.analysis.patterns import CHANNEL
 from prunectl.api.in_memory import is_in_memory, named_objects
 from prunectl.api.keywords import ChannelOptions, PartOptions, PruneOptions, RunOptions, parse_keywords
 from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
-from prunectl.channels import prune as cuts
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.commands._requests import CHANNEL_LIMITS, check_options
-from prunectl.commands.max_drop import prune_search, run_search
-from prunectl.commands.prune import Prune, influence_measure, prune_in_parts, selected_modes
-from prunectl.commands.wrap_options import wrap
+from prunectl.commands.max_drop import prune_search, prune_within
+from prunectl.commands.prune import Prune, build_mode, selected_modes
 from prunectl.errors import PrunectlError, UsageError
-from prunectl.pruning import blocks
 from prunectl.pruning.blocks import BlocksPruned
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.manifest import check_manifest, names_code, read_manifest, write_manifest
 from prunectl.pruning.parts import PartPruned
 from prunectl.pruning.prune import Pruned
-from prunectl.pruning.request import (
-    PruneRequest,
-    check_manifest,
-    names_code,
-    parse_request,
-    read_manifest,
-    write_manifest,
-)
-from prunectl.reporting.blocks import blocks_report
-from prunectl.reporting.channels import channels_report
+from prunectl.pruning.request import PruneRequest, parse_request
 from prunectl.reporting.max_drop import with_search
 from prunectl.reporting.prune import part_report, prune_report, wrap_report
 from prunectl.reporting.report import Report
+from prunectl.reporting.structured import blocks_report, channels_report
 from prunectl.reporting.sweep import trial_line
 from prunectl.sweeping.max_drop import SearchResult
-from prunectl.sweeping.requests import prune_by_request
 from prunectl.sweeping.trial import Trial, TrialResult
 from prunectl.training.wrap.prune import WrapResult
 from prunectl.units import count
@@ -173,21 +162,19 @@ def prune_file(
 ) -> PruneResult | ChannelResult | BlocksResult | PartResult:
     """Prune a file as the command does with the same options."""
     parsed = parse_keywords("prune", known, options)
-    manifest, recipe = (Path(parsed.pop(name)) if name in parsed else None for name in ("manifest", "recipe"))
+    files: dict[str, Any] = {name: Path(parsed.pop(name)) for name in ("manifest", "recipe", "tried") if name in parsed}
+    manifest, recipe = files.get("manifest"), files.get("recipe")
     if manifest is not None and destination is not None:
         check_manifest(manifest, [path, destination.target], is_forced=destination.is_forced)
     if recipe is not None:
         modes: dict[str, Any] = {name: parsed.pop(name) for name in ("part", "join", "on") if name in parsed}
-        for name in parsed:
+        for name in [*parsed, *(files.keys() & {"tried"})]:
             raise UsageError(f"{name} cannot be used with a recipe, which sets it already", hint=f"leave out {name}")
-        request, limits = read_manifest(recipe, is_trusted=is_trusted), {}
-        if request.pattern == CHANNEL:
-            limits = cuts.limits_in(recipe)
-        command, wish = Prune(model=str(path), trust=is_trusted, **modes), (request, limits, manifest)
-        return _prune(path, destination, command, wish, on_progress)
+        command = Prune(model=str(path), trust=is_trusted, **files, **modes)
+        return _prune(path, destination, command, (read_manifest(recipe, is_trusted=is_trusted), {}), on_progress)
     is_cut = parsed.get("pattern") == CHANNEL
     channel_options = (ChannelOptions.__annotations__.keys() if is_cut else {"allow_empty"}) & parsed.keys()
-    limits = {CHANNEL_LIMITS.get(name, name): parsed[name] for name in channel_options}
+    limits = {CHANNEL_LIMITS[name]: parsed[name] for name in channel_options - {"allow_empty"}}
     with named_objects({name: value for name, value in parsed.items() if name not in channel_options}) as named:
         if manifest is not None and is_in_memory(named.values()):
             raise UsageError("a manifest cannot name data or functions in memory", hint="save them in files")
@@ -202,88 +189,48 @@ def prune_file(
             field.name: parsed[field.name] for field in fields(Prune) if field.name in rest.keys() - _UNCHECKED
         }
         may_be_empty = bool(parsed.get("allow_empty"))
-        command = Prune(model=str(path), metric=metric, trust=is_trusted, allow_empty=may_be_empty, **typed, **choices)
+        command = Prune(
+            model=str(path), metric=metric, trust=is_trusted, allow_empty=may_be_empty, **files, **typed, **choices
+        )
         request = parse_request(rest, is_by_layer=command.wrap or bool(command.schedule))
-        return _prune(path, destination, command, (request, limits, manifest), on_progress)
+        return _prune(path, destination, command, (request, limits), on_progress)
 
 
 def _prune(
     path: Path,
     destination: Destination | None,
     options: Prune,
-    wish: tuple[PruneRequest, Mapping[str, Any], Path | None],
+    request_and_limits: tuple[PruneRequest, Mapping[str, Any]],
     on_progress: OnProgress,
 ) -> PruneResult | ChannelResult | BlocksResult | PartResult:
     """Prune in the mode that the options select; conflicts are those of the command."""
-    request, limits, manifest = wish
-    _check(options, wish, destination)
-    output = "" if destination is None else str(destination.target)
-    if options.wrap or options.schedule:
-        wrapped = wrap(options, request)(path, destination)
-        return PruneResult.of(wrapped.pruned, output=output, wrapped=wrapped)
-
-    if request.pattern == LAYERS:
-        measure = influence_measure(request, is_trusted=options.trust)
-        removed = blocks.prune_blocks(path, request, destination, has_digests=manifest is not None, measure=measure)
-        if manifest is not None and destination is not None:
-            blocks.write_manifest(manifest, removed)
-        return BlocksResult.of(removed, output=output)
-
-    if options.has_parts:
-        return _in_parts(path, destination, options, wish, on_progress)
-
-    def run(request: PruneRequest) -> Any:
-        has_digests = manifest is not None
-        # What a search has found by measuring it is good, whatever is left.
-        own = {**limits, "allow_empty": True} if options.max_drop else limits
-        settings: Any = {"is_trusted": options.trust, "limits": own, "has_digests": has_digests}
-        return prune_by_request(path, request, destination, **settings, meter=meter_of(on_progress))
-
-    if options.max_drop:
-        spec = prune_search(options, request, limits)
-        tried = Path(options.tried) if options.tried is not None else None
-        with run_search(path, spec.start(path, destination), tried, trial_teller(on_progress)) as found:
-            result, more = run(replace(spec.pruning, sparsity=found.best.sparsity)), {"search": found}
-    else:
-        result, more = run(request), {}
-    if isinstance(result, ChannelPruneResult):
-        if manifest is not None and destination is not None:
-            cuts.write_manifest(manifest, result, limits)
-        return ChannelResult.of(result, output=output, **more)
-    if manifest is not None and destination is not None:
-        write_manifest(manifest, result)
-    return PruneResult.of(result, output=output, **more)
-
-
-def _check(
-    options: Prune, wish: tuple[PruneRequest, Mapping[str, Any], Path | None], destination: Destination | None
-) -> None:
-    """Refuse options that do not go together, as the command does."""
-    request, _, manifest = wish
-    typed = replace(options, trust=False, manifest=manifest)
+    (request, limits), meter = request_and_limits, meter_of(on_progress)
+    typed = replace(options, trust=False)
     if destination is not None:
         typed = replace(typed, force=destination.is_forced, in_place=destination.is_in_place)
-    check_options(_context(), typed, selected_modes(options, request))
-
-
-def _in_parts(
-    path: Path,
-    destination: Destination | None,
-    options: Prune,
-    wish: tuple[PruneRequest, Mapping[str, Any], Path | None],
-    on_progress: OnProgress,
-) -> PruneResult | PartResult:
-    """Prune a part of the shards of a folder, or join all parts."""
-    request, _, manifest = wish
-    if destination is None:
+    context = typer.Context(importlib.import_module("prunectl.commands.prune").command)
+    check_options(context, typed, selected_modes(options, request))
+    if options.has_parts and destination is None:
         raise UsageError("no output is given", hint="name the folder that all parts write to")
-    bar = meter_of(on_progress)
-    done = prune_in_parts(path, request, options, destination, bar, has_digests=manifest is not None)
-    if isinstance(done, PartPruned):
-        return PartResult.of(done, output=str(destination.target))
-    if manifest is not None:
-        write_manifest(manifest, done)
-    return PruneResult.of(done, output=str(destination.target))
+    output = "" if destination is None else str(destination.target)
+    more: dict[str, Any] = {}
+    if options.max_drop:
+        spec = prune_search(options, request, limits)
+        run = prune_within(spec, options, limits, trial_teller(on_progress), meter)
+        result, more["search"] = run(path, destination)
+    else:
+        result = build_mode(options, request, limits, meter)(path, destination)
+    if isinstance(result, WrapResult):
+        return PruneResult.of(result.pruned, output=output, wrapped=result)
+    if isinstance(result, PartPruned):
+        return PartResult.of(result, output=output)
+    if options.manifest is not None and destination is not None:
+        write_manifest(options.manifest, result)
+    if isinstance(result, ChannelPruneResult):
+        return ChannelResult.of(result, output=output, **more)
+    if isinstance(result, BlocksPruned):
+        return BlocksResult.of(result, output=output)
+    return PruneResult.of(result, output=output, **more)
 
 
 def trial_teller(on_progress: OnProgress) -> Callable[[Trial, TrialResult | PrunectlError], None]:
@@ -295,8 +242,3 @@ def trial_teller(on_progress: OnProgress) -> Callable[[Trial, TrialResult | Prun
             one.advance(1)
 
     return tell
-
-
-def _context() -> typer.Context:
-    """The context of the command, by which its options are named."""
-    return typer.Context(importlib.import_module("prunectl.commands.prune").command)

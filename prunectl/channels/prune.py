@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, with_macs
 from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
@@ -19,7 +17,7 @@ from prunectl.channels.adapter import GraphAdapter, RemovedIndices, WrittenNetwo
 from prunectl.channels.config import ChannelConfig, parse_config
 from prunectl.channels.groups import ChannelGroup, PrunedGroup
 from prunectl.channels.importance import calibration_batches, importance_inputs, shapes_of_data
-from prunectl.channels.plan import ChannelPlan, Context, ShapeOf, macs, make_plan, removed_indices
+from prunectl.channels.plan import ChannelPlan, Context, ImportanceInputs, ShapeOf, macs, make_plan, removed_indices
 from prunectl.channels.rules import propagate
 from prunectl.channels.verify import Verification, measure_latency, verify
 from prunectl.errors import InputError, UsageError, WorkError
@@ -31,7 +29,7 @@ from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import SkippedTensor
-from prunectl.pruning.request import SCHEMA, PruneRequest, write_json
+from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strip import stats_for_report
 from prunectl.training.backend import LoadOptions
 
@@ -57,6 +55,8 @@ class ChannelPruneResult:
     """Files that were written with the model, such as its class, and their bytes."""
     builder: str = ""
     """The class in such a file, as `--builder` names it."""
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    """What was typed about channels, and which a request does not have."""
 
     @property
     def channels(self) -> int:
@@ -67,6 +67,20 @@ class ChannelPruneResult:
     def dropped(self) -> int:
         """The number of removed channels."""
         return sum(len(loss.dropped) for loss in self.pruned_groups)
+
+    def record(self) -> Mapping[str, object]:
+        """The removed channels, as a manifest lists them."""
+        return {
+            "limits": {**self.limits},
+            "channels": [
+                {"name": loss.group.name, "channels": len(loss.group), "dropped": list(loss.dropped)}
+                for loss in self.pruned_groups
+            ],
+            "removed": [
+                {"tensor": tensor, "axis": axis, "indices": indices.tolist()}
+                for (tensor, axis), indices in sorted(removed_indices(self.pruned_groups).items())
+            ],
+        }
 
 
 def prune_channels(
@@ -87,35 +101,6 @@ def prune_channels(
     allowed to be empty. Progress is counted in steps: planned, verified, written.
     """
     config = parse_config(request, **limits)
-    with ExitStack() as cutting:
-        return _prune(
-            path,
-            request,
-            output,
-            config,
-            meter=meter,
-            cutting=cutting,
-            has_digests=has_digests,
-            is_trusted=is_trusted,
-            has_latency=has_latency,
-            allow_empty=allow_empty,
-        )
-
-
-def _prune(
-    path: Path,
-    request: PruneRequest,
-    output: Destination | None,
-    config: ChannelConfig,
-    *,
-    meter: ProgressFactory,
-    cutting: ExitStack,
-    has_digests: bool,
-    is_trusted: bool,
-    has_latency: bool,
-    allow_empty: bool,
-) -> ChannelPruneResult:
-    bar = cutting.enter_context(meter(f"cutting channels of {path.name}", Items(3)))
     model = open_model(path)
     if request.is_matched:
         from prunectl.calibration.match import refuse_untrainable  # noqa: PLC0415 - most cuts train nothing
@@ -127,43 +112,39 @@ def _prune(
     origin = LoadOptions(
         request.model, request.custom_objects, is_trusted=is_trusted, seed=request.seed, inputs=request.inputs
     )
-    adapter = open_adapter(model, origin, shapes_of_data(request))
-    _check_companion_files(adapter, output)
-    trace = propagate(adapter.graph)
-    before = with_graph_macs(_stats(model), adapter, trace.shape)
 
     def inputs_of(groups: Sequence[ChannelGroup], weights: Mapping[str, Array]) -> Mapping[str, Array]:
         return importance_inputs(model, groups, weights, config.importance, request, is_trusted=is_trusted)
 
-    try:
-        plan = make_plan(Context(model, adapter, trace, before), config, inputs_of)
-    except UsageError as error:
-        raise UsageError(error.message, hint="\n".join(filter(None, (*adapter.assumptions, error.hint)))) from error
-    if not plan.removed and not allow_empty and not config.removes_nothing:
-        raise _removes_nothing_error(path, plan, config)
-    pruned = adapter.prune(plan.removed, plan.after, plan.weights)
-    bar.advance(1)
-    batches, notes = calibration_batches(model, adapter, request, config.importance)
-    verification = verify(adapter, pruned, plan, config.seed, batches)
-    if adapter.has_float64 and verification.error_float64 is None:
-        notes = (*notes, "The networks were compared in their own precision only: the original cannot run in float64.")
-    latencies = measure_latency(adapter, pruned, config.seed) if has_latency else ()
-    bar.advance(1)
     with outputs.staging_dir(model, output) as (folder, target):
-        written = adapter.write(pruned, folder, target)
-        staged = written.path
-        bar.advance(1)
-        cutting.close()
+        with meter(f"cutting channels of {path.name}", Items(3)) as bar:
+            adapter = open_adapter(model, origin, shapes_of_data(request))
+            _check_companion_files(adapter, output)
+            trace = propagate(adapter.graph)
+            before = with_graph_macs(_stats(model), adapter, trace.shape)
+            plan = _plan(Context(model, adapter, trace, before), config, inputs_of)
+            if not plan.removed and not allow_empty and not config.removes_nothing:
+                raise _removes_nothing_error(path, plan, config)
+            pruned = adapter.prune(plan.removed, plan.after, plan.weights)
+            bar.advance(1)
+            batches, notes = calibration_batches(model, adapter, request, config.importance)
+            verification = verify(adapter, pruned, plan, config.seed, batches)
+            if adapter.has_float64 and verification.error_float64 is None:
+                notes = (*notes, _NOT_IN_FLOAT64)
+            latencies = measure_latency(adapter, pruned, config.seed) if has_latency else ()
+            bar.advance(1)
+            written = adapter.write(pruned, folder, target)
+            bar.advance(1)
         if request.is_matched:
             notes += _match(model, adapter, request, (folder, target), meter, is_trusted=is_trusted)
         if request.is_packed or model.about.is_compressed:
             # One that was packed comes out packed.
-            outputs.pack(staged, folder)
+            outputs.pack(written.path, folder)
         _check_shapes(model, adapter, written, plan)
-        after = with_graph_macs(_stats(open_model(staged)), adapter, plan.after.shape, plan.removed)
+        after = with_graph_macs(_stats(open_model(written.path)), adapter, plan.after.shape, plan.removed)
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
-            after = replace(after, sha256=sizes.sha256(open_model(staged)))
+            after = replace(after, sha256=sizes.sha256(open_model(written.path)))
         companions = tuple((str(path), (folder / path.name).stat().st_size) for path in adapter.companion_files(target))
     display_path = str(target if output is not None else "the result")
     return ChannelPruneResult(
@@ -184,7 +165,20 @@ def _prune(
         latencies,
         companions if output is not None else (),
         f"{companions[0][0]}:{adapter.class_name}" if companions and adapter.class_name else "",
+        limits,
     )
+
+
+_NOT_IN_FLOAT64 = "The networks were compared in their own precision only: the original cannot run in float64."
+
+
+def _plan(context: Context, config: ChannelConfig, inputs_of: ImportanceInputs) -> ChannelPlan:
+    """The plan of a cut; what is wrong with it is told with what was assumed about the inputs."""
+    try:
+        return make_plan(context, config, inputs_of)
+    except UsageError as error:
+        assumptions = context.adapter.assumptions
+        raise UsageError(error.message, hint="\n".join(filter(None, (*assumptions, error.hint)))) from error
 
 
 def _match(
@@ -279,27 +273,6 @@ def with_graph_macs(
 
 LIMITS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
 """Words about channels that a request does not have."""
-
-
-def write_manifest(path: Path, result: ChannelPruneResult, limits: Mapping[str, Any]) -> None:
-    """Write the manifest of a cut that has hashed what it read and what it wrote."""
-    record = {
-        "schema": SCHEMA,
-        "tool": {"name": "prunectl", "version": __version__},
-        "request": asdict(result.request),
-        "limits": {name: value for name, value in limits.items() if name in LIMITS},
-        "input": {"format": result.before.format, "sha256": result.before.sha256},
-        "output": {"format": result.after.format, "sha256": result.after.sha256},
-        "channels": [
-            {"name": loss.group.name, "channels": len(loss.group), "dropped": list(loss.dropped)}
-            for loss in result.pruned_groups
-        ],
-        "removed": [
-            {"tensor": tensor, "axis": axis, "indices": indices.tolist()}
-            for (tensor, axis), indices in sorted(removed_indices(result.pruned_groups).items())
-        ],
-    }
-    write_json(path, record)
 
 
 def limits_in(path: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import PrunectlError, attempt
 from prunectl.plugins import check_untrusted
+from prunectl.pruning import RANDOM_PREFIX
 from prunectl.training.backend import LoadOptions, TrainOptions
-from prunectl.training.data.spec import RANDOM_PREFIX
 from prunectl.training.evaluate import Evaluation, evaluate_baseline
 from prunectl.training.max_drop import MaxDrop, check_max_drop, improvement
 from prunectl.training.request import FinetuneRequest, parse_metrics

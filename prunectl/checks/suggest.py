@@ -13,7 +13,7 @@ from pathlib import Path
 from prunectl.checks.baseline import BaselineEntry, snapshot
 from prunectl.checks.lazy_stats import LazyModelStats
 from prunectl.errors import InputError, PrunectlError, attempt
-from prunectl.formats.registry import FORMATS, recognise
+from prunectl.formats.registry import SUFFIXES, recognise
 
 _DIGITS = 3
 _SPARSE = 0.05
@@ -96,7 +96,6 @@ def _toml_string(value: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-_SUFFIXES = frozenset(suffix for row in FORMATS for suffix in row.suffixes if suffix)
 _SAVED_MODEL = "saved_model.pb"
 _INDEX = ".index.json"
 _SHARDED = (".safetensors", ".bin")
@@ -125,6 +124,6 @@ def _is_searched(folder: Path) -> bool:
 
 
 def _is_model(path: Path) -> bool:
-    if path.suffix.lower() not in _SUFFIXES or (path.suffix == ".json" and not path.name.endswith(_INDEX)):
+    if path.suffix.lower() not in SUFFIXES or (path.suffix == ".json" and not path.name.endswith(_INDEX)):
         return False
     return path.is_file() and not isinstance(attempt(recognise, path), PrunectlError)

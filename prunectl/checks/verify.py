@@ -14,7 +14,7 @@ from prunectl.checks.schema import MetricUnit
 from prunectl.errors import PrunectlError, attempt
 from prunectl.formats.base import Capability, ModelFile, Tensor
 from prunectl.formats.registry import by_name, load
-from prunectl.pruning.request import ManifestRecord, RecordedTensor
+from prunectl.pruning.manifest import ManifestRecord, RecordedTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from prunectl.errors import UsageError
 from prunectl.formats import atomic
 from prunectl.formats.registry import open_model
 from prunectl.plugins import group
-from prunectl.pruning.request import read_manifest
+from prunectl.pruning.manifest import read_manifest
 
 _EQUALS = "prunectl_equals"
 _HEAD = f"{_EQUALS} := =\n"

@@ -18,7 +18,7 @@ from prunectl.commands._command import STDIN, BaseCommand, add_options, option_g
 from prunectl.errors import UsageError
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.request import check_manifest
+from prunectl.pruning.manifest import check_manifest
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.units import parse_ratio, parse_size

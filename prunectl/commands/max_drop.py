@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from prunectl.analysis.patterns import CHANNEL, NMPattern
 from prunectl.analysis.stats import ModelStats
-from prunectl.commands.prune import PruneMode, build_mode
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
+from prunectl.commands.prune import build_mode, report_of
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.registry import by_name, load, open_model
@@ -82,16 +83,36 @@ class PruneSearch:
     """Whether weights are ranked by the data that the drop is measured on."""
 
 
-def search_mode(reporter: Reporter, options: Prune, request: PruneRequest, limits: Mapping[str, Any]) -> PruneMode:
-    """The mode that searches for the largest sparsity within a drop; conflicts are rejected before a file is opened."""
+def search_mode(
+    reporter: Reporter, options: Prune, request: PruneRequest, limits: Mapping[str, Any]
+) -> Callable[[Path, Destination | None], Report]:
+    """The search for the largest sparsity within a drop, with its report; conflicts are rejected before it opens."""
     spec = prune_search(options, request, limits)
     build_mode(options, replace(spec.pruning, sparsity=_LEAST_PRUNED), limits)
 
     def run(path: Path, destination: Destination | None) -> Report:
-        with run_search(path, spec.start(path, destination), options.tried, _teller(reporter)) as result:
-            best = replace(spec.pruning, sparsity=result.best.sparsity)
-            report = build_mode(replace(options, allow_empty=True), best, limits)(path, destination)
-            return with_search(report, result, request.data, looks_at_data=spec.looks_at_data)
+        result, search_result = prune_within(spec, options, limits, _teller(reporter))(path, destination)
+        report = report_of(result, options, spec.pruning, destination)
+        return with_search(report, search_result, request.data, looks_at_data=spec.looks_at_data)
+
+    return run
+
+
+def prune_within(
+    spec: PruneSearch,
+    options: Prune,
+    limits: Mapping[str, Any],
+    watcher: Watcher,
+    meter: ProgressFactory = no_progress,
+) -> Callable[[Path, Destination | None], tuple[Any, SearchResult]]:
+    """What prunes to the sparsity that a search finds, and also returns the search."""
+
+    def run(path: Path, destination: Destination | None) -> tuple[Any, SearchResult]:
+        with run_search(path, spec.start(path, destination), options.tried, watcher) as search_result:
+            best = replace(spec.pruning, sparsity=search_result.best.sparsity)
+            # What is found by measuring it is good, whatever is left.
+            mode = build_mode(replace(options, allow_empty=True), best, limits, meter)
+            return mode(path, destination), search_result
 
     return run
 

@@ -38,11 +38,12 @@ from prunectl.formats.detect import URL, public
 from prunectl.formats.registry import open_model
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.manifest import read_manifest, write_manifest
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.prune import Pruned, prune
-from prunectl.pruning.request import OPTIONS, PruneRequest, Repair, check, parse_request, read_manifest, write_manifest
-from prunectl.reporting.prune import part_report, prune_report
+from prunectl.pruning.prune import prune
+from prunectl.pruning.request import OPTIONS, PruneRequest, Repair, check, parse_request
+from prunectl.reporting.prune import part_report, prune_report, wrap_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 
@@ -257,7 +258,8 @@ class Prune(OutputOptions):
         return read_manifest(self.recipe, is_trusted=self.trust)
 
 
-PruneMode = Callable[[Path, Destination | None], Report]
+PruneMode = Callable[[Path, Destination | None], Any]
+"""From where a model is and where the result goes to that result, of the kind that the mode has."""
 
 
 def selected_modes(options: Prune, request: PruneRequest) -> Mode:
@@ -277,14 +279,19 @@ def selected_modes(options: Prune, request: PruneRequest) -> Mode:
     return reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE)
 
 
-def select_mode(ctx: typer.Context, options: Prune, request: PruneRequest) -> PruneMode:
-    """The mode that the options select; conflicts are rejected before a file is opened."""
+def select_mode(
+    ctx: typer.Context, options: Prune, request: PruneRequest
+) -> Callable[[Path, Destination | None], Report]:
+    """The mode that the options select, with its report; conflicts are rejected before a file is opened."""
     check_options(ctx, options, selected_modes(options, request))
     limits = {CHANNEL_LIMITS[name]: value for name, value in request_options(ctx, options, CHANNEL_LIMITS).items()}
     if options.max_drop:
-        mode: PruneMode = load("prunectl.commands.max_drop:search_mode")(ctx.obj, options, request, limits)
-        return mode
-    return build_mode(options, request, limits, ctx.obj.progress)
+        search: Callable[[Path, Destination | None], Report] = load("prunectl.commands.max_drop:search_mode")(
+            ctx.obj, options, request, limits
+        )
+        return search
+    mode = build_mode(options, request, limits, ctx.obj.progress)
+    return lambda path, destination: report_of(mode(path, destination), options, request, destination)
 
 
 def build_mode(
@@ -296,17 +303,35 @@ def build_mode(
     if request.pattern == LAYERS:
         return partial(_prune_blocks, request, options)
     if options.wrap or options.schedule:
-        mode: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
+        wrap: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
         check(request)
-        return mode
+        return wrap
     if options.has_parts:
         return partial(_prune_parts, request, options, meter)
     settings: Any = {"method": check(request), "meter": meter, "allow_empty": options.allow_empty}
     run: Callable[..., Any] = partial(prune, **settings)
     if request.data:
-        calibrated = load("prunectl.calibration.prune:prune")
-        run = partial(calibrated, is_trusted=options.trust, **settings)
+        run = partial(load("prunectl.calibration.prune:prune"), is_trusted=options.trust, **settings)
     return partial(_prune_weights, run, request, options)
+
+
+def report_of(result: Any, options: Prune, request: PruneRequest, destination: Destination | None) -> Report:
+    """The report on what came of a mode; the manifest is written when the output is in its place."""
+    if options.manifest is not None and destination is not None:
+        destination.then.append(partial(write_manifest, options.manifest, result))
+    output = public(destination.url) or str(destination.target) if destination is not None else ""
+    if options.wrap or options.schedule:
+        return wrap_report(result, output)
+    if options.part:
+        return part_report(replace(result, source=public(options.model)), output)
+    result = replace(result, before=replace(result.before, path=public(options.model)))
+    if destination is not None and destination.url:
+        result = replace(result, after=replace(result.after, path=output))
+    structured = {CHANNEL: "channels_report", LAYERS: "blocks_report"}.get(request.pattern)
+    draw: Callable[[Any, str], Report] = (
+        load(f"prunectl.reporting.structured:{structured}") if structured else prune_report
+    )
+    return draw(result, output)
 
 
 def _prune_channels(
@@ -317,69 +342,35 @@ def _prune_channels(
     destination: Destination | None,
     *,
     meter: ProgressFactory,
-) -> Report:
+) -> Any:
     cuts = importlib.import_module("prunectl.channels.prune")
     if options.recipe is not None:
         limits = {**limits, **cuts.limits_in(options.recipe)}
-    has_latency, limits = "latency" in limits, {name: limits[name] for name in limits if name != "latency"}
-    result = cuts.prune_channels(
+    return cuts.prune_channels(
         path,
         request,
         destination,
         meter,
         has_digests=options.manifest is not None,
         is_trusted=options.trust,
-        has_latency=has_latency,
+        has_latency="latency" in limits,
         allow_empty=options.allow_empty,
-        **limits,
+        **{name: value for name, value in limits.items() if name != "latency"},
     )
-    if options.manifest is not None and destination is not None:
-        destination.then.append(partial(cuts.write_manifest, options.manifest, result, limits))
-    result = replace(result, before=replace(result.before, path=public(options.model)))
-    report: Report = load("prunectl.reporting.channels:channels_report")(result, target_name(destination))
-    return report
 
 
-def influence_measure(request: PruneRequest, *, is_trusted: bool) -> Any:
-    """What runs data through the blocks of a model folder; None without data."""
-    if not request.data:
-        return None
-    return partial(load("prunectl.calibration.outputs:block_influence"), request=request, is_trusted=is_trusted)
-
-
-def _prune_blocks(request: PruneRequest, options: Prune, path: Path, destination: Destination | None) -> Report:
-    blocks = importlib.import_module("prunectl.pruning.blocks")
-    measure = influence_measure(request, is_trusted=options.trust)
-    result = blocks.prune_blocks(path, request, destination, has_digests=options.manifest is not None, measure=measure)
-    if options.manifest is not None and destination is not None:
-        destination.then.append(partial(blocks.write_manifest, options.manifest, result))
-    report: Report = load("prunectl.reporting.blocks:blocks_report")(
-        replace(result, before=replace(result.before, path=public(options.model))), target_name(destination)
-    )
-    return report
+def _prune_blocks(request: PruneRequest, options: Prune, path: Path, destination: Destination | None) -> Any:
+    influence = load("prunectl.calibration.outputs:block_influence") if request.data else None
+    measure = influence and partial(influence, request=request, is_trusted=options.trust)
+    prune_blocks = load("prunectl.pruning.blocks:prune_blocks")
+    return prune_blocks(path, request, destination, has_digests=options.manifest is not None, measure=measure)
 
 
 def _prune_parts(
     request: PruneRequest, options: Prune, meter: ProgressFactory, path: Path, destination: Destination | None
-) -> Report:
-    assert destination is not None
-    has_digests = options.manifest is not None
-    result = prune_in_parts(path, request, options, destination, meter, has_digests=has_digests)
-    if options.part:
-        return part_report(replace(result, source=public(options.model)), target_name(destination))
-    return _weights_report(result, options, destination)
-
-
-def prune_in_parts(
-    path: Path,
-    request: PruneRequest,
-    options: Prune,
-    destination: Destination,
-    meter: ProgressFactory,
-    *,
-    has_digests: bool,
 ) -> Any:
     """Prune a part of the shards of a folder, all of them on a cluster, or join all parts."""
+    assert destination is not None
     parts = importlib.import_module("prunectl.pruning.parts")
     if bool(options.part) + options.join + bool(options.on) > 1:
         raise UsageError(
@@ -403,44 +394,26 @@ def prune_in_parts(
         return parts.prune_part(path, request, destination, part, meter=meter, allow_empty=options.allow_empty)
     # Without options of its own, those of the parts.
     own = request if request != PruneRequest() else None
+    has_digests = options.manifest is not None
     return parts.join(path, own, destination, has_digests=has_digests, is_trusted=options.trust)
 
 
 def _prune_weights(
     run: Callable[..., Any], request: PruneRequest, options: Prune, path: Path, destination: Destination | None
-) -> Report:
-    has_digests = options.manifest is not None
+) -> Any:
     if destination is not None and (URL.match(options.model) or destination.url):
         model = open_model(path)
         if model.format == "shards" and model.folder is not None and options.is_streamed:
             run = partial(load("prunectl.pruning.parts:prune_whole"), allow_empty=options.allow_empty)
         elif URL.match(options.model):
             load("prunectl.formats.remote:fetch")(path, lambda _: None)
-    result = run(path, request, destination, has_digests=has_digests)
-    return _weights_report(result, options, destination)
-
-
-def _weights_report(result: Pruned, options: Prune, destination: Destination | None) -> Report:
-    if options.manifest is not None and destination is not None:
-        destination.then.append(partial(write_manifest, options.manifest, result))
-    output = target_name(destination)
-    after = (
-        replace(result.after, path=public(destination.url))
-        if destination is not None and destination.url
-        else result.after
-    )
-    return prune_report(replace(result, before=replace(result.before, path=public(options.model)), after=after), output)
+    return run(path, request, destination, has_digests=options.manifest is not None)
 
 
 def load(function: str) -> Any:
     """Import a function by its name: pruning by weights alone loads nothing of the other modes."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def target_name(destination: Destination | None) -> str:
-    """Where the result goes, for a report; empty for a dry run."""
-    return public(destination.url) or str(destination.target) if destination is not None else ""
 
 
 command = make_command(Prune, BuildCommand)

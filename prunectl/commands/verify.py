@@ -13,7 +13,7 @@ from prunectl.checks.verify import verify as run
 from prunectl.commands._command import make_command, resolve_stdin
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
-from prunectl.pruning.request import read_record
+from prunectl.pruning.manifest import read_record
 from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.reporting.reporter import Reporter
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunectl.commands.prune import Prune, PruneMode, load, target_name
+from prunectl.commands.prune import Prune, PruneMode
 from prunectl.errors import UsageError
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.schedules import SparsitySchedule
-from prunectl.reporting.prune import wrap_report
 from prunectl.training.backend import LoadOptions
 from prunectl.training.request import MOST_FREQUENCY, PointUnit, default_update_interval, parse_time_point
 from prunectl.training.wrap.wrappers import has_tfmot_class
@@ -22,18 +21,14 @@ if TYPE_CHECKING:
 
 
 def wrap_mode(options: Prune, request: PruneRequest) -> PruneMode:
-    """The mode that writes wrappers, with its report."""
-    run = wrap(options, request)
-    return lambda path, destination: wrap_report(run(path, destination), target_name(destination))
-
-
-def wrap(options: Prune, request: PruneRequest) -> Callable[[Path, Destination | None], WrapResult]:
-    """What writes wrappers; without a schedule, weights are pruned now."""
+    """The mode that writes wrappers; without a schedule, weights are pruned now."""
     ramp = _ramp(options, request) if options.schedule else None
     origin = LoadOptions(custom_objects=options.custom_objects, is_trusted=options.trust)
 
     def run(path: Path, destination: Destination | None) -> WrapResult:
-        result: WrapResult = load("prunectl.training.wrap.prune:prune_wrapped")(
+        # Frameworks are loaded when the options are known to be good.
+        wrapping = importlib.import_module("prunectl.training.wrap.prune")
+        result: WrapResult = wrapping.prune_wrapped(
             path, request, ramp, origin, destination, allow_empty=options.allow_empty
         )
         return result

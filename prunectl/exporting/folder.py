@@ -19,7 +19,7 @@ from prunectl.formats import atomic
 from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
 from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
 from prunectl.formats.folder import companions, copy_companions, training_state
-from prunectl.formats.registry import FORMATS, by_name, open_model, resolve
+from prunectl.formats.registry import SUFFIXES, by_name, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, shard_of, write_entries
 from prunectl.pruning.destination import Destination
@@ -39,8 +39,7 @@ _SHARED = re.compile(r"(?:^|\.)shared\.weight$")
 
 def makes_folder(path: Path, request: ExportRequest, output: Destination) -> bool:
     """Whether a model folder becomes a folder: unless one file is asked for, by its name or its format."""
-    suffixes = {suffix for row in FORMATS for suffix in row.suffixes if suffix}
-    suffixes |= {target.suffix for target in TARGETS if target.suffix}
+    suffixes = SUFFIXES | {target.suffix for target in TARGETS if target.suffix}
     is_file = output.to_stdout or output.target.suffix.lower() in suffixes
     return not is_file and request.to in {"", *_SUFFIX} and path.is_dir() and resolve(path) != path
 

@@ -157,7 +157,8 @@ FORMATS = (
         graph="onnx.flops:operations",
     ),
 )
-
+SUFFIXES = frozenset(suffix for row in FORMATS for suffix in row.suffixes if suffix)
+"""Of files; what has none of them may be a folder."""
 
 IN_A_FOLDER = (
     "model.safetensors.index.json",

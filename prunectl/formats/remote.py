@@ -31,7 +31,7 @@ from prunectl.formats.places import (
     place_of,
     shown,
 )
-from prunectl.formats.registry import IN_A_FOLDER
+from prunectl.formats.registry import IN_A_FOLDER, SUFFIXES
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import workers
@@ -352,9 +352,8 @@ def _hint(files: Mapping[str, RemoteFile]) -> str:
     return f"name a file: {', '.join(map(abbreviated, named))}" if named else "name the folder of a model, or a file"
 
 
-_SUFFIXES = frozenset(
-    ".safetensors .json .bin .pt .pth .ckpt .pt2 .h5 .hdf5 .keras .onnx .tflite .tar .index".split()  # noqa: SIM905
-)
+_SUFFIXES = SUFFIXES | {".ckpt"}
+"""Of files by a name of their own; checkpoints of Lightning are called as TensorFlow's folders are on a disk."""
 
 
 def _parent(url: str) -> str:

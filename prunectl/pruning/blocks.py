@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunectl import __version__
 from prunectl.analysis import sizes
 from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
 from prunectl.analysis.tensor_io import bitwise_equal
@@ -37,7 +36,7 @@ from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.block_config import BlockCut, shortened
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.request import SCHEMA, PruneRequest, write_json
+from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strip import stats_for_report
 
 _SUFFIX = ".safetensors"
@@ -75,6 +74,10 @@ class BlocksPruned:
     after: ModelStats
     notes: tuple[str, ...] = ()
     """What of the config was changed, each a sentence."""
+
+    def record(self) -> Mapping[str, object]:
+        """The removed blocks, as a manifest lists them."""
+        return {"blocks": [asdict(stack) for stack in self.stacks]}
 
 
 def prune_blocks(
@@ -374,16 +377,3 @@ def _verify(model: ModelFile, names: Mapping[str, str], result: ModelFile) -> No
     for tensor in model.tensors:
         if tensor.name in names and not bitwise_equal(model, tensor, result, found[names[tensor.name]]):
             raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
-
-
-def write_manifest(path: Path, result: BlocksPruned) -> None:
-    """Write the manifest of a run that has hashed what it read and what it wrote."""
-    record = {
-        "schema": SCHEMA,
-        "tool": {"name": "prunectl", "version": __version__},
-        "request": asdict(result.request),
-        "input": {"format": result.before.format, "sha256": result.before.sha256},
-        "output": {"format": result.after.format, "sha256": result.after.sha256},
-        "blocks": [asdict(stack) for stack in result.stacks],
-    }
-    write_json(path, record)

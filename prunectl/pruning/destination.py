@@ -14,7 +14,7 @@ from prunectl.errors import UsageError
 from prunectl.formats import atomic, scratch
 from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.folder import companions, copy_companions
-from prunectl.formats.registry import FORMATS, by_name, load, open_model, require
+from prunectl.formats.registry import FORMATS, SUFFIXES, by_name, load, open_model, require
 
 _ANYTHING = frozenset({"", ".bin", ".json", ".index"})
 """Suffixes that promise nothing, though some formats have them."""
@@ -51,8 +51,7 @@ def check(model: ModelFile, output: Destination | None) -> None:
 
 def _source(model: ModelFile, output: Destination) -> ModelFile:
     """The model as an output sees it: of a folder, but not where one of its files is written by a name of its own."""
-    suffixes = {suffix for row in FORMATS for suffix in row.suffixes if suffix}
-    is_file = output.is_in_place or output.to_stdout or output.target.suffix.lower() in suffixes
+    is_file = output.is_in_place or output.to_stdout or output.target.suffix.lower() in SUFFIXES
     return replace(model, folder=None) if is_file else model
 
 

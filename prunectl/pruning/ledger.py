@@ -29,7 +29,8 @@ from prunectl.formats.places import LibraryPlace
 from prunectl.formats.remote import UPLOADS
 from prunectl.formats.safe_json import parse_object, read_object, write_object
 from prunectl.plugins import source_file
-from prunectl.pruning.request import OPTIONS, PruneRequest, code_specs
+from prunectl.pruning.manifest import code_specs
+from prunectl.pruning.request import OPTIONS, PruneRequest
 
 SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"

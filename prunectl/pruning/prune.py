@@ -93,6 +93,15 @@ class Pruned:
     lost: Mapping[str, float] = field(default_factory=dict)
     """What went of the norm of each tensor, as a share; of none where kept weights change or that takes too long."""
 
+    def record(self) -> Mapping[str, object]:
+        """The pruned tensors, as a manifest lists them."""
+        cuts = [
+            {"name": cut.tensor.name, "shape": list(cut.tensor.shape), "dropped": counts.dropped, "zeros": counts.zeros}
+            for cut in self.plan.cuts
+            for counts in (self.tallies[cut.tensor.name],)
+        ]
+        return {"sparsity": self.sparsity, "cuts": cuts}
+
 
 def prune(
     source: Path | ModelFile,

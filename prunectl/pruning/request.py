@@ -1,25 +1,18 @@
-"""The prune request: from options, or from the manifest of a run, which can be repeated to the same bytes."""
+"""The prune request: every choice that decides the numbers in the output, parsed and checked."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunectl import __version__
 from prunectl.analysis import patterns
 from prunectl.analysis.patterns import BlockPattern, NMPattern
-from prunectl.errors import InputError, UsageError
-from prunectl.formats.atomic import check_parent, write_text
-from prunectl.formats.safe_json import read_object
-from prunectl.plugins import check_untrusted, find
+from prunectl.errors import UsageError
+from prunectl.plugins import find
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
@@ -28,7 +21,6 @@ from prunectl.pruning.strategies import STRATEGIES, Requires, Strategy, adapt_st
 
 if TYPE_CHECKING:
     from prunectl.pruning.clustering import Clustering
-    from prunectl.pruning.prune import Pruned
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,132 +322,3 @@ def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | No
         raise UsageError("only one of --sparsity, --compression, --target-gzip and --target-packed can be used")
     elif not amount_count and not request.layers and not request.cluster:
         raise UsageError("no sparsity is given", hint="add --sparsity 80%, --compression 5 or --target-gzip 400KB")
-
-
-SCHEMA = "prunectl.manifest/1"
-_RANDOM_DATA = re.compile(r"random:\d+(\?|$)")
-_SCHEMA = re.compile(rb'"schema"\s*:\s*"%b"' % re.escape(SCHEMA.encode()))
-_END_BYTES = 512
-"""Keys are sorted: of a manifest, `schema` is one of the last."""
-
-
-def check_manifest(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> None:
-    """Reject a path where no manifest can be written, or that holds something else, before any work begins."""
-    check_parent(path)
-    exists = os.path.lexists(path)
-    if (exists and not path.is_file()) or path.resolve() in {path_in_use.resolve() for path_in_use in reserved}:
-        raise UsageError(f"{path} cannot be a manifest: it is not a file", hint="name a file: --manifest run.json")
-    if exists and not is_forced and not _is_ours(path):
-        raise UsageError(
-            f"{path} exists and is not a prunectl manifest", hint="choose another file, or replace it with --force"
-        )
-
-
-def write_manifest(path: Path, pruned: Pruned) -> None:
-    """Write the manifest of a run that has hashed what it read and what it wrote."""
-    document = {
-        "schema": SCHEMA,
-        "tool": {"name": "prunectl", "version": __version__},
-        "request": asdict(pruned.request),
-        "sparsity": pruned.sparsity,
-        "input": {"format": pruned.before.format, "sha256": pruned.before.sha256},
-        "output": {"format": pruned.after.format, "sha256": pruned.after.sha256},
-        "cuts": [
-            {
-                "name": cut.tensor.name,
-                "shape": list(cut.tensor.shape),
-                "dropped": pruned.tallies[cut.tensor.name].dropped,
-                "zeros": pruned.tallies[cut.tensor.name].zeros,
-            }
-            for cut in pruned.plan.cuts
-        ],
-    }
-    write_json(path, document)
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a manifest, whole or not at all."""
-    write_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n", is_forced=True)
-
-
-def read_manifest(path: Path, *, is_trusted: bool = False) -> PruneRequest:
-    """The request in a manifest; what it names as code is not imported unless the user said so."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    fields = read_object(path, "it").get("request")
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} is JSON, but not a prunectl manifest: it has no request")
-    request = from_json(fields)
-    if not is_trusted:
-        check_untrusted(code_specs(request), str(path))
-    return request
-
-
-def code_specs(request: PruneRequest) -> tuple[str, ...]:
-    """Every choice that may mean `package.module:name` or `./file.py:name`."""
-    policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
-    data = "" if _RANDOM_DATA.match(request.data) else request.data
-    return request.strategy, policy, data, request.loss, request.model, request.custom_objects
-
-
-def names_code(request: PruneRequest) -> bool:
-    """Whether a request may name code, so that its record is to be trusted before it is repeated."""
-    return any(":" in name for name in code_specs(request))
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file is a manifest, or empty: it begins and ends as one; models lie there too, as big as they like."""
-    with path.open("rb") as file:
-        head = file.read(_END_BYTES)
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
-        tail = file.read()
-    return not head or (head.lstrip().startswith(b"{") and _SCHEMA.search(head + tail) is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedTensor:
-    """How many weights of a tensor were pruned, and how many are zero."""
-
-    name: str
-    shape: tuple[int, ...]
-    dropped: int
-    zeros: int
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestRecord:
-    """The part of a manifest that `verify` needs."""
-
-    path: Path
-    input_sha256: str
-    output_sha256: str
-    cuts: tuple[RecordedTensor, ...]
-    zeroed_nonfinite: bool
-    """Whether NaN and infinity became zero in addition to what was pruned."""
-    removed: str = ""
-    """What whole parts the run took out, `blocks` or `channels`: zeros are then not recorded."""
-
-
-def read_record(path: Path) -> ManifestRecord:
-    """Read the record of a run from its manifest."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    document = read_object(path, "it")
-    if document.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path} is JSON, but not a prunectl manifest", hint="write one with: prunectl prune … --manifest FILE"
-        )
-    try:
-        zeroed_nonfinite = document["request"].get("nan") == "zero"
-        removed = next((part for part in ("blocks", "channels") if isinstance(document.get(part), list)), "")
-        cuts = () if removed else tuple(map(_recorded_tensor, document["cuts"]))
-        before, after = str(document["input"]["sha256"]), str(document["output"]["sha256"])
-        return ManifestRecord(path, before, after, cuts, zeroed_nonfinite, removed)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: it does not list the pruned tensors") from error
-
-
-def _recorded_tensor(fields: dict[str, Any]) -> RecordedTensor:
-    return RecordedTensor(
-        str(fields["name"]), tuple(map(int, fields["shape"])), int(fields["dropped"]), int(fields["zeros"])
-    )

@@ -19,7 +19,7 @@ from prunectl.graphs.onnx.network import save_network
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest
-from prunectl.reporting.channels import channels_report
+from prunectl.reporting.structured import channels_report
 from tests.channels.made import helper, model, numpy_helper, onnx, op, saved
 from tests.channels.masked import run
 from tests.running import here

@@ -18,7 +18,7 @@ from prunectl.analysis.stats import SizeStats, measure_stats
 from prunectl.commands import diff, doctor, export, init, plugins, size, strip, verify
 from prunectl.commands.eval import evaluation_report
 from prunectl.formats.registry import open_model
-from prunectl.reporting import bench, blocks, channels, finetune, inspect, prune, sensitivity, sweep
+from prunectl.reporting import bench, finetune, inspect, prune, sensitivity, structured, sweep
 from prunectl.reporting.checks import text
 from prunectl.reporting.report import Cell, Column, Settings, Table, Unit
 from prunectl.reporting.reporter import make_console
@@ -34,7 +34,7 @@ MAIN: dict[str, tuple[Column, ...]] = {
     "inspect --sensitivity": (Column("loss at"), Column("weights", Unit.COUNT), *sensitivity._heads(Unit.NUMBER)),
     "inspect --groups": inspect._COLUMNS,
     "prune": prune._COLUMNS,
-    "prune --pattern channel": channels._CUTS,
+    "prune --pattern channel": structured._CUTS,
     "finetune": finetune._RESULT,
     "diff": diff._COLUMNS,
     "sweep": sweep._columns(_SWEPT),
@@ -47,7 +47,7 @@ MAIN: dict[str, tuple[Column, ...]] = {
     "check": text._HUMAN,
     "bench": bench._COLUMNS,
     "eval": evaluation_report((), None, (), ()).table.columns,
-    "prune --pattern layers": blocks._STACKS,
+    "prune --pattern layers": structured._STACKS,
     "size": size.size_report((), (), (), get_codec(CodecName.GZIP, None)).table.columns,
 }
 PARTS = ("model", "layers", "0", "17", "mlp", "down_proj", "self_attn", "conv2d_transpose", "encoder", "weight", "bias")

@@ -10,10 +10,11 @@ import numpy as np
 from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
 from prunectl.formats.base import Array
 from prunectl.plugins import attribute
+from prunectl.pruning import RANDOM_PREFIX
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.readers import IndexedSource, IterableSource, from_arrays
 from prunectl.training.data.source import Arrays, Batch, Indices, Source, as_tuple, concatenate, take_rows
-from prunectl.training.data.spec import FUNCTION, RANDOM_PREFIX, DataSpec, parse_count, parse_shape
+from prunectl.training.data.spec import FUNCTION, DataSpec, parse_count, parse_shape
 
 _GIVES = "return arrays (x, y), an iterable of (x, y) batches, or a data set with len() and indexing"
 

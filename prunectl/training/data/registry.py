@@ -16,6 +16,7 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
+from prunectl.pruning import RANDOM_PREFIX
 from prunectl.training.backend import ModelSignature
 from prunectl.training.data import spec as data_spec
 from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, map_arrays, peek
@@ -24,7 +25,6 @@ from prunectl.training.data.spec import (
     IMAGE_OPTIONS,
     NPY_SEPARATOR,
     NPZ_ARRAYS,
-    RANDOM_PREFIX,
     RECORD_OPTIONS,
     TABLE_OPTIONS,
     TEXT_OPTIONS,

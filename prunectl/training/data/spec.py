@@ -29,7 +29,6 @@ NPZ_ARRAYS = re.compile(r"(?P<path>.+\.npz)\[(?P<names>.*)\]")
 NPY_SEPARATOR = re.compile(r"(?<=\.npy)([,+])")
 FUNCTION = re.compile(r"(?P<where>[^:]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-RANDOM_PREFIX = "random:"
 _OPTIONS = re.compile(r"\?(?=[A-Za-z_]+(?:=[^&]*)?(?:&[A-Za-z_]+(?:=[^&]*)?)*$)")
 _YES = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
