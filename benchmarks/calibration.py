@@ -13,8 +13,7 @@ import re
 import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -23,6 +22,7 @@ import numpy as np
 from benchmarks.timing import PRUNECTL, PYTHON, output_of, show
 
 DATA = Path(os.environ.get("BENCH_DATA", "../shared/data"))
+SEEDS = int(os.environ.get("BENCH_SEEDS", "3"))
 SAMPLES = 512
 SPARSITIES = (0.7, 0.8, 0.9, 0.95)
 MODULES = ("argparse", "ast", "datetime", "_pydecimal", "doctest", "inspect", "pickle", "tarfile", "turtle", "typing")
@@ -30,6 +30,7 @@ WORDS, LENGTH, BLOCK = 2048, 32, 256
 """Numbers that words are hashed to, words in an example, and words in a run that is for training or for testing."""
 EPOCHS = {"Cnn": 3, "Mlp": 5, "Text": 4}
 SCOPES_EPOCHS = {**EPOCHS, "Resnet": 4}
+MATCHED_EPOCHS = {**SCOPES_EPOCHS, "Article": 10}
 LOOKED_UP = ("--exclude", "words*", "--exclude", "places*")
 """Tensors whose rows are looked up: they meet no inputs, and all methods leave them whole."""
 _LAYER, _GLOBAL = ("--scope", "layer"), ("--scope", "global")
@@ -50,13 +51,17 @@ METHODS = (
     ("alps", ("--strategy", "alps")),
     ("alps, global", ("--strategy", "alps", *_GLOBAL)),
 )
-SPARSEST, SCOPED = (0.95, 0.98), (0.5, 0.8, 0.9, 0.95)
-MATCHED = (
-    ("magnitude, global", _GLOBAL, SAMPLES),
-    ("obs, global, 512 examples", ("--strategy", "obs", *_GLOBAL), SAMPLES),
-    ("magnitude, global + repair outputs, 512 examples", (*_GLOBAL, "--repair", "outputs"), SAMPLES),
-    ("magnitude, global + repair outputs, 4,096 examples", (*_GLOBAL, "--repair", "outputs"), 4096),
-)
+SCOPED = (0.5, 0.8, 0.9, 0.95)
+MATCHED = {
+    "Mlp": ((0.95, 4096), (0.98, 4096), (0.95, 512), (0.98, 512)),
+    "Text": ((0.8, 4096), (0.9, 4096)),
+    "Resnet": ((0.8, 4096),),
+    "Cnn": ((0.95, 4096), (0.95, 512)),
+    "Article": ((0.875, 4096), (0.95, 4096), (0.98, 4096)),
+}
+"""Sparsities that ruin the networks, and by how many examples they are matched."""
+Figures = tuple[float, ...]
+"""Accuracy of the dense model, as pruned and as matched, and seconds of processor time of the last."""
 _NETS = """
 import torch
 from torch import nn
@@ -65,6 +70,9 @@ def Cnn():
     return nn.Sequential(
         nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(1600, 256), nn.ReLU(), nn.Linear(256, 10))
+
+def Article():
+    return Cnn()
 
 def Mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(),
@@ -100,10 +108,10 @@ class Text(nn.Module):
 """
 _TRAIN = """
 import sys, torch, numpy as np
-folder, name, data, epochs = sys.argv[1:]
+folder, name, data, epochs, seed = sys.argv[1:]
 sys.path.insert(0, folder)
 import nets
-torch.manual_seed(0)
+torch.manual_seed(int(seed))
 net, held = getattr(nets, name)(), np.load(data)
 x, y = torch.from_numpy(held["x"]), torch.from_numpy(held["y"].astype("i8"))
 x = x[:, None].float() / 255 if x.ndim == 3 else x.long()
@@ -192,7 +200,7 @@ def run(nets: Sequence[str] = tuple(EPOCHS)) -> None:
             if not train.is_file():
                 print(f"calibration: {train} is not there, nothing to train {net} on")
                 continue
-            output_of(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
+            output_of(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net], 0)
             options = "?norm=unit" if home is DATA else ""
             _table(folder, net, f"{train}{options}", test)
 
@@ -210,18 +218,29 @@ def _table(folder: Path, net: str, train: str, test: Path) -> None:
     show(f"calibration: {net}, dense {dense:.2%}, {SAMPLES} examples, no training", ("method", *heads), rows)
 
 
-def matched(nets: Sequence[str] = ("Mlp", "Cnn")) -> None:
-    """Print what matching the dense outputs wins back, by the number of examples, with the time of each run."""
-    train, test = DATA / "fashion_train.npz", DATA / "fashion_test.npz"
-    if not train.is_file():
-        print(f"matching: {train} is not there, nothing to train on")
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "nets.py").write_text(_NETS)
-        for net in nets:
-            output_of(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net])
-            _match(folder, net, train, test)
+def matched(nets: Sequence[str] = tuple(MATCHED)) -> None:
+    """Print what magnitude loses and what matching the dense outputs wins back, for each seed, with processor time."""
+    rows: dict[tuple[str, ...], list[Figures]] = {}
+    for seed in range(SEEDS):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "nets.py").write_text(_NETS)
+            _text(folder)
+            for net in nets:
+                home, kind = (folder, "text") if net == "Text" else (DATA, "fashion")
+                train, test = home / f"{kind}_train.npz", home / f"{kind}_test.npz"
+                if not train.is_file():
+                    print(f"matching: {train} is not there, nothing to train {net} on")
+                    continue
+                output_of(PYTHON, "-c", _TRAIN, folder, net, train, MATCHED_EPOCHS[net], seed)
+                for row, figures in _match(folder, net, f"{train}{'' if net == 'Text' else '?norm=unit'}", test):
+                    _tell(f"seed {seed}: {', '.join(row)}: {figures}")
+                    rows.setdefault(row, []).append(figures)
+    show(
+        f"matching: no labels, means of {SEEDS} seeds",
+        ("net", "sparsity", "examples", "dense", "magnitude", "matched", "processor"),
+        [(*row, *_mean_of(figures)) for row, figures in rows.items()],
+    )
 
 
 def scopes(nets: Sequence[str] = tuple(SCOPES_EPOCHS)) -> None:
@@ -237,7 +256,7 @@ def scopes(nets: Sequence[str] = tuple(SCOPES_EPOCHS)) -> None:
             if not train.is_file():
                 print(f"scopes: {train} is not there, nothing to train {net} on")
                 continue
-            output_of(PYTHON, "-c", _TRAIN, folder, net, train, SCOPES_EPOCHS[net])
+            output_of(PYTHON, "-c", _TRAIN, folder, net, train, SCOPES_EPOCHS[net], 0)
             rows += _by_scope(folder, net, str(train), test)
     show("scopes: magnitude, no data", ("net", "scope", *(f"{sparsity:.0%}" for sparsity in SCOPED)), rows)
 
@@ -260,21 +279,16 @@ def _by_scope(folder: Path, net: str, train: str, test: Path) -> list[tuple[str,
     return rows
 
 
-def _match(folder: Path, net: str, train: Path, test: Path) -> None:
+def _match(folder: Path, net: str, train: str, test: Path) -> Iterator[tuple[tuple[str, str, str], Figures]]:
     model = folder / f"{net}.pt"
-    (dense,) = _accuracies(folder, net, test, [model])
-    rows = []
-    for title, words, samples in MATCHED:
-        row: list[str] = [title]
-        for sparsity in SPARSEST:
-            began = time.perf_counter()
-            made = _pruned(model, folder, net, f"{train}?norm=unit", sparsity, words, samples)
-            seconds = time.perf_counter() - began
-            row += [f"{_accuracies(folder, net, test, [made])[0]:.2%}", f"{seconds:.0f} s"]
-        rows.append(tuple(row))
-        _tell(", ".join(row))
-    heads = tuple(head for sparsity in SPARSEST for head in (f"{sparsity:.0%}", "time"))
-    show(f"matching: {net}, dense {dense:.2%}, no labels", ("method", *heads), rows)
+    for sparsity, samples in MATCHED[net]:
+        # Copied, since the next has the same name.
+        once = _pruned(model, folder, net, train, sparsity, _GLOBAL).rename(folder / "once.pt")
+        before = os.times()
+        made = _pruned(model, folder, net, train, sparsity, (*_GLOBAL, "--repair", "outputs"), samples)
+        after = os.times()
+        seconds = sum(after[2:4]) - sum(before[2:4])
+        yield (net, f"{sparsity:.1%}", f"{samples:,}"), (*_accuracies(folder, net, test, [model, once, made]), seconds)
 
 
 def _pruned(
@@ -288,6 +302,11 @@ def _pruned(
     left = LOOKED_UP if net == "Text" else ()
     output_of(PRUNECTL, "prune", model, "-o", made, "--force", "--allow-empty", "-s", sparsity, *words, *left, *data)
     return made
+
+
+def _mean_of(figures: list[Figures]) -> tuple[str, ...]:
+    *accuracies, seconds = np.mean(figures, axis=0)
+    return (*(f"{accuracy:.2%}" for accuracy in accuracies), f"{seconds:.0f} s")
 
 
 def _tell(line: str) -> None:
