@@ -13,15 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.calibration.reconstruct import Solved, dense_and_kept, solved_blocks
+from prunectl.calibration.reconstruct import Solved, solved_blocks
 from prunectl.calibration.session import open_calibration
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.patch import is_writable
 from prunectl.formats.registry import by_name
-from prunectl.pruning.engine import PrunedTensors, PruningMethod
+from prunectl.pruning.engine import PrunedTensors, PruningMethod, keep_masks
 from prunectl.pruning.masks import Mask
-from prunectl.pruning.plan import Plan
+from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel, TrainOptions
 from prunectl.training.config import DivergedError, TrainConfig
@@ -60,7 +60,8 @@ def refuse_untrainable(model: ModelFile, *, has_layers: bool = True) -> None:
 
 def masked(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
     """The weights as they are, and what a strategy prunes of them."""
-    weights, kept = dense_and_kept(model, plan, method)
+    weights = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
+    kept = keep_masks(model, plan, method, Selection((), (), {}), dict(weights))
     return {
         name: (np.where(kept[name], array, np.zeros((), array.dtype)), ~kept[name]) for name, array in weights.items()
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,23 +42,27 @@ Scores = Mapping[str, Array]
 
 
 def with_data_scores(
-    model: ModelFile, tensors: Sequence[Tensor], method: PruningMethod, scope: Scope, calibration: Calibration
+    read: Callable[[Tensor], Array],
+    tensors: Sequence[Tensor],
+    method: PruningMethod,
+    scope: Scope,
+    calibration: Calibration,
 ) -> tuple[PruningMethod, tuple[str, ...]]:
     """The method with data-based scores precomputed, and the tensors that fall back to magnitude."""
     strategy = method.strategy
     if strategy.needs is Requires.GRADIENTS:
         gradients = calibration.gradients(tensors, statistics.gradient_reduction(strategy.name))
         scores_by_name = {
-            tensor.name: statistics.gradient_scores(strategy.name, model.read(tensor), gradients[tensor.name])
+            tensor.name: statistics.gradient_scores(strategy.name, read(tensor), gradients[tensor.name])
             for tensor in tensors
         }
         return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
     if strategy.needs is Requires.PRODUCTS:
         is_ranked = scope is Scope.GLOBAL or isinstance(method.pattern, BlockPattern)
-        scores_by_name = _costs(model, tensors, calibration, strategy) if is_ranked else {}
+        scores_by_name = _costs(read, tensors, calibration, strategy) if is_ranked else {}
         if scope is Scope.GLOBAL:
             scores_by_name |= _costs_without_data(
-                model, [tensor for tensor in tensors if tensor.name not in scores_by_name]
+                read, [tensor for tensor in tensors if tensor.name not in scores_by_name]
             )
         return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
     is_by_output = scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
@@ -77,6 +82,13 @@ def with_data_scores(
     return replace(method, strategy=scored), unseen
 
 
+def _ranked(
+    tensors: Sequence[Tensor], method: PruningMethod, calibration: Calibration, weights: Mapping[str, Array]
+) -> PruningMethod:
+    """The method with scores over all layers, of weights that have changed."""
+    return with_data_scores(lambda tensor: weights[tensor.name], tensors, method, Scope.GLOBAL, calibration)[0]
+
+
 def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strategy) -> dict[str, InputStatistics]:
     """Input norms by feature, of tensors whose outputs are all observed."""
     is_square = strategy.params.get("norm", "2") == "2"
@@ -90,7 +102,7 @@ def _norms(calibration: Calibration, tensors: Sequence[Tensor], strategy: Strate
 
 
 def _costs(
-    model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration, strategy: Strategy
+    read: Callable[[Tensor], Array], tensors: Sequence[Tensor], calibration: Calibration, strategy: Strategy
 ) -> dict[str, Array]:
     """Optimal brain surgeon costs of pruning each weight, as a share of the layer's output energy.
 
@@ -100,7 +112,7 @@ def _costs(
     for tensor, gram in calibration.grams(tensors):
         if not covers_all_outputs(tensor.shape, gram):
             continue
-        weights: Float64Array = model.read(tensor).astype(np.float64)
+        weights: Float64Array = read(tensor).astype(np.float64)
         values, total_energy = np.zeros(tensor.shape), 0.0
         for part, use in gram.uses.items():
             rows, totals = weight_matrix(weights, use), gram.totals[part]
@@ -112,9 +124,9 @@ def _costs(
     return costs_by_name
 
 
-def _costs_without_data(model: ModelFile, tensors: Sequence[Tensor]) -> dict[str, Array]:
+def _costs_without_data(read: Callable[[Tensor], Array], tensors: Sequence[Tensor]) -> dict[str, Array]:
     """The same for tensors whose inputs are not observed, as if all inputs were alike."""
-    squares = {tensor.name: np.square(model.read(tensor).astype(np.float64)) for tensor in tensors}
+    squares = {tensor.name: np.square(read(tensor).astype(np.float64)) for tensor in tensors}
     return {name: _shares(values, float(values.sum())) for name, values in squares.items()}
 
 
@@ -181,9 +193,12 @@ def prune(
                 request.is_repaired,
                 params.get("damp", DAMP),
                 params.get("blocksize", BLOCK),
+                params.get("stages", 1),
             )
+        if reconstructor is not None and needs is Requires.PRODUCTS and scope is Scope.GLOBAL:
+            reconstructor.rank = partial(_ranked, selection.tensors, method, session.calibration)
         if needs is not Requires.NOTHING:
-            method, unseen = with_data_scores(model, selection.tensors, method, scope, session.calibration)
+            method, unseen = with_data_scores(model.read, selection.tensors, method, scope, session.calibration)
             notes += note_about("ranked by magnitude, because their inputs cannot be captured", unseen)
         matcher: OutputMatcher | None = None
         if request.is_matched and session.trainable is not None:

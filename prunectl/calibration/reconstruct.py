@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -139,11 +139,18 @@ Solved = tuple[Array, Mask]
 """The same in the type of the tensor."""
 
 
-def dense_and_kept(model: ModelFile, plan: Plan, method: PruningMethod) -> tuple[dict[str, Array], Mapping[str, Mask]]:
-    """The weights of the tensors of a plan, and which of them a strategy keeps."""
-    tensors = tuple(cut.tensor for cut in plan.cuts)
-    dense = {tensor.name: np.array(model.read(tensor)) for tensor in tensors}
-    return dense, engine.keep_masks(model, plan, method, Selection(tensors, (), {}), dict(dense))
+Rank = Callable[[Mapping[str, Array]], PruningMethod]
+"""From weights to a method with the scores that they have now."""
+
+
+def stage_plans(plan: Plan, stages: int) -> Iterator[Plan]:
+    """The plan in so many stages, each of which leaves the same share of the weights that the one before left."""
+    left = 1 - plan.drop / plan.size
+    for stage in range(1, stages):
+        share = (1 - left ** (stage / stages)) / (1 - left)
+        cuts = tuple(replace(cut, drop=None if cut.drop is None else int(cut.drop * share)) for cut in plan.cuts)
+        yield replace(plan, cuts=cuts, drop=int(plan.drop * share))
+    yield plan
 
 
 @dataclass(slots=True)
@@ -156,6 +163,10 @@ class Reconstructor:
     is_repaired: bool
     damp: float = DAMP
     block: int = BLOCK
+    stages: int = 1
+    """In how many passes the weights go; each sees the inputs that the one before left."""
+    rank: Rank | None = None
+    """What ranks the weights anew in later stages, where they are ranked over all layers."""
     skipped: list[str] = field(default_factory=list)
     """Tensors whose inputs were not observed."""
     biases: dict[str, Array] = field(default_factory=dict)
@@ -169,30 +180,53 @@ class Reconstructor:
 
     def fit(self, model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
         """The pruned and reconstructed weights by tensor."""
-        tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
-        dense, kept = dense_and_kept(model, plan, method)
+        dense = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
         self._begin(model, dense)
-        input_sums = self.calibration.accumulate(list(tensors.values()), statistics.sum_inputs)
+        input_sums = self.calibration.accumulate([cut.tensor for cut in plan.cuts], statistics.sum_inputs)
         for name, sums in input_sums.items():
             # Before the first layer is solved, and not after an hour.
             groups, features = sums.size
             statistics.check_memory(name, groups=groups, features=features, kept=2)
-        order = [*input_sums, *(name for name in tensors if name not in input_sums)]
+        current, solved = dense, dict[str, Solved]()
+        for stage in stage_plans(plan, self.stages):
+            if solved:
+                current = {name: values for name, (values, _) in solved.items()}
+                self._restore_biases(model)
+                method = self.rank(current) if self.rank is not None else method
+            kept = engine.keep_masks(model, stage, method, Selection((), (), {}), dict(current))
+            start = {name: (current[name], ~mask) for name, mask in kept.items()}
+            solved = self._fit_in_order(model, stage, method, start, dense=dense, sums_by_name=input_sums)
+        return solved
+
+    def _fit_in_order(
+        self,
+        model: ModelFile,
+        plan: Plan,
+        method: PruningMethod,
+        start: Mapping[str, Solved],
+        *,
+        dense: Mapping[str, Array],
+        sums_by_name: Mapping[str, InputStatistics],
+    ) -> dict[str, Solved]:
+        """One tensor after the other, in the order in which data meets them; what it never meets comes last."""
+        tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
+        order = [*sums_by_name, *(name for name in tensors if name not in sums_by_name)]
+        self.skipped.clear()
         solved: dict[str, Solved] = {}
-        # In the order in which data meets them; what it never meets comes last.
         for number, name in enumerate(order):
-            tensor, weights, inputs = tensors[name], dense[name], input_sums.get(name)
+            tensor, weights, inputs = tensors[name], dense[name], sums_by_name.get(name)
             bias = (
                 _correctable_bias(model, tensor, inputs, tensors) if self.is_repaired and inputs is not None else None
             )
             if inputs is not None and np.isfinite(weights).all() and covers_all_outputs(tensor.shape, inputs):
-                met = self.calibration.cross_inputs(tensor, order[number + 1 : len(input_sums)])
-                values, dropped = self._fit(tensor, weights, ~kept[name], method, met, has_bias=bias is not None)
+                met = self.calibration.cross_inputs(tensor, order[number + 1 : len(sums_by_name)])
+                values, dropped = self._fit(tensor, weights, start[name], method, met, has_bias=bias is not None)
             else:
                 met = None
                 self.skipped.append(name)
-                keeps = kept[name] & (np.isfinite(weights) | (method.not_finite is not NonFinitePolicy.ZERO))
-                values, dropped = np.where(keeps, weights, np.zeros((), weights.dtype)), ~kept[name]
+                dropped = start[name][1]
+                keeps = ~dropped & (np.isfinite(weights) | (method.not_finite is not NonFinitePolicy.ZERO))
+                values = np.where(keeps, weights, np.zeros((), weights.dtype))
             solved[name] = np.where(dropped, 0, values).astype(tensor.dtype), dropped
             self.calibration.network.assign({name: solved[name][0]})
             if bias is not None and inputs is not None:
@@ -202,9 +236,12 @@ class Reconstructor:
 
     def _begin(self, model: ModelFile, weights: Mapping[str, Array]) -> None:
         """Reset the model to its dense weights: a search for a size solves repeatedly."""
+        self.calibration.network.assign(weights)
+        self._restore_biases(model)
+
+    def _restore_biases(self, model: ModelFile) -> None:
         biases = {tensor.name: np.array(model.read(tensor)) for tensor in model.tensors if tensor.name in self.biases}
-        self.calibration.network.assign({**weights, **biases})
-        self.skipped.clear()
+        self.calibration.network.assign(biases)
         self.biases.clear()
 
     def _correct(self, model: ModelFile, bias: Tensor, dense_means: Float64Array, means: Float64Array) -> None:
@@ -218,22 +255,29 @@ class Reconstructor:
         self,
         tensor: Tensor,
         weights: Array,
-        dropped: Mask,
+        start: Solved,
         method: PruningMethod,
         met: CrossInputs,
         *,
         has_bias: bool,
     ) -> Fit:
-        """Reconstruct a tensor whose inputs are observed."""
+        """Reconstruct a tensor whose inputs are observed: its dense outputs, from the weights that it has now."""
         values: Float64Array = weights.astype(np.float64)
-        initial = values
+        initial: Float64Array = start[0].astype(np.float64)
+        dropped = start[1]
         if self.strategy and _supports_obs(tensor, method, met.sums):
-            initial, dropped = self._operated(values, met.statistics, int(np.count_nonzero(dropped)), method)
+            drop = int(np.count_nonzero(dropped))
+            initial, dropped = self._operated(values, initial, met.statistics, drop, method)
         # What is zero already stays zero, also where less is to go than there are zeros.
         return self._refitted(values, initial, dropped | (weights == 0), met.statistics, has_bias=has_bias), dropped
 
     def _operated(
-        self, values: Float64Array, cross_statistics: CrossByOutputs, drop: int, method: PruningMethod
+        self,
+        dense: Float64Array,
+        values: Float64Array,
+        cross_statistics: CrossByOutputs,
+        drop: int,
+        method: PruningMethod,
     ) -> Fit:
         """Prune by SparseGPT, column by column, or by ALPS; the updated weights and the mask."""
         dropped: Mask = np.zeros(values.shape, np.bool_)
@@ -241,7 +285,7 @@ class Reconstructor:
         values_now, pruned_count, weights_seen = values, 0, 0
         for pairs in cross_statistics.values():
             use = pairs.use
-            rows = weight_matrix(values, use)
+            rows, dense_rows = weight_matrix(values, use), weight_matrix(dense, use)
             new, pruned = np.empty_like(rows), np.zeros(rows.shape, np.bool_)
             for group, total in enumerate(pairs.gram):
                 outputs, features = rows.shape[1:]
@@ -254,7 +298,7 @@ class Reconstructor:
                     decided = sparsegpt.nm_blocks(features, channels, pattern.zeros, pattern.group)
                 if self.strategy == "alps":
                     project = alps.lowest_in(decided) if decided else alps.lowest(count)
-                    gram, target = _normal_equations(rows[group], total, pairs.cross_gram[group], self.damp)
+                    gram, target = _normal_equations(dense_rows[group], total, pairs.cross_gram[group], self.damp)
                     new[group], pruned[group] = alps.prune_rows(rows[group], gram, target, project)
                     continue
                 decided = decided or sparsegpt.unstructured_blocks(outputs, features, count, self.block)
@@ -307,7 +351,7 @@ class BlockwiseReconstructor(Reconstructor):
                 own = tuple(cut for cut in plan.cuts if self.calibration.network.part_of(cut.tensor.name) == number)
                 if not own:
                     continue
-                block = Reconstructor(part, self.strategy, self.is_repaired, self.damp, self.block)
+                block = Reconstructor(part, self.strategy, self.is_repaired, self.damp, self.block, self.stages)
                 for name, (values, dropped) in block.fit(model, replace(plan, cuts=own), method).items():
                     kept.add(name, values, dropped)
                 self.skipped += block.skipped

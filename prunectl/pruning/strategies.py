@@ -204,14 +204,14 @@ STRATEGIES = (
         "obs",
         _needs_data,
         "the smallest output error once the kept weights are updated (SparseGPT, Frantar & Alistarh 2023)",
-        choices={"damp": 0.01, "blocksize": 128},
+        choices={"damp": 0.01, "blocksize": 128, "stages": 1},
         needs=Requires.PRODUCTS,
     ),
     Strategy(
         "alps",
         _needs_data,
         "the smallest output error of each layer, sought by ADMM: slower than obs, better from 70 % on (ALPS, 2024)",
-        choices={"damp": 0.01},
+        choices={"damp": 0.01, "stages": 1},
         needs=Requires.PRODUCTS,
     ),
     Strategy(

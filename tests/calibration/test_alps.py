@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,9 @@ import onnxruntime
 import pytest
 
 from prunectl.calibration import alps, sparsegpt
+from prunectl.calibration.reconstruct import stage_plans
+from prunectl.formats.registry import open_model
+from prunectl.pruning.plan import Plan, TensorPlan
 from tests.calibration.runs import DIGITS, digits, examples, numbers
 from tests.contract import Array
 from tests.running import FIXTURES, here
@@ -88,6 +91,47 @@ def test_a_network_without_gradients_answers_nearer_to_the_dense_one(tmp_path: P
         assert sum(np.count_nonzero(array == 0) for array in numbers(out).values()) == found.plan.drop
         off[strategy] = float(np.square(answers(out) - dense).mean())
     assert off["alps"] < off["obs"]
+
+
+@pytest.mark.parametrize("strategy", ["obs", "alps"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_in_stages_as_much_goes_and_the_answers_are_nearer(strategy: str, scope: str, tmp_path: Path) -> None:
+    dense, off = answers(FIXTURES / "digits_cnn.onnx"), {}
+    for stages in (1, 4):
+        out, params = tmp_path / f"{stages}.onnx", (f"stages={stages}",)
+        words = {"strategy": strategy, "sparsity": 0.85, "scope": scope, "samples": 256, "params": params}
+        found = digits("digits_cnn.onnx", out, **words)
+        assert sum(np.count_nonzero(array == 0) for array in numbers(out).values()) == found.plan.drop
+        off[stages] = float(np.square(answers(out) - dense).mean())
+    assert off[4] < off[1]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("drop", [100, 1900, 2000])
+def test_every_stage_leaves_the_same_share_and_the_last_is_the_plan(drop: int, stages: int) -> None:
+    model = open_model(FIXTURES / "digits_cnn.onnx")
+    tensors = [tensor for tensor in model.tensors if tensor.is_prunable]
+    size = sum(tensor.size for tensor in tensors)
+    plan = Plan(tuple(TensorPlan(tensor, tensor.size * drop // 2000) for tensor in tensors), (), size * drop // 2000)
+    plans = list(stage_plans(plan, stages))
+    assert len(plans) == stages
+    assert plans[-1] == plan
+    left = np.array([1, *(1 - stage.drop / size for stage in plans)])
+    if drop < 2000:
+        np.testing.assert_allclose(left[1:] / left[:-1], left[-1] ** (1 / stages), atol=2 / (size * left[-1]))
+    for earlier, later in pairwise(plans):
+        assert all(
+            (before.drop or 0) <= (after.drop or 0) for before, after in zip(earlier.cuts, later.cuts, strict=True)
+        )
+
+
+@pytest.mark.parametrize("stages", ["0", "1.5", "many"])
+def test_stages_are_a_number_of_them(stages: str, tmp_path: Path) -> None:
+    model, out = FIXTURES / "digits_cnn.onnx", tmp_path / "out.onnx"
+    words = ("--strategy", "obs", "--data", DIGITS, "--param", f"stages={stages}")
+    done = here("prune", model, "-o", out, "-s", "50%", *words)
+    assert (done.code, "stages of obs must be a number above zero" in done.err) == (2, True)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("words", [("--strategy", "obs"), ("--strategy", "alps"), ("--repair", "--scope", "layer")])
