@@ -259,7 +259,7 @@ def check_limits(stats: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...
     ]
     if limits.min_sparsity is not None:
         actual = stats.prunable_sparsity or 0.0
-        ok = actual >= limits.min_sparsity
+        ok = stats.reaches(limits.min_sparsity)
         checks.append(LimitCheck("min-sparsity", "prunable_sparsity", limits.min_sparsity, actual, ok, stats.path))
     if limits.baseline is not None and sizes.compressed is not None and limits.baseline.bytes.compressed:
         before = limits.baseline.bytes.compressed

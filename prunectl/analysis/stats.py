@@ -7,7 +7,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -164,6 +164,10 @@ class TensorStats:
         """Share of the elements that are zero."""
         return None if self.zeros is None else self.zeros / self.params if self.params else 0.0
 
+    def reaches(self, sparsity: float) -> bool:
+        """Whether as many elements are zero as pruning at a sparsity leaves."""
+        return _reaches(self.zeros, [self.params], sparsity)
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -206,6 +210,24 @@ class ModelStats:
     def prunable_sparsity(self) -> float | None:
         """Share of the prunable parameters that are zero."""
         return ratio(self.params.prunable_zero, self.params.prunable)
+
+    def reaches(self, sparsity: float) -> bool:
+        """Whether as many weights are zero as pruning at a sparsity leaves, which rounds once, or in each tensor."""
+        sizes = [row.params for row in self.layers if _is_pruned(row)] or [self.params.prunable]
+        return _reaches(self.params.prunable_zero, sizes, sparsity)
+
+
+def whole_weights(sparsity: float, size: int) -> int:
+    """How many weights of so many are a share: rounding alone never takes the last one, which tfmot keeps as well."""
+    count = round(sparsity * size)
+    return count if sparsity >= 1.0 else min(count, size - 1)
+
+
+def _reaches(zeros: int | None, sizes: Collection[int], sparsity: float) -> bool:
+    if not sum(sizes):
+        return sparsity <= 0
+    least = min(whole_weights(sparsity, sum(sizes)), sum(whole_weights(sparsity, size) for size in sizes))
+    return (zeros or 0) >= least
 
 
 def ratio(part: int | None, whole: int) -> float | None:
@@ -257,10 +279,14 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
     return tensor.view_key, tensor.out_axis, tensor.reduction_axis, tensor.is_prunable
 
 
+def _is_pruned(row: TensorStats) -> bool:
+    return row.is_prunable and row.role in WEIGHTS and not row.tied_to
+
+
 def totals(rows: Iterable[TensorStats]) -> ParamCounts:
     """Add up what a model needs to predict, each storage once."""
     counted = [row for row in rows if row.role in WEIGHTS and not row.tied_to]
-    prunable = [row for row in counted if row.is_prunable]
+    prunable = [row for row in counted if _is_pruned(row)]
     return ParamCounts(
         total=sum(row.params for row in counted),
         prunable=sum(row.params for row in prunable),

@@ -124,7 +124,10 @@ _TENSOR_METRICS: dict[str, tuple[str, Callable[[LazyModelStats, TensorStats], fl
 def check_model_limit(stats: LazyModelStats, budget: Budget, limit: Limit) -> Finding:
     """Evaluate a limit on a model."""
     metric, measure = _MODEL_METRICS[limit.name]
-    finding = evaluate_limit(stats.name, metric, measure(stats), limit, budget=budget.name, message=budget.message)
+    reaches = stats.zeros.reaches if limit.name == "min-sparsity" else None
+    finding = evaluate_limit(
+        stats.name, metric, measure(stats), limit, reaches=reaches, budget=budget.name, message=budget.message
+    )
     if limit.name == "max-flops" and finding.ok and (unknown := stats.operations.macs_unknown):
         # What is known of it is within the limit; the whole may not be.
         raise InputError(
@@ -140,7 +143,10 @@ def check_tensor_limit(
     metric, measure = _TENSOR_METRICS[limit.name]
     message = layer.message or budget.message
     actual = measure(stats, row)
-    return evaluate_limit(stats.name, metric, actual, limit, budget=budget.name, tensor=row.name, message=message)
+    reaches = stats.zeros_of[row.name].reaches if limit.name == "min-sparsity" else None
+    return evaluate_limit(
+        stats.name, metric, actual, limit, reaches=reaches, budget=budget.name, tensor=row.name, message=message
+    )
 
 
 def evaluate_limit(
@@ -149,16 +155,20 @@ def evaluate_limit(
     actual: float,
     limit: Limit,
     *,
+    reaches: Callable[[float], bool] | None = None,
     budget: str = "",
     tensor: str = "",
     message: str = "",
     note: str = "",
 ) -> Finding:
-    """Evaluate a number against a limit; failing takes precedence over warning."""
+    """Evaluate a number against a limit; failing takes precedence over warning.
+
+    What knows how its number is rounded tells itself whether it reaches a bound.
+    """
     broken_by = (
         level
         for level, bound in ((ERROR, limit.fail), (WARNING, limit.warn))
-        if bound is not None and not is_within(limit.name, actual, bound)
+        if bound is not None and not (reaches(bound) if reaches is not None else is_within(limit.name, actual, bound))
     )
     broken = next(broken_by, None)
     level = broken or (ERROR if limit.fail is not None else WARNING)
@@ -174,12 +184,6 @@ def is_within(name: str, actual: float, bound: float) -> bool:
     """Whether a number keeps a limit; equal to it, it does."""
     hair = _EPSILON if isinstance(bound, float) else 0
     return actual >= bound - hair if name.startswith("min-") else actual <= bound + hair
-
-
-def share_finding(stats: LazyModelStats, name: str, metric: str, line: int, share: float, **more: str) -> Finding:
-    """The verdict on what holds for everything, or does not."""
-    limit = Limit(name, MetricUnit.RATIO, line, fail=1.0)
-    return evaluate_limit(stats.name, metric, share, limit, **more)
 
 
 def _macs(stats: LazyModelStats, row: TensorStats) -> int:
@@ -285,12 +289,24 @@ def _least_conforming(rows: Iterable[TensorStats]) -> tuple[float, str]:
     return min(shares, default=(0.0, ""))
 
 
-def _pattern_finding(stats: LazyModelStats, pattern: LocatedValue, share: float, worst: str, **more: str) -> Finding:
+def _pattern_finding(
+    stats: LazyModelStats,
+    pattern: LocatedValue,
+    share: float,
+    worst: str,
+    *,
+    budget: str,
+    message: str,
+    tensor: str = "",
+) -> Finding:
     if not worst:
         note = f"No tensor has inputs that divide into the groups of {pattern.value}."
     else:
         note = "" if share == 1 else f"{worst} follows {pattern.value} least."
-    return share_finding(stats, "min-nm", PATTERN_METRIC, pattern.line, share, note=note, **more)
+    limit = Limit("min-nm", MetricUnit.RATIO, pattern.line, fail=1.0)
+    return evaluate_limit(
+        stats.name, PATTERN_METRIC, share, limit, note=note, budget=budget, message=message, tensor=tensor
+    )
 
 
 def check_zeros_kept(stats: LazyModelStats, path: Path, budget: Budget, reference: LocatedValue) -> Finding:

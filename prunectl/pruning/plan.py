@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
-from prunectl.analysis.stats import find_tied_tensors
+from prunectl.analysis.stats import find_tied_tensors, whole_weights
 from prunectl.errors import UsageError
 from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor, select_names
 from prunectl.formats.patch import is_writable
@@ -111,7 +111,7 @@ def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
 
 def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> Plan:
     """The plan for a selection at a sparsity."""
-    drop = _rounded(sparsity, sum(tensor.size for tensor in selection.tensors))
+    drop = whole_weights(sparsity, sum(tensor.size for tensor in selection.tensors))
     if criteria.scope is Scope.GLOBAL:
         return Plan(tuple(TensorPlan(tensor, None) for tensor in selection.tensors), selection.skips, drop)
     if isinstance(criteria.pattern, NMPattern):
@@ -120,16 +120,11 @@ def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> 
         counts = criteria.allocation(selection.tensors, drop)
     else:
         counts = [
-            _rounded(selection.layer_ratios.get(tensor.name, sparsity), tensor.size) for tensor in selection.tensors
+            whole_weights(selection.layer_ratios.get(tensor.name, sparsity), tensor.size)
+            for tensor in selection.tensors
         ]
     cuts = tuple(TensorPlan(tensor, count) for tensor, count in zip(selection.tensors, counts, strict=True))
     return Plan(cuts, selection.skips, sum(counts))
-
-
-def _rounded(sparsity: float, size: int) -> int:
-    """Number of weights to prune: rounding alone never takes the last one, which tfmot keeps as well."""
-    count = round(sparsity * size)
-    return count if sparsity >= 1.0 else min(count, size - 1)
 
 
 def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:

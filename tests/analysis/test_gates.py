@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from prunectl.analysis.sizes import SizeLimits, check_limits
 from prunectl.analysis.stats import ModelStats, ParamCounts, SizeStats
 from prunectl.formats.base import ModelInfo
+from tests.running import FIXTURES, here
 
 FOUND = ModelStats(
     path="m.h5",
@@ -35,6 +39,24 @@ def test_a_size_may_be_the_limit_but_not_a_byte_more(limit: str, actual: int, aw
 def test_sparsity_may_be_the_limit_but_not_less(limit: float, ok: bool) -> None:
     (gate,) = check_limits(FOUND, SizeLimits(min_sparsity=limit))
     assert (gate.id, gate.metric, gate.ok, gate.actual) == ("min-sparsity", "prunable_sparsity", ok, 0.5)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "erk"])
+@pytest.mark.parametrize("sparsity", ["33.3%", "90%", "97.77%"])
+def test_what_a_prune_leaves_keeps_the_limit_that_says_the_same(sparsity: str, scope: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    done = here("prune", FIXTURES / "digits_cnn.h5", "-o", out, "-s", sparsity, "--scope", scope)
+    assert done.code == 0, done.err
+    (tmp_path / "prunectl.toml").write_text(f'[[budget]]\npath = "*.h5"\nmin-sparsity = "{sparsity}"\n')
+    assert here("size", out, "--min-sparsity", sparsity).code == 0
+    assert here("check", "--config", tmp_path / "prunectl.toml").code == 0
+    with h5py.File(out, "r+") as file:
+        kernel = file["model_weights/fc1/fc1/kernel:0"]
+        changed = kernel[()]
+        changed.reshape(-1)[np.flatnonzero(changed == 0)[:4]] = 1
+        kernel[...] = changed
+    assert here("size", out, "--min-sparsity", sparsity).code == 1
+    assert here("check", "--config", tmp_path / "prunectl.toml").code == 1
 
 
 @pytest.mark.parametrize(("limit", "ok"), [(0.249, False), (0.25, True), (0.251, True)])

@@ -178,7 +178,7 @@ def test_make_rebuilds_only_what_has_changed(tmp_path: Path, bin_folder: Path) -
     assert make(tmp_path, bin_folder, "check") == ([], [])
     # Another sparsity is another model, though no file is newer.
     assert make(tmp_path, bin_folder, "SPARSITY=90%", "check") == (["a.h5", "b.h5"], [])
-    (tmp_path / "prunectl.toml").write_text("[[budget]]\npath = '*.p.h5'\nmin-sparsity = 0.899\n")
+    (tmp_path / "prunectl.toml").write_text("[[budget]]\npath = '*.p.h5'\nmin-sparsity = 0.9\n")
     assert make(tmp_path, bin_folder, "SPARSITY=90%", "-j2", "check") == ([], [])
     (tmp_path / "a.p.h5").write_text("a thing of value")
     done = run(f"make -f {ROOT / 'examples/Makefile'} a.p.h5", tmp_path, bin_folder)
