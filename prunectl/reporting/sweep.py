@@ -10,6 +10,7 @@ from prunectl.pruning.request import UNSTRUCTURED
 from prunectl.reporting.plots import braille_plot
 from prunectl.reporting.report import Artifact, Cell, Column, Failure, Report, Section, Table, Unit
 from prunectl.sweeping.grid import amount, drop, finite, implied_sparsity, skipped_combinations, variants
+from prunectl.sweeping.requests import looks_at_data
 from prunectl.sweeping.sweep import ScheduleComparison, Swept, compare_schedules, pareto_front
 from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant
 from prunectl.units import count, nbytes, percent
@@ -205,7 +206,8 @@ def _json(sweep: Swept, trial: Trial, best: list[Trial], model: str) -> dict[str
 
 def _judged_by(sweep: Swept) -> tuple[str, ...]:
     choices = sweep.config
-    if choices.val or choices.val_split:
+    uses_data = choices.epochs or any(looks_at_data(trial) for trial in sweep.outcomes)
+    if choices.val or choices.val_split or not uses_data:
         return ()
     return (f"The models were evaluated on {choices.data}, which pruning also used: add --val or --val-split.",)
 

@@ -107,6 +107,16 @@ def test_it_is_judged_by_a_share_of_the_data_or_by_other_data(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("trials_here")
+@pytest.mark.parametrize(("strategy", "is_told"), [("magnitude", False), ("activation-magnitude", True)])
+def test_data_that_pruning_saw_as_well_is_told(
+    strategy: str, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-o", str(tmp_path / "points"), "--data", FEW, "--strategies", strategy, "--sparsities", "50%"]
+    assert app.run(["sweep", str(ONNX), *words]) == 0
+    assert ("which pruning also used: add --val or --val-split" in capsys.readouterr().err) is is_told
+
+
+@pytest.mark.usefixtures("trials_here")
 def test_the_report_marks_the_front_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [ONNX, "-o", tmp_path / "points", "--data", FEW, "--scopes", "layer,global", "--sparsities", "50%,90%"]
     found = said(capsys, *words)
