@@ -162,7 +162,7 @@ def _file_of(model: ModelFile, tensor: Tensor) -> str:
 
 
 def _stem(model: ModelFile, to: str) -> str:
-    name = model.path.name.partition(".")[0]
+    name = "" if by_name(model.format).is_of_ranks else model.path.name.partition(".")[0]
     stem = _SHARD.sub("", name) or "model"
     return _STEMS[to].get(stem, stem)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Capability, ModelFile
-from prunectl.formats.registry import by_name
+from prunectl.formats.registry import FORMATS, by_name
 from prunectl.formats.safe_json import require
 from prunectl.training.keras.backend import quiet_import
 
@@ -106,6 +106,7 @@ SAVED_MODEL = ("saved-model",)
 TORCH = ("torch", "torch-legacy", "torch-tar", "shards", "safetensors")
 PROGRAM = ("torch-export",)
 ONNX = ("onnx",)
+RANKS = tuple(row.name for row in FORMATS if row.is_of_ranks)
 _LEGACY = frozenset({"torch-legacy", "torch-tar", "shards"})
 """PyTorch sources that hints do not list."""
 WEIGHTS_SOURCES = (*KERAS, *SAVED_MODEL, *TORCH, *PROGRAM, *ONNX, "tflite", "tf-checkpoint")
@@ -162,7 +163,7 @@ ROUTES = (
     Route(TORCH, "torch-export", "torch:write_program", "torch:open_runnable", "torch:run_program", _TORCH),
     Route(TORCH, "torchscript", "torch:write_script", "torch:open_runnable", "torch:run_script", _TORCH),
     Route(ONNX, "onnx", "onnx:write", "onnx:open_runnable", "onnx:runner", _ORT),
-    Route((*TORCH, *PROGRAM, "torch-dcp"), "torch", "torch:write_state_dict", needs=_TORCH),
+    Route((*TORCH, *PROGRAM, *RANKS), "torch", "torch:write_state_dict", needs=_TORCH),
     *(
         Route(
             (*TORCH, *PROGRAM),

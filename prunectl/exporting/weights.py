@@ -15,6 +15,7 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.request import ExportRequest
 from prunectl.formats.base import WEIGHTS, Array, Family, ModelFile, Tensor
+from prunectl.formats.registry import by_name
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, array_entry, open_model, write_entries
 from prunectl.formats.zip_write import EPOCH
 
@@ -100,7 +101,7 @@ _OF_TORCH = frozenset({Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS})
 def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Export to safetensors, with one tensor in memory at a time."""
     check_types(job, frozenset(CODES), "safetensors")
-    metadata = {"format": "pt"} if job.file.family in _OF_TORCH or job.file.format == "torch-dcp" else {}
+    metadata = {"format": "pt"} if job.file.family in _OF_TORCH or by_name(job.file.format).is_of_ranks else {}
     _save(
         [_entry(job, tensor) for tensor in exported_tensors(job.file)],
         {**metadata, **dict(job.request.metadata)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cached_property
 from io import BufferedReader
@@ -213,6 +214,28 @@ def is_torch_legacy(peek: FileProbe) -> bool:
 def is_distributed_checkpoint(peek: FileProbe) -> bool:
     """The pickle beside the parts that the ranks of `torch.distributed.checkpoint` wrote."""
     return peek.path.name == ".metadata" and peek.head[:1] == b"\x80"
+
+
+ZERO_RANK = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt")
+"""What a rank of DeepSpeed ZeRO saves of the optimizer, and with it of the weights."""
+_TAG_BYTES = 256
+
+
+def is_zero_checkpoint(peek: FileProbe) -> bool:
+    """What the first rank of DeepSpeed ZeRO saved of the optimizer; the other ranks' lies beside it."""
+    match = ZERO_RANK.fullmatch(peek.path.name)
+    return match is not None and not int(match[1]) and not int(match[2]) and peek.entries_end_with("data.pkl")
+
+
+def zero_checkpoints(folder: Path) -> tuple[str, ...]:
+    """By what checkpoints of DeepSpeed are opened: in the folder itself, or in the one that its `latest` names."""
+    tag = ""
+    with suppress(OSError), (folder / "latest").open("rb") as file:
+        tag = file.read(_TAG_BYTES).decode("utf-8", "replace").strip()
+    inside = "" if tag in {"", ".", ".."} or "/" in tag or "\0" in tag else f"{tag}/"
+    first = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    states = (*(f"{prefix}{first}" for prefix in ("bf16_", "fp16_", "")), "mp_rank_00_model_states.pt")
+    return tuple(f"{where}{name}" for where in dict.fromkeys(("", inside)) for name in states)
 
 
 def is_pipeline(peek: FileProbe) -> bool:

@@ -58,6 +58,15 @@ FORMATS = (
         graph="keras.flops.trace:operations",
     ),
     Format(
+        "deepspeed-zero",
+        "DeepSpeed ZeRO checkpoint",
+        (".pt",),
+        detect.is_zero_checkpoint,
+        "torch.zero:open_checkpoint",
+        writer="",
+        is_of_ranks=True,
+    ),
+    Format(
         "torch-export",
         "PyTorch exported program",
         (".pt2",),
@@ -224,7 +233,8 @@ def resolve(path: Path) -> Path:
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")
     if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
-        return next((path / name for name in (*IN_A_FOLDER, *_OF_MANY_RANKS) if os.path.isfile(path / name)), path)
+        names = (*IN_A_FOLDER, *_OF_MANY_RANKS, *detect.zero_checkpoints(path))
+        return next((path / name for name in names if os.path.isfile(path / name)), path)
     return path
 
 

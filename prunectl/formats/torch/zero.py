@@ -1,0 +1,342 @@
+"""Checkpoints of DeepSpeed ZeRO: flat runs of 32-bit weights, a slice of them from each rank.
+
+The weights are put together as DeepSpeed's own `zero_to_fp32` does it: in stages 1 and 2 the slices of a group follow
+each other, and the weights lie in them one after another; in stage 3 each weight is cut into as many slices as there
+are ranks. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats import budgets, extents, state_dict, zip_read
+from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, Tensor, format_shape
+from prunectl.formats.detect import ZERO_RANK
+from prunectl.formats.extents import Extent
+from prunectl.formats.torch import model as torch_zip
+from prunectl.formats.torch import tree, views
+from prunectl.formats.torch.pickle.opcodes import OpaqueCall, PickleDict
+
+_GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
+"""What the slices of a rank are called, by the stage."""
+_FLOAT = np.dtype(np.float32)
+_BLOCK_BYTES = 512
+"""What `stat` counts in."""
+Runs = tuple[Extent, ...]
+"""Where the numbers of a tensor lie, in their order."""
+
+
+@dataclass(slots=True)
+class _File:
+    """What one rank saved: the entries of its pickle, and where its tensors lie."""
+
+    path: Path
+    source: torch_zip.PickleSource
+    fields: dict[str, Any]
+
+    def run(self, value: Any, name: str) -> tuple[Tensor, Extent]:
+        """A tensor whose numbers lie in the file one after another."""
+        value = tree.inner_tensor(value)
+        if not (isinstance(value, OpaqueCall) and value.path in views.VIEW_CALLS):
+            raise InputError(f"{self.path} is damaged: {abbreviated(name)} is no tensor")
+        view = views.view_of(self.path, value, name)
+        storage = self.source.find(view.storage)
+        if storage.extent is None or view.strides is not None or storage.big_endian:
+            raise InputError(f"{self.path}: {abbreviated(name)} is compressed or no plain tensor, which is not read")
+        tensor = Tensor(name, "", view.shape, view.dtype, Role.OTHER, storage)
+        offset = storage.extent.offset + view.start * view.dtype.itemsize
+        return tensor, Extent(self.path, offset, tensor.nbytes)
+
+    def dictionary(self, name: str, *, is_needed: bool = True) -> list[tuple[str, Any]]:
+        """An entry that is a dictionary with texts as keys; nothing where it is left out and may be."""
+        value = self.fields.get(name)
+        if value is None and not is_needed:
+            return []
+        return _items(self.path, value, name)
+
+
+def _items(path: Path, value: Any, name: str) -> list[tuple[str, Any]]:
+    items = value.items if isinstance(value, PickleDict) else None
+    if isinstance(value, OpaqueCall):
+        items = value.pairs.items if value.pairs is not None else []
+    if items is None or not all(isinstance(key, str) for key, _ in items):
+        raise InputError(f"{path} is damaged: it has no {name}")
+    return items
+
+
+def open_checkpoint(path: Path) -> ModelFile:
+    """Open a checkpoint by what its first rank saved of the optimizer."""
+    scale = _scale(path.parent)
+    ranks = _ranks(path)
+    states = _open(ranks, "optimizer_state_dict", scale)
+    stage = _stage(states[0])
+    _check_count(states[0], len(states))
+    models = _open(_model_files(path.parent, stage, len(states)), "", scale)
+    slices = [_slices(state, _GROUPS[stage]) for state in states]
+    most = max(budgets.MAX_SMALL_PARTS, scale * budgets.PICKLE_SCALE_BYTES // budgets.PART_BYTES)
+    groups = [[(name, _shape(models[0].path, name, shape)) for name, shape in group] for group in _shapes(models[0])]
+    if sum(map(len, groups)) * len(states) > most:
+        raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
+    runs: dict[str, Runs] = {}
+    tensors: list[Tensor] = []
+
+    def add(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], where: Runs) -> None:
+        if name in runs:
+            raise InputError(f"{path} is damaged: it holds {abbreviated(name)} twice")
+        runs[name] = where
+        nbytes = math.prod(shape) * dtype.itemsize
+        tensors.append(Tensor(name, "", shape, dtype, Role.OTHER, Storage(name, nbytes, None, nbytes)))
+
+    merge = _sliced_weights if stage == 3 else _consecutive_weights
+    for name, shape, where in merge(path, slices, groups):
+        add(name, shape, _FLOAT, where)
+    for name, shape, dtype, where in (*_frozen(models, stage), *_others(models[0], stage, runs)):
+        add(name, shape, dtype, where)
+    for name, original in models[0].dictionary("shared_params", is_needed=False):
+        if original in runs and name not in runs:
+            tied = next(tensor for tensor in tensors if tensor.name == original)
+            tensors.append(replace(tied, name=name))
+    if not tensors:
+        raise InputError(f"{path} holds no tensors")
+    described = (*state_dict.describe(tensors), *_moments(states))
+    calls = dict.fromkeys(call for file in (*states, *models) for call in file.source.program.foreign_calls)
+    about = ModelInfo(
+        producer=f"deepspeed (ZeRO stage {stage}, {len(states)} ranks)",
+        optimizer="optimizer state",
+        code=torch_zip.shorten(tuple(calls)),
+    )
+    files = (path, *(file for file in (*ranks, *(one.path for one in models)) if file != path))
+    return ModelFile(
+        path=path,
+        format="deepspeed-zero",
+        tensors=described,
+        about=about,
+        files=files,
+        decode=partial(_decode, runs),
+        stream=partial(_stream, runs),
+    )
+
+
+def _scale(folder: Path) -> int:
+    """How many times the usual steps the pickles may take: by what the files take on the disk."""
+    with os.scandir(folder) as entries:
+        files = [entry for entry in entries if entry.name.endswith("_states.pt")]
+    allocated = sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
+    return max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))
+
+
+def _ranks(path: Path) -> list[Path]:
+    """What all ranks saved, in their order."""
+    prefix = path.name.partition("zero_pp_rank_")[0]
+    found: dict[int, Path] = {}
+    with os.scandir(path.parent) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(prefix)]
+    for name in names:
+        match = ZERO_RANK.fullmatch(name)
+        if match is None:
+            continue
+        if int(match[2]):
+            raise InputError(
+                f"{path.parent} was saved with model parallelism, which prunectl does not read",
+                hint="convert it with DeepSpeed's ds_to_universal.py",
+            )
+        found[int(match[1])] = path.with_name(name)
+    if len(found) > budgets.MAX_FILES:
+        raise InputError(f"{path.parent} is refused: it has more than {budgets.MAX_FILES} files")
+    if missing := [rank for rank in range(len(found)) if rank not in found]:
+        raise InputError(f"{path.parent} is incomplete: what rank {missing[0]} saved of the optimizer is missing")
+    return [found[rank] for rank in range(len(found))]
+
+
+def _open(paths: Sequence[Path], entry: str, scale: int) -> list[_File]:
+    """Follow the pickle of each file, and look into an entry of it."""
+    found, steps = [], 0
+    for path in paths:
+        archive = zip_read.open_archive(path)
+        source = torch_zip.pickle_source(archive, torch_zip.top_folder(archive), "data")
+        steps += source.program.steps
+        if steps > scale * budgets.MAX_PICKLE_STEPS:
+            raise InputError(f"{path} is refused: with those of the other ranks, its pickle takes too many steps")
+        fields = dict(_items(path, source.program.value, "entries"))
+        found.append(_File(path, source, dict(_items(path, fields.get(entry), entry)) if entry else fields))
+    return found
+
+
+def _stage(state: _File) -> int:
+    """The stage of ZeRO, which is a number or an enumeration of DeepSpeed's."""
+    value = state.fields.get("zero_stage")
+    number = value.arg(0) if isinstance(value, OpaqueCall) else value
+    if type(number) is not int or number not in _GROUPS:
+        raise InputError(f"{state.path} is not of ZeRO stage 1, 2 or 3")
+    return number
+
+
+def _check_count(state: _File, count: int) -> None:
+    """Refuse a checkpoint that more ranks saved, or fewer."""
+    value = state.fields.get("partition_count")
+    counts = value if isinstance(value, list | tuple) else [value]
+    numbers = [number for number in counts if type(number) is int]
+    if numbers and max(numbers) != count:
+        raise InputError(f"{state.path.parent} is incomplete: {max(numbers)} ranks saved it, but it has {count}")
+
+
+def _model_files(folder: Path, stage: int, ranks: int) -> list[Path]:
+    """Where the names and shapes stand, and in stage 3 what of the weights is not trained."""
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)]
+    names = names if stage == 3 else ["mp_rank_00_model_states.pt"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is incomplete: {name} is missing")
+    return [folder / name for name in names]
+
+
+def _slices(state: _File, entry: str) -> list[Extent]:
+    """The slice of each group of weights that a rank saved."""
+    groups = state.fields.get(entry)
+    if not isinstance(groups, list | tuple) or len(groups) > budgets.MAX_FILES:
+        raise InputError(f"{state.path} is damaged: it has no {entry}")
+    found = [state.run(group, f"{entry}.{number}") for number, group in enumerate(groups)]
+    if any(tensor.dtype != _FLOAT or len(tensor.shape) != 1 for tensor, _ in found):
+        raise InputError(f"{state.path} is damaged: {entry} is not flat, or not of 32-bit floats")
+    return [run for _, run in found]
+
+
+def _shapes(model: _File) -> list[list[tuple[str, Any]]]:
+    """The names and shapes of the trained weights, group by group."""
+    groups = model.fields.get("param_shapes")
+    groups = groups if isinstance(groups, list | tuple) else [groups]
+    return [_items(model.path, group, "param_shapes") for group in groups]
+
+
+def _shape(path: Path, name: str, value: Any) -> tuple[int, ...]:
+    inner = value.arg(0) if isinstance(value, OpaqueCall) and value.path == "torch.Size" else value
+    is_shape = isinstance(inner, list | tuple) and len(inner) <= budgets.MAX_AXES
+    if not is_shape or not all(type(length) is int and 0 <= length <= budgets.MAX_ELEMENTS for length in inner):
+        raise InputError(f"{path} is damaged: it does not give the shape of {abbreviated(name)}")
+    return tuple(inner)
+
+
+Group = Sequence[tuple[str, tuple[int, ...]]]
+Weights = Iterator[tuple[str, tuple[int, ...], Runs]]
+
+
+def _consecutive_weights(path: Path, slices: Sequence[Sequence[Extent]], groups: Sequence[Group]) -> Weights:
+    """Yield the weights of stages 1 and 2, which lie one after another in the slices of all ranks together."""
+    if any(len(rank) != len(groups) for rank in slices):
+        raise InputError(f"{path} is damaged: its ranks have other groups of weights than its model")
+    align = 2 * len(slices) * _FLOAT.itemsize
+    for number, group in enumerate(groups):
+        line = _Line([rank[number] for rank in slices])
+        offset = 0
+        for name, shape in group:
+            nbytes = math.prod(shape) * _FLOAT.itemsize
+            yield name, shape, line.cut(path, name, offset, nbytes)
+            offset += nbytes
+        if -(-offset // align) != -(-line.nbytes // align):
+            raise InputError(f"{path} is damaged: its shapes take {offset} bytes, but its ranks hold {line.nbytes}")
+
+
+def _sliced_weights(path: Path, slices: Sequence[Sequence[Extent]], groups: Sequence[Group]) -> Weights:
+    """Yield the weights of stage 3, each of which is cut into equal slices, the last ones filled up."""
+    lines = [_Line(rank) for rank in slices]
+    offset = 0
+    for name, shape in (pair for group in groups for pair in group):
+        left = math.prod(shape) * _FLOAT.itemsize
+        nbytes = -(-math.prod(shape) // len(lines)) * _FLOAT.itemsize
+        where: list[Extent] = []
+        for line in lines:
+            where += line.cut(path, name, offset, min(nbytes, left))
+            left -= min(nbytes, left)
+        yield name, shape, tuple(where)
+        offset += nbytes
+    if any(line.nbytes != offset for line in lines):
+        raise InputError(f"{path} is damaged: its shapes take {offset} bytes of each rank, which hold others")
+
+
+class _Line:
+    """Runs of bytes in a row, as if they were one."""
+
+    def __init__(self, runs: Sequence[Extent]) -> None:
+        self._runs = runs
+        self._begins = [0, *accumulate(run.nbytes for run in runs)]
+        self.nbytes = self._begins[-1]
+
+    def cut(self, path: Path, name: str, offset: int, nbytes: int) -> Runs:
+        """The runs that some bytes of the row lie in."""
+        if offset + nbytes > self.nbytes:
+            raise InputError(f"{path} is damaged: its ranks do not hold all of {abbreviated(name)}")
+        found: list[Extent] = []
+        while nbytes:
+            number = bisect_right(self._begins, offset) - 1
+            run, begin = self._runs[number], offset - self._begins[number]
+            taken = min(nbytes, run.nbytes - begin)
+            found.append(Extent(run.path, run.offset + begin, taken))
+            offset, nbytes = offset + taken, nbytes - taken
+        return tuple(found)
+
+
+Others = Iterator[tuple[str, tuple[int, ...], np.dtype[Any], Runs]]
+
+
+def _frozen(models: Sequence[_File], stage: int) -> Others:
+    """Yield the weights that were not trained; in stage 3 each rank has a slice of them as well."""
+    fragments = [dict(model.dictionary("frozen_param_fragments", is_needed=False)) for model in models]
+    for name, value in models[0].dictionary("frozen_param_shapes", is_needed=False):
+        shape = _shape(models[0].path, name, value)
+        found = [model.run(parts.get(name), name) for model, parts in zip(models, fragments, strict=True)]
+        dtype = found[0][0].dtype
+        nbytes = math.prod(shape) * dtype.itemsize
+        line = _Line([run for _, run in found])
+        if any(tensor.dtype != dtype for tensor, _ in found) or (stage < 3 and line.nbytes != nbytes):
+            raise InputError(f"{models[0].path} is damaged: {abbreviated(name)} is not of shape {format_shape(shape)}")
+        yield name, shape, dtype, line.cut(models[0].path, name, 0, nbytes)
+
+
+def _others(model: _File, stage: int, runs: Mapping[str, Runs]) -> Others:
+    """Yield what else a module holds: buffers, and weights that no group has, which stage 3 leaves empty."""
+    names = model.fields.get("buffer_names")
+    buffers = {name for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else set()
+    tied = dict(model.dictionary("shared_params", is_needed=False))
+    frozen = dict(model.dictionary("frozen_param_shapes", is_needed=False))
+    for name, value in model.dictionary("module"):
+        if name in buffers or not (stage == 3 or name in runs or name in tied or name in frozen):
+            tensor, run = model.run(value, name)
+            yield name, tensor.shape, tensor.dtype, (run,)
+
+
+def _moments(states: Sequence[_File]) -> Iterator[Tensor]:
+    """Yield what the optimizers keep beside the weights, rank by rank."""
+    for rank, state in enumerate(states):
+        for tensor in torch_zip.tensors(state.path, state.source, {})[0]:
+            if tensor.storage.extent is None or any(group in tensor.name for group in _GROUPS.values()):
+                continue
+            name = f"optimizer.rank{rank}.{tensor.name}"
+            storage = replace(tensor.storage, key=f"rank{rank}/{tensor.storage.key}")
+            yield replace(tensor, name=name, role=Role.OPTIMIZER, storage=storage)
+
+
+def _stream(runs: Mapping[str, Runs], tensor: Tensor) -> Iterator[Array]:
+    """Yield a tensor from the ranks, one slice after another."""
+    for run in runs[tensor.storage.key]:
+        yield from extents.blocks(run, tensor.dtype)
+
+
+def _decode(runs: Mapping[str, Runs], tensor: Tensor) -> Array:
+    whole = np.empty(tensor.size, tensor.dtype)
+    done = 0
+    for piece in _stream(runs, tensor):
+        whole[done : done + piece.size] = piece
+        done += piece.size
+    whole.flags.writeable = False
+    return whole.reshape(tensor.shape)
