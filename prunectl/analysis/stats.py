@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -245,8 +246,12 @@ def measure_stats(
     has_channels: bool = True,
     pattern: Pattern | None = None,
     tick: Tick = lambda _: None,
+    zeros: Mapping[str, int] = MappingProxyType({}),
 ) -> ModelStats:
-    """Measure some tensors of a model; without zeros no weight is read, without channels none twice."""
+    """Measure some tensors of a model; without zeros no weight is read, without channels none twice.
+
+    Those whose zeros were counted by somebody else are not read either, unless their channels are looked at.
+    """
     rows = []
     chosen = tuple(chosen)
     tied_to = find_tied_tensors(chosen)
@@ -256,6 +261,8 @@ def measure_stats(
     for tensor in chosen:
         same = _identity(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
         contents = known.get(same, _Contents()) if same is not None else _Contents()
+        if contents.zeros is None and not has_channels:
+            contents = _Contents(zeros.get(tensor.name))
         if has_zeros and contents.zeros is None:
             contents = _read_contents(model, tensor, pattern, has_channels=has_channels)
             if same is not None:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from threading import Event
 
 from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
 from prunectl.formats import scratch
 from prunectl.formats.base import ModelFile
 from prunectl.formats.folder import companions
 from prunectl.formats.registry import IN_A_FOLDER
+from prunectl.formats.workers import check_stopped
 
 _HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux."""
@@ -297,14 +299,63 @@ def _move_into_place(new: Path, target: Path, scratch_folder: Path, *, may_repla
         raise WorkError(f"{target} cannot be written: {error.strerror}") from error
 
 
+_WRITE, _WAIT = 2, 4
+"""SYNC_FILE_RANGE_WRITE and SYNC_FILE_RANGE_WAIT_AFTER of Linux."""
+_FLUSHED_BYTES = 16 << 20
+"""So much is waited for at once: who gives up waits for no more."""
+_PAUSE = 0.05
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or every file in a folder, is on the disk."""
-    for file in [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]:
+    for file in _files(path):
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            _sync_range(fd, _WRITE)
+            _sync_range(fd, _WAIT)
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def flush_meanwhile(folder: Path, is_written: Event) -> None:
+    """Begin to bring to the disk what is being written to a folder, until all of it is written."""
+    begun: dict[Path, int] = {}
+    while not is_written.wait(_PAUSE):
+        check_stopped()
+        # Scratch files may be gone by the time that their turn comes.
+        with suppress(FileNotFoundError):
+            for file in _files(folder):
+                changed = file.stat().st_mtime_ns
+                if begun.get(file) != changed:
+                    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                    try:
+                        _sync_range(fd, _WRITE)
+                    finally:
+                        os.close(fd)
+                    begun[file] = changed
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]
+
+
+def _sync_range(fd: int, how: int) -> None:
+    """Begin to write the changed pages of a file, or wait for those that are being written, where a system can.
+
+    In pieces: one call for all of it would keep who gives up waiting. What fails otherwise than by a full or a broken
+    disk is left to fsync.
+    """
+    sync = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if sync is None:
+        return
+    for begin in range(0, os.fstat(fd).st_size, _FLUSHED_BYTES):
+        check_stopped()
+        if sync(fd, ctypes.c_int64(begin), ctypes.c_int64(_FLUSHED_BYTES), how) != 0:
+            code = ctypes.get_errno()
+            if code in NO_ROOM | {errno.EIO}:
+                raise OSError(code, os.strerror(code))
+            return
 
 
 def _sync_folder(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +76,20 @@ def patch_files(_: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tens
         copy_with_patches(source, target, sorted(runs[source], key=lambda rewrite: rewrite.run.offset))
 
 
-def copy_with_patches(source: Path, target: Path, rewrites: Sequence[TensorUpdate]) -> None:
-    """Write a copy of one file with some runs replaced, in one pass over its bytes."""
+def copy_with_patches(
+    source: Path, target: Path, rewrites: Sequence[TensorUpdate], crcs: dict[Extent, int] | None = None
+) -> None:
+    """Write a copy of one file with some runs replaced, in one pass over its bytes.
+
+    The CRC-32 of each replaced run is noted where that is asked for.
+    """
     old = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         offset, end = 0, os.fstat(old).st_size
         # Each run is written in its own place, so that two can be written at once.
         with workers(THREADS) as pool:
-            writing = [pool.submit(_write_runs, new, batch) for batch in _batches(rewrites)]
+            writing = [pool.submit(_write_runs, new, batch, crcs) for batch in _batches(rewrites)]
             for run in (rewrite.run for rewrite in rewrites):
                 copy_range(source, old, new, offset, run.offset)
                 offset = run.offset + run.nbytes
@@ -109,18 +115,22 @@ def _batches(rewrites: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
         yield batch
 
 
-def _write_runs(new: int, batch: Iterable[TensorUpdate]) -> None:
+def _write_runs(new: int, batch: Iterable[TensorUpdate], crcs: dict[Extent, int] | None) -> None:
     for rewrite in batch:
         run = rewrite.run
-        offset = run.offset
+        offset, crc = run.offset, 0
         for view in rewrite.raw():
             check_stopped()
+            if crcs is not None:
+                crc = zlib.crc32(view, crc)
             remaining = view
             while remaining:
                 done = os.pwrite(new, remaining, offset)
                 offset, remaining = offset + done, remaining[done:]
         if offset != run.offset + run.nbytes:
             raise ValueError(f"{offset - run.offset} bytes were written in the place of {run.nbytes}")
+        if crcs is not None:
+            crcs[run] = crc
 
 
 def copy_range(source: Path, old: int, new: int, begin: int, end: int) -> None:

@@ -109,25 +109,30 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
     archive = open_archive(model.path)
     target = targets[model.path]
     if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
-        copy_with_patches(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset))
+        crcs: dict[Extent, int] = {}
+        copy_with_patches(model.path, target, sorted(rewrites, key=lambda rewrite: rewrite.run.offset), crcs)
         offsets = [rewrite.run.offset for rewrite in rewrites]
         touched = _touched(archive.entries.values(), offsets)
         for outer in touched:
             # A zip in the zip has checksums of its own, and is itself guarded by one.
             if _is_zip(outer) and _is_around(outer, rewrites):
-                fix_crcs(target, _touched(open_inside(archive, outer).entries.values(), offsets), outer.extent)
-        fix_crcs(target, touched)
+                fix_crcs(target, _touched(open_inside(archive, outer).entries.values(), offsets), crcs, outer.extent)
+        fix_crcs(target, touched, crcs)
     else:
         changed = {rewrite.tensor.storage.key: (rewrite.tensor.storage.nbytes, rewrite.raw()) for rewrite in rewrites}
         rewrite_zip(archive, target, changed)
 
 
-def fix_crcs(path: Path, entries: Iterable[ZipEntry], within: Extent | None = None) -> None:
-    """Mend the CRC-32 of entries whose bytes have changed: in the directory, and beside the bytes."""
+def fix_crcs(path: Path, entries: Iterable[ZipEntry], crcs: Mapping[Extent, int], within: Extent | None = None) -> None:
+    """Mend the CRC-32 of entries whose bytes have changed: in the directory, and beside the bytes.
+
+    That of an entry which was written as a whole is known; others are read.
+    """
     records = _records(path, within)
     with path.open("r+b") as file:
         for entry in entries:
-            crc = _crc(file.fileno(), entry).to_bytes(4, "little")
+            known = crcs.get(entry.extent)
+            crc = (_crc(file.fileno(), entry) if known is None else known).to_bytes(4, "little")
             record, flags, header_offset = records[entry.name]
             os.pwrite(file.fileno(), crc, record + 16)
             if flags & _HAS_DESCRIPTOR:

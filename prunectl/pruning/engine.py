@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from prunectl.formats.patch import TensorUpdate, in_storage_order
 from prunectl.formats.registry import by_name, load
 from prunectl.formats.workers import check_stopped
 from prunectl.pruning.masks import (
+    SAMPLE_STEP,
     Mask,
     NonFinitePolicy,
     Pooling,
@@ -30,11 +32,12 @@ from prunectl.pruning.masks import (
     check_pruned_nonfinite,
     lowest_blocks,
     lowest_per_group,
+    magnitude_keys,
     rank_nonfinite,
     threshold,
 )
 from prunectl.pruning.plan import Plan, PlanCriteria, Selection, SkippedTensor, TensorPlan
-from prunectl.pruning.strategies import BlockContext, Strategy
+from prunectl.pruning.strategies import BlockContext, Strategy, magnitude
 
 if TYPE_CHECKING:
     from prunectl.pruning.clustering import Clustering
@@ -69,6 +72,33 @@ class TensorCounts:
 
     dropped: int
     zeros: int
+    zeros_before: int | None = None
+    """How many were zero in the input, where its weights were looked at one after another."""
+    lost: float | None = None
+    """What went of the norm, as a share; None where kept weights change as well, or where the input has none."""
+
+
+@dataclass(slots=True)
+class _Original:
+    """What is seen of the weights of a tensor before some of them are zeroed."""
+
+    zeros: int = 0
+    energy: float = 0.0
+    """The sum of their squares."""
+
+    def see(self, block: Array) -> None:
+        """Count a block."""
+        self.zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
+        self.energy += _energy(block)
+
+    def lost(self, energy: float) -> float | None:
+        """What went of the norm, where so much is left of the energy."""
+        return math.sqrt(max(1.0 - energy / self.energy, 0.0)) if 0.0 < self.energy < math.inf else None
+
+
+def _energy(block: Array) -> float:
+    flat = block.reshape(-1).astype(np.float32, copy=False)
+    return float(np.dot(flat, flat))
 
 
 def execute(
@@ -76,22 +106,26 @@ def execute(
 ) -> dict[str, TensorCounts]:
     """Write the pruned copy; counts by tensor, taken while it is written."""
     counts: dict[str, TensorCounts] = {}
+    originals: dict[str, _Original] = {}
     if method.weight_updater is not None:
         solution = method.weight_updater(model, plan, method)
     else:
-        solution = PrunedTensors(pruned_blocks(model, plan, method, next(iter(targets.values())).parent))
+        scratch = next(iter(targets.values())).parent
+        solution = PrunedTensors(pruned_blocks(model, plan, method, scratch, originals))
     makers = {cut.tensor.name: make for cut, make in zip(plan.cuts, solution.blocks, strict=True)}
     if method.clustering is not None:
         from prunectl.pruning.clustering import clustered  # noqa: PLC0415 - few ask for clusters
 
         makers = {name: partial(clustered, make, method.clustering, name, method.seed) for name, make in makers.items()}
-    rewrites = [
-        TensorUpdate(cut.tensor, partial(_counted, makers[cut.tensor.name], cut.tensor.name, counts, tick))
-        for cut in plan.cuts
-    ]
+    is_plain = method.weight_updater is None and method.clustering is None
+
+    def counted(name: str, counts: dict[str, TensorCounts]) -> Callable[[], Iterator[Array]]:
+        return partial(_counted, makers[name], name, originals, counts, tick, has_norms=is_plain)
+
+    rewrites = [TensorUpdate(cut.tensor, counted(cut.tensor.name, counts)) for cut in plan.cuts]
     # What the file holds once more is written once more, from the same numbers.
     rewrites += [
-        TensorUpdate(tensor, partial(_counted, makers[model.duplicates[tensor.name]], tensor.name, {}, tick))
+        TensorUpdate(tensor, counted(model.duplicates[tensor.name], {}))
         for tensor in model.tensors
         if model.duplicates.get(tensor.name) in makers
     ]
@@ -151,37 +185,60 @@ def _to_storage(tensor: Tensor, value: Array) -> Iterator[Array]:
     yield from iter_blocks(in_storage_order(tensor, value.astype(tensor.dtype, copy=False)))
 
 
-def _counted(make: Callable[[], Pruned], name: str, counts: dict[str, TensorCounts], tick: Tick) -> Iterator[Array]:
+def _counted(
+    make: Callable[[], Pruned],
+    name: str,
+    originals: Mapping[str, _Original],
+    counts: dict[str, TensorCounts],
+    tick: Tick,
+    *,
+    has_norms: bool,
+) -> Iterator[Array]:
     """Yield the blocks of a tensor; with the last one its counts are known."""
     dropped = zeros = 0
+    energy = 0.0
     for block, mask in make():
         dropped += int(np.count_nonzero(mask))
         zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
+        energy += _energy(block) if has_norms else 0.0
         yield block
         tick(block.nbytes)
-    counts[name] = TensorCounts(dropped, zeros)
+    original = originals.get(name)
+    if original is None:
+        counts[name] = TensorCounts(dropped, zeros)
+    else:
+        counts[name] = TensorCounts(dropped, zeros, original.zeros, original.lost(energy) if has_norms else None)
 
 
 def pruned_blocks(
-    model: ModelFile, plan: Plan, method: PruningMethod, scratch: Path | None = None
+    model: ModelFile,
+    plan: Plan,
+    method: PruningMethod,
+    scratch: Path | None = None,
+    originals: dict[str, _Original] | None = None,
 ) -> Sequence[Callable[[], Pruned]]:
-    """Factories of pruned blocks, one for each tensor; scores beyond a limit are spilled to the scratch folder."""
+    """Factories of pruned blocks, one for each tensor; scores beyond a limit are spilled to the scratch folder.
+
+    What is seen of the weights as they were is noted in `originals`.
+    """
+    originals = {} if originals is None else originals
     if method.pattern is not None:
-        return [partial(_pruned_in_pattern, model, cut, method) for cut in plan.cuts]
+        return [partial(_pruned_in_pattern, model, cut, method, originals) for cut in plan.cuts]
     joint = any(cut.drop is None for cut in plan.cuts)
     wide = joint and (is_wide(plan) if plan.threshold is None else plan.threshold.is_wide)
     scored = _TensorScores(model, method, plan, scratch, is_wide=wide, is_joint=joint)
     sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
     if joint:
-        joint_threshold = plan.threshold or threshold(sources, plan.drop, sum(cut.tensor.size for cut in plan.cuts))
+        samples = [partial(scored.sample, cut.tensor) for cut in plan.cuts]
+        joint_threshold = plan.threshold or threshold(sources, plan.drop, plan.size, samples)
         masker_makers = [partial(joint_threshold.masker, number) for number in range(len(sources))]
     else:
         # Each threshold is selected just before its tensor is written, while the tensor is still in the caches.
         masker_makers = [
-            partial(_per_tensor_threshold, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)
+            partial(_per_tensor_threshold, scored, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)
         ]
     return [
-        partial(_pruned_unstructured, scored, cut.tensor, masker)
+        partial(_pruned_unstructured, scored, cut.tensor, masker, originals)
         for cut, masker in zip(plan.cuts, masker_makers, strict=True)
     ]
 
@@ -199,8 +256,8 @@ def is_wide(plan: Plan) -> bool:
     return any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
 
 
-def _per_tensor_threshold(source: Source, cut: TensorPlan) -> ThresholdMasker:
-    return threshold([source], cut.drop or 0, cut.tensor.size).masker(0)
+def _per_tensor_threshold(scored: _TensorScores, source: Source, cut: TensorPlan) -> ThresholdMasker:
+    return threshold([source], cut.drop or 0, cut.tensor.size, [partial(scored.sample, cut.tensor)]).masker(0)
 
 
 class _TensorScores:
@@ -237,37 +294,52 @@ class _TensorScores:
         self._budget_lock = threading.Lock()
 
     def scores(self, tensor: Tensor) -> Iterator[Array]:
-        """Yield the scores of a tensor that can be ranked, block by block in storage order."""
+        """Yield the scores of a tensor that can be ranked, or their sort keys, block by block in storage order."""
         if self.method.strategy.is_elementwise:
-            for _, scores in self._elementwise(tensor):
-                yield self._ranked(tensor, scores)[0]
+            begin = 0
+            for block in self._weights(tensor):
+                yield self._ranked_block(tensor, block, begin)[0]
+                begin += block.size
         else:
             for scores in _iter_slices(self._all_scores(tensor)):
                 yield self._ranked(tensor, scores)[0]
 
+    def sample(self, tensor: Tensor) -> Iterator[Array]:
+        """Yield some of the scores of a tensor, evenly spread: those of single weights, without scoring the others."""
+        if self.method.strategy.is_elementwise:
+            for block in self._weights(tensor):
+                few = np.ascontiguousarray(block.reshape(-1)[::SAMPLE_STEP])
+                yield self._ranked_block(tensor, few, 0)[0]
+        else:
+            for scores in _iter_slices(self._all_scores(tensor)):
+                yield self._ranked(tensor, np.ascontiguousarray(scores[::SAMPLE_STEP]))[0]
+
     def blocks(self, tensor: Tensor) -> Iterator[tuple[Array, Array, Mask | None]]:
         """Yield blocks of weights in storage order, their scores, and the mask of what is zeroed whatever its score."""
+        begin = 0
         if self.method.strategy.is_elementwise:
-            for block, scores in self._elementwise(tensor):
+            for block in self._weights(tensor):
+                yield block, *self._ranked_block(tensor, block, begin)
+                begin += block.size
+        else:
+            all_scores = self._all_scores(tensor)
+            for block in self._weights(tensor):
+                scores = all_scores[begin : begin + block.size].reshape(block.shape)
                 yield block, *self._ranked(tensor, scores)
-            self._release(tensor)
-            return
-        all_scores, begin = self._all_scores(tensor), 0
-        for block in self._weights(tensor):
-            scores = all_scores[begin : begin + block.size].reshape(block.shape)
-            yield block, *self._ranked(tensor, scores)
-            begin += block.size
+                begin += block.size
         self._release(tensor)
+
+    def _ranked_block(self, tensor: Tensor, block: Array, begin: int) -> tuple[Array, Mask | None]:
+        """The scores of single weights; of magnitudes their sort keys, which the bits of the weights tell at once."""
+        is_as_wide = block.dtype == np.float64 or (block.dtype == np.float32 and not self._needs_float64)
+        if self.method.strategy.score is magnitude and is_as_wide:
+            return rank_nonfinite(magnitude_keys(block), self.method.not_finite, _label(self.model, tensor))
+        scores = self.method.strategy.score(block, BlockContext(tensor.name, begin, self.method.seed))
+        return self._ranked(tensor, scores)
 
     def _ranked(self, tensor: Tensor, scores: Array) -> tuple[Array, Mask | None]:
         wide = scores.astype(np.float64) if self._needs_float64 else scores
         return rank_nonfinite(wide, self.method.not_finite, _label(self.model, tensor))
-
-    def _elementwise(self, tensor: Tensor) -> Iterator[tuple[Array, Array]]:
-        begin = 0
-        for block in self._weights(tensor):
-            yield block, self.method.strategy.score(block, BlockContext(tensor.name, begin, self.method.seed))
-            begin += block.size
 
     def _weights(self, tensor: Tensor) -> Iterator[Array]:
         """Yield the weights of a tensor block by block in storage order."""
@@ -337,20 +409,29 @@ def _label(model: ModelFile, tensor: Tensor) -> str:
     return f"{model.path}: {tensor.name}"
 
 
-def _pruned_unstructured(scored: _TensorScores, tensor: Tensor, make_masker: Callable[[], ThresholdMasker]) -> Pruned:
+def _pruned_unstructured(
+    scored: _TensorScores, tensor: Tensor, make_masker: Callable[[], ThresholdMasker], originals: dict[str, _Original]
+) -> Pruned:
     masker = make_masker()
+    original = originals[tensor.name] = _Original()
     for block, scores, zeroed in scored.blocks(tensor):
+        original.see(block)
         dropped = masker.mask(scores)
         check_pruned_nonfinite(scores, dropped, scored.method.not_finite, _label(scored.model, tensor))
         yield _zero_pruned(block, dropped if zeroed is None else dropped | zeroed), dropped
 
 
-def _pruned_in_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod) -> Pruned:
+def _pruned_in_pattern(
+    model: ModelFile, cut: TensorPlan, method: PruningMethod, originals: dict[str, _Original]
+) -> Pruned:
     tensor, pattern = cut.tensor, method.pattern
+    original = originals[tensor.name] = _Original()
     if isinstance(pattern, NMPattern) and tensor.strides is None and method.strategy.is_elementwise:
-        yield from _pruned_in_groups(model, tensor, method, pattern)
+        yield from _pruned_in_groups(model, tensor, method, pattern, original)
         return
     weights = model.read(tensor)
+    for block in iter_blocks(weights):
+        original.see(block)
     scores, zeroed = rank_nonfinite(
         method.strategy.score(weights, BlockContext(tensor.name, 0, method.seed)),
         method.not_finite,
@@ -370,12 +451,15 @@ def _pruned_in_pattern(model: ModelFile, cut: TensorPlan, method: PruningMethod)
     yield in_storage_order(tensor, _zero_pruned(weights, dropped)), dropped
 
 
-def _pruned_in_groups(model: ModelFile, tensor: Tensor, method: PruningMethod, pattern: NMPattern) -> Pruned:
+def _pruned_in_groups(
+    model: ModelFile, tensor: Tensor, method: PruningMethod, pattern: NMPattern, original: _Original
+) -> Pruned:
     """Prune slab by slab: a group never reaches from one slab into the next."""
     axis = tensor.reduction_axis
     assert axis is not None
     row = tensor.size // tensor.shape[0]
     for begin, slab in iter_slabs(model, tensor, pattern.group if axis == 0 else 1):
+        original.see(slab)
         scores = method.strategy.score(slab, BlockContext(tensor.name, begin * row, method.seed))
         ranked, zeroed = rank_nonfinite(scores, method.not_finite, _label(model, tensor))
         dropped = lowest_per_group(ranked, axis, pattern.zeros, pattern.group)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,18 @@ from prunectl.formats.workers import workers
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 Source = Callable[[], Iterator[Array]]
-"""Yields the scores of one tensor in order, block by block, each time it is called."""
+"""Yields the scores of one tensor in order, or their sort keys, block by block, each time it is called."""
 
 Result = TypeVar("Result")
 THREADS = 2
+_JOBS = 256
+"""Sources beyond it share jobs: one for each of many small tensors takes longer than what it does."""
 _MANY = 1 << 20
+_REMEMBERED = 4 << 20
+"""How many scores near the threshold are held, so that ties need not be counted in a pass of their own."""
 DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
-_SAMPLE_STEP = 64
+SAMPLE_STEP = 64
 _SAMPLE_LEAST = 10_000
 _SAMPLE_ERRORS = 6
 """How many standard errors of the sample the cut may lie off."""
@@ -75,22 +79,43 @@ class ThresholdMasker:
 
 def sort_keys(scores: Array) -> Array:
     """Sort keys: the bits of non-negative floats as integers of the same order; minus zero is zero."""
-    contiguous = np.ascontiguousarray(scores)
-    if contiguous.dtype.itemsize == 8:
-        return np.asarray(contiguous.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
-    return np.asarray(contiguous.view(np.uint32) & np.uint32(0x7FFFFFFF))
+    return scores if scores.dtype.kind == "u" else magnitude_keys(np.ascontiguousarray(scores))
 
 
-def threshold(sources: Sequence[Source], drop: int, size: int) -> Threshold:
-    """The threshold that prunes exactly so many of all scores, ties in the order of the sources."""
+def magnitude_keys(weights: Array) -> Array:
+    """Sort keys of the magnitudes of contiguous floats of 32 or 64 bits: all of their bits but the sign."""
+    if weights.dtype.itemsize == 8:
+        return np.asarray(weights.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
+    return np.asarray(weights.view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
+class KthLowest(NamedTuple):
+    """The key of the k-th lowest score, how many are below it, and how many equal it."""
+
+    key: int
+    below: int
+    equal: int
+    tied: tuple[int, ...] | None = None
+    """How many equal it in each source, where that is known."""
+
+
+def threshold(sources: Sequence[Source], drop: int, size: int, samples: Sequence[Source] = ()) -> Threshold:
+    """The threshold that prunes exactly so many of all scores, ties in the order of the sources.
+
+    Samples of the sources, one score of `SAMPLE_STEP`, save a pass over all scores of big ones.
+    """
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
-    select = sorted_select if size < _SAMPLE_LEAST * _SAMPLE_STEP else sampled_select
-    key, below, equal = select(sources, drop) or radix_select(sources, drop)
-    return Threshold(key, split_ties(sources, key, drop - below, equal))
+    kth = None
+    if size < _SAMPLE_LEAST * SAMPLE_STEP:
+        kth = sorted_select(sources, drop)
+    elif guess := _bracket_from_sample(samples or [partial(_strided, source) for source in sources], drop / size):
+        kth = select_between(sources, drop, *guess)
+    key, below, equal, tied = kth or radix_select(sources, drop)
+    return Threshold(key, split_ties(sources, key, drop - below, equal, tied))
 
 
-def sorted_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
+def sorted_select(sources: Sequence[Source], drop: int) -> KthLowest | None:
     """As `radix_select`, by sorting, which is faster where the scores are too few to be sampled."""
     keys = np.concatenate(
         [sort_keys(block).reshape(-1) for block in chain.from_iterable(source() for source in sources)]
@@ -98,96 +123,133 @@ def sorted_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] 
     if keys.size < drop:
         return None
     key = np.partition(keys, drop - 1)[drop - 1]
-    return int(key), int(np.count_nonzero(keys < key)), int(np.count_nonzero(keys == key))
+    return KthLowest(int(key), int(np.count_nonzero(keys < key)), int(np.count_nonzero(keys == key)))
 
 
-def sampled_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int] | None:
-    """As `radix_select`, within a bracket estimated from a sample; None where the bracket misses.
+def select_between(sources: Sequence[Source], drop: int, first: int, last: int) -> KthLowest | None:
+    """As `radix_select`, within a bracket of upper digits; None where the bracket misses.
 
     Comparing a block with two numbers is ten times as fast as counting it into bins.
     """
-    guess = _bracket_from_sample(sources, drop)
-    if guess is None:
-        return None
-    first, last = guess
-    low, high = np.uint32(first << DIGIT_BITS), np.uint32((last << DIGIT_BITS) + BINS - 1)
-    below, counts = 0, np.zeros((last - first + 1) * BINS, np.int64)
-    with closing(_map_parallel(partial(_count_between, low=low, high=high), sources)) as counted:
-        for counted_part in counted:
-            below, counts = below + counted_part[0], counts + counted_part[1].counts()
-    rising = np.cumsum(counts)
+    low, width = np.uint32(first << DIGIT_BITS), (last - first + 1) * BINS
+    below, between, held = 0, LazyHistogram(width), 0
+    each: list[LazyHistogram] = []
+    counting = _map_parallel(partial(_count_between, low=low, width=width), sources)
+    with closing(counting) as counted:
+        for below_part, between_part in counted:
+            below += below_part
+            between.add_all(between_part)
+            held += between_part.held
+            if held <= _REMEMBERED:
+                each.append(between_part)
+            else:
+                each.clear()
+    rising = np.cumsum(between.counts())
     if not below < drop <= below + int(rising[-1]):
         return None
     index = int(np.searchsorted(rising, drop - below))
-    return int(low) + index, below + int(rising[index] - counts[index]), int(counts[index])
+    equal = between.count(index)
+    tied = tuple(part.count(index) for part in each) if held <= _REMEMBERED else None
+    return KthLowest(int(low) + index, below + int(rising[index]) - equal, equal, tied)
 
 
-def _count_between(source: Source, low: np.uint32, high: np.uint32) -> tuple[int, LazyHistogram]:
-    """How many keys of a source are below two numbers, and how far those between them lie above the first."""
-    below, between = 0, LazyHistogram(int(high) - int(low) + 1)
+def _count_between(source: Source, low: np.uint32, width: int) -> tuple[int, LazyHistogram]:
+    """How many keys of a source are below a number, and how far above it those are that are close to it."""
+    below, between = 0, LazyHistogram(width)
     for block in source():
         keys = sort_keys(block).reshape(-1)
         below += int(np.count_nonzero(keys < low))
-        between.add(keys[np.flatnonzero((keys >= low) & (keys <= high))] - low)
+        # What is below wraps around, and is far above.
+        above = keys - low
+        between.add(above[np.flatnonzero(above < np.uint32(width))])
     return below, between
 
 
-def _sample(source: Source) -> tuple[int, LazyHistogram | None]:
-    """How many scores a source has, and the upper bits of some; none if they are wider than 32 bits."""
-    size, digits = 0, LazyHistogram(BINS)
+def _strided(source: Source) -> Iterator[Array]:
+    for block in source():
+        yield np.ascontiguousarray(block.reshape(-1)[::SAMPLE_STEP])
+
+
+def _sample(source: Source) -> LazyHistogram | None:
+    """The upper bits of a sample of a source; none if its scores are wider than 32 bits."""
+    digits = LazyHistogram(BINS)
     for block in source():
         if block.dtype.itemsize != np.dtype(np.float32).itemsize:
-            return 0, None
-        keys = sort_keys(np.ascontiguousarray(block.reshape(-1)[::_SAMPLE_STEP]))
-        digits.add(keys >> np.uint32(DIGIT_BITS))
-        size += block.size
-    return size, digits
+            return None
+        digits.add(sort_keys(block).reshape(-1) >> np.uint32(DIGIT_BITS))
+    return digits
 
 
 class LazyHistogram:
     """A histogram of small integers that batches them until it pays to count."""
 
     def __init__(self, length: int) -> None:
-        self._counts = np.zeros(length, np.int64)
+        self._length = length
+        self._counts: NDArray[np.int64] | None = None
         self._waiting: list[Array] = []
         self._waiting_size = 0
 
+    @property
+    def held(self) -> int:
+        """How many numbers it takes the memory of."""
+        return self._waiting_size + (0 if self._counts is None else 2 * self._length)
+
     def add(self, numbers: Array) -> None:
         """Add numbers, counted now or later."""
+        if not numbers.size:
+            return
         self._waiting.append(numbers)
         self._waiting_size += numbers.size
         if self._waiting_size > _MANY:
             self.counts()
 
+    def add_all(self, other: LazyHistogram) -> None:
+        """Add all numbers of another histogram of this length."""
+        for numbers in other._waiting:
+            self.add(numbers)
+        if other._counts is not None:
+            self._counts = self.counts() + other._counts
+
     def counts(self) -> NDArray[np.int64]:
         """The counts of all numbers added."""
-        if self._waiting_size:
+        if self._counts is None:
+            self._counts = np.zeros(self._length, np.int64)
+        if self._waiting:
             numbers = np.concatenate(self._waiting).astype(np.intp)
-            self._counts += np.bincount(numbers, minlength=len(self._counts))
+            self._counts += np.bincount(numbers, minlength=self._length)
             self._waiting, self._waiting_size = [], 0
         return self._counts
+
+    def count(self, number: int) -> int:
+        """How often one number was added."""
+        waiting = sum(int(np.count_nonzero(numbers == number)) for numbers in self._waiting)
+        return waiting + (0 if self._counts is None else int(self._counts[number]))
 
 
 def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -> Generator[Result]:
     """Yield the results of a function on each source, two at a time."""
+    share = len(sources) // _JOBS + 1
+
+    def job(begin: int) -> list[Result]:
+        return [work(source) for source in sources[begin : begin + share]]
+
     with workers(THREADS) as pool:
-        yield from pool.map(work, sources)
+        for results in pool.map(job, range(0, len(sources), share)):
+            yield from results
 
 
-def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int] | None:
-    """First and last bin of the upper bits between which the threshold lies by a sample, or None."""
-    counts = np.zeros(BINS, np.int64)
-    total = 0
-    with closing(_map_parallel(_sample, sources)) as sampled_each:
-        for size, digits in sampled_each:
-            if digits is None:
+def _bracket_from_sample(samples: Sequence[Source], share: float) -> tuple[int, int] | None:
+    """First and last bin of the upper bits between which the threshold of a share lies by samples, or None."""
+    digits = LazyHistogram(BINS)
+    with closing(_map_parallel(_sample, samples)) as sampled_each:
+        for sampled_part in sampled_each:
+            if sampled_part is None:
                 return None
-            counts += digits.counts()
-            total += size
+            digits.add_all(sampled_part)
+    counts = digits.counts()
     sampled = int(counts.sum())
     if sampled < _SAMPLE_LEAST:
         return None
-    share = drop / total
     error = _SAMPLE_ERRORS * math.sqrt(share * (1 - share) / sampled) * sampled + 1
     rising = np.cumsum(counts)
     first = int(np.searchsorted(rising, max(share * sampled - error, 0)))
@@ -195,14 +257,17 @@ def _bracket_from_sample(sources: Sequence[Source], drop: int) -> tuple[int, int
     return (first, last) if last - first < _CLOSE_BINS else None
 
 
-def radix_select(sources: Sequence[Source], drop: int) -> tuple[int, int, int]:
+def radix_select(sources: Sequence[Source], drop: int) -> KthLowest:
     """The key of the k-th lowest score, how many are below it, and how many equal it, sixteen bits a pass."""
     prefix, below, equal, shift = 0, 0, 0, None
     while shift is None or shift > 0:
-        counted = [count_digits(source, prefix, shift) for source in sources]
-        shift = max(low for _, low in counted)
-        prefix, below, equal = next_digit(np.sum([counts for counts, _ in counted], axis=0), prefix, below, drop)
-    return prefix, below, equal
+        every, lowest = np.zeros(BINS, np.int64), 0
+        for source in sources:
+            counts, low = count_digits(source, prefix, shift)
+            every, lowest = every + counts, max(lowest, low)
+        shift = lowest
+        prefix, below, equal = next_digit(every, prefix, below, drop)
+    return KthLowest(prefix, below, equal)
 
 
 def count_digits(source: Source, prefix: int, shift: int | None) -> tuple[NDArray[np.int64], int]:
@@ -233,16 +298,22 @@ def next_digit(counts: NDArray[np.int64], prefix: int, below: int, drop: int) ->
     return prefix << DIGIT_BITS | digit, below + int(rising[digit] - counts[digit]), int(counts[digit])
 
 
-def split_ties(sources: Sequence[Source], key: int, ties: int, equal: int) -> tuple[int, ...]:
-    """Ties to prune in each source, the first sources first."""
+def split_ties(
+    sources: Sequence[Source], key: int, ties: int, equal: int, tied: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Ties to prune in each source, the first sources first; they are counted unless it is known how many each has."""
     if len(sources) == 1 or ties == equal:
         return (ties,) * len(sources)
     shares = []
-    for source in sources:
-        tied = sum(int(np.count_nonzero(sort_keys(block) == key)) for block in source()) if ties else 0
-        shares.append(min(tied, ties))
+    for number, source in enumerate(sources):
+        own = (_count_equal(source, key) if tied is None else tied[number]) if ties else 0
+        shares.append(min(own, ties))
         ties -= shares[-1]
     return tuple(shares)
+
+
+def _count_equal(source: Source, key: int) -> int:
+    return sum(int(np.count_nonzero(sort_keys(block) == key)) for block in source())
 
 
 _FEW = 16
@@ -317,11 +388,20 @@ class NonFinitePolicy(StrEnum):
     KEEP = "keep"
 
 
+def is_finite(scores: Array) -> bool:
+    """Whether all of some non-negative scores, or of their sort keys, are finite: the biggest is NaN if any is."""
+    largest = scores.max()
+    if scores.dtype.kind == "u":
+        largest = largest.view(f"f{scores.dtype.itemsize}")
+    return bool(np.isfinite(largest))
+
+
 def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[Array, Mask | None]:
     """Scores that can be ranked, and the mask of weights that are zeroed whatever their rank."""
-    finite = np.isfinite(scores)
-    if finite.all():
+    if not scores.size or is_finite(scores):
         return scores, None
+    scores = scores.view(f"f{scores.dtype.itemsize}")
+    finite = np.isfinite(scores)
     if policy is NonFinitePolicy.ERROR:
         raise InputError(
             f"{name} has weights that are NaN or infinite", hint="--nan zero sets them to zero, --nan keep keeps them"

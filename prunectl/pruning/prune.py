@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
+from threading import Event
 
 from prunectl.analysis import sizes
 from prunectl.analysis.patterns import NMPattern, structured_sparsity
 from prunectl.analysis.sizes import CodecName, compress, get_codec, measure, packed_bytes
 from prunectl.analysis.stats import ModelStats, Tick, measure_stats
-from prunectl.analysis.tensor_io import ProgressFactory, blocks, no_progress
+from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import UsageError, WorkError, abbreviated
-from prunectl.formats.atomic import flush
-from prunectl.formats.base import Capability, ModelFile, Tensor
+from prunectl.formats.atomic import flush, flush_meanwhile
+from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.registry import open_model, require
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
@@ -91,7 +89,7 @@ class Pruned:
     notes: tuple[str, ...] = ()
     """Notes for the user, each a full sentence."""
     lost: Mapping[str, float] = field(default_factory=dict)
-    """What went of the norm of each tensor, as a share; of none where kept weights change or that takes too long."""
+    """What went of the norm of each tensor, as a share; of none where kept weights change as well."""
 
     def record(self) -> Mapping[str, object]:
         """The pruned tensors, as a manifest lists them."""
@@ -141,20 +139,26 @@ def _prune(
     method, selection = engine.with_model_scores(model, selection, method)
     sparsity = resolve_sparsity(model, request, selection, method)
     plan = planning.make_plan(selection, method.criteria, sparsity)
-    with outputs.staging_dir(model, output) as (folder, target), workers(1) as background, ExitStack() as progress:
+    with outputs.staging_dir(model, output) as (folder, target), workers(2) as background, ExitStack() as progress:
         is_small = model.nbytes <= outputs.BIG_BYTES
-        before_stats = background.submit(measure_stats, model, model.tensors, has_channels=is_small)
         bar = progress.enter_context(meter(f"pruning {model.path.name}", _work(model, plan)))
+        # What has to be on the disk before it may be renamed gets there while it is written and read back.
+        is_written = Event()
+        early = background.submit(flush_meanwhile, folder, is_written) if output is not None else None
         written, counts = _write(model, plan, method, folder, target, is_packed=request.is_packed, tick=bar.advance)
-        # What has to be on the disk before it may be renamed gets there while it is read back.
+        is_written.set()
         flushing = background.submit(flush, folder) if output is not None else None
+        zeros = {name: count.zeros_before for name, count in counts.items() if count.zeros_before is not None}
+        before_stats = background.submit(measure_stats, model, model.tensors, has_channels=is_small, zeros=zeros)
         result = open_model(written)
-        before, after = before_stats.result(), verify(model, result, counts, has_channels=is_small, tick=bar.advance)
+        after = verify(model, result, counts, has_channels=is_small, tick=bar.advance)
+        before = before_stats.result()
         check_pattern(result, plan, method)
         if not allow_empty:
             check_left(before, counts)
-        if flushing is not None:
-            flushing.result()
+        for writing in (early, flushing):
+            if writing is not None:
+                writing.result()
         if after.bytes.raw <= outputs.BIG_BYTES:
             codec = get_codec(CodecName.GZIP, None)
             before = measure(model, codec, known=before if is_small else None)
@@ -163,38 +167,15 @@ def _prune(
             # Now, as an output in place takes the input's.
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
-        is_plain = method.weight_updater is None and method.clustering is None and model.nbytes <= _MEASURED_BYTES
-        lost = _lost_norms(model, result, plan) if is_plain else {}
     shown = str(target if output is not None else "the result")
     notes = outputs.notes_on_folder(model, output)
+    lost = {name: count.lost for name, count in counts.items() if count.lost is not None}
     return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), notes, lost=lost)
-
-
-_MEASURED_BYTES = 512 << 20
-"""Up to this size it takes little time to measure what is lost of each norm."""
 
 
 def _work(model: ModelFile, plan: Plan) -> int:
     """Bytes that are written, and all that are read back."""
     return sum(cut.tensor.nbytes for cut in plan.cuts) + sum(tensor.storage.stored_bytes for tensor in model.tensors)
-
-
-def _lost_norms(model: ModelFile, written: ModelFile, plan: Plan) -> dict[str, float]:
-    """What went of each norm, where tensors need not be decoded once more."""
-    tensors = {tensor.name: tensor for tensor in written.tensors}
-    lost = {}
-    for cut in plan.cuts:
-        is_cheap = cut.tensor.storage.extent is not None or model.nbytes <= outputs.BIG_BYTES
-        energy = _energy(model, cut.tensor) if is_cheap and cut.tensor.is_float else 0.0
-        if 0.0 < energy < math.inf:
-            lost[cut.tensor.name] = math.sqrt(max(1.0 - _energy(written, tensors[cut.tensor.name]) / energy, 0.0))
-    return lost
-
-
-def _energy(model: ModelFile, tensor: Tensor) -> float:
-    """The sum of the squares of a tensor."""
-    flat = (np.asarray(block).reshape(-1).astype(np.float32, copy=False) for block in blocks(model, tensor))
-    return sum(float(np.dot(block, block)) for block in flat)
 
 
 def _write(

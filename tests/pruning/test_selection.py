@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from prunectl.pruning.masks import Source, radix_select, sorted_select, threshold
+from prunectl.pruning.masks import (
+    SAMPLE_STEP,
+    Source,
+    magnitude_keys,
+    radix_select,
+    sorted_select,
+    threshold,
+)
 
 
 def in_blocks(scores: NDArray[np.floating], size: int) -> Source:
@@ -104,3 +111,25 @@ def test_a_wrong_guess_is_noticed() -> None:
     scores[::64] = 2.0
     (mask,) = dropped([scores], 100_000, 64_000)
     np.testing.assert_array_equal(mask, by_sorting([scores], 100_000))
+
+
+@pytest.mark.parametrize("drop", [1, 99_999, 400_000, 899_999, 1_000_000])
+def test_many_small_tensors_are_cut_as_a_few_big_ones(drop: int) -> None:
+    # Multiples of a sixteenth: each score is that of many others, in many tensors.
+    scores = np.random.default_rng(1).integers(0, 64, 1_000_000).astype(np.float32) / 16
+    masks = dropped(np.split(scores, 1000), drop, 300)
+    np.testing.assert_array_equal(np.concatenate(masks), by_sorting([scores], drop))
+
+
+@pytest.mark.parametrize("lie", [0.0, 2.0])
+def test_samples_that_mislead_change_nothing(lie: float) -> None:
+    scores = np.random.default_rng(2).random(1_000_000).astype(np.float32)
+    sample = np.full(scores.size // SAMPLE_STEP, lie, np.float32)
+    cut = threshold([in_blocks(scores, 64_000)], 300_000, scores.size, [in_blocks(sample, 1000)])
+    np.testing.assert_array_equal(cut.masker(0).mask(scores), by_sorting([scores], 300_000))
+
+
+def test_sort_keys_stand_for_the_scores_that_they_were_made_from() -> None:
+    scores = np.random.default_rng(3).random(1000).astype(np.float32)
+    cut = threshold([in_blocks(magnitude_keys(-scores), 100)], 300, scores.size)
+    np.testing.assert_array_equal(cut.masker(0).mask(scores), by_sorting([scores], 300))

@@ -20,6 +20,8 @@ import urllib.error
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from prunectl.formats import atomic, extents, patch, scratch
 from prunectl.formats.onnx import messages, rewrite
 from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.registry import open_model
+from prunectl.formats.workers import workers
 from tests import forked
 from tests.contract import digest
 from tests.running import COMMAND, FIXTURES, ROOT, clean, here
@@ -411,6 +414,32 @@ def test_a_disk_that_cannot_be_written_is_not(
     assert "Traceback" not in done.err
     monkeypatch.undo()
     assert os.listdir(tmp_path) == [model.name]
+
+
+def test_a_disk_that_fails_while_it_is_written_to_is_heard_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").write_bytes(bytes(1 << 16))
+
+    def failing(*_: object) -> int:
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(sync_file_range=failing))
+    with pytest.raises(OSError, match="Input/output error"):
+        atomic.flush_meanwhile(tmp_path, Event())
+
+
+def test_who_gives_up_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(bytes(1 << 16))
+
+    def waiting() -> None:
+        with workers(1) as pool:
+            pool.submit(atomic.flush_meanwhile, tmp_path, Event())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        waiting()
 
 
 @pytest.mark.parametrize(
