@@ -69,9 +69,9 @@ def is_loss_built(model: Any) -> bool:
     return loss is None or bool(loss.built)
 
 
-def count_train_step(model: Any) -> None:
-    """Count a training step, as Keras 2's own train function does."""
-    model._train_counter.assign_add(1)
+def count_step(model: Any, verb: str) -> None:
+    """Count a step of training or testing, as Keras 2's own functions do."""
+    getattr(model, f"_{verb}_counter").assign_add(1)
 
 
 def trained_variables(optimizer: Any) -> list[Any]:

@@ -311,7 +311,7 @@ class RandomState:
         self._generators = _generators(library, model)
         self.needs_retrace = library.is_keras2 and _has_custom_layers(model)
         """Whether some random operations take a new seed only when they are retraced."""
-        self.has_hidden_state = not library.is_on_tensorflow or _has_foreign_code(model)
+        self.has_hidden_state = not library.is_on_tensorflow or has_foreign_code(model)
         """Whether kernels of TensorFlow may hold the state of random operations, beside the generators."""
 
     def seed(self, number: int, *, keeps_kernels: bool = False) -> None:
@@ -377,7 +377,7 @@ _RUNS_ANY_CODE = frozenset({"Lambda", "TFOpLambda", "ClassMethod", "TFSMLayer"})
 """Layers of Keras that run operations that are not its own."""
 
 
-def _has_foreign_code(model: Any) -> bool:
+def has_foreign_code(model: Any) -> bool:
     """Whether a model may run random operations that are not of Keras: in a layer, or in a function that one has."""
     for layer in flat_layers(model):
         parts = (layer, *(value for value in vars(layer).values() if callable(value)))

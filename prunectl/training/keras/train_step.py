@@ -14,7 +14,7 @@ from prunectl.training import user_code
 from prunectl.training.backend import GradientStatistic, TrainOptions
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, losses, outputs
-from prunectl.training.keras._compat import count_train_step, distinct_layers, flat_layers
+from prunectl.training.keras._compat import count_step, distinct_layers, flat_layers
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary
 from prunectl.training.keras.compile import binary_logits, compile_model, resolve_compile_config
 from prunectl.training.keras.load import LoadedModel, error_line
@@ -143,21 +143,25 @@ class LearningRate:
         return float(self._library.keras.ops.convert_to_numpy(tensor))
 
 
-class CompiledTrainStep:
-    """The training step of Keras 2 as one `tf.function` of a batch, without `train_on_batch`."""
+class CompiledStep:
+    """A step of Keras on TensorFlow as one `tf.function` of a batch, without `train_on_batch` or `test_on_batch`.
 
-    def __init__(self, library: KerasLibrary, model: Any) -> None:
-        self._library, self._model = library, model
+    Both trace a step for the size of the first batch, and again when the last one is smaller.
+    """
+
+    def __init__(self, library: KerasLibrary, model: Any, verb: str, *, takes_any_size: bool) -> None:
+        self._library, self._model, self._verb = library, model, verb
+        self._takes_any_size = takes_any_size
         self._traced: Any = None
 
     @staticmethod
-    def supports(library: KerasLibrary, model: Any) -> bool:
+    def supports(library: KerasLibrary, model: Any, verb: str) -> bool:
         """Whether Keras would do the same: not where a model overrides it, or runs eagerly."""
-        if not library.is_keras2 or model.run_eagerly:
+        if not library.is_on_tensorflow or model.run_eagerly:
             return False
         plain = library.keras.Model
         return all(
-            getattr(type(model), name) is getattr(plain, name) for name in ("make_train_function", "train_on_batch")
+            getattr(type(model), name) is getattr(plain, name) for name in (f"make_{verb}_function", f"{verb}_on_batch")
         )
 
     def forget(self) -> None:
@@ -165,26 +169,41 @@ class CompiledTrainStep:
         self._traced = None
 
     def __call__(self, x: Any, y: Any) -> Mapping[str, Any]:
-        """Train on a batch; returns the logs of the step."""
-        if self._traced is None:
-            self._traced = self._trace()
+        """Take a step on a batch; returns its logs."""
         data = self._library.tensorflow.nest.map_structure(self._tensor, (x,) if y is None else (x, y))
+        if self._traced is None:
+            self._traced = self._trace(data)
         logs = self._traced(data)
         return {name: value.numpy() for name, value in logs.items()}
 
-    def _trace(self) -> Any:
-        tensorflow, model = self._library.tensorflow, self._model
+    def _trace(self, data: Any) -> Any:
+        tensorflow, model, verb = self._library.tensorflow, self._model, self._verb
 
         def step(data: Any) -> Any:
-            logs = model.train_step(data)
-            count_train_step(model)
+            logs = getattr(model, f"{verb}_step")(data)
+            if self._library.is_keras2:
+                count_step(model, verb)
             return logs
 
-        return tensorflow.function(step, reduce_retracing=True, jit_compile=bool(model.jit_compile) or None)
+        traced = tensorflow.function(
+            step,
+            reduce_retracing=True,
+            jit_compile=bool(model.jit_compile) or None,
+            # Steps of users may branch by a tensor in Keras 2, and not in Keras 3.
+            autograph=self._library.is_keras2,
+        )
+        if self._takes_any_size:
+            # What is traced for no size in particular, as in `fit`, serves batches of every size.
+            traced.get_concrete_function(
+                tensorflow.nest.map_structure(
+                    lambda tensor: tensorflow.TensorSpec([None, *tensor.shape[1:]], tensor.dtype), data
+                )
+            )
+        return traced
 
     def _tensor(self, array: Any) -> Any:
-        is_float = np.asarray(array).dtype.kind == "f"
-        dtype = self._library.keras.backend.floatx() if is_float else None
+        is_converted = self._library.is_keras2 and np.asarray(array).dtype.kind == "f"
+        dtype = self._library.keras.backend.floatx() if is_converted else None
         return self._library.tensorflow.convert_to_tensor(array, dtype)
 
 
@@ -195,6 +214,7 @@ class CompiledModel:
         self, loaded: LoadedModel, placement: DevicePlacement, options: TrainOptions, frozen: Sequence[Any]
     ) -> None:
         self._library, self.model, self._placement = loaded.library, loaded.model, placement
+        self._has_custom_objects = bool(loaded.objects)
         self._options = options
         self._custom_step = (
             user_code.resolve_function(options.custom_step, "--train-step") if options.custom_step else None
@@ -220,8 +240,7 @@ class CompiledModel:
         if placement.strategy is not None:
             # The metrics of Keras are those of all processes already; added up, they would count double.
             self.model.distribute_reduction_method = "first"
-        is_alone = placement.strategy is None and CompiledTrainStep.supports(self._library, self.model)
-        self._train_step = CompiledTrainStep(self._library, self.model) if is_alone else None
+        self._train_step, self._test_step = self._compiled_step("train"), self._compiled_step("test")
         self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
         self._output_losses = [
             DistilledOutput(
@@ -240,6 +259,16 @@ class CompiledModel:
         self.model.reset_metrics = lambda: None
         self._reset_distillation: Callable[[], None] = lambda: None
         self._averager = StepAverager(self._is_running_mean)
+
+    def _compiled_step(self, verb: str) -> CompiledStep | None:
+        """A step that is traced here, where Keras would do the same."""
+        if self._placement.strategy is not None or not CompiledStep.supports(self._library, self.model, verb):
+            return None
+        # Keras has shown its own layers a batch of any size; code of others may count the examples while it is traced.
+        is_of_others = self.runs_user_code or self._has_custom_objects or backend.has_foreign_code(self.model)
+        inputs = () if is_of_others else getattr(self.model, "inputs", None) or ()
+        takes_any_size = bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
+        return CompiledStep(self._library, self.model, verb, takes_any_size=takes_any_size)
 
     @property
     def _has_custom_step(self) -> bool:
@@ -310,9 +339,7 @@ class CompiledModel:
         try:
             if self._custom_step is not None:
                 return self._custom_train_step(x, y)
-            if self._train_step is not None:
-                return self._train_step(x, y)
-            return self._on_batch("train", x, y)
+            return self._on_batch("train", self._train_step, x, y)
         except self._failures as error:
             if self._has_trained:
                 raise
@@ -324,7 +351,9 @@ class CompiledModel:
         more = (self._library.tensorflow.errors.InvalidArgumentError,) if self._library.is_on_tensorflow else ()
         return (ValueError, TypeError, *more)
 
-    def _on_batch(self, verb: str, x: Any, y: Any) -> Mapping[str, Any]:
+    def _on_batch(self, verb: str, step: CompiledStep | None, x: Any, y: Any) -> Mapping[str, Any]:
+        if step is not None:
+            return step(x, y)
         options = {"reset_metrics": False} if self._library.is_keras2 else {}
         logs: Mapping[str, Any] = getattr(self.model, f"{verb}_on_batch")(x, y, return_dict=True, **options)
         return logs
@@ -385,7 +414,7 @@ class CompiledModel:
             for batch in batches:
                 x, y = outputs.pack_inputs(self.model, batch.x), outputs.pack_targets(self.model, batch.y)
                 try:
-                    logs = self._on_batch("test", x, y)
+                    logs = self._on_batch("test", self._test_step, x, y)
                 except self._failures as error:
                     raise _refused("evaluate a batch", error) from error
                 averager.update(logs, len(as_tuple(batch.x)[0]))

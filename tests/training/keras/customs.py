@@ -56,6 +56,12 @@ def cubes(y_true: Any, y_pred: Any) -> Any:
     return difference * difference * difference * difference
 
 
+def squares_by_example(y_true: Any, y_pred: Any) -> Any:
+    """A loss that asks a batch how many examples it has while a step is traced."""
+    tf = importlib.import_module("tensorflow")
+    return tf.reduce_sum((y_pred - y_true) ** 2) / y_pred.shape[0]
+
+
 def plain_step(model: Any, x: Any, y: Any) -> dict[str, Any]:
     """A step by TensorFlow's tape and the model's optimizer."""
     tf = importlib.import_module("tensorflow")

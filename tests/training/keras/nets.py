@@ -75,6 +75,11 @@ def batches(count: int = 4, seed: int = 0) -> list[Batch]:
     ]
 
 
+def shorter(batch: Batch, examples: int = 5) -> Batch:
+    """The first examples of a batch, as the last one of an epoch may be."""
+    return Batch(batch.x[:examples], batch.y[:examples])  # type: ignore[index]
+
+
 def saved(model: Any, path: Path, *, is_traced: bool = False) -> Path:
     """Save a model by its suffix; into a folder without the graphs of its layers, for Keras builds them anew."""
     with ignore_warnings():

@@ -27,17 +27,56 @@ ADAM = {"optimizer": "adam", "loss": "sparse_categorical_crossentropy", "metrics
 def test_without_masks_it_trains_like_keras_itself_to_the_bit(k: Any, suffix: str, tmp_path: Path) -> None:
     model = nets.dense(k(), **ADAM)
     network = nets.prepared(nets.saved(model, tmp_path / f"model{suffix}"))
-    nets.train(network, nets.batches())
+    nets.train(network, uneven())
     assert len(network.tensors()) == 4
     assert [raw(mine) for mine in _in_order(network)] == trained_by_keras(k)
+
+
+def uneven() -> list[Batch]:
+    *batches, last = nets.batches()
+    return [*batches, nets.shorter(last)]
 
 
 @cache
 def trained_by_keras(k: Any) -> list[bytes]:
     model = nets.dense(k(), **ADAM)
-    for batch in nets.batches():
+    for batch in uneven():
         model.train_on_batch(batch.x, batch.y)
     return [raw(np.asarray(array)) for array in model.get_weights()]
+
+
+@both
+@pytest.mark.parametrize("examples", [None, nets.EXAMPLES], ids=["any-size", "one-size"])
+def test_a_step_is_traced_once(examples: int | None, k: Any, tmp_path: Path) -> None:
+    of = k().layers
+    model = k().Sequential([of.Input((nets.FEATURES,), batch_size=examples), of.Dense(nets.CLASSES)])
+    network = nets.prepared(nets.saved(model, tmp_path / "model.keras"))
+    traced: list[str] = []
+    for step in ("train_step", "test_step"):
+        setattr(network._model, step, _counted(getattr(network._model, step), traced))
+    batches = uneven() if examples is None else nets.batches()
+    nets.train(network, batches)
+    network.evaluate(batches)
+    assert traced == ["train_step", "test_step"]
+
+
+def _counted(step: Any, calls: list[str]) -> Any:
+    def counting(data: Any) -> Any:
+        calls.append(step.__name__)
+        return step(data)
+
+    return counting
+
+
+@both
+def test_a_loss_of_the_users_may_ask_a_batch_for_its_size(k: Any, tmp_path: Path) -> None:
+    x, labels = nets.batches(1)[0].x, np.eye(nets.CLASSES, dtype=np.float32)[np.arange(nets.EXAMPLES) % nets.CLASSES]
+    batch = Batch(x, labels)
+    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+    network = nets.prepared(path, batch, loss="tests.training.keras.customs:squares_by_example", optimizer="sgd")
+    expected = np.square(np.asarray(network.predict(x)) - labels).sum() / nets.EXAMPLES
+    network.step(batch, 1.0)
+    assert network.logs()["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @both
