@@ -390,7 +390,8 @@ def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:
 
 
 _AVERAGE = re.compile(r"(^|_)(ema|swa|averaged)(_|$)")
-_MOST_ROOTS = 3
+MOST_ROOTS = 3
+"""Entries around the weights whose names are looked at."""
 
 
 def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
@@ -412,19 +413,19 @@ def _is_average(part: str) -> bool:
     return _AVERAGE.search(part.lower()) is not None
 
 
-def averaged_copies(tensors: Iterable[TensorStats]) -> tuple[str, str, int] | None:
+def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> tuple[str, str, int] | None:
     """Where a file holds its weights twice, as trained and as an average (EMA, SWA): both places, and how many.
 
     A copy is known by a part of its names, and by the rest of them: `ema_model_state_dict.ema_model.a.weight` beside
     `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
     """
-    averages: dict[str, list[TensorStats]] = {}
+    averages: dict[str, list[Tensor | TensorStats]] = {}
     trained: list[tuple[list[str], tuple[int, ...]]] = []
     for tensor in tensors:
         if tensor.role in {Role.OPTIMIZER, Role.MASK}:
             continue
         parts = tensor.name.split(".")
-        for i, part in enumerate(parts[:_MOST_ROOTS]):
+        for i, part in enumerate(parts[:MOST_ROOTS]):
             if _is_average(part):
                 averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
                 break
@@ -432,7 +433,7 @@ def averaged_copies(tensors: Iterable[TensorStats]) -> tuple[str, str, int] | No
             trained.append((parts, tensor.shape))
     others: dict[str, tuple[str, tuple[int, ...]]] = {}
     for parts, shape in trained if averages else ():
-        for skip in range(min(_MOST_ROOTS, len(parts))):
+        for skip in range(min(MOST_ROOTS, len(parts))):
             others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), shape))
     for copy, averaged in averages.items():
         originals = [other for tensor in averaged if (other := _other(tensor, copy, others)) is not None]
@@ -441,9 +442,9 @@ def averaged_copies(tensors: Iterable[TensorStats]) -> tuple[str, str, int] | No
     return None
 
 
-def _other(tensor: TensorStats, place: str, others: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+def _other(tensor: Tensor | TensorStats, place: str, others: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
     parts = tensor.name.removeprefix(f"{place}.").split(".")
-    for skip in range(min(_MOST_ROOTS, len(parts))):
+    for skip in range(min(MOST_ROOTS, len(parts))):
         where, shape = others.get("".join(parts[skip:]), ("", None))
         if shape == tensor.shape:
             return where

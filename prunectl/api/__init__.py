@@ -76,6 +76,7 @@ from prunectl.formats.base import StripOptions
 from prunectl.formats.registry import open_model
 from prunectl.pruning import request as prune_request
 from prunectl.pruning import strip as stripping
+from prunectl.pruning.averages import parse_keep
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.manifest import read_record
 from prunectl.sweeping import sweep as sweeping
@@ -229,6 +230,7 @@ def strip(
     output: AnyPath | None,
     *,
     only: Names = (),
+    keep: str = "",
     half: bool = False,
     pack: bool = False,
     force: bool = False,
@@ -237,12 +239,23 @@ def strip(
 ) -> StripResult:
     """Drop what a model does not need to predict; without an output nothing is written.
 
+    Where a checkpoint holds the weights and their moving average, ``keep``, "ema" or
+    "raw", says which of them stays.
     ``on_progress`` is called while both models are measured.
     """
     check_type("only", only, Names)
+    check_type("keep", keep, str)
     destination = _destination(output, force=force, in_place=in_place)
     options = StripOptions(parse_parts(",".join(names(only))), to_half=half)
-    result = stripping.strip(_path(model), options, destination, is_packed=pack, meter=meter_of(on_progress))
+    result = stripping.strip(
+        _path(model),
+        options,
+        destination,
+        is_packed=pack,
+        keep=parse_keep(keep),
+        is_asked=True,
+        meter=meter_of(on_progress),
+    )
     written = "" if destination is None else str(destination.target)
     return StripResult.of(result, output=written, is_rewritten=half or pack)
 

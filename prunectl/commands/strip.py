@@ -13,6 +13,7 @@ from prunectl.commands._command import make_command
 from prunectl.commands._requests import BuildCommand, OutputOptions
 from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
+from prunectl.pruning.averages import Keep
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped, strip
 from prunectl.reporting.prune import before_after, compare_sizes, outcome
@@ -67,6 +68,9 @@ class Strip(OutputOptions):
         str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
     ] = ""
     only: Annotated[str, typer.Option(metavar="PARTS", help=f"Remove only these parts: {', '.join(StripPart)}.")] = ""
+    keep: Annotated[
+        Keep | None, typer.Option(help="Of weights and their moving average (EMA), the copy that stays.")
+    ] = None
     half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats (float16).")] = False
     pack: Annotated[bool, typer.Option("--pack", help="Compress inside the file; it loads as before.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the result, but write nothing.")] = False
@@ -78,7 +82,15 @@ class Strip(OutputOptions):
         strip_options = StripOptions(parse_parts(self.only), to_half=self.half)
 
         def work(path: Path, destination: Destination | None) -> Report:
-            result = strip(path, strip_options, destination, is_packed=self.pack, meter=ctx.obj.progress)
+            result = strip(
+                path,
+                strip_options,
+                destination,
+                is_packed=self.pack,
+                keep=self.keep,
+                is_asked=True,
+                meter=ctx.obj.progress,
+            )
             target = str(destination.target) if destination is not None else ""
             return strip_report(result, target, is_rewritten=self.half or self.pack)
 

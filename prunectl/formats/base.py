@@ -359,12 +359,40 @@ WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
 
 
 @dataclass(frozen=True, slots=True)
+class CopyChoice:
+    """Of weights that a file holds twice, the copy that stays: where the other would be looked for, under its names."""
+
+    home: str
+    """Where the names begin of the copy that loaders take."""
+    other: str
+    """The same of the copy beside it, of which nothing is left."""
+    names: Mapping[str, str]
+    """The tensors of the first, and what they are called in the output."""
+    sources: Mapping[str, str]
+    """For those of them that take their values from the other copy, its tensors."""
+    lacking: tuple[str, ...] = ()
+    """Those that it does not have, such as statistics of batch norm, which stay as they are."""
+
+    def is_removed(self, name: str) -> bool:
+        """Whether a tensor or an entry is the other copy, or a part of it."""
+        return name == self.other or name.startswith(f"{self.other}.")
+
+    def kept(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The tensors that stay, by their names in the output."""
+        by_name = {tensor.name: tensor for tensor in tensors}
+        left = (name for name in by_name if not self.is_removed(name))
+        return {self.names.get(name, name): by_name[self.sources.get(name, name)] for name in left}
+
+
+@dataclass(frozen=True, slots=True)
 class StripOptions:
     """Which parts to strip, and whether to halve the floats."""
 
     parts: frozenset[StripPart] = frozenset(StripPart)
     to_half: bool = False
     """Whether 32-bit and wider floats become 16-bit ones."""
+    copies: CopyChoice | None = None
+    """Which of two copies of the weights stays; without it the one that was trained does."""
 
 
 @dataclass(frozen=True, slots=True)

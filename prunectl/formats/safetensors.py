@@ -328,9 +328,15 @@ _GRADIENTS = (".grad", ".main_grad")
 def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write a copy without the parts that are to go, and return what went."""
     tensors = {tensor.name: tensor for tensor in model.tensors}
+    removed: list[RemovedItem] = []
+    if wish.copies is not None:
+        tensors = wish.copies.kept(model.tensors)
+        left = {tensor.name for tensor in tensors.values()}
+        copy = (tensor for tensor in model.tensors if tensor.name not in left)
+        removed += (RemovedItem(tensor.name, StripPart.TRAINING, tensor.nbytes) for tensor in copy)
     dead = {name: part for name in tensors if (part := _part(name, tensors)) in wish.parts}
     kept = {name: tensor for name, tensor in tensors.items() if name not in dead}
-    removed = [RemovedItem(name, part, tensors[name].nbytes) for name, part in dead.items() if part is not None]
+    removed += [RemovedItem(name, part, tensors[name].nbytes) for name, part in dead.items() if part is not None]
     wrapped: tuple[MaskedParam, ...] = ()
     if wish.parts & WRAPPING:
         wrapped = tuple(weight for weight in state_dict.find(kept, {}) if _fits(weight, kept))

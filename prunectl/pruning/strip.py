@@ -19,6 +19,7 @@ from prunectl.formats.base import (
     PARAMETRIZATION,
     WEIGHTS,
     Capability,
+    CopyChoice,
     ModelFile,
     RemovedItem,
     Role,
@@ -33,6 +34,7 @@ from prunectl.formats.patch import HALF, HALVED, to_float16
 from prunectl.formats.registry import FORMATS, by_name, load, open_model, require
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, write_entries
 from prunectl.pruning import destination as outputs
+from prunectl.pruning.averages import Keep, choose
 from prunectl.pruning.destination import Destination
 
 
@@ -53,10 +55,17 @@ def strip(
     output: Destination | None,
     *,
     is_packed: bool,
+    keep: Keep | None = None,
+    is_asked: bool = False,
     meter: ProgressFactory = no_progress,
 ) -> Stripped:
-    """Write a copy without what inference does not need; without an output, into a scratch file."""
+    """Write a copy without what inference does not need; without an output, into a scratch file.
+
+    Of weights that the file holds twice, one copy is kept; if it is asked, the user says which.
+    """
     model = open_model(path)
+    copies = choose(model, keep, is_asked=is_asked and StripPart.TRAINING in options.parts)
+    options = replace(options, copies=copies)
     if by_name(model.format).is_of_ranks:
         return _consolidate(model, options, output, is_packed=is_packed, meter=meter)
     require(model, Capability.PACK if is_packed else Capability.WRITE)
@@ -78,11 +87,26 @@ def strip(
         if is_packed:
             outputs.pack(written, folder)
         result = open_model(written)
-        _verify(model, result, options, frozenset(thing.name for thing in removed))
+        original = model if copies is None else replace(model, tensors=_as_kept(model, copies))
+        _verify(original, result, options, frozenset(thing.name for thing in removed))
         before, after = stats_for_report(model, meter), stats_for_report(result, meter)
     removed += _files_left_out(model, left_out)
     shown = replace(after, path=str(target)) if output is not None else after
-    return Stripped(removed, before, shown, outputs.notes_on_folder(model, output))
+    notes = (*_note_lacking(copies), *outputs.notes_on_folder(model, output))
+    return Stripped(removed, before, shown, notes)
+
+
+def _as_kept(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:
+    """The tensors as the output is to have them: by their names there, with the values of the copy that stays."""
+    return tuple(replace(tensor, name=name) for name, tensor in copies.kept(model.tensors).items())
+
+
+def _note_lacking(copies: CopyChoice | None) -> tuple[str, ...]:
+    if copies is None or not copies.lacking:
+        return ()
+    count, some = len(copies.lacking), abbreviated(copies.lacking[0])
+    tensors = f"1 tensor, {some}, is" if count == 1 else f"{count} tensors, such as {some}, are"
+    return (f"{tensors} not in the average, and stayed as they were trained.",)
 
 
 def _files_left_out(model: ModelFile, left_out: Mapping[Path, StripPart]) -> tuple[RemovedItem, ...]:
@@ -99,7 +123,8 @@ def _consolidate(
     """Write the weights of a checkpoint of many ranks as safetensors: one file, or a folder with what lies beside."""
     folder = model.folder or model.path.parent
     is_file = output is not None and (output.to_stdout or output.target.suffix.lower() == _SUFFIX)
-    weights = tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS)
+    tensors = model.tensors if options.copies is None else _as_flat(model, options.copies)
+    weights = tuple(tensor for tensor in tensors if tensor.role in WEIGHTS)
     _check_consolidation(model, options, output, is_packed=is_packed)
     source = replace(model, folder=None if is_file else folder)
     left_out = training_state(source)
@@ -116,7 +141,14 @@ def _consolidate(
         before = replace(before, params=replace(after.params, prunable=before.params.prunable))
     shown = after if output is None else replace(after, path=str(output.target))
     removed = (*_removed_of_ranks(model), *_files_left_out(source, left_out))
-    return Stripped(removed, before, shown, companions(source).notes(folder))
+    return Stripped(removed, before, shown, (*_note_lacking(options.copies), *companions(source).notes(folder)))
+
+
+def _as_flat(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:
+    """The copy that stays by the names that the class of the network knows, without the entry that held it."""
+    home = f"{copies.home.partition('.')[0]}."
+    kept = copies.kept(model.tensors)
+    return tuple(replace(tensor, name=name.removeprefix(home)) for name, tensor in kept.items())
 
 
 def _check_consolidation(

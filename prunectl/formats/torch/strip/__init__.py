@@ -10,7 +10,7 @@ from zipfile import ZIP_DEFLATED, ZipInfo
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
-from prunectl.formats.base import WRAPPING, ModelFile, RemovedItem, Role, StripOptions, StripPart
+from prunectl.formats.base import WRAPPING, CopyChoice, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES
 from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.patch import patch_files
@@ -21,6 +21,7 @@ from prunectl.formats.torch.model import AVERAGES, read_marker, top_folder
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     CheckpointEdits,
+    Entry,
     called,
     entries,
     is_tensor,
@@ -154,6 +155,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
     root = container.ir.root
     keys_before = frozenset(ref.key for ref in storage_refs(root))
     removed = [
+        *(_keep_copy(model.path, root, options.copies) if options.copies is not None else ()),
         *_drop_sections(model.path, root, options),
         *(_drop_all_gradients(root) if StripPart.GRADIENTS in options.parts else ()),
     ]
@@ -216,6 +218,43 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
     ]
     replace_entries(root, kept)
     return [_RemovedSection(name, part, sections[name].storages) for name, part in removed.items()]
+
+
+def _keep_copy(path: Path, root: IRNode, choice: CopyChoice) -> list[_RemovedSection]:
+    """Leave one of two copies of the weights, under the names that the class of the network knows."""
+    dicts = list(iter_nested_dicts(root))
+    nodes = {f"{state.prefix}{name}": item for state in dicts for name, item in texts(state.node).items()}
+    gone = [item for name, item in nodes.items() if choice.is_removed(name)]
+    if choice.sources.keys() <= nodes.keys() and set(choice.sources.values()) <= nodes.keys():
+        gone = [nodes[name] for name in choice.sources] or gone
+        for state in dicts:
+            pairs = entries(state.node) or []
+            left = [entry for entry in pairs if not choice.is_removed(f"{state.prefix}{text(entry[0])}")]
+            replace_entries(state.node, [_kept_entry(state.prefix, entry, nodes, choice) for entry in left])
+    elif {choice.home, choice.other} <= texts(root).keys():
+        # Whole modules: one takes the place of the other.
+        gone = [nodes[choice.home]]
+        kept = [(key, nodes[choice.other] if text(key) == choice.home else item) for key, item in entries(root) or ()]
+        replace_entries(root, [entry for entry in kept if text(entry[0]) != choice.other])
+    else:
+        raise InputError(f"{path}: the average of its weights lies in objects that only their class can open")
+    storages = frozenset(key for node in gone for key in storage_keys(node))
+    return [_RemovedSection(choice.home if choice.sources else choice.other, StripPart.TRAINING, storages)]
+
+
+def _kept_entry(prefix: str, entry: Entry, nodes: Mapping[str, IRNode], choice: CopyChoice) -> Entry:
+    """An entry by its new name, with the values of the copy that stays."""
+    key, item = entry
+    name = f"{prefix}{text(key)}"
+    if name not in choice.names:
+        return entry
+    new = choice.names[name]
+    if name in choice.sources:
+        item = nodes[choice.sources[name]]
+    if new == name:
+        return key, item
+    # What wraps a network stands in front of the names in their own dictionary.
+    return text_node(new.removeprefix(prefix)), item
 
 
 def _drop_all_gradients(root: IRNode) -> list[_RemovedSection]:

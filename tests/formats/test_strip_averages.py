@@ -1,0 +1,203 @@
+"""Checkpoints that hold the weights and their average: `--keep` leaves one, which loads strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import prunectl
+from prunectl.errors import UsageError
+from tests.running import here
+
+State = dict[str, torch.Tensor]
+
+
+def net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(8, 5))
+
+
+RAW, AVERAGE = net(1), net(2)
+
+
+def state(made: nn.Module, prefix: str = "") -> State:
+    return {f"{prefix}{name}": tensor for name, tensor in made.state_dict().items()}
+
+
+def timm() -> Any:
+    return {
+        "epoch": 3,
+        "arch": "resnet",
+        "state_dict": state(RAW),
+        "state_dict_ema": state(AVERAGE),
+        "optimizer": {"state": {}},
+    }
+
+
+def timm_of_several_devices() -> Any:
+    return {"state_dict": state(RAW, "module."), "state_dict_ema": state(AVERAGE)}
+
+
+def deit() -> Any:
+    return {"model": state(RAW), "model_ema": state(AVERAGE), "epoch": 1, "args": {"lr": 0.1}}
+
+
+def basicsr() -> Any:
+    return {"params": state(RAW), "params_ema": state(AVERAGE)}
+
+
+def rt_detr() -> Any:
+    return {"model": state(RAW), "ema": {"module": state(AVERAGE), "updates": 7}, "last_epoch": 2}
+
+
+def ema_pytorch() -> Any:
+    kept = {"initted": torch.tensor(1), "step": torch.tensor(9), **state(AVERAGE, "ema_model.")}
+    return {"model": state(RAW), "ema": kept}
+
+
+def of_torch() -> Any:
+    averaged = AveragedModel(RAW)
+    averaged.module.load_state_dict(AVERAGE.state_dict())
+    return {"model_state_dict": state(RAW), "ema_state_dict": averaged.state_dict()}
+
+
+def lightning_weight_averaging() -> Any:
+    return {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": state(AVERAGE),
+        "current_model_state": state(RAW),
+        "averaging_state": {"n_averaged": torch.tensor(4)},
+    }
+
+
+def mmengine() -> Any:
+    return {
+        "meta": {},
+        "state_dict": state(AVERAGE),
+        "ema_state_dict": {"steps": torch.tensor(3), **state(RAW, "module.")},
+    }
+
+
+def lightning_callback() -> Any:
+    return {
+        "state_dict": state(RAW),
+        "callbacks": {"EMACallback": {"ema_state_dict": state(AVERAGE)}, "Other": {"x": 1}},
+    }
+
+
+LAYOUTS: dict[Callable[[], Any], str] = {
+    timm: "state_dict",
+    timm_of_several_devices: "state_dict",
+    deit: "model",
+    basicsr: "params",
+    rt_detr: "model",
+    ema_pytorch: "model",
+    of_torch: "model_state_dict",
+    lightning_weight_averaging: "state_dict",
+    mmengine: "state_dict",
+    lightning_callback: "state_dict",
+}
+"""Each layout, and the entry that the weights are loaded from."""
+
+
+@pytest.mark.parametrize("keep", ["ema", "raw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_the_copy_that_is_kept_is_loaded_strictly(tmp_path: Path, layout: Any, keep: str, is_zip: bool) -> None:
+    torch.save(layout(), tmp_path / "m.pt", _use_new_zipfile_serialization=is_zip)
+    done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--keep", keep)
+    assert done.code == 0, done.err
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    loaded = net(0)
+    loaded.load_state_dict(found[LAYOUTS[layout]], strict=True)
+    expected = (AVERAGE if keep == "ema" else RAW).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    tensors = sum(tensor.numel() for tensor in RAW.state_dict().values())
+    assert (tmp_path / "out.pt").stat().st_size < 4 * tensors + 6000
+    assert not [name for name in found if "ema" in name or name == "current_model_state"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_which_copy_is_meant_is_asked_for(tmp_path: Path, layout: Any) -> None:
+    torch.save(layout(), tmp_path / "m.pt")
+    done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt")
+    assert done.code == 2
+    assert "holds the weights twice" in done.err
+    assert "add --keep ema for the average, or --keep raw" in done.err
+    assert not (tmp_path / "out.pt").exists()
+    assert here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--only", "optimizer").code == 0
+
+
+def test_an_average_of_parameters_alone_takes_the_statistics_of_the_raw_weights(tmp_path: Path) -> None:
+    averaged = {name: tensor.data for name, tensor in AVERAGE.named_parameters()}
+    torch.save({"model": state(RAW), "ema": averaged}, tmp_path / "m.pt")
+    done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--keep", "ema")
+    assert done.code == 0
+    assert "3 tensors, such as 1.running_mean, are not in the average" in done.err
+    loaded = net(0)
+    loaded.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True)["model"])
+    assert torch.equal(loaded[3].weight, AVERAGE[3].weight)
+    assert torch.equal(loaded[1].running_mean, RAW[1].running_mean)
+
+
+def test_copies_in_one_state_dict_are_told_apart_also_without_dots(tmp_path: Path) -> None:
+    averaged = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in state(AVERAGE).items()}
+    both = {**state(RAW, "model."), **averaged, "model_ema.decay": torch.tensor(0.9), "scale": torch.tensor(2.0)}
+    torch.save({"state_dict": both}, tmp_path / "m.ckpt")
+    assert here("strip", tmp_path / "m.ckpt", "-o", tmp_path / "out.ckpt", "--keep", "ema").code == 0
+    found = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
+    assert found.keys() == {*state(RAW, "model."), "scale"}
+    assert torch.equal(found["model.3.weight"], AVERAGE[3].weight)
+
+
+@pytest.mark.parametrize("keep", ["ema", "raw"])
+def test_safetensors_keep_one_copy_too(tmp_path: Path, keep: str) -> None:
+    save_file(
+        {**state(RAW), **state(AVERAGE, "ema_model.module."), "ema_model.n": torch.ones(1)}, tmp_path / "m.safetensors"
+    )
+    assert here("strip", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors").code == 2
+    assert here("strip", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "--keep", keep).code == 0
+    loaded = net(0)
+    loaded.load_state_dict(load_file(tmp_path / "out.safetensors"), strict=True)
+    assert torch.equal(loaded[3].weight, (AVERAGE if keep == "ema" else RAW)[3].weight)
+
+
+@pytest.mark.parametrize("keep", ["ema", "raw"])
+def test_whole_modules_take_the_place_of_each_other(tmp_path: Path, keep: str) -> None:
+    torch.save({"model": RAW, "ema": AVERAGE, "updates": 5}, tmp_path / "yolo.pt")
+    assert here("strip", tmp_path / "yolo.pt", "-o", tmp_path / "out.pt", "--keep", keep).code == 0
+    found = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert found.keys() == {"model"}
+    assert torch.equal(found["model"][3].weight, (AVERAGE if keep == "ema" else RAW)[3].weight)
+    # Its own loader takes the average: nothing is asked.
+    assert here("strip", tmp_path / "yolo.pt", "-o", tmp_path / "plain.pt").code == 0
+
+
+def test_an_average_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    torch.save(
+        {"model": state(RAW), "ema": {"shadow_params": [tensor * 2 for tensor in state(RAW).values()]}},
+        tmp_path / "m.pt",
+    )
+    done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--keep", "ema")
+    assert done.code == 2
+    assert "one copy of the weights, or none that is known by its names" in done.err
+
+
+def test_keep_where_there_is_one_copy_is_a_slip(tmp_path: Path) -> None:
+    torch.save(state(RAW), tmp_path / "m.pt")
+    assert here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--keep", "ema").code == 2
+    with pytest.raises(UsageError, match="keep is ema or raw, not 'mean'"):
+        prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="mean")
+
+
+def test_python_keeps_a_copy_as_well(tmp_path: Path) -> None:
+    torch.save(deit(), tmp_path / "m.pt")
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True)["model"]["3.weight"], AVERAGE[3].weight)
