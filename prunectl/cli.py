@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--version` is instant; and whatever is 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _WITH_DATA = ("--data", "--recipe", "--repair", "--sensitivity")
 """Options, or their beginnings, by which data goes through a model; a recipe may name data."""
+_NEW_OBJECTS = 50_000
+"""After so many new objects Python looks for garbage, until a framework is imported."""
 FAILED, CANCELLED, BROKEN_PIPE, TERMINATED = 5, 130, 141, 143
 
 
@@ -37,6 +40,8 @@ def main() -> int:
             signal.signal(signal.SIGINT, _interrupt)
         _open_what_is_closed()
         signal.signal(signal.SIGTERM, _terminate)
+        # What reads models makes much that stays and little garbage: to look for it as often as usual costs a tenth.
+        gc.set_threshold(_NEW_OBJECTS)
         if not _may_calibrate(arguments):
             # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -7,7 +7,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -252,8 +252,32 @@ def measure_stats(
 
     Those whose zeros were counted by somebody else are not read either, unless their channels are looked at.
     """
-    rows = []
     chosen = tuple(chosen)
+    with extents.read_ahead():
+        rows = _measured(model, chosen, pattern, tick, zeros, has_zeros=has_zeros, has_channels=has_channels)
+    raw = model.nbytes
+    return ModelStats(
+        path=str(model.path),
+        format=model.format,
+        bytes=SizeStats(raw=raw),
+        params=totals(rows),
+        parts=_parts(model, raw),
+        layers=tuple(rows),
+        about=model.about,
+    )
+
+
+def _measured(
+    model: ModelFile,
+    chosen: Sequence[Tensor],
+    pattern: Pattern | None,
+    tick: Tick,
+    zeros: Mapping[str, int],
+    *,
+    has_zeros: bool,
+    has_channels: bool,
+) -> list[TensorStats]:
+    rows = []
     tied_to = find_tied_tensors(chosen)
     # Of tensors that are measured alike, all but the first are told from it.
     known: dict[tuple[object, ...], _Contents] = {}
@@ -269,16 +293,7 @@ def measure_stats(
                 known[same] = contents
         rows.append(_row(tensor, tied_to.get(tensor.name, ""), contents))
         tick(tensor.storage.stored_bytes)
-    raw = model.nbytes
-    return ModelStats(
-        path=str(model.path),
-        format=model.format,
-        bytes=SizeStats(raw=raw),
-        params=totals(rows),
-        parts=_parts(model, raw),
-        layers=tuple(rows),
-        about=model.about,
-    )
+    return rows
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:

@@ -6,7 +6,9 @@ import errno
 import io
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,6 +179,62 @@ def file_chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
+_SMALL_BYTES = 1 << 16
+_of_thread = threading.local()
+
+
+class _Window:
+    """A part of a file that is read ahead, once a small run lies right behind the one before."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._fd = -1
+        self._begin, self._data = 0, b""
+
+    def read(self, extent: Extent) -> NDArray[np.uint8]:
+        """The bytes of a small run, as a copy."""
+        if extent.path != self._path:
+            self.close()
+            with reading(extent.path):
+                self._fd = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._path = extent.path
+        offset = extent.offset - self._begin
+        if not 0 <= offset <= offset + extent.nbytes <= len(self._data):
+            is_near = 0 <= offset - len(self._data) < _SMALL_BYTES or 0 <= offset < len(self._data)
+            with reading(extent.path):
+                self._data = os.pread(self._fd, BLOCK_BYTES if is_near else extent.nbytes, extent.offset)
+            self._begin, offset = extent.offset, 0
+            if len(self._data) < extent.nbytes:
+                raise _truncated(extent.path)
+        return np.frombuffer(self._data, np.uint8, extent.nbytes, offset).copy()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._path is not None:
+            os.close(self._fd)
+        self._path, self._data = None, b""
+
+
+@contextmanager
+def read_ahead() -> Generator[None]:
+    """Have `blocks` read small runs of this thread together: to open and to read each of many takes most of the time.
+
+    What is written to the same files meanwhile may be missed.
+    """
+    outer = getattr(_of_thread, "window", None)
+    window = _of_thread.window = outer or _Window()
+    try:
+        yield
+    finally:
+        _of_thread.window = outer
+        if outer is None:
+            window.close()
+
+
+def _truncated(path: Path) -> InputError:
+    return InputError(f"{path} was truncated while prunectl was reading it")
+
+
 def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
     """Yield the extent piece by piece, each valid until the next: memory stays one block."""
     if extent.path in REMOTE:
@@ -185,6 +243,11 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
             piece = REMOTE[extent.path].read(extent.offset + done, min(BLOCK_BYTES, extent.nbytes - done))
             # As a copy, which may be written to.
             yield np.frombuffer(piece, np.uint8).copy().view(dtype)
+        return
+    window: _Window | None = getattr(_of_thread, "window", None)
+    if window is not None and 0 < extent.nbytes <= _SMALL_BYTES:
+        check_stopped()
+        yield window.read(extent).view(dtype)
         return
     buffer = np.empty(min(BLOCK_BYTES, extent.nbytes), np.uint8)
     fd = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -196,7 +259,7 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
             with reading(extent.path):
                 got = os.preadv(fd, [buffer[:want].data], extent.offset + done)
             if got != want:
-                raise InputError(f"{extent.path} was truncated while prunectl was reading it")
+                raise _truncated(extent.path)
             yield buffer[:got].view(dtype)
             done += got
     finally:

@@ -12,7 +12,7 @@ import numpy as np
 
 from prunectl.errors import NO_ROOM, InputError, abbreviated, reading
 from prunectl.formats.base import Array, ModelFile, Tensor
-from prunectl.formats.extents import BLOCK_BYTES, Extent, raw_bytes
+from prunectl.formats.extents import BLOCK_BYTES, Extent, raw_bytes, read_ahead
 from prunectl.formats.workers import check_stopped, workers
 
 THREADS = 2
@@ -116,32 +116,43 @@ def _batches(rewrites: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
 
 
 def _write_runs(new: int, batch: Iterable[TensorUpdate], crcs: dict[Extent, int] | None) -> None:
-    for rewrite in batch:
-        run = rewrite.run
-        offset, crc = run.offset, 0
-        for view in rewrite.raw():
-            check_stopped()
-            if crcs is not None:
-                crc = zlib.crc32(view, crc)
-            remaining = view
-            while remaining:
-                done = os.pwrite(new, remaining, offset)
-                offset, remaining = offset + done, remaining[done:]
-        if offset != run.offset + run.nbytes:
-            raise ValueError(f"{offset - run.offset} bytes were written in the place of {run.nbytes}")
+    with read_ahead():
+        for rewrite in batch:
+            _write_run(new, rewrite, crcs)
+
+
+def _write_run(new: int, rewrite: TensorUpdate, crcs: dict[Extent, int] | None) -> None:
+    run = rewrite.run
+    offset, crc = run.offset, 0
+    for view in rewrite.raw():
+        check_stopped()
         if crcs is not None:
-            crcs[run] = crc
+            crc = zlib.crc32(view, crc)
+        remaining = view
+        while remaining:
+            done = os.pwrite(new, remaining, offset)
+            offset, remaining = offset + done, remaining[done:]
+    if offset != run.offset + run.nbytes:
+        raise ValueError(f"{offset - run.offset} bytes were written in the place of {run.nbytes}")
+    if crcs is not None:
+        crcs[run] = crc
 
 
 def copy_range(source: Path, old: int, new: int, begin: int, end: int) -> None:
     """Copy a range of bytes, by the kernel and without moving them where it can."""
     while begin < end:
+        done = 0
+        # A few bytes are copied ten times as fast by reading and writing them.
+        is_by_kernel = end - begin > _BATCH_BYTES
         try:
-            done = os.copy_file_range(old, new, min(end - begin, _COPY_BYTES), begin, begin)
+            if is_by_kernel:
+                done = os.copy_file_range(old, new, min(end - begin, _COPY_BYTES), begin, begin)
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise
             # Another filesystem, a system that cannot, or a disk that is broken: then it shows which of the two.
+            is_by_kernel = False
+        if not is_by_kernel:
             with reading(source):
                 piece = os.pread(old, min(end - begin, 1 << 20), begin)
             done = os.pwrite(new, piece, begin)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.errors import InputError
+from prunectl.formats.extents import read_ahead
 from prunectl.formats.workers import workers
 
 Array = NDArray[Any]
@@ -231,7 +232,8 @@ def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -
     share = len(sources) // _JOBS + 1
 
     def job(begin: int) -> list[Result]:
-        return [work(source) for source in sources[begin : begin + share]]
+        with read_ahead():
+            return [work(source) for source in sources[begin : begin + share]]
 
     with workers(THREADS) as pool:
         for results in pool.map(job, range(0, len(sources), share)):

@@ -391,6 +391,10 @@ _FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "keras": "Keras",
 """What takes seconds to import, whoever imports it first."""
 
 
+_FRAMEWORK_NEW_OBJECTS = 700
+"""As Python has it by itself."""
+
+
 class _FrameworkImporter:
     """Imports frameworks without looking for garbage, a sixth of the time; names on a terminal what it imports."""
 
@@ -432,6 +436,8 @@ class _FrameworkImporter:
         finally:
             # A framework's own functions and classes stay until the end.
             gc.freeze()
+            # What runs a framework makes garbage that holds big arrays.
+            gc.set_threshold(_FRAMEWORK_NEW_OBJECTS)
             if was_collecting:
                 gc.enable()
             if self._is_watched:

@@ -146,6 +146,9 @@ def test_garbage_is_collected_again_after_a_framework_was_imported(
     (tmp_path / "keras.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     forget(monkeypatch, "torch", "keras")
+    thresholds: list[int] = []
+    monkeypatch.setattr(gc, "set_threshold", thresholds.append)
     with framework_imports(Settings()), pytest.raises(ImportError) if ending else nullcontext():
         importlib.import_module("torch")
+    assert set(thresholds) == {700}
     assert gc.isenabled()
