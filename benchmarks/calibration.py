@@ -144,25 +144,6 @@ print(json.dumps(found))
 """
 
 
-_FLOORED = """
-import sys, torch
-source, target, sparsity, *left = sys.argv[1:]
-state = torch.load(source, weights_only=True)
-kernels = {name: value for name, value in state.items() if value.ndim > 1 and not name.startswith(tuple(left))}
-scores = []
-for value in kernels.values():
-    score = value.abs().flatten()
-    score[score.topk(-(-len(score) // 100)).indices] = torch.inf
-    scores.append(score)
-order = torch.cat(scores).argsort(stable=True)
-kept = torch.ones(len(order))
-kept[order[:round(float(sparsity) * len(order))]] = 0
-for value, mask in zip(kernels.values(), kept.split([len(score) for score in scores])):
-    value.mul_(mask.reshape(value.shape))
-torch.save(state, target)
-"""
-
-
 def _text(folder: Path) -> None:
     """Write words of Python's library as numbers, with the number of the module they come from.
 
@@ -244,7 +225,7 @@ def matched(nets: Sequence[str] = tuple(MATCHED)) -> None:
 
 
 def scopes(nets: Sequence[str] = tuple(SCOPES_EPOCHS)) -> None:
-    """Print what magnitude loses in each scope, and in a global one that leaves 1 % of every tensor."""
+    """Print what magnitude loses in each scope."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "nets.py").write_text(_NETS)
@@ -272,10 +253,6 @@ def _by_scope(folder: Path, net: str, train: str, test: Path) -> list[tuple[str,
     ):
         made = [_pruned(model, folder, net, train, sparsity, words) for sparsity in SCOPED]
         rows.append((net, title, *(f"{one:.2%}" for one in _accuracies(folder, net, test, made))))
-    made = [folder / f"{net}-floor-{sparsity}.pt" for sparsity in SCOPED]
-    for sparsity, target in zip(SCOPED, made, strict=True):
-        output_of(PYTHON, "-c", _FLOORED, model, target, sparsity, "words", "places")
-    rows.append((net, "global, 1 % of each left", *(f"{one:.2%}" for one in _accuracies(folder, net, test, made))))
     return rows
 
 

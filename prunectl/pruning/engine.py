@@ -36,7 +36,7 @@ from prunectl.pruning.masks import (
     rank_nonfinite,
     threshold,
 )
-from prunectl.pruning.plan import Plan, PlanCriteria, Selection, SkippedTensor, TensorPlan
+from prunectl.pruning.plan import Plan, PlanCriteria, Selection, SkippedTensor, TensorPlan, with_floors
 from prunectl.pruning.strategies import BlockContext, Strategy, magnitude
 
 if TYPE_CHECKING:
@@ -224,23 +224,21 @@ def pruned_blocks(
     originals = {} if originals is None else originals
     if method.pattern is not None:
         return [partial(_pruned_in_pattern, model, cut, method, originals) for cut in plan.cuts]
-    joint = any(cut.drop is None for cut in plan.cuts)
-    wide = joint and (is_wide(plan) if plan.threshold is None else plan.threshold.is_wide)
-    scored = _TensorScores(model, method, plan, scratch, is_wide=wide, is_joint=joint)
-    sources = [partial(scored.scores, cut.tensor) for cut in plan.cuts]
+    joint = [cut for cut in plan.cuts if cut.drop is None]
+    wide = bool(joint) and (is_wide(plan) if plan.threshold is None else plan.threshold.is_wide)
+    scored = _TensorScores(model, method, plan, scratch, is_wide=wide, is_joint=bool(joint))
+    sources = {cut.tensor.name: partial(scored.scores, cut.tensor) for cut in plan.cuts}
+    # A threshold of one tensor is selected just before it is written, while the tensor is still in the caches.
+    makers = {
+        cut.tensor.name: partial(_per_tensor_threshold, scored, sources[cut.tensor.name], cut) for cut in plan.cuts
+    }
     if joint:
-        samples = [partial(scored.sample, cut.tensor) for cut in plan.cuts]
-        joint_threshold = plan.threshold or threshold(sources, plan.drop, plan.size, samples)
-        masker_makers = [partial(joint_threshold.masker, number) for number in range(len(sources))]
-    else:
-        # Each threshold is selected just before its tensor is written, while the tensor is still in the caches.
-        masker_makers = [
-            partial(_per_tensor_threshold, scored, source, cut) for source, cut in zip(sources, plan.cuts, strict=True)
-        ]
-    return [
-        partial(_pruned_unstructured, scored, cut.tensor, masker, originals)
-        for cut, masker in zip(plan.cuts, masker_makers, strict=True)
-    ]
+        samples = [partial(scored.sample, cut.tensor) for cut in joint]
+        drop, size = plan.drop - sum(cut.drop or 0 for cut in plan.cuts), sum(cut.tensor.size for cut in joint)
+        ranked = [sources[cut.tensor.name] for cut in joint]
+        joint_threshold = plan.threshold or threshold(ranked, drop, size, samples)
+        makers |= {cut.tensor.name: partial(joint_threshold.masker, number) for number, cut in enumerate(joint)}
+    return [partial(_pruned_unstructured, scored, cut.tensor, makers[cut.tensor.name], originals) for cut in plan.cuts]
 
 
 def joint_sources(
@@ -509,12 +507,16 @@ def keep_masks(
     in_memory = replace(model, decode=lambda tensor: weights[tensor.name])
     cuts = tuple(TensorPlan(_memory_tensor(cut.tensor, weights[cut.tensor.name]), cut.drop) for cut in plan.cuts)
     method, _ = with_model_scores(in_memory, replace(selection, tensors=tuple(cut.tensor for cut in cuts)), method)
-    makers = pruned_blocks(in_memory, replace(plan, cuts=cuts), method)
-    masks = {}
-    for cut, make in zip(cuts, makers, strict=True):
-        dropped = [np.array(pruned).reshape(-1) for _, pruned in make()]
-        masks[cut.tensor.name] = ~np.concatenate(dropped).reshape(cut.tensor.shape)
-    return masks
+    plan = replace(plan, cuts=cuts)
+    while True:
+        masks = {}
+        for cut, make in zip(plan.cuts, pruned_blocks(in_memory, plan, method), strict=True):
+            dropped = [np.array(pruned).reshape(-1) for _, pruned in make()]
+            masks[cut.tensor.name] = ~np.concatenate(dropped).reshape(cut.tensor.shape)
+        floored = with_floors(plan, {name: mask.size - int(np.count_nonzero(mask)) for name, mask in masks.items()})
+        if floored is plan or method.pattern is not None:
+            return masks
+        plan = floored
 
 
 def _memory_tensor(tensor: Tensor, array: Array) -> Tensor:

@@ -40,7 +40,7 @@ from prunectl.pruning.engine import PruningMethod, TensorCounts
 from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, Part, code_files, facts, is_as_noted
 from prunectl.pruning.manifest import code_specs
 from prunectl.pruning.masks import Threshold
-from prunectl.pruning.plan import Plan
+from prunectl.pruning.plan import Plan, with_floors
 from prunectl.pruning.prune import Pruned, check_left, check_pattern, resolve_sparsity
 from prunectl.pruning.request import PruneRequest, from_json, resolve_method
 
@@ -317,6 +317,7 @@ class _Task:
                 hashing = background.submit(sha256_of, place)
                 after = engine.verify(own, written, counts, has_channels=False)
                 check_pattern(written, plan, self.method)
+                self._check_floors(counts)
                 if not allow_empty:
                     check_left(before, counts)
                 digest = hashing.result()
@@ -333,6 +334,16 @@ class _Task:
         if done is None:
             raise WorkError(f"{self.target / name} was changed by somebody else while prunectl was running")
         return replace(done, is_new=True)
+
+    def _check_floors(self, counts: Mapping[str, TensorCounts]) -> None:
+        """Refuse what one process would rank once more: other shards may be written already."""
+        floored = with_floors(self.plan, {name: count.dropped for name, count in counts.items()})
+        if self.method.pattern is None and floored is not self.plan:
+            starved = next(cut.tensor for cut in floored.cuts if cut.drop is not None)
+            raise WorkError(
+                f"fewer than 1 % would be left of {abbreviated(starved.name)}; its shard was not written",
+                hint="use --scope layer or --exclude NAME",
+            )
 
     def _plan_of(self, name: str) -> Plan:
         """The plan of a shard, with the threshold of all where all are ranked together."""

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
@@ -137,6 +137,34 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:
 
 def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
     return lambda reason: (not reason.startswith("quantised"), -reasons[reason])
+
+
+KEPT_SHARE = 0.01
+"""What is kept at least of a tensor that is ranked with others, so that none of them is cut off."""
+
+
+def least_kept(plan: Plan, tensor: Tensor) -> int:
+    """How many weights of a tensor are kept whatever they rank: at most half as many as are kept on the average."""
+    kept = plan.size - plan.drop
+    if kept < 2 * len(plan.cuts):
+        return 0
+    return max(int(tensor.size * min(KEPT_SHARE, kept / plan.size / 2)), 1)
+
+
+def with_floors(plan: Plan, dropped: Mapping[str, int]) -> Plan:
+    """The plan in which tensors that would keep less than that keep it, and others less; the same if none would.
+
+    As many weights go in all, so that others may then keep too little: it takes as many rounds as there are such.
+    """
+    floors = {
+        cut.tensor.name: cut.tensor.size - least_kept(plan, cut.tensor)
+        for cut in plan.cuts
+        if cut.drop is None and cut.tensor.name in dropped
+    }
+    starved = {name: floor for name, floor in floors.items() if dropped[name] > floor}
+    if not starved:
+        return plan
+    return replace(plan, cuts=tuple(replace(cut, drop=starved.get(cut.tensor.name, cut.drop)) for cut in plan.cuts))
 
 
 def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:

@@ -23,8 +23,9 @@ from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts, execute, verify
-from prunectl.pruning.plan import Plan, Selection
+from prunectl.pruning.plan import Plan, Selection, least_kept, with_floors
 from prunectl.pruning.request import PruneRequest, resolve_method
+from prunectl.units import percent
 
 SPARSEST = 0.99
 """Beyond it whole layers go out, whatever the size."""
@@ -145,7 +146,9 @@ def _prune(
         # What has to be on the disk before it may be renamed gets there while it is written and read back.
         is_written = Event()
         early = background.submit(flush_meanwhile, folder, is_written) if output is not None else None
-        written, counts = _write(model, plan, method, folder, target, is_packed=request.is_packed, tick=bar.advance)
+        written, plan, counts = _write(
+            model, plan, method, folder, target, is_packed=request.is_packed, tick=bar.advance
+        )
         is_written.set()
         flushing = background.submit(flush, folder) if output is not None else None
         zeros = {name: count.zeros_before for name, count in counts.items() if count.zeros_before is not None}
@@ -168,9 +171,20 @@ def _prune(
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
     shown = str(target if output is not None else "the result")
-    notes = outputs.notes_on_folder(model, output)
+    notes = (*outputs.notes_on_folder(model, output), *_note_on_floors(plan))
     lost = {name: count.lost for name, count in counts.items() if count.lost is not None}
     return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), notes, lost=lost)
+
+
+def _note_on_floors(plan: Plan) -> tuple[str, ...]:
+    """Which tensors keep more than their weights rank, as they would be cut off."""
+    floored = [cut.tensor for cut in plan.cuts if cut.drop is not None]
+    if len(floored) in {0, len(plan.cuts)}:
+        return ()
+    share = percent(least_kept(plan, floored[0]) / floored[0].size)
+    who = "1 tensor keeps" if len(floored) == 1 else f"{len(floored)} tensors keep"
+    name = abbreviated(floored[0].name)
+    return (f"{who} {share} of the weights ({name}): ranked with all others, fewer would stay.",)
 
 
 def _work(model: ModelFile, plan: Plan) -> int:
@@ -187,14 +201,26 @@ def _write(
     *,
     is_packed: bool,
     tick: Tick = lambda _: None,
-) -> tuple[Path, dict[str, TensorCounts]]:
-    """Write the pruned model into a folder, and return by which path it is opened."""
+) -> tuple[Path, Plan, dict[str, TensorCounts]]:
+    """Write the pruned model into a folder, and return by which path it is opened, and the plan that none is cut off.
+
+    That is seen when it is written, and costs no pass over the weights where it does not happen, which is the rule.
+    """
     staged = outputs.staged_paths(model, folder, target)
     counts = execute(model, plan, method, staged, tick)
+    while method.pattern is None and (floored := _floored(plan, counts)) is not plan:
+        plan = floored
+        for path in staged.values():
+            path.unlink()
+        counts = execute(model, plan, method, staged)
     written = staged.get(model.path, folder / target.name)
     if is_packed:
         outputs.pack(written, folder)
-    return written, counts
+    return written, plan, counts
+
+
+def _floored(plan: Plan, counts: Mapping[str, TensorCounts]) -> Plan:
+    return with_floors(plan, {name: count.dropped for name, count in counts.items()})
 
 
 def check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:

@@ -61,8 +61,14 @@ def layerwise(weights: Mapping[str, Array], sparsity: float) -> dict[str, Array]
 
 
 def together(weights: Mapping[str, Array], sparsity: float) -> dict[str, Array]:
-    """Mark the smallest weights of all tensors."""
-    scores = np.concatenate([magnitudes(array).ravel() for array in weights.values()])
+    """Mark the smallest weights of all tensors, but for the largest hundredth of each, or half of what stays."""
+    size = sum(array.size for array in weights.values())
+    kept = size - round(sparsity * size)
+    flat = {name: magnitudes(array).ravel() for name, array in weights.items()}
+    for array in flat.values() if kept >= 2 * len(flat) else ():
+        least = max(int(array.size * min(0.01, kept / size / 2)), 1)
+        array[np.argsort(array, kind="stable")[array.size - least :]] = np.inf
+    scores = np.concatenate(list(flat.values()))
     marks = np.split(lowest(scores, round(sparsity * scores.size)), np.cumsum([a.size for a in weights.values()])[:-1])
     return {name: mark.reshape(array.shape) for (name, array), mark in zip(weights.items(), marks, strict=True)}
 

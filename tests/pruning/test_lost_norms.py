@@ -12,9 +12,13 @@ import prunectl
 from prunectl.errors import WorkError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.engine import keep_masks
+from prunectl.pruning.plan import make_plan, select_tensors
 from prunectl.pruning.prune import prune
-from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.request import PruneRequest, resolve_method
 from tests.calibration.runs import numbers
+from tests.contract import Array
+from tests.pruning.reference import lowest, together
 from tests.running import FIXTURES, here
 
 FALL = "accuracy is likely to fall"
@@ -82,6 +86,48 @@ def test_a_tensor_of_which_nothing_is_left_is_refused_unless_that_is_allowed(
     done = here("prune", FIXTURES / "digits_cnn.keras", *to, *words, "--allow-empty")
     assert done.code == 0
     assert ("Nothing is left of" in done.err) is bool(to)
+
+
+def scaled(path: Path, *scales: float) -> dict[str, Array]:
+    """Write normal weights of several sizes, one tensor for each scale."""
+    random = np.random.default_rng(0)
+    weights = {
+        f"l{n}.weight": (scale * random.standard_normal((40, 25 * (n + 1)))).astype("f4")
+        for n, scale in enumerate(scales)
+    }
+    save_file(weights, path)
+    return weights
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.98, 0.995])
+@pytest.mark.parametrize("scales", [(1, 1e-4), (1e-6, 1e-3, 1, 1e-5), (1, 1, 0.1)])
+def test_ranked_with_all_others_no_tensor_loses_more_than_all_but_a_hundredth(
+    scales: tuple[float, ...], sparsity: float, tmp_path: Path
+) -> None:
+    weights = scaled(tmp_path / "m.safetensors", *scales)
+    expected = together(weights, sparsity)
+    request = PruneRequest(sparsity=sparsity, scope="global")
+    found = prune(tmp_path / "m.safetensors", request, Destination(tmp_path / "o.safetensors"))
+    for name, array in load_file(tmp_path / "o.safetensors").items():
+        np.testing.assert_array_equal(array, np.where(expected[name], 0, weights[name]), name)
+    pure = lowest(np.abs(np.concatenate([array.ravel() for array in weights.values()])), found.plan.drop)
+    sizes = [array.size for array in weights.values()]
+    floored = sum(
+        np.count_nonzero(before) != np.count_nonzero(after)
+        for before, after in zip(np.split(pure, np.cumsum(sizes)[:-1]), expected.values(), strict=True)
+    )
+    assert any("ranked with all others, fewer would stay" in note for note in found.notes) is bool(floored)
+
+
+def test_masks_of_training_leave_as_much_of_each_tensor(tmp_path: Path) -> None:
+    weights = scaled(tmp_path / "m.safetensors", 1, 1e-5, 1e-3)
+    model, method = open_model(tmp_path / "m.safetensors"), resolve_method(PruneRequest(sparsity=0.9, scope="global"))
+    selection = select_tensors(model, method.criteria)
+    plan = make_plan(selection, method.criteria, 0.9)
+    masks = keep_masks(model, plan, method, selection, dict(weights))
+    expected = together(weights, 0.9)
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(mask, ~expected[name], name)
 
 
 def test_python_refuses_it_too_and_may_allow_it(tmp_path: Path) -> None:
