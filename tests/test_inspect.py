@@ -257,14 +257,16 @@ def test_what_is_not_all_zero_is_never_called_a_hundred_percent(tmp_path: Path) 
     ],
 )
 @pytest.mark.parametrize(
-    "command", [("strip", "-o", "out.pt"), ("export", "-o", "out.npz")], ids=lambda words: words[0]
+    "command",
+    [("export", "-o", "out.npz"), ("eval", "--data", "a.npz"), ("verify", "--against", "b.pt"), ("bench",)],
+    ids=lambda words: words[0],
 )
 def test_a_url_is_told_from_a_file_that_is_not_there(
     command: tuple[str, ...], word: str, hint: str, tmp_path: Path
 ) -> None:
     done = here(command[0], word, *command[1:], cwd=tmp_path)
-    assert done.code == 3
-    assert f"{word} is a URL, but prunectl reads only files: download it first" in done.err
+    assert done.code == 2
+    assert f"{word} is a URL, and {command[0]} reads only files: download it first" in done.err
     assert hint in done.err
 
 

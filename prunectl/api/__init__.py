@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -27,7 +28,6 @@ from prunectl.api.keywords import (
     SweepOptions,
     as_keywords,
     check_type,
-    local_path,
     names,
     parse_keywords,
     parse_text,
@@ -35,6 +35,7 @@ from prunectl.api.keywords import (
 )
 from prunectl.api.latency import bench, evaluate
 from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
+from prunectl.api.paths import is_url, local_path, model_path, shown_path
 from prunectl.api.pruning import (
     BlocksResult,
     ChannelResult,
@@ -106,7 +107,7 @@ def inspect(
     """
     parsed = patterns.parse(pattern) if pattern else None
     wanted = InspectOptions(layers=layers, pattern=pattern, has_flops=flops, has_zeros=zeros)
-    meter, path = meter_of(on_progress), _path(model)
+    meter = meter_of(on_progress)
     given = parse_keywords("inspect", LookOptions, options)
     has_groups, is_measured = given.pop("groups", False), given.pop("sensitivity", False)
     for needed, names_of in (("groups=True", ("input",)), ("sensitivity=True", ("data", "samples", "loss"))):
@@ -114,14 +115,15 @@ def inspect(
             if name in given and not (has_groups if needed.startswith("groups") else is_measured):
                 raise UsageError(f"{name} needs {needed}", hint=f"add {needed}, or leave out {name}")
     is_trusted = given.pop("trust", False)
-    with named_objects(given) as named:
+    is_fetched = has_groups or is_measured
+    with named_objects(given) as named, model_path("model", model, is_read_whole=is_fetched) as path:
         file, request = open_model(path), prune_request.parse_request(named)
         stats = inspection.inspect_model(file, wanted, parsed, meter)
         origin = LoadOptions(request.model, request.custom_objects, is_trusted=is_trusted, inputs=request.inputs)
         groups = channel_groups(file, origin) if has_groups else None
         settings: Any = {"layers": layers, "is_trusted": is_trusted, "meter": meter}
         damage = sensitivity_of(file, request, **settings) if is_measured else None
-    return InspectResult.of(stats, groups=groups, sensitivity=damage)
+    return InspectResult.of(shown_path(model, stats), groups=groups, sensitivity=damage)
 
 
 @as_keywords()
@@ -143,8 +145,9 @@ def size(
     if estimate and codec != CodecName.GZIP:
         raise UsageError(f"estimate knows gzip alone, and not {codec}", hint="leave out estimate or codec")
     look = estimate_size if estimate else sizes.measure
-    stats = look(open_model(_path(model)), compressor, meter_of(on_progress))
-    return SizeResult.of(stats, codec=codec, level=level)
+    with model_path("model", model, is_read_whole=estimate) as path:
+        stats = look(open_model(path), compressor, meter_of(on_progress))
+    return SizeResult.of(shown_path(model, stats), codec=codec, level=level)
 
 
 @overload
@@ -217,11 +220,15 @@ def prune(
         # What it holds was made here: no code in it is a stranger's.
         own = partial(prune_own_file, on_progress=on_progress)
         return prune_in_memory(kind, model, own, options, in_place=in_place)
-    path = _path(model)
+    check_type("model", model, AnyPath)
     if output is ...:
         raise UsageError("no output is given", hint=PATH_HINT)
     destination = _destination(output, force=force, in_place=in_place)
-    return prune_file(path, destination, options, is_trusted=trust, on_progress=on_progress)
+    if in_place and is_url(model):
+        raise UsageError("a model at a URL cannot be replaced in place", hint="name an output")
+    with model_path("model", model, is_read_whole=True) as path:
+        result = prune_file(path, destination, options, is_trusted=trust, on_progress=on_progress)
+    return result if isinstance(result, PartResult) else replace(result, before=shown_path(model, result.before))
 
 
 @as_keywords()
@@ -247,15 +254,19 @@ def strip(
     check_type("keep", keep, str)
     destination = _destination(output, force=force, in_place=in_place)
     options = StripOptions(parse_parts(",".join(names(only))), to_half=half)
-    result = stripping.strip(
-        _path(model),
-        options,
-        destination,
-        is_packed=pack,
-        keep=parse_keep(keep),
-        is_asked=True,
-        meter=meter_of(on_progress),
-    )
+    if in_place and is_url(model):
+        raise UsageError("a model at a URL cannot be replaced in place", hint="name an output")
+    with model_path("model", model, is_read_whole=True) as path:
+        result = stripping.strip(
+            path,
+            options,
+            destination,
+            is_packed=pack,
+            keep=parse_keep(keep),
+            is_asked=True,
+            meter=meter_of(on_progress),
+        )
+    result = replace(result, before=shown_path(model, result.before))
     written = "" if destination is None else str(destination.target)
     return StripResult.of(result, output=written, is_rewritten=half or pack)
 
@@ -359,8 +370,9 @@ def diff(new: AnyPath, old: AnyPath, *, fail_on: Names = "", on_progress: OnProg
     """
     check_type("fail_on", fail_on, Names)
     rules = parse_text("fail_on", differences.parse, ",".join(names(fail_on)))
-    models = open_model(_path(new, "new")), open_model(_path(old, "old"))
-    result = differences.diff_models(*models, meter_of(on_progress))
+    with model_path("new", new) as new_path, model_path("old", old) as old_path:
+        result = differences.diff_models(open_model(new_path), open_model(old_path), meter_of(on_progress))
+    result = replace(result, new=shown_path(new, result.new), old=shown_path(old, result.old))
     return DiffResult.of(result, findings=differences.judge(result, rules))
 
 

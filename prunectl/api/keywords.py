@@ -12,12 +12,10 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from prunectl.commands._command import RENAMED
 from prunectl.errors import PrunectlError, UsageError
-from prunectl.formats.detect import URL
 from prunectl.units import parse_ratio, parse_size
 
 AnyPath = str | os.PathLike[str]
@@ -404,17 +402,6 @@ def check_type(name: str, value: object, hint: Any) -> None:
         raise TypeError(
             f"{name} must be {' or '.join(filter(None, wanted))}, not {type(value).__name__}: {value!r:.80}"
         )
-
-
-def local_path(name: str, path: AnyPath) -> Path:
-    """A path on this machine."""
-    check_type(name, path, AnyPath)
-    if isinstance(path, str) and URL.match(path):
-        raise UsageError(
-            f"{name} is a URL, which only the command reads and writes",
-            hint="run prunectl in a shell, or download the model first",
-        )
-    return Path(path)
 
 
 _TITLES: dict[Any, str] = {

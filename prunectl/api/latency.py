@@ -14,9 +14,9 @@ from prunectl.api.keywords import (
     EvaluateOptions,
     Names,
     as_keywords,
-    local_path,
     parse_keywords,
 )
+from prunectl.api.paths import local_path
 from prunectl.api.results import EngineResult, EvaluationResult, OnProgress, meter_of
 from prunectl.errors import UsageError
 from prunectl.exporting import bench as benching

@@ -21,6 +21,7 @@ from prunectl.commands._command import STDIN, option_name
 from prunectl.commands._requests import BuildOptions, OutputOptions
 from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats import atomic
+from prunectl.formats.detect import URL
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import code_beside, planned_files
 from prunectl.reporting.report import Artifact, Report, Table
@@ -90,6 +91,7 @@ class BuildStep:
         for name, is_given in (
             ("-o -", typed.output == STDIN),
             ("a model from standard input", typed.model == STDIN),
+            ("a model at a URL", URL.match(typed.model)),
             ("--in-place", typed.in_place),
             ("--dry-run", typed.dry_run),
         ):

@@ -181,6 +181,7 @@ class BaseCommand(TyperCommand):
         # Those that are written to by a command that knows how are left to it, as those of models are.
         is_uploading = self.name == "prune" and URL.match(str(ctx.params.get("output")))
         _check_addresses((param for param in self.params if not (is_uploading and param.name == "output")), ctx.params)
+        _check_models(self, ctx.params)
         common: CommonOptions = self._take_common(ctx)
         if common.html is not None:
             _check_page(common.html, ctx.params)
@@ -208,6 +209,23 @@ def _check_addresses(params: Iterable[Any], values: Mapping[str, Any]) -> None:
                 error = address(str(part), is_written=param.name in _WRITTEN)
                 if error is not None:
                     raise error
+
+
+_READS_URLS = frozenset({"inspect", "size", "diff", "prune", "strip"})
+
+
+def _check_models(command: TyperCommand, values: Mapping[str, Any]) -> None:
+    """Refuse a model at a URL where the command needs it as a file."""
+    if command.name in _READS_URLS:
+        return
+    for param in command.params:
+        value = values.get(str(param.name)) if param.param_type_name == "argument" else None
+        for part in value if isinstance(value, list | tuple) else (value,):
+            error = address(str(part)) if isinstance(part, str | Path) else None
+            if error is not None:
+                url = error.message.partition(" is a URL")[0]
+                message = f"{url} is a URL, and {command.name} reads only files: download it first"
+                raise UsageError(message, hint=error.hint)
 
 
 def _check_page(html: Path, values: Mapping[str, Any]) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prunectl.commands._command import make_command
+from prunectl.commands._command import make_command, resolve_model
 from prunectl.commands._requests import BuildCommand, OutputOptions
 from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
+from prunectl.formats.detect import URL, public
 from prunectl.pruning.averages import Keep
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped, strip
 from prunectl.reporting.prune import before_after, compare_sizes, outcome
 from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
+from prunectl.reporting.reporter import Reporter
 
 _ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
 _PARTS = (Column("part"), Column("removed", Unit.COUNT), Column("bytes", Unit.BYTES))
@@ -77,6 +80,11 @@ class Strip(OutputOptions):
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
     in_place: Annotated[bool, typer.Option("--in-place", help="Overwrite MODEL itself, instead of --output.")] = False
 
+    def _source(self, reporter: Reporter) -> AbstractContextManager[Path]:
+        if URL.match(self.model) and self.in_place:
+            raise UsageError("--in-place cannot replace a model at a URL", hint="name another place with --output")
+        return resolve_model(self.model, reporter.note, is_read_whole=True)
+
     def run(self, ctx: typer.Context) -> int:
         """Strip the model, and show what came off."""
         strip_options = StripOptions(parse_parts(self.only), to_half=self.half)
@@ -92,6 +100,8 @@ class Strip(OutputOptions):
                 meter=ctx.obj.progress,
             )
             target = str(destination.target) if destination is not None else ""
+            if URL.match(self.model):
+                result = replace(result, before=replace(result.before, path=public(self.model)))
             return strip_report(result, target, is_rewritten=self.half or self.pack)
 
         return self.write(ctx.obj, work)

@@ -43,7 +43,8 @@ def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
     raise InputError(f"{path} is refused: it holds more than {budgets.MAX_ZIP_ENTRIES} entries")
 
 
-_URL = re.compile(r"(https?|ftp|hf|s3|gs):/+(.+)")
+_URL = re.compile(r"(https?|ftp|hf|s3a?|gs|gcs|az|abfss?|memory):/+(.+)")
+"""As a path would have it as well, in which two slashes are one."""
 URL = re.compile(r"(https?|hf|s3a?|gs|gcs|az|abfss?|memory)://.")
 """What `formats.remote` reads."""
 _SECRET = re.compile(r"(https?://)[^/?#]*@|(\w+://)[^/?#@]*:[^/?#]*@")
@@ -95,7 +96,8 @@ def address(word: str, *, is_written: bool = False) -> InputError | None:
         )
     # What follows a file with code is the name of a function.
     url, rest = (re.sub(r"(?<=\.py):\w.*", "", text) for text in (url, rest))
-    fetch = _FETCH.get(scheme, "curl -LO {url}").format(url=url, rest=rest)
+    other = "curl -LO {url}" if scheme in {"http", "https", "ftp"} else "copy it into a file here"
+    fetch = _FETCH.get(scheme, other).format(url=url, rest=rest)
     return InputError(f"{abbreviated(url)} is a URL, but prunectl reads only files: download it first", hint=fetch)
 
 

@@ -340,8 +340,8 @@ def _fetch_needed(mirror: _Mirror, names: list[str]) -> None:
     _fetch([path for path in paths if path in REMOTE], mirror.tell)
 
 
-_FETCHED_FOLDERS = ("saved_model.pb", ".metadata", "model_index.json")
-"""What tells a folder without weights that can be read where they are: SavedModel, torch.distributed, diffusers."""
+_FETCHED_FOLDERS = ("saved_model.pb", ".metadata", "latest", "model_index.json")
+"""What tells a folder without weights that are read where they are: SavedModel, many ranks, diffusers."""
 
 
 def _hint(files: Mapping[str, RemoteFile]) -> str:

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import prunectl
+from prunectl.errors import UsageError
 from prunectl.formats import budgets, places
 from prunectl.formats.detect import public
 from tests.formats.test_folder import files_of
@@ -583,3 +585,45 @@ def test_the_report_on_a_folder_that_goes_to_a_url_does_not_miss_what_is_there(f
     done = here("prune", folder, "-o", "memory://bucket/out", "-s", "50%")
     assert "/bucket/out/config.json" in memory.store
     assert "Only the weights were written" not in done.out + done.err
+
+
+@pytest.fixture
+def bucket(folder: Path) -> Iterator[str]:
+    """A folder of shards in a store of fsspec."""
+    system = fsspec.filesystem("memory")
+    system.put(str(folder), "/stripped/model", recursive=True)
+    yield "memory://stripped/model"
+    system.rm("/stripped", recursive=True)
+
+
+def test_strip_reads_a_model_at_a_url(bucket: str, folder: Path, tmp_path: Path) -> None:
+    done = here("strip", bucket, "-o", tmp_path / "out")
+    assert done.code == 0
+    assert here("strip", folder, "-o", tmp_path / "same").code == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "same")
+    assert here("strip", bucket, "--in-place").code == 2
+    assert here("strip", bucket, "-o", tmp_path / "new", "--if-changed").code == 2
+
+
+def test_python_reads_models_at_urls_as_the_commands_do(bucket: str, folder: Path, tmp_path: Path) -> None:
+    looked = prunectl.inspect(bucket)
+    assert looked.path == bucket
+    assert looked.params == prunectl.inspect(folder).params
+    assert prunectl.size(bucket).bytes.raw == prunectl.size(folder).bytes.raw
+    assert prunectl.diff(bucket, folder, fail_on="changed").is_ok
+    prunectl.strip(bucket, tmp_path / "stripped")
+    pruned = prunectl.prune(bucket, tmp_path / "pruned", sparsity="50%")
+    assert pruned.before.path == bucket
+    prunectl.prune(folder, tmp_path / "same", sparsity="50%")
+    assert files_of(tmp_path / "pruned") == files_of(tmp_path / "same")
+    for call in (prunectl.strip, prunectl.prune):
+        with pytest.raises(UsageError, match="cannot be replaced in place"):
+            call(bucket, None, in_place=True)
+
+
+def test_a_budget_at_a_url_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "prunectl.toml").write_text('[[budget]]\npath = "hf://org/name"\nmax-gzip = "1MB"\n')
+    done = here("check", cwd=tmp_path)
+    assert done.code == 2
+    assert "prunectl.toml:2: hf://org/name is a URL" in done.err
+    assert "hf download org/name" in done.err
