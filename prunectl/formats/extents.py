@@ -179,7 +179,7 @@ def file_chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-_SMALL_BYTES = 1 << 16
+_SMALL_BYTES, _AHEAD_BYTES = 1 << 16, 1 << 18
 _of_thread = threading.local()
 
 
@@ -202,7 +202,7 @@ class _Window:
         if not 0 <= offset <= offset + extent.nbytes <= len(self._data):
             is_near = 0 <= offset - len(self._data) < _SMALL_BYTES or 0 <= offset < len(self._data)
             with reading(extent.path):
-                self._data = os.pread(self._fd, BLOCK_BYTES if is_near else extent.nbytes, extent.offset)
+                self._data = os.pread(self._fd, _AHEAD_BYTES if is_near else extent.nbytes, extent.offset)
             self._begin, offset = extent.offset, 0
             if len(self._data) < extent.nbytes:
                 raise _truncated(extent.path)
