@@ -10,12 +10,14 @@ import threading
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prunectl.errors import UntrustedError, UsageError, abbreviated
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Thing = TypeVar("Thing")
 _modules: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
@@ -29,7 +31,7 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
         return builtin[name]
     if ":" in name:
         return attribute(*name.rsplit(":", 1))
-    installed = {point.name: point for point in entry_points(group=group(kind))}
+    installed = _entry_points(kind)
     if name in installed:
         loaded: object = installed[name].load()
         return loaded
@@ -76,8 +78,8 @@ def import_source(source: str) -> object:
 
 def source_file(kind: str, name: str) -> Path | None:
     """The file that a plug-in is in; none where it is built in."""
-    points = {} if ":" in name else {point.name: point.module for point in entry_points(group=group(kind))}
-    source = name.rpartition(":")[0] or points.get(name)
+    point = None if ":" in name else _entry_points(kind).get(name)
+    source = name.rpartition(":")[0] or (None if point is None else point.module)
     file = None if source is None else getattr(import_source(source), "__file__", None)
     return None if file is None else Path(file)
 
@@ -137,4 +139,10 @@ def _importable_folder(folder: str) -> Generator[None]:
 
 def installed(kind: str) -> Mapping[str, str]:
     """Entry points of a kind, each with the package that it comes from."""
-    return {point.name: point.dist.name if point.dist else "" for point in entry_points(group=group(kind))}
+    return {name: point.dist.name if point.dist else "" for name, point in _entry_points(kind).items()}
+
+
+def _entry_points(kind: str) -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # noqa: PLC0415 - it takes long to load, and few name what is installed
+
+    return {point.name: point for point in entry_points(group=group(kind))}

@@ -21,10 +21,10 @@ from prunectl.commands.prune import Prune, build_mode, selected_modes
 from prunectl.errors import PrunectlError, UsageError
 from prunectl.pruning.blocks import BlocksPruned
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.manifest import check_manifest, names_code, read_manifest, write_manifest
+from prunectl.pruning.manifest import check_manifest, read_manifest, write_manifest
 from prunectl.pruning.parts import PartPruned
 from prunectl.pruning.prune import Pruned
-from prunectl.pruning.request import PruneRequest, parse_request
+from prunectl.pruning.request import PruneRequest, names_code, parse_request
 from prunectl.reporting.max_drop import with_search
 from prunectl.reporting.prune import part_report, prune_report, wrap_report
 from prunectl.reporting.report import Report

@@ -124,7 +124,7 @@ class Result(ABC):
 
     def _repr_html_(self) -> str:
         """The page of `--html`, in a frame, so that its style stays its own."""
-        page = importlib.import_module("prunectl.reporting.html.page").page
+        page = importlib.import_module("prunectl.reporting.html").page
         document = page(replace(self.report(), sparsity_maps=self._maps()), self.command, Units.SI)
         return f'<iframe style="{_FRAME}" sandbox="allow-scripts" srcdoc="{html.escape(document)}"></iframe>'
 

@@ -67,20 +67,19 @@ class _CheckRun:
     @cached_property
     def check_accuracy(self) -> Callable[..., Finding]:
         """The accuracy check, loaded where a budget has max-drop."""
-        checker = importlib.import_module("prunectl.checks.accuracy").AccuracyChecker(
-            self.budgets.folder, self.file, is_trusted=self.is_trusted
-        )
-        check_max_drop: Callable[..., Finding] = checker.check
-        return check_max_drop
+        return self._running("AccuracyChecker")
 
     @cached_property
     def check_latency(self) -> Callable[..., Finding]:
         """The latency check, loaded where a budget has max-latency or min-speedup."""
-        checker = importlib.import_module("prunectl.checks.latency").LatencyChecker(
+        return self._running("LatencyChecker")
+
+    def _running(self, checker: str) -> Callable[..., Finding]:
+        running = importlib.import_module("prunectl.checks.running")
+        check: Callable[..., Finding] = getattr(running, checker)(
             self.budgets.folder, self.file, is_trusted=self.is_trusted
-        )
-        check_latency: Callable[..., Finding] = checker.check
-        return check_latency
+        ).check
+        return check
 
     def name_of(self, key: str) -> str:
         """A model's path as the report calls it."""

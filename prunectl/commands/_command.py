@@ -234,7 +234,7 @@ def _check_page(html: Path, values: Mapping[str, Any]) -> None:
         raise UsageError(
             "--html cannot be used here: the report is not printed, because standard output carries other data"
         )
-    importlib.import_module("prunectl.reporting.html.page").check(html)
+    importlib.import_module("prunectl.reporting.html").check(html)
 
 
 def add_options(command: TyperCommand, kind: type[Any]) -> Callable[[Any], Any]:

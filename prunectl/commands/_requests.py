@@ -18,7 +18,6 @@ from prunectl.commands._command import STDIN, BaseCommand, add_options, option_g
 from prunectl.errors import UsageError
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.manifest import check_manifest
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.units import parse_ratio, parse_size
@@ -115,6 +114,7 @@ class BuildCommand(BaseCommand):
         options: Any = super().run(ctx)
         if options.manifest is not None and not options.dry_run:
             models = [Path(name) for name in (options.model, options.output) if name]
+            check_manifest = importlib.import_module("prunectl.pruning.manifest").check_manifest
             check_manifest(options.manifest, models, is_forced=options.force)
         if build.depfile is None and not build.if_changed:
             return options.run(ctx)

@@ -38,7 +38,6 @@ from prunectl.formats.detect import URL, public
 from prunectl.formats.registry import open_model
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.destination import Destination
-from prunectl.pruning.manifest import read_manifest, write_manifest
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.prune import prune
@@ -255,7 +254,8 @@ class Prune(OutputOptions):
             raise UsageError(
                 f"{option} cannot be used with --recipe, which sets it already", hint=f"leave out {option}"
             )
-        return read_manifest(self.recipe, is_trusted=self.trust)
+        request: PruneRequest = load("prunectl.pruning.manifest:read_manifest")(self.recipe, is_trusted=self.trust)
+        return request
 
 
 PruneMode = Callable[[Path, Destination | None], Any]
@@ -318,7 +318,7 @@ def build_mode(
 def report_of(result: Any, options: Prune, request: PruneRequest, destination: Destination | None) -> Report:
     """The report on what came of a mode; the manifest is written when the output is in its place."""
     if options.manifest is not None and destination is not None:
-        destination.then.append(partial(write_manifest, options.manifest, result))
+        destination.then.append(partial(load("prunectl.pruning.manifest:write_manifest"), options.manifest, result))
     output = public(destination.url) or str(destination.target) if destination is not None else ""
     if options.wrap or options.schedule:
         return wrap_report(result, output)

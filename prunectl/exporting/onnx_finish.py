@@ -13,8 +13,8 @@ from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.weights import cast_down
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx.network import is_too_large, load_message
-from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, names_defined, opset_of
+from prunectl.graphs.network import is_too_large, load_message
+from prunectl.graphs.nodes import all_graphs, copy_message, inner_graphs, names_defined, opset_of
 from prunectl.training.quiet import quiet_logging
 
 OPSET = 18

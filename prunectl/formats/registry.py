@@ -29,7 +29,7 @@ FORMATS = (
         Family.SAVED_MODEL,
         writer="tensorflow.bundle_write:write",
         stripper="tensorflow.strip:strip_saved_model",
-        graph="keras.flops.trace:operations",
+        graph="keras.flops:operations",
     ),
     Format(
         "keras-h5",
@@ -42,7 +42,7 @@ FORMATS = (
         stripper="keras.strip:strip_h5",
         can_reencode=True,
         packer="keras.hdf5.rebuild:pack",
-        graph="keras.flops.trace:operations",
+        graph="keras.flops:operations",
     ),
     Format(
         "keras",
@@ -55,7 +55,7 @@ FORMATS = (
         stripper="keras.strip:strip_archive",
         can_reencode=True,
         packer="zip_write:pack",
-        graph="keras.flops.trace:operations",
+        graph="keras.flops:operations",
     ),
     Format(
         "deepspeed-zero",

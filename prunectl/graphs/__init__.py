@@ -1,1 +1,1 @@
-"""Graph languages that several rooms need."""
+"""ONNX graphs as messages of protobuf: whatever is not understood stays in them as it was."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from prunectl.errors import UsageError
 from prunectl.formats import atomic, scratch
 from prunectl.formats.base import Capability, ModelFile
-from prunectl.formats.folder import companions, copy_companions
 from prunectl.formats.registry import FORMATS, SUFFIXES, by_name, load, open_model, require
 
 _ANYTHING = frozenset({"", ".bin", ".json", ".index"})
@@ -71,7 +70,11 @@ def notes_on_folder(model: ModelFile, output: Destination | None) -> tuple[str, 
         # In place all that lies in it stays where it is.
         return () if output is not None and output.is_in_place else model.about.notes
     source = None if output is None else _source(model, output)
-    return () if source is None or source.folder is None else companions(source).notes(source.folder)
+    if source is None or source.folder is None:
+        return ()
+    from prunectl.formats.folder import companions  # noqa: PLC0415 - most models are files
+
+    return companions(source).notes(source.folder)
 
 
 def _check_name(model: ModelFile, target: Path) -> None:
@@ -131,6 +134,8 @@ def staging_dir(
                 inside = folder / target.name
                 inside.mkdir()
                 yield inside, target / model.path.name
+                from prunectl.formats.folder import copy_companions  # noqa: PLC0415 - most models are files
+
                 copy_companions(model, inside, left_out)
 
 

@@ -29,8 +29,7 @@ from prunectl.formats.places import LibraryPlace
 from prunectl.formats.remote import UPLOADS
 from prunectl.formats.safe_json import parse_object, read_object, write_object
 from prunectl.plugins import source_file
-from prunectl.pruning.manifest import code_specs
-from prunectl.pruning.request import OPTIONS, PruneRequest
+from prunectl.pruning.request import OPTIONS, PruneRequest, code_specs
 
 SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"

@@ -16,9 +16,7 @@ from prunectl.errors import InputError, UsageError
 from prunectl.formats.atomic import check_parent, write_text
 from prunectl.formats.safe_json import read_object
 from prunectl.plugins import check_untrusted
-from prunectl.pruning import RANDOM_PREFIX
-from prunectl.pruning.plan import MIN_SIZE
-from prunectl.pruning.request import PruneRequest, from_json
+from prunectl.pruning.request import PruneRequest, code_specs, from_json
 
 SCHEMA = "prunectl.manifest/1"
 _SCHEMA = re.compile(rb'"schema"\s*:\s*"%b"' % re.escape(SCHEMA.encode()))
@@ -94,18 +92,6 @@ def read_manifest(path: Path, *, is_trusted: bool = False) -> PruneRequest:
     if not is_trusted:
         check_untrusted(code_specs(request), str(path))
     return request
-
-
-def code_specs(request: PruneRequest) -> tuple[str, ...]:
-    """Every choice that may mean `package.module:name` or `./file.py:name`."""
-    policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
-    data = "" if request.data.startswith(RANDOM_PREFIX) else request.data
-    return request.strategy, policy, data, request.loss, request.model, request.custom_objects
-
-
-def names_code(request: PruneRequest) -> bool:
-    """Whether a request may name code, so that its record is to be trusted before it is repeated."""
-    return any(":" in name for name in code_specs(request))
 
 
 @dataclass(frozen=True, slots=True)

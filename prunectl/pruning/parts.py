@@ -38,11 +38,10 @@ from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts
 from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, Part, code_files, facts, is_as_noted
-from prunectl.pruning.manifest import code_specs
 from prunectl.pruning.masks import Threshold
 from prunectl.pruning.plan import Plan, with_floors
 from prunectl.pruning.prune import Pruned, check_left, check_pattern, resolve_sparsity
-from prunectl.pruning.request import PruneRequest, from_json, resolve_method
+from prunectl.pruning.request import PruneRequest, code_specs, from_json, resolve_method
 
 _DONE, _SOURCE, _COUNTS = "done-", "source-", "counts-"
 """How notes on a shard are called."""

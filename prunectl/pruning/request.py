@@ -13,7 +13,7 @@ from prunectl.analysis import patterns
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.errors import UsageError
 from prunectl.plugins import find
-from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
+from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, RANDOM_PREFIX, SAMPLES
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
 from prunectl.pruning.plan import MIN_SIZE, POLICIES, Allocation, PlanCriteria, Policy, Scope, adapt_policy, min_size
@@ -322,3 +322,15 @@ def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | No
         raise UsageError("only one of --sparsity, --compression, --target-gzip and --target-packed can be used")
     elif not amount_count and not request.layers and not request.cluster:
         raise UsageError("no sparsity is given", hint="add --sparsity 80%, --compression 5 or --target-gzip 400KB")
+
+
+def code_specs(request: PruneRequest) -> tuple[str, ...]:
+    """Every choice that may mean `package.module:name` or `./file.py:name`."""
+    policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
+    data = "" if request.data.startswith(RANDOM_PREFIX) else request.data
+    return request.strategy, policy, data, request.loss, request.model, request.custom_objects
+
+
+def names_code(request: PruneRequest) -> bool:
+    """Whether a request may name code, so that its record is to be trusted before it is repeated."""
+    return any(":" in name for name in code_specs(request))

@@ -15,9 +15,9 @@ from prunectl.formats.base import Family
 from prunectl.formats.detect import URL
 from prunectl.formats.registry import by_name
 from prunectl.pruning.destination import BIG_BYTES
-from prunectl.pruning.manifest import names_code
 from prunectl.pruning.plan import UNKNOWN, counted_reason
 from prunectl.pruning.prune import Pruned
+from prunectl.pruning.request import names_code
 from prunectl.pruning.strategies import sample_depth_bias
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Section, Table, Unit, survey_json
 from prunectl.units import count, nbytes, percent

@@ -15,7 +15,7 @@ from prunectl.channels.onnx import adapter
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.registry import open_model
-from prunectl.graphs.onnx.network import save_network
+from prunectl.graphs.network import save_network
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest

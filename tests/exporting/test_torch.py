@@ -14,7 +14,7 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.export import export as run
 from prunectl.exporting.request import parse_request
 from prunectl.formats.registry import open_model
-from prunectl.graphs.onnx import network
+from prunectl.graphs import network
 from prunectl.pruning.destination import Destination
 from tests.contract import Array
 from tests.exporting import nets_torch

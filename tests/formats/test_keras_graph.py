@@ -13,7 +13,7 @@ import pytest
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, ModelInfo, Operation, Role, Shape, Storage, Tensor
-from prunectl.formats.keras.flops.trace import operations, trace_shapes
+from prunectl.formats.keras.flops import operations, trace_shapes
 from prunectl.formats.registry import open_model
 from tests.networks import keras, tf_keras
 

@@ -18,8 +18,8 @@ from prunectl import __version__
 from prunectl.analysis.sizes import LimitCheck
 from prunectl.api import inspect
 from prunectl.commands import app
+from prunectl.reporting.html import page
 from prunectl.reporting.html.charts import Box, Scale, pareto, squarify
-from prunectl.reporting.html.page import page
 from prunectl.reporting.inspect import inspect_report
 from prunectl.reporting.report import Column, Report, Section, Table, Unit
 from prunectl.units import Units

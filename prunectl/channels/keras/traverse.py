@@ -39,9 +39,16 @@ from prunectl.formats.keras.config import (
     upgrade_class_name,
     upgrade_config,
 )
-from prunectl.formats.keras.flops import matmuls, sequences
+from prunectl.formats.keras.flops import (
+    SHAPE_KEYS,
+    NodeResolver,
+    ShapeTracer,
+    input_shape,
+    matmuls,
+    sequences,
+    topological_order,
+)
 from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError
-from prunectl.formats.keras.flops.trace import SHAPE_KEYS, NodeResolver, ShapeTracer, input_shape, topological_order
 from prunectl.formats.keras.numbering import ambiguous_containers, layers_by_folder
 from prunectl.training.backend import ModelSignature, TensorSpec
 

@@ -21,10 +21,13 @@ from prunectl.formats.keras.config import (
     upgrade_config,
 )
 from prunectl.formats.keras.hdf5 import Dataset, H5Contents
-from prunectl.formats.keras.numbering import CONTAINERS, ambiguous_containers, layers_by_folder
 
 _OPTIMIZER_GROUP = "optimizer_weights"
 _WHOLE_MODEL = ""
+TWICE = "_layer_checkpoint_dependencies"
+"""The list in which layers with weights stood twice, in Keras 2.12 and 2.13."""
+CONTAINERS = ("layers", TWICE)
+"""Folders of layers in `.weights.h5`."""
 
 
 def layer_names_group(contents: H5Contents) -> str | None:
@@ -176,6 +179,8 @@ class _Owner:
 
 def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
     """The weights under the names that Keras gives to variables: `dense/kernel`."""
+    from prunectl.formats.keras.numbering import ambiguous_containers, layers_by_folder  # noqa: PLC0415 - of archives
+
     slots = layers_by_folder(config, contents.datasets)
     siblings = Counter(dataset.name.rpartition("/")[0] for dataset in contents.datasets)
     unclear = ambiguous_containers(config, slots, [dataset.name for dataset in contents.datasets])

@@ -17,10 +17,8 @@ from prunectl.formats import budgets
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import LayerConfig
 from prunectl.formats.keras.hdf5 import Dataset
+from prunectl.formats.keras.layouts import CONTAINERS, TWICE
 
-TWICE = "_layer_checkpoint_dependencies"
-"""The list in which layers with weights stood twice."""
-CONTAINERS = ("layers", TWICE)
 _NUMBERED = re.compile(r"(.+?)(?:_(\d{1,6}))?")
 _CONVOLUTION = re.compile(r"(Depthwise|Separable)?Conv[123]D(Transpose)?")
 _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3, "SimpleRNN": 1, "SimpleRNNCell": 1}

@@ -14,8 +14,8 @@ from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, inner_layer, part, text
 from prunectl.formats.keras.hdf5 import Dataset, H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
-from prunectl.formats.keras.layouts import joined, name_by_position, weight_names
-from prunectl.formats.keras.numbering import CONTAINERS, TWICE, numbered_folder
+from prunectl.formats.keras.layouts import CONTAINERS, TWICE, joined, name_by_position, weight_names
+from prunectl.formats.keras.numbering import numbered_folder
 
 _PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
 """What tfmot prunes in the layers that it knows; in others it may be anything."""

@@ -292,7 +292,7 @@ def as_json(findings: Findings) -> str:
 def as_html(findings: Findings) -> str:
     """The findings as an HTML page."""
     # Most reports are for scripts, and do without what draws pages.
-    text: str = importlib.import_module("prunectl.reporting.html.page").page(
+    text: str = importlib.import_module("prunectl.reporting.html").page(
         check_report(findings, has_gates=False), "check", Units.SI, findings.typed
     )
     return text

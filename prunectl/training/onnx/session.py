@@ -12,7 +12,7 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.onnx.usage import CELLS
-from prunectl.graphs.onnx.network import (
+from prunectl.graphs.network import (
     GraphTensor,
     OnnxNetwork,
     OnnxSession,
@@ -22,7 +22,7 @@ from prunectl.graphs.onnx.network import (
     set_tensor_data,
     stands_outside,
 )
-from prunectl.graphs.onnx.nodes import axes_behind, output_of
+from prunectl.graphs.nodes import axes_behind, output_of
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
 from prunectl.training.task import FinalActivation, format_shape, shape_matches

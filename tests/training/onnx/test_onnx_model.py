@@ -11,7 +11,7 @@ import pytest
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
-from prunectl.graphs.onnx import network
+from prunectl.graphs import network
 from tests.contract import Array
 from tests.training.onnx.by_hand import meet
 from tests.training.onnx.models import load, node, normal, onnx, port, proto, run, save, sights

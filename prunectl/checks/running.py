@@ -1,4 +1,4 @@
-"""Accuracy as a budget: models judged on data, each once. Loaded only where a budget asks for it."""
+"""Budgets that run models: accuracy on data, and latency as `bench` measures it. Loaded only where one asks for it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prunectl.checks.lazy_stats import LazyModelStats
-from prunectl.checks.parse import Budget, MaxDropRule
+from prunectl.checks.parse import Budget, LatencyRule, MaxDropRule
 from prunectl.checks.rules import Finding, evaluate_limit
 from prunectl.checks.schema import MetricUnit
-from prunectl.errors import PrunectlError, attempt
+from prunectl.errors import PrunectlError, WorkError, attempt
+from prunectl.exporting.bench import Benchmark, BenchRequest, bench
+from prunectl.exporting.bench import parse_request as parse_bench_request
 from prunectl.plugins import check_untrusted
 from prunectl.pruning import RANDOM_PREFIX
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.evaluate import Evaluation, evaluate_baseline
 from prunectl.training.max_drop import MaxDrop, check_max_drop, improvement
 from prunectl.training.request import FinetuneRequest, parse_metrics
+from prunectl.units import duration
 
 Subject = TypeVar("Subject", bound=Hashable)
 Result = TypeVar("Result")
@@ -106,3 +109,57 @@ class AccuracyChecker(RunningChecker):
         self._check_code(data, (*means.metrics, means.decides, drop.model, drop.custom_objects), "max-drop")
         origin = LoadOptions(self._resolve(drop.model), self._resolve(drop.custom_objects), is_trusted=self._is_trusted)
         return replace(FinetuneRequest(data), batch_size=drop.batch_size, means=means, origin=origin)
+
+
+class LatencyChecker(RunningChecker):
+    """How fast models are, each measured once with the same options."""
+
+    def check(self, stats: LazyModelStats, *, rule: LatencyRule, budget: Budget) -> Finding:
+        """Evaluate max-latency or min-speedup; an error names its line in the config."""
+        with self._at(rule.limit.line):
+            return self._check(stats, rule, budget)
+
+    def _check(self, stats: LazyModelStats, rule: LatencyRule, budget: Budget) -> Finding:
+        limit, is_speedup = rule.limit, rule.limit.metric is MetricUnit.FACTOR
+        against = (os.path.relpath(self._folder / rule.against),) if rule.against else ()
+        benchmark = self._measure((*against, stats.name), self._request(rule))
+        ((size, latencies),) = benchmark.latencies.items()
+        interval = latencies[-1].speedup if is_speedup else latencies[-1].median
+        low, high = (f"{value:.2f}" if is_speedup else duration(value) for value in (interval.low, interval.high))
+        if limit.fail is not None and _is_hidden(interval.low, interval.high, limit.fail, is_floor=is_speedup):
+            measured = f"it is {low} to {high} times as fast" if is_speedup else f"a run takes {low} to {high}"
+            bound = f"{limit.fail:g}" if is_speedup else duration(limit.fail)
+            raise WorkError(
+                f"{stats.name} cannot be judged: {measured}, too near {limit.name} = {bound}",
+                hint="measure longer with seconds = 30, or while the machine does nothing else",
+            )
+        note = f"The 95 % interval is {low} to {high} ({benchmark.models[-1].runtime}, batch size {size}"
+        note += f", threads {benchmark.threads})."
+        metric = "speedup" if is_speedup else "seconds"
+        return evaluate_limit(
+            stats.name, metric, interval.middle, limit, budget=budget.name, message=budget.message, note=note
+        )
+
+    def _measure(self, names: tuple[str, ...], request: BenchRequest) -> Benchmark:
+        return self._once((names, request), lambda key: bench(list(map(Path, key[0])), key[1]))
+
+    def _request(self, rule: LatencyRule) -> BenchRequest:
+        self._check_code(rule.data, (rule.model, rule.custom_objects), rule.limit.name)
+        size = {} if rule.batch_size is None else {"batch_size": str(rule.batch_size)}
+        return parse_bench_request(
+            {
+                **size,
+                "threads": rule.threads,
+                "seconds": rule.seconds,
+                "input": (rule.input,) if rule.input else (),
+                "data": self._resolve(rule.data),
+                "builder": self._resolve(rule.model),
+                "custom_objects": self._resolve(rule.custom_objects),
+                "trust": self._is_trusted,
+            }
+        )
+
+
+def _is_hidden(low: float, high: float, limit: float, *, is_floor: bool) -> bool:
+    """Whether nobody can tell on which side of a limit it is."""
+    return low < limit <= high if is_floor else low <= limit < high

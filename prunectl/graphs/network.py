@@ -17,7 +17,7 @@ from prunectl.formats.base import Array, ModelFile, NameAllocator
 from prunectl.formats.onnx.tensors import CODES, STRING
 from prunectl.formats.safe_json import require
 from prunectl.formats.workers import threads_from_env
-from prunectl.graphs.onnx.nodes import all_graphs, copy_message, inner_graphs, names_read, output_of
+from prunectl.graphs.nodes import all_graphs, copy_message, inner_graphs, names_read, output_of
 
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 """Limit of a protobuf message."""
