@@ -10,7 +10,7 @@ import pytest
 
 from prunectl import api
 from prunectl.analysis.timing import Interval, Latency
-from prunectl.checks import latency, schema
+from prunectl.checks import running, schema
 from prunectl.exporting.bench import BenchedModel, Benchmark, BenchRequest
 from tests.checks.checking import gates, prunectl, put
 from tests.checks.shapes import slips
@@ -38,7 +38,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], BenchRequ
         one = Latency(Interval(5e-3, 4.8e-3, 5.2e-3), 4.7e-3, 100, Interval(1.2, 1.15, 1.25))
         return Benchmark(models, {1: (one,) * len(paths)}, request.threads)
 
-    monkeypatch.setattr(latency, "bench", bench)
+    monkeypatch.setattr(running, "bench", bench)
     return calls
 
 
