@@ -44,11 +44,11 @@ def estimate_size(model: ModelFile, codec: Codec, meter: ProgressFactory = no_pr
     A small model is measured, and so is one of which a quarter of the bytes says too little.
     """
     source = _Source.of(model.files)
-    found = _sampled(source, codec.level) if source.nbytes > EXACT_BYTES else None
-    if found is None:
+    sampled = _sampled(source, codec.level) if source.nbytes > EXACT_BYTES else None
+    if sampled is None:
         return measure(model, codec, meter)
     stats = measure_stats(model, model.tensors, has_zeros=False)
-    share, estimate = found
+    share, estimate = sampled
     sizes = SizeStats(raw=stats.bytes.raw, compressed=round(share * source.nbytes))
     return replace(stats, bytes=sizes, estimate=estimate)
 

@@ -44,8 +44,8 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
     is_only_read = not (Capability.WRITE & row.can or row.is_of_ranks)
     for part, sentence in _STRIPPABLE.items():
         if (share := shares.get(part, 0)) > _MENTIONED_SHARE:
-            told = sentence.replace("`prunectl strip` removes it", "`prunectl export` leaves it out")
-            sentences.append((told if is_only_read else sentence).format(_percent(share)))
+            for_export = sentence.replace("`prunectl strip` removes it", "`prunectl export` leaves it out")
+            sentences.append((for_export if is_only_read else sentence).format(_percent(share)))
     return (*sentences, *quantised_hint(stats), *averaged_copies_hint(stats))
 
 

@@ -204,8 +204,8 @@ def _check_model(run: _CheckRun, budget: Budget, key: str) -> None:
         if isinstance(outcome, PrunectlError):
             run.errors.append(CheckError(budget.name, stats.name, line, outcome))
         else:
-            found = outcome if isinstance(outcome, list) else [outcome]
-            run.findings += [with_context(finding, stats, run.earlier.get(key)) for finding in found]
+            judged = outcome if isinstance(outcome, list) else [outcome]
+            run.findings += [with_context(finding, stats, run.earlier.get(key)) for finding in judged]
 
 
 def _budget_checks(run: _CheckRun, budget: Budget, key: str) -> Iterator[BudgetCheck]:

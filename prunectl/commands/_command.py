@@ -47,8 +47,8 @@ def inspect_each(
         # One after the other they need no threads, beside which a child process costs more.
         each: Callable[..., Iterable[Any]] = scope.enter_context(workers(jobs)).map if jobs > 1 else map
         paths = [scope.enter_context(resolve_stdin(model)) for model in models]
-        found = each(partial(attempt, seen), zip(models, paths, strict=True))
-        for model, path, stats in zip(models, paths, found, strict=True):
+        results = each(partial(attempt, seen), zip(models, paths, strict=True))
+        for model, path, stats in zip(models, paths, results, strict=True):
             if isinstance(stats, PrunectlError):
                 failures.append(Failure(public(model), with_given_path(stats, path, model)))
             else:

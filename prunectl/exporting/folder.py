@@ -212,10 +212,10 @@ def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _check_equal(job: ExportJob, tensors: Sequence[Tensor], written: ModelFile) -> None:
     """Read every tensor back, and compare its bits."""
-    found = {tensor.name: tensor for tensor in written.tensors}
-    if odd := found.keys() ^ {tensor.name for tensor in tensors}:
+    tensors_written = {tensor.name: tensor for tensor in written.tensors}
+    if odd := tensors_written.keys() ^ {tensor.name for tensor in tensors}:
         raise WorkError(f"{min(odd)} is missing or unexpected in the output; nothing was written")
     for tensor in tensors:
         array = cast_tensor(job, tensor)
-        if not same_bits(array, written.read(found[tensor.name]).reshape(array.shape)):
+        if not same_bits(array, written.read(tensors_written[tensor.name]).reshape(array.shape)):
             raise WorkError(f"{tensor.name} has different values in the output; nothing was written")

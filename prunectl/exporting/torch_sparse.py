@@ -78,9 +78,9 @@ def replace_layers(
         if is_faster:
             chosen.append(layer)
     if not chosen:
-        told = f": {_listed(slower)}" if slower else ", as it has no linear layers with weights of their own"
+        why = f": {_listed(slower)}" if slower else ", as it has no linear layers with weights of their own"
         raise WorkError(
-            f"no layer of {file.path} is {LEAST_SPEEDUP:g} times as fast without its zeros{told}; nothing was written",
+            f"no layer of {file.path} is {LEAST_SPEEDUP:g} times as fast without its zeros{why}; nothing was written",
             hint="leave out --sparse; more zeros or a larger --batch-size may change that",
         )
     on = f"in batches of {batch_size}, on one thread of this processor"

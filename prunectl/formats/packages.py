@@ -71,8 +71,8 @@ def install_command(missing: Iterable[Package]) -> str:
     return _command([package.to_install for package in missing])
 
 
-def _command(asked: list[str]) -> str:
-    return shlex.join([*_installer(), *asked])
+def _command(requirements: list[str]) -> str:
+    return shlex.join([*_installer(), *requirements])
 
 
 def _installer() -> list[str]:

@@ -178,7 +178,7 @@ def _strategy(request: PruneRequest) -> str:
 
 def _ranges(text: str) -> dict[str, set[int]]:
     """The numbers that `20-23` or `encoder:0,decoder:4-5` names, by the name of their stack."""
-    found: dict[str, set[int]] = {}
+    ranges: dict[str, set[int]] = {}
     name = ""
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
@@ -187,8 +187,8 @@ def _ranges(text: str) -> dict[str, set[int]]:
                 f"--layers {text!r} does not name blocks", hint="write --layers 20-23, or --layers decoder:4,6"
             )
         name = match[1] or name
-        found.setdefault(name, set()).update(range(int(match[2]), int(match[3] or match[2]) + 1))
-    return found
+        ranges.setdefault(name, set()).update(range(int(match[2]), int(match[3] or match[2]) + 1))
+    return ranges
 
 
 def _check_model(model: ModelFile, output: Destination | None) -> None:
@@ -221,8 +221,8 @@ def _family(model: ModelFile, config: Mapping[str, Any]) -> ModelFamily:
     model_type = config.get("model_type")
     family = family_of(model_type) if isinstance(model_type, str) else None
     if family is None:
-        found = [key for key in sorted(COUNTS) if lookup(config, key) is not None]
-        looked = f"{found[0]} counts its blocks" if found else f"none of {', '.join(sorted(COUNTS))} counts its blocks"
+        keys = [key for key in sorted(COUNTS) if lookup(config, key) is not None]
+        looked = f"{keys[0]} counts its blocks" if keys else f"none of {', '.join(sorted(COUNTS))} counts its blocks"
         raise InputError(
             f"the {CONFIG} of {model.folder} has the model_type {abbreviated(str(model_type))!r}, a family "
             f"whose blocks prunectl does not know: {looked}",
@@ -325,9 +325,9 @@ def new_names(tensors: Sequence[Tensor], cuts: Sequence[BlockCut]) -> dict[str, 
     names = {tensor.name: tensor.name for tensor in tensors}
     for cut in cuts:
         first, parts, gone = cut.kept[0], cut.stack.first_only, set(cut.removed)
-        found = {name: match for name in names if (match := cut.pattern.search(name)) is not None}
-        has_own = any(int(match[1]) == first and parts in name for name, match in found.items()) if parts else True
-        for name, match in found.items():
+        matches = {name: match for name in names if (match := cut.pattern.search(name)) is not None}
+        has_own = any(int(match[1]) == first and parts in name for name, match in matches.items()) if parts else True
+        for name, match in matches.items():
             number = int(match[1])
             if number not in gone:
                 names[name] = f"{name[: match.start(1)]}{cut.new_number(number)}{name[match.end(1) :]}"
@@ -371,9 +371,9 @@ def _offset(tensor: Tensor) -> int:
 
 def _verify(model: ModelFile, names: Mapping[str, str], result: ModelFile) -> None:
     """Compare what was written with what it comes from, bit by bit."""
-    found = {tensor.name: tensor for tensor in result.tensors}
-    if odd := found.keys() ^ set(names.values()):
+    written = {tensor.name: tensor for tensor in result.tensors}
+    if odd := written.keys() ^ set(names.values()):
         raise WorkError(f"{min(odd)} is missing or unexpected in the output; nothing was written")
     for tensor in model.tensors:
-        if tensor.name in names and not bitwise_equal(model, tensor, result, found[names[tensor.name]]):
+        if tensor.name in names and not bitwise_equal(model, tensor, result, written[names[tensor.name]]):
             raise WorkError(f"{tensor.name} has different values in the output; nothing was written")

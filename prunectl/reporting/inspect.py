@@ -161,28 +161,28 @@ def _prunable(stats: ModelStats) -> str:
 
 def _architecture(stats: ModelStats) -> list[tuple[str, str]]:
     """What a model folder is, which is told first."""
-    found = stats.architecture
-    if found is None:
+    folder = stats.architecture
+    if folder is None:
         return []
-    names = ", ".join(found.architectures)
-    family = f"{found.model_type} ({names})" if found.model_type and names else found.model_type or names
-    facts = [("model", f"{family} for {found.base_model}" if found.base_model else family)]
-    blocks = " and ".join(f"{count(number)} blocks in {name}" for name, number in found.blocks.items())
-    heads = [] if found.heads is None else [f"{found.heads} heads"]
-    if heads and found.key_value_heads not in {None, found.heads}:
-        heads = [f"{heads[0]} ({found.key_value_heads} for keys and values)"]
-    sizes = [f"hidden size {count(found.hidden_size)}"] if found.hidden_size else []
-    words = [f"vocabulary {count(found.vocabulary)}"] if found.vocabulary else []
+    names = ", ".join(folder.architectures)
+    family = f"{folder.model_type} ({names})" if folder.model_type and names else folder.model_type or names
+    facts = [("model", f"{family} for {folder.base_model}" if folder.base_model else family)]
+    blocks = " and ".join(f"{count(number)} blocks in {name}" for name, number in folder.blocks.items())
+    heads = [] if folder.heads is None else [f"{folder.heads} heads"]
+    if heads and folder.key_value_heads not in {None, folder.heads}:
+        heads = [f"{heads[0]} ({folder.key_value_heads} for keys and values)"]
+    sizes = [f"hidden size {count(folder.hidden_size)}"] if folder.hidden_size else []
+    words = [f"vocabulary {count(folder.vocabulary)}"] if folder.vocabulary else []
     facts.append(("layout", ", ".join([*([blocks] if blocks else []), *sizes, *heads, *words])))
-    if found.experts is not None:
-        active, share = found.experts.active_params, found.experts.active_params / max(stats.params.total, 1)
-        each = f"{found.experts.active} of {found.experts.total} for each token"
+    if folder.experts is not None:
+        active, share = folder.experts.active_params, folder.experts.active_params / max(stats.params.total, 1)
+        each = f"{folder.experts.active} of {folder.experts.total} for each token"
         facts.append(("experts", f"{each}: {count(active)} parameters are active ({percent(share)})"))
-    dtypes = found.dtypes
+    dtypes = folder.dtypes
     kinds = ", ".join(dtypes if len(dtypes) < 2 else (f"{name} ({count(n)})" for name, n in dtypes.items()))
     tied = {True: "; the output layer is the embedding (tied)", False: "; the output layer is its own", None: ""}
-    shards = f"{found.shards} shards" if found.shards > 1 else "one file"
-    facts.append(("weights", f"{kinds} in {shards}{tied[found.is_tied]}"))
+    shards = f"{folder.shards} shards" if folder.shards > 1 else "one file"
+    facts.append(("weights", f"{kinds} in {shards}{tied[folder.is_tied]}"))
     return [(name, fact) for name, fact in facts if fact]
 
 

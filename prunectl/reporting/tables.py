@@ -166,9 +166,9 @@ def shorten(name: str, width: int) -> str:
     """
     if _cells(name) <= width:
         return name
-    found = _without_parts(name, width)
-    if found is not None:
-        return found
+    shortened = _without_parts(name, width)
+    if shortened is not None:
+        return shortened
     return _without_letters(name, width, width // 3)
 
 

@@ -135,8 +135,8 @@ def _tokenised(spec: DataSpec, text: TextInput) -> Array:
 def _encoded(tokenizer: Any, piece: str, *, has_marks: bool) -> Array:
     try:
         with quiet_logging(), ignore_warnings():
-            found = tokenizer(piece, add_special_tokens=has_marks, return_attention_mask=False, verbose=False)
-        return np.asarray(found["input_ids"], np.int64)
+            encoding = tokenizer(piece, add_special_tokens=has_marks, return_attention_mask=False, verbose=False)
+        return np.asarray(encoding["input_ids"], np.int64)
     except BaseException as error:
         raise _failed(error, "the tokenizer cannot read the text") from error
 

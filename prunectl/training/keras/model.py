@@ -217,15 +217,15 @@ class KerasTrainable:
 
     def _with_activations(self, signature: ModelSignature) -> ModelSignature:
         """A signature with what each output ends in, once that is known."""
-        known = zip(self._training.endings, self._training.binary, strict=True) if self._training is not None else ()
-        told = list(known)
-        if len(told) != len(signature.outputs):
+        pairs = zip(self._training.endings, self._training.binary, strict=True) if self._training is not None else ()
+        activations = list(pairs)
+        if len(activations) != len(signature.outputs):
             return signature
         return replace(
             signature,
             outputs=tuple(
                 replace(port, ending=ending, is_binary=is_binary)
-                for port, (ending, is_binary) in zip(signature.outputs, told, strict=True)
+                for port, (ending, is_binary) in zip(signature.outputs, activations, strict=True)
             ),
         )
 

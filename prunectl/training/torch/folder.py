@@ -232,5 +232,5 @@ def _longest(config: Any) -> int:
     """How many tokens a sequence may have; 0 where the config does not say it."""
     inner = config.get_text_config()
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = [getattr(inner, key, None) for key in keys]
-    return next((value for value in found if type(value) is int and value > 0), 0)
+    lengths = [getattr(inner, key, None) for key in keys]
+    return next((value for value in lengths if type(value) is int and value > 0), 0)

@@ -323,7 +323,7 @@ def _linear_layers(
     """The linear layers whose weight nothing else uses, in the order of the network."""
     state, shared = _state(traced, program), _groups(traced)
     batch = max(len(traced.examples[0]), 1) if traced.examples[0].ndim else 1
-    found: dict[str, LinearLayer] = {}
+    by_path: dict[str, LinearLayer] = {}
     others = {
         str(weight.target)
         for weight in program.module.graph.nodes
@@ -333,10 +333,10 @@ def _linear_layers(
         key = f"{layer.path}.weight"
         if layer.emit.startswith("nn.Linear(") and key not in shared and key not in others:
             rows = math.prod(shapes.get(layer.inputs[0].name, (batch,))[:-1])
-            known = found.get(layer.path)
+            known = by_path.get(layer.path)
             rows = max(1, rows // batch) + (known.rows if known else 0)
-            found[layer.path] = LinearLayer(layer.path, state[key], f"{layer.path}.bias" in state, rows)
-    return list(found.values())
+            by_path[layer.path] = LinearLayer(layer.path, state[key], f"{layer.path}.bias" in state, rows)
+    return list(by_path.values())
 
 
 def _header(name: str, loading: Sequence[str], steps: Sequence[str], imports: Sequence[str]) -> list[str]:
