@@ -137,6 +137,10 @@ class Mode(Flag):
     PARTS = auto()
     """A part, or what joins or runs them all."""
     JOIN = auto()
+    REMOTE_MODEL = auto()
+    """A model at a URL."""
+    REMOTE_PARTS = auto()
+    """Parts that are written to a URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +230,18 @@ OPTION_RULES = {
         OptionRule(("manifest",), "{} goes with --join, which has all parts", "add {} to --join", never=Mode.PART),
         OptionRule(
             ("cluster",), "{} cannot be used with wrappers: training would undo the clusters", never=Mode.WRAPPERS
+        ),
+        OptionRule(
+            ("in_place",),
+            "{} cannot replace a model at a URL",
+            "name another place with --output",
+            never=Mode.REMOTE_MODEL,
+        ),
+        OptionRule(
+            ("manifest",),
+            "{} cannot be used with parts that are joined at a URL: each would be read once more",
+            "leave out {}, or join them in a folder",
+            never=Mode.REMOTE_PARTS,
         ),
     ),
     "finetune": (

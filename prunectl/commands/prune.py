@@ -209,13 +209,6 @@ class Prune(OutputOptions):
 
     @contextmanager
     def _destination(self, model: Path, suffix: str | None) -> Generator[Destination | None]:
-        if URL.match(self.model) and self.in_place:
-            raise UsageError("--in-place cannot replace a model at a URL", hint="name another place with --output")
-        if URL.match(self.output) and self.manifest is not None and self.has_parts:
-            raise UsageError(
-                "--manifest cannot be used with parts that are joined at a URL: each would be read once more",
-                hint="leave out --manifest, or join them in a folder",
-            )
         if not URL.match(self.output) or self.dry_run:
             with super()._destination(model, suffix) as destination:
                 yield destination
@@ -275,6 +268,8 @@ def selected_modes(options: Prune, request: PruneRequest) -> Mode:
         Mode.PART: bool(options.part),
         Mode.PARTS: options.has_parts,
         Mode.JOIN: options.join,
+        Mode.REMOTE_MODEL: bool(URL.match(options.model)),
+        Mode.REMOTE_PARTS: options.has_parts and bool(URL.match(options.output)),
     }
     return reduce(or_, (mode for mode, is_selected in modes.items() if is_selected), Mode.NONE)
 

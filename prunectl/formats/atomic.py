@@ -15,7 +15,6 @@ from threading import Event
 from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
 from prunectl.formats import scratch
 from prunectl.formats.base import ModelFile
-from prunectl.formats.folder import companions
 from prunectl.formats.registry import IN_A_FOLDER
 from prunectl.formats.workers import check_stopped
 
@@ -126,6 +125,8 @@ def planned_files(model: ModelFile, target: Path) -> dict[Path, Path]:
     """
     if model.folder is None:
         return {name: source for source, name in targets(model, target).items()}
+    from prunectl.formats.folder import companions  # noqa: PLC0415 - most models are files
+
     weights = {name: source for source, name in targets(model, target / model.path.name).items()}
     beside = {path: model.folder / path for path in companions(model).copied}
     return {Path(target.name) / name: source for name, source in {**beside, **weights}.items()}
