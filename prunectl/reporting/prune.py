@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunectl.analysis.stats import ModelStats, averaged_copies_hint
 from prunectl.formats.base import Family
@@ -23,6 +23,7 @@ from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Secti
 from prunectl.units import count, nbytes, percent
 
 if TYPE_CHECKING:
+    from prunectl.pruning.manifest import Recorded
     from prunectl.pruning.parts import PartPruned
     from prunectl.pruning.schedules import SparsitySchedule
     from prunectl.training.wrap.prune import WrapResult
@@ -98,17 +99,34 @@ def prune_report(pruned: Pruned, output: str) -> Report:
         )
     if output and not pruned.request.data:
         notes += [UNMEASURED, *_lossy(pruned)]
-    if not output:
-        notes.append("This was a dry run: nothing was written.")
-    title = f"{pruned.before.path} -> {output or '(dry run)'}"
+    tables = (cuts, before_after(pruned.before, pruned.after))
+    return pruning_report(
+        pruned, output, tables, facts=_facts(pruned), notes=notes, next_step=_next_step(pruned, output)
+    )
+
+
+def pruning_report(
+    result: Recorded,
+    output: str,
+    tables: tuple[Table, ...],
+    *,
+    facts: tuple[tuple[str, str], ...] = (),
+    notes: Iterable[str],
+    next_step: str,
+    extra_json: Mapping[str, Any] | None = None,
+) -> Report:
+    """The report on whatever was pruned, the first of its tables for scripts; without an output it was a dry run."""
+    before, after = result.before, result.after
+    dry = () if output else ("This was a dry run: nothing was written.",)
     return Report(
-        models=(survey_json(pruned.before), survey_json(pruned.after)),
-        table=cuts,
-        sections=(Section(title, _facts(pruned), (cuts, before_after(pruned.before, pruned.after)), tuple(notes)),),
-        artifacts=(Artifact(output, pruned.after.bytes.raw),) if output else (),
-        summary=outcome(pruned.before, pruned.after, output),
-        next_step=_next_step(pruned, output),
+        models=(survey_json(before), survey_json(after)),
+        table=tables[0],
+        sections=(Section(f"{before.path} -> {output or '(dry run)'}", facts, tables, (*notes, *dry)),),
+        artifacts=(Artifact(output, after.bytes.raw),) if output else (),
+        summary=outcome(before, after, output),
+        next_step=next_step,
         quiet_lines=(),
+        extra_json=extra_json or {},
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from prunectl.analysis.stats import ModelStats
 from prunectl.reporting.bench import comparison
-from prunectl.reporting.prune import UNMEASURED, compare_sizes, outcome, recover_accuracy
-from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
+from prunectl.reporting.prune import UNMEASURED, compare_sizes, pruning_report, recover_accuracy
+from prunectl.reporting.report import Artifact, Cell, Column, Report, Table, Unit
 from prunectl.units import count, percent
 
 if TYPE_CHECKING:
@@ -50,22 +50,17 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
     notes = [*([_skipped(result)] if result.skips else []), *_unknown(result.before), *result.notes]
     if result.latencies:
         notes.append(comparison("the original", "The result", result.latencies[1]))
-    if not output:
-        notes.append("This was a dry run: nothing was written.")
-    return Report(
-        models=(survey_json(result.before), survey_json(result.after)),
-        table=cuts,
-        sections=(
-            Section(f"{result.before.path} -> {output or '(dry run)'}", _facts(result), (cuts, sizes), tuple(notes)),
-        ),
-        artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.beside))
-        if output
-        else (),
-        summary=outcome(result.before, result.after, output),
+    report = pruning_report(
+        result,
+        output,
+        (cuts, sizes),
+        facts=_facts(result),
+        notes=notes,
         next_step=_next_step(result, output),
-        quiet_lines=(),
         extra_json={"channels": _json(result)},
     )
+    beside = (Artifact(*file) for file in result.beside) if output else ()
+    return replace(report, artifacts=(*report.artifacts, *beside))
 
 
 def _next_step(result: ChannelPruneResult, output: str) -> str:
@@ -181,15 +176,12 @@ def blocks_report(result: BlocksPruned, output: str) -> Report:
             for name, stats in (("before", result.before), ("after", result.after))
         ),
     )
-    notes = (*result.notes, UNMEASURED if output else "This was a dry run: nothing was written.")
-    return Report(
-        models=(survey_json(result.before), survey_json(result.after)),
-        table=stacks,
-        sections=(Section(f"{result.before.path} -> {output or '(dry run)'}", (), (stacks, sizes), notes),),
-        artifacts=(Artifact(output, result.after.bytes.raw),) if output else (),
-        summary=outcome(result.before, result.after, output),
+    return pruning_report(
+        result,
+        output,
+        (stacks, sizes),
+        notes=(*result.notes, UNMEASURED) if output else result.notes,
         next_step=f"prunectl inspect {output}" if output else "",
-        quiet_lines=(),
         extra_json={"blocks": [asdict(stack) for stack in result.stacks]},
     )
 
