@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.errors import InputError, UsageError
 from prunectl.exporting.compare import ExportResult
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import TARGETS, Target, check_options
-from prunectl.exporting.weights import cast_tensor, check_types, exported_dtype, exported_tensors, same_bits
+from prunectl.exporting.weights import cast_tensor, check_equal, check_types, exported_dtype, exported_tensors
 from prunectl.formats import atomic
 from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
 from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
@@ -80,7 +80,8 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
         if changed:
             write_object(inside / CONFIG, config)
         written = open_model(inside)
-        _check_equal(job, tensors, written)
+        by_name_written = {tensor.name: tensor for tensor in written.tensors}
+        check_equal(job, tensors, by_name_written, lambda name: written.read(by_name_written[name]))
         before, after = stats_for_report(model), replace(stats_for_report(written), path=str(output.target))
     kept_back = companions(model).notes(path, "the same weights in another form, and not copied")
     notes = (*changed, *_note_copies(copies), *kept_back)
@@ -208,14 +209,3 @@ def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key, value in config.items():
         if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
             yield from _objects(value)
-
-
-def _check_equal(job: ExportJob, tensors: Sequence[Tensor], written: ModelFile) -> None:
-    """Read every tensor back, and compare its bits."""
-    tensors_written = {tensor.name: tensor for tensor in written.tensors}
-    if odd := tensors_written.keys() ^ {tensor.name for tensor in tensors}:
-        raise WorkError(f"{min(odd)} is missing or unexpected in the output; nothing was written")
-    for tensor in tensors:
-        array = cast_tensor(job, tensor)
-        if not same_bits(array, written.read(tensors_written[tensor.name]).reshape(array.shape)):
-            raise WorkError(f"{tensor.name} has different values in the output; nothing was written")

@@ -21,7 +21,7 @@ from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_canonical import BATCH, canonical_names
 from prunectl.exporting.onnx_finish import OPSET, finalize
-from prunectl.exporting.weights import exported_arrays, same_bits
+from prunectl.exporting.weights import check_equal, exported_arrays, exported_tensors
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.graphs.network import load_message
 from prunectl.training import user_code
@@ -306,9 +306,7 @@ def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
     torch.save(state, buffer)
     target.write_bytes(buffer.getvalue())
     loaded = torch.load(target, weights_only=True)
-    for tensor, array in exported_arrays(job):
-        if not same_bits(array, to_numpy(loaded[tensor.name])):
-            raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
+    check_equal(job, exported_tensors(job.file), loaded, lambda name: to_numpy(loaded[name]))
     return ()
 
 

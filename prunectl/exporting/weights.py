@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def _narrow_dtype(request: ExportRequest, dtype: np.dtype[Any]) -> np.dtype[Any]
     return np.dtype(ml_dtypes.bfloat16) if is_wide and request.bf16 else dtype
 
 
-def same_bits(first: Array, second: Array) -> bool:
+def _same_bits(first: Array, second: Array) -> bool:
     """Whether two arrays are equal in shape, dtype and bytes."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
@@ -108,7 +108,8 @@ def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
         target,
     )
     result = open_model(target)
-    _check_equal(job, {tensor.name: result.read(tensor) for tensor in result.tensors})
+    written = {tensor.name: tensor for tensor in result.tensors}
+    check_equal(job, exported_tensors(job.file), written, lambda name: result.read(written[name]))
     return _notes(job)
 
 
@@ -127,18 +128,20 @@ def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:
             with archive.open(entry, "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
     with np.load(target, allow_pickle=False) as result:
-        _check_equal(job, {name: result[name] for name in result.files})
+        check_equal(job, exported_tensors(job.file), result.files, result.__getitem__)
     return _notes(job)
 
 
-def _check_equal(job: ExportJob, result: dict[str, Array]) -> None:
-    expected = {tensor.name for tensor in exported_tensors(job.file)}
-    if expected != result.keys():
-        raise WorkError(f"{min(expected ^ result.keys())} is missing or unexpected in the output; nothing was written")
-    for tensor, array in exported_arrays(job):
+def check_equal(job: ExportJob, tensors: Iterable[Tensor], names: Iterable[str], read: Callable[[str], Array]) -> None:
+    """Read every tensor back, and compare its bits."""
+    expected = {tensor.name: tensor for tensor in tensors}
+    if odd := expected.keys() ^ set(names):
+        raise WorkError(f"{min(odd)} is missing or unexpected in the output; nothing was written")
+    for name, tensor in expected.items():
+        array = np.asarray(cast_tensor(job, tensor))
         # A scalar may come back as an array of one.
-        if not same_bits(np.asarray(array), result[tensor.name].reshape(array.shape)):
-            raise WorkError(f"{tensor.name} has different values in the output; nothing was written")
+        if not _same_bits(array, read(name).reshape(array.shape)):
+            raise WorkError(f"{name} has different values in the output; nothing was written")
 
 
 def _notes(job: ExportJob) -> tuple[str, ...]:

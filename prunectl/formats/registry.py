@@ -141,8 +141,8 @@ FORMATS = (
         "TensorFlow Lite",
         (".tflite",),
         detect.is_tflite,
-        "tflite.model:open_model",
-        graph="tflite.model:operations",
+        "tflite:open_model",
+        graph="tflite:operations",
     ),
     Format(
         "tf-checkpoint",

@@ -19,7 +19,7 @@ from tensorflow.lite.python import schema_py_generated as schema
 
 from prunectl.errors import InputError
 from prunectl.formats.registry import open_model
-from prunectl.formats.tflite.model import operations
+from prunectl.formats.tflite import operations
 from tests.contract import Array, FormatContract, raw
 from tests.formats.test_checkpoint import by_name
 
