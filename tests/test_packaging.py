@@ -95,7 +95,11 @@ def test_the_archives_are_dated_as_asked(wheel: zipfile.ZipFile) -> None:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "prunectl").rglob("*.py")}
-    assert held == modules | {"prunectl/py.typed", "prunectl/checks/budgets.schema.json"}
+    data = {
+        *("py.typed", "checks/budgets.schema.json", "reporting/html/page.css", "reporting/html/page.js"),
+        *("formats/pure_keras.toml", "formats/pure_tensorflow.toml"),
+    }
+    assert held == modules | {f"prunectl/{name}" for name in data}
 
 
 def test_beside_its_modules_the_wheel_holds_only_what_tells_of_it(wheel: zipfile.ZipFile) -> None:

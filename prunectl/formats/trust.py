@@ -2,7 +2,7 @@
 
 Keras rebuilds a model from names: of classes, of functions, of operations of TensorFlow. TensorFlow runs whatever
 operations a graph holds. So both are read here first, without a framework, and every name is held against a list of
-what is allowed (`keras.pure_names`, `tensorflow.pure_operations`); whatever is not on it needs `--trust`. A class or
+what is allowed (`pure_names`); whatever is not on it needs `--trust`. A class or
 function of the user's own may also be explained by `--custom-objects`.
 
 PyTorch's files are looked at where they are read: their pickles run in a machine that knows few functions.
@@ -17,20 +17,20 @@ from prunectl.errors import UntrustedError, abbreviated
 from prunectl.formats import budgets
 from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.keras.config import text
-from prunectl.formats.keras.pure_names import (
+from prunectl.formats.protobuf import BYTES, WireError, fields
+from prunectl.formats.pure_names import (
     CLASSES,
     FUNCTIONS,
     FUNCTIONS_OF_TENSORFLOW,
     MEMBERS,
+    OPERATIONS,
     RAGGED_CLASS_METHODS,
     ROOMS,
     TYPES,
 )
-from prunectl.formats.protobuf import BYTES, WireError, fields
 from prunectl.formats.safe_json import parse_object, refuse_too_much
 from prunectl.formats.tensorflow import graph_code
 from prunectl.formats.tensorflow.graph_def import KerasObject, read_graph, read_keras_metadata
-from prunectl.formats.tensorflow.pure_operations import PURE
 
 _VALUES = frozenset(
     {
@@ -233,7 +233,7 @@ def _of_lambda(config: Any) -> str | None:
     name = text(config, "function")
     function = name.removeprefix("compat.v1.")
     is_pure = function in FUNCTIONS_OF_TENSORFLOW or (
-        function.startswith("raw_ops.") and function.removeprefix("raw_ops.") in PURE
+        function.startswith("raw_ops.") and function.removeprefix("raw_ops.") in OPERATIONS
     )
     return None if is_pure else name
 
@@ -249,7 +249,7 @@ def _of_node(config: Any) -> str | None:
         except WireError:
             return "of a damaged node"
         operation = str(data[named[-1].begin : named[-1].end], "utf-8", "backslashreplace") if named else ""
-    return None if operation in PURE else operation
+    return None if operation in OPERATIONS else operation
 
 
 def _of_class_method(config: Any) -> str | None:

@@ -23,7 +23,7 @@ from prunectl.exporting.routes import TARGETS
 from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import PruneRequest
-from prunectl.reporting import html, slips
+from prunectl.reporting import slips
 from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode
 from tests.running import FIXTURES, ROOT, here
 
@@ -36,7 +36,6 @@ FOREIGN = {
     "checks/baseline.py": {"--verify", "--quiet", "--end-of-options", "--depth"},
     "commands/_command.py": {old for names in RENAMED.values() for old in names},
     "formats/packages.py": {"--python"},
-    "reporting/html/__init__.py": set(re.findall(r"--\w+(?=:)", html._STYLE)),
     "reporting/slips.py": set(slips._OPTIONS),
     "sweeping/ray_workers.py": {"--head"},
     "training/torch/distributed.py": {"--nproc-per-node"},

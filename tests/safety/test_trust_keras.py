@@ -14,7 +14,7 @@ import pytest
 
 from prunectl.errors import UntrustedError, UsageError
 from prunectl.formats import trust
-from prunectl.formats.keras.pure_names import CLASSES, FUNCTIONS_OF_TENSORFLOW
+from prunectl.formats.pure_names import CLASSES, FUNCTIONS_OF_TENSORFLOW
 from prunectl.formats.registry import open_model
 from prunectl.training.backend import TrainOptions
 from tests.networks import keras, tf_keras

@@ -12,9 +12,9 @@ import pytest
 from prunectl.errors import InputError, UntrustedError
 from prunectl.formats import budgets, trust
 from prunectl.formats.protobuf import fields
+from prunectl.formats.pure_names import BY_ATTRIBUTE, OPERATIONS
 from prunectl.formats.registry import open_model
 from prunectl.formats.tensorflow import graph_code
-from prunectl.formats.tensorflow.pure_operations import BY_ATTRIBUTE, PURE
 from prunectl.training.backend import LoadOptions
 from prunectl.training.runtimes import load_trainable
 from tests.networks import tf_keras
@@ -354,7 +354,7 @@ def test_every_operation_on_the_list_is_one_that_exists() -> None:
     tf_keras()
     from tensorflow.python.framework import op_def_registry  # noqa: PLC0415 - the registry itself
 
-    unknown = {name for name in (*PURE, *BY_ATTRIBUTE) if op_def_registry.get(name) is None}
+    unknown = {name for name in (*OPERATIONS, *BY_ATTRIBUTE) if op_def_registry.get(name) is None}
     assert unknown == set()
 
 

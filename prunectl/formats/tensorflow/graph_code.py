@@ -1,7 +1,7 @@
 """What would the graph of a SavedModel do besides pure computation, if TensorFlow loaded and ran it?
 
 `tf.saved_model.load` runs initializers, and whoever calls a signature runs the rest; so every node counts, of the graph
-and of each function in its library. Operations are held against a list of what is allowed (`pure_operations`). Two
+and of each function in its library. Operations are held against a list of what is allowed (`formats.pure_names`). Two
 kinds depend on who calls them: those that save variables have to belong to the saver, which loading does not run, and
 tables that are filled from a file have to be filled from an asset of the SavedModel.
 """
@@ -30,7 +30,7 @@ from prunectl.formats.protobuf import (
     packed,
     read_varint,
 )
-from prunectl.formats.tensorflow.pure_operations import BY_ATTRIBUTE, FROM_FILES, PURE, SAVING
+from prunectl.formats.pure_names import BY_ATTRIBUTE, FROM_FILES, OPERATIONS, SAVING
 
 _ASSET_COLLECTIONS, _ASSETS, _ASSET_OBJECTS = 4, 6, 7
 _ASSET_KEY, _ASSET_VALUE = 1, 2
@@ -140,7 +140,7 @@ _OUTPUTS, _TENSOR_NAME, _SPARSE, _COMPOSITE = 2, 1, 4, 5
 _NODE_LIST, _BYTES_LIST = 1, 2
 _RESTORE = 3
 _RESTORING = b"RestoreV2"
-_PURE = frozenset(name.encode() for name in PURE)
+_PURE = frozenset(name.encode() for name in OPERATIONS)
 _SAVING = frozenset(name.encode() for name in SAVING)
 _FROM_FILES = frozenset(name.encode() for name in FROM_FILES)
 _BY_ATTRIBUTE = {
