@@ -94,7 +94,7 @@ def open_training_data(network: TrainableModel, request: FinetuneRequest, model:
     if not train.has_targets:
         request = learn_from_teacher(request, model)
     if request.needs_targets:
-        require_targets(train)
+        require_targets(train, network.signature)
     judged: Source | None = None
     if val:
         judged, more = _fitted(val, network, seed)
@@ -102,7 +102,7 @@ def open_training_data(network: TrainableModel, request: FinetuneRequest, model:
     elif val_split:
         train, judged = train_val_split(train, val_split, seed)
     if judged is not None and not request.means.custom_step:
-        require_targets(judged)
+        require_targets(judged, network.signature)
     # What comes out is told by targets: those of the validation data, if there are no others.
     shown = train if judged is None or train.has_targets or request.means.custom_step else judged
     example = peek(shown, batch_size(shown, network.signature, _SHOWN))

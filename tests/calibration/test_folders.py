@@ -159,6 +159,13 @@ def test_perplexity_is_that_of_the_library(name: str, home: Path, made: Callable
     assert found["higher_is_better"] is False
 
 
+def test_an_encoder_has_no_perplexity_and_is_told_so(home: Path, made: Callable[..., Path]) -> None:
+    done = here("eval", made("bert"), "--data", home / "test.txt", "--metric", "perplexity")
+    assert done.code == 2
+    assert "is no causal language model, whose target is the next token" in done.err
+    assert "perplexity is that of a causal model" in done.err
+
+
 def test_perplexity_is_compared_and_held_to_a_limit(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:
     folder, data = made("llama"), home / "test.txt"
     assert here("prune", folder, "-o", tmp_path / "small", "-s", "60%").code == 0

@@ -221,7 +221,7 @@ def check_batches(
 ) -> tuple[str, ...]:
     """What the user should know of a source that fits a model; refuse one that does not."""
     if needs_targets:
-        require_targets(source)
+        require_targets(source, signature)
     checked = 0
     for batch in _beginning(source):
         _check_inputs(source, batch, signature, checked)
@@ -237,8 +237,14 @@ def check_batches(
     return _notes(source, checked, are_labels_seen=begin > 0)
 
 
-def require_targets(source: Source) -> None:
+def require_targets(source: Source, signature: ModelSignature | None = None) -> None:
     """Refuse examples that do not say what the model should answer."""
+    text = signature.text if signature is not None else None
+    if not source.has_targets and text is not None and not text.is_causal:
+        raise UsageError(
+            f"{source.name} has no targets: {text.folder} is no causal language model, whose target is the next token",
+            hint="perplexity is that of a causal model, such as GPT or Llama; else name data with targets",
+        )
     if not source.has_targets:
         raise UsageError(
             f"{source.name} has inputs but no targets", hint="name both, as in x.npy,y.npy or ?target=label"
