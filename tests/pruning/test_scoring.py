@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prunectl.pruning import engine
+from prunectl.pruning import scores
 from prunectl.pruning.strategies import BlockContext, lamp, random
 from tests.contract import Array
 from tests.pruning import reference
@@ -169,7 +169,7 @@ def test_scores_that_memory_has_no_room_for_lie_in_a_file_without_a_name(
     scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Room for the scores of the second tensor, and not for those of the first.
-    monkeypatch.setattr(engine, "KEPT_BYTES", 1 << 17)
+    monkeypatch.setattr(scores, "KEPT_BYTES", 1 << 17)
     made: list[str] = []
     real = tempfile.TemporaryFile
 
