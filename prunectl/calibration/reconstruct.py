@@ -146,7 +146,7 @@ Rank = Callable[[Mapping[str, Array]], PruningMethod]
 def stage_plans(plan: Plan, stages: int) -> Iterator[Plan]:
     """The plan in so many stages, each of which leaves the same share of the weights that the one before left."""
     left = 1 - plan.drop / plan.size
-    for stage in range(1, stages):
+    for stage in range(1, stages if plan.drop else 1):
         share = (1 - left ** (stage / stages)) / (1 - left)
         cuts = tuple(replace(cut, drop=None if cut.drop is None else int(cut.drop * share)) for cut in plan.cuts)
         yield replace(plan, cuts=cuts, drop=int(plan.drop * share))

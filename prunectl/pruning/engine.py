@@ -23,6 +23,7 @@ from prunectl.pruning.masks import (
     NonFinitePolicy,
     Pooling,
     Source,
+    Threshold,
     ThresholdMasker,
     check_pruned_nonfinite,
     lowest_blocks,
@@ -30,7 +31,7 @@ from prunectl.pruning.masks import (
     rank_nonfinite,
     threshold,
 )
-from prunectl.pruning.plan import Plan, PlanCriteria, Selection, SkippedTensor, TensorPlan, with_floors
+from prunectl.pruning.plan import Plan, PlanCriteria, Selection, SkippedTensor, TensorPlan, most_dropped
 from prunectl.pruning.scores import TensorScores, label
 from prunectl.pruning.strategies import BlockContext, Strategy
 
@@ -219,18 +220,69 @@ def pruned_blocks(
     joint = [cut for cut in plan.cuts if cut.drop is None]
     wide = bool(joint) and (is_wide(plan) if plan.threshold is None else plan.threshold.is_wide)
     scored = TensorScores(model, method, plan, scratch, is_wide=wide, is_joint=bool(joint))
-    sources = {cut.tensor.name: partial(scored.scores, cut.tensor) for cut in plan.cuts}
     # A threshold of one tensor is selected just before it is written, while the tensor is still in the caches.
-    makers = {
-        cut.tensor.name: partial(_per_tensor_threshold, scored, sources[cut.tensor.name], cut) for cut in plan.cuts
-    }
+    makers = {cut.tensor.name: partial(_per_tensor_threshold, scored, cut) for cut in plan.cuts}
     if joint:
-        samples = [partial(scored.sample, cut.tensor) for cut in joint]
-        drop, size = plan.drop - sum(cut.drop or 0 for cut in plan.cuts), sum(cut.tensor.size for cut in joint)
-        ranked = [sources[cut.tensor.name] for cut in joint]
-        joint_threshold = plan.threshold or threshold(ranked, drop, size, samples)
+        joint_threshold = plan.threshold or _joint_threshold(scored, joint, _joint_drop(plan))
         makers |= {cut.tensor.name: partial(joint_threshold.masker, number) for number, cut in enumerate(joint)}
     return [partial(_pruned_unstructured, scored, cut.tensor, makers[cut.tensor.name], originals) for cut in plan.cuts]
+
+
+def with_floors(
+    model: ModelFile, plan: Plan, method: PruningMethod, dropped: Mapping[str, int], zeros: Mapping[str, int]
+) -> Plan:
+    """The plan in which each tensor that is ranked with others keeps some weights; the same if each does anyway.
+
+    Whether one is starved is seen by how many of its weights went, and how many were zero before. What it then keeps
+    goes elsewhere, which may starve others in turn, in a known order: that of the thresholds at which each keeps just
+    as many as it must.
+    """
+    most = most_dropped(plan, zeros)
+    starved = sum(dropped[name] > count for name, count in most.items())
+    if not starved or method.pattern is not None or method.not_finite is NonFinitePolicy.ZERO:
+        return plan
+    scored = TensorScores(model, method, plan, None, is_wide=is_wide(plan), is_joint=True)
+    joint = [cut for cut in plan.cuts if cut.drop is None]
+    keys = {
+        cut.tensor.name: _joint_threshold(scored, [cut], most[cut.tensor.name]).key for cut in joint
+    }  # fmt: skip
+    order = [cut.tensor.name for cut in sorted(joint, key=lambda cut: keys[cut.tensor.name])]
+
+    def fixed(number: int) -> Plan:
+        few = set(order[:number])
+        cuts = (replace(cut, drop=most[cut.tensor.name]) if cut.tensor.name in few else cut for cut in plan.cuts)
+        return replace(plan, cuts=tuple(cuts))
+
+    def is_enough(number: int) -> bool:
+        rest = [cut for cut in fixed(number).cuts if cut.drop is None]
+        drop = _joint_drop(fixed(number))
+        if drop <= 0:
+            return True
+        limit = _joint_threshold(scored, rest, drop)
+        maskers = ((cut.tensor, limit.masker(index)) for index, cut in enumerate(rest))
+        return all(
+            sum(int(np.count_nonzero(masker.mask(scores))) for scores in scored.scores(tensor)) <= most[tensor.name]
+            for tensor, masker in maskers
+        )
+
+    low, high, step = starved - 1, starved, 1
+    while not is_enough(high):
+        low, high, step = high, min(high + step, len(order) - 1), 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return fixed(high)
+
+
+def _joint_drop(plan: Plan) -> int:
+    """How many weights go of the tensors that are ranked together."""
+    return plan.drop - sum(cut.drop or 0 for cut in plan.cuts)
+
+
+def _joint_threshold(scored: TensorScores, cuts: Sequence[TensorPlan], drop: int) -> Threshold:
+    sources = [partial(scored.scores, cut.tensor) for cut in cuts]
+    samples = [partial(scored.sample, cut.tensor) for cut in cuts]
+    return threshold(sources, drop, sum(cut.tensor.size for cut in cuts), samples)
 
 
 def joint_sources(
@@ -246,33 +298,37 @@ def is_wide(plan: Plan) -> bool:
     return any(cut.tensor.dtype.itemsize == 8 for cut in plan.cuts)
 
 
-def _per_tensor_threshold(scored: TensorScores, source: Source, cut: TensorPlan) -> ThresholdMasker:
-    return threshold([source], cut.drop or 0, cut.tensor.size, [partial(scored.sample, cut.tensor)]).masker(0)
+def _per_tensor_threshold(scored: TensorScores, cut: TensorPlan) -> ThresholdMasker:
+    return _joint_threshold(scored, [cut], cut.drop or 0).masker(0)
 
 
 def _pruned_unstructured(
     scored: TensorScores, tensor: Tensor, make_masker: Callable[[], ThresholdMasker], originals: dict[str, _Original]
 ) -> Pruned:
     masker = make_masker()
-    original = originals[tensor.name] = _Original()
+    original = _Original()
     for block, scores, zeroed in scored.blocks(tensor):
         original.see(block)
         dropped = masker.mask(scores)
         check_pruned_nonfinite(scores, dropped, scored.method.not_finite, label(scored.model, tensor))
         yield _zero_pruned(block, dropped if zeroed is None else dropped | zeroed), dropped
+    # Now that it is whole: a copy of the tensor in the file is pruned by the side of it.
+    originals[tensor.name] = original
 
 
 def _pruned_in_pattern(
     model: ModelFile, cut: TensorPlan, method: PruningMethod, originals: dict[str, _Original]
 ) -> Pruned:
     tensor, pattern = cut.tensor, method.pattern
-    original = originals[tensor.name] = _Original()
+    original = _Original()
     if isinstance(pattern, NMPattern) and tensor.strides is None and method.strategy.is_elementwise:
         yield from _pruned_in_groups(model, tensor, method, pattern, original)
+        originals[tensor.name] = original
         return
     weights = model.read(tensor)
     for block in iter_blocks(weights):
         original.see(block)
+    originals[tensor.name] = original
     scores, zeroed = rank_nonfinite(
         method.strategy.score(weights, BlockContext(tensor.name, 0, method.seed)),
         method.not_finite,
@@ -351,15 +407,19 @@ def keep_masks(
     cuts = tuple(TensorPlan(_memory_tensor(cut.tensor, weights[cut.tensor.name]), cut.drop) for cut in plan.cuts)
     method, _ = with_model_scores(in_memory, replace(selection, tensors=tuple(cut.tensor for cut in cuts)), method)
     plan = replace(plan, cuts=cuts)
-    while True:
-        masks = {}
-        for cut, make in zip(plan.cuts, pruned_blocks(in_memory, plan, method), strict=True):
-            dropped = [np.array(pruned).reshape(-1) for _, pruned in make()]
-            masks[cut.tensor.name] = ~np.concatenate(dropped).reshape(cut.tensor.shape)
-        floored = with_floors(plan, {name: mask.size - int(np.count_nonzero(mask)) for name, mask in masks.items()})
-        if floored is plan or method.pattern is not None:
-            return masks
-        plan = floored
+    masks = _keep_masks(in_memory, plan, method)
+    dropped = {name: mask.size - int(np.count_nonzero(mask)) for name, mask in masks.items()}
+    zeros = {name: weights[name].size - int(np.count_nonzero(weights[name])) for name in masks}
+    floored = with_floors(in_memory, plan, method, dropped, zeros)
+    return masks if floored is plan else _keep_masks(in_memory, floored, method)
+
+
+def _keep_masks(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Mask]:
+    masks = {}
+    for cut, make in zip(plan.cuts, pruned_blocks(model, plan, method), strict=True):
+        dropped = [np.array(pruned).reshape(-1) for _, pruned in make()]
+        masks[cut.tensor.name] = ~np.concatenate(dropped).reshape(cut.tensor.shape)
+    return masks
 
 
 def _memory_tensor(tensor: Tensor, array: Array) -> Tensor:

@@ -39,8 +39,8 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts
 from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, Part, code_files, facts, is_as_noted
 from prunectl.pruning.masks import Threshold
-from prunectl.pruning.plan import Plan, with_floors
-from prunectl.pruning.prune import Pruned, check_left, check_pattern, resolve_sparsity
+from prunectl.pruning.plan import Plan
+from prunectl.pruning.prune import Pruned, check_left, check_pattern, dropped_and_zeros, resolve_sparsity
 from prunectl.pruning.request import PruneRequest, code_specs, from_json, resolve_method
 
 _DONE, _SOURCE, _COUNTS = "done-", "source-", "counts-"
@@ -316,8 +316,8 @@ class _Task:
                 hashing = background.submit(sha256_of, place)
                 after = engine.verify(own, written, counts, has_channels=False)
                 check_pattern(written, plan, self.method)
-                self._check_floors(counts)
                 if not allow_empty:
+                    self._check_floors(counts)
                     check_left(before, counts)
                 digest = hashing.result()
             if facts(own.path) != known:
@@ -336,11 +336,12 @@ class _Task:
 
     def _check_floors(self, counts: Mapping[str, TensorCounts]) -> None:
         """Refuse what one process would rank once more: other shards may be written already."""
-        floored = with_floors(self.plan, {name: count.dropped for name, count in counts.items()})
-        if self.method.pattern is None and floored is not self.plan:
-            starved = next(cut.tensor for cut in floored.cuts if cut.drop is not None)
+        dropped, zeros = dropped_and_zeros(counts)
+        most = planning.most_dropped(self.plan, zeros)
+        starved = [name for name, count in most.items() if dropped[name] > count]
+        if self.method.pattern is None and starved:
             raise WorkError(
-                f"fewer than 1 % would be left of {abbreviated(starved.name)}; its shard was not written",
+                f"fewer than 1 % would be left of {abbreviated(starved[0])}; its shard was not written",
                 hint="use --scope layer or --exclude NAME",
             )
 

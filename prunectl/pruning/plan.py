@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
@@ -151,20 +151,13 @@ def least_kept(plan: Plan, tensor: Tensor) -> int:
     return max(int(tensor.size * min(KEPT_SHARE, kept / plan.size / 2)), 1)
 
 
-def with_floors(plan: Plan, dropped: Mapping[str, int]) -> Plan:
-    """The plan in which tensors that would keep less than that keep it, and others less; the same if none would.
-
-    As many weights go in all, so that others may then keep too little: it takes as many rounds as there are such.
-    """
-    floors = {
-        cut.tensor.name: cut.tensor.size - least_kept(plan, cut.tensor)
+def most_dropped(plan: Plan, zeros: Mapping[str, int]) -> dict[str, int]:
+    """How many weights of each tensor that is ranked with others may go; the zeros that it has may all go."""
+    return {
+        cut.tensor.name: max(cut.tensor.size - least_kept(plan, cut.tensor), zeros[cut.tensor.name])
         for cut in plan.cuts
-        if cut.drop is None and cut.tensor.name in dropped
+        if cut.drop is None and cut.tensor.name in zeros
     }
-    starved = {name: floor for name, floor in floors.items() if dropped[name] > floor}
-    if not starved:
-        return plan
-    return replace(plan, cuts=tuple(replace(cut, drop=starved.get(cut.tensor.name, cut.drop)) for cut in plan.cuts))
 
 
 def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:

@@ -23,9 +23,8 @@ from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts, execute, verify
-from prunectl.pruning.plan import Plan, Selection, least_kept, with_floors
+from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest, resolve_method
-from prunectl.units import percent
 
 SPARSEST = 0.99
 """Beyond it whole layers go out, whatever the size."""
@@ -181,10 +180,9 @@ def _note_on_floors(plan: Plan) -> tuple[str, ...]:
     floored = [cut.tensor for cut in plan.cuts if cut.drop is not None]
     if len(floored) in {0, len(plan.cuts)}:
         return ()
-    share = percent(least_kept(plan, floored[0]) / floored[0].size)
-    who = "1 tensor keeps" if len(floored) == 1 else f"{len(floored)} tensors keep"
     name = abbreviated(floored[0].name)
-    return (f"{who} {share} of the weights ({name}): ranked with all others, fewer would stay.",)
+    who = f"{name} keeps" if len(floored) == 1 else f"{len(floored)} tensors, such as {name}, keep"
+    return (f"{who} the least that is left of any tensor: ranked with all others, fewer weights would stay.",)
 
 
 def _work(model: ModelFile, plan: Plan) -> int:
@@ -208,7 +206,8 @@ def _write(
     """
     staged = outputs.staged_paths(model, folder, target)
     counts = execute(model, plan, method, staged, tick)
-    while method.pattern is None and (floored := _floored(plan, counts)) is not plan:
+    floored = engine.with_floors(model, plan, method, *dropped_and_zeros(counts))
+    if floored is not plan:
         plan = floored
         for path in staged.values():
             path.unlink()
@@ -219,8 +218,10 @@ def _write(
     return written, plan, counts
 
 
-def _floored(plan: Plan, counts: Mapping[str, TensorCounts]) -> Plan:
-    return with_floors(plan, {name: count.dropped for name, count in counts.items()})
+def dropped_and_zeros(counts: Mapping[str, TensorCounts]) -> tuple[dict[str, int], dict[str, int]]:
+    """How many weights of each tensor went, and how many were zero before, where that was seen."""
+    zeros = {name: count.zeros_before for name, count in counts.items() if count.zeros_before is not None}
+    return {name: count.dropped for name, count in counts.items()}, zeros
 
 
 def check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:

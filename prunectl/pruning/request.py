@@ -279,6 +279,7 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
     _parse_clustering(request.cluster)
     pattern, pool = parse_pattern(request)
     _check_amounts(request, pattern)
+    _check_stages(strategy, pattern)
     is_by_layer = request.scope == Scope.LAYER
     if isinstance(pattern, NMPattern):
         if not is_by_layer:
@@ -303,6 +304,14 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
             hint="use the scope layer, without --layer and without a pattern",
         )
     return _method(request, strategy, (pattern, pool))
+
+
+def _check_stages(strategy: Strategy, pattern: NMPattern | BlockPattern | None) -> None:
+    if pattern is not None and strategy.params.get("stages", 1) > 1:
+        raise UsageError(
+            f"--param stages ranks single weights anew, and cannot be used with the pattern {pattern}",
+            hint="leave out --param stages, or --pattern",
+        )
 
 
 def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | None) -> None:

@@ -134,6 +134,22 @@ def test_stages_are_a_number_of_them(stages: str, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_where_nothing_goes_stages_change_nothing_but_roundings(tmp_path: Path) -> None:
+    model, out = FIXTURES / "digits_cnn.onnx", tmp_path / "out.onnx"
+    words = ("--strategy", "obs", "--data", DIGITS, "--samples", "64", "--param", "stages=3")
+    done = here("prune", model, "-o", out, "-s", "0%", *words)
+    assert done.code == 0, done.err
+    np.testing.assert_allclose(answers(out), answers(model), atol=1e-3)
+
+
+def test_a_pattern_has_no_stages(tmp_path: Path) -> None:
+    model, out = FIXTURES / "digits_cnn.onnx", tmp_path / "out.onnx"
+    words = ("--strategy", "obs", "--data", DIGITS, "--param", "stages=3", "--pattern", "2:4")
+    done = here("prune", model, "-o", out, *words)
+    assert (done.code, "cannot be used with the pattern 2:4" in done.err) == (2, True)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("words", [("--strategy", "obs"), ("--strategy", "alps"), ("--repair", "--scope", "layer")])
 def test_zeros_of_the_input_stay_where_less_is_to_go_than_there_are(words: tuple[str, ...], tmp_path: Path) -> None:
     sparse, out = tmp_path / "sparse.onnx", tmp_path / "out.onnx"

@@ -67,6 +67,7 @@ def together(weights: Mapping[str, Array], sparsity: float) -> dict[str, Array]:
     flat = {name: magnitudes(array).ravel() for name, array in weights.items()}
     for array in flat.values() if kept >= 2 * len(flat) else ():
         least = max(int(array.size * min(0.01, kept / size / 2)), 1)
+        least = min(least, np.count_nonzero(array))
         array[np.argsort(array, kind="stable")[array.size - least :]] = np.inf
     scores = np.concatenate(list(flat.values()))
     marks = np.split(lowest(scores, round(sparsity * scores.size)), np.cumsum([a.size for a in weights.values()])[:-1])

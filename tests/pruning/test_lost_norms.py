@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 import prunectl
 from prunectl.errors import WorkError
 from prunectl.formats.registry import open_model
+from prunectl.pruning import engine
+from prunectl.pruning import prune as prune_module
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import keep_masks
 from prunectl.pruning.plan import make_plan, select_tensors
@@ -116,7 +118,44 @@ def test_ranked_with_all_others_no_tensor_loses_more_than_all_but_a_hundredth(
         np.count_nonzero(before) != np.count_nonzero(after)
         for before, after in zip(np.split(pure, np.cumsum(sizes)[:-1]), expected.values(), strict=True)
     )
-    assert any("ranked with all others, fewer would stay" in note for note in found.notes) is bool(floored)
+    assert any("ranked with all others, fewer weights would stay" in note for note in found.notes) is bool(floored)
+
+
+def test_zeros_that_a_tensor_had_need_no_place_among_those_that_stay(tmp_path: Path) -> None:
+    weights = scaled(tmp_path / "m.safetensors", 1, 1e-5, 1)
+    weights["l1.weight"][:] = 0
+    weights["l2.weight"].reshape(-1)[3:] = 0
+    save_file(weights, tmp_path / "m.safetensors")
+    expected = together(weights, 0.5)
+    request = PruneRequest(sparsity=0.5, scope="global")
+    found = prune(tmp_path / "m.safetensors", request, Destination(tmp_path / "o.safetensors"))
+    after = load_file(tmp_path / "o.safetensors")
+    for name, array in after.items():
+        np.testing.assert_array_equal(array, np.where(expected[name], 0, weights[name]), name)
+    assert np.count_nonzero(after["l2.weight"]) == 3
+    assert not any("ranked with all others" in note for note in found.notes)
+
+
+def test_tensors_that_starve_one_after_another_are_found_without_writing_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What each keeps beyond its rank makes the next one keep too little.
+    weights = {"big": np.full((200, 200), 1e-3, "f4") + 1e-6 * np.arange(40_000, dtype="f4").reshape(200, 200)}
+    for number in range(60):
+        small = np.full(200, 1e-6, "f4")
+        small[:2] = weights["big"].reshape(-1)[-150 - 3 * number] + 1e-9
+        weights[f"l{number:02}.weight"] = small.reshape(10, 20)
+    weights = {"big.weight" if name == "big" else name: array for name, array in weights.items()}
+    save_file(weights, tmp_path / "m.safetensors")
+    sparsity = 1 - 270 / sum(array.size for array in weights.values())
+    written = []
+    monkeypatch.setattr(prune_module, "execute", lambda *words: (written.append(1), engine.execute(*words))[1])
+    request = PruneRequest(sparsity=sparsity, scope="global")
+    prune(tmp_path / "m.safetensors", request, Destination(tmp_path / "o.safetensors"))
+    expected = together(weights, sparsity)
+    for name, array in load_file(tmp_path / "o.safetensors").items():
+        np.testing.assert_array_equal(array, np.where(expected[name], 0, weights[name]), name)
+    assert len(written) == 2
 
 
 def test_masks_of_training_leave_as_much_of_each_tensor(tmp_path: Path) -> None:
