@@ -279,7 +279,8 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
     _parse_clustering(request.cluster)
     pattern, pool = parse_pattern(request)
     _check_amounts(request, pattern)
-    _check_stages(strategy, pattern)
+    if pattern is not None:
+        _check_stages(strategy, request.pattern)
     is_by_layer = request.scope == Scope.LAYER
     if isinstance(pattern, NMPattern):
         if not is_by_layer:
@@ -306,8 +307,8 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
     return _method(request, strategy, (pattern, pool))
 
 
-def _check_stages(strategy: Strategy, pattern: NMPattern | BlockPattern | None) -> None:
-    if pattern is not None and strategy.params.get("stages", 1) > 1:
+def _check_stages(strategy: Strategy, pattern: str) -> None:
+    if strategy.params.get("stages", 1) > 1:
         raise UsageError(
             f"--param stages ranks single weights anew, and cannot be used with the pattern {pattern}",
             hint="leave out --param stages, or --pattern",
