@@ -163,7 +163,9 @@ def _file_of(model: ModelFile, tensor: Tensor) -> str:
 
 
 def _stem(model: ModelFile, to: str) -> str:
-    name = "" if by_name(model.format).is_of_ranks else model.path.name.partition(".")[0]
+    # The weights of a checkpoint of DeepSpeed without ZeRO lie in the folder of a step.
+    is_checkpoint = by_name(model.format).is_of_ranks or model.folder not in {None, model.path.parent}
+    name = "" if is_checkpoint else model.path.name.partition(".")[0]
     stem = _SHARD.sub("", name) or "model"
     return _STEMS[to].get(stem, stem)
 

@@ -229,6 +229,25 @@ def is_zero_checkpoint(peek: FileProbe) -> bool:
     return match is not None and not int(match[1]) and not int(match[2]) and peek.entries_end_with("data.pkl")
 
 
+_WHOLE_MODEL = "mp_rank_00_model_states.pt"
+"""What DeepSpeed saves of a model that is not cut; a PyTorch file like others where ZeRO is not used."""
+
+
+def refuse_model_parallelism(path: Path) -> None:
+    """Refuse a file of DeepSpeed that stands for its folder, but has only a part of the weights in it."""
+    if path.name != _WHOLE_MODEL:
+        return
+    with os.scandir(path.parent) as entries:
+        others = (entry.name for entry in entries if entry.name.endswith("model_states.pt"))
+        other = min((name for name in others if name != path.name), default="")
+    if other:
+        raise InputError(
+            f"{path.parent} was saved with model parallelism, which prunectl does not read: "
+            f"{abbreviated(other)} holds weights too",
+            hint=f"merge them with the code that trained them, or name one file, such as {path}",
+        )
+
+
 def zero_checkpoints(folder: Path) -> tuple[str, ...]:
     """By what checkpoints of DeepSpeed are opened: in the folder itself, or in the one that its `latest` names."""
     tag = ""
@@ -236,7 +255,7 @@ def zero_checkpoints(folder: Path) -> tuple[str, ...]:
         tag = file.read(_TAG_BYTES).decode("utf-8", "replace").strip()
     inside = "" if tag in {"", ".", ".."} or "/" in tag or "\0" in tag else f"{tag}/"
     first = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    states = (*(f"{prefix}{first}" for prefix in ("bf16_", "fp16_", "")), "mp_rank_00_model_states.pt")
+    states = (*(f"{prefix}{first}" for prefix in ("bf16_", "fp16_", "")), _WHOLE_MODEL)
     return tuple(f"{where}{name}" for where in dict.fromkeys(("", inside)) for name in states)
 
 

@@ -244,6 +244,8 @@ def open_model(path: Path) -> ModelFile:
     with reading(real), uncollected():
         row = recognise(real)
         folder = path if real != path and path.is_dir() else None
+        if folder is not None:
+            detect.refuse_model_parallelism(real)
         model: ModelFile = replace(load(row.opener)(real), family=row.family, folder=folder)
         for tensor in model.tensors:
             _refuse_impossible(real, tensor)
@@ -310,6 +312,12 @@ def require(model: ModelFile, needs: Capability) -> None:
         raise InputError(
             f"{what} is a checkpoint of many ranks ({row.title}), which prunectl only reads",
             hint=f"make a model of its weights first: prunectl strip {what} -o OUT",
+        )
+    if Capability.WRITE & needs and not row.is_of_ranks and model.folder not in {None, model.path.parent}:
+        # Of files that are the model itself, as those of a SavedModel are, none lies beside them.
+        raise InputError(
+            f"{model.folder} is a checkpoint of DeepSpeed, which prunectl only reads",
+            hint=f"name the file of its weights, {model.path}",
         )
     if needs & ~row.can:
         raise InputError(f"{model.path} ({row.title}): {_CANNOT[needs if row.writer else Capability.WRITE]}")

@@ -141,7 +141,8 @@ def _consolidate(
         before = replace(before, params=replace(after.params, prunable=before.params.prunable))
     shown = after if output is None else replace(after, path=str(output.target))
     removed = (*_removed_of_ranks(model), *_files_left_out(source, left_out))
-    return Stripped(removed, before, shown, (*_note_lacking(options.copies), *companions(source).notes(folder)))
+    notes = (*model.about.notes, *_note_lacking(options.copies), *companions(source).notes(folder))
+    return Stripped(removed, before, shown, notes)
 
 
 def _as_flat(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:

@@ -135,6 +135,121 @@ def test_weights_that_no_group_has_are_taken_from_the_module(tmp_path: Path) -> 
     assert load_file(tmp_path / "out.safetensors")["frozen.weight"].dtype is torch.bfloat16
 
 
+def edit_model(saved: Path, **entries: Any) -> None:
+    """Change what every rank saved of the model."""
+    for file in saved.glob("global_step5/*_model_states.pt"):
+        torch.save({**torch.load(file), **entries}, file)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_name_may_be_tied_to_one_that_is_tied_itself(tmp_path: Path, stage: int) -> None:
+    saved = save(tmp_path, stage)
+    edit_model(saved, shared_params={"head.weight": "between", "between": "embed.weight"})
+    assert here("strip", saved, "-o", tmp_path / "out.safetensors").code == 0
+    written = load_file(tmp_path / "out.safetensors")
+    for name in ("head.weight", "between"):
+        assert torch.equal(written[name], weights()["embed.weight"])
+
+
+@pytest.mark.parametrize("pairs", [{"head.weight": "gone"}, {"head.weight": "head.weight"}])
+def test_what_is_tied_to_no_tensor_is_taken_from_the_module(tmp_path: Path, pairs: dict[str, str]) -> None:
+    saved = save(tmp_path, 2)
+    edit_model(saved, shared_params=pairs)
+    assert here("strip", saved, "-o", tmp_path / "out.safetensors").code == 0
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["head.weight"], torch.zeros(11, 13))
+
+
+def test_what_is_tied_to_weights_that_were_left_out_is_named(tmp_path: Path) -> None:
+    saved = save(tmp_path, 3)
+    edit_model(saved, shared_params={"head.weight": "gone"})
+    done = here("strip", saved, "-o", tmp_path / "out.safetensors")
+    assert done.code == 0
+    assert "1 tensor, head.weight, is not in the checkpoint" in " ".join(done.err.split())
+    assert "head.weight" not in load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("pairs", [{"head.weight": ["embed.weight"]}, {"head.weight": 5}, {"a": "b", "b": {}}])
+def test_ties_that_are_no_names_are_refused(tmp_path: Path, pairs: dict[str, Any]) -> None:
+    saved = save(tmp_path, 2)
+    edit_model(saved, shared_params=pairs)
+    done = here("inspect", saved)
+    assert done.code == 3
+    assert "is damaged: its shared_params are no pairs of names" in " ".join(done.err.split())
+
+
+def test_ties_in_a_circle_are_refused_where_the_module_is_empty(tmp_path: Path) -> None:
+    saved = save(tmp_path, 3)
+    edit_model(saved, shared_params={"head.weight": "other", "other": "head.weight"})
+    done = here("inspect", saved)
+    assert done.code == 3
+    assert "is tied to a tensor that it does not hold" in " ".join(done.err.split())
+
+
+def test_many_names_of_one_weight_do_not_make_much_of_little(tmp_path: Path) -> None:
+    saved = save(tmp_path, 2)
+    long = {f"{number}": "embed.weight" for number in range(19_000)}
+    edit_model(saved, shared_params=long)
+    assert here("inspect", saved).code == 0
+    wide = torch.zeros(120_000)
+    edit_model(
+        saved, buffer_names=["wide"], module={"wide": wide}, shared_params=dict.fromkeys(list(long)[:600], "wide")
+    )
+    done = here("inspect", saved)
+    assert done.code == 3
+    assert "reuse the bytes that they share too many times" in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize("value", [{"recipe": 1}, None, io.BytesIO(b"recipe")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_module_keeps_that_is_no_tensor_is_left_out(tmp_path: Path, stage: int, value: Any) -> None:
+    saved = save(tmp_path, stage)
+    for file in saved.glob("global_step5/*_model_states.pt"):
+        state = torch.load(file)
+        state["module"]["a._extra_state"] = value
+        torch.save(state, file)
+    assert here("strip", saved, "-o", tmp_path / "out.safetensors").code == 0
+    assert load_file(tmp_path / "out.safetensors").keys() == {*weights(), "running", "head.weight", "frozen.weight"}
+
+
+def test_a_sparse_weight_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    saved = save(tmp_path, 2)
+    edit_model(saved, module={"sparse": torch.eye(4).to_sparse()})
+    assert here("inspect", saved).code == 3
+
+
+def without_zero(home: Path) -> Path:
+    """Write what DeepSpeed saves where ZeRO is not used: a PyTorch file in the folder of its step."""
+    saved = save(home, 2)
+    for file in saved.glob("global_step5/*_optim_states.pt"):
+        file.unlink()
+    return saved
+
+
+@pytest.mark.parametrize("other", ["mp_rank_01_model_states.pt", "layer_03-model_00-model_states.pt"])
+def test_a_model_that_was_cut_without_zero_is_refused(tmp_path: Path, other: str) -> None:
+    saved = without_zero(tmp_path)
+    torch.save({}, saved / "global_step5" / other)
+    for folder in (saved, saved / "global_step5"):
+        for command in ("strip", "export"):
+            done = here(command, folder, "-o", tmp_path / "out.safetensors")
+            assert done.code == 3
+            assert "was saved with model parallelism, which prunectl does not read" in " ".join(done.err.split())
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_folder_without_zero_is_only_read(tmp_path: Path) -> None:
+    saved = without_zero(tmp_path)
+    for command in (("prune", "-s", "50%"), ("strip",)):
+        done = here(*command, saved, "-o", tmp_path / "out")
+        assert done.code == 3
+        assert "is a checkpoint of DeepSpeed, which prunectl only reads" in " ".join(done.err.split())
+    assert not (tmp_path / "out").exists()
+    assert here("export", saved, "-o", tmp_path / "out", "--to", "safetensors").code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    file = saved / "global_step5/mp_rank_00_model_states.pt"
+    assert here("prune", file, "-s", "50%", "-o", tmp_path / "out.pt").code == 0
+
+
 def missing_rank(folder: Path) -> None:
     next(folder.glob("*rank_1_mp_rank_00_optim_states.pt")).unlink()
 
@@ -151,6 +266,10 @@ def parallel(folder: Path) -> None:
     (folder / "zero_pp_rank_0_mp_rank_01_optim_states.pt").write_bytes(b"")
 
 
+def twice(folder: Path) -> None:
+    (folder / "zero_pp_rank_01_mp_rank_00_optim_states.pt").write_bytes(b"")
+
+
 def cut(folder: Path) -> None:
     file = next(folder.glob("*rank_1_mp_rank_00_optim_states.pt"))
     file.write_bytes(file.read_bytes()[:-300])
@@ -163,6 +282,7 @@ def cut(folder: Path) -> None:
         (missing_last_rank, "is incomplete: 3 ranks saved it, but it has 2"),
         (missing_model, "model_states.pt is missing"),
         (parallel, "was saved with model parallelism"),
+        (twice, "are of the same rank"),
         (cut, "is a damaged zip"),
     ],
 )

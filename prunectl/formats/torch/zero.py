@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -77,7 +77,9 @@ def _items(path: Path, value: Any, name: str) -> list[tuple[str, Any]]:
 
 def open_checkpoint(path: Path) -> ModelFile:
     """Open a checkpoint by what its first rank saved of the optimizer."""
-    scale = _scale(path.parent)
+    allocated = _allocated(path.parent)
+    # How many times the usual steps the pickles may take.
+    scale = max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))
     ranks = _ranks(path)
     states = _open(ranks, "optimizer_state_dict", scale)
     stage = _stage(states[0])
@@ -89,32 +91,40 @@ def open_checkpoint(path: Path) -> ModelFile:
     if sum(map(len, groups)) * len(states) > most:
         raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
     runs: dict[str, Runs] = {}
-    tensors: list[Tensor] = []
+    held: dict[str, Tensor] = {}
 
     def add(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], where: Runs) -> None:
-        if name in runs:
+        if name in held:
             raise InputError(f"{path} is damaged: it holds {abbreviated(name)} twice")
         runs[name] = where
         nbytes = math.prod(shape) * dtype.itemsize
-        tensors.append(Tensor(name, "", shape, dtype, Role.OTHER, Storage(name, nbytes, None, nbytes)))
+        held[name] = Tensor(name, "", shape, dtype, Role.OTHER, Storage(name, nbytes, None, nbytes))
 
     merge = _sliced_weights if stage == 3 else _consecutive_weights
     for name, shape, where in merge(path, slices, groups):
         add(name, shape, _FLOAT, where)
     for name, shape, dtype, where in (*_frozen(models, stage), *_others(models[0], stage, runs)):
         add(name, shape, dtype, where)
-    for name, original in models[0].dictionary("shared_params", is_needed=False):
-        if original in runs and name not in runs:
-            tied = next(tensor for tensor in tensors if tensor.name == original)
-            tensors.append(replace(tied, name=name))
-    if not tensors:
+    originals = _originals(models[0], held.keys())
+    tied = [replace(held[original], name=name) for name, original in originals.items() if original in held]
+    untied = {name: original for name, original in originals.items() if original not in held}
+    own, lacking = _untied(models[0], stage, untied)
+    for name, value in own:
+        tensor, run = models[0].run(value, name)
+        add(name, tensor.shape, tensor.dtype, (run,))
+    # A name takes a few bytes of the checkpoint, and is written with all its numbers.
+    most_bytes = max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated)
+    if len(tied) > budgets.MAX_TIED or sum(tensor.nbytes for tensor in tied) > most_bytes:
+        raise InputError(f"{path} is refused: its tensors reuse the bytes that they share too many times")
+    if not held:
         raise InputError(f"{path} holds no tensors")
-    described = (*state_dict.describe(tensors), *_moments(states))
+    described = (*state_dict.describe([*held.values(), *tied]), *_moments(states))
     calls = dict.fromkeys(call for file in (*states, *models) for call in file.source.program.foreign_calls)
     about = ModelInfo(
         producer=f"deepspeed (ZeRO stage {stage}, {len(states)} ranks)",
         optimizer="optimizer state",
         code=torch_zip.shorten(tuple(calls)),
+        notes=_note_lacking(lacking),
     )
     files = (path, *(file for file in (*ranks, *(one.path for one in models)) if file != path))
     return ModelFile(
@@ -128,12 +138,19 @@ def open_checkpoint(path: Path) -> ModelFile:
     )
 
 
-def _scale(folder: Path) -> int:
-    """How many times the usual steps the pickles may take: by what the files take on the disk."""
+def _note_lacking(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    count, some = len(names), abbreviated(names[0])
+    tensors = f"1 tensor, {some}, is" if count == 1 else f"{count} tensors, such as {some}, are"
+    return (f"{tensors} not in the checkpoint: it was saved without the weights that they are tied to.",)
+
+
+def _allocated(folder: Path) -> int:
+    """What the files take on the disk."""
     with os.scandir(folder) as entries:
         files = [entry for entry in entries if entry.name.endswith("_states.pt")]
-    allocated = sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
-    return max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))
+    return sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
 
 
 def _ranks(path: Path) -> list[Path]:
@@ -151,7 +168,8 @@ def _ranks(path: Path) -> list[Path]:
                 f"{path.parent} was saved with model parallelism, which prunectl does not read",
                 hint="convert it with DeepSpeed's ds_to_universal.py",
             )
-        found[int(match[1])] = path.with_name(name)
+        if (first := found.setdefault(int(match[1]), path.with_name(name))).name != name:
+            raise InputError(f"{path.parent} is damaged: {first.name} and {name} are of the same rank")
     if len(found) > budgets.MAX_FILES:
         raise InputError(f"{path.parent} is refused: it has more than {budgets.MAX_FILES} files")
     if missing := [rank for rank in range(len(found)) if rank not in found]:
@@ -310,9 +328,47 @@ def _others(model: _File, stage: int, runs: Mapping[str, Runs]) -> Others:
     tied = dict(model.dictionary("shared_params", is_needed=False))
     frozen = dict(model.dictionary("frozen_param_shapes", is_needed=False))
     for name, value in model.dictionary("module"):
-        if name in buffers or not (stage == 3 or name in runs or name in tied or name in frozen):
+        is_other = not (stage == 3 or name in runs or name in tied or name in frozen)
+        if name in buffers or (is_other and _is_tensor(value)):
             tensor, run = model.run(value, name)
             yield name, tensor.shape, tensor.dtype, (run,)
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, of whatever kind: modules may keep a state of their own beside their weights."""
+    value = tree.inner_tensor(value)
+    return isinstance(value, OpaqueCall) and value.path.rpartition(".")[2].startswith("_rebuild_")
+
+
+def _originals(model: _File, held: KeysView[str]) -> dict[str, str]:
+    """The tensor that each tied name stands for, through names that are tied themselves, or where they end without."""
+    pairs = dict(model.dictionary("shared_params", is_needed=False))
+    ends: dict[str, str] = {}
+    for name in pairs:
+        chain: dict[str, None] = {}
+        end = name
+        while end in pairs and end not in held and end not in ends and end not in chain:
+            chain[end] = None
+            end = pairs[end]
+            if not isinstance(end, str):
+                raise InputError(f"{model.path} is damaged: its shared_params are no pairs of names")
+        ends |= dict.fromkeys(chain, ends.get(end, end))
+    return ends
+
+
+def _untied(model: _File, stage: int, ends: Mapping[str, str]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Names that are tied to no tensor: those that the module has itself, and those that were saved without.
+
+    DeepSpeed leaves out frozen weights if it is asked to, but goes on to name what is tied to them.
+    """
+    module = dict(model.dictionary("module"))
+    # Stage 3 leaves the module empty.
+    own = [(name, module[name]) for name in ends if stage < 3 and name in module]
+    lacking = [name for name in ends if stage == 3 or name not in module]
+    for name in lacking:
+        if ends[name] in module:
+            raise InputError(f"{model.path} is damaged: {abbreviated(name)} is tied to a tensor that it does not hold")
+    return own, lacking
 
 
 def _moments(states: Sequence[_File]) -> Iterator[Tensor]:
