@@ -7,7 +7,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -404,14 +404,14 @@ def _parts(model: ModelFile, raw: int) -> tuple[FileSection, ...]:
     )
 
 
-_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged)(_|$)")
+_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged)(_|$)", re.IGNORECASE)
 MOST_ROOTS = 3
 """Entries around the weights whose names are looked at."""
 
 
 def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
     """Say it where a file holds its weights twice: as they were trained, and averaged (EMA, SWA)."""
-    copies = averaged_copies(stats.layers)
+    copies = next(averaged_copies(stats.layers), None)
     if copies is None:
         return ()
     trained, average, count = copies
@@ -425,11 +425,11 @@ def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def _is_average(part: str) -> bool:
-    return _AVERAGE.search(part.lower()) is not None
+    return _AVERAGE.search(part) is not None
 
 
-def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> tuple[str, str, int] | None:
-    """Where a file holds its weights twice, as trained and as an average (EMA, SWA): both places, and how many.
+def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[str, str, int]]:
+    """Yield where a file seems to hold weights twice, as trained and as an average (EMA, SWA), and how many.
 
     A copy is known by a part of its names, and by the rest of them: `ema_model_state_dict.ema_model.a.weight` beside
     `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
@@ -445,7 +445,8 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> tuple[str, str, 
                 averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
                 break
         else:
-            trained.append((parts, tensor.shape))
+            # Pruning of PyTorch calls a weight so while its mask lies beside it.
+            trained.append(([*parts[:-1], parts[-1].removesuffix("_orig")], tensor.shape))
     others: dict[str, tuple[str, tuple[int, ...]]] = {}
     for parts, shape in trained if averages else ():
         for skip in range(min(MOST_ROOTS, len(parts))):
@@ -453,12 +454,11 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> tuple[str, str, 
     for copy, averaged in averages.items():
         originals = [other for tensor in averaged if (other := _other(tensor, copy, others)) is not None]
         if 2 * len(originals) >= len(averaged):
-            return Counter(originals).most_common(1)[0][0], copy, len(originals)
-    return None
+            yield Counter(originals).most_common(1)[0][0], copy, len(originals)
 
 
 def _other(tensor: Tensor | TensorStats, place: str, others: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
-    parts = tensor.name.removeprefix(f"{place}.").split(".")
+    parts = tensor.name.removeprefix(f"{place}.").removesuffix("_orig").split(".")
     for skip in range(min(MOST_ROOTS, len(parts))):
         where, shape = others.get("".join(parts[skip:]), ("", None))
         if shape == tensor.shape:

@@ -18,9 +18,11 @@ def local_path(name: str, path: AnyPath) -> Path:
     """A path on this machine."""
     check_type(name, path, AnyPath)
     if isinstance(path, str) and URL.match(path):
+        is_written = name in {"output", "tried"}
+        to_read = "download it first; inspect, size, diff, prune and strip read a model at a URL"
         raise UsageError(
             f"{name} is a URL, where a file is needed",
-            hint="download it first; inspect, size, diff, prune and strip read a model at a URL",
+            hint="write it to a path on this machine, and upload it afterwards" if is_written else to_read,
         )
     return Path(path)
 

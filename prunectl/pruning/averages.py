@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from prunectl.analysis.stats import MOST_ROOTS, averaged_copies
 from prunectl.errors import InputError, UsageError, abbreviated
-from prunectl.formats.base import CopyChoice, ModelFile, Role, Tensor
+from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
+from prunectl.formats.state_dict import MODEL_ROOTS
 
 
 class Keep(StrEnum):
@@ -38,8 +39,11 @@ class _Copies:
 _FORMATS = frozenset({"torch", "torch-legacy", "safetensors"})
 _WRAPPERS = ("module", "_orig_mod")
 """What DistributedDataParallel and torch.compile put in front of all names."""
+_ROOTS = MODEL_ROOTS | {"", *_WRAPPERS}
+_TRAINED = WEIGHTS - {Role.STATE}
 _CURRENT, _STATE = "current_model_state", "state_dict"
 _MMENGINE = "ema_state_dict"
+_KERNELS = PRUNABLE | {Role.EMBEDDING, Role.BIAS}
 
 
 def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice | None:
@@ -63,7 +67,7 @@ def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice
         raise UsageError(
             f"{model.path} holds the weights twice: {abbreviated(raw) or 'the top level'} as they were trained, and "
             f"their average under {abbreviated(average) or 'the top level'}",
-            hint="add --keep ema for the average, or --keep raw",
+            hint="add --keep ema for the average, or --keep raw; --only without training leaves both",
         )
     return _choice(model, copies, takes_other=(keep is Keep.EMA) != copies.is_home_average)
 
@@ -84,8 +88,22 @@ def _find(model: ModelFile) -> _Copies | None:
     if _STATE in sections and "steps" in names and all(name == "steps" or name.startswith("module.") for name in names):
         # The hook of MMEngine swaps both when it saves.
         return _Copies(_STATE, _MMENGINE, is_home_average=True)
-    found = averaged_copies(tensors)
-    return None if found is None else _Copies(found[0], found[1])
+    found = (_Copies(home, average) for home, average, _ in averaged_copies(tensors))
+    return next((copies for copies in found if _is_of_most(tensors, copies)), None)
+
+
+def _is_of_most(tensors: Sequence[Tensor], copies: _Copies) -> bool:
+    """Whether an average is one of the model, and not a part of a network that happens to be called so."""
+    root, average = copies.home.rpartition(".")[2], copies.other.rpartition(".")[2]
+    if root not in _ROOTS and not average.startswith(f"{root}_") and not average.endswith(f"_{root}"):
+        return False
+    others = _inside(tensors, copies.other)
+    averaged = {tensor.name for tensor in others.values()}
+    outside = [tensor for tensor in tensors if tensor.name not in averaged and tensor.role is not Role.OPTIMIZER]
+    own = _inside(outside, copies.home)
+    sizes = [tensor.size for tensor in outside if tensor.role in _TRAINED]
+    covered = [own[name].size for name in _sources(own, others) if own[name].role in _TRAINED]
+    return 2 * len(covered) > len(sizes) and 2 * sum(covered) > sum(sizes)
 
 
 def _inside(tensors: Sequence[Tensor], place: str) -> dict[str, Tensor]:
@@ -99,7 +117,7 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
     copied = {tensor.name for tensor in others.values()}
     outside = [tensor for tensor in model.tensors if tensor.name not in copied]
     home, plain = copies.home, copies.home
-    own = _inside([tensor for tensor in outside if tensor.role not in {Role.OPTIMIZER, Role.MASK}], home)
+    own = _inside([tensor for tensor in outside if tensor.role is not Role.OPTIMIZER], home)
     for wrapper in _WRAPPERS * 2:
         if own and all(name.startswith(f"{wrapper}.") for name in own):
             home = f"{home}.{wrapper}".lstrip(".")
@@ -109,7 +127,14 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
     sources = _sources(own, others) if takes_other else {}
     if takes_other and not sources:
         raise InputError(f"{model.path}: the tensors under {copies.other} have other names or shapes than the weights")
-    lacking = [name for name in own if name not in sources] if takes_other else []
+    lacking = [name for name in own if name not in sources and own[name].role is not Role.MASK] if takes_other else []
+    kernels = [name for name in lacking if own[name].role in _KERNELS]
+    if kernels:
+        raise InputError(
+            f"{model.path}: {abbreviated(kernels[0])} has no counterpart of its shape under {copies.other}, so that "
+            "what is kept would be a mixture of both copies",
+            hint=f"--keep {Keep.EMA if copies.is_home_average else Keep.RAW} keeps the copy that is whole",
+        )
     prefix = f"{plain}." if plain else ""
     return CopyChoice(
         home=home,
@@ -122,11 +147,12 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
 
 def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, str]:
     """For the tensors of one copy those of the other, whose names may have more in front, or no dots (as in LDM)."""
-    joined = Counter(name.replace(".", "") for name in own)
-    known = {name.replace(".", ""): name for name in own}
+    plain_names = {name: _weight(name, own).replace(".", "") for name in own}
+    joined = Counter(plain_names.values())
+    known = {plain: name for name, plain in plain_names.items()}
     found: dict[str, str] = {}
     for name, other in others.items():
-        parts = name.split(".")
+        parts = _weight(name, others).split(".")
         for skip in range(min(MOST_ROOTS + 1, len(parts))):
             key = "".join(parts[skip:])
             plain = known.get(key, "")
@@ -134,3 +160,9 @@ def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[st
                 found[plain] = other.name
                 break
     return found
+
+
+def _weight(name: str, names: Container[str]) -> str:
+    """A name without what pruning of PyTorch adds to it while a mask lies beside it."""
+    weight = name.removesuffix("_orig")
+    return weight if f"{weight}_mask" in names else name

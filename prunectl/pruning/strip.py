@@ -105,8 +105,9 @@ def _note_lacking(copies: CopyChoice | None) -> tuple[str, ...]:
     if copies is None or not copies.lacking:
         return ()
     count, some = len(copies.lacking), abbreviated(copies.lacking[0])
-    tensors = f"1 tensor, {some}, is" if count == 1 else f"{count} tensors, such as {some}, are"
-    return (f"{tensors} not in the average, and stayed as they were trained.",)
+    if count == 1:
+        return (f"1 tensor, {some}, has no counterpart under {copies.other}, and stayed as it was.",)
+    return (f"{count} tensors, such as {some}, have no counterpart under {copies.other}, and stayed as they were.",)
 
 
 def _files_left_out(model: ModelFile, left_out: Mapping[Path, StripPart]) -> tuple[RemovedItem, ...]:
@@ -114,7 +115,7 @@ def _files_left_out(model: ModelFile, left_out: Mapping[Path, StripPart]) -> tup
     return tuple(RemovedItem(str(path), part, (folder / path).stat().st_size) for path, part in left_out.items())
 
 
-_WEIGHTS, _SUFFIX = "model.safetensors", ".safetensors"
+_WEIGHTS, _SUFFIX, _CHECKPOINT = "model.safetensors", ".safetensors", ".ckpt"
 
 
 def _consolidate(
@@ -165,8 +166,11 @@ def _check_consolidation(
     if output is not None and output.is_in_place:
         raise UsageError(f"--in-place cannot be used: {ranks}", hint="write -o OUT")
     suffixes = {suffix for row in FORMATS for suffix in row.suffixes if suffix} - {_SUFFIX}
-    if output is not None and not output.to_stdout and output.target.suffix.lower() in suffixes:
-        raise UsageError(f"-o {output.target}: {ranks}", hint=f"prunectl export {source} -o {output.target}")
+    if output is not None and not output.to_stdout and output.target.suffix.lower() in suffixes | {_CHECKPOINT}:
+        # What is exported is no checkpoint of Lightning's.
+        is_checkpoint = output.target.suffix.lower() == _CHECKPOINT
+        target = output.target.with_suffix(".pt") if is_checkpoint else output.target
+        raise UsageError(f"-o {output.target}: {ranks}", hint=f"prunectl export {source} -o {target}")
     for tensor in model.tensors:
         if tensor.role is Role.MASK:
             raise InputError(
@@ -254,6 +258,10 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
         raise WorkError(
             f"the output of {model.path} still has a wrapper around {wrappers_left[0].layer}; nothing was written"
         )
+    copies = options.copies
+    left = next((tensor.name for tensor in result.tensors if copies is not None and copies.is_removed(tensor.name)), "")
+    if left:
+        raise WorkError(f"the output of {model.path} still has {left} of the other copy; nothing was written")
     wrapped = {wrapper.layer for wrapper in model.about.wrappers}
     before = {tensor.name: tensor for tensor in model.tensors}
     for tensor in result.tensors:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import prunectl
-from prunectl.errors import UsageError
+from prunectl.errors import InputError, UsageError
 from tests.running import here
 
 State = dict[str, torch.Tensor]
@@ -130,7 +131,9 @@ def test_which_copy_is_meant_is_asked_for(tmp_path: Path, layout: Any) -> None:
     done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt")
     assert done.code == 2
     assert "holds the weights twice" in done.err
-    assert "add --keep ema for the average, or --keep raw" in done.err
+    assert "add --keep ema for the average, or --keep raw; --only without training leaves both" in " ".join(
+        done.err.split()
+    )
     assert not (tmp_path / "out.pt").exists()
     assert here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--only", "optimizer").code == 0
 
@@ -140,7 +143,7 @@ def test_an_average_of_parameters_alone_takes_the_statistics_of_the_raw_weights(
     torch.save({"model": state(RAW), "ema": averaged}, tmp_path / "m.pt")
     done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--keep", "ema")
     assert done.code == 0
-    assert "3 tensors, such as 1.running_mean, are not in the average" in done.err
+    assert "3 tensors, such as 1.running_mean, have no counterpart under ema, and stayed as they were" in done.err
     loaded = net(0)
     loaded.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True)["model"])
     assert torch.equal(loaded[3].weight, AVERAGE[3].weight)
@@ -180,7 +183,7 @@ def test_whole_modules_take_the_place_of_each_other(tmp_path: Path, keep: str) -
     assert here("strip", tmp_path / "yolo.pt", "-o", tmp_path / "plain.pt").code == 0
 
 
-def test_an_average_of_other_shapes_is_refused(tmp_path: Path) -> None:
+def test_an_average_without_names_is_no_copy(tmp_path: Path) -> None:
     torch.save(
         {"model": state(RAW), "ema": {"shadow_params": [tensor * 2 for tensor in state(RAW).values()]}},
         tmp_path / "m.pt",
@@ -188,6 +191,112 @@ def test_an_average_of_other_shapes_is_refused(tmp_path: Path) -> None:
     done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "--keep", "ema")
     assert done.code == 2
     assert "one copy of the weights, or none that is known by its names" in done.err
+
+
+@pytest.mark.parametrize("change", [{}, {"3.weight": torch.ones(5, 9)}], ids=["lacking", "of another shape"])
+def test_an_average_without_a_kernel_of_the_raw_shape_is_refused(tmp_path: Path, change: State) -> None:
+    average = {name: tensor for name, tensor in state(AVERAGE).items() if name != "3.weight"}
+    torch.save({"model": state(RAW), "ema": average | change}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"3\.weight has no counterpart of its shape under ema") as refusal:
+        prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    assert "keep raw keeps the copy that is whole" in refusal.value.hint
+    assert not (tmp_path / "out.pt").exists()
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="raw")
+    net(0).load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True)["model"], strict=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_masked_weight_takes_the_average_of_the_plain_one(tmp_path: Path, prefix: str, ending: str) -> None:
+    raw = state(RAW, prefix)
+    raw[f"{prefix}3.weight_orig"] = raw.pop(f"{prefix}3.weight")
+    mask = raw[f"{prefix}3.weight_mask"] = (torch.arange(40).reshape(5, 8) % 2).float()
+    source, out = tmp_path / f"m.{ending}", tmp_path / f"out.{ending}"
+    if ending == "pt":
+        torch.save({"model": raw, "ema": state(AVERAGE)}, source)
+    else:
+        save_file({f"model.{n}": t for n, t in raw.items()} | state(AVERAGE, "ema."), source)
+    prunectl.strip(source, out, keep="ema")
+    found = torch.load(out, weights_only=True)["model"] if ending == "pt" else load_file(out)
+    found = {name.removeprefix("model."): tensor for name, tensor in found.items()}
+    assert found.keys() == AVERAGE.state_dict().keys()
+    assert torch.equal(found["3.weight"], AVERAGE[3].weight * mask)
+    assert torch.equal(found["0.weight"], AVERAGE[0].weight)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+PLAIN = {
+    "a gate": {
+        "fc.weight": noise(8, 8),
+        "fc.bias": noise(8),
+        "ema.gate.weight": noise(8, 8),
+        "ema.gate.bias": noise(8),
+        "head.weight": noise(3, 8),
+    },
+    "an attention": {
+        f"block.{kind}.{name}_proj.weight": noise(4, 4) for kind in ("attn", "swa") for name in ("q", "k", "v")
+    },
+    "a vector": {"ema.weight": noise(4), "fc.weight": noise(4), "fc.bias": noise(4)},
+}
+
+
+@pytest.mark.parametrize("part", PLAIN)
+def test_a_part_of_a_network_that_is_called_so_is_no_average(tmp_path: Path, part: str) -> None:
+    save_file(PLAIN[part], tmp_path / "m.safetensors")
+    done = here("strip", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors")
+    assert done.code == 0, done.err
+    assert load_file(tmp_path / "out.safetensors").keys() == PLAIN[part].keys()
+
+
+def test_a_part_that_is_called_so_does_not_hide_the_average(tmp_path: Path) -> None:
+    inside = PLAIN["a gate"]
+    torch.save({"state_dict": inside, "state_dict_ema": {n: t + 1 for n, t in inside.items()}}, tmp_path / "m.pt")
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
+    assert found.keys() == inside.keys()
+    assert all(torch.equal(found[name], tensor + 1) for name, tensor in inside.items())
+
+
+class Both(nn.Module):
+    """A network that trains beside its average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.ema = net(1), net(2)
+
+
+@pytest.mark.parametrize("keep", ["ema", "raw"])
+def test_copies_inside_one_module_are_refused(tmp_path: Path, keep: str) -> None:
+    torch.save(Both(), tmp_path / "m.pt")
+    with pytest.raises(InputError, match="lies in objects that only their class can open"):
+        prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep=keep)
+    assert not (tmp_path / "out.pt").exists()
+
+
+class Averager:
+    """An object that keeps the average, as many training loops have it."""
+
+    def __init__(self, ema: nn.Module) -> None:
+        self.ema, self.decay = ema, 0.9
+
+
+@pytest.mark.parametrize("keeper", [Averager, AveragedModel])
+def test_the_module_in_an_object_takes_the_place_of_the_model(tmp_path: Path, keeper: Any) -> None:
+    torch.save({"model": RAW, "ema": keeper(AVERAGE)}, tmp_path / "m.pt")
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    found = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert found.keys() == {"model"}
+    assert isinstance(found["model"], nn.Sequential)
+    assert torch.equal(found["model"][3].weight, AVERAGE[3].weight)
+
+
+def test_an_object_never_takes_the_place_of_a_state_dict(tmp_path: Path) -> None:
+    torch.save({"model": state(RAW), "ema": Averager(AVERAGE)}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="lies in objects that only their class can open"):
+        prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
 
 
 def test_keep_where_there_is_one_copy_is_a_slip(tmp_path: Path) -> None:
@@ -201,3 +310,12 @@ def test_python_keeps_a_copy_as_well(tmp_path: Path) -> None:
     torch.save(deit(), tmp_path / "m.pt")
     prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True)["model"]["3.weight"], AVERAGE[3].weight)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_checkpoint_of_many_ranks_becomes_no_folder_that_is_named_as_a_checkpoint(tmp_path: Path) -> None:
+    dcp.save({"model": state(RAW)}, checkpoint_id=tmp_path / "ranks", no_dist=True)
+    done = here("strip", tmp_path / "ranks", "-o", tmp_path / "out.ckpt")
+    assert done.code == 2
+    assert "out.pt" in done.err
+    assert not (tmp_path / "out.ckpt").exists()

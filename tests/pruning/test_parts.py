@@ -454,11 +454,13 @@ def test_python_refuses_what_the_command_refuses(folder: Path, options: dict[str
 
 
 def test_python_says_where_it_takes_no_urls(folder: Path) -> None:
-    for call in (
-        lambda: prunectl.prune(folder, "memory://b/out", sparsity="50%"),
-        lambda: prunectl.evaluate("memory://b/model", "test.npz"),
-        lambda: prunectl.bench("memory://b/model"),
+    for hint, call in (
+        ("write it to a path on this machine", lambda: prunectl.prune(folder, "memory://b/out", sparsity="50%")),
+        ("write it to a path on this machine", lambda: prunectl.strip(folder, "memory://b/out")),
+        ("download it first", lambda: prunectl.evaluate("memory://b/model", "test.npz")),
+        ("download it first", lambda: prunectl.bench("memory://b/model")),
     ):
-        with pytest.raises(UsageError, match="is a URL, where a file is needed"):
+        with pytest.raises(UsageError, match="is a URL, where a file is needed") as refusal:
             call()
+        assert refusal.value.hint.startswith(hint)
     assert sorted(os.listdir(folder.parent)) == ["model"]

@@ -161,7 +161,8 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
     ]
     masked_weights: list[MaskedWeight] = []
     if options.parts & WRAPPING:
-        masked_weights = unwrap(root, {tensor.name: tensor for tensor in model.tensors})
+        by_name = {tensor.name: tensor for tensor in model.tensors}
+        masked_weights = unwrap(root, by_name if options.copies is None else options.copies.kept(model.tensors))
         removed += _removed_masks({container.name_of(key): key for key in keys_before}, masked_weights)
         _reject_other_masks(model, removed)
     data = materialise_masked(model, container, masked_weights)
@@ -231,15 +232,40 @@ def _keep_copy(path: Path, root: IRNode, choice: CopyChoice) -> list[_RemovedSec
             pairs = entries(state.node) or []
             left = [entry for entry in pairs if not choice.is_removed(f"{state.prefix}{text(entry[0])}")]
             replace_entries(state.node, [_kept_entry(state.prefix, entry, nodes, choice) for entry in left])
-    elif {choice.home, choice.other} <= texts(root).keys():
+    elif {choice.home, choice.other} <= texts(root).keys() and (module := _module(nodes, choice)) is not None:
         # Whole modules: one takes the place of the other.
         gone = [nodes[choice.home]]
-        kept = [(key, nodes[choice.other] if text(key) == choice.home else item) for key, item in entries(root) or ()]
+        kept = [(key, module if text(key) == choice.home else item) for key, item in entries(root) or ()]
         replace_entries(root, [entry for entry in kept if text(entry[0]) != choice.other])
     else:
-        raise InputError(f"{path}: the average of its weights lies in objects that only their class can open")
+        gone = []
+    if not gone:
+        raise InputError(
+            f"{path}: a copy of its weights lies in objects that only their class can open",
+            hint="save the state dict of the copy that is to stay",
+        )
     storages = frozenset(key for node in gone for key in storage_keys(node))
     return [_RemovedSection(choice.home if choice.sources else choice.other, StripPart.TRAINING, storages)]
+
+
+def _module(nodes: Mapping[str, IRNode], choice: CopyChoice) -> IRNode | None:
+    """The module that can take the place of the one that is used: of its class, alone or kept by an object."""
+    name, source = next(iter(choice.sources.items()))
+    suffix = name.removeprefix(f"{choice.home}.")
+    inside = source.removeprefix(f"{choice.other}.").removesuffix(suffix).rstrip(".")
+    node: IRNode | None = nodes[choice.other]
+    for part in inside.split(".") if inside else ():
+        state = _attributes(node) if node is not None else {}
+        modules = texts(state["_modules"]) if "_modules" in state else {}
+        node = state.get(part, modules.get(part))
+    kind = called(nodes[choice.home])
+    return node if node is not None and kind and called(node) == kind else None
+
+
+def _attributes(node: IRNode) -> dict[str, IRNode]:
+    """What an object is given when it is built."""
+    given = (mutation.parts[0] for mutation in node.mutations if mutation.code == ord("b"))
+    return {name: item for state in given for name, item in texts(state).items()}
 
 
 def _kept_entry(prefix: str, entry: Entry, nodes: Mapping[str, IRNode], choice: CopyChoice) -> Entry:
