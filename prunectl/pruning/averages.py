@@ -88,8 +88,13 @@ def _find(model: ModelFile) -> _Copies | None:
     if _STATE in sections and "steps" in names and all(name == "steps" or name.startswith("module.") for name in names):
         # The hook of MMEngine swaps both when it saves.
         return _Copies(_STATE, _MMENGINE, is_home_average=True)
-    found = (_Copies(home, average) for home, average, _ in averaged_copies(tensors))
-    return next((copies for copies in found if _is_of_most(tensors, copies)), None)
+    candidates = [_Copies(home, average) for home, average, _ in averaged_copies(tensors)]
+    for copies in candidates:
+        # Several averages, of different decay, do not count against each other.
+        others = tuple(f"{other.other}." for other in candidates if other != copies)
+        if _is_of_most([tensor for tensor in tensors if not tensor.name.startswith(others)], copies):
+            return copies
+    return None
 
 
 def _is_of_most(tensors: Sequence[Tensor], copies: _Copies) -> bool:

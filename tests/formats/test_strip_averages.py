@@ -319,3 +319,13 @@ def test_a_checkpoint_of_many_ranks_becomes_no_folder_that_is_named_as_a_checkpo
     assert done.code == 2
     assert "out.pt" in done.err
     assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_of_several_averages_the_first_is_kept_or_goes(tmp_path: Path) -> None:
+    averages = {"ema": state(AVERAGE), "ema_slow": state(net(3)), "ema_slower": state(net(4))}
+    torch.save({"model": state(RAW), **averages}, tmp_path / "m.pt")
+    assert here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt").code == 2
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert torch.equal(found["model"]["3.weight"], AVERAGE[3].weight)
+    assert "ema" not in found
