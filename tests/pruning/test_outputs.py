@@ -212,7 +212,8 @@ def test_a_run_that_is_asked_to_stop_cleans_up(end: signal.Signals, big: Path, t
     )
     wait_for_work(process, tmp_path)
     process.send_signal(end)
-    assert process.wait(30) in {128 + end, 0}
+    # Python takes its handlers away in its last moments, when all is done: a signal then ends it as it ends any process.
+    assert process.wait(30) in {128 + end, 0, -end}
     assert [file.name for file in tmp_path.iterdir()] in ([], ["out.safetensors"])
 
 
