@@ -182,7 +182,7 @@ def _note_on_floors(plan: Plan) -> tuple[str, ...]:
         return ()
     name = abbreviated(floored[0].name)
     who = f"{name} keeps" if len(floored) == 1 else f"{len(floored)} tensors, such as {name}, keep"
-    return (f"{who} the least that is left of any tensor: ranked with all others, fewer weights would stay.",)
+    return (f"{who} the least that is left of any tensor: ranked with all others, fewer weights would be kept.",)
 
 
 def _work(model: ModelFile, plan: Plan) -> int:

@@ -310,7 +310,7 @@ def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> Prun
 def _check_stages(strategy: Strategy, pattern: str) -> None:
     if strategy.params.get("stages", 1) > 1:
         raise UsageError(
-            f"--param stages ranks single weights anew, and cannot be used with the pattern {pattern}",
+            f"--param stages ranks single weights again, and cannot be used with the pattern {pattern}",
             hint="leave out --param stages, or --pattern",
         )
 

@@ -118,7 +118,7 @@ def test_ranked_with_all_others_no_tensor_loses_more_than_all_but_a_hundredth(
         np.count_nonzero(before) != np.count_nonzero(after)
         for before, after in zip(np.split(pure, np.cumsum(sizes)[:-1]), expected.values(), strict=True)
     )
-    assert any("ranked with all others, fewer weights would stay" in note for note in found.notes) is bool(floored)
+    assert any("ranked with all others, fewer weights would be kept" in note for note in found.notes) is bool(floored)
 
 
 def test_zeros_that_a_tensor_had_need_no_place_among_those_that_stay(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def _keep_copy(path: Path, root: IRNode, choice: CopyChoice) -> list[_RemovedSec
     if not gone:
         raise InputError(
             f"{path}: a copy of its weights lies in objects that only their class can open",
-            hint="save the state dict of the copy that is to stay",
+            hint="save the state dict of the copy to keep",
         )
     storages = frozenset(key for node in gone for key in storage_keys(node))
     return [_RemovedSection(choice.home if choice.sources else choice.other, StripPart.TRAINING, storages)]
