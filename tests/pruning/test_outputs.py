@@ -212,7 +212,7 @@ def test_a_run_that_is_asked_to_stop_cleans_up(end: signal.Signals, big: Path, t
     )
     wait_for_work(process, tmp_path)
     process.send_signal(end)
-    # Python takes its handlers away in its last moments, when all is done: a signal then ends it as it ends any process.
+    # In its last moments, when all is done, Python takes its handlers away, and a signal ends it as any process.
     assert process.wait(30) in {128 + end, 0, -end}
     assert [file.name for file in tmp_path.iterdir()] in ([], ["out.safetensors"])
 
