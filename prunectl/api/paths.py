@@ -17,7 +17,7 @@ from prunectl.formats.detect import URL, public
 def local_path(name: str, path: AnyPath) -> Path:
     """A path on this machine."""
     check_type(name, path, AnyPath)
-    if isinstance(path, str) and URL.match(path):
+    if is_url(path):
         is_written = name in {"output", "tried"}
         to_read = "download it first; inspect, size, diff, prune and strip read a model at a URL"
         raise UsageError(

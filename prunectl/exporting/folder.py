@@ -21,7 +21,7 @@ from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
 from prunectl.formats.folder import companions, copy_companions, training_state
 from prunectl.formats.registry import SUFFIXES, by_name, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
-from prunectl.formats.safetensors import CODES, SafetensorsEntry, shard_of, write_entries
+from prunectl.formats.safetensors import CODES, SafetensorsEntry, by_width, shard_of, write_entries
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import stats_for_report
 
@@ -178,7 +178,7 @@ def _write(job: ExportJob, shard: _Shard, path: Path) -> None:
         return
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted(job.request.metadata))}}
     entries = [_entry(job, tensor) for tensor in shard.tensors]
-    write_entries(path, header, sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)))
+    write_entries(path, header, sorted(entries, key=by_width))
 
 
 def _entry(job: ExportJob, tensor: Tensor) -> SafetensorsEntry:

@@ -16,7 +16,7 @@ from prunectl.exporting.job import ExportJob
 from prunectl.exporting.request import ExportRequest
 from prunectl.formats.base import WEIGHTS, Array, Family, ModelFile, Tensor
 from prunectl.formats.registry import by_name
-from prunectl.formats.safetensors import CODES, SafetensorsEntry, array_entry, open_model, write_entries
+from prunectl.formats.safetensors import CODES, SafetensorsEntry, array_entry, by_width, open_model, write_entries
 from prunectl.formats.zip_write import EPOCH
 
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
@@ -91,7 +91,7 @@ def save_arrays(arrays: Sequence[tuple[str, Array]], metadata: Mapping[str, str]
 def _save(entries: Iterable[SafetensorsEntry], metadata: Mapping[str, str], target: Path) -> None:
     """Write a safetensors file, sorted by item size and then by name."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    write_entries(target, header, sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)))
+    write_entries(target, header, sorted(entries, key=by_width))
 
 
 _NUMPY_DTYPES = frozenset(np.dtype(code).name for code in "?bhiqBHIQefdFD")

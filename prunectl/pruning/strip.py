@@ -31,8 +31,8 @@ from prunectl.formats.base import (
 from prunectl.formats.extents import BLOCK_BYTES, BYTE, Extent, raw_bytes
 from prunectl.formats.folder import companions, copy_companions, training_state
 from prunectl.formats.patch import HALF, HALVED, to_float16
-from prunectl.formats.registry import FORMATS, by_name, load, open_model, require
-from prunectl.formats.safetensors import CODES, SafetensorsEntry, write_entries
+from prunectl.formats.registry import SUFFIXES, by_name, load, open_model, require
+from prunectl.formats.safetensors import CODES, SafetensorsEntry, by_width, write_entries
 from prunectl.pruning import destination as outputs
 from prunectl.pruning.averages import Keep, choose
 from prunectl.pruning.destination import Destination
@@ -130,7 +130,7 @@ def _consolidate(
     source = replace(model, folder=None if is_file else folder)
     left_out = training_state(source)
     with _staged_weights(source, output, left_out) as written:
-        entries = sorted((_entry(model, tensor, options) for tensor in weights), key=_by_width)
+        entries = sorted((_entry(model, tensor, options) for tensor in weights), key=by_width)
         write_entries(written, {"__metadata__": {"format": "pt"}}, entries)
         result = open_model(written)
         _compare(entries, result)
@@ -165,8 +165,8 @@ def _check_consolidation(
         raise UsageError(f"--only cannot be used: {ranks}", hint="leave out --only")
     if output is not None and output.is_in_place:
         raise UsageError(f"--in-place cannot be used: {ranks}", hint="write -o OUT")
-    suffixes = {suffix for row in FORMATS for suffix in row.suffixes if suffix} - {_SUFFIX}
-    if output is not None and not output.to_stdout and output.target.suffix.lower() in suffixes | {_CHECKPOINT}:
+    suffixes = (SUFFIXES - {_SUFFIX}) | {_CHECKPOINT}
+    if output is not None and not output.to_stdout and output.target.suffix.lower() in suffixes:
         # What is exported is no checkpoint of Lightning's.
         is_checkpoint = output.target.suffix.lower() == _CHECKPOINT
         target = output.target.with_suffix(".pt") if is_checkpoint else output.target
@@ -213,11 +213,6 @@ def _entry(model: ModelFile, tensor: Tensor, options: StripOptions) -> Safetenso
             tensor.name, HALF, tensor.shape, lambda: to_float16(blocks(model, tensor), model.path, tensor.name)
         )
     return SafetensorsEntry(tensor.name, tensor.dtype, tensor.shape, lambda: blocks(model, tensor))
-
-
-def _by_width(entry: SafetensorsEntry) -> tuple[int, str]:
-    """The order in which the format's own library writes: each then begins at a multiple of its width."""
-    return -entry.dtype.itemsize, entry.name
 
 
 def _compare(entries: Sequence[SafetensorsEntry], result: ModelFile) -> None:
