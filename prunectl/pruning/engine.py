@@ -223,7 +223,7 @@ def pruned_blocks(
     # A threshold of one tensor is selected just before it is written, while the tensor is still in the caches.
     makers = {cut.tensor.name: partial(_per_tensor_threshold, scored, cut) for cut in plan.cuts}
     if joint:
-        joint_threshold = plan.threshold or _joint_threshold(scored, joint, _joint_drop(plan))
+        joint_threshold = plan.threshold or _threshold(scored, joint, _joint_drop(plan))
         makers |= {cut.tensor.name: partial(joint_threshold.masker, number) for number, cut in enumerate(joint)}
     return [partial(_pruned_unstructured, scored, cut.tensor, makers[cut.tensor.name], originals) for cut in plan.cuts]
 
@@ -243,22 +243,19 @@ def with_floors(
         return plan
     scored = TensorScores(model, method, plan, None, is_wide=is_wide(plan), is_joint=True)
     joint = [cut for cut in plan.cuts if cut.drop is None]
-    keys = {
-        cut.tensor.name: _joint_threshold(scored, [cut], most[cut.tensor.name]).key for cut in joint
-    }  # fmt: skip
-    order = [cut.tensor.name for cut in sorted(joint, key=lambda cut: keys[cut.tensor.name])]
+    order = sorted(joint, key=lambda cut: _threshold(scored, [cut], most[cut.tensor.name]).key)
 
     def fixed(number: int) -> Plan:
-        few = set(order[:number])
-        cuts = (replace(cut, drop=most[cut.tensor.name]) if cut.tensor.name in few else cut for cut in plan.cuts)
+        names = {cut.tensor.name for cut in order[:number]}
+        cuts = (replace(cut, drop=most[cut.tensor.name]) if cut.tensor.name in names else cut for cut in plan.cuts)
         return replace(plan, cuts=tuple(cuts))
 
     def is_enough(number: int) -> bool:
-        rest = [cut for cut in fixed(number).cuts if cut.drop is None]
-        drop = _joint_drop(fixed(number))
+        floored = fixed(number)
+        rest, drop = [cut for cut in floored.cuts if cut.drop is None], _joint_drop(floored)
         if drop <= 0:
             return True
-        limit = _joint_threshold(scored, rest, drop)
+        limit = _threshold(scored, rest, drop)
         maskers = ((cut.tensor, limit.masker(index)) for index, cut in enumerate(rest))
         return all(
             sum(int(np.count_nonzero(masker.mask(scores))) for scores in scored.scores(tensor)) <= most[tensor.name]
@@ -279,7 +276,7 @@ def _joint_drop(plan: Plan) -> int:
     return plan.drop - sum(cut.drop or 0 for cut in plan.cuts)
 
 
-def _joint_threshold(scored: TensorScores, cuts: Sequence[TensorPlan], drop: int) -> Threshold:
+def _threshold(scored: TensorScores, cuts: Sequence[TensorPlan], drop: int) -> Threshold:
     sources = [partial(scored.scores, cut.tensor) for cut in cuts]
     samples = [partial(scored.sample, cut.tensor) for cut in cuts]
     return threshold(sources, drop, sum(cut.tensor.size for cut in cuts), samples)
@@ -299,7 +296,7 @@ def is_wide(plan: Plan) -> bool:
 
 
 def _per_tensor_threshold(scored: TensorScores, cut: TensorPlan) -> ThresholdMasker:
-    return _joint_threshold(scored, [cut], cut.drop or 0).masker(0)
+    return _threshold(scored, [cut], cut.drop or 0).masker(0)
 
 
 def _pruned_unstructured(

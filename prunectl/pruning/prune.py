@@ -150,7 +150,7 @@ def _prune(
         )
         is_written.set()
         flushing = background.submit(flush, folder) if output is not None else None
-        zeros = {name: count.zeros_before for name, count in counts.items() if count.zeros_before is not None}
+        _, zeros = dropped_and_zeros(counts)
         before_stats = background.submit(measure_stats, model, model.tensors, has_channels=is_small, zeros=zeros)
         result = open_model(written)
         after = verify(model, result, counts, has_channels=is_small, tick=bar.advance)
