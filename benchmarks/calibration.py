@@ -13,7 +13,7 @@ import re
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -169,21 +169,28 @@ def _accuracies(folder: Path, net: str, test: Path, models: list[Path]) -> list[
     return found
 
 
-def run(nets: Sequence[str] = tuple(EPOCHS)) -> None:
-    """Print a table for each network."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "nets.py").write_text(_NETS)
-        _text(folder)
-        for net in nets:
-            home, kind = (folder, "text") if net == "Text" else (DATA, "fashion")
+def _trained(nets: Sequence[str], epochs: Mapping[str, int], seed: int = 0) -> Iterator[tuple[str, Path, str, Path]]:
+    """Train networks, each in a folder of its own; their names, the folder, the data to learn from and to test on."""
+    for net in nets:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "nets.py").write_text(_NETS)
+            home, kind, options = DATA, "fashion", "?norm=unit"
+            if net == "Text":
+                home, kind, options = folder, "text", ""
+                _text(folder)
             train, test = home / f"{kind}_train.npz", home / f"{kind}_test.npz"
             if not train.is_file():
-                print(f"calibration: {train} is not there, nothing to train {net} on")
+                print(f"{train} is not there, nothing to train {net} on")
                 continue
-            output_of(PYTHON, "-c", _TRAIN, folder, net, train, EPOCHS[net], 0)
-            options = "?norm=unit" if home is DATA else ""
-            _table(folder, net, f"{train}{options}", test)
+            output_of(PYTHON, "-c", _TRAIN, folder, net, train, epochs[net], seed)
+            yield net, folder, f"{train}{options}", test
+
+
+def run(nets: Sequence[str] = tuple(EPOCHS)) -> None:
+    """Print a table for each network."""
+    for net, folder, train, test in _trained(nets, EPOCHS):
+        _table(folder, net, train, test)
 
 
 def _table(folder: Path, net: str, train: str, test: Path) -> None:
@@ -203,20 +210,10 @@ def matched(nets: Sequence[str] = tuple(MATCHED)) -> None:
     """Print what magnitude loses and what matching the dense outputs wins back, for each seed, with processor time."""
     rows: dict[tuple[str, ...], list[Figures]] = {}
     for seed in range(SEEDS):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "nets.py").write_text(_NETS)
-            _text(folder)
-            for net in nets:
-                home, kind = (folder, "text") if net == "Text" else (DATA, "fashion")
-                train, test = home / f"{kind}_train.npz", home / f"{kind}_test.npz"
-                if not train.is_file():
-                    print(f"matching: {train} is not there, nothing to train {net} on")
-                    continue
-                output_of(PYTHON, "-c", _TRAIN, folder, net, train, MATCHED_EPOCHS[net], seed)
-                for row, figures in _match(folder, net, f"{train}{'' if net == 'Text' else '?norm=unit'}", test):
-                    _tell(f"seed {seed}: {', '.join(row)}: {figures}")
-                    rows.setdefault(row, []).append(figures)
+        for net, folder, train, test in _trained(nets, MATCHED_EPOCHS, seed):
+            for row, figures in _match(folder, net, train, test):
+                _tell(f"seed {seed}: {', '.join(row)}: {figures}")
+                rows.setdefault(row, []).append(figures)
     show(
         f"matching: no labels, means of {SEEDS} seeds",
         ("net", "sparsity", "examples", "dense", "magnitude", "matched", "processor"),
@@ -226,19 +223,9 @@ def matched(nets: Sequence[str] = tuple(MATCHED)) -> None:
 
 def scopes(nets: Sequence[str] = tuple(SCOPES_EPOCHS)) -> None:
     """Print what magnitude loses in each scope."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "nets.py").write_text(_NETS)
-        _text(folder)
-        rows = []
-        for net in nets:
-            home, kind = (folder, "text") if net == "Text" else (DATA, "fashion")
-            train, test = home / f"{kind}_train.npz", home / f"{kind}_test.npz"
-            if not train.is_file():
-                print(f"scopes: {train} is not there, nothing to train {net} on")
-                continue
-            output_of(PYTHON, "-c", _TRAIN, folder, net, train, SCOPES_EPOCHS[net], 0)
-            rows += _by_scope(folder, net, str(train), test)
+    rows: list[tuple[str, ...]] = []
+    for net, folder, train, test in _trained(nets, SCOPES_EPOCHS):
+        rows += _by_scope(folder, net, train, test)
     show("scopes: magnitude, no data", ("net", "scope", *(f"{sparsity:.0%}" for sparsity in SCOPED)), rows)
 
 
@@ -259,7 +246,7 @@ def _by_scope(folder: Path, net: str, train: str, test: Path) -> list[tuple[str,
 def _match(folder: Path, net: str, train: str, test: Path) -> Iterator[tuple[tuple[str, str, str], Figures]]:
     model = folder / f"{net}.pt"
     for sparsity, samples in MATCHED[net]:
-        # Copied, since the next has the same name.
+        # Renamed, since the next has the same name.
         once = _pruned(model, folder, net, train, sparsity, _GLOBAL).rename(folder / "once.pt")
         before = os.times()
         made = _pruned(model, folder, net, train, sparsity, (*_GLOBAL, "--repair", "outputs"), samples)

@@ -11,13 +11,12 @@ import gzip
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.timing import PRUNECTL, PYTHON
+from benchmarks.timing import PRUNECTL, PYTHON, output_of
 
 DATA = Path(os.environ.get("BENCH_DATA", "../shared/data"))
 EPOCHS = int(os.environ.get("BENCH_EPOCHS", "10"))
@@ -111,17 +110,10 @@ def _spec(name: str, *, limit: int = 0) -> str:
     return f"{DATA / name}?norm=unit" + (f"&limit={limit}" if limit else "")
 
 
-def _run(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout
-
-
 def _by_tfmot(folder: Path, schedule: str, seed: int, sparsity: float = SPARSITY) -> dict[str, float]:
     target = folder / "tfmot.h5"
     words = (DATA / "fashion_train.npz", DATA / "fashion_test.npz", schedule, sparsity, EPOCHS, BATCH, EXAMPLES, seed)
-    out = _run(PYTHON, "-c", _TFMOT, folder / "start.h5", target, *words)
+    out = output_of(PYTHON, "-c", _TFMOT, folder / "start.h5", target, *words)
     return {**json.loads(out.splitlines()[-1]), "gzip": _gzip(target)}
 
 
@@ -132,14 +124,14 @@ def _gzip(path: Path) -> int:
 def _ours(folder: Path, suffix: str, seed: int, *words: object) -> dict[str, float]:
     target = folder / f"ours{suffix}"
     own = ["--builder", f"{folder / 'net.py'}:Net"] if suffix == ".pt" else []
-    out = _run(
+    out = output_of(
         *(PRUNECTL, "finetune", folder / f"start{suffix}", "-o", target, "--force", "--json", "--keep", "last"),
         *("--data", _spec("fashion_train.npz", limit=EXAMPLES), "--val", _spec("fashion_test.npz")),
         *("--epochs", EPOCHS, "--batch-size", BATCH, "--seed", seed, *own, *words),
     )
     found = json.loads(out)["models"][1]
     stripped = folder / f"stripped{suffix}"
-    _run(PRUNECTL, "strip", target, "-o", stripped, "--force")
+    output_of(PRUNECTL, "strip", target, "-o", stripped, "--force")
     training = found["training"]
     return {
         "accuracy": training["after"]["accuracy"],
@@ -166,7 +158,7 @@ def run() -> None:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 (folder / "net.py").write_text(TORCH_NET)
-                _run(PYTHON, "-c", START, folder, seed)
+                output_of(PYTHON, "-c", START, folder, seed)
                 fill(_Runs(folder, seed, rows), seed)
     dense = rows["dense, tf_keras"]
     base, base_gzip = statistics.mean(row["accuracy"] for row in dense), statistics.mean(row["gzip"] for row in dense)
