@@ -155,16 +155,16 @@ def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[st
     plain_names = {name: _weight(name, own).replace(".", "") for name in own}
     joined = Counter(plain_names.values())
     known = {plain: name for name, plain in plain_names.items()}
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name, other in others.items():
         parts = _weight(name, others).split(".")
         for skip in range(min(MOST_ROOTS + 1, len(parts))):
             key = "".join(parts[skip:])
             plain = known.get(key, "")
-            if plain and joined[key] == 1 and own[plain].shape == other.shape and plain not in found:
-                found[plain] = other.name
+            if plain and joined[key] == 1 and own[plain].shape == other.shape and plain not in sources:
+                sources[plain] = other.name
                 break
-    return found
+    return sources
 
 
 def _weight(name: str, names: Container[str]) -> str:

@@ -156,7 +156,7 @@ def _allocated(folder: Path) -> int:
 def _ranks(path: Path) -> list[Path]:
     """What all ranks saved, in their order."""
     prefix = path.name.partition("zero_pp_rank_")[0]
-    found: dict[int, Path] = {}
+    by_rank: dict[int, Path] = {}
     with os.scandir(path.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(prefix)]
     for name in names:
@@ -168,18 +168,18 @@ def _ranks(path: Path) -> list[Path]:
                 f"{path.parent} was saved with model parallelism, which prunectl does not read",
                 hint="convert it with DeepSpeed's ds_to_universal.py",
             )
-        if (first := found.setdefault(int(match[1]), path.with_name(name))).name != name:
+        if (first := by_rank.setdefault(int(match[1]), path.with_name(name))).name != name:
             raise InputError(f"{path.parent} is damaged: {first.name} and {name} are of the same rank")
-    if len(found) > budgets.MAX_FILES:
+    if len(by_rank) > budgets.MAX_FILES:
         raise InputError(f"{path.parent} is refused: it has more than {budgets.MAX_FILES} files")
-    if missing := [rank for rank in range(len(found)) if rank not in found]:
+    if missing := [rank for rank in range(len(by_rank)) if rank not in by_rank]:
         raise InputError(f"{path.parent} is incomplete: what rank {missing[0]} saved of the optimizer is missing")
-    return [found[rank] for rank in range(len(found))]
+    return [by_rank[rank] for rank in range(len(by_rank))]
 
 
 def _open(paths: Sequence[Path], entry: str, scale: int) -> list[_File]:
     """Follow the pickle of each file, and look into an entry of it."""
-    found, steps = [], 0
+    opened, steps = [], 0
     for path in paths:
         archive = zip_read.open_archive(path)
         source = torch_zip.pickle_source(archive, torch_zip.top_folder(archive), "data")
@@ -187,8 +187,8 @@ def _open(paths: Sequence[Path], entry: str, scale: int) -> list[_File]:
         if steps > scale * budgets.MAX_PICKLE_STEPS:
             raise InputError(f"{path} is refused: with those of the other ranks, its pickle takes too many steps")
         fields = dict(_items(path, source.program.value, "entries"))
-        found.append(_File(path, source, dict(_items(path, fields.get(entry), entry)) if entry else fields))
-    return found
+        opened.append(_File(path, source, dict(_items(path, fields.get(entry), entry)) if entry else fields))
+    return opened
 
 
 def _stage(state: _File) -> int:
@@ -224,10 +224,10 @@ def _slices(state: _File, entry: str) -> list[Extent]:
     groups = state.fields.get(entry)
     if not isinstance(groups, list | tuple) or len(groups) > budgets.MAX_FILES:
         raise InputError(f"{state.path} is damaged: it has no {entry}")
-    found = [state.run(group, f"{entry}.{number}") for number, group in enumerate(groups)]
-    if any(tensor.dtype != _FLOAT or len(tensor.shape) != 1 for tensor, _ in found):
+    flat_tensors = [state.run(group, f"{entry}.{number}") for number, group in enumerate(groups)]
+    if any(tensor.dtype != _FLOAT or len(tensor.shape) != 1 for tensor, _ in flat_tensors):
         raise InputError(f"{state.path} is damaged: {entry} is not flat, or not of 32-bit floats")
-    return [run for _, run in found]
+    return [run for _, run in flat_tensors]
 
 
 def _shapes(model: _File) -> list[list[tuple[str, Any]]]:
@@ -294,14 +294,14 @@ class _Line:
         """The runs that some bytes of the row lie in."""
         if offset + nbytes > self.nbytes:
             raise InputError(f"{path} is damaged: its ranks do not hold all of {abbreviated(name)}")
-        found: list[Extent] = []
+        pieces: list[Extent] = []
         while nbytes:
             number = bisect_right(self._begins, offset) - 1
             run, begin = self._runs[number], offset - self._begins[number]
             taken = min(nbytes, run.nbytes - begin)
-            found.append(Extent(run.path, run.offset + begin, taken))
+            pieces.append(Extent(run.path, run.offset + begin, taken))
             offset, nbytes = offset + taken, nbytes - taken
-        return tuple(found)
+        return tuple(pieces)
 
 
 Others = Iterator[tuple[str, tuple[int, ...], np.dtype[Any], Runs]]
@@ -312,11 +312,11 @@ def _frozen(models: Sequence[_File], stage: int) -> Others:
     fragments = [dict(model.dictionary("frozen_param_fragments", is_needed=False)) for model in models]
     for name, value in models[0].dictionary("frozen_param_shapes", is_needed=False):
         shape = _shape(models[0].path, name, value)
-        found = [model.run(parts.get(name), name) for model, parts in zip(models, fragments, strict=True)]
-        dtype = found[0][0].dtype
+        slices = [model.run(parts.get(name), name) for model, parts in zip(models, fragments, strict=True)]
+        dtype = slices[0][0].dtype
         nbytes = math.prod(shape) * dtype.itemsize
-        line = _Line([run for _, run in found])
-        if any(tensor.dtype != dtype for tensor, _ in found) or (stage < 3 and line.nbytes != nbytes):
+        line = _Line([run for _, run in slices])
+        if any(tensor.dtype != dtype for tensor, _ in slices) or (stage < 3 and line.nbytes != nbytes):
             raise InputError(f"{models[0].path} is damaged: {abbreviated(name)} is not of shape {format_shape(shape)}")
         yield name, shape, dtype, line.cut(models[0].path, name, 0, nbytes)
 
