@@ -24,10 +24,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from prunectl.formats import extents
 from prunectl.formats.base import Role, Storage, Tensor
 from prunectl.formats.extents import Extent
 from prunectl.formats.registry import open_model
-from prunectl.formats.torch.distributed import _decode, _Part, _stream, _tiles
+from prunectl.formats.torch import boxes as tiling
+from prunectl.formats.torch.boxes import Box, is_tiled
+from prunectl.formats.torch.distributed import _decode, _stream
 from tests.running import here
 from tests.safety.cost import assert_refused_cheaply, cost
 
@@ -207,6 +210,7 @@ TILED = [
     ((7, 5), [((0, 0), (7, 2)), ((0, 2), (7, 3))]),
     ((4, 6), [((0, 0), (2, 3)), ((2, 0), (2, 3)), ((0, 3), (4, 3))]),
     ((5, 2, 3), [((0, 0, 0), (5, 1, 3)), ((0, 1, 0), (2, 1, 3)), ((2, 1, 0), (3, 1, 3))]),
+    ((2, 4, 3), [((0, 0, 0), (2, 1, 3)), ((0, 1, 0), (2, 3, 2)), ((0, 1, 2), (1, 3, 1)), ((1, 1, 2), (1, 3, 1))]),
     ((9,), [((6,), (3,)), ((0,), (6,))]),
     ((), [((), ())]),
     ((0, 3), [((0, 0), (0, 3))]),
@@ -214,21 +218,54 @@ TILED = [
 """Shapes with boxes that tile them: by rows, by columns, by both, and unevenly."""
 
 
-@pytest.mark.parametrize(("shape", "parts"), TILED)
-def test_a_tensor_is_streamed_as_it_is_read(tmp_path: Path, shape: tuple[int, ...], parts: Any) -> None:
-    whole = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+def boxes_of(folder: Path, whole: torch.Tensor, parts: Any) -> list[Box]:
+    """Boxes of a tensor, each saved as the ranks do it."""
     boxes = []
     for number, (offsets, sizes) in enumerate(parts):
         place = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-        file = tmp_path / f"{number}.distcp"
+        file = folder / f"{number}.distcp"
         torch.save(whole[place].clone(), file)
-        boxes.append(_Part(offsets, sizes, Extent(file, 0, file.stat().st_size)))
+        boxes.append(Box(offsets, sizes, Extent(file, 0, file.stat().st_size)))
+    return boxes
+
+
+def tensor_like(whole: torch.Tensor) -> Tensor:
     storage = Storage("a", whole.nbytes, None, whole.nbytes)
-    tensor = Tensor("a", "", shape, np.dtype(np.float32), Role.KERNEL, storage)
+    return Tensor("a", "", tuple(whole.shape), np.dtype(np.float32), Role.KERNEL, storage)
+
+
+@pytest.mark.parametrize("slab_bytes", [1, 40, 1 << 20])
+@pytest.mark.parametrize(("shape", "parts"), TILED)
+def test_a_tensor_is_streamed_as_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], parts: Any, slab_bytes: int
+) -> None:
+    # Less than a row, a few rows, and the whole.
+    monkeypatch.setattr(tiling, "_SLAB_BYTES", slab_bytes)
+    whole = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+    boxes, tensor = boxes_of(tmp_path, whole, parts), tensor_like(whole)
     pieces = [piece.copy().reshape(-1) for piece in _stream(tmp_path, {"a": boxes}, tensor)]
     flat = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
     assert flat.tolist() == whole.reshape(-1).tolist()
     assert _decode(tmp_path, {"a": boxes}, tensor).tolist() == whole.tolist()
+
+
+def test_hundreds_of_columns_are_read_once_each_and_not_in_tiny_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = torch.arange(1_600_000, dtype=torch.float32).reshape(8000, 200)
+    boxes = boxes_of(tmp_path, whole, [((0, column), (8000, 1)) for column in range(200)])
+    read: list[Extent] = []
+    blocks = extents.blocks
+
+    def counted(extent: Extent, dtype: np.dtype[Any]) -> Iterator[Any]:
+        read.append(extent)
+        yield from blocks(extent, dtype)
+
+    monkeypatch.setattr(extents, "blocks", counted)
+    pieces = [piece.copy().reshape(-1) for piece in _stream(tmp_path, {"a": boxes}, tensor_like(whole))]
+    assert np.array_equal(np.concatenate(pieces), whole.reshape(-1).numpy())
+    assert [extent.nbytes for extent in read] == [8000 * 4] * 200
+    assert len({extent.path for extent in read}) == 200
 
 
 class Evil:
@@ -498,8 +535,8 @@ def test_so_many_values_that_no_checkpoint_has_them_cost_little(own: Path) -> No
     assert "more values beside the tensors" in found.outcome.err
 
 
-def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[_Part]:
-    return [_Part(offsets, sizes, None) for offsets, sizes in parts]  # type: ignore[arg-type]
+def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[Box]:
+    return [Box(offsets, sizes, None) for offsets, sizes in parts]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -520,7 +557,7 @@ def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[_Part]:
     ],
 )
 def test_parts_fill_a_shape_without_gaps_and_overlaps(shape: tuple[int, ...], parts: Any, fits: bool) -> None:
-    assert _tiles(shape, boxes(*parts)) is fits
+    assert is_tiled(shape, boxes(*parts)) is fits
 
 
 def test_an_old_checkpoint_without_a_plan_keeps_its_names(own: Path) -> None:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from prunectl.errors import InputError, UntrustedError, abbreviated
-from prunectl.formats import budgets, extents, state_dict, zip_read
+from prunectl.formats import budgets, state_dict, zip_read
 from prunectl.formats.base import (
     Array,
     ModelFile,
@@ -35,6 +33,7 @@ from prunectl.formats.base import (
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.torch import model as torch_zip
 from prunectl.formats.torch import views
+from prunectl.formats.torch.boxes import Box, is_tiled, merged, slices
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, PickleDict, describe_value
 from prunectl.formats.torch.pickle.vm import interpret
 
@@ -65,21 +64,10 @@ _KNOWN = frozenset(
     }
 )
 """Classes that a metadata names beside plain data, from PyTorch 1.13 on: each only holds what it is given."""
-_MOST_AXES = 4
-"""Axes along which a tensor may lie in several parts: each part has 2 to this power of corners."""
 _MOST_FIELDS = 64
 """Fields of an instance; the metadata itself has five."""
 _OUTER = state_dict.MODEL_ROOTS | {"app"}
 """Names of entries that only say that here is the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A box of a tensor, and where torch.save wrote it."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    place: Extent
 
 
 def open_checkpoint(path: Path) -> ModelFile:
@@ -95,7 +83,7 @@ def open_checkpoint(path: Path) -> ModelFile:
     entries = _dictionary(path, fields.get("state_dict_metadata"), most)
     places, everything = _places(path, fields.get("storage_data"), most)
     _refuse_repeated(path, entries, most)
-    parts: dict[str, list[_Part]] = {}
+    parts: dict[str, list[Box]] = {}
     found: list[Tensor] = []
     for key, entry in entries:
         if _is_class(entry, _BYTES):
@@ -267,14 +255,14 @@ def _place(path: Path, key: str, where: Mapping[str, Any], sizes: dict[str, int]
     return Extent(path.with_name(name), offset, length)
 
 
-def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, list[_Part]]:
+def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, list[Box]]:
     """A tensor by its metadata, and the parts that it lies in."""
     fields = _fields(path, entry, _TENSOR)
     shape, chunks = fields.get("size"), fields.get("chunks")
     dtype = _dtype(path, key, fields.get("properties"))
     if not _is_shape(shape) or not isinstance(chunks, list):
         raise InputError(f"{path} is damaged: {abbreviated(key)} has no shape")
-    parts: dict[tuple[tuple[int, ...], tuple[int, ...]], _Part] = {}
+    parts: dict[tuple[tuple[int, ...], tuple[int, ...]], Box] = {}
     for chunk in chunks:
         box = _fields(path, chunk, "ChunkStorageMetadata")
         offsets, sizes = box.get("offsets"), box.get("sizes")
@@ -283,9 +271,9 @@ def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, l
         place = places.get((key, tuple(offsets)))
         if place is None:
             raise InputError(f"{path} is damaged: it does not say where a part of {abbreviated(key)} lies")
-        parts[tuple(offsets), tuple(sizes)] = _Part(tuple(offsets), tuple(sizes), place)
+        parts[tuple(offsets), tuple(sizes)] = Box(tuple(offsets), tuple(sizes), place)
     boxes = list(parts.values())
-    if not _tiles(tuple(shape), boxes):
+    if not is_tiled(tuple(shape), boxes):
         raise InputError(
             f"{path} is damaged: the parts of {abbreviated(key)} do not make up its shape {format_shape(shape)}"
         )
@@ -313,34 +301,6 @@ def _dtype(path: Path, key: str, properties: Any) -> np.dtype[Any]:
     if name not in views.DTYPES:
         raise InputError(f"{path} holds {abbreviated(key)} in a type of number that prunectl does not read")
     return views.DTYPES[name]
-
-
-def _tiles(shape: tuple[int, ...], parts: Sequence[_Part]) -> bool:
-    """Whether boxes fill a shape without a gap and without an overlap.
-
-    They do if their corners, counted up where a box begins and down where it ends along each axis, cancel to those of
-    the whole: the counts are the mixed difference of how many boxes cover a place, which they determine.
-    """
-    if not all(part.sizes for part in parts) or not shape:
-        return len(parts) == 1 and parts[0].sizes == shape
-    axes = [axis for axis, length in enumerate(shape) if any(part.sizes[axis] != length for part in parts)]
-    if len(axes) > _MOST_AXES or any(
-        part.offsets[axis] for part in parts for axis in range(len(shape)) if axis not in axes
-    ):
-        return False
-    counts: Counter[tuple[int, ...]] = Counter()
-    for part in parts:
-        for corner, sign in _corners([part.offsets[axis] for axis in axes], [part.sizes[axis] for axis in axes]):
-            counts[corner] += sign
-    for corner, sign in _corners([0] * len(axes), [shape[axis] for axis in axes]):
-        counts[corner] -= sign
-    return not any(counts.values())
-
-
-def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
-    for ends in product((0, 1), repeat=len(offsets)):
-        place = tuple(offset + end * size for offset, end, size in zip(offsets, ends, sizes, strict=True))
-        yield place, -1 if sum(ends) % 2 else 1
 
 
 def _object_paths(path: Path, planner: Any) -> dict[str, tuple[str, ...]]:
@@ -381,49 +341,30 @@ def _share_first(paths: Sequence[tuple[str, ...]]) -> bool:
     return all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1
 
 
-def _decode(path: Path, parts: Mapping[str, Sequence[_Part]], tensor: Tensor) -> Array:
+def _decode(path: Path, parts: Mapping[str, Sequence[Box]], tensor: Tensor) -> Array:
     """Put a tensor together from its parts, each mapped where it lies."""
     boxes = parts[tensor.storage.key]
     if len(boxes) == 1:
         return _read(path, tensor, boxes[0])
     whole = np.empty(tensor.shape, tensor.dtype)
     for part in boxes:
-        whole[_box(part)] = _read(path, tensor, part)
+        whole[slices(part)] = _read(path, tensor, part)
     whole.flags.writeable = False
     return whole
 
 
-def _box(part: _Part) -> tuple[slice, ...]:
-    return tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True))
-
-
-def _stream(path: Path, parts: Mapping[str, Sequence[_Part]], tensor: Tensor) -> Iterator[Array]:
-    """Yield a tensor in C order from its parts, each piece valid until the next: memory stays a few rows."""
-    boxes = {part: _run(_located(path, tensor, part)) for part in parts[tensor.storage.key] if math.prod(part.sizes)}
-    runs = {part: run for part, run in boxes.items() if run is not None}
-    if not tensor.shape or len(runs) < len(boxes):
-        yield _decode(path, parts, tensor)
-        return
-    ends = {end for part in runs for end in (part.offsets[0], part.offsets[0] + part.sizes[0])}
-    waiting = sorted(runs, key=lambda part: part.offsets, reverse=True)
-    across: dict[_Part, Extent] = {}
-    for begin, end in pairwise(sorted(ends)):
-        across = {part: run for part, run in across.items() if begin < part.offsets[0] + part.sizes[0]}
-        while waiting and waiting[-1].offsets[0] == begin:
-            part = waiting.pop()
-            across[part] = runs[part]
-        if len(across) == 1:
-            ((part, run),) = across.items()
-            yield from extents.blocks(_rows(part, run, begin, end), tensor.dtype)
+def _stream(path: Path, parts: Mapping[str, Sequence[Box]], tensor: Tensor) -> Iterator[Array]:
+    """Yield a tensor in C order from its parts, each piece valid until the next: memory stays a slab of it."""
+    boxes: list[Box] = []
+    for part in parts[tensor.storage.key]:
+        if not math.prod(part.sizes):
             continue
-        height = max(extents.BLOCK_BYTES * tensor.shape[0] // tensor.nbytes, 1)
-        for top in range(begin, end, height):
-            bottom = min(top + height, end)
-            slab = np.empty((bottom - top, *tensor.shape[1:]), tensor.dtype)
-            for part, run in across.items():
-                pieces = [piece.copy() for piece in extents.blocks(_rows(part, run, top, bottom), tensor.dtype)]
-                slab[:, *_box(part)[1:]] = np.concatenate(pieces).reshape(bottom - top, *part.sizes[1:])
-            yield slab
+        run = _run(_located(path, tensor, part))
+        if run is None or not tensor.shape:
+            yield _decode(path, parts, tensor)
+            return
+        boxes.append(replace(part, place=run))
+    yield from merged(tensor.shape, boxes, tensor.dtype)
 
 
 def _run(part: Tensor) -> Extent | None:
@@ -432,12 +373,6 @@ def _run(part: Tensor) -> Extent | None:
     if extent is None or part.strides is not None or part.storage.big_endian:
         return None
     return Extent(extent.path, extent.offset + part.start * part.dtype.itemsize, part.nbytes)
-
-
-def _rows(part: _Part, run: Extent, begin: int, end: int) -> Extent:
-    """Some rows of a part, counted in the whole tensor."""
-    row_bytes = run.nbytes // part.sizes[0]
-    return Extent(run.path, run.offset + (begin - part.offsets[0]) * row_bytes, (end - begin) * row_bytes)
 
 
 @lru_cache(maxsize=1 << 13)
@@ -449,7 +384,7 @@ def _opened(path: Path, place: Extent) -> tuple[zip_read.Archive, tuple[Tensor, 
     return archive, tuple(torch_zip.tensors(place.path, source, {})[0])
 
 
-def _located(path: Path, tensor: Tensor, part: _Part) -> Tensor:
+def _located(path: Path, tensor: Tensor, part: Box) -> Tensor:
     """A part as a tensor of its own, if it is what the metadata says."""
     _, found = _opened(path, part.place)
     if len(found) != 1 or (found[0].shape, found[0].dtype) != (part.sizes, tensor.dtype):
@@ -458,7 +393,7 @@ def _located(path: Path, tensor: Tensor, part: _Part) -> Tensor:
     return found[0]
 
 
-def _read(path: Path, tensor: Tensor, part: _Part) -> Array:
+def _read(path: Path, tensor: Tensor, part: Box) -> Array:
     """The numbers of a part."""
     located, (archive, _) = _located(path, tensor, part), _opened(path, part.place)
     opened = ModelFile(part.place.path, "torch", (), ModelInfo(), (part.place.path,), torch_zip.decoder(archive))

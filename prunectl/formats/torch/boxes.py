@@ -1,0 +1,106 @@
+"""Boxes that a tensor is cut into: whether they fill it, and its numbers from those of all of them, in C order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+
+from prunectl.formats import extents
+from prunectl.formats.base import Array
+from prunectl.formats.extents import Extent
+
+_MOST_AXES = 4
+"""Axes along which a tensor may lie in several parts: each part has 2 to this power of corners."""
+_SLAB_BYTES = 32 << 20
+"""Of a tensor that is put together at once: in fewer, columns of hundreds of ranks would be read in tiny pieces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box of a tensor, and where torch.save wrote it, or its numbers lie."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Extent
+
+
+def is_tiled(shape: tuple[int, ...], parts: Sequence[Box]) -> bool:
+    """Whether boxes fill a shape without a gap and without an overlap.
+
+    They do if their corners, counted up where a box begins and down where it ends along each axis, cancel to those of
+    the whole: the counts are the mixed difference of how many boxes cover a place, which they determine.
+    """
+    if not all(part.sizes for part in parts) or not shape:
+        return len(parts) == 1 and parts[0].sizes == shape
+    axes = [axis for axis, length in enumerate(shape) if any(part.sizes[axis] != length for part in parts)]
+    if len(axes) > _MOST_AXES or any(
+        part.offsets[axis] for part in parts for axis in range(len(shape)) if axis not in axes
+    ):
+        return False
+    counts: Counter[tuple[int, ...]] = Counter()
+    for part in parts:
+        for corner, sign in _corners([part.offsets[axis] for axis in axes], [part.sizes[axis] for axis in axes]):
+            counts[corner] += sign
+    for corner, sign in _corners([0] * len(axes), [shape[axis] for axis in axes]):
+        counts[corner] -= sign
+    return not any(counts.values())
+
+
+def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    for ends in product((0, 1), repeat=len(offsets)):
+        place = tuple(offset + end * size for offset, end, size in zip(offsets, ends, sizes, strict=True))
+        yield place, -1 if sum(ends) % 2 else 1
+
+
+def merged(shape: tuple[int, ...], boxes: Sequence[Box], dtype: np.dtype[Any]) -> Iterator[Array]:
+    """Yield in C order what boxes, which fill a shape and lie where their numbers do, make up together."""
+    ends = {end for box in boxes for end in (box.offsets[0], box.offsets[0] + box.sizes[0])}
+    waiting = sorted(boxes, key=lambda box: box.offsets, reverse=True)
+    across: list[Box] = []
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    for begin, end in pairwise(sorted(ends)):
+        across = [box for box in across if begin < box.offsets[0] + box.sizes[0]]
+        while waiting and waiting[-1].offsets[0] == begin:
+            across.append(waiting.pop())
+        if len(across) == 1:
+            yield from extents.blocks(_rows(across[0], begin, end), dtype)
+        elif row_bytes > _SLAB_BYTES:
+            for row in range(begin, end):
+                inner = [Box(box.offsets[1:], box.sizes[1:], _rows(box, row, row + 1)) for box in across]
+                yield from merged(shape[1:], inner, dtype)
+        else:
+            yield from _slabs(shape[1:], across, begin, end, dtype)
+
+
+def _slabs(shape: tuple[int, ...], boxes: Sequence[Box], begin: int, end: int, dtype: np.dtype[Any]) -> Iterator[Array]:
+    """Yield rows that several boxes lie across, so many at once that each box is read in few and long pieces."""
+    height = min(max(_SLAB_BYTES // (math.prod(shape) * dtype.itemsize), 1), end - begin)
+    slab = np.empty((height, *shape), dtype)
+    in_file_order = sorted(boxes, key=lambda box: (box.place.path, box.place.offset))
+    for top in range(begin, end, height):
+        count = min(height, end - top)
+        for box in in_file_order:
+            rows = np.empty((count, *box.sizes[1:]), dtype)
+            flat, done = rows.reshape(-1), 0
+            for piece in extents.blocks(_rows(box, top, top + count), dtype):
+                flat[done : done + piece.size] = piece
+                done += piece.size
+            slab[:count, *slices(box)[1:]] = rows
+        yield slab[:count]
+
+
+def _rows(box: Box, begin: int, end: int) -> Extent:
+    """Where some rows of a box lie, counted in the whole."""
+    row_bytes = box.place.nbytes // box.sizes[0]
+    return Extent(box.place.path, box.place.offset + (begin - box.offsets[0]) * row_bytes, (end - begin) * row_bytes)
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """The box as an index of the whole."""
+    return tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))
