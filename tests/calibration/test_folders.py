@@ -18,8 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunectl.formats import sandbox
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import LoadOptions
+from prunectl.formats.sandbox import SandboxPolicy
+from prunectl.training.backend import LoadOptions, ModelSignature, TextInput
+from prunectl.training.data import tokenizer
+from prunectl.training.data.registry import open_source
+from prunectl.training.data.source import EpochOrder
 from prunectl.training.torch import blockwise
 from tests.running import here
 
@@ -389,6 +394,46 @@ def test_a_tokenizer_that_makes_a_text_many_times_as_long_is_refused(
     done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
     assert done.code == 3
     assert "19,683 times as long" in done.err
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have tokenizers in a process of their own, as users have them."""
+    monkeypatch.setattr(sandbox, "policy", SandboxPolicy.SANDBOX)
+
+
+@pytest.mark.usefixtures("own_process")
+def test_a_tokenizer_that_searches_for_ever_is_given_up(
+    home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    path = tmp_path / "odd" / "tokenizer.json"
+    # From each place, all ways to part what follows are tried: two minutes for 3,000 letters.
+    step = {"type": "Split", "pattern": {"Regex": r"(a*)(a*)\b\d"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": step}))
+    (tmp_path / "long.txt").write_text("a" * 3_000 + " and so on " * 40)
+    monkeypatch.setattr(tokenizer, "_SECONDS", 1)
+    words = ("eval", tmp_path / "odd", "--metric", "perplexity", "--data")
+    done = here(*words, tmp_path / "long.txt")
+    assert done.code == 3
+    assert f"the tokenizer in {tmp_path}/odd takes too long" in done.err
+    assert "--data ids.npy" in done.err
+    assert here(*words, home / "test.txt").code == 0
+
+
+@pytest.mark.usefixtures("own_process")
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_in_its_own_process_a_tokenizer_gives_what_it_gives_here(
+    is_causal: bool, home: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TextInput(made("llama" if is_causal else "bert"), 300, 32, is_causal)
+    signature = ModelSignature((), (), is_channels_first=True, text=text)
+    found = []
+    for policy in SandboxPolicy:
+        monkeypatch.setattr(sandbox, "policy", policy)
+        source = open_source(str(home / "test.txt"), signature=signature, seed=0)
+        found.append(next(source.batches(EpochOrder(9))).x)
+    assert np.array_equal(*found)
 
 
 def test_a_block_that_gives_no_numbers_is_not_taken_for_the_least_important(

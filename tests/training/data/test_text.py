@@ -13,6 +13,7 @@ from prunectl.errors import InputError, PrunectlError, UsageError
 from prunectl.formats import budgets
 from prunectl.training.backend import ModelSignature, TextInput
 from prunectl.training.data import text as texts
+from prunectl.training.data import tokenizer as tokenizers
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import Batch, EpochOrder
 from tests.running import here
@@ -30,7 +31,7 @@ def characters(monkeypatch: pytest.MonkeyPatch) -> None:
         cls_token_id, sep_token_id = 3, 4
         __call__ = staticmethod(tokenizer)
 
-    monkeypatch.setattr(texts, "load_tokenizer", lambda _: Characters())
+    monkeypatch.setattr(tokenizers, "load_tokenizer", lambda *_, **__: Characters())
 
 
 def signature(*, is_causal: bool = True, longest: int = 0) -> ModelSignature:
@@ -155,7 +156,7 @@ def test_what_a_tokenizer_raises_is_told_and_an_interrupt_is_not(monkeypatch: py
 
     for error, expected in ((panic("index"), InputError), (KeyError("x"), InputError), (KeyboardInterrupt(), None)):
         with pytest.raises(expected or KeyboardInterrupt):
-            texts._encoded(lambda *_, error=error, **__: fail(error), "a", has_marks=False)
+            tokenizers._encoded(lambda *_, error=error, **__: fail(error), "a", has_marks=False)
 
 
 def test_without_transformers_a_folder_says_what_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,226 @@
+"""The tokenizer of a model folder, in a sandbox: its regular expressions may search a text for ever."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prunectl.errors import InputError, first_line
+from prunectl.formats import budgets
+from prunectl.formats.base import Array
+from prunectl.formats.folder import real_file
+from prunectl.formats.safe_json import require
+from prunectl.formats.sandbox import Child, run_sandboxed
+from prunectl.training.backend import TextInput
+from prunectl.training.quiet import ignore_warnings, offline, quiet_logging
+
+_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_")
+_WITHOUT = "without it, save token ids: --data ids.npy"
+_LOAD_SECONDS, _LOAD_SECONDS_PER_BYTE = 60, 5e-6
+"""Processor time: `transformers` alone takes a few seconds, and a vocabulary of 17 MB two."""
+_SECONDS, _SECONDS_PER_CHARACTER = 10, 1e-4
+"""Processor time for a text; tokenizers in Python take a fifth of it, all others a hundredth and less."""
+_ROOM, _ROOM_PER_CHARACTER = 4 << 30, 2000
+"""Address space; of each token a tokenizer keeps a hundred bytes."""
+_keys = count()
+
+
+class Marks(NamedTuple):
+    """The tokens that an encoder was trained to see before and after each sequence."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+NO_MARKS = Marks((), ())
+
+
+class Piece(NamedTuple):
+    """Some text, and what stands around it."""
+
+    text: str
+    has_marks: bool
+    """Whether it begins with what the tokenizer adds at the beginning of a text."""
+    follows_end: bool
+    """Whether the token for the end of a text comes before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTokenizer:
+    """The tokenizer of a folder; where code in the folder is trusted, it runs in this process, as the network does."""
+
+    text: TextInput
+    marks: Marks
+    _child: Child | None
+    _handle: _Handle
+
+    def encode(self, pieces: Sequence[Piece]) -> Array:
+        """The token ids of pieces of text, one after another."""
+        characters = sum(len(piece.text) for piece in pieces)
+        ids = _run(
+            self.text,
+            partial(_ids, self._handle, tuple(pieces)),
+            self._child,
+            seconds=_SECONDS + _SECONDS_PER_CHARACTER * characters,
+            extra_bytes=_ROOM + _ROOM_PER_CHARACTER * characters,
+        )
+        if len(ids) % np.dtype(np.int64).itemsize:
+            raise InputError(f"the tokenizer in {self.text.folder} answers no token ids")
+        return np.frombuffer(ids, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    """What a tokenizer is opened by, and told from others by."""
+
+    folder: str
+    is_trusted: bool
+    process: int = field(default_factory=os.getpid)
+    """That which asks."""
+    key: int = field(default_factory=lambda: next(_keys))
+
+
+@contextmanager
+def open_tokenizer(text: TextInput) -> Generator[FolderTokenizer]:
+    """Have the tokenizer in the folder of a model; nothing is fetched, and no code of it runs without trust."""
+    require("transformers", extra="transformers")
+    nbytes = _checked_bytes(text.folder)
+    handle = _Handle(str(text.folder), text.is_trusted)
+    child = None if text.is_trusted else Child(is_kept=True)
+    try:
+        seconds = _LOAD_SECONDS + _LOAD_SECONDS_PER_BYTE * nbytes
+        answer = _run(text, partial(_marks, handle), child, seconds=seconds, extra_bytes=_ROOM)
+        yield FolderTokenizer(text, _parse_marks(text, bytes(answer)), child, handle)
+    finally:
+        if child is not None:
+            child.close()
+
+
+def _run(
+    text: TextInput,
+    work: Callable[[], bytes],
+    child: Child | None,
+    *,
+    seconds: float,
+    extra_bytes: int,
+) -> bytes | bytearray:
+    what = Path(f"the tokenizer in {text.folder}")
+    try:
+        return (
+            work()
+            if child is None
+            else run_sandboxed(work, what, seconds=seconds, extra_bytes=extra_bytes, child=child)
+        )
+    except InputError as error:
+        error.hint = error.hint or _WITHOUT
+        raise
+
+
+def _parse_marks(text: TextInput, answer: bytes) -> Marks:
+    try:
+        before, after = json.loads(answer)
+        return Marks(tuple(map(int, before)), tuple(map(int, after)))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the tokenizer in {text.folder} answers no token ids") from error
+
+
+def _checked_bytes(folder: Path) -> int:
+    """The size of its files, which are refused if they are too long or lie elsewhere."""
+    nbytes = 0
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(_FILES):
+            if real_file(folder, path.name) is None and not path.is_dir():
+                raise InputError(f"{path} is a link that leads out of the folder of the model")
+            nbytes += path.stat().st_size
+    if nbytes > budgets.MAX_TOKENIZER_BYTES:
+        raise InputError(f"the tokenizer in {folder} is refused: it has {nbytes:,} bytes")
+    _check_growth(folder)
+    return nbytes
+
+
+def _check_growth(folder: Path) -> None:
+    """Refuse a tokenizer whose normalizer may make a text many times as long."""
+    path = real_file(folder, "tokenizer.json")
+    if path is None:
+        return
+    try:
+        whole = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON") from error
+    steps, factor = [whole.get("normalizer") if isinstance(whole, dict) else None], 1
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
+            content = step.get("content", step.get("prepend", ""))
+            factor *= max(len(content), 1) if isinstance(content, str) else 1
+    if factor > budgets.MAX_TEXT_GROWTH:
+        raise InputError(f"{path} is refused: its normalizer may make a text {factor:,} times as long", hint=_WITHOUT)
+
+
+# What follows runs in the child.
+
+
+def _marks(handle: _Handle) -> bytes:
+    tokenizer = _loaded(handle)
+    ends = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
+    return json.dumps([[] if end is None else [end] for end in ends]).encode()
+
+
+def _ids(handle: _Handle, pieces: Sequence[Piece]) -> bytes:
+    tokenizer = _loaded(handle)
+    end = getattr(tokenizer, "eos_token_id", None)
+    parts: list[Array] = []
+    for piece in pieces:
+        if piece.follows_end and end is not None:
+            parts.append(np.array([end], np.int64))
+        parts.append(_encoded(tokenizer, piece.text, has_marks=piece.has_marks))
+    return b"".join(part.tobytes() for part in parts)
+
+
+def _encoded(tokenizer: Any, text: str, *, has_marks: bool) -> Array:
+    try:
+        with quiet_logging(), ignore_warnings():
+            encoding = tokenizer(text, add_special_tokens=has_marks, return_attention_mask=False, verbose=False)
+        return np.asarray(encoding["input_ids"], np.int64)
+    except BaseException as error:
+        raise _failure(error, "the tokenizer cannot read the text") from error
+
+
+@lru_cache(maxsize=1)
+def _loaded(handle: _Handle) -> Any:
+    if handle.process != os.getpid():
+        # No network is built here, and PyTorch would take longer to load than all else.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    return load_tokenizer(handle.folder, is_trusted=handle.is_trusted)
+
+
+def load_tokenizer(folder: str, *, is_trusted: bool) -> Any:
+    """Open a tokenizer as `transformers` does."""
+    try:
+        with quiet_logging(), ignore_warnings():
+            library: Any = importlib.import_module("transformers")
+            with offline():
+                return library.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=is_trusted
+                )
+    except BaseException as error:
+        raise _failure(error, f"the tokenizer in {folder} cannot be opened") from error
+
+
+def _failure(error: BaseException, what: str) -> BaseException:
+    """The refusal of what went wrong in the library, which for panics of Rust is no ordinary exception."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        return error
+    return InputError(f"{what}: {first_line(Exception(*error.args))}")
