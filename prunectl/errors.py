@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -133,6 +133,12 @@ def abbreviated(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
         return text
     end = most // 3
     return f"{text[: most - end - 1]}…{text[len(text) - end :]}"
+
+
+def some_tensors(names: Sequence[str]) -> str:
+    """How many tensors there are, and the name of the first: the beginning of a sentence about them."""
+    name = abbreviated(names[0])
+    return f"1 tensor, {name}," if len(names) == 1 else f"{len(names)} tensors, such as {name},"
 
 
 def first_line(error: Exception) -> str:

@@ -299,11 +299,15 @@ def build_mode(
         return partial(_prune_blocks, request, options)
     if options.wrap or options.schedule:
         wrap: PruneMode = load("prunectl.commands.wrap_options:wrap_mode")(options, request)
-        check(request)
+        check(request, allow_empty=options.allow_empty)
         return wrap
     if options.has_parts:
         return partial(_prune_parts, request, options, meter)
-    settings: Any = {"method": check(request), "meter": meter, "allow_empty": options.allow_empty}
+    settings: Any = {
+        "method": check(request, allow_empty=options.allow_empty),
+        "meter": meter,
+        "allow_empty": options.allow_empty,
+    }
     run: Callable[..., Any] = partial(prune, **settings)
     if request.data:
         run = partial(load("prunectl.calibration.prune:prune"), is_trusted=options.trust, **settings)
@@ -375,7 +379,7 @@ def _prune_parts(
         raise UsageError("the recipe cannot be used with --part, --join or --on: it needs the whole model at once")
     if options.on:
         load("prunectl.sweeping.workers:check")(options.on)
-        check(request)
+        check(request, allow_empty=options.allow_empty)
         begun = load("prunectl.pruning.ledger:Ledger").of(destination.target)
         job = {"model": options.model, "output": destination.url or str(destination.target), "request": asdict(request)}
         load("prunectl.sweeping.ray_workers:prune_parts")(
@@ -384,7 +388,7 @@ def _prune_parts(
             begun.task()["parts"] if begun.is_begun else None,
         )
     if options.part:
-        check(request)
+        check(request, allow_empty=options.allow_empty)
         part = load("prunectl.pruning.ledger:parse_part")(options.part)
         return parts.prune_part(path, request, destination, part, meter=meter, allow_empty=options.allow_empty)
     # Without options of its own, those of the parts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cached_property
@@ -248,15 +249,16 @@ def refuse_model_parallelism(path: Path) -> None:
         )
 
 
-def zero_checkpoints(folder: Path) -> tuple[str, ...]:
-    """By what checkpoints of DeepSpeed are opened: in the folder itself, or in the one that its `latest` names."""
+def zero_checkpoints(folder: Path) -> Iterator[str]:
+    """Yield by what checkpoints of DeepSpeed are opened: in the folder itself, then in what its `latest` names."""
+    first = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    states = (*(f"{prefix}{first}" for prefix in ("bf16_", "fp16_", "")), _WHOLE_MODEL)
+    yield from states
     tag = ""
     with suppress(OSError), (folder / "latest").open("rb") as file:
         tag = file.read(_TAG_BYTES).decode("utf-8", "replace").strip()
-    inside = "" if tag in {"", ".", ".."} or "/" in tag or "\0" in tag else f"{tag}/"
-    first = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    states = (*(f"{prefix}{first}" for prefix in ("bf16_", "fp16_", "")), _WHOLE_MODEL)
-    return tuple(f"{where}{name}" for where in dict.fromkeys(("", inside)) for name in states)
+    if tag not in {"", ".", ".."} and "/" not in tag and "\0" not in tag:
+        yield from (f"{tag}/{name}" for name in states)
 
 
 def is_pipeline(peek: FileProbe) -> bool:

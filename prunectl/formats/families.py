@@ -15,6 +15,7 @@ from prunectl.errors import InputError, abbreviated
 from prunectl.formats.base import WEIGHTS, ModelFile, Tensor, dtype_name
 from prunectl.formats.extents import file_bytes
 from prunectl.formats.folder import real_file, training_state
+from prunectl.formats.registry import is_inside_folder
 from prunectl.formats.safe_json import read_object
 from prunectl.units import nbytes
 
@@ -204,7 +205,8 @@ def _note_training_state(model: ModelFile) -> list[str]:
     size = sum(file_bytes(model.folder / path) for path in state)
     files = "1 file" if len(state) == 1 else f"{len(state)} files"
     what = f"{files} such as {abbreviated(str(state[0]))}, {nbytes(size)}"
-    return [f"The folder also holds the state of a training ({what}). `prunectl strip` leaves it out."]
+    command = "export" if is_inside_folder(model) else "strip"
+    return [f"The folder also holds the state of a training ({what}). `prunectl {command}` leaves it out."]
 
 
 def read_config(model: ModelFile, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ def resolve(path: Path) -> Path:
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")
     if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
-        names = (*IN_A_FOLDER, *_OF_MANY_RANKS, *detect.zero_checkpoints(path))
+        names = chain(IN_A_FOLDER, _OF_MANY_RANKS, detect.zero_checkpoints(path))
         return next((path / name for name in names if os.path.isfile(path / name)), path)
     return path
 
@@ -304,6 +304,12 @@ def _read_bytes(tensor: Tensor) -> int:
     return math.prod(lengths) * tensor.dtype.itemsize
 
 
+def is_inside_folder(model: ModelFile) -> bool:
+    """Whether the weights lie in a folder inside that which was named, as DeepSpeed saves them without ZeRO."""
+    # Of files that are the model itself, as those of a SavedModel are, none lies beside them.
+    return not by_name(model.format).is_of_ranks and model.folder not in {None, model.path.parent}
+
+
 def require(model: ModelFile, needs: Capability) -> None:
     """Refuse what a format cannot do, before any work begins."""
     row = by_name(model.format)
@@ -313,8 +319,7 @@ def require(model: ModelFile, needs: Capability) -> None:
             f"{what} is a checkpoint of many ranks ({row.title}), which prunectl only reads",
             hint=f"make a model of its weights first: prunectl strip {what} -o OUT",
         )
-    if Capability.WRITE & needs and not row.is_of_ranks and model.folder not in {None, model.path.parent}:
-        # Of files that are the model itself, as those of a SavedModel are, none lies beside them.
+    if Capability.WRITE & needs and is_inside_folder(model):
         raise InputError(
             f"{model.folder} is a checkpoint of DeepSpeed, which prunectl only reads",
             hint=f"name the file of its weights, {model.path}",

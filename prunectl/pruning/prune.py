@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from prunectl.pruning import engine
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts, execute, verify
+from prunectl.pruning.masks import NonFinitePolicy
 from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest, resolve_method
 
@@ -170,17 +171,29 @@ def _prune(
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
     shown = str(target if output is not None else "the result")
-    notes = (*outputs.notes_on_folder(model, output), *_note_on_floors(plan))
+    notes = (*outputs.notes_on_folder(model, output), *_note_on_floors(_floored(plan, method, before, counts), plan))
     lost = {name: count.lost for name, count in counts.items() if count.lost is not None}
     return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), notes, lost=lost)
 
 
-def _note_on_floors(plan: Plan) -> tuple[str, ...]:
-    """Which tensors keep more than their weights rank, as they would be cut off."""
-    floored = [cut.tensor for cut in plan.cuts if cut.drop is not None]
+def _floored(
+    plan: Plan, method: PruningMethod, before: ModelStats, counts: Mapping[str, TensorCounts]
+) -> tuple[str, ...]:
+    """Tensors that keep more than their weights rank, as they would be cut off."""
+    if method.weight_updater is None:
+        return tuple(cut.tensor.name for cut in plan.cuts if cut.drop is not None)
+    if method.not_finite is NonFinitePolicy.ZERO:
+        return ()
+    # Their masks are found while they change: that a tensor is held to its least is seen by how much went of it.
+    zeros = {row.name: row.zeros or 0 for row in before.layers}
+    most = planning.most_dropped(plan, zeros)
+    return tuple(name for name, count in most.items() if zeros[name] < count == counts[name].dropped)
+
+
+def _note_on_floors(floored: Sequence[str], plan: Plan) -> tuple[str, ...]:
     if len(floored) in {0, len(plan.cuts)}:
         return ()
-    name = abbreviated(floored[0].name)
+    name = abbreviated(floored[0])
     who = f"{name} keeps" if len(floored) == 1 else f"{len(floored)} tensors, such as {name}, keep"
     return (f"{who} the least that is left of any tensor: ranked with all others, fewer weights would be kept.",)
 

@@ -228,8 +228,11 @@ def _policy(name: str) -> Policy:
     return adapt_policy(find("policy", name, builtin))
 
 
-def check(request: PruneRequest) -> PruningMethod:
-    """What a request names, looked up; options that contradict each other are rejected before a file is opened."""
+def check(request: PruneRequest, *, allow_empty: bool = False) -> PruningMethod:
+    """What a request names, looked up; options that contradict each other are rejected before a file is opened.
+
+    To prune everything is a slip, unless it is allowed.
+    """
     strategy = _strategy(request)
     needs = strategy.needs
     if needs is Requires.TRAINING:
@@ -250,11 +253,13 @@ def check(request: PruneRequest) -> PruningMethod:
     if not request.data and (request.loss, request.samples, request.batch_size) != ("", SAMPLES, BATCH_SIZE):
         raise UsageError("--samples, --batch-size and --loss need --data", hint="add --data SPEC, or leave them out")
     check_matching(request)
+    if request.sparsity == 1 and not allow_empty:
+        raise UsageError(_ALL, hint=f"{_PERCENT}; for zeros alone add --allow-empty")
     numbers = {"--samples": request.samples, "--batch-size": request.batch_size, "--repair-steps": request.repair_steps}
     for option, number in numbers.items():
         if number is not None and number < 1:
             raise UsageError(f"{option} must be at least 1")
-    return check_shape(request, strategy)
+    return _check_shape(request, strategy)
 
 
 def check_matching(request: PruneRequest) -> None:
@@ -273,9 +278,17 @@ def _parse_clustering(text: str | None) -> Clustering | None:
     return clustering.parse(text)
 
 
-def check_shape(request: PruneRequest, strategy: Strategy | None = None) -> PruningMethod:
+_ALL, _PERCENT = "a sparsity of 1 would set every weight to zero", "for 1 percent write 1%, for 99 percent 99%"
+
+
+def check_shape(request: PruneRequest) -> PruningMethod:
     """The same of a request whose strategy may watch training: amounts, scopes, patterns and clusters are checked."""
-    strategy = strategy or _strategy(request)
+    if request.sparsity == 1:
+        raise UsageError(_ALL, hint=_PERCENT)
+    return _check_shape(request, _strategy(request))
+
+
+def _check_shape(request: PruneRequest, strategy: Strategy) -> PruningMethod:
     _parse_clustering(request.cluster)
     pattern, pool = parse_pattern(request)
     _check_amounts(request, pattern)
@@ -321,10 +334,6 @@ def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | No
     for ratio in (request.sparsity, *(own for _, own in request.layers)):
         if ratio is not None and not 0 <= ratio <= 1:
             raise UsageError(f"the sparsity must be from 0 to 1, not {ratio:g}", hint="write 0.8 or 80%")
-    if request.sparsity == 1:
-        raise UsageError(
-            "a sparsity of 1 would set every weight to zero", hint="for 1 percent write 1%, for 99 percent 99%"
-        )
     if isinstance(pattern, NMPattern):
         if amount_count and request.sparsity != pattern.zeros / pattern.group:
             raise UsageError(f"the pattern {request.pattern} fixes the sparsity", hint="leave out --sparsity")

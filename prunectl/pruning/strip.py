@@ -13,7 +13,7 @@ import numpy as np
 from prunectl.analysis.sizes import CodecName, get_codec, measure
 from prunectl.analysis.stats import ModelStats, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, bitwise_equal, blocks, count_zeros, no_progress
-from prunectl.errors import InputError, UsageError, WorkError, abbreviated
+from prunectl.errors import InputError, UsageError, WorkError, abbreviated, some_tensors
 from prunectl.formats import atomic, extents, scratch
 from prunectl.formats.base import (
     PARAMETRIZATION,
@@ -104,10 +104,9 @@ def _as_kept(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:
 def _note_lacking(copies: CopyChoice | None) -> tuple[str, ...]:
     if copies is None or not copies.lacking:
         return ()
-    count, some = len(copies.lacking), abbreviated(copies.lacking[0])
-    if count == 1:
-        return (f"1 tensor, {some}, has no counterpart under {copies.other}, and stayed as it was.",)
-    return (f"{count} tensors, such as {some}, have no counterpart under {copies.other}, and stayed as they were.",)
+    is_one = len(copies.lacking) == 1
+    has, stayed = ("has", "stayed as it was") if is_one else ("have", "stayed as they were")
+    return (f"{some_tensors(copies.lacking)} {has} no counterpart under {copies.other}, and {stayed}.",)
 
 
 def _files_left_out(model: ModelFile, left_out: Mapping[Path, StripPart]) -> tuple[RemovedItem, ...]:

@@ -49,11 +49,12 @@ def prune_by_request(
     if request.pattern == CHANNEL:
         cut: Any = {"has_digests": has_digests, "is_trusted": is_trusted, **limits}
         return prune_channels(path, request, output, meter, **cut)
+    allow_empty = bool(limits.get("allow_empty"))
     settings: Any = {
         "has_digests": has_digests,
-        "method": check(request),
+        "method": check(request, allow_empty=allow_empty),
         "meter": meter,
-        "allow_empty": bool(limits.get("allow_empty")),
+        "allow_empty": allow_empty,
     }
     if request.data:
         return prune_with_data(path, request, output, is_trusted=is_trusted, **settings)

@@ -168,7 +168,7 @@ def test_an_encoder_has_no_perplexity_and_is_told_so(home: Path, made: Callable[
     done = here("eval", made("bert"), "--data", home / "test.txt", "--metric", "perplexity")
     assert done.code == 2
     assert "is no causal language model, whose target is the next token" in done.err
-    assert "perplexity is that of a causal model" in done.err
+    assert "text alone trains and measures causal models" in done.err
 
 
 def test_perplexity_is_compared_and_held_to_a_limit(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:
@@ -394,6 +394,24 @@ def test_a_tokenizer_that_makes_a_text_many_times_as_long_is_refused(
     done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
     assert done.code == 3
     assert "19,683 times as long" in done.err
+
+
+def test_a_folder_is_trained_on_text_with_its_zeros_kept(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    words = ("--data", home / "corpus.txt", "--epochs", "2")
+    done = here("finetune", made("llama"), "-o", tmp_path / "out", *words, "-s", "50%")
+    assert done.code == 0, done.err
+    before, after = loaded(made("llama")), loaded(tmp_path / "out")
+    weight = after.get_parameter("model.layers.1.mlp.up_proj.weight")
+    assert torch.count_nonzero(weight) == weight.numel() // 2
+    kept = weight != 0
+    assert not torch.equal(weight[kept], before.get_parameter("model.layers.1.mlp.up_proj.weight")[kept])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in made("llama").iterdir()}
+    rows = sequences(made("llama"), TEXT, 24)
+    assert perplexity(after, rows) < perplexity(before, rows)
+    done = here("finetune", made("bert"), "-o", tmp_path / "no", *words)
+    assert done.code == 2
+    assert "is no causal language model" in done.err
+    assert "name data with targets" in done.err
 
 
 @pytest.fixture

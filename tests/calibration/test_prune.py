@@ -345,3 +345,22 @@ def test_inputs_inside_the_model_that_are_no_numbers_write_nothing(tmp_path: Pat
             prune(path, wish, Destination(tmp_path / "out.pt"))
         assert failed.value.exit_code == 5
         assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("way", [{"strategy": "obs"}, {"is_repaired": True}, {"is_matched": True, "repair_steps": 2}])
+def test_a_tensor_that_keeps_its_least_is_named_where_kept_weights_change_too(
+    way: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = nets.Windows()
+    with torch.no_grad():
+        module.grouped.weight.mul_(1e-5)
+    saved(module, tmp_path / "net.pt")
+    request: Any = {"model": f"{NETS}:Windows", "data": data(tmp_path / "x.npz", x=examples(32, 4, 8, 8))}
+    for scope in ("global", "layer"):
+        wish = PruneRequest(sparsity=0.9, scope=scope, **request, **{"strategy": "magnitude", **way})
+        done = prune(tmp_path / "net.pt", wish, Destination(tmp_path / f"{scope}.pt"))
+        kept = {cut.tensor.name: cut.tensor.size - done.tallies[cut.tensor.name].dropped for cut in done.plan.cuts}
+        least = {name: int(0.01 * module.get_parameter(name).numel()) for name in kept}
+        notes = [note for note in done.notes if "the least that is left of any tensor" in note]
+        assert bool(notes) is any(kept[name] == least[name] for name in kept) is (scope == "global")

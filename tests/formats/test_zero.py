@@ -244,6 +244,9 @@ def test_a_folder_without_zero_is_only_read(tmp_path: Path) -> None:
         assert done.code == 3
         assert "is a checkpoint of DeepSpeed, which prunectl only reads" in " ".join(done.err.split())
     assert not (tmp_path / "out").exists()
+    told = here("inspect", saved).err
+    assert "`prunectl export` leaves it out" in told
+    assert "`prunectl strip`" not in told
     assert here("export", saved, "-o", tmp_path / "out", "--to", "safetensors").code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
     file = saved / "global_step5/mp_rank_00_model_states.pt"

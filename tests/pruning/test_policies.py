@@ -185,7 +185,20 @@ def test_to_prune_everything_is_refused_as_a_slip(tmp_path: Path) -> None:
     assert done.code == 2
     assert "a sparsity of 1 would set every weight to zero" in done.err
     assert "for 1 percent write 1%" in done.err
+    assert "add --allow-empty" in done.err
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--scope", "global"), ("--scope", "erk"), ("--strategy", "random"), ("--pattern", "block:1x4")],
+)
+def test_everything_is_pruned_where_that_is_allowed(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = here("prune", DIGITS, "-o", tmp_path / "out.pt", "-s", "100%", "--allow-empty", *words)
+    assert done.code == 0, done.err
+    assert "Nothing is left of" in done.err
+    (model,) = here("inspect", tmp_path / "out.pt", "--json").json["models"]
+    assert model["params"]["prunable_zero"] == model["params"]["prunable"] > 0
 
 
 def test_the_sparsity_after_is_that_of_the_prunable_weights_as_size_says(tmp_path: Path) -> None:

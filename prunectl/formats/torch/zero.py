@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError, abbreviated
+from prunectl.errors import InputError, abbreviated, some_tensors
 from prunectl.formats import budgets, extents, state_dict, zip_read
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, Tensor, format_shape
 from prunectl.formats.detect import ZERO_RANK
@@ -124,7 +124,7 @@ def open_checkpoint(path: Path) -> ModelFile:
         producer=f"deepspeed (ZeRO stage {stage}, {len(states)} ranks)",
         optimizer="optimizer state",
         code=torch_zip.shorten(tuple(calls)),
-        notes=_note_lacking(lacking),
+        notes=_note_untied(lacking),
     )
     files = (path, *(file for file in (*ranks, *(one.path for one in models)) if file != path))
     return ModelFile(
@@ -138,12 +138,11 @@ def open_checkpoint(path: Path) -> ModelFile:
     )
 
 
-def _note_lacking(names: Sequence[str]) -> tuple[str, ...]:
+def _note_untied(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
-    count, some = len(names), abbreviated(names[0])
-    tensors = f"1 tensor, {some}, is" if count == 1 else f"{count} tensors, such as {some}, are"
-    return (f"{tensors} not in the checkpoint: it was saved without the weights that they are tied to.",)
+    verb = "is" if len(names) == 1 else "are"
+    return (f"{some_tensors(names)} {verb} not in the checkpoint: it was saved without what they are tied to.",)
 
 
 def _allocated(folder: Path) -> int:

@@ -243,7 +243,7 @@ def require_targets(source: Source, signature: ModelSignature | None = None) -> 
     if not source.has_targets and text is not None and not text.is_causal:
         raise UsageError(
             f"{source.name} has no targets: {text.folder} is no causal language model, whose target is the next token",
-            hint="perplexity is that of a causal model, such as GPT or Llama; else name data with targets",
+            hint="text alone trains and measures causal models, such as GPT or Llama; else name data with targets",
         )
     if not source.has_targets:
         raise UsageError(
