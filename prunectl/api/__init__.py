@@ -19,13 +19,11 @@ from prunectl.api.keywords import (
     AnyPath,
     ExportOptions,
     FilePruneOptions,
-    FinetuneOptions,
     LookOptions,
     Names,
     PartOptions,
     PruneOptions,
     Ratio,
-    SweepOptions,
     as_keywords,
     check_type,
     names,
@@ -43,7 +41,6 @@ from prunectl.api.pruning import (
     PruneResult,
     prune_file,
     prune_own_file,
-    trial_teller,
 )
 from prunectl.api.results import (
     CheckResult,
@@ -55,12 +52,10 @@ from prunectl.api.results import (
     OnProgress,
     SizeResult,
     StripResult,
-    SweepResult,
-    TrainingResult,
     VerifyResult,
     meter_of,
 )
-from prunectl.api.training import EpochWatcher, OnEpoch, TrainingSearchResult, search_trained, sweep_config
+from prunectl.api.training import finetune, sweep
 from prunectl.calibration.sensitivity import sensitivity as sensitivity_of
 from prunectl.channels.groups import channel_groups
 from prunectl.checks import check as checking
@@ -80,11 +75,7 @@ from prunectl.pruning import strip as stripping
 from prunectl.pruning.averages import parse_keep
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.manifest import read_record
-from prunectl.sweeping import sweep as sweeping
-from prunectl.training import finetune as training
-from prunectl.training import request as finetune_request
 from prunectl.training.backend import LoadOptions
-from prunectl.training.max_drop import parse_drop
 from prunectl.training.quiet import host_settings
 
 
@@ -271,75 +262,6 @@ def strip(
     return StripResult.of(result, output=written, is_rewritten=half or pack)
 
 
-@overload
-def finetune(
-    model: AnyPath,
-    output: AnyPath,
-    /,
-    *,
-    max_drop: str,
-    tried: AnyPath | None = None,
-    force: bool = False,
-    in_place: bool = False,
-    on_epoch: OnEpoch = None,
-    on_progress: OnProgress = None,
-    **options: Unpack[FinetuneOptions],
-) -> TrainingSearchResult: ...
-
-
-@overload
-def finetune(
-    model: AnyPath,
-    output: AnyPath,
-    /,
-    *,
-    force: bool = False,
-    in_place: bool = False,
-    on_epoch: OnEpoch = None,
-    on_progress: OnProgress = None,
-    **options: Unpack[FinetuneOptions],
-) -> TrainingResult: ...
-
-
-@as_keywords()
-@host_settings()
-def finetune(
-    model: AnyPath,
-    output: AnyPath,
-    /,
-    *,
-    max_drop: str = "",
-    tried: AnyPath | None = None,
-    force: bool = False,
-    in_place: bool = False,
-    on_epoch: OnEpoch = None,
-    on_progress: OnProgress = None,
-    **options: Unpack[FinetuneOptions],
-) -> TrainingResult | TrainingSearchResult:
-    """Train a model with its zeros kept, or prune it while it trains.
-
-    The options are those of the command line: ``data="train.npz"``, ``sparsity="80%"``, ``schedule="cosine"`` …; data
-    may also be arrays ``(x, y)``, a torch Dataset or DataLoader, or a ``tf.data.Dataset``, and the model's builder a
-    class or a function. ``on_epoch`` is called with the numbers of each epoch when it is over, ``on_progress`` after
-    each step. With ``max_drop="1pp"`` a training run is made at each of several sparsities, of which the highest that
-    costs no more is written; ``tried`` is a folder for them, in which a search is resumed.
-    """
-    destination = Destination(_path(output, "output"), is_forced=force, is_in_place=in_place)
-    watch = EpochWatcher(on_epoch, on_progress)
-    if max_drop:
-        folder = _path(tried, "tried") if tried is not None else None
-        with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
-            request = finetune_request.parse_request(named)
-            return search_trained(_path(model), destination, request, (max_drop, folder), watch)
-    if tried is not None:
-        raise UsageError("tried needs max_drop", hint="add max_drop='0.5pp'")
-    with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
-        result = training.finetune(_path(model), finetune_request.parse_request(named), destination, watch)
-    for entry in result.history:
-        watch.tell(entry)
-    return TrainingResult.of(result, output=str(destination.target))
-
-
 @as_keywords()
 @host_settings()
 def export(
@@ -436,31 +358,6 @@ def doctor() -> DoctorResult:
     It takes less than a second, so that it has no ``on_progress``.
     """
     return DoctorResult(extras())
-
-
-@as_keywords()
-def sweep(
-    model: AnyPath, output: AnyPath, /, *, data: str, on_progress: OnProgress = None, **options: Unpack[SweepOptions]
-) -> SweepResult:
-    """Prune a model in many ways, and compare size and accuracy of the results (Pareto front).
-
-    Every trial is kept in the folder when it is done: the same call resumes a sweep that was stopped. Trials run in
-    processes of their own, so that data and models are files or names of code.
-    """
-    check_type("data", data, AnyPath)
-    parsed = parse_keywords("sweep", SweepOptions, options)
-    drop = parse_text("max_drop", parse_drop, parsed["max_drop"]) if parsed.get("max_drop") else None
-    config = sweep_config(os.fspath(data), parsed, is_search=drop is not None)
-    swept = sweeping.sweep(
-        _path(model),
-        config,
-        _path(output, "output"),
-        jobs=parsed.get("jobs", 1),
-        on=parsed.get("on", ""),
-        max_drop=drop,
-        watcher=trial_teller(on_progress),
-    )
-    return SweepResult.of(swept, model=str(model))
 
 
 def _path(path: AnyPath, name: str = "model") -> Path:

@@ -1,15 +1,36 @@
-"""`finetune` and `sweep` as functions: who watches a run, its search for a sparsity, and what is tried."""
+"""`finetune` and `sweep` as functions: training a model once, at each of several sparsities, and in many ways."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack, overload
 
-from prunectl.api.keywords import names, ratio
+from prunectl.api.in_memory import named_objects
+from prunectl.api.keywords import (
+    AnyPath,
+    FinetuneOptions,
+    SweepOptions,
+    as_keywords,
+    check_type,
+    names,
+    parse_keywords,
+    parse_text,
+    ratio,
+)
+from prunectl.api.paths import local_path
 from prunectl.api.pruning import trial_teller
-from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
+from prunectl.api.results import (
+    EngineResult,
+    OnProgress,
+    SweepResult,
+    TrainingResult,
+    meter_of,
+    size_lines,
+    title_of,
+)
 from prunectl.commands._requests import OPTION_RULES, Mode
 from prunectl.commands.max_drop import TrainingSearch, request_at, training_search
 from prunectl.commands.sweep import USUAL, parse_names, parse_param
@@ -17,10 +38,13 @@ from prunectl.errors import UsageError
 from prunectl.pruning.destination import Destination
 from prunectl.reporting.max_drop import max_drop_report
 from prunectl.reporting.report import Report
+from prunectl.sweeping.sweep import sweep as run_sweep
 from prunectl.sweeping.trial import SweepConfig
-from prunectl.training.finetune import finetune
+from prunectl.training.finetune import finetune as train
 from prunectl.training.logger import LogEntry, ProgressEvent
-from prunectl.training.request import FinetuneRequest
+from prunectl.training.max_drop import parse_drop
+from prunectl.training.quiet import host_settings
+from prunectl.training.request import FinetuneRequest, parse_request
 
 OnEpoch = Callable[[LogEntry], object] | None
 
@@ -43,7 +67,76 @@ class TrainingSearchResult(EngineResult, TrainingSearch):
         return (title_of(self.before, self.output), *size_lines(self.before, self.after), found)
 
 
-def search_trained(
+@overload
+def finetune(
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    max_drop: str,
+    tried: AnyPath | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    on_epoch: OnEpoch = None,
+    on_progress: OnProgress = None,
+    **options: Unpack[FinetuneOptions],
+) -> TrainingSearchResult: ...
+
+
+@overload
+def finetune(
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    on_epoch: OnEpoch = None,
+    on_progress: OnProgress = None,
+    **options: Unpack[FinetuneOptions],
+) -> TrainingResult: ...
+
+
+@as_keywords()
+@host_settings()
+def finetune(
+    model: AnyPath,
+    output: AnyPath,
+    /,
+    *,
+    max_drop: str = "",
+    tried: AnyPath | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    on_epoch: OnEpoch = None,
+    on_progress: OnProgress = None,
+    **options: Unpack[FinetuneOptions],
+) -> TrainingResult | TrainingSearchResult:
+    """Train a model with its zeros kept, or prune it while it trains.
+
+    The options are those of the command line: ``data="train.npz"``, ``sparsity="80%"``, ``schedule="cosine"`` …; data
+    may also be arrays ``(x, y)``, a torch Dataset or DataLoader, or a ``tf.data.Dataset``, and the model's builder a
+    class or a function. ``on_epoch`` is called with the numbers of each epoch when it is over, ``on_progress`` after
+    each step. With ``max_drop="1pp"`` a training run is made at each of several sparsities, of which the highest that
+    costs no more is written; ``tried`` is a folder for them, in which a search is resumed.
+    """
+    destination = Destination(local_path("output", output), is_forced=force, is_in_place=in_place)
+    watch = EpochWatcher(on_epoch, on_progress)
+    if max_drop:
+        folder = local_path("tried", tried) if tried is not None else None
+        with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
+            request = parse_request(named)
+            return _search_trained(local_path("model", model), destination, request, (max_drop, folder), watch)
+    if tried is not None:
+        raise UsageError("tried needs max_drop", hint="add max_drop='0.5pp'")
+    with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
+        result = train(local_path("model", model), parse_request(named), destination, watch)
+    for entry in result.history:
+        watch.tell(entry)
+    return TrainingResult.of(result, output=str(destination.target))
+
+
+def _search_trained(
     path: Path,
     destination: Destination,
     request: FinetuneRequest,
@@ -56,7 +149,7 @@ def search_trained(
 
     def make(source: Path, sparsity: float, output: Destination) -> None:
         watch.begin()
-        for entry in finetune(source, request_at(request, sparsity), output, watch).history:
+        for entry in train(source, request_at(request, sparsity), output, watch).history:
             watch.tell(entry)
 
     run = training_search(request, max_drop, make)
@@ -79,12 +172,37 @@ def _refuse_what_is_of_one_run(request: FinetuneRequest) -> None:
                 raise UsageError(rule.message.format(name), hint=rule.hint.format(name))
 
 
+@as_keywords()
+def sweep(
+    model: AnyPath, output: AnyPath, /, *, data: str, on_progress: OnProgress = None, **options: Unpack[SweepOptions]
+) -> SweepResult:
+    """Prune a model in many ways, and compare size and accuracy of the results (Pareto front).
+
+    Every trial is kept in the folder when it is done: the same call resumes a sweep that was stopped. Trials run in
+    processes of their own, so that data and models are files or names of code.
+    """
+    check_type("data", data, AnyPath)
+    parsed = parse_keywords("sweep", SweepOptions, options)
+    drop = parse_text("max_drop", parse_drop, parsed["max_drop"]) if parsed.get("max_drop") else None
+    config = _sweep_config(os.fspath(data), parsed, is_search=drop is not None)
+    swept = run_sweep(
+        local_path("model", model),
+        config,
+        local_path("output", output),
+        jobs=parsed.get("jobs", 1),
+        on=parsed.get("on", ""),
+        max_drop=drop,
+        watcher=trial_teller(on_progress),
+    )
+    return SweepResult.of(swept, model=str(model))
+
+
 _SAME = "val val_split epochs batch_size samples lr optimizer loss metric policy seed custom_objects"
 _FIELDS = {**{name: name for name in _SAME.split()}, "layers": "only", "builder": "model"}
 """Options of `sweep`, each with what its configuration calls it."""
 
 
-def sweep_config(data: str, parsed: Mapping[str, Any], *, is_search: bool) -> SweepConfig:
+def _sweep_config(data: str, parsed: Mapping[str, Any], *, is_search: bool) -> SweepConfig:
     """What a sweep tries, of parsed keywords; a search for a sparsity is given none."""
     lists: dict[str, Any] = {
         name: parse_names(",".join(names(parsed[name])), name)
