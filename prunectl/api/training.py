@@ -63,8 +63,8 @@ class TrainingSearchResult(EngineResult, TrainingSearch):
     def lines(self) -> tuple[str, ...]:
         """Sizes and the metric before and after."""
         base, result = self.search.base, self.search.result
-        found = f"{base.metric}  {base.value:.4g} -> {result.value:.4g}, {len(self.search.tried)} sparsities tried"
-        return (title_of(self.before, self.output), *size_lines(self.before, self.after), found)
+        trials = f"{base.metric}  {base.value:.4g} -> {result.value:.4g}, {len(self.search.tried)} sparsities tried"
+        return (title_of(self.before, self.output), *size_lines(self.before, self.after), trials)
 
 
 @overload
@@ -153,8 +153,8 @@ def _search_trained(
             watch.tell(entry)
 
     run = training_search(request, max_drop, make)
-    found = run(path, destination, tried, trial_teller(watch.on_progress))
-    return TrainingSearchResult.of(found, output=str(destination.target))
+    search = run(path, destination, tried, trial_teller(watch.on_progress))
+    return TrainingSearchResult.of(search, output=str(destination.target))
 
 
 def _refuse_what_is_of_one_run(request: FinetuneRequest) -> None:

@@ -182,9 +182,9 @@ def finetune_search(
     run = training_search(request, options.max_drop, make)
 
     def report(path: Path, destination: Destination) -> Report:
-        found = run(path, destination, options.tried, _teller(reporter))
-        surveys = (replace(found.before, path=options.model), found.after)
-        return max_drop_report(found.search, surveys, options.model, str(destination.target), found.notes)
+        result = run(path, destination, options.tried, _teller(reporter))
+        surveys = (replace(result.before, path=options.model), result.after)
+        return max_drop_report(result.search, surveys, options.model, str(destination.target), result.notes)
 
     return report
 

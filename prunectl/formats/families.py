@@ -238,20 +238,20 @@ _MOST_STACKS = 8
 
 def _blocks(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, int]:
     """The stacks of a model: those of its family, else the ones whose numbers begin at 0 and leave out none."""
-    found: dict[str, set[int]] = {}
+    numbers_of: dict[str, set[int]] = {}
     family = family_of(_text(config.get("model_type")))
     patterns = [block_pattern(stack) for stack in family.stacks] if family is not None else []
     for tensor in tensors:
         if family is None:
             match = _ANY_BLOCK.match(tensor.name)
             if match is not None:
-                found.setdefault(match[1], set()).add(int(match[2]))
+                numbers_of.setdefault(match[1], set()).add(int(match[2]))
             continue
         for pattern in patterns:
             if (match := pattern.search(tensor.name)) is not None:
-                found.setdefault(tensor.name[: match.start(1) - 1], set()).add(int(match[1]))
+                numbers_of.setdefault(tensor.name[: match.start(1) - 1], set()).add(int(match[1]))
                 break
-    whole = {name: len(numbers) for name, numbers in found.items() if max(numbers) == len(numbers) - 1 > 0 or family}
+    whole = {name: len(held) for name, held in numbers_of.items() if max(held) == len(held) - 1 > 0 or family}
     most = sorted(whole.items(), key=lambda item: -item[1])[:_MOST_STACKS]
     return {abbreviated(name): count for name, count in most}
 
@@ -290,8 +290,8 @@ _OF_LANGUAGE = re.compile(r"(LMHead|ForCausalLM|ForMaskedLM|ForConditionalGenera
 
 def said_of_ties(config: Mapping[str, Any]) -> list[bool]:
     """What a config and its parts say of whether the embedding is the output layer too, the outermost first."""
-    found = (lookup(config, f"{inside}tie_word_embeddings") for inside in _INSIDE)
-    return [value for value in found if type(value) is bool]
+    values = (lookup(config, f"{inside}tie_word_embeddings") for inside in _INSIDE)
+    return [value for value in values if type(value) is bool]
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> bool | None:

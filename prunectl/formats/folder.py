@@ -57,11 +57,11 @@ def companions(model: ModelFile) -> Companions:
     """What lies beside the weights in the folder by which a model was named."""
     if model.folder is None:
         return Companions((), (), ())
-    found = files_in(model.folder, frozenset(file.relative_to(model.folder) for file in model.files))
-    others = tuple(path for path in found.copied if len(path.parts) == 1 and OTHER_WEIGHTS.fullmatch(path.name))
-    copied = tuple(path for path in found.copied if path not in set(others))
-    links = tuple(path for path in found.links if len(path.parts) > 1 or not OTHER_WEIGHTS.fullmatch(path.name))
-    other_links = tuple(path for path in found.links if path not in set(links))
+    beside = files_in(model.folder, frozenset(file.relative_to(model.folder) for file in model.files))
+    others = tuple(path for path in beside.copied if len(path.parts) == 1 and OTHER_WEIGHTS.fullmatch(path.name))
+    copied = tuple(path for path in beside.copied if path not in set(others))
+    links = tuple(path for path in beside.links if len(path.parts) > 1 or not OTHER_WEIGHTS.fullmatch(path.name))
+    other_links = tuple(path for path in beside.links if path not in set(links))
     return Companions(copied, tuple(sorted((*others, *other_links))), links)
 
 

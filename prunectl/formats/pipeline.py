@@ -21,9 +21,9 @@ def open_pipeline(path: Path) -> ModelFile:
     index = real_file(path, INDEX)
     if index is None:
         raise InputError(f"{path} is refused: its {INDEX} is a link that leads out of it")
-    found = files_in(path)
+    companions = files_in(path)
     inside: dict[str, list[str]] = {}
-    for file in (*found.copied, *found.links):
+    for file in (*companions.copied, *companions.links):
         inside.setdefault(file.parent.as_posix(), []).append(file.name)
     names = read_object(index, "it")
     parts = [part for name in names if (part := _part(path, name, inside.get(name, ()))) is not None]
@@ -31,9 +31,9 @@ def open_pipeline(path: Path) -> ModelFile:
         raise InputError(f"{path} is a pipeline of diffusers without weights in safetensors")
     tensors = tuple(tensor for part in parts for tensor in _named(part))
     weights = dict.fromkeys(file for part in parts for file in part.files)
-    files = dict.fromkeys((path / INDEX, *weights, *(path / name for name in found.copied)))
-    links = Companions((), (), found.links).notes(path)
-    notes = (*(note for part in parts for note in _note_others(part, found, weights)), *links)
+    files = dict.fromkeys((path / INDEX, *weights, *(path / name for name in companions.copied)))
+    links = Companions((), (), companions.links).notes(path)
+    notes = (*(note for part in parts for note in _note_others(part, companions, weights)), *links)
     about = ModelInfo(
         producer=f"pipeline of {', '.join(part.path.parent.name for part in parts)}",
         wrappers=tuple(wrapper for part in parts for wrapper in part.about.wrappers),
@@ -77,12 +77,12 @@ def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
     return model
 
 
-def _note_others(part: ModelFile, found: Companions, weights: Container[Path]) -> tuple[str, ...]:
+def _note_others(part: ModelFile, companions: Companions, weights: Container[Path]) -> tuple[str, ...]:
     # By the name of the part: the same is said of a copy of the folder elsewhere.
     folder = part.path.parent
     others = (
         folder / path.name
-        for path in found.copied
+        for path in companions.copied
         if path.parent.as_posix() == folder.name and OTHER_WEIGHTS.fullmatch(path.name)
     )
     names = tuple(Path(path.name) for path in others if path not in weights)

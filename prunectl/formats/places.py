@@ -309,12 +309,12 @@ class LibraryFile:
         """A range of bytes."""
         with _of_library(self.url):
             check_stopped()
-            found = bytes(self.system.cat_file(self.path, start=offset, end=offset + nbytes)) if nbytes else b""
-        if len(found) != min(nbytes, max(self.nbytes - offset, 0)):
+            data = bytes(self.system.cat_file(self.path, start=offset, end=offset + nbytes)) if nbytes else b""
+        if len(data) != min(nbytes, max(self.nbytes - offset, 0)):
             raise InputError(
                 f"{shown(self.url)} was truncated, or another file took its place, while it was being read"
             )
-        return found
+        return data
 
     def state(self) -> tuple[int, str]:
         """Its size, and by what one state of it is told from another, as they are now."""
@@ -339,11 +339,11 @@ class LibraryPlace:
         """What is in it; nothing where it is a file."""
         with _of_library(self.url):
             self.system.invalidate_cache()
-            found = self._listed()
-        if self.root in found:
+            facts_of = self._listed()
+        if self.root in facts_of:
             return {}
         prefix = self.root.strip("/") + "/"
-        names = ((path.strip("/").removeprefix(prefix), path, facts) for path, facts in found.items())
+        names = ((path.strip("/").removeprefix(prefix), path, facts) for path, facts in facts_of.items())
         return {
             name: LibraryFile(self.system, path, f"{self.url}/{name}", int(facts.get("size") or 0))
             for name, path, facts in names
@@ -352,7 +352,7 @@ class LibraryPlace:
 
     def _listed(self) -> dict[str, Mapping[str, Any]]:
         """All files, folder by folder: a bucket that was named by mistake is given up before it is listed whole."""
-        found: dict[str, Mapping[str, Any]] = {}
+        facts_of: dict[str, Mapping[str, Any]] = {}
         folders, seen = [self.root], 0
         while folders:
             here = folders.pop()
@@ -367,10 +367,10 @@ class LibraryPlace:
             for facts in listed:
                 path = str(facts["name"])
                 if facts.get("type") != "directory":
-                    found[path] = facts
+                    facts_of[path] = facts
                 elif path.strip("/") != here.strip("/"):
                     folders.append(path)
-        return found
+        return facts_of
 
     def file(self, name: str) -> LibraryFile:
         """One of its files."""

@@ -52,8 +52,8 @@ class Part:
 
 def parse_part(text: str) -> Part:
     """A part, written 3/8."""
-    found = _PART.fullmatch(text)
-    part = Part(int(found[1]), int(found[2])) if found else Part(0, 0)
+    match = _PART.fullmatch(text)
+    part = Part(int(match[1]), int(match[2])) if match else Part(0, 0)
     if not 1 <= part.number <= part.count <= _MOST_PARTS:
         raise UsageError(f"--part cannot be {abbreviated(text)!r}", hint="write --part 1/8, --part 2/8 … --part 8/8")
     return part

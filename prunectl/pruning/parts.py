@@ -200,10 +200,10 @@ class _Task:
 
     @cached_property
     def _tensors(self) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {name: [] for name in self.sizes}
+        tensors: dict[str, list[Tensor]] = {name: [] for name in self.sizes}
         for tensor in self.model.tensors:
-            found[shard_of(tensor)].append(tensor)
-        return found
+            tensors[shard_of(tensor)].append(tensor)
+        return tensors
 
     @cached_property
     def _plans(self) -> dict[str, Plan]:
