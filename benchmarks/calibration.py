@@ -61,7 +61,7 @@ MATCHED = {
 }
 """Sparsities that ruin the networks, and by how many examples they are matched."""
 Figures = tuple[float, ...]
-"""Accuracy of the dense model, as pruned and as matched, and seconds of processor time of the last."""
+"""Accuracy of the dense model, as pruned, as matched, and as matched after `alps`; seconds of the last two."""
 _NETS = """
 import torch
 from torch import nn
@@ -207,7 +207,7 @@ def _table(folder: Path, net: str, train: str, test: Path) -> None:
 
 
 def matched(nets: Sequence[str] = tuple(MATCHED)) -> None:
-    """Print what magnitude loses and what matching the dense outputs wins back, for each seed, with processor time."""
+    """Print what magnitude loses, and what matching the dense outputs wins back of it and after `alps`."""
     rows: dict[tuple[str, ...], list[Figures]] = {}
     for seed in range(SEEDS):
         for net, folder, train, test in _trained(nets, MATCHED_EPOCHS, seed):
@@ -216,7 +216,7 @@ def matched(nets: Sequence[str] = tuple(MATCHED)) -> None:
                 rows.setdefault(row, []).append(figures)
     show(
         f"matching: no labels, means of {SEEDS} seeds",
-        ("net", "sparsity", "examples", "dense", "magnitude", "matched", "processor"),
+        ("net", "sparsity", "examples", "dense", "magnitude", "matched", "alps, matched", "processor", "with alps"),
         [(*row, *_mean_of(figures)) for row, figures in rows.items()],
     )
 
@@ -248,11 +248,14 @@ def _match(folder: Path, net: str, train: str, test: Path) -> Iterator[tuple[tup
     for sparsity, samples in MATCHED[net]:
         # Renamed, since the next has the same name.
         once = _pruned(model, folder, net, train, sparsity, _GLOBAL).rename(folder / "once.pt")
-        before = os.times()
-        made = _pruned(model, folder, net, train, sparsity, (*_GLOBAL, "--repair", "outputs"), samples)
-        after = os.times()
-        seconds = sum(after[2:4]) - sum(before[2:4])
-        yield (net, f"{sparsity:.1%}", f"{samples:,}"), (*_accuracies(folder, net, test, [model, once, made]), seconds)
+        accuracies, seconds = _accuracies(folder, net, test, [model, once]), []
+        for ranked in ((), ("--strategy", "alps")):
+            before = os.times()
+            made = _pruned(model, folder, net, train, sparsity, (*ranked, *_GLOBAL, "--repair", "outputs"), samples)
+            after = os.times()
+            seconds.append(sum(after[2:4]) - sum(before[2:4]))
+            accuracies += _accuracies(folder, net, test, [made])
+        yield (net, f"{sparsity:.1%}", f"{samples:,}"), (*accuracies, *seconds)
 
 
 def _pruned(
@@ -269,8 +272,8 @@ def _pruned(
 
 
 def _mean_of(figures: list[Figures]) -> tuple[str, ...]:
-    *accuracies, seconds = np.mean(figures, axis=0)
-    return (*(f"{accuracy:.2%}" for accuracy in accuracies), f"{seconds:.0f} s")
+    *accuracies, plain, with_alps = np.mean(figures, axis=0)
+    return (*(f"{accuracy:.2%}" for accuracy in accuracies), f"{plain:.0f} s", f"{with_alps:.0f} s")
 
 
 def _tell(line: str) -> None:
