@@ -149,6 +149,13 @@ MODEL_ROOTS = frozenset(
     }
 )
 """Entries of a checkpoint that say nothing but `here is the model`."""
+AVERAGES = frozenset(
+    {
+        *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "ema_state", "model_state_dict_ema"),
+        *("swa_model", "averaged_model"),
+    }
+)
+"""Entries of a checkpoint in which averages of the weights are kept."""
 _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
 _NORM_PARTS = ("norm", "bn", "ln_", ".ln")
 _NORM_KINDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")

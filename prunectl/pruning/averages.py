@@ -10,7 +10,7 @@ from enum import StrEnum
 from prunectl.analysis.stats import MOST_ROOTS, averaged_copies
 from prunectl.errors import InputError, UsageError, abbreviated
 from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
-from prunectl.formats.state_dict import MODEL_ROOTS
+from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS
 
 
 class Keep(StrEnum):
@@ -34,6 +34,8 @@ class _Copies:
     home: str
     other: str
     is_home_average: bool = False
+    is_of_part: bool = False
+    """Whether the average is one of a part of the network, as the generator is in a GAN."""
 
 
 _FORMATS = frozenset({"torch", "torch-legacy", "safetensors"})
@@ -64,8 +66,9 @@ def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice
         if not is_asked or _is_of_yolo(model, copies):
             return None
         average, raw = (copies.home, copies.other) if copies.is_home_average else (copies.other, copies.home)
+        some = "some of the weights" if copies.is_of_part else "the weights"
         raise UsageError(
-            f"{model.path} holds the weights twice: {abbreviated(raw) or 'the top level'} as they were trained, and "
+            f"{model.path} holds {some} twice: {abbreviated(raw) or 'the top level'} as they were trained, and "
             f"their average under {abbreviated(average) or 'the top level'}",
             hint="add --keep ema for the average, or --keep raw; --only without training leaves both",
         )
@@ -94,7 +97,14 @@ def _find(model: ModelFile) -> _Copies | None:
         others = tuple(f"{other.other}." for other in candidates if other != copies)
         if _is_of_most([tensor for tensor in tensors if not tensor.name.startswith(others)], copies):
             return copies
-    return None
+    return next((replace(copies, is_of_part=True) for copies in candidates if _is_dropped(model, copies)), None)
+
+
+def _is_dropped(model: ModelFile, copies: _Copies) -> bool:
+    """Whether an average, whatever it is one of, is taken for the same weights once more where nobody asks for it."""
+    home, other = (place.partition(".")[0] for place in (copies.home, copies.other))
+    is_flat = model.format == "safetensors" and not home
+    return other in AVERAGES and home != other and (is_flat or home in MODEL_ROOTS)
 
 
 def _is_of_most(tensors: Sequence[Tensor], copies: _Copies) -> bool:
@@ -133,7 +143,10 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
     if takes_other and not sources:
         raise InputError(f"{model.path}: the tensors under {copies.other} have other names or shapes than the weights")
     lacking = [name for name in own if name not in sources and own[name].role is not Role.MASK] if takes_other else []
-    kernels = [name for name in lacking if own[name].role in _KERNELS]
+    # Of a part of the network, the average may lack all others, but nothing of this one.
+    parts = {name.partition(".")[0] for name in sources} if copies.is_of_part else None
+    mixed = [name for name in lacking if parts is None or name.partition(".")[0] in parts]
+    kernels = [name for name in mixed if own[name].role in _KERNELS]
     if kernels:
         raise InputError(
             f"{model.path}: {abbreviated(kernels[0])} has no counterpart of its shape under {copies.other}, so that "

@@ -329,3 +329,47 @@ def test_of_several_averages_the_first_is_kept_or_goes(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert torch.equal(found["model"]["3.weight"], AVERAGE[3].weight)
     assert "ema" not in found
+
+
+CRITIC = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 1))
+GAN = state(RAW, "generator.") | state(CRITIC, "discriminator.")
+OF_GENERATORS = {
+    "a dict beside it": {"state_dict": GAN, "ema_state_dict": state(AVERAGE, "generator."), "step": 3},
+    "without its name": {"model": GAN, "model_ema": state(AVERAGE)},
+    "in a dict of its own": {"net": GAN, "ema": {"step": torch.tensor(1), **state(AVERAGE, "ema_model.generator.")}},
+}
+
+
+@pytest.mark.parametrize("layout", OF_GENERATORS)
+def test_an_average_of_the_generator_alone_is_not_dropped_in_silence(layout: str, tmp_path: Path) -> None:
+    saved: Any = OF_GENERATORS[layout]
+    home = next(iter(saved))
+    torch.save(saved, tmp_path / "m.pt")
+    done = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt")
+    assert done.code == 2
+    for word in ("holds some of the weights twice", "--keep ema", "--keep raw"):
+        assert word in done.err
+    for keep, generator in (("ema", AVERAGE), ("raw", RAW)):
+        assert here("strip", tmp_path / "m.pt", "-o", tmp_path / f"{keep}.pt", "--keep", keep).code == 0
+        found = torch.load(tmp_path / f"{keep}.pt", weights_only=True)
+        assert found.keys() == {home}
+        assert found[home].keys() == GAN.keys()
+        for name, tensor in (GAN | state(generator, "generator.")).items():
+            assert torch.equal(found[home][name], tensor), name
+
+
+def test_in_safetensors_neither(tmp_path: Path) -> None:
+    save_file(GAN | state(AVERAGE, "ema.generator."), tmp_path / "m.safetensors")
+    assert here("strip", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors").code == 2
+    assert here("strip", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "--keep", "ema").code == 0
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == GAN.keys()
+    assert torch.equal(found["generator.3.weight"], AVERAGE[3].weight)
+    assert torch.equal(found["discriminator.0.weight"], CRITIC[0].weight)
+
+
+def test_an_average_of_the_generator_without_one_of_its_kernels_is_refused(tmp_path: Path) -> None:
+    average = {name: tensor for name, tensor in state(AVERAGE, "generator.").items() if "3.weight" not in name}
+    torch.save({"model": GAN, "ema": average}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"generator\.3\.weight has no counterpart of its shape under ema"):
+        prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")

@@ -158,14 +158,6 @@ _OPTIMIZERS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = (
 )
 """Name, settings that its groups have, settings that they have not; the first row that fits."""
 
-AVERAGES = frozenset(
-    {
-        *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "ema_state", "model_state_dict_ema"),
-        *("swa_model", "averaged_model"),
-    }
-)
-"""Entries of a checkpoint in which averages of the weights are kept."""
-
 
 def optimizer(root: Any) -> str:
     """The name of the optimizer whose state the checkpoint holds."""
@@ -237,7 +229,9 @@ def notes(root: Any) -> tuple[str, ...]:
     keys = [
         key
         for key, value in root.items[:MAX_SEARCHED]
-        if isinstance(key, str) and key in AVERAGES and isinstance(tree.inner_tensor(value), PickleDict | OpaqueCall)
+        if isinstance(key, str)
+        and key in state_dict.AVERAGES
+        and isinstance(tree.inner_tensor(value), PickleDict | OpaqueCall)
     ]
     return tuple(
         f"The file holds a second copy of the weights under {key}, averaged over the training." for key in keys

@@ -14,10 +14,10 @@ from prunectl.formats.base import WRAPPING, CopyChoice, ModelFile, RemovedItem, 
 from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES
 from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.patch import patch_files
-from prunectl.formats.state_dict import MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
+from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
 from prunectl.formats.torch import views
 from prunectl.formats.torch.legacy import COUNT_BYTES
-from prunectl.formats.torch.model import AVERAGES, read_marker, top_folder
+from prunectl.formats.torch.model import read_marker, top_folder
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     CheckpointEdits,
