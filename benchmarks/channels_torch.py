@@ -1,10 +1,14 @@
 """Half of the channels of usual networks, cut by prunectl and by Torch-Pruning: what is left, and how long it took.
 
 python -m benchmarks.channels_torch [NAME ...]
+
+Then whole processes, in turns: `prunectl prune` from file to file, and a script that builds, loads, cuts with
+Torch-Pruning, saves, loads and runs the result.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 import time
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.nets_torch import NETS, Known, lively
+from benchmarks.timing import PYTHON, cost
 from prunectl.channels.groups import channel_groups
 from prunectl.channels.prune import prune_channels
 from prunectl.errors import PrunectlError
@@ -27,11 +32,15 @@ from prunectl.training.backend import LoadOptions
 
 RATIO = 0.5
 HEAD = ("network", "free", "parameters", "left", "MACs left", "error", "s", "Torch-Pruning left", "its MACs", "its s")
+COMPARED = ("ResNet-18", "EfficientNet-B0", "DenseNet-121", "VGG-16")
+PROCESSES = ("network", "processor s", "Torch-Pruning", "ratio")
+RUNS = 3
 
 
 def run(chosen: tuple[str, ...] = ()) -> None:
     """Print a row for each network."""
     print_rows(HEAD, _row, chosen)
+    print_rows(PROCESSES, _processes, chosen or COMPARED)
 
 
 def print_rows(head: Sequence[str], row: Callable[[Known], list[str]], chosen: tuple[str, ...]) -> None:
@@ -104,6 +113,44 @@ def _theirs(known: Known, example: Any, before: tuple[float, float]) -> list[str
     seconds = time.perf_counter() - begin
     parameters, macs = _counted(net, example)
     return [f"{parameters / before[0]:.1%}", f"{macs / before[1]:.1%}", f"{seconds:.1f}"]
+
+
+_SCRIPT = """
+import importlib, sys, warnings
+import torch
+name, path, output, shape = sys.argv[1:]
+net = getattr(importlib.import_module("benchmarks.nets_torch"), name)()
+net.load_state_dict(torch.load(path, weights_only=True))
+net.eval()
+import torch_pruning as pruning
+warnings.simplefilter("ignore")
+example = torch.randn([int(length) for length in shape.split(",")])
+last = [module for module in net.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)][-1]
+importance = pruning.importance.MagnitudeImportance(p=1)
+pruning.pruner.MagnitudePruner(
+    net, example, importance=importance, pruning_ratio=0.5, ignored_layers=[last]
+).step()
+net.zero_grad()
+torch.save(net, output)
+with torch.no_grad():
+    torch.load(output, weights_only=False)(example)
+"""
+
+
+def _processes(known: Known) -> list[str]:
+    """The processor time of both as whole processes: the medians, measured in turns."""
+    torch.manual_seed(0)
+    name = known.make.__name__
+    with tempfile.TemporaryDirectory() as folder:
+        path, output = f"{folder}/net.pt", f"{folder}/small.pt"
+        torch.save(lively(known.make()).state_dict(), path)
+        builder = f"benchmarks.nets_torch:{name}"
+        ours = [PYTHON, "-m", "prunectl", "prune", path, "-o", output, "--force", "--quiet", "--pattern", "channel"]
+        ours += ["-s", f"{RATIO:.0%}", "--builder", builder, "--input", known.shape]
+        theirs = [PYTHON, "-c", _SCRIPT, name, path, output, known.shape]
+        turns = [(cost(ours, 1).processor, cost(theirs, 1).processor) for _ in range(RUNS)]
+    mine, other = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    return [known.name, f"{mine:.1f}", f"{other:.1f}", f"{mine / other:.2f}"]
 
 
 def _counted(net: Any, example: Any) -> tuple[float, float]:

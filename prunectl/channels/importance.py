@@ -142,12 +142,12 @@ class Importance:
 
 def absolute(weights: Array, axis: int) -> Scores:
     """The mean absolute value at each index."""
-    return np.asarray(np.abs(channel_rows(weights, axis)).mean(axis=1))
+    return _means_of_rows(weights, axis, np.abs)
 
 
 def squared(weights: Array, axis: int) -> Scores:
     """The mean square at each index."""
-    return np.asarray(np.square(channel_rows(weights, axis)).mean(axis=1))
+    return _means_of_rows(weights, axis, np.square)
 
 
 def geometric_median(weights: Array, axis: int) -> Scores:
@@ -244,7 +244,23 @@ def random_importance(group: ChannelGroup, seed: int) -> Scores:
 
 def channel_rows(weights: Array, axis: int) -> NDArray[np.float64]:
     """The weights at each index of an axis as a row."""
-    return np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)
+    return _rows(weights, axis).astype(np.float64)
+
+
+def _rows(weights: Array, axis: int) -> Array:
+    return np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1)
+
+
+_CACHED_BYTES = 1 << 20
+
+
+def _means_of_rows(weights: Array, axis: int, function: Callable[[Rows], Rows]) -> Scores:
+    """The mean at each index of a function of the weights, a few indices at a time, as many as the cache holds."""
+    rows = _rows(weights, axis)
+    # Never one row alone, unless it is the only one: where columns lie together, NumPy would add its numbers up in
+    # another order than those of several.
+    parts = min(len(rows) // 2, rows.size * 8 // _CACHED_BYTES) or 1
+    return np.concatenate([function(part.astype(np.float64)).mean(axis=1) for part in np.array_split(rows, parts)])
 
 
 def importance_inputs(

@@ -75,8 +75,9 @@ def _generate(job: ExportJob, loading: tuple[str, ...], notes: list[str]) -> Gen
     try:
         with without_mha_fastpath(), quiet_conversion():
             traced = trace_model(job.file, _origin(job))
-            # Of a program the module is all that there is of an original.
-            traced = traced if traced.original is not None else replace(traced, original=traced.program.module())
+            if traced.program is not None:
+                # Of a program the module is all that there is of an original.
+                traced = replace(traced, original=traced.program.module())
             return generate_module(traced, WeightedProgram(traced.module), class_of(traced), loading, replace_layers)
     except (WorkError, InputError) as error:
         if job.request.sparse and error.message.endswith("nothing was written"):

@@ -9,7 +9,14 @@ import pytest
 
 from prunectl.channels.config import ChannelConfig
 from prunectl.channels.groups import ChannelGroup, ChannelSlices, TensorAxis
-from prunectl.channels.importance import MEASURES, group_importance, random_importance
+from prunectl.channels.importance import (
+    MEASURES,
+    absolute,
+    channel_rows,
+    group_importance,
+    random_importance,
+    squared,
+)
 from prunectl.channels.labels import AxisRole
 from prunectl.channels.plan import Candidate, choose, prunable_count, removed_indices
 from prunectl.pruning.plan import Scope
@@ -130,3 +137,12 @@ def test_a_channel_goes_wherever_it_is() -> None:
     gone = removed_indices(losses)
     assert gone["maker0", 0].tolist() == [1, 3]
     assert gone["reader", 1].tolist() == [2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("shape", [(1, 500_000), (500_000, 1), (2, 300_000), (3, 200_001), (1031, 517), (64, 96, 7, 7)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_means_of_a_few_channels_at_a_time_are_those_of_all_at_once(shape: tuple[int, ...], axis: int) -> None:
+    weights = np.random.default_rng(0).standard_normal(shape, np.float32)
+    rows = channel_rows(weights, axis)
+    assert absolute(weights, axis).tobytes() == np.abs(rows).mean(axis=1).tobytes()
+    assert squared(weights, axis).tobytes() == np.square(rows).mean(axis=1).tobytes()

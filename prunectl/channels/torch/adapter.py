@@ -38,7 +38,7 @@ from prunectl.channels.torch.checkpoint import (
     parameter_order,
     write_weights,
 )
-from prunectl.channels.torch.export import TracedModel, random_like, trace_model
+from prunectl.channels.torch.export import Examples, TracedModel, random_like, trace_model
 from prunectl.channels.torch.fx import OpContext, WeightedProgram, attribute, is_item, quiet, shapes_of, uses, views
 from prunectl.channels.torch.fx import run as run_program
 from prunectl.channels.torch.ops import lower, resize
@@ -172,9 +172,9 @@ class TorchAdapter(GraphAdapter):
 
     def write(self, network: PrunedProgram, folder: Path, target: Path) -> WrittenNetwork:
         """Write a program as a program, all else as weights with a class beside them that takes them."""
-        if self._is_program:
+        if self._traced.program is not None:
             path = folder / target.name
-            return WrittenNetwork(path, write_program(self._traced, network, path))
+            return WrittenNetwork(path, write_program(self._traced, self._traced.program, network, path))
         axes, numbers = network.changes.axes, network.changes.numbers
         axes = {**axes, **{name: axes[owner] for name, owner in self.coupled_tensors.items() if owner in axes}}
         numbers = {
@@ -204,13 +204,15 @@ def prune_program(
         return WeightedProgram(torch.fx.GraphModule(traced.module, graph), values)
 
 
-def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> tuple[str, ...]:
+def write_program(
+    traced: TracedModel, original: ExportedProgram, pruned: WeightedProgram, path: Path
+) -> tuple[str, ...]:
     """Export a smaller program again, so that every shape in it is right, write it, and return notes."""
     with quiet(), temporary_folder() as scratch:
         # Through a link: PyTorch aborts where the name of a folder is not UTF-8.
         (scratch / "target").symlink_to(path.parent.absolute(), target_is_directory=True)
         try:
-            program, notes = _export_again(traced, with_weights(traced, pruned))
+            program, notes = _export_again(original, traced.examples, with_weights(traced, pruned))
             torch.export.save(program, scratch / "target" / path.name)
         except Exception as error:
             raise WorkError(
@@ -219,19 +221,21 @@ def write_program(traced: TracedModel, pruned: WeightedProgram, path: Path) -> t
     return notes
 
 
-def _export_again(traced: TracedModel, module: torch.nn.Module) -> tuple[ExportedProgram, tuple[str, ...]]:
+def _export_again(
+    original: ExportedProgram, examples: Examples, module: torch.nn.Module
+) -> tuple[ExportedProgram, tuple[str, ...]]:
     """A program with the bounds of the one that was read, or with those that its steps ask for."""
-    bounds = _bounds(traced)
+    bounds = _bounds(original)
     try:
-        axes = _open_axes(traced, bounds)
-        return torch.export.export(module, traced.examples, dynamic_shapes=axes, strict=False), ()
+        axes = _open_axes(original, bounds)
+        return torch.export.export(module, examples, dynamic_shapes=axes, strict=False), ()
     except Exception as error:
         if not bounds:
             raise
-        axes = _open_axes(traced, {})
-        program = torch.export.export(module, traced.examples, dynamic_shapes=axes, strict=False)
+        axes = _open_axes(original, {})
+        exported = torch.export.export(module, examples, dynamic_shapes=axes, strict=False)
         reason = first_line(error)
-        return program, (f"PyTorch chose new bounds for the dynamic sizes of the program: {reason}.",)
+        return exported, (f"PyTorch chose new bounds for the dynamic sizes of the program: {reason}.",)
 
 
 def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.GraphModule:
@@ -246,11 +250,11 @@ def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.Gra
     return module
 
 
-def _open_axes(traced: TracedModel, bounds: Mapping[str, Any]) -> tuple[dict[int, Any] | None, ...]:
+def _open_axes(program: ExportedProgram, bounds: Mapping[str, Any]) -> tuple[dict[int, Any] | None, ...]:
     """The axes that may have any length."""
-    names = set(traced.program.graph_signature.user_inputs)
+    names = set(program.graph_signature.user_inputs)
     axes = []
-    for node in traced.program.graph.nodes:
+    for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in names:
             shape = getattr(node.meta.get("val"), "shape", ())
             lengths = {axis: length for axis, length in enumerate(shape) if not isinstance(length, int)}
@@ -258,11 +262,11 @@ def _open_axes(traced: TracedModel, bounds: Mapping[str, Any]) -> tuple[dict[int
     return tuple(bounds_of_axes or None for bounds_of_axes in axes)
 
 
-def _bounds(traced: TracedModel) -> dict[str, Any]:
+def _bounds(program: ExportedProgram) -> dict[str, Any]:
     """An axis for each length that the program gives a name and limits."""
     return {
         str(symbol): Dim(f"length_{number}", min=int(limits.lower), max=_upper_limit(limits.upper))
-        for number, (symbol, limits) in enumerate(traced.program.range_constraints.items())
+        for number, (symbol, limits) in enumerate(program.range_constraints.items())
     }
 
 
@@ -275,9 +279,11 @@ def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
     weights = _read_weights(model, traced)
     nodes = list(traced.module.graph.nodes)
     try:
-        shapes = shapes_of(WeightedProgram(traced.module), traced.single_inputs)
+        seen = traced.shapes or shapes_of(WeightedProgram(traced.module), traced.single_inputs)
     except Exception as error:
         raise InputError(f"PyTorch cannot run {model.path}: {first_line(error)}") from error
+    # A copy: what a step in between makes is added.
+    shapes = dict(seen)
     names = {name: traced.aliases.get(tensor, tensor) for name, tensor in traced.names.items()}
     weight_views = views(nodes, {name: tensor for name, tensor in names.items() if tensor in weights}, shapes)
     # A copy: what several steps see of a weight is added on the way.

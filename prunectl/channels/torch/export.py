@@ -13,8 +13,18 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+from prunectl.channels.graph import Shape
 from prunectl.channels.lengths import no_shape, parse_input
-from prunectl.channels.torch.fx import WeightedProgram, arguments, op_name, quiet, run, set_argument, shapes_of
+from prunectl.channels.torch.fx import (
+    WeightedProgram,
+    arguments,
+    op_name,
+    quiet,
+    run_with_shapes,
+    set_argument,
+    shapes_of,
+)
+from prunectl.channels.torch.recorder import record
 from prunectl.channels.verify import relative_difference
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile
@@ -42,9 +52,14 @@ class TracedModel:
     """What it was traced on."""
     single_inputs: Examples
     """The same for one at a time, if it takes that."""
-    program: ExportedProgram
+    out_spec: Any
+    """How what comes out is packed; None for one tensor."""
     original: torch.nn.Module | None
     """What was traced; a program has none."""
+    program: ExportedProgram | None = None
+    """The program that a file holds."""
+    shapes: Mapping[str, Shape] | None = None
+    """Of every value for the single inputs, where a run of it has shown them."""
     holds_module: bool = False
     """Whether the file holds a module, and not its weights alone."""
     is_trusted: bool = False
@@ -55,24 +70,57 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
     if model.family is Family.TORCH_PROGRAM:
         return _load_exported(model, origin)
     built = build_module(model, origin)
-    program, used = trace(built.module, examples(origin.inputs, built.module, str(model.path)), str(model.path))
     named = {name: tensor for tensor, name in built.names.items()}
-    module = _graph_module(program)
-    open_module = open_batch_axis(module, built.module, used)
-    if open_module is None and (open_program := _trace_any_batch(built.module, used)) is not None:
-        open_module = open_batch_axis(_graph_module(open_program), built.module, used)
-        program = program if open_module is None else open_program
+    graph = _traced(built.module, examples(origin.inputs, built.module, str(model.path)), str(model.path))
     return TracedModel(
-        module=open_module or module,
+        module=graph.module,
         names=named,
         aliases=_aliases(built.module, named),
-        examples=used,
-        single_inputs=used if open_module is None else tuple(with_batch(example, 1) for example in used),
-        program=program,
+        examples=graph.examples,
+        single_inputs=(
+            graph.examples if graph.shapes is None else tuple(with_batch(example, 1) for example in graph.examples)
+        ),
+        out_spec=graph.out_spec,
         original=built.module,
         holds_module=not origin.model,
         is_trusted=origin.is_trusted,
+        shapes=graph.shapes,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _TracedGraph:
+    """The graph of a module, and what it was traced on."""
+
+    module: torch.fx.GraphModule
+    out_spec: Any
+    examples: Examples
+    shapes: Mapping[str, Shape] | None
+    """Of every value for one example at a time; None where it takes only as many as it was traced on."""
+
+
+def _traced(module: torch.nn.Module, examples: Examples, path: str) -> _TracedGraph:
+    """A recording where it is known to compute what the module does, for one at a time too; else what is exported."""
+    prepare(module)
+    used = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
+    try:
+        with quiet():
+            recording = record(module, tuple(value.clone() for value in used))
+    except Exception:  # noqa: BLE001 - it is the user's code, which torch.export and the checks before it get to see
+        recording = None
+    if recording is not None:
+        split_packed_qkv(recording.module.graph)
+        recording.module.recompile()
+        if (opened := open_batch_axis(recording.module, module, used)) is not None:
+            return _TracedGraph(opened[0], recording.out_spec, used, opened[1])
+    program, used = trace(module, examples, path)
+    graph = _graph_module(program)
+    opened = open_batch_axis(graph, module, used)
+    if opened is None and (any_batch := _trace_any_batch(module, used)) is not None:
+        opened = open_batch_axis(_graph_module(any_batch), module, used)
+        program = program if opened is None else any_batch
+    opened_graph, shapes = opened or (graph, None)
+    return _TracedGraph(opened_graph, program.call_spec.out_spec, used, shapes)
 
 
 def _load_exported(model: ModelFile, origin: LoadOptions) -> TracedModel:
@@ -93,7 +141,16 @@ def _load_exported(model: ModelFile, origin: LoadOptions) -> TracedModel:
     else:
         used = tuple(example_inputs[0])
     module = _graph_module(program)
-    return TracedModel(module, names, {}, used, _single_inputs(program, module, used), program, None)
+    return TracedModel(
+        module=module,
+        names=names,
+        aliases={},
+        examples=used,
+        single_inputs=_single_inputs(program, module, used),
+        out_spec=program.call_spec.out_spec,
+        original=None,
+        program=program,
+    )
 
 
 def _placeholders(program: ExportedProgram) -> Examples:
@@ -155,15 +212,19 @@ _TRACED_BATCH = 2
 """A batch of 1 would be taken for a length that never changes."""
 
 
+def prepare(module: torch.nn.Module) -> None:
+    """Set a module to inference, in single precision where it has half of it."""
+    module.eval()
+    if any(weight.dtype in _HALF for weight in module.parameters()):
+        # What is proved is proved in single precision; the numbers that are written are those of the file.
+        module.float()
+
+
 def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[ExportedProgram, Examples]:
     """A module as a program for a batch of one size, and what it was traced on.
 
     PyTorch takes two to three times as long where a size is left open.
     """
-    module.eval()
-    if any(weight.dtype in _HALF for weight in module.parameters()):
-        # What is proved is proved in single precision; the numbers that are written are those of the file.
-        module.float()
     accepted = _accepted_inputs(module, examples, path)
     if isinstance(module, torch.jit.ScriptModule):
         return _convert_script(module, accepted, path), accepted
@@ -257,11 +318,11 @@ _SIZES = ("size", "shape")
 
 def open_batch_axis(
     module: torch.fx.GraphModule, original: torch.nn.Module, examples: Examples
-) -> torch.fx.GraphModule | None:
-    """A program that says for one at a time what the module says; None if it was traced for so many only.
+) -> tuple[torch.fx.GraphModule, Mapping[str, Shape]] | None:
+    """A program that says for one at a time what the module says, and the shapes in it.
 
-    `len(x)` is a number like any other once it was traced: where a size is as long as the batch was, it may be that.
-    Whether it is so is seen when it runs.
+    None if it was traced for so many only. `len(x)` is a number like any other once it was traced: where a size is as
+    long as the batch was, it may be that. Whether it is so is seen when it runs.
     """
     if not _has_batch_axis(examples):
         return None
@@ -272,8 +333,11 @@ def open_batch_axis(
             expected = tensor_leaves(original(*(value.clone() for value in single)))
     except Exception:  # noqa: BLE001 - it is the user's code
         return None
-    size = len(examples[0])
-    return next((value for value in (module, _measure_batch(module, size)) if _gives(value, single, expected)), None)
+    if (shapes := _shapes_if_equal(module, single, expected)) is not None:
+        return module, shapes
+    measured = _measure_batch(module, len(examples[0]))
+    shapes = _shapes_if_equal(measured, single, expected)
+    return None if shapes is None else (measured, shapes)
 
 
 def _has_batch_axis(examples: Examples) -> bool:
@@ -285,15 +349,19 @@ def _has_batch_axis(examples: Examples) -> bool:
     )
 
 
-def _gives(module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+def _shapes_if_equal(
+    module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]
+) -> Mapping[str, Shape] | None:
+    """The shapes of every value, if what comes out is what is expected."""
     try:
-        outputs = run(WeightedProgram(module), inputs, lambda *_: None)
+        outputs, shapes = run_with_shapes(WeightedProgram(module), (value.clone() for value in inputs))
     except _MISFITS:
-        return False
-    return len(outputs) == len(expected) and all(
+        return None
+    is_equal = len(outputs) == len(expected) and all(
         relative_difference(to_numpy(value), to_numpy(reference)) <= _CLOSE
         for value, reference in zip(outputs, expected, strict=True)
     )
+    return shapes if is_equal else None
 
 
 def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphModule:

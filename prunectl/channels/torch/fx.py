@@ -218,6 +218,8 @@ class RecordingInterpreter(torch.fx.Interpreter):
 
     def __init__(self, weighted: WeightedProgram, record: Callable[[str, Any], None]) -> None:
         super().__init__(weighted.module)
+        # To say where a run failed, PyTorch imports its compiler; whether it fails is all that is asked here.
+        self.extra_traceback = False
         self._values, self._record, self._in_float64 = weighted.values, record, weighted.in_float64
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -247,9 +249,16 @@ def _widened(argument: Any) -> Any:
     return torch.float64 if is_float else argument
 
 
-def shapes_of(weighted: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(weighted: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict[str, Shape]:
     """The shape of every value, as seen on an example; of several that come out, each by its number."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    return run_with_shapes(weighted, inputs)[1]
+
+
+def run_with_shapes(
+    weighted: WeightedProgram, inputs: Iterable[torch.Tensor]
+) -> tuple[list[torch.Tensor], dict[str, Shape]]:
+    """The tensors that come out, and the shape of every value."""
+    shapes: dict[str, Shape] = {}
 
     def record(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
@@ -259,8 +268,7 @@ def shapes_of(weighted: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict
                 {f"{name}.{number}": tuple(item.shape) for number, item in enumerate(value) if hasattr(item, "shape")}
             )
 
-    run(weighted, inputs, record)
-    return shapes
+    return run(weighted, inputs, record), shapes
 
 
 def run(

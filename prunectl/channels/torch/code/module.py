@@ -11,13 +11,14 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from prunectl.channels.torch.code import forward
 from prunectl.channels.torch.code.expressions import literal, numbers
 from prunectl.channels.torch.code.forward import ForwardCode
 from prunectl.channels.torch.code.layers import LayerCode, StateShapes, as_layer
 from prunectl.channels.torch.export import TracedModel, random_like
-from prunectl.channels.torch.fx import WeightedProgram, attribute, quiet, run, shapes_of
+from prunectl.channels.torch.fx import WeightedProgram, attribute, quiet, run_with_shapes
 from prunectl.channels.verify import TOLERANCE, relative_difference
 from prunectl.errors import WorkError, first_line
 from prunectl.training.torch._compat import tree_unflatten
@@ -179,7 +180,9 @@ def generate_module(
 ) -> GeneratedModule:
     """A class that does what a network does, held against it."""
     state, extras = _state(traced, program), _constants(traced, program)
-    shapes = shapes_of(program, traced.examples)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [random_like(example, generator) for example in traced.examples]
+    expected, shapes = run_with_shapes(program, [value.clone() for value in inputs])
     layers, constructors = _layers(traced, program, state, shapes)
     replaced = None if replace is None else replace(_linear_layers(traced, program, layers, shapes))
     if replaced is not None:
@@ -201,7 +204,7 @@ def generate_module(
     if replaced is not None:
         text += f"\n{replaced.code}"
     generated = GeneratedModule(name, text, state | large, large)
-    _verify(traced, program, generated)
+    _verify(generated, inputs, expected)
     return generated
 
 
@@ -298,8 +301,7 @@ def _returned(traced: TracedModel, program: WeightedProgram) -> Any:
     """The values that come out, in the structure that the network gives them in."""
     output = next(node for node in program.module.graph.nodes if node.op == "output")
     flat = list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]
-    spec = traced.program.call_spec.out_spec
-    return flat[0] if spec is None else _unwrapped(tree_unflatten(flat, spec))
+    return flat[0] if traced.out_spec is None else _unwrapped(tree_unflatten(flat, traced.out_spec))
 
 
 def _unwrapped(value: Any) -> Any:
@@ -371,18 +373,16 @@ def _text(opening: Sequence[str], base: str, inputs: Sequence[str], setup: Seque
     return "\n".join(lines) + "\n"
 
 
-def _verify(traced: TracedModel, program: WeightedProgram, generated: GeneratedModule) -> None:
-    """Run the class that was written beside the network that it was written from."""
+def _verify(generated: GeneratedModule, inputs: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Run the class that was written, and compare what comes out with the network that it was written from."""
     namespace = types.ModuleType("written")
     try:
         exec(compile(generated.text, "<written>", "exec"), namespace.__dict__)  # noqa: S102 - it is our own text
-        module = getattr(namespace, generated.name)().eval()
+        with _Uninitialized():
+            module = getattr(namespace, generated.name)().eval()
         module.load_state_dict(dict(generated.state), strict=True)
-        generator = torch.Generator().manual_seed(0)
-        inputs = [random_like(example, generator) for example in traced.examples]
         with quiet():
-            actual = tensor_leaves(module(*[value.clone() for value in inputs]))
-        expected = run(program, inputs, lambda *_: None)
+            actual = tensor_leaves(module(*inputs))
         pairs = zip(actual, expected, strict=True)
         worst = max(
             (relative_difference(to_numpy(value), to_numpy(reference)) for value, reference in pairs), default=0.0
@@ -391,3 +391,18 @@ def _verify(traced: TracedModel, program: WeightedProgram, generated: GeneratedM
         raise WorkError(f"the network cannot be written as code: {first_line(error)}") from error
     if not worst <= TOLERANCE:
         raise WorkError(f"the generated code gives outputs that differ by {worst:.1e}; nothing was written")
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves the parameters of a class that was written as they lie in memory: all of them are loaded next."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Hand on a call that does not fill a parameter with random numbers."""
+        filled = args[0] if args else (kwargs or {}).get("tensor")
+        is_filling = getattr(func, "__name__", "") in _FILLS and isinstance(filled, torch.nn.Parameter)
+        return filled if is_filling else func(*args, **(kwargs or {}))
+
+
+_FILLS = frozenset({"uniform_", "normal_", "kaiming_uniform_", "xavier_uniform_", "xavier_normal_"})

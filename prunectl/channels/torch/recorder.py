@@ -1,0 +1,249 @@
+"""Tracing by recording: what a module asks of ATen in one run, as the graph that torch.export would write.
+
+torch.export imports a compiler, which takes longer than most channel cuts. A recording is used where a second run, on
+other numbers, shows that it computes what the module does; where anything unusual comes by, torch.export is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, cycle
+from typing import Any
+
+import torch
+from torch.fx.node import map_aggregate
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from prunectl.training.torch._compat import (
+    OpOverload,
+    SplitOperations,
+    WholeOperations,
+    compiling_state,
+    enable_python_dispatcher,
+    schema_of,
+    tree_flatten,
+)
+
+
+class UnrecordableError(Exception):
+    """Something that a recording would not hold as torch.export does."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recording:
+    """The operations of a module, and how what comes out is packed."""
+
+    module: torch.fx.GraphModule
+    out_spec: Any
+
+
+def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Recording:
+    """Run a module, and record its operations; UnrecordableError where torch.export may have more to say.
+
+    What the module itself raises is passed on.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnrecordableError("a script has no forward in Python")
+    tape = _Tape(module)
+    tape.begin(inputs, _input_names(module, len(inputs)))
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        _module_paths(module, tape),
+        compiling_state(),
+        torch.backends.cudnn.flags(enabled=False),
+        enable_python_dispatcher(),
+        _Reads(),
+        _Factories(tape),
+        _Operations(tape),
+    ):
+        warnings.simplefilter("ignore")
+        outputs = module(*inputs)
+    flat, spec = tree_flatten(outputs)
+    return Recording(tape.end(flat), spec)
+
+
+def _input_names(module: torch.nn.Module, count: int) -> list[str]:
+    """What `forward` calls its inputs."""
+    parameters = [*inspect.signature(module.forward).parameters.values()][:count]
+    if len(parameters) < count or any(parameter.kind not in _PLAIN for parameter in parameters):
+        raise UnrecordableError("forward takes what has no name of its own")
+    return [parameter.name for parameter in parameters]
+
+
+_PLAIN = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_LITERALS = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, types.NoneType)
+
+
+@dataclass(slots=True)
+class _Tape:
+    """The graph so far, and which node of it made which tensor."""
+
+    module: torch.nn.Module
+    graph: torch.fx.Graph = field(default_factory=torch.fx.Graph)
+    paths: list[tuple[str, tuple[str, str]]] = field(default_factory=list)
+    """The modules that the run is inside, as torch.export notes them."""
+    is_inside: bool = False
+    """Whether an operation is on its way, and what is seen are its parts."""
+    nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """By tensor, as long as there is one: a run holds no more in memory than it would without the tape."""
+    fixed: set[int] = field(default_factory=set)
+    """The memory of weights and inputs."""
+
+    def begin(self, inputs: tuple[torch.Tensor, ...], names: Iterable[str]) -> None:
+        """Put weights and inputs in front."""
+        module = self.module
+        weights = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+        for name, weight in chain(*weights):
+            # Of several names the last is that of the weight, as torch.export has it.
+            self._bind(weight, self.graph.create_node("get_attr", name, name=name.replace(".", "_")))
+        for name, value in zip(names, inputs, strict=True):
+            self._bind(value, self.graph.placeholder(name))
+        self.fixed.update(tensor.untyped_storage().data_ptr() for tensor in self.nodes)
+
+    def run(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation, and write it down."""
+        if not isinstance(op, OpOverload) or op.namespace != "aten" or _has_data_in_shape(op):
+            raise UnrecordableError(str(op))
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            raise UnrecordableError("a mode was switched")
+        self._refuse_changes(op, args, kwargs)
+        node_args, node_kwargs = map_aggregate((args, dict(kwargs)), self._argument)
+        self.is_inside = True
+        try:
+            result = op(*args, **kwargs)
+        finally:
+            self.is_inside = False
+        if op is torch.ops.aten.detach.default and self._is_made_of_nothing(node_args[0]):
+            # PyTorch does so itself behind each factory.
+            self._bind(result, node_args[0])
+            return result
+        node = self._node(op, node_args, node_kwargs, op.overloadpacket.__name__)
+        if isinstance(result, torch.Tensor):
+            self._bind(result, node)
+        elif isinstance(result, tuple | list) and all(isinstance(item, torch.Tensor) for item in result):
+            for number, item in enumerate(result):
+                self._bind(item, self._node(operator.getitem, (node, number), {}, "getitem"))
+        else:
+            raise UnrecordableError(f"{op} gives something else than tensors")
+        return result
+
+    def end(self, outputs: list[Any]) -> torch.fx.GraphModule:
+        """The graph, with what came out at its end."""
+        self.graph.output(tuple(self._node_of(value) for value in outputs))
+        return torch.fx.GraphModule(self.module, self.graph)
+
+    def _node(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> torch.fx.Node:
+        node = self.graph.create_node("call_function", target, args, kwargs, name)
+        node.meta["nn_module_stack"] = dict(self.paths)
+        return node
+
+    @staticmethod
+    def _is_made_of_nothing(node: torch.fx.Node) -> bool:
+        return node.op == "call_function" and not node.all_input_nodes
+
+    def _bind(self, value: torch.Tensor, node: torch.fx.Node) -> None:
+        self.nodes[value] = node
+
+    def _node_of(self, value: object) -> torch.fx.Node:
+        node = self.nodes.get(value) if isinstance(value, torch.Tensor) else None  # type: ignore[no-untyped-call]
+        if not isinstance(node, torch.fx.Node):
+            raise UnrecordableError("a value was made by no operation")
+        return node
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._node_of(value)
+        if not isinstance(value, _LITERALS):
+            raise UnrecordableError(f"an argument is a {type(value).__name__}")
+        return value
+
+    def _refuse_changes(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Of weights and inputs: the next run would begin with others."""
+        arguments = schema_of(op).arguments
+        by_keyword = [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
+        for argument, value in (*zip(arguments, args, strict=False), *by_keyword):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in self.fixed:
+                raise UnrecordableError(f"{op} changes a weight or an input")
+
+
+def _has_data_in_shape(op: Any) -> bool:
+    return torch.Tag.dynamic_output_shape in op.tags or torch.Tag.data_dependent_output in op.tags
+
+
+class _Operations(WholeOperations):  # type: ignore[no-untyped-call]
+    """The mode that sees every operation on tensors."""
+
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Write an operation down."""
+        return self._tape.run(func, args, kwargs or {})
+
+
+class _Factories(SplitOperations):  # type: ignore[no-untyped-call]
+    """The mode that sees operations that make a tensor of nothing, which the other does not."""
+
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Write an operation down that is no part of another."""
+        if self._tape.is_inside:
+            return func(*args, **(kwargs or {}))
+        return self._tape.run(func, args, kwargs or {})
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses what reads numbers past the operations, and would make constants of them."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Hand a call on."""
+        if getattr(func, "__name__", "") in _READS:
+            raise UnrecordableError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+_READS = frozenset({"tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "untyped_storage", "storage"})
+
+
+@contextmanager
+def _module_paths(module: torch.nn.Module, tape: _Tape) -> Generator[None]:
+    """Keep up which modules the run is inside; one with several names has them in turn."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for path, inner in module.named_modules(remove_duplicate=False):
+        names[id(inner)].append(path)
+    turns = {number: cycle(paths) for number, paths in names.items()}
+
+    def enter(inner: torch.nn.Module, _: object) -> None:
+        path = next(turns[id(inner)]) if id(inner) in turns else ""
+        tape.paths.append((path, (path, type(inner).__qualname__)))
+
+    def leave(_: torch.nn.Module, __: object, ___: object) -> None:
+        tape.paths.pop()
+
+    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
