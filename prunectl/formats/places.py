@@ -399,12 +399,14 @@ class LibraryPlace:
             try:
                 with source.open("rb") as file:
                     shutil.copyfileobj(file, target, COPY_BYTES)
+                target.close()
             except BaseException:
-                # Closed, it would appear as it is.
+                # Closed, if only by the garbage collector, it would appear as it is; parts of it would be stored on.
                 with suppress(Exception):
                     target.discard()
+                with suppress(Exception):
+                    target.closed = True
                 raise
-            target.close()
         except (PrunectlError, KeyboardInterrupt):
             raise
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -13,16 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.spec import AbstractBufferedFile
 from safetensors.numpy import save_file
 
 import prunectl
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, WorkError
 from prunectl.formats import budgets, places
 from prunectl.formats.detect import public
 from tests.formats.test_folder import files_of
@@ -386,6 +389,50 @@ def test_a_full_bucket_is_told_and_what_was_written_is_no_model(
     assert here("prune", folder, "-o", "memory://bucket/out", "-s", "50%").code == 0
     assert here("prune", folder, "-o", folder.parent / "whole", "-s", "50%").code == 0
     assert in_memory(memory, "/bucket/out") == files_of(folder.parent / "whole")
+
+
+class Parts:
+    """A store that takes files in parts, as object stores do, and refuses one of them, or the last word."""
+
+    def __init__(self, refused: int) -> None:
+        self.refused = refused
+        self.taken: list[bytes] = []
+        self.ended: list[str] = []
+
+    def open(self, path: str, mode: str, block_size: int) -> Any:
+        store = self
+
+        class InParts(AbstractBufferedFile):  # type: ignore[misc]
+            def _initiate_upload(self) -> None:
+                self.is_begun = True
+
+            def _upload_chunk(self, final: bool = False) -> bool:
+                if len(store.taken) == store.refused:
+                    raise PermissionError("AccessDenied")
+                store.taken.append(self.buffer.getvalue())
+                if final:
+                    store.ended.append("published")
+                return True
+
+            def discard(self) -> None:
+                store.ended.append("aborted")
+
+        return InParts(SimpleNamespace(), path, mode, block_size=block_size)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("refused", [0, 1])
+def test_an_upload_that_is_refused_is_aborted_and_not_published_later(
+    tmp_path: Path, refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "COPY_BYTES", 8)
+    (tmp_path / "a").write_bytes(b"0123456789")
+    store = Parts(refused)
+    with pytest.raises(WorkError, match="AccessDenied"):
+        places.LibraryPlace(store, "bucket", "s3://bucket").put(tmp_path / "a", "a")
+    gc.collect()
+    assert store.ended == ["aborted"]
+    assert len(store.taken) == refused
 
 
 @pytest.mark.parametrize("words", [("-s", "50%", "--scope", "layer"), ("-s", "50%", "--scope", "global")])
