@@ -26,8 +26,6 @@ KEPT = os.environ.get("BENCH_KEPT", "")
 BATCH = 250
 SPARSITY = 0.875
 FRAMEWORKS = {".h5": "Keras 2", ".keras": "Keras 3", ".pt": "PyTorch"}
-FROM_DENSE = ("--distill", "input", "--lr-schedule", "linear", "--scope", "global")
-"""Of several recipes the best on examples of the training data that were held out."""
 
 _BUILD_KERAS = """
 def build(k):
@@ -148,7 +146,8 @@ def _ours(folder: Path, suffix: str, seed: int, *words: object) -> dict[str, flo
 
 def _schedule(name: str, sparsity: float = SPARSITY, *more: str) -> tuple[object, ...]:
     ends = ("--end", "100%") if name == "polynomial" else ()
-    return ("-s", sparsity, "--schedule", name, "--begin", "20%", *ends, "--frequency", 100, *more)
+    scope = () if "--scope" in more else ("--scope", "layer")
+    return ("-s", sparsity, "--schedule", name, "--begin", "20%", *ends, "--frequency", 100, *scope, *more)
 
 
 def run() -> None:
@@ -225,8 +224,7 @@ def _fill_from_dense(runs: _Runs, seed: int) -> None:
         runs.add(f"from dense {sparsity:.1%}, tfmot", _by_tfmot, "polynomial", seed, sparsity)
         suffixes = {".keras": "Keras 3"} if sparsity > SPARSITY else FRAMEWORKS
         for suffix, name in suffixes.items():
-            words = ("-s", sparsity, *FROM_DENSE)
-            runs.add(f"from dense {sparsity:.1%}, prunectl {name}", _ours, suffix, seed, *words)
+            runs.add(f"from dense {sparsity:.1%}, prunectl {name}", _ours, suffix, seed, "-s", sparsity)
 
 
 def _kept() -> dict[str, dict[str, float]]:

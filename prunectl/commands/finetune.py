@@ -130,9 +130,10 @@ class Finetune(OutputOptions):
         str, _when(metavar="NAME", help="How weights are ranked: magnitude, lamp, movement, magnitude-gradient …")
     ] = _DEFAULT.pruning.strategy
     param: Annotated[list[str] | None, _when(metavar="K=V", help="Parameter of the strategy, e.g. bias=late.")] = None
-    scope: Annotated[Scope, _when(help="Rank weights in each layer (auto, as tfmot), over all layers, or by ERK.")] = (
-        Scope.AUTO
-    )
+    scope: Annotated[
+        Scope,
+        _when(help="Rank weights in each layer (as tfmot), over all layers, or by ERK; auto: as in prune."),
+    ] = Scope.AUTO
     pattern: Annotated[str, _when(metavar="PATTERN", help="Shape of the zeros: 2:4, block:1x4 …")] = ""
     policy: Annotated[str, _when(metavar="NAME", help="Which tensors to prune, e.g. skip-first-last.")] = (
         _DEFAULT.pruning.policy

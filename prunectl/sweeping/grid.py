@@ -81,7 +81,7 @@ def _product(config: SweepConfig) -> list[Variant]:
     used: set[str] = set()
     combinations: list[Variant] = []
     for strategy, scope, schedule, pattern in every:
-        ranked = default_scope(strategy, pattern, is_by_layer=bool(schedule)) if scope == Scope.AUTO else scope
+        ranked = default_scope(strategy, pattern) if scope == Scope.AUTO else scope
         accepted = [param for param in config.params if accepts_param(strategy, pattern, param[0])]
         used |= {name for name, _ in accepted}
         for values in product(*(values for _, values in accepted)):

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from prunectl.errors import UsageError
 from prunectl.pruning.plan import Scope
-from prunectl.pruning.request import PruneRequest
+from prunectl.pruning.request import PruneRequest, default_scope
 from prunectl.pruning.strategies import parse_literal
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.config import LR_SCHEDULES
@@ -228,8 +228,7 @@ OPTION_OF_FIELD = {
 OPTIONS = ("metric", "power", *dict.fromkeys(OPTION_OF_FIELD.values()))
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("warmup", "begin", "end", "distill"), str),
-    # Training makes up for an even share, and tfmot prunes by layer.
-    "scope": lambda scope: str(Scope.LAYER if scope == Scope.AUTO else scope),
+    "scope": str,
     **dict.fromkeys(("checkpoint_dir", "logdir"), Path),
     **dict.fromkeys(("param", "exclude", "freeze", "schedule_param"), tuple),
     "layer": lambda pairs: tuple(map(tuple, pairs)),
@@ -254,6 +253,12 @@ def parse_request(options: Mapping[str, Any]) -> FinetuneRequest:
     parts = {
         part: {field: given[name] for name, field in names.items() if name in given} for part, names in _PARTS.items()
     }
+    pruning = parts["pruning"]
+    if pruning.get("scope", Scope.AUTO) == Scope.AUTO:
+        # Wrappers are for tfmot, which prunes by layer, and weights move within theirs.
+        is_by_layer = bool(given.get("layer") or given.get("keep_wrappers") or given.get("mask") is MaskMode.REGROW)
+        strategy = pruning.get("strategy", PruneRequest().strategy)
+        pruning["scope"] = default_scope(strategy, pruning.get("pattern", ""), is_by_layer=is_by_layer)
     if "power" in given:
         parts["ramping"]["params"] = (*given.get("schedule_param", ()), f"power={given['power']:g}")
     return FinetuneRequest(
