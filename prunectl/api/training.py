@@ -125,7 +125,7 @@ def finetune(
     if max_drop:
         folder = local_path("tried", tried) if tried is not None else None
         with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
-            request = parse_request(named)
+            request = parse_request(named, is_searched=True)
             return _search_trained(local_path("model", model), destination, request, (max_drop, folder), watch)
     if tried is not None:
         raise UsageError("tried needs max_drop", hint="add max_drop='0.5pp'")

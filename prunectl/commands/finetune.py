@@ -168,7 +168,7 @@ class Finetune(OutputOptions):
         reporter: Reporter = ctx.obj
         import_first(self.imports or ())
         retain_freed_memory()
-        request = parse_request(request_options(ctx, self, OPTIONS))
+        request = parse_request(request_options(ctx, self, OPTIONS), is_searched=bool(self.max_drop))
         check_options(ctx, self, Mode.SEARCH if self.max_drop else Mode.NONE)
 
         def work(path: Path, destination: Destination | None) -> Report | None:

@@ -237,8 +237,11 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def parse_request(options: Mapping[str, Any]) -> FinetuneRequest:
-    """Parse options, by the names of the command line; those that are not given, or None, have their defaults."""
+def parse_request(options: Mapping[str, Any], *, is_searched: bool = False) -> FinetuneRequest:
+    """Parse options, by the names of the command line; those that are not given, or None, have their defaults.
+
+    Where the sparsity is searched for, it is none of the options.
+    """
     if unknown := sorted(options.keys() - {*OPTIONS}):
         raise UsageError(
             f"finetune has no option {unknown[0]}", did_you_mean=tuple(get_close_matches(unknown[0], OPTIONS))
@@ -257,6 +260,7 @@ def parse_request(options: Mapping[str, Any]) -> FinetuneRequest:
     if pruning.get("scope", Scope.AUTO) == Scope.AUTO:
         # Wrappers are for tfmot, which prunes by layer, and weights move within theirs.
         is_by_layer = bool(given.get("layer") or given.get("keep_wrappers") or given.get("mask") is MaskMode.REGROW)
+        is_by_layer |= "sparsity" not in given and not is_searched
         strategy = pruning.get("strategy", PruneRequest().strategy)
         pruning["scope"] = default_scope(strategy, pruning.get("pattern", ""), is_by_layer=is_by_layer)
     if "power" in given:

@@ -169,7 +169,7 @@ def test_training_prunes_as_far_as_it_wins_back(
     assert found["drop"] <= 0.03
     assert zeros / 9736 == pytest.approx(found["sparsity"], abs=0.02)
     assert told["models"][1]["params"]["zero"] == zeros
-    assert out.read_bytes() == (tmp_path / f"tried/magnitude-layer-{100 * found['sparsity']:g}/model.pt").read_bytes()
+    assert out.read_bytes() == (tmp_path / f"tried/magnitude-global-{100 * found['sparsity']:g}/model.pt").read_bytes()
     assert found["after"] == pytest.approx(_torch_accuracy(out), abs=1e-6)
 
     def fails(*_: Any) -> None:

@@ -200,7 +200,7 @@ def test_training_that_is_killed_comes_to_the_same_table(
     resumed = said(capsys, model, "-o", broken, *words)
     assert [one["point"] for one in resumed["models"]] == [one["point"] for one in whole["models"]]
     assert [one["bytes"] for one in resumed["models"]] == [one["bytes"] for one in whole["models"]]
-    own, name = tmp_path / "own.pt", "magnitude-layer-polynomial-80/model.pt"
+    own, name = tmp_path / "own.pt", "magnitude-global-polynomial-80/model.pt"
     found = api.finetune(
         model, own, data=data, val_split=0.3, epochs=1, sparsity=0.8, schedule="polynomial", model=TORCH[1]
     )
