@@ -386,7 +386,7 @@ def test_the_command_prints_the_result_and_a_line_for_each_epoch(tmp_path: Path)
     ((path, metric, before, after, *_, kept, zeros, how),) = done.rows
     assert (path, metric, kept, zeros) == (str(tmp_path / "out.pt"), "accuracy", "7789", "7789")
     assert 0 < float(after) <= 1 >= float(before)
-    assert how.startswith("magnitude, layer, polynomial")
+    assert how.startswith("magnitude, global, polynomial")
     assert "epoch 1/2: loss " in done.err
     assert "epoch 2/2: loss " in done.err
 
