@@ -121,14 +121,23 @@ def test_the_root_is_no_file_to_write_to(command: tuple[str, ...], net: Path) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--data", "https://x.org/train.npz?limit=3"), "https://x.org/train.npz?limit=3 is a URL, but prunectl reads"),
-        (("--data", "d.npz", "--val", "s3://bucket/val.csv"), "s3://bucket/val.csv is a URL, but prunectl reads"),
-        (("--data", "d.npz", "--distill", "hf://org/big"), "hf://org/big is a URL, but prunectl reads"),
-        (("--data", "d.npz", "--builder", "https://x.org/net.py:Net"), "https://x.org/net.py is a URL, but prunectl"),
-        (("--data", "d.npz", "--import", "https://x.org/net.py"), "https://x.org/net.py is a URL, but prunectl reads"),
+        (
+            ("--data", "https://x.org/train.npz?limit=3"),
+            "https://x.org/train.npz?limit=3 is a URL, where a file is needed: download",
+        ),
+        (
+            ("--data", "d.npz", "--val", "s3://bucket/val.csv"),
+            "s3://bucket/val.csv is a URL, where a file is needed: download",
+        ),
+        (("--data", "d.npz", "--distill", "hf://org/big"), "hf://org/big is a URL, where a file is needed: download"),
+        (("--data", "d.npz", "--builder", "https://x.org/net.py:Net"), "https://x.org/net.py is a URL, where a file"),
+        (
+            ("--data", "d.npz", "--import", "https://x.org/net.py"),
+            "https://x.org/net.py is a URL, where a file is needed: download",
+        ),
         (
             ("--data", "d.npz", "-o", "gs://bucket/out.h5"),
-            "gs://bucket/out.h5 is a URL, but prunectl writes only files",
+            "gs://bucket/out.h5 is a URL, where a file is needed",
         ),
     ],
     ids=["data", "val", "distill", "model", "import", "output"],

@@ -92,14 +92,12 @@ def address(word: str, *, is_written: bool = False) -> InputError | None:
     scheme, rest = match.groups()
     url = f"{scheme}://{rest}"
     if is_written:
-        return InputError(
-            f"{abbreviated(url)} is a URL, but prunectl writes only files", hint="write a file, and upload it"
-        )
+        return InputError(f"{abbreviated(url)} is a URL, where a file is needed", hint="write a file, and upload it")
     # What follows a file with code is the name of a function.
     url, rest = (re.sub(r"(?<=\.py):\w.*", "", text) for text in (url, rest))
     other = "curl -LO {url}" if scheme in {"http", "https", "ftp"} else "copy it into a file here"
     fetch = _FETCH.get(scheme, other).format(url=url, rest=rest)
-    return InputError(f"{abbreviated(url)} is a URL, but prunectl reads only files: download it first", hint=fetch)
+    return InputError(f"{abbreviated(url)} is a URL, where a file is needed: download it first", hint=fetch)
 
 
 class FileProbe:

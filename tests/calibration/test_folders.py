@@ -398,7 +398,7 @@ def test_a_tokenizer_that_makes_a_text_many_times_as_long_is_refused(
 
 def test_a_folder_is_trained_on_text_with_its_zeros_kept(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:
     words = ("--data", home / "corpus.txt", "--epochs", "2")
-    done = here("finetune", made("llama"), "-o", tmp_path / "out", *words, "-s", "50%")
+    done = here("finetune", made("llama"), "-o", tmp_path / "out", *words, "-s", "50%", "--scope", "layer")
     assert done.code == 0, done.err
     before, after = loaded(made("llama")), loaded(tmp_path / "out")
     weight = after.get_parameter("model.layers.1.mlp.up_proj.weight")
