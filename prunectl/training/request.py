@@ -258,8 +258,8 @@ def parse_request(options: Mapping[str, Any], *, is_searched: bool = False) -> F
     }
     pruning = parts["pruning"]
     if pruning.get("scope", Scope.AUTO) == Scope.AUTO:
-        # Wrappers are for tfmot, which prunes by layer, and weights move within theirs.
-        is_by_layer = bool(given.get("layer") or given.get("keep_wrappers") or given.get("mask") is MaskMode.REGROW)
+        # Weights that regrow do so in the layer in which others went.
+        is_by_layer = bool(given.get("layer")) or given.get("mask") is MaskMode.REGROW
         is_by_layer |= "sparsity" not in given and not is_searched
         strategy = pruning.get("strategy", PruneRequest().strategy)
         pruning["scope"] = default_scope(strategy, pruning.get("pattern", ""), is_by_layer=is_by_layer)

@@ -22,7 +22,14 @@ from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.checkpoint import differences
 from prunectl.training.finetune import FinetuneResult, finetune
 from prunectl.training.logger import EventWriter
-from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode, ScheduleOptions, parse_metrics
+from prunectl.training.request import (
+    FinetuneRequest,
+    KeepWeights,
+    MaskMode,
+    ScheduleOptions,
+    parse_metrics,
+    parse_request,
+)
 from prunectl.training.torch.model import TorchTrainable
 from tests import forked
 from tests.pruning import reference
@@ -348,6 +355,30 @@ def test_bad_data_is_told_before_the_first_step(spoil: Any, said: str, tmp_path:
     with pytest.raises((UsageError, InputError), match=said):
         finetune(DIGITS, words, Destination(tmp_path / "out.pt"))
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "scope"),
+    [
+        ({"sparsity": 0.9}, "global"),
+        ({"sparsity": 0.9, "strategy": "lamp", "keep_wrappers": True, "scope": "auto"}, "global"),
+        ({"sparsity": 0.9, "scope": "layer"}, "layer"),
+        ({"sparsity": 0.9, "strategy": "movement"}, "layer"),
+        ({"sparsity": 0.9, "layer": [("fc*", 0.5)]}, "layer"),
+        ({"sparsity": 0.9, "mask": "regrow"}, "layer"),
+        ({"pattern": "2:4"}, "layer"),
+        ({}, "layer"),
+    ],
+    ids=str,
+)
+def test_layers_are_ranked_together_where_scores_mean_the_same_and_nothing_is_said_of_single_ones(
+    options: dict[str, Any], scope: str
+) -> None:
+    assert parse_request({"data": "d.npz", **options}).pruning.scope == scope
+
+
+def test_layers_are_ranked_together_where_the_sparsity_is_searched_for() -> None:
+    assert parse_request({"data": "d.npz"}, is_searched=True).pruning.scope == "global"
 
 
 @pytest.mark.parametrize(
