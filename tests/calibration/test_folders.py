@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -394,6 +395,92 @@ def test_a_tokenizer_that_makes_a_text_many_times_as_long_is_refused(
     done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
     assert done.code == 3
     assert "19,683 times as long" in done.err
+
+
+def test_a_tokenizer_that_puts_a_million_tokens_around_a_text_is_refused(
+    home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    path, sequence = tmp_path / "odd" / "tokenizer.json", {"Sequence": {"id": "A", "type_id": 0}}
+    step = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 1000 + [sequence],
+        "pair": [sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0] * 1000, "tokens": ["<s>"] * 1000}},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": step}))
+    done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
+    assert done.code == 3
+    assert "it makes 1,00" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer_config.json", "vocab", "{outside}"),
+        ("tokenizer_config.json", "vocab_file", "../outside.txt"),
+        ("tokenizer_config.json", "merges", "outside.txt"),
+        ("tokenizer_config.json", "init_inputs", ["{outside}"]),
+        ("tokenizer_config.json", "sp_model_kwargs", {"model_file": "/dev/null"}),
+        ("tokenizer_config.json", "vocab", "{pipe}"),
+        ("special_tokens_map.json", "vocab", "{outside}"),
+    ],
+)
+def test_a_tokenizer_reads_no_file_outside_its_folder(
+    name: str,
+    key: str,
+    value: Any,
+    home: Path,
+    made: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    (tmp_path / "odd" / "tokenizer.json").unlink()
+    (tmp_path / "odd" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (outside := tmp_path / "outside.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nLine\n")
+    os.mkfifo(pipe := tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    text = json.dumps({"tokenizer_class": "BertTokenizer", key: value})
+    (tmp_path / "odd" / name).write_text(text.replace("{outside}", str(outside)).replace("{pipe}", str(pipe)))
+    done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
+    assert done.code == 3
+    assert "which is no file of the folder" in re.sub(r"\s+", " ", done.err)
+
+
+def test_a_path_that_leads_to_nothing_is_kept_in_many_configurations(
+    home: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "same")
+    path = tmp_path / "same" / "tokenizer_config.json"
+    more = {"special_tokens_map_file": "/nowhere/.cache/special_tokens_map.json", "vocab_file": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    assert here("eval", tmp_path / "same", "--data", home / "test.txt", "--metric", "perplexity").code == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "sentencepiece.bpe.model", "additional_chat_templates/a.jinja"])
+def test_a_pipe_in_a_folder_is_not_waited_for(name: str, home: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    path = tmp_path / "odd" / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
+    assert done.code == 3
+    assert "is not a regular file" in re.sub(r"\s+", " ", done.err)
+
+
+@pytest.mark.usefixtures("own_process")
+def test_what_a_tokenizer_would_be_is_made_in_its_own_process(
+    home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made("llama"), tmp_path / "odd")
+    (tmp_path / "odd" / "tokenizer.json").write_text('{"normalizer": {"content": "' + "x" * 999 + '"}}')
+    read: list[object] = []
+    monkeypatch.setattr(tokenizer, "_check_growth", read.append)
+    done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
+    assert not read
+    assert done.code == 3
 
 
 def test_a_folder_is_trained_on_text_with_its_zeros_kept(home: Path, made: Callable[..., Path], tmp_path: Path) -> None:

@@ -52,8 +52,7 @@ def open_text(spec: DataSpec, signature: ModelSignature | None, *_: object) -> I
     if path.suffix == ".npy":
         ids = _ids_in(path)
         if ids.ndim == 1 and not text.is_causal:
-            with open_tokenizer(text) as tokenizer:
-                marks = tokenizer.marks
+            marks = _marks_for(path, text)
     else:
         with open_tokenizer(text) as tokenizer:
             ids = _tokenised(spec, text, tokenizer)
@@ -61,14 +60,19 @@ def open_text(spec: DataSpec, signature: ModelSignature | None, *_: object) -> I
     return _sequences(spec, ids, text, marks)
 
 
+def _marks_for(path: Path, text: TextInput) -> Marks:
+    """What belongs around sequences of token ids that stand in a row."""
+    try:
+        with open_tokenizer(text) as tokenizer:
+            return tokenizer.marks
+    except InputError as error:
+        error.hint = f"save the ids of {path} in rows, with their marks: then no tokenizer is needed"
+        raise
+
+
 def _sequences(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> IndexedSource:
     """Token ids, all in a row or already in rows, as sequences; the target of each token is the one that follows it."""
-    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-    if low < 0 or high >= text.vocabulary:
-        raise InputError(
-            f"{spec.where} has the token {low if low < 0 else high}, but the model knows 0 to {text.vocabulary - 1}",
-            hint="use the data of this model's own tokenizer",
-        )
+    _check_ids(spec.where, ids, text, "use the data of this model's own tokenizer")
     notes = []
     if ids.ndim != 1 and spec.int_option("length") is not None:
         raise UsageError(f"length has no effect on {spec.where}, which holds sequences already", hint="leave it out")
@@ -95,6 +99,9 @@ def _rows(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> tuple[Ar
     count_of_marks = len(marks.before) + len(marks.after)
     length = min(wanted or min(LENGTH, text.longest or LENGTH), available + count_of_marks)
     inside = length - count_of_marks
+    _check_ids(
+        f"the tokenizer in {text.folder}", np.array([*marks.before, *marks.after]), text, "save token ids in rows"
+    )
     if inside < 1:
         raise UsageError(f"length={length} leaves no room for text beside what the tokenizer adds")
     count = available // inside
@@ -104,6 +111,13 @@ def _rows(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> tuple[Ar
         rows = np.stack([np.concatenate([marks.before, row, marks.after]).astype(np.int64) for row in rows])
     note = f"{spec.where}: {len(ids):,} tokens in {count:,} sequences of {length}"
     return rows, f"{note}." if wanted else f"{note}; for another length add ?length=N."
+
+
+def _check_ids(what: str, ids: Array, text: TextInput, hint: str) -> None:
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if low < 0 or high >= text.vocabulary:
+        token = low if low < 0 else high
+        raise InputError(f"{what} has the token {token}, but the model knows 0 to {text.vocabulary - 1}", hint=hint)
 
 
 def _ids_in(path: Path) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -16,16 +17,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prunectl.errors import InputError, first_line
+from prunectl.errors import InputError, abbreviated, first_line
 from prunectl.formats import budgets
 from prunectl.formats.base import Array
 from prunectl.formats.folder import real_file
-from prunectl.formats.safe_json import require
+from prunectl.formats.safe_json import read_object, require
 from prunectl.formats.sandbox import Child, run_sandboxed
 from prunectl.training.backend import TextInput
 from prunectl.training.quiet import ignore_warnings, offline, quiet_logging
 
-_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_")
+_FILES = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens|added_tokens|spiece|chat_|entity_vocab|emoji|byte_maps|tekken|dict\.txt).*|"
+    r".*\.(model|spm|tokenizer|tiktoken)"
+)
+_TEMPLATES = "additional_chat_templates"
+"""A folder in the folder, all files of which are read."""
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+"""What stands in these, the library hands to the tokenizer by name."""
+_PATHS = re.compile(r"vocab|merges|init_inputs|subfolder|.*files?")
+"""Names by which a tokenizer takes a path."""
 _WITHOUT = "without it, save token ids: --data ids.npy"
 _LOAD_SECONDS, _LOAD_SECONDS_PER_BYTE = 60, 5e-6
 """Processor time: `transformers` alone takes a few seconds, and a vocabulary of 17 MB two."""
@@ -33,6 +43,9 @@ _SECONDS, _SECONDS_PER_CHARACTER = 10, 1e-4
 """Processor time for a text; tokenizers in Python take a fifth of it, all others a hundredth and less."""
 _ROOM, _ROOM_PER_CHARACTER = 4 << 30, 2000
 """Address space; of each token a tokenizer keeps a hundred bytes."""
+_MORE_IDS = 1024
+"""What a tokenizer may add to a text, however short that is."""
+_NO_MARK = -1
 _keys = count()
 
 
@@ -77,7 +90,14 @@ class FolderTokenizer:
         )
         if len(ids) % np.dtype(np.int64).itemsize:
             raise InputError(f"the tokenizer in {self.text.folder} answers no token ids")
-        return np.frombuffer(ids, np.int64)
+        found = np.frombuffer(ids, np.int64)
+        if len(found) > budgets.MAX_TEXT_GROWTH * (characters + len(pieces)) + _MORE_IDS:
+            raise InputError(
+                f"the tokenizer in {self.text.folder} is refused: it makes {len(found):,} tokens of "
+                f"{characters:,} characters",
+                hint=_WITHOUT,
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,25 +148,68 @@ def _run(
 
 
 def _parse_marks(text: TextInput, answer: bytes) -> Marks:
-    try:
-        before, after = json.loads(answer)
-        return Marks(tuple(map(int, before)), tuple(map(int, after)))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"the tokenizer in {text.folder} answers no token ids") from error
+    if len(answer) != 2 * np.dtype(np.int64).itemsize:
+        raise InputError(f"the tokenizer in {text.folder} answers no token ids")
+    before, after = (() if mark == _NO_MARK else (mark,) for mark in np.frombuffer(answer, np.int64).tolist())
+    return Marks(before, after)
 
 
 def _checked_bytes(folder: Path) -> int:
-    """The size of its files, which are refused if they are too long or lie elsewhere."""
+    """The size of its files, which are refused if they are too long, lie elsewhere, or are none."""
     nbytes = 0
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(_FILES):
-            if real_file(folder, path.name) is None and not path.is_dir():
+    for path in sorted((*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"))):
+        if path.is_dir():
+            continue
+        if path.exists() and not path.is_file():
+            # A pipe or a terminal would be waited for, and that takes no processor time.
+            raise InputError(f"{path} is not a regular file")
+        if path.parent != folder or _FILES.fullmatch(path.name):
+            if real_file(folder, path.relative_to(folder)) is None:
                 raise InputError(f"{path} is a link that leads out of the folder of the model")
             nbytes += path.stat().st_size
     if nbytes > budgets.MAX_TOKENIZER_BYTES:
         raise InputError(f"the tokenizer in {folder} is refused: it has {nbytes:,} bytes")
-    _check_growth(folder)
     return nbytes
+
+
+# What follows runs in the child.
+
+
+def _marks(handle: _Handle) -> bytes:
+    _check_paths(Path(handle.folder))
+    _check_growth(Path(handle.folder))
+    tokenizer = _loaded(handle)
+    marks = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
+    return np.array([_NO_MARK if mark is None else mark for mark in marks], np.int64).tobytes()
+
+
+def _check_paths(folder: Path) -> None:
+    """Refuse a tokenizer whose configuration would have it read what is no file of its folder.
+
+    A path that leads to nothing is let pass: many configurations keep that of a cache where they were written.
+    """
+    for name in _CONFIGS:
+        if (path := real_file(folder, name)) is None:
+            continue
+        values: list[tuple[str, object]] = list(read_object(path, "it").items())
+        while values:
+            key, value = values.pop()
+            if isinstance(value, dict):
+                values += value.items()
+            elif isinstance(value, list) and key not in {"vocab", "merges"}:
+                # Those list tokens, of which one may be "/".
+                values += [(key, inner) for inner in value]
+            elif isinstance(value, str) and _PATHS.fullmatch(key) and _leads_out(folder, value):
+                raise InputError(
+                    f"{folder / name} is refused: {abbreviated(key)} names {abbreviated(value)}, "
+                    "which is no file of the folder"
+                )
+
+
+def _leads_out(folder: Path, value: str) -> bool:
+    """Whether there is something by that name, here or in the folder, that is no file of the folder."""
+    named = [Path(os.path.abspath(root), value) for root in (folder, ".")] if value else []
+    return any(os.path.exists(path) and real_file(folder, path) is None for path in named)
 
 
 def _check_growth(folder: Path) -> None:
@@ -166,16 +229,7 @@ def _check_growth(folder: Path) -> None:
             content = step.get("content", step.get("prepend", ""))
             factor *= max(len(content), 1) if isinstance(content, str) else 1
     if factor > budgets.MAX_TEXT_GROWTH:
-        raise InputError(f"{path} is refused: its normalizer may make a text {factor:,} times as long", hint=_WITHOUT)
-
-
-# What follows runs in the child.
-
-
-def _marks(handle: _Handle) -> bytes:
-    tokenizer = _loaded(handle)
-    ends = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
-    return json.dumps([[] if end is None else [end] for end in ends]).encode()
+        raise InputError(f"{path} is refused: its normalizer may make a text {factor:,} times as long")
 
 
 def _ids(handle: _Handle, pieces: Sequence[Piece]) -> bytes:
@@ -185,7 +239,8 @@ def _ids(handle: _Handle, pieces: Sequence[Piece]) -> bytes:
     for piece in pieces:
         if piece.follows_end and end is not None:
             parts.append(np.array([end], np.int64))
-        parts.append(_encoded(tokenizer, piece.text, has_marks=piece.has_marks))
+        if piece.text:
+            parts.append(_encoded(tokenizer, piece.text, has_marks=piece.has_marks))
     return b"".join(part.tobytes() for part in parts)
 
 

@@ -159,6 +159,48 @@ def test_what_a_tokenizer_raises_is_told_and_an_interrupt_is_not(monkeypatch: py
             tokenizers._encoded(lambda *_, error=error, **__: fail(error), "a", has_marks=False)
 
 
+@pytest.mark.parametrize("answer", [b"[[1e999],[]]", b"[" * 100_000, b"[[99999999999999999999],[]]", b""])
+def test_marks_that_are_no_two_numbers_are_refused(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "_marks", lambda _: answer)
+    text = signature().text
+    assert text is not None
+    with pytest.raises(InputError, match="answers no token ids"), tokenizers.open_tokenizer(text):
+        pass
+
+
+def test_marks_that_the_model_does_not_know_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(50))
+    for mark in (256, -2):
+        monkeypatch.setattr(tokenizers, "_marks", lambda _, mark=mark: np.array([0, mark]).tobytes())
+        with pytest.raises(InputError, match=f"has the token {mark}, but the model knows 0 to 255"):
+            batch(tmp_path / "ids.npy", signature(is_causal=False))
+
+
+def test_ids_in_a_row_for_an_encoder_whose_tokenizer_fails_may_be_saved_in_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise InputError("broken")
+
+    monkeypatch.setattr(tokenizers, "load_tokenizer", fail)
+    np.save(tmp_path / "ids.npy", np.arange(50))
+    with pytest.raises(InputError) as caught:
+        batch(tmp_path / "ids.npy", signature(is_causal=False))
+    assert "in rows, with their marks" in str(caught.value.hint)
+
+
+def test_an_empty_document_is_given_to_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Prepends:
+        eos_token_id = 2
+
+        def __call__(self, piece: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [7, *piece.encode()]}
+
+    monkeypatch.setattr(tokenizers, "load_tokenizer", lambda *_, **__: Prepends())
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": ""}\n{"text": "c"}\n')
+    assert np.array_equal(batch(tmp_path / "a.jsonl", signature()).y, [[*b"ab", 2, 2, 7, *b"c"]])
+
+
 def test_without_transformers_a_folder_says_what_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from safetensors.numpy import save_file  # noqa: PLC0415
