@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import warnings
 from collections import defaultdict
@@ -24,7 +25,6 @@ from prunectl.channels.torch.fx import (
     set_argument,
     shapes_of,
 )
-from prunectl.channels.torch.recorder import record
 from prunectl.channels.verify import relative_difference
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile
@@ -105,7 +105,9 @@ def _traced(module: torch.nn.Module, examples: Examples, path: str) -> _TracedGr
     used = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
     try:
         with quiet():
-            recording = record(module, tuple(value.clone() for value in used))
+            # Imported here, as a version of PyTorch may lack what it needs.
+            recorder = importlib.import_module("prunectl.channels.torch.recorder")
+            recording = recorder.record(module, tuple(value.clone() for value in used))
     except Exception:  # noqa: BLE001 - it is the user's code, which torch.export and the checks before it get to see
         recording = None
     if recording is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 import types
 import warnings
 from collections import defaultdict
@@ -15,7 +16,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, cycle
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.fx.node import map_aggregate
@@ -23,15 +24,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunectl.training.torch._compat import (
+from prunectl.channels.torch._compat import (
     OpOverload,
     SplitOperations,
     WholeOperations,
     compiling_state,
     enable_python_dispatcher,
     schema_of,
-    tree_flatten,
 )
+from prunectl.training.torch._compat import tree_flatten
 
 
 class UnrecordableError(Exception):
@@ -62,12 +63,15 @@ def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Recordi
         compiling_state(),
         torch.backends.cudnn.flags(enabled=False),
         enable_python_dispatcher(),
-        _Reads(),
+        _Reads(tape),
         _Factories(tape),
         _Operations(tape),
     ):
         warnings.simplefilter("ignore")
         outputs = module(*inputs)
+    if tape.refusal:
+        # The module may have caught it, and gone another way.
+        raise UnrecordableError(tape.refusal)
     flat, spec = tree_flatten(outputs)
     return Recording(tape.end(flat), spec)
 
@@ -92,6 +96,8 @@ class _Tape:
     graph: torch.fx.Graph = field(default_factory=torch.fx.Graph)
     paths: list[tuple[str, tuple[str, str]]] = field(default_factory=list)
     """The modules that the run is inside, as torch.export notes them."""
+    refusal: str = ""
+    """The first reason why there is no recording."""
     is_inside: bool = False
     """Whether an operation is on its way, and what is seen are its parts."""
     nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
@@ -110,12 +116,17 @@ class _Tape:
             self._bind(value, self.graph.placeholder(name))
         self.fixed.update(tensor.untyped_storage().data_ptr() for tensor in self.nodes)
 
+    def refuse(self, reason: str) -> NoReturn:
+        """Give the recording up."""
+        self.refusal = self.refusal or reason
+        raise UnrecordableError(reason)
+
     def run(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, and write it down."""
         if not isinstance(op, OpOverload) or op.namespace != "aten" or _has_data_in_shape(op):
-            raise UnrecordableError(str(op))
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            raise UnrecordableError("a mode was switched")
+            self.refuse(str(op))
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
+            self.refuse("a mode was switched")
         self._refuse_changes(op, args, kwargs)
         node_args, node_kwargs = map_aggregate((args, dict(kwargs)), self._argument)
         self.is_inside = True
@@ -128,13 +139,13 @@ class _Tape:
             self._bind(result, node_args[0])
             return result
         node = self._node(op, node_args, node_kwargs, op.overloadpacket.__name__)
-        if isinstance(result, torch.Tensor):
+        if _is_dense(result):
             self._bind(result, node)
-        elif isinstance(result, tuple | list) and all(isinstance(item, torch.Tensor) for item in result):
+        elif isinstance(result, tuple | list) and all(_is_dense(item) for item in result):
             for number, item in enumerate(result):
                 self._bind(item, self._node(operator.getitem, (node, number), {}, "getitem"))
         else:
-            raise UnrecordableError(f"{op} gives something else than tensors")
+            self.refuse(f"{op} gives something else than dense tensors")
         return result
 
     def end(self, outputs: list[Any]) -> torch.fx.GraphModule:
@@ -157,14 +168,14 @@ class _Tape:
     def _node_of(self, value: object) -> torch.fx.Node:
         node = self.nodes.get(value) if isinstance(value, torch.Tensor) else None  # type: ignore[no-untyped-call]
         if not isinstance(node, torch.fx.Node):
-            raise UnrecordableError("a value was made by no operation")
+            self.refuse("a value was made by no operation")
         return node
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self._node_of(value)
         if not isinstance(value, _LITERALS):
-            raise UnrecordableError(f"an argument is a {type(value).__name__}")
+            self.refuse(f"an argument is a {type(value).__name__}")
         return value
 
     def _refuse_changes(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -174,11 +185,24 @@ class _Tape:
         for argument, value in (*zip(arguments, args, strict=False), *by_keyword):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written and isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in self.fixed:
-                raise UnrecordableError(f"{op} changes a weight or an input")
+                self.refuse(f"{op} changes a weight or an input")
+
+
+def _is_dense(value: object) -> bool:
+    """Whether a value is a tensor whose shape says all of how its numbers lie."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
 
 
 def _has_data_in_shape(op: Any) -> bool:
-    return torch.Tag.dynamic_output_shape in op.tags or torch.Tag.data_dependent_output in op.tags
+    return (
+        torch.Tag.dynamic_output_shape in op.tags
+        or torch.Tag.data_dependent_output in op.tags
+        or op.overloadpacket.__name__ in _UNTAGGED
+    )
+
+
+_UNTAGGED = frozenset({"_pack_padded_sequence", "_pad_packed_sequence", "_padded_dense_to_jagged_forward"})
+"""What reads lengths from the memory of a tensor, and does not say so."""
 
 
 class _Operations(WholeOperations):  # type: ignore[no-untyped-call]
@@ -205,8 +229,10 @@ class _Factories(SplitOperations):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Write an operation down that is no part of another."""
+        """Write an operation down that is no part of another; of a part, see whether it reads numbers."""
         if self._tape.is_inside:
+            if _has_data_in_shape(func):
+                self._tape.refuse(str(func))
             return func(*args, **(kwargs or {}))
         return self._tape.run(func, args, kwargs or {})
 
@@ -214,12 +240,16 @@ class _Factories(SplitOperations):  # type: ignore[no-untyped-call]
 class _Reads(TorchFunctionMode):
     """Refuses what reads numbers past the operations, and would make constants of them."""
 
+    def __init__(self, tape: _Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
     def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Hand a call on."""
         if getattr(func, "__name__", "") in _READS:
-            raise UnrecordableError(str(func))
+            self._tape.refuse(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -234,12 +264,21 @@ def _module_paths(module: torch.nn.Module, tape: _Tape) -> Generator[None]:
         names[id(inner)].append(path)
     turns = {number: cycle(paths) for number, paths in names.items()}
 
-    def enter(inner: torch.nn.Module, _: object) -> None:
-        path = next(turns[id(inner)]) if id(inner) in turns else ""
-        tape.paths.append((path, (path, type(inner).__qualname__)))
+    thread, stack = threading.get_ident(), list[torch.nn.Module]()
 
-    def leave(_: torch.nn.Module, __: object, ___: object) -> None:
+    def enter(inner: torch.nn.Module, _: object) -> None:
+        # The hooks are those of the whole process.
+        if threading.get_ident() == thread:
+            path = next(turns[id(inner)]) if id(inner) in turns else ""
+            stack.append(inner)
+            tape.paths.append((path, (path, type(inner).__qualname__)))
+
+    def leave(inner: torch.nn.Module, _: object, __: object) -> None:
+        if threading.get_ident() != thread:
+            return
         tape.paths.pop()
+        if stack.pop() is not inner:
+            tape.refuse(_CAUGHT)
 
     hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
     try:
@@ -247,3 +286,9 @@ def _module_paths(module: torch.nn.Module, tape: _Tape) -> Generator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+    if stack:
+        tape.refuse(_CAUGHT)
+
+
+_CAUGHT = "what was raised in a module was caught"
+"""While it is compiling, PyTorch runs no hook then: paths that follow begin with a module that was left."""

@@ -21,7 +21,7 @@ from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
 from prunectl.training.task import format_shape, shape_matches
 from prunectl.training.torch._compat import tree_flatten, tree_map
-from prunectl.training.torch.tensors import final_activation, viewed
+from prunectl.training.torch.tensors import final_activation, to_torch
 from prunectl.training.user_code import call_builder, resolve_builder
 
 
@@ -208,7 +208,7 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         )
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
-    module.load_state_dict({name: viewed(model.read(tensors[of])) for of, name in names.items()}, strict=False)
+    module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
     return BuiltModule(module, names)
 
 

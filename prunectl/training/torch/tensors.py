@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,16 +28,6 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
         bits, dtype = _AS_BITS[own.dtype.name]
         return torch.from_numpy(own.view(bits)).view(dtype)
     return torch.from_numpy(own)
-
-
-def viewed(array: NDArray[Any]) -> torch.Tensor:
-    """A tensor that shares the memory of an array, to be read and never written, where that can be; else a copy."""
-    if array.dtype.name in _AS_BITS or not array.flags.c_contiguous or not array.dtype.isnative:
-        return to_torch(array)
-    with warnings.catch_warnings():
-        # That it may not be written is known.
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(array)
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:

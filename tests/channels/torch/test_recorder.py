@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,32 @@ def _steps(graph: torch.fx.Graph) -> list[tuple[str, ...]]:
     ]
 
 
+def _count_inside(x: Any) -> int:
+    with torch.inference_mode():
+        return len(torch.where(x.clone() > 0)[0])
+
+
+def _count_packed(x: Any) -> int:
+    lengths = torch.ones(2, dtype=torch.int64) * 3
+    return len(nn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True).data)
+
+
+READS: dict[str, Callable[[Any], float]] = {
+    "item": lambda x: x.sum().item(),
+    "list": lambda x: sum(x[0].tolist()),
+    "numpy": lambda x: float(np.asarray(x).sum()),
+    "mask": lambda x: len(x[x[:, 0] > 0]),
+    "where": lambda x: len(torch.where(x > 0)[0]),
+    "inference": _count_inside,
+    "nonzero": lambda x: len(x.nonzero(as_tuple=True)[0]),
+    "split": lambda x: len(x.tensor_split(torch.zeros(2, dtype=torch.int64))[0]),
+    "repeat": lambda x: len(x.repeat_interleave(torch.ones(2, dtype=torch.int64), 0)),
+    "pack": _count_packed,
+    "sparse": lambda x: len(x.to_sparse().values()),
+}
+"""Numbers that depend on those that go in."""
+
+
 class Branching(nn.Module):
     """Something that a run with other numbers would do otherwise."""
 
@@ -96,16 +124,8 @@ class Branching(nn.Module):
 
     def forward(self, x: Any) -> Any:
         match self.way:
-            case "item":
-                x = x * x.sum().item()
-            case "list":
-                x = x * sum(x[0].tolist())
-            case "numpy":
-                x = x + float(np.asarray(x).sum())
             case "if":
                 x = x if x.sum() > 0 else -x
-            case "where":
-                x = x[x[:, 0] > 0]
             case "state":
                 self.calls += 1
             case "input":
@@ -115,13 +135,44 @@ class Branching(nn.Module):
             case "gradients":
                 with torch.enable_grad():
                     x = x * 2
+            case way:
+                x = x * READS[way](x)
         return self.layer(x)
 
 
-@pytest.mark.parametrize("way", ["item", "list", "numpy", "if", "where", "state", "input", "constant", "gradients"])
+class Swallowing(nn.Module):
+    """Goes on, whatever is raised."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Any) -> Any:
+        try:
+            x = self.inner(x)
+        except Exception:  # noqa: BLE001 - as users write it
+            x = x * 2
+        return x.relu()
+
+
+@pytest.mark.parametrize("way", [*READS, "if", "state", "input", "constant", "gradients"])
 def test_what_depends_on_numbers_is_not_recorded(way: str) -> None:
     with pytest.raises(UnrecordableError):
         record(Branching(way).eval(), (torch.ones(2, 4),))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        Branching("if"),
+        # Raised in a module that is never left.
+        nn.Linear(5, 4),
+        nn.Sequential(nn.Linear(5, 4)),
+    ],
+)
+def test_nothing_is_recorded_where_a_module_swallows_what_is_raised(inner: nn.Module) -> None:
+    with pytest.raises(UnrecordableError):
+        record(Swallowing(inner).eval(), (torch.ones(2, 4),))
 
 
 def test_what_is_not_recorded_is_exported(tmp_path: Path) -> None:
@@ -154,6 +205,59 @@ def test_a_cut_imports_no_compiler(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not ran.stdout.strip()
+
+
+def test_where_pytorch_lacks_what_recording_needs_modules_are_exported(tmp_path: Path) -> None:
+    saved(nets.built(more.Functional), tmp_path / "net.pt")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import torch.export._trace\n"
+        "del torch._export.utils._compiling_state_context\n"
+        "from tests.channels.torch.cutting import cut\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        f"cut(folder / 'net.pt', folder / 'small.pt', model='{more.__name__}:Functional')\n"
+        "print(*{'prunectl.channels.torch.recorder'} & sys.modules.keys())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not ran.stdout.strip()
+    assert said(loaded(tmp_path / "small.pt", "Functional"), torch.randn(2, 3, 16, 16))[0].shape == (2, 5)
+
+
+class Beside(nn.Module):
+    """Has another thread run a network, which is in the middle of it at each operation here."""
+
+    def __init__(self, other: Staying) -> None:
+        super().__init__()
+        self.layer, self.others = nn.Linear(4, 4), [other]
+
+    def forward(self, x: Any) -> Any:
+        thread = threading.Thread(target=self.others[0], args=(x,))
+        thread.start()
+        assert self.others[0].is_inside.wait(60)
+        x = self.layer(x)
+        self.others[0].may_leave.set()
+        thread.join()
+        return self.layer(x)
+
+
+class Staying(nn.Module):
+    """Stays in its forward until it may leave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_inside, self.may_leave = threading.Event(), threading.Event()
+
+    def forward(self, x: Any) -> Any:
+        self.is_inside.set()
+        assert self.may_leave.wait(60)
+        return x
+
+
+def test_what_other_threads_run_is_no_part_of_a_recording() -> None:
+    graph = record(Beside(Staying()).eval(), (torch.ones(2, 4),)).module.graph
+    stacks = [[*node.meta["nn_module_stack"]] for node in graph.nodes if node.op == "call_function"]
+    assert stacks == [["", "layer"]] * 2
 
 
 def test_the_module_that_is_recorded_is_left_as_it_is() -> None:

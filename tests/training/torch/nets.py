@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,6 +18,25 @@ class Plain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.two(torch.relu(self.one(x)))
+
+
+class Centred(Plain):
+    """Takes a buffer as it is handed over, and moves it while it trains."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(12))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *more: Any) -> None:
+        self.mean = state.pop(f"{prefix}mean")
+        super()._load_from_state_dict(state, prefix, *more)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(x.mean(0).detach())
+        return super().forward(x - self.mean)
 
 
 class Noisy(nn.Module):

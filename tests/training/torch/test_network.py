@@ -21,7 +21,7 @@ from prunectl.training.config import DivergedError
 from prunectl.training.data.source import Batch
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.torch import losses
-from prunectl.training.torch.build import BuiltModule
+from prunectl.training.torch.build import BuiltModule, build_module
 from prunectl.training.torch.model import TorchTrainable, load_trainable
 from tests.running import FIXTURES
 from tests.training.torch import nets
@@ -52,6 +52,16 @@ def plain(tmp_path: Path) -> tuple[nets.Plain, Path]:
     torch.manual_seed(1)
     module = nets.Plain()
     return module, saved(module, tmp_path / "plain.pt")
+
+
+def test_a_module_may_keep_what_it_is_given_and_change_it(tmp_path: Path) -> None:
+    path = saved(nets.Centred(), tmp_path / "centred.pt")
+    before = path.read_bytes()
+    module = build_module(open_model(path), LoadOptions(f"{NETS}:Centred")).module
+    assert isinstance(module, nets.Centred)
+    module.train()(torch.ones(2, 12))
+    assert module.mean.tolist() == [1.0] * 12
+    assert path.read_bytes() == before
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
