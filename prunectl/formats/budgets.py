@@ -204,6 +204,8 @@ MAX_PICKLE_SCALE = 16
 """How often it may do so: for 400,000 parts of tensors, each of which takes 1,100 bytes and 70 steps at least."""
 PART_BYTES = 256
 """Bytes on the disk for each part of a tensor that such a metadata lists; PyTorch writes 1,100 for the smallest."""
+MAX_BOX_PIECES = 1_000_000
+"""Pieces that the parts of a tensor are read in, each cut where another begins or ends; a mesh of ranks cuts none."""
 MAX_SMALL_PARTS = 20_000
 """Parts of tensors in a distributed checkpoint of any size."""
 MAX_SMALL_VALUES = 2_500

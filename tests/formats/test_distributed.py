@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from prunectl.errors import InputError
 from prunectl.formats import extents
 from prunectl.formats.base import Role, Storage, Tensor
 from prunectl.formats.extents import Extent
@@ -571,3 +572,12 @@ def test_an_old_checkpoint_without_a_plan_keeps_its_names(own: Path) -> None:
 def test_a_copy_of_the_folder_reads_the_same(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "copy")
     assert here("diff", tmp_path / "copy", saved, "--fail-on", "nonzero").code == 0
+
+
+def test_parts_that_cut_each_other_into_millions_of_pieces_are_refused(tmp_path: Path) -> None:
+    count = 1001
+    columns = [Box((0, at), (count, 1), Extent(tmp_path / "a", at * count, count)) for at in range(count)]
+    rows = [Box((at, count), (1, 1), Extent(tmp_path / "a", count * count + at, 1)) for at in range(count)]
+    assert is_tiled((count, count + 1), columns + rows)
+    with pytest.raises(InputError, match="1,003,002 pieces"):
+        next(tiling.merged((count, count + 1), columns + rows, np.dtype(np.uint8)))

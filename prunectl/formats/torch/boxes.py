@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.formats import extents
+from prunectl.errors import InputError
+from prunectl.formats import budgets, extents
 from prunectl.formats.base import Array
 from prunectl.formats.extents import Extent
 
@@ -61,10 +63,16 @@ def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tup
 def merged(shape: tuple[int, ...], boxes: Sequence[Box], dtype: np.dtype[Any]) -> Iterator[Array]:
     """Yield in C order what boxes, which fill a shape and lie where their numbers do, make up together."""
     ends = {end for box in boxes for end in (box.offsets[0], box.offsets[0] + box.sizes[0])}
+    cuts = sorted(ends)
+    pieces = sum(bisect_left(cuts, box.offsets[0] + box.sizes[0]) - bisect_left(cuts, box.offsets[0]) for box in boxes)
+    if pieces > budgets.MAX_BOX_PIECES:
+        raise InputError(
+            f"a tensor in {boxes[0].place.path.parent} is refused: its parts would be read in {pieces:,} pieces"
+        )
     waiting = sorted(boxes, key=lambda box: box.offsets, reverse=True)
     across: list[Box] = []
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    for begin, end in pairwise(sorted(ends)):
+    for begin, end in pairwise(cuts):
         across = [box for box in across if begin < box.offsets[0] + box.sizes[0]]
         while waiting and waiting[-1].offsets[0] == begin:
             across.append(waiting.pop())
