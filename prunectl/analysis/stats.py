@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -447,20 +448,25 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[s
         else:
             # Pruning of PyTorch calls a weight so while its mask lies beside it.
             trained.append(([*parts[:-1], parts[-1].removesuffix("_orig")], tensor.shape))
-    others: dict[str, tuple[str, tuple[int, ...]]] = {}
+    others: dict[tuple[str, tuple[int, ...]], str] = {}
     for parts, shape in trained if averages else ():
         for skip in range(min(MOST_ROOTS, len(parts))):
-            others.setdefault("".join(parts[skip:]), (".".join(parts[:skip]), shape))
+            key, place = ("".join(parts[skip:]), shape), ".".join(parts[:skip])
+            # Of several places, what they have in common is known.
+            others[key] = _common(others[key], place) if key in others else place
     for copy, averaged in averages.items():
         originals = [other for tensor in averaged if (other := _other(tensor, copy, others)) is not None]
         if 2 * len(originals) >= len(averaged):
             yield Counter(originals).most_common(1)[0][0], copy, len(originals)
 
 
-def _other(tensor: Tensor | TensorStats, place: str, others: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+def _common(first: str, second: str) -> str:
+    """The entry that holds both places; without one, the first."""
+    parts = zip(first.split("."), second.split("."), strict=False)
+    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], parts)) or first
+
+
+def _other(tensor: Tensor | TensorStats, place: str, others: Mapping[tuple[str, tuple[int, ...]], str]) -> str | None:
     parts = tensor.name.removeprefix(f"{place}.").removesuffix("_orig").split(".")
-    for skip in range(min(MOST_ROOTS, len(parts))):
-        where, shape = others.get("".join(parts[skip:]), ("", None))
-        if shape == tensor.shape:
-            return where
-    return None
+    keys = (("".join(parts[skip:]), tensor.shape) for skip in range(min(MOST_ROOTS, len(parts))))
+    return next((others[key] for key in keys if key in others), None)

@@ -372,10 +372,12 @@ class CopyChoice:
     """For those of them that take their values from the other copy, its tensors."""
     lacking: tuple[str, ...] = ()
     """Those that it does not have, such as statistics of batch norm, which stay as they are."""
+    more: tuple[str, ...] = ()
+    """Where further copies begin, of which nothing is left either."""
 
     def is_removed(self, name: str) -> bool:
-        """Whether a tensor or an entry is the other copy, or a part of it."""
-        return name == self.other or name.startswith(f"{self.other}.")
+        """Whether a tensor or an entry is another copy, or a part of one."""
+        return any(name == other or name.startswith(f"{other}.") for other in (self.other, *self.more))
 
     def kept(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         """The tensors that stay, by their names in the output."""

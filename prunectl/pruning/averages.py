@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import takewhile
 
 from prunectl.analysis.stats import MOST_ROOTS, averaged_copies
 from prunectl.errors import InputError, UsageError, abbreviated
@@ -36,6 +37,8 @@ class _Copies:
     is_home_average: bool = False
     is_of_part: bool = False
     """Whether the average is one of a part of the network, as the generator is in a GAN."""
+    more: tuple[str, ...] = ()
+    """Where other averages lie."""
 
 
 _FORMATS = frozenset({"torch", "torch-legacy", "safetensors"})
@@ -46,6 +49,7 @@ _TRAINED = WEIGHTS - {Role.STATE}
 _CURRENT, _STATE = "current_model_state", "state_dict"
 _MMENGINE = "ema_state_dict"
 _KERNELS = PRUNABLE | {Role.EMBEDDING, Role.BIAS}
+_TOP = "the top level"
 
 
 def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice | None:
@@ -65,14 +69,27 @@ def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice
     if keep is None:
         if not is_asked or _is_of_yolo(model, copies):
             return None
-        average, raw = (copies.home, copies.other) if copies.is_home_average else (copies.other, copies.home)
-        some = "some of the weights" if copies.is_of_part else "the weights"
-        raise UsageError(
-            f"{model.path} holds {some} twice: {abbreviated(raw) or 'the top level'} as they were trained, and "
-            f"their average under {abbreviated(average) or 'the top level'}",
-            hint="add --keep ema for the average, or --keep raw; --only without training leaves both",
-        )
+        raise _question(model, copies)
     return _choice(model, copies, takes_other=(keep is Keep.EMA) != copies.is_home_average)
+
+
+def _question(model: ModelFile, copies: _Copies) -> UsageError:
+    """Which copy is meant; the average is offered only where it can take the place of the weights."""
+    average, raw = (copies.home, copies.other) if copies.is_home_average else (copies.other, copies.home)
+    some = "some of the weights" if copies.is_of_part else "the weights"
+    places = " and ".join(abbreviated(place) or _TOP for place in (average, *copies.more))
+    sentence = (
+        f"{model.path} holds {some} twice: {abbreviated(raw) or _TOP} as they were trained, and "
+        f"their {'averages' if copies.more else 'average'} under {places}"
+    )
+    which = f"for that under {abbreviated(average)}" if copies.more else "for the average"
+    offer = f"add --keep ema {which}, or --keep raw"
+    try:
+        _choice(model, copies, takes_other=not copies.is_home_average)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{model.path}: ")
+        sentence, offer = f"{sentence}; but {reason}", "add --keep raw for the weights as they were trained"
+    return UsageError(sentence, hint=f"{offer}; --only without training leaves {'all' if copies.more else 'both'}")
 
 
 def _is_of_yolo(model: ModelFile, copies: _Copies) -> bool:
@@ -92,12 +109,20 @@ def _find(model: ModelFile) -> _Copies | None:
         # The hook of MMEngine swaps both when it saves.
         return _Copies(_STATE, _MMENGINE, is_home_average=True)
     candidates = [_Copies(home, average) for home, average, _ in averaged_copies(tensors)]
+    whole = []
     for copies in candidates:
         # Several averages, of different decay, do not count against each other.
         others = tuple(f"{other.other}." for other in candidates if other != copies)
         if _is_of_most([tensor for tensor in tensors if not tensor.name.startswith(others)], copies):
-            return copies
-    return next((replace(copies, is_of_part=True) for copies in candidates if _is_dropped(model, copies)), None)
+            whole.append(copies)
+    # Where in the model a part lies is seen when its average is to take its place.
+    parts = [
+        replace(copies, home=copies.home.partition(".")[0], is_of_part=True)
+        for copies in candidates
+        if copies not in whole and _is_dropped(model, copies)
+    ]
+    averages = [*whole, *parts]
+    return replace(averages[0], more=tuple(copies.other for copies in averages[1:])) if averages else None
 
 
 def _is_dropped(model: ModelFile, copies: _Copies) -> bool:
@@ -130,6 +155,8 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
     """The tensors of the copy that stays, under the names that the class of the network knows."""
     others = _inside(model.tensors, copies.other)
     copied = {tensor.name for tensor in others.values()}
+    # Averages of parts go together: none is left beside the weights.
+    more = copies.more if copies.is_of_part else ()
     outside = [tensor for tensor in model.tensors if tensor.name not in copied]
     home, plain = copies.home, copies.home
     own = _inside([tensor for tensor in outside if tensor.role is not Role.OPTIMIZER], home)
@@ -139,19 +166,33 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
             own = {name.removeprefix(f"{wrapper}."): tensor for name, tensor in own.items()}
     while plain.rpartition(".")[2] in _WRAPPERS:
         plain = plain.rpartition(".")[0]
-    sources = _sources(own, others) if takes_other else {}
+    whole = f"--keep {Keep.EMA if copies.is_home_average else Keep.RAW} keeps the copy that is whole"
+    if takes_other and more:
+        places = " and ".join(abbreviated(place) for place in (copies.other, *more))
+        raise InputError(f"{model.path}: {places} are averages of parts, of which only one could be kept", hint=whole)
+    part = ""
+    sources: dict[str, str] = {}
+    if takes_other and copies.is_of_part:
+        fitting = _sources_of_part(own, others)
+        if len(fitting) > 1:
+            places = " and ".join(abbreviated(place) or _TOP for place in sorted(fitting))
+            raise InputError(f"{model.path}: the average under {copies.other} fits {places} alike", hint=whole)
+        sources = next(iter(fitting.values()), {})
+        part = _common_part(sources)
+    elif takes_other:
+        sources = _sources(own, others)
     if takes_other and not sources:
-        raise InputError(f"{model.path}: the tensors under {copies.other} have other names or shapes than the weights")
+        raise InputError(
+            f"{model.path}: the tensors under {copies.other} have other names or shapes than the weights", hint=whole
+        )
     lacking = [name for name in own if name not in sources and own[name].role is not Role.MASK] if takes_other else []
     # Of a part of the network, the average may lack all others, but nothing of this one.
-    parts = {name.partition(".")[0] for name in sources} if copies.is_of_part else None
-    mixed = [name for name in lacking if parts is None or name.partition(".")[0] in parts]
-    kernels = [name for name in mixed if own[name].role in _KERNELS]
+    kernels = [name for name in lacking if own[name].role in _KERNELS and name.startswith(part)]
     if kernels:
         raise InputError(
             f"{model.path}: {abbreviated(kernels[0])} has no counterpart of its shape under {copies.other}, so that "
             "what is kept would be a mixture of both copies",
-            hint=f"--keep {Keep.EMA if copies.is_home_average else Keep.RAW} keeps the copy that is whole",
+            hint=whole,
         )
     prefix = f"{plain}." if plain else ""
     return CopyChoice(
@@ -160,6 +201,7 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
         names={tensor.name: f"{prefix}{name}" for name, tensor in own.items()},
         sources={own[name].name: other for name, other in sources.items()},
         lacking=tuple(lacking),
+        more=more,
     )
 
 
@@ -184,3 +226,40 @@ def _weight(name: str, names: Container[str]) -> str:
     """A name without what pruning of PyTorch adds to it while a mask lies beside it."""
     weight = name.removesuffix("_orig")
     return weight if f"{weight}_mask" in names else name
+
+
+def _sources_of_part(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """For each part into which the whole average fits, by its prefix, the sources of its tensors.
+
+    The names of the average may begin at the part, and may have more in front.
+    """
+    at: dict[tuple[str, tuple[int, ...]], dict[str, str]] = {}
+    for name, tensor in own.items():
+        parts = _weight(name, own).split(".")
+        for skip in range(min(MOST_ROOTS + 1, len(parts))):
+            at.setdefault(("".join(parts[skip:]), tensor.shape), {})[".".join(parts[:skip])] = name
+    averaged = {tuple(_weight(name, others).split(".")): other for name, other in others.items()}
+    # What counts updates has no place in the network.
+    whole = [name for name, other in averaged.items() if other.size > 1 and other.role is not Role.MASK]
+    for skip in range(MOST_ROOTS + 1):
+        keys = {name: ("".join(name[skip:]), other.shape) for name, other in averaged.items() if name[skip:]}
+        wanted = Counter(keys.get(name) for name in whole)
+        if not whole or wanted[None] or len(wanted) < len(whole):
+            continue
+        homes = set.intersection(*(set(at.get(keys[name], ())) for name in whole))
+        if homes:
+            return {
+                home: {at[key][home]: averaged[name].name for name, key in keys.items() if home in at.get(key, ())}
+                for home in ({""} if "" in homes else homes)
+            }
+    return {}
+
+
+def _common_part(names: Iterable[str]) -> str:
+    """What the names of several layers begin with, and a dot behind it; a layer by itself is no part."""
+    layers = {name.rpartition(".")[0] for name in names}
+    if len(layers) < 2:
+        return ""
+    first, last = min(layers).split("."), max(layers).split(".")
+    common = list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return "".join(f"{part}." for part, _ in common)

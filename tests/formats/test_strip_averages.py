@@ -373,3 +373,70 @@ def test_an_average_of_the_generator_without_one_of_its_kernels_is_refused(tmp_p
     torch.save({"model": GAN, "ema": average}, tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"generator\.3\.weight has no counterpart of its shape under ema"):
         prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+
+
+def layers(value: float, *parts: str, count: int = 3) -> State:
+    return {f"{part}l{i}.weight": torch.full((8, 8), float(value)) for part in parts for i in range(count)}
+
+
+TRAINED = layers(10, "gen.", "disc.", "enc.")
+NOT_TO_KEEP: dict[str, tuple[Any, str]] = {
+    "fits two parts": ({"model": layers(1, "disc.", "gen."), "ema": layers(2, "")}, "ema fits disc and gen alike"),
+    "some layers": ({"model": layers(1, "", count=6), "ema": layers(2, "", count=2)}, "l2.weight has no counterpart"),
+    "one layer": ({"model": layers(1, "", count=6), "ema": layers(2, "", count=1)}, "l1.weight has no counterpart"),
+    "another shape": (
+        {"model": layers(1, "", count=6), "ema": layers(2, "") | {f"l{i}.weight": torch.ones(4, 8) for i in (3, 4, 5)}},
+        "ema have other names or shapes",
+    ),
+    "two parts": (
+        {"model": TRAINED, "ema": layers(2, "gen."), "swa_model": layers(3, "disc.")},
+        "ema and swa_model are averages of parts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TO_KEEP)
+def test_an_average_of_no_single_part_is_neither_kept_nor_offered(case: str, tmp_path: Path) -> None:
+    saved, reason = NOT_TO_KEEP[case]
+    torch.save(saved, tmp_path / "m.pt")
+    asked = here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt")
+    assert asked.code == 2
+    question = " ".join(asked.err.split())
+    assert reason in question
+    assert "twice: model as they were trained" in question
+    assert "add --keep raw" in question
+    assert "--keep ema" not in question
+    with pytest.raises(InputError, match=reason):
+        prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    assert not (tmp_path / "out.pt").exists()
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="raw")
+    left = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert left.keys() == {"model"}
+    assert all(torch.equal(left["model"][name], tensor) for name, tensor in saved["model"].items())
+
+
+def test_averages_of_two_parts_leave_safetensors_together(tmp_path: Path) -> None:
+    save_file(TRAINED | layers(2, "ema.gen.") | layers(3, "swa_model.disc."), tmp_path / "m.safetensors")
+    prunectl.strip(tmp_path / "m.safetensors", tmp_path / "out.safetensors", keep="raw")
+    assert load_file(tmp_path / "out.safetensors").keys() == TRAINED.keys()
+
+
+@pytest.mark.parametrize("home", ["net.", "", "module.net."])
+def test_an_average_of_a_part_deeper_down_takes_its_place(home: str, tmp_path: Path) -> None:
+    trained = layers(1, *(f"{home}{part}." for part in ("gen", "disc", "enc")))
+    torch.save({"model": trained, "ema": layers(2, f"{home}gen.")}, tmp_path / "m.pt")
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    left = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    assert {name: float(tensor.mean()) for name, tensor in left.items()} == {
+        name.removeprefix("module."): 2.0 if "gen" in name else 1.0 for name in trained
+    }
+
+
+def test_of_two_parts_the_one_with_the_shapes_of_the_average_takes_it(tmp_path: Path) -> None:
+    other = {f"disc.l{i}.weight": torch.ones(4, 4) for i in range(3)}
+    torch.save({"model": other | layers(1, "gen."), "ema": layers(2, "")}, tmp_path / "m.pt")
+    assert here("strip", tmp_path / "m.pt", "-o", tmp_path / "out.pt").code == 2
+    prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
+    left = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    assert float(left["gen.l0.weight"].mean()) == 2.0
+    assert float(left["disc.l0.weight"].mean()) == 1.0

@@ -232,7 +232,11 @@ def _keep_copy(path: Path, root: IRNode, choice: CopyChoice) -> list[_RemovedSec
             pairs = entries(state.node) or []
             left = [entry for entry in pairs if not choice.is_removed(f"{state.prefix}{text(entry[0])}")]
             replace_entries(state.node, [_kept_entry(state.prefix, entry, nodes, choice) for entry in left])
-    elif {choice.home, choice.other} <= texts(root).keys() and (module := _module(nodes, choice)) is not None:
+    elif (
+        not choice.lacking
+        and {choice.home, choice.other} <= texts(root).keys()
+        and (module := _module(nodes, choice)) is not None
+    ):
         # Whole modules: one takes the place of the other.
         gone = [nodes[choice.home]]
         kept = [(key, module if text(key) == choice.home else item) for key, item in entries(root) or ()]
@@ -245,7 +249,8 @@ def _keep_copy(path: Path, root: IRNode, choice: CopyChoice) -> list[_RemovedSec
             hint="save the state dict of the copy to keep",
         )
     storages = frozenset(key for node in gone for key in storage_keys(node))
-    return [_RemovedSection(choice.home if choice.sources else choice.other, StripPart.TRAINING, storages)]
+    copies = " and ".join((choice.other, *choice.more))
+    return [_RemovedSection(choice.home if choice.sources else copies, StripPart.TRAINING, storages)]
 
 
 def _module(nodes: Mapping[str, IRNode], choice: CopyChoice) -> IRNode | None:
