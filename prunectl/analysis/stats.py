@@ -425,7 +425,8 @@ def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _is_average(part: str) -> bool:
+def is_average(part: str) -> bool:
+    """Whether a part of a name says that what it holds is an average."""
     return _AVERAGE.search(part) is not None
 
 
@@ -442,7 +443,7 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[s
             continue
         parts = tensor.name.split(".")
         for i, part in enumerate(parts[:MOST_ROOTS]):
-            if _is_average(part):
+            if is_average(part):
                 averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
                 break
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import takewhile
 
-from prunectl.analysis.stats import MOST_ROOTS, averaged_copies
+from prunectl.analysis.stats import MOST_ROOTS, averaged_copies, is_average
 from prunectl.errors import InputError, UsageError, abbreviated
 from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
 from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS
@@ -206,20 +206,26 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
 
 
 def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, str]:
-    """For the tensors of one copy those of the other, whose names may have more in front, or no dots (as in LDM)."""
+    """For the tensors of one copy those of the other, whose names may have more in front, or no dots (as in LDM).
+
+    Where several fit, as in EMA of ema-pytorch, which holds the raw model as well, it is the one that is called so.
+    """
     plain_names = {name: _weight(name, own).replace(".", "") for name in own}
     joined = Counter(plain_names.values())
     known = {plain: name for name, plain in plain_names.items()}
-    sources: dict[str, str] = {}
+    fitting: dict[str, list[tuple[bool, str]]] = {}
     for name, other in others.items():
         parts = _weight(name, others).split(".")
         for skip in range(min(MOST_ROOTS + 1, len(parts))):
             key = "".join(parts[skip:])
             plain = known.get(key, "")
-            if plain and joined[key] == 1 and own[plain].shape == other.shape and plain not in sources:
-                sources[plain] = other.name
+            if plain and joined[key] == 1 and own[plain].shape == other.shape:
+                fitting.setdefault(plain, []).append((any(map(is_average, parts[:skip])), other.name))
                 break
-    return sources
+    called = {
+        plain: [name for is_called, name in names if is_called or len(names) == 1] for plain, names in fitting.items()
+    }
+    return {plain: names[0] for plain, names in called.items() if len(names) == 1}
 
 
 def _weight(name: str, names: Container[str]) -> str:

@@ -59,8 +59,8 @@ def rt_detr() -> Any:
 
 
 def ema_pytorch() -> Any:
-    kept = {"initted": torch.tensor(1), "step": torch.tensor(9), **state(AVERAGE, "ema_model.")}
-    return {"model": state(RAW), "ema": kept}
+    both = {**state(RAW, "online_model."), **state(AVERAGE, "ema_model.")}
+    return {"model": state(RAW), "ema": {"initted": torch.tensor(1), "step": torch.tensor(9), **both}}
 
 
 def of_torch() -> Any:
