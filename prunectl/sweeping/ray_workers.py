@@ -98,7 +98,7 @@ class _Cluster:
             try:
                 _check_reachable(self._address)
                 ray.init(address=self._address or "local", logging_level="error", log_to_driver=False, **own)
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # a node that does not come up in time raises no more than that
                 raise WorkError(
                     f"no Ray cluster answered at {self._address or 'this machine'}: {first_line(error)}",
                     hint="run ray start --head and use --on ray:ADDRESS, or use --on ray for this machine only",

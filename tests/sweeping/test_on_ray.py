@@ -7,6 +7,7 @@ import importlib.util
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,17 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_place_that_is_not_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not known"):
         app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--on", "rays"])
+
+
+@needs_ray
+def test_a_node_that_does_not_come_up_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def times_out(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    monkeypatch.setattr("ray.init", times_out)
+    words = ["--data", FEW, "--sparsities", "50%", "--on", "ray"]
+    with pytest.raises(WorkError, match="no Ray cluster answered at this machine: The current node timed out"):
+        app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), *words])
 
 
 @needs_ray
