@@ -30,7 +30,7 @@ from prunectl.formats.base import Role, Storage, Tensor
 from prunectl.formats.extents import Extent
 from prunectl.formats.registry import open_model
 from prunectl.formats.torch import boxes as tiling
-from prunectl.formats.torch.boxes import Box, is_tiled
+from prunectl.formats.torch.boxes import TensorChunk, is_tiled
 from prunectl.formats.torch.distributed import _decode, _stream
 from tests.running import here
 from tests.safety.cost import assert_refused_cheaply, cost
@@ -219,14 +219,14 @@ TILED = [
 """Shapes with boxes that tile them: by rows, by columns, by both, and unevenly."""
 
 
-def boxes_of(folder: Path, whole: torch.Tensor, parts: Any) -> list[Box]:
+def boxes_of(folder: Path, whole: torch.Tensor, parts: Any) -> list[TensorChunk]:
     """Boxes of a tensor, each saved as the ranks do it."""
     boxes = []
     for number, (offsets, sizes) in enumerate(parts):
         place = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
         file = folder / f"{number}.distcp"
         torch.save(whole[place].clone(), file)
-        boxes.append(Box(offsets, sizes, Extent(file, 0, file.stat().st_size)))
+        boxes.append(TensorChunk(offsets, sizes, Extent(file, 0, file.stat().st_size)))
     return boxes
 
 
@@ -536,8 +536,8 @@ def test_so_many_values_that_no_checkpoint_has_them_cost_little(own: Path) -> No
     assert "more values beside the tensors" in found.outcome.err
 
 
-def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[Box]:
-    return [Box(offsets, sizes, None) for offsets, sizes in parts]  # type: ignore[arg-type]
+def boxes(*parts: tuple[tuple[int, ...], tuple[int, ...]]) -> list[TensorChunk]:
+    return [TensorChunk(offsets, sizes, None) for offsets, sizes in parts]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -576,8 +576,8 @@ def test_a_copy_of_the_folder_reads_the_same(saved: Path, tmp_path: Path) -> Non
 
 def test_parts_that_cut_each_other_into_millions_of_pieces_are_refused(tmp_path: Path) -> None:
     count = 1001
-    columns = [Box((0, at), (count, 1), Extent(tmp_path / "a", at * count, count)) for at in range(count)]
-    rows = [Box((at, count), (1, 1), Extent(tmp_path / "a", count * count + at, 1)) for at in range(count)]
+    columns = [TensorChunk((0, at), (count, 1), Extent(tmp_path / "a", at * count, count)) for at in range(count)]
+    rows = [TensorChunk((at, count), (1, 1), Extent(tmp_path / "a", count * count + at, 1)) for at in range(count)]
     assert is_tiled((count, count + 1), columns + rows)
     with pytest.raises(InputError, match="1,003,002 pieces"):
         next(tiling.merged((count, count + 1), columns + rows, np.dtype(np.uint8)))

@@ -24,7 +24,7 @@ _SLAB_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class TensorChunk:
     """A box of a tensor, and where torch.save wrote it, or its numbers lie."""
 
     offsets: tuple[int, ...]
@@ -32,7 +32,7 @@ class Box:
     place: Extent
 
 
-def is_tiled(shape: tuple[int, ...], parts: Sequence[Box]) -> bool:
+def is_tiled(shape: tuple[int, ...], parts: Sequence[TensorChunk]) -> bool:
     """Whether boxes fill a shape without a gap and without an overlap.
 
     They do if their corners, counted up where a box begins and down where it ends along each axis, cancel to those of
@@ -60,7 +60,7 @@ def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tup
         yield place, -1 if sum(ends) % 2 else 1
 
 
-def merged(shape: tuple[int, ...], boxes: Sequence[Box], dtype: np.dtype[Any]) -> Iterator[Array]:
+def merged(shape: tuple[int, ...], boxes: Sequence[TensorChunk], dtype: np.dtype[Any]) -> Iterator[Array]:
     """Yield in C order what boxes, which fill a shape and lie where their numbers do, make up together."""
     ends = {end for box in boxes for end in (box.offsets[0], box.offsets[0] + box.sizes[0])}
     cuts = sorted(ends)
@@ -70,7 +70,7 @@ def merged(shape: tuple[int, ...], boxes: Sequence[Box], dtype: np.dtype[Any]) -
             f"a tensor in {boxes[0].place.path.parent} is refused: its parts would be read in {pieces:,} pieces"
         )
     waiting = sorted(boxes, key=lambda box: box.offsets, reverse=True)
-    across: list[Box] = []
+    across: list[TensorChunk] = []
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     for begin, end in pairwise(cuts):
         across = [box for box in across if begin < box.offsets[0] + box.sizes[0]]
@@ -80,13 +80,15 @@ def merged(shape: tuple[int, ...], boxes: Sequence[Box], dtype: np.dtype[Any]) -
             yield from extents.blocks(_rows(across[0], begin, end), dtype)
         elif row_bytes > _SLAB_BYTES:
             for row in range(begin, end):
-                inner = [Box(box.offsets[1:], box.sizes[1:], _rows(box, row, row + 1)) for box in across]
+                inner = [TensorChunk(box.offsets[1:], box.sizes[1:], _rows(box, row, row + 1)) for box in across]
                 yield from merged(shape[1:], inner, dtype)
         else:
             yield from _slabs(shape[1:], across, begin, end, dtype)
 
 
-def _slabs(shape: tuple[int, ...], boxes: Sequence[Box], begin: int, end: int, dtype: np.dtype[Any]) -> Iterator[Array]:
+def _slabs(
+    shape: tuple[int, ...], boxes: Sequence[TensorChunk], begin: int, end: int, dtype: np.dtype[Any]
+) -> Iterator[Array]:
     """Yield rows that several boxes lie across, so many at once that each box is read in few and long pieces."""
     height = min(max(_SLAB_BYTES // (math.prod(shape) * dtype.itemsize), 1), end - begin)
     slab = np.empty((height, *shape), dtype)
@@ -103,12 +105,12 @@ def _slabs(shape: tuple[int, ...], boxes: Sequence[Box], begin: int, end: int, d
         yield slab[:count]
 
 
-def _rows(box: Box, begin: int, end: int) -> Extent:
+def _rows(box: TensorChunk, begin: int, end: int) -> Extent:
     """Where some rows of a box lie, counted in the whole."""
     row_bytes = box.place.nbytes // box.sizes[0]
     return Extent(box.place.path, box.place.offset + (begin - box.offsets[0]) * row_bytes, (end - begin) * row_bytes)
 
 
-def slices(box: Box) -> tuple[slice, ...]:
+def slices(box: TensorChunk) -> tuple[slice, ...]:
     """The box as an index of the whole."""
     return tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))

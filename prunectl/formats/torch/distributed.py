@@ -33,7 +33,7 @@ from prunectl.formats.base import (
 from prunectl.formats.extents import Extent, check_inside
 from prunectl.formats.torch import model as torch_zip
 from prunectl.formats.torch import views
-from prunectl.formats.torch.boxes import Box, is_tiled, merged, slices
+from prunectl.formats.torch.boxes import TensorChunk, is_tiled, merged, slices
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, PickleDict, describe_value
 from prunectl.formats.torch.pickle.vm import interpret
 
@@ -83,7 +83,7 @@ def open_checkpoint(path: Path) -> ModelFile:
     entries = _dictionary(path, fields.get("state_dict_metadata"), most)
     places, everything = _places(path, fields.get("storage_data"), most)
     _refuse_repeated(path, entries, most)
-    parts: dict[str, list[Box]] = {}
+    parts: dict[str, list[TensorChunk]] = {}
     found: list[Tensor] = []
     for key, entry in entries:
         if _is_class(entry, _BYTES):
@@ -255,14 +255,14 @@ def _place(path: Path, key: str, where: Mapping[str, Any], sizes: dict[str, int]
     return Extent(path.with_name(name), offset, length)
 
 
-def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, list[Box]]:
+def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, list[TensorChunk]]:
     """A tensor by its metadata, and the parts that it lies in."""
     fields = _fields(path, entry, _TENSOR)
     shape, chunks = fields.get("size"), fields.get("chunks")
     dtype = _dtype(path, key, fields.get("properties"))
     if not _is_shape(shape) or not isinstance(chunks, list):
         raise InputError(f"{path} is damaged: {abbreviated(key)} has no shape")
-    parts: dict[tuple[tuple[int, ...], tuple[int, ...]], Box] = {}
+    parts: dict[tuple[tuple[int, ...], tuple[int, ...]], TensorChunk] = {}
     for chunk in chunks:
         box = _fields(path, chunk, "ChunkStorageMetadata")
         offsets, sizes = box.get("offsets"), box.get("sizes")
@@ -271,7 +271,7 @@ def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, l
         place = places.get((key, tuple(offsets)))
         if place is None:
             raise InputError(f"{path} is damaged: it does not say where a part of {abbreviated(key)} lies")
-        parts[tuple(offsets), tuple(sizes)] = Box(tuple(offsets), tuple(sizes), place)
+        parts[tuple(offsets), tuple(sizes)] = TensorChunk(tuple(offsets), tuple(sizes), place)
     boxes = list(parts.values())
     if not is_tiled(tuple(shape), boxes):
         raise InputError(
@@ -341,7 +341,7 @@ def _share_first(paths: Sequence[tuple[str, ...]]) -> bool:
     return all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1
 
 
-def _decode(path: Path, parts: Mapping[str, Sequence[Box]], tensor: Tensor) -> Array:
+def _decode(path: Path, parts: Mapping[str, Sequence[TensorChunk]], tensor: Tensor) -> Array:
     """Put a tensor together from its parts, each mapped where it lies."""
     boxes = parts[tensor.storage.key]
     if len(boxes) == 1:
@@ -353,9 +353,9 @@ def _decode(path: Path, parts: Mapping[str, Sequence[Box]], tensor: Tensor) -> A
     return whole
 
 
-def _stream(path: Path, parts: Mapping[str, Sequence[Box]], tensor: Tensor) -> Iterator[Array]:
+def _stream(path: Path, parts: Mapping[str, Sequence[TensorChunk]], tensor: Tensor) -> Iterator[Array]:
     """Yield a tensor in C order from its parts, each piece valid until the next: memory stays a slab of it."""
-    boxes: list[Box] = []
+    boxes: list[TensorChunk] = []
     for part in parts[tensor.storage.key]:
         if not math.prod(part.sizes):
             continue
@@ -384,7 +384,7 @@ def _opened(path: Path, place: Extent) -> tuple[zip_read.Archive, tuple[Tensor, 
     return archive, tuple(torch_zip.tensors(place.path, source, {})[0])
 
 
-def _located(path: Path, tensor: Tensor, part: Box) -> Tensor:
+def _located(path: Path, tensor: Tensor, part: TensorChunk) -> Tensor:
     """A part as a tensor of its own, if it is what the metadata says."""
     _, found = _opened(path, part.place)
     if len(found) != 1 or (found[0].shape, found[0].dtype) != (part.sizes, tensor.dtype):
@@ -393,7 +393,7 @@ def _located(path: Path, tensor: Tensor, part: Box) -> Tensor:
     return found[0]
 
 
-def _read(path: Path, tensor: Tensor, part: Box) -> Array:
+def _read(path: Path, tensor: Tensor, part: TensorChunk) -> Array:
     """The numbers of a part."""
     located, (archive, _) = _located(path, tensor, part), _opened(path, part.place)
     opened = ModelFile(part.place.path, "torch", (), ModelInfo(), (part.place.path,), torch_zip.decoder(archive))
