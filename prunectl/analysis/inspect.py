@@ -10,7 +10,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from prunectl.analysis import sizes
-from prunectl.analysis.stats import ModelStats, TensorStats, averaged_copies_hint, histogram, measure_stats, with_macs
+from prunectl.analysis.copies import averaged_copies_hint
+from prunectl.analysis.stats import ModelStats, TensorStats, histogram, measure_stats, with_macs
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.formats.base import PRUNABLE, QUANTISED, WEIGHTS, Capability, ModelFile, Role, select_names
 from prunectl.formats.registry import by_name, load, require

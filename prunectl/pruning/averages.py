@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import takewhile
 
-from prunectl.analysis.stats import MOST_ROOTS, averaged_copies, is_average
+from prunectl.analysis.copies import MOST_ROOTS, averaged_copies, common_entry, is_average
 from prunectl.errors import InputError, UsageError, abbreviated
 from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
 from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS
@@ -266,6 +265,6 @@ def _common_part(names: Iterable[str]) -> str:
     layers = {name.rpartition(".")[0] for name in names}
     if len(layers) < 2:
         return ""
-    first, last = min(layers).split("."), max(layers).split(".")
-    common = list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return "".join(f"{part}." for part, _ in common)
+    # Sorted, those between begin with what the first and the last have in common.
+    common = common_entry(min(layers), max(layers))
+    return f"{common}." if common else ""

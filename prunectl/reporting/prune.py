@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunectl.analysis.stats import ModelStats, averaged_copies_hint
+from prunectl.analysis.copies import averaged_copies_hint
+from prunectl.analysis.stats import ModelStats
 from prunectl.formats.base import Family
 from prunectl.formats.detect import URL
 from prunectl.formats.registry import by_name
