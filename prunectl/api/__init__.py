@@ -214,9 +214,7 @@ def prune(
     check_type("model", model, AnyPath)
     if output is ...:
         raise UsageError("no output is given", hint=PATH_HINT)
-    destination = _destination(output, force=force, in_place=in_place)
-    if in_place and is_url(model):
-        raise UsageError("a model at a URL cannot be replaced in place", hint="name an output")
+    destination = _destination(model, output, force=force, in_place=in_place)
     with model_path("model", model, is_read_whole=True) as path:
         result = prune_file(path, destination, options, is_trusted=trust, on_progress=on_progress)
     return result if isinstance(result, PartResult) else replace(result, before=shown_path(model, result.before))
@@ -243,10 +241,8 @@ def strip(
     """
     check_type("only", only, Names)
     check_type("keep", keep, str)
-    destination = _destination(output, force=force, in_place=in_place)
+    destination = _destination(model, output, force=force, in_place=in_place)
     options = StripOptions(parse_parts(",".join(names(only))), to_half=half)
-    if in_place and is_url(model):
-        raise UsageError("a model at a URL cannot be replaced in place", hint="name an output")
     with model_path("model", model, is_read_whole=True) as path:
         result = stripping.strip(
             path,
@@ -364,8 +360,11 @@ def _path(path: AnyPath, name: str = "model") -> Path:
     return local_path(name, path)
 
 
-def _destination(path: AnyPath | None, *, force: bool, in_place: bool) -> Destination | None:
-    return None if path is None else Destination(_path(path, "output"), is_forced=force, is_in_place=in_place)
+def _destination(model: AnyPath, path: AnyPath | None, *, force: bool, in_place: bool) -> Destination | None:
+    destination = None if path is None else Destination(_path(path, "output"), is_forced=force, is_in_place=in_place)
+    if in_place and is_url(model):
+        raise UsageError("a model at a URL cannot be replaced in place", hint="name an output")
+    return destination
 
 
 eval = evaluate  # noqa: A001 - as the command is called; among the names to import it would hide that of Python

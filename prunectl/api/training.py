@@ -122,15 +122,15 @@ def finetune(
     """
     destination = Destination(local_path("output", output), is_forced=force, is_in_place=in_place)
     watch = EpochWatcher(on_epoch, on_progress)
-    if max_drop:
-        folder = local_path("tried", tried) if tried is not None else None
-        with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
-            request = parse_request(named, is_searched=True)
-            return _search_trained(local_path("model", model), destination, request, (max_drop, folder), watch)
-    if tried is not None:
+    if tried is not None and not max_drop:
         raise UsageError("tried needs max_drop", hint="add max_drop='0.5pp'")
+    folder = local_path("tried", tried) if tried is not None else None
     with named_objects(parse_keywords("finetune", FinetuneOptions, options)) as named:
-        result = train(local_path("model", model), parse_request(named), destination, watch)
+        request = parse_request(named, is_searched=bool(max_drop))
+        path = local_path("model", model)
+        if max_drop:
+            return _search_trained(path, destination, request, (max_drop, folder), watch)
+        result = train(path, request, destination, watch)
     for entry in result.history:
         watch.tell(entry)
     return TrainingResult.of(result, output=str(destination.target))

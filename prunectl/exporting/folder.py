@@ -19,7 +19,7 @@ from prunectl.formats import atomic
 from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
 from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
 from prunectl.formats.folder import companions, copy_companions, training_state
-from prunectl.formats.registry import SUFFIXES, by_name, open_model, resolve
+from prunectl.formats.registry import SUFFIXES, by_name, is_inside_folder, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, by_width, shard_of, write_entries
 from prunectl.pruning.destination import Destination
@@ -164,7 +164,7 @@ def _file_of(model: ModelFile, tensor: Tensor) -> str:
 
 def _stem(model: ModelFile, to: str) -> str:
     # The weights of a checkpoint of DeepSpeed without ZeRO lie in the folder of a step.
-    is_checkpoint = by_name(model.format).is_of_ranks or model.folder not in {None, model.path.parent}
+    is_checkpoint = by_name(model.format).is_of_ranks or is_inside_folder(model)
     name = "" if is_checkpoint else model.path.name.partition(".")[0]
     stem = _SHARD.sub("", name) or "model"
     return _STEMS[to].get(stem, stem)

@@ -101,8 +101,8 @@ class _TracedGraph:
 
 def _traced(module: torch.nn.Module, examples: Examples, path: str) -> _TracedGraph:
     """A recording where it is known to compute what the module does, for one at a time too; else what is exported."""
-    prepare(module)
-    used = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
+    _prepare(module)
+    used = _batched(examples)
     try:
         with quiet():
             # Imported here, as a version of PyTorch may lack what it needs.
@@ -214,7 +214,12 @@ _TRACED_BATCH = 2
 """A batch of 1 would be taken for a length that never changes."""
 
 
-def prepare(module: torch.nn.Module) -> None:
+def _batched(examples: Examples) -> Examples:
+    """Batches of two in place of single examples; others as they are."""
+    return tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
+
+
+def _prepare(module: torch.nn.Module) -> None:
     """Set a module to inference, in single precision where it has half of it."""
     module.eval()
     if any(weight.dtype in _HALF for weight in module.parameters()):
@@ -258,9 +263,8 @@ def _trace_any_batch(module: torch.nn.Module, examples: Examples) -> ExportedPro
 
 def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
     """Examples that the module accepts: a batch of two, or that of `--input`."""
-    batched = tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
     failure = None
-    for inputs in (batched, examples):
+    for inputs in (_batched(examples), examples):
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

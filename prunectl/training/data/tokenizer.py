@@ -81,23 +81,23 @@ class FolderTokenizer:
     def encode(self, pieces: Sequence[Piece]) -> Array:
         """The token ids of pieces of text, one after another."""
         characters = sum(len(piece.text) for piece in pieces)
-        ids = _run(
+        answer = _run(
             self.text,
             partial(_ids, self._handle, tuple(pieces)),
             self._child,
             seconds=_SECONDS + _SECONDS_PER_CHARACTER * characters,
             extra_bytes=_ROOM + _ROOM_PER_CHARACTER * characters,
         )
-        if len(ids) % np.dtype(np.int64).itemsize:
+        if len(answer) % np.dtype(np.int64).itemsize:
             raise InputError(f"the tokenizer in {self.text.folder} answers no token ids")
-        found = np.frombuffer(ids, np.int64)
-        if len(found) > budgets.MAX_TEXT_GROWTH * (characters + len(pieces)) + _MORE_IDS:
+        ids = np.frombuffer(answer, np.int64)
+        if len(ids) > budgets.MAX_TEXT_GROWTH * (characters + len(pieces)) + _MORE_IDS:
             raise InputError(
-                f"the tokenizer in {self.text.folder} is refused: it makes {len(found):,} tokens of "
+                f"the tokenizer in {self.text.folder} is refused: it makes {len(ids):,} tokens of "
                 f"{characters:,} characters",
                 hint=_WITHOUT,
             )
-        return found
+        return ids
 
 
 @dataclass(frozen=True, slots=True)
