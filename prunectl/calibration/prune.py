@@ -215,15 +215,21 @@ def prune(
             )
         pruned = prune_file(model, request, output, has_digests=has_digests, method=method, allow_empty=allow_empty)
         if reconstructor is not None:
-            reconstructed = sum(cut.tensor.name not in reconstructor.skipped for cut in pruned.plan.cuts)
-            examples = session.calibration.examples
-            notes += (
-                f"Weights of {reconstructed} tensors were reconstructed from {examples} examples of {request.data}.",
-            )
-            how = "ranked by magnitude and not reconstructed" if reconstructor.strategy else "not reconstructed"
-            notes += note_about(f"{how}, because their inputs cannot be captured", tuple(reconstructor.skipped))
+            notes += _reconstruction_notes(pruned, reconstructor, session.calibration.examples, request)
         notes += tuple(matcher.notes) if matcher is not None else ()
     return replace(pruned, notes=(*pruned.notes, *notes))
+
+
+def _reconstruction_notes(
+    pruned: Pruned, reconstructor: Reconstructor, examples: int, request: PruneRequest
+) -> tuple[str, ...]:
+    """In how many tensors kept weights changed, and in which not; of what is all zeros, none is left to change."""
+    cuts = [cut for cut in pruned.plan.cuts if cut.tensor.name not in reconstructor.skipped]
+    count = sum(pruned.tallies[cut.tensor.name].dropped < cut.tensor.size for cut in cuts)
+    sentence = f"Weights of {count} tensors were reconstructed from {examples} examples of {request.data}."
+    how = "ranked by magnitude and not reconstructed" if reconstructor.strategy else "not reconstructed"
+    skipped = note_about(f"{how}, because their inputs cannot be captured", tuple(reconstructor.skipped))
+    return (*([sentence] if count else []), *skipped)
 
 
 class _ReconstructWithBatchNorm:

@@ -411,7 +411,7 @@ class LibraryPlace:
             raise
         except Exception as error:
             raise WorkError(
-                f"{shown(f'{self.url}/{name}'.rstrip('/'))} cannot be written: {first_line(error)}",
+                f"{shown(f'{self.url}/{name}'.rstrip('/'))} cannot be written: {first_line(error).rstrip('.')}",
                 hint="run the same command again, which resumes",
             ) from error
 

@@ -161,6 +161,21 @@ def test_zeros_of_the_input_stay_where_less_is_to_go_than_there_are(words: tuple
         assert not after[name][before[name] == 0].any(), name
 
 
+@pytest.mark.parametrize("strategy", ["obs", "alps"])
+def test_what_is_all_zeros_is_not_called_reconstructed(strategy: str, tmp_path: Path) -> None:
+    words = ("--strategy", strategy, "--data", DIGITS, "--samples", "64", "--allow-empty")
+    model = FIXTURES / "digits_cnn.onnx"
+    done = here("prune", model, "-o", tmp_path / "none.onnx", "-s", "100%", *words)
+    assert done.code == 0, done.err
+    assert "100.0 % sparse" in done.err
+    assert "reconstructed" not in done.err
+    done = here(
+        "prune", model, "-o", tmp_path / "some.onnx", "-s", "50%", "--scope", "layer", "--layer", "fc1*=100%", *words
+    )
+    assert done.code == 0, done.err
+    assert "Weights of 3 tensors were reconstructed from 64 examples" in done.err
+
+
 def test_the_command_takes_patterns_and_damping_and_nothing_else(tmp_path: Path) -> None:
     words = ("--strategy", "alps", "--data", DIGITS, "--samples", "64")
     model, out = FIXTURES / "digits_cnn.onnx", tmp_path / "out.onnx"

@@ -408,7 +408,8 @@ class Parts:
 
             def _upload_chunk(self, final: bool = False) -> bool:
                 if len(store.taken) == store.refused:
-                    raise PermissionError("AccessDenied")
+                    # As `hf://` ends its sentences.
+                    raise PermissionError("AccessDenied..")
                 store.taken.append(self.buffer.getvalue())
                 if final:
                     store.ended.append("published")
@@ -428,7 +429,7 @@ def test_an_upload_that_is_refused_is_aborted_and_not_published_later(
     monkeypatch.setattr(places, "COPY_BYTES", 8)
     (tmp_path / "a").write_bytes(b"0123456789")
     store = Parts(refused)
-    with pytest.raises(WorkError, match="AccessDenied"):
+    with pytest.raises(WorkError, match=r"s3://bucket/a cannot be written: AccessDenied$"):
         places.LibraryPlace(store, "bucket", "s3://bucket").put(tmp_path / "a", "a")
     gc.collect()
     assert store.ended == ["aborted"]
