@@ -12,7 +12,8 @@ from prunectl.analysis.stats import ModelStats, TensorStats
 from prunectl.errors import abbreviated
 from prunectl.formats.base import Role, Tensor
 
-_AVERAGE = re.compile(r"(^|_)(ema|swa|averaged)(_|$)", re.IGNORECASE)
+_AVERAGE_WORDS = ("ema", "swa", "averaged")
+_AVERAGE = re.compile(rf"(^|_)({'|'.join(_AVERAGE_WORDS)})(_|$)", re.IGNORECASE)
 MOST_ROOTS = 3
 """Entries around the weights whose names are looked at."""
 
@@ -43,6 +44,9 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[s
     A copy is known by a part of its names, and by the rest of them: `ema_model_state_dict.ema_model.a.weight` beside
     `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
     """
+    tensors = tuple(tensors)
+    if not any(word in tensor.name.lower() for tensor in tensors for word in _AVERAGE_WORDS):
+        return
     averages: dict[str, list[Tensor | TensorStats]] = {}
     trained: list[tuple[list[str], tuple[int, ...]]] = []
     for tensor in tensors:

@@ -24,7 +24,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile
 from prunectl.formats.detect import URL
 from prunectl.formats.extents import REMOTE
-from prunectl.formats.registry import open_model
+from prunectl.formats.registry import open_model, uncollected
 from prunectl.pruning import BATCH_SIZE, SAMPLES
 from prunectl.reporting.inspect import add_channel_groups, inspect_report
 from prunectl.reporting.reporter import Reporter
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from prunectl.calibration.sensitivity import Sensitivity
 
 _OPENING = ("builder", "custom_objects", "trust")
+_MOST_COUNTED = 64 << 30
+"""Bytes of a model whose zeros are counted unasked: more of them a disk reads in minutes, for one figure of many."""
 _ABOUT_DATA = ("samples", "batch_size", "loss", *_OPENING)
 
 
@@ -103,11 +105,12 @@ def inspect(
 
     def seen(path: Path) -> ModelStats:
         model = open_model(path)
-        is_elsewhere = any(file in REMOTE for file in model.files)
-        own = replace(options, has_zeros=zeros and (reads_all or not is_elsewhere))
+        takes_long = model.nbytes > _MOST_COUNTED or any(file in REMOTE for file in model.files)
+        own = replace(options, has_zeros=zeros and (reads_all or not takes_long))
         if own.has_zeros != zeros:
             reporter.note(f"note: zeros were not counted, for which {nbytes(model.nbytes)} are read: --zeros does it")
-        stats = inspect_model(model, own, parsed, reporter.progress)
+        with uncollected():
+            stats = inspect_model(model, own, parsed, reporter.progress)
         if groups:
             # By name, as below: a look at a file does without.
             origin = importlib.import_module("prunectl.training.backend").LoadOptions(

@@ -99,7 +99,7 @@ def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tenso
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path} is damaged: its header does not give the offsets of {abbreviated(name)}") from error
     numbers = (begin, end, *shape)
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if set(map(type, numbers)) != {int} or min(numbers) < 0:
         raise InputError(f"{path} is damaged: its header does not give the offsets of {abbreviated(name)}")
     if len(shape) > budgets.MAX_AXES or max(numbers).bit_length() > _MAX_BITS:
         raise InputError(

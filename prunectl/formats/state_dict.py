@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, PruningWrapper, Role, Tensor
@@ -42,6 +43,10 @@ _CONSTANT_LAYERS = re.compile(
 """Layers of fixed weights: bases of Fourier and mel transforms, shifts by a mean, the integral of a distribution.
 
 Of the constant-Q transform only the classes of nnAudio, also as Keras and TensorFlow write them, `cq_t2010v2_1`."""
+_CONSTANT_BEGINS = re.compile(
+    r"i?stft|mel_?spec|spectrogram|logmel|sub_mean|add_mean|dfl|blur_?pool|relative_attention_bias|cq_?t", re.IGNORECASE
+)
+"""What the names of such layers begin with."""
 _LAYER_KERNELS = frozenset(
     {
         *("weight", "weight_ih", "weight_hh", "weight_bar", "in_proj_weight", "q_proj_weight", "k_proj_weight"),
@@ -72,10 +77,16 @@ def is_constant(name: str, layer: str = "") -> bool:
 
     A converter may have renamed the tensor, but not the operations that take it, with semicolons between them.
     """
-    leaf = name[max(name.rfind("."), name.rfind("/")) + 1 :]
-    if leaf in _CONSTANTS or _CONSTANT_LAYERS.search(name):
+    parts = (name.replace("/", ".") if "/" in name else name).split(".")
+    if parts[-1] in _CONSTANTS or (any(map(_may_be_constant, parts)) and _CONSTANT_LAYERS.search(name)):
         return True
     return bool(layer) and all(_CONSTANT_LAYERS.search(f"{part}/") for part in layer.split(";"))
+
+
+@lru_cache(maxsize=4096)
+def _may_be_constant(part: str) -> bool:
+    """Whether a part of a name may be that of a layer of fixed weights: models have many names of few parts."""
+    return _CONSTANT_BEGINS.match(part) is not None
 
 
 def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:
