@@ -15,6 +15,7 @@ from threading import Event
 from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
 from prunectl.formats import scratch
 from prunectl.formats.base import ModelFile
+from prunectl.formats.detect import PIPELINE_INDEX, parts_without_index
 from prunectl.formats.registry import IN_A_FOLDER
 from prunectl.formats.workers import check_stopped
 
@@ -74,7 +75,7 @@ def _renameat2(one: Path, other: Path, how: int) -> int:
     return 0 if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), how) == 0 else ctypes.get_errno()
 
 
-_MODEL_FOLDERS = ("saved_model.pb", "model_index.json", *IN_A_FOLDER)
+_MODEL_FOLDERS = ("saved_model.pb", PIPELINE_INDEX, *IN_A_FOLDER)
 _INDEX = ".index.json"
 _SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
 
@@ -99,7 +100,8 @@ def check_target(
             raise UsageError(f"{place} is part of the input", hint="write to another folder")
         if os.path.lexists(place) and not is_forced:
             raise UsageError(f"{place} exists", hint="choose another --output, or replace it with --force")
-        if place.is_dir() and not any((place / name).is_file() for name in _MODEL_FOLDERS):
+        is_model = any((place / name).is_file() for name in _MODEL_FOLDERS)
+        if place.is_dir() and not is_model and not parts_without_index(place):
             raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
 
 

@@ -259,9 +259,26 @@ def zero_checkpoints(folder: Path) -> Iterator[str]:
         yield from (f"{tag}/{name}" for name in states)
 
 
+PIPELINE_INDEX = "model_index.json"
+_NETWORK_OF_DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+
+
 def is_pipeline(peek: FileProbe) -> bool:
-    """A folder with the index of a pipeline of diffusers, whose parts have folders of their own."""
-    return peek.holds("model_index.json")
+    """A folder with the index of a pipeline of diffusers, whose parts have folders of their own, or with such parts."""
+    return peek.holds(PIPELINE_INDEX) or (peek.is_folder and bool(parts_without_index(peek.path)))
+
+
+def parts_without_index(folder: Path) -> tuple[str, ...]:
+    """The parts of a pipeline in a checkpoint of its training, where no index names them; none without a network.
+
+    Each has its configuration, and is called by an attribute of the pipeline: a collection of models is not taken for
+    one.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in islice(entries, _MOST_LISTED) if entry.is_dir(follow_symlinks=False))
+    parts = tuple(name for name in names if name.isidentifier() and (folder / name / "config.json").is_file())
+    has_network = any((folder / part / name).is_file() for part in parts for name in _NETWORK_OF_DIFFUSERS)
+    return parts if has_network else ()
 
 
 def is_torch_tar(peek: FileProbe) -> bool:

@@ -26,7 +26,7 @@ OTHER_WEIGHTS = re.compile(
 _TRAINING_STATE = {
     StripPart.OPTIMIZER: re.compile(r"optimizer(_\d+)?\.(pt|bin)|(optimizer_\d+|global_step\d+)/.*"),
     StripPart.TRAINING: re.compile(
-        r"(scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|trainer_state\.json|"
+        r"(scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|trainer_state\.json|"
         r"training_args\.bin|latest|zero_to_fp32\.py|meta\.pt"
     ),
 }
@@ -80,8 +80,13 @@ def files_in(folder: Path, own: Container[Path] = ()) -> Companions:
 
 def training_state(model: ModelFile) -> dict[Path, StripPart]:
     """Files beside the weights from which training would go on, and what each is a part of."""
-    kinds = [(path, part) for path in companions(model).copied for part in _TRAINING_STATE]
-    return {path: part for path, part in kinds if _TRAINING_STATE[part].fullmatch(path.as_posix())}
+    parts = {path: training_part(path) for path in companions(model).copied}
+    return {path: part for path, part in parts.items() if part is not None}
+
+
+def training_part(path: Path) -> StripPart | None:
+    """What a file of a folder is to training, by its path there; None for what belongs to the model."""
+    return next((part for part, names in _TRAINING_STATE.items() if names.fullmatch(path.as_posix())), None)
 
 
 def copy_companions(model: ModelFile, target: Path, left_out: Container[Path] = ()) -> None:

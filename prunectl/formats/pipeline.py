@@ -1,37 +1,47 @@
-"""Pipelines of diffusers: a `model_index.json`, and a folder for each part, of which some hold weights; one model."""
+"""Pipelines of diffusers: a `model_index.json`, and a folder for each part, of which some hold weights; one model.
+
+A checkpoint of their training has such folders without the index, those of averaged weights (EMA) beside them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import registry
-from prunectl.formats.base import ModelFile, ModelInfo, Tensor
-from prunectl.formats.folder import OTHER_WEIGHTS, Companions, files_in, real_file
+from prunectl.formats.base import WEIGHTS, ModelFile, ModelInfo, RemovedItem, StripOptions, StripPart, Tensor
+from prunectl.formats.detect import PIPELINE_INDEX, parts_without_index
+from prunectl.formats.folder import OTHER_WEIGHTS, Companions, files_in, real_file, training_part
+from prunectl.formats.patch import patch_files
 from prunectl.formats.safe_json import read_object
 
-INDEX = "model_index.json"
+AVERAGED = "_ema"
+"""What the folder of an average is called, behind the name of the part that it is one of."""
 
 
 def open_pipeline(path: Path) -> ModelFile:
     """Open the parts of a pipeline as one model, its tensors under the names of their parts."""
-    index = real_file(path, INDEX)
-    if index is None:
-        raise InputError(f"{path} is refused: its {INDEX} is a link that leads out of it")
+    index = real_file(path, PIPELINE_INDEX)
+    if index is None and (path / PIPELINE_INDEX).is_symlink():
+        raise InputError(f"{path} is refused: its {PIPELINE_INDEX} is a link that leads out of it")
     companions = files_in(path)
     inside: dict[str, list[str]] = {}
     for file in (*companions.copied, *companions.links):
         inside.setdefault(file.parent.as_posix(), []).append(file.name)
-    names = read_object(index, "it")
+    # No index names the averages.
+    own = parts_without_index(path) if index is None else read_object(index, "it")
+    names = dict.fromkeys(each for name in own for each in (name, f"{name}{AVERAGED}"))
     parts = [part for name in names if (part := _part(path, name, inside.get(name, ()))) is not None]
     if not parts:
         raise InputError(f"{path} is a pipeline of diffusers without weights in safetensors")
     tensors = tuple(tensor for part in parts for tensor in _named(part))
     weights = dict.fromkeys(file for part in parts for file in part.files)
-    files = dict.fromkeys((path / INDEX, *weights, *(path / name for name in companions.copied)))
+    first = () if index is None else (path / PIPELINE_INDEX,)
+    files = dict.fromkeys((*first, *weights, *(path / name for name in companions.copied)))
     links = Companions((), (), companions.links).notes(path)
     notes = (*(note for part in parts for note in _note_others(part, companions, weights)), *links)
     about = ModelInfo(
@@ -94,3 +104,36 @@ def _named(part: ModelFile) -> Iterator[Tensor]:
     for tensor in part.tensors:
         storage = replace(tensor.storage, key=f"{name}/{tensor.storage.key}")
         yield replace(tensor, name=f"{name}.{tensor.name}", layer=f"{name}.{tensor.layer}", storage=storage)
+
+
+def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Copy the folder without what only training needs; of weights and their average, those that are to stay."""
+    if options.to_half or any(tensor.role not in WEIGHTS for tensor in model.tensors):
+        raise InputError(
+            f"{model.path} is a pipeline, in which strip can neither store 16-bit floats nor remove single tensors",
+            hint="name the folder of one of its parts",
+        )
+    stored = {tensor.storage.extent.path for tensor in model.tensors if tensor.storage.extent is not None}
+    averages = () if options.copies is None else (options.copies.other, *options.copies.more)
+    has_average = options.copies is not None and bool(options.copies.sources)
+    replaced = {average.removesuffix(AVERAGED) for average in averages if has_average}
+    kept: dict[Path, Path] = {}
+    removed: list[RemovedItem] = []
+    for file, target in targets.items():
+        name = file.relative_to(model.path)
+        home, inside = name.parts[0], Path(*name.parts[1:])
+        is_weights = file in stored or OTHER_WEIGHTS.fullmatch(str(inside)) is not None
+        part = training_part(name)
+        if part not in options.parts:
+            part = StripPart.TRAINING if home in averages or (home in replaced and is_weights) else None
+        if home in averages and has_average and is_weights:
+            kept[file] = target.parents[len(name.parts) - 1] / home.removesuffix(AVERAGED) / inside
+        elif part is None:
+            kept[file] = target
+        else:
+            removed.append(RemovedItem(str(name), part, file.stat().st_size))
+    patch_files(model, kept, ())
+    for folder in {target.parent for target in targets.values()} - {target.parent for target in kept.values()}:
+        with suppress(OSError):  # other folders may lie in it
+            folder.rmdir()
+    return tuple(removed)

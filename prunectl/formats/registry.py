@@ -126,7 +126,14 @@ FORMATS = (
         writer="",
         is_of_ranks=True,
     ),
-    Format("diffusers", "pipeline of diffusers", ("",), detect.is_pipeline, "pipeline:open_pipeline"),
+    Format(
+        "diffusers",
+        "pipeline of diffusers",
+        ("",),
+        detect.is_pipeline,
+        "pipeline:open_pipeline",
+        stripper="pipeline:strip",
+    ),
     Format(
         "safetensors",
         "safetensors",

@@ -10,6 +10,7 @@ from enum import StrEnum
 from prunectl.analysis.copies import MOST_ROOTS, averaged_copies, common_entry, is_average
 from prunectl.errors import InputError, UsageError, abbreviated
 from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
+from prunectl.formats.pipeline import AVERAGED
 from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS
 
 
@@ -38,9 +39,11 @@ class _Copies:
     """Whether the average is one of a part of the network, as the generator is in a GAN."""
     more: tuple[str, ...] = ()
     """Where other averages lie."""
+    is_pipeline: bool = False
+    """Whether each of them is that of another part, in a folder beside it."""
 
 
-_FORMATS = frozenset({"torch", "torch-legacy", "safetensors"})
+_FORMATS = frozenset({"torch", "torch-legacy", "safetensors", "diffusers"})
 _WRAPPERS = ("module", "_orig_mod")
 """What DistributedDataParallel and torch.compile put in front of all names."""
 _ROOTS = MODEL_ROOTS | {"", *_WRAPPERS}
@@ -82,6 +85,7 @@ def _question(model: ModelFile, copies: _Copies) -> UsageError:
         f"their {'averages' if copies.more else 'average'} under {places}"
     )
     which = f"for that under {abbreviated(average)}" if copies.more else "for the average"
+    which = "for the averages" if copies.more and copies.is_pipeline else which
     offer = f"add --keep ema {which}, or --keep raw"
     try:
         _choice(model, copies, takes_other=not copies.is_home_average)
@@ -97,6 +101,8 @@ def _is_of_yolo(model: ModelFile, copies: _Copies) -> bool:
 
 
 def _find(model: ModelFile) -> _Copies | None:
+    if model.format == "diffusers":
+        return _find_parts(model)
     # What callbacks keep counts as training's otherwise, as it does where it is no average.
     tensors = [replace(one, role=Role.OTHER) if one.name.startswith("callbacks.") else one for one in model.tensors]
     sections = {tensor.name.partition(".")[0] for tensor in tensors}
@@ -122,6 +128,14 @@ def _find(model: ModelFile) -> _Copies | None:
     ]
     averages = [*whole, *parts]
     return replace(averages[0], more=tuple(copies.other for copies in averages[1:])) if averages else None
+
+
+def _find_parts(model: ModelFile) -> _Copies | None:
+    folders = dict.fromkeys(tensor.name.partition(".")[0] for tensor in model.tensors)
+    averages = tuple(f"{home}{AVERAGED}" for home in folders if f"{home}{AVERAGED}" in folders)
+    if not averages:
+        return None
+    return _Copies(averages[0].removesuffix(AVERAGED), averages[0], more=averages[1:], is_pipeline=True)
 
 
 def _is_dropped(model: ModelFile, copies: _Copies) -> bool:
@@ -152,6 +166,12 @@ def _inside(tensors: Sequence[Tensor], place: str) -> dict[str, Tensor]:
 
 def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoice:
     """The tensors of the copy that stays, under the names that the class of the network knows."""
+    how = _choice_of_parts if copies.is_pipeline else _choice_in_file
+    return how(model, copies, takes_other=takes_other)
+
+
+def _choice_in_file(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoice:
+    """The tensors of one copy of two in a file."""
     others = _inside(model.tensors, copies.other)
     copied = {tensor.name for tensor in others.values()}
     # Averages of parts go together: none is left beside the weights.
@@ -202,6 +222,21 @@ def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoi
         lacking=tuple(lacking),
         more=more,
     )
+
+
+def _choice_of_parts(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoice:
+    """For all parts of a pipeline that have an average the one or the other."""
+    sources: dict[str, str] = {}
+    for other in (copies.other, *copies.more) if takes_other else ():
+        home = other.removesuffix(AVERAGED)
+        own, others = _inside(model.tensors, home), _inside(model.tensors, other)
+        if {name: one.shape for name, one in own.items()} != {name: one.shape for name, one in others.items()}:
+            raise InputError(
+                f"{model.path}: the tensors under {other} have other names or shapes than those under {home}",
+                hint=f"--keep {Keep.RAW} keeps the copy that is whole",
+            )
+        sources |= {f"{home}.{name}": f"{other}.{name}" for name in own}
+    return CopyChoice(home=copies.home, other=copies.other, names={}, sources=sources, more=copies.more)
 
 
 def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, str]:

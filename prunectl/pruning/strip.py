@@ -81,6 +81,7 @@ def strip(
         removed: tuple[RemovedItem, ...] = ()
         if row.stripper:
             removed = load(row.stripper)(model, options, staged)
+            _check_in_place(model, output, removed)
         else:
             load(row.writer)(model, staged, ())
         written = staged.get(model.path, folder / target.name)
@@ -94,6 +95,15 @@ def strip(
     shown = replace(after, path=str(target)) if output is not None else after
     notes = (*_note_lacking(copies), *outputs.notes_on_folder(model, output))
     return Stripped(removed, before, shown, notes)
+
+
+def _check_in_place(model: ModelFile, output: Destination | None, removed: Sequence[RemovedItem]) -> None:
+    """Refuse to strip a folder in place where files would have to go: all but its weights stays as it is."""
+    if removed and model.has_neighbours and output is not None and output.is_in_place:
+        raise UsageError(
+            f"--in-place cannot be used: {abbreviated(removed[0].name)} would stay in {model.path}",
+            hint="write -o OUT",
+        )
 
 
 def _as_kept(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:

@@ -173,3 +173,126 @@ def test_parts_in_pickles_and_indexes_that_name_none_are_sentences(pipe: Path) -
     (pipe / "model_index.json").write_text("[]")
     assert "is damaged" in here("inspect", pipe).err
     assert not (pipe.parent / "out").exists()
+
+
+STATE = ("optimizer.bin", "scheduler.bin", "sampler.bin", "random_states_0.pkl")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """What the training scripts of diffusers save to go on from: a part, its average in shards, and no index."""
+    home = tmp_path / "checkpoint-500"
+    for name, settings in {"unet": {"layers": 2}, "unet_ema": {"layers": 2, "decay": 0.999}}.items():
+        (home / name).mkdir(parents=True)
+        (home / name / "config.json").write_text(json.dumps(settings))
+    save_file({"a.weight": numbers(4, 4), "b.weight": numbers(2, 4)}, home / f"unet/{NETWORK}.safetensors")
+    shards = {}
+    for number, tensor in enumerate(({"a.weight": 2 * numbers(4, 4)}, {"b.weight": 2 * numbers(2, 4)}), 1):
+        shard = f"{NETWORK}-{number:05}-of-00002.safetensors"
+        save_file(tensor, home / "unet_ema" / shard)
+        shards |= dict.fromkeys(tensor, shard)
+    (home / f"unet_ema/{NETWORK}.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    for name in STATE:
+        (home / name).write_bytes(name.encode())
+    return home
+
+
+NETWORK = "diffusion_pytorch_model"
+
+
+def inside(found: dict[str, bytes], part: str) -> dict[str, bytes]:
+    return {name.removeprefix(f"{part}/"): data for name, data in found.items() if name.startswith(f"{part}/")}
+
+
+def test_a_checkpoint_of_diffusers_keeps_the_trained_weights_or_their_average(checkpoint: Path) -> None:
+    before = files(checkpoint)
+    unet, average = inside(before, "unet"), inside(before, "unet_ema")
+    asked = here("strip", checkpoint, "-o", checkpoint.parent / "out")
+    assert asked.code == 2
+    assert "holds the weights twice: unet as they were trained, and their average under unet_ema" in asked.err
+    assert not (checkpoint.parent / "out").exists()
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "raw", "--keep", "raw")
+    assert done.code == 0, done.err
+    assert files(checkpoint.parent / "raw") == {f"unet/{name}": data for name, data in unet.items()}
+    assert {row[0] for row in done.rows} >= {*STATE, "unet_ema/config.json"}
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "ema", "--keep", "ema")
+    assert done.code == 0, done.err
+    # The settings of averaging are none of the network's.
+    average["config.json"] = unet["config.json"]
+    assert files(checkpoint.parent / "ema") == {f"unet/{name}": data for name, data in average.items()}
+    assert not (checkpoint.parent / "ema/unet_ema").exists()
+    assert here("strip", checkpoint, "-o", checkpoint.parent / "ema", "--keep", "raw", "--force").code == 0
+    assert files(checkpoint.parent / "ema") == files(checkpoint.parent / "raw")
+    assert files(checkpoint) == before
+
+
+def test_a_checkpoint_of_diffusers_is_one_model_and_both_copies_are_pruned(checkpoint: Path) -> None:
+    seen = here("inspect", checkpoint)
+    assert [row[1] for row in seen.rows] == [f"{part}.{name}.weight" for part in ("unet", "unet_ema") for name in "ab"]
+    assert "The file holds the weights twice: unet and unet_ema, their average (2 tensors)." in seen.err
+    assert here("prune", checkpoint, "-o", checkpoint.parent / "out", "-s", "50%", "--scope", "layer").code == 0
+    after, before = files(checkpoint.parent / "out"), files(checkpoint)
+    assert after.keys() == before.keys()
+    assert all((before[name] == after[name]) != (NETWORK in name and "index" not in name) for name in before)
+
+
+def test_only_what_is_named_leaves_a_checkpoint_of_diffusers(checkpoint: Path) -> None:
+    before = files(checkpoint)
+    assert here("strip", checkpoint, "-o", checkpoint.parent / "out", "--only", "optimizer").code == 0
+    assert files(checkpoint.parent / "out") == {name: before[name] for name in before if name != "optimizer.bin"}
+
+
+def test_the_average_of_a_part_takes_its_place_in_a_pipeline_that_names_no_averages(pipe: Path) -> None:
+    (pipe / "unet_ema").mkdir()
+    save_file({"conv.weight": 3 * numbers(4, 4)}, pipe / f"unet_ema/{NETWORK}.safetensors")
+    # Another form of the trained weights would be loaded in the place of the average.
+    (pipe / f"unet/{NETWORK}.fp16.safetensors").write_bytes(b"trained")
+    before = files(pipe)
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema")
+    assert done.code == 0, done.err
+    average = before[f"unet_ema/{NETWORK}.safetensors"]
+    gone = {f"unet_ema/{NETWORK}.safetensors", f"unet/{NETWORK}.fp16.safetensors"}
+    expected = {name: data for name, data in before.items() if name not in gone}
+    assert files(pipe.parent / "out") == {**expected, f"unet/{NETWORK}.safetensors": average}
+
+
+def test_averages_of_several_parts_are_kept_together(pipe: Path) -> None:
+    for part, shape in {"unet": "conv", "text_encoder": "layers.1"}.items():
+        (pipe / f"{part}_ema").mkdir()
+        save_file({f"{shape}.weight": 3 * numbers(4, 4)}, pipe / f"{part}_ema/model.safetensors")
+    refused = here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema")
+    assert refused.code == 3
+    assert "under text_encoder_ema have other names or shapes than those under text_encoder" in refused.err
+    more = {f"layers.{number}.weight": 3 * numbers(4, 4) for number in (1, 2)}
+    save_file(more, pipe / "text_encoder_ema/model.safetensors")
+    assert "--keep ema for the averages" in here("strip", pipe, "-o", pipe.parent / "out").err
+    assert here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema").code == 0
+    assert sorted(files(pipe.parent / "out")) == [
+        "README.md",
+        "model_index.json",
+        "scheduler/config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "unet/config.json",
+        "unet/model.safetensors",
+    ]
+
+
+def test_a_checkpoint_of_diffusers_is_stripped_into_a_folder_of_its_own_alone(checkpoint: Path) -> None:
+    before = files(checkpoint)
+    for words, message in {
+        ("--in-place", "--keep", "ema"): "would stay in",
+        ("-o", "out", "--keep", "ema", "--half"): "can neither store 16-bit floats",
+        ("-o", "out", "--keep", "ema", "--pack"): "no compression",
+    }.items():
+        done = here("strip", checkpoint, *words, cwd=checkpoint.parent)
+        assert done.code in {2, 3}
+        assert message in done.err
+    assert files(checkpoint) == before
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint-500"]
+
+
+def test_a_collection_of_models_is_not_taken_for_one_pipeline(checkpoint: Path) -> None:
+    for part in ("unet", "unet_ema"):
+        (checkpoint / part).rename(checkpoint / f"sd-{part}")
+    assert "is a folder without" in here("inspect", checkpoint).err

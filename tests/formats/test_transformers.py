@@ -296,6 +296,35 @@ def test_an_adapter_loads_into_its_base_again(sources: Callable[[str, str], Path
     assert distance(outputs("llama", again), outputs("llama", adapter)) == 0
 
 
+def test_a_checkpoint_of_diffusers_loads_as_it_was_trained_and_as_its_average(tmp_path: Path) -> None:
+    diffusers: Any = pytest.importorskip("diffusers")
+    training: Any = pytest.importorskip("diffusers.training_utils")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+    kind = diffusers.UNet2DModel
+    network = kind(sample_size=8, layers_per_block=1, norm_num_groups=8, **blocks).eval()
+    average = training.EMAModel(network.parameters(), decay=0.5, model_cls=kind, model_config=network.config)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        average.step(network.parameters())
+    network.save_pretrained(tmp_path / "checkpoint-3/unet")
+    average.save_pretrained(str(tmp_path / "checkpoint-3/unet_ema"))
+    expected = {"raw": "unet", "ema": "unet_ema"}
+    for keep, folder in expected.items():
+        assert here("strip", tmp_path / "checkpoint-3", "-o", tmp_path / keep, "--keep", keep).code == 0
+        state = kind.from_pretrained(tmp_path / "checkpoint-3" / folder).state_dict()
+        loaded_again, facts = kind.from_pretrained(tmp_path / keep / "unet", output_loading_info=True)
+        assert not any(facts.values()), facts
+        assert all(torch.equal(tensor, state[name]) for name, tensor in loaded_again.state_dict().items())
+        assert [path.name for path in (tmp_path / keep).iterdir()] == ["unet"]
+        # What averaged is no setting of the network.
+        assert hashes(tmp_path / keep)["unet/config.json"] == hashes(tmp_path / "checkpoint-3")["unet/config.json"]
+    raw, ema = (load_file(tmp_path / keep / "unet/diffusion_pytorch_model.safetensors") for keep in expected)
+    assert not all(torch.equal(tensor, ema[name]) for name, tensor in raw.items())
+
+
 def test_a_pipeline_and_a_part_of_it_load_again(tmp_path: Path) -> None:
     diffusers: Any = pytest.importorskip("diffusers")
     torch.manual_seed(0)
