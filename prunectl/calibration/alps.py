@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from prunectl.calibration.blocks import map_blocks
 from prunectl.calibration.sparsegpt import ColumnBlock
 from prunectl.calibration.statistics import Float64Array
 from prunectl.pruning.masks import Mask
@@ -68,11 +69,17 @@ def prune_rows(
     values, vectors = np.linalg.eigh(gram / np.outer(scale, scale))
     wanted, sparse, zero = target / scale, rows * scale, rows == 0
     multipliers = np.zeros_like(sparse)
+    dense, moved = np.empty_like(sparse), np.empty_like(sparse)
     penalty, before = _FIRST_PENALTY, project(np.where(zero, -1.0, np.abs(sparse)))
     dropped = before
+
+    def minimise(part: slice) -> None:
+        pulled = wanted[part] - multipliers[part] + penalty * sparse[part]
+        dense[part] = (pulled @ vectors / (values + penalty)) @ vectors.T
+        moved[part] = dense[part] + multipliers[part] / penalty
+
     for turn in range(1, _MOST_TURNS + 1):
-        dense = ((wanted - multipliers + penalty * sparse) @ vectors / (values + penalty)) @ vectors.T
-        moved = dense + multipliers / penalty
+        map_blocks(minimise, len(rows))
         dropped = project(np.where(zero, -1.0, np.abs(moved)))
         sparse = np.where(dropped, 0.0, moved)
         multipliers += penalty * (dense - sparse)

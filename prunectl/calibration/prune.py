@@ -13,6 +13,7 @@ import numpy as np
 from prunectl.analysis.patterns import BlockPattern
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.calibration import statistics
+from prunectl.calibration.blocks import block_threads
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
 from prunectl.calibration.match import OutputMatcher, masked, refuse_untrainable
 from prunectl.calibration.reconstruct import BLOCK, DAMP, BlockwiseReconstructor, Reconstructor
@@ -179,7 +180,7 @@ def prune(
         # What the dense model says of a text is more than can be kept.
         has_reference=reconstructs or (request.is_matched and model.folder is not None),
     )
-    with closing(session):
+    with closing(session), block_threads():
         notes = session.notes
         if reconstructs and scope is Scope.GLOBAL and model.folder is not None and not request.model:
             notes += ("The whole model was loaded; with --scope layer it is gone through one block at a time.",)

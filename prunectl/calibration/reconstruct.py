@@ -15,8 +15,9 @@ import numpy as np
 from prunectl.analysis.patterns import NMPattern
 from prunectl.calibration import alps, sparsegpt, statistics
 from prunectl.calibration.im2col import scatter_rows, weight_matrix
+from prunectl.calibration.least_squares import least_squares_refit, normal_equations
 from prunectl.calibration.session import BlockwiseCalibration, Calibration, CrossInputs
-from prunectl.calibration.sparsegpt import ColumnBlock, dampen
+from prunectl.calibration.sparsegpt import ColumnBlock
 from prunectl.calibration.statistics import (
     CrossStatistics,
     Float64Array,
@@ -62,67 +63,6 @@ def bias_of(model: ModelFile, tensor: Tensor) -> Tensor | None:
         [] if is_shared and tensor.role is Role.KERNEL else biases
     )
     return matches[0] if len(matches) == 1 and is_writable(matches[0]) else None
-
-
-_EXACT = 1e-20
-"""The square of how far off a row may be, relative to what it is to give."""
-_MOST_STEPS = 1000
-"""Damped by a hundredth it takes 20 to 50."""
-
-
-def least_squares_refit(
-    rows: Float64Array,
-    gram: Float64Array,
-    cross_gram: Float64Array,
-    kept: Mask,
-    damp: float,
-    *,
-    initial: Float64Array | None = None,
-) -> Float64Array:
-    """Masked least squares: rows that are zero where pruned, and fit the dense outputs elsewhere.
-
-    Among each other and across are the products of the inputs now, and of them with the inputs before. Damping pulls
-    towards the old weights and not towards zero: without evidence a weight stays as it is.
-    """
-    damped, target = _normal_equations(rows, gram, cross_gram, damp)
-    first = np.where(kept, rows if initial is None else initial, 0.0)
-    return _conjugate_gradients(damped, np.where(kept, target, 0.0), kept, first)
-
-
-def _normal_equations(
-    rows: Float64Array, gram: Float64Array, cross_gram: Float64Array, damp: float
-) -> tuple[Float64Array, Float64Array]:
-    """A damped Gram matrix, and what the rows that fit the dense outputs best give when they are multiplied by it."""
-    damped = dampen(gram, damp)
-    return damped, rows @ cross_gram.T + rows * (np.diagonal(damped) - np.diagonal(gram))
-
-
-def _conjugate_gradients(gram: Float64Array, target: Float64Array, kept: Mask, solution: Float64Array) -> Float64Array:
-    """Solve each row's masked normal equations by preconditioned conjugate gradients.
-
-    Each row keeps other columns: to eliminate, row by row, takes minutes for a layer that this does in seconds.
-    """
-    scale = 1 / np.diagonal(gram)
-    limit = _EXACT * (target * target * scale).sum(axis=1)
-    residual = target - np.where(kept, solution @ gram, 0.0)
-    preconditioned = residual * scale
-    direction, energy = preconditioned, (residual * preconditioned).sum(axis=1)
-    for _ in range(_MOST_STEPS):
-        if (energy <= limit).all():
-            break
-        curvature = np.where(kept, direction @ gram, 0.0)
-        step = _row_ratio(energy, (direction * curvature).sum(axis=1))
-        solution = solution + step * direction
-        residual = residual - step * curvature
-        preconditioned = residual * scale
-        previous, energy = energy, (residual * preconditioned).sum(axis=1)
-        direction = preconditioned + _row_ratio(energy, previous) * direction
-    return solution
-
-
-def _row_ratio(numerator: Float64Array, denominator: Float64Array) -> Float64Array:
-    """A ratio for each row, zero for rows that are done."""
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)[:, np.newaxis]
 
 
 def center(products: Float64Array, first: Float64Array, second: Float64Array, count: int) -> Float64Array:
@@ -298,7 +238,7 @@ class Reconstructor:
                     decided = sparsegpt.nm_blocks(features, channels, pattern.zeros, pattern.group)
                 if self.strategy == "alps":
                     project = alps.lowest_in(decided) if decided else alps.lowest(count)
-                    gram, target = _normal_equations(dense_rows[group], total, pairs.cross_gram[group], self.damp)
+                    gram, target = normal_equations(dense_rows[group], total, pairs.cross_gram[group], self.damp)
                     new[group], pruned[group] = alps.prune_rows(rows[group], gram, target, project)
                     continue
                 decided = decided or sparsegpt.unstructured_blocks(outputs, features, count, self.block)

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prunectl.calibration.blocks import map_blocks
 from prunectl.calibration.statistics import Float64Array
 from prunectl.errors import WorkError
+from prunectl.formats.workers import check_stopped
 from prunectl.pruning.masks import Mask
 
 _MOST_DAMP = 1e3
+_ROWS = 128
+"""That are compensated for in one block of work."""
+_PANEL = 256
+"""Columns of a Cholesky factor that are worked out at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +58,40 @@ def nm_blocks(features: int, channels: int, zeros: int, group: int) -> list[Colu
 def prune_rows(
     rows: Float64Array, products: Float64Array, parts: list[ColumnBlock], damp: float, block: int
 ) -> tuple[Float64Array, Mask]:
-    """Pruned rows with their compensated weights, and the mask."""
+    """Pruned rows with their compensated weights, and the mask.
+
+    Blocks that all rows are ranked in together begin where the columns do that are compensated for together.
+    """
     updated, dropped = rows.astype(np.float64), np.zeros(rows.shape, np.bool_)
     inverse, is_dead = inverse_cholesky(products, damp)
-    blocks = {block_of_columns.begin: block_of_columns for block_of_columns in parts}
     features = updated.shape[1]
+    by_row = {part.begin: part for part in parts if part.is_by_row}
+    together = {part.begin: part for part in parts if not part.is_by_row}
     for begin in range(0, features, block):
         end = min(begin + block, features)
-        errors = np.zeros((len(updated), end - begin))
-        for column in range(begin, end):
-            if column in blocks:
-                block_of_columns = blocks[column]
-                # A part may reach into the next block, whose weights still lack what this one's errors do to them.
-                beyond = (
-                    updated[:, end : block_of_columns.end] - errors @ inverse[begin:end, end : block_of_columns.end]
-                )
-                candidates = np.concatenate([updated[:, column : min(block_of_columns.end, end)], beyond], axis=1)
-                dropped[:, column : block_of_columns.end] = _lowest(candidates, inverse, is_dead, block_of_columns)
-            weights = updated[:, column]
-            error = np.where(dropped[:, column], weights, 0.0) / inverse[column, column]
-            updated[:, column:end] -= np.outer(error, inverse[column, column:end])
-            errors[:, column - begin] = error
-        updated[:, end:] -= errors @ inverse[begin:end, end:]
+        if begin in together:
+            at = slice(begin, together[begin].end)
+            dropped[:, at] = _lowest(updated[:, at], inverse, is_dead, together[begin])
+
+        def eliminate(some: slice, begin: int = begin, end: int = end) -> None:
+            rest, pruned = updated[some], dropped[some]
+            # Columns as rows, which lie together in memory.
+            turned = np.ascontiguousarray(rest[:, begin:end].T)
+            errors = np.zeros_like(turned)
+            for column in range(begin, end):
+                at = column - begin
+                if column in by_row:
+                    part = by_row[column]
+                    # It may reach beyond these columns, where weights still lack what the errors do to them.
+                    beyond = rest[:, end : part.end] - errors.T @ inverse[begin:end, end : part.end]
+                    candidates = np.concatenate([turned[at : min(part.end, end) - begin].T, beyond], axis=1)
+                    pruned[:, column : part.end] = _lowest(candidates, inverse, is_dead, part)
+                errors[at] = np.where(pruned[:, column], turned[at], 0.0) / inverse[column, column]
+                turned[at:] -= inverse[column, column:end, np.newaxis] * errors[at]
+            rest[:, begin:end] = turned.T
+            rest[:, end:] -= errors.T @ inverse[begin:end, end:]
+
+        map_blocks(eliminate, len(updated), _ROWS)
     updated[dropped] = 0.0
     return updated, dropped
 
@@ -104,11 +122,51 @@ def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array,
     damped = dampen(products, damp)
     while damp < _MOST_DAMP:
         try:
-            return np.linalg.cholesky(np.linalg.inv(damped)).T, is_dead
+            return _inverse_factor(damped), is_dead
         except np.linalg.LinAlgError:
             damp *= 10
             damped = dampen(products, damp)
     raise WorkError("the Gram matrix of a layer's inputs is singular", hint="use more --samples, or --param damp=0.1")
+
+
+def _inverse_factor(matrix: Float64Array) -> Float64Array:
+    """The upper Cholesky factor of the inverse: with rows and columns turned around, the inverse of the lower one."""
+    lower = np.ascontiguousarray(matrix[::-1, ::-1])
+    size = len(lower)
+    panels = [slice(begin, min(begin + _PANEL, size)) for begin in range(0, size, _PANEL)]
+    diagonal_inverses = []
+    for panel in panels:
+        corner = np.linalg.cholesky(lower[panel, panel])
+        inverse = np.tril(np.linalg.inv(corner))
+        diagonal_inverses.append(inverse)
+        lower[panel, panel] = corner
+        left = size - panel.stop
+
+        def divide(part: slice, panel: slice = panel, inverse: Float64Array = inverse) -> None:
+            below = slice(panel.stop + part.start, panel.stop + part.stop)
+            lower[below, panel] = lower[below, panel] @ inverse.T
+
+        def subtract(part: slice, panel: slice = panel) -> None:
+            below, until = (
+                slice(panel.stop + part.start, panel.stop + part.stop),
+                slice(panel.stop, panel.stop + part.stop),
+            )
+            lower[below, until] -= lower[below, panel] @ lower[until, panel].T
+
+        map_blocks(divide, left, _PANEL)
+        map_blocks(subtract, left, _PANEL)
+    result = np.zeros_like(lower)
+
+    def invert(columns: slice) -> None:
+        first = columns.start // _PANEL
+        result[columns, columns] = diagonal_inverses[first]
+        for panel, inverse in zip(panels[first + 1 :], diagonal_inverses[first + 1 :], strict=True):
+            check_stopped()
+            between = slice(columns.start, panel.start)
+            result[panel, columns] = -inverse @ (lower[panel, between] @ result[between, columns])
+
+    map_blocks(invert, size, _PANEL)
+    return np.ascontiguousarray(result[::-1, ::-1])
 
 
 def dampen(products: Float64Array, damp: float) -> Float64Array:

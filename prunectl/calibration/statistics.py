@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunectl.calibration.blocks import map_blocks
 from prunectl.calibration.im2col import im2col, scatter_rows, weight_matrix
 from prunectl.errors import WorkError
 from prunectl.formats.base import Array
@@ -85,13 +86,47 @@ def _sum_moments(sight: LayerInput, kernel: tuple[int, ...], over: Callable[[Arr
 
 def gram(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """Gram matrices X^T X: groups by features by features."""
-    total: Any = 0.0
+    total: Float64Array = np.zeros(())
     count = 0
     for columns in im2col(sight.inputs, sight.use, kernel):
+        if not count:
+            total = _zero_products(columns)
         by_group = _by_group(columns)
-        total = total + np.matmul(by_group.transpose(0, 2, 1), by_group).astype(np.float64)
+        _add_products(total, np.ascontiguousarray(by_group.transpose(0, 2, 1)), by_group, is_symmetric=True)
         count += len(columns)
-    return np.asarray(total, np.float64), count
+    return total, count
+
+
+_FEATURES = 256
+"""Rows of a Gram matrix that are one block of work."""
+_GROUPS = 16
+"""Matrices of groups that are."""
+
+
+def _zero_products(columns: Array) -> Float64Array:
+    return np.zeros((columns.shape[1], columns.shape[2], columns.shape[2]))
+
+
+def _add_products(total: Float64Array, transposed: Array, inputs: Array, *, is_symmetric: bool) -> None:
+    """Add the products of features with features in each group; of symmetric ones only half are multiplied."""
+    groups, features = total.shape[:2]
+    if features <= _FEATURES:
+
+        def add(some: slice) -> None:
+            total[some] += np.matmul(transposed[some], inputs[some])
+
+        map_blocks(add, groups, _GROUPS)
+        return
+    for group in range(groups):
+
+        def add_rows(rows: slice, group: int = group) -> None:
+            columns = slice(0, rows.stop) if is_symmetric else slice(None)
+            products = transposed[group, rows] @ inputs[group, :, columns]
+            total[group, rows, columns] += products
+            if is_symmetric:
+                total[group, : rows.start, rows] += products[:, : rows.start].T
+
+        map_blocks(add_rows, features, _FEATURES)
 
 
 @dataclass(slots=True)
@@ -115,12 +150,13 @@ class CrossStatistics:
         ):
             if not self.count:
                 check_memory(pruned.name, groups=pruned_inputs.shape[1], features=pruned_inputs.shape[2], kept=2)
+                self.gram, self.cross_gram = _zero_products(pruned_inputs), _zero_products(dense_inputs)
             self.count += len(pruned_inputs)
             self.sum_pruned = self.sum_pruned + pruned_inputs.sum(axis=0, dtype=np.float64)
             self.sum_dense = self.sum_dense + dense_inputs.sum(axis=0, dtype=np.float64)
             transposed = np.ascontiguousarray(pruned_inputs.transpose(1, 2, 0), np.float32)
-            self.gram = self.gram + np.matmul(transposed, _by_group(pruned_inputs))
-            self.cross_gram = self.cross_gram + np.matmul(transposed, _by_group(dense_inputs))
+            _add_products(self.gram, transposed, _by_group(pruned_inputs), is_symmetric=True)
+            _add_products(self.cross_gram, transposed, _by_group(dense_inputs), is_symmetric=False)
 
 
 _WORKING_COPIES = 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prunectl.calibration.reconstruct import center, least_squares_refit
+from prunectl.calibration.least_squares import least_squares_refit
+from prunectl.calibration.reconstruct import center
 from prunectl.calibration.statistics import CrossStatistics
 from prunectl.training.backend import WeightUse
 from tests.calibration.by_hand import normal, shown
