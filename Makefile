@@ -13,6 +13,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# Without bytecode: to compile all of every framework takes longer than all else, and Python does it for what is used.
+INSTALL := $(PIP) install --no-compile
 JOBS ?= 2
 COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -c constraints.txt
 
@@ -80,19 +82,19 @@ fixtures: .venv/.full
 	@touch $@
 
 .venv/.core: .venv/.pip pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e .
+	$(INSTALL) -c constraints.txt -e .
 	@touch $@
 
 .venv/.demo: .venv/.pip pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e '.[onnx]'
+	$(INSTALL) -c constraints.txt -e '.[onnx]'
 	@touch $@ .venv/.core
 
 .venv/.docs: .venv/.pip requirements/docs.txt
-	$(PIP) install --require-hashes -r requirements/docs.txt
+	$(INSTALL) --require-hashes -r requirements/docs.txt
 	@touch $@
 
 .venv/.full: .venv/.pip pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt --group dev -e '.[all]'
+	$(INSTALL) -c constraints.txt --group dev -e '.[all]'
 	@touch $@ .venv/.core .venv/.demo
 
 clean:
