@@ -141,7 +141,9 @@ def prune_channels(
             # One that was packed comes out packed.
             outputs.pack(written.path, folder)
         _check_shapes(model, adapter, written, plan)
-        after = with_graph_macs(_stats(open_model(written.path)), adapter, plan.after.shape, plan.removed)
+        # To compress what is compared with nothing would be a third of the time of a cut.
+        small = _stats(open_model(written.path), beside=model.nbytes)
+        after = with_graph_macs(small, adapter, plan.after.shape, plan.removed)
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(open_model(written.path)))
@@ -256,8 +258,8 @@ def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwo
             raise WorkError(f"{tensor.name} of {model.path} has a different shape in the output than planned")
 
 
-def _stats(model: ModelFile) -> ModelStats:
-    stats = stats_for_report(model)
+def _stats(model: ModelFile, *, beside: int = 0) -> ModelStats:
+    stats = stats_for_report(model, beside=beside)
     graph = by_name(model.format).graph
     return with_macs(stats, load(graph)(model)) if graph else stats
 

@@ -41,8 +41,13 @@ _COMPARED = (
 def before_after(before: ModelStats, after: ModelStats) -> Table:
     """The sizes of a model before and after, and how many of its prunable weights are zero."""
     rows = (_compared_row("before", before), _compared_row("after", after))
-    is_unmeasured = after.bytes.compressed is None and after.bytes.raw > BIG_BYTES
-    return Table("sizes", _COMPARED, rows, note=_UNMEASURED if is_unmeasured else "")
+    return Table("sizes", _COMPARED, rows, note=what_is_unmeasured(before, after))
+
+
+def what_is_unmeasured(before: ModelStats, after: ModelStats) -> str:
+    """How to have the sizes that a run does not measure, because the model is big; nothing if there are none."""
+    is_big = max(before.bytes.raw, after.bytes.raw) > BIG_BYTES
+    return _UNMEASURED if after.bytes.compressed is None and is_big else ""
 
 
 _UNMEASURED = (

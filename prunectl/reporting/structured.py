@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prunectl.analysis.stats import ModelStats
 from prunectl.reporting.bench import comparison
-from prunectl.reporting.prune import UNMEASURED, compare_sizes, pruning_report, recover_accuracy
+from prunectl.reporting.prune import UNMEASURED, compare_sizes, pruning_report, recover_accuracy, what_is_unmeasured
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Table, Unit
 from prunectl.units import count, percent
 
@@ -46,6 +46,7 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
             (*_size(name, stats), *(latency.median.middle for latency in result.latencies[index : index + 1]))
             for index, (name, stats) in enumerate((("before", result.before), ("after", result.after)))
         ),
+        note=what_is_unmeasured(result.before, result.after),
     )
     notes = [*([_skipped(result)] if result.skips else []), *_unknown(result.before), *result.notes]
     if result.latencies:
@@ -175,6 +176,7 @@ def blocks_report(result: BlocksPruned, output: str) -> Report:
             (name, stats.params.total, stats.bytes.raw, stats.bytes.compressed)
             for name, stats in (("before", result.before), ("after", result.after))
         ),
+        note=what_is_unmeasured(result.before, result.after),
     )
     return pruning_report(
         result,

@@ -16,9 +16,11 @@ from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.graphs.network import save_network
+from prunectl.pruning import destination
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune
 from prunectl.pruning.request import PruneRequest
+from prunectl.reporting import prune as reporting
 from prunectl.reporting.structured import channels_report
 from tests.channels.made import helper, model, numpy_helper, onnx, op, saved
 from tests.channels.masked import run
@@ -64,6 +66,22 @@ def test_the_digits_network_loses_half_of_its_channels(tmp_path: Path) -> None:
         old.graph.input,
         old.graph.output,
     )
+
+
+@pytest.mark.parametrize("is_big", [False, True], ids=["small", "big"])
+def test_what_is_left_of_a_big_model_is_compressed_as_little_as_the_model(
+    is_big: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_big:
+        # Less than the model, and more than is left of it.
+        for module in (destination, reporting):
+            monkeypatch.setattr(module, "BIG_BYTES", FIXTURE.stat().st_size - 1)
+    found = cut(FIXTURE, tmp_path / "out.onnx")
+    assert found.after.bytes.raw < FIXTURE.stat().st_size - 1
+    assert [stats.bytes.compressed is None for stats in (found.before, found.after)] == [is_big, is_big]
+    report = channels_report(found, str(tmp_path / "out.onnx"))
+    assert [table.note for table in report.sections[0].tables] == ["", reporting._UNMEASURED if is_big else ""]
+    assert ("gzipped" in report.summary) is not is_big
 
 
 def test_the_smallest_channels_go_by_hand(tmp_path: Path) -> None:
