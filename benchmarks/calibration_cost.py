@@ -1,6 +1,7 @@
 """What it costs to look at data: a network of the size of ResNet-50 on 128 images, beside a forward pass alone.
 
-Fitting layers anew is measured on one with an eighth of the widths. PRUNECTL_BEFORE may name the folder of another
+Fitting layers anew is measured on one with an eighth of the widths, and on the whole one with small images on one and
+two threads, which have to write the same bytes. PRUNECTL_BEFORE may name the folder of another
 commit (`git worktree add FOLDER COMMIT`): what that takes stands beside it, measured in turns.
 """
 
@@ -87,6 +88,7 @@ def run() -> None:
             images = np.random.default_rng(0).standard_normal((IMAGES, 3, pixels, pixels), np.float32)
             np.savez(folder / "images.npz", x=images, y=np.arange(IMAGES) % 1000)
             _measure(folder, net, f"{title} {IMAGES} images of {pixels}x{pixels}", ways)
+        _measure_threads(folder)
 
 
 def _measure(folder: Path, net: str, title: str, ways: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
@@ -105,6 +107,25 @@ def _measure(folder: Path, net: str, title: str, ways: tuple[tuple[str, tuple[st
             row += (f"{theirs.seconds:.1f} s ({theirs.seconds / found.seconds:.1f}x), {_size(theirs)}",)
         rows.append(row)
     show(title, ("command", "time", "ratio", "memory", *(("before",) if before else ())), rows)
+
+
+def _measure_threads(folder: Path) -> None:
+    """Print what `obs` takes of the whole network on one and two threads; the images are those of the last table."""
+    rows, written = [], []
+    for threads in (1, 2):
+        output = folder / f"on{threads}.pt"
+        words = ["prune", str(folder / "Net.pt"), "-o", str(output), "-s", "0.8", "--strategy", "obs"]
+        words += ["--data", str(folder / "images.npz"), "--builder", f"{folder / 'net.py'}:Net"]
+        words += ["--batch-size", str(BATCH)]
+        found = cost(["/usr/bin/env", f"OMP_NUM_THREADS={threads}", PRUNECTL, *words], runs=1)
+        written.append(output.read_bytes())
+        times = (f"{found.seconds:.1f} s", f"{found.processor:.1f} s")
+        rows.append((str(threads), *times, _size(found), str(written[0] == written[-1])))
+    show(
+        f"obs of a ResNet-50 on {IMAGES} images of 64x64",
+        ("threads", "time", "processor", "memory", "same bytes"),
+        rows,
+    )
 
 
 def _size(found: Cost) -> str:
