@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prunectl.channels.adapter import GraphAdapter, open_adapter
+from prunectl.channels.graph import ChannelGraph, OpKind
 from prunectl.channels.labels import FIXED, AxisLabels, AxisRole, LabelArray, LabelTrace
 from prunectl.channels.rules import propagate
 from prunectl.formats.base import ModelFile
@@ -105,6 +106,7 @@ def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
 
 
 _UNPRODUCED = "no weight produces it"
+_SHOWN_OPS = 4
 
 
 def _by_channel(roots: LabelArray) -> tuple[LabelArray, LabelArray]:
@@ -135,6 +137,8 @@ class ChannelGroups:
 
     path: str
     groups: tuple[ChannelGroup, ...]
+    missing_because: str = ""
+    """Why there are none, where there are none."""
 
     @property
     def channels(self) -> int:
@@ -151,7 +155,15 @@ def channel_groups(model: ModelFile, origin: LoadOptions = ORIGIN) -> ChannelGro
     """Find the dependency groups of a model."""
     adapter = open_adapter(model, origin)
     groups = find_groups(propagate(adapter.graph))
-    return ChannelGroups(str(model.path), tuple(_with_names_of_file(group, adapter) for group in groups))
+    reason = "" if groups else why_no_channels(adapter.graph)
+    return ChannelGroups(str(model.path), tuple(_with_names_of_file(group, adapter) for group in groups), reason)
+
+
+def why_no_channels(graph: ChannelGraph) -> str:
+    """Why nothing in a graph makes channels."""
+    names = dict.fromkeys(node.op for node in graph.nodes if node.kind is OpKind.UNKNOWN)
+    listed = ", ".join([*names][:_SHOWN_OPS]) + (", …" if len(names) > _SHOWN_OPS else "")
+    return f"its operations are unknown ({listed})" if names else "no weight produces channels"
 
 
 def _with_names_of_file(group: ChannelGroup, adapter: GraphAdapter) -> ChannelGroup:

@@ -16,7 +16,7 @@ from prunectl.channels.adapter import GraphAdapter, PrunedShapes, RemovedIndices
 from prunectl.channels.config import ChannelConfig, SizeTarget, TargetKind, smallest_ratio
 from prunectl.channels.dead import find_dead
 from prunectl.channels.graph import ChannelGraph, OpKind, OpNode
-from prunectl.channels.groups import ChannelGroup, PrunedGroup, find_groups
+from prunectl.channels.groups import ChannelGroup, PrunedGroup, find_groups, why_no_channels
 from prunectl.channels.importance import Scores, group_importance, random_importance
 from prunectl.channels.labels import LabelArray, LabelTrace
 from prunectl.errors import UsageError
@@ -38,7 +38,6 @@ class Context:
 
 ImportanceInputs = Callable[[Sequence[ChannelGroup], Mapping[str, Array]], Mapping[str, Array]]
 """From the groups and all weights to what is ranked by."""
-_SHOWN_OPS = 4
 _MAX_TRIES = 40
 _WRITTEN_TRIES = 8
 """Where each one writes and compresses a network."""
@@ -63,7 +62,7 @@ def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) 
     groups = find_groups(trace)
     if not groups:
         raise UsageError(
-            f"{context.model.path} has no channels that can be removed: {_unknown_ops(context.adapter.graph)}"
+            f"{context.model.path} has no channels that can be removed: {why_no_channels(context.adapter.graph)}"
         )
     if config.only_dead:
         selected, skips = candidates(context.model, groups, weights, config)
@@ -75,13 +74,6 @@ def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) 
     if config.target is not None:
         config = replace(config, ratio=_ratio(context, ranked, config, config.target))
     return replace(_plan_of(trace, choose(ranked, config)), skips=skips)
-
-
-def _unknown_ops(graph: ChannelGraph) -> str:
-    """Why nothing in a graph makes channels."""
-    names = dict.fromkeys(node.op for node in graph.nodes if node.kind is OpKind.UNKNOWN)
-    listed = ", ".join([*names][:_SHOWN_OPS]) + (", …" if len(names) > _SHOWN_OPS else "")
-    return f"its operations are unknown ({listed})" if names else "no weight produces channels"
 
 
 def _plan_of(trace: LabelTrace, pruned_groups: Sequence[PrunedGroup]) -> ChannelPlan:
@@ -215,7 +207,9 @@ def candidates(
             selected.append(Candidate(group, scores, ratios[-1] if ratios else None))
     if not selected:
         reasons = Counter(skip.reason for skip in skips)
-        listed = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+        listed = ", ".join(
+            f"{reason} ({number} groups)" if number > 1 else reason for reason, number in reasons.most_common(3)
+        )
         raise UsageError(
             f"{model.path} has no channels that can be removed: {listed or 'no weight produces channels'}",
             hint=f"see why: prunectl inspect {model.path} --groups",

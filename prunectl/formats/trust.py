@@ -67,6 +67,8 @@ _PACKAGES_OF_TFMOT = frozenset({"TFOptimizationToolkit"})
 
 
 _MANY = 3
+OR_BUILD = ", or build the model with --builder mod:fn"
+"""The end of hints, which commands without builders leave out."""
 
 
 class Fact(NamedTuple):
@@ -84,12 +86,9 @@ def check(model: ModelFile, known: Callable[[], Collection[str]]) -> None:
         facts = unknown(facts, known())
     if not facts:
         return
-    raise UntrustedError(
-        f"{model.path} holds code: {worded(facts)}",
-        hint="provide them with --custom-objects mod:DICT, or build the model with --builder mod:fn"
-        if all(fact.custom for fact in facts)
-        else "if you trust its author, add --trust; or build the model with --builder mod:fn",
-    )
+    is_explicable = all(fact.custom for fact in facts)
+    hint = "provide them with --custom-objects mod:DICT" if is_explicable else "if you trust its author, add --trust"
+    raise UntrustedError(f"{model.path} holds code: {worded(facts)}", hint=hint + OR_BUILD)
 
 
 def facts_of(model: ModelFile) -> tuple[Fact, ...]:

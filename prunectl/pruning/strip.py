@@ -101,7 +101,7 @@ def _check_in_place(model: ModelFile, output: Destination | None, removed: Seque
     """Refuse to strip a folder in place where files would have to go: all but its weights stays as it is."""
     if removed and model.has_neighbours and output is not None and output.is_in_place:
         raise UsageError(
-            f"--in-place cannot be used: {abbreviated(removed[0].name)} would stay in {model.path}",
+            f"--in-place cannot be used: {abbreviated(removed[0].name)} would be left in {model.path}",
             hint="write -o OUT",
         )
 

@@ -266,7 +266,7 @@ def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Repor
         replace(
             section,
             facts=(*section.facts, ("channels", _fact(by_path[section.title]))),
-            tables=(*section.tables, _table(by_path[section.title])),
+            tables=(*section.tables, *_tables(by_path[section.title])),
         )
         if section.title in by_path
         else section
@@ -284,11 +284,14 @@ def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Repor
 
 
 def _fact(groups: ChannelGroups) -> str:
+    if groups.missing_because:
+        return f"none: {groups.missing_because}"
     return f"{count(groups.prunable)} of {count(groups.channels)} can be removed"
 
 
-def _table(groups: ChannelGroups) -> Table:
-    return Table("groups", _COLUMNS, tuple(_row(group) for group in groups.groups), title="channels")
+def _tables(groups: ChannelGroups) -> tuple[Table, ...]:
+    rows = tuple(_row(group) for group in groups.groups)
+    return (Table("groups", _COLUMNS, rows, title="channels"),) if rows else ()
 
 
 def _row(group: ChannelGroup) -> tuple[Cell, ...]:

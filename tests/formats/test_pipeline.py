@@ -281,7 +281,7 @@ def test_averages_of_several_parts_are_kept_together(pipe: Path) -> None:
 def test_a_checkpoint_of_diffusers_is_stripped_into_a_folder_of_its_own_alone(checkpoint: Path) -> None:
     before = files(checkpoint)
     for words, message in {
-        ("--in-place", "--keep", "ema"): "would stay in",
+        ("--in-place", "--keep", "ema"): "would be left in",
         ("-o", "out", "--keep", "ema", "--half"): "can neither store 16-bit floats",
         ("-o", "out", "--keep", "ema", "--pack"): "no compression",
     }.items():

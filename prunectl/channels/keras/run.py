@@ -25,6 +25,7 @@ from prunectl.formats.keras.hdf5.rebuild import address_of, run_rewriting
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, create_like, rebuild_with
 from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.trust import OR_BUILD
 from prunectl.formats.zip_read import open_archive
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras import outputs as compile_outputs
@@ -140,7 +141,8 @@ def runner(
             keras_model = load(open_model(path), origin, DevicePlacement())
         except PrunectlError as error:
             message = error.message.replace(str(path), str(loaded.model.path))
-            raise type(error)(f"{message}; nothing was written", hint=error.hint) from error
+            hint = error.hint.removesuffix(OR_BUILD)
+            raise type(error)(f"{message}; nothing was written", hint=hint) from error
         except Exception as error:
             raise WorkError(f"Keras cannot load the network: {first_line(error)}; nothing was written") from error
     names = tuple(observed)

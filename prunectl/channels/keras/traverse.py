@@ -337,7 +337,7 @@ class GraphTraversal:
 def _lambda_shape(step: LayerCall) -> tuple[int | None, ...] | None:
     """The shape that a Lambda layer says, else that of its input: most only scale.
 
-    What it computes is unknown, so it locks what it meets; what is behind it is traverse all the same. A shape that is
+    What it computes is unknown, so it locks what it meets; what is behind it is traversed all the same. A shape that is
     wrong does not fit the next weights, which lock then, or shows when the cut network is run beside the original.
     """
     output_shape = untuple(step.config.get("output_shape"))

@@ -133,11 +133,14 @@ def is_operation(layer: Mapping[str, Any]) -> bool:
 def _inside(
     model: Mapping[str, Any], path: ConfigPath, names: tuple[str, ...], folders: Mapping[int, str]
 ) -> Iterator[LayerLocation]:
-    entries = part(model, "config").get("layers")
+    # Until 2.2.3 Keras wrote the configuration of a sequential model as the bare list of its layers.
+    is_bare = isinstance(model.get("config"), list)
+    steps: ConfigPath = ("config",) if is_bare else ("config", "layers")
+    entries = model["config"] if is_bare else part(model, "config").get("layers")
     for number, layer in enumerate(entries if isinstance(entries, list) else ()):
         if isinstance(layer, dict):
             folder = folders.get(id(layer.get("config")))
-            layer_path = (*path, "config", "layers", number)
+            layer_path = (*path, *steps, number)
             slots = () if folder is None else (folder,)
             yield from _with_inner(LayerLocation(layer_path, layer, (*names, name_of(layer)), slots), folders)
 

@@ -182,7 +182,7 @@ def _from_file(
         except Exception as error:
             raise InputError(
                 f"Keras {library.keras.__version__} cannot rebuild {file.path}: {error_line(error)}",
-                hint="provide custom layers with --custom-objects mod:DICT, or build the model with --builder mod:fn",
+                hint=f"provide custom layers with --custom-objects mod:DICT{trust.OR_BUILD}",
             ) from error
 
 

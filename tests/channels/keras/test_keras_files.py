@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,25 @@ def test_the_digits_network_loses_half_of_its_channels(name: str, tmp_path: Path
     )
     library = tf_keras if "keras 2" in old.about.producer else keras
     assert library.models.load_model(output).count_params() == found.after.params.total
+
+
+def test_a_sequential_model_that_is_a_bare_list_of_layers_is_cut_as_that_of_today_is(tmp_path: Path) -> None:
+    today, old = FIXTURES / "digits_cnn.h5", tmp_path / "old.h5"
+    shutil.copy(today, old)
+    with h5py.File(old, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        assert config["class_name"] == "Sequential"
+        first, *layers = config["config"]["layers"]
+        layers[0]["config"]["batch_input_shape"] = first["config"]["batch_input_shape"]
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": layers})
+        file.attrs["keras_version"] = "2.0.6"
+    cut(today, tmp_path / "small.h5")
+    found = cut(old, tmp_path / "small_old.h5")
+    assert found.dropped
+    wanted = short(open_model(tmp_path / "small.h5").tensors)
+    assert short(open_model(tmp_path / "small_old.h5").tensors) == wanted
+    loaded = tf_keras.models.load_model(tmp_path / "small_old.h5", compile=False)
+    assert loaded.count_params() == found.after.params.total
 
 
 def test_nothing_but_numbers_of_channels_changes_in_the_configuration(tmp_path: Path) -> None:
@@ -267,8 +287,9 @@ def test_a_lambda_is_not_run_unless_it_is_trusted(tmp_path: Path) -> None:
     of = keras.layers
     layers = [keras.Input((4,)), of.Dense(8), of.Dense(4), of.Lambda(lambda value: value * 2, output_shape=(4,))]
     path = saved(keras.Sequential(layers), tmp_path / "net.keras")
-    with pytest.raises(InputError, match="holds code"):
+    with pytest.raises(InputError, match="holds code") as refused:
         cut(path, tmp_path / "small.keras")
+    assert refused.value.hint == "if you trust its author, add --trust"
     assert list(tmp_path.iterdir()) == [path]
 
 
