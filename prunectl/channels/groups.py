@@ -160,9 +160,11 @@ def channel_groups(model: ModelFile, origin: LoadOptions = ORIGIN) -> ChannelGro
 
 
 def why_no_channels(graph: ChannelGraph) -> str:
-    """Why nothing in a graph makes channels."""
-    names = dict.fromkeys(node.op for node in graph.nodes if node.kind is OpKind.UNKNOWN)
-    listed = ", ".join([*names][:_SHOWN_OPS]) + (", …" if len(names) > _SHOWN_OPS else "")
+    """Why nothing in a graph makes channels: operations that are unknown, but for those that only come after such."""
+    unknown = [node for node in graph.nodes if node.kind is OpKind.UNKNOWN]
+    behind = {value for node in unknown for value in node.outputs}
+    names = [*dict.fromkeys(node.op for node in unknown if behind.isdisjoint(node.inputs))]
+    listed = ", ".join(names[:_SHOWN_OPS]) + (", …" if len(names) > _SHOWN_OPS else "")
     return f"its operations are unknown ({listed})" if names else "no weight produces channels"
 
 
