@@ -178,6 +178,7 @@ def architecture(model: ModelFile) -> Architecture | None:
     config, adapter = configs
     notes += _note_training_state(model)
     weights = [tensor for tensor in model.tensors if tensor.role in WEIGHTS]
+    notes += _note_packed(config, weights)
     classes = config.get("architectures")
     kinds = (config.get("model_type"), config.get("_class_name"), adapter.get("peft_type"))
     return Architecture(
@@ -207,6 +208,23 @@ def _note_training_state(model: ModelFile) -> list[str]:
     what = f"{files} such as {abbreviated(str(state[0]))}, {nbytes(size)}"
     command = "export" if is_inside_folder(model) else "strip"
     return [f"The folder also holds the state of a training ({what}). `prunectl {command}` leaves it out."]
+
+
+_PACKED = ("int32", "uint8")
+"""What holds several weights of fewer bits each, as GPTQ, AWQ and MXFP4 store them; of int8, each number is one."""
+
+
+def _note_packed(config: Mapping[str, Any], weights: Iterable[Tensor]) -> list[str]:
+    """Say that the parameters of a quantised model are not those of the model that it was made from."""
+    method = _text(lookup(config, "quantization_config.quant_method"))
+    sizes: Counter[str] = Counter()
+    for tensor in weights:
+        sizes[dtype_name(tensor.dtype)] += tensor.nbytes
+    packed = [name for name in _PACKED if sizes[name]]
+    if not method or 2 * sum(sizes[name] for name in packed) <= sizes.total():
+        return []
+    numbers = " and ".join(packed)
+    return [f"Weights are packed by {method} into {numbers}: parameters, also the active ones, are counted as stored."]
 
 
 def read_config(model: ModelFile, name: str) -> dict[str, Any]:

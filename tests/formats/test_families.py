@@ -79,6 +79,21 @@ def test_inspect_tells_first_what_a_folder_is(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("method", "dtype"), [("gptq", "int32"), ("mxfp4", "uint8"), ("compressed-tensors", "int8")])
+def test_parameters_of_packed_weights_are_called_what_they_are(method: str, dtype: str, tmp_path: Path) -> None:
+    weights = {
+        f"model.layers.{block}.experts.{expert}.up_proj.qweight": np.ones((8, 8), dtype)
+        for block in range(2)
+        for expert in range(4)
+    }
+    config = {**MIXTURE, "quantization_config": {"quant_method": method}}
+    (found,) = here("inspect", made(tmp_path / "moe", config, weights), "--json").json["models"]
+    assert found["architecture"]["experts"]["active_params"] == 2 * 64
+    # Of int8, each number is a parameter.
+    sentence = f"Weights are packed by {method} into {dtype}: parameters, also the active ones, are counted as stored."
+    assert found["architecture"]["notes"] == ([] if dtype == "int8" else [sentence])
+
+
 def test_of_an_unknown_family_the_names_tell_the_blocks(tmp_path: Path) -> None:
     folder = made(tmp_path / "new", {"model_type": "never_seen"}, weights_of(3, 1, "trunk.cells"))
     found = here("inspect", folder, "--json").json["models"][0]["architecture"]
