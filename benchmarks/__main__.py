@@ -46,8 +46,8 @@ ALL = {
     "llama": llama.run,
 }
 
-ON_REQUEST = {"faults": faults.run, "fuzz": fuzz.run}
-"""No measurements, and long: only by their names."""
+ON_REQUEST = {"faults": faults.run, "fuzz": fuzz.run, "parts": growth.parts}
+"""Long: only by their names."""
 
 for name in sys.argv[1:] or ALL:
     (ALL | ON_REQUEST)[name]()

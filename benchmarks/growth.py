@@ -1,16 +1,27 @@
-"""How processor time and memory grow with bytes, tensors and shards."""
+"""How processor time and memory grow with bytes, tensors and shards; and one folder pruned in every way there is.
+
+`parts` prunes 64 shards of 64 MB (`PRUNECTL_BENCH_SHARD_MB`) in one process, in parts, in parts that are killed, on
+Ray, in memory and from a web server. It takes ten gigabytes of disk and as much memory, and is run by its name.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random as chance
+import re
+import shutil
+import signal
+import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.timing import PRUNECTL, Cost, cost, show
+from benchmarks.timing import PRUNECTL, PYTHON, Cost, cost, output_of, show
 
 GIGABYTES = (0.1, 0.5, 2.0, 8.0)
 TENSORS = (10, 1_000, 10_000, 100_000)
@@ -84,3 +95,149 @@ def _write(folder: Path, tensors: int, weights: int, shards: int) -> None:
         weight_map.update(dict.fromkeys(header, name))
     if shards > 1:
         (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+_MANY, _KILLS, _MOST_WAITED = 64, 10, 60.0
+_SHARD_BYTES = int(os.environ.get("PRUNECTL_BENCH_SHARD_MB", "64")) << 20
+_LAYERWISE = ("-s", "0.6", "--scope", "layer")
+_IN_MEMORY = """
+import hashlib, sys, fsspec, prunectl
+memory, root = fsspec.filesystem("memory"), sys.argv[1]
+memory.put(root, "/bucket/model", recursive=True)
+prunectl.prune("memory://bucket/model", "memory://bucket/out", sparsity=0.6, scope="layer")
+for path in sorted(memory.find("/bucket/out")):
+    print(path.rpartition("/")[2], hashlib.sha256(memory.cat_file(path)).hexdigest())
+"""
+_SERVER = """
+import http.server, os, re, sys
+root = sys.argv[1]
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = os.path.join(root, os.path.basename(self.path))
+        match = re.fullmatch(r"bytes=(\\d+)-(\\d+)", self.headers["Range"] or "")
+        if match is None or not os.path.isfile(path):
+            return self.send_error(404)
+        size = os.path.getsize(path)
+        begin, end = int(match[1]), min(int(match[2]) + 1, size)
+        self.send_response(206)
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        with open(path, "rb") as file:
+            file.seek(begin)
+            self.wfile.write(file.read(end - begin))
+
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+def parts() -> None:
+    """Print what each way costs, whether it gives the bytes of one process, and how many shards were done twice."""
+    with tempfile.TemporaryDirectory(prefix="prunectl-bench-", dir=os.environ.get("PRUNECTL_BENCH_FOLDER")) as scratch:
+        model, out = Path(scratch) / "model", Path(scratch) / "out"
+        model.mkdir()
+        _write(model, 4 * _MANY, _SHARD_BYTES // 16, _MANY)
+        ways: dict[str, Callable[[], tuple[float, dict[str, str], str]]] = {
+            "one process": lambda: (_prune(model, out), _digests(out), ""),
+            "4 parts and the join": lambda: (_in_parts(model, out, 4), _digests(out), ""),
+            f"2 parts, killed {_KILLS} times": lambda: _killed(model, out),
+            "memory://": lambda: _in_memory(model),
+            "a web server with ranges": lambda: _served(model, out),
+            "Ray, a worker for each core": lambda: (
+                _prune(model, out, "--on", "ray"),
+                _digests(out),
+                "the driver alone",
+            ),
+        }
+        expected: dict[str, str] = {}
+        rows: list[tuple[str, ...]] = []
+        for way, run_it in ways.items():
+            seconds, digests, note = run_it()
+            expected = expected or digests
+            rows.append((way, f"{seconds:.1f}", "yes" if digests == expected else "no", note))
+            print(rows[-1], flush=True)
+            shutil.rmtree(out, ignore_errors=True)
+    title = f"{_MANY} shards of {_SHARD_BYTES >> 20} MiB, {' '.join(_LAYERWISE)}"
+    show(title, ("way", "processor, s", "the same bytes", ""), rows)
+
+
+def _command(model: str | Path, out: Path, *more: str) -> list[str]:
+    return [PRUNECTL, "prune", str(model), "-o", str(out), "-q", *_LAYERWISE, *more]
+
+
+def _prune(model: str | Path, out: Path, *more: str) -> float:
+    return cost(_command(model, out, *more), runs=1).processor
+
+
+def _in_parts(model: Path, out: Path, count: int) -> float:
+    seconds = sum(_prune(model, out, "--part", f"{number}/{count}") for number in range(1, count + 1))
+    return seconds + cost([PRUNECTL, "prune", str(model), "-o", str(out), "-q", "--join"], runs=1).processor
+
+
+def _killed(model: Path, out: Path) -> tuple[float, dict[str, str], str]:
+    """Two parts, in turns, each killed after some seconds; a shard that the ledger has must stay the file it is."""
+    moments, seen, twice = chance.Random(0), dict[str, tuple[int, int]](), set[str]()
+    done_at_kills = []
+    for number in range(_KILLS + 1):
+        if number < _KILLS:
+            words = _command(model, out, "--part", f"{number % 2 + 1}/2")
+            process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # The start is not counted, which takes as long as other work on the machine lets it.
+            until, before = time.monotonic() + _MOST_WAITED, _written(out)
+            while time.monotonic() < until and process.poll() is None and _written(out) <= before:
+                time.sleep(0.05)
+            time.sleep(moments.uniform(0, 4))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        else:
+            for part in (1, 2):
+                _prune(model, out, "--part", f"{part}/2")
+        now = _noted(out)
+        twice |= {name for name in seen if seen[name] != now.get(name)}
+        seen |= now
+        done_at_kills.append(len(now))
+    cost([PRUNECTL, "prune", str(model), "-o", str(out), "-q", "--join"], runs=1)
+    note = f"{len(twice)} shards done twice; done after each kill: {' '.join(map(str, done_at_kills[:-1]))}"
+    return float("nan"), _digests(out), note
+
+
+def _written(out: Path) -> set[Path]:
+    """The shards that are there, and those that are being written."""
+    return set(out.rglob("*.safetensors"))
+
+
+def _noted(out: Path) -> dict[str, tuple[int, int]]:
+    """The shards that the ledger has, as files: one that is written again has another number."""
+    notes = (match[1] for path in out.rglob("done-*") if (match := re.fullmatch(r"done-(.*)\.json", path.name)))
+    return {name: (facts.st_ino, facts.st_mtime_ns) for name in notes for facts in (os.stat(out / name),)}
+
+
+def _in_memory(model: Path) -> tuple[float, dict[str, str], str]:
+    spent = cost([PYTHON, "-c", _IN_MEMORY, str(model)], runs=1)
+    digests = dict(line.split() for line in spent.out.splitlines() if line.count(" ") == 1)
+    return spent.processor, digests, "with the upload to memory, and the hashes"
+
+
+@contextmanager
+def _server(root: Path) -> Iterator[str]:
+    with subprocess.Popen([PYTHON, "-c", _SERVER, str(root)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"http://127.0.0.1:{(process.stdout.readline() if process.stdout else '').strip()}"
+        finally:
+            process.terminate()
+
+
+def _served(model: Path, out: Path) -> tuple[float, dict[str, str], str]:
+    with _server(model) as url:
+        return _prune(f"{url}/{_INDEX}", out), _digests(out), "without the server"
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: output_of("sha256sum", path).split()[0] for path in sorted(folder.iterdir()) if path.is_file()}
