@@ -92,7 +92,7 @@ def _error_as_run(pair: _Pair, inputs: Sequence[Feeds]) -> float:
         try:
             worst = max(worst, pair.difference(original(feeds), pruned(feeds)))
         except Exception as error:
-            raise _cannot_run(error) from error
+            raise _cannot_run(pair, error) from error
     return _checked(worst, TOLERANCE)
 
 
@@ -109,11 +109,14 @@ def _error_in_float64(pair: _Pair, feeds: Feeds) -> float | None:
     except WorkError:
         raise
     except Exception as error:
-        raise _cannot_run(error) from error
+        raise _cannot_run(pair, error) from error
 
 
-def _cannot_run(error: Exception) -> WorkError:
-    return WorkError(f"the pruned network cannot run: {first_line(error)}; nothing was written")
+def _cannot_run(pair: _Pair, error: Exception) -> WorkError:
+    return WorkError(
+        f"the pruned network cannot run: {first_line(error)}; nothing was written",
+        hint="\n".join(pair.source.assumptions),
+    )
 
 
 def _checked(error: float, limit: float, where: str = "") -> float:

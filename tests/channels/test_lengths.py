@@ -120,6 +120,23 @@ def test_what_a_keras_network_crops_is_behind_lengths_that_fit(which: str, how: 
         assert kernels(path.with_name(f"small{path.suffix}")) == [(3, 3, 3, 3), (3, 3, 3, 4), (4, 2)]
 
 
+@pytest.mark.parametrize("which", LIBRARIES)
+def test_a_network_that_crops_its_outputs_to_nothing_asks_for_lengths(which: str, tmp_path: Path) -> None:
+    library: Any = LIBRARIES[which]
+    of = library.layers
+    steps = library.Input((None, 4))
+    x = of.Conv1D(8, 3, padding="same", activation="relu", name="one")(steps)
+    x = of.Conv1D(2, 3, padding="same", name="two")(x)
+    path = tmp_path / ("net.h5" if which == "two" else "net.keras")
+    save(filled(library.Model(steps, of.Cropping1D(CROPPED)(x))), path)
+    done = cut(path)
+    assert done.code == 5
+    assert "give their lengths with --input or --data" in done.err
+    done = cut(path, "--input", f"1,{2 * CROPPED + 10},4")
+    assert done.code == 0, done.err
+    assert kernels(path.with_name(f"small{path.suffix}")) == [(3, 4, 4), (3, 4, 2)]
+
+
 def test_an_export_that_asks_for_lengths_shows_a_shape_of_the_models_rank(tmp_path: Path) -> None:
     library: Any = LIBRARIES["three"]
     model = library.Sequential([library.Input((None, 4), name="steps"), library.layers.GRU(3)])

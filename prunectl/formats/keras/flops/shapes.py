@@ -250,6 +250,8 @@ def _with_borders(step: LayerCall, key: str, sign: int) -> Shape:
     lengths = tuple(
         None if length is None else length + sign * border for length, border in zip(space, borders, strict=True)
     )
+    if any(length is not None and length < 1 for length in lengths):
+        raise UnknownShapeError
     return step.joined(lengths, channels)
 
 
