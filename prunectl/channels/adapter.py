@@ -123,6 +123,11 @@ class GraphAdapter(ABC):
         return ()
 
     @property
+    def length_hint(self) -> str:
+        """How to give the lengths of open axes, where some were assumed that may not fit."""
+        return "\n".join(self.assumptions)
+
+    @property
     def observable(self) -> frozenset[str]:
         """The inner values that `runner` can record: outputs of convolutions and dense layers, as far as possible."""
         return outputs_of_weighted_layers(self.graph)

@@ -115,7 +115,7 @@ def _error_in_float64(pair: _Pair, feeds: Feeds) -> float | None:
 def _cannot_run(pair: _Pair, error: Exception) -> WorkError:
     return WorkError(
         f"the pruned network cannot run: {first_line(error)}; nothing was written",
-        hint="\n".join(pair.source.assumptions),
+        hint=pair.source.length_hint,
     )
 
 

@@ -60,6 +60,33 @@ def test_an_onnx_graph_that_crops_more_than_is_tried_says_how_to_go_on(tmp_path:
     assert "--input x:1,3,448,448" in done.err
 
 
+def test_an_onnx_graph_that_cannot_run_on_the_lengths_that_were_assumed_asks_for_others(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weights = {"one": (6, 3, 3), "two": (2, 6, 3)}
+    held = [
+        numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name) for name, shape in weights.items()
+    ]
+    # A border may reflect less than there is: on 64 steps it cannot be as wide as this.
+    held.append(numpy_helper.from_array(np.array([0, 0, 0, 0, 0, CROPPED], np.int64), "border"))
+    nodes = [op("Conv", "x one", "a"), op("Relu", "a", "b"), op("Conv", "b two", "c")]
+    nodes += [op("Pad", "c border", "y", mode="reflect"), op("Identity", "state", "same")]
+    value, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [value("x", kind, ["batch", 3, "steps"]), value("state", kind, [2, "batch", 5])],
+        [value("y", kind, ["batch", 2, "all"]), value("same", kind, [2, "batch", 5])],
+        held,
+    )
+    path = saved(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), tmp_path
+    )
+    done = cut(path)
+    assert done.code == 5
+    assert "--input x:1,3,448 --input state:2,1,5" in done.err
+    assert cut(path, "--input", "x:1,3,448", "--input", "state:2,1,5").code == 0
+
+
 @pytest.mark.parametrize("name", ["", "x:"])
 def test_an_onnx_graph_is_cut_with_the_lengths_of_input(name: str, tmp_path: Path) -> None:
     path = cropping(tmp_path)

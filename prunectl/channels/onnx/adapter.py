@@ -61,6 +61,11 @@ class OnnxAdapter(GraphAdapter):
         """Shared lists of numbers that were given to each reader by itself."""
         return self._loaded.copied_from
 
+    @property
+    def length_hint(self) -> str:
+        """How to give the lengths of open axes."""
+        return self._loaded.static.length_hint
+
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
         """The message of the smaller network."""
         return prune_model(self._loaded, removed, after, weights)

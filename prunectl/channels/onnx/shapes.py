@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class StaticValues:
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
+    length_hint: str = ""
+    """How to give the lengths of open axes, where they were assumed."""
 
 
 def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) -> StaticValues:
@@ -58,25 +60,29 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in initializers]
     wanted = lengths.resolve(ModelSignature(tuple(map(port_spec, inputs)), (), is_channels_first=True))
+    is_open = any(None in (port.shape or ()) for port in map(port_spec, inputs))
+    hint = f"give the lengths of open axes with --input {_example(inputs)}, or with --data SPEC" if is_open else ""
     inference_error = require("onnx.shape_inference", extra="onnx").InferenceError
     for length in TRIED_LENGTHS[: 1 if wanted else None]:
         skeleton = _without_large_weights(proto, length, wanted)
         try:
-            return _inferred(skeleton, _constants(proto))
+            return replace(_inferred(skeleton, _constants(proto)), length_hint="" if wanted else hint)
         except (inference_error, *_MISFITS) as error:
             error_line = first_line(error)
-    is_open = any(None in (port.shape or ()) for port in map(port_spec, inputs))
-    raise InputError(
-        f"the shapes in {name} cannot be inferred: {error_line}",
-        hint=f"give the lengths of open axes with --input {_example(inputs)}, or with --data SPEC" if is_open else "",
-    )
+    raise InputError(f"the shapes in {name} cannot be inferred: {error_line}", hint=hint)
 
 
 def _example(ports: Iterable[Any]) -> str:
     return " --input ".join(
-        f"{port.name}:{','.join(map(str, (1, *(length or TRIED_LENGTHS[-1] * 2 for length in port.shape or ()))))}"
-        for port in map(port_spec, ports)
+        f"{port.name}:{','.join(map(str, map(_example_length, range(len(axes)), axes))) or 1}"
+        for port in ports
+        for axes in [port.type.tensor_type.shape.dim]
     )
+
+
+def _example_length(number: int, axis: Any) -> int:
+    is_batch = number == 0 or "batch" in axis.dim_param.casefold()
+    return int(axis.dim_value) or (1 if is_batch else TRIED_LENGTHS[-1] * 2)
 
 
 def shape_of(port: Any) -> tuple[int, ...] | None:
