@@ -199,11 +199,13 @@ def _killed(model: Path, out: Path) -> tuple[float, dict[str, str], str]:
             process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             # The start is not counted, which takes as long as other work on the machine lets it.
             until, before = time.monotonic() + _MOST_WAITED, _written(out)
-            while time.monotonic() < until and process.poll() is None and _written(out) <= before:
-                time.sleep(0.05)
-            time.sleep(moments.uniform(0, 4))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            try:
+                while time.monotonic() < until and process.poll() is None and _written(out) <= before:
+                    time.sleep(0.05)
+                time.sleep(moments.uniform(0, 4))
+            finally:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
         else:
             for part in (1, 2):
                 _prune(model, out, "--part", f"{part}/2")
@@ -218,7 +220,8 @@ def _killed(model: Path, out: Path) -> tuple[float, dict[str, str], str]:
 
 def _written(out: Path) -> set[Path]:
     """The shards that are there, and those that are being written."""
-    return set(out.rglob("*.safetensors"))
+    # Folders that vanish meanwhile are passed over, which rglob fails at.
+    return {Path(folder, name) for folder, _, names in os.walk(out) for name in names if name.endswith(".safetensors")}
 
 
 def _noted(out: Path) -> dict[str, tuple[int, int]]:

@@ -27,8 +27,16 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     # Workers share the processors: threads that wait for one another by spinning take ten times as long then.
     os.environ.setdefault(_threads, "1")
 
+
+def _is_roomy(folder: str) -> bool:
+    """Whether tests can write there, and run what they write."""
+    if not os.access(folder, os.W_OK):
+        return False
+    return disk_usage(folder).free > 4 << 30 and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+
+
 # Outputs are synced to the disk, thousands of them, for which a third of all time would be waited.
-if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and disk_usage("/dev/shm").free > 4 << 30:
+if "TMPDIR" not in os.environ and _is_roomy("/dev/shm"):
     os.environ["TMPDIR"] = "/dev/shm"
     tempfile.tempdir = None
 

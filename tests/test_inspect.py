@@ -80,16 +80,23 @@ def test_without_zeros_no_weight_is_counted_and_nothing_is_hashed() -> None:
 def test_of_what_a_disk_reads_in_minutes_zeros_are_counted_when_asked_for(tmp_path: Path) -> None:
     """Full of holes, so that it takes no room."""
     path, nbytes = tmp_path / "big.safetensors", 65 << 30
-    shape = [nbytes >> 20, 1 << 20]
-    header = json.dumps({"a.weight": {"dtype": "I8", "shape": shape, "data_offsets": [0, nbytes]}}).encode()
+    tensors = {
+        "a.weight": {"dtype": "I8", "shape": [nbytes >> 20, 1 << 20], "data_offsets": [0, nbytes]},
+        "b.weight": {"dtype": "I8", "shape": [4, 4], "data_offsets": [nbytes, nbytes + 16]},
+    }
+    header = json.dumps(tensors).encode()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + nbytes)
+        file.truncate(8 + len(header) + nbytes + 16)
     done = here("inspect", path)
     assert done.code == 0, done.err
-    assert "zeros were not counted, for which 69.8 GB are read: --zeros does it" in done.err
-    assert "zeros were not counted" not in here("inspect", path, "--no-zeros").err
-    assert "zeros were not counted" not in here("inspect", FIXTURES / "digits_cnn.safetensors").err
+    said = "Zeros were not counted"
+    assert f"{said}, for which 69.8 GB are read: --zeros does it." in done.err
+    (model,) = here("inspect", path, "--json").json["models"]
+    assert model["advice"] == [f"{said}, for which 69.8 GB are read: --zeros does it."]
+    assert said not in here("inspect", path, "--no-zeros").err
+    assert said not in here("inspect", path, "--layers", "b").err
+    assert said not in here("inspect", FIXTURES / "digits_cnn.safetensors").err
 
 
 def test_a_model_wrapped_by_tfmot_has_the_sparsity_of_its_kernels(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from prunectl.commands._command import (
     option_name,
 )
 from prunectl.errors import UsageError
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import ModelFile, select_names
 from prunectl.formats.detect import URL
 from prunectl.formats.extents import REMOTE
 from prunectl.formats.registry import open_model, uncollected
@@ -60,7 +60,8 @@ def inspect(
         bool, typer.Option("--tensors", help="List every tensor on a terminal, not one row per layer.")
     ] = False,
     zeros: Annotated[
-        bool, typer.Option("--zeros/--no-zeros", help="Count zeros; --no-zeros skips this and is faster.")
+        bool,
+        typer.Option("--zeros/--no-zeros", help="Count zeros (unasked up to 64 GiB); --no-zeros skips this."),
     ] = True,
     groups: Annotated[bool, typer.Option("--groups", help="Show dependency groups: channels cut together.")] = False,
     inputs: Annotated[
@@ -101,16 +102,18 @@ def inspect(
     groups_found: list[Any] = []
     maps: list[tuple[SparsityMap, ...]] = []
 
-    reads_all = given_on_command_line(ctx, "zeros") or bool(parsed) or hist
+    reads_all = given_on_command_line(ctx, "zeros") or bool(parsed) or hist or sort is SortKey.SPARSITY
 
     def seen(path: Path) -> ModelStats:
         model = open_model(path)
-        takes_long = model.nbytes > _MOST_COUNTED or any(file in REMOTE for file in model.files)
+        read = _bytes_read(model, options)
+        takes_long = read > _MOST_COUNTED or any(file in REMOTE for file in model.files)
         own = replace(options, has_zeros=zeros and (reads_all or not takes_long))
-        if own.has_zeros != zeros:
-            reporter.note(f"note: zeros were not counted, for which {nbytes(model.nbytes)} are read: --zeros does it")
         with uncollected():
             stats = inspect_model(model, own, parsed, reporter.progress)
+        if own.has_zeros != zeros:
+            note = f"Zeros were not counted, for which {nbytes(read)} are read: --zeros does it."
+            stats = replace(stats, advice=(note, *stats.advice))
         if groups:
             # By name, as below: a look at a file does without.
             origin = importlib.import_module("prunectl.training.backend").LoadOptions(
@@ -148,6 +151,14 @@ def _measured(model: ModelFile, options: dict[str, Any], **settings: Any) -> Sen
     request = importlib.import_module("prunectl.pruning.request").PruneRequest(**options)
     result: Sensitivity = run(model, request, **settings)
     return result
+
+
+def _bytes_read(model: ModelFile, options: InspectOptions) -> int:
+    """How much is read to count zeros: the tensors that are shown, or whole files, where these are hashed as well."""
+    if options.has_digest:
+        return model.nbytes
+    shown = select_names(model, options.layers) if options.layers else model.tensors
+    return sum({tensor.storage.key: tensor.storage.stored_bytes for tensor in shown}.values())
 
 
 def _check(ctx: typer.Context, *, data: str, is_measured: bool, inputs: list[str] | None, groups: bool) -> None:
