@@ -101,8 +101,24 @@ def check_target(
         if os.path.lexists(place) and not is_forced:
             raise UsageError(f"{place} exists", hint="choose another --output, or replace it with --force")
         is_model = any((place / name).is_file() for name in _MODEL_FOLDERS)
-        if place.is_dir() and not is_model and not parts_without_index(place):
+        if place.is_dir() and not is_model and not _is_made_of_parts(place):
             raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
+
+
+def _is_made_of_parts(folder: Path) -> bool:
+    """Whether a folder without an index holds parts of a pipeline with weights, and at most training state beside."""
+    parts = parts_without_index(folder)
+    if not parts:
+        return False
+    from prunectl.formats.folder import training_part  # noqa: PLC0415 - most models are files
+
+    return all(
+        any((path / weights).is_file() for weights in IN_A_FOLDER)
+        if path.name in parts
+        # What several files are is told by their folder.
+        else training_part(Path(path.name, "_") if path.is_dir() else Path(path.name)) is not None
+        for path in folder.iterdir()
+    )
 
 
 def _check_apart(model: ModelFile, target: Path, *, is_one_file: bool) -> None:

@@ -260,25 +260,43 @@ def zero_checkpoints(folder: Path) -> Iterator[str]:
 
 
 PIPELINE_INDEX = "model_index.json"
+AVERAGED = "_ema"
+"""What the folder of an average is called, behind the name of the part that it is one of."""
 _NETWORK_OF_DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 
 
 def is_pipeline(peek: FileProbe) -> bool:
-    """A folder with the index of a pipeline of diffusers, whose parts have folders of their own, or with such parts."""
-    return peek.holds(PIPELINE_INDEX) or (peek.is_folder and bool(parts_without_index(peek.path)))
+    """A folder with the index of a pipeline of diffusers, or a checkpoint of its training, which has none."""
+    return peek.holds(PIPELINE_INDEX) or (peek.is_folder and _is_training_checkpoint(peek.path))
+
+
+def _is_training_checkpoint(folder: Path) -> bool:
+    """Whether the parts in a folder are those of one pipeline: a collection of models looks much the same."""
+    parts = parts_without_index(folder)
+    if not parts:
+        return False
+    from prunectl.formats.folder import training_part  # noqa: PLC0415 - most models are files
+
+    names = _listed(folder)
+    has_average = any(f"{part}{AVERAGED}" in parts for part in parts)
+    # Where one part is all there is, as strip leaves it, there is nothing to mistake it for.
+    return has_average or len(names) == 1 or any(training_part(Path(name)) is not None for name in names)
 
 
 def parts_without_index(folder: Path) -> tuple[str, ...]:
-    """The parts of a pipeline in a checkpoint of its training, where no index names them; none without a network.
+    """The parts of a pipeline by their folders, where no index names them; none without a network.
 
-    Each has its configuration, and is called by an attribute of the pipeline: a collection of models is not taken for
-    one.
+    Each has its configuration, and is called by an attribute of the pipeline.
     """
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in islice(entries, _MOST_LISTED) if entry.is_dir(follow_symlinks=False))
-    parts = tuple(name for name in names if name.isidentifier() and (folder / name / "config.json").is_file())
+    names = (name for name in _listed(folder) if name.isidentifier() and not (folder / name).is_symlink())
+    parts = tuple(name for name in names if (folder / name / "config.json").is_file())
     has_network = any((folder / part / name).is_file() for part in parts for name in _NETWORK_OF_DIFFUSERS)
     return parts if has_network else ()
+
+
+def _listed(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in islice(entries, _MOST_LISTED))
 
 
 def is_torch_tar(peek: FileProbe) -> bool:

@@ -14,13 +14,10 @@ from typing import Any
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import registry
 from prunectl.formats.base import WEIGHTS, ModelFile, ModelInfo, RemovedItem, StripOptions, StripPart, Tensor
-from prunectl.formats.detect import PIPELINE_INDEX, parts_without_index
+from prunectl.formats.detect import AVERAGED, PIPELINE_INDEX, parts_without_index
 from prunectl.formats.folder import OTHER_WEIGHTS, Companions, files_in, real_file, training_part
 from prunectl.formats.patch import patch_files
 from prunectl.formats.safe_json import read_object
-
-AVERAGED = "_ema"
-"""What the folder of an average is called, behind the name of the part that it is one of."""
 
 
 def open_pipeline(path: Path) -> ModelFile:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from prunectl.analysis.copies import MOST_ROOTS, averaged_copies, common_entry, is_average
 from prunectl.errors import InputError, UsageError, abbreviated
 from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
-from prunectl.formats.pipeline import AVERAGED
+from prunectl.formats.detect import AVERAGED
 from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS
 
 

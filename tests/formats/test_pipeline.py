@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +297,37 @@ def test_a_collection_of_models_is_not_taken_for_one_pipeline(checkpoint: Path) 
     for part in ("unet", "unet_ema"):
         (checkpoint / part).rename(checkpoint / f"sd-{part}")
     assert "is a folder without" in here("inspect", checkpoint).err
+    for part, name in {"unet": "canny", "unet_ema": "depth"}.items():
+        (checkpoint / f"sd-{part}").rename(checkpoint / name)
+    # What training would go on from shows that both networks are trained together.
+    assert here("inspect", checkpoint).code == 0
+    for name in STATE:
+        (checkpoint / name).unlink()
+    save_file({"lora": numbers(2, 2)}, checkpoint / "lora.safetensors")
+    done = here("prune", checkpoint, "-o", checkpoint.parent / "out", "-s", "50%")
+    assert done.code == 3
+    assert "is a folder without" in done.err
+    assert not (checkpoint.parent / "out").exists()
+
+
+def test_the_parts_that_strip_leaves_are_replaced_but_no_folder_with_other_files(checkpoint: Path) -> None:
+    shutil.copytree(checkpoint / "unet", checkpoint / "controlnet")
+    out = checkpoint.parent / "out"
+    assert here("strip", checkpoint, "-o", out, "--keep", "raw").code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["controlnet", "unet"]
+    assert here("strip", checkpoint, "-o", out, "--keep", "ema", "--force").code == 0
+    shutil.rmtree(out)
+    shutil.copytree(checkpoint, out)
+    assert here("strip", checkpoint, "-o", out, "--keep", "ema", "--force").code == 0
+    for name in ("thesis.tex", "src/a.py", ".git/HEAD", "app/config.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        before = files(out)
+        done = here("strip", checkpoint, "-o", out, "--keep", "ema", "--force")
+        assert done.code == 2, name
+        assert "out is a folder without a model: prunectl does not replace it" in done.err
+        assert files(out) == before
+        (out / name).unlink()
+        if "/" in name:
+            (out / name).parent.rmdir()
+    assert here("strip", checkpoint, "-o", out, "--keep", "raw", "--force").code == 0
