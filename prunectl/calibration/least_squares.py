@@ -83,8 +83,18 @@ def _solve(gram: Float64Array, target: Float64Array, kept: Mask, initial: Float6
     for row in np.flatnonzero(~is_open):
         check_stopped()
         columns = np.flatnonzero(kept[row])
-        solution[row, columns] = np.linalg.solve(gram[np.ix_(columns, columns)], target[row, columns])
+        solution[row, columns] = _eliminate(
+            gram[np.ix_(columns, columns)], target[row, columns], solution[row, columns]
+        )
     return solution
+
+
+def _eliminate(gram: Float64Array, target: Float64Array, current: Float64Array) -> Float64Array:
+    """The solution of one row, or where many are equally good, the one that is closest to the current weights."""
+    try:
+        return np.asarray(np.linalg.solve(gram, target), np.float64)
+    except np.linalg.LinAlgError:
+        return current + np.linalg.lstsq(gram, target - gram @ current, rcond=None)[0]
 
 
 def _conjugate_gradients(

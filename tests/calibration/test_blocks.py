@@ -247,6 +247,24 @@ def test_rows_that_gradients_do_not_solve_in_time_are_eliminated(monkeypatch: py
     assert (left <= 1e-9 * np.abs(rows @ damped).max(axis=1)).all()
 
 
+@pytest.mark.parametrize("few_steps", [least_squares._FEW_STEPS, 1], ids=["at once", "after gradients"])
+def test_rows_of_a_singular_matrix_are_fitted_and_stay_near_the_old_weights(
+    few_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(least_squares, "_FEW_STEPS", few_steps)
+    # Each feature has a twin, and the damping is lost in rounding: elimination divides by zero.
+    x, rows = np.repeat(normal(60, 4).round(2), 2, axis=1), normal(5, 8, seed=3)
+    kept = np.ones(rows.shape, np.bool_)
+    kept[:, :2] = False
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.solve((x.T @ x)[2:, 2:], np.ones(6))
+    found = least_squares_refit(rows, x.T @ x, x.T @ x, kept, 1e-17)
+    for row, ours in zip(rows, found, strict=True):
+        change = np.linalg.lstsq(x[:, 2:], x @ row - x[:, 2:] @ row[2:], rcond=None)[0]
+        np.testing.assert_allclose(ours[2:], row[2:] + change, rtol=1e-6, atol=1e-8)
+        assert not ours[:2].any()
+
+
 @pytest.mark.parametrize("groups", [1, 3, 40])
 def test_products_of_many_features_and_groups_are_those_of_the_inputs(groups: int) -> None:
     features = 300 if groups < 4 else 6
