@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from threading import Lock
 from typing import TypeVar
 
 from prunectl.formats.workers import Workers, check_stopped, threads_from_env, usable_cores, workers
@@ -23,8 +24,8 @@ _pool: ContextVar[Workers | None] = ContextVar("block_threads", default=None)
 def block_threads(threads: int = 0) -> Generator[None]:
     """Have `map_blocks` work on so many threads while the context lasts: by OMP_NUM_THREADS, or on all processors.
 
-    NumPy's BLAS keeps to one thread meanwhile, since it splits sums by how many it has. One that cannot be told to
-    gets no company: blocks are worked on one after the other, each on the threads that it takes.
+    NumPy's BLAS keeps to one thread meanwhile, since it splits sums by how many it has. One that cannot be told to,
+    or not for other threads than this one, gets no company: blocks are worked on one after the other.
     """
     threads = threads or threads_from_env() or usable_cores()
     with _single_threaded_blas() as is_single:
@@ -60,31 +61,44 @@ def _unless_stopped(work: Callable[[slice], Made], part: slice) -> Made:
 
 
 _BLAS = (
-    ("scipy_openblas_get_num_threads64_", "scipy_openblas_set_num_threads64_"),
-    ("scipy_openblas_get_num_threads", "scipy_openblas_set_num_threads"),
-    ("openblas_get_num_threads64_", "openblas_set_num_threads64_"),
-    ("openblas_get_num_threads", "openblas_set_num_threads"),
-    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
+    ("scipy_openblas_get_num_threads64_", "scipy_openblas_set_num_threads64_", "scipy_openblas_get_parallel64_"),
+    ("scipy_openblas_get_num_threads", "scipy_openblas_set_num_threads", "scipy_openblas_get_parallel"),
+    ("openblas_get_num_threads64_", "openblas_set_num_threads64_", "openblas_get_parallel64_"),
+    ("openblas_get_num_threads", "openblas_set_num_threads", "openblas_get_parallel"),
+    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads", ""),
 )
-"""What tells and sets the number of threads, in the libraries that NumPy is built with."""
+"""What tells and sets the number of threads, and tells how OpenBLAS was built, in the libraries of NumPy."""
+_OPENMP = 2
+"""What an OpenBLAS says that was built on OpenMP."""
+
+
+_numbers_before: list[int] = []
+"""How many threads the BLAS had for each context that has it on one now: the first of them goes back last."""
+_numbers_lock = Lock()
 
 
 @contextmanager
 def _single_threaded_blas() -> Generator[bool]:
-    """Yield whether the BLAS that NumPy is linked to calculates on one thread while the context lasts."""
+    """Have the BLAS of NumPy calculate on one thread while the context lasts; yield whether it does so everywhere."""
     try:
         # Symbols of a library are those of what it is linked to as well.
         linked = ctypes.CDLL(import_module("numpy.linalg._umath_linalg").__file__)
     except (ImportError, OSError):
         yield False
         return
-    for getter, setter in _BLAS:
+    for getter, setter, parallel in _BLAS:
         if hasattr(linked, getter) and hasattr(linked, setter):
-            before = getattr(linked, getter)()
-            getattr(linked, setter)(1)
+            get, put = getattr(linked, getter), getattr(linked, setter)
+            # On OpenMP the number belongs to the thread that sets it, and others would have the default.
+            is_openmp = hasattr(linked, parallel) and getattr(linked, parallel)() == _OPENMP
+            numbers: list[int] = [] if is_openmp else _numbers_before
+            with _numbers_lock:
+                numbers.append(get())
+                put(1)
             try:
-                yield True
+                yield not is_openmp
             finally:
-                getattr(linked, setter)(before)
+                with _numbers_lock:
+                    put(numbers.pop())
             return
     yield False

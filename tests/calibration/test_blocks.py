@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -167,31 +170,76 @@ def test_ctrl_c_ends_all_threads() -> None:
     assert process.returncode == 0
 
 
-def openblas_threads() -> set[int]:
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    return {
-        library["num_threads"]
-        for library in threadpoolctl.threadpool_info()
-        if library["internal_api"] == "openblas" and "numpy" in library["filepath"]
-    }
+def blas_of_numpy() -> tuple[Callable[[], int], Callable[[int], None]]:
+    """What tells and sets the number of threads."""
+    linked = ctypes.CDLL(import_module("numpy.linalg._umath_linalg").__file__)
+    for getter, setter, _ in blocks._BLAS:
+        if hasattr(linked, getter):
+            return getattr(linked, getter), getattr(linked, setter)
+    pytest.skip("the BLAS of this NumPy has no number of threads")
+
+
+@pytest.fixture
+def blas_threads() -> Iterator[Callable[[], int]]:
+    """The number of threads that the BLAS has, which is two to begin with."""
+    get, put = blas_of_numpy()
+    before = get()
+    put(2)
+    yield get
+    put(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_numpys_blas_keeps_to_one_thread_meanwhile(threads: int) -> None:
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    if not openblas_threads():
-        pytest.skip("this NumPy is not built with OpenBLAS")
-    with threadpoolctl.threadpool_limits(2, "blas"):
-        with block_threads(threads):
-            assert openblas_threads() == {1}
-        assert openblas_threads() == {2}
-        with pytest.raises(WorkError), block_threads(threads):
-            raise WorkError("no")
-        assert openblas_threads() == {2}
+def test_numpys_blas_keeps_to_one_thread_meanwhile(threads: int, blas_threads: Callable[[], int]) -> None:
+    with block_threads(threads):
+        assert blas_threads() == 1
+    assert blas_threads() == 2
+    with pytest.raises(WorkError), block_threads(threads):
+        raise WorkError("no")
+    assert blas_threads() == 2
+
+
+def test_the_blas_keeps_to_one_thread_until_the_last_of_two_runs_is_over(blas_threads: Callable[[], int]) -> None:
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(blocks._single_threaded_blas())
+    second.enter_context(blocks._single_threaded_blas())
+    first.close()
+    assert blas_threads() == 1
+    second.close()
+    assert blas_threads() == 2
+
+
+class OpenmpBlas:
+    """An OpenBLAS built on OpenMP: each thread has a number of its own, four to begin with."""
+
+    def __init__(self, parallel: int) -> None:
+        self._own = threading.local()
+        self._parallel = parallel
+
+    def openblas_get_num_threads(self) -> int:
+        return getattr(self._own, "number", 4)
+
+    def openblas_set_num_threads(self, number: int) -> None:
+        self._own.number = number
+
+    def openblas_get_parallel(self) -> int:
+        return self._parallel
+
+
+@pytest.mark.parametrize(("parallel", "is_alone"), [(2, True), (1, False)], ids=["OpenMP", "threads of its own"])
+def test_a_blas_that_can_be_told_in_one_thread_only_works_there(
+    parallel: int, is_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blas = OpenmpBlas(parallel)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: blas)
+    with block_threads(2):
+        seen = map_blocks(lambda _: (threading.get_ident(), blas.openblas_get_num_threads()), 4, 1)
+    assert (set(seen) == {(threading.get_ident(), 1)}) == is_alone
+    assert blas.openblas_get_num_threads() == 4
 
 
 def test_a_blas_that_cannot_be_told_gets_no_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_BLAS", (("no_such_get", "no_such_set"),))
+    monkeypatch.setattr(blocks, "_BLAS", (("no_such_get", "no_such_set", ""),))
     with block_threads(2):
         assert set(map_blocks(lambda _: threading.get_ident(), 4, 1)) == {threading.get_ident()}
 
