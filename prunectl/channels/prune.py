@@ -142,7 +142,7 @@ def prune_channels(
             outputs.pack(written.path, folder)
         _check_shapes(model, adapter, written, plan)
         # To compress what is compared with nothing would be a third of the time of a cut.
-        small = _stats(open_model(written.path), beside=model.nbytes)
+        small = _stats(open_model(written.path), beside=model.nbytes, is_gzipped=request.target_gzip is not None)
         after = with_graph_macs(small, adapter, plan.after.shape, plan.removed)
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
@@ -258,8 +258,10 @@ def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwo
             raise WorkError(f"{tensor.name} of {model.path} has a different shape in the output than planned")
 
 
-def _stats(model: ModelFile, *, beside: int = 0) -> ModelStats:
-    stats = stats_for_report(model, beside=beside)
+def _stats(model: ModelFile, *, beside: int = 0, is_gzipped: bool = False) -> ModelStats:
+    """Sizes and FLOPs: the gzip size of a small model beside a small one, or of any model if it was asked for."""
+    gzip = sizes.get_codec(sizes.CodecName.GZIP, None)
+    stats = sizes.measure(model, gzip) if is_gzipped else stats_for_report(model, beside=beside)
     graph = by_name(model.format).graph
     return with_macs(stats, load(graph)(model)) if graph else stats
 

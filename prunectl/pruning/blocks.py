@@ -119,7 +119,7 @@ def prune_blocks(
         write_object(folder / CONFIG, new_config)
         result = open_model(folder)
         _verify(model, names, result)
-        after = _stats(result)
+        after = _stats(result, beside=model.nbytes)
         if has_digests:
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
@@ -127,9 +127,12 @@ def prune_blocks(
     return BlocksPruned(request, stacks, before, replace(after, path=str(target.parent)), (*notes, *beside))
 
 
-def _stats(model: ModelFile) -> ModelStats:
-    """Sizes and parameters: what is copied as it is need not be read for the zeros in it, where that takes long."""
-    if model.nbytes <= outputs.BIG_BYTES:
+def _stats(model: ModelFile, *, beside: int = 0) -> ModelStats:
+    """Sizes and parameters: what is copied as it is need not be read for the zeros in it, where that takes long.
+
+    What is left of a big model is measured as little as the model, beside which it is shown.
+    """
+    if max(model.nbytes, beside) <= outputs.BIG_BYTES:
         return stats_for_report(model)
     return measure_stats(model, model.tensors, has_zeros=False)
 

@@ -51,7 +51,7 @@ def what_is_unmeasured(before: ModelStats, after: ModelStats) -> str:
 
 
 _UNMEASURED = (
-    f"packed and gzip sizes are measured only up to {BIG_BYTES >> 20} MB: prunectl size measures them, "
+    f"packed and gzip sizes of a model above {BIG_BYTES >> 20} MB are not measured: prunectl size measures them, "
     "prunectl size --estimate tells gzip in about a second"
 )
 

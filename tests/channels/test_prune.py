@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_what_is_left_of_a_big_model_is_compressed_as_little_as_the_model(
     report = channels_report(found, str(tmp_path / "out.onnx"))
     assert [table.note for table in report.sections[0].tables] == ["", reporting._UNMEASURED if is_big else ""]
     assert ("gzipped" in report.summary) is not is_big
+
+
+def test_a_big_model_has_the_gzip_size_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (destination, reporting):
+        monkeypatch.setattr(module, "BIG_BYTES", 100)  # less than what is left, too
+    output = tmp_path / "out.onnx"
+    most = int(0.6 * len(gzip.compress(FIXTURE.read_bytes(), 6, mtime=0)))
+    found = cut(FIXTURE, output, sparsity=None, target_gzip=most)
+    assert found.after.bytes.compressed == len(gzip.compress(output.read_bytes(), 6, mtime=0)) <= most
+    assert [table.note for table in channels_report(found, str(output)).sections[0].tables] == ["", ""]
 
 
 def test_the_smallest_channels_go_by_hand(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 import prunectl
 from prunectl.errors import UsageError
+from prunectl.formats.registry import open_model
+from prunectl.pruning import destination
 from prunectl.pruning.blocks import chosen
+from prunectl.reporting import prune as reporting
 from tests.running import Outcome, here
 from tests.safety.cost import assert_refused_cheaply, cost
 
@@ -106,6 +109,21 @@ def test_the_index_names_what_is_left_and_empty_shards_are_gone(tmp_path: Path) 
     stored = {name: array for shard in shards for name, array in load_file(tmp_path / "out" / shard).items()}
     assert stored.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in stored.values())
+
+
+@pytest.mark.parametrize("is_big", [False, True], ids=["small", "big"])
+def test_what_is_left_of_a_big_model_is_compressed_as_little_as_the_model(
+    is_big: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made(tmp_path / "llama", LLAMA, weights({"model.layers": 6}))
+    if is_big:
+        # Less than the model, and more than is left of it.
+        for module in (destination, reporting):
+            monkeypatch.setattr(module, "BIG_BYTES", open_model(source).nbytes - 1)
+    done = cut(source, "--blocks", "2", "--format", "human")
+    rows = [line.split() for line in done.out.splitlines() if line.split()[:1] in (["before"], ["after"])]
+    assert [row[-1] == "-" for row in rows] == [is_big, is_big]
+    assert ("are not measured" in done.out) is is_big
 
 
 def test_a_stale_file_takes_the_place_of_no_shard_that_was_written(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def test_a_size_that_was_not_measured_has_its_reason() -> None:
     said = " ".join(" ".join(shown(prune.before_after(big, big), 80)).split())
     assert "after - 20.0 MB - -" in said
     assert (
-        "packed and gzip sizes are measured only up to 16 MB: prunectl size measures them, prunectl size --estimate"
-        in said
+        "packed and gzip sizes of a model above 16 MB are not measured: prunectl size measures them, prunectl size "
+        "--estimate" in said
     )
     small = replace(measured, bytes=SizeStats(raw=20_000, packed=10_000, compressed=9_000))
-    assert "measured only" not in " ".join(shown(prune.before_after(small, small), 80))
+    assert "not measured" not in " ".join(shown(prune.before_after(small, small), 80))
