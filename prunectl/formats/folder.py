@@ -20,14 +20,14 @@ LEDGER = ".prunectl-parts"
 _NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__", LEDGER})
 OTHER_WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|tf_model|flax_model|rust_model)\b.*"
-    r"\.(safetensors|bin|h5|msgpack|ot)(\.index\.json)?"
+    r"\.(safetensors|bin|h5|msgpack|ot)(\.index(\.[\w-]+)?\.json)?"
 )
 """The same weights once more, in another format or precision: as they are, they would not fit what was written."""
 _TRAINING_STATE = {
     StripPart.OPTIMIZER: re.compile(r"optimizer(_\d+)?\.(pt|bin)|(optimizer_\d+|global_step\d+)/.*"),
     StripPart.TRAINING: re.compile(
-        r"(scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|trainer_state\.json|"
-        r"training_args\.bin|latest|zero_to_fp32\.py|meta\.pt"
+        r"(scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl|"
+        r"trainer_state\.json|training_args\.bin|latest|zero_to_fp32\.py|meta\.pt"
     ),
 }
 """What the Trainer of Hugging Face, Accelerate, Lightning and DeepSpeed write to go on from."""

@@ -5,8 +5,9 @@ A checkpoint of their training has such folders without the index, those of aver
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,13 @@ def open_pipeline(path: Path) -> ModelFile:
 
 _COPIED = "the same weights in another form, copied as they are"
 _SAFETENSORS = "but a pipeline is pruned as a whole in safetensors alone"
-_OF_OTHERS = ("saved_model.pb", "model.onnx")
-"""Weights of other frameworks, which pass for no other form of those of PyTorch."""
+_OF_OTHERS = re.compile(r".*\.onnx([._]data)?|openvino_model\..*|saved_model\.pb")
+"""The same weights for other frameworks, by their path in the folder of a part."""
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file of a part holds its weights in a form that is not opened, or is an index of such files."""
+    return OTHER_WEIGHTS.fullmatch(name) is not None or _OF_OTHERS.fullmatch(name) is not None
 
 
 def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
@@ -60,14 +66,15 @@ def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
     if not isinstance(name, str) or name.startswith(("_", ".")) or "/" in name or "\\" in name:
         return None
     folder = path / name
-    if folder.is_symlink() or not folder.is_dir():
+    # os.path asks without complaining about names that no folder can have.
+    if os.path.islink(folder) or not os.path.isdir(folder):
         return None
     if registry.resolve(folder) == folder:
-        others = [file for file in files if file in _OF_OTHERS or OTHER_WEIGHTS.fullmatch(file)]
+        others = [file for file in files if _is_weights(file)]
         if not others:
             return None
         # Passed over, they would be copied dense into what is called pruned.
-        shown = abbreviated(next((file for file in _OF_OTHERS if file in others), others[0]))
+        shown = abbreviated(next(filter(_OF_OTHERS.fullmatch, others), others[0]))
         raise InputError(
             f"{folder} has its weights in {shown}, {_SAFETENSORS}",
             hint="rename them as those without a variant: model.safetensors, diffusion_pytorch_model.safetensors",
@@ -90,7 +97,7 @@ def _note_others(part: ModelFile, companions: Companions, weights: Container[Pat
     others = (
         folder / path.name
         for path in companions.copied
-        if path.parent.as_posix() == folder.name and OTHER_WEIGHTS.fullmatch(path.name)
+        if path.parent.as_posix() == folder.name and _is_weights(path.name)
     )
     names = tuple(Path(path.name) for path in others if path not in weights)
     return Companions((), names, ()).notes(Path(folder.name), _COPIED)
@@ -105,6 +112,19 @@ def _named(part: ModelFile) -> Iterator[Tensor]:
 
 def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path]) -> tuple[RemovedItem, ...]:
     """Copy the folder without what only training needs; of weights and their average, those that are to stay."""
+    kept, removed = split_files(model, options)
+    names = {file: file.relative_to(model.path) for file in targets}
+    root = next(target.parents[len(names[file].parts) - 1] for file, target in targets.items())
+    patch_files(model, {file: root / name for file, name in kept.items()}, ())
+    emptied = {parent for name in names.values() for parent in name.parents}
+    emptied -= {parent for name in kept.values() for parent in name.parents}
+    for folder in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
+        (root / folder).rmdir()
+    return removed
+
+
+def split_files(model: ModelFile, options: StripOptions) -> tuple[dict[Path, Path], tuple[RemovedItem, ...]]:
+    """The files that strip keeps, each with its name in the output, and those that it removes."""
     if options.to_half or any(tensor.role not in WEIGHTS for tensor in model.tensors):
         raise InputError(
             f"{model.path} is a pipeline, in which strip can neither store 16-bit floats nor remove single tensors",
@@ -114,23 +134,25 @@ def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path])
     averages = () if options.copies is None else (options.copies.other, *options.copies.more)
     has_average = options.copies is not None and bool(options.copies.sources)
     replaced = {average.removesuffix(AVERAGED) for average in averages if has_average}
-    kept: dict[Path, Path] = {}
+    sources: dict[Path, Path] = {}
     removed: list[RemovedItem] = []
-    for file, target in targets.items():
+    for file in model.files:
         name = file.relative_to(model.path)
         home, inside = name.parts[0], Path(*name.parts[1:])
-        is_weights = file in stored or OTHER_WEIGHTS.fullmatch(str(inside)) is not None
+        is_weights = file in stored or _is_weights(inside.as_posix())
         part = training_part(name)
         if part not in options.parts:
             part = StripPart.TRAINING if home in averages or (home in replaced and is_weights) else None
         if home in averages and has_average and is_weights:
-            kept[file] = target.parents[len(name.parts) - 1] / home.removesuffix(AVERAGED) / inside
-        elif part is None:
-            kept[file] = target
-        else:
+            name, part = Path(home.removesuffix(AVERAGED)) / inside, None
+        if part is not None:
             removed.append(RemovedItem(str(name), part, file.stat().st_size))
-    patch_files(model, kept, ())
-    for folder in {target.parent for target in targets.values()} - {target.parent for target in kept.values()}:
-        with suppress(OSError):  # other folders may lie in it
-            folder.rmdir()
-    return tuple(removed)
+        elif name in sources:
+            first, second = sorted((sources[name], file))
+            raise InputError(
+                f"{abbreviated(str(second))} would take the place of {abbreviated(str(first))}",
+                hint="an index names it as a file of weights: correct the index",
+            )
+        else:
+            sources[name] = file
+    return {file: name for name, file in sources.items()}, tuple(removed)

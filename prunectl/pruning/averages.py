@@ -132,7 +132,9 @@ def _find(model: ModelFile) -> _Copies | None:
 
 def _find_parts(model: ModelFile) -> _Copies | None:
     folders = dict.fromkeys(tensor.name.partition(".")[0] for tensor in model.tensors)
-    averages = tuple(f"{home}{AVERAGED}" for home in folders if f"{home}{AVERAGED}" in folders)
+    averaged = {f"{home}{AVERAGED}": home for home in folders if f"{home}{AVERAGED}" in folders}
+    # An average of an average takes the place of nothing.
+    averages = tuple(average for average, home in averaged.items() if home not in averaged)
     if not averages:
         return None
     return _Copies(averages[0].removesuffix(AVERAGED), averages[0], more=averages[1:], is_pipeline=True)

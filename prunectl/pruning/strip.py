@@ -29,8 +29,9 @@ from prunectl.formats.base import (
     dtype_name,
 )
 from prunectl.formats.extents import BLOCK_BYTES, BYTE, Extent, raw_bytes
-from prunectl.formats.folder import companions, copy_companions, training_state
+from prunectl.formats.folder import companions, copy_companions, files_in, training_state
 from prunectl.formats.patch import HALF, HALVED, to_float16
+from prunectl.formats.pipeline import split_files
 from prunectl.formats.registry import SUFFIXES, by_name, load, open_model, require
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, by_width, write_entries
 from prunectl.pruning import destination as outputs
@@ -74,6 +75,7 @@ def strip(
         require(model, Capability.STRIP)
     row = by_name(model.format)
     outputs.check(model, output)
+    _check_in_place(model, options, output)
     state = training_state(model) if outputs.is_folder(model, output) else {}
     left_out = {path: part for path, part in state.items() if part in options.parts}
     with outputs.staging_dir(model, output, left_out) as (folder, target):
@@ -81,7 +83,6 @@ def strip(
         removed: tuple[RemovedItem, ...] = ()
         if row.stripper:
             removed = load(row.stripper)(model, options, staged)
-            _check_in_place(model, output, removed)
         else:
             load(row.writer)(model, staged, ())
         written = staged.get(model.path, folder / target.name)
@@ -94,17 +95,27 @@ def strip(
         before, after = stats_for_report(model, meter), stats_for_report(result, meter)
     removed += _files_left_out(model, left_out)
     shown = replace(after, path=str(target)) if output is not None else after
-    notes = (*_note_lacking(copies), *outputs.notes_on_folder(model, output))
+    notes = (*_note_lacking(copies), *_notes_on_folder(model, result, output))
     return Stripped(removed, before, shown, notes)
 
 
-def _check_in_place(model: ModelFile, output: Destination | None, removed: Sequence[RemovedItem]) -> None:
+def _check_in_place(model: ModelFile, options: StripOptions, output: Destination | None) -> None:
     """Refuse to strip a folder in place where files would have to go: all but its weights stays as it is."""
-    if removed and model.has_neighbours and output is not None and output.is_in_place:
+    if not model.has_neighbours or output is None or not output.is_in_place:
+        return
+    _, removed = split_files(model, options)
+    if removed:
         raise UsageError(
             f"--in-place cannot be used: {abbreviated(removed[0].name)} would be left in {model.path}",
             hint="write -o OUT",
         )
+
+
+def _notes_on_folder(model: ModelFile, result: ModelFile, output: Destination | None) -> tuple[str, ...]:
+    """What lies beside the weights in the output, and what of the folder is not copied, each in a sentence."""
+    notes = outputs.notes_on_folder(model, output)
+    # What was removed is not among the files of the output; links are not there to be seen.
+    return (*result.about.notes, *files_in(model.path).notes(model.path)) if notes and model.has_neighbours else notes
 
 
 def _as_kept(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:

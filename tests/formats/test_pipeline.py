@@ -331,3 +331,83 @@ def test_the_parts_that_strip_leaves_are_replaced_but_no_folder_with_other_files
         if "/" in name:
             (out / name).parent.rmdir()
     assert here("strip", checkpoint, "-o", out, "--keep", "raw", "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.onnx",
+        "model.onnx_data",
+        "openvino_model.bin",
+        f"{NETWORK}.safetensors.index.fp16.json",
+    ],
+)
+def test_no_form_of_the_trained_weights_stays_beside_the_average(checkpoint: Path, name: str) -> None:
+    (checkpoint / "unet" / name).write_bytes(b"trained")
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "out", "--keep", "ema")
+    assert done.code == 0, done.err
+    assert f"unet/{name}" not in files(checkpoint.parent / "out")
+    assert f"unet/{name}" in {row[0] for row in done.rows}
+    assert "copied as they are" not in done.err
+    kept = here("strip", checkpoint, "-o", checkpoint.parent / "raw", "--keep", "raw")
+    assert f"unet/{name}" in files(checkpoint.parent / "raw")
+    assert f"{name} in unet: the same weights in another form, copied as they are." in " ".join(kept.err.split())
+
+
+def test_no_empty_folder_stays_where_an_average_was(checkpoint: Path) -> None:
+    (checkpoint / "unet_ema/a/b/c").mkdir(parents=True)
+    (checkpoint / "unet_ema/a/b/c/log.txt").write_text("")
+    (checkpoint / "unet_ema/a/b/log.txt").write_text("")
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "out", "--keep", "ema")
+    assert done.code == 0, done.err
+    assert [path.name for path in checkpoint.parent.joinpath("out").iterdir()] == ["unet"]
+
+
+def test_what_accelerate_keeps_of_other_objects_is_left_out(checkpoint: Path) -> None:
+    (checkpoint / "custom_checkpoint_0.pkl").write_bytes(b"")
+    assert here("strip", checkpoint, "-o", checkpoint.parent / "out", "--keep", "raw").code == 0
+    assert not (checkpoint.parent / "out/custom_checkpoint_0.pkl").exists()
+
+
+def test_strip_in_place_is_refused_before_anything_is_written(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> None:
+        pytest.fail("written")
+
+    monkeypatch.setattr("prunectl.formats.pipeline.patch_files", write)
+    done = here("strip", checkpoint, "--in-place", "--keep", "ema")
+    assert done.code == 2
+    assert "would be left in" in done.err
+
+
+def test_an_average_of_an_average_is_left_as_it_is(checkpoint: Path) -> None:
+    shutil.copytree(checkpoint / "unet", checkpoint / "unet_ema_ema")
+    before = files(checkpoint)
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "out", "--keep", "ema")
+    assert done.code == 0, done.err
+    after = files(checkpoint.parent / "out")
+    assert inside(after, "unet_ema_ema") == inside(before, "unet_ema_ema")
+    average = {**inside(before, "unet_ema"), "config.json": before["unet/config.json"]}
+    assert inside(after, "unet") == average
+
+
+def test_an_index_that_takes_the_settings_for_weights_is_refused(checkpoint: Path) -> None:
+    index = checkpoint / f"unet_ema/{NETWORK}.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"]
+    (checkpoint / "unet_ema/config.json").unlink()
+    (checkpoint / "unet_ema" / shards["b.weight"]).rename(checkpoint / "unet_ema/config.json")
+    index.write_text(json.dumps({"weight_map": {**shards, "b.weight": "config.json"}}))
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "out", "--keep", "ema")
+    assert done.code == 3
+    assert "unet_ema/config.json would take the place of " in done.err
+    assert "unet/config.json" in done.err
+    assert not (checkpoint.parent / "out").exists()
+
+
+def test_a_part_whose_name_no_folder_can_have_is_passed_over(pipe: Path) -> None:
+    index = json.loads((pipe / "model_index.json").read_text())
+    (pipe / "model_index.json").write_text(json.dumps({**index, "u" * 5000: ["a", "B"], "v\0": ["a", "B"]}))
+    done = here("inspect", pipe)
+    assert done.code == 0, done.err
+    assert len(done.rows) == 3
