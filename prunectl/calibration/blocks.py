@@ -40,6 +40,12 @@ def block_threads(threads: int = 0) -> Generator[None]:
                 _pool.reset(token)
 
 
+def block_thread_count() -> int:
+    """How many blocks are worked on at the same time."""
+    pool = _pool.get()
+    return 1 if pool is None else pool.threads
+
+
 def map_blocks(work: Callable[[slice], Made], count: int, size: int = ROWS) -> list[Made]:
     """What comes of each slice of so many rows, in their order."""
     slices = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunectl.calibration.blocks import map_blocks
+from prunectl.calibration.blocks import block_thread_count, map_blocks
 from prunectl.calibration.im2col import im2col, scatter_rows, weight_matrix
 from prunectl.errors import WorkError
 from prunectl.formats.base import Array
@@ -159,13 +159,16 @@ class CrossStatistics:
             _add_products(self.cross_gram, transposed, _by_group(dense_inputs), is_symmetric=False)
 
 
-_WORKING_COPIES = 3
-"""Of a group's Gram matrix, while it is solved for: damped, inverted, factorised."""
+_WORKING_COPIES = 6
+"""Of a group's Gram matrix, while it is solved for: `alps` has a damped and a scaled one, and four in `eigh`."""
+_COPIES_PER_THREAD = 0.5
+"""A row that keeps half of its columns is eliminated in a quarter of the matrix, which LAPACK copies."""
 
 
 def check_memory(name: str, *, groups: int, features: int, kept: int) -> None:
     """Refuse a layer whose Gram matrices, features by features in float64, would not fit in memory."""
-    needed = 8 * features**2 * (groups * kept + _WORKING_COPIES)
+    copies = groups * kept + _WORKING_COPIES + _COPIES_PER_THREAD * block_thread_count()
+    needed = 8 * features**2 * copies
     free = available_bytes()
     if free is not None and needed > free:
         raise WorkError(

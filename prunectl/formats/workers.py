@@ -25,7 +25,8 @@ class StoppedError(Exception):
 class Workers:
     """A pool of threads whose jobs ask now and then, by `check_stopped`, whether they are still wanted."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, threads: int) -> None:
+        self.threads = threads
         self.failure: BaseException | None = None
         """What went wrong first."""
         self._pool = pool
@@ -105,7 +106,7 @@ def workers(
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - what reads a small file needs no threads
 
     with ThreadPoolExecutor(threads, name) as pool:
-        current = Workers(pool)
+        current = Workers(pool, threads)
         try:
             yield current
         except BaseException as error:

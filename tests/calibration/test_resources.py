@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from prunectl.calibration import statistics
+from prunectl.calibration.blocks import block_threads
 from prunectl.errors import WorkError
 from tests.calibration.runs import DIGITS, digits
 from tests.contract import Array
@@ -53,7 +54,7 @@ def test_a_layer_whose_gram_matrices_do_not_fit_is_named_before_they_are_made(
         found: Array = matmul(one, other)
         return found
 
-    # The largest layer has 256 features: four or five matrices of 8 x 256 x 256 bytes.
+    # The largest layer has 256 features, and one copy of its matrix takes 8 x 256 x 256 bytes.
     monkeypatch.setattr(statistics, "available_bytes", lambda: 4 * 8 * 255 * 256)
     monkeypatch.setattr(np, "matmul", watched)
     with pytest.raises(WorkError, match=r"^fc1\.weight has 256 input features, .* are free") as caught:
@@ -78,6 +79,17 @@ def test_the_memory_that_is_free_is_what_the_system_says() -> None:
         pytest.skip("this system does not tell")
     assert 1e6 < found < 1e14
     statistics.check_memory("small", groups=1, features=100, kept=2)
+
+
+@pytest.mark.parametrize(("threads", "copies"), [(1, 2 + 6.5), (2, 2 + 7), (8, 2 + 10)])
+def test_each_thread_has_its_share_of_the_memory(threads: int, copies: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = 8 * 100**2
+    with block_threads(threads):
+        monkeypatch.setattr(statistics, "available_bytes", lambda: int(copies * matrix))
+        statistics.check_memory("layer", groups=1, features=100, kept=2)
+        monkeypatch.setattr(statistics, "available_bytes", lambda: int(copies * matrix) - 1)
+        with pytest.raises(WorkError, match="100 input features"):
+            statistics.check_memory("layer", groups=1, features=100, kept=2)
 
 
 @pytest.mark.parametrize(("limit", "used", "expected"), [("max", "5", 2048), ("1000", "400", 600), ("100", "400", 0)])
