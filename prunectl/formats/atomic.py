@@ -110,13 +110,10 @@ def _is_made_of_parts(folder: Path) -> bool:
     parts = parts_without_index(folder)
     if not parts:
         return False
-    from prunectl.formats.folder import training_part  # noqa: PLC0415 - most models are files
+    from prunectl.formats.folder import is_training_state  # noqa: PLC0415 - most models are files
 
     return all(
-        any((path / weights).is_file() for weights in IN_A_FOLDER)
-        if path.name in parts
-        # What several files are is told by their folder.
-        else training_part(Path(path.name, "_") if path.is_dir() else Path(path.name)) is not None
+        any((path / weights).is_file() for weights in IN_A_FOLDER) if path.name in parts else is_training_state(path)
         for path in folder.iterdir()
     )
 

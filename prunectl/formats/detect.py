@@ -275,12 +275,12 @@ def _is_training_checkpoint(folder: Path) -> bool:
     parts = parts_without_index(folder)
     if not parts:
         return False
-    from prunectl.formats.folder import training_part  # noqa: PLC0415 - most models are files
+    from prunectl.formats.folder import is_training_state  # noqa: PLC0415 - most models are files
 
     names = _listed(folder)
     has_average = any(f"{part}{AVERAGED}" in parts for part in parts)
     # Where one part is all there is, as strip leaves it, there is nothing to mistake it for.
-    return has_average or len(names) == 1 or any(training_part(Path(name)) is not None for name in names)
+    return has_average or len(names) == 1 or any(is_training_state(folder / name) for name in names)
 
 
 def parts_without_index(folder: Path) -> tuple[str, ...]:

@@ -89,6 +89,11 @@ def training_part(path: Path) -> StripPart | None:
     return next((part for part, names in _TRAINING_STATE.items() if names.fullmatch(path.as_posix())), None)
 
 
+def is_training_state(path: Path) -> bool:
+    """Whether all that lies at a path is of training alone: a file, or what a folder of such a name holds."""
+    return training_part(Path(path.name, "_") if path.is_dir() else Path(path.name)) is not None
+
+
 def copy_companions(model: ModelFile, target: Path, left_out: Container[Path] = ()) -> None:
     """Copy what goes with the weights of a model into a folder."""
     for path in companions(model).copied:
