@@ -259,9 +259,8 @@ def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwo
 
 
 def _stats(model: ModelFile, *, beside: int = 0, is_gzipped: bool = False) -> ModelStats:
-    """Sizes and FLOPs: the gzip size of a small model beside a small one, or of any model if it was asked for."""
-    gzip = sizes.get_codec(sizes.CodecName.GZIP, None)
-    stats = sizes.measure(model, gzip) if is_gzipped else stats_for_report(model, beside=beside)
+    """Sizes and FLOPs."""
+    stats = stats_for_report(model, beside=beside, is_gzipped=is_gzipped)
     graph = by_name(model.format).graph
     return with_macs(stats, load(graph)(model)) if graph else stats
 

@@ -291,9 +291,11 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
             raise WorkError(f"{tensor.name} of {model.path} has different values in the output; nothing was written")
 
 
-def stats_for_report(model: ModelFile, meter: ProgressFactory = no_progress, *, beside: int = 0) -> ModelStats:
-    """Statistics of a model, with its gzip size if it is small, and so are the bytes that it is shown beside."""
-    if max(model.nbytes, beside) <= outputs.BIG_BYTES:
+def stats_for_report(
+    model: ModelFile, meter: ProgressFactory = no_progress, *, beside: int = 0, is_gzipped: bool = False
+) -> ModelStats:
+    """Statistics of a model, with its gzip size if it and what is beside it are small, or that was wanted anyhow."""
+    if is_gzipped or max(model.nbytes, beside) <= outputs.BIG_BYTES:
         return measure(model, get_codec(CodecName.GZIP, None), meter)
     with meter(f"measuring {model.path.name}", model.nbytes) as bar:
         return measure_stats(model, model.tensors, has_channels=False, tick=bar.advance)
