@@ -381,11 +381,13 @@ def _prune_parts(
         load("prunectl.sweeping.workers:check")(options.on)
         check(request, allow_empty=options.allow_empty)
         begun = load("prunectl.pruning.ledger:Ledger").of(destination.target)
+        count = begun.task()["parts"] if begun.is_begun else None
+        parts.check(path, request, destination, count or 1)
         job = {"model": options.model, "output": destination.url or str(destination.target), "request": asdict(request)}
         load("prunectl.sweeping.ray_workers:prune_parts")(
             options.on.partition(":")[2],
             {**job, "allow_empty": options.allow_empty},
-            begun.task()["parts"] if begun.is_begun else None,
+            count,
         )
     if options.part:
         check(request, allow_empty=options.allow_empty)

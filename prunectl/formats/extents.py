@@ -7,7 +7,7 @@ import io
 import math
 import os
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError, abbreviated, reading
+from prunectl.errors import InputError, PrunectlError, abbreviated, reading
 from prunectl.formats.workers import check_stopped
 
 BYTE = np.dtype(np.uint8)
@@ -56,6 +56,55 @@ REMOTE: dict[Path, RemoteFile] = {}
 def file_bytes(path: Path) -> int:
     """The size of a file, wherever it is."""
     return REMOTE[path].nbytes if path in REMOTE else path.stat().st_size
+
+
+def file_state(path: Path) -> tuple[int, int | str]:
+    """By what a file is known again: its size, and the time of its last change, or what a store calls this state."""
+    if path in REMOTE:
+        return REMOTE[path].nbytes, REMOTE[path].version
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns
+
+
+def file_states(paths: Iterable[Path]) -> dict[Path, tuple[int, int | str]]:
+    """By what files are known again."""
+    return {path: file_state(path) for path in paths}
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(
+        f"{path} was changed while prunectl was reading it; nothing was written",
+        hint="run the same command again when nobody writes to it any more",
+    )
+
+
+@contextmanager
+def unchanged(
+    states: Mapping[Path, tuple[int, int | str]], refusal: Callable[[Path], InputError] = _changed
+) -> Generator[None]:
+    """Refuse what is made of files that are no longer as they were: each pass would see other numbers.
+
+    Whatever fails meanwhile may come of that: then the change is what is said.
+    """
+    try:
+        yield
+    except (PrunectlError, OSError) as error:
+        if path := _first_changed(states):
+            raise refusal(path) from error
+        raise
+    if path := _first_changed(states):
+        raise refusal(path)
+
+
+def _first_changed(states: Mapping[Path, tuple[int, int | str]]) -> Path | None:
+    for path, state in states.items():
+        try:
+            is_same = file_state(path) == state
+        except OSError:
+            is_same = False
+        if not is_same:
+            return path
+    return None
 
 
 class FileWindow(io.RawIOBase):
@@ -124,7 +173,11 @@ def view(
     if extent.path in REMOTE:
         raw = np.frombuffer(REMOTE[extent.path].read(extent.offset, extent.nbytes), np.uint8)
     else:
-        raw = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.nbytes,))
+        try:
+            raw = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.nbytes,))
+        except ValueError as error:
+            # The file is shorter than it was when its tensors were placed in it.
+            raise _truncated(extent.path) from error
     return arrange(raw, dtype=dtype, shape=shape, start=start, strides=strides, big_endian=big_endian)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,6 +209,8 @@ def open_shards(path: Path) -> ModelFile:
     weight_map = read_object(path, "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{path} is JSON, but not the index of a sharded checkpoint: it has no weight_map")
+    if not weight_map:
+        raise InputError(f"{path} is damaged: its weight_map names no tensors", hint=_AGAIN)
     if len(weight_map) > budgets.MAX_INDEX_NAMES:
         raise InputError(f"{path} is refused: it names more than {budgets.MAX_INDEX_NAMES} tensors")
     names = list(dict.fromkeys(weight_map.values()))
@@ -220,7 +223,8 @@ def open_shards(path: Path) -> ModelFile:
     if missing := [name for name in weight_map if name not in stored]:
         raise InputError(
             f"{path} is damaged: "
-            f"it lists {abbreviated(missing[0])}, but {abbreviated(weight_map[missing[0]])} does not hold it"
+            f"it lists {abbreviated(missing[0])}, but {abbreviated(weight_map[missing[0]])} does not hold it",
+            hint=_AGAIN,
         )
     unlisted = [tensor.name for tensor in tensors if tensor.name not in weight_map]
     described = state_dict.describe(tensors)
@@ -275,16 +279,23 @@ def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence
     targets[model.path].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+_AGAIN = "download or save the model again: its index and its shards belong together"
+
+
 def _refuse_missing(index: Path, names: Sequence[str]) -> None:
     for name in names:
         if "/" in name or "\\" in name or name in {"", ".", ".."}:
-            raise InputError(f"{index} is refused: it names a shard outside its folder: {abbreviated(name)}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+            raise InputError(
+                f"{index} is refused: it names a shard outside its folder: {abbreviated(name)}",
+                hint="put the shards beside the index, which names each without a folder",
+            )
+    # os.path asks without complaining about names that no file can have.
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         some = f"its shard {abbreviated(missing[0])} is missing"
         if len(missing) > 1:
             some = f"{len(missing)} of its {len(names)} shards are missing, such as {abbreviated(missing[0])}"
-        raise InputError(f"{index} is incomplete: {some}")
+        raise InputError(f"{index} is incomplete: {some}", hint=_AGAIN)
 
 
 def _stored_twice(index: Path, shards: Sequence[ModelFile]) -> InputError:
@@ -296,7 +307,8 @@ def _stored_twice(index: Path, shards: Sequence[ModelFile]) -> InputError:
             if other != shard.path:
                 return InputError(
                     f"{index} is refused: {abbreviated(tensor.name)} stands in two of its shards, "
-                    f"{abbreviated(other.name)} and {abbreviated(shard.path.name)}"
+                    f"{abbreviated(other.name)} and {abbreviated(shard.path.name)}",
+                    hint="save the model anew, so that each tensor stands in one shard",
                 )
     return InputError(f"{index} is refused: one of its shards holds a tensor twice")
 

@@ -18,6 +18,7 @@ from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
 from prunectl.analysis.tensor_io import bitwise_equal
 from prunectl.errors import InputError, UsageError, WorkError, abbreviated
 from prunectl.formats.base import ModelFile, Tensor
+from prunectl.formats.extents import file_states, unchanged
 from prunectl.formats.families import (
     CONFIG,
     COUNTS,
@@ -102,6 +103,7 @@ def prune_blocks(
         _cuts(model, config, family, request, ())
         influence, seen = measure(model)
     cuts = _cuts(model, config, family, request, influence)
+    states = file_states(model.files)
     names = new_names(model.tensors, cuts)
     new_config, notes = shortened(model, config, family, cuts)
     notes = (*notes, *seen, *_note_influence(influence, cuts))
@@ -114,7 +116,7 @@ def prune_blocks(
         return BlocksPruned(
             request, stacks, before, replace(after, path="the result", bytes=SizeStats(before.bytes.raw - gone)), notes
         )
-    with outputs.staging_dir(model, output, {Path(CONFIG)}) as (folder, target):
+    with outputs.staging_dir(model, output, {Path(CONFIG)}) as (folder, target), unchanged(states):
         _write_weights(model, names, folder)
         write_object(folder / CONFIG, new_config)
         result = open_model(folder)

@@ -22,7 +22,7 @@ from prunectl.analysis.sizes import sha256_of
 from prunectl.errors import InputError, UsageError, WorkError, abbreviated
 from prunectl.formats import atomic, budgets, scratch
 from prunectl.formats.base import ModelFile
-from prunectl.formats.extents import REMOTE
+from prunectl.formats.extents import file_state
 from prunectl.formats.folder import LEDGER, copy_companions
 from prunectl.formats.patch import patch_files
 from prunectl.formats.places import LibraryPlace
@@ -269,10 +269,8 @@ def code_files(request: PruneRequest) -> list[Path]:
 
 def facts(path: Path) -> dict[str, Any]:
     """By what a file is known again."""
-    if path in REMOTE:
-        return {"bytes": REMOTE[path].nbytes, "modified": REMOTE[path].version}
-    stat = os.stat(path)
-    return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    nbytes, modified = file_state(path)
+    return {"bytes": nbytes, "modified": modified}
 
 
 def is_as_noted(path: Path, noted: Mapping[str, Any]) -> bool:

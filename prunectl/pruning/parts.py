@@ -26,7 +26,7 @@ from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import InputError, UsageError, WorkError, abbreviated
 from prunectl.formats import registry, scratch
 from prunectl.formats.base import ModelFile, Tensor
-from prunectl.formats.extents import REMOTE, file_bytes
+from prunectl.formats.extents import REMOTE, file_bytes, file_states, unchanged
 from prunectl.formats.patch import patch_files
 from prunectl.formats.remote import check_unchanged, downloaded
 from prunectl.formats.safetensors import shard_of
@@ -107,6 +107,13 @@ def prune_part(
         task.ledger.check(task.note, task.model)
     missing = tuple(name for name in task.sizes if not task.is_noted(name))
     return PartPruned(str(source), request, part, tuple(done), missing)
+
+
+def check(source: Path, request: PruneRequest, output: Destination, count: int) -> None:
+    """Refuse here what no machine could do: shards that lie, an output that is taken, parts with other options."""
+    task = _Task.of(source, request, output, Part(1, count))
+    if task.ledger.is_begun:
+        task.ledger.check(task.note, task.model)
 
 
 def prune_whole(
@@ -305,8 +312,11 @@ class _Task:
         """Prune a shard, check what was written, and note it."""
         self._check_source(name)
         plan = self._plan_of(name)
-        with downloaded(self.model.path.parent / name), self.ledger.placing(name, own := self._shard(name)) as place:
-            known = facts(own.path)
+        with (
+            downloaded(self.model.path.parent / name),
+            self.ledger.placing(name, own := self._shard(name)) as place,
+            unchanged(file_states(own.files), _changed),
+        ):
             before = measure_stats(own, own.tensors, has_channels=False)
             counts = engine.execute(own, plan, self.method, {own.path: place}) if plan.cuts else {}
             if not plan.cuts:
@@ -320,8 +330,6 @@ class _Task:
                     self._check_floors(counts)
                     check_left(before, counts)
                 digest = hashing.result()
-            if facts(own.path) != known:
-                raise _changed(own.path)
         zeros = {row.name: row.zeros for row in after.layers}
         rows = {
             row.name: [row.zeros, counts[row.name].dropped if row.name in counts else 0, zeros[row.name]]
@@ -398,13 +406,10 @@ class _Task:
         note = self._read(place)
         if note is None:
             shard = self._shard(name)
-            known = facts(shard.path)
-            with scratch.temporary_folder() as folder:
+            with unchanged(file_states(shard.files), _changed), scratch.temporary_folder() as folder:
                 sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=self._is_wide)
                 counted = [masks.count_digits(source, prefix, shift) for source in sources]
             check_unchanged(shard.path)
-            if facts(shard.path) != known:
-                raise _changed(shard.path)
             every = np.sum([counts for counts, _ in counted], axis=0)
             digits = np.flatnonzero(every)
             low = max(low for _, low in counted)

@@ -78,7 +78,8 @@ def strip(
     _check_in_place(model, options, output)
     state = training_state(model) if outputs.is_folder(model, output) else {}
     left_out = {path: part for path, part in state.items() if part in options.parts}
-    with outputs.staging_dir(model, output, left_out) as (folder, target):
+    states = extents.file_states(model.files)
+    with outputs.staging_dir(model, output, left_out) as (folder, target), extents.unchanged(states):
         staged = outputs.staged_paths(model, folder, target)
         removed: tuple[RemovedItem, ...] = ()
         if row.stripper:

@@ -62,10 +62,39 @@ def test_parts_of_a_folder_on_a_cluster_give_the_bytes_of_one_process(folder: Pa
     assert files_of(output) == files_of(folder.parent / "whole")
     assert {name: (output / name).stat().st_mtime_ns for name in times} == times
     # What a worker cannot do is told as here.
-    (folder / "model-00003-of-00006.safetensors").write_bytes(b"short")
-    done = prunectl("prune", folder, "-o", folder.parent / "again", *words, "--on", "ray")
+    again, shard = folder.parent / "again", folder / "model-00003-of-00006.safetensors"
+    assert here("prune", folder, "-o", again, *words, "--part", "2/2").code == 0
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x41")
+    done = prunectl("prune", folder, "-o", again, *words, "--on", "ray")
+    assert done.code == 3, done.err
+    assert f"{shard.name} was changed while the parts were pruned" in done.err
+    assert "start all parts again" in done.err
+    assert not (again / "model.safetensors.index.json").exists()
+
+
+@needs_ray
+def test_what_no_worker_could_do_is_told_before_a_cluster_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: Any) -> None:
+        pytest.fail("a cluster was started")
+
+    monkeypatch.setattr("ray.init", start)
+    output, words = folder.parent / "parts", ("-s", "30%", "--on", "ray")
+    assert here("prune", folder, "-o", output, "-s", "30%", "--part", "1/2").code == 0
+    before = files_of(output)
+    (folder.parent / "taken").mkdir()
+    (folder.parent / "taken/mine").write_text("mine")
+    for place, sparsity, code, sentence in (
+        (output, "40%", 2, "sparsity is 0.4, but 0.3 in the parts of"),
+        (folder.parent / "taken", "30%", 2, "taken exists"),
+    ):
+        done = here("prune", folder, "-o", place, "-s", sparsity, *words[2:])
+        assert (done.code, sentence in done.err) == (code, True), done.err
+    (folder / "model-00003-of-00006.safetensors").unlink()
+    done = here("prune", folder, "-o", folder.parent / "out", *words)
     assert done.code == 3
-    assert "model-00003-of-00006.safetensors" in done.err
+    assert "is incomplete: its shard model-00003-of-00006.safetensors is missing" in done.err
+    assert files_of(output) == before
+    assert not (folder.parent / "out").exists()
 
 
 def test_a_cluster_for_parts_goes_without_those_of_others(folder: Path) -> None:
