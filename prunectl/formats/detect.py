@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cached_property
@@ -262,7 +262,7 @@ def zero_checkpoints(folder: Path) -> Iterator[str]:
 PIPELINE_INDEX = "model_index.json"
 AVERAGED = "_ema"
 """What the folder of an average is called, behind the name of the part that it is one of."""
-_NETWORK_OF_DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+NETWORK_OF_DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 
 
 def is_pipeline(peek: FileProbe) -> bool:
@@ -290,13 +290,27 @@ def parts_without_index(folder: Path) -> tuple[str, ...]:
     """
     names = (name for name in _listed(folder) if name.isidentifier() and not (folder / name).is_symlink())
     parts = tuple(name for name in names if (folder / name / "config.json").is_file())
-    has_network = any((folder / part / name).is_file() for part in parts for name in _NETWORK_OF_DIFFUSERS)
+    has_network = any((folder / part / name).is_file() for part in parts for name in NETWORK_OF_DIFFUSERS)
     return parts if has_network else ()
 
 
 def _listed(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in islice(entries, _MOST_LISTED))
+
+
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
+
+
+def missing_index(names: Iterable[str]) -> str:
+    """That there are shards in a folder, but not what says which tensor is in which; empty where there are none."""
+    shard = next((match for match in map(_SHARD.fullmatch, sorted(names)) if match is not None), None)
+    if shard is None:
+        return ""
+    return (
+        f"has shards of a model, such as {abbreviated(shard[0])}, but not their index, "
+        f"{abbreviated(shard[1])}{shard[2]}.index.json"
+    )
 
 
 def is_torch_tar(peek: FileProbe) -> bool:
@@ -391,10 +405,19 @@ def _describe_folder(peek: FileProbe) -> str:
         return "is a SavedModel in text form (saved_model.pbtxt), which prunectl does not read"
     if ".prunectl-parts" in names:
         return "is a folder of parts that are not joined yet: run prunectl prune with --join"
+    if shards := missing_index(names):
+        return f"{shards}: download or save it too, or name one shard"
     if "checkpoint" in names:
         index = next((name for name in names if name.endswith(".index")), "*.index")
         return f"is a folder of TensorFlow checkpoints: name one, such as {peek.path / index}"
+    if models := [name for name in names if name.endswith((*_OF_MODELS, ".ckpt"))]:
+        return (
+            f"is a folder of files, of which none is known to be its model: name one, such as {peek.path / models[0]}"
+        )
     return "is a folder without a saved_model.pb or any other model that prunectl reads"
+
+
+_OF_MODELS = (".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors")
 
 
 def _describe_zip(peek: FileProbe) -> str:
@@ -402,7 +425,7 @@ def _describe_zip(peek: FileProbe) -> str:
         return "is a zip that is truncated or damaged: its directory of entries cannot be read"
     if all(name.endswith(".npy") for name in peek.entries):
         return "is a NumPy archive (.npz), not a model"
-    inner = [name for name in peek.entries if name.endswith((".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors"))]
+    inner = [name for name in peek.entries if name.endswith(_OF_MODELS)]
     if inner:
         some = ", ".join(map(abbreviated, inner[:3]))
         return f"is a zip with models inside, not a model: unpack it and name one of {some}"

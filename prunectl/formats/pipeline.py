@@ -52,6 +52,7 @@ def open_pipeline(path: Path) -> ModelFile:
 
 _COPIED = "the same weights in another form, copied as they are"
 _SAFETENSORS = "but a pipeline is pruned as a whole in safetensors alone"
+_PICKLES = ("pytorch_model.bin", "adapter_model.bin")
 _OF_OTHERS = re.compile(r".*\.onnx([._]data)?|openvino_model\..*|saved_model\.pb")
 """The same weights for other frameworks, by their path in the folder of a part."""
 
@@ -69,7 +70,11 @@ def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
     # os.path asks without complaining about names that no folder can have.
     if os.path.islink(folder) or not os.path.isdir(folder):
         return None
-    if registry.resolve(folder) == folder:
+    real = registry.resolve(folder)
+    if real.name.startswith(_PICKLES):
+        # Known by its name: at a URL nothing of it is here.
+        raise _in_another_form(folder, real.name)
+    if real == folder:
         others = [file for file in files if _is_weights(file)]
         if not others:
             return None
@@ -84,11 +89,15 @@ def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
     for file in model.files:
         row = registry.recognise(file)
         if row.name not in {"safetensors", "shards"}:
-            raise InputError(
-                f"{folder} has its weights in {abbreviated(file.name)} ({row.title}), {_SAFETENSORS}",
-                hint=f"prunectl export {abbreviated(str(folder))} -o OUT makes them",
-            )
+            raise _in_another_form(folder, f"{abbreviated(file.name)} ({row.title})")
     return model
+
+
+def _in_another_form(folder: Path, what: str) -> InputError:
+    return InputError(
+        f"{folder} has its weights in {what}, {_SAFETENSORS}",
+        hint=f"prunectl export {abbreviated(str(folder))} -o OUT makes them",
+    )
 
 
 def _note_others(part: ModelFile, companions: Companions, weights: Container[Path]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ would find it truncated, and not full of zeros. What is no safetensors is fetche
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from urllib.parse import unquote
 
 from prunectl.errors import InputError, PrunectlError, UsageError, WorkError, abbreviated
 from prunectl.formats import budgets
-from prunectl.formats.detect import public
+from prunectl.formats.detect import NETWORK_OF_DIFFUSERS, PIPELINE_INDEX, missing_index, public
 from prunectl.formats.extents import REMOTE, RemoteFile
 from prunectl.formats.folder import LEDGER
 from prunectl.formats.places import (
@@ -322,12 +323,14 @@ def _mirror(mirror: _Mirror, url: str) -> Path:
         return _one_file(mirror, place_of(_parent(url)), name)
     files = _probed(place) if listed is None else listed
     index = next((one for one in IN_A_FOLDER if one in files), "")
-    if not index and not any(one in files for one in _FETCHED_FOLDERS):
-        raise InputError(f"{shown(url)} has no model of a format that prunectl knows", hint=_hint(files))
+    is_pipeline = not index and (PIPELINE_INDEX in files or _has_networks(files))
+    if not index and not is_pipeline and not any(one in files for one in _FETCHED_FOLDERS):
+        what = missing_index(files) or "has no model of a format that prunectl knows"
+        raise InputError(f"{shown(url)} {what}", hint=_hint(files))
     needed = _shards(mirror, place, index, listed) if index.endswith(".json") else [index]
     rest = {one: file for one, file in files.items() if not os.path.exists(mirror.folder / one)}
-    _make(mirror, rest, frozenset(one for one in rest if PurePosixPath(one).name in _FACTS))
-    if not index and "model_index.json" not in files:
+    _make(mirror, rest, frozenset(filter(_is_fact, rest)))
+    if not index and not is_pipeline:
         # No weights that could be read where they are.
         needed = list(rest)
     _fetch_needed(mirror, needed)
@@ -340,16 +343,34 @@ def _fetch_needed(mirror: _Mirror, names: list[str]) -> None:
     _fetch([path for path in paths if path in REMOTE], mirror.tell)
 
 
-_FETCHED_FOLDERS = ("saved_model.pb", ".metadata", "latest", "model_index.json")
-"""What tells a folder without weights that are read where they are: SavedModel, many ranks, diffusers."""
+_FETCHED_FOLDERS = ("saved_model.pb", ".metadata", "latest")
+"""What tells a folder without weights that are read where they are: SavedModel, many ranks."""
+
+
+def _has_networks(files: Mapping[str, RemoteFile]) -> bool:
+    """Whether a folder holds parts of a pipeline that no index names, as a checkpoint of diffusers does."""
+    parts = [one.split("/") for one in files]
+    return any(
+        len(names) == 2 and names[1] in NETWORK_OF_DIFFUSERS and f"{names[0]}/config.json" in files for names in parts
+    )
+
+
+def _is_fact(name: str) -> bool:
+    """Whether all of a file is read to know the model: also the index of a part of a pipeline."""
+    path = PurePosixPath(name)
+    return path.name in _FACTS or (len(path.parts) == 2 and path.suffix == ".json" and path.name in IN_A_FOLDER)
 
 
 def _hint(files: Mapping[str, RemoteFile]) -> str:
     """Files in a folder that may have been meant."""
     if any(one.startswith(f"{LEDGER}/") for one in files):
         return "it holds parts of a model that are not joined: prunectl prune … --join"
-    named = [one for one in files if PurePosixPath(one).suffix in _SUFFIXES][:3]
+    named = sorted(one for one in files if PurePosixPath(one).suffix in _SUFFIXES and not _is_config(one))[:3]
     return f"name a file: {', '.join(map(abbreviated, named))}" if named else "name the folder of a model, or a file"
+
+
+def _is_config(name: str) -> bool:
+    return name.endswith(".json") and not name.endswith(".index.json")
 
 
 _SUFFIXES = SUFFIXES | {".ckpt"}
@@ -386,6 +407,9 @@ def _shards(mirror: _Mirror, place: Place, index: str, files: Mapping[str, Remot
     return wanted
 
 
+_ON_HUB = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)")
+
+
 def _probed(place: Place) -> dict[str, RemoteFile]:
     """What is found of the usual files in a folder that lists nothing."""
     found: dict[str, RemoteFile] = {}
@@ -402,11 +426,21 @@ def _probed(place: Place) -> dict[str, RemoteFile]:
                 if names is IN_A_FOLDER:
                     break
         if not found:
-            raise InputError(
-                f"{shown(place.url)} has no model that is found without a list of its files",
-                hint="name a file: the index, or the weights",
-            )
+            raise _not_found(place)
     return found
+
+
+def _not_found(place: Place) -> InputError:
+    """The error for a folder on a web server, which does not say what is in it."""
+    match = _ON_HUB.match(place.url)
+    listed = f"use hf://{match[1]}" if match else "use hf://, s3:// or gs://"
+    try:
+        place.file(PIPELINE_INDEX).head(1, budgets.MAX_JSON_BYTES)
+    except InputError:
+        what, other = "has no model that is found without a list of its files", "name a file: the index, or the weights"
+    else:
+        what, other = "is a pipeline of diffusers, of which a web server lists no files", "name the folder of one part"
+    return InputError(f"{shown(place.url)} {what}", hint=f"{other}; or {listed}, where files are listed")
 
 
 def _make(mirror: _Mirror, files: Mapping[str, RemoteFile], facts: frozenset[str]) -> None:

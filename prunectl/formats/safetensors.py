@@ -308,7 +308,7 @@ def _stored_twice(index: Path, shards: Sequence[ModelFile]) -> InputError:
                 return InputError(
                     f"{index} is refused: {abbreviated(tensor.name)} stands in two of its shards, "
                     f"{abbreviated(other.name)} and {abbreviated(shard.path.name)}",
-                    hint="save the model anew, so that each tensor stands in one shard",
+                    hint="save the model again, so that each tensor stands in one shard",
                 )
     return InputError(f"{index} is refused: one of its shards holds a tensor twice")
 

@@ -309,7 +309,7 @@ def test_a_collection_of_models_is_not_taken_for_one_pipeline(checkpoint: Path) 
     (checkpoint / "latest").mkdir()
     done = here("prune", checkpoint, "-o", checkpoint.parent / "out", "-s", "50%")
     assert done.code == 3
-    assert "is a folder without" in done.err
+    assert "is a folder of files, of which none is known to be its model" in done.err
     assert not (checkpoint.parent / "out").exists()
 
 

@@ -96,7 +96,7 @@ FLAWS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a tensor stands in two shards": (
         with_a_tensor_twice,
         f"stands in two of its shards, {FIRST} and {SECOND}",
-        "save the model anew",
+        "save the model again",
     ),
     "a tensor is in no shard": (names(FIRST), f"it lists more.weight, but {FIRST} does not hold it", AGAIN),
     "the map is a list": (listed(lambda document: document.update(weight_map=[FIRST])), NO_MAP, ""),
