@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError, abbreviated
-from prunectl.formats import registry
+from prunectl.formats import registry, safetensors
 from prunectl.formats.base import WEIGHTS, ModelFile, ModelInfo, RemovedItem, StripOptions, StripPart, Tensor
 from prunectl.formats.detect import AVERAGED, PIPELINE_INDEX, parts_without_index
 from prunectl.formats.folder import OTHER_WEIGHTS, Companions, files_in, real_file, training_part
-from prunectl.formats.patch import patch_files
+from prunectl.formats.patch import HALVED, patch_files
 from prunectl.formats.safe_json import read_object
 
 
@@ -44,7 +44,11 @@ def open_pipeline(path: Path) -> ModelFile:
     notes = (*(note for part in parts for note in _note_others(part, companions, weights)), *links)
     about = ModelInfo(
         producer=f"pipeline of {', '.join(part.path.parent.name for part in parts)}",
-        wrappers=tuple(wrapper for part in parts for wrapper in part.about.wrappers),
+        wrappers=tuple(
+            replace(wrapper, layer=f"{part.path.parent.name}.{wrapper.layer}")
+            for part in parts
+            for wrapper in part.about.wrappers
+        ),
         notes=(*notes, *(note for part in parts for note in part.about.notes)),
     )
     return ModelFile(path, "diffusers", tensors, about, tuple(files), has_neighbours=True)
@@ -120,11 +124,20 @@ def _named(part: ModelFile) -> Iterator[Tensor]:
 
 
 def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Copy the folder without what only training needs; of weights and their average, those that are to stay."""
+    """Copy the folder without what only training needs; of weights and their average, those that are to stay.
+
+    What is in one file is written as strip writes that file alone.
+    """
     kept, removed = split_files(model, options)
+    whole = _whole_files(model, options, kept)
     names = {file: file.relative_to(model.path) for file in targets}
     root = next(target.parents[len(names[file].parts) - 1] for file, target in targets.items())
-    patch_files(model, {file: root / name for file, name in kept.items()}, ())
+    patch_files(model, {file: root / name for file, name in kept.items() if file not in whole}, ())
+    for file in whole:
+        items = safetensors.strip(
+            safetensors.open_model(file), replace(options, copies=None), {file: root / kept[file]}
+        )
+        removed += tuple(replace(item, name=f"{names[file].parts[0]}.{item.name}") for item in items)
     emptied = {parent for name in names.values() for parent in name.parents}
     emptied -= {parent for name in kept.values() for parent in name.parents}
     for folder in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
@@ -132,14 +145,33 @@ def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path])
     return removed
 
 
+def _whole_files(model: ModelFile, options: StripOptions, kept: Container[Path]) -> list[Path]:
+    """The files that hold all weights of a part, of which strip can remove tensors, or store floats in 16 bits."""
+    files: list[Path] = []
+    for file, tensors in _by_file(model).items():
+        if file not in kept:
+            continue
+        if registry.resolve(file.parent) == file:
+            files.append(file)
+        elif any(tensor.role not in WEIGHTS or (options.to_half and tensor.dtype in HALVED) for tensor in tensors):
+            raise InputError(
+                f"{file.parent} is in shards, in which strip can neither store 16-bit floats nor remove single tensors",
+                hint=f"make one file of them first: prunectl export {file.parent} -o OUT --shard-size 1TB",
+            )
+    return files
+
+
+def _by_file(model: ModelFile) -> dict[Path, list[Tensor]]:
+    files: dict[Path, list[Tensor]] = {}
+    for tensor in model.tensors:
+        if tensor.storage.extent is not None:
+            files.setdefault(tensor.storage.extent.path, []).append(tensor)
+    return files
+
+
 def split_files(model: ModelFile, options: StripOptions) -> tuple[dict[Path, Path], tuple[RemovedItem, ...]]:
     """The files that strip keeps, each with its name in the output, and those that it removes."""
-    if options.to_half or any(tensor.role not in WEIGHTS for tensor in model.tensors):
-        raise InputError(
-            f"{model.path} is a pipeline, in which strip can neither store 16-bit floats nor remove single tensors",
-            hint="name the folder of one of its parts",
-        )
-    stored = {tensor.storage.extent.path for tensor in model.tensors if tensor.storage.extent is not None}
+    stored = _by_file(model)
     averages = () if options.copies is None else (options.copies.other, *options.copies.more)
     has_average = options.copies is not None and bool(options.copies.sources)
     replaced = {average.removesuffix(AVERAGED) for average in averages if has_average}

@@ -414,3 +414,100 @@ def test_a_part_whose_name_no_folder_can_have_is_passed_over(pipe: Path) -> None
     done = here("inspect", pipe)
     assert done.code == 0, done.err
     assert len(done.rows) == 3
+
+
+def with_state(
+    folder: Path, shape: tuple[int, ...] = (4, 4)
+) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    """Give the network in a folder what training would go on from, as tensors; the weights alone are returned."""
+    weights = load_file(folder / f"{NETWORK}.safetensors")
+    state = {"optimizer.state.0.exp_avg": numbers(*shape), "optimizer.state.0.step": numbers(1)}
+    state |= {f"{name}.grad": own for name, own in weights.items()}
+    save_file({**weights, **state}, folder / f"{NETWORK}.safetensors")
+    return weights
+
+
+def test_optimizer_and_gradients_in_a_part_are_removed_and_all_else_is_copied(pipe: Path) -> None:
+    clean = files(pipe)
+    weights = with_state(pipe / "unet")
+    before = files(pipe)
+    done = here("strip", pipe, "-o", pipe.parent / "out")
+    assert done.code == 0, done.err
+    assert {row[0]: row[1] for row in done.rows} == {
+        "unet.optimizer.state.0.exp_avg": "optimizer",
+        "unet.optimizer.state.0.step": "optimizer",
+        "unet.conv.weight.grad": "gradients",
+    }
+    after = files(pipe.parent / "out")
+    assert after.keys() == before.keys() == clean.keys()
+    assert {name for name in before if after[name] != before[name]} == {f"unet/{NETWORK}.safetensors"}
+    found = load_file(pipe.parent / f"out/unet/{NETWORK}.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(np.array_equal(found[name], own) for name, own in weights.items())
+    # As the part alone.
+    assert here("strip", pipe / "unet", "-o", pipe.parent / "alone").code == 0
+    assert files(pipe.parent / "alone") == inside(after, "unet")
+    assert here("strip", pipe, "-o", pipe.parent / "gradients", "--only", "gradients").code == 0
+    left = load_file(pipe.parent / f"gradients/unet/{NETWORK}.safetensors")
+    assert set(left) == {"conv.weight", "optimizer.state.0.exp_avg", "optimizer.state.0.step"}
+    assert files(pipe) == before
+    assert here("strip", pipe, "--in-place").code == 0
+    assert files(pipe) == after
+
+
+def test_masks_in_a_part_are_applied(pipe: Path) -> None:
+    mask = (numbers(4, 4) > 8).astype(np.float32)
+    save_file({"conv.weight_orig": numbers(4, 4), "conv.weight_mask": mask}, pipe / f"unet/{NETWORK}.safetensors")
+    done = here("strip", pipe, "-o", pipe.parent / "out")
+    assert done.code == 0, done.err
+    found = load_file(pipe.parent / f"out/unet/{NETWORK}.safetensors")
+    assert found.keys() == {"conv.weight"}
+    assert np.array_equal(found["conv.weight"], numbers(4, 4) * mask)
+
+
+def test_parts_in_one_file_are_stored_as_16_bit_floats_and_of_shards_it_is_said_what_to_do(pipe: Path) -> None:
+    before = files(pipe)
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--half")
+    assert done.code == 3
+    shards = pipe / "text_encoder"
+    assert f"{shards} is in shards, in which strip can neither store 16-bit floats nor remove" in done.err
+    assert f"prunectl export {shards} -o OUT --shard-size 1TB" in done.err
+    assert not (pipe.parent / "out").exists()
+    # What is advised works.
+    assert here("export", shards, "-o", pipe.parent / "one", "--shard-size", "1TB").code == 0
+    shutil.rmtree(shards)
+    (pipe.parent / "one").rename(shards)
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--half")
+    assert done.code == 0, done.err
+    after = files(pipe.parent / "out")
+    assert after.keys() == files(pipe).keys()
+    for name in (name for name in after if name.endswith(".safetensors")):
+        wide, narrow = load_file(pipe / name), load_file(pipe.parent / "out" / name)
+        assert wide.keys() == narrow.keys()
+        assert all(own.dtype == np.float16 for own in narrow.values())
+        assert all(np.array_equal(narrow[key], own.astype(np.float16)) for key, own in wide.items())
+    assert after["model_index.json"] == before["model_index.json"]
+
+
+def test_the_average_of_a_part_is_stripped_of_what_only_training_needs(pipe: Path) -> None:
+    shutil.copytree(pipe / "unet", pipe / "unet_ema")
+    weights = with_state(pipe / "unet_ema")
+    with_state(pipe / "unet")
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema")
+    assert done.code == 0, done.err
+    assert "unet_ema.optimizer.state.0.step" in {row[0] for row in done.rows}
+    found = load_file(pipe.parent / f"out/unet/{NETWORK}.safetensors")
+    assert found.keys() == weights.keys()
+    assert not (pipe.parent / "out/unet_ema").exists()
+
+
+def test_shards_of_a_part_that_hold_more_than_weights_are_refused_before_anything_is_written(pipe: Path) -> None:
+    shard = pipe / "text_encoder/model-00002-of-00002.safetensors"
+    save_file({**load_file(shard), "optimizer.state.0.step": numbers(1)}, shard)
+    before = files(pipe)
+    for words in (("-o", "out"), ("--in-place",)):
+        done = here("strip", pipe, *words, cwd=pipe.parent)
+        assert done.code == 3
+        assert f"{pipe / 'text_encoder'} is in shards" in done.err
+        assert files(pipe) == before
+    assert sorted(path.name for path in pipe.parent.iterdir()) == ["pipe"]
