@@ -169,6 +169,14 @@ class Ledger:
         """By what a shard is known again."""
         return facts(self.target / name)
 
+    def facts_of_staged(self, path: Path) -> dict[str, Any]:
+        """By what a shard will be known again that is about to take its place; nothing where only that decides it."""
+        return facts(path)
+
+    def may_have(self, name: str) -> bool:
+        """Whether a shard may be there: one that is noted may have been about to take its place."""
+        return (self.target / name).is_file()
+
     def close(self, model: ModelFile) -> None:
         """Write what lies beside the weights, the index last."""
         with atomic.atomic_replace(self.target / model.path.name, may_replace=True) as folder:
@@ -240,6 +248,16 @@ class BucketLedger(Ledger):
         """By what a shard is known again."""
         size, version = self.place.file(name).state()
         return {"bytes": size, "modified": version}
+
+    def facts_of_staged(self, path: Path) -> dict[str, Any]:
+        """Nothing: the store gives an object its version."""
+        del path
+        return {}
+
+    def may_have(self, name: str) -> bool:
+        """It may: what is noted was uploaded before, and to ask the store for each would take long."""
+        del name
+        return True
 
     def close(self, model: ModelFile) -> None:
         """Write what lies beside the weights, the index last."""

@@ -272,7 +272,7 @@ class _Task:
 
     def is_noted(self, name: str) -> bool:
         """Whether a shard was written by one of the parts."""
-        return self._read(f"{_DONE}{name}.json") is not None
+        return self.ledger.may_have(name) and self._read(f"{_DONE}{name}.json") is not None
 
     def noted(self, name: str) -> ShardResult | None:
         """What was written of a shard; None where it is not there as it was noted."""
@@ -312,35 +312,42 @@ class _Task:
         """Prune a shard, check what was written, and note it."""
         self._check_source(name)
         plan = self._plan_of(name)
-        with (
-            downloaded(self.model.path.parent / name),
-            self.ledger.placing(name, own := self._shard(name)) as place,
-            unchanged(file_states(own.files), _changed),
-        ):
-            before = measure_stats(own, own.tensors, has_channels=False)
-            counts = engine.execute(own, plan, self.method, {own.path: place}) if plan.cuts else {}
-            if not plan.cuts:
-                patch_files(own, {own.path: place}, ())
-            written = registry.open_model(place)
-            with workers(1) as background:
-                hashing = background.submit(sha256_of, place)
-                after = engine.verify(own, written, counts, has_channels=False)
-                check_pattern(written, plan, self.method)
-                if not allow_empty:
-                    self._check_floors(counts)
-                    check_left(before, counts)
-                digest = hashing.result()
-        zeros = {row.name: row.zeros for row in after.layers}
-        rows = {
-            row.name: [row.zeros, counts[row.name].dropped if row.name in counts else 0, zeros[row.name]]
-            for row in before.layers
-        }
-        entry = {"part": str(self.part), "output": {**self.ledger.facts(name), "sha256": digest}, "tensors": rows}
-        self._write(f"{_DONE}{name}.json", entry)
+        own = self._shard(name)
+        with downloaded(own.path), self.ledger.placing(name, own) as place:
+            with unchanged(file_states(own.files), _changed):
+                before = measure_stats(own, own.tensors, has_channels=False)
+                counts = engine.execute(own, plan, self.method, {own.path: place}) if plan.cuts else {}
+                if not plan.cuts:
+                    patch_files(own, {own.path: place}, ())
+                written = registry.open_model(place)
+                with workers(1) as background:
+                    hashing = background.submit(sha256_of, place)
+                    after = engine.verify(own, written, counts, has_channels=False)
+                    check_pattern(written, plan, self.method)
+                    if not allow_empty:
+                        self._check_floors(counts)
+                        check_left(before, counts)
+                    digest = hashing.result()
+            zeros = {row.name: row.zeros for row in after.layers}
+            rows = {
+                row.name: [row.zeros, counts[row.name].dropped if row.name in counts else 0, zeros[row.name]]
+                for row in before.layers
+            }
+            # Before the shard takes its place: killed right after that, it would be done twice.
+            staged = self.ledger.facts_of_staged(place)
+            if staged:
+                self._note(name, {**staged, "sha256": digest}, rows)
+        placed = self.ledger.facts(name)
+        if placed != staged:
+            self._note(name, {**placed, "sha256": digest}, rows)
         done = self.noted(name)
         if done is None:
             raise WorkError(f"{self.target / name} was changed by somebody else while prunectl was running")
         return replace(done, is_new=True)
+
+    def _note(self, name: str, output: Mapping[str, Any], rows: Mapping[str, Sequence[int | None]]) -> None:
+        """Note that a shard was written, what it is, and what came of its tensors."""
+        self._write(f"{_DONE}{name}.json", {"part": str(self.part), "output": output, "tensors": rows})
 
     def _check_floors(self, counts: Mapping[str, TensorCounts]) -> None:
         """Refuse what one process would rank once more: other shards may be written already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,44 @@ def test_killed_at_any_time_and_run_again_it_gives_the_same_bytes(folder: Path) 
         process.wait()
     assert files_of(in_parts(folder, 2, *words)) == files_of(folder.parent / "whole")
     assert sorted(os.listdir(folder.parent)) == ["model", "parts", "whole"]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_killed_between_two_steps_no_shard_is_written_twice(
+    folder: Path, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("-s", "60%", "--scope", scope)
+    output = folder.parent / "parts"
+    write, placed = os.rename, os.replace
+
+    def killed(moment: int, step: Callable[..., None], *, is_after: bool) -> Callable[..., None]:
+        """A step that is the last one at its nth time."""
+        left = iter(range(moment))
+
+        def run(*given: Any, **named: Any) -> None:
+            is_last = next(left, None) is None
+            if not is_last or is_after:
+                step(*given, **named)
+            if is_last:
+                raise KeyboardInterrupt
+
+        return run
+
+    times: dict[str, int] = {}
+    for moment in range(12):
+        for is_after in (False, True):
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(os, "rename", killed(moment, write, is_after=is_after))
+                patch.setattr(os, "replace", killed(moment, placed, is_after=is_after))
+                here("prune", folder, "-o", output, *words, "--part", "1/1")
+            now = {path.name: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
+            assert now.items() >= times.items(), "a shard that was in its place was written once more"
+            times = now
+    assert here("prune", folder, "-o", output, *words, "--part", "1/1").code == 0
+    assert {name: (output / name).stat().st_mtime_ns for name in times} == times
+    assert here("prune", folder, "-o", output, "--join").code == 0
+    assert here("prune", folder, "-o", folder.parent / "whole", *words).code == 0
+    assert files_of(output) == files_of(folder.parent / "whole")
 
 
 def test_python_prunes_parts_and_joins_them(folder: Path) -> None:
