@@ -28,10 +28,13 @@ def convolutional(k: Any) -> Any:
             k.layers.Input((8, 8, 1)),
             k.layers.Conv2D(8, 3, name="conv", activation="relu"),
             k.layers.Flatten(),
-            k.layers.Dense(12, name="hidden", activation="relu"),
-            k.layers.Dense(3, name="out", activation="softmax"),
+            k.layers.Dense(12, name="hidden", activation="softmax"),
         ]
     )
+
+
+def flat(k: Any) -> Any:
+    return k.Sequential([k.layers.Input((8, 8, 1)), k.layers.Flatten(), k.layers.Dense(6, name="hidden")])
 
 
 def recurrent(k: Any) -> Any:
