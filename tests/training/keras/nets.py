@@ -18,6 +18,7 @@ from tests.contract import Array
 from tests.networks import keras, tf_keras
 
 EXAMPLES, FEATURES, CLASSES = 12, 6, 4
+Files = Callable[[Callable[[], Any], Callable[[Any], Any]], Path]
 
 both = pytest.mark.parametrize("k", [pytest.param(tf_keras, id="tf_keras"), pytest.param(keras, id="keras")])
 kinds = pytest.mark.parametrize(
@@ -45,6 +46,11 @@ def dense(k: Any, **compiling: Any) -> Any:
     if compiling:
         model.compile(**compiling)
     return model
+
+
+def compiled(k: Any) -> Any:
+    """The same, compiled."""
+    return dense(k, optimizer="adam", loss="sparse_categorical_crossentropy")
 
 
 def random_parts(k: Any) -> Any:

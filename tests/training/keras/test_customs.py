@@ -41,8 +41,8 @@ def test_a_custom_layer_is_built_from_what_the_user_names(name: str, k: Any, tmp
     assert "--custom-objects" in caught.value.hint
 
 
-def test_custom_objects_are_a_dictionary(tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(keras()), tmp_path / "model.keras")
+def test_custom_objects_are_a_dictionary(file_of: nets.Files) -> None:
+    path = file_of(keras, nets.dense)
     with pytest.raises(UsageError, match="is not a dictionary"):
         nets.opened(path, custom_objects=f"{HERE}:NO_DICTIONARY")
     with pytest.raises(UsageError, match="names no function"):
@@ -86,8 +86,8 @@ def test_a_training_step_of_the_model_keeps_the_zeros(k: Any, tmp_path: Path) ->
 
 
 @both
-def test_the_step_of_a_user_trains_and_keeps_the_zeros(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+def test_the_step_of_a_user_trains_and_keeps_the_zeros(k: Any, file_of: nets.Files) -> None:
+    path = file_of(k, nets.dense)
     network = nets.prepared(path, custom_step=f"{HERE}:plain_step", optimizer="sgd", lr=0.5)
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
@@ -103,8 +103,10 @@ def test_the_step_of_a_user_trains_and_keeps_the_zeros(k: Any, tmp_path: Path) -
 
 
 @both
-def test_a_step_that_goes_round_the_optimizer_keeps_the_zeros_but_gives_no_evidence(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+def test_a_step_that_goes_round_the_optimizer_keeps_the_zeros_but_gives_no_evidence(
+    k: Any, file_of: nets.Files
+) -> None:
+    path = file_of(k, nets.dense)
     network = nets.prepared(path, custom_step=f"{HERE}:stray_step")
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
@@ -116,8 +118,8 @@ def test_a_step_that_goes_round_the_optimizer_keeps_the_zeros_but_gives_no_evide
         network.evidence()
 
 
-def test_a_step_that_returns_no_numbers_is_refused(tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(keras()), tmp_path / "model.keras")
+def test_a_step_that_returns_no_numbers_is_refused(file_of: nets.Files) -> None:
+    path = file_of(keras, nets.dense)
     with pytest.raises(UsageError, match="dictionary"):
         nets.train(nets.prepared(path, custom_step=f"{HERE}:wrong_step"), nets.batches(1))
 

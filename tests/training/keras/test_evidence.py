@@ -40,11 +40,9 @@ def numbers(count: int) -> list[Batch]:
     "evidence", [GradientStatistic.GRADIENT, GradientStatistic.SALIENCE, GradientStatistic.MOVEMENT]
 )
 def test_evidence_adds_up_what_it_says_also_of_what_is_masked(
-    evidence: GradientStatistic, is_masked: bool, k: Any, tmp_path: Path
+    evidence: GradientStatistic, is_masked: bool, k: Any, file_of: nets.Files
 ) -> None:
-    network = nets.prepared(
-        nets.saved(linear(k()), tmp_path / "model.keras"), numbers(1)[0], loss="mse", optimizer="sgd", lr=0.05
-    )
+    network = nets.prepared(file_of(k, linear), numbers(1)[0], loss="mse", optimizer="sgd", lr=0.05)
     name = next(iter(nets.kernels(network)))
     mask = nets.half(nets.kernels(network))[name]
     if is_masked:
@@ -127,9 +125,9 @@ def test_a_teacher_is_followed_by_the_formula(ending: str, k: Any, tmp_path: Pat
 
 
 @both
-def test_a_teacher_of_numbers_is_followed_by_squares(k: Any, tmp_path: Path) -> None:
+def test_a_teacher_of_numbers_is_followed_by_squares(k: Any, file_of: nets.Files) -> None:
     batch = numbers(1)[0]
-    network = nets.prepared(nets.saved(linear(k()), tmp_path / "model.keras"), batch, loss="mse", teacher_share=0.25)
+    network = nets.prepared(file_of(k, linear), batch, loss="mse", teacher_share=0.25)
     guide = np.random.default_rng(2).standard_normal((8, 2)).astype(np.float32)
     out = np.asarray(network.predict(batch.x))
     wanted = 0.25 * np.square(guide - out).mean() + 0.75 * np.square(np.asarray(batch.y) - out).mean()
@@ -138,9 +136,9 @@ def test_a_teacher_of_numbers_is_followed_by_squares(k: Any, tmp_path: Path) -> 
 
 
 @both
-def test_a_teacher_is_followed_without_targets(k: Any, tmp_path: Path) -> None:
+def test_a_teacher_is_followed_without_targets(k: Any, file_of: nets.Files) -> None:
     batch = numbers(1)[0]
-    network = nets.prepared(nets.saved(linear(k()), tmp_path / "model.keras"), Batch(batch.x), optimizer="sgd", lr=0.2)
+    network = nets.prepared(file_of(k, linear), Batch(batch.x), optimizer="sgd", lr=0.2)
     guide = np.asarray(batch.x)[:, :2]
     for _ in range(100):
         network.step(Batch(batch.x), 1.0, guide)

@@ -23,8 +23,8 @@ def state(network: KerasTrainable) -> dict[str, bytes]:
 
 
 @both
-def test_a_restored_run_ends_with_the_same_bits(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+def test_a_restored_run_ends_with_the_same_bits(k: Any, file_of: nets.Files, tmp_path: Path) -> None:
+    path = file_of(k, nets.random_parts)
     given = nets.batches(6)
     whole = nets.prepared(path)
     masks = nets.half(nets.kernels(whole))
@@ -54,8 +54,8 @@ def test_a_restored_run_ends_with_the_same_bits(k: Any, tmp_path: Path) -> None:
 
 
 @both
-def test_the_rate_of_a_restored_run_is_that_of_its_next_step(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+def test_the_rate_of_a_restored_run_is_that_of_its_next_step(k: Any, file_of: nets.Files, tmp_path: Path) -> None:
+    path = file_of(k, nets.dense)
     whole, again = (nets.prepared(path, optimizer="sgd", lr=0.1) for _ in range(2))
     nets.train(whole, nets.batches(2), rate=lambda _: 0.5)
     whole.save(tmp_path)
@@ -98,8 +98,8 @@ def test_what_all_layers_share_is_random_as_in_an_unbroken_run(is_within_an_epoc
 
 
 @both
-def test_the_same_seed_drops_out_the_same(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+def test_the_same_seed_drops_out_the_same(k: Any, file_of: nets.Files) -> None:
+    path = file_of(k, nets.random_parts)
     start, ends = nets.opened(path).tensors(), []
     first, second = (nets.prepared(path, optimizer="sgd", lr=0.1) for _ in range(2))
     for network, seed in ((first, 5), (second, 5), (second, 6)):
@@ -135,8 +135,8 @@ NOISY = {"noisy": noisy}
 
 
 @both
-def test_dropout_differs_from_step_to_step(k: Any, tmp_path: Path) -> None:
-    network = nets.prepared(nets.saved(nets.random_parts(k()), tmp_path / "model.keras"), optimizer="sgd", lr=0.0)
+def test_dropout_differs_from_step_to_step(k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, nets.random_parts), optimizer="sgd", lr=0.0)
     losses = set()
     for _ in range(3):
         nets.train(network, nets.batches(1))
@@ -145,24 +145,24 @@ def test_dropout_differs_from_step_to_step(k: Any, tmp_path: Path) -> None:
 
 
 @both
-def test_the_checkpoint_of_another_optimizer_is_refused(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(k()), tmp_path / "model.keras")
+def test_the_checkpoint_of_another_optimizer_is_refused(k: Any, file_of: nets.Files, tmp_path: Path) -> None:
+    path = file_of(k, nets.dense)
     nets.prepared(path, optimizer="adam").save(tmp_path)
     with pytest.raises(InputError, match="another"):
         nets.prepared(path, optimizer="sgd").restore(tmp_path)
 
 
 @both
-def test_a_damaged_checkpoint_is_refused(k: Any, tmp_path: Path) -> None:
-    network = nets.prepared(nets.saved(nets.dense(k()), tmp_path / "model.keras"))
+def test_a_damaged_checkpoint_is_refused(k: Any, file_of: nets.Files, tmp_path: Path) -> None:
+    network = nets.prepared(file_of(k, nets.dense))
     (tmp_path / "keras.npz").write_bytes(b"PK\x03\x04 not whole")
     with pytest.raises(InputError, match="damaged"):
         network.restore(tmp_path)
 
 
 @both
-def test_statistics_are_the_averages_over_batches_and_nothing_else_changes(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+def test_statistics_are_the_averages_over_batches_and_nothing_else_changes(k: Any, file_of: nets.Files) -> None:
+    path = file_of(k, nets.random_parts)
     network = nets.prepared(path)
     before = network.tensors()
     given = nets.batches(3)

@@ -58,10 +58,10 @@ def _mean(found: Any) -> Any:
 
 
 @both
-def test_nothing_is_changed(k: Callable[[], Any], tmp_path: Path) -> None:
-    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+def test_nothing_is_changed(k: Callable[[], Any], file_of: nets.Files) -> None:
+    path = file_of(k, nets.random_parts)
     given = nets.batches(4)
-    networks = [nets.prepared(path), nets.prepared(path)]
+    networks = [nets.prepared(path, optimizer="sgd") for _ in range(2)]
     for one in networks:
         one.reseed(3)
         one.watch(GradientStatistic.GRADIENT, list(nets.kernels(one)))
@@ -139,8 +139,8 @@ def test_frozen_weights_statistics_and_embeddings_have_gradients_too(k: Callable
 
 
 @both
-def test_targets_that_are_missing_or_do_not_fit_are_said(k: Callable[[], Any], tmp_path: Path) -> None:
-    network = nets.prepared(nets.saved(nets.dense(k()), tmp_path / "model.keras"))
+def test_targets_that_are_missing_or_do_not_fit_are_said(k: Callable[[], Any], file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, nets.dense))
     names, (batch,) = list(network.tensors()), nets.batches(1)
     with pytest.raises(UsageError, match="no targets"):
         network.gradients(names, Batch(batch.x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,19 @@ LABELS = np.arange(nets.EXAMPLES) % nets.CLASSES
 BITS = LABELS % 2
 
 
-@pytest.fixture(scope="module")
-def dense_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
-    """A file of a small model of either Keras, saved once."""
-    return cache(lambda k: nets.saved(nets.dense(k()), tmp_path_factory.mktemp("dense") / "model.keras"))
-
-
-def ending(k: Any, width: int, activation: str, path: Path, **compiling: Any) -> Path:
+def ending(width: int, activation: str, k: Any, **compiling: Any) -> Any:
     k.utils.set_random_seed(0)
     layer = k.layers.Dense(width, activation=activation)
     model = k.Sequential([k.layers.Input((nets.FEATURES,)), layer])
     if compiling:
         model.compile(**compiling)
-    return nets.saved(model, path)
+    return model
+
+
+@cache
+def dense_to(width: int, activation: str) -> Callable[[Any], Any]:
+    """What makes a network of one layer, the same each time, for its file to be found again."""
+    return partial(ending, width, activation)
 
 
 def batch(y: Array) -> Batch:
@@ -64,10 +64,10 @@ def binary(logits: Array, bits: Array) -> float:
 @pytest.mark.parametrize("activation", ["softmax", "linear"])
 @pytest.mark.parametrize("form", ["numbers", "one-hot"])
 def test_labels_are_compared_by_cross_entropy_whatever_the_model_ends_with(
-    form: str, activation: str, k: Any, tmp_path: Path
+    form: str, activation: str, k: Any, file_of: nets.Files
 ) -> None:
     y = LABELS if form == "numbers" else np.eye(nets.CLASSES, dtype=np.int64)[LABELS]
-    network = nets.prepared(ending(k(), nets.CLASSES, activation, tmp_path / "model.keras"), batch(y))
+    network = nets.prepared(file_of(k, dense_to(nets.CLASSES, activation)), batch(y))
     kernel, bias = network.tensors().values()
     logits = np.asarray(batch(y).x) @ kernel + bias
     found = network.evaluate([batch(y)])
@@ -79,8 +79,8 @@ def test_labels_are_compared_by_cross_entropy_whatever_the_model_ends_with(
 
 @both
 @pytest.mark.parametrize("activation", ["sigmoid", "linear"])
-def test_a_single_output_says_yes_or_no(activation: str, k: Any, tmp_path: Path) -> None:
-    network = nets.prepared(ending(k(), 1, activation, tmp_path / "model.keras"), batch(BITS))
+def test_a_single_output_says_yes_or_no(activation: str, k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, dense_to(1, activation)), batch(BITS))
     kernel, bias = network.tensors().values()
     logits = np.asarray(batch(BITS).x) @ kernel + bias
     found = network.evaluate([batch(BITS)])
@@ -89,9 +89,9 @@ def test_a_single_output_says_yes_or_no(activation: str, k: Any, tmp_path: Path)
 
 
 @both
-def test_numbers_are_compared_by_squares(k: Any, tmp_path: Path) -> None:
+def test_numbers_are_compared_by_squares(k: Any, file_of: nets.Files) -> None:
     y = np.random.default_rng(0).standard_normal((nets.EXAMPLES, 3)).astype(np.float32)
-    network = nets.prepared(ending(k(), 3, "linear", tmp_path / "model.keras"), batch(y))
+    network = nets.prepared(file_of(k, dense_to(3, "linear")), batch(y))
     rest = np.asarray(network.predict(batch(y).x)) - y
     found = network.evaluate([batch(y)])
     assert found == {
@@ -109,7 +109,9 @@ def test_what_the_file_says_is_taken(k: Any, tmp_path: Path) -> None:
         "metrics": ["accuracy", source.metrics.SparseTopKCategoricalAccuracy(2, name="best_two")],
     }
     for name in ("model.keras", "model.h5"):
-        network = nets.prepared(ending(source, nets.CLASSES, "linear", tmp_path / name, **compiling), batch(LABELS))
+        network = nets.prepared(
+            nets.saved(ending(nets.CLASSES, "linear", source, **compiling), tmp_path / name), batch(LABELS)
+        )
         assert network.evaluate([batch(LABELS)]).keys() == {"loss", "accuracy", "best_two"}
         settings = network._model.optimizer.get_config()
         assert (type(network._model.optimizer).__name__, settings["momentum"], settings["nesterov"]) == (
@@ -123,7 +125,8 @@ def test_what_the_file_says_is_taken(k: Any, tmp_path: Path) -> None:
 
 @both
 def test_targets_of_another_form_than_the_file_was_trained_on_are_taken(k: Any, tmp_path: Path) -> None:
-    path = ending(k(), nets.CLASSES, "softmax", tmp_path / "m.keras", optimizer="adam", loss="categorical_crossentropy")
+    model = ending(nets.CLASSES, "softmax", k(), optimizer="adam", loss="categorical_crossentropy")
+    path = nets.saved(model, tmp_path / "model.keras")
     network = nets.prepared(path, batch(LABELS))
     assert "numbers of classes" in network.notes[0]
     hot = nets.prepared(path, batch(np.eye(nets.CLASSES, dtype=np.float32)[LABELS]))
@@ -136,9 +139,9 @@ def test_targets_of_another_form_than_the_file_was_trained_on_are_taken(k: Any, 
 
 @both
 @pytest.mark.parametrize("name", ["mse", "mae", "kl", "hinge", "huber", "mean_squared_error", f"{HERE}:cubes"])
-def test_losses_have_names(name: str, k: Any, tmp_path: Path) -> None:
+def test_losses_have_names(name: str, k: Any, file_of: nets.Files) -> None:
     y = np.random.default_rng(0).random((nets.EXAMPLES, 3)).astype(np.float32)
-    network = nets.prepared(ending(k(), 3, "sigmoid", tmp_path / "model.keras"), batch(y), loss=name)
+    network = nets.prepared(file_of(k, dense_to(3, "sigmoid")), batch(y), loss=name)
     p, q = y.astype(np.float64), np.asarray(network.predict(batch(y).x)).astype(np.float64)
     expected = {
         "mse": np.square(p - q),
@@ -154,9 +157,9 @@ def test_losses_have_names(name: str, k: Any, tmp_path: Path) -> None:
 
 @both
 @pytest.mark.parametrize("activation", ["softmax", "linear"])
-def test_kl_compares_probabilities_whatever_the_model_ends_in(activation: str, k: Any, tmp_path: Path) -> None:
+def test_kl_compares_probabilities_whatever_the_model_ends_in(activation: str, k: Any, file_of: nets.Files) -> None:
     y = np.random.default_rng(0).dirichlet(np.ones(3), nets.EXAMPLES).astype(np.float32)
-    network = nets.prepared(ending(k(), 3, activation, tmp_path / "model.keras"), batch(y), loss="kl")
+    network = nets.prepared(file_of(k, dense_to(3, activation)), batch(y), loss="kl")
     out = np.asarray(network.predict(batch(y).x)).astype(np.float64)
     shares = out if activation == "softmax" else np.exp(out) / np.exp(out).sum(1, keepdims=True)
     assert loss_of(network, batch(y)) == pytest.approx((y * np.log(y / shares)).sum(1).mean(), rel=1e-3)
@@ -164,9 +167,9 @@ def test_kl_compares_probabilities_whatever_the_model_ends_in(activation: str, k
 
 @both
 @pytest.mark.parametrize("low", [0, -1])
-def test_hinge_takes_targets_of_zero_and_one_for_signs(low: int, k: Any, tmp_path: Path) -> None:
+def test_hinge_takes_targets_of_zero_and_one_for_signs(low: int, k: Any, file_of: nets.Files) -> None:
     y = np.where(BITS > 0, 1, low).astype(np.float32)[:, None]
-    network = nets.prepared(ending(k(), 1, "linear", tmp_path / "model.keras"), batch(y), loss="hinge")
+    network = nets.prepared(file_of(k, dense_to(1, "linear")), batch(y), loss="hinge")
     out = np.asarray(network.predict(batch(y).x)).astype(np.float64)
     expected = np.maximum(0, 1 - out * np.where(BITS > 0, 1, -1)[:, None]).mean()
     assert loss_of(network, batch(y)) == pytest.approx(expected, rel=1e-4)
@@ -207,11 +210,9 @@ def test_inputs_and_outputs_that_have_names_are_given_by_name(k: Any, tmp_path: 
 
 
 @both
-def test_the_gradient_is_clipped_by_its_norm(k: Any, tmp_path: Path) -> None:
+def test_the_gradient_is_clipped_by_its_norm(k: Any, file_of: nets.Files) -> None:
     y = np.full((nets.EXAMPLES, 3), 100.0, np.float32)
-    network = nets.prepared(
-        ending(k(), 3, "linear", tmp_path / "model.keras"), batch(y), optimizer="sgd", lr=1.0, clip=0.5
-    )
+    network = nets.prepared(file_of(k, dense_to(3, "linear")), batch(y), optimizer="sgd", lr=1.0, clip=0.5)
     before = network.tensors()
     network.step(batch(y), 1.0)
     moved = [after - before[name] for name, after in network.tensors().items()]
@@ -236,22 +237,22 @@ def test_the_gradient_is_clipped_by_its_norm(k: Any, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_exist_is_refused_with_what_was_meant(
-    means: dict[str, Any], message: str, meant: str, k: Any, dense_file: Callable[[Any], Path]
+    means: dict[str, Any], message: str, meant: str, k: Any, file_of: nets.Files
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        nets.prepared(dense_file(k), **means)
+        nets.prepared(file_of(k, nets.dense), **means)
     assert not meant or meant in caught.value.did_you_mean
 
 
-def test_freezing_everything_leaves_nothing_to_train(dense_file: Callable[[Any], Path]) -> None:
-    path = dense_file(keras)
+def test_freezing_everything_leaves_nothing_to_train(file_of: nets.Files) -> None:
+    path = file_of(keras, nets.dense)
     with pytest.raises(UsageError, match="nothing to train: every weight is frozen"):
         nets.prepared(path, frozen=frozenset(nets.opened(path).tensors()))
 
 
 @both
-def test_metrics_have_names(k: Any, dense_file: Callable[[Any], Path]) -> None:
-    network = nets.prepared(dense_file(k), metrics=("top2", "accuracy"))
+def test_metrics_have_names(k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, nets.dense), metrics=("top2", "accuracy"))
     given = nets.batches(1)[0]
     found = network.evaluate([given])
     order = np.argsort(-np.asarray(network.predict(given.x)), axis=1)
@@ -262,22 +263,20 @@ def test_metrics_have_names(k: Any, dense_file: Callable[[Any], Path]) -> None:
 
 
 @both
-def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(
-    k: Any, dense_file: Callable[[Any], Path], tmp_path: Path
-) -> None:
+def test_a_loss_of_the_users_with_labels_is_judged_by_accuracy(k: Any, file_of: nets.Files, tmp_path: Path) -> None:
     home = k().__name__
     (tmp_path / "own.py").write_text(
         f"import {home} as k\ndef loss(y, out):\n    return k.losses.sparse_categorical_crossentropy(y, out)\n"
     )
-    path = dense_file(k)
+    path = file_of(k, nets.dense)
     found = nets.prepared(path, loss=f"{tmp_path / 'own.py'}:loss").evaluate([nets.batches(1)[0]])
     named = nets.prepared(path, metrics=("accuracy",)).evaluate([nets.batches(1)[0]])
     assert found.keys() == {"loss", "accuracy"}
     assert found == pytest.approx(named, rel=1e-5)
 
 
-def test_a_metric_that_does_not_fit_the_targets_is_refused(dense_file: Callable[[Any], Path]) -> None:
-    path = dense_file(keras)
+def test_a_metric_that_does_not_fit_the_targets_is_refused(file_of: nets.Files) -> None:
+    path = file_of(keras, nets.dense)
     with pytest.raises(UsageError, match="mae does not fit outputs of 4 and targets of one number"):
         nets.prepared(path, metrics=("mae",))
     network = nets.prepared(path, metrics=("categorical_crossentropy",))
@@ -324,10 +323,8 @@ def test_a_trained_network_goes_on_as_good_as_its_file_says(name: str) -> None:
 
 
 @both
-def test_one_number_for_a_batch_counts_for_each_of_its_examples(k: Any, tmp_path: Path) -> None:
-    network = nets.prepared(
-        ending(k(), 3, "linear", tmp_path / "model.keras"), batch(LABELS % 3), metrics=(f"{HERE}:spread",)
-    )
+def test_one_number_for_a_batch_counts_for_each_of_its_examples(k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, dense_to(3, "linear")), batch(LABELS % 3), metrics=(f"{HERE}:spread",))
     x = batch(LABELS).x * np.linspace(1, 9, nets.EXAMPLES, dtype=np.float32)[:, None]
     parts = [Batch(x[:10], LABELS[:10] % 3), Batch(x[10:], LABELS[10:] % 3)]
     expected = np.square(np.asarray(network.predict(x)).astype(np.float64)).mean()
@@ -355,14 +352,16 @@ class F1:
 
 @both
 @pytest.mark.parametrize("name", ["graph_f1", "F1"])
-def test_what_is_no_mean_of_batches_is_measured_over_all_examples(name: str, k: Any, tmp_path: Path) -> None:
+def test_what_is_no_mean_of_batches_is_measured_over_all_examples(
+    name: str, k: Any, file_of: nets.Files, tmp_path: Path
+) -> None:
     library = "import keras\nOPS = keras.ops" if k().__name__ == "keras" else "import tensorflow as tf\nOPS = tf"
     code = F1.replace("OPS.sum", "OPS.reduce_sum") if "tensorflow" in library else F1
     (tmp_path / "own.py").write_text(f"{library}\n{code}")
     bits = (np.arange(nets.EXAMPLES) % 5 == 0).astype(np.int64)
     given = batch(bits[:, None])
     metrics = ("accuracy", f"{tmp_path / 'own.py'}:{name}")
-    network = nets.prepared(ending(k(), 1, "linear", tmp_path / "model.keras"), given, metrics=metrics)
+    network = nets.prepared(file_of(k, dense_to(1, "linear")), given, metrics=metrics)
     chosen = np.asarray(network.predict(given.x)).reshape(-1) > 0
     parts = [Batch(given.x[at : at + 7], given.y[at : at + 7]) for at in range(0, nets.EXAMPLES, 7)]
     found = network.evaluate(parts)
@@ -379,7 +378,7 @@ def test_towards_its_own_answers_nothing_is_dropped_out_or_penalised(k: Callable
     k().utils.set_random_seed(0)
     parts = [
         layers.Reshape((nets.FEATURES, 1)),
-        layers.LSTM(8, dropout=0.5, recurrent_dropout=0.5),
+        layers.SimpleRNN(8, dropout=0.5, recurrent_dropout=0.5),
         layers.GaussianNoise(1.0),
         layers.Dense(8, activation="relu", kernel_regularizer="l2", activity_regularizer="l2"),
         k().Sequential([layers.Dropout(0.5), layers.Dense(nets.CLASSES, activation="softmax")]),
@@ -394,9 +393,9 @@ def test_towards_its_own_answers_nothing_is_dropped_out_or_penalised(k: Callable
 
 @both
 def test_towards_its_own_answers_batch_normalisation_takes_the_statistics_of_the_batch(
-    k: Callable[[], Any], tmp_path: Path
+    k: Callable[[], Any], file_of: nets.Files
 ) -> None:
-    path, x = nets.saved(nets.random_parts(k()), tmp_path / "model.keras"), nets.batches(1)[0].x
+    path, x = file_of(k, nets.random_parts), nets.batches(1)[0].x
     network = nets.prepared(path, Batch(x), loss="mse", teacher_share=1.0, temperature=1.0, is_matching=True)
     before = network.tensors()
     network.step(Batch(x), 0.0, network.predict(x))

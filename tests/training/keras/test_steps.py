@@ -20,13 +20,10 @@ from tests.training.keras.nets import both, kinds
 # TensorFlow under Keras 3 has not caught up with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
-ADAM = {"optimizer": "adam", "loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"]}
-
 
 @kinds
 def test_without_masks_it_trains_like_keras_itself_to_the_bit(k: Any, suffix: str, tmp_path: Path) -> None:
-    model = nets.dense(k(), **ADAM)
-    network = nets.prepared(nets.saved(model, tmp_path / f"model{suffix}"))
+    network = nets.prepared(nets.saved(nets.compiled(k()), tmp_path / f"model{suffix}"))
     nets.train(network, uneven())
     assert len(network.tensors()) == 4
     assert [raw(mine) for mine in _in_order(network)] == trained_by_keras(k)
@@ -39,7 +36,7 @@ def uneven() -> list[Batch]:
 
 @cache
 def trained_by_keras(k: Any) -> list[bytes]:
-    model = nets.dense(k(), **ADAM)
+    model = nets.compiled(k())
     for batch in uneven():
         model.train_on_batch(batch.x, batch.y)
     return [raw(np.asarray(array)) for array in model.get_weights()]
@@ -106,8 +103,8 @@ def test_masked_training_is_sgd_on_what_is_kept(k: Any, tmp_path: Path) -> None:
         "adafactor",
     ],
 )
-def test_masked_weights_are_zero_after_every_step(k: Any, optimizer: str, tmp_path: Path) -> None:
-    network = nets.prepared(nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras"), optimizer=optimizer)
+def test_masked_weights_are_zero_after_every_step(k: Any, optimizer: str, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, nets.compiled), optimizer=optimizer)
     nets.train(network, nets.batches(3))
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
@@ -119,9 +116,8 @@ def test_masked_weights_are_zero_after_every_step(k: Any, optimizer: str, tmp_pa
 
 
 @both
-def test_weights_that_a_constraint_moves_away_from_zero_are_put_back(k: Any, tmp_path: Path) -> None:
-    model = nets.dense(k(), **ADAM)
-    network = nets.prepared(nets.saved(model, tmp_path / "model.h5"))
+def test_weights_that_a_constraint_moves_away_from_zero_are_put_back(k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, nets.compiled), optimizer="sgd")
     for layer in network._model.layers:
         for one in layer.weights:
             setattr(one, "_constraint" if k is tf_keras else "constraint", lambda weight: weight + 1.0)
@@ -137,7 +133,7 @@ def test_a_model_of_mixed_precision_keeps_its_zeros(k: Any, tmp_path: Path) -> N
     setting = k().mixed_precision.set_global_policy if k is tf_keras else k().config.set_dtype_policy
     setting("mixed_float16")
     try:
-        path = nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras")
+        path = nets.saved(nets.compiled(k()), tmp_path / "model.keras")
     finally:
         setting(before)
     network = nets.prepared(path, optimizer="adamw:weight_decay=0.1")
@@ -151,8 +147,8 @@ def test_a_model_of_mixed_precision_keeps_its_zeros(k: Any, tmp_path: Path) -> N
 
 
 @both
-def test_a_weight_that_comes_back_starts_without_momentum(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras")
+def test_a_weight_that_comes_back_starts_without_momentum(k: Any, file_of: nets.Files) -> None:
+    path = file_of(k, nets.compiled)
     network = nets.prepared(path, optimizer="sgd:learning_rate=0.0001,momentum=0.99")
     nets.train(network, nets.batches(5))
     masks = nets.half(nets.kernels(network))
@@ -167,8 +163,8 @@ def test_a_weight_that_comes_back_starts_without_momentum(k: Any, tmp_path: Path
 
 
 @both
-def test_masks_of_other_tensors_can_be_put_on_later(k: Any, tmp_path: Path) -> None:
-    network = nets.prepared(nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras"))
+def test_masks_of_other_tensors_can_be_put_on_later(k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, nets.compiled), optimizer="sgd")
     masks = nets.half(nets.kernels(network))
     for name, mask in masks.items():
         network.mask({name: mask})
@@ -177,8 +173,8 @@ def test_masks_of_other_tensors_can_be_put_on_later(k: Any, tmp_path: Path) -> N
 
 
 @both
-def test_the_rate_is_a_share_of_the_base(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(k(), **ADAM), tmp_path / "model.keras")
+def test_the_rate_is_a_share_of_the_base(k: Any, file_of: nets.Files) -> None:
+    path = file_of(k, nets.compiled)
     network, plain = nets.prepared(path, optimizer="sgd", lr=0.5), nets.prepared(path, optimizer="sgd", lr=0.125)
     nets.train(network, nets.batches(), rate=lambda _: 0.25)
     nets.train(plain, nets.batches())
@@ -186,8 +182,8 @@ def test_the_rate_is_a_share_of_the_base(k: Any, tmp_path: Path) -> None:
 
 
 @both
-def test_frozen_tensors_stay_to_the_bit_and_the_rest_learns(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+def test_frozen_tensors_stay_to_the_bit_and_the_rest_learns(k: Any, file_of: nets.Files) -> None:
+    path = file_of(k, nets.random_parts)
     names = list(nets.opened(path).tensors())
     frozen = frozenset(name for name in names if name.startswith(("first", "norm")))
     network = nets.prepared(path, frozen=frozen, optimizer="adamw:weight_decay=0.1")
@@ -200,10 +196,10 @@ def test_frozen_tensors_stay_to_the_bit_and_the_rest_learns(k: Any, tmp_path: Pa
 
 
 @both
-def test_statistics_alone_can_be_frozen(k: Any, tmp_path: Path) -> None:
-    path = nets.saved(nets.random_parts(k()), tmp_path / "model.keras")
+def test_statistics_alone_can_be_frozen(k: Any, file_of: nets.Files) -> None:
+    path = file_of(k, nets.random_parts)
     frozen = frozenset(name for name in nets.opened(path).tensors() if "moving" in name)
-    network = nets.prepared(path, frozen=frozen)
+    network = nets.prepared(path, frozen=frozen, optimizer="sgd")
     before = network.tensors()
     nets.train(network, nets.batches())
     changed = {name for name, array in network.tensors().items() if raw(array) != raw(before[name])}
@@ -211,10 +207,13 @@ def test_statistics_alone_can_be_frozen(k: Any, tmp_path: Path) -> None:
     assert changed == before.keys() - frozen
 
 
+def judged(k: Any) -> Any:
+    return nets.dense(k, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+
+
 @both
-def test_logs_and_evaluation_are_means_over_examples(k: Any, tmp_path: Path) -> None:
-    model = nets.dense(k(), **ADAM)
-    network = nets.prepared(nets.saved(model, tmp_path / "model.keras"), optimizer="sgd", lr=0.0)
+def test_logs_and_evaluation_are_means_over_examples(k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, judged), optimizer="sgd", lr=0.0)
     first, second = nets.batches(2)
     short = Batch(second.x[:3], second.y[:3])  # type: ignore[index]
     nets.train(network, [first, short])
@@ -229,8 +228,8 @@ def test_logs_and_evaluation_are_means_over_examples(k: Any, tmp_path: Path) -> 
 
 
 @both
-def test_evaluation_changes_nothing(k: Any, tmp_path: Path) -> None:
-    network = nets.prepared(nets.saved(nets.random_parts(k()), tmp_path / "model.keras"))
+def test_evaluation_changes_nothing(k: Any, file_of: nets.Files) -> None:
+    network = nets.prepared(file_of(k, nets.random_parts), optimizer="sgd")
     nets.train(network, nets.batches(2))
     before = [raw(array) for array in network.tensors().values()]
     first = network.evaluate(nets.batches())
@@ -238,16 +237,16 @@ def test_evaluation_changes_nothing(k: Any, tmp_path: Path) -> None:
     assert [raw(array) for array in network.tensors().values()] == before
 
 
-def test_the_file_is_not_touched(tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(keras(), **ADAM), tmp_path / "model.keras")
+def test_the_file_is_not_touched(file_of: nets.Files) -> None:
+    path = file_of(keras, nets.compiled)
     before = path.read_bytes()
     network = nets.prepared(path)
     nets.train(network, nets.batches())
     assert path.read_bytes() == before
 
 
-def test_a_network_is_prepared_again_with_other_means(tmp_path: Path) -> None:
-    path = nets.saved(nets.dense(tf_keras(), **ADAM), tmp_path / "model.h5")
+def test_a_network_is_prepared_again_with_other_means(file_of: nets.Files) -> None:
+    path = file_of(tf_keras, nets.compiled)
     network = nets.prepared(path)
     network.prepare(TrainOptions(example=nets.batches(1)[0], optimizer="sgd", lr=0.0))
     before = [raw(array) for array in network.tensors().values()]
