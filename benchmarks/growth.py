@@ -225,9 +225,13 @@ def _written(out: Path) -> set[Path]:
 
 
 def _noted(out: Path) -> dict[str, tuple[int, int]]:
-    """The shards that the ledger has, as files: one that is written again has another number."""
+    """The shards that the ledger has, as files: one that is written again has another number.
+
+    A note without its shard is of one that was about to take its place.
+    """
     notes = (match[1] for path in out.rglob("done-*") if (match := re.fullmatch(r"done-(.*)\.json", path.name)))
-    return {name: (facts.st_ino, facts.st_mtime_ns) for name in notes for facts in (os.stat(out / name),)}
+    files = (out / name for name in notes)
+    return {file.name: (facts.st_ino, facts.st_mtime_ns) for file in files if file.exists() for facts in (file.stat(),)}
 
 
 def _in_memory(model: Path) -> tuple[float, dict[str, str], str]:

@@ -21,7 +21,7 @@ from prunectl.errors import InputError, PrunectlError, UsageError, WorkError, ab
 from prunectl.formats import budgets
 from prunectl.formats.detect import NETWORK_OF_DIFFUSERS, PIPELINE_INDEX, missing_index, public
 from prunectl.formats.extents import REMOTE, RemoteFile
-from prunectl.formats.folder import LEDGER
+from prunectl.formats.folder import LEDGER, training_part
 from prunectl.formats.places import (
     COPY_BYTES,
     LibraryFile,
@@ -269,8 +269,12 @@ def _folder(name: str) -> str:
 
 
 def fetch(path: Path, tell: Tell) -> None:
-    """Make files of all stubs in a folder, or of one."""
-    _fetch([stub for stub in REMOTE if stub == path or stub.is_relative_to(path)], tell)
+    """Make files of all stubs in a folder, or of one, but for what is only copied, if at all."""
+    stubs = [stub for stub in REMOTE if stub == path or stub.is_relative_to(path)]
+    if any((path / name).exists() for name in IN_A_FOLDER):
+        # Optimizers are bigger than the weights, and no part of what is opened.
+        stubs = [stub for stub in stubs if training_part(stub.relative_to(path)) is None]
+    _fetch(stubs, tell)
 
 
 def _fetch(paths: list[Path], tell: Tell) -> None:
@@ -296,7 +300,7 @@ def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = Fal
         try:
             path = _mirror(mirror, url)
             if is_read_whole:
-                _fetch([stub for stub in mirror.stubs if stub in REMOTE], tell)
+                fetch(mirror.folder, tell)
             yield path
         except PrunectlError as error:
             error.message = error.message.replace(str(folder), mirror.url)

@@ -134,7 +134,7 @@ def _note_lacking(copies: CopyChoice | None) -> tuple[str, ...]:
 
 def _files_left_out(model: ModelFile, left_out: Mapping[Path, StripPart]) -> tuple[RemovedItem, ...]:
     folder = model.folder or model.path.parent
-    return tuple(RemovedItem(str(path), part, (folder / path).stat().st_size) for path, part in left_out.items())
+    return tuple(RemovedItem(str(path), part, extents.file_bytes(folder / path)) for path, part in left_out.items())
 
 
 _WEIGHTS, _SUFFIX, _CHECKPOINT = "model.safetensors", ".safetensors", ".ckpt"

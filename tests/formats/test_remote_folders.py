@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets, remote
@@ -150,6 +150,40 @@ def test_of_a_folder_on_the_hub_the_address_is_told_that_lists_it(monkeypatch: p
     assert "or use hf://org/name, where files are listed" in done.err
     with pytest.raises(InputError, match="has no model that is found"):
         remote._probed(HttpPlace("https://example.org/name"))
+
+
+def test_what_training_would_go_on_from_is_not_fetched_to_be_left_out(
+    tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    save_file({"layers.1.weight": numbers(8, 8)}, source / "model.safetensors")
+    for name, nbytes in {"optimizer.pt": 5000, "rng_state_0.pth": 300, "config.json": 2, "vocab.txt": 40}.items():
+        (source / name).write_bytes(b"{}" * (nbytes // 2))
+    upload(memory, source, "/bucket/model")
+    read, cat = set(), type(memory).cat_file
+
+    def noted(self: Any, path: str, **options: Any) -> Any:
+        read.add(path.rpartition("/")[2])
+        return cat(self, path, **options)
+
+    monkeypatch.setattr(budgets, "MAX_FETCHED_BYTES", 100)
+    with monkeypatch.context() as reading:
+        reading.setattr(type(memory), "cat_file", noted)
+        done = here("strip", URL, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "optimizer.pt" not in read
+    assert "vocab.txt" in read
+    expected = here("strip", source, "-o", tmp_path / "same")
+    assert done.rows == expected.rows
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "same")
+    assert not (tmp_path / "out/optimizer.pt").exists()
+    # Where it stays, it is copied.
+    for words in (("strip", "--only", "masks"), ("prune", "-s", "50%")):
+        target = tmp_path / words[0]
+        done = here(words[0], URL, "-o", target, *words[1:])
+        assert done.code == 0, done.err
+        assert (target / "optimizer.pt").read_bytes() == (source / "optimizer.pt").read_bytes()
 
 
 def test_parts_in_pickles_in_a_store_are_told_by_their_names(pipe: Path, memory: Any) -> None:
