@@ -46,7 +46,7 @@ from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.scratch import temporary_folder
 from prunectl.training.backend import LoadOptions
-from prunectl.training.torch.tensors import to_numpy, to_torch
+from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
 
 
 def read_torch(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> TorchAdapter:
@@ -140,7 +140,7 @@ class TorchAdapter(GraphAdapter):
         for name, tensor in self._traced.names.items():
             array = weights.get(self._traced.aliases.get(tensor, tensor))
             if array is not None:
-                values[name] = to_torch(array).to(attribute(self._traced.module, name).dtype)
+                values[name] = view_as_torch(array).to(attribute(self._traced.module, name).dtype)
         return WeightedProgram(self._traced.module, values)
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:

@@ -18,7 +18,7 @@ from prunectl.training.backend import InputCallback, InspectableModel, LoadOptio
 from prunectl.training.data.source import Arrays, as_tuple
 from prunectl.training.torch.folder import FolderModule, FolderNetwork, names_network, open_network
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
-from prunectl.training.torch.tensors import to_numpy, to_torch
+from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
 
 
 class _Passing(torch.nn.Module):
@@ -224,7 +224,7 @@ class _Part:
         """Replace the numbers of some tensors."""
         with torch.no_grad():
             for name, parameter in self._parameters(values).items():
-                parameter.copy_(to_torch(values[name]))
+                parameter.copy_(view_as_torch(values[name]))
 
     def _parameters(self, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
         inside = dict(self.module.named_parameters(remove_duplicate=False))

@@ -32,7 +32,7 @@ from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_m
 from prunectl.training.torch.distributed import distribute_like, full_tensor
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
-from prunectl.training.torch.tensors import to_numpy, to_torch
+from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
 
 
 def frozen_batch_norms(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
@@ -395,7 +395,7 @@ class TorchTrainable:
         """Replace the numbers of some tensors."""
         state = self._held()
         for name, value in values.items():
-            state[name].copy_(distribute_like(to_torch(value), state[name]))
+            state[name].copy_(distribute_like(view_as_torch(value), state[name]))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero what the masks do not keep, from now on."""

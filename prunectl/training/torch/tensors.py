@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,11 +24,17 @@ _AS_BITS = {
 
 def to_torch(array: NDArray[Any]) -> torch.Tensor:
     """A tensor of the same numbers, its memory its own."""
-    own = np.array(array, order="C")
-    if own.dtype.name in _AS_BITS:
-        bits, dtype = _AS_BITS[own.dtype.name]
-        return torch.from_numpy(own.view(bits)).view(dtype)
-    return torch.from_numpy(own)
+    return view_as_torch(np.array(array, order="C"))
+
+
+def view_as_torch(array: NDArray[Any]) -> torch.Tensor:
+    """A tensor over the memory of an array, to be read: that of a file must not be written."""
+    dense = np.ascontiguousarray(array).reshape(array.shape)
+    bits, dtype = _AS_BITS.get(dense.dtype.name, (None, None))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        tensor = torch.from_numpy(dense if bits is None else dense.view(bits))
+    return tensor if dtype is None else tensor.view(dtype)
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
