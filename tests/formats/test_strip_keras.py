@@ -7,6 +7,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,46 @@ def pruned(make: Callable[[], Any]) -> Any:
     model, random = make(), np.random.default_rng(0)
     model.compile("adam", "mse", metrics=["mae"])
     model.optimizer.build(model.trainable_variables)
+    for variable in model.optimizer.variables:
+        variable.assign(np.full(variable.shape, 3))
     for weight in model.weights:
         if weight.dtype.is_floating:
             weight.assign(random.standard_normal(weight.shape))
     for _, mask, _ in masks_of(model):
         mask.assign(random.random(mask.shape) < 0.5)
     return model
+
+
+@dataclass(frozen=True)
+class PrunedFiles:
+    """A pruned model in files, which a test copies, and as tfmot strips it."""
+
+    folder: Path
+    optimizer: list[bytes]
+    expected: Any
+
+    def copied(self, name: str, folder: Path) -> Path:
+        return Path(shutil.copy(self.folder / name, folder))
+
+
+Shelf = Callable[[Callable[[], Any]], PrunedFiles]
+
+
+@pytest.fixture(scope="module")
+def pruned_files(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Each model is built once, and saved in all ways."""
+
+    @cache
+    def files(make: Callable[[], Any]) -> PrunedFiles:
+        folder, model = tmp_path_factory.mktemp("pruned"), pruned(make)
+        model.save(folder / "m.keras")
+        # A pruned layer with several masks cannot be saved as HDF5: they have one name.
+        if make not in {recurrent, attending}:
+            model.save(folder / "m.h5")
+            model.save_weights(folder / "w.h5")
+        return PrunedFiles(folder, bits(model.optimizer.variables), reference(model))
+
+    return files
 
 
 def masks_of(model: Any) -> list[Any]:
@@ -171,17 +206,20 @@ def outputs(model: Any) -> list[Array]:
 
 CASES = [
     *((make, suffix) for make in (sequential, branched, clones) for suffix in (".h5", ".keras")),
-    # A pruned layer with several masks cannot be saved as HDF5: they have one name.
     *((make, ".keras") for make in (recurrent, attending)),
 ]
 
 
 @pytest.mark.parametrize(("make", "suffix"), CASES)
-def test_a_pruned_model_is_what_tfmot_strips_it_to(make: Callable[[], Any], suffix: str, tmp_path: Path) -> None:
-    model = pruned(make)
-    model.save(tmp_path / f"m{suffix}")
-    target, removed = strip(tmp_path / f"m{suffix}")
-    found, expected = tf_keras().models.load_model(target), reference(model)
+def test_a_pruned_model_is_what_tfmot_strips_it_to(
+    make: Callable[[], Any],
+    suffix: str,
+    pruned_files: Shelf,
+    tmp_path: Path,
+) -> None:
+    path = pruned_files(make).copied(f"m{suffix}", tmp_path)
+    target, removed = strip(path)
+    found, expected = tf_keras().models.load_model(target), pruned_files(make).expected
     assert bits(found.get_weights()) == bits(expected.get_weights())
     assert [layer.name for layer in found.layers] == [layer.name for layer in expected.layers]
     assert json.loads(found.to_json()) == json.loads(expected.to_json())
@@ -194,7 +232,7 @@ def test_a_pruned_model_is_what_tfmot_strips_it_to(make: Callable[[], Any], suff
         StripPart.OPTIMIZER,
         StripPart.TRAINING,
     }
-    assert target.stat().st_size < (tmp_path / f"m{suffix}").stat().st_size - sum(
+    assert target.stat().st_size < path.stat().st_size - sum(
         thing.bytes for thing in removed if thing.part is StripPart.MASKS
     )
     assert not open_model(target).about.wrappers
@@ -225,7 +263,7 @@ def weights_of(model: Any) -> list[Any]:
 def test_a_model_saved_in_the_middle_of_training_is_what_tfmot_strips_it_to(tmp_path: Path) -> None:
     layers = tf_keras().layers
     model = tf_keras().Sequential([layers.Input((4,)), wrapped(layers.Dense(6)), wrapped(layers.Dense(5))])
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     model.fit(np.ones((4, 4)), np.ones((4, 5)), epochs=2, verbose=0, callbacks=[tfmot().UpdatePruningStep()])
     model.save(tmp_path / "m.h5")
     target, _ = strip(tmp_path / "m.h5")
@@ -234,11 +272,11 @@ def test_a_model_saved_in_the_middle_of_training_is_what_tfmot_strips_it_to(tmp_
 
 
 @pytest.mark.parametrize("make", [sequential, branched, clones])
-def test_pruned_weights_alone_load_into_the_plain_model(make: Callable[[], Any], tmp_path: Path) -> None:
-    model = pruned(make)
-    model.save_weights(tmp_path / "m.h5")
-    target, _ = strip(tmp_path / "m.h5")
-    plain = tf_keras().models.clone_model(expected := reference(model))
+def test_pruned_weights_alone_load_into_the_plain_model(
+    make: Callable[[], Any], pruned_files: Shelf, tmp_path: Path
+) -> None:
+    target, _ = strip(pruned_files(make).copied("w.h5", tmp_path))
+    plain = tf_keras().models.clone_model(expected := pruned_files(make).expected)
     plain.load_weights(target)
     assert bits(plain.get_weights()) == bits(expected.get_weights())
     plain.set_weights([np.zeros_like(weight) for weight in plain.get_weights()])
@@ -248,17 +286,17 @@ def test_pruned_weights_alone_load_into_the_plain_model(make: Callable[[], Any],
 
 @pytest.mark.parametrize(("parts", "suffix"), [((StripPart.MASKS,), ".h5"), ((StripPart.WRAPPERS,), ".keras")])
 def test_masks_and_wrappers_go_together_and_the_optimizer_can_stay(
-    parts: tuple[StripPart, ...], suffix: str, tmp_path: Path
+    parts: tuple[StripPart, ...],
+    suffix: str,
+    pruned_files: Shelf,
+    tmp_path: Path,
 ) -> None:
-    model = pruned(branched)
-    for variable in model.optimizer.variables:
-        variable.assign(np.full(variable.shape, 3))
-    model.save(tmp_path / f"m{suffix}")
-    target, removed = strip(tmp_path / f"m{suffix}", *parts)
+    files = pruned_files(branched)
+    target, removed = strip(files.copied(f"m{suffix}", tmp_path), *parts)
     found = tf_keras().models.load_model(target)
-    assert bits(found.get_weights()) == bits(reference(model).get_weights())
+    assert bits(found.get_weights()) == bits(files.expected.get_weights())
     assert found.loss.__name__ == "mean_squared_error" if suffix == ".h5" else found.loss == "mse"
-    assert bits(found.optimizer.variables) == bits(model.optimizer.variables)
+    assert bits(found.optimizer.variables) == files.optimizer
     assert {thing.part for thing in removed} == {StripPart.MASKS, StripPart.WRAPPERS}
 
 
@@ -346,6 +384,7 @@ def trained(k: Any, _suffix: str) -> Any:
     model = network(k)
     model.get_layer("inner").compile("sgd", "mse")
     model.compile(k.optimizers.Adam(0.01), k.losses.MeanSquaredError(), metrics=[k.metrics.RootMeanSquaredError()])
+    model.run_eagerly = True  # for four examples no step is worth its graph
     model.fit(np.ones((4, 5)), np.ones((4, 3)), verbose=0)
     return model
 
@@ -400,6 +439,7 @@ def test_without_the_state_of_its_optimizer_a_model_is_still_compiled(
     assert "MeanSquaredError" in str(found.loss) or "mean_squared_error" in str(found.loss)
     assert float(found.optimizer.learning_rate) == pytest.approx(0.01)
     assert int(found.optimizer.iterations) == 0
+    found.run_eagerly = True
     found.fit(np.ones((4, 5)), np.ones((4, 3)), verbose=0)
 
 
