@@ -60,7 +60,7 @@ X = np.random.default_rng(3).standard_normal((4, 5)).astype(np.float32)
 
 def trained(optimizer: Any = "adam") -> Any:
     model = small_keras(tf_keras(), {})
-    model.compile(optimizer, "mse", metrics=["mae"])
+    model.compile(optimizer, "mse", metrics=["mae"], run_eagerly=True)
     model.fit(X, np.ones((4, 3)), epochs=3, verbose=0)
     return model
 
@@ -120,6 +120,7 @@ def test_without_its_state_a_compiled_model_goes_on_from_the_start(saved: tuple[
     fresh.set_weights(model.get_weights())
     fresh.compile(type(model.optimizer)(), "mse")
     for one in (again, fresh):
+        one.run_eagerly = True
         one.fit(X, np.ones((4, 3)), verbose=0, shuffle=False)
     for one, other in zip(again.get_weights(), fresh.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
