@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from prunectl.calibration.prune import prune
 from prunectl.errors import PrunectlError
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import PruneRequest
 from tests.calibration import nets
 from tests.calibration.runs import FILES, KERNELS, NETS, TORCH_NETS, data, digits, examples, kernels, numbers, saved
@@ -39,12 +42,26 @@ def suffix(file: str) -> str:
     return Path(file).suffix
 
 
+Once = Callable[[str, str, bool], tuple[Pruned, Path]]
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """The digits network with a strategy, repaired or not, pruned once."""
+
+    @cache
+    def run(file: str, strategy: str, is_repaired: bool) -> tuple[Pruned, Path]:
+        out = tmp_path_factory.mktemp("once") / f"out{suffix(file)}"
+        return digits(file, out, strategy=strategy, is_repaired=is_repaired, sparsity=0.37), out
+
+    return run
+
+
 @pytest.mark.parametrize(("file", "strategy", "is_repaired"), WAYS)
 def test_so_many_weights_go_and_nothing_else_is_touched(
-    file: str, strategy: str, is_repaired: bool, tmp_path: Path
+    file: str, strategy: str, is_repaired: bool, once: Once
 ) -> None:
-    out = tmp_path / f"out{suffix(file)}"
-    done = digits(file, out, strategy=strategy, is_repaired=is_repaired, sparsity=0.37)
+    done, out = once(file, strategy, is_repaired)
     for name, kernel in kernels(out).items():
         assert zeros(kernel) == round(0.37 * kernel.size), name
     assert sum(tally.dropped for tally in done.tallies.values()) == done.plan.drop
@@ -64,9 +81,8 @@ def test_so_many_weights_go_and_nothing_else_is_touched(
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_was_written_is_what_the_framework_reads(file: str, tmp_path: Path) -> None:
-    out = tmp_path / f"out{suffix(file)}"
-    digits(file, out, strategy="obs", is_repaired=True)
+def test_what_was_written_is_what_the_framework_reads(file: str, once: Once) -> None:
+    _, out = once(file, "obs", True)
     theirs, ours = stock.load(out), numbers(out)
     loaded = {array.tobytes() for array in theirs}
     for name, array in ours.items():
@@ -110,12 +126,15 @@ def test_over_all_layers_the_total_is_exact(file: str, strategy: str, tmp_path: 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "snip"])
 @pytest.mark.parametrize("file", ["digits_cnn.keras", "digits_cnn.pt"])
-def test_the_same_words_give_the_same_bytes_and_others_do_not(file: str, strategy: str, tmp_path: Path) -> None:
-    outs: dict[str, str] = {}
-    wishes: dict[str, dict[str, Any]] = {"first": {}, "again": {}, "seed": {"seed": 3}, "samples": {"samples": 7}}
+def test_the_same_words_give_the_same_bytes_and_others_do_not(
+    file: str, strategy: str, once: Once, tmp_path: Path
+) -> None:
+    is_repaired = strategy == "obs"
+    outs = {"first": digest(once(file, strategy, is_repaired)[1])}
+    wishes: dict[str, dict[str, Any]] = {"again": {}, "seed": {"seed": 3}, "samples": {"samples": 7}}
     for name, wish in wishes.items():
         out = tmp_path / f"{name}{suffix(file)}"
-        digits(file, out, strategy=strategy, is_repaired=strategy == "obs", **wish)
+        digits(file, out, strategy=strategy, is_repaired=is_repaired, sparsity=0.37, **wish)
         outs[name] = digest(out)
     assert outs["first"] == outs["again"]
     assert len(set(outs.values())) == 3
@@ -291,13 +310,12 @@ def test_made_up_data_is_said_to_be_made_up(tmp_path: Path) -> None:
     assert any("the data is random" in note for note in done.notes)
 
 
-@pytest.mark.parametrize("strategy", ["activation-magnitude", "obs", "magnitude"])
-def test_targets_are_needed_for_gradients_alone(strategy: str, tmp_path: Path) -> None:
+def test_targets_are_needed_for_gradients_alone(tmp_path: Path) -> None:
     with np.load(FIXTURES / "digits.npz") as digits_file:
         source = data(tmp_path / "x.npz", x=digits_file["x"][:64]) + "?norm=/16"
-    digits(
-        "digits_cnn.keras", tmp_path / "out.keras", strategy=strategy, data=source, is_repaired=strategy == "magnitude"
-    )
+    for strategy in (*STRATEGIES, "magnitude"):
+        out, is_repaired = tmp_path / f"{strategy}.keras", strategy == "magnitude"
+        digits("digits_cnn.keras", out, strategy=strategy, data=source, is_repaired=is_repaired)
     with pytest.raises(PrunectlError, match="targets") as refused:
         digits("digits_cnn.keras", tmp_path / "no.keras", strategy="snip", data=source)
     assert refused.value.exit_code == 2
