@@ -32,12 +32,10 @@ MODELS = (
     "digits_cnn.tflite",
 )
 COMMANDS = (
-    ("prune", "-s", "50%"),
     ("prune", "-s", "50%", "--pack"),
-    ("strip",),
     ("strip", "--pack"),
-    ("strip", "--half"),
 )
+"""What is packed, and so written anew: what else they write, `tests/golden` holds by digests of another day."""
 
 
 def made(folder: Path) -> Iterator[tuple[str, str]]:
@@ -56,7 +54,7 @@ def test_two_runs_at_different_times_write_the_same(tmp_path: Path) -> None:
     # HDF5 keeps times in whole seconds, zip in twos.
     time.sleep(2.1)
     assert dict(made(tmp_path / "second")) == first
-    assert len(first) > len(MODELS) * 3
+    assert len(first) > len(MODELS)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
