@@ -38,25 +38,31 @@ def loaded(path: Path, name: str) -> Any:
     return getattr(module, name)()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network of which one layer is wide and has 99 % zeros: no kernel takes as long for it as the dense one."""
-    (tmp_path / "net.py").write_text(NET)
+    place = tmp_path_factory.mktemp("wide")
+    (place / "net.py").write_text(NET)
     torch.manual_seed(0)
-    net = loaded(tmp_path / "net.py", "Net")
+    net = loaded(place / "net.py", "Net")
     keep = torch.rand(2048, 2048) > 0.99
-    torch.save({**net.state_dict(), "wide.weight": net.wide.weight * keep}, tmp_path / "net.pt")
-    return tmp_path
+    torch.save({**net.state_dict(), "wide.weight": net.wide.weight * keep}, place / "net.pt")
+    return place
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> Outcome:
+    """What is said when the network of the folder is exported into it, which measures each layer."""
+    return export(folder, "--sparse", *SHAPE)
 
 
 def export(folder: Path, *words: str) -> Outcome:
     return here("export", "net.pt", "-o", "fast.pt", "--builder", "net.py:Net", *words, cwd=folder)
 
 
-def test_what_is_faster_without_zeros_is_stored_so_and_answers_alike(folder: Path) -> None:
-    done = export(folder, "--sparse", *SHAPE)
-    assert done.code == 0, done.err
-    told = " ".join(done.err.split())
+def test_what_is_faster_without_zeros_is_stored_so_and_answers_alike(folder: Path, exported: Outcome) -> None:
+    assert exported.code == 0, exported.err
+    told = " ".join(exported.err.split())
     assert "measured as faster in batches of 32, on one thread of this processor: wide (" in told
     assert "Left dense: dense (0 % zeros)." in told
     dense, fast = loaded(folder / "net.py", "Net").eval(), loaded(folder / "fast.py", "Net").eval()
@@ -75,8 +81,8 @@ def test_what_is_faster_without_zeros_is_stored_so_and_answers_alike(folder: Pat
     assert (folder / "fast.pt").stat().st_size < (folder / "net.pt").stat().st_size / 10
 
 
+@pytest.mark.usefixtures("exported")
 def test_gradients_reach_what_is_left(folder: Path) -> None:
-    assert export(folder, "--sparse", *SHAPE).code == 0
     fast = loaded(folder / "fast.py", "Net")
     fast.load_state_dict(torch.load(folder / "fast.pt", weights_only=True))
     fast(torch.randn(4, 2048)).sum().backward()
@@ -84,9 +90,9 @@ def test_gradients_reach_what_is_left(folder: Path) -> None:
     assert fast.wide.values.grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("exported")
 @pytest.mark.parametrize(("part", "value"), [("columns", 2048), ("columns", -1), ("rows", 10**6)])
 def test_indices_that_lead_out_of_the_matrix_are_refused_by_the_class(folder: Path, part: str, value: int) -> None:
-    assert export(folder, "--sparse", *SHAPE).code == 0
     state = torch.load(folder / "fast.pt", weights_only=True)
     state[f"wide.{part}"][5] = value
     fast = loaded(folder / "fast.py", "Net").eval()
