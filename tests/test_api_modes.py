@@ -17,7 +17,7 @@ from prunectl import api
 from prunectl.api.results import Progress
 from prunectl.errors import MissingExtraError, UsageError
 from tests.running import FIXTURES
-from tests.running import prunectl as command
+from tests.running import here as command
 
 ONNX, TORCH, DATA = FIXTURES / "digits_cnn.onnx", FIXTURES / "digits_cnn.pt", f"{FIXTURES / 'digits.npz'}?limit=200"
 NET = f"{FIXTURES / 'digits_torch.py'}:DigitsCNN"
