@@ -583,16 +583,19 @@ def test_a_broken_tokenizer_is_refused_and_ids_need_none(
     assert here("eval", tmp_path / "odd", "--data", tmp_path / "ids.npy", "--metric", "perplexity").code == 0
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--strategy", "activation-magnitude", "-s", "50%"),
-        ("--strategy", "activation-magnitude", "-s", "50%", "--scope", "global"),
-        ("--strategy", "obs", "-s", "60%", "--repair"),
-        ("--strategy", "activation-magnitude", "--pattern", "2:4", "--repair"),
-    ],
+FITTED = ("--strategy", "obs", "-s", "60%", "--repair")
+RANKED = (
+    ("--strategy", "activation-magnitude", "-s", "50%"),
+    ("--strategy", "activation-magnitude", "-s", "50%", "--scope", "global"),
+    ("--strategy", "activation-magnitude", "--pattern", "2:4", "--repair"),
 )
-@pytest.mark.parametrize("name", MODELS)
+
+
+# Every family is walked through in the way that asks most of it, and every way with a decoder and an encoder.
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [*((name, FITTED) for name in MODELS), *((name, words) for name in ("llama", "bert") for words in RANKED)],
+)
 def test_one_block_at_a_time_gives_what_the_whole_model_gives(
     name: str,
     words: tuple[str, ...],
