@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from prunectl import api
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
+from prunectl.exporting.compare import ExportResult
 from prunectl.formats.registry import open_model
 from tests.contract import Array
 from tests.exporting import nets_keras
@@ -51,12 +54,27 @@ def answers(model: Any, inputs: list[Array]) -> list[Array]:
     return [one.numpy() for one in (found if isinstance(found, list) else [found])]
 
 
+Exported = Callable[[str, str], tuple[ExportResult, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """What becomes of a fixture and where, each pair of source and suffix once: conversions take seconds."""
+
+    @cache
+    def run(source: str, suffix: str) -> tuple[ExportResult, Path]:
+        place = tmp_path_factory.mktemp("exported") / f"m{suffix}"
+        return export(source, place, **({"data": DIGITS} if suffix == ".onnx" else {})), place
+
+    return run
+
+
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_digits_answer_alike_in_onnxruntime_and_in_tflite(source: str, tmp_path: Path) -> None:
-    found = export(source, tmp_path / "m.onnx", data=DIGITS)
+def test_the_digits_answer_alike_in_onnxruntime_and_in_tflite(source: str, exported: Exported, tmp_path: Path) -> None:
+    found, place = exported(source, ".onnx")
     assert found.comparison is not None
     assert found.comparison.top1_agreement == 1.0
-    (answered,) = by_onnxruntime(tmp_path / "m.onnx", digits())
+    (answered,) = by_onnxruntime(place, digits())
     np.testing.assert_allclose(answered, reference(), atol=1e-4)
     if source == SOURCES[1]:
         return
@@ -77,10 +95,10 @@ def test_a_saved_model_serves_what_the_model_answers_and_holds_each_variable_onc
 
 
 @pytest.mark.parametrize(("source", "suffix"), [("digits_cnn.h5", ".keras"), ("digits_cnn.keras", ".h5")])
-def test_archives_and_hdf5_become_each_other_in_their_own_library(source: str, suffix: str, tmp_path: Path) -> None:
-    export(source, tmp_path / f"m{suffix}")
+def test_archives_and_hdf5_become_each_other_in_their_own_library(source: str, suffix: str, exported: Exported) -> None:
+    _, place = exported(source, suffix)
     library = tf_keras() if source.endswith(".h5") else keras()
-    loaded = library.models.load_model(tmp_path / f"m{suffix}")
+    loaded = library.models.load_model(place)
     np.testing.assert_allclose(np.asarray(loaded(digits())), reference(), atol=1e-5)
 
 
@@ -93,7 +111,7 @@ def test_a_saved_model_of_keras_becomes_a_file_of_keras(tmp_path: Path) -> None:
 def test_a_saved_model_becomes_one_that_serves_and_holds_nothing_of_training(tmp_path: Path) -> None:
     tf = pytest.importorskip("tensorflow")
     model = tf_keras().Sequential([tf_keras().layers.Input((3,), name="x"), tf_keras().layers.Dense(2)])
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
     tf.saved_model.save(model, str(tmp_path / "trained"))
     export(tmp_path / "trained", tmp_path / "served", to="saved-model")
@@ -140,10 +158,10 @@ def test_what_tflite_cannot_do_with_open_axes_it_does_with_fixed_ones(tmp_path: 
     np.testing.assert_allclose(found, answers(model, [inputs])[0], atol=1e-5)
 
 
-def test_names_are_the_users_and_the_batch_is_open_or_as_said(tmp_path: Path) -> None:
+def test_names_are_the_users_and_the_batch_is_open_or_as_said(exported: Exported, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    export("digits_cnn.keras", tmp_path / "m.onnx")
-    graph = onnx.load(tmp_path / "m.onnx").graph
+    _, place = exported("digits_cnn.keras", ".onnx")
+    graph = onnx.load(place).graph
     assert [graph.input[0].name, graph.output[0].name] == ["pixels", "fc2"]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     export("digits_cnn.keras", tmp_path / "n.onnx", input=["image:2,8,8,1:f32"], opset=15, metadata=["author=me"])
@@ -156,14 +174,13 @@ def test_names_are_the_users_and_the_batch_is_open_or_as_said(tmp_path: Path) ->
     assert sum("kernel" in name for name in names) == 4
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("m.onnx", "m.h5"):
-        export("digits_cnn.keras", tmp_path / name)
-        export("digits_cnn.keras", tmp_path / f"again{name}")
-        assert (tmp_path / name).read_bytes() == (tmp_path / f"again{name}").read_bytes(), name
-    export("digits_cnn.h5", tmp_path / "one.keras")
-    export("digits_cnn.h5", tmp_path / "two.keras")
-    assert (tmp_path / "one.keras").read_bytes() == (tmp_path / "two.keras").read_bytes()
+@pytest.mark.parametrize(
+    ("source", "suffix"), [("digits_cnn.keras", ".onnx"), ("digits_cnn.keras", ".h5"), ("digits_cnn.h5", ".keras")]
+)
+def test_the_same_input_gives_the_same_bytes(source: str, suffix: str, exported: Exported, tmp_path: Path) -> None:
+    _, place = exported(source, suffix)
+    export(source, tmp_path / f"again{suffix}")
+    assert place.read_bytes() == (tmp_path / f"again{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.tflite"])
