@@ -120,7 +120,7 @@ def halved(model: Any) -> Any:
 def trained(k: Any) -> Any:
     """A model with weights, an optimizer that has state, and half of its weights zero."""
     model = k.Sequential([k.layers.Input((40,)), k.layers.Dense(60, name="first"), k.layers.Dense(9, name="second")])
-    model.compile("adam", k.losses.MeanSquaredError(), metrics=["mae"])
+    model.compile("adam", k.losses.MeanSquaredError(), metrics=["mae"], run_eagerly=True)
     model.fit(np.ones((4, 40)), np.ones((4, 9)), verbose=0)
     return halved(model)
 

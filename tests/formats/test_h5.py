@@ -100,7 +100,7 @@ class TestChunkedAndGzipped(FormatContract):
 
 def test_a_whole_model_says_who_wrote_it_and_how_it_was_trained(tmp_path: Path) -> None:
     model = small_keras(tf_keras(), {})
-    model.compile("adam", "mse", metrics=["mae"])
+    model.compile("adam", "mse", metrics=["mae"], run_eagerly=True)
     model.fit(np.zeros((2, 5)), np.zeros((2, 3)), verbose=0)
     model.save(tmp_path / "m.h5")
     about = open_model(tmp_path / "m.h5").about
@@ -111,7 +111,7 @@ def test_a_whole_model_says_who_wrote_it_and_how_it_was_trained(tmp_path: Path) 
 
 def test_the_state_of_the_optimizer_is_told_from_the_weights(tmp_path: Path) -> None:
     model = small_keras(tf_keras(), {})
-    model.compile("adam", "mse")
+    model.compile("adam", "mse", run_eagerly=True)
     model.fit(np.zeros((2, 5)), np.zeros((2, 3)), verbose=0)
     model.save(tmp_path / "m.h5")
     tensors = open_model(tmp_path / "m.h5").tensors
