@@ -98,7 +98,9 @@ def test_cells_on_one_another_and_states_from_elsewhere_are_shown(k: Callable[[]
 @both
 def test_a_layer_that_keeps_its_state_finds_it_again(k: Callable[[], Any], tmp_path: Path) -> None:
     layers = k().layers
-    model = k().Sequential([layers.Input(batch_shape=(2, 5, 3)), layers.LSTM(4, stateful=True)])
+    model = k().Sequential(
+        [layers.Input(batch_shape=(2, 5, 3)), layers.LSTM(4, recurrent_activation="hard_sigmoid", stateful=True)]
+    )
     nets.saved(model, tmp_path / "model.keras")
     network, shown, x = nets.opened(tmp_path / "model.keras"), list[Array](), numbers(2, 5, 3)
     names = nets.kernels(network)
