@@ -16,6 +16,7 @@ from tests.contract import Array
 from tests.running import FIXTURES, here, prunectl
 
 EXAMPLES = """
+import os
 from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_info
@@ -23,21 +24,26 @@ from threadpoolctl import threadpool_info
 def examples():
     found = [one["num_threads"] for one in threadpool_info() if one["internal_api"] == "openblas"]
     Path("threads").write_text(" ".join(map(str, found)))
+    Path("pages").write_text(os.environ["THP_MEM_ALLOC_ENABLE"])
     yield np.zeros((8, 8, 8, 1), "f4")
 """
 
 
-@pytest.mark.parametrize("environment", [{}, {"OPENBLAS_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}], ids=str)
-def test_numpy_calculates_on_all_processors_unless_the_user_says_otherwise(
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"OPENBLAS_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "0"}],
+    ids=str,
+)
+def test_numpy_takes_all_processors_and_pytorch_big_pages_unless_the_user_says_otherwise(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("threadpoolctl")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "own.py").write_text(EXAMPLES)
     words = ("--data", "./own.py:examples", "--strategy", "activation-magnitude", "-s", "50%", "--dry-run")
     done = prunectl("prune", FIXTURES / "digits_cnn.onnx", *words, cwd=tmp_path, **environment)
     assert done.code == 0, done.err
+    assert (tmp_path / "pages").read_text() == environment.get("THP_MEM_ALLOC_ENABLE", "1")
     wanted = 1 if environment else len(os.sched_getaffinity(0))
     assert set(map(int, (tmp_path / "threads").read_text().split())) == {wanted}
 
