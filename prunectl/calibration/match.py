@@ -43,6 +43,8 @@ ANSWER_BYTES = 1 << 30
 """Dense outputs beyond this are computed again in each step, where a copy of the dense model is at hand."""
 _PATIENCE = 10
 """Looks without an improvement after which matching ends."""
+_LITTLE, _LOST, _SHORTER = 0.5, 3, 0.25
+"""While more than this share of the distance is left, so many looks without a gain make steps so much shorter."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """What matching begins with: the weights of the tensors of a plan, and what is pruned of them."""
@@ -217,7 +219,7 @@ class OutputMatcher:
         config = TrainConfig(steps, len(rows) // size, size, seed, "linear")
         every = math.ceil(steps / _LOOKS)
         first = best = self._divergence(examples, held, compared) if len(held) else math.inf
-        best_tensors, stale, step = network.tensors(), 0, 0
+        best_tensors, stale, step, share = network.tensors(), 0, 0, 1.0
         nbytes = sum(array[:1].nbytes for array in examples.inputs) * size
         with self.meter(f"matching the outputs of {model.path.name}", steps * nbytes) as bar:
             while step < steps and stale < _PATIENCE:
@@ -227,7 +229,7 @@ class OutputMatcher:
                     shuffled = np.random.default_rng((seed, epoch)).permutation(rows)
                 chosen = shuffled[within * size : (within + 1) * size]
                 batch = Batch(examples.inputs_of(chosen))
-                network.step(batch, config.rate_at(step), examples.answers_of(chosen))
+                network.step(batch, share * config.rate_at(step), examples.answers_of(chosen))
                 step += 1
                 bar.advance(nbytes)
                 if step % every and step < steps:
@@ -240,6 +242,10 @@ class OutputMatcher:
                 stale += 1
                 if found < best:
                     best, best_tensors, stale = found, network.tensors(), 0
+                elif stale % _LOST == 0 and best > first * _LITTLE:
+                    # What lost little, as a language model in 2:4, is only thrown off by steps as long as these.
+                    network.assign(best_tensors)
+                    share *= _SHORTER
         if len(held):
             network.assign(best_tensors)
         self._tell(first, best, step, count, network.recalibrate(iter(self.batches)))
