@@ -33,6 +33,18 @@ HANG_SECONDS = 60
 _INSTALLED = (sys.prefix, sys.base_prefix, str(ROOT))
 
 
+_BUILT = frozenset({"__pycache__", "build", "demo", "dist", "node_modules", "site"})
+
+
+def project_files(*endings: str) -> list[Path]:
+    """Files of the project, without what is built or installed in its folder, maybe while tests run."""
+    files: list[Path] = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in _BUILT and (name[0] != "." or name in {".ci", ".github"})]
+        files += [Path(folder, name) for name in names if name.endswith(endings)]
+    return sorted(files)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command did."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import ROOT
+from tests.running import ROOT, project_files
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CORE = PROJECT["project"]["dependencies"]
@@ -170,13 +170,10 @@ def test_the_oldest_versions_that_are_tried_are_those_that_the_project_allows() 
 
 
 def test_only_one_page_has_placeholders_for_where_the_project_is_published() -> None:
-    ignored = {".git", ".venv", "site", "demo", "dist", "node_modules"}
-    texts = [path for ending in ("md", "yml", "yaml", "toml") for path in ROOT.rglob(f"*.{ending}")]
     named = {
         path.relative_to(ROOT).as_posix()
-        for path in texts
-        if not ignored & set(path.relative_to(ROOT).parts)
-        and re.search(r"\bOWNER/|\bclone URL\b|\badd URL\b|repo: URL", path.read_text())
+        for path in project_files(".md", ".yml", ".yaml", ".toml")
+        if re.search(r"\bOWNER/|\bclone URL\b|\badd URL\b|repo: URL", path.read_text())
     }
     assert named == {"docs/ci.md"}
     assert "`OWNER` in `docs/ci.md`, which alone names it" in (ROOT / "CONTRIBUTING.md").read_text()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import ROOT, here
+from tests.running import ROOT, here, project_files
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
@@ -176,10 +176,9 @@ def test_modules_of_contracts_are_there(contract: dict[str, Any]) -> None:
 
 
 def documents() -> list[Path]:
-    whole = [path for suffix in ("*.md", "*.toml", "*.yml", "*.sh") for path in ROOT.rglob(suffix)]
-    whole += [ROOT / "Makefile", *(ROOT / ".ci").iterdir(), ROOT / ".pre-commit-hooks.yaml"]
-    # History names what was, and a virtual environment is not ours.
-    own = [path for path in whole if not {".venv", "node_modules"} & set(path.relative_to(ROOT).parts)]
+    own = [*project_files(".md", ".toml", ".yml", ".sh"), ROOT / "Makefile", *(ROOT / ".ci").iterdir()]
+    own.append(ROOT / ".pre-commit-hooks.yaml")
+    # The history names what was.
     return [path for path in own if path.name != "CHANGELOG.md"]
 
 
