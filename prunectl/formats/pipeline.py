@@ -133,10 +133,10 @@ def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path])
     names = {file: file.relative_to(model.path) for file in targets}
     root = next(target.parents[len(names[file].parts) - 1] for file, target in targets.items())
     patch_files(model, {file: root / name for file, name in kept.items() if file not in whole}, ())
+    # Averages inside a part stay, unless the part is stripped alone: there it is asked which copy is meant.
+    inside = replace(options, copies=None, parts=options.parts - {StripPart.TRAINING})
     for file in whole:
-        items = safetensors.strip(
-            safetensors.open_model(file), replace(options, copies=None), {file: root / kept[file]}
-        )
+        items = safetensors.strip(safetensors.open_model(file), inside, {file: root / kept[file]})
         removed += tuple(replace(item, name=f"{names[file].parts[0]}.{item.name}") for item in items)
     emptied = {parent for name in names.values() for parent in name.parents}
     emptied -= {parent for name in kept.values() for parent in name.parents}
@@ -145,15 +145,20 @@ def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path])
     return removed
 
 
+def parts_in_one_file(model: ModelFile) -> Iterator[Path]:
+    """Yield the file of each part that has all its weights in one."""
+    return (file for file in _by_file(model) if registry.resolve(file.parent) == file)
+
+
 def _whole_files(model: ModelFile, options: StripOptions, kept: Container[Path]) -> list[Path]:
     """The files that hold all weights of a part, of which strip can remove tensors, or store floats in 16 bits."""
-    files: list[Path] = []
+    files = [file for file in parts_in_one_file(model) if file in kept]
     for file, tensors in _by_file(model).items():
-        if file not in kept:
-            continue
-        if registry.resolve(file.parent) == file:
-            files.append(file)
-        elif any(tensor.role not in WEIGHTS or (options.to_half and tensor.dtype in HALVED) for tensor in tensors):
+        if (
+            file in kept
+            and file not in files
+            and any(tensor.role not in WEIGHTS or (options.to_half and tensor.dtype in HALVED) for tensor in tensors)
+        ):
             raise InputError(
                 f"{file.parent} is in shards, in which strip can neither store 16-bit floats nor remove single tensors",
                 hint=f"make one file of them first: prunectl export {file.parent} -o OUT --shard-size 1TB",

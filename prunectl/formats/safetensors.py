@@ -374,6 +374,14 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
     return tuple(removed)
 
 
+def weight_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What tensors are called where the weights lie that strip leaves, by the names that it gives them."""
+    kept = {name: tensor for name, tensor in tensors.items() if _part(name, tensors) is None}
+    wrapped = tuple(weight for weight in state_dict.find(kept, {}) if _fits(weight, kept))
+    masks = {mask for weight in wrapped for mask in weight.masks}
+    return {plain: name for name, plain in state_dict.renamed(kept, wrapped).items() if name not in masks}
+
+
 def _part(name: str, tensors: Mapping[str, Tensor]) -> StripPart | None:
     root, dot, rest = name.partition(".")
     if dot and root in OPTIMIZER_ROOTS:

@@ -9,8 +9,10 @@ from enum import StrEnum
 
 from prunectl.analysis.copies import MOST_ROOTS, averaged_copies, common_entry, is_average
 from prunectl.errors import InputError, UsageError, abbreviated
+from prunectl.formats import safetensors
 from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
 from prunectl.formats.detect import AVERAGED
+from prunectl.formats.pipeline import parts_in_one_file
 from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS
 
 
@@ -61,21 +63,34 @@ def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice
             raise UsageError(f"--keep cannot be used: in {model.path}, copies of the weights are not told apart")
         return None
     copies = _find(model)
-    if copies is None:
+    if copies is not None and keep is None:
+        if not is_asked or _is_of_yolo(model, copies):
+            return None
+        raise _question(model, copies)
+    if is_asked and model.format == "diffusers":
+        _refuse_averages_in_parts(model, copies, keep)
+    if copies is None or keep is None:
         if keep is not None:
             raise UsageError(
                 f"--keep {keep}: {model.path} holds one copy of the weights, or none that is known by its names",
                 hint="leave out --keep",
             )
         return None
-    if keep is None:
-        if not is_asked or _is_of_yolo(model, copies):
-            return None
-        raise _question(model, copies)
     return _choice(model, copies, takes_other=(keep is Keep.EMA) != copies.is_home_average)
 
 
-def _question(model: ModelFile, copies: _Copies) -> UsageError:
+def _refuse_averages_in_parts(model: ModelFile, copies: _Copies | None, keep: Keep | None) -> None:
+    """Refuse a pipeline of which a part that stays holds weights and their average in its one file."""
+    averages = () if copies is None else (copies.other, *copies.more)
+    removed = {average.removesuffix(AVERAGED) for average in averages} if keep is Keep.EMA else set(averages)
+    for file in parts_in_one_file(model):
+        part = replace(safetensors.open_model(file), path=file.parent)
+        inside = _find(part)
+        if inside is not None and file.parent.name not in removed:
+            raise _question(part, inside, is_part=True)
+
+
+def _question(model: ModelFile, copies: _Copies, *, is_part: bool = False) -> UsageError:
     """Which copy is meant; the average is offered only where it can take the place of the weights."""
     average, raw = (copies.home, copies.other) if copies.is_home_average else (copies.other, copies.home)
     some = "some of the weights" if copies.is_of_part else "the weights"
@@ -86,12 +101,14 @@ def _question(model: ModelFile, copies: _Copies) -> UsageError:
     )
     which = f"for that under {abbreviated(average)}" if copies.more else "for the average"
     which = "for the averages" if copies.more and copies.is_pipeline else which
-    offer = f"add --keep ema {which}, or --keep raw"
+    command = f"strip this part first, and put OUT in its place: prunectl strip {model.path} -o OUT"
+    offer = f"{command} --keep ema, or --keep raw" if is_part else f"add --keep ema {which}, or --keep raw"
     try:
         _choice(model, copies, takes_other=not copies.is_home_average)
     except InputError as error:
         reason = str(error).removeprefix(f"{model.path}: ")
-        sentence, offer = f"{sentence}; but {reason}", "add --keep raw for the weights as they were trained"
+        sentence = f"{sentence}; but {reason}"
+        offer = f"{command} --keep raw" if is_part else "add --keep raw for the weights as they were trained"
     return UsageError(sentence, hint=f"{offer}; --only without training leaves {'all' if copies.more else 'both'}")
 
 
@@ -228,17 +245,23 @@ def _choice_in_file(model: ModelFile, copies: _Copies, *, takes_other: bool) -> 
 
 def _choice_of_parts(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoice:
     """For all parts of a pipeline that have an average the one or the other."""
+    names: dict[str, str] = {}
     sources: dict[str, str] = {}
     for other in (copies.other, *copies.more) if takes_other else ():
         home = other.removesuffix(AVERAGED)
         own, others = _inside(model.tensors, home), _inside(model.tensors, other)
-        if {name: one.shape for name, one in own.items()} != {name: one.shape for name, one in others.items()}:
+        # Masks, gradients and the state of an optimizer may lie beside one of them alone.
+        plain, averaged = safetensors.weight_names(own), safetensors.weight_names(others)
+        shapes = {weight: own[name].shape for weight, name in plain.items()}
+        if not shapes or shapes != {weight: others[name].shape for weight, name in averaged.items()}:
             raise InputError(
                 f"{model.path}: the tensors under {other} have other names or shapes than those under {home}",
                 hint=f"--keep {Keep.RAW} keeps the copy that is whole",
             )
-        sources |= {f"{home}.{name}": f"{other}.{name}" for name in own}
-    return CopyChoice(home=copies.home, other=copies.other, names={}, sources=sources, more=copies.more)
+        taken = {name: name for name in own.keys() & others} | {plain[weight]: averaged[weight] for weight in plain}
+        names |= {f"{home}.{name}": f"{home}.{source}" for name, source in taken.items()}
+        sources |= {f"{home}.{name}": f"{other}.{source}" for name, source in taken.items()}
+    return CopyChoice(home=copies.home, other=copies.other, names=names, sources=sources, more=copies.more)
 
 
 def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, str]:

@@ -511,3 +511,123 @@ def test_shards_of_a_part_that_hold_more_than_weights_are_refused_before_anythin
         assert f"{pipe / 'text_encoder'} is in shards" in done.err
         assert files(pipe) == before
     assert sorted(path.name for path in pipe.parent.iterdir()) == ["pipe"]
+
+
+def with_average_inside(folder: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    """Give the network in a folder an average of its weights in the same file, which is returned."""
+    weights = load_file(folder / f"{NETWORK}.safetensors")
+    average = {name: 5 * own for name, own in weights.items()}
+    save_file({**weights, **{f"ema.{name}": own for name, own in average.items()}}, folder / f"{NETWORK}.safetensors")
+    return average
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--half",), ("--in-place",), ("--dry-run",), ("--keep", "ema"), ("--keep", "raw")]
+)
+def test_an_average_inside_a_part_is_never_removed_unasked(pipe: Path, words: tuple[str, ...]) -> None:
+    shutil.rmtree(pipe / "text_encoder")
+    average = with_average_inside(pipe / "unet")
+    before, unet = files(pipe), pipe / "unet"
+    output = () if "--in-place" in words else ("-o", pipe.parent / "out")
+    done = here("strip", pipe, *output, *words)
+    assert done.code == 2
+    assert (
+        f"{unet} holds the weights twice: the top level as they were trained, and their average under ema" in done.err
+    )
+    assert f"prunectl strip {unet} -o OUT --keep ema, or --keep raw; --only without training leaves both" in done.err
+    assert files(pipe) == before
+    assert not (pipe.parent / "out").exists()
+    # What is advised works.
+    assert here("strip", unet, "-o", pipe.parent / "one", "--keep", "ema").code == 0
+    shutil.rmtree(unet)
+    (pipe.parent / "one").rename(unet)
+    assert here("strip", pipe, "-o", pipe.parent / "out").code == 0
+    found = load_file(pipe.parent / f"out/unet/{NETWORK}.safetensors")
+    assert found.keys() == average.keys()
+    assert all(np.array_equal(found[name], own) for name, own in average.items())
+
+
+def test_an_average_inside_a_part_stays_where_only_other_things_are_removed(pipe: Path) -> None:
+    average = with_average_inside(pipe / "unet")
+    held = load_file(pipe / f"unet/{NETWORK}.safetensors")
+    save_file({**held, "optimizer.state.0.step": numbers(1)}, pipe / f"unet/{NETWORK}.safetensors")
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--only", "optimizer")
+    assert done.code == 0, done.err
+    assert [row[0] for row in done.rows] == ["unet.optimizer.state.0.step"]
+    found = load_file(pipe.parent / f"out/unet/{NETWORK}.safetensors")
+    assert found.keys() == held.keys()
+    assert all(np.array_equal(found[f"ema.{name}"], own) for name, own in average.items())
+
+
+def test_a_tensor_that_is_called_an_average_by_itself_stays(pipe: Path) -> None:
+    """One of another shape, of which it cannot be asked which copy is meant."""
+    held = {"conv.weight": numbers(4, 4), "ema.conv.weight": numbers(3), "optimizer.state.0.step": numbers(1)}
+    save_file(held, pipe / f"unet/{NETWORK}.safetensors")
+    done = here("strip", pipe, "-o", pipe.parent / "out")
+    assert done.code == 0, done.err
+    assert set(load_file(pipe.parent / f"out/unet/{NETWORK}.safetensors")) == {"conv.weight", "ema.conv.weight"}
+
+
+def test_the_inside_of_a_part_that_goes_is_not_asked_for(checkpoint: Path) -> None:
+    with_average_inside(checkpoint / "unet")
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "raw", "--keep", "raw")
+    assert done.code == 2
+    assert f"{checkpoint / 'unet'} holds the weights twice" in done.err
+    # Without its own average it no longer has what its average has.
+    shutil.copytree(checkpoint / "unet", checkpoint / "unet_ema", dirs_exist_ok=True)
+    (checkpoint / f"unet_ema/{NETWORK}.safetensors.index.json").unlink()
+    weights = load_file(checkpoint / f"unet/{NETWORK}.safetensors")
+    averaged = {name: 2 * own for name, own in weights.items() if not name.startswith("ema.")}
+    save_file(averaged, checkpoint / f"unet_ema/{NETWORK}.safetensors")
+    for shard in (checkpoint / "unet_ema").glob("*-of-*"):
+        shard.unlink()
+    done = here("strip", checkpoint, "-o", checkpoint.parent / "ema", "--keep", "ema")
+    assert done.code == 0, done.err
+    found = load_file(checkpoint.parent / f"ema/unet/{NETWORK}.safetensors")
+    assert found.keys() == averaged.keys()
+    assert all(np.array_equal(found[name], own) for name, own in averaged.items())
+
+
+@pytest.mark.parametrize("masked", ["unet", "unet_ema", "both"])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_copies_are_compared_by_the_weights_that_strip_leaves(pipe: Path, masked: str, *, has_state: bool) -> None:
+    mask = (numbers(4, 4) > 8).astype(np.float32)
+    expected: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
+    for factor, part in enumerate(("unet", "unet_ema"), 1):
+        (pipe / part).mkdir(exist_ok=True)
+        tensors = {"conv.bias": factor * numbers(4)}
+        if masked in {part, "both"}:
+            tensors |= {"conv.weight_orig": factor * numbers(4, 4), "conv.weight_mask": mask}
+            expected["conv.weight"] = factor * numbers(4, 4) * mask
+        else:
+            tensors["conv.weight"] = expected["conv.weight"] = factor * numbers(4, 4)
+        expected["conv.bias"] = tensors["conv.bias"]
+        if has_state and part == "unet":
+            tensors |= {"optimizer.state.0.exp_avg": numbers(4, 4), "conv.bias.grad": numbers(4)}
+        save_file(tensors, pipe / part / f"{NETWORK}.safetensors")
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema")
+    assert done.code == 0, done.err
+    found = load_file(pipe.parent / f"out/unet/{NETWORK}.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], own) for name, own in expected.items())
+
+
+@pytest.mark.parametrize("of", ["trained", "both"])
+def test_the_file_of_the_average_takes_the_place_of_the_trained_one_with_what_stays_in_it(pipe: Path, of: str) -> None:
+    shutil.copytree(pipe / "unet", pipe / "unet_ema")
+    with_state(pipe / "unet")
+    if of == "both":
+        with_state(pipe / "unet_ema", (2, 2))
+    average = (pipe / f"unet_ema/{NETWORK}.safetensors").read_bytes()
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema", "--only", "training")
+    assert done.code == 0, done.err
+    assert (pipe.parent / f"out/unet/{NETWORK}.safetensors").read_bytes() == average
+
+
+def test_parts_of_which_neither_copy_has_weights_are_no_copies(pipe: Path) -> None:
+    for part in ("unet", "unet_ema"):
+        (pipe / part).mkdir(exist_ok=True)
+        save_file({"optimizer.state.0.exp_avg": numbers(4, 4)}, pipe / part / f"{NETWORK}.safetensors")
+    done = here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema")
+    assert done.code == 3
+    assert "have other names or shapes" in done.err
