@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from prunectl.calibration.sparsegpt import inverse_cholesky
 from prunectl.calibration.sparsegpt import scores as obs_scores
 from prunectl.calibration.statistics import Float64Array, InputStatistics, covers_all_outputs, rank_per_output
 from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import open_model
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import plan as planning
@@ -171,49 +172,54 @@ def prune(
     is_blockwise = needs is not Requires.GRADIENTS and not request.is_matched
     if reconstructs:
         is_blockwise &= scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
-    session = open_calibration(
-        model,
-        request,
-        is_blockwise=is_blockwise,
-        is_trusted=is_trusted,
-        needs_targets=needs is Requires.GRADIENTS,
-        # What the dense model says of a text is more than can be kept.
-        has_reference=reconstructs or (request.is_matched and model.folder is not None),
-    )
-    with closing(session), block_threads():
-        notes = session.notes
-        if reconstructs and scope is Scope.GLOBAL and model.folder is not None and not request.model:
-            notes += ("The whole model was loaded; with --scope layer it is gone through one block at a time.",)
-        reconstructor: Reconstructor | None = None
-        if reconstructs:
-            params = method.strategy.params
-            is_blockwise = isinstance(session.calibration, BlockwiseCalibration)
-            reconstructor = (BlockwiseReconstructor if is_blockwise else Reconstructor)(
-                session.calibration,
-                method.strategy.name if needs is Requires.PRODUCTS else "",
-                request.is_repaired,
-                params.get("damp", DAMP),
-                params.get("blocksize", BLOCK),
-                params.get("stages", 1),
+    with ExitStack() as stack:
+        with unchanged(model.states):
+            session = open_calibration(
+                model,
+                request,
+                is_blockwise=is_blockwise,
+                is_trusted=is_trusted,
+                needs_targets=needs is Requires.GRADIENTS,
+                # What the dense model says of a text is more than can be kept.
+                has_reference=reconstructs or (request.is_matched and model.folder is not None),
             )
-        if reconstructor is not None and needs is Requires.PRODUCTS and scope is Scope.GLOBAL:
-            reconstructor.rank = partial(_ranked, selection.tensors, method, session.calibration)
-        if needs is not Requires.NOTHING:
-            method, unseen = with_data_scores(model.read, selection.tensors, method, scope, session.calibration)
-            notes += note_about("ranked by magnitude, because their inputs cannot be captured", unseen)
-        matcher: OutputMatcher | None = None
-        if request.is_matched and session.trainable is not None:
-            start = masked if reconstructor is None else reconstructor.fit
-            copy = session.calibration.reference
-            matcher = OutputMatcher(session.calibration.batches, session.trainable, request, start, meter, copy=copy)
-            method = replace(method, weight_updater=matcher.solve)
-        elif reconstructor is not None:
-            method = replace(
-                method,
-                weight_updater=_ReconstructWithBatchNorm(session, reconstructor).solve
-                if request.is_repaired
-                else reconstructor.solve,
-            )
+            stack.enter_context(closing(session))
+            stack.enter_context(block_threads())
+            notes = session.notes
+            if reconstructs and scope is Scope.GLOBAL and model.folder is not None and not request.model:
+                notes += ("The whole model was loaded; with --scope layer it is gone through one block at a time.",)
+            reconstructor: Reconstructor | None = None
+            if reconstructs:
+                params = method.strategy.params
+                is_blockwise = isinstance(session.calibration, BlockwiseCalibration)
+                reconstructor = (BlockwiseReconstructor if is_blockwise else Reconstructor)(
+                    session.calibration,
+                    method.strategy.name if needs is Requires.PRODUCTS else "",
+                    request.is_repaired,
+                    params.get("damp", DAMP),
+                    params.get("blocksize", BLOCK),
+                    params.get("stages", 1),
+                )
+            if reconstructor is not None and needs is Requires.PRODUCTS and scope is Scope.GLOBAL:
+                reconstructor.rank = partial(_ranked, selection.tensors, method, session.calibration)
+            if needs is not Requires.NOTHING:
+                method, unseen = with_data_scores(model.read, selection.tensors, method, scope, session.calibration)
+                notes += note_about("ranked by magnitude, because their inputs cannot be captured", unseen)
+            matcher: OutputMatcher | None = None
+            if request.is_matched and session.trainable is not None:
+                start = masked if reconstructor is None else reconstructor.fit
+                copy = session.calibration.reference
+                matcher = OutputMatcher(
+                    session.calibration.batches, session.trainable, request, start, meter, copy=copy
+                )
+                method = replace(method, weight_updater=matcher.solve)
+            elif reconstructor is not None:
+                method = replace(
+                    method,
+                    weight_updater=_ReconstructWithBatchNorm(session, reconstructor).solve
+                    if request.is_repaired
+                    else reconstructor.solve,
+                )
         pruned = prune_file(model, request, output, has_digests=has_digests, method=method, allow_empty=allow_empty)
         if reconstructor is not None:
             notes += _reconstruction_notes(pruned, reconstructor, session.calibration.examples, request)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from prunectl.errors import MAX_NAME_CHARACTERS, UsageError, abbreviated
 from prunectl.formats import budgets, extents
-from prunectl.formats.extents import Extent
+from prunectl.formats.extents import Extent, FileState
 
 if TYPE_CHECKING:
     from prunectl.formats.detect import FileProbe
@@ -288,6 +288,11 @@ class ModelFile:
     """The folder by which it was named, if its weights are a part of it, as in those of Hugging Face."""
     has_neighbours: bool = False
     """Whether it is a folder that also holds what is no part of it."""
+    states: Mapping[Path, FileState] = field(default_factory=dict)
+    """By what its files are known again, taken before any of their bytes were read; `open_model` adds what is missing.
+
+    What is made of it has to be made of these files: see `extents.unchanged`.
+    """
 
     @property
     def nbytes(self) -> int:

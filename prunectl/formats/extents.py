@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from prunectl.errors import InputError, PrunectlError, abbreviated, reading
+from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats.workers import check_stopped
 
 BYTE = np.dtype(np.uint8)
@@ -58,7 +58,10 @@ def file_bytes(path: Path) -> int:
     return REMOTE[path].nbytes if path in REMOTE else path.stat().st_size
 
 
-def file_state(path: Path) -> tuple[int, int | str]:
+FileState = tuple[int, int | str]
+
+
+def file_state(path: Path) -> FileState:
     """By what a file is known again: its size, and the time of its last change, or what a store calls this state."""
     if path in REMOTE:
         return REMOTE[path].nbytes, REMOTE[path].version
@@ -66,9 +69,10 @@ def file_state(path: Path) -> tuple[int, int | str]:
     return facts.st_size, facts.st_mtime_ns
 
 
-def file_states(paths: Iterable[Path]) -> dict[Path, tuple[int, int | str]]:
-    """By what files are known again."""
-    return {path: file_state(path) for path in paths}
+def file_states(paths: Iterable[Path], earlier: Mapping[Path, FileState] | None = None) -> dict[Path, FileState]:
+    """By what files are known again: of those that were looked at earlier, what they were then."""
+    known = earlier or {}
+    return {path: known[path] if path in known else file_state(path) for path in paths}
 
 
 def _changed(path: Path) -> InputError:
@@ -79,16 +83,14 @@ def _changed(path: Path) -> InputError:
 
 
 @contextmanager
-def unchanged(
-    states: Mapping[Path, tuple[int, int | str]], refusal: Callable[[Path], InputError] = _changed
-) -> Generator[None]:
+def unchanged(states: Mapping[Path, FileState], refusal: Callable[[Path], InputError] = _changed) -> Generator[None]:
     """Refuse what is made of files that are no longer as they were: each pass would see other numbers.
 
-    Whatever fails meanwhile may come of that: then the change is what is said.
+    Whatever fails meanwhile may come of that, also in a framework: then the change is what is said.
     """
     try:
         yield
-    except (PrunectlError, OSError) as error:
+    except Exception as error:
         if path := _first_changed(states):
             raise refusal(path) from error
         raise
@@ -96,7 +98,7 @@ def unchanged(
         raise refusal(path)
 
 
-def _first_changed(states: Mapping[Path, tuple[int, int | str]]) -> Path | None:
+def _first_changed(states: Mapping[Path, FileState]) -> Path | None:
     for path, state in states.items():
         try:
             is_same = file_state(path) == state

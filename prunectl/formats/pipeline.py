@@ -51,7 +51,8 @@ def open_pipeline(path: Path) -> ModelFile:
         ),
         notes=(*notes, *(note for part in parts for note in part.about.notes)),
     )
-    return ModelFile(path, "diffusers", tensors, about, tuple(files), has_neighbours=True)
+    states = {file: state for part in parts for file, state in part.states.items()}
+    return ModelFile(path, "diffusers", tensors, about, tuple(files), has_neighbours=True, states=states)
 
 
 _COPIED = "the same weights in another form, copied as they are"

@@ -17,7 +17,7 @@ from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats import budgets, detect
 from prunectl.formats.base import Capability, Family, Format, ModelFile, Tensor, format_shape
 from prunectl.formats.detect import FileProbe
-from prunectl.formats.extents import REMOTE
+from prunectl.formats.extents import REMOTE, file_state, file_states
 
 FORMATS = (
     Format(
@@ -253,7 +253,11 @@ def open_model(path: Path) -> ModelFile:
         folder = path if real != path and path.is_dir() else None
         if folder is not None:
             detect.refuse_model_parallelism(real)
-        model: ModelFile = replace(load(row.opener)(real), family=row.family, folder=folder)
+        # Before the opener reads it: what is written over it from then on is not what was opened.
+        own_state = file_state(real)
+        opened: ModelFile = load(row.opener)(real)
+        states = file_states(opened.files, {**opened.states, real: own_state})
+        model = replace(opened, family=row.family, folder=folder, states=states)
         for tensor in model.tensors:
             _refuse_impossible(real, tensor)
         _refuse_blown_up(real, model)

@@ -29,7 +29,7 @@ from prunectl.formats.base import (
     dtype_name,
     format_shape,
 )
-from prunectl.formats.extents import Extent, blocks, file_bytes, raw_bytes
+from prunectl.formats.extents import Extent, blocks, file_bytes, file_state, raw_bytes
 from prunectl.formats.patch import HALF, HALVED, TensorUpdate, apply_mask, broadcast_mask, patch_files, to_float16
 from prunectl.formats.safe_json import SURROGATES, parse_object, read_object
 from prunectl.formats.state_dict import OPTIMIZER_ROOTS, MaskedParam
@@ -248,6 +248,7 @@ def open_shards(path: Path) -> ModelFile:
         ),
         files=(path, *(shard.path for shard in shards)),
         decode=decode,
+        states={path: state for shard in shards for path, state in shard.states.items()},
     )
 
 
@@ -329,7 +330,8 @@ def _open_shard(index: Path, name: str) -> ModelFile:
             raise InputError(f"{index} is refused: its shard {abbreviated(name)} is itself an index")
         if row.name == "safetensors":
             # Its names are read beside those of the other shards, and only there.
-            return open_undescribed(shard, prefix)
+            state = file_state(shard)
+            return replace(open_undescribed(shard, prefix), states={shard: state})
     model = registry.open_model(shard)
     return replace(model, tensors=tuple(_tagged(tensor, prefix) for tensor in model.tensors))
 

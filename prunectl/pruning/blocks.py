@@ -18,7 +18,7 @@ from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
 from prunectl.analysis.tensor_io import bitwise_equal
 from prunectl.errors import InputError, UsageError, WorkError, abbreviated
 from prunectl.formats.base import ModelFile, Tensor
-from prunectl.formats.extents import file_states, unchanged
+from prunectl.formats.extents import unchanged
 from prunectl.formats.families import (
     CONFIG,
     COUNTS,
@@ -101,9 +101,9 @@ def prune_blocks(
     if measure is not None and _strategy(request) == INFLUENCE:
         # What cannot be removed is told before anything runs.
         _cuts(model, config, family, request, ())
-        influence, seen = measure(model)
+        with unchanged(model.states):
+            influence, seen = measure(model)
     cuts = _cuts(model, config, family, request, influence)
-    states = file_states(model.files)
     names = new_names(model.tensors, cuts)
     new_config, notes = shortened(model, config, family, cuts)
     notes = (*notes, *seen, *_note_influence(influence, cuts))
@@ -111,12 +111,13 @@ def prune_blocks(
     before = _stats(model)
     if output is None:
         kept = [tensor for tensor in model.tensors if tensor.name in names]
-        after = measure_stats(model, kept, has_channels=False, has_zeros=model.nbytes <= outputs.BIG_BYTES)
+        with unchanged(model.states):
+            after = measure_stats(model, kept, has_channels=False, has_zeros=model.nbytes <= outputs.BIG_BYTES)
         gone = sum(tensor.nbytes for tensor in model.tensors) - sum(tensor.nbytes for tensor in kept)
         return BlocksPruned(
             request, stacks, before, replace(after, path="the result", bytes=SizeStats(before.bytes.raw - gone)), notes
         )
-    with outputs.staging_dir(model, output, {Path(CONFIG)}) as (folder, target), unchanged(states):
+    with outputs.staging_dir(model, output, {Path(CONFIG)}) as (folder, target):
         _write_weights(model, names, folder)
         write_object(folder / CONFIG, new_config)
         result = open_model(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from prunectl.errors import UsageError
 from prunectl.formats import atomic, scratch
 from prunectl.formats.base import Capability, ModelFile
+from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import FORMATS, SUFFIXES, by_name, load, open_model, require
 
 _ANYTHING = frozenset({"", ".bin", ".json", ".index"})
@@ -114,10 +115,11 @@ def staging_dir(
 ) -> Generator[tuple[Path, Path]]:
     """Yield the folder to write into, and the path that the result is named after.
 
-    What lies beside the weights in a model's folder is copied at the end, but for what is to be left out.
+    What lies beside the weights in a model's folder is copied at the end, but for what is to be left out. What was
+    made of a model whose files have changed since it was opened is refused, and does not appear.
     """
     if output is None:
-        with scratch.temporary_folder() as folder:
+        with scratch.temporary_folder() as folder, unchanged(model.states):
             yield folder, folder / model.path.name
     else:
         if output.to_stdout and (model.path.is_dir() or len(model.files) > 1):
@@ -127,7 +129,7 @@ def staging_dir(
         # The output appears when this ends without an error.
         may_replace = output.is_forced or output.is_in_place
         source = _source(model, output)
-        with atomic.atomic_replace(target, may_replace=may_replace, model=source) as folder:
+        with atomic.atomic_replace(target, may_replace=may_replace, model=source) as folder, unchanged(model.states):
             if source.folder is None:
                 yield folder, target
             else:

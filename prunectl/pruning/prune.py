@@ -16,7 +16,7 @@ from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import UsageError, WorkError, abbreviated
 from prunectl.formats.atomic import flush, flush_meanwhile
 from prunectl.formats.base import Capability, ModelFile
-from prunectl.formats.extents import file_states, unchanged
+from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import open_model, require
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
@@ -137,14 +137,13 @@ def _prune(
     if request.is_packed:
         require(model, Capability.PACK)
     outputs.check(model, output)
-    states = file_states(model.files)
-    selection = planning.select_tensors(model, method.criteria)
-    method, selection = engine.with_model_scores(model, selection, method)
-    sparsity = resolve_sparsity(model, request, selection, method)
-    plan = planning.make_plan(selection, method.criteria, sparsity)
+    with unchanged(model.states):
+        selection = planning.select_tensors(model, method.criteria)
+        method, selection = engine.with_model_scores(model, selection, method)
+        sparsity = resolve_sparsity(model, request, selection, method)
+        plan = planning.make_plan(selection, method.criteria, sparsity)
     with (
         outputs.staging_dir(model, output) as (folder, target),
-        unchanged(states),
         workers(2) as background,
         ExitStack() as progress,
     ):

@@ -78,8 +78,7 @@ def strip(
     _check_in_place(model, options, output)
     state = training_state(model) if outputs.is_folder(model, output) else {}
     left_out = {path: part for path, part in state.items() if part in options.parts}
-    states = extents.file_states(model.files)
-    with outputs.staging_dir(model, output, left_out) as (folder, target), extents.unchanged(states):
+    with outputs.staging_dir(model, output, left_out) as (folder, target):
         staged = outputs.staged_paths(model, folder, target)
         removed: tuple[RemovedItem, ...] = ()
         if row.stripper:
@@ -215,10 +214,13 @@ def _staged_weights(
 ) -> Generator[Path]:
     """Yield where weights are written, so that they appear at the output with what lies beside the model."""
     if output is None:
-        with scratch.temporary_folder() as folder:
+        with scratch.temporary_folder() as folder, extents.unchanged(source.states):
             yield folder / _WEIGHTS
         return
-    with atomic.atomic_replace(output.target, may_replace=output.is_forced, model=source) as folder:
+    with (
+        atomic.atomic_replace(output.target, may_replace=output.is_forced, model=source) as folder,
+        extents.unchanged(source.states),
+    ):
         if source.folder is None:
             yield folder / output.target.name
             return

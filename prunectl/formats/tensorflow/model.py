@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, ModelInfo, PruningWrapper, Role, Tensor
+from prunectl.formats.extents import file_states
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, part, schedule, text
 from prunectl.formats.protobuf import WireError
@@ -84,6 +85,8 @@ _RUNS_GRAPHS = "Loading this SavedModel runs only the operations of its graph, u
 
 def open_saved_model(path: Path) -> ModelFile:
     """Open a SavedModel by its folder."""
+    files = _files(path)
+    states = file_states(files)
     graph = read_graph(path / "saved_model.pb")
     metadata = path / "keras_metadata.pb"
     # Keras 2.5 moved its descriptions out of saved_model.pb into a file of their own.
@@ -91,9 +94,8 @@ def open_saved_model(path: Path) -> ModelFile:
         *((metadata, read_keras_metadata(metadata)) if metadata.is_file() else (graph.path, graph.objects))
     )
     index = path / "variables" / "variables.index"
-    files = _files(path)
     if not index.is_file():
-        return _frozen(path, graph, keras, files)
+        return replace(_frozen(path, graph, keras, files), states=states)
     bundle = read_bundle(index)
     objects = object_graph.read(bundle)
     names = objects.full_names
@@ -112,6 +114,7 @@ def open_saved_model(path: Path) -> ModelFile:
         files=files,
         decode=variables.decoder(bundle),
         duplicates=copies,
+        states=states,
     )
 
 

@@ -30,7 +30,7 @@ from prunectl.formats.base import (
     dtype_name,
     format_shape,
 )
-from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.extents import Extent, check_inside, file_states
 from prunectl.formats.torch import model as torch_zip
 from prunectl.formats.torch import views
 from prunectl.formats.torch.boxes import TensorChunk, is_tiled, merged, slices
@@ -96,6 +96,7 @@ def open_checkpoint(path: Path) -> ModelFile:
     named, sections = _named(found, keys)
     described = state_dict.describe(named, sections)
     files = dict.fromkeys(place.path for place in everything)
+    states = file_states(files)
     used = {part.place for boxes in parts.values() for part in boxes}
     # By what reads are told apart, not by names: PyTorch may find other ones in a pickle that was made for that.
     code = _code(path, [place for place in everything if place not in used], scale)
@@ -114,6 +115,7 @@ def open_checkpoint(path: Path) -> ModelFile:
         files=(path, *files),
         decode=partial(_decode, path, parts),
         stream=partial(_stream, path, parts),
+        states=states,
     )
 
 

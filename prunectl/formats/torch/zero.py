@@ -42,6 +42,7 @@ class _File:
     """What one rank saved: the entries of its pickle, and where its tensors lie."""
 
     path: Path
+    state: extents.FileState
     source: torch_zip.PickleSource
     fields: dict[str, Any]
 
@@ -135,6 +136,7 @@ def open_checkpoint(path: Path) -> ModelFile:
         files=files,
         decode=partial(_decode, runs),
         stream=partial(_stream, runs),
+        states={file.path: file.state for file in (*states, *models)},
     )
 
 
@@ -180,13 +182,14 @@ def _open(paths: Sequence[Path], entry: str, scale: int) -> list[_File]:
     """Follow the pickle of each file, and look into an entry of it."""
     opened, steps = [], 0
     for path in paths:
+        state = extents.file_state(path)
         archive = zip_read.open_archive(path)
         source = torch_zip.pickle_source(archive, torch_zip.top_folder(archive), "data")
         steps += source.program.steps
         if steps > scale * budgets.MAX_PICKLE_STEPS:
             raise InputError(f"{path} is refused: with those of the other ranks, its pickle takes too many steps")
         fields = dict(_items(path, source.program.value, "entries"))
-        opened.append(_File(path, source, dict(_items(path, fields.get(entry), entry)) if entry else fields))
+        opened.append(_File(path, state, source, dict(_items(path, fields.get(entry), entry)) if entry else fields))
     return opened
 
 

@@ -64,8 +64,8 @@ def prune_wrapped(
         plain = scratch / path.resolve().name
         pruned = prune(path, replace(request, is_packed=False), Destination(plain), allow_empty=allow_empty)
         pruned_model = open_model(plain)
-        wrapping = _wrapping(pruned_model, pruned, ramp, origin)
         with outputs.staging_dir(model, output) as (folder, target):
+            wrapping = _wrapping(pruned_model, pruned, ramp, origin)
             written = folder / target.name
             bare = wrap(model, wrapping, written)
             verify_roundtrip(pruned_model if ramp is None else model, written)
