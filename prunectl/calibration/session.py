@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -311,8 +310,11 @@ def _observe(
                 raise PassEnd
 
     if left != 0:
-        with suppress(PassEnd):
+        try:
             network.observe(names, batch.x, counted)
+        except PassEnd as end:
+            # It is held by frames that it holds itself, with all that was seen in them.
+            end.__traceback__ = None
 
 
 def _copied(sight: LayerInput) -> LayerInput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ LLAMA = {**SIZE, **WORDS, "num_key_value_heads": 1}
 TEXT = "\n".join(f"Line {number} of a text says that {number % 7} is not {number % 5}." for number in range(200))
 MODELS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "deep": ("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "num_hidden_layers": 6}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
     "gpt2": (
         "GPT2LMHeadModel",
@@ -244,6 +247,33 @@ def test_sparsegpt_answers_more_like_the_dense_model_than_magnitude(
     assert error[0] < 0.7 * error[1]
     if name == "qwen3":
         assert obs.lm_head.weight is obs.model.embed_tokens.weight
+
+
+def test_blocks_that_are_done_are_let_go(
+    home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+    open_part = blockwise.TorchBlockwise.open
+
+    def watched_open(self: Any, number: int, *, has_copy: bool) -> Any:
+        alive.append(sum(module() is not None for module in opened))
+        parts = open_part(self, number, has_copy=has_copy)
+        opened.append(weakref.ref(parts[1].module if has_copy else parts[0].module))
+        return parts
+
+    monkeypatch.setattr(blockwise.TorchBlockwise, "open", watched_open)
+    gc.disable()
+    try:
+        done = here(
+            *("prune", made("deep"), "-o", tmp_path / "out", "-s", "50%", "--strategy", "obs"),
+            *("--data", f"{home}/corpus.txt?length=24", "--samples", "8"),
+        )
+    finally:
+        gc.enable()
+    assert done.code == 0, done.err
+    assert len(alive) == 7
+    assert max(alive) == 1
 
 
 def test_numbers_of_16_bits_stay_such_and_a_recipe_repeats_the_run(
