@@ -17,6 +17,7 @@ from prunectl.analysis.stats import Estimate, ModelStats, SizeStats, measure_sta
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import InputError, reading
 from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.extents import REMOTE, file_bytes
 from prunectl.formats.workers import check_stopped, usable_cores, workers
 
 EXACT_BYTES = 32 << 20
@@ -111,7 +112,7 @@ class _Source:
 
     @classmethod
     def of(cls, files: tuple[Path, ...]) -> _Source:
-        *starts, nbytes = accumulate((path.stat().st_size for path in files), initial=0)
+        *starts, nbytes = accumulate(map(file_bytes, files), initial=0)
         return cls(files, tuple(starts), nbytes)
 
     def read(self, begin: int, nbytes: int) -> bytes:
@@ -121,14 +122,20 @@ class _Source:
         index = bisect_right(self.starts, begin) - 1
         while len(data) < nbytes:
             path, at = self.files[index], begin + len(data) - self.starts[index]
-            with reading(path), path.open("rb") as file:
-                file.seek(at)
-                more = file.read(nbytes - len(data))
+            more = self._read_of(path, at, nbytes - len(data))
             index += 1
             if not more and index == len(self.files):
                 raise InputError(f"{path} was truncated while prunectl was reading it")
             data += more
         return data
+
+    @staticmethod
+    def _read_of(path: Path, begin: int, most: int) -> bytes:
+        if path in REMOTE:
+            return REMOTE[path].read(begin, min(most, REMOTE[path].nbytes - begin))
+        with reading(path), path.open("rb") as file:
+            file.seek(begin)
+            return file.read(most)
 
     def probe(self, place: int, level: int) -> list[tuple[float, float]]:
         """A place, and the share that is left of the few bytes there."""

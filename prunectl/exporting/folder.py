@@ -59,7 +59,12 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
     _check(request, target)
     model = open_model(path)
     if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
-        raise InputError(f"{path} holds masks of pruning", hint=f"remove them first: prunectl strip {path} -o OUT")
+        hint = f"remove them first: prunectl strip {path} -o OUT"
+        if model.format == "shards":
+            hint = (
+                "strip removes them from one file alone; in PyTorch torch.nn.utils.prune.remove does before it is saved"
+            )
+        raise InputError(f"{path} holds masks of pruning", hint=hint)
     atomic.check_target(model, output.target, is_forced=output.is_forced, is_in_place=False)
     if target.name == "torch":
         require("torch", extra="torch")

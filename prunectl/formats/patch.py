@@ -12,7 +12,7 @@ import numpy as np
 
 from prunectl.errors import NO_ROOM, InputError, abbreviated, reading
 from prunectl.formats.base import Array, ModelFile, Tensor
-from prunectl.formats.extents import BLOCK_BYTES, Extent, raw_bytes, read_ahead
+from prunectl.formats.extents import BLOCK_BYTES, REMOTE, Extent, file_chunks, raw_bytes, read_ahead
 from prunectl.formats.workers import check_stopped, workers
 
 THREADS = 2
@@ -83,6 +83,10 @@ def copy_with_patches(
 
     The CRC-32 of each replaced run is noted where that is asked for.
     """
+    if source in REMOTE and not rewrites:
+        with target.open("xb") as writer:
+            writer.writelines(file_chunks(source))
+        return
     old = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

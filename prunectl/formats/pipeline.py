@@ -14,8 +14,9 @@ from typing import Any
 
 from prunectl.errors import InputError, abbreviated
 from prunectl.formats import registry, safetensors
-from prunectl.formats.base import WEIGHTS, ModelFile, ModelInfo, RemovedItem, StripOptions, StripPart, Tensor
+from prunectl.formats.base import WEIGHTS, ModelFile, ModelInfo, RemovedItem, Role, StripOptions, StripPart, Tensor
 from prunectl.formats.detect import AVERAGED, PIPELINE_INDEX, parts_without_index
+from prunectl.formats.extents import file_bytes
 from prunectl.formats.folder import OTHER_WEIGHTS, Companions, files_in, real_file, training_part
 from prunectl.formats.patch import HALVED, patch_files
 from prunectl.formats.safe_json import read_object
@@ -101,7 +102,7 @@ def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
 def _in_another_form(folder: Path, what: str) -> InputError:
     return InputError(
         f"{folder} has its weights in {what}, {_SAFETENSORS}",
-        hint=f"prunectl export {abbreviated(str(folder))} -o OUT makes them",
+        hint=f"prunectl export {folder} -o OUT makes them",
     )
 
 
@@ -160,11 +161,20 @@ def _whole_files(model: ModelFile, options: StripOptions, kept: Container[Path])
             and file not in files
             and any(tensor.role not in WEIGHTS or (options.to_half and tensor.dtype in HALVED) for tensor in tensors)
         ):
-            raise InputError(
-                f"{file.parent} is in shards, in which strip can neither store 16-bit floats nor remove single tensors",
-                hint=f"make one file of them first: prunectl export {file.parent} -o OUT --shard-size 1TB",
-            )
+            raise _in_shards(model, file.parent)
     return files
+
+
+def _in_shards(model: ModelFile, part: Path) -> InputError:
+    files = _by_file(model)
+    has_masks = any(one.role is Role.MASK for file in files if file.parent == part for one in files[file])
+    hint = f"make one file of them: prunectl export {part} -o OUT --shard-size 1TB"
+    if has_masks:
+        # Export refuses them, as strip does in shards.
+        hint = "masks are removed from one file alone, or in PyTorch: torch.nn.utils.prune.remove before it is saved"
+    return InputError(
+        f"{part} is in shards, in which strip can neither store 16-bit floats nor remove single tensors", hint=hint
+    )
 
 
 def _by_file(model: ModelFile) -> dict[Path, list[Tensor]]:
@@ -193,7 +203,7 @@ def split_files(model: ModelFile, options: StripOptions) -> tuple[dict[Path, Pat
         if home in averages and has_average and is_weights:
             name, part = Path(home.removesuffix(AVERAGED)) / inside, None
         if part is not None:
-            removed.append(RemovedItem(str(name), part, file.stat().st_size))
+            removed.append(RemovedItem(str(name), part, file_bytes(file)))
         elif name in sources:
             first, second = sorted((sources[name], file))
             raise InputError(

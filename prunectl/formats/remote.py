@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from prunectl.errors import InputError, PrunectlError, UsageError, WorkError, abbreviated
 from prunectl.formats import budgets
-from prunectl.formats.detect import NETWORK_OF_DIFFUSERS, PIPELINE_INDEX, missing_index, public
+from prunectl.formats.detect import NETWORK_OF_DIFFUSERS, PIPELINE_INDEX, missing_index, parts_without_index, public
 from prunectl.formats.extents import REMOTE, RemoteFile
 from prunectl.formats.folder import LEDGER, training_part
 from prunectl.formats.places import (
@@ -271,9 +271,12 @@ def _folder(name: str) -> str:
 def fetch(path: Path, tell: Tell) -> None:
     """Make files of all stubs in a folder, or of one, but for what is only copied, if at all."""
     stubs = [stub for stub in REMOTE if stub == path or stub.is_relative_to(path)]
-    if any((path / name).exists() for name in IN_A_FOLDER):
-        # Optimizers are bigger than the weights, and no part of what is opened.
-        stubs = [stub for stub in stubs if training_part(stub.relative_to(path)) is None]
+    is_known = any((path / name).exists() for name in (*IN_A_FOLDER, PIPELINE_INDEX))
+    if is_known or (path.is_dir() and parts_without_index(path)):
+        # Optimizers are bigger than the weights, and no part of what is opened; weights may be called so in an index.
+        stubs = [
+            stub for stub in stubs if stub.suffix == ".safetensors" or training_part(stub.relative_to(path)) is None
+        ]
     _fetch(stubs, tell)
 
 
@@ -304,7 +307,11 @@ def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = Fal
             yield path
         except PrunectlError as error:
             error.message = error.message.replace(str(folder), mirror.url)
-            error.hint = error.hint.replace(str(folder), mirror.url)
+            # It reads files alone.
+            exporting = error.hint.replace(
+                f"prunectl export {folder}", f"download it, then prunectl export {folder.name}"
+            )
+            error.hint = exporting.replace(str(folder), mirror.url)
             raise
         finally:
             for stub in mirror.stubs:

@@ -631,3 +631,19 @@ def test_parts_of_which_neither_copy_has_weights_are_no_copies(pipe: Path) -> No
     done = here("strip", pipe, "-o", pipe.parent / "out", "--keep", "ema")
     assert done.code == 3
     assert "have other names or shapes" in done.err
+
+
+def test_of_masks_in_shards_no_command_is_named_that_refuses_them(pipe: Path) -> None:
+    part = pipe / "text_encoder"
+    first, second = (part / f"model-{number:05}-of-00002.safetensors" for number in (1, 2))
+    # The state of an optimizer comes first, which the export of a part without masks would keep.
+    save_file({**load_file(first), "optimizer.state.0.step": numbers(1)}, first)
+    save_file({"layers.2.weight_orig": numbers(4, 4), "layers.2.weight_mask": numbers(4, 4)}, second)
+    shards = {name: shard.name for shard in (first, second) for name in load_file(shard)}
+    (part / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    for words in (("strip", pipe), ("export", part)):
+        done = here(*words, "-o", pipe.parent / "out")
+        assert done.code == 3
+        assert "torch.nn.utils.prune.remove" in done.err
+        assert "prunectl" not in done.err.partition("\n")[2]
+    assert not (pipe.parent / "out").exists()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import prunectl
 from prunectl.errors import InputError
 from prunectl.formats import budgets, remote
 from prunectl.formats.places import HttpFile, HttpPlace
@@ -184,6 +185,74 @@ def test_what_training_would_go_on_from_is_not_fetched_to_be_left_out(
         done = here(words[0], URL, "-o", target, *words[1:])
         assert done.code == 0, done.err
         assert (target / "optimizer.pt").read_bytes() == (source / "optimizer.pt").read_bytes()
+
+
+@pytest.mark.parametrize("index", ["", "model_index.json"])
+def test_of_a_checkpoint_of_diffusers_what_training_would_go_on_from_is_read_only_to_be_copied(
+    checkpoint: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    source = checkpoint.rename(checkpoint.parent / "model")
+    if index:
+        (source / index).write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    (source / "optimizer.bin").write_bytes(bytes(range(256)) * 40)
+    upload(memory, source, "/bucket/model")
+    read, cat = set(), type(memory).cat_file
+
+    def noted(self: Any, path: str, **options: Any) -> Any:
+        read.add(path.rpartition("/")[2])
+        return cat(self, path, **options)
+
+    monkeypatch.setattr(budgets, "MAX_FETCHED_BYTES", 1000)
+    with monkeypatch.context() as reading:
+        reading.setattr(type(memory), "cat_file", noted)
+        # Of a small model all files are read to be compressed for the report.
+        reading.setattr("prunectl.pruning.destination.BIG_BYTES", 100)
+        done = here("strip", URL, "-o", source.parent / "out", "--keep", "ema")
+        expected = here("strip", source, "-o", source.parent / "same", "--keep", "ema")
+    assert done.code == 0, done.err
+    assert read & set(STATE) == set()
+    assert f"{NETWORK}.safetensors" in read
+    assert done.rows == expected.rows
+    assert files_of(source.parent / "out") == files_of(source.parent / "same")
+    for number, words in enumerate((("strip", "--only", "masks"), ("prune", "-s", "50%", "--scope", "layer"))):
+        whole, target = source.parent / f"whole{number}", source.parent / f"out{number}"
+        assert here(words[0], source, "-o", whole, *words[1:]).code == 0
+        done = here(words[0], URL, "-o", target, *words[1:])
+        assert done.code == 0, done.err
+        assert files_of(target) == files_of(whole)
+        assert (target / "optimizer.bin").stat().st_size == 256 * 40
+
+
+def test_an_estimate_counts_what_is_not_fetched(checkpoint: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkpoint / "optimizer.bin").write_bytes(np.random.default_rng(0).bytes(1 << 20) + bytes(1 << 20))
+    upload(memory, checkpoint, "/bucket/model")
+    monkeypatch.setattr(budgets, "MAX_FETCHED_BYTES", 1000)
+    monkeypatch.setattr("prunectl.analysis.estimate.EXACT_BYTES", 1 << 20)
+    in_store, on_disk = (prunectl.size(place, estimate=True).bytes.compressed for place in (URL, checkpoint))
+    assert in_store == on_disk
+    assert in_store is not None
+    assert in_store > 1 << 20
+
+
+def test_weights_that_are_called_as_training_state_are_fetched(checkpoint: Path, memory: Any) -> None:
+    source = checkpoint.rename(checkpoint.parent / "model")
+    (source / "unet").rename(source / "optimizer_0")
+    (source / "model_index.json").write_text('{"optimizer_0": ["a", "B"], "unet_ema": ["a", "B"]}')
+    upload(memory, source, "/bucket/model")
+    for number, place in enumerate((source, URL)):
+        target = source.parent / f"out{number}"
+        done = here("prune", place, "-o", target, "-s", "50%", "--scope", "layer")
+        assert done.code == 0, done.err
+    assert files_of(source.parent / "out0") == files_of(source.parent / "out1")
+
+
+def test_what_is_to_be_exported_is_to_be_downloaded_first(pipe: Path, memory: Any) -> None:
+    source = pipe.rename(pipe.parent / "model")
+    upload(memory, source, "/bucket/model")
+    done = here("strip", URL, "-o", source.parent / "out", "--half")
+    assert done.code == 3
+    assert f"{URL}/text_encoder is in shards" in done.err
+    assert "download it, then prunectl export model/text_encoder -o OUT --shard-size 1TB" in done.err
 
 
 def test_parts_in_pickles_in_a_store_are_told_by_their_names(pipe: Path, memory: Any) -> None:
