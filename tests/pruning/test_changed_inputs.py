@@ -23,6 +23,7 @@ from prunectl.formats.registry import open_model
 from prunectl.formats.tensorflow import model as tensorflow
 from prunectl.pruning import prune as plain
 from prunectl.pruning import strip
+from prunectl.training import finetune as training
 from prunectl.training.wrap import prune as wrapping
 from tests.formats.test_distributed import own
 from tests.formats.test_zero import save as save_zero
@@ -107,6 +108,23 @@ def test_a_file_that_is_emptied_before_it_is_written_anew_is_no_bug(
         assert "net.onnx was changed while prunectl was reading it; nothing was written" in done.err
         assert os.listdir(tmp_path) == ["net.onnx"]
         shutil.copy(FIXTURES / "digits_cnn.onnx", path)
+
+
+@pytest.mark.parametrize("output", [("-o", "out.pt"), ("--in-place",)])
+def test_a_change_while_it_is_trained_is_told(
+    tmp_path: Path, output: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(FIXTURES / "digits_cnn_torchscript.pt", tmp_path / "net.pt"))
+    before = path.read_bytes()
+    words = ("finetune", path.name, *output, "--data", DATA[-1], "--val-split", "25%", "--epochs", "1")
+    with monkeypatch.context() as changing:
+        after(changing, training, "_train", lambda: touch(path))
+        done = here(*words, cwd=tmp_path)
+    assert done.code == 3, done.err
+    assert f"{path.name} was changed while prunectl was reading it; nothing was written" in done.err
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.read_bytes() == before
+    assert here(*words, cwd=tmp_path).code == 0
 
 
 @pytest.mark.parametrize("output", [("-o", "out"), ("-o", "out.safetensors"), ("--dry-run",)])
