@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -59,6 +61,39 @@ def test_the_weights_are_those_that_the_file_alone_would_get(llama: Path) -> Non
     assert here("prune", "llama/model.safetensors", "-o", "alone.safetensors", "-s", "50%", cwd=llama.parent).code == 0
     written = (llama.parent / "small/model.safetensors").read_bytes()
     assert written == (llama.parent / "alone.safetensors").read_bytes()
+
+
+_COMMANDS = """
+import sys
+from prunectl.cli import main
+for line in sys.stdin:
+    sys.argv = ["prunectl", *line.split()]
+    assert main() == 0, line
+print(sorted({"transformers", "torch", "tensorflow", "keras", "safetensors"} & sys.modules.keys()))
+"""
+
+
+def test_no_framework_is_imported_for_what_needs_none(llama: Path) -> None:
+    (llama / "config.json").write_text('{"model_type": "llama"}')
+    lines = (
+        *("inspect llama", "size llama", "prune llama -o half -s 50%", "prune llama -o pattern --pattern 2:4"),
+        *(
+            "strip llama -o plain --half",
+            "export llama -o small --bf16",
+            "diff llama half",
+            "inspect half --json",
+        ),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _COMMANDS],
+        input="\n".join(lines),
+        cwd=llama.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_shards_keep_their_names_and_their_index(llama: Path) -> None:
