@@ -167,7 +167,7 @@ OF_SERVER = {"a shard is missing", "a shard is a folder"}
 TOO_LONG = {"a name is too long", "a name that none can have"}
 
 
-@pytest.mark.parametrize("flaw", FLAWS.keys() - TOO_LONG)
+@pytest.mark.parametrize("flaw", [name for name in FLAWS if name not in TOO_LONG])
 def test_on_a_web_server_they_are_refused(folder: Path, server: Server, flaw: str) -> None:
     make, sentence, hint = FLAWS[flaw]
     make(folder)
