@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from prunectl.formats import sandbox
+from prunectl.formats import sandbox, scratch
 from prunectl.formats.sandbox import SandboxPolicy
 from tests import forked
 
@@ -104,3 +104,13 @@ def trials_here(monkeypatch: pytest.MonkeyPatch) -> None:
         return workers.decode_reply(trial, json.loads(json.dumps(reply)))
 
     monkeypatch.setattr(workers.ProcessWorker, "attempt", attempt)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary folder of its own, which is looked through as if for the first time."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(scratch, "_cleared", set())
+    return folder

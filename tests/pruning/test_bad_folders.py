@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from prunectl.errors import SCRATCH
-from prunectl.formats import patch, scratch
+from prunectl.formats import patch
 from prunectl.pruning import blocks
 from tests.formats.test_folder import files_of
 from tests.formats.test_remote import Server, fill, in_memory, memory, reply, server, upload
@@ -23,19 +22,10 @@ from tests.pruning.test_parts import SHARDS, folder, shards_of
 from tests.running import here
 
 __all__ = ["folder", "memory", "server"]
+pytestmark = pytest.mark.usefixtures("temporary")
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = (f"model-{number:05}-of-{SHARDS:05}.safetensors" for number in (1, 2))
 GLOBAL, LAYER = (("-s", "50%", "--scope", scope) for scope in ("global", "layer"))
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temporary folder of its own, in which nothing may stay."""
-    place = tmp_path / "temporary"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    monkeypatch.setattr(scratch, "_cleared", set())
-    return place
 
 
 def check_nothing_written(folder: Path, before: dict[str, bytes]) -> None:

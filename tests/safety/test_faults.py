@@ -51,15 +51,6 @@ def put(name: str, folder: Path) -> Path:
     return Path((shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name))
 
 
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(scratch, "_cleared", set())
-    return folder
-
-
 # A full disk.
 
 

@@ -34,15 +34,6 @@ def make(parent: Path, name: str, *inside: str) -> Path:
     return folder
 
 
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(scratch, "_cleared", set())
-    return folder
-
-
 @pytest.mark.parametrize(
     ("name", "inside"),
     [
