@@ -24,6 +24,18 @@ __all__ = ["checkpoint", "folder", "memory", "pipe", "server"]
 URL = "memory://bucket/model"
 
 
+def files_read(memory: Any, patching: pytest.MonkeyPatch) -> set[str]:
+    """The names of the files that are read from now on."""
+    read, cat = set[str](), type(memory).cat_file
+
+    def noted(self: Any, path: str, **options: Any) -> Any:
+        read.add(path.rpartition("/")[2])
+        return cat(self, path, **options)
+
+    patching.setattr(type(memory), "cat_file", noted)
+    return read
+
+
 @pytest.mark.parametrize("kind", ["pipe", "checkpoint"])
 def test_pipelines_in_a_store_are_those_on_the_disk(kind: str, request: pytest.FixtureRequest, memory: Any) -> None:
     """With parts in shards, and with or without an index of the parts."""
@@ -54,16 +66,9 @@ def test_only_the_headers_and_indexes_of_a_checkpoint_are_read_to_look_at_it(
     checkpoint: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload(memory, checkpoint, "/bucket/model")
-    read: list[str] = []
-    cat = type(memory).cat_file
-
-    def noted(self: Any, path: str, **options: Any) -> Any:
-        read.append(path.rpartition("/")[2])
-        return cat(self, path, **options)
-
-    monkeypatch.setattr(type(memory), "cat_file", noted)
+    read = files_read(memory, monkeypatch)
     assert here("inspect", URL).code == 0
-    assert set(read) & set(STATE) == set()
+    assert read & set(STATE) == set()
     assert f"{NETWORK}.safetensors.index.json" in read
 
 
@@ -162,15 +167,9 @@ def test_what_training_would_go_on_from_is_not_fetched_to_be_left_out(
     for name, nbytes in {"optimizer.pt": 5000, "rng_state_0.pth": 300, "config.json": 2, "vocab.txt": 40}.items():
         (source / name).write_bytes(b"{}" * (nbytes // 2))
     upload(memory, source, "/bucket/model")
-    read, cat = set(), type(memory).cat_file
-
-    def noted(self: Any, path: str, **options: Any) -> Any:
-        read.add(path.rpartition("/")[2])
-        return cat(self, path, **options)
-
     monkeypatch.setattr(budgets, "MAX_FETCHED_BYTES", 100)
     with monkeypatch.context() as reading:
-        reading.setattr(type(memory), "cat_file", noted)
+        read = files_read(memory, reading)
         done = here("strip", URL, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     assert "optimizer.pt" not in read
@@ -196,15 +195,9 @@ def test_of_a_checkpoint_of_diffusers_what_training_would_go_on_from_is_read_onl
         (source / index).write_text('{"unet": ["diffusers", "UNet2DModel"]}')
     (source / "optimizer.bin").write_bytes(bytes(range(256)) * 40)
     upload(memory, source, "/bucket/model")
-    read, cat = set(), type(memory).cat_file
-
-    def noted(self: Any, path: str, **options: Any) -> Any:
-        read.add(path.rpartition("/")[2])
-        return cat(self, path, **options)
-
     monkeypatch.setattr(budgets, "MAX_FETCHED_BYTES", 1000)
     with monkeypatch.context() as reading:
-        reading.setattr(type(memory), "cat_file", noted)
+        read = files_read(memory, reading)
         # Of a small model all files are read to be compressed for the report.
         reading.setattr("prunectl.pruning.destination.BIG_BYTES", 100)
         done = here("strip", URL, "-o", source.parent / "out", "--keep", "ema")
