@@ -267,10 +267,12 @@ def test_a_matrix_whose_last_panel_needs_more_damping_gets_it_on_threads_too() -
 
 @pytest.mark.parametrize("small", [1024, 10])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.9], ids="{:.0%} kept".format)
+@pytest.mark.parametrize("settled", [0.0, least_squares._SETTLED], ids=["to the end", "until little is won"])
 def test_rows_are_fitted_whether_they_are_eliminated_or_go_along_gradients(
-    share: float, small: int, monkeypatch: pytest.MonkeyPatch
+    share: float, small: int, settled: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(least_squares, "_SMALL", small)
+    monkeypatch.setattr(least_squares, "_SETTLED", settled)
     x, rows = dependent(900, 240), normal(9, 240, seed=3)
     kept = np.random.default_rng(4).random(rows.shape) < share
     kept[7], kept[8] = False, True
@@ -279,7 +281,12 @@ def test_rows_are_fitted_whether_they_are_eliminated_or_go_along_gradients(
     for row, keep, ours in zip(rows, kept, found, strict=True):
         extended = np.concatenate([x[:, keep], ridge * np.eye(np.count_nonzero(keep))])
         wanted = np.concatenate([x @ row, ridge * row[keep]])
-        np.testing.assert_allclose(ours[keep], np.linalg.lstsq(extended, wanted, rcond=None)[0], rtol=1e-6, atol=1e-8)
+        best = np.linalg.lstsq(extended, wanted, rcond=None)[0]
+        if settled:
+            error, least = (np.linalg.norm(extended @ weights - wanted) for weights in (ours[keep], best))
+            assert error <= 1.01 * least + 1e-6 * np.linalg.norm(wanted)
+        else:
+            np.testing.assert_allclose(ours[keep], best, rtol=1e-6, atol=1e-8)
         assert not ours[~keep].any()
 
 

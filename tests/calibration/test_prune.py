@@ -162,7 +162,9 @@ def test_scripts_and_exported_programs_lose_what_their_module_loses(file: str, s
     assert found.keys() == set(KERNELS)
     for name, kernel in found.items():
         assert zeros(kernel) == round(0.6 * kernel.size)
-        np.testing.assert_allclose(kernel, expected[name], atol=1e-3)
+        np.testing.assert_array_equal(kernel == 0, expected[name] == 0)
+        # Inputs that are rounded in another way end the fit of a row a step earlier or later.
+        np.testing.assert_allclose(kernel, expected[name], atol=1e-3 if strategy != "obs" else 0.02)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "snip"])
