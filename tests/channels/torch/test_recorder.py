@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -193,31 +194,35 @@ class Constant(nn.Module):
         return self.head(torch.relu(self.body(x)).mean((2, 3))) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
-def _modules_after_a_cut(folder: Path, *before: str) -> set[str]:
-    """What a process has imported when it has cut a network, and done something else before."""
-    saved(nets.built(more.Functional), folder / "net.pt")
+def test_a_cut_imports_no_compiler(tmp_path: Path) -> None:
+    saved(nets.built(more.Functional), tmp_path / "net.pt")
     lines = (
         "import sys",
         "from pathlib import Path",
-        *before,
         "from tests.channels.torch.cutting import cut",
-        f"folder = Path({str(folder)!r})",
+        f"folder = Path({str(tmp_path)!r})",
         f"cut(folder / 'net.pt', folder / 'small.pt', model='{more.__name__}:Functional')",
         "print(*sys.modules)",
     )
     ran = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True)
-    return set(ran.stdout.split())
-
-
-def test_a_cut_imports_no_compiler(tmp_path: Path) -> None:
-    modules = _modules_after_a_cut(tmp_path)
+    modules = set(ran.stdout.split())
     assert "prunectl.channels.torch.recorder" in modules
     assert not modules & {"torch._dynamo", "torch._inductor", "sympy"}
 
 
-def test_where_pytorch_lacks_what_recording_needs_modules_are_exported(tmp_path: Path) -> None:
-    lacking = ("import torch.export._trace", "del torch._export.utils._compiling_state_context")
-    assert "prunectl.channels.torch.recorder" not in _modules_after_a_cut(tmp_path, *lacking)
+def test_where_pytorch_lacks_what_recording_needs_modules_are_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importlib.import_module("torch.export._trace")  # which has it already
+    monkeypatch.delattr("torch._export.utils._compiling_state_context")
+    for module in ("recorder", "_compat"):
+        monkeypatch.delitem(sys.modules, f"prunectl.channels.torch.{module}")
+    cut(
+        saved(nets.built(more.Functional), tmp_path / "net.pt"),
+        tmp_path / "small.pt",
+        model=f"{more.__name__}:Functional",
+    )
+    assert "prunectl.channels.torch.recorder" not in sys.modules
     assert said(loaded(tmp_path / "small.pt", "Functional"), torch.randn(2, 3, 16, 16))[0].shape == (2, 5)
 
 
