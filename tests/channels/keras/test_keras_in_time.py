@@ -22,10 +22,10 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "inside": {"gru_cell/bias": (9,), "query/bias": (2, 3), "lstm_cell/recurrent_kernel": (2, 8)},
 }
 CASES = [
-    (kind, which, suffix)
-    for kind in (seq2seq, attending, inside)
-    for which, suffix in (("three", ".keras"), ("two", ".h5"))
-] + [(inside, "three", ".h5")]
+    *((kind, "three", ".keras") for kind in (seq2seq, attending)),
+    *((kind, "two", ".h5") for kind in (seq2seq, attending, inside)),
+    (inside, "three", ".h5"),
+]
 
 
 def gone(found: ChannelPruneResult, tensor: str, axis: int) -> list[int]:
