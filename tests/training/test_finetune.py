@@ -453,16 +453,10 @@ ALIKE = ["--device", "cpu", "--json"]
 
 
 def by_torchrun(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run prunectl in two processes, as users start them."""
+    """Run prunectl in two processes, as users start them; torchrun, which is not ours, has PyTorch at hand."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "prunectl"]
-    return subprocess.run(
-        [*launch, *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=clean(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-        timeout=180,
-        check=False,
-    )
+    done = forked.run([*launch, *map(str, words)], env=clean(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+    return subprocess.CompletedProcess([], done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def in_two(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
