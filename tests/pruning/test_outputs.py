@@ -146,15 +146,21 @@ def test_a_read_only_folder_is_said_before_any_work(
 )
 @pytest.mark.parametrize("limit", [100, 9_000])
 def test_a_disk_that_is_full_half_way_leaves_nothing(name: str, limit: int, tmp_path: Path) -> None:
-    def small() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    words = [*COMMAND, "prune", str(FIXTURES / name), "-o", str(tmp_path / "out"), *HALF]
-    # Python would cut the bytecode that it caches at the same limit, and fail over it from then on.
-    environment = clean(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=small, env=environment, check=False)
-    assert done.returncode == 5, done.stderr
-    assert "nothing was written" in done.stderr
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            done = here("prune", FIXTURES / name, "-o", tmp_path / "out", *HALF)
+            os.write(writer, done.err.encode())
+            os._exit(done.code)
+        finally:
+            os._exit(99)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        said = told.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5, said
+    assert "nothing was written" in said
     assert list(tmp_path.iterdir()) == []
 
 
