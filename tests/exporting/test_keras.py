@@ -33,6 +33,7 @@ SHAPES = {
 }
 
 
+@cache
 def reference() -> Array:
     """What the digits network answers in the library that wrote it."""
     found: Array = tf_keras().models.load_model(FIXTURES / "digits_cnn.h5", compile=False)(digits()).numpy()
