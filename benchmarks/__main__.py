@@ -46,7 +46,7 @@ ALL = {
     "llama": llama.run,
 }
 
-ON_REQUEST = {"faults": faults.run, "fuzz": fuzz.run, "parts": growth.parts}
+ON_REQUEST = {"faults": faults.run, "fuzz": fuzz.run, "parts": growth.parts, "workers": growth.workers}
 """Long: only by their names."""
 
 for name in sys.argv[1:] or ALL:

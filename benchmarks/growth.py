@@ -1,5 +1,6 @@
 """How processor time and memory grow with bytes, tensors and shards; and one folder pruned in every way there is.
 
+`workers` prunes 32 shards of 64 MB on Ray, with one to eight workers; nothing else should run meanwhile.
 `parts` prunes 64 shards of 64 MB (`PRUNECTL_BENCH_SHARD_MB`) in one process, in parts, in parts that are killed, on
 Ray, in memory and from a web server. It takes ten gigabytes of disk and as much memory, and is run by its name.
 """
@@ -12,6 +13,7 @@ import random as chance
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
@@ -174,6 +176,34 @@ def parts() -> None:
             shutil.rmtree(out, ignore_errors=True)
     title = f"{_MANY} shards of {_SHARD_BYTES >> 20} MiB, {' '.join(_LAYERWISE)}"
     show(title, ("way", "processor, s", "the same bytes", ""), rows)
+
+
+WORKERS = (1, 2, 4, 8)
+_WORKED = 32
+"""Shards that they share."""
+
+
+def workers() -> None:
+    """Print how long a folder takes on so many workers of Ray, from the command's start to its end."""
+    with tempfile.TemporaryDirectory(prefix="prunectl-bench-", dir=os.environ.get("PRUNECTL_BENCH_FOLDER")) as scratch:
+        model, out = Path(scratch) / "model", Path(scratch) / "out"
+        model.mkdir()
+        _write(model, 4 * _WORKED, _SHARD_BYTES // 16, _WORKED)
+        ways = {"one process": ("1", _command(model, out))}
+        ways |= {str(count): (str(count), _command(model, out, "--on", "ray")) for count in WORKERS}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        digests = []
+        for _ in range(3):
+            for way, (threads, words) in ways.items():
+                # Ray starts with as many processors as there may be threads, and a worker for each.
+                os.environ["OMP_NUM_THREADS"] = threads
+                seconds[way].append(cost(words, runs=1).seconds)
+                digests.append(_digests(out))
+                shutil.rmtree(out)
+        if digests.count(digests[0]) < len(digests):
+            raise RuntimeError("other bytes")
+        rows = [(way, f"{statistics.median(each):.1f}", f"{min(each):.1f}") for way, each in seconds.items()]
+    show(f"{_WORKED} shards of {_SHARD_BYTES >> 20} MiB on Ray", ("workers", "median of three, s", "least"), rows)
 
 
 def _command(model: str | Path, out: Path, *more: str) -> list[str]:
