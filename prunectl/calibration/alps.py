@@ -13,6 +13,7 @@ import numpy as np
 from prunectl.calibration.blocks import map_blocks
 from prunectl.calibration.sparsegpt import ColumnBlock
 from prunectl.calibration.statistics import Float64Array
+from prunectl.formats.base import Array
 from prunectl.pruning.masks import Mask
 
 _FIRST_PENALTY = 0.1
@@ -21,14 +22,14 @@ _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 _PERIOD = 3
 _MOST_TURNS = 300
 
-Projection = Callable[[Float64Array], Mask]
+Projection = Callable[[Array], Mask]
 """From the size of each weight to the mask of what is pruned."""
 
 
 def lowest(count: int) -> Projection:
     """Prune so many weights of all rows together."""
 
-    def project(sizes: Float64Array) -> Mask:
+    def project(sizes: Array) -> Mask:
         pruned = np.zeros(sizes.shape, np.bool_)
         if count:
             pruned.reshape(-1)[np.argpartition(sizes, count - 1, axis=None)[:count]] = True
@@ -41,7 +42,7 @@ def lowest_in(blocks: Sequence[ColumnBlock]) -> Projection:
     """Prune so many weights of each row in each block of columns, as an N:M pattern has them."""
     widths = {(block.end - block.begin, block.drop) for block in blocks}
 
-    def project(sizes: Float64Array) -> Mask:
+    def project(sizes: Array) -> Mask:
         pruned = np.zeros(sizes.shape, np.bool_)
         if len(widths) == 1:
             ((width, drop),) = widths
@@ -66,11 +67,12 @@ def prune_rows(
     """
     # With features of one size the largest weights are those that matter most.
     scale = np.sqrt(np.diagonal(gram))
-    values, vectors = np.linalg.eigh(gram / np.outer(scale, scale))
-    wanted, sparse, zero = target / scale, rows * scale, rows == 0
+    # The turns settle which weights stay, for which half the digits do; what stays is refitted with all of them.
+    values, vectors = (part.astype(np.float32) for part in np.linalg.eigh(gram / np.outer(scale, scale)))
+    wanted, sparse, zero = (target / scale).astype(np.float32), (rows * scale).astype(np.float32), rows == 0
     multipliers = np.zeros_like(sparse)
     dense, moved = np.empty_like(sparse), np.empty_like(sparse)
-    penalty, before = _FIRST_PENALTY, project(np.where(zero, -1.0, np.abs(sparse)))
+    penalty, before = _FIRST_PENALTY, project(np.where(zero, np.float32(-1), np.abs(sparse)))
     dropped = before
 
     def minimise(part: slice) -> None:
@@ -80,7 +82,7 @@ def prune_rows(
 
     for turn in range(1, _MOST_TURNS + 1):
         map_blocks(minimise, len(rows))
-        dropped = project(np.where(zero, -1.0, np.abs(moved)))
+        dropped = project(np.where(zero, np.float32(-1), np.abs(moved)))
         sparse = np.where(dropped, 0.0, moved)
         multipliers += penalty * (dense - sparse)
         if turn % _PERIOD:
