@@ -82,17 +82,18 @@ def texts_of(node: ast.expr) -> Iterator[str]:
 
 
 @cache
-def modules() -> tuple[tuple[str, ast.Module], ...]:
+def modules() -> tuple[tuple[str, tuple[ast.AST, ...]], ...]:
+    """The modules of the package, and all that each consists of."""
     paths = sorted((ROOT / "prunectl").rglob("*.py"))
-    return tuple((path.relative_to(ROOT).as_posix(), ast.parse(path.read_bytes())) for path in paths)
+    return tuple((path.relative_to(ROOT).as_posix(), tuple(ast.walk(ast.parse(path.read_bytes())))) for path in paths)
 
 
 @cache
 def raised() -> tuple[Message, ...]:
     """What errors are raised with, except where all of it is the message of something else."""
     found = []
-    for name, tree in modules():
-        for node in ast.walk(tree):
+    for name, nodes in modules():
+        for node in nodes:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS and node.args:
                 hints = [
                     text for word in node.keywords if word.arg == "hint" for text in (*texts_of(word.value), VALUE)
@@ -107,10 +108,10 @@ def raised() -> tuple[Message, ...]:
 def sentences() -> tuple[tuple[str, str], ...]:
     """Notes, help and topics: text that ends in a full stop, and is no docstring."""
     found = []
-    for name, tree in modules():
-        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-        for node in ast.walk(tree):
+    for name, nodes in modules():
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in nodes:
             if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in docstrings | inner:
                 found += [(f"{name}:{node.lineno}", text) for text in texts_of(node) if text.rstrip().endswith(".")]
     for command, (module, line) in COMMANDS.items():
@@ -164,6 +165,6 @@ def test_the_list_of_retired_words_finds_them() -> None:
 
 
 def test_messages_are_read_from_the_source(tmp_path: Path) -> None:
-    (tree,) = [tree for name, tree in modules() if name == "prunectl/errors.py"]
-    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node).count("ran out of")]
+    nodes = dict(modules())["prunectl/errors.py"]
+    (call,) = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node).count("ran out of")]
     assert [*texts_of(call.args[0])] == ["prunectl ran out of memory"]
