@@ -504,7 +504,7 @@ VERSION, OPSET = b"\x08\x08", b"\x42\x02\x10\x11"
         ),
         (VERSION + OPSET + field(7, wordy(20)), "the names of its nested graphs are too long"),
         (VERSION + OPSET + field(7, b"\x0a\x00"), "a node has no operation"),
-        (VERSION + OPSET + field(7, nested(100_000)), "nested more than 32 deep"),
+        (VERSION + OPSET + field(7, nested(10_000)), "nested more than 32 deep"),
         (VERSION + OPSET + field(7, b"\x12\x00" * 500_000), "more than 400000 parts"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
