@@ -14,7 +14,7 @@ from prunectl.training.backend import DifferentiableModel, GradientStatistic
 from prunectl.training.data.source import Batch
 from tests.contract import Array
 from tests.training.keras import nets
-from tests.training.keras.nets import both, kinds
+from tests.training.keras.nets import both
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -36,11 +36,10 @@ def matched(found: dict[str, Array], expected: list[Array]) -> None:
     assert len(found) == len(expected)
 
 
-@kinds
-def test_a_gradient_is_that_of_the_mean_loss(k: Callable[[], Any], suffix: str, tmp_path: Path) -> None:
+@both
+def test_a_gradient_is_that_of_the_mean_loss(k: Callable[[], Any], file_of: nets.Files) -> None:
+    network, (batch,) = nets.prepared(file_of(k, nets.dense)), nets.batches(1)
     model = nets.dense(k())
-    path = nets.saved(model, tmp_path / f"model{suffix}")
-    network, (batch,) = nets.prepared(path), nets.batches(1)
     graded: DifferentiableModel = network
     found = graded.gradients(list(network.tensors()), batch)
     expected = by_hand(model, lambda out: _mean(_cross(k(), batch.y, out)), batch.x)

@@ -15,13 +15,14 @@ from prunectl.training.keras.model import KerasTrainable
 from tests.contract import raw
 from tests.networks import keras, tf_keras
 from tests.training.keras import nets
-from tests.training.keras.nets import both, kinds
+from tests.training.keras.nets import both
 
 # TensorFlow under Keras 3 has not caught up with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-@kinds
+# Archives are what the other tests here train from.
+@pytest.mark.parametrize(("k", "suffix"), [(tf_keras, ".h5"), (tf_keras, ""), (keras, ".h5")])
 def test_without_masks_it_trains_like_keras_itself_to_the_bit(k: Any, suffix: str, tmp_path: Path) -> None:
     network = nets.prepared(nets.saved(nets.compiled(k()), tmp_path / f"model{suffix}"))
     nets.train(network, uneven())
