@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prunectl.channels import verify
 from prunectl.channels.config import SizeTarget, TargetKind, parse_target, smallest_ratio
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import UsageError, WorkError
@@ -108,7 +109,8 @@ def test_how_much_is_said_once(net: Path, limits: dict[str, Any], asked: dict[st
         cut(net, None, limits, **asked)
 
 
-def test_both_networks_are_timed_if_that_is_asked_for(net: Path) -> None:
+def test_both_networks_are_timed_if_that_is_asked_for(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_SECONDS", 0.1)
     words = ("--pattern", "channel", "-s", "0.8", "--latency", "--dry-run")
     seconds = here("prune", net, *words, "--json").json["channels"]["seconds"]
     assert 0 < seconds["before"] < 10
