@@ -159,7 +159,7 @@ def test_the_largest_sparsity_within_a_drop_is_found_and_the_next_is_too_much(
 
 @pytest.mark.usefixtures("trials_here")
 def test_two_processes_that_are_killed_leave_what_the_next_run_goes_on_with(tmp_path: Path) -> None:
-    sparsities = tuple(round(0.04 * at, 2) for at in range(1, 21))
+    sparsities = tuple(round(0.08 * at, 2) for at in range(1, 11))
     words = ["--data", FEW, "--scopes", "layer,global", "--sparsities", ",".join(map(str, sparsities))]
     choices = SweepConfig(data=FEW, scopes=("layer", "global"), sparsities=sparsities)
     unbroken = table(sweep(ONNX, choices, tmp_path / "unbroken"))
