@@ -43,8 +43,7 @@ def kernels(model: ModelFile) -> list[Tensor]:
 
 
 @every_model
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("sparsity", [0.5, 0.83])
+@pytest.mark.parametrize(("scope", "sparsity"), [("layer", 0.83), ("global", 0.5)])
 def test_the_zeros_are_those_of_a_stable_sort(name: str, scope: str, sparsity: float, tmp_path: Path) -> None:
     found, written = prune(MODELS[name], tmp_path / "out", sparsity=sparsity, scope=scope)
     before, after = arrays(MODELS[name]), arrays(opened(name, written))
@@ -74,9 +73,8 @@ def test_groups_lie_along_the_inputs_whatever_the_layout(name: str, pattern: str
 
 
 @every_model
-@pytest.mark.parametrize("pool", ["avg", "max"])
-@pytest.mark.parametrize("size", ["2x2", "3x4"])
-def test_blocks_go_whole(name: str, pool: str, size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "pool"), [("2x2", "max"), ("3x4", "avg")])
+def test_blocks_go_whole(name: str, size: str, pool: str, tmp_path: Path) -> None:
     found, written = prune(MODELS[name], tmp_path / "out", sparsity=0.5, pattern=f"block:{size}:{pool}")
     before, after = arrays(MODELS[name]), arrays(opened(name, written))
     rows, columns = map(int, size.split("x"))
