@@ -390,8 +390,9 @@ def test_parts_with_other_options_are_refused_in_a_store(
     assert in_memory(memory, "/bucket") == before
 
 
-@pytest.mark.parametrize("after", range(0, 30, 3))
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize(
+    ("after", "scope"), [*((at, "global") for at in range(0, 30, 6)), *((at, "layer") for at in range(3, 30, 6))]
+)
 def test_a_bucket_that_is_full_at_any_time_holds_no_model_and_can_be_gone_on_with(
     folder: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, after: int, scope: str
 ) -> None:
