@@ -35,9 +35,14 @@ def numbers(count: int) -> list[Batch]:
 
 
 @both
-@pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize(
-    "evidence", [GradientStatistic.GRADIENT, GradientStatistic.SALIENCE, GradientStatistic.MOVEMENT]
+    ("evidence", "is_masked"),
+    [
+        (GradientStatistic.GRADIENT, True),
+        (GradientStatistic.SALIENCE, True),
+        (GradientStatistic.MOVEMENT, True),
+        (GradientStatistic.SALIENCE, False),
+    ],
 )
 def test_evidence_adds_up_what_it_says_also_of_what_is_masked(
     evidence: GradientStatistic, is_masked: bool, k: Any, file_of: nets.Files
