@@ -57,7 +57,6 @@ CASES = [
     # In Keras 2 what it writes in another way: layers of its own, layers in layers, operations without a layer.
     *((kind, "two", ".h5") for kind in NETS if kind in {mobile, nested, shared, arithmetic}),
     (nested, "two", ".keras"),
-    (shared, "three", ".h5"),
 ]
 
 
