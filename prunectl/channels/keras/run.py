@@ -18,11 +18,11 @@ from prunectl.channels.keras.traverse import LoadedKeras
 from prunectl.errors import PrunectlError, WorkError, first_line
 from prunectl.formats import zip_write
 from prunectl.formats.base import Array
-from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.config import part, text
 from prunectl.formats.keras.hdf5 import rewrite
 from prunectl.formats.keras.hdf5.rebuild import address_of, run_rewriting
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, create_like, rebuild_with
+from prunectl.formats.keras.model import WEIGHTS
 from prunectl.formats.registry import open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.trust import OR_BUILD

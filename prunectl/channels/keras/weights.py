@@ -12,11 +12,11 @@ from typing import Any
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.keras import hdf5
-from prunectl.formats.keras.archive import WEIGHTS
 from prunectl.formats.keras.config import LayerConfig, name_of, part, text, upgrade_class_name
 from prunectl.formats.keras.flops.sequences import GATES
 from prunectl.formats.keras.hdf5 import H5Contents, H5Location
 from prunectl.formats.keras.layouts import layer_names_group
+from prunectl.formats.keras.model import WEIGHTS
 from prunectl.formats.scratch import Scratch
 from prunectl.formats.zip_read import open_archive
 

@@ -2,7 +2,10 @@
 
 torch.export imports a compiler, which takes longer than most channel cuts. A recording is used where a second run, on
 other numbers, shows that it computes what the module does; where anything unusual comes by, torch.export is asked.
+
+A version of PyTorch may lack one of its private APIs that a recording needs: then this module cannot be imported.
 """
+# ruff: noqa: SLF001
 
 from __future__ import annotations
 
@@ -19,20 +22,19 @@ from itertools import chain, cycle
 from typing import Any, NoReturn
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._export.utils import _compiling_state_context as compiling_state
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.node import map_aggregate
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunectl.channels.torch._compat import (
-    OpOverload,
-    SplitOperations,
-    WholeOperations,
-    compiling_state,
-    enable_python_dispatcher,
-    schema_of,
-)
 from prunectl.training.torch._compat import tree_flatten
+
+_OpOverload = torch._ops.OpOverload
+"""One variant of an operation."""
 
 
 class UnrecordableError(Exception):
@@ -123,7 +125,7 @@ class _Tape:
 
     def run(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, and write it down."""
-        if not isinstance(op, OpOverload) or op.namespace != "aten" or _has_data_in_shape(op):
+        if not isinstance(op, _OpOverload) or op.namespace != "aten" or _has_data_in_shape(op):
             self.refuse(str(op))
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
             self.refuse("a mode was switched")
@@ -180,7 +182,7 @@ class _Tape:
 
     def _refuse_changes(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Of weights and inputs: the next run would begin with others."""
-        arguments = schema_of(op).arguments
+        arguments = op._schema.arguments
         by_keyword = [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
         for argument, value in (*zip(arguments, args, strict=False), *by_keyword):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
@@ -205,12 +207,27 @@ _UNTAGGED = frozenset({"_pack_padded_sequence", "_pad_packed_sequence", "_padded
 """What reads lengths from the memory of a tensor, and does not say so."""
 
 
-class _Operations(WholeOperations):  # type: ignore[no-untyped-call]
-    """The mode that sees every operation on tensors."""
+class _Operations(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The mode that sees every operation on tensors whole, above autograd and before it is split into others.
+
+    PyTorch lets a few classes of its own into that place; all that is taken from this one is that it is one of them.
+    Under `enable_python_dispatcher`, without which nothing is seen there.
+    """
 
     def __init__(self, tape: _Tape) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)  # type: ignore[no-untyped-call]
         self._tape = tape
+
+    def __enter__(self) -> Any:
+        return TorchDispatchMode.__enter__(self)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: object) -> None:
+        TorchDispatchMode.__exit__(self, *raised)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether PyTorch shall import its compiler, to keep it away from here."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -219,12 +236,16 @@ class _Operations(WholeOperations):  # type: ignore[no-untyped-call]
         return self._tape.run(func, args, kwargs or {})
 
 
-class _Factories(SplitOperations):  # type: ignore[no-untyped-call]
+class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The mode that sees operations that make a tensor of nothing, which the other does not."""
 
     def __init__(self, tape: _Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""The private APIs of PyTorch that prunectl cannot do without; no other module touches them."""
+"""The private APIs of PyTorch that prunectl cannot do without; those of a recording alone are in its module."""
 # ruff: noqa: SLF001
 
 from __future__ import annotations

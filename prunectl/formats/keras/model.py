@@ -1,6 +1,7 @@
-"""Keras `.keras`: a zip archive of a configuration and an HDF5 file of weights, read, patched and renumbered.
+"""Models of Keras, `.h5` and `.keras`: what is in a file, and how it is written with other numbers.
 
-Stored weights are patched in place; deflated ones are inflated into a scratch file, changed, and deflated again.
+An archive is a zip of a configuration and an HDF5 file of weights. Stored weights are patched in place; deflated ones
+are inflated into a scratch file, changed, and deflated again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from prunectl.errors import InputError
 from prunectl.formats import budgets, zip_write
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Tensor
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras import h5, hdf5, layouts
+from prunectl.formats.keras import hdf5, layouts
 from prunectl.formats.keras.hdf5 import H5Contents, H5Location, rewrite
 from prunectl.formats.keras.hdf5.rewrite import H5Edits
 from prunectl.formats.keras.numbering import current_folders, layers_by_folder
@@ -23,6 +24,69 @@ from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.scratch import Scratch, temporary_folder
 from prunectl.formats.zip_read import Archive, ZipEntry, open_archive
+
+
+def open_h5(path: Path) -> ModelFile:
+    """Open an HDF5 file that Keras wrote."""
+    contents = hdf5.read_contents(H5Location(path, 0, path.stat().st_size))
+    config = keras_config.measured(_parsed(contents, "model_config"), path)
+    tensors = _describe(contents, config)
+    root = layouts.layer_names_group(contents)
+    training = _parsed(contents, "training_config") or {}
+    return ModelFile(
+        path=path,
+        format="keras-h5",
+        tensors=tensors,
+        about=ModelInfo(
+            producer=_producer(contents),
+            wrappers=keras_config.wrappers(config),
+            optimizer=keras_config.optimizer(training),
+            training=keras_config.training(training),
+            code=keras_config.code(config),
+            notes=() if root is None else layouts.missing_weights(contents, root),
+            is_compressed=contents.is_compressed,
+            keras=config,
+        ),
+        files=(path,),
+        decode=_decoder(contents),
+    )
+
+
+def _describe(contents: H5Contents, config: dict[str, Any] | None) -> tuple[Tensor, ...]:
+    """The tensors of a file, whichever way its Keras lays them out."""
+    root = layouts.layer_names_group(contents)
+    if root is not None:
+        return layouts.tensors_by_layer_name(contents, root, config)
+    if any("vars" in dataset.name.split("/") for dataset in contents.datasets):
+        return layouts.tensors_by_path(contents, config)
+    raise InputError(f"{contents.location.path} is an HDF5 file, but not a Keras model: it names no layers")
+
+
+def _decoder(contents: H5Contents) -> Any:
+    """A reader of chunked or filtered tensors."""
+    names = {dataset.storage.key: dataset.name for dataset in contents.datasets}
+
+    def decode(tensor: Tensor) -> Array:
+        return hdf5.decode(contents.location, names[tensor.storage.key], tensor.dtype, tensor.shape)
+
+    return decode
+
+
+def _parsed(contents: H5Contents, key: str) -> dict[str, Any] | None:
+    text = contents.attribute("", key)
+    if not isinstance(text, str):
+        return None
+    return parse_object(text, contents.location.path, key, budgets.MAX_KERAS_OBJECT_BYTES)
+
+
+def _producer(contents: H5Contents) -> str:
+    for root in ("", "model_weights"):
+        version = contents.attribute(root, "keras_version")
+        backend = contents.attribute(root, "backend")
+        if isinstance(version, str):
+            return f"keras {version}" + (f" on {backend}" if isinstance(backend, str) else "")
+    return ""
+
 
 WEIGHTS = "model.weights.h5"
 
@@ -42,7 +106,7 @@ def open_zip(path: Path) -> ModelFile:
 
 def _stored(path: Path, weights: ZipEntry, config: dict[str, Any]) -> ModelFile:
     contents = hdf5.read_contents(H5Location(path, weights.extent.offset, weights.nbytes))
-    return _model(path, h5.describe(contents, config), h5.decoder(contents))
+    return _model(path, _describe(contents, config), _decoder(contents))
 
 
 def _deflated(path: Path, archive: Archive, weights: ZipEntry, config: dict[str, Any]) -> ModelFile:
@@ -78,7 +142,7 @@ def inflate(archive: Archive, target: Path) -> H5Contents:
 def inflated_model(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile:
     """The weights of an archive as a model, in a file of their own."""
     contents = inflate(archive, target)
-    return ModelFile(target, "keras-h5", h5.describe(contents, config), ModelInfo(), (target,), h5.decoder(contents))
+    return ModelFile(target, "keras-h5", _describe(contents, config), ModelInfo(), (target,), _decoder(contents))
 
 
 def _hidden(tensor: Tensor, share: float) -> Tensor:
