@@ -16,8 +16,7 @@ from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_finish import checker_error, finalize
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.graphs.network import OnnxSession, load_message
-from prunectl.graphs.nodes import opset_of
+from prunectl.graphs.onnx import OnnxSession, load_message, opset_of
 from prunectl.training.backend import LoadOptions
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.graphs.nodes import all_graphs, copy_message, inner_graphs, names_defined, names_read
+from prunectl.graphs.onnx import all_graphs, copy_message, inner_graphs, names_defined, names_read
 
 BATCH = "batch"
 _FOLDED_BIAS = "_bias"

@@ -13,8 +13,15 @@ from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.weights import cast_down
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.graphs.network import is_too_large, load_message
-from prunectl.graphs.nodes import all_graphs, copy_message, inner_graphs, names_defined, opset_of
+from prunectl.graphs.onnx import (
+    all_graphs,
+    copy_message,
+    inner_graphs,
+    is_too_large,
+    load_message,
+    names_defined,
+    opset_of,
+)
 from prunectl.training.quiet import quiet_logging
 
 OPSET = 18

@@ -23,7 +23,7 @@ from prunectl.exporting.onnx_canonical import BATCH, canonical_names
 from prunectl.exporting.onnx_finish import OPSET, finalize
 from prunectl.exporting.weights import check_equal, exported_arrays, exported_tensors
 from prunectl.formats.base import Array, Family, ModelFile
-from prunectl.graphs.network import load_message
+from prunectl.graphs.onnx import load_message
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.quiet import quiet_conversion

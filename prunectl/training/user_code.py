@@ -1,7 +1,7 @@
 """May a model be opened by its framework? Its code does not run unless the user says so.
 
 The one door before every framework, asked before it is imported; what each kind of file may name stands in
-`formats/trust.py` (Keras and TensorFlow), `formats/torch/exported_trust.py` and `formats/torch/script_trust.py`.
+`formats/trust.py` (Keras and TensorFlow) and `formats/torch/trust.py`.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
     if model.family in {Family.KERAS, Family.SAVED_MODEL}:
         load("trust:check")(model, lambda: custom_objects(origin))
     elif model.family is Family.TORCH_PROGRAM:
-        load("torch.exported_trust:check_program")(model.path)
+        load("torch.trust:check_program")(model.path)
     elif is_script(model):
-        load("torch.script_trust:check")(model.path)
+        load("torch.trust:check_script")(model.path)
     elif model.family is Family.TORCH and model.about.code:
         raise UntrustedError(
             f"{model.path} holds a whole Python module ({model.about.code[0]}): opening it would run code",

@@ -14,7 +14,7 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.export import export as run
 from prunectl.exporting.request import parse_request
 from prunectl.formats.registry import open_model
-from prunectl.graphs import network
+from prunectl.graphs import onnx as graphs
 from prunectl.pruning.destination import Destination
 from tests.contract import Array
 from tests.exporting import nets_torch
@@ -186,7 +186,7 @@ def test_onnx_becomes_onnx_of_another_version_and_keeps_what_is_said_of_it(tmp_p
 def test_what_is_too_large_for_one_file_has_its_numbers_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "MAX_MESSAGE_BYTES", 10_000)
+    monkeypatch.setattr(graphs, "MAX_MESSAGE_BYTES", 10_000)
     found = export("digits_cnn.pt", tmp_path / "m.onnx", builder=NET, input=["?,1,8,8"])
     assert any("its weights are in m.onnx.data" in remark for remark in found.notes)
     assert (tmp_path / "m.onnx").stat().st_size < 10_000

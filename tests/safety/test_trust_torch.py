@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from prunectl.errors import UntrustedError
-from prunectl.formats.torch import exported_trust, script_trust
+from prunectl.formats.torch import trust
 from tests.running import here
 from tests.safety.cost import assert_refused_cheaply, cost
 
@@ -239,7 +239,7 @@ def test_programs_of_many_kinds_are_on_the_lists(tmp_path: Path) -> None:
     given, path = (torch.ones(3, 7), torch.ones(2, 2)), tmp_path / "m.pt2"
     program = torch.export.export(Many(), given, {"scale": torch.ones(1)}, dynamic_shapes=shapes)
     torch.export.save(program, path, extra_files={"note.txt": "mine"})
-    safe, again = exported_trust.check_program(path), tmp_path / "again.pt2"
+    safe, again = trust.check_program(path), tmp_path / "again.pt2"
     with again.open("wb") as file:
         safe.write(file, safe.inputs)
     found = torch.export.load(again).module()(*given, scale=torch.ones(1))
@@ -250,14 +250,14 @@ def test_programs_of_many_kinds_are_on_the_lists(tmp_path: Path) -> None:
     "text", ["s0**2", "Max(1, s77) + 3*s0 // 2", "FloorDiv(Symbol('s27', positive=True), Integer(2))"]
 )
 def test_sizes_of_real_programs_are_on_the_list(text: str) -> None:
-    assert exported_trust.is_expression(text)
+    assert trust.is_expression(text)
 
 
 @pytest.mark.parametrize(
     "text", ["9**9**9**9", "Pow(9, 99999)", "s0.x", "exit()", "1if s0 else s1", "'__class__'", "[s0]"]
 )
 def test_sizes_that_do_more_are_not(text: str) -> None:
-    assert not exported_trust.is_expression(text)
+    assert not trust.is_expression(text)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_sizes_that_do_more_are_not(text: str) -> None:
     ],
 )
 def test_operators_of_scripts_that_do_more_than_compute_are_found(code: str) -> None:
-    assert script_trust.find_foreign(code)
+    assert trust.find_foreign(code)
 
 
 def prefixed(target: io.BytesIO, script: Path) -> tuple[int, int, bytes]:
@@ -327,6 +327,6 @@ def test_a_second_directory_that_pytorch_alone_finds_is_refused(where: str, cana
 def test_ordinary_scripts_pass(tmp_path: Path) -> None:
     net = torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU()))
     net.save(str(tmp_path / "m.pt"))
-    script_trust.check(tmp_path / "m.pt")
+    trust.check_script(tmp_path / "m.pt")
     with pytest.raises(UntrustedError):
-        script_trust.check(planted_script(tmp_path / "n.pt", tmp_path / "canary"))
+        trust.check_script(planted_script(tmp_path / "n.pt", tmp_path / "canary"))

@@ -15,8 +15,16 @@ from prunectl.channels.onnx.ops import OnnxOpContext, lower
 from prunectl.channels.onnx.shapes import StaticValues, infer_static
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.graphs.network import OnnxNetwork, graph_tensors, load_network
-from prunectl.graphs.nodes import STANDARD_DOMAINS, axes_behind, names_captured, names_read, opset_of
+from prunectl.graphs.onnx import (
+    STANDARD_DOMAINS,
+    OnnxNetwork,
+    axes_behind,
+    graph_tensors,
+    load_network,
+    names_captured,
+    names_read,
+    opset_of,
+)
 
 _FLOATS = frozenset({1, 10, 11})
 """Types of element that channels are cut from: float32, float16, float64."""

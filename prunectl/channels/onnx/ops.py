@@ -10,7 +10,7 @@ import numpy as np
 
 from prunectl.channels.graph import OpKind, WeightView
 from prunectl.channels.onnx.shapes import StaticValues
-from prunectl.graphs.nodes import find_attribute, get_attribute, input_of
+from prunectl.graphs.onnx import find_attribute, get_attribute, input_of
 
 if TYPE_CHECKING:
     from prunectl.channels.onnx.adapter import SizeConstants

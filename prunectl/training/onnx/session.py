@@ -12,17 +12,18 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.onnx.usage import CELLS
-from prunectl.graphs.network import (
+from prunectl.graphs.onnx import (
     GraphTensor,
     OnnxNetwork,
     OnnxSession,
     all_tensors,
+    axes_behind,
     load_message,
+    output_of,
     refer,
     set_tensor_data,
     stands_outside,
 )
-from prunectl.graphs.nodes import axes_behind, output_of
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
 from prunectl.training.task import FinalActivation, format_shape, shape_matches

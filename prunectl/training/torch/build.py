@@ -16,7 +16,7 @@ import torch
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Family, ModelFile, Role, Tensor
-from prunectl.formats.torch import exported_trust
+from prunectl.formats.torch.trust import check_program
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
 from prunectl.training.task import format_shape, shape_matches
@@ -27,7 +27,7 @@ from prunectl.training.user_code import call_builder, resolve_builder
 
 def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.ExportedProgram:
     """The program in a file; without trust, in an archive of our own that holds what is on the lists and no more."""
-    safe = None if origin.is_trusted else exported_trust.check_program(model.path)
+    safe = None if origin.is_trusted else check_program(model.path)
     try:
         if safe is None:
             program = torch.export.load(str(model.path))

@@ -11,7 +11,7 @@ import pytest
 
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
-from prunectl.graphs import network
+from prunectl.graphs import onnx as graphs
 from tests.contract import Array
 from tests.training.onnx.by_hand import meet
 from tests.training.onnx.models import load, node, normal, onnx, port, proto, run, save, sights
@@ -23,7 +23,7 @@ BIG = (64, 48)
 
 @pytest.fixture(autouse=True)
 def _little_stays_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "INLINE_BYTES", 1 << 12)
+    monkeypatch.setattr(graphs, "INLINE_BYTES", 1 << 12)
 
 
 def two_layers(dtype: Any = np.float32) -> tuple[list[Any], dict[str, Array]]:
@@ -312,5 +312,5 @@ def test_it_calculates_on_as_many_threads_as_the_environment_says(
     variable: str, asked: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    session = network.OnnxSession(FIXTURES / "digits_cnn.onnx", num_threads=asked)
+    session = graphs.OnnxSession(FIXTURES / "digits_cnn.onnx", num_threads=asked)
     assert session.runtime.get_session_options().intra_op_num_threads == expected
