@@ -31,9 +31,16 @@ from prunectl.api.keywords import (
     parse_text,
     ratio,
 )
-from prunectl.api.latency import bench, evaluate
-from prunectl.api.models import PATH_HINT, LiveModel, kind_of, prune_in_memory
-from prunectl.api.paths import is_url, local_path, model_path, shown_path
+from prunectl.api.models import (
+    PATH_HINT,
+    LiveModel,
+    is_url,
+    kind_of,
+    local_path,
+    model_path,
+    prune_in_memory,
+    shown_path,
+)
 from prunectl.api.pruning import (
     BlocksResult,
     ChannelResult,
@@ -55,7 +62,7 @@ from prunectl.api.results import (
     VerifyResult,
     meter_of,
 )
-from prunectl.api.training import finetune, sweep
+from prunectl.api.training import bench, evaluate, finetune, sweep
 from prunectl.calibration.sensitivity import sensitivity as sensitivity_of
 from prunectl.channels.groups import channel_groups
 from prunectl.checks import check as checking

@@ -1,22 +1,65 @@
-"""Models in memory: saved in a format of their own, pruned as that file, and loaded back into a copy."""
+"""Models as Python has them: by a path or a URL, and in memory.
+
+One in memory is saved in a format of its own, pruned as that file, and loaded back into a copy.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from prunectl.analysis.patterns import CHANNEL
+from prunectl.analysis.stats import ModelStats
+from prunectl.api.keywords import AnyPath, check_type
 from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.exporting.weights import save_arrays
+from prunectl.formats.detect import URL, public
 from prunectl.formats.registry import open_model
 from prunectl.formats.safetensors import CODES
 from prunectl.formats.scratch import temporary_folder
+
+
+def local_path(name: str, path: AnyPath) -> Path:
+    """A path on this machine."""
+    check_type(name, path, AnyPath)
+    if is_url(path):
+        is_written = name in {"output", "tried"}
+        to_read = "download it first; inspect, size, diff, prune and strip read a model at a URL"
+        raise UsageError(
+            f"{name} is a URL, where a file is needed",
+            hint="write it to a path on this machine, and upload it afterwards" if is_written else to_read,
+        )
+    return Path(path)
+
+
+def is_url(path: object) -> bool:
+    """Whether a model is elsewhere."""
+    return isinstance(path, str) and URL.match(path) is not None
+
+
+@contextmanager
+def model_path(name: str, path: AnyPath, *, is_read_whole: bool = False) -> Generator[Path]:
+    """Yield a path to a model on this machine or at a URL, of which no more is read than is needed."""
+    if not is_url(path):
+        yield local_path(name, path)
+        return
+    remote = importlib.import_module("prunectl.formats.remote")
+    with remote.mirrored(path, is_read_whole=is_read_whole) as mirror:
+        yield mirror
+
+
+def shown_path(path: AnyPath, stats: ModelStats) -> ModelStats:
+    """Statistics under the URL that the model was named by, and not under what stood for it here."""
+    return replace(stats, path=public(str(path))) if is_url(path) else stats
+
 
 PATH_HINT = "write prunectl.prune('model.pt', 'small.pt', sparsity='80%'), or None as output to write nothing"
 

@@ -34,7 +34,7 @@ from prunectl.errors import MissingExtraError
 from prunectl.exporting.compare import ExportResult
 from prunectl.formats.registry import open_model
 from prunectl.pruning.strip import Stripped
-from prunectl.reporting.checks.text import check_report
+from prunectl.reporting.check import check_report
 from prunectl.reporting.finetune import finetune_report
 from prunectl.reporting.inspect import add_channel_groups, inspect_report
 from prunectl.reporting.report import Column, Failure, Report, Section, Table, Unit, report_json

@@ -14,7 +14,7 @@ from prunectl.formats.registry import FORMATS
 from prunectl.plugins import group
 from prunectl.pruning.choices import Choice, choices
 from prunectl.pruning.strategies import STRATEGIES, Requires
-from prunectl.reporting.checks.ci import REPORT_FORMATS
+from prunectl.reporting.ci import REPORT_FORMATS
 from prunectl.reporting.report import SCHEMA, Layout
 from prunectl.reporting.reporter import BUG, CANCELLED
 from prunectl.training.data.spec import GENERAL, IMAGE_OPTIONS, RECORD_OPTIONS, TABLE_OPTIONS, TEXT_OPTIONS

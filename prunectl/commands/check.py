@@ -24,8 +24,8 @@ from prunectl.errors import PrunectlError, UsageError, attempt, writing
 from prunectl.formats import atomic
 from prunectl.formats.base import close_matches
 from prunectl.formats.registry import recognise
-from prunectl.reporting.checks.ci import REPORT_FORMATS
-from prunectl.reporting.checks.text import check_report
+from prunectl.reporting.check import check_report
+from prunectl.reporting.ci import REPORT_FORMATS
 from prunectl.reporting.reporter import Reporter, print_error
 from prunectl.units import parse_duration
 

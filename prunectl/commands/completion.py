@@ -32,7 +32,7 @@ from prunectl.formats.base import StripPart
 from prunectl.formats.registry import open_model
 from prunectl.pruning.choices import choices
 from prunectl.pruning.plan import Scope
-from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
+from prunectl.reporting.ci import REPORT_FORMATS as REPORTS
 from prunectl.training.config import LR_SCHEDULES
 
 

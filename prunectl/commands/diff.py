@@ -17,7 +17,7 @@ from prunectl.commands._command import make_command, resolve_model
 from prunectl.errors import UsageError
 from prunectl.formats.detect import public
 from prunectl.formats.registry import open_model
-from prunectl.reporting.checks.text import describe, table, verdict_sentence
+from prunectl.reporting.check import describe, table, verdict_sentence
 from prunectl.reporting.prune import before_after
 from prunectl.reporting.report import Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.reporting.reporter import Reporter

@@ -13,7 +13,7 @@ from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.training.backend import LoadOptions
 from prunectl.training.request import MOST_FREQUENCY, PointUnit, default_update_interval, parse_time_point
-from prunectl.training.wrap.wrappers import has_tfmot_class
+from prunectl.training.wrap import has_tfmot_class
 from prunectl.units import parse_ratio
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from prunectl.analysis.timing import Timed
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
-from prunectl.exporting.onnx_canonical import BATCH, canonical_names
-from prunectl.exporting.onnx_finish import OPSET, finalize
+from prunectl.exporting.onnx_finish import BATCH, OPSET, canonical_names, finalize
 from prunectl.exporting.weights import check_equal, exported_arrays, exported_tensors
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.graphs.onnx import load_message

@@ -55,7 +55,7 @@ from prunectl.training.request import (
 )
 from prunectl.training.runtimes import load_trainable
 from prunectl.training.task import COMPARING_LOSSES
-from prunectl.training.wrap.wrappers import (
+from prunectl.training.wrap import (
     WrapperSpec,
     check_wrappable,
     read_saved_pruning,

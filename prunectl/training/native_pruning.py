@@ -15,7 +15,7 @@ from prunectl.training.backend import GradientStatistic, TrainableModel
 from prunectl.training.config import TrainConfig
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.request import FinetuneRequest, MaskMode
-from prunectl.training.wrap.wrappers import ResumedSchedule, SavedPruning
+from prunectl.training.wrap import ResumedSchedule, SavedPruning
 
 
 @dataclass(frozen=True, slots=True)

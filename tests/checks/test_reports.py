@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from prunectl.checks.rules import ERROR, WARNING, CheckError, Finding, Findings
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import InputError
-from prunectl.reporting.checks.ci import REPORT_FORMATS
+from prunectl.reporting.ci import REPORT_FORMATS
 from tests.checks.checking import MODEL, RAW, prunectl, put
 from tests.checks.shapes import slips
 from tests.checks.specs import GITLAB, SARIF, junit_slips, openmetrics_samples

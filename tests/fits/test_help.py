@@ -23,7 +23,7 @@ from prunectl.formats.registry import FORMATS
 from prunectl.pruning.plan import POLICIES
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import STRATEGIES
-from prunectl.reporting.checks.ci import REPORT_FORMATS as REPORTS
+from prunectl.reporting.ci import REPORT_FORMATS as REPORTS
 from prunectl.training.data import spec
 from tests.checks.checking import MODEL, prunectl
 from tests.running import ROOT

@@ -19,7 +19,7 @@ from prunectl.commands import diff, doctor, export, init, plugins, size, strip, 
 from prunectl.commands.eval import evaluation_report
 from prunectl.formats.registry import open_model
 from prunectl.reporting import bench, finetune, inspect, prune, sensitivity, structured, sweep
-from prunectl.reporting.checks import text
+from prunectl.reporting import check as check_reports
 from prunectl.reporting.report import Cell, Column, Settings, Table, Unit
 from prunectl.reporting.reporter import make_console
 from prunectl.reporting.tables import print_table, shorten, shorten_all
@@ -44,7 +44,7 @@ MAIN: dict[str, tuple[Column, ...]] = {
     "init": init._COLUMNS,
     "plugins": plugins._COLUMNS,
     "doctor": doctor._EXTRAS,
-    "check": text._HUMAN,
+    "check": check_reports._HUMAN,
     "bench": bench._COLUMNS,
     "eval": evaluation_report((), None, (), ()).table.columns,
     "prune --pattern layers": structured._STACKS,

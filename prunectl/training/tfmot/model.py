@@ -33,7 +33,7 @@ from prunectl.training.tfmot.wrappers import (
     is_mixed_precision,
     wrap_layers,
 )
-from prunectl.training.wrap.wrappers import tfmot_reaches_end
+from prunectl.training.wrap import tfmot_reaches_end
 
 _NM_RANKS = frozenset({2, 4})
 

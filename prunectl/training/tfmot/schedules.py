@@ -10,7 +10,7 @@ from prunectl.errors import UsageError
 from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.training.keras.backend import load_keras2, load_tfmot
-from prunectl.training.wrap.wrappers import OURS, from_config, has_tfmot_class, power_of, to_config
+from prunectl.training.wrap import OURS, from_config, has_tfmot_class, power_of, to_config
 
 _MAX_STEPS = 10_000_000
 _sparsity = load_tfmot()

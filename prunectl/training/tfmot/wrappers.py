@@ -24,7 +24,7 @@ from prunectl.training.keras.compile import read_training_config
 from prunectl.training.keras.load import LoadedModel, WeightLayout, detect_layout, load
 from prunectl.training.keras.variable_names import match_variables
 from prunectl.training.quiet import ignore_warnings
-from prunectl.training.wrap.wrappers import WrapperSpec, has_tfmot_class
+from prunectl.training.wrap import WrapperSpec, has_tfmot_class
 
 WrapperSettings = Mapping[str, Any]
 """Arguments of `prune_low_magnitude` besides the layer."""

@@ -25,7 +25,7 @@ from prunectl.pruning.strip import stats_for_report
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.compile import read_training_config
-from prunectl.training.wrap.wrappers import WrapperSpec, verify_roundtrip, wrap, wrapper_format
+from prunectl.training.wrap import WrapperSpec, verify_roundtrip, wrap, wrapper_format
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

@@ -35,7 +35,7 @@ from prunectl.formats.torch.pickle.ir import IRNode
 from prunectl.formats.torch.strip.masks import StateDict, TensorData, iter_nested_dicts
 from prunectl.formats.zip_read import open_archive
 from prunectl.pruning.masks import Mask
-from prunectl.training.wrap.wrappers import WrapperSpec
+from prunectl.training.wrap import WrapperSpec
 
 ORIGINAL, MASK = "_orig", "_mask"
 """What torch.nn.utils.prune adds to the name of a weight."""

@@ -18,8 +18,8 @@ from prunectl.training.finetune import FinetuneResult, finetune
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.native_pruning import NativePruning
 from prunectl.training.request import FinetuneRequest, KeepWeights, MaskMode, ScheduleOptions
+from prunectl.training.wrap import read_saved_pruning
 from prunectl.training.wrap.prune import prune_wrapped
-from prunectl.training.wrap.wrappers import read_saved_pruning
 from tests.networks import tf_keras
 from tests.pruning import reference
 from tests.running import FIXTURES, here

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prunectl.errors import UsageError
 from prunectl.pruning.schedules import ChainedSchedule, Schedule, SparsitySchedule
-from prunectl.training.wrap.wrappers import ResumedSchedule, read_schedule
+from prunectl.training.wrap import ResumedSchedule, read_schedule
 from tests.networks import tf_keras
 
 tf_keras()

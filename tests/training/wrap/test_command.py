@@ -75,7 +75,7 @@ def test_a_schedule_of_ours_may_end_between_turns(tmp_path: Path) -> None:
 
 def test_turns_come_often_enough_on_a_short_way_and_reach_its_end(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow_model_optimization")
-    kept = pytest.importorskip("prunectl.training.wrap.wrappers").read_saved_pruning
+    kept = pytest.importorskip("prunectl.training.wrap").read_saved_pruning
     done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", "--schedule", "polynomial", "--end", "210")
     assert done.code == 0, done.err
     schedule = kept(open_model(tmp_path / "w.h5")).schedules["fc1"]

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from prunectl import __version__
 from prunectl.checks.rules import CheckError, Finding, Findings
 from prunectl.checks.schema import BUDGET, LAYER
-from prunectl.reporting.checks.text import (
+from prunectl.reporting.check import (
     as_html,
     as_json,
     describe,
