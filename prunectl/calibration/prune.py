@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,8 +40,6 @@ from prunectl.pruning.prune import prune as prune_file
 from prunectl.pruning.request import PruneRequest, resolve_method
 from prunectl.pruning.strategies import BlockContext, Requires, Strategy, magnitude
 
-Scores = Mapping[str, Array]
-
 
 def with_data_scores(
     read: Callable[[Tensor], Array],
@@ -58,7 +56,7 @@ def with_data_scores(
             tensor.name: statistics.gradient_scores(strategy.name, read(tensor), gradients[tensor.name])
             for tensor in tensors
         }
-        return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
+        return replace(method, strategy=_with_scores(strategy, scores_by_name)), ()
     if strategy.needs is Requires.PRODUCTS:
         is_ranked = scope is Scope.GLOBAL or isinstance(method.pattern, BlockPattern)
         scores_by_name = _costs(read, tensors, calibration, strategy) if is_ranked else {}
@@ -66,7 +64,7 @@ def with_data_scores(
             scores_by_name |= _costs_without_data(
                 read, [tensor for tensor in tensors if tensor.name not in scores_by_name]
             )
-        return replace(method, strategy=_with_scores(strategy, scores_by_name, 1.0)), ()
+        return replace(method, strategy=_with_scores(strategy, scores_by_name)), ()
     is_by_output = scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
     norms = _norms(calibration, tensors, strategy)
     unseen = tuple(tensor.name for tensor in tensors if tensor.name not in norms)
@@ -140,11 +138,11 @@ def _flat(sums: InputStatistics) -> Array:
     return np.concatenate([total.reshape(-1) for total in sums.totals.values()])
 
 
-def _with_scores(strategy: Strategy, scores_by_name: Scores, mean_norm: float) -> Strategy:
+def _with_scores(strategy: Strategy, scores_by_name: Mapping[str, Array]) -> Strategy:
     def score(weights: Array, context: BlockContext) -> Array:
         if context.name in scores_by_name:
             return scores_by_name[context.name]
-        return magnitude(weights, context).astype(np.float64) * mean_norm
+        return magnitude(weights, context).astype(np.float64)
 
     return replace(strategy, score=score, is_elementwise=False, is_precomputed=True, needs=Requires.NOTHING)
 
@@ -165,66 +163,100 @@ def prune(
     outputs.check(model, output)
     if request.is_matched:
         refuse_untrainable(model)
-    scope, needs = method.criteria.scope, method.strategy.needs
-    selection = planning.select_tensors(model, method.criteria)
-    reconstructs = needs is Requires.PRODUCTS or request.is_repaired
+    tensors = planning.select_tensors(model, method.criteria).tensors
+    with ExitStack() as stack:
+        with unchanged(model.states):
+            session = stack.enter_context(closing(_open_session(model, request, method, is_trusted=is_trusted)))
+            stack.enter_context(block_threads())
+            ready = _prepare(session, model, request, method, tensors=tensors, meter=meter)
+        pruned = prune_file(
+            model, request, output, has_digests=has_digests, method=ready.method, allow_empty=allow_empty
+        )
+        notes = (*pruned.notes, *ready.notes)
+        if ready.reconstructor is not None:
+            notes += _reconstruction_notes(pruned, ready.reconstructor, session.calibration.examples, request)
+        notes += tuple(ready.matcher.notes) if ready.matcher is not None else ()
+    return replace(pruned, notes=notes)
+
+
+def _reconstructs(request: PruneRequest, method: PruningMethod) -> bool:
+    """Whether kept weights change, to make up for those that are pruned."""
+    return method.strategy.needs is Requires.PRODUCTS or request.is_repaired
+
+
+def _open_session(
+    model: ModelFile, request: PruneRequest, method: PruningMethod, *, is_trusted: bool
+) -> CalibrationSession:
+    needs, reconstructs = method.strategy.needs, _reconstructs(request, method)
     # What is ranked over all tensors at once, or trained, has to be in memory at once.
     is_blockwise = needs is not Requires.GRADIENTS and not request.is_matched
     if reconstructs:
-        is_blockwise &= scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
-    with ExitStack() as stack:
-        with unchanged(model.states):
-            session = open_calibration(
-                model,
-                request,
-                is_blockwise=is_blockwise,
-                is_trusted=is_trusted,
-                needs_targets=needs is Requires.GRADIENTS,
-                # What the dense model says of a text is more than can be kept.
-                has_reference=reconstructs or (request.is_matched and model.folder is not None),
-            )
-            stack.enter_context(closing(session))
-            stack.enter_context(block_threads())
-            notes = session.notes
-            if reconstructs and scope is Scope.GLOBAL and model.folder is not None and not request.model:
-                notes += ("The whole model was loaded; with --scope layer it is gone through one block at a time.",)
-            reconstructor: Reconstructor | None = None
-            if reconstructs:
-                params = method.strategy.params
-                is_blockwise = isinstance(session.calibration, BlockwiseCalibration)
-                reconstructor = (BlockwiseReconstructor if is_blockwise else Reconstructor)(
-                    session.calibration,
-                    method.strategy.name if needs is Requires.PRODUCTS else "",
-                    request.is_repaired,
-                    params.get("damp", DAMP),
-                    params.get("blocksize", BLOCK),
-                    params.get("stages", 1),
-                )
-            if reconstructor is not None and needs is Requires.PRODUCTS and scope is Scope.GLOBAL:
-                reconstructor.rank = partial(_ranked, selection.tensors, method, session.calibration)
-            if needs is not Requires.NOTHING:
-                method, unseen = with_data_scores(model.read, selection.tensors, method, scope, session.calibration)
-                notes += note_about("ranked by magnitude, because their inputs cannot be captured", unseen)
-            matcher: OutputMatcher | None = None
-            if request.is_matched and session.trainable is not None:
-                start = masked if reconstructor is None else reconstructor.fit
-                copy = session.calibration.reference
-                matcher = OutputMatcher(
-                    session.calibration.batches, session.trainable, request, start, meter, copy=copy
-                )
-                method = replace(method, weight_updater=matcher.solve)
-            elif reconstructor is not None:
-                method = replace(
-                    method,
-                    weight_updater=_ReconstructWithBatchNorm(session, reconstructor).solve
-                    if request.is_repaired
-                    else reconstructor.solve,
-                )
-        pruned = prune_file(model, request, output, has_digests=has_digests, method=method, allow_empty=allow_empty)
-        if reconstructor is not None:
-            notes += _reconstruction_notes(pruned, reconstructor, session.calibration.examples, request)
-        notes += tuple(matcher.notes) if matcher is not None else ()
-    return replace(pruned, notes=(*pruned.notes, *notes))
+        is_blockwise &= method.criteria.scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
+    return open_calibration(
+        model,
+        request,
+        is_blockwise=is_blockwise,
+        is_trusted=is_trusted,
+        needs_targets=needs is Requires.GRADIENTS,
+        # What the dense model says of a text is more than can be kept.
+        has_reference=reconstructs or (request.is_matched and model.folder is not None),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A method that has looked at its data, and what changes the weights that it keeps."""
+
+    method: PruningMethod
+    reconstructor: Reconstructor | None
+    matcher: OutputMatcher | None
+    notes: tuple[str, ...]
+
+
+def _prepare(
+    session: CalibrationSession,
+    model: ModelFile,
+    request: PruneRequest,
+    method: PruningMethod,
+    *,
+    tensors: Sequence[Tensor],
+    meter: ProgressFactory,
+) -> _Prepared:
+    """Score the weights by the data, and have kept ones reconstructed or trained while they are pruned."""
+    calibration, notes = session.calibration, session.notes
+    scope, needs = method.criteria.scope, method.strategy.needs
+    reconstructor = _reconstructor(calibration, request, method) if _reconstructs(request, method) else None
+    if reconstructor is not None and scope is Scope.GLOBAL:
+        if model.folder is not None and not request.model:
+            notes += ("The whole model was loaded; with --scope layer it is gone through one block at a time.",)
+        if needs is Requires.PRODUCTS:
+            reconstructor.rank = partial(_ranked, tensors, method, calibration)
+    if needs is not Requires.NOTHING:
+        method, unseen = with_data_scores(model.read, tensors, method, scope, calibration)
+        notes += note_about("ranked by magnitude, because their inputs cannot be captured", unseen)
+    matcher: OutputMatcher | None = None
+    if request.is_matched and session.trainable is not None:
+        start = masked if reconstructor is None else reconstructor.fit
+        copy = calibration.reference
+        matcher = OutputMatcher(calibration.batches, session.trainable, request, start, meter, copy=copy)
+        method = replace(method, weight_updater=matcher.solve)
+    elif reconstructor is not None:
+        solver = _ReconstructWithBatchNorm(session, reconstructor) if request.is_repaired else reconstructor
+        method = replace(method, weight_updater=solver.solve)
+    return _Prepared(method, reconstructor, matcher, notes)
+
+
+def _reconstructor(calibration: Calibration, request: PruneRequest, method: PruningMethod) -> Reconstructor:
+    params = method.strategy.params
+    kind = BlockwiseReconstructor if isinstance(calibration, BlockwiseCalibration) else Reconstructor
+    return kind(
+        calibration,
+        method.strategy.name if method.strategy.needs is Requires.PRODUCTS else "",
+        request.is_repaired,
+        params.get("damp", DAMP),
+        params.get("blocksize", BLOCK),
+        params.get("stages", 1),
+    )
 
 
 def _reconstruction_notes(

@@ -30,7 +30,7 @@ from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import trial_line
 from prunectl.sweeping.journal import digests
 from prunectl.sweeping.max_drop import Search, SearchResult, Watcher, search
-from prunectl.sweeping.requests import check_channels, needs_data, prune_by_request
+from prunectl.sweeping.requests import check_channels, needs_data
 from prunectl.sweeping.trial import Variant
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.finetune import finetune
@@ -142,8 +142,8 @@ def prune_search(options: Prune, request: PruneRequest, limits: Mapping[str, Any
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
         # A small step may be less than a channel.
-        step_limits, step = {**limits, "allow_empty": True}, replace(pruning, sparsity=sparsity)
-        prune_by_request(path, step, output, is_trusted=origin.is_trusted, limits=step_limits)
+        trial = replace(options, allow_empty=True, manifest=None)
+        build_mode(trial, replace(pruning, sparsity=sparsity), limits)(path, output)
 
     choices = journal_key(
         {**asdict(request), "metric": options.metric, **limits}, {"sparsity", "is_packed"}.__contains__

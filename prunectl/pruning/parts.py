@@ -40,7 +40,7 @@ from prunectl.pruning.engine import PruningMethod, TensorCounts
 from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, Part, code_files, facts, is_as_noted
 from prunectl.pruning.masks import Threshold
 from prunectl.pruning.plan import Plan
-from prunectl.pruning.prune import Pruned, check_left, check_pattern, dropped_and_zeros, resolve_sparsity
+from prunectl.pruning.prune import Pruned, check_left, check_pattern, dropped_and_zeros, resolve_plan
 from prunectl.pruning.request import PruneRequest, code_specs, from_json, resolve_method
 
 _DONE, _SOURCE, _COUNTS = "done-", "source-", "counts-"
@@ -188,11 +188,7 @@ class _Task:
         ledger = Ledger.of(output.target)
         if not ledger.is_begun:
             outputs.check(model, output)
-        method = resolve_method(request)
-        selection = planning.select_tensors(model, method.criteria)
-        method, selection = engine.with_model_scores(model, selection, method)
-        sparsity = resolve_sparsity(model, request, selection, method)
-        plan = planning.make_plan(selection, method.criteria, sparsity)
+        method, sparsity, plan = resolve_plan(model, request, resolve_method(request))
         return cls(model, request, method, sparsity, plan, ledger, part)
 
     @property

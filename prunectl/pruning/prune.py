@@ -138,10 +138,7 @@ def _prune(
         require(model, Capability.PACK)
     outputs.check(model, output)
     with unchanged(model.states):
-        selection = planning.select_tensors(model, method.criteria)
-        method, selection = engine.with_model_scores(model, selection, method)
-        sparsity = resolve_sparsity(model, request, selection, method)
-        plan = planning.make_plan(selection, method.criteria, sparsity)
+        method, sparsity, plan = resolve_plan(model, request, method)
     with (
         outputs.staging_dir(model, output) as (folder, target),
         workers(2) as background,
@@ -272,7 +269,15 @@ def check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None
                 )
 
 
-def resolve_sparsity(model: ModelFile, request: PruneRequest, selection: Selection, method: PruningMethod) -> float:
+def resolve_plan(model: ModelFile, request: PruneRequest, method: PruningMethod) -> tuple[PruningMethod, float, Plan]:
+    """The method with its scores of the whole model, the sparsity, and how much is pruned of which tensor."""
+    selection = planning.select_tensors(model, method.criteria)
+    method, selection = engine.with_model_scores(model, selection, method)
+    sparsity = _resolve_sparsity(model, request, selection, method)
+    return method, sparsity, planning.make_plan(selection, method.criteria, sparsity)
+
+
+def _resolve_sparsity(model: ModelFile, request: PruneRequest, selection: Selection, method: PruningMethod) -> float:
     """The requested sparsity, or the one that gives the requested compression or size."""
     if isinstance(method.pattern, NMPattern):
         return method.pattern.zeros / method.pattern.group

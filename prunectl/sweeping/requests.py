@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.calibration.prune import prune as prune_with_data
 from prunectl.channels.config import parse_config
 from prunectl.channels.importance import RequiredData
-from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import UsageError
 from prunectl.plugins import find
 from prunectl.pruning import BATCH_SIZE, SAMPLES
-from prunectl.pruning.destination import Destination
-from prunectl.pruning.prune import Pruned, prune
 from prunectl.pruning.request import PruneRequest, check, check_shape, resolve_method
 from prunectl.pruning.schedules import CURVES
 from prunectl.pruning.strategies import Requires
@@ -33,32 +25,6 @@ def needs_data(request: PruneRequest) -> bool:
         return request.is_matched or (measure is not None and measure.needs is not RequiredData.NOTHING)
     is_repaired = request.is_repaired or request.is_matched
     return is_repaired or resolve_method(request).strategy.needs not in {Requires.NOTHING, Requires.TRAINING}
-
-
-def prune_by_request(
-    path: Path,
-    request: PruneRequest,
-    output: Destination | None,
-    *,
-    is_trusted: bool,
-    limits: Mapping[str, Any],
-    has_digests: bool = False,
-    meter: ProgressFactory = no_progress,
-) -> Pruned | ChannelPruneResult:
-    """Prune channels, or weights with data or without; limits are about channels, but for what may be empty."""
-    if request.pattern == CHANNEL:
-        cut: Any = {"has_digests": has_digests, "is_trusted": is_trusted, **limits}
-        return prune_channels(path, request, output, meter, **cut)
-    allow_empty = bool(limits.get("allow_empty"))
-    settings: Any = {
-        "has_digests": has_digests,
-        "method": check(request, allow_empty=allow_empty),
-        "meter": meter,
-        "allow_empty": allow_empty,
-    }
-    if request.data:
-        return prune_with_data(path, request, output, is_trusted=is_trusted, **settings)
-    return prune(path, request, output, **settings)
 
 
 ONE_SHOT = "constant"

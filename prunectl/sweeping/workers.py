@@ -20,7 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.sizes import CodecName, get_codec, measure
+from prunectl.calibration.prune import prune as prune_with_data
+from prunectl.channels.prune import prune_channels
 from prunectl.errors import (
     InputError,
     MissingExtraError,
@@ -35,8 +38,9 @@ from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import threads_from_env, usable_cores
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.prune import prune
 from prunectl.sweeping.journal import digest, trial_dir
-from prunectl.sweeping.requests import is_one_shot, prune_by_request, pruning_of, training_of
+from prunectl.sweeping.requests import is_one_shot, pruning_of, training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, diverged
 from prunectl.training.config import DivergedError
 from prunectl.training.evaluate import evaluate_baseline, evaluate_file
@@ -292,10 +296,14 @@ def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destinat
 
 
 def _write_pruned(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
+    request = pruning_of(config, trial)
     # A small step may be less than a channel.
-    prune_by_request(
-        path, pruning_of(config, trial), output, is_trusted=config.is_trusted, limits={"allow_empty": True}
-    )
+    if request.pattern == CHANNEL:
+        prune_channels(path, request, output, is_trusted=config.is_trusted, allow_empty=True)
+    elif request.data:
+        prune_with_data(path, request, output, is_trusted=config.is_trusted, allow_empty=True)
+    else:
+        prune(path, request, output, allow_empty=True)
 
 
 _GONE = 1
