@@ -8,6 +8,7 @@ digest where it has another time, as after a copy.
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import re
@@ -48,6 +49,21 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
+
+    def share_of(self, sizes: Mapping[str, int]) -> list[str]:
+        """Its shards, of all by their bytes."""
+        return shares(sizes, self.count)[self.number - 1]
+
+
+def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """The shards of each part: the biggest first, each to the part that has the fewest bytes so far."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, number = heapq.heappop(loads)
+        parts[number].append(name)
+        heapq.heappush(loads, (load + sizes[name], number))
+    return [sorted(part) for part in parts]
 
 
 def parse_part(text: str) -> Part:

@@ -7,7 +7,6 @@ whoever finds a shard in it does not do it again. The index comes with the join:
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +36,7 @@ from prunectl.pruning import engine, masks
 from prunectl.pruning import plan as planning
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.engine import PruningMethod, TensorCounts
-from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, Part, code_files, facts, is_as_noted
+from prunectl.pruning.ledger import SCHEMA, BucketLedger, Ledger, Part, code_files, facts, is_as_noted, shares
 from prunectl.pruning.masks import Threshold
 from prunectl.pruning.plan import Plan
 from prunectl.pruning.prune import Pruned, check_left, check_pattern, dropped_and_zeros, resolve_plan
@@ -73,17 +72,6 @@ class PartPruned:
     """Shards of all parts that are not there yet."""
 
 
-def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """The shards of each part: the biggest first, each to the part that has the fewest bytes so far."""
-    parts: list[list[str]] = [[] for _ in range(count)]
-    loads = [(0, number) for number in range(count)]
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        load, number = heapq.heappop(loads)
-        parts[number].append(name)
-        heapq.heappush(loads, (load + sizes[name], number))
-    return [sorted(part) for part in parts]
-
-
 def prune_part(
     source: Path,
     request: PruneRequest,
@@ -97,7 +85,7 @@ def prune_part(
     with reuse_worker():
         task = _Task.of(source, request, output, part)
         task.enter()
-        mine = shares(task.sizes, part.count)[part.number - 1]
+        mine = part.share_of(task.sizes)
         with meter(f"pruning part {part}", sum(task.sizes[name] for name in mine)) as bar:
             done = []
             for name in mine:
@@ -380,7 +368,7 @@ class _Task:
         that nobody has counted yet, so that no part waits for another.
         """
         names = [name for name, plan in self._plans.items() if plan.cuts]
-        mine = [name for name in shares(self.sizes, self.part.count)[self.part.number - 1] if name in names]
+        mine = [name for name in self.part.share_of(self.sizes) if name in names]
         start = names.index(mine[0]) if mine else 0
         order = [*mine, *(name for name in (*names[start:], *names[:start]) if name not in mine)]
         prefix, below, shift = 0, 0, None

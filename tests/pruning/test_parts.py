@@ -23,8 +23,7 @@ import prunectl
 from prunectl.api.pruning import PartResult, PruneResult
 from prunectl.errors import InputError, UntrustedError, UsageError
 from prunectl.formats.places import LibraryPlace
-from prunectl.pruning.ledger import BucketLedger
-from prunectl.pruning.parts import shares
+from prunectl.pruning.ledger import BucketLedger, shares
 from tests.formats.test_folder import files_of
 from tests.running import COMMAND, ROOT, clean, here
 

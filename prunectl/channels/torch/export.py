@@ -16,10 +16,10 @@ from torch.export import Dim, ExportedProgram
 
 from prunectl.channels.graph import Shape
 from prunectl.channels.lengths import no_shape, parse_input
+from prunectl.channels.torch.attention import split_packed_qkv
 from prunectl.channels.torch.fx import (
     WeightedProgram,
     arguments,
-    op_name,
     quiet,
     run_with_shapes,
     set_argument,
@@ -383,63 +383,6 @@ def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphMod
             if isinstance(sizes, list | tuple) and sizes and sizes[0] == size and type(sizes[0]) is int:
                 set_argument(node, name, [measured, *sizes[1:]])
     return torch.fx.GraphModule(module, graph)
-
-
-_BEFORE_SELECT: tuple[tuple[str, Mapping[str, int]], ...] = (
-    ("contiguous", {}),
-    ("squeeze", {"dim": -2}),
-    ("transpose", {"dim0": 0, "dim1": -2}),
-    ("unsqueeze", {"dim": 0}),
-)
-"""What stands between what is taken and what was taken apart, from behind."""
-
-
-def split_packed_qkv(graph: torch.fx.Graph) -> None:
-    """Take parts of the last axis directly where they are moved to the front first."""
-    for node in list(graph.nodes):
-        origin = _origin(node) if node.op == "call_function" and op_name(node) == "select" else None
-        if origin is not None:
-            packed, width, number = origin
-            with graph.inserting_before(node):
-                cut = graph.call_function(
-                    torch.ops.aten.slice.Tensor, (packed, -1, number * width, (number + 1) * width)
-                )
-                # As it lay in memory before: what follows may see it in another shape without a copy.
-                part = graph.call_function(torch.ops.aten.contiguous.default, (cut,))
-            cut.meta, part.meta = dict(node.meta), dict(node.meta)
-            node.replace_all_uses_with(part)
-            graph.erase_node(node)
-    graph.eliminate_dead_code(_has_effect)
-
-
-def _origin(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
-    """The source of a part, its width and its number."""
-    inputs = arguments(node)
-    if inputs["dim"] != 0 or type(inputs["index"]) is not int or inputs["index"] < 0:
-        return None
-    above = inputs["self"]
-    for name, expected in _BEFORE_SELECT:
-        arguments_of = arguments(above) if isinstance(above, torch.fx.Node) and above.op == "call_function" else {}
-        if (
-            not arguments_of
-            or op_name(above) != name
-            or any(arguments_of.get(key) != value for key, value in expected.items())
-        ):
-            return None
-        above = arguments_of["self"]
-    if above.op != "call_function" or op_name(above) != "unflatten":
-        return None
-    arguments_of = arguments(above)
-    sizes = arguments_of["sizes"]
-    if arguments_of["dim"] != -1 or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        return None
-    return arguments_of["self"], sizes[1], inputs["index"]
-
-
-def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether an operation may do more than give a value: only what took the parts apart goes."""
-    names = {"unflatten", *(name for name, _ in _BEFORE_SELECT)}
-    return node.op != "call_function" or op_name(node) not in names
 
 
 def _example(spec: str, default: torch.dtype) -> torch.Tensor:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, ModelInfo, Storage
 from prunectl.formats.budgets import MAX_AXES, MAX_FILES, MAX_LEGACY_FACT_BYTES, MAX_TAR_FACT_BYTES, MAX_VERSION_BYTES
-from prunectl.formats.extents import Extent, check_inside
+from prunectl.formats.extents import BLOCK_BYTES, Extent, check_inside
 from prunectl.formats.torch import model
 from prunectl.formats.torch.model import PickleSource
+from prunectl.formats.torch.pickle.edit import (
+    CheckpointContainer,
+    CheckpointEdits,
+    items,
+    storage_refs,
+    text,
+    text_node,
+    value,
+)
+from prunectl.formats.torch.pickle.ir import Bytes, IRNode, Mutation, emit_pickle, emitted, parse_ir
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, describe_value
 from prunectl.formats.torch.pickle.vm import interpret
 from prunectl.formats.torch.views import StorageInfo, parse_persistent_id
@@ -67,8 +78,62 @@ def _locate(
     return located
 
 
-BLOCK_BYTES = 512
-RECORD_BYTES = 20 * BLOCK_BYTES
+def mapped(path: Path) -> mmap.mmap:
+    """A file in memory; it stays open as long as something of its program lies in it."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+_PROTOCOL = b"\x80\x02"
+
+
+def open_legacy_container(model: ModelFile) -> CheckpointContainer:
+    """The program and the storages of a file."""
+    path, data, begin = model.path, mapped(model.path), 0
+    for _ in range(3):
+        begin = parse_ir(data, path, start=begin).end
+    ir = parse_ir(data, path, start=begin)
+    key_list = parse_ir(data, path, start=ir.end)
+    itemsizes = {ref.key: parse_persistent_id(path, value(ref.id)).dtype.itemsize for ref in storage_refs(ir.root)}
+    runs: dict[str, tuple[int, int]] = {}
+    offset = key_list.end
+    for node in items(key_list.root):
+        key = text(node)
+        key = str(value(node)) if key is None else key
+        if key not in itemsizes:
+            raise InputError(f"{path} is damaged: it lists a storage that no tensor uses")
+        nbytes = COUNT_BYTES + int.from_bytes(data[offset : offset + COUNT_BYTES], "little") * itemsizes[key]
+        runs[key] = offset, nbytes
+        offset += nbytes
+
+    def write(target: Path, edits: CheckpointEdits) -> None:
+        keys = [key for key in runs if key not in edits.dropped]
+        keys += [key for key in edits.new_storages if key not in runs]
+        with target.open("xb") as out:
+            out.write(memoryview(data)[:begin])
+            out.writelines(emit_pickle(edits.ir))
+            names = IRNode(b"]", [], [Mutation(ord("e"), [text_node(key) for key in keys])] if keys else [])
+            out.write(_PROTOCOL + emitted(names))
+            for key in keys:
+                out.writelines(_storage(data, runs, edits, key))
+
+    sizes = {key: nbytes - COUNT_BYTES for key, (_, nbytes) in runs.items()}
+    return CheckpointContainer(ir, str, sizes, write)
+
+
+def _storage(data: mmap.mmap, runs: dict[str, tuple[int, int]], edits: CheckpointEdits, key: str) -> Iterator[Bytes]:
+    if key in edits.new_storages:
+        new = edits.new_storages[key]
+        yield (new.nbytes // new.itemsize).to_bytes(COUNT_BYTES, "little")
+        yield from new.raw()
+        return
+    offset, nbytes = runs[key]
+    for begin in range(offset, offset + nbytes, BLOCK_BYTES):
+        yield data[begin : min(begin + BLOCK_BYTES, offset + nbytes)]
+
+
+_TAR_BLOCK = 512
+_RECORD_BYTES = 20 * _TAR_BLOCK
 """A tar is filled up to whole records: one that is not was cut."""
 
 _FILES = b"\x000"
@@ -77,23 +142,23 @@ _FILES = b"\x000"
 
 def _tar_entries(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
     """The first and the last byte of each plain file in a tar."""
-    if len(data) % RECORD_BYTES:
-        raise InputError(f"{path} is truncated: a tar has whole records of {RECORD_BYTES} bytes")
+    if len(data) % _RECORD_BYTES:
+        raise InputError(f"{path} is truncated: a tar has whole records of {_RECORD_BYTES} bytes")
     files: dict[str, tuple[int, int]] = {}
     offset = 0
     for _ in range(MAX_FILES):
-        header = data[offset : offset + BLOCK_BYTES]
-        if header == bytes(BLOCK_BYTES):
+        header = data[offset : offset + _TAR_BLOCK]
+        if header == bytes(_TAR_BLOCK):
             return files
         name, size = _tar_entry(path, header)
-        begin = offset + BLOCK_BYTES
+        begin = offset + _TAR_BLOCK
         if begin + size > len(data):
             raise InputError(f"{path} is truncated or damaged: its entry {name} reaches past the end")
         if header[156] in _FILES:
             if name in files:
                 raise InputError(f"{path} is refused: it holds two entries named {name}")
             files[name] = begin, begin + size
-        offset = begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+        offset = begin + -(-size // _TAR_BLOCK) * _TAR_BLOCK
     raise InputError(f"{path} is refused: it has more entries than prunectl allows")
 
 
@@ -101,7 +166,7 @@ def _tar_entry(path: Path, header: bytes) -> tuple[str, int]:
     stated = header[148:156].strip(b"\0 ")
     actual = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     try:
-        is_right = len(header) == BLOCK_BYTES and int(stated, 8) == actual
+        is_right = len(header) == _TAR_BLOCK and int(stated, 8) == actual
         size = int(header[124:136].strip(b"\0 ") or b"0", 8)
     except ValueError as error:
         raise InputError(f"{path} is truncated or damaged: a header in the tar is broken") from error

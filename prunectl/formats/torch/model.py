@@ -25,6 +25,9 @@ from prunectl.formats.torch.pickle.vm import PickleProgram, interpret
 from prunectl.formats.torch.views import StorageInfo, View
 from prunectl.formats.zip_read import Archive, ZipEntry
 
+SCRIPT_CODE = "TorchScript code"
+"""What a file is said to hold where there is code beside the weights, which knows their types."""
+
 
 def open_model(path: Path) -> ModelFile:
     """Open a zip that torch.save or torch.jit.save wrote."""
@@ -38,7 +41,7 @@ def open_model(path: Path) -> ModelFile:
         sources.append(pickle_source(archive, folder, "constants", prefix="CONSTANTS.c"))
     about = ModelInfo(
         producer=_producer(archive, folder, "TorchScript" if is_script else "zip"),
-        code=("TorchScript code",) if is_script else (),
+        code=(SCRIPT_CODE,) if is_script else (),
         code_bytes=sum(entry.extent.nbytes for entry in code),
         is_compressed=any(not entry.is_stored for entry in archive.entries.values() if entry not in code),
     )

@@ -66,6 +66,12 @@ class KerasLibrary:
         """JAX, where it does the work."""
         return require("jax", extra="jax")
 
+    @property
+    def misfits(self) -> tuple[type[Exception], ...]:
+        """What Keras raises where arrays do not fit together."""
+        more = (self.tensorflow.errors.InvalidArgumentError,) if self.is_on_tensorflow else ()
+        return (ValueError, TypeError, *more)
+
 
 @cache
 def _tensorflow_ops() -> SimpleNamespace:

@@ -41,14 +41,13 @@ def gradients(library: KerasLibrary, model: Any, variables: Sequence[Any], x: An
             "the data has no targets, which are needed for the gradients of the loss", hint="use data with targets"
         )
     differentiate = {"tensorflow": _by_tape, "torch": _by_torch, "jax": _by_jax}[library.backend]
-    failures = (library.tensorflow.errors.InvalidArgumentError,) if library.is_on_tensorflow else ()
     trainable = [variable for variable in variables if backend.is_float(variable)]
     try:
         for scale in _loss_scales(model):
             slopes = [slope / scale for slope in differentiate(_LossInputs(library, model, x, y, scale), trainable)]
             if all(np.isfinite(slope).all() for slope in slopes):
                 break
-    except (ValueError, TypeError, *failures) as error:
+    except library.misfits as error:
         raise UsageError(
             f"Keras cannot compute gradients: {error_line(error)}",
             hint="check that --loss and the targets fit the model",

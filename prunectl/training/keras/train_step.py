@@ -340,16 +340,10 @@ class CompiledModel:
             if self._custom_step is not None:
                 return self._custom_train_step(x, y)
             return self._on_batch("train", self._train_step, x, y)
-        except self._failures as error:
+        except self._library.misfits as error:
             if self._has_trained:
                 raise
             raise _refused("train on the first batch", error) from error
-
-    @property
-    def _failures(self) -> tuple[type[Exception], ...]:
-        """What Keras raises where arrays do not fit together."""
-        more = (self._library.tensorflow.errors.InvalidArgumentError,) if self._library.is_on_tensorflow else ()
-        return (ValueError, TypeError, *more)
 
     def _on_batch(self, verb: str, step: CompiledStep | None, x: Any, y: Any) -> Mapping[str, Any]:
         if step is not None:
@@ -415,7 +409,7 @@ class CompiledModel:
                 x, y = outputs.pack_inputs(self.model, batch.x), outputs.pack_targets(self.model, batch.y)
                 try:
                     logs = self._on_batch("test", self._test_step, x, y)
-                except self._failures as error:
+                except self._library.misfits as error:
                     raise _refused("evaluate a batch", error) from error
                 averager.update(logs, len(as_tuple(batch.x)[0]))
                 if (started or self._user_functions) and batch.y is not None:

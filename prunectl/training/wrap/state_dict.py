@@ -71,13 +71,12 @@ def _place(tensor: Tensor) -> object:
 
 def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
     """Write the copy; every weight gets its mask."""
-    archive = open_archive(model.path)
-    if strip.is_script(archive) or model.about.code:
+    if model.about.code:
         raise InputError(
             f"{model.path} is a whole pickled model, but masks can be added only to a state dict",
             hint="save it with torch.save(model.state_dict(), ...), or prune without --wrap",
         )
-    container = strip.open_zip_container(model, archive)
+    container = strip.open_zip_container(model, open_archive(model.path))
     root = container.ir.root
     masks = mask_entries(model, wrapping.masks)
     used_keys = {ask.key for ask in storage_refs(root)} | container.sizes.keys()

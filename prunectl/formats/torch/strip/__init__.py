@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipInfo
 
@@ -12,12 +12,10 @@ from prunectl.errors import InputError
 from prunectl.formats import budgets
 from prunectl.formats.base import WRAPPING, CopyChoice, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES
-from prunectl.formats.extents import BLOCK_BYTES
 from prunectl.formats.patch import patch_files
 from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
-from prunectl.formats.torch import views
-from prunectl.formats.torch.legacy import COUNT_BYTES
-from prunectl.formats.torch.model import read_marker, top_folder
+from prunectl.formats.torch.legacy import mapped, open_legacy_container
+from prunectl.formats.torch.model import SCRIPT_CODE, read_marker, top_folder
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     CheckpointEdits,
@@ -25,7 +23,6 @@ from prunectl.formats.torch.pickle.edit import (
     called,
     entries,
     is_tensor,
-    items,
     replace_entries,
     storage_keys,
     storage_ref,
@@ -33,9 +30,8 @@ from prunectl.formats.torch.pickle.edit import (
     text,
     text_node,
     texts,
-    value,
 )
-from prunectl.formats.torch.pickle.ir import Bytes, IRNode, Mutation, emit_pickle, emitted, parse_ir, reachable
+from prunectl.formats.torch.pickle.ir import IRNode, emit_pickle, parse_ir, reachable
 from prunectl.formats.torch.strip.masks import MaskedWeight, halve, iter_nested_dicts, materialise_masked, unwrap
 from prunectl.formats.zip_read import Archive, open_archive
 from prunectl.formats.zip_write import Content, rewrite_zip
@@ -181,9 +177,8 @@ def _open(model: ModelFile, options: StripOptions) -> CheckpointContainer | None
     """What can be changed; None where there is nothing that could go."""
     if model.format != "torch":
         return open_legacy_container(model)
-    archive = open_archive(model.path)
-    if not is_script(archive):
-        return open_zip_container(model, archive)
+    if SCRIPT_CODE not in model.about.code:
+        return open_zip_container(model, open_archive(model.path))
     if options.to_half:
         raise InputError(
             f"{model.path} is a TorchScript program, whose code fixes the type of its weights",
@@ -352,67 +347,7 @@ def _removed_items(
         counted |= item.storages
 
 
-_PROTOCOL = b"\x80\x02"
-
-
-def open_legacy_container(model: ModelFile) -> CheckpointContainer:
-    """The program and the storages of a file."""
-    path = model.path
-    with path.open("rb") as file:
-        # Stays open as long as something of the program lies in it.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    begin = 0
-    for _ in range(3):
-        begin = parse_ir(data, path, start=begin).end
-    ir = parse_ir(data, path, start=begin)
-    key_list = parse_ir(data, path, start=ir.end)
-    itemsizes = {
-        ref.key: views.parse_persistent_id(path, value(ref.id)).dtype.itemsize for ref in storage_refs(ir.root)
-    }
-    runs: dict[str, tuple[int, int]] = {}
-    offset = key_list.end
-    for node in items(key_list.root):
-        key = text(node)
-        key = str(value(node)) if key is None else key
-        if key not in itemsizes:
-            raise InputError(f"{path} is damaged: it lists a storage that no tensor uses")
-        nbytes = COUNT_BYTES + int.from_bytes(data[offset : offset + COUNT_BYTES], "little") * itemsizes[key]
-        runs[key] = offset, nbytes
-        offset += nbytes
-
-    def write(target: Path, edits: CheckpointEdits) -> None:
-        keys = [key for key in runs if key not in edits.dropped]
-        keys += [key for key in edits.new_storages if key not in runs]
-        with target.open("xb") as out:
-            out.write(memoryview(data)[:begin])
-            out.writelines(emit_pickle(edits.ir))
-            names = IRNode(b"]", [], [Mutation(ord("e"), [text_node(key) for key in keys])] if keys else [])
-            out.write(_PROTOCOL + emitted(names))
-            for key in keys:
-                out.writelines(_storage(data, runs, edits, key))
-
-    sizes = {key: nbytes - COUNT_BYTES for key, (_, nbytes) in runs.items()}
-    return CheckpointContainer(ir, str, sizes, write)
-
-
-def _storage(data: mmap.mmap, runs: dict[str, tuple[int, int]], edits: CheckpointEdits, key: str) -> Iterator[Bytes]:
-    if key in edits.new_storages:
-        new = edits.new_storages[key]
-        yield (new.nbytes // new.itemsize).to_bytes(COUNT_BYTES, "little")
-        yield from new.raw()
-        return
-    offset, nbytes = runs[key]
-    for begin in range(offset, offset + nbytes, BLOCK_BYTES):
-        yield data[begin : min(begin + BLOCK_BYTES, offset + nbytes)]
-
-
 ALIGNMENT = 64
-
-
-def is_script(archive: Archive) -> bool:
-    """Whether there is code beside the weights, which knows their types."""
-    folder = top_folder(archive)
-    return any(name.startswith((f"{folder}code/", f"{folder}constants.pkl")) for name in archive.entries)
 
 
 def open_zip_container(model: ModelFile, archive: Archive) -> CheckpointContainer:
@@ -420,43 +355,45 @@ def open_zip_container(model: ModelFile, archive: Archive) -> CheckpointContaine
     folder = top_folder(archive)
     entry = archive.entries[f"{folder}data.pkl"]
     if entry.is_stored:
-        with model.path.open("rb") as file:
-            # Stays open as long as something of the program lies in it.
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin = entry.extent.offset
-        ir = parse_ir(data, model.path, start=begin, end=begin + entry.extent.nbytes)
+        ir = parse_ir(mapped(model.path), model.path, start=begin, end=begin + entry.extent.nbytes)
     else:
         ir = parse_ir(archive.read(entry.name, MAX_PICKLE_BYTES), model.path)
 
     def name_of(key: str) -> str:
-        name = f"{folder}data/{key}"
-        return name if name in archive.entries or f"{folder}{key}" not in archive.entries else f"{folder}{key}"
+        names = _storage_names(folder, key)
+        return next(filter(archive.entries.__contains__, names), names[0])
 
-    def write(target: Path, edits: CheckpointEdits) -> None:
-        _write(archive, folder, target, edits)
+    sizes = {
+        name.removeprefix(start): entry.extent.nbytes
+        for start in _storage_names(folder, "")
+        for name, entry in archive.entries.items()
+    }
+    return CheckpointContainer(ir, name_of, sizes, partial(_write, archive, folder))
 
-    sizes = {name.removeprefix(f"{folder}data/"): entry.extent.nbytes for name, entry in archive.entries.items()}
-    sizes.update({name.removeprefix(folder): entry.extent.nbytes for name, entry in archive.entries.items()})
-    return CheckpointContainer(ir, name_of, sizes, write)
+
+def _storage_names(folder: str, key: str) -> tuple[str, str]:
+    """The entry of a storage, and what it is called where it lies beside the program."""
+    return f"{folder}data/{key}", f"{folder}{key}"
 
 
 def _write(archive: Archive, folder: str, target: Path, edits: CheckpointEdits) -> None:
-    written = {f"{folder}data/{key}": storage for key, storage in edits.new_storages.items()}
-    written.update({f"{folder}{key}": storage for key, storage in edits.new_storages.items()})
     data = f"{folder}data/"
-    dropped = {name for key in edits.dropped for name in (f"{data}{key}", f"{folder}{key}")}
+    dropped = {name for key in edits.dropped for name in _storage_names(folder, key)}
     # It promises that every storage lies where PyTorch's own writer would have put it.
     dropped.add(f"{folder}.format_version")
     names = [name for name in archive.entries if name not in dropped]
     last = max((index for index, name in enumerate(names) if name.startswith(data)), default=len(names) - 1)
     names[last + 1 : last + 1] = [
-        f"{data}{key}"
-        for key in edits.new_storages
-        if f"{data}{key}" not in archive.entries and f"{folder}{key}" not in archive.entries
+        f"{data}{key}" for key in edits.new_storages if archive.entries.keys().isdisjoint(_storage_names(folder, key))
     ]
     is_deflated = not all(entry.is_stored for name, entry in archive.entries.items() if name.startswith(data))
     pickle = b"".join(emit_pickle(edits.ir))
-    changed: dict[str, Content] = {name: (written[name].nbytes, written[name].raw()) for name in written}
+    changed: dict[str, Content] = {
+        name: (storage.nbytes, storage.raw())
+        for key, storage in edits.new_storages.items()
+        for name in _storage_names(folder, key)
+    }
     changed[f"{folder}data.pkl"] = len(pickle), (pickle,)
 
     def revise(info: ZipInfo) -> None:
