@@ -13,7 +13,7 @@ from prunectl.analysis import sizes
 from prunectl.analysis.copies import averaged_copies_hint
 from prunectl.analysis.stats import ModelStats, TensorStats, histogram, measure_stats, with_macs
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.formats.base import PRUNABLE, QUANTISED, WEIGHTS, Capability, ModelFile, Role, select_names
+from prunectl.formats.base import PRUNABLE, QUANTISED, WEIGHTS, Capability, ModelFile, Role, Tensor, select_names
 from prunectl.formats.registry import by_name, load, require
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def inspect_model(
     """A survey of a model with everything that is wanted in it."""
     if options.has_flops:
         require(model, Capability.FLOPS)
-    selected = select_names(model, options.layers) if options.layers else model.tensors
+    selected = _selected(model, options)
     total = sum(tensor.storage.stored_bytes for tensor in selected)
     with meter(f"reading {model.path.name}", total) as bar:
         stats = measure_stats(model, selected, has_zeros=options.has_zeros, pattern=pattern, tick=bar.advance)
@@ -122,6 +122,17 @@ def inspect_model(
     if options.order:
         stats = replace(stats, layers=tuple(sorted(stats.layers, key=_KEYS[options.order])))
     return replace(stats, pattern=options.pattern, advice=hints(stats))
+
+
+def _selected(model: ModelFile, options: InspectOptions) -> tuple[Tensor, ...]:
+    return select_names(model, options.layers) if options.layers else model.tensors
+
+
+def bytes_read(model: ModelFile, options: InspectOptions) -> int:
+    """How much is read to count zeros: the tensors that are shown, or whole files, where these are hashed as well."""
+    if options.has_digest:
+        return model.nbytes
+    return sum({tensor.storage.key: tensor.storage.stored_bytes for tensor in _selected(model, options)}.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunectl.analysis.inspect import InspectOptions, SortKey, inspect_model
+from prunectl.analysis.inspect import InspectOptions, SortKey, bytes_read, inspect_model
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands._command import (
     builder_option,
@@ -21,7 +21,7 @@ from prunectl.commands._command import (
     option_name,
 )
 from prunectl.errors import UsageError
-from prunectl.formats.base import ModelFile, select_names
+from prunectl.formats.base import ModelFile
 from prunectl.formats.detect import URL
 from prunectl.formats.extents import REMOTE
 from prunectl.formats.registry import open_model, uncollected
@@ -106,7 +106,7 @@ def inspect(
 
     def seen(path: Path) -> ModelStats:
         model = open_model(path)
-        read = _bytes_read(model, options)
+        read = bytes_read(model, options)
         takes_long = read > _MOST_COUNTED or any(file in REMOTE for file in model.files)
         own = replace(options, has_zeros=zeros and (reads_all or not takes_long))
         with uncollected():
@@ -151,14 +151,6 @@ def _measured(model: ModelFile, options: dict[str, Any], **settings: Any) -> Sen
     request = importlib.import_module("prunectl.pruning.request").PruneRequest(**options)
     result: Sensitivity = run(model, request, **settings)
     return result
-
-
-def _bytes_read(model: ModelFile, options: InspectOptions) -> int:
-    """How much is read to count zeros: the tensors that are shown, or whole files, where these are hashed as well."""
-    if options.has_digest:
-        return model.nbytes
-    shown = select_names(model, options.layers) if options.layers else model.tensors
-    return sum({tensor.storage.key: tensor.storage.stored_bytes for tensor in shown}.values())
 
 
 def _check(ctx: typer.Context, *, data: str, is_measured: bool, inputs: list[str] | None, groups: bool) -> None:

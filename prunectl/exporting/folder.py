@@ -14,14 +14,21 @@ from prunectl.exporting.compare import ExportResult
 from prunectl.exporting.job import ExportJob
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import TARGETS, Target, check_options
-from prunectl.exporting.weights import cast_tensor, check_equal, check_types, exported_dtype, exported_tensors
+from prunectl.exporting.weights import (
+    cast_tensor,
+    check_equal,
+    check_types,
+    exported_dtype,
+    exported_tensors,
+    save_tensors,
+)
 from prunectl.formats import atomic
 from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
 from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
-from prunectl.formats.folder import companions, copy_companions, training_state
+from prunectl.formats.folder import MASKS_IN_SHARDS, companions, copy_companions, training_state
 from prunectl.formats.registry import SUFFIXES, by_name, is_inside_folder, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
-from prunectl.formats.safetensors import CODES, SafetensorsEntry, by_width, shard_of, write_entries
+from prunectl.formats.safetensors import CODES, shard_of
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import stats_for_report
 
@@ -61,9 +68,7 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
     if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
         hint = f"remove them first: prunectl strip {path} -o OUT"
         if model.format == "shards":
-            hint = (
-                "strip removes them from one file alone; in PyTorch torch.nn.utils.prune.remove does before it is saved"
-            )
+            hint = MASKS_IN_SHARDS
         raise InputError(f"{path} holds masks of pruning", hint=hint)
     atomic.check_target(model, output.target, is_forced=output.is_forced, is_in_place=False)
     if target.name == "torch":
@@ -181,13 +186,7 @@ def _write(job: ExportJob, shard: _Shard, path: Path) -> None:
         arrays = ((tensor.name, tensor.view_key, cast_tensor(job, tensor)) for tensor in shard.tensors)
         importlib.import_module("prunectl.exporting.torch").save_state(arrays, path)
         return
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted(job.request.metadata))}}
-    entries = [_entry(job, tensor) for tensor in shard.tensors]
-    write_entries(path, header, sorted(entries, key=by_width))
-
-
-def _entry(job: ExportJob, tensor: Tensor) -> SafetensorsEntry:
-    return SafetensorsEntry(tensor.name, exported_dtype(job, tensor), tensor.shape, lambda: (cast_tensor(job, tensor),))
+    save_tensors(job, shard.tensors, {"format": "pt", **dict(sorted(job.request.metadata))}, path)
 
 
 def _write_index(job: ExportJob, shards: Sequence[_Shard], path: Path) -> None:

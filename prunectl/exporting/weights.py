@@ -85,12 +85,21 @@ def check_types(job: ExportJob, allowed: frozenset[str], title: str) -> None:
 
 def save_arrays(arrays: Sequence[tuple[str, Array]], metadata: Mapping[str, str], target: Path) -> None:
     """Write a safetensors file of arrays in memory."""
-    _save(starmap(array_entry, arrays), metadata, target)
+    _save(starmap(array_entry, arrays), dict(sorted(metadata.items())), target)
+
+
+def save_tensors(job: ExportJob, tensors: Iterable[Tensor], metadata: Mapping[str, str], target: Path) -> None:
+    """Write a safetensors file, with one tensor in memory at a time."""
+    _save((_entry(job, tensor) for tensor in tensors), metadata, target)
+
+
+def _entry(job: ExportJob, tensor: Tensor) -> SafetensorsEntry:
+    return SafetensorsEntry(tensor.name, exported_dtype(job, tensor), tensor.shape, lambda: (cast_tensor(job, tensor),))
 
 
 def _save(entries: Iterable[SafetensorsEntry], metadata: Mapping[str, str], target: Path) -> None:
     """Write a safetensors file, sorted by item size and then by name."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     write_entries(target, header, sorted(entries, key=by_width))
 
 
@@ -99,22 +108,15 @@ _OF_TORCH = frozenset({Family.TORCH, Family.TORCH_PROGRAM, Family.SAFETENSORS})
 
 
 def write_safetensors(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Export to safetensors, with one tensor in memory at a time."""
+    """Export to safetensors."""
     check_types(job, frozenset(CODES), "safetensors")
     metadata = {"format": "pt"} if job.file.family in _OF_TORCH or by_name(job.file.format).is_of_ranks else {}
-    _save(
-        [_entry(job, tensor) for tensor in exported_tensors(job.file)],
-        {**metadata, **dict(job.request.metadata)},
-        target,
-    )
+    metadata |= dict(job.request.metadata)
+    save_tensors(job, exported_tensors(job.file), dict(sorted(metadata.items())), target)
     result = open_model(target)
     written = {tensor.name: tensor for tensor in result.tensors}
     check_equal(job, exported_tensors(job.file), written, lambda name: result.read(written[name]))
     return _notes(job)
-
-
-def _entry(job: ExportJob, tensor: Tensor) -> SafetensorsEntry:
-    return SafetensorsEntry(tensor.name, exported_dtype(job, tensor), tensor.shape, lambda: (cast_tensor(job, tensor),))
 
 
 def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from prunectl.formats import registry, safetensors
 from prunectl.formats.base import WEIGHTS, ModelFile, ModelInfo, RemovedItem, Role, StripOptions, StripPart, Tensor
 from prunectl.formats.detect import AVERAGED, PIPELINE_INDEX, parts_without_index
 from prunectl.formats.extents import file_bytes
-from prunectl.formats.folder import OTHER_WEIGHTS, Companions, files_in, real_file, training_part
+from prunectl.formats.folder import MASKS_IN_SHARDS, OTHER_WEIGHTS, Companions, files_in, real_file, training_part
 from prunectl.formats.patch import HALVED, patch_files
 from prunectl.formats.safe_json import read_object
 
@@ -171,7 +171,7 @@ def _in_shards(model: ModelFile, part: Path) -> InputError:
     hint = f"make one file of them: prunectl export {part} -o OUT --shard-size 1TB"
     if has_masks:
         # Export refuses them, as strip does in shards.
-        hint = "masks are removed from one file alone, or in PyTorch: torch.nn.utils.prune.remove before it is saved"
+        hint = MASKS_IN_SHARDS
     return InputError(
         f"{part} is in shards, in which strip can neither store 16-bit floats nor remove single tensors", hint=hint
     )

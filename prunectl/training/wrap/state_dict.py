@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from prunectl.errors import InputError
-from prunectl.formats.base import Array, ModelFile, Tensor
+from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safetensors import (
     SafetensorsEntry,
     array_entry,
@@ -45,10 +45,10 @@ def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array
     """The masks of all tensors that need one, as numbers of the type of their weight."""
     known = {tensor.name: tensor for tensor in model.tensors}
     arrays: dict[str, Array] = {}
-    by_place = {_place(known[name]): name for name in masks}
+    by_view = {known[name].view_key: name for name in masks}
     by_storage: dict[str, str] = {known[name].storage.key: name for name in masks}
     for tensor in model.tensors:
-        name = by_place.get(_place(tensor))
+        name = by_view.get(tensor.view_key)
         if name is not None:
             arrays[tensor.name] = np.ascontiguousarray(masks[name]).astype(tensor.dtype)
         elif tensor.storage.key in by_storage:
@@ -63,10 +63,6 @@ def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array
             if new in names:
                 raise InputError(f"{model.path} already has a tensor {new} beside {name}")
     return arrays
-
-
-def _place(tensor: Tensor) -> object:
-    return (tensor.storage.key, tensor.start, tensor.shape, tensor.strides, tensor.dtype)
 
 
 def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
