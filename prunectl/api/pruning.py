@@ -58,7 +58,7 @@ class PruneResult(EngineResult, Pruned):
         """Sizes and sparsity before and after."""
         pruned = f"pruned    {count(self.plan.drop)} of {count(self.plan.size)} weights"
         lines = (title_of(self.before, self.output), *size_lines(self.before, self.after), pruned)
-        return (*lines, *(_found(self.search) or _next(self.output)))
+        return (*lines, *_next(self.output, self.search))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -79,7 +79,7 @@ class ChannelResult(EngineResult, ChannelPruneResult):
         """Sizes and channels before and after."""
         removed = f"removed   {count(self.dropped)} of {count(self.channels)} channels"
         lines = (title_of(self.before, self.output), *size_lines(self.before, self.after), removed)
-        return (*lines, *(_found(self.search) or _next(self.output)))
+        return (*lines, *_next(self.output, self.search))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -126,15 +126,16 @@ def _with_search(report: Report, search: SearchResult | None, data: str) -> Repo
     return report if search is None else with_search(report, search, data, looks_at_data=bool(data))
 
 
-def _found(search: SearchResult | None) -> tuple[str, ...]:
-    """What a search came to, in a line."""
-    if search is None:
-        return ()
+def search_line(search: SearchResult) -> str:
+    """What a search came to."""
     base, result = search.base, search.result
-    return (f"{base.metric}  {base.value:.4g} -> {result.value:.4g}, {len(search.tried)} sparsities tried",)
+    return f"{base.metric}  {base.value:.4g} -> {result.value:.4g}, {len(search.tried)} sparsities tried"
 
 
-def _next(output: str) -> tuple[str, ...]:
+def _next(output: str, search: SearchResult | None = None) -> tuple[str, ...]:
+    """What a search came to, or how to measure the accuracy."""
+    if search is not None:
+        return (search_line(search),)
     if not output:
         return ()
     return ("Accuracy was not measured.", f"Next: prunectl.evaluate({output!r}, DATA), or prunectl.finetune")

@@ -25,7 +25,7 @@ from prunectl.api.keywords import (
     ratio,
 )
 from prunectl.api.models import local_path
-from prunectl.api.pruning import trial_teller
+from prunectl.api.pruning import search_line, trial_teller
 from prunectl.api.results import (
     EngineResult,
     EvaluationResult,
@@ -72,9 +72,7 @@ class TrainingSearchResult(EngineResult, TrainingSearch):
 
     def lines(self) -> tuple[str, ...]:
         """Sizes and the metric before and after."""
-        base, result = self.search.base, self.search.result
-        trials = f"{base.metric}  {base.value:.4g} -> {result.value:.4g}, {len(self.search.tried)} sparsities tried"
-        return (title_of(self.before, self.output), *size_lines(self.before, self.after), trials)
+        return (title_of(self.before, self.output), *size_lines(self.before, self.after), search_line(self.search))
 
 
 @overload

@@ -21,8 +21,7 @@ from prunectl.pruning.choices import Choice
 from prunectl.pruning.plan import Scope
 from prunectl.pruning.request import PruneRequest, check_matching
 from prunectl.pruning.strategies import bind_params
-
-_POWERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+from prunectl.units import parse_size
 
 
 class TargetKind(StrEnum):
@@ -51,12 +50,11 @@ def parse_target(kind: TargetKind, text: str) -> SizeTarget:
     match = re.fullmatch(r"-(\d+(?:\.\d+)?)%", text.strip())
     if match is not None and float(match[1]) <= 100:
         return SizeTarget(kind, share=1 - float(match[1]) / 100)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.strip().lower())
-    if match is None:
+    if re.fullmatch(r"\d+(?:\.\d+)?[kmg]?", text.strip().lower()) is None:
         raise UsageError(
             f"{text!r} is not a number of {kind}", hint="write -50% for half of them, or a number such as 1.5M"
         )
-    return SizeTarget(kind, number=int(float(match[1]) * _POWERS[match[2]]))
+    return SizeTarget(kind, number=parse_size(text))
 
 
 def smallest_ratio(

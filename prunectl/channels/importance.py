@@ -18,7 +18,7 @@ from prunectl.channels.lengths import DataShapes
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.pruning.request import PruneRequest
-from prunectl.pruning.strategies import fnv1a, splitmix64
+from prunectl.pruning.strategies import uniform_numbers
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import EpochOrder
 
@@ -236,10 +236,7 @@ def _means(scores: Scores, slices: ChannelSlices) -> Scores:
 
 def random_importance(group: ChannelGroup, seed: int) -> Scores:
     """Numbers that only the seed, the group and the position in it decide."""
-    start = np.uint64(fnv1a(f"{seed}/{group.name}"))
-    bits = splitmix64(np.arange(len(group), dtype=np.uint64) + start)
-    # Of the upper 53 bits, as many as a float64 holds exactly; above zero, as they are divided by their mean.
-    return (bits >> np.uint64(11)).astype(np.float64) / 2**53
+    return uniform_numbers(len(group), f"{seed}/{group.name}")
 
 
 def channel_rows(weights: Array, axis: int) -> NDArray[np.float64]:

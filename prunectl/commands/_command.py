@@ -115,6 +115,11 @@ def custom_objects_option(group: Callable[..., Any]) -> Any:
     return group(metavar="MOD:DICT", help="Custom Keras objects by name: layers.py:OBJECTS.")
 
 
+def import_option(group: Callable[..., Any]) -> Any:
+    """The option that names modules to import first, in a group of options."""
+    return group("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
+
+
 def option_name(ctx: typer.Context, name: str) -> str:
     """How an option is typed, in its longest form, by the name of its parameter: `--input` for `inputs`."""
     spellings = [spelling for param in ctx.command.params if param.name == name for spelling in param.opts]

@@ -22,6 +22,11 @@ from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.units import parse_ratio, parse_size
 
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
+OutputOption = Annotated[
+    str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
+]
+
 
 class OutputOptions:
     """The options of a command that writes one output; those that a command does not have are never given."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunectl.commands._command import builder_option, custom_objects_option, make_command, option_group
+from prunectl.commands._command import builder_option, custom_objects_option, import_option, make_command, option_group
 from prunectl.commands._requests import import_first
 from prunectl.errors import UsageError
 from prunectl.exporting.bench import BenchRequest, bench, parse_request
@@ -42,9 +42,7 @@ def bench_models(
     ] = None,
     builder: Annotated[str, builder_option(_file)] = "",
     custom_objects: Annotated[str, custom_objects_option(_file)] = "",
-    imports: Annotated[
-        list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
-    ] = None,
+    imports: Annotated[list[str] | None, import_option(_file)] = None,
     trust: Annotated[bool, _file("--trust", help="Allow code stored in the models to run.")] = False,
 ) -> int:
     """Measure how fast models are, each in the runtime that opens it, and whether they differ by more than noise.

@@ -16,6 +16,7 @@ from prunectl.analysis.sizes import LimitCheck
 from prunectl.commands._command import (
     builder_option,
     custom_objects_option,
+    import_option,
     make_command,
     option_group,
     resolve_stdin,
@@ -67,9 +68,7 @@ def evaluate(
     max_: Annotated[str, _limit("--max", metavar="VALUE", help="Highest value of a loss or an error.")] = "",
     builder: Annotated[str, builder_option(_file)] = "",
     custom_objects: Annotated[str, custom_objects_option(_file)] = "",
-    imports: Annotated[
-        list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
-    ] = None,
+    imports: Annotated[list[str] | None, import_option(_file)] = None,
     trust: Annotated[bool, _file("--trust", help="Allow code stored in the models to run.")] = False,
 ) -> int:
     """Measure how good models are on data: any format that can be run, several at once.

@@ -8,8 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from prunectl.commands._command import builder_option, custom_objects_option, make_command, option_group
-from prunectl.commands._requests import BuildCommand, OutputOptions, import_first, request_options
+from prunectl.commands._command import builder_option, custom_objects_option, import_option, make_command, option_group
+from prunectl.commands._requests import (
+    BuildCommand,
+    ModelArgument,
+    OutputOption,
+    OutputOptions,
+    import_first,
+    request_options,
+)
 from prunectl.exporting.compare import Comparison, ExportResult
 from prunectl.exporting.export import export
 from prunectl.exporting.request import BATCH_SIZE, OPTIONS, SAMPLES, parse_request
@@ -112,10 +119,8 @@ class Export(OutputOptions):
     [dim]$[/] prunectl export net.pt -o net.onnx --builder net.py:Net --input '?,1,8,8'
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
-    ] = ""
+    model: ModelArgument
+    output: OutputOption = ""
     to: Annotated[str, typer.Option(metavar="FORMAT", help="Output format, e.g. onnx; else by OUT's suffix.")] = ""
     opset: Annotated[int | None, typer.Option(help="ONNX opset version.  [default: 18]")] = None
     metadata: Annotated[
@@ -149,9 +154,7 @@ class Export(OutputOptions):
     ] = ""
     builder: Annotated[str, builder_option(_file)] = ""
     custom_objects: Annotated[str, custom_objects_option(_file)] = ""
-    imports: Annotated[
-        list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
-    ] = None
+    imports: Annotated[list[str] | None, import_option(_file)] = None
     trust: Annotated[bool, _file("--trust", help="Allow code stored in MODEL to run.")] = False
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
 

@@ -9,8 +9,17 @@ from typing import Annotated
 
 import typer
 
-from prunectl.commands._command import builder_option, custom_objects_option, make_command, option_group
-from prunectl.commands._requests import BuildCommand, Mode, OutputOptions, check_options, import_first, request_options
+from prunectl.commands._command import builder_option, custom_objects_option, import_option, make_command, option_group
+from prunectl.commands._requests import (
+    BuildCommand,
+    Mode,
+    ModelArgument,
+    OutputOption,
+    OutputOptions,
+    check_options,
+    import_first,
+    request_options,
+)
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.plan import Scope
 from prunectl.reporting.finetune import TrainingProgress, finetune_report
@@ -45,10 +54,8 @@ class Finetune(OutputOptions):
     huber, and hinge (targets 0 and 1, or -1 and 1).
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
-    ] = ""
+    model: ModelArgument
+    output: OutputOption = ""
     data: Annotated[str, _data(metavar="SPEC", help="Training data: train.npz, images/, t.csv?target=y …")]
     val: Annotated[str, _data(metavar="SPEC", help="Validation data, e.g. test.npz.")] = ""
     val_split: Annotated[str, _data(metavar="RATIO", help="Share of --data held out for validation: 10%.")] = ""
@@ -156,9 +163,7 @@ class Finetune(OutputOptions):
     logdir: Annotated[Path | None, _long(metavar="DIR", help="Write metrics.jsonl and TensorBoard events here.")] = None
     builder: Annotated[str, builder_option(_file)] = ""
     custom_objects: Annotated[str, custom_objects_option(_file)] = ""
-    imports: Annotated[
-        list[str] | None, _file("--import", metavar="MOD", help="Import this module first: net, or ./net.py.")
-    ] = None
+    imports: Annotated[list[str] | None, import_option(_file)] = None
     trust: Annotated[bool, _file("--trust", help="Allow code stored in MODEL to run.")] = False
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")] = False
     in_place: Annotated[bool, typer.Option("--in-place", help="Overwrite MODEL itself, instead of --output.")] = False

@@ -29,6 +29,8 @@ from prunectl.commands._requests import (
     CHANNEL_LIMITS,
     BuildCommand,
     Mode,
+    ModelArgument,
+    OutputOption,
     OutputOptions,
     check_options,
     request_options,
@@ -90,10 +92,8 @@ class Prune(OutputOptions):
     [dim]$[/] prunectl prune model.onnx -o thin.onnx --pattern channel -s 50%
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
-    ] = ""
+    model: ModelArgument
+    output: OutputOption = ""
     sparsity: Annotated[
         str,
         _much(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from prunectl.commands._command import make_command, resolve_model
-from prunectl.commands._requests import BuildCommand, OutputOptions
+from prunectl.commands._requests import BuildCommand, ModelArgument, OutputOption, OutputOptions
 from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
 from prunectl.formats.detect import URL, public
@@ -66,10 +66,8 @@ class Strip(OutputOptions):
     [dim]$[/] prunectl strip model.pt -o small.pt --only masks,optimizer --pack
     """
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="OUT", help="File or folder to write; - is standard output.")
-    ] = ""
+    model: ModelArgument
+    output: OutputOption = ""
     only: Annotated[str, typer.Option(metavar="PARTS", help=f"Remove only these parts: {', '.join(StripPart)}.")] = ""
     keep: Annotated[
         Keep | None, typer.Option(help="Of the weights and their moving average (EMA), which copy to keep.")

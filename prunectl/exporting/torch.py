@@ -6,8 +6,8 @@ import copy
 import importlib
 import io
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.quiet import quiet_conversion
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, load_program
+from prunectl.training.torch.layer_inputs import without_mha_fastpath
 from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy, to_torch
 
 
@@ -112,17 +113,6 @@ class TorchRunnable:
                 return module(*tensors)
 
         return run
-
-
-@contextmanager
-def without_mha_fastpath() -> Iterator[None]:
-    """Disable the fused fast path of transformer encoders, an operator that no other runtime has."""
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 def run_module(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:

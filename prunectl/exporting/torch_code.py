@@ -27,11 +27,12 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec
 from prunectl.exporting.request import BATCH_SIZE
-from prunectl.exporting.torch import run_module, without_mha_fastpath
+from prunectl.exporting.torch import run_module
 from prunectl.exporting.weights import cast_down, save_arrays
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training.quiet import quiet_conversion
+from prunectl.training.torch.layer_inputs import without_mha_fastpath
 from prunectl.training.torch.tensors import to_numpy, to_torch
 
 _INPUT_DTYPES = frozenset({"float16", "float32", "float64", "uint8", "int32", "int64", "bool"})

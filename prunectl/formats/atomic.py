@@ -325,13 +325,10 @@ _PAUSE = 0.05
 def flush(path: Path) -> None:
     """Wait until a file, or every file in a folder, is on the disk."""
     for file in _files(path):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with _opened(file) as fd:
             _sync_range(fd, _WRITE)
             _sync_range(fd, _WAIT)
             os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def flush_meanwhile(folder: Path, is_written: Event) -> None:
@@ -344,11 +341,8 @@ def flush_meanwhile(folder: Path, is_written: Event) -> None:
             for file in _files(folder):
                 changed = file.stat().st_mtime_ns
                 if begun.get(file) != changed:
-                    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                    try:
+                    with _opened(file) as fd:
                         _sync_range(fd, _WRITE)
-                    finally:
-                        os.close(fd)
                     begun[file] = changed
 
 
@@ -375,9 +369,14 @@ def _sync_range(fd: int, how: int) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    with suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    with suppress(OSError), _opened(path) as fd:
+        os.fsync(fd)
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -19,7 +19,7 @@ from prunectl.analysis.tensor_io import nonzero_mask
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
 from prunectl.pruning.masks import Mask
-from prunectl.pruning.strategies import fnv1a, splitmix64
+from prunectl.pruning.strategies import uniform_numbers
 
 MAX_CLUSTERS = 1 << 16
 """A code of 16 bits; more values than that are no code book."""
@@ -77,7 +77,7 @@ def clustered(make: Callable[[], Blocks], clustering: Clustering, name: str, see
     if values.size:
         dtype, size = kept[0].dtype, sum(block.size for block, _ in pruned)
         del kept
-        uniform = _uniform_numbers(clustering.count, f"{seed}/{name}/clusters")
+        uniform = uniform_numbers(clustering.count, f"{seed}/{name}/clusters")
         book = codebook(values, clustering, uniform, has_zeros=values.size < size, dtype=dtype)
         codes = book.astype(dtype)
         for block, _ in pruned:
@@ -153,12 +153,6 @@ def _move_off_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], dtyp
         if own.size:
             centroids[cluster] = own[np.argmin(np.abs(own))]
     return centroids
-
-
-def _uniform_numbers(count: int, key: str) -> Wide:
-    """Numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
-    bits = splitmix64(np.arange(count, dtype=np.uint64) + np.uint64(fnv1a(key)))
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _linear(values: Wide, uniform: Wide, _: float) -> Wide:

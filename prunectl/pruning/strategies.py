@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,7 @@ def lamp(weights: Array, context: BlockContext) -> Array:
 def random(weights: Array, context: BlockContext) -> Array:
     """Score each weight by a hash of its index, its tensor and the seed."""
     indices = np.arange(context.begin, context.begin + weights.size, dtype=np.uint64)
-    bits = splitmix64(indices + np.uint64(fnv1a(f"{context.seed}/{context.name}")))
+    bits = _splitmix64(indices + np.uint64(_fnv1a(f"{context.seed}/{context.name}")))
     # The upper 24 bits are as many as a float32 holds exactly.
     return (bits >> np.uint64(40)).astype(np.float32).reshape(weights.shape)
 
@@ -150,7 +150,7 @@ def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str =
 
 def sample_depth_bias(seed: int) -> str:
     """The bias drawn by a seed: late or early with odds of 30 % each, else uniform."""
-    number = float(splitmix64(fnv1a(f"{seed}/bias")) >> 11) / (1 << 53)
+    number = float(uniform_numbers(1, f"{seed}/bias")[0])
     return BIASES[sum(number >= odds for odds in _BIAS_ODDS)]
 
 
@@ -223,14 +223,15 @@ STRATEGIES = (
 )
 
 
-@overload
-def splitmix64(numbers: int) -> int: ...
-@overload
-def splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
-def splitmix64(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
+def uniform_numbers(count: int, key: str) -> NDArray[np.float64]:
+    """Numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
+    bits = _splitmix64(np.arange(count, dtype=np.uint64) + np.uint64(_fnv1a(key)))
+    # Of the upper 53 bits, as many as a float64 holds exactly.
+    return (bits >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def _splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The splitmix64 finaliser of each number (Steele, Lea and Flood 2014)."""
-    if isinstance(numbers, int):
-        return int(splitmix64(np.array([numbers], np.uint64))[0])
     with np.errstate(over="ignore"):
         bits = numbers * np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -238,7 +239,7 @@ def splitmix64(numbers: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
     return bits ^ (bits >> np.uint64(31))
 
 
-def fnv1a(text: str) -> int:
+def _fnv1a(text: str) -> int:
     """The FNV-1a hash of a text, in 62 bits to leave room for indices."""
     digest = 0xCBF29CE484222325
     for byte in text.encode():

@@ -10,10 +10,9 @@ from typing import Any
 from prunectl.errors import WorkError
 from prunectl.pruning.destination import Destination
 from prunectl.sweeping.grid import amount, check_limit, drop, make_bracket
-from prunectl.sweeping.journal import digest, find_stale, open_journal, trial_dir
-from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant, diverged
-from prunectl.sweeping.workers import evaluate, threads_per_worker
-from prunectl.training.config import DivergedError
+from prunectl.sweeping.journal import digest, find_stale, open_journal
+from prunectl.sweeping.trial import BASELINE, Trial, TrialResult, Variant
+from prunectl.sweeping.workers import evaluate, make_trial, threads_per_worker
 from prunectl.training.max_drop import MaxDrop
 from prunectl.training.request import FinetuneRequest
 
@@ -93,13 +92,9 @@ def search(path: Path, request: Search, folder: Path, watcher: Watcher) -> Searc
 
 
 def _run_trial(path: Path, request: Search, folder: Path, trial: Trial) -> TrialResult:
-    """Make a sparsity in its own folder, and return what came of it."""
-    output = Destination(trial_dir(folder, trial) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
-    try:
-        request.build(path, trial.sparsity, output)
-    except DivergedError as error:
-        return diverged(trial, error)
-    return evaluate(output.target, request.evaluation, output.target.relative_to(folder).as_posix())
+    return make_trial(
+        path, folder, trial, request.evaluation, lambda output: request.build(path, trial.sparsity, output)
+    )
 
 
 def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:

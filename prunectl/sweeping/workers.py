@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -273,12 +273,21 @@ def run_trial(path: Path, config: SweepConfig, folder: Path, trial: Trial) -> Tr
     """Make a point in its own folder, which only a noted point needs to keep, and return what came of it."""
     if trial == BASELINE:
         return evaluate(path, training_of(config, BASELINE), "")
+    return make_trial(
+        path, folder, trial, training_of(config, BASELINE), lambda output: _write_trial(path, config, trial, output)
+    )
+
+
+def make_trial(
+    path: Path, folder: Path, trial: Trial, evaluation: FinetuneRequest, write: Callable[[Destination], None]
+) -> TrialResult:
+    """Have a trial written to its own folder, and return what came of it."""
     output = Destination(trial_dir(folder, trial) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
     try:
-        _write_trial(path, config, trial, output)
+        write(output)
     except DivergedError as error:
         return diverged(trial, error)
-    return evaluate(output.target, training_of(config, BASELINE), output.target.relative_to(folder).as_posix())
+    return evaluate(output.target, evaluation, output.target.relative_to(folder).as_posix())
 
 
 def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:

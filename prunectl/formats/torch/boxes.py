@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from prunectl.formats import budgets, extents
 from prunectl.formats.base import Array
 from prunectl.formats.extents import Extent
 
+_BLOCK_BYTES = 512
 _MOST_AXES = 4
 """Axes along which a tensor may lie in several parts: each part has 2 to this power of corners."""
 _SLAB_BYTES = 32 << 20
@@ -114,3 +117,15 @@ def _rows(box: TensorChunk, begin: int, end: int) -> Extent:
 def slices(box: TensorChunk) -> tuple[slice, ...]:
     """The box as an index of the whole."""
     return tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))
+
+
+def allocated_bytes(folder: Path, suffix: str) -> int:
+    """What the files of the ranks take on the disk, where holes count nothing: what the metadata may cost."""
+    with os.scandir(folder) as entries:
+        files = [entry for entry in entries if entry.name.endswith(suffix)]
+    return sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
+
+
+def pickle_scale(allocated: int) -> int:
+    """How many times the usual steps the pickles of so many bytes may take."""
+    return max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))

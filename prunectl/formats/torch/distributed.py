@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -33,12 +32,10 @@ from prunectl.formats.base import (
 from prunectl.formats.extents import Extent, check_inside, file_states
 from prunectl.formats.torch import model as torch_zip
 from prunectl.formats.torch import views
-from prunectl.formats.torch.boxes import TensorChunk, is_tiled, merged, slices
+from prunectl.formats.torch.boxes import TensorChunk, allocated_bytes, is_tiled, merged, pickle_scale, slices
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, PickleDict, describe_value
 from prunectl.formats.torch.pickle.vm import interpret
 
-_BLOCK_BYTES = 512
-"""What `stat` counts in."""
 _HERE = "torch.distributed."
 _METADATA, _TENSOR, _BYTES = "Metadata", "TensorStorageMetadata", "BytesStorageMetadata"
 _KNOWN = frozenset(
@@ -74,8 +71,8 @@ def open_checkpoint(path: Path) -> ModelFile:
     """Open the checkpoint that a `.metadata` describes."""
     if path.stat().st_size > budgets.MAX_PICKLE_BYTES:
         raise InputError(f"{path} is refused: it is longer than {budgets.MAX_PICKLE_BYTES} bytes")
-    allocated = _allocated(path.parent)
-    scale = max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))
+    allocated = allocated_bytes(path.parent, ".distcp")
+    scale = pickle_scale(allocated)
     program = interpret(path.read_bytes(), path, "it", scale=scale)
     _refuse_foreign(path, program.foreign_calls)
     fields = _fields(path, program.value, _METADATA)
@@ -117,12 +114,6 @@ def open_checkpoint(path: Path) -> ModelFile:
         stream=partial(_stream, path, parts),
         states=states,
     )
-
-
-def _allocated(folder: Path) -> int:
-    """What the files of the ranks take on the disk, where holes count nothing: what the metadata may cost."""
-    files = (entry for entry in os.scandir(folder) if entry.name.endswith(".distcp"))
-    return sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
 
 
 def _refuse_foreign(path: Path, calls: Sequence[str]) -> None:

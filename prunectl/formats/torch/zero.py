@@ -26,13 +26,12 @@ from prunectl.formats.detect import ZERO_RANK
 from prunectl.formats.extents import Extent
 from prunectl.formats.torch import model as torch_zip
 from prunectl.formats.torch import tree, views
+from prunectl.formats.torch.boxes import allocated_bytes, pickle_scale
 from prunectl.formats.torch.pickle.opcodes import OpaqueCall, PickleDict
 
 _GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 """What the slices of a rank are called, by the stage."""
 _FLOAT = np.dtype(np.float32)
-_BLOCK_BYTES = 512
-"""What `stat` counts in."""
 Runs = tuple[Extent, ...]
 """Where the numbers of a tensor lie, in their order."""
 
@@ -78,9 +77,8 @@ def _items(path: Path, value: Any, name: str) -> list[tuple[str, Any]]:
 
 def open_checkpoint(path: Path) -> ModelFile:
     """Open a checkpoint by what its first rank saved of the optimizer."""
-    allocated = _allocated(path.parent)
-    # How many times the usual steps the pickles may take.
-    scale = max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))
+    allocated = allocated_bytes(path.parent, "_states.pt")
+    scale = pickle_scale(allocated)
     ranks = _ranks(path)
     states = _open(ranks, "optimizer_state_dict", scale)
     stage = _stage(states[0])
@@ -145,13 +143,6 @@ def _note_untied(names: Sequence[str]) -> tuple[str, ...]:
         return ()
     verb = "is" if len(names) == 1 else "are"
     return (f"{some_tensors(names)} {verb} not in the checkpoint: it was saved without what they are tied to.",)
-
-
-def _allocated(folder: Path) -> int:
-    """What the files take on the disk."""
-    with os.scandir(folder) as entries:
-        files = [entry for entry in entries if entry.name.endswith("_states.pt")]
-    return sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
 
 
 def _ranks(path: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
 from prunectl.training.task import format_shape, shape_matches
 from prunectl.training.torch._compat import tree_flatten, tree_map
-from prunectl.training.torch.tensors import final_activation, to_torch
+from prunectl.training.torch.tensors import InnerModule, final_activation, to_torch
 from prunectl.training.user_code import call_builder, resolve_builder
 
 
@@ -65,27 +65,14 @@ def _example_inputs(payload: bytes) -> bytes:
     return buffer.getvalue()
 
 
-class FixedBatchModule(torch.nn.Module):
+class FixedBatchModule(InnerModule):
     """Runs any batch through a module that takes so many examples at a time."""
 
     def __init__(self, inner: torch.nn.Module, size: int) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self.size = size
         self.kept = size
         """How many of the examples that go through now are not there to fill up."""
-
-    def state_dict(self, *args: Any, **more: Any) -> Any:
-        """The inner module's, under its names."""
-        return self.inner.state_dict(*args, **more)
-
-    def named_parameters(self, *args: Any, **more: Any) -> Any:
-        """Yield the inner module's, under its names."""
-        return self.inner.named_parameters(*args, **more)
-
-    def named_buffers(self, *args: Any, **more: Any) -> Any:
-        """Yield the inner module's, under its names."""
-        return self.inner.named_buffers(*args, **more)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """What comes out of all pieces, the last filled up with its first example."""

@@ -21,7 +21,7 @@ from prunectl.formats.safe_json import require
 from prunectl.training.backend import LoadOptions, TextInput
 from prunectl.training.quiet import ignore_warnings, offline, quiet_logging
 from prunectl.training.torch.build import match_parameters
-from prunectl.training.torch.tensors import to_torch
+from prunectl.training.torch.tensors import InnerModule, to_torch
 
 _EXTRA = "transformers"
 
@@ -31,25 +31,12 @@ def names_network(model: ModelFile) -> bool:
     return model.folder is not None and bool(read_config(model, CONFIG).get("architectures"))
 
 
-class FolderModule(torch.nn.Module):
+class FolderModule(InnerModule):
     """Runs token ids, or whatever else a model of `transformers` mainly takes, to its first output."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self._key = str(getattr(inner, "main_input_name", "input_ids"))
-
-    def state_dict(self, *args: Any, **more: Any) -> Any:
-        """The inner module's, under its names."""
-        return self.inner.state_dict(*args, **more)
-
-    def named_parameters(self, *args: Any, **more: Any) -> Any:
-        """Yield the inner module's, under its names."""
-        return self.inner.named_parameters(*args, **more)
-
-    def named_buffers(self, *args: Any, **more: Any) -> Any:
-        """Yield the inner module's, under its names."""
-        return self.inner.named_buffers(*args, **more)
 
     def forward(self, input_ids: torch.Tensor) -> Any:
         """The logits, or what a model without a head ends in."""

@@ -30,23 +30,30 @@ _RECURRENT = _aten.mkldnn_rnn_layer.default
 
 
 @contextmanager
+def without_mha_fastpath() -> Generator[None]:
+    """Disable the fused fast path of transformer encoders, an operator that hides its weights, of PyTorch alone."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
+
+
+@contextmanager
 def capture_layer_inputs(
     weights: Mapping[str, torch.Tensor], see: InputCallback, pieces: FixedBatchModule | None = None
 ) -> Generator[None]:
     """Show what these weights meet while the context lasts; of pieces, only what does not fill them up."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     recorder = _InputRecorder(weights, see, pieces)
     try:
-        with torch.no_grad(), recorder:
+        with without_mha_fastpath(), torch.no_grad(), recorder:
             yield
     except Exception:
         if recorder.failure is not None:
             # A script makes errors of its own from those of others.
             raise recorder.failure from None
         raise
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

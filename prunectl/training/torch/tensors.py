@@ -108,3 +108,23 @@ def error_line(error: Exception) -> str:
     """The line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "TorchScript" in lines[0] else 0]
+
+
+class InnerModule(torch.nn.Module):
+    """A module around another, whose weights keep their names."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def state_dict(self, *args: Any, **more: Any) -> Any:
+        """The inner module's, under its names."""
+        return self.inner.state_dict(*args, **more)
+
+    def named_parameters(self, *args: Any, **more: Any) -> Any:
+        """Yield the inner module's, under its names."""
+        return self.inner.named_parameters(*args, **more)
+
+    def named_buffers(self, *args: Any, **more: Any) -> Any:
+        """Yield the inner module's, under its names."""
+        return self.inner.named_buffers(*args, **more)
