@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 
 from prunectl.errors import UsageError
@@ -96,6 +97,12 @@ def parse_ratio(text: str) -> float:
         )
         raise UsageError(f"{text!r} is not between 0 and 1", hint=hint)
     return value
+
+
+def listed(names: Sequence[object], most: int, others: str = "") -> str:
+    """The first of some names; where there are more, dots, or how many others there are."""
+    rest = len(names) - most
+    return ", ".join(map(str, names[:most])) + ("" if rest <= 0 else f" and {rest} {others}" if others else " …")
 
 
 def printable(text: str) -> str:

@@ -36,7 +36,7 @@ _INSTALLED = (sys.prefix, sys.base_prefix, str(ROOT))
 _BUILT = frozenset({"__pycache__", "build", "demo", "dist", "node_modules", "site"})
 
 
-def project_files(*endings: str) -> list[Path]:
+def files_by_suffix(*endings: str) -> list[Path]:
     """Files of the project, without what is built or installed in its folder, maybe while tests run."""
     files: list[Path] = []
     for folder, folders, names in os.walk(ROOT):

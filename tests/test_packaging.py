@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import ROOT, project_files
+from tests.running import ROOT, files_by_suffix
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CORE = PROJECT["project"]["dependencies"]
@@ -172,7 +172,7 @@ def test_the_oldest_versions_that_are_tried_are_those_that_the_project_allows() 
 def test_only_one_page_has_placeholders_for_where_the_project_is_published() -> None:
     named = {
         path.relative_to(ROOT).as_posix()
-        for path in project_files(".md", ".yml", ".yaml", ".toml")
+        for path in files_by_suffix(".md", ".yml", ".yaml", ".toml")
         if re.search(r"\bOWNER/|\bclone URL\b|\badd URL\b|repo: URL", path.read_text())
     }
     assert named == {"docs/ci.md"}

@@ -364,7 +364,7 @@ def limit_sentence(gate: LimitCheck, subject: str, texts: LimitTexts, *details: 
     return f"{phrase}, {verdict} ({'; '.join((option, *details))})"
 
 
-def points(distance: float) -> str:
+def percentage_points(distance: float) -> str:
     """A distance between two shares, in percentage points."""
     return f"{100 * distance:.3g} pp" if distance < 1 else f"{100 * distance:,.0f} pp"
 
@@ -378,11 +378,11 @@ def gate_sentence(gate: LimitCheck, units: Units) -> str:
     elif gate.id == "min-speedup":
         texts = LimitTexts(f"{actual:.2f} times", f"{gate.limit:g}", f"{distance:.2g}")
     elif gate.id == "max-drop" and gate.is_share:
-        texts = LimitTexts(*map(points, (actual, gate.limit, distance)))
+        texts = LimitTexts(*map(percentage_points, (actual, gate.limit, distance)))
     elif not gate.is_share:
         texts = LimitTexts(*(f"{value:.4g}" for value in (actual, gate.limit, distance)))
     elif not isinstance(gate.limit, int):
-        texts = LimitTexts(percent(actual), percent(gate.limit), points(distance))
+        texts = LimitTexts(percent(actual), percent(gate.limit), percentage_points(distance))
         if texts.actual == texts.limit and is_hidden:
             texts = LimitTexts(f"{actual:.6%}", f"{gate.limit:.6%}", texts.distance)
     else:

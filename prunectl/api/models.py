@@ -21,7 +21,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.api.keywords import AnyPath, check_type
 from prunectl.errors import PrunectlError, UsageError, first_line
 from prunectl.exporting.weights import save_arrays
-from prunectl.formats.detect import URL, public
+from prunectl.formats.detect import URL, without_secrets
 from prunectl.formats.registry import open_model
 from prunectl.formats.safetensors import CODES
 from prunectl.formats.scratch import temporary_folder
@@ -58,7 +58,7 @@ def model_path(name: str, path: AnyPath, *, is_read_whole: bool = False) -> Gene
 
 def shown_path(path: AnyPath, stats: ModelStats) -> ModelStats:
     """Statistics under the URL that the model was named by, and not under what stood for it here."""
-    return replace(stats, path=public(str(path))) if is_url(path) else stats
+    return replace(stats, path=without_secrets(str(path))) if is_url(path) else stats
 
 
 PATH_HINT = "write prunectl.prune('model.pt', 'small.pt', sparsity='80%'), or None as output to write nothing"

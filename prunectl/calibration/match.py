@@ -43,7 +43,7 @@ ANSWER_BYTES = 1 << 30
 """Dense outputs beyond this are computed again in each step, where a copy of the dense model is at hand."""
 _PATIENCE = 10
 """Looks without an improvement after which matching ends."""
-_LITTLE, _LOST, _SHORTER = 0.5, 3, 0.25
+_FAR, _STALE_LOOKS, _STEP_DECAY = 0.5, 3, 0.25
 """While more than this share of the distance is left, so many looks without a gain make steps so much shorter."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
@@ -242,10 +242,10 @@ class OutputMatcher:
                 stale += 1
                 if found < best:
                     best, best_tensors, stale = found, network.tensors(), 0
-                elif stale % _LOST == 0 and best > first * _LITTLE:
+                elif stale % _STALE_LOOKS == 0 and best > first * _FAR:
                     # What lost little, as a language model in 2:4, is only thrown off by steps as long as these.
                     network.assign(best_tensors)
-                    share *= _SHORTER
+                    share *= _STEP_DECAY
         if len(held):
             network.assign(best_tensors)
         self._tell(first, best, step, count, network.recalibrate(iter(self.batches)))

@@ -39,6 +39,7 @@ from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
 from prunectl.training.data.text import batch_size
 from prunectl.training.runtimes import load_blockwise, load_onnx_model, load_trainable, seed_everything
+from prunectl.units import listed
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
 
@@ -442,5 +443,4 @@ def note_about(statement: str, names: Sequence[str]) -> tuple[str, ...]:
     """A sentence about some tensors; nothing without any."""
     if not names:
         return ()
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")
-    return (f"{shown}: {statement}.",)
+    return (f"{listed(names, _SHOWN, 'others')}: {statement}.",)

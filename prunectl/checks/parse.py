@@ -18,7 +18,7 @@ from prunectl.checks.config import ConfigFile
 from prunectl.checks.schema import BUDGET, DROP, LATENCY, LAYER, LEVELS, SPEEDUP, TOP, KeySpec, MetricUnit, ValueType
 from prunectl.errors import UsageError
 from prunectl.formats.base import close_matches
-from prunectl.formats.detect import address
+from prunectl.formats.detect import url_error
 from prunectl.formats.registry import resolve
 from prunectl.training.max_drop import MaxDrop, parse_drop
 from prunectl.units import parse_duration, parse_ratio, parse_size
@@ -255,7 +255,7 @@ class _BudgetParser:
         if not paths or not all(isinstance(path, str) and path for path in paths):
             raise self.error("path must be a glob or a list of globs", *path)
         for name in paths:
-            if (error := address(name)) is not None:
+            if (error := url_error(name)) is not None:
                 raise self.error(error.message, *path, hint=error.hint)
         return tuple(paths)
 

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperOption
 from prunectl.analysis.stats import ModelStats
 from prunectl.commands.app import COMMON_OPTIONS
 from prunectl.errors import PrunectlError, UsageError, attempt
-from prunectl.formats.detect import URL, address, public
+from prunectl.formats.detect import URL, url_error, without_secrets
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import workers
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
@@ -50,9 +50,9 @@ def inspect_each(
         results = each(partial(attempt, seen), zip(models, paths, strict=True))
         for model, path, stats in zip(models, paths, results, strict=True):
             if isinstance(stats, PrunectlError):
-                failures.append(Failure(public(model), with_given_path(stats, path, model)))
+                failures.append(Failure(without_secrets(model), with_given_path(stats, path, model)))
             else:
-                inspected.append(replace(stats, path=public(model)))
+                inspected.append(replace(stats, path=without_secrets(model)))
     return inspected, failures
 
 
@@ -177,7 +177,7 @@ class BaseCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options, and remember which of them were typed by an old name."""
         typed = {argument.partition("=")[0] for argument in args}
-        ctx.meta[_TYPED] = shlex.join(["prunectl", str(self.name), *map(public, args)])
+        ctx.meta[_TYPED] = shlex.join(["prunectl", str(self.name), *map(without_secrets, args)])
         ctx.meta[_OLD_NAMES] = [pair for pair in RENAMED.get(str(self.name), {}).items() if pair[0] in typed]
         return super().parse_args(ctx, list(_with_default_values(args)))
 
@@ -211,7 +211,7 @@ def _check_addresses(params: Iterable[Any], values: Mapping[str, Any]) -> None:
         value = values.get(param.name)
         for part in value if isinstance(value, list | tuple) else (value,):
             if param.param_type_name == "option" and isinstance(part, str | Path):
-                error = address(str(part), is_written=param.name in _WRITTEN)
+                error = url_error(str(part), is_written=param.name in _WRITTEN)
                 if error is not None:
                     raise error
 
@@ -226,7 +226,7 @@ def _check_models(command: TyperCommand, values: Mapping[str, Any]) -> None:
     for param in command.params:
         value = values.get(str(param.name)) if param.param_type_name == "argument" else None
         for part in value if isinstance(value, list | tuple) else (value,):
-            error = address(str(part)) if isinstance(part, str | Path) else None
+            error = url_error(str(part)) if isinstance(part, str | Path) else None
             if error is not None:
                 url = error.message.partition(" is a URL")[0]
                 message = f"{url} is a URL, and {command.name} reads only files: download it first"

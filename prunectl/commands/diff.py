@@ -15,7 +15,7 @@ from prunectl.checks.diff import ModelDiff, TensorDiff, diff_models, judge, pars
 from prunectl.checks.rules import Finding
 from prunectl.commands._command import make_command, resolve_model
 from prunectl.errors import UsageError
-from prunectl.formats.detect import public
+from prunectl.formats.detect import without_secrets
 from prunectl.formats.registry import open_model
 from prunectl.reporting.check import describe, table, verdict_sentence
 from prunectl.reporting.prune import before_after
@@ -168,7 +168,7 @@ def diff(
             "only one of the two models can come from standard input", hint="write prunectl diff - OLD < NEW"
         )
     with resolve_model(new, reporter.note) as new_path, resolve_model(old, reporter.note) as old_path:
-        new, old = public(new), public(old)
+        new, old = without_secrets(new), without_secrets(old)
         models = (open_model(new_path), open_model(old_path))
         model_diff = diff_models(*models, reporter.progress)
         # Only a page has pictures.

@@ -36,7 +36,7 @@ from prunectl.commands._requests import (
     request_options,
 )
 from prunectl.errors import UsageError
-from prunectl.formats.detect import URL, public
+from prunectl.formats.detect import URL, without_secrets
 from prunectl.formats.registry import open_model
 from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, SAMPLES
 from prunectl.pruning.destination import Destination
@@ -318,12 +318,12 @@ def report_of(result: Any, options: Prune, request: PruneRequest, destination: D
     """The report on what came of a mode; the manifest is written when the output is in its place."""
     if options.manifest is not None and destination is not None:
         destination.then.append(partial(load("prunectl.pruning.manifest:write_manifest"), options.manifest, result))
-    output = public(destination.url) or str(destination.target) if destination is not None else ""
+    output = without_secrets(destination.url) or str(destination.target) if destination is not None else ""
     if options.wrap or options.schedule:
         return wrap_report(result, output)
     if options.part:
-        return part_report(replace(result, source=public(options.model)), output)
-    result = replace(result, before=replace(result.before, path=public(options.model)))
+        return part_report(replace(result, source=without_secrets(options.model)), output)
+    result = replace(result, before=replace(result.before, path=without_secrets(options.model)))
     if destination is not None and destination.url:
         result = replace(result, after=replace(result.after, path=output))
     structured = {CHANNEL: "channels_report", LAYERS: "blocks_report"}.get(request.pattern)

@@ -14,7 +14,7 @@ from prunectl.commands._command import make_command, resolve_model
 from prunectl.commands._requests import BuildCommand, ModelArgument, OutputOption, OutputOptions
 from prunectl.errors import UsageError
 from prunectl.formats.base import StripOptions, StripPart
-from prunectl.formats.detect import URL, public
+from prunectl.formats.detect import URL, without_secrets
 from prunectl.pruning.averages import Keep
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped, strip
@@ -99,7 +99,7 @@ class Strip(OutputOptions):
             )
             target = str(destination.target) if destination is not None else ""
             if URL.match(self.model):
-                result = replace(result, before=replace(result.before, path=public(self.model)))
+                result = replace(result, before=replace(result.before, path=without_secrets(self.model)))
             return strip_report(result, target, is_rewritten=self.half or self.pack)
 
         return self.write(ctx.obj, work)

@@ -30,7 +30,7 @@ def swap_atomically(one: Path, other: Path) -> bool:
     return _renameat2(one, other, _EXCHANGE) == 0
 
 
-def place(new: Path, target: Path) -> None:
+def move_if_free(new: Path, target: Path) -> None:
     """Move a file or a folder to a path that is free: FileExistsError where something came to be there meanwhile.
 
     By `renameat2` where there is one; else a file by a hard link, which replaces nothing either; else onto an empty
@@ -220,9 +220,9 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
         for new, _ in placements:
             flush(new)
         origins = {} if model is None else planned_files(model, target)
-        scratch.give(folder, target.parent, origins, model)
+        scratch.set_modes(folder, target.parent, origins, model)
         # Between two files of one model no signal is heard: they come together.
-        with scratch.deferred():
+        with scratch.deferred_signals():
             _place_all(placements, folder.parent, may_replace=may_replace)
         _sync_folder(target.parent)
 
@@ -295,7 +295,7 @@ def _move_into_place(new: Path, target: Path, scratch_folder: Path, *, may_repla
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not may_replace:
-            place(new, target)
+            move_if_free(new, target)
         elif not target.is_dir() or target.is_symlink():
             os.replace(new, target)
         elif not swap_atomically(new, target):

@@ -51,7 +51,7 @@ URL = re.compile(r"(https?|hf|s3a?|gs|gcs|az|abfss?|memory)://.")
 _SECRET = re.compile(r"(https?://)[^/?#]*@|(\w+://)[^/?#@]*:[^/?#]*@")
 
 
-def public(url: str) -> str:
+def without_secrets(url: str) -> str:
     """An address without who asks, and without what follows its path: both may be secrets. Paths stay as they are."""
     if URL.match(url) is None:
         return url
@@ -65,9 +65,9 @@ _FETCH = {
 }
 
 
-def missing(path: Path) -> InputError:
+def missing_error(path: Path) -> InputError:
     """The error for a file that is not there; an address gets a sentence of its own: nothing is downloaded here."""
-    return address(str(path)) or InputError(f"{path} does not exist", did_you_mean=_neighbours(path))
+    return url_error(str(path)) or InputError(f"{path} does not exist", did_you_mean=_neighbours(path))
 
 
 _MOST_LISTED = 10_000
@@ -84,7 +84,7 @@ def _neighbours(path: Path) -> tuple[str, ...]:
     return tuple(str(path.with_name(name)) for name in get_close_matches(path.name, names, n=3, cutoff=0.75))
 
 
-def address(word: str, *, is_written: bool = False) -> InputError | None:
+def url_error(word: str, *, is_written: bool = False) -> InputError | None:
     """The error for a word that is an address, whether of what is to be read or of what is to be written."""
     match = _URL.fullmatch(word)
     if match is None or os.path.lexists(word):
@@ -109,7 +109,7 @@ class FileProbe:
         try:
             facts = path.stat()
         except FileNotFoundError as error:
-            raise missing(path) from error
+            raise missing_error(path) from error
         except NotADirectoryError as error:
             raise InputError(f"{path} does not exist: a part of the path is a file") from error
         except PermissionError as error:

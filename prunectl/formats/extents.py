@@ -98,7 +98,7 @@ def unchanged(states: Mapping[Path, FileState], refusal: Callable[[Path], InputE
         raise refusal(path)
 
 
-def by_size(states: Mapping[Path, FileState]) -> dict[Path, FileState]:
+def ignoring_mtime(states: Mapping[Path, FileState]) -> dict[Path, FileState]:
     """The same states where a file of the size that it had is taken for the same."""
     now = {path: file_state(path) for path in states if path in REMOTE or path.exists()}
     return {path: now[path] if path in now and now[path][0] == state[0] else state for path, state in states.items()}

@@ -14,6 +14,7 @@ from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, StripPart
 from prunectl.formats.extents import REMOTE, file_chunks
 from prunectl.formats.patch import copy_range
+from prunectl.units import listed
 
 LEDGER = ".prunectl-parts"
 """Where `prune --part` notes what is done, in a folder that is no model yet."""
@@ -50,8 +51,8 @@ class Companions:
 
     def notes(self, folder: Path, others: str = "the same weights, unpruned, and not copied") -> tuple[str, ...]:
         """What became of them, each in a sentence."""
-        weights = f"{_named(self.other_weights)} in {folder}: {others}."
-        links = f"{_named(self.links)} in {folder}: not copied, because links may not lead out of the folder."
+        weights = f"{listed(self.other_weights, _SHOWN)} in {folder}: {others}."
+        links = f"{listed(self.links, _SHOWN)} in {folder}: not copied, because links may not lead out of the folder."
         return (*([weights] if self.other_weights else []), *([links] if self.links else []))
 
 
@@ -149,7 +150,3 @@ def _copy(source: Path, target: Path) -> None:
 
 
 _SHOWN = 3
-
-
-def _named(paths: tuple[Path, ...]) -> str:
-    return ", ".join(map(str, paths[:_SHOWN])) + (" …" if len(paths) > _SHOWN else "")

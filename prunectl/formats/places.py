@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from prunectl import __version__
 from prunectl.errors import InputError, MissingExtraError, PrunectlError, UsageError, WorkError, abbreviated, first_line
 from prunectl.formats import budgets
-from prunectl.formats.detect import public
+from prunectl.formats.detect import without_secrets
 from prunectl.formats.extents import RemoteFile
 from prunectl.formats.safe_json import require
 from prunectl.formats.workers import StoppedError, check_stopped
@@ -119,7 +119,7 @@ _opener = urllib.request.build_opener(_Redirects, _Http, _Https)
 
 def shown(url: str) -> str:
     """An address, cut to what fits into a message, without what may be a secret."""
-    return abbreviated(public(url).partition("?")[0])
+    return abbreviated(without_secrets(url).partition("?")[0])
 
 
 @dataclass(slots=True)

@@ -19,7 +19,13 @@ from urllib.parse import unquote
 
 from prunectl.errors import InputError, PrunectlError, UsageError, WorkError, abbreviated
 from prunectl.formats import budgets
-from prunectl.formats.detect import NETWORK_OF_DIFFUSERS, PIPELINE_INDEX, missing_index, parts_without_index, public
+from prunectl.formats.detect import (
+    NETWORK_OF_DIFFUSERS,
+    PIPELINE_INDEX,
+    missing_index,
+    parts_without_index,
+    without_secrets,
+)
 from prunectl.formats.extents import REMOTE, RemoteFile
 from prunectl.formats.folder import LEDGER, training_part
 from prunectl.formats.places import (
@@ -223,7 +229,9 @@ def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
             yield target
             _put(place, target, is_forced=is_forced)
         except PrunectlError as error:
-            error.message, error.hint = (text.replace(str(target), public(url)) for text in (error.message, error.hint))
+            error.message, error.hint = (
+                text.replace(str(target), without_secrets(url)) for text in (error.message, error.hint)
+            )
             raise
         finally:
             del UPLOADS[target]
@@ -299,7 +307,7 @@ def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = Fal
         name = _name(url)
         folder = path = scratch.resolve() / (name if is_inside(name) else "model")
         folder.mkdir()
-        mirror = _Mirror(folder, public(url).rstrip("/"), tell)
+        mirror = _Mirror(folder, without_secrets(url).rstrip("/"), tell)
         try:
             path = _mirror(mirror, url)
             if is_read_whole:
@@ -330,7 +338,7 @@ def _mirror(mirror: _Mirror, url: str) -> Path:
     place, name = place_of(url), _name(url)
     listed = place.files()
     if PurePosixPath(name).suffix in _SUFFIXES if listed is None else not listed:
-        mirror.url = public(_parent(url))
+        mirror.url = without_secrets(_parent(url))
         return _one_file(mirror, place_of(_parent(url)), name)
     files = _probed(place) if listed is None else listed
     index = next((one for one in IN_A_FOLDER if one in files), "")

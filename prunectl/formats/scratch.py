@@ -154,7 +154,7 @@ class LockedFolder:
         """Remove the folder, unless this is a child of the process that made it."""
         if os.getpid() != self._owner:
             return
-        with deferred():
+        with deferred_signals():
             for folder in self._made:
                 _remove(folder)
             if self._lock >= 0:
@@ -163,7 +163,7 @@ class LockedFolder:
 
 
 @contextmanager
-def deferred() -> Generator[None]:
+def deferred_signals() -> Generator[None]:
     """Hear of a request to stop only afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -250,7 +250,7 @@ _BITS = 0o777
 _READ_WRITE = 0o666
 
 
-def give(folder: Path, parent: Path, origins: Mapping[Path, Path], model: ModelFile | None) -> None:
+def set_modes(folder: Path, parent: Path, origins: Mapping[Path, Path], model: ModelFile | None) -> None:
     """Give everything in a folder, which goes to a parent, the mode that it is to have there.
 
     As `cp` does: a new file gets the mode of its origin without what the umask takes; one that replaces another gets

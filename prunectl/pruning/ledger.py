@@ -199,7 +199,7 @@ class Ledger:
             copy_companions(model, folder)
             patch_files(model, {model.path: folder / model.path.name}, ())
             beside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-            scratch.give(folder, self.target, {path: model.path.parent / path for path in beside}, model)
+            scratch.set_modes(folder, self.target, {path: model.path.parent / path for path in beside}, model)
 
     def remove(self) -> None:
         """Forget what was done: the model is whole, also where this is killed halfway."""

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from prunectl.analysis.sizes import LimitTexts, limit_sentence, points
+from prunectl.analysis.sizes import LimitTexts, limit_sentence, percentage_points
 from prunectl.checks.rules import Finding, Findings
 from prunectl.checks.schema import MetricUnit
 from prunectl.errors import abbreviated
@@ -61,12 +61,12 @@ def verdict_sentence(finding: Finding, units: Units = Units.SI) -> str:
     texts = LimitTexts(
         actual,
         limit,
-        points(distance) if finding.unit is MetricUnit.RATIO else number(distance, finding.unit, units),
+        percentage_points(distance) if finding.unit is MetricUnit.RATIO else number(distance, finding.unit, units),
     )
     if finding.unit is MetricUnit.FACTOR:
         texts = LimitTexts(f"{finding.actual:.2f} times", f"{finding.limit:g}", f"{distance:.2g}")
     is_told = finding.ok or finding.before is None or finding.id == GROWTH
-    details = () if is_told else (f"{before(finding, units)} in the baseline",)
+    details = () if is_told else (f"{baseline_value(finding, units)} in the baseline",)
     # The actual value keeps its sign, which tells what grew from what shrank.
     about = f"{finding.tensor} in {finding.model}" if finding.tensor else finding.model
     return f"{limit_sentence(finding, about, texts, *details)}."
@@ -77,7 +77,7 @@ def describe(finding: Finding, units: Units = Units.SI) -> str:
     return " ".join(filter(None, (verdict_sentence(finding, units), finding.note, finding.message)))
 
 
-def before(finding: Finding, units: Units = Units.SI) -> str:
+def baseline_value(finding: Finding, units: Units = Units.SI) -> str:
     """What the baseline has, or a dash."""
     if finding.before is None:
         return "-"
@@ -102,7 +102,7 @@ _WAYS_OUT = {
 _NAMED = 3
 
 
-def ways_out(findings: Findings) -> tuple[str, ...]:
+def remedies(findings: Findings) -> tuple[str, ...]:
     """What can be done about what failed or warns, in sentences that hold for the whole report."""
     broken = [*findings.failed, *findings.warned]
     limits: dict[str, dict[str, dict[str, None]]] = {}
@@ -216,7 +216,7 @@ def table(findings: tuple[Finding, ...]) -> Table:
 
 def numbers(finding: Finding) -> tuple[str, str, str]:
     """The cells before, actual and limit; dashes where there was nothing to compare with."""
-    return (before(finding), *(actual_and_limit(finding) if finding.is_measured else ("-", "-")))
+    return (baseline_value(finding), *(actual_and_limit(finding) if finding.is_measured else ("-", "-")))
 
 
 def check_report(findings: Findings, *, has_gates: bool) -> Report:
@@ -232,7 +232,7 @@ def check_report(findings: Findings, *, has_gates: bool) -> Report:
             *dict.fromkeys((*remarks, *messages)),
             *largest_tensors(broken),
             *unknown_models(findings),
-            *ways_out(findings),
+            *remedies(findings),
         )
     # A terminal shows the first rows: what needs a look stands there.
     ordered = (*findings.failed, *findings.warned, *(finding for finding in findings.findings if finding.ok))
@@ -272,7 +272,7 @@ def human(findings: Findings) -> str:
     lines = [f"{item.verdict:<5}  {describe(item)}" for item in findings.findings]
     lines += [f"error  {item.error.message}" for item in findings.errors]
     broken = (*findings.failed, *findings.warned)
-    lines += [f"note   {note}" for note in (*largest_tensors(broken), *ways_out(findings), *findings.notes)]
+    lines += [f"note   {note}" for note in (*largest_tensors(broken), *remedies(findings), *findings.notes)]
     return "".join(printable(line) + "\n" for line in (*lines, f"{findings.file}: {summary(findings)}"))
 
 
@@ -313,7 +313,7 @@ def markdown(findings: Findings) -> str:
     if broken:
         parts.append(_table(broken))
         comments = (f"- **{item.id}** {escaped(subject(item))}: {escaped(text)}\n" for item, text in _comments(broken))
-        lines = (*largest_tensors(broken), *unknown_models(findings), *ways_out(findings))
+        lines = (*largest_tensors(broken), *unknown_models(findings), *remedies(findings))
         parts += [*comments, *(f"- {escaped(line)}\n" for line in lines)]
     if findings.errors:
         parts.append("### Could not be checked\n")

@@ -21,9 +21,9 @@ from prunectl.reporting.check import (
     largest_tensors,
     markdown,
     plain,
+    remedies,
     subject,
     verdict_sentence,
-    ways_out,
 )
 
 UNUSABLE = "unusable"
@@ -78,7 +78,7 @@ def list_annotations(findings: Findings) -> Iterator[Annotation]:
 def _full_text(findings: Findings, finding: Finding) -> str:
     """What was measured, of what the model is made, and what can be done: an annotation is read by itself."""
     alone = replace(findings, findings=(finding,))
-    parts = (verdict_sentence(finding), finding.note, *largest_tensors((finding,)), *ways_out(alone), finding.message)
+    parts = (verdict_sentence(finding), finding.note, *largest_tensors((finding,)), *remedies(alone), finding.message)
     return " ".join(filter(None, parts))
 
 

@@ -14,7 +14,7 @@ from prunectl.errors import abbreviated
 from prunectl.formats.base import PRUNABLE, QUANTISED, Capability
 from prunectl.formats.registry import by_name
 from prunectl.reporting.report import Cell, Column, Failure, Report, Row, Section, Table, Unit, survey_json
-from prunectl.units import count, percent
+from prunectl.units import count, listed, percent
 
 if TYPE_CHECKING:
     from prunectl.channels.groups import ChannelGroup, ChannelGroups
@@ -212,9 +212,7 @@ def _facts(stats: ModelStats) -> tuple[tuple[str, str], ...]:
     if about.training:
         facts.append(("training", ", ".join(about.training)))
     if about.code:
-        facts.append(
-            ("code", ", ".join(about.code[:3]) + (f" and {len(about.code) - 3} more" if len(about.code) > 3 else ""))
-        )
+        facts.append(("code", listed(about.code, 3, "more")))
     return tuple((name, abbreviated(fact, _MAX_FACT)) for name, fact in facts)
 
 
@@ -296,8 +294,8 @@ def _tables(groups: ChannelGroups) -> tuple[Table, ...]:
 
 def _row(group: ChannelGroup) -> tuple[Cell, ...]:
     places = [f"{place.tensor}[{place.axis}]" for place in group.axes if place.tensor != group.name]
-    listed = ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
-    return (group.name, len(group), len({place.tensor for place in group.axes}), listed, group.locked_because)
+    tensors = len({place.tensor for place in group.axes})
+    return (group.name, len(group), tensors, listed(places, _SHOWN, "more"), group.locked_because)
 
 
 def _json(groups: ChannelGroups) -> dict[str, object]:

@@ -21,7 +21,7 @@ from prunectl.pruning.prune import Pruned
 from prunectl.pruning.request import names_code
 from prunectl.pruning.strategies import sample_depth_bias
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Section, Table, Unit, survey_json
-from prunectl.units import count, nbytes, percent
+from prunectl.units import count, listed, nbytes, percent
 
 if TYPE_CHECKING:
     from prunectl.pruning.manifest import Recorded
@@ -161,7 +161,7 @@ def _lossy(pruned: Pruned) -> Iterator[str]:
         )
     empty = [name for share, name in lost if share >= 1.0]
     if empty:
-        shown = ", ".join(empty[:_SHOWN]) + (" …" if len(empty) > _SHOWN else "")
+        shown = listed(empty, _SHOWN)
         yield f"Nothing is left of {shown}: --exclude keeps tensors whole."
 
 
@@ -183,7 +183,7 @@ def _without_groups(pruned: Pruned) -> Iterator[str]:
     match = _N_OF_M.fullmatch(pruned.request.pattern)
     names = [cut.tensor.name for cut in pruned.plan.cuts if not pruned.tallies[cut.tensor.name].zeros]
     if match is not None and names:
-        shown = ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+        shown = listed(names, _SHOWN)
         has, it = ("has", "it") if len(names) == 1 else ("have", "them")
         yield f"{shown} {has} fewer than {match[2]} inputs, so {pruned.request.pattern} prunes none of {it}."
 
@@ -201,7 +201,7 @@ def _left_behind(pruned: Pruned, place: str) -> Iterator[str]:
     names = [path.name for path in sorted(source.iterdir()) if path.is_file() and not path.name.endswith(_OF_WEIGHTS)]
     missing = [name for name in names if not name.startswith(".") and not (output.parent / name).exists()]
     if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (" …" if len(missing) > _SHOWN else "")
+        shown = listed(missing, _SHOWN)
         yield f"Only the weights were written, without {shown} of {source}: a folder as the output holds them all."
 
 
@@ -360,7 +360,7 @@ def _wrapper_notes(wrapped: WrapResult) -> tuple[str, ...]:
     tensors = f"{wrapped.wrapped} tensor{'s' * (wrapped.wrapped != 1)}"
     notes = [f"Added pruning wrappers to {tensors}: {_schedule(wrapped.ramp)}"]
     if wrapped.bare:
-        names = ", ".join(wrapped.bare[:_SHOWN]) + (" …" if len(wrapped.bare) > _SHOWN else "")
+        names = listed(wrapped.bare, _SHOWN)
         consequence = "are pruned without one" if wrapped.ramp is None else "remain dense"
         notes.append(f"The framework has no wrapper for {names}: they {consequence}.")
     if wrapped.loses_compilation:

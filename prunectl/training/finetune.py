@@ -14,7 +14,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.analysis.tensor_io import iter_blocks
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor, select_names
-from prunectl.formats.extents import by_size
+from prunectl.formats.extents import ignoring_mtime
 from prunectl.formats.patch import TensorUpdate, in_storage_order, is_writable
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.formats.scratch import temporary_files, temporary_folder
@@ -392,7 +392,7 @@ def _written(
 ) -> tuple[ModelStats, int]:
     """Write the result, and return what is in it and how many of the masks' zeros are."""
     # Hours of training are not thrown away because somebody touched the file.
-    model = replace(model, states=by_size(model.states))
+    model = replace(model, states=ignoring_mtime(model.states))
     with outputs.staging_dir(model, output) as (folder, target):
         places = outputs.staged_paths(model, folder, target)
         write_back(model, values, places)

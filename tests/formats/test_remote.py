@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 import prunectl
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats import budgets, places
-from prunectl.formats.detect import public
+from prunectl.formats.detect import without_secrets
 from tests.formats.test_folder import files_of
 from tests.pruning.test_parts import folder
 from tests.running import FIXTURES, here
@@ -620,8 +620,8 @@ def test_secrets_in_an_address_are_not_shown(server: Server, tmp_path: Path) -> 
         assert "SECRET" not in done.out + done.err
         assert "m.safetensors/m" not in done.out + done.err
     assert "SECRET" not in page.read_text()
-    assert public("abfss://box@me.dfs.core.windows.net/m") == "abfss://box@me.dfs.core.windows.net/m"
-    assert public("s3://me:SECRET@bucket/m") == "s3://bucket/m"
+    assert without_secrets("abfss://box@me.dfs.core.windows.net/m") == "abfss://box@me.dfs.core.windows.net/m"
+    assert without_secrets("s3://me:SECRET@bucket/m") == "s3://bucket/m"
 
 
 def test_an_estimate_of_a_model_at_a_url_is_refused(memory: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import ROOT, here, project_files
+from tests.running import ROOT, files_by_suffix, here
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
@@ -176,7 +176,7 @@ def test_modules_of_contracts_are_there(contract: dict[str, Any]) -> None:
 
 
 def documents() -> list[Path]:
-    own = [*project_files(".md", ".toml", ".yml", ".sh"), ROOT / "Makefile", *(ROOT / ".ci").iterdir()]
+    own = [*files_by_suffix(".md", ".toml", ".yml", ".sh"), ROOT / "Makefile", *(ROOT / ".ci").iterdir()]
     own.append(ROOT / ".pre-commit-hooks.yaml")
     # The history names what was.
     return [path for path in own if path.name != "CHANGELOG.md"]

@@ -527,7 +527,7 @@ def test_external_data_in_a_folder_leaves_its_neighbours_alone(tmp_path: Path) -
 def test_a_failure_between_two_files_takes_the_first_away_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = exchanging.place
+    real = exchanging.move_if_free
 
     def second_fails(new: Path, target: Path) -> None:
         if target.suffix == ".index":

@@ -78,12 +78,12 @@ class Scale:
         return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
-def across(values: Sequence[float]) -> Scale:
+def x_scale(values: Sequence[float]) -> Scale:
     """A scale from left to right."""
     return Scale.of(values, LEFT, LEFT + WIDTH)
 
 
-def upwards(values: Sequence[float]) -> Scale:
+def y_scale(values: Sequence[float]) -> Scale:
     """A scale from bottom to top."""
     return Scale.of(values, TOP + HEIGHT, TOP)
 
@@ -171,8 +171,8 @@ def _values(table: Table, column: int) -> list[tuple[int, float]]:
 
 
 def _picture(lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    x = across([epoch for values in lines.values() for epoch, _ in values])
-    y = upwards([value for values in lines.values() for _, value in values])
+    x = x_scale([epoch for values in lines.values() for epoch, _ in values])
+    y = y_scale([value for values in lines.values() for _, value in values])
     last = max(epoch for values in lines.values() for epoch, _ in values)
     marks = {float(epoch): str(epoch) for epoch in range(1, last + 1, max(round(last / _MARKS), 1))}
     inside = axes(x, y, ("epoch", ""), marks)
@@ -192,8 +192,8 @@ def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
     points = [model for model in models if "point" in model and model["point"]["value"] is not None]
     if not points:
         return ""
-    x = across([point["bytes"]["compressed"] for point in points])
-    y = upwards([point["point"]["value"] for point in points])
+    x = x_scale([point["bytes"]["compressed"] for point in points])
+    y = y_scale([point["point"]["value"] for point in points])
     metric = points[0]["point"]["metric"]
     marks = {mark: nbytes(max(round(mark), 0), units) for mark in x.marks}
     best = sorted((point for point in points if point["point"]["is_front"]), key=_size)

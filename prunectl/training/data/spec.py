@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.detect import address
+from prunectl.formats.detect import url_error
 
 GRAMMAR = (
     "a SPEC is train.npz, train.npz[x,y], x.npy,y.npy, images/, table.csv?target=label, table.parquet?target=label, "
@@ -117,7 +117,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def require_path(path: Path) -> Path:
     """A path that is there, or say that it is not."""
     if not os.path.lexists(path):
-        raise address(str(path)) or InputError(f"{path} does not exist", hint=_quoting(str(path)))
+        raise url_error(str(path)) or InputError(f"{path} does not exist", hint=_quoting(str(path)))
     return path
 
 
