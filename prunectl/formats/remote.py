@@ -87,12 +87,8 @@ class _Mirror:
             # A store may have x and x/y, and longer names than a file system.
             raise InputError(f"{shown(file.url)} cannot be kept as a file here: {error.strerror}") from error
         if not is_fact:
-            self.keep(path, file)
-
-    def keep(self, path: Path, file: RemoteFile) -> None:
-        """Have a file read where it is."""
-        REMOTE[path] = _Buffered(file)
-        self.stubs.append(path)
+            REMOTE[path] = _Buffered(file)
+            self.stubs.append(path)
 
 
 def _whole(file: RemoteFile, most: int) -> bytes:
@@ -229,9 +225,8 @@ def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
             yield target
             _put(place, target, is_forced=is_forced)
         except PrunectlError as error:
-            error.message, error.hint = (
-                text.replace(str(target), without_secrets(url)) for text in (error.message, error.hint)
-            )
+            own, url = str(target), without_secrets(url)
+            error.message, error.hint = error.message.replace(own, url), error.hint.replace(own, url)
             raise
         finally:
             del UPLOADS[target]
@@ -384,12 +379,11 @@ def _hint(files: Mapping[str, RemoteFile]) -> str:
     """Files in a folder that may have been meant."""
     if any(one.startswith(f"{LEDGER}/") for one in files):
         return "it holds parts of a model that are not joined: prunectl prune … --join"
-    named = sorted(one for one in files if PurePosixPath(one).suffix in _SUFFIXES and not _is_config(one))[:3]
+    # Of JSON an index is a model, and all else tells of one.
+    named = sorted(
+        one for one in files if PurePosixPath(one).suffix in _SUFFIXES - {".json"} or one.endswith(".index.json")
+    )[:3]
     return f"name a file: {', '.join(map(abbreviated, named))}" if named else "name the folder of a model, or a file"
-
-
-def _is_config(name: str) -> bool:
-    return name.endswith(".json") and not name.endswith(".index.json")
 
 
 _SUFFIXES = SUFFIXES | {".ckpt"}
