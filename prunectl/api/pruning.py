@@ -30,7 +30,7 @@ from prunectl.reporting.prune import part_report, prune_report, wrap_report
 from prunectl.reporting.report import Report
 from prunectl.reporting.structured import blocks_report, channels_report
 from prunectl.reporting.sweep import trial_line
-from prunectl.sweeping.max_drop import SearchResult
+from prunectl.sweeping.sweep import SearchResult
 from prunectl.sweeping.trial import Trial, TrialResult
 from prunectl.training.wrap.prune import WrapResult
 from prunectl.units import count

@@ -29,8 +29,8 @@ from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
 from prunectl.reporting.sweep import trial_line
 from prunectl.sweeping.journal import digests
-from prunectl.sweeping.max_drop import Search, SearchResult, Watcher, search
 from prunectl.sweeping.requests import check_channels, needs_data
+from prunectl.sweeping.sweep import Search, SearchResult, Watcher, search
 from prunectl.sweeping.trial import Variant
 from prunectl.training.backend import LoadOptions, TrainOptions
 from prunectl.training.finetune import finetune

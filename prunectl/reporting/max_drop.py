@@ -11,7 +11,7 @@ from prunectl.analysis.stats import ModelStats
 from prunectl.reporting.prune import LIKELY_TO_FALL, UNMEASURED, before_after, compare_sizes, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Table, Unit, survey_json
 from prunectl.sweeping.grid import amount, drop, finite
-from prunectl.sweeping.max_drop import SearchResult
+from prunectl.sweeping.sweep import SearchResult
 from prunectl.sweeping.trial import Trial
 from prunectl.units import count, percent
 

@@ -1,4 +1,4 @@
-"""Runs a sweep: the trials of a grid on a pool of workers, resumed from its journal."""
+"""Trials noted in a journal: a sweep of a grid on a pool of workers, and a bisection for what holds a limit."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from prunectl.analysis import sizes
-from prunectl.errors import PrunectlError
+from prunectl.errors import PrunectlError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.formats.workers import workers
-from prunectl.sweeping.grid import check, check_limit, gain, make_bracket, next_trials, variants
-from prunectl.sweeping.journal import Journal, files_of, find_stale, open_journal
+from prunectl.pruning.destination import Destination
+from prunectl.sweeping.grid import amount, check, check_limit, drop, gain, make_bracket, next_trials, variants
+from prunectl.sweeping.journal import Journal, digest, files_of, find_stale, open_journal
 from prunectl.sweeping.requests import training_of
 from prunectl.sweeping.trial import BASELINE, SweepConfig, Trial, TrialResult, Variant
-from prunectl.sweeping.workers import WorkerPool, encode_job, make_workers, threads_per_worker
+from prunectl.sweeping.workers import WorkerPool, encode_job, make_trial, make_workers, threads_per_worker
 from prunectl.sweeping.workers import check as check_on
 from prunectl.training import user_code
 from prunectl.training.max_drop import MaxDrop
+from prunectl.training.request import FinetuneRequest
 
 Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
-"""Told each point when it is made."""
+"""Told each trial when it is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +184,90 @@ def compare_schedules(config: SweepConfig, outcomes: Mapping[Trial, TrialResult]
         if pairs:
             comparisons.append(ScheduleComparison(left, right, tuple(gain(*pair) for pair in pairs)))
     return comparisons
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A search for the largest sparsity within a limit."""
+
+    variant: Variant
+    limit: MaxDrop
+    evaluation: FinetuneRequest
+    """By which data and which metric."""
+    build: Callable[[Path, float, Destination], None]
+    """Writes a model at a sparsity."""
+    choices: dict[str, Any]
+    """What decides the numbers, noted with what was tried."""
+    files: Mapping[str, str]
+    """The hashes of the files that these words name."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The result of a search."""
+
+    limit: MaxDrop
+    base: TrialResult
+    best: Trial
+    tried: dict[Trial, TrialResult]
+    """From low to high sparsity."""
+    folder: Path
+    rebuilt: tuple[str, ...] = ()
+    """What was made again, and why."""
+
+    @property
+    def result(self) -> TrialResult:
+        """What the largest sparsity that holds came to."""
+        return self.tried[self.best]
+
+    @property
+    def path(self) -> Path:
+        """The model at that sparsity, as long as the folder is there."""
+        return self.folder / self.result.path
+
+    def within_limit(self, trial: Trial) -> bool:
+        """Whether a sparsity is within the limit."""
+        return drop(self.tried[trial], self.base) <= self.limit.amount
+
+
+def search(path: Path, request: Search, folder: Path, watcher: Watcher) -> SearchResult:
+    """The largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
+    with open_journal(folder, request.choices, digest(path), threads_per_worker(1), request.files) as journal:
+
+        def run(trial: Trial) -> None:
+            result = make_trial(
+                path, folder, trial, request.evaluation, lambda output: request.build(path, trial.sparsity, output)
+            )
+            journal.add(trial, result)
+            if trial != BASELINE:
+                watcher(trial, result)
+
+        if BASELINE not in journal.done:
+            run(BASELINE)
+        base = journal.done[BASELINE]
+        check_limit(request.limit, base)
+        stale = find_stale(folder, journal.done)
+        journal.discard(stale)
+        for trial in stale:
+            run(trial)
+        while not (bracket := make_bracket(request.variant, journal.done, request.limit.amount)).is_closed:
+            run(request.variant.trial(bracket.middle))
+        tried = {
+            trial: journal.done[trial]
+            for trial in sorted(journal.done.keys() - {BASELINE}, key=lambda trial: trial.sparsity)
+        }
+    if not bracket.passing:
+        raise _infeasible(tried, base, request.limit)
+    return SearchResult(
+        request.limit, base, request.variant.trial(bracket.passing), tried, folder, tuple(stale.values())
+    )
+
+
+def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:
+    trial, result = next(iter(tried.items()))
+    worse = f"{amount(drop(result, base), base)} worse" if result.is_number else "NaN"
+    return WorkError(
+        f"the limit cannot be kept: even at a sparsity of {trial.sparsity:.0%}, {base.metric} is {worse}; "
+        f"a drop of {limit.shown} is allowed; nothing was written",
+        hint="raise --max-drop, or try another strategy or scope" if result.path else result.notes[0],
+    )

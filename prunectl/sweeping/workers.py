@@ -270,9 +270,7 @@ def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
 
 
 def run_trial(path: Path, config: SweepConfig, folder: Path, trial: Trial) -> TrialResult:
-    """Make a point in its own folder, which only a noted point needs to keep, and return what came of it."""
-    if trial == BASELINE:
-        return evaluate(path, training_of(config, BASELINE), "")
+    """Run a trial of a sweep."""
     return make_trial(
         path, folder, trial, training_of(config, BASELINE), lambda output: _write_trial(path, config, trial, output)
     )
@@ -281,7 +279,9 @@ def run_trial(path: Path, config: SweepConfig, folder: Path, trial: Trial) -> Tr
 def make_trial(
     path: Path, folder: Path, trial: Trial, evaluation: FinetuneRequest, write: Callable[[Destination], None]
 ) -> TrialResult:
-    """Have a trial written to its own folder, and return what came of it."""
+    """Have a trial written to its own folder, and return what came of it; the baseline is the model as it is."""
+    if trial == BASELINE:
+        return evaluate(path, evaluation, "")
     output = Destination(trial_dir(folder, trial) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
     try:
         write(output)

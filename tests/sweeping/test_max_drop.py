@@ -15,7 +15,6 @@ from prunectl import api
 from prunectl.commands import app, max_drop
 from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.formats.registry import open_model
-from prunectl.sweeping import max_drop as sweeping_max_drop
 from prunectl.sweeping import workers as searching
 from tests.running import FIXTURES
 
@@ -116,7 +115,7 @@ def test_a_search_that_was_stopped_goes_on_with_what_it_tried(
             raise KeyboardInterrupt
         return weighed(path, *more)
 
-    monkeypatch.setattr(sweeping_max_drop, "evaluate", counted)
+    monkeypatch.setattr(searching, "evaluate", counted)
     memory: list[str | Path] = ["--tried", tmp_path / "tried", "-o", tmp_path / "out.onnx"]
     with pytest.raises(KeyboardInterrupt):
         app.run([*map(str, words), *map(str, memory)])
