@@ -28,6 +28,7 @@ from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
 from prunectl.training.quiet import ignore_warnings, silence
+from prunectl.training.tensorflow import SIGNATURE, load_saved_model
 
 _tf = load_keras2().tensorflow
 
@@ -85,7 +86,6 @@ def _reason(error: Exception) -> str:
     return reasons[0][:300].rstrip(".:") if reasons and lines[0].startswith(_TRACE_PREFIXES) else error_line(error)
 
 
-_SIGNATURE = "serving_default"
 _fingerprint_pb2 = importlib.import_module("tensorflow.core.protobuf.fingerprint_pb2")
 
 
@@ -114,18 +114,8 @@ def threads_note(threads: int) -> str:
 
 
 def _load_signature(path: Path) -> TfRunnable:
-    try:
-        with ignore_warnings():
-            root = _tf.saved_model.load(str(path))
-    except Exception as error:
-        raise InputError(f"TensorFlow cannot load {path}: {error_line(error)}") from error
+    root, signature = load_saved_model(path, "save it again with signatures=")
     names = list(root.signatures)
-    if not names:
-        raise InputError(
-            f"{path} has variables but no signature that uses them",
-            hint="save it again with signatures=",
-        )
-    signature = _SIGNATURE if _SIGNATURE in names else names[0]
     function = root.signatures[signature]
     # By their names: a signature knows no other order.
     specs = dict(sorted(function.structured_input_signature[1].items()))
@@ -158,7 +148,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
     module.serve = _tf.function(serve, input_signature=runnable.specs(job.inputs))
     try:
         with ignore_warnings():
-            _tf.saved_model.save(module, str(target), signatures={_SIGNATURE: module.serve})
+            _tf.saved_model.save(module, str(target), signatures={SIGNATURE: module.serve})
     except Exception as error:
         raise WorkError(f"TensorFlow cannot save {job.file.path}: {error_line(error)}") from error
     _clear_random_id(target / "fingerprint.pb")
@@ -200,7 +190,7 @@ def write_tflite(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write a TensorFlow Lite model with one signature."""
     saved_model = job.scratch / "between"
     write(job, saved_model)
-    converter = _tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[_SIGNATURE])
+    converter = _tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[SIGNATURE])
     notes = _configure(converter, job)
     try:
         with silence(), ignore_warnings():
@@ -259,7 +249,7 @@ def run_tflite(job: ExportJob, target: Path) -> Run:
     runnable: TfRunnable = job.runnable
     with silence():
         interpreter = _tf.lite.Interpreter(model_path=str(target), num_threads=1)
-        run_signature = interpreter.get_signature_runner(_SIGNATURE)
+        run_signature = interpreter.get_signature_runner(SIGNATURE)
 
     def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
         feeds = {spec.name: array.astype(spec.dtype) for spec, array in zip(job.inputs, inputs, strict=True)}

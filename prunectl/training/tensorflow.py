@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.errors import InputError, UsageError, first_line
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.scratch import temporary_folder, utf8_path
 from prunectl.training import user_code
 from prunectl.training.backend import GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import DevicePlacement, load_keras2
-from prunectl.training.keras.load import LoadedModel
+from prunectl.training.keras.load import LoadedModel, error_line
 from prunectl.training.keras.model import KerasTrainable
 from prunectl.training.keras.model import load_trainable as open_keras
 from prunectl.training.quiet import ignore_warnings
@@ -31,7 +31,7 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
     return SignatureTrainable(partial(load, model))
 
 
-_DEFAULT = "serving_default"
+SIGNATURE = "serving_default"
 _RANDOM_OPERATIONS = ("Random", "Multinomial", "TruncatedNormal", "ParameterizedTruncatedNormal")
 _Base: Any = load_keras2().keras.Model
 _tf = load_keras2().tensorflow
@@ -98,21 +98,23 @@ class SignatureModel(_Base):  # type: ignore[misc]
         return [_tf.reshape(output, _tf.concat([[-1], _tf.shape(output)[2:]], axis=0))[:count] for output in outputs]
 
 
-def load_signature_model(path: Path) -> SignatureModel:
-    """Load the serving signature of a SavedModel as a model."""
+def load_saved_model(path: Path, hint: str) -> tuple[Any, str]:
+    """What a SavedModel holds, and the signature that serves; without one the hint says what helps."""
     try:
         with ignore_warnings(), temporary_folder() as folder:
             root = _tf.saved_model.load(str(utf8_path(path, folder / "link")))
     except Exception as error:
-        line = first_line(error)
-        raise InputError(f"TensorFlow cannot load {path}: {line}") from error
+        raise InputError(f"TensorFlow cannot load {path}: {error_line(error)}") from error
     names = list(root.signatures)
     if not names:
-        raise InputError(
-            f"{path} has variables but no signature that uses them",
-            hint="save it again with signatures=, or build the model with --builder mod:fn",
-        )
-    function = root.signatures[_DEFAULT if _DEFAULT in names else names[0]]
+        raise InputError(f"{path} has variables but no signature that uses them", hint=hint)
+    return root, SIGNATURE if SIGNATURE in names else names[0]
+
+
+def load_signature_model(path: Path) -> SignatureModel:
+    """Load the serving signature of a SavedModel as a model."""
+    root, signature = load_saved_model(path, "save it again with signatures=, or build the model with --builder mod:fn")
+    function = root.signatures[signature]
     if not function.trainable_variables:
         raise InputError(f"{path} cannot be trained: its weights are constants of the graph")
     return SignatureModel(function, root)
