@@ -17,6 +17,7 @@ from prunectl.channels.labels import AxisRole
 from prunectl.channels.lengths import DataShapes
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
+from prunectl.pruning import RANDOM_PREFIX
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import uniform_numbers
 from prunectl.training.backend import ModelSignature, TensorSpec
@@ -303,7 +304,6 @@ def _spread(line: Array, shape: tuple[int, ...], axis: int) -> Array:
     return spread
 
 
-_SYNTHETIC = "random:"
 _BATCHES = 4
 """Enough to see what random numbers do not show; each costs two runs of a network."""
 
@@ -328,7 +328,7 @@ def calibration_batches(
 
 def shapes_of_data(request: PruneRequest) -> DataShapes | None:
     """A lookup of the shapes of the user's data, for models with open axes."""
-    if not request.data or (request.data.startswith(_SYNTHETIC) and "shape=" not in request.data):
+    if not request.data or (request.data.startswith(RANDOM_PREFIX) and "shape=" not in request.data):
         # What is made up has the shapes of the model.
         return None
 

@@ -18,7 +18,6 @@ from prunectl.formats import budgets, extents
 from prunectl.formats.base import WEIGHTS, Array, ModelFile, Role, Tensor
 from prunectl.formats.extents import Extent
 
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Axes = tuple[int, ...] | None
 """The order of axes to see a tensor in; None as it is."""
 
@@ -84,8 +83,8 @@ def bitwise_differs(left: Array, right: Array) -> Any:
         with np.errstate(over="ignore", invalid="ignore"):
             left, right = left.astype(narrow), right.astype(narrow)
     width = left.dtype.itemsize
-    if width in _BITS:
-        return left.view(_BITS[width]) != right.view(_BITS[width])
+    if width <= 8:
+        return left.view(f"u{width}") != right.view(f"u{width}")
     return (left.view(np.uint8) != right.view(np.uint8)).reshape(-1, width).any(axis=1)
 
 

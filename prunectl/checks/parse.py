@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from prunectl.analysis import patterns
 from prunectl.analysis.patterns import NMPattern
-from prunectl.checks.config import ConfigFile
+from prunectl.checks.config import ConfigFile, KeyPath
 from prunectl.checks.schema import BUDGET, DROP, LATENCY, LAYER, LEVELS, SPEEDUP, TOP, KeySpec, MetricUnit, ValueType
 from prunectl.errors import UsageError
 from prunectl.formats.base import close_matches
@@ -158,7 +158,6 @@ EXAMPLES = {MAX_LATENCY: '"5ms"', MIN_SPEEDUP: '{fail = 1.2, against = "dense.on
 BASELINE = "prunectl-baseline.json"
 _METRICS = {ValueType.SIZE: MetricUnit.BYTES, ValueType.COUNT: MetricUnit.COUNT, ValueType.RATIO: MetricUnit.RATIO}
 _COUNT = re.compile(r"\d+(?:\.\d+)?\s*[kmgt]?", re.IGNORECASE)
-KeyPath = tuple[str | int, ...]
 Raw = TypeVar("Raw")
 Parsed = TypeVar("Parsed")
 

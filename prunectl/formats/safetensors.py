@@ -32,7 +32,7 @@ from prunectl.formats.base import (
 from prunectl.formats.extents import Extent, blocks, file_bytes, file_state, raw_bytes
 from prunectl.formats.patch import HALF, HALVED, TensorUpdate, apply_mask, broadcast_mask, patch_files, to_float16
 from prunectl.formats.safe_json import SURROGATES, parse_object, read_object
-from prunectl.formats.state_dict import OPTIMIZER_ROOTS, MaskedParam
+from prunectl.formats.state_dict import GRADIENT_LEAVES, OPTIMIZER_ROOTS, MaskedParam
 
 LENGTH_BYTES = 8
 
@@ -341,7 +341,6 @@ def _tagged(tensor: Tensor, prefix: str) -> Tensor:
 
 
 _AVERAGES = ("ema.", "model_ema.", "ema_model.", "swa_model.")
-_GRADIENTS = (".grad", ".main_grad")
 
 
 def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
@@ -388,7 +387,7 @@ def _part(name: str, tensors: Mapping[str, Tensor]) -> StripPart | None:
     root, dot, rest = name.partition(".")
     if dot and root in OPTIMIZER_ROOTS:
         return StripPart.OPTIMIZER
-    if name.endswith(_GRADIENTS) and name.rpartition(".")[0] in tensors:
+    if name.endswith(GRADIENT_LEAVES) and name.rpartition(".")[0] in tensors:
         return StripPart.GRADIENTS
     is_copy = name.startswith(_AVERAGES) and (rest in tensors or f"model.{rest}" in tensors)
     return StripPart.TRAINING if is_copy else None

@@ -160,6 +160,8 @@ MODEL_ROOTS = frozenset(
     }
 )
 """Entries of a checkpoint that say nothing but `here is the model`."""
+GRADIENT_LEAVES = (".grad", ".main_grad")
+"""What follows the name of a weight in that of its gradient."""
 AVERAGES = frozenset(
     {
         *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "ema_state", "model_state_dict_ema"),

@@ -158,7 +158,6 @@ def verify(
     return stats
 
 
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Pruned = Iterator[tuple[Array, Mask]]
 """Blocks of pruned weights in storage order, each with the mask of what was pruned."""
 
@@ -365,7 +364,7 @@ def _zero_pruned(weights: Array, dropped: Mask) -> Array:
     """Weights with the masked ones zero, the others bit for bit as they were."""
     kept = weights if weights.flags.writeable and weights.flags.c_contiguous else weights.copy(order="C")
     # Integers times one or zero: ten times as fast as writing where a mask says so, and NaN stays what it is.
-    bits = kept.view(_BITS[kept.dtype.itemsize])
+    bits = kept.view(f"u{kept.dtype.itemsize}")
     np.multiply(bits, ~dropped, out=bits)
     return kept
 

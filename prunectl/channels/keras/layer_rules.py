@@ -13,7 +13,7 @@ from prunectl.channels.keras.builder import CalledLayer, LayerContext, ObservedV
 from prunectl.channels.keras.layers import apply_activation, keeps_zero
 from prunectl.formats.keras.config import part, text, untuple, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops.matmuls import matmuls
-from prunectl.formats.keras.flops.sequences import GATES
+from prunectl.formats.keras.flops.sequences import GATES, STATES
 from prunectl.formats.keras.flops.shapes import UnknownShapeError
 
 
@@ -189,7 +189,6 @@ def _single_axis(call: LayerContext, rank: int) -> int:
 
 
 _INITIAL_STATE = frozenset({"initial_state"})
-_STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
 _REFUSED_RECURRENT = ("stateful", "time_major")
 """Settings under which a layer begins with what it was left with, or has its steps in front of its examples."""
 _MERGED = ("sum", "mul", "ave")
@@ -243,7 +242,7 @@ def _direction(
         or call.weights[f"{prefix}kernel"].shape != (data[-1], gates * units)
         or recurrent_kernel.shape != (units, gates * units)
         or (bias is not None and bias.shape not in {(gates * units,), (2, gates * units), (2 * gates * units,)})
-        or [call.shape(state) for state in states] not in ([], [(data[0], units)] * _STATES[kind])
+        or [call.shape(state) for state in states] not in ([], [(data[0], units)] * STATES[kind])
     ):
         raise UnknownShapeError
     inputs = (
@@ -254,7 +253,7 @@ def _direction(
         *states,
     )
     output = (*data[:-1], units) if config.get("return_sequences") else (data[0], units)
-    more = ((data[0], units),) * (_STATES[kind] if config.get("return_state") else 0)
+    more = ((data[0], units),) * (STATES[kind] if config.get("return_state") else 0)
     name = f"{call.name}/{direction}" if direction else call.name
     return call.builder.add(name, kind, OpKind.RECURRENT, inputs, (output, *more), units=units, gates=gates)
 

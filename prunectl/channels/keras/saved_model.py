@@ -26,6 +26,7 @@ from prunectl.formats.scratch import Scratch
 from prunectl.formats.tensorflow import object_graph
 from prunectl.formats.tensorflow.bundle import read_bundle
 from prunectl.formats.tensorflow.graph_def import read_graph
+from prunectl.formats.tensorflow.strip import SIGNATURES
 from prunectl.formats.tensorflow.variables import VALUE_SUFFIX
 from prunectl.pruning import destination as outputs
 from prunectl.training import user_code
@@ -34,7 +35,6 @@ from prunectl.training.keras.backend import DevicePlacement
 from prunectl.training.keras.load import LoadedModel, load
 from prunectl.training.quiet import ignore_warnings
 
-_SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _WRITTEN_BY_KERAS = frozenset({"saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables"})
 _SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that file"
 
@@ -167,7 +167,7 @@ def _save_with_keras(loaded: LoadedModel, path: Path) -> None:
 def _refuse_losses(model: ModelFile) -> None:
     """Refuse what Keras would leave out when it writes the folder anew."""
     graph = read_graph(model.path / "saved_model.pb")
-    signatures = sorted(set(graph.signatures) - _SIGNATURES)
+    signatures = sorted(set(graph.signatures) - SIGNATURES)
     lost = f"its signatures {', '.join(signatures)}" if signatures else ""
     lost = lost or ("the files that its graph reads" if graph.assets else "")
     lost = lost or ("all of its graphs but one" if len(graph.graphs) > 1 else "")

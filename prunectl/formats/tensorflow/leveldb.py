@@ -10,6 +10,7 @@ import google_crc32c
 
 from prunectl.errors import InputError, reading
 from prunectl.formats import budgets
+from prunectl.formats.detect import TABLE_MAGIC
 from prunectl.formats.protobuf import WireError, encode_varint, read_varint
 
 _LITERAL, _NEAR = 0, 1
@@ -59,7 +60,6 @@ def _copy(packed: memoryview, tag: int, offset: int) -> tuple[int, int, int]:
     return 1 + (tag >> 2), int.from_bytes(packed[offset:end], "little"), end
 
 
-MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER_BYTES = 48
 TRAILER_BYTES = 5
 """Behind each block: a byte that says how it is compressed, then a masked CRC-32C over the block and that byte."""
@@ -117,7 +117,7 @@ def read_file(path: Path) -> memoryview:
 
 def records(path: Path, data: memoryview) -> Iterator[IndexRecord]:
     """Yield the records of a table in their order, each block checked against its checksum."""
-    if len(data) < FOOTER_BYTES or data[-len(MAGIC) :] != MAGIC:
+    if len(data) < FOOTER_BYTES or data[-len(TABLE_MAGIC) :] != TABLE_MAGIC:
         raise InputError(f"{path} is truncated or damaged: it does not end like the index of a checkpoint")
     try:
         yield from _checked(path, data)
@@ -214,7 +214,7 @@ def table(records: Iterable[tuple[bytes, bytes]]) -> bytes:
         pointers.append((pending[-1][0], _append(out, _block(pending, RESTART_INTERVAL))))
     metaindex = _append(out, _block([], 1))
     index = _append(out, _block(pointers, 1))
-    return bytes(out) + (metaindex + index).ljust(FOOTER_BYTES - len(MAGIC), b"\0") + MAGIC
+    return bytes(out) + (metaindex + index).ljust(FOOTER_BYTES - len(TABLE_MAGIC), b"\0") + TABLE_MAGIC
 
 
 def _append(out: bytearray, block: bytes) -> bytes:

@@ -287,7 +287,7 @@ def _same(expected: Iterator[Array], array: Array) -> bool:
     )
 
 
-_SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
+SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _SECONDS, _SECONDS_PER_MB = 300, 1
 _MEMORY_BYTES, _MEMORY_PER_BYTE = 16 << 30, 16
 _HINT = "strip the other parts only: prunectl strip --only optimizer,training"
@@ -328,7 +328,7 @@ def _refuse(model: ModelFile, options: StripOptions) -> None:
             f"{model.path} was not rebuilt without its wrappers, because that could run code: {trust.worded(facts)}",
             hint=_HINT,
         )
-    if strange := set(graph.signatures) - _SIGNATURES:
+    if strange := set(graph.signatures) - SIGNATURES:
         raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(strange))}", hint=_HINT)
     if graph.assets or len(graph.graphs) > 1:
         what_is_lost = "the files that its graph reads" if graph.assets else "all of its graphs but one"

@@ -27,8 +27,6 @@ from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.compile import read_training_config
 from prunectl.training.wrap import WrapperSpec, verify_roundtrip, wrap, wrapper_format
 
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
 
 @dataclass(frozen=True, slots=True)
 class WrapResult:
@@ -113,7 +111,7 @@ def _masks(model: ModelFile, pruned: Pruned) -> dict[str, Mask]:
 
 def _bits(array: Array) -> Array:
     # A minus zero stays one, and so does a NaN.
-    return np.ascontiguousarray(array).view(_BITS[array.dtype.itemsize])
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
 def _share(cut: TensorPlan, pruned: Pruned) -> float:

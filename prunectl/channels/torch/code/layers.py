@@ -12,6 +12,7 @@ from prunectl.channels.graph import Shape, Shapes
 from prunectl.channels.torch.attention import is_zeros
 from prunectl.channels.torch.code.expressions import call, collapse_equal, literal
 from prunectl.channels.torch.fx import arguments, op_name
+from prunectl.formats.torch.usage import RECURRENT
 
 _NO_MOMENTUM = 0.1
 
@@ -60,7 +61,7 @@ def as_layer(node: torch.fx.Node, state: StateShapes, rank: int) -> LayerCode | 
     if kind is None:
         return None
     args = arguments(node)
-    if op_name(node) in _RECURRENT:
+    if op_name(node) in RECURRENT:
         return _recurrent(node, state)
     first_argument = next(iter(kind.weights))
     for name in state.names(args.get(first_argument)):
@@ -186,7 +187,6 @@ def _call(layer: str, positional: Sequence[Any], options: Mapping[str, Any], def
 
 _AFFINE = {"weight": "weight", "bias": "bias"}
 _NORM = _AFFINE | {"running_mean": "running_mean", "running_var": "running_var"}
-_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _CONVOLUTIONS = "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d"
 _LAYER_ROWS: Mapping[str, _LayerRow] = {
     **{name: _LayerRow(_AFFINE, _convolution) for name in _CONVOLUTIONS.split()},
@@ -196,5 +196,5 @@ _LAYER_ROWS: Mapping[str, _LayerRow] = {
     "group_norm": _LayerRow(_AFFINE, _group_norm),
     "embedding": _LayerRow({"weight": "weight"}, _embedding, data="indices"),
     "prelu": _LayerRow({"weight": "weight"}, _prelu, data="self"),
-    **{name: _LayerRow({}, _prelu) for name in _RECURRENT},
+    **{name: _LayerRow({}, _prelu) for name in RECURRENT},
 }

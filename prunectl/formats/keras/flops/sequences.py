@@ -156,7 +156,7 @@ def _einsum_output(step: LayerCall) -> Shape:
 
 
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
-_STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
+STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
 _CONVOLUTIONAL = ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
 _RECURRENT = (*GATES, "RNN", *_CONVOLUTIONAL)
 
@@ -169,7 +169,7 @@ def outputs(step: LayerCall, first: Shape | None) -> tuple[Shape | None, ...]:
         state = _state(step)
     except UnknownShapeError:
         state = None
-    return (first, *(state,) * _STATES.get(step.kind, 2))
+    return (first, *(state,) * STATES.get(step.kind, 2))
 
 
 def is_recurrent(kind: str) -> bool:

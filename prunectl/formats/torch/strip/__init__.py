@@ -13,7 +13,7 @@ from prunectl.formats import budgets
 from prunectl.formats.base import WRAPPING, CopyChoice, ModelFile, RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.budgets import MAX_ALIGNMENT, MAX_PICKLE_BYTES
 from prunectl.formats.patch import patch_files
-from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
+from prunectl.formats.state_dict import AVERAGES, GRADIENT_LEAVES, MODEL_ROOTS, OPTIMIZER_ROOTS, TRAINING_ROOTS
 from prunectl.formats.torch.legacy import mapped, open_legacy_container
 from prunectl.formats.torch.model import SCRIPT_CODE, read_marker, top_folder
 from prunectl.formats.torch.pickle.edit import (
@@ -124,7 +124,6 @@ def _is_averaged_copy(name: str, sections: Mapping[str, CheckpointSection]) -> b
     return name in averages and bool(models)
 
 
-_GRADIENT_LEAVES = (".grad", ".main_grad")
 _WITH_STATE = frozenset(
     {"torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2"},
 )
@@ -307,7 +306,7 @@ def _drop_gradients(node: IRNode, prefix: str, removed: dict[str, IRNode]) -> li
 
 
 def _is_gradient(name: str, node: IRNode, names: dict[str, IRNode]) -> bool:
-    owners = [name.removesuffix(leaf) for leaf in _GRADIENT_LEAVES if name.endswith(leaf)]
+    owners = [name.removesuffix(leaf) for leaf in GRADIENT_LEAVES if name.endswith(leaf)]
     return any(owner in names for owner in owners) and is_tensor(node)
 
 
