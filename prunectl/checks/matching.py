@@ -83,7 +83,7 @@ def bitwise_differs(left: Array, right: Array) -> Any:
         with np.errstate(over="ignore", invalid="ignore"):
             left, right = left.astype(narrow), right.astype(narrow)
     width = left.dtype.itemsize
-    if width <= 8:
+    if width in {1, 2, 4, 8}:
         return left.view(f"u{width}") != right.view(f"u{width}")
     return (left.view(np.uint8) != right.view(np.uint8)).reshape(-1, width).any(axis=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +22,8 @@ from prunectl.exporting.export import export
 from prunectl.exporting.request import BATCH_SIZE, OPTIONS, SAMPLES, parse_request
 from prunectl.exporting.routes import suffix_of
 from prunectl.pruning.destination import Destination
-from prunectl.reporting.prune import before_after, compare_sizes, outcome
-from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
+from prunectl.reporting.prune import before_after, output_report
+from prunectl.reporting.report import Artifact, Column, Report, Table, Unit
 
 _OUTPUTS = (
     Column("output"),
@@ -39,16 +39,9 @@ def export_report(result: ExportResult, output: str) -> Report:
     tables = (sizes,) if result.comparison is None else (_differences(result.comparison), sizes)
     facts = (("from", result.source), ("to", result.target), ("compared", _comparison_text(result.comparison)))
     notes = (*result.notes, *_about_source(result))
-    return Report(
-        models=(survey_json(result.before), survey_json(result.after)),
-        table=sizes,
-        sections=(Section(f"{result.before.path} -> {output}", facts, tables, notes),),
-        artifacts=(Artifact(output, result.after.bytes.raw), *(Artifact(*file) for file in result.companion_files)),
-        summary=outcome(result.before, result.after, output),
-        next_step=compare_sizes(result.before, output),
-        quiet_lines=(),
-        extra_json={"parity": _parity_json(result.comparison)},
-    )
+    extra: dict[str, Any] = {"parity": _parity_json(result.comparison)}
+    report = output_report(result, output, tables, rows=sizes, facts=facts, notes=notes, extra_json=extra)
+    return replace(report, artifacts=(*report.artifacts, *(Artifact(*file) for file in result.companion_files)))
 
 
 def _about_source(result: ExportResult) -> tuple[str, ...]:

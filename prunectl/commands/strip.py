@@ -18,8 +18,8 @@ from prunectl.formats.detect import URL, without_secrets
 from prunectl.pruning.averages import Keep
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.strip import Stripped, strip
-from prunectl.reporting.prune import before_after, compare_sizes, outcome
-from prunectl.reporting.report import Artifact, Column, Report, Section, Table, Unit, survey_json
+from prunectl.reporting.prune import before_after, output_report
+from prunectl.reporting.report import Column, Report, Table, Unit
 from prunectl.reporting.reporter import Reporter
 
 _ITEMS = (Column("removed"), Column("part"), Column("bytes", Unit.BYTES))
@@ -34,17 +34,8 @@ def strip_report(result: Stripped, output: str, *, is_rewritten: bool) -> Report
     has_shrunk = is_rewritten and result.after.bytes.raw < result.before.bytes.raw
     notes = [*dict.fromkeys((*result.notes, *result.after.about.notes))]
     notes += [] if rows or has_shrunk else ["There was nothing to strip: the output holds the same data as the input."]
-    notes += [] if output else ["This was a dry run: nothing was written."]
     tables = (*([_by_part(result)] if rows else []), before_after(result.before, result.after))
-    return Report(
-        models=(survey_json(result.before), survey_json(result.after)),
-        table=items,
-        sections=(Section(f"{result.before.path} -> {output or '(dry run)'}", (), tables, tuple(notes)),),
-        artifacts=(Artifact(output, result.after.bytes.raw),) if output else (),
-        summary=outcome(result.before, result.after, output),
-        next_step=compare_sizes(result.before, output),
-        quiet_lines=(),
-    )
+    return output_report(result, output, tables, rows=items, notes=notes)
 
 
 def _by_part(result: Stripped) -> Table:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prunectl.analysis.copies import averaged_copies_hint
 from prunectl.analysis.stats import ModelStats
@@ -24,7 +24,6 @@ from prunectl.reporting.report import Artifact, Cell, Column, Report, Row, Secti
 from prunectl.units import count, listed, nbytes, percent
 
 if TYPE_CHECKING:
-    from prunectl.pruning.manifest import Recorded
     from prunectl.pruning.parts import PartPruned
     from prunectl.pruning.schedules import SparsitySchedule
     from prunectl.training.wrap.prune import WrapResult
@@ -106,31 +105,47 @@ def prune_report(pruned: Pruned, output: str) -> Report:
     if output and not pruned.request.data:
         notes += [UNMEASURED, *_lossy(pruned)]
     tables = (cuts, before_after(pruned.before, pruned.after))
-    return pruning_report(
+    return output_report(
         pruned, output, tables, facts=_facts(pruned), notes=notes, next_step=_next_step(pruned, output)
     )
 
 
-def pruning_report(
-    result: Recorded,
+class BeforeAfter(Protocol):
+    """What came of a run that makes one model of another."""
+
+    @property
+    def before(self) -> ModelStats:
+        """The model that was given."""
+
+    @property
+    def after(self) -> ModelStats:
+        """The model that was made."""
+
+
+def output_report(
+    result: BeforeAfter,
     output: str,
     tables: tuple[Table, ...],
     *,
+    rows: Table | None = None,
     facts: tuple[tuple[str, str], ...] = (),
     notes: Iterable[str],
-    next_step: str,
+    next_step: str | None = None,
     extra_json: Mapping[str, Any] | None = None,
 ) -> Report:
-    """The report on whatever was pruned, the first of its tables for scripts; without an output it was a dry run."""
+    """The report on a run that makes one model of another; without an output it was a dry run.
+
+    Scripts get the rows of the first table, or of one of their own.
+    """
     before, after = result.before, result.after
     dry = () if output else ("This was a dry run: nothing was written.",)
     return Report(
         models=(survey_json(before), survey_json(after)),
-        table=tables[0],
+        table=tables[0] if rows is None else rows,
         sections=(Section(f"{before.path} -> {output or '(dry run)'}", facts, tables, (*notes, *dry)),),
         artifacts=(Artifact(output, after.bytes.raw),) if output else (),
         summary=outcome(before, after, output),
-        next_step=next_step,
+        next_step=compare_sizes(before, output) if next_step is None else next_step,
         quiet_lines=(),
         extra_json=extra_json or {},
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prunectl.analysis.stats import ModelStats
 from prunectl.reporting.bench import comparison
-from prunectl.reporting.prune import UNMEASURED, compare_sizes, pruning_report, recover_accuracy, what_is_unmeasured
+from prunectl.reporting.prune import UNMEASURED, compare_sizes, output_report, recover_accuracy, what_is_unmeasured
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Table, Unit
 from prunectl.units import count, percent
 
@@ -51,7 +51,7 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
     notes = [*([_skipped(result)] if result.skips else []), *_unknown(result.before), *result.notes]
     if result.latencies:
         notes.append(comparison("the original", "The result", result.latencies[1]))
-    report = pruning_report(
+    report = output_report(
         result,
         output,
         (cuts, sizes),
@@ -178,7 +178,7 @@ def blocks_report(result: BlocksPruned, output: str) -> Report:
         ),
         note=what_is_unmeasured(result.before, result.after),
     )
-    return pruning_report(
+    return output_report(
         result,
         output,
         (stacks, sizes),
