@@ -534,7 +534,7 @@ def test_a_failure_between_two_files_takes_the_first_away_again(
             raise OSError(errno.EIO, "Input/output error")
         real(new, target)
 
-    monkeypatch.setattr(exchanging, "place", second_fails)
+    monkeypatch.setattr(exchanging, "move_if_free", second_fails)
     with pytest.raises(WorkError, match="Input/output error"):
         run(FIXTURES / "digits_cnn_checkpoint.index", PruneRequest(sparsity=0.5), Destination(tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []
