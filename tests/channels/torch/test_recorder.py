@@ -215,8 +215,7 @@ def test_where_pytorch_lacks_what_recording_needs_modules_are_exported(
 ) -> None:
     importlib.import_module("torch.export._trace")  # which has it already
     monkeypatch.delattr("torch._export.utils._compiling_state_context")
-    for module in ("recorder", "_compat"):
-        monkeypatch.delitem(sys.modules, f"prunectl.channels.torch.{module}")
+    monkeypatch.delitem(sys.modules, "prunectl.channels.torch.recorder")
     cut(
         saved(nets.built(more.Functional), tmp_path / "net.pt"),
         tmp_path / "small.pt",
