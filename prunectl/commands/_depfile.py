@@ -125,8 +125,9 @@ def _is_generated(path: Path, began_ns: int) -> bool:
 
 def _packages(options: Mapping[str, Any]) -> frozenset[str]:
     """The packages that options name, as `package.module:function` or by an entry point."""
-    groups = [entry_points(group=group(kind)) for kind in _KINDS]
-    points = {point.name: point.value for points in groups for point in points}
+    # Read once: a large environment has hundreds of packages to look through.
+    installed = entry_points()
+    points = {point.name: point.value for kind in _KINDS for point in installed.select(group=group(kind))}
     values = [part for value in options.values() for part in (value if isinstance(value, list | tuple) else (value,))]
     targets = [points.get(part, part) for part in values if isinstance(part, str)]
     modules = [part.partition(":")[0] for part in targets if ":" in part]
