@@ -12,7 +12,7 @@ from typer.core import TyperArgument, TyperCommand
 
 from prunectl import __version__
 from prunectl.commands import _topics
-from prunectl.commands._command import add_help_options
+from prunectl.commands._command import add_help_options, make_command
 from prunectl.commands._help_page import (
     argument_name,
     default_text,
@@ -145,14 +145,7 @@ def _list_topics() -> list[str]:
     return ["prunectl help TOPIC", "", topics, "", "prunectl help COMMAND", "", commands]
 
 
-def _command() -> TyperCommand:
-    """Make the command; what it prints is for people, and takes none of the options about reports."""
-    single = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    single.command("help", add_help_option=False)(show_topic)
-    command = typer.main.get_command(single)
-    assert isinstance(command, TyperCommand)
-    add_help_options(command)
-    return command
-
-
-command = _command()
+# What it prints is for people, and takes none of the options about reports.
+command = make_command(show_topic, TyperCommand)
+command.name = "help"
+add_help_options(command)
