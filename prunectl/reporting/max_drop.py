@@ -29,10 +29,7 @@ def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_a
         else ()
     )
     sections = tuple(
-        replace(
-            section, notes=tuple(note for note in section.notes if note != UNMEASURED and LIKELY_TO_FALL not in note)
-        )
-        for section in report.sections
+        replace(section, notes=tuple(filter(_is_still_true, section.notes))) for section in report.sections
     )
     return replace(
         report,
