@@ -205,9 +205,6 @@ def _by_group(columns: Array) -> Array:
     return np.ascontiguousarray(columns.transpose(1, 0, 2), np.float32)
 
 
-GRADIENTS = ("gradient", "magnitude-gradient", "snip", "fisher")
-
-
 def wanda_scores(weights: Array, norms: InputStatistics) -> Float64Array:
     """Wanda: |weight| times the norm of its input (Sun et al. 2023)."""
     result: Array = np.zeros(weights.shape)
