@@ -2,28 +2,33 @@
 
 Each row keeps other columns. A row that keeps few is solved by elimination; one that keeps many by preconditioned
 conjugate gradients, which take a product with the whole Gram matrix a step, until they win little, or for as many
-steps as elimination would cost.
+steps as elimination would cost. They are taken in single precision, from and to residuals in double.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from prunectl.calibration.blocks import map_blocks
 from prunectl.calibration.sparsegpt import dampen, inverse_cholesky
 from prunectl.calibration.statistics import Float64Array
+from prunectl.formats.base import Array
 from prunectl.formats.workers import check_stopped
 from prunectl.pruning.masks import Mask
 
-_SETTLED, _WINDOW = 1e-2, 5
+_SETTLED, _WINDOW = 1e-3, 5
 """A row is good enough when so many steps took less than this share off the error that is left of it."""
 _EXACT = 1e-14
 """Nor does it matter what they take off an error that is this small beside what the row is to give."""
 _MOST_STEPS = 1000
 """Of conjugate gradients, for rows that keep too much to be eliminated."""
+_ROUNDS = 3
+"""How often those may begin again, with a residual in double precision."""
 _FEW_STEPS = 30
 """What they take of a Gram matrix that is well-conditioned: rows that cost less are eliminated at once."""
-_GATHERED = 15
+_GATHERED = 30
 """What it takes besides to gather the matrix of a row that is eliminated."""
 _SMALL = 1024
 """Kept columns whose matrix is small beside anything else; of more than half of all, it would not be."""
@@ -44,20 +49,25 @@ def least_squares_refit(
     towards the old weights and not towards zero: without evidence a weight stays as it is.
     """
     costs = _elimination_costs(kept)
+    # First, since what it takes to work it out is more than what the rest takes.
     factor = inverse_cholesky(gram, damp)[0] if (costs >= _FEW_STEPS).any() else None
     damped, target = normal_equations(rows, gram, cross_gram, damp)
+    equations = None if factor is None else _Equations.of(damped, factor)
     solution = np.where(kept, rows if initial is None else initial, 0.0)
 
     def solve(part: slice) -> None:
-        is_open = costs[part] >= _FEW_STEPS
-        if factor is not None and is_open.any():
-            some = part.start + np.flatnonzero(is_open)
+        is_eliminated = costs[part] < _FEW_STEPS
+        some = part.start + np.flatnonzero(~is_eliminated)
+        for _ in range(_ROUNDS):
+            if equations is None or not len(some):
+                break
             steps = min(int(costs[some].max()) + _GATHERED, _MOST_STEPS)
-            solution[some], is_settled = _conjugate_gradients(
-                damped, factor, target[some], kept[some], solution[some], steps=steps
-            )
-            is_open[is_open] = is_settled | (costs[some] >= _MOST_STEPS)
-        for row in part.start + np.flatnonzero(~is_open):
+            solution[some], is_settled = equations.approach(target[some], kept[some], solution[some], steps)
+            some = some[~is_settled]
+            is_large = costs[some] >= _MOST_STEPS
+            is_eliminated[some[~is_large] - part.start] = True
+            some = some[is_large]
+        for row in part.start + np.flatnonzero(is_eliminated):
             check_stopped()
             columns = np.flatnonzero(kept[row])
             solution[row, columns] = _eliminate(
@@ -87,7 +97,7 @@ def _elimination_costs(kept: Mask) -> Float64Array:
     """What it costs to eliminate each row, in steps of conjugate gradients; the most if it keeps too much for that."""
     features = kept.shape[1]
     counts = np.count_nonzero(kept, axis=1)
-    costs: Float64Array = counts.astype(np.float64) ** 3 / (2 * features**2)
+    costs: Float64Array = counts.astype(np.float64) ** 3 / features**2
     costs[counts > max(features // 2, _SMALL)] = _MOST_STEPS
     return costs
 
@@ -100,46 +110,71 @@ def _eliminate(gram: Float64Array, target: Float64Array, current: Float64Array) 
         return current + np.linalg.lstsq(gram, target - gram @ current, rcond=None)[0]
 
 
-def _conjugate_gradients(
-    gram: Float64Array, factor: Float64Array, target: Float64Array, kept: Mask, solution: Float64Array, *, steps: int
-) -> tuple[Float64Array, Mask]:
-    """What comes of so many steps at most, with the inverse diagonal as preconditioner, and which rows are settled.
+@dataclass(frozen=True, slots=True)
+class _Equations:
+    """A damped Gram matrix, as conjugate gradients need it."""
 
-    The factor of the inverse tells by how much rows miss those that nothing is pruned of: no error can be below that.
-    """
-    mask, scale = kept.astype(np.float64), 1 / np.diagonal(gram)
-    residual = target - solution @ gram
-    missing = residual @ factor.T
-    error = _row_products(missing, missing)
-    enough = _EXACT * _row_products(target * scale, target)
-    residual *= mask
-    preconditioned = residual * scale
-    direction, energy = preconditioned.copy(), _row_products(residual, preconditioned)
-    curvature, change = np.empty_like(direction), np.empty_like(direction)
-    gains, is_settled = np.zeros((_WINDOW, len(target))), np.zeros(len(target), np.bool_)
-    for step in range(steps):
-        check_stopped()
-        np.matmul(direction, gram, out=curvature)
-        curvature *= mask
-        length = _ratio(energy, _row_products(direction, curvature))
-        solution += np.multiply(direction, length[:, np.newaxis], out=change)
-        residual -= np.multiply(curvature, length[:, np.newaxis], out=change)
-        gains[step % _WINDOW] = length * energy
-        error -= length * energy
-        is_settled = gains.sum(axis=0) <= _SETTLED * np.maximum(error, enough)
-        if step + 1 >= _WINDOW and is_settled.all():
-            break
-        np.multiply(residual, scale, out=preconditioned)
-        previous, energy = energy, _row_products(residual, preconditioned)
-        direction *= _ratio(energy, previous)[:, np.newaxis]
-        direction += preconditioned
-    return solution, is_settled
+    gram: Float64Array
+    correlation: Array
+    """The same in features of one size, in single precision: the inverse diagonal is the preconditioner."""
+    scale: Float64Array
+    """What makes features of one size."""
+    factor: Float64Array
+    """Of the inverse. It tells by how much rows miss those that nothing is pruned of: no error can be below that."""
+
+    @classmethod
+    def of(cls, gram: Float64Array, factor: Float64Array) -> _Equations:
+        scale = 1 / np.sqrt(np.diagonal(gram))
+        correlation = np.empty(gram.shape, np.float32)
+
+        def multiply(part: slice) -> None:
+            correlation[part] = gram[part] * scale[part, np.newaxis] * scale
+
+        map_blocks(multiply, len(gram))
+        return cls(gram, correlation, scale, factor)
+
+    def approach(self, target: Float64Array, kept: Mask, first: Float64Array, steps: int) -> tuple[Float64Array, Mask]:
+        """What comes of so many steps at most from some rows, and which of them are settled."""
+        residual = target - first @ self.gram
+        missing = residual @ self.factor.T
+        slopes = residual * self.scale * kept
+        # Steps are relative to how far a row is off, so that no number is too large or too small for them.
+        size = np.sqrt(_row_products(slopes, slopes))
+        error = _ratio(_row_products(missing, missing), size**2)
+        enough = _ratio(_EXACT * _row_products(target * self.scale, target * self.scale), size**2)
+        mask, left = (
+            kept.astype(np.float32),
+            (slopes * _ratio(np.ones_like(size), size)[:, np.newaxis]).astype(np.float32),
+        )
+        direction, energy = left.copy(), _row_products(left, left)
+        curvature, change, moved = np.empty_like(left), np.empty_like(left), np.zeros_like(left)
+        gains, gained, is_settled = np.zeros((_WINDOW, len(left))), np.zeros(len(left)), np.zeros(len(left), np.bool_)
+        for step in range(steps):
+            check_stopped()
+            np.matmul(direction, self.correlation, out=curvature)
+            curvature *= mask
+            length = _ratio(energy, _row_products(direction, curvature))
+            moved += np.multiply(direction, length[:, np.newaxis], out=change)
+            left -= np.multiply(curvature, length[:, np.newaxis], out=change)
+            gains[step % _WINDOW] = length * energy
+            gained += length * energy
+            is_settled = gains.sum(axis=0) <= _SETTLED * np.maximum(error - gained, enough)
+            if step + 1 >= _WINDOW and is_settled.all():
+                break
+            previous, energy = energy, _row_products(left, left)
+            direction *= _ratio(energy, previous)[:, np.newaxis]
+            direction += left
+        way = moved * size[:, np.newaxis] * self.scale
+        last = first + way
+        # What was won in truth, where rounding may have the steps believe in more.
+        won = _ratio(_row_products(way, residual + target - last @ self.gram), size**2)
+        return last, is_settled & (gained - won <= _SETTLED * np.maximum(error - won, enough))
 
 
-def _row_products(first: Float64Array, second: Float64Array) -> Float64Array:
+def _row_products(first: Array, second: Array) -> Array:
     return np.asarray(np.einsum("rf,rf->r", first, second))
 
 
-def _ratio(numerator: Float64Array, denominator: Float64Array) -> Float64Array:
+def _ratio(numerator: Array, denominator: Array) -> Array:
     """A ratio for each row, zero for rows that are done."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
