@@ -51,7 +51,7 @@ FORMATS = (
         detect.is_keras_zip,
         "keras.model:open_zip",
         Family.KERAS,
-        writer="keras.model:write_zip",
+        writer="keras.hdf5.rewrite:write_zip",
         stripper="keras.strip:strip_archive",
         can_reencode=True,
         packer="zip_write:pack",

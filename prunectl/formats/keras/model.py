@@ -1,28 +1,24 @@
-"""Models of Keras, `.h5` and `.keras`: what is in a file, and how it is written with other numbers.
+"""Models of Keras, `.h5` and `.keras`: whole models and weights, of Keras 1, 2 and 3.
 
-An archive is a zip of a configuration and an HDF5 file of weights. Stored weights are patched in place; deflated ones
-are inflated into a scratch file, changed, and deflated again.
+An archive is a zip of a configuration and an HDF5 file of weights, which are inflated into a scratch file where they
+are deflated.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError
-from prunectl.formats import budgets, zip_write
+from prunectl.formats import budgets
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras import hdf5, layouts
-from prunectl.formats.keras.hdf5 import H5Contents, H5Location, rewrite
-from prunectl.formats.keras.hdf5.rewrite import H5Edits
-from prunectl.formats.keras.numbering import current_folders, layers_by_folder
-from prunectl.formats.patch import TensorUpdate
+from prunectl.formats.keras.hdf5 import H5Contents, H5Location
 from prunectl.formats.safe_json import parse_object
-from prunectl.formats.scratch import Scratch, temporary_folder
+from prunectl.formats.scratch import Scratch
 from prunectl.formats.zip_read import Archive, ZipEntry, open_archive
 
 
@@ -171,37 +167,3 @@ def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compresse
         is_compressed=is_compressed,
         keras=config,
     )
-
-
-def write_zip(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
-    """Write the archive with new numbers in it."""
-    if all(update.tensor.storage.extent is not None for update in updates):
-        zip_write.write(model, targets, updates)
-        return
-    archive = open_archive(model.path)
-    with temporary_folder() as scratch:
-        inflated = inflated_model(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
-        inflated_tensors = {tensor.storage.key: tensor for tensor in inflated.tensors}
-        changed = scratch / "changed.h5"
-        inflated_updates = [replace(update, tensor=inflated_tensors[update.tensor.storage.key]) for update in updates]
-        rewrite.write(inflated, {inflated.path: changed}, inflated_updates)
-        zip_write.rewrite_zip(archive, targets[model.path], {WEIGHTS: zip_write.file_content(changed)})
-
-
-def renumber(path: Path, target: Path) -> bool:
-    """Write an archive of an older Keras with its layers in the folders of today; False where they are there already.
-
-    Keras 2.12 to 2.15 call the list of layers by another name, and the first two count layers with weights twice.
-    """
-    archive = open_archive(path)
-    config = parse_object(archive.read("config.json", budgets.MAX_JSON_BYTES), path, "its config.json")
-    with temporary_folder() as scratch:
-        weights, renamed = scratch / WEIGHTS, scratch / "renamed.h5"
-        contents = inflate(archive, weights)
-        new_folders = current_folders(config, layers_by_folder(config, contents.datasets))
-        moves = {old: new for old, new in new_folders.items() if old != new}
-        if not moves:
-            return False
-        rewrite.edit(weights, renamed, H5Edits(moves=moves), contents, path)
-        zip_write.rewrite_zip(archive, target, {WEIGHTS: zip_write.file_content(renamed)})
-    return True

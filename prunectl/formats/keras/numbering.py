@@ -11,13 +11,19 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from prunectl.formats import budgets
+from prunectl.formats import budgets, zip_write
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import LayerConfig
-from prunectl.formats.keras.hdf5 import Dataset
+from prunectl.formats.keras.hdf5 import Dataset, rewrite
+from prunectl.formats.keras.hdf5.rewrite import H5Edits
 from prunectl.formats.keras.layouts import CONTAINERS, TWICE
+from prunectl.formats.keras.model import WEIGHTS, inflate
+from prunectl.formats.safe_json import parse_object
+from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.zip_read import open_archive
 
 _NUMBERED = re.compile(r"(.+?)(?:_(\d{1,6}))?")
 _CONVOLUTION = re.compile(r"(Depthwise|Separable)?Conv[123]D(Transpose)?")
@@ -180,4 +186,23 @@ def _shape_fits(layer: LayerConfig, kernel: Shape | None) -> bool:
         channels = kernel[-2] if kind.endswith("Transpose") else kernel[-1]
         is_counted = kind.startswith("Conv") and isinstance(filters, int)
         return kernel[:-2] == window and (not is_counted or channels == filters)
+    return True
+
+
+def renumber(path: Path, target: Path) -> bool:
+    """Write an archive of an older Keras with its layers in the folders of today; False where they are there already.
+
+    Keras 2.12 to 2.15 call the list of layers by another name, and the first two count layers with weights twice.
+    """
+    archive = open_archive(path)
+    config = parse_object(archive.read("config.json", budgets.MAX_JSON_BYTES), path, "its config.json")
+    with temporary_folder() as scratch:
+        weights, renamed = scratch / WEIGHTS, scratch / "renamed.h5"
+        contents = inflate(archive, weights)
+        new_folders = current_folders(config, layers_by_folder(config, contents.datasets))
+        moves = {old: new for old, new in new_folders.items() if old != new}
+        if not moves:
+            return False
+        rewrite.edit(weights, renamed, H5Edits(moves=moves), contents, path)
+        zip_write.rewrite_zip(archive, target, {WEIGHTS: zip_write.file_content(renamed)})
     return True

@@ -15,7 +15,7 @@ import h5py
 from prunectl.errors import InputError, PrunectlError, UsageError
 from prunectl.formats import trust
 from prunectl.formats.base import Family, ModelFile
-from prunectl.formats.keras.model import renumber
+from prunectl.formats.keras.numbering import renumber
 from prunectl.formats.scratch import temporary_folder, utf8_path
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from prunectl.errors import InputError
+from prunectl.formats import zip_write
 from prunectl.formats.base import Array, ModelFile, RemovedItem
 from prunectl.formats.extents import BYTE, Extent, view
 from prunectl.formats.keras.config import PRUNED_PREFIX
@@ -28,7 +29,10 @@ from prunectl.formats.keras.hdf5.rebuild import (
     rebuild_file,
     run_rewriting,
 )
+from prunectl.formats.keras.model import WEIGHTS, inflated_model
 from prunectl.formats.patch import TensorUpdate, patch_files
+from prunectl.formats.scratch import temporary_folder
+from prunectl.formats.zip_read import open_archive
 
 
 def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset], shown: Path) -> None:
@@ -234,3 +238,18 @@ def _rebuild(source: Path, target: Path, changed: Mapping[int, Extent]) -> bytes
 def _copy_with_numbers(extent: Extent, old: Any, parent: Any, key: str) -> Any:
     numbers = view(extent, dtype=BYTE, shape=(extent.nbytes,))
     return create_like(old, parent, key, numbers, space=old.id.get_space(), properties=old.id.get_create_plist())
+
+
+def write_zip(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
+    """Write an archive with new numbers in it: stored weights in place, deflated ones inflated and deflated again."""
+    if all(update.tensor.storage.extent is not None for update in updates):
+        zip_write.write(model, targets, updates)
+        return
+    archive = open_archive(model.path)
+    with temporary_folder() as scratch:
+        inflated = inflated_model(archive, dict(model.about.keras or {}), scratch / WEIGHTS)
+        inflated_tensors = {tensor.storage.key: tensor for tensor in inflated.tensors}
+        changed = scratch / "changed.h5"
+        inflated_updates = [replace(update, tensor=inflated_tensors[update.tensor.storage.key]) for update in updates]
+        write(inflated, {inflated.path: changed}, inflated_updates)
+        zip_write.rewrite_zip(archive, targets[model.path], {WEIGHTS: zip_write.file_content(changed)})
