@@ -17,7 +17,6 @@ import termios
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -100,7 +99,7 @@ def here(*words: str | Path, stdin: bytes = b"", cwd: Path | None = None, **envi
 @contextlib.contextmanager
 def _as_in_a_process(environment: dict[str, str]) -> Iterator[None]:
     """Put back what would end with a process: its environment, import path, random numbers, and users' modules."""
-    path, newest = list(sys.path), next(reversed(sys.modules))
+    path, modules = list(sys.path), set(sys.modules)
     numbers, legacy_numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - frameworks seed it
     with patch.dict(os.environ, environment), warnings.catch_warnings():
         try:
@@ -110,8 +109,7 @@ def _as_in_a_process(environment: dict[str, str]) -> Iterator[None]:
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path and entry.startswith(_INSTALLED))]
             random.setstate(numbers)
             np.random.set_state(legacy_numbers)  # noqa: NPY002 - see above
-            # Those that came since: to look at all of them would take longer than many a command.
-            for name in [*takewhile(newest.__ne__, reversed(sys.modules))]:
+            for name in set(sys.modules) - modules:
                 file = getattr(sys.modules[name], "__file__", None) or sys.prefix
                 if not file.startswith(_INSTALLED) and not name.startswith("prunectl_plugin_"):
                     del sys.modules[name]

@@ -24,7 +24,7 @@ OTHER_WEIGHTS = re.compile(
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index(\.[\w-]+)?\.json)?"
 )
 """The same weights once more, in another format or precision: as they are, they would not fit what was written."""
-MASKS_IN_SHARDS = "masks are removed from one file alone, or in PyTorch: torch.nn.utils.prune.remove before it is saved"
+MASKS_IN_SHARDS = "strip removes masks from one file alone; in PyTorch, torch.nn.utils.prune.remove does, before saving"
 """The hint where weights in shards have masks, which neither strip nor export takes away."""
 _TRAINING_STATE = {
     StripPart.OPTIMIZER: re.compile(r"optimizer(_\d+)?\.(pt|bin)|(optimizer_\d+|global_step\d+)/.*"),

@@ -11,7 +11,9 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -150,10 +152,15 @@ def test_a_disk_that_is_full_half_way_leaves_nothing(name: str, limit: int, tmp_
     child = os.fork()
     if child == 0:
         try:
+            # Python would cut the bytecode that it keeps at the same limit, and every later run would fail over it.
+            sys.dont_write_bytecode = True
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             done = here("prune", FIXTURES / name, "-o", tmp_path / "out", *HALF)
             os.write(writer, done.err.encode())
             os._exit(done.code)
+        except BaseException:
+            os.write(writer, traceback.format_exc().encode())
+            raise
         finally:
             os._exit(99)
     os.close(writer)

@@ -165,7 +165,7 @@ def _calls(archive: zip_read.Archive) -> tuple[list[str], int]:
     is_script = any("code/" in name.lower() or name.lower().endswith("constants.pkl") for name in archive.entries)
     programs = [torch_zip.program_of(archive, entry) for entry in pickles]
     calls = [call for program in programs for call in program.foreign_calls]
-    return ["TorchScript code"] * is_script + calls, sum(program.steps for program in programs)
+    return [torch_zip.SCRIPT_CODE] * is_script + calls, sum(program.steps for program in programs)
 
 
 def _is_class(value: Any, name: str) -> bool:
