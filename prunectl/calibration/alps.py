@@ -69,7 +69,10 @@ def prune_rows(
     scale = np.sqrt(np.diagonal(gram))
     # The turns settle which weights stay, for which half the digits do; what stays is refitted with all of them.
     values, vectors = (part.astype(np.float32) for part in np.linalg.eigh(gram / np.outer(scale, scale)))
-    wanted, sparse, zero = (target / scale).astype(np.float32), (rows * scale).astype(np.float32), rows == 0
+    # Beside the largest weight of all, so that none is too large for them.
+    size = float(np.abs(rows * scale).max(initial=0)) or 1.0
+    wanted, sparse = (target / scale / size).astype(np.float32), (rows * scale / size).astype(np.float32)
+    zero = rows == 0
     multipliers = np.zeros_like(sparse)
     dense, moved = np.empty_like(sparse), np.empty_like(sparse)
     penalty, before = _FIRST_PENALTY, project(np.where(zero, np.float32(-1), np.abs(sparse)))
@@ -92,4 +95,4 @@ def prune_rows(
             break
         penalty *= next(growth for share, growth in _GROWTH if changed >= share)
         before = dropped
-    return sparse / scale, dropped
+    return sparse * size / scale, dropped

@@ -2,7 +2,7 @@
 
 Each row keeps other columns. A row that keeps few is solved by elimination; one that keeps many by preconditioned
 conjugate gradients, which take a product with the whole Gram matrix a step, until they win little, or for as many
-steps as elimination would cost. They are taken in single precision, from and to residuals in double.
+steps as elimination would cost. They are taken in single precision, and judged in double.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunectl.calibration.blocks import map_blocks
-from prunectl.calibration.sparsegpt import dampen, inverse_cholesky
+from prunectl.calibration.sparsegpt import dampen, inverse_factor
 from prunectl.calibration.statistics import Float64Array
 from prunectl.formats.base import Array
 from prunectl.formats.workers import check_stopped
@@ -49,14 +49,13 @@ def least_squares_refit(
     towards the old weights and not towards zero: without evidence a weight stays as it is.
     """
     costs = _elimination_costs(kept)
-    # First, since what it takes to work it out is more than what the rest takes.
-    factor = inverse_cholesky(gram, damp)[0] if (costs >= _FEW_STEPS).any() else None
     damped, target = normal_equations(rows, gram, cross_gram, damp)
-    equations = None if factor is None else _Equations.of(damped, factor)
+    equations = _Equations.of(damped) if (costs >= _FEW_STEPS).any() else None
     solution = np.where(kept, rows if initial is None else initial, 0.0)
 
     def solve(part: slice) -> None:
-        is_eliminated = costs[part] < _FEW_STEPS
+        # Where steps lead nowhere, what is too large to be eliminated stays as it is.
+        is_eliminated = costs[part] < (_FEW_STEPS if equations is not None else _MOST_STEPS)
         some = part.start + np.flatnonzero(~is_eliminated)
         for _ in range(_ROUNDS):
             if equations is None or not len(some):
@@ -123,7 +122,12 @@ class _Equations:
     """Of the inverse. It tells by how much rows miss those that nothing is pruned of: no error can be below that."""
 
     @classmethod
-    def of(cls, gram: Float64Array, factor: Float64Array) -> _Equations:
+    def of(cls, gram: Float64Array) -> _Equations | None:
+        """None where the matrix is not positive definite, as rounding leaves it where inputs hardly differ."""
+        try:
+            factor = inverse_factor(gram)
+        except np.linalg.LinAlgError:
+            return None
         scale = 1 / np.sqrt(np.diagonal(gram))
         correlation = np.empty(gram.shape, np.float32)
 
@@ -137,18 +141,16 @@ class _Equations:
         """What comes of so many steps at most from some rows, and which of them are settled."""
         residual = target - first @ self.gram
         missing = residual @ self.factor.T
-        slopes = residual * self.scale * kept
+        slopes, outputs = residual * self.scale * kept, target * self.scale
+        error, enough = _row_products(missing, missing), _EXACT * _row_products(outputs, outputs)
+        slopes[error <= enough] = 0.0
         # Steps are relative to how far a row is off, so that no number is too large or too small for them.
         size = np.sqrt(_row_products(slopes, slopes))
-        error = _ratio(_row_products(missing, missing), size**2)
-        enough = _ratio(_EXACT * _row_products(target * self.scale, target * self.scale), size**2)
-        mask, left = (
-            kept.astype(np.float32),
-            (slopes * _ratio(np.ones_like(size), size)[:, np.newaxis]).astype(np.float32),
-        )
-        direction, energy = left.copy(), _row_products(left, left)
+        error, enough = _ratio(error, size**2), _ratio(enough, size**2)
+        left = (slopes * _ratio(np.ones_like(size), size)[:, np.newaxis]).astype(np.float32)
+        mask, direction, energy = kept.astype(np.float32), left.copy(), _row_products(left, left)
         curvature, change, moved = np.empty_like(left), np.empty_like(left), np.zeros_like(left)
-        gains, gained, is_settled = np.zeros((_WINDOW, len(left))), np.zeros(len(left)), np.zeros(len(left), np.bool_)
+        gains, is_settled = np.zeros((_WINDOW, len(left))), size == 0
         for step in range(steps):
             check_stopped()
             np.matmul(direction, self.correlation, out=curvature)
@@ -157,8 +159,8 @@ class _Equations:
             moved += np.multiply(direction, length[:, np.newaxis], out=change)
             left -= np.multiply(curvature, length[:, np.newaxis], out=change)
             gains[step % _WINDOW] = length * energy
-            gained += length * energy
-            is_settled = gains.sum(axis=0) <= _SETTLED * np.maximum(error - gained, enough)
+            error -= gains[step % _WINDOW]
+            is_settled = gains.sum(axis=0) <= _SETTLED * np.maximum(error, enough)
             if step + 1 >= _WINDOW and is_settled.all():
                 break
             previous, energy = energy, _row_products(left, left)
@@ -166,9 +168,9 @@ class _Equations:
             direction += left
         way = moved * size[:, np.newaxis] * self.scale
         last = first + way
-        # What was won in truth, where rounding may have the steps believe in more.
-        won = _ratio(_row_products(way, residual + target - last @ self.gram), size**2)
-        return last, is_settled & (gained - won <= _SETTLED * np.maximum(error - won, enough))
+        # In single precision steps may lead astray: what has won nothing in truth stays as it was.
+        has_won = _row_products(way, residual + target - last @ self.gram) > 0
+        return np.where(has_won[:, np.newaxis], last, first), is_settled
 
 
 def _row_products(first: Array, second: Array) -> Array:

@@ -16,7 +16,7 @@ from prunectl.errors import WorkError
 from prunectl.formats.workers import check_stopped
 from prunectl.pruning.masks import Mask
 
-_MOST_DAMP = 1e3
+_LEAST_DAMP, _MOST_DAMP = 1e-12, 1e3
 _ROWS = 128
 """That are compensated for in one block of work."""
 _PANEL = 256
@@ -120,16 +120,18 @@ def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array,
     """Upper Cholesky factor of the inverse of a damped Gram matrix, and the features without input."""
     is_dead: Mask = np.diagonal(products) <= 0
     damped = dampen(products, damp)
-    while damp < _MOST_DAMP:
+    while True:
         try:
-            return _inverse_factor(damped), is_dead
-        except np.linalg.LinAlgError:
-            damp *= 10
+            return inverse_factor(damped), is_dead
+        except np.linalg.LinAlgError as error:
+            if damp >= _MOST_DAMP:
+                hint = "use more --samples, or --param damp=0.1"
+                raise WorkError("the Gram matrix of a layer's inputs is singular", hint=hint) from error
+            damp = max(damp * 10, _LEAST_DAMP)
             damped = dampen(products, damp)
-    raise WorkError("the Gram matrix of a layer's inputs is singular", hint="use more --samples, or --param damp=0.1")
 
 
-def _inverse_factor(matrix: Float64Array) -> Float64Array:
+def inverse_factor(matrix: Float64Array) -> Float64Array:
     """The upper Cholesky factor of the inverse: with rows and columns turned around, the inverse of the lower one."""
     lower = np.ascontiguousarray(matrix[::-1, ::-1])
     size = len(lower)

@@ -302,6 +302,44 @@ def test_rows_that_gradients_do_not_solve_in_time_are_eliminated(monkeypatch: py
     assert (left <= 1e-9 * np.abs(rows @ damped).max(axis=1)).all()
 
 
+@pytest.mark.parametrize("precision", ["f4", "f8"])
+@pytest.mark.parametrize("damp", [1e-12, 1e-10, 1e-6])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_are_never_farther_off_than_they_were_where_steps_lead_astray(
+    seed: int, damp: float, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # None of them is eliminated.
+    monkeypatch.setattr(least_squares, "_SMALL", 10)
+    # Thirty examples of 200 features of many sizes: the damping of the others is lost where numbers have few digits.
+    x, rows = (normal(30, 200, seed=seed) * np.logspace(-2, 2, 200)).astype(precision), normal(8, 200, seed=seed + 3)
+    gram = (x.T @ x).astype("f8")
+    kept = np.random.default_rng(seed).random(rows.shape) < 0.9
+    damped = sparsegpt.dampen(gram, damp)
+    found = least_squares_refit(rows, gram, gram, kept, damp)
+    before, after = (((way @ damped) * way).sum(axis=1) for way in (np.where(kept, 0.0, -rows), found - rows))
+    assert (after <= before * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_steps_lose_their_way_for_are_eliminated(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rows = normal(30, 200, seed=seed) * np.logspace(-2, 2, 200), normal(8, 200, seed=seed + 3)
+    kept = np.random.default_rng(seed).random(rows.shape) < 0.9
+    found = least_squares_refit(rows, x.T @ x, x.T @ x, kept, 1e-11)
+    monkeypatch.setattr(least_squares, "_FEW_STEPS", np.inf)
+    np.testing.assert_array_equal(found, least_squares_refit(rows, x.T @ x, x.T @ x, kept, 1e-11))
+
+
+@pytest.mark.parametrize("damp", [0.01, 2000.0])
+@pytest.mark.parametrize("offset", [1e4, 1000.1])
+def test_inputs_that_hardly_differ_leave_rows_to_be_fitted(offset: float, damp: float) -> None:
+    x, rows = np.full((64, 200), offset, "f4") + 0.1 * normal(64, 200).astype("f4") * (offset == 1e4), normal(6, 200)
+    centred = (x.T @ x).astype("f8") - np.outer(x.sum(axis=0, dtype="f8"), x.sum(axis=0, dtype="f8")) / 64
+    kept = normal(6, 200, seed=1) > -0.8
+    found = least_squares_refit(rows, centred, centred, kept, damp)
+    assert np.isfinite(found).all()
+    assert not found[~kept].any()
+
+
 @pytest.mark.parametrize("few_steps", [least_squares._FEW_STEPS, 1], ids=["at once", "after gradients"])
 def test_rows_of_a_singular_matrix_are_fitted_and_stay_near_the_old_weights(
     few_steps: int, monkeypatch: pytest.MonkeyPatch
