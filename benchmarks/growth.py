@@ -145,10 +145,7 @@ server.serve_forever()
 
 def parts() -> None:
     """Print what each way costs, whether it gives the bytes of one process, and how many shards were done twice."""
-    with tempfile.TemporaryDirectory(prefix="prunectl-bench-", dir=os.environ.get("PRUNECTL_BENCH_FOLDER")) as scratch:
-        model, out = Path(scratch) / "model", Path(scratch) / "out"
-        model.mkdir()
-        _write(model, 4 * _MANY, _SHARD_BYTES // 16, _MANY)
+    with _shards(_MANY) as (model, out):
         ways: dict[str, Callable[[], tuple[float, dict[str, str], str]]] = {
             "one process": lambda: (_prune(model, out), _digests(out), ""),
             "4 parts and the join": lambda: (_in_parts(model, out, 4), _digests(out), ""),
@@ -185,10 +182,7 @@ _WORKED = 32
 
 def workers() -> None:
     """Print how long a folder takes on so many workers of Ray, from the command's start to its end."""
-    with tempfile.TemporaryDirectory(prefix="prunectl-bench-", dir=os.environ.get("PRUNECTL_BENCH_FOLDER")) as scratch:
-        model, out = Path(scratch) / "model", Path(scratch) / "out"
-        model.mkdir()
-        _write(model, 4 * _WORKED, _SHARD_BYTES // 16, _WORKED)
+    with _shards(_WORKED) as (model, out):
         ways = {"one process": ("1", _command(model, out))}
         ways |= {str(count): (str(count), _command(model, out, "--on", "ray")) for count in WORKERS}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -204,6 +198,16 @@ def workers() -> None:
             raise RuntimeError("other bytes")
         rows = [(way, f"{statistics.median(each):.1f}", f"{min(each):.1f}") for way, each in seconds.items()]
     show(f"{_WORKED} shards of {_SHARD_BYTES >> 20} MiB on Ray", ("workers", "median of three, s", "least"), rows)
+
+
+@contextmanager
+def _shards(count: int) -> Iterator[tuple[Path, Path]]:
+    """A folder of so many shards, and one beside it for what comes of them."""
+    with tempfile.TemporaryDirectory(prefix="prunectl-bench-", dir=os.environ.get("PRUNECTL_BENCH_FOLDER")) as scratch:
+        model, out = Path(scratch) / "model", Path(scratch) / "out"
+        model.mkdir()
+        _write(model, 4 * count, _SHARD_BYTES // 16, count)
+        yield model, out
 
 
 def _command(model: str | Path, out: Path, *more: str) -> list[str]:

@@ -70,12 +70,12 @@ def prune_rows(
     # The turns settle which weights stay, for which half the digits do; what stays is refitted with all of them.
     values, vectors = (part.astype(np.float32) for part in np.linalg.eigh(gram / np.outer(scale, scale)))
     # Beside the largest weight of all, so that none is too large for them.
-    size = float(np.abs(rows * scale).max(initial=0)) or 1.0
-    wanted, sparse = (target / scale / size).astype(np.float32), (rows * scale / size).astype(np.float32)
-    zero = rows == 0
+    scaled, zero = rows * scale, rows == 0
+    size = float(np.abs(scaled).max(initial=0)) or 1.0
+    wanted, sparse = (target / scale / size).astype(np.float32), (scaled / size).astype(np.float32)
     multipliers = np.zeros_like(sparse)
     dense, moved = np.empty_like(sparse), np.empty_like(sparse)
-    penalty, before = _FIRST_PENALTY, project(np.where(zero, np.float32(-1), np.abs(sparse)))
+    penalty, before = _FIRST_PENALTY, project(np.where(zero, -1.0, np.abs(sparse)))
     dropped = before
 
     def minimise(part: slice) -> None:
@@ -85,7 +85,7 @@ def prune_rows(
 
     for turn in range(1, _MOST_TURNS + 1):
         map_blocks(minimise, len(rows))
-        dropped = project(np.where(zero, np.float32(-1), np.abs(moved)))
+        dropped = project(np.where(zero, -1.0, np.abs(moved)))
         sparse = np.where(dropped, 0.0, moved)
         multipliers += penalty * (dense - sparse)
         if turn % _PERIOD:

@@ -358,6 +358,17 @@ def test_rows_of_a_singular_matrix_are_fitted_and_stay_near_the_old_weights(
         assert not ours[:2].any()
 
 
+@pytest.mark.parametrize("power", [-120, 130])
+def test_alps_takes_weights_that_single_precision_does_not_hold(power: int) -> None:
+    x, rows = dependent(300, 24), normal(5, 24, seed=3)
+    gram, target = least_squares.normal_equations(rows, x.T @ x, x.T @ x, 0.01)
+    values, dropped = alps.prune_rows(rows, gram, target, alps.lowest(60))
+    scale = 2.0**power
+    scaled_values, scaled_dropped = alps.prune_rows(scale * rows, gram, scale * target, alps.lowest(60))
+    np.testing.assert_array_equal(scaled_dropped, dropped)
+    np.testing.assert_array_equal(scaled_values, scale * values)
+
+
 @pytest.mark.parametrize("groups", [1, 3, 40])
 def test_products_of_many_features_and_groups_are_those_of_the_inputs(groups: int) -> None:
     features = 300 if groups < 4 else 6
