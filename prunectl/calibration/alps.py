@@ -95,4 +95,4 @@ def prune_rows(
             break
         penalty *= next(growth for share, growth in _GROWTH if changed >= share)
         before = dropped
-    return sparse * size / scale, dropped
+    return sparse * (size / scale), dropped
