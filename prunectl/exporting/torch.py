@@ -26,7 +26,7 @@ from prunectl.graphs.onnx import load_message
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.quiet import quiet_conversion
-from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, load_program
+from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, declared_inputs, load_program
 from prunectl.training.torch.layer_inputs import without_mha_fastpath
 from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy, to_torch
 
@@ -47,7 +47,7 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
         InputSpec(
             port.name, None if port.shape is None else (size, *port.shape), port.dtype, is_declared=bool(built.shapes)
         )
-        for port in input_specs(built.module, built.shapes)
+        for port in declared_inputs(built)
     )
     return TorchRunnable(built, inputs)
 

@@ -96,6 +96,35 @@ def test_the_shape_comes_from_data_as_well(tmp_path: Path) -> None:
         export("digits_cnn.pt", tmp_path / "n.onnx", builder=NET, input=["?,1,9,9"])
 
 
+class _Tokens(torch.nn.Module):
+    """The mean of the words that a mask leaves, times a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(20, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.head((self.words(ids) * mask.unsqueeze(-1)).mean(1))
+
+
+def test_a_program_takes_the_types_of_numbers_that_it_was_exported_with(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = _Tokens().eval()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=32)
+    axes = ({0: batch, 1: length}, {0: batch, 1: length})
+    example = (torch.zeros(2, 5, dtype=torch.int32), torch.ones(2, 5, dtype=torch.bool))
+    torch.export.save(torch.export.export(net, example, dynamic_shapes=axes), tmp_path / "tokens.pt2")
+    export(tmp_path / "tokens.pt2", tmp_path / "tokens.onnx", input=["?,?", "?,?"])
+    ports = onnx.load(tmp_path / "tokens.onnx").graph.input
+    assert [port.type.tensor_type.elem_type for port in ports] == [onnx.TensorProto.INT32, onnx.TensorProto.BOOL]
+    ids = np.random.default_rng(1).integers(0, 20, (3, 9), np.int32)
+    inputs = [ids, ids > 6]
+    for ours, theirs in zip(by_onnxruntime(tmp_path / "tokens.onnx", *inputs), answers(net, inputs), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(UsageError, match="the input input0 of the model is int32, but input gives int64"):
+        export(tmp_path / "tokens.pt2", tmp_path / "other.onnx", input=["?,?:i64", "?,?"])
+
+
 def test_a_program_for_one_example_stays_for_one(tmp_path: Path) -> None:
     export("digits_cnn.pt2", tmp_path / "m.onnx", data=DIGITS, samples=3)
     port = onnx.load(tmp_path / "m.onnx").graph.input[0]

@@ -112,6 +112,21 @@ def test_views_keep_their_start_and_strides(tmp_path: Path) -> None:
         assert np.array_equal(model.read(tensor), views[name].numpy())
 
 
+@pytest.mark.parametrize("flag", ["conj", "neg"])
+def test_a_view_whose_numbers_pytorch_would_still_change_is_refused(tmp_path: Path, flag: str) -> None:
+    numbers = torch.tensor([[1 + 2j, 3 - 4j]])
+    lazy = {"conj": numbers.conj(), "neg": numbers.conj().imag}[flag]
+    assert {"conj": lazy.is_conj(), "neg": lazy.is_neg()}[flag]
+    torch.save({"a": lazy, "b": torch.ones(2, 2)}, tmp_path / "lazy.pt")
+    with pytest.raises(InputError, match=f"stores a as a view that {flag}.*") as caught:
+        open_model(tmp_path / "lazy.pt")
+    assert f"resolve_{flag}()" in caught.value.hint
+    resolved = {"conj": lazy.resolve_conj(), "neg": lazy.resolve_neg()}[flag]
+    torch.save({"a": resolved, "b": torch.ones(2, 2)}, tmp_path / "resolved.pt")
+    model = open_model(tmp_path / "resolved.pt")
+    np.testing.assert_array_equal(model.read(model.tensors[0]), lazy.numpy(force=True))
+
+
 def test_tied_tensors_share_a_storage(tmp_path: Path) -> None:
     model = saved(tmp_path, Net().state_dict())
     found = by_name(model)

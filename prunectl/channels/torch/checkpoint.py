@@ -219,7 +219,8 @@ def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
         code = f": {model.about.code[0]}" if model.about.code else ""
         raise UntrustedError(
             f"{model.path} holds more than tensors and plain values{code}",
-            hint=f"if you trust it: --trust; or remove the rest first: prunectl strip {model.path} -o weights.pt",
+            hint="if you trust it: --trust; "
+            f"or take its weights alone: prunectl export {model.path} -o weights.safetensors",
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error

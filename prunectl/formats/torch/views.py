@@ -12,7 +12,7 @@ import numpy as np
 from prunectl.errors import InputError
 from prunectl.formats.base import DtypeTable
 from prunectl.formats.budgets import MAX_AXES, MAX_ELEMENTS, MAX_EXPANDED_ELEMENTS, MAX_REPEATS
-from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, RawBytes, describe_value
+from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, PickleDict, RawBytes, describe_value
 
 DTYPES = DtypeTable(
     {
@@ -155,6 +155,7 @@ def parse_persistent_id(path: Path, key: Any) -> StorageInfo:
 def view_of(path: Path, call: OpaqueCall, name: str) -> View:
     """The view that a call would rebuild, checked against its storage."""
     key, start, shape, strides = (call.arg(index) for index in range(4))
+    _refuse_lazy(path, call, name)
     storage = parse_persistent_id(path, key.id if isinstance(key, Persistent) else key)
     dtype = storage.dtype
     if call.path.endswith("_v3"):
@@ -163,6 +164,24 @@ def view_of(path: Path, call: OpaqueCall, name: str) -> View:
             raise InputError(f"{path} holds {describe_value(name)} in a type of number that prunectl does not read")
         dtype = DTYPES[code.name]
     return resolve_view(path, name, storage, dtype, (start, shape, strides))
+
+
+_METADATA = {"_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
+"""Which argument of a call says what PyTorch does with the numbers when it reads them."""
+_LAZY = {"conj": "conjugates", "neg": "negates"}
+
+
+def _refuse_lazy(path: Path, call: OpaqueCall, name: str) -> None:
+    """Refuse a tensor whose stored numbers are not its own: those of `x.conj()` are those of `x`."""
+    index = _METADATA.get(call.path.rpartition(".")[2])
+    metadata = None if index is None else call.arg(index)
+    flags = metadata.plain() if isinstance(metadata, PickleDict) else {}
+    for flag, verb in _LAZY.items():
+        if flags.get(flag) is True:
+            raise InputError(
+                f"{path} stores {describe_value(name)} as a view that {verb} other numbers, which prunectl cannot read",
+                hint=f"save the numbers themselves, with tensor.resolve_{flag}()",
+            )
 
 
 def resolve_view(

@@ -97,13 +97,23 @@ def _joined(outputs: list[Any]) -> Any:
 
 def input_shapes(program: Any) -> tuple[tuple[int | None, ...], ...]:
     """The shapes that a program takes, the batch first; None for an axis that may have any length."""
-    names = set(program.graph_signature.user_inputs)
-    shapes = [
-        getattr(node.meta.get("val"), "shape", ())
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in names
-    ]
+    shapes = (getattr(example, "shape", ()) for example in _example_values(program))
     return tuple(tuple(axis if isinstance(axis, int) else None for axis in shape) for shape in shapes)
+
+
+def _input_types(program: Any) -> tuple[str, ...]:
+    """The types of the numbers that a program takes; empty for what is no tensor."""
+    examples = _example_values(program)
+    return tuple(
+        str(example.dtype).removeprefix("torch.") if isinstance(example, torch.Tensor) else "" for example in examples
+    )
+
+
+def _example_values(program: Any) -> list[Any]:
+    """What a program was exported with in place of its inputs: tensors without numbers."""
+    names = set(program.graph_signature.user_inputs)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    return [node.meta.get("val") for node in placeholders]
 
 
 _IDLE = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
@@ -162,6 +172,8 @@ class BuiltModule:
     notes: tuple[str, ...] = ()
     shapes: tuple[tuple[int | None, ...], ...] = ()
     """What goes in, without the batch, where the file says so."""
+    types: tuple[str, ...] = ()
+    """The types of the numbers that go in, where the file says so."""
     text: TextInput | None = None
     """How text becomes what goes in."""
 
@@ -222,7 +234,8 @@ def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         module = FixedBatchModule(module, size)
         notes += (f"The program was exported for {size} examples at a time: batches are split accordingly.",)
     built = _from_module(model, module)
-    return replace(built, has_modes=False, notes=notes, shapes=tuple(shape[1:] for shape in shapes))
+    inner_shapes = tuple(shape[1:] for shape in shapes)
+    return replace(built, has_modes=False, notes=notes, shapes=inner_shapes, types=_input_types(program))
 
 
 def _trusted(model: ModelFile) -> BuiltModule:
@@ -254,11 +267,16 @@ def _from_module(model: ModelFile, module: torch.nn.Module) -> BuiltModule:
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
-def input_specs(module: torch.nn.Module, shapes: tuple[tuple[int | None, ...], ...] = ()) -> tuple[TensorSpec, ...]:
-    """The inputs: their names by what `forward` takes, their shapes by the file or the first layer."""
-    if shapes:
-        dtype = _first_layer(module)[1] if len(shapes) == 1 else ""
-        return tuple(TensorSpec(f"input{index}", shape, dtype) for index, shape in enumerate(shapes))
+def declared_inputs(built: BuiltModule) -> tuple[TensorSpec, ...]:
+    """The inputs of a built module: as the file declares them, or else by the module."""
+    if not built.shapes:
+        return input_specs(built.module)
+    declared = zip(built.shapes, built.types, strict=True)
+    return tuple(TensorSpec(f"input{index}", shape, dtype) for index, (shape, dtype) in enumerate(declared))
+
+
+def input_specs(module: torch.nn.Module) -> tuple[TensorSpec, ...]:
+    """The inputs: their names by what `forward` takes, their shapes and types by the first layer."""
     names = _names(module)
     if len(names) > 1:
         return tuple(TensorSpec(name, None, "") for name in names)

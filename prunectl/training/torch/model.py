@@ -28,7 +28,7 @@ from prunectl.training.runtimes import seed_everything
 from prunectl.training.task import DistilledOutput, FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
 from prunectl.training.torch._compat import BatchNorm
-from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, input_specs, output_specs
+from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, declared_inputs, output_specs
 from prunectl.training.torch.distributed import distribute_like, full_tensor
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
@@ -80,7 +80,7 @@ class TorchTrainable:
         self._module = built.module
         self._run: Any = built.module
         self._notes = list(built.notes)
-        inputs = input_specs(built.module, built.shapes)
+        inputs = declared_inputs(built)
         self._signature = ModelSignature(inputs, (), is_channels_first=True, text=built.text)
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0

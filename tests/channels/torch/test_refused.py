@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prunectl import api
 from prunectl.channels.groups import channel_groups
 from prunectl.channels.prune import prune_channels
-from prunectl.errors import InputError, UsageError
+from prunectl.errors import InputError, UntrustedError, UsageError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
@@ -53,6 +55,17 @@ def test_steps_that_depend_on_the_numbers_cannot_be_followed(tmp_path: Path, cap
     with pytest.raises(InputError, match=r"torch\.export cannot trace the model of"):
         cut(path, tmp_path / "small.pt", model=f"{more.__name__}:Endless", inputs=("1,4",))
     assert capfd.readouterr() == ("", "")
+
+
+def test_weights_are_cut_by_the_way_that_is_shown_where_a_checkpoint_holds_other_objects(tmp_path: Path) -> None:
+    path, words = tmp_path / "run.ckpt", {"model": "tests.channels.nets:Vgg", "inputs": ("1,3,16,16",)}
+    state = {f"net.{name}": value for name, value in nets.built(nets.Vgg).state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": argparse.Namespace(lr=0.1)}, path)
+    with pytest.raises(UntrustedError, match="holds more than tensors and plain values") as caught:
+        cut(path, tmp_path / "small.pt", **words)
+    assert f"prunectl export {path} -o weights.safetensors" in caught.value.hint
+    api.export(path, tmp_path / "weights.safetensors")
+    assert cut(tmp_path / "weights.safetensors", tmp_path / "small.safetensors", **words)
 
 
 def test_a_program_needs_neither_code_nor_shapes(tmp_path: Path) -> None:

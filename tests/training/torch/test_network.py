@@ -107,6 +107,14 @@ def test_zeros_stay_zero_through_momentum_and_decay(words: str, plain: tuple[net
             assert not np.signbit(one[~masks[name]]).any()
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.float16, torch.float64])
+def test_an_exported_program_declares_the_type_of_its_input(kind: torch.dtype, tmp_path: Path) -> None:
+    module = torch.nn.Linear(5, 3, dtype=kind) if kind.is_floating_point else torch.nn.Embedding(5, 3)
+    torch.export.save(torch.export.export(module, (torch.zeros(2, 5, dtype=kind),)), tmp_path / "typed.pt2")
+    network = load_trainable(open_model(tmp_path / "typed.pt2"), LoadOptions())
+    assert [port.dtype for port in network.signature.inputs] == [str(kind).removeprefix("torch.")]
+
+
 @pytest.mark.parametrize("kind", [GradientStatistic.GRADIENT, GradientStatistic.SALIENCE, GradientStatistic.MOVEMENT])
 def test_evidence_is_that_of_autograd_by_hand(kind: GradientStatistic, plain: tuple[nets.Plain, Path]) -> None:
     module, path = plain
