@@ -265,7 +265,8 @@ def _reconstruction_notes(
     """In how many tensors kept weights changed, and in which not; of what is all zeros, none is left to change."""
     cuts = [cut for cut in pruned.plan.cuts if cut.tensor.name not in reconstructor.skipped]
     count = sum(pruned.tallies[cut.tensor.name].dropped < cut.tensor.size for cut in cuts)
-    sentence = f"Weights of {count} tensors were reconstructed from {examples} examples of {request.data}."
+    tensors = f"{count} tensor{'s' * (count != 1)}"
+    sentence = f"Weights of {tensors} were reconstructed from {examples} examples of {request.data}."
     how = "ranked by magnitude and not reconstructed" if reconstructor.strategy else "not reconstructed"
     skipped = note_about(f"{how}, because their inputs cannot be captured", tuple(reconstructor.skipped))
     return (*([sentence] if count else []), *skipped)

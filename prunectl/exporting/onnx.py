@@ -16,7 +16,7 @@ from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_finish import checker_error, finalize
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx import OnnxSession, load_message, opset_of
+from prunectl.graphs.onnx import OnnxSession, densify, load_message, opset_of
 from prunectl.training.backend import LoadOptions
 
 
@@ -27,12 +27,15 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
         raise UsageError(
             "--input cannot change the inputs of an ONNX model", hint="export the model again from its source"
         )
-    notes = (
+    notes: tuple[str, ...] = (
         ("The comparison used the shapes of --input; the model's own input shapes are unchanged.",)
         if job.request.input
         else ()
     )
     proto = load_message(job.file.path)
+    # Neither the checker nor the tools that convert know what is stored without its zeros.
+    if densify(proto, job.file) and not job.request.sparse:
+        notes += ("Zeros that the source does not store are stored: add --sparse to leave them out again.",)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     opset = opset_of(proto)
     if job.request.opset is not None and job.request.opset != opset:

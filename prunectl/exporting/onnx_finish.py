@@ -291,21 +291,41 @@ def checker_error(path: Path) -> str:
 _DYNAMIC_OPERATORS = ["MatMul", "Gemm", "LSTM", "Gather"]
 """Operators with a dynamically quantized form, whose input ranges need no calibration."""
 _FIRST_OPSET = 13
-"""Since when Cast takes bfloat16."""
+"""Since when Cast takes bfloat16, and each channel of a quantised kernel has a scale of its own."""
 _WIDE = frozenset({"float32", "float64"})
 
 
 def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     """Apply --half, --bf16 or --int8; returns the model and notes for the user."""
-    if job.request.half:
-        return _to_float16(job, proto), ("The weights are 16-bit floats; inputs and outputs keep their types.",)
-    if job.request.bf16:
-        return to_bfloat16(proto, job.request), (
-            "The kernels are bfloat16 and are converted to float32 where they are used.",
-        )
-    if job.request.int8:
-        return (_quantize_static if job.request.data else _quantize_dynamic)(job, proto)
-    return proto, ()
+    request = job.request
+    if not (request.half or request.bf16 or request.int8):
+        return proto, ()
+    fixed = _fix_default_inputs(proto)
+    if request.int8:
+        result, notes = (_quantize_static if request.data else _quantize_dynamic)(job, proto)
+        return result, (*fixed, *notes)
+    if request.half:
+        note = "The weights are 16-bit floats; inputs and outputs keep their types."
+        return _to_float16(job, proto), (*fixed, note)
+    note = "The kernels are bfloat16 and are converted to float32 where they are used."
+    return to_bfloat16(proto, request), (*fixed, note)
+
+
+_CONSTANT_IR = 4
+"""Since when an initializer need not be an input too."""
+
+
+def _fix_default_inputs(proto: Any) -> tuple[str, ...]:
+    """Make constants of weights that are inputs with a default, which would keep their type; returns notes."""
+    names = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [port for port in proto.graph.input if port.name not in names]
+    fixed = len(proto.graph.input) - len(inputs)
+    if not fixed:
+        return ()
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+    proto.ir_version = max(proto.ir_version, _CONSTANT_IR)
+    return (f"Weights that the source also lists as inputs ({fixed}) can no longer be fed to the model.",)
 
 
 def _to_float16(job: ExportJob, proto: Any) -> Any:
@@ -321,13 +341,17 @@ def _to_float16(job: ExportJob, proto: Any) -> Any:
 
 def to_bfloat16(proto: Any, request: ExportRequest) -> Any:
     """Store kernels as bfloat16 with a Cast in front of their readers; vectors keep their type."""
+    _require_opset(proto, "--bf16")
+    _narrow_kernels(proto.graph, request)
+    return proto
+
+
+def _require_opset(proto: Any, option: str) -> None:
     opset = opset_of(proto)
     if opset is not None and opset < _FIRST_OPSET:
         raise UsageError(
-            f"--bf16 needs ONNX opset {_FIRST_OPSET}, but the model has {opset}", hint=f"--opset {_FIRST_OPSET}"
+            f"{option} needs ONNX opset {_FIRST_OPSET}, but the model has {opset}", hint=f"add --opset {_FIRST_OPSET}"
         )
-    _narrow_kernels(proto.graph, request)
-    return proto
 
 
 def _narrow_kernels(graph: Any, request: ExportRequest) -> None:
@@ -394,6 +418,7 @@ def _quantize_dynamic(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]
 
 
 def _quantize_static(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
+    _require_opset(proto, "--int8 with --data")
     quantization = require("onnxruntime.quantization", extra="onnx")
     feeds = [
         {port.name: array for port, array in zip(proto.graph.input, batch, strict=True)}

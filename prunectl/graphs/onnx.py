@@ -269,6 +269,17 @@ def all_tensors(model: Any) -> Iterator[tuple[str, GraphTensor]]:
             waiting.extend((f"{prefix}{label}/{name}/", graph) for name, graph in inner_graphs(node))
 
 
+def densify(proto: Any, model: ModelFile) -> bool:
+    """Put back the zeros of tensors of the main graph that are stored without; whether there were any."""
+    from_array = require("onnx.numpy_helper", extra="onnx").from_array
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    names = [sparse.values.name for sparse in proto.graph.sparse_initializer]
+    for name in names:
+        proto.graph.initializer.append(from_array(np.ascontiguousarray(model.read(tensors[name])), name))
+    del proto.graph.sparse_initializer[:]
+    return bool(names)
+
+
 def _training_graphs(part: Any) -> Iterator[Any]:
     yield from (getattr(part, field) for field in ("initialization", "algorithm") if part.HasField(field))
 

@@ -19,6 +19,7 @@ from prunectl.graphs.onnx import (
     STANDARD_DOMAINS,
     OnnxNetwork,
     axes_behind,
+    densify,
     graph_tensors,
     load_network,
     names_captured,
@@ -145,21 +146,11 @@ class LoadedOnnx:
 def load_onnx(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> LoadedOnnx:
     """Read an ONNX model; its handler has checked where its numbers lie."""
     network, locations = load_network(model)
-    _densify(network.proto, model)
+    densify(network.proto, model)
     copies = unshare(network.proto)
     locations |= {copy: locations[name] for copy, name in copies.items() if name in locations}
     static = infer_static(network.proto, str(model.path), lengths)
     return LoadedOnnx(network, _channel_graph(network, static), static, locations, copies)
-
-
-def _densify(proto: Any, model: ModelFile) -> None:
-    """Put back the zeros of tensors that are stored without."""
-    from_array = require("onnx.numpy_helper", extra="onnx").from_array
-    tensors = {tensor.name: tensor for tensor in model.tensors}
-    for sparse in proto.graph.sparse_initializer:
-        name = sparse.values.name
-        proto.graph.initializer.append(from_array(np.ascontiguousarray(model.read(tensors[name])), name))
-    del proto.graph.sparse_initializer[:]
 
 
 def _channel_graph(network: OnnxNetwork, static: StaticValues) -> ChannelGraph:

@@ -1,0 +1,89 @@
+"""ONNX to ONNX with fewer bits: old versions, weights that are inputs too, and weights without their zeros."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from prunectl.errors import UsageError
+from tests.contract import Array
+from tests.exporting.exporting import by_onnxruntime, export, random
+
+NUMBERS = np.random.default_rng(0)
+KERNELS: dict[str, Array] = {
+    "conv": NUMBERS.standard_normal((6, 3, 3, 3)).astype(np.float32),
+    "dense": np.where(NUMBERS.random((6, 32)) < 0.1, NUMBERS.standard_normal((6, 32)), 0).astype(np.float32),
+}
+
+
+def model(path: Path, opset: int, *, lists_weights: bool = False) -> Path:
+    """A convolution, a pool and a dense layer; old writers list their weights as inputs too."""
+    nodes = [
+        helper.make_node("Conv", ["x", "conv"], ["a"]),
+        helper.make_node("GlobalAveragePool", ["a"], ["b"]),
+        helper.make_node("Flatten", ["b"], ["c"]),
+        helper.make_node("MatMul", ["c", "dense"], ["y"]),
+    ]
+    kernels = [numpy_helper.from_array(array, name) for name, array in KERNELS.items()]
+    shapes: dict[str, tuple[int | str, ...]] = {"x": ("batch", 3, 8, 8)}
+    if lists_weights:
+        shapes |= {name: array.shape for name, array in KERNELS.items()}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ("batch", 32))
+    graph = helper.make_graph(nodes, "graph", inputs, [output], kernels)
+    version = 3 if lists_weights else 8
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=version), path)
+    return path
+
+
+@pytest.mark.parametrize(("option", "opset", "kind"), [("half", 9, 10), ("bf16", 13, 16)])
+def test_weights_that_are_inputs_too_become_smaller_constants(
+    option: str, opset: int, kind: int, tmp_path: Path
+) -> None:
+    source = model(tmp_path / "old.onnx", opset, lists_weights=True)
+    result = export(source, tmp_path / "new.onnx", **{option: True})
+    assert "Weights that the source also lists as inputs (2) can no longer be fed to the model." in result.notes
+    proto = onnx.load(tmp_path / "new.onnx")
+    assert {tensor.name: tensor.data_type for tensor in proto.graph.initializer} == {"conv": kind, "dense": kind}
+    assert [port.name for port in proto.graph.input] == ["x"]
+    x = random((4, 3, 8, 8))
+    expected = by_onnxruntime(source, *x)[0]
+    np.testing.assert_allclose(by_onnxruntime(tmp_path / "new.onnx", *x)[0], expected, atol=0.05)
+
+
+def test_weights_that_are_inputs_too_stay_so_where_no_bits_are_saved(tmp_path: Path) -> None:
+    source = model(tmp_path / "old.onnx", 9, lists_weights=True)
+    export(source, tmp_path / "new.onnx")
+    assert len(onnx.load(tmp_path / "new.onnx").graph.input) == 3
+
+
+def test_calibrated_integers_ask_for_an_opset_that_has_them(tmp_path: Path) -> None:
+    source = model(tmp_path / "old.onnx", 11)
+    np.savez(tmp_path / "data.npz", x=random((64, 3, 8, 8))[0])
+    words = {"int8": True, "data": f"{tmp_path / 'data.npz'}"}
+    with pytest.raises(UsageError, match="needs ONNX opset 13, but the model has 11") as caught:
+        export(source, tmp_path / "new.onnx", **words)
+    assert caught.value.hint == "add opset=13"
+    export(source, tmp_path / "new.onnx", **words, opset=13)
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "new.onnx").graph.initializer}
+    assert kinds["conv_quantized"] == TensorProto.INT8
+
+
+@pytest.mark.parametrize("option", ["", "half", "bf16", "int8"])
+def test_a_model_without_its_zeros_is_exported_again(option: str, tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse.onnx"
+    export(model(tmp_path / "dense.onnx", 17), sparse, sparse=True)
+    assert [tensor.values.name for tensor in onnx.load(sparse).graph.sparse_initializer] == ["dense"]
+    words: dict[str, bool] = {option: True} if option else {}
+    result = export(sparse, tmp_path / "again.onnx", **words)
+    assert any(note.startswith("Zeros that the source does not store are stored") for note in result.notes)
+    x = random((4, 3, 8, 8))
+    expected = by_onnxruntime(tmp_path / "dense.onnx", *x)[0]
+    np.testing.assert_allclose(by_onnxruntime(tmp_path / "again.onnx", *x)[0], expected, atol=0.1)
+    again = export(sparse, tmp_path / "same.onnx", sparse=True)
+    assert not any("Zeros that the source" in note for note in again.notes)
+    assert len(onnx.load(tmp_path / "same.onnx").graph.sparse_initializer) == 1
