@@ -14,8 +14,8 @@ from prunectl.analysis.stats import find_tied_tensors
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress, nonzero_mask
 from prunectl.calibration import statistics
 from prunectl.calibration.im2col import im2col_by_group, weight_matrix
+from prunectl.calibration.passes import AHEAD_BYTES
 from prunectl.calibration.session import (
-    AHEAD_BYTES,
     Calibration,
     CalibrationSession,
     groups_in_memory,

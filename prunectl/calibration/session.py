@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from prunectl.calibration.passes import AHEAD_BYTES, Passes, Sights
 from prunectl.calibration.statistics import (
     CrossStatistics,
     Float64Array,
@@ -24,12 +25,10 @@ from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Ten
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import (
     DifferentiableModel,
-    InputCallback,
     InspectableModel,
     LayerInput,
     LoadOptions,
     ModelSignature,
-    PassEnd,
     TrainableModel,
     TrainOptions,
     WeightUse,
@@ -42,9 +41,6 @@ from prunectl.training.runtimes import load_blockwise, load_onnx_model, load_tra
 from prunectl.units import listed
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
-
-AHEAD_BYTES = 256 << 20
-"""Layer inputs, Gram matrices or weights of several tensors that are held to save passes through a whole network."""
 
 
 def groups_in_memory(names: Iterable[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -60,31 +56,6 @@ def groups_in_memory(names: Iterable[str], sizes: Mapping[str, int]) -> Iterator
         held += sizes.get(name, 0)
     if run:
         yield run
-
-
-@dataclass(slots=True)
-class _Sights:
-    """How often each tensor meets inputs in each batch, and how large these are: where a pass may end."""
-
-    counts: dict[str, dict[int, int]] = field(default_factory=dict)
-    nbytes: dict[str, int] = field(default_factory=dict)
-
-    def add(self, index: int, sight: LayerInput) -> None:
-        """Count one."""
-        counts = self.counts.setdefault(sight.name, {})
-        counts[index] = counts.get(index, 0) + 1
-        self.nbytes[sight.name] = self.nbytes.get(sight.name, 0) + sight.inputs.nbytes
-
-    def learn(self, seen: _Sights) -> None:
-        """Remember those of tensors that nothing was known of."""
-        for name in seen.counts.keys() - self.counts.keys():
-            self.counts[name], self.nbytes[name] = seen.counts[name], seen.nbytes[name]
-
-    def expected(self, names: Collection[str], index: int) -> int | None:
-        """How many there will be of some tensors; None where that is not known."""
-        if not all(name in self.counts for name in names):
-            return None
-        return sum(self.counts[name].get(index, 0) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +77,7 @@ class Calibration:
     batches: tuple[Batch, ...]
     reference: InspectableModel | None = None
     """The dense model, which stays as it was."""
-    _sights: _Sights = field(default_factory=_Sights)
+    _passes: Passes = field(default_factory=Passes)
     _dense: dict[str, list[list[LayerInput]]] = field(default_factory=dict)
     """For each batch the layer inputs of the dense model, of the next tensors to be fitted."""
 
@@ -134,15 +105,15 @@ class Calibration:
                 shape = sight.use.shape or shapes[sight.name]
                 statistics.setdefault(sight.name, InputStatistics()).add(sight, shape, accumulator)
 
-        seen = _Sights()
+        seen = Sights()
         for index, batch in enumerate(self.batches):
 
             def counted(sight: LayerInput, index: int = index) -> None:
                 seen.add(index, sight)
                 record(sight)
 
-            _observe(self.network, shapes, batch, counted, self._sights.expected(shapes, index))
-        self._sights.learn(seen)
+            self._passes.run(self.network, shapes, index, batch.x, counted)
+        self._passes.sights.learn(seen)
         for name in conflicting:
             statistics.pop(name, None)
         for name, sums in statistics.items():
@@ -153,7 +124,7 @@ class Calibration:
         """Gram matrices of the tensors' inputs: as many in one pass as fit in memory, each has its features squared."""
         by_name = {tensor.name: tensor for tensor in tensors}
         # A few examples tell how large the matrices are.
-        shapes = replace(self, batches=self.batches[:1], _sights=_Sights()).accumulate(tensors, sum_inputs)
+        shapes = replace(self, batches=self.batches[:1], _passes=Passes()).accumulate(tensors, sum_inputs)
         sizes: dict[str, int] = {}
         for name, sums in shapes.items():
             groups, features = sums.size
@@ -171,7 +142,7 @@ class Calibration:
         """
         if tensor.name not in self._dense:
             self._dense.clear()
-            ahead = next(groups_in_memory((tensor.name, *following), self._sights.nbytes))
+            ahead = next(groups_in_memory((tensor.name, *following), self._passes.sights.nbytes))
             if len(ahead) > 1:
                 self._hold(ahead)
         held = self._dense.pop(tensor.name, None)
@@ -187,7 +158,7 @@ class Calibration:
                     first_sums.add(sight, shape, sum_inputs)
                 now.append(_copied(sight))
 
-            _observe(self.network, [tensor.name], batch, see, self._sights.expected([tensor.name], index))
+            self._passes.run(self.network, [tensor.name], index, batch.x, see)
             before = held[index] if held is not None else self._dense_inputs([tensor.name], index)[tensor.name]
             for mine, theirs in zip(now, before, strict=True):
                 part = mine.use.outputs
@@ -204,13 +175,11 @@ class Calibration:
     def _dense_inputs(self, names: Sequence[str], index: int) -> dict[str, list[LayerInput]]:
         assert self.reference is not None
         inputs: dict[str, list[LayerInput]] = {name: [] for name in names}
-        _observe(
-            self.reference,
-            names,
-            self.batches[index],
-            lambda sight: inputs[sight.name].append(_copied(sight)),
-            self._sights.expected(names, index),
-        )
+
+        def see(sight: LayerInput) -> None:
+            inputs[sight.name].append(_copied(sight))
+
+        self._passes.run(self.reference, names, index, self.batches[index].x, see)
         return inputs
 
     def sums_after(self, tensor: Tensor, before: CrossInputs | None) -> InputStatistics:
@@ -294,28 +263,6 @@ class BlockwiseCalibration(Calibration):
                 )
             found.append(influence)
         return found
-
-
-def _observe(
-    network: InspectableModel, names: Collection[str], batch: Batch, see: InputCallback, expected: int | None
-) -> None:
-    """Run a batch as far as the last of so many sights; to its end where it is not known how many there are."""
-    left = expected
-
-    def counted(sight: LayerInput) -> None:
-        nonlocal left
-        see(sight)
-        if left is not None:
-            left -= 1
-            if left == 0:
-                raise PassEnd
-
-    if left != 0:
-        try:
-            network.observe(names, batch.x, counted)
-        except PassEnd as end:
-            # It is held by frames that it holds itself, with all that was seen in them.
-            end.__traceback__ = None
 
 
 def _copied(sight: LayerInput) -> LayerInput:

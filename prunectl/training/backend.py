@@ -316,6 +316,28 @@ class InspectableModel(Protocol):
         """Replace the numbers of some tensors."""
 
 
+class RepeatedPass(Protocol):
+    """The passes of one batch, which hold what is the same in the next one."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory that takes."""
+
+    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
+        """Run the batch through, as the model itself does."""
+
+    def clear(self) -> None:
+        """Let go of what it holds."""
+
+
+@runtime_checkable
+class CachingModel(InspectableModel, Protocol):
+    """A model that need not compute everything anew where only some of its weights have changed."""
+
+    def cached_pass(self) -> RepeatedPass:
+        """What a batch that is run through again and again is observed with."""
+
+
 class BlockwiseModel(Protocol):
     """A model that is run one block at a time, with the hidden states of some batches held between two blocks."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from prunectl.calibration import session
+from prunectl.calibration import passes, session
 from prunectl.calibration.prune import prune
 from prunectl.calibration.sensitivity import sensitivity
 from prunectl.errors import WorkError
@@ -82,7 +82,8 @@ def test_without_memory_for_several_layers_the_bytes_are_the_same(
 ) -> None:
     found = []
     for nbytes in (session.AHEAD_BYTES, 2 * EXAMPLES * 12 * 4, 0):
-        monkeypatch.setattr(session, "AHEAD_BYTES", nbytes)
+        for module in (session, passes):
+            monkeypatch.setattr(module, "AHEAD_BYTES", nbytes)
         calls.clear()
         out = chain.parent / f"{nbytes}.pt"
         prune(chain, wish(chain.parent, strategy="obs", is_repaired=True), Destination(out))

@@ -14,8 +14,9 @@ import torch
 
 from prunectl.formats.base import Array
 from prunectl.training.backend import InputCallback, LayerInput, SlidingWindow, WeightUse
-from prunectl.training.torch._compat import ADDMM_ACTIVATION, CONVOLUTION, TorchDispatchMode
+from prunectl.training.torch._compat import ADDMM_ACTIVATION, CONVOLUTION, DisableTorchFunction, TorchDispatchMode
 from prunectl.training.torch.build import FixedBatchModule
+from prunectl.training.torch.cached_pass import CachedPass
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -42,10 +43,16 @@ def without_mha_fastpath() -> Generator[None]:
 
 @contextmanager
 def capture_layer_inputs(
-    weights: Mapping[str, torch.Tensor], see: InputCallback, pieces: FixedBatchModule | None = None
+    weights: Mapping[str, torch.Tensor],
+    see: InputCallback,
+    pieces: FixedBatchModule | None = None,
+    cache: CachedPass | None = None,
 ) -> Generator[None]:
-    """Show what these weights meet while the context lasts; of pieces, only what does not fill them up."""
-    recorder = _InputRecorder(weights, see, pieces)
+    """Show what these weights meet while the context lasts; of pieces, only what does not fill them up.
+
+    Operations that a cache knows are skipped.
+    """
+    recorder = _InputRecorder(weights, see, pieces, cache)
     try:
         with without_mha_fastpath(), torch.no_grad(), recorder:
             yield
@@ -58,10 +65,14 @@ def capture_layer_inputs(
 
 class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
-        self, weights: Mapping[str, torch.Tensor], see: InputCallback, pieces: FixedBatchModule | None
+        self,
+        weights: Mapping[str, torch.Tensor],
+        see: InputCallback,
+        pieces: FixedBatchModule | None,
+        cache: CachedPass | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._see, self._pieces = see, pieces
+        self._see, self._pieces, self._cache = see, pieces, cache
         self.failure: Exception | None = None
         self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, weight in weights.items():
@@ -70,7 +81,14 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        # Who watches the code of the model is not to see this one.
+        with DisableTorchFunction():
+            return self._run(func, args, kwargs or {}, self._cache)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: CachedPass | None) -> Any:
+        if cache is not None and cache.is_resuming:
+            return cache.skip(func, args, kwargs)
+        result = func(*args, **kwargs)
         if func in _PRODUCTS:
             first, second = args[_PRODUCTS[func] :][:2]
             self._product(first, second)
@@ -78,6 +96,8 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._convolution(args)
         elif func is _RECURRENT:
             self._recurrent(args, result[0])
+        if cache is not None:
+            cache.note(func, args, kwargs, result)
         return result
 
     def _named(self, view: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -29,6 +29,7 @@ from prunectl.training.task import DistilledOutput, FinalActivation, activation_
 from prunectl.training.torch import distributed, losses, tensors
 from prunectl.training.torch._compat import BatchNorm
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, declared_inputs, output_specs
+from prunectl.training.torch.cached_pass import CachedPass
 from prunectl.training.torch.distributed import distribute_like, full_tensor
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
@@ -351,10 +352,17 @@ class TorchTrainable:
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run a batch through, and show what these weights meet."""
+        self._observe(names, x, see, None)
+
+    def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
         self._rest()
         pieces = self._module if isinstance(self._module, FixedBatchModule) else None
-        with capture_layer_inputs(self._parameters(names), see, pieces):
+        with capture_layer_inputs(self._parameters(names), see, pieces, cache):
             self._forward(self._module, x)
+
+    def cached_pass(self) -> CachedPass:
+        """What a batch that is run through again and again is observed with."""
+        return CachedPass(self._observe, self._held)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
         """The gradient of the mean loss over a batch."""
