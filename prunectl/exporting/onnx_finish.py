@@ -397,6 +397,10 @@ def _redirect_reads(graph: Any, names: Mapping[str, str]) -> None:
             _redirect_reads(inner, {old: new for old, new in names.items() if old not in hidden})
 
 
+# Two products of eight bits overflow the sixteen in which x86 processors without VNNI add them up.
+_SEVEN_BITS = "Weights use 7 of the 8 bits, so that sums cannot overflow on any processor."
+
+
 def _quantize_dynamic(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     quantization = require("onnxruntime.quantization", extra="onnx")
     # It infers every shape anew, and exporters leave some between that no longer hold, which it would stumble over.
@@ -409,11 +413,13 @@ def _quantize_dynamic(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]
             op_types_to_quantize=_DYNAMIC_OPERATORS,
             weight_type=quantization.QuantType.QInt8,
             use_external_data_format=has_external_data,
+            reduce_range=True,
             extra_options={"WeightSymmetric": True},
         )
 
     return _through_files(job, proto, quantize), (
         "Weights of dense and recurrent layers are 8-bit integers; those of convolutions need --data.",
+        _SEVEN_BITS,
     )
 
 
@@ -443,14 +449,13 @@ def _quantize_static(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
             weight_type=quantization.QuantType.QInt8,
             use_external_data_format=has_external_data,
             per_channel=True,
-            # Of eight bits, products of two overflow the sixteen that x86 processors without VNNI add them up in.
             reduce_range=True,
             extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
         )
 
     return _through_files(job, proto, quantize), (
         f"Weights and activations are 8-bit integers, calibrated on {job.samples.examples} examples.",
-        "Weights use 7 of the 8 bits, so that sums cannot overflow on any processor.",
+        _SEVEN_BITS,
     )
 
 

@@ -64,7 +64,7 @@ def test_weights_that_are_inputs_too_stay_so_where_no_bits_are_saved(tmp_path: P
 def test_calibrated_integers_ask_for_an_opset_that_has_them(tmp_path: Path) -> None:
     source = model(tmp_path / "old.onnx", 11)
     np.savez(tmp_path / "data.npz", x=random((64, 3, 8, 8))[0])
-    words = {"int8": True, "data": f"{tmp_path / 'data.npz'}"}
+    words = {"int8": True, "data": f"{tmp_path / 'data.npz'}", "atol": 1.0}
     with pytest.raises(UsageError, match="needs ONNX opset 13, but the model has 11") as caught:
         export(source, tmp_path / "new.onnx", **words)
     assert caught.value.hint == "add opset=13"
@@ -87,3 +87,25 @@ def test_a_model_without_its_zeros_is_exported_again(option: str, tmp_path: Path
     again = export(sparse, tmp_path / "same.onnx", sparse=True)
     assert not any("Zeros that the source" in note for note in again.notes)
     assert len(onnx.load(tmp_path / "same.onnx").graph.sparse_initializer) == 1
+
+
+@pytest.mark.parametrize("data", ["", "data.npz"])
+def test_sums_of_integers_overflow_on_no_processor(data: str, tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.full((64, 8), 1.0, np.float32), "dense")
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", size)) for name, size in (("x", 64), ("y", 8))
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "dense"], ["y"])], "graph", ports[:1], ports[1:], [weight]
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, tmp_path / "ones.onnx")
+    x = np.random.default_rng(1).uniform(0.9, 1, (80, 64)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x)
+    words = {"data": str(tmp_path / data)} if data else {}
+    export(tmp_path / "ones.onnx", tmp_path / "int8.onnx", int8=True, atol=1e3, **words)
+    held = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "int8.onnx").graph.initializer
+    }
+    assert np.abs(held["dense_quantized"].astype(int)).max() <= 64
+    np.testing.assert_allclose(by_onnxruntime(tmp_path / "int8.onnx", x)[0], x @ np.ones((64, 8)), rtol=0.02)
