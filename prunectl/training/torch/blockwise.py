@@ -16,6 +16,7 @@ from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.families import CONFIG, family_of, read_config
 from prunectl.training.backend import InputCallback, InspectableModel, LoadOptions, ModelSignature, TensorSpec
 from prunectl.training.data.source import Arrays, as_tuple
+from prunectl.training.torch.cached_pass import CachedPass
 from prunectl.training.torch.folder import FolderModule, FolderNetwork, names_network, open_network
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
@@ -209,10 +210,16 @@ class _Part:
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run a batch through, and show what these weights meet."""
+        self._observe(names, x, see, None)
+
+    def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
         index = int(as_tuple(x)[0].flat[0])
-        weights = self._parameters(names)
-        with capture_layer_inputs(weights, see):
+        with capture_layer_inputs(self._parameters(names), see, cache=cache):
             self.run(self.module, index, self.hidden[index])
+
+    def cached_pass(self) -> CachedPass:
+        """What a batch that is run through again and again is observed with."""
+        return CachedPass(self._observe, partial(self._parameters, self.names))
 
     def predict(self, x: Arrays) -> Arrays:
         """What comes out, for one batch."""
