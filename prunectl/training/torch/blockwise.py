@@ -125,7 +125,7 @@ class TorchBlockwise:
         first = _Part(self.signature, module, self._local(number, names), runs[0], self._pruned)
         second = None
         if copied is not None:
-            second = _Part(self.signature, copied, self._local(number, names), runs[1], self._dense)
+            second = _Part(self.signature, copied, self._local(number, names), runs[1], self._dense, {})
         self._open = (first, second)
         return first, second
 
@@ -144,7 +144,8 @@ class TorchBlockwise:
         total = count = 0.0
         with torch.no_grad():
             for index, before in enumerate(self._dense):
-                after = self._run_block(number, (second or first).module, index, before)
+                known = second.after.get(index) if second is not None and second.after is not None else None
+                after = self._run_block(number, (second or first).module, index, before) if known is None else known
                 similarity = torch.nn.functional.cosine_similarity(before, after, dim=-1)
                 total, count = total + float(similarity.double().sum()), count + similarity.numel()
                 self._dense[index] = after
@@ -207,6 +208,8 @@ class _Part:
     names: Mapping[str, str]
     run: Callable[[torch.nn.Module, int, torch.Tensor], torch.Tensor]
     hidden: Sequence[torch.Tensor]
+    after: dict[int, torch.Tensor] | None = None
+    """What comes out, by the number of the batch, where the weights stay as they are and a pass has reached the end."""
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run a batch through, and show what these weights meet."""
@@ -215,7 +218,10 @@ class _Part:
     def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
         index = int(as_tuple(x)[0].flat[0])
         with capture_layer_inputs(self._parameters(names), see, cache=cache):
-            self.run(self.module, index, self.hidden[index])
+            after = self.run(self.module, index, self.hidden[index])
+        if self.after is not None:
+            # Of the first pass: a later one may have skipped what gives it.
+            self.after.setdefault(index, after)
 
     def cached_pass(self) -> CachedPass:
         """What a batch that is run through again and again is observed with."""
