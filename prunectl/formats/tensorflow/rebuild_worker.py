@@ -17,7 +17,8 @@ from prunectl.errors import InputError, PrunectlError
 from prunectl.formats.safe_json import require
 
 EXTRA = "tensorflow"
-MODULES = ("tensorflow", "tf_keras", "tensorflow_model_optimization")
+_TFMOT = "tensorflow_model_optimization"
+MODULES = ("tensorflow", "tf_keras", _TFMOT)
 _SERVING = "serving_default"
 
 
@@ -43,10 +44,24 @@ def main() -> None:
     os._exit(0)
 
 
+def load_tfmot() -> Any:
+    """The toolkit, without Keras 3: it asks for a module of Keras 2 under that name, and goes on without it."""
+    # Its own Keras is to be loaded before: TensorFlow looks for the folder of Keras 3.
+    is_free = "keras" not in sys.modules
+    if is_free:
+        sys.modules["keras"] = None  # type: ignore[assignment]  # which is how Python says that it cannot be imported
+    try:
+        return require(_TFMOT, extra=EXTRA)
+    finally:
+        if is_free:
+            sys.modules.pop("keras")
+
+
 def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
     # Imports make no garbage to speak of, and to look for it takes a sixth of their time.
     gc.disable()
-    tensorflow, keras, toolkit = (require(module, extra=EXTRA) for module in MODULES)
+    tensorflow, keras = require("tensorflow", extra=EXTRA), require("tf_keras", extra=EXTRA)
+    toolkit = load_tfmot()
     gc.freeze()
     gc.enable()
     with toolkit.sparsity.keras.prune_scope():

@@ -19,6 +19,7 @@ from prunectl.errors import MissingExtraError, UsageError
 from prunectl.formats.base import Array
 from prunectl.formats.packages import command_for
 from prunectl.formats.safe_json import require
+from prunectl.formats.tensorflow import rebuild_worker
 from prunectl.training.keras._compat import (
     flat_layers,
     global_generator,
@@ -105,7 +106,7 @@ def load_tfmot() -> Any:
     legacy = os.environ.get(_LEGACY)
     try:
         with ignore_warnings():
-            module = require("tensorflow_model_optimization", extra="tensorflow")
+            module = rebuild_worker.load_tfmot()
     finally:
         # tfmot turns every Keras that is imported later, in this process and in those it starts, into Keras 2.
         if legacy is None:
