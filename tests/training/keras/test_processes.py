@@ -22,6 +22,12 @@ from tests.training.keras import nets, on_backend, on_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 SECONDS = 300
+QUICK_TO_COMPILE = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+"""Three networks take the same steps, each a few times: to compile them well, or again, takes most of the time."""
 
 
 def command(script: str, path: Path) -> list[str]:
@@ -65,7 +71,8 @@ def test_every_backend_of_keras_3_trains_and_keeps_the_zeros(
     shutil.copy(path, tmp_path)
     # A process that loads nothing but what it needs, as it does for users, has nothing to say; to load it takes long.
     run = forked.run if backend == "jax" else subprocess.run
-    done = run(command("on_backend", tmp_path), env=silent(KERAS_BACKEND=backend), capture_output=True, timeout=SECONDS)
+    setting = silent(KERAS_BACKEND=backend, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"), **QUICK_TO_COMPILE)
+    done = run(command("on_backend", tmp_path), env=setting, capture_output=True, timeout=SECONDS)
     theirs = outcome(done)
     assert (theirs["backend"], ours["backend"]) == (backend, "tensorflow")
     assert theirs["lost"] == ours["lost"] == 0
