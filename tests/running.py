@@ -99,7 +99,7 @@ def here(*words: str | Path, stdin: bytes = b"", cwd: Path | None = None, **envi
 @contextlib.contextmanager
 def _as_in_a_process(environment: dict[str, str]) -> Iterator[None]:
     """Put back what would end with a process: its environment, import path, random numbers, and users' modules."""
-    path, modules = list(sys.path), set(sys.modules)
+    path, modules = list(sys.path), list(sys.modules)
     numbers, legacy_numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - frameworks seed it
     with patch.dict(os.environ, environment), warnings.catch_warnings():
         try:
@@ -109,7 +109,9 @@ def _as_in_a_process(environment: dict[str, str]) -> Iterator[None]:
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path and entry.startswith(_INSTALLED))]
             random.setstate(numbers)
             np.random.set_state(legacy_numbers)  # noqa: NPY002 - see above
-            for name in set(sys.modules) - modules:
+            # Most commands import nothing more, and two lists of all modules are compared in no time.
+            loaded = list(sys.modules)
+            for name in set(loaded).difference(modules) if loaded != modules else ():
                 file = getattr(sys.modules[name], "__file__", None) or sys.prefix
                 if not file.startswith(_INSTALLED) and not name.startswith("prunectl_plugin_"):
                     del sys.modules[name]
