@@ -191,14 +191,30 @@ def write_tflite(job: ExportJob, target: Path) -> tuple[str, ...]:
     saved_model = job.scratch / "between"
     write(job, saved_model)
     converter = _tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[SIGNATURE])
+    if job.request.int8 and job.request.data:
+        _convert(job, converter, target)
+        if _has_loop(target):
+            raise WorkError(
+                f"TensorFlow Lite cannot calibrate {job.file.path}: it has a loop, as of a recurrent layer",
+                hint="leave out --data: --int8 alone stores large weights as 8-bit integers",
+            )
     notes = _configure(converter, job)
+    _convert(job, converter, target)
+    return notes
+
+
+def _convert(job: ExportJob, converter: Any, target: Path) -> None:
     try:
         with silence(), ignore_warnings():
             content = converter.convert()
     except Exception as error:
         raise _failed(job, error) from error
     target.write_bytes(content)
-    return notes
+
+
+def _has_loop(path: Path) -> bool:
+    """Whether a model has a `while`, in which the calibration of TensorFlow Lite ends the process."""
+    return any(operator.kind == "WHILE" for graph in read_lite(path).graphs for operator in graph.operators)
 
 
 def _configure(converter: Any, job: ExportJob) -> tuple[str, ...]:

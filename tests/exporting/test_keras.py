@@ -282,3 +282,18 @@ def test_layers_that_run_as_a_graph_alone_are_run_so(tmp_path: Path) -> None:
     (inputs,) = random((2, 3, 4, 4, 1))
     (found,) = by_onnxruntime(tmp_path / "m.onnx", inputs)
     np.testing.assert_allclose(found, model.predict_on_batch(inputs), atol=1e-5)
+
+
+def test_a_loop_is_not_calibrated_and_the_way_that_is_shown_works(tmp_path: Path) -> None:
+    place, model = saved("3", "lstm", tmp_path)
+    inputs = random((60, 6, 3))
+    np.savez(tmp_path / "data.npz", x=inputs[0])
+    words = {"int8": True, "input": ["1,6,3"]}
+    with pytest.raises(WorkError, match=r"cannot calibrate .* it has a loop") as caught:
+        export(place, tmp_path / "m.tflite", data=str(tmp_path / "data.npz"), **words)
+    assert "leave out" in caught.value.hint
+    assert not (tmp_path / "m.tflite").exists()
+    export(place, tmp_path / "m.tflite", **words)
+    one = [inputs[0][:1]]
+    found = next(iter(by_tflite(tmp_path / "m.tflite", {model.inputs[0].name: one[0]}).values()))
+    np.testing.assert_allclose(found, answers(model, one)[0], atol=0.05)
