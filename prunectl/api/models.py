@@ -159,10 +159,6 @@ def _is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _save_module(model: Any, path: Path) -> None:
-    _torch().save(model.state_dict(), path)
-
-
 def _load_module(model: Any, path: Path, is_in_place: bool) -> Any:
     result = model if is_in_place else copy.deepcopy(model)
     result.load_state_dict(_read_state_dict(path))
@@ -204,10 +200,6 @@ def _load_arrays(model: MutableMapping[str, Any], path: Path, is_in_place: bool)
     file = open_model(path)
     values = {tensor.name: np.array(file.read(tensor)) for tensor in file.tensors}
     return _updated(model, values, is_in_place=is_in_place)
-
-
-def _save_keras(model: Any, path: Path) -> None:
-    model.save(str(path))
 
 
 def _load_keras(model: Any, path: Path, is_in_place: bool) -> Any:
@@ -259,11 +251,11 @@ def _no_code(_: Any) -> dict[str, Any]:
 
 _STATE_DICT = ModelKind("a state dict", ".pt", _save_state_dict, _load_state_dict, _no_code)
 _ARRAYS = ModelKind("a dict of arrays", ".safetensors", _save_arrays, _load_arrays, _no_code)
-_KERAS = ModelKind("a Keras model", ".keras", _save_keras, _load_keras, _keras_code)
+_KERAS = ModelKind("a Keras model", ".keras", lambda model, path: model.save(str(path)), _load_keras, _keras_code)
 _MODULE = ModelKind(
     "a PyTorch module",
     ".pt",
-    _save_module,
+    lambda model, path: _torch().save(model.state_dict(), path),
     _load_module,
     lambda model: {"builder": lambda: copy.deepcopy(model)},
     keeps_shapes=True,

@@ -9,7 +9,7 @@ import numpy as np
 
 from prunectl.channels.adapter import GraphAdapter, open_adapter
 from prunectl.channels.graph import ChannelGraph, OpKind
-from prunectl.channels.labels import FIXED, AxisLabels, AxisRole, LabelArray, LabelTrace
+from prunectl.channels.labels import FIXED, AxisRole, LabelArray, LabelTrace
 from prunectl.channels.rules import propagate
 from prunectl.formats.base import ModelFile
 from prunectl.pruning.masks import Mask
@@ -83,7 +83,8 @@ class PrunedGroup:
 
 def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
     """Group the channels of a network by the axes that they lie on, in its order."""
-    notes = _first_of_each_axis(trace.notes)
+    # Of several notes on an axis the first: the others say the same.
+    notes = list({(note.tensor, note.axis): note for note in reversed(trace.notes)}.values())[::-1]
     labelled = [_by_channel(trace.labels.roots(note.labels)) for note in notes]
     axes_of: dict[int, list[int]] = defaultdict(list)
     for number, (roots, _) in enumerate(labelled):
@@ -121,11 +122,6 @@ def _slices(roots: LabelArray, indices: LabelArray, labels: LabelArray) -> Chann
     own = np.isin(roots, labels)
     bounds = np.searchsorted(roots[own], labels)
     return ChannelSlices(indices[own], np.diff(bounds, append=int(own.sum())))
-
-
-def _first_of_each_axis(notes: list[AxisLabels]) -> list[AxisLabels]:
-    """Keep the first note of each axis: the others say the same."""
-    return list({(note.tensor, note.axis): note for note in reversed(notes)}.values())[::-1]
 
 
 ORIGIN = LoadOptions()

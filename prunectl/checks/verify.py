@@ -14,7 +14,7 @@ from prunectl.checks.schema import MetricUnit
 from prunectl.errors import PrunectlError, attempt
 from prunectl.formats.base import Capability, ModelFile, Tensor
 from prunectl.formats.registry import by_name, load
-from prunectl.pruning.manifest import ManifestRecord, RecordedTensor
+from prunectl.pruning.manifest import ManifestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +140,10 @@ def _check_run(source: ModelFile, record: ManifestRecord, zeros_added: dict[str,
     yield _digest("source-digest", source, record.input_sha256)
     if record.zeroed_nonfinite:
         return
-    wrong = [cut for cut in record.cuts if not _accounted_for(cut, zeros_added)]
+    # A weight that was zero before may have been dropped as well.
+    wrong = [cut for cut in record.cuts if not (zeros_added.get(cut.name, cut.dropped + 1) <= cut.dropped)]
     note = f"First: {wrong[0].name}, with {zeros_added.get(wrong[0].name, 0)} new zeros." if wrong else ""
     yield Violation("dropped", "tensors", len(wrong), note)
-
-
-def _accounted_for(cut: RecordedTensor, zeros_added: dict[str, int]) -> bool:
-    # A weight that was zero before may have been dropped as well.
-    return zeros_added.get(cut.name, cut.dropped + 1) <= cut.dropped
 
 
 def _digest(name: str, model: ModelFile, expected: str) -> Violation:

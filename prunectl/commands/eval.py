@@ -134,7 +134,7 @@ def evaluation_report(
     rows = [
         (path, metric, value, _drop(dense, result) if metric == result.metric else None)[: len(columns)]
         for path, result in results
-        for metric, value in _ordered(result)
+        for metric, value in sorted(result.logs.items(), key=lambda item: item[0] != result.metric)
     ]
     notes = dict.fromkeys(note for _, result in results for note in result.notes)
     return Report(
@@ -147,11 +147,6 @@ def evaluation_report(
         quiet_lines=tuple(f"{result.value:.6g}" for _, result in results),
         extra_json={"evaluations": [_as_json(path, result, dense) for path, result in results]},
     )
-
-
-def _ordered(result: Evaluation) -> list[tuple[str, float]]:
-    """The metrics of a model, the one that is compared first."""
-    return sorted(result.logs.items(), key=lambda item: item[0] != result.metric)
 
 
 def _drop(dense: Evaluation | None, result: Evaluation) -> Cell:

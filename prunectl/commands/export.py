@@ -38,14 +38,10 @@ def export_report(result: ExportResult, output: str) -> Report:
     sizes = before_after(result.before, result.after)
     tables = (sizes,) if result.comparison is None else (_differences(result.comparison), sizes)
     facts = (("from", result.source), ("to", result.target), ("compared", _comparison_text(result.comparison)))
-    notes = (*result.notes, *_about_source(result))
+    notes = (*result.notes, *tuple(note for note in result.before.about.notes if note not in result.notes))
     extra: dict[str, Any] = {"parity": _parity_json(result.comparison)}
     report = output_report(result, output, tables, rows=sizes, facts=facts, notes=notes, extra_json=extra)
     return replace(report, artifacts=(*report.artifacts, *(Artifact(*file) for file in result.companion_files)))
-
-
-def _about_source(result: ExportResult) -> tuple[str, ...]:
-    return tuple(note for note in result.before.about.notes if note not in result.notes)
 
 
 def _differences(parity: Comparison) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -86,15 +86,6 @@ def _unclear(stats: ModelStats, limit: int | None, reporter: Reporter) -> Failur
     )
 
 
-def _check_estimate(codec: CodecName, whole: Mapping[str, str]) -> None:
-    """Refuse what an estimate does not tell."""
-    if codec is not CodecName.GZIP:
-        raise UsageError(f"--estimate knows gzip alone, and not {codec}", hint="leave out --estimate or --codec")
-    for option, value in whole.items():
-        if value:
-            raise UsageError(f"{option} needs every byte of the model", hint=f"leave out --estimate or {option}")
-
-
 def _next_step(models: Sequence[ModelStats]) -> str:
     """What makes a single model smaller; of several, what is different in them."""
     if len(models) == 1:
@@ -150,7 +141,11 @@ def size(
     compressor = sizes.get_codec(codec, level)
     if estimate:
         whole = {"--max-packed": max_packed, "--min-sparsity": min_sparsity, "--against": against}
-        _check_estimate(codec, whole)
+        if codec is not CodecName.GZIP:
+            raise UsageError(f"--estimate knows gzip alone, and not {codec}", hint="leave out --estimate or --codec")
+        for option, value in whole.items():
+            if value:
+                raise UsageError(f"{option} needs every byte of the model", hint=f"leave out --estimate or {option}")
         if any(map(URL.match, paths)):
             # A thousand places in it would be a thousand requests.
             raise UsageError("--estimate needs a file, not a URL", hint="leave out --estimate, or download the model")

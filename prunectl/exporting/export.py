@@ -238,7 +238,9 @@ def export(
             )
         # Sparse tensors of PyTorch are weights as any others.
         if request.pack or (request.sparse and not request.code):
-            _pack(written, folder, target)
+            # The archives of NumPy are written packed, and TensorFlow Lite's sparse tensors by its converter.
+            if target.name not in {"npz", "tflite"}:
+                outputs.pack(written, folder)
         bar.advance(1)
         with naming_original(path, plain.path):
             comparison = _comparison(job, route, written)
@@ -287,12 +289,6 @@ def _export_job(model: ModelFile, request: ExportRequest, route: Route, scratch:
         for spec, array in zip(inputs, samples.batches[0], strict=True)
     )
     return ExportJob(model, request, inputs, samples, runnable, scratch)
-
-
-def _pack(written: Path, folder: Path, target: Target) -> None:
-    # The archives of NumPy are written packed, and TensorFlow Lite's sparse tensors by its converter.
-    if target.name not in {"npz", "tflite"}:
-        outputs.pack(written, folder)
 
 
 def _comparison(job: ExportJob, route: Route, written: Path) -> Comparison | None:

@@ -147,7 +147,7 @@ def _shards(job: ExportJob, tensors: Sequence[Tensor]) -> tuple[list[_Shard], st
         # As they lie in the files of the source.
         by_file: dict[str, list[Tensor]] = {}
         for tensor in tensors:
-            by_file.setdefault(_file_of(model, tensor), []).append(tensor)
+            by_file.setdefault(shard_of(tensor) if model.format == "shards" else "", []).append(tensor)
         groups = list(by_file.values())
     else:
         full = size
@@ -166,10 +166,6 @@ def _shards(job: ExportJob, tensors: Sequence[Tensor]) -> tuple[list[_Shard], st
         for number, group in enumerate(groups, 1)
     ]
     return shards, f"{stem}{suffix}.index.json"
-
-
-def _file_of(model: ModelFile, tensor: Tensor) -> str:
-    return shard_of(tensor) if model.format == "shards" else ""
 
 
 def _stem(model: ModelFile, to: str) -> str:

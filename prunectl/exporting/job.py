@@ -123,10 +123,12 @@ NO_SAMPLES = Samples((), is_data=False)
 
 def make_samples(runnable: RunnableModel, inputs: tuple[InputSpec, ...], request: ExportRequest) -> Samples:
     """Sample inputs for a model: from `--data`, or random."""
-    fixed_size = _fixed_batch_size(inputs)
+    fixed_size = next((spec.shape[0] for spec in inputs if spec.shape), None)
     batch_size = fixed_size or request.batch_size or BATCH_SIZE
     if request.data:
-        arrays, notes = _data_samples(runnable, inputs, request)
+        signature = signature_of(inputs, is_channels_first=runnable.is_channels_first)
+        order = EpochOrder(request.batch_size or BATCH_SIZE, request.seed or 0, is_shuffled=False)
+        arrays, notes = load_inputs(request.data, signature, request.samples or SAMPLES, order)
     else:
         # One more than a batch: the last goes through alone, which a fixed batch would not take.
         arrays, notes = (
@@ -134,19 +136,6 @@ def make_samples(runnable: RunnableModel, inputs: tuple[InputSpec, ...], request
             (),
         )
     return Samples(_batches(arrays, batch_size, is_fixed=fixed_size is not None), bool(request.data), notes)
-
-
-def _fixed_batch_size(inputs: tuple[InputSpec, ...]) -> int | None:
-    """The batch size that a model was saved for, if it has a fixed one."""
-    return next((spec.shape[0] for spec in inputs if spec.shape), None)
-
-
-def _data_samples(
-    runnable: RunnableModel, inputs: tuple[InputSpec, ...], request: ExportRequest
-) -> tuple[tuple[Array, ...], tuple[str, ...]]:
-    signature = signature_of(inputs, is_channels_first=runnable.is_channels_first)
-    order = EpochOrder(request.batch_size or BATCH_SIZE, request.seed or 0, is_shuffled=False)
-    return load_inputs(request.data, signature, request.samples or SAMPLES, order)
 
 
 def _random_arrays(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[Array, ...]:

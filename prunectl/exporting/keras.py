@@ -56,13 +56,9 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
         _tf.function(call),
         keras_model,
         signature.is_channels_first,
-        _notes(loaded),
+        (f"The source is a Keras {2 if loaded.library.is_keras2 else 3} model.",),
         keras=loaded,
     )
-
-
-def _notes(loaded: LoadedModel) -> tuple[str, ...]:
-    return (f"The source is a Keras {2 if loaded.library.is_keras2 else 3} model.",)
 
 
 def _batch_sizes(model: Any, count: int) -> list[int | None]:

@@ -224,7 +224,8 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
         # Between two files of one model no signal is heard: they come together.
         with scratch.deferred_signals():
             _place_all(placements, folder.parent, may_replace=may_replace)
-        _sync_folder(target.parent)
+        with suppress(OSError), _opened(target.parent) as fd:
+            os.fsync(fd)
 
 
 def _move_order(folder: Path, target: Path, model: ModelFile | None) -> list[tuple[Path, Path]]:
@@ -366,11 +367,6 @@ def _sync_range(fd: int, how: int) -> None:
             if code in NO_ROOM | {errno.EIO}:
                 raise OSError(code, os.strerror(code))
             return
-
-
-def _sync_folder(path: Path) -> None:
-    with suppress(OSError), _opened(path) as fd:
-        os.fsync(fd)
 
 
 @contextmanager

@@ -386,7 +386,7 @@ def explain_unsupported(peek: FileProbe) -> str:
         return "is a Python pickle, but not one that torch wrote; opening it would run code, so it is refused"
     if of_tensorflow := _describe_part(peek):
         return of_tensorflow
-    if _is_text(peek.head):
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in peek.head):
         return "is text, not a model"
     return "is not in a model format that prunectl reads"
 
@@ -438,15 +438,7 @@ def _describe_part(peek: FileProbe) -> str:
         return f"is the graph of a SavedModel: name its folder, {peek.path.parent}"
     if peek.path.name == "keras_metadata.pb" or ".data-0" in peek.path.name:
         return "is a part of a TensorFlow model: name its folder, or the .index file of its checkpoint"
-    if _is_graph_def(peek.head):
+    # A GraphDef begins with a node (field 1), and a node names its operation in field 2.
+    if peek.head[:1] == b"\x0a" and (b"\x12\x0bPlaceholder" in peek.head or b"\x12\x05Const" in peek.head):
         return "is a frozen TensorFlow graph, which prunectl does not read: convert it to a SavedModel or to ONNX"
     return ""
-
-
-def _is_graph_def(head: bytes) -> bool:
-    # A GraphDef begins with a node (field 1), and a node names its operation in field 2.
-    return head[:1] == b"\x0a" and (b"\x12\x0bPlaceholder" in head or b"\x12\x05Const" in head)
-
-
-def _is_text(head: bytes) -> bool:
-    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)

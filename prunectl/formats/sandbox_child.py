@@ -111,7 +111,17 @@ def _fork(control: socket.socket, channel: int, module: str) -> int:
     if child == 0:
         try:
             control.close()
-            _do(channel)
+            while head := _read(channel, HEAD.size):
+                # What the parent says may be unpickled; what a child says is bytes.
+                request: SandboxRequest = pickle.loads(_read(channel, HEAD.unpack(head)[1]))  # noqa: S301
+                with suppress(OSError):
+                    os.chdir(request.folder)
+                _fence(request)
+                how, answer = run_and_encode(request.work)
+                if not request.is_last:
+                    signal.setitimer(signal.ITIMER_PROF, 0)
+                _send(channel, HEAD.pack(how, memoryview(answer).nbytes))
+                _send(channel, answer)
         finally:
             os._exit(0)
     return child
@@ -120,21 +130,6 @@ def _fork(control: socket.socket, channel: int, module: str) -> int:
 def _ended(child: int) -> int:
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
-
-
-def _do(channel: int) -> None:
-    """Answer one request after the other, as long as some come."""
-    while head := _read(channel, HEAD.size):
-        # What the parent says may be unpickled; what a child says is bytes.
-        request: SandboxRequest = pickle.loads(_read(channel, HEAD.unpack(head)[1]))  # noqa: S301
-        with suppress(OSError):
-            os.chdir(request.folder)
-        _fence(request)
-        how, answer = run_and_encode(request.work)
-        if not request.is_last:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(channel, HEAD.pack(how, memoryview(answer).nbytes))
-        _send(channel, answer)
 
 
 def _fence(request: SandboxRequest) -> None:

@@ -155,14 +155,6 @@ def _move_off_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], dtyp
     return centroids
 
 
-def _linear(values: Wide, uniform: Wide, _: float) -> Wide:
-    return np.linspace(values[0], values[-1], uniform.size)
-
-
-def _random(values: Wide, uniform: Wide, _: float) -> Wide:
-    return np.asarray(values[0] + (values[-1] - values[0]) * uniform)
-
-
 def _by_density(values: Wide, uniform: Wide, gap: float) -> Wide:
     grid = np.linspace(values[0] - gap, values[-1] + gap, _GRID)
     shares = np.searchsorted(values, grid, side="right") / values.size
@@ -188,8 +180,8 @@ def _plus_plus(values: Wide, uniform: Wide, _: float) -> Wide:
 
 
 _STARTS: Mapping[Start, Callable[[Wide, Wide, float], Wide]] = {
-    Start.LINEAR: _linear,
-    Start.RANDOM: _random,
+    Start.LINEAR: lambda values, uniform, _: np.linspace(values[0], values[-1], uniform.size),
+    Start.RANDOM: lambda values, uniform, _: np.asarray(values[0] + (values[-1] - values[0]) * uniform),
     Start.DENSITY: _by_density,
     Start.KMEANS_PLUS_PLUS: _plus_plus,
 }

@@ -277,10 +277,6 @@ def _among_kernels(reason: Callable[[Tensor], Verdict]) -> Callable[[Tensor], Ve
     return lambda tensor: reason(tensor) if tensor.is_prunable else _ineligible(tensor)
 
 
-def _default(_: ModelFile) -> Callable[[Tensor], Verdict]:
-    return _among_kernels(lambda _: "")
-
-
 def _all(_: ModelFile) -> Callable[[Tensor], Verdict]:
     dead = {Role.MASK, Role.SCHEDULE, Role.OPTIMIZER}
     return lambda tensor: _ineligible(tensor) if tensor.role in dead else ""
@@ -362,7 +358,7 @@ def _ineligible(tensor: Tensor) -> Verdict:
 
 
 POLICIES = (
-    Policy("default", _default, "kernels, not biases, norms or embeddings"),
+    Policy("default", lambda _: _among_kernels(lambda _: ""), "kernels, not biases, norms or embeddings"),
     Policy("all", _all, "every floating-point tensor, also biases, norms and embeddings"),
     Policy("skip-first-last", _skip_first_last, "kernels, except in the first and the last layer"),
     Policy("skip-classifier", _skip_classifier, "kernels, except in the last layer"),

@@ -293,7 +293,11 @@ def _check_shape(request: PruneRequest, strategy: Strategy) -> PruningMethod:
     pattern, pool = parse_pattern(request)
     _check_amounts(request, pattern)
     if pattern is not None:
-        _check_stages(strategy, request.pattern)
+        if strategy.params.get("stages", 1) > 1:
+            raise UsageError(
+                f"--param stages ranks single weights again, and cannot be used with the pattern {request.pattern}",
+                hint="leave out --param stages, or --pattern",
+            )
     is_by_layer = request.scope == Scope.LAYER
     if isinstance(pattern, NMPattern):
         if not is_by_layer:
@@ -318,14 +322,6 @@ def _check_shape(request: PruneRequest, strategy: Strategy) -> PruningMethod:
             hint="use the scope layer, without --layer and without a pattern",
         )
     return _method(request, strategy, (pattern, pool))
-
-
-def _check_stages(strategy: Strategy, pattern: str) -> None:
-    if strategy.params.get("stages", 1) > 1:
-        raise UsageError(
-            f"--param stages ranks single weights again, and cannot be used with the pattern {pattern}",
-            hint="leave out --param stages, or --pattern",
-        )
 
 
 def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | None) -> None:

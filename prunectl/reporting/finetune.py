@@ -144,13 +144,10 @@ class TrainingProgress:
         if self._has_bar:
             self._show(moment)
         elif moment.last is not None and moment.last.epoch > self._last_epoch:
-            self._write_epoch(moment.last, moment.epochs)
-
-    def _write_epoch(self, entry: LogEntry, epochs: int) -> None:
-        escape_unencodable(sys.stderr)
-        self._last_epoch = entry.epoch
-        sys.stderr.write(f"epoch {entry.epoch}/{epochs}: {format_epoch(entry)}\n")
-        sys.stderr.flush()
+            escape_unencodable(sys.stderr)
+            self._last_epoch = moment.last.epoch
+            sys.stderr.write(f"epoch {moment.last.epoch}/{moment.epochs}: {format_epoch(moment.last)}\n")
+            sys.stderr.flush()
 
     def _show(self, moment: ProgressEvent) -> None:
         from rich import progress  # noqa: PLC0415 - rich is loaded only for people

@@ -42,7 +42,13 @@ def evaluate_predictions(
         outputs, targets = np.asarray(as_tuple(predict(batch.x))[0], np.float64), as_tuple(batch.y)[0]
         task = task or infer_task(outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=True)
         chosen = chosen or ("accuracy" if task.is_classification else "mae")
-        score = _score(chosen)
+        if chosen not in _SCORES:
+            raise UsageError(
+                f"{chosen} is not a known metric for a model that is not trained",
+                did_you_mean=tuple(get_close_matches(chosen, _SCORES)),
+                hint=f"known: {', '.join(_SCORES)}; a loss can be computed only for models that can be trained",
+            )
+        score = _SCORES[chosen]
         if score is _accuracy and (task.kind is TaskKind.BINARY or outputs.size == len(outputs)):
             if targets.size != outputs.size:
                 raise metric_mismatch(chosen, outputs.shape, targets.shape)
@@ -94,16 +100,6 @@ def _by_example(values: Array) -> Array:
 
 
 _SCORES: dict[str, Score] = {"accuracy": _accuracy, "mae": _absolute, "mse": _squared}
-
-
-def _score(name: str) -> Score:
-    if name not in _SCORES:
-        raise UsageError(
-            f"{name} is not a known metric for a model that is not trained",
-            did_you_mean=tuple(get_close_matches(name, _SCORES)),
-            hint=f"known: {', '.join(_SCORES)}; a loss can be computed only for models that can be trained",
-        )
-    return _SCORES[name]
 
 
 @dataclass(frozen=True, slots=True)

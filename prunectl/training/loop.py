@@ -126,7 +126,10 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
                 run.saver.save(network, scheduler, progress)
             raise KeyboardInterrupt
         if progress.step == progress.epoch_began:
-            _refuse_empty_epoch(run, progress.epoch)
+            raise InputError(
+                f"{run.data.train.name} has no examples in epoch {progress.epoch + 1}",
+                hint="the data function must return a new iterator at every call; or use --epochs 1",
+            )
         _end_epoch(run, progress)
     scheduler.maybe_update(network, progress.step)
     if config.keeps_best and progress.best_tensors and progress.stale:
@@ -158,13 +161,6 @@ def _while_all_have_one(run: TrainingRun, batches: Iterator[Batch]) -> Iterator[
         if not run.network.is_true_everywhere(batch is not None) or batch is None:
             return
         yield batch
-
-
-def _refuse_empty_epoch(run: TrainingRun, epoch: int) -> None:
-    raise InputError(
-        f"{run.data.train.name} has no examples in epoch {epoch + 1}",
-        hint="the data function must return a new iterator at every call; or use --epochs 1",
-    )
 
 
 def _end_epoch(run: TrainingRun, progress: TrainState) -> None:

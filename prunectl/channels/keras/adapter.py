@@ -244,12 +244,8 @@ def _slots_by_position(
         return None
     orders = ([weight for weight in weights for _ in range(times)], [*weights] * times)
     fitting = [order for order in orders if [item.shape for item in order] == [slot.shape for slot in ordered]]
-    pairings = [_paired(ordered, order) for order in fitting]
+    pairings = [{slot.name: weight.name for slot, weight in zip(ordered, order, strict=True)} for order in fitting]
     return pairings[0] if pairings and all(item == pairings[0] for item in pairings) else None
-
-
-def _paired(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str]:
-    return {slot.name: weight.name for slot, weight in zip(slots, weights, strict=True)}
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

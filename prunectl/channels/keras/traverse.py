@@ -26,7 +26,6 @@ from prunectl.errors import InputError
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import (
-    LayerConfig,
     NodeCall,
     TensorRef,
     listed,
@@ -385,7 +384,11 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
     slots = layers_by_folder(config, stored.contents.datasets)
     layers = located(config, slots)
     if stored.root is None and any(expected_weights(layer.layer) and not layer.slots for layer in layers):
-        _refuse_doubt(stored, config, slots)
+        if ambiguous_containers(config, slots, [dataset.name for dataset in stored.contents.datasets]):
+            raise InputError(
+                f"the weights of {stored.model.path} do not match the layers of its configuration in number and shape",
+                hint="load it in the Keras version that wrote it, save it again, and prune that file",
+            )
     weights = bind_weights(stored, layers)
 
     def traverse(length: int, shapes: Shapes) -> _Traversal:
@@ -407,15 +410,6 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
     best = min(traversals, key=lambda traversal: traversal.unknown)
     guessed = best.length if best.open_axes and best.unknown and not known_lengths else 0
     return LoadedKeras(model, stored, config, layers, best.builder, best.builder.graph(best.outputs), guessed)
-
-
-def _refuse_doubt(stored: WeightFile, config: Mapping[str, Any], slots: Mapping[str, LayerConfig]) -> None:
-    """Refuse weights that belong to layers of the configuration, and nobody knows to which."""
-    if ambiguous_containers(config, slots, [dataset.name for dataset in stored.contents.datasets]):
-        raise InputError(
-            f"the weights of {stored.model.path} do not match the layers of its configuration in number and shape",
-            hint="load it in the Keras version that wrote it, save it again, and prune that file",
-        )
 
 
 @dataclass(frozen=True, slots=True)

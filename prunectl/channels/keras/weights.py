@@ -183,7 +183,7 @@ def _bound_by_number(stored: WeightFile, layers: Sequence[LayerLocation]) -> Ite
         for slot in layer.slots if names else ():
             tensors = tuple(
                 tensor
-                for sublayer in dict.fromkeys(_part_of_layer(leaf) for leaf in names)
+                for sublayer in dict.fromkeys(leaf.rpartition("/")[0] for leaf in names)
                 for tensor in _first_bound(numbered, [f"{slot}{way}" for way in inside.get(sublayer, ("",))])
             )
             if len(tensors) == len(names):
@@ -220,11 +220,6 @@ def _is_in(weight: NamedWeight, layer: LayerLocation) -> bool:
     path = "/".join(("", *weight.steps))
     has_parts = upgrade_class_name(text(layer.layer, "class_name")) in _SUBLAYERS
     return any(path.endswith(f"/{name}") or (has_parts and f"/{name}/" in path) for name in names)
-
-
-def _part_of_layer(leaf: str) -> str:
-    """The part of a layer that a weight is in."""
-    return leaf.rpartition("/")[0]
 
 
 def _first_bound(numbered: Mapping[str, tuple[Tensor, ...]], slots: Sequence[str]) -> tuple[Tensor, ...]:

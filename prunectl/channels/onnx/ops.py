@@ -73,10 +73,6 @@ class OnnxOpRule:
     resize: Callable[[Any, SizeConstants], None] | None = None
 
 
-def _elementwise(op: OnnxOpContext) -> Lowering:
-    return OpKind.ELEMENTWISE, op.inputs, {}
-
-
 def _elementwise_first(op: OnnxOpContext) -> Lowering:
     return OpKind.ELEMENTWISE, op.inputs[:1], {}
 
@@ -159,10 +155,6 @@ def _channel_norm(op: OnnxOpContext) -> Lowering:
     if op.attribute("training_mode", 0) or len([name for name in op.node.output if name]) > 1:
         return _unknown(op)
     return OpKind.CHANNEL_NORM, op.inputs, {}
-
-
-def _concat(op: OnnxOpContext) -> Lowering:
-    return OpKind.CONCAT, op.inputs, {"axis": op.attribute("axis", 1)}
 
 
 def _split(op: OnnxOpContext) -> Lowering:
@@ -306,7 +298,7 @@ Exp Log Sqrt Abs Neg Floor Ceil Round Sign Reciprocal Sin Cos Tan Atan Not IsNaN
 Cast Add Sub Mul Div Pow Min Max Mean Sum PRelu Clip Where Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor
 Mod"""
 _ROWS: tuple[tuple[str, OnnxOpRule], ...] = (
-    (_ELEMENTWISE, OnnxOpRule(_elementwise)),
+    (_ELEMENTWISE, OnnxOpRule(lambda op: (OpKind.ELEMENTWISE, op.inputs, {}))),
     ("Dropout CastLike", OnnxOpRule(_elementwise_first)),
     ("Conv ConvTranspose", OnnxOpRule(_convolution, _resize_groups)),
     ("Gemm", OnnxOpRule(_gemm)),
@@ -315,7 +307,7 @@ _ROWS: tuple[tuple[str, OnnxOpRule], ...] = (
     ("Softmax LogSoftmax Hardmax", OnnxOpRule(_softmax)),
     ("LayerNormalization", OnnxOpRule(_layer_norm)),
     ("BatchNormalization InstanceNormalization", OnnxOpRule(_channel_norm)),
-    ("Concat", OnnxOpRule(_concat)),
+    ("Concat", OnnxOpRule(lambda op: (OpKind.CONCAT, op.inputs, {"axis": op.attribute("axis", 1)}))),
     ("Split", OnnxOpRule(_split, _resize_split)),
     ("Transpose", OnnxOpRule(_transpose)),
     ("Reshape", OnnxOpRule(_reshape, _resize_shape)),

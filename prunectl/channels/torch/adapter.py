@@ -225,7 +225,10 @@ def _export_again(
     original: ExportedProgram, examples: Examples, module: torch.nn.Module
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """A program with the bounds of the one that was read, or with those that its steps ask for."""
-    bounds = _bounds(original)
+    bounds = {
+        str(symbol): Dim(f"length_{number}", min=int(limits.lower), max=_upper_limit(limits.upper))
+        for number, (symbol, limits) in enumerate(original.range_constraints.items())
+    }
     try:
         axes = _open_axes(original, bounds)
         return torch.export.export(module, examples, dynamic_shapes=axes, strict=False), ()
@@ -260,14 +263,6 @@ def _open_axes(program: ExportedProgram, bounds: Mapping[str, Any]) -> tuple[dic
             lengths = {axis: length for axis, length in enumerate(shape) if not isinstance(length, int)}
             axes.append({axis: bounds.get(str(length), Dim.AUTO) for axis, length in lengths.items()})
     return tuple(bounds_of_axes or None for bounds_of_axes in axes)
-
-
-def _bounds(program: ExportedProgram) -> dict[str, Any]:
-    """An axis for each length that the program gives a name and limits."""
-    return {
-        str(symbol): Dim(f"length_{number}", min=int(limits.lower), max=_upper_limit(limits.upper))
-        for number, (symbol, limits) in enumerate(program.range_constraints.items())
-    }
 
 
 def _upper_limit(limit: Any) -> int | None:

@@ -101,7 +101,10 @@ class _TracedGraph:
 
 def _traced(module: torch.nn.Module, examples: Examples, path: str) -> _TracedGraph:
     """A recording where it is known to compute what the module does, for one at a time too; else what is exported."""
-    _prepare(module)
+    module.eval()
+    if any(weight.dtype in _HALF for weight in module.parameters()):
+        # What is proved is proved in single precision; the numbers that are written are those of the file.
+        module.float()
     used = _batched(examples)
     try:
         with quiet():
@@ -217,14 +220,6 @@ _TRACED_BATCH = 2
 def _batched(examples: Examples) -> Examples:
     """Batches of two in place of single examples; others as they are."""
     return tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
-
-
-def _prepare(module: torch.nn.Module) -> None:
-    """Set a module to inference, in single precision where it has half of it."""
-    module.eval()
-    if any(weight.dtype in _HALF for weight in module.parameters()):
-        # What is proved is proved in single precision; the numbers that are written are those of the file.
-        module.float()
 
 
 def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[ExportedProgram, Examples]:

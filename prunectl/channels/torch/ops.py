@@ -53,10 +53,6 @@ def resize(graph: torch.fx.Graph, after: PrunedShapes) -> None:
             rule.resize(op, after)
 
 
-def _concat(op: OpContext) -> Lowering:
-    return (op.emit(OpKind.CONCAT, _list_argument(op), axis=op.arg("dim", 0)),)
-
-
 def _stack(op: OpContext) -> Lowering:
     shape, axis = op.result, op.arg("dim", 0) % len(op.result)
     single = (*shape[:axis], 1, *shape[axis + 1 :])
@@ -118,10 +114,6 @@ def _bounds(op: OpContext) -> tuple[int, int, int, int]:
     return (axis, *slice(start, op.arg("end"), op.arg("step", 1)).indices(before[axis]))
 
 
-def _slice(op: OpContext) -> Lowering:
-    return (op.emit(OpKind.SLICE, op.tensors[:1], slices=(_bounds(op),)),)
-
-
 def _resize_slice(op: OpContext, after: PrunedShapes) -> None:
     name, (axis, *bounds, _) = op.name("self"), _bounds(op)
     if op.shapes[name][axis] == after.shape(name)[axis]:
@@ -132,10 +124,6 @@ def _resize_slice(op: OpContext, after: PrunedShapes) -> None:
         set_argument(op.node, "length", end - start)
     else:
         set_argument(op.node, "end", end)
-
-
-def _index_select(op: OpContext) -> Lowering:
-    return (op.emit(OpKind.ALONG_AXES, (op.name("self"),), axes=(op.arg("dim"),)),)
 
 
 def _reshape(op: OpContext) -> Lowering:
@@ -338,14 +326,6 @@ def _unknown(op: OpContext) -> Lowering:
     return (op.emit(OpKind.UNKNOWN, op.tensors),)
 
 
-def _elementwise(op: OpContext) -> Lowering:
-    return (op.emit(OpKind.ELEMENTWISE, op.tensors),)
-
-
-def _elementwise_first(op: OpContext) -> Lowering:
-    return (op.emit(OpKind.ELEMENTWISE, op.tensors[:1], op.outputs[:1]),)
-
-
 def _along_axes(op: OpContext, axes: tuple[int, ...]) -> Lowering:
     return (op.emit(OpKind.ALONG_AXES, (op.tensors[0],), axes=axes),)
 
@@ -387,8 +367,8 @@ upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact
 upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d reflection_pad1d reflection_pad2d replication_pad1d
 replication_pad2d"""
 _ROWS: tuple[tuple[str, OpRule], ...] = (
-    (_ELEMENTWISE, OpRule(_elementwise)),
-    (_PASSED_ON, OpRule(_elementwise_first)),
+    (_ELEMENTWISE, OpRule(lambda op: (op.emit(OpKind.ELEMENTWISE, op.tensors),))),
+    (_PASSED_ON, OpRule(lambda op: (op.emit(OpKind.ELEMENTWISE, op.tensors[:1], op.outputs[:1]),))),
     (_POOLS, OpRule(_pool)),
     ("mean sum amax amin prod std var logsumexp norm linalg_vector_norm", OpRule(_reduce)),
     ("argmax argmin max min any all", OpRule(_reduce)),
@@ -408,13 +388,13 @@ _ROWS: tuple[tuple[str, OpRule], ...] = (
     ("scaled_dot_product_attention", OpRule(scaled_dot_product, resize_scale)),
     ("lstm gru rnn_tanh rnn_relu", OpRule(recurrent, resize_initial_states)),
     ("glu", OpRule(glu)),
-    ("cat", OpRule(_concat)),
+    ("cat", OpRule(lambda op: (op.emit(OpKind.CONCAT, _list_argument(op), axis=op.arg("dim", 0)),))),
     ("stack", OpRule(_stack)),
     ("chunk split split_with_sizes tensor_split", OpRule(_split, _resize_split)),
     ("unbind", OpRule(_unbind)),
     ("select", OpRule(_select)),
-    ("slice narrow", OpRule(_slice, _resize_slice)),
-    ("index_select", OpRule(_index_select)),
+    ("slice narrow", OpRule(lambda op: (op.emit(OpKind.SLICE, op.tensors[:1], slices=(_bounds(op),)),), _resize_slice)),
+    ("index_select", OpRule(lambda op: (op.emit(OpKind.ALONG_AXES, (op.name("self"),), axes=(op.arg("dim"),)),))),
     ("view reshape _unsafe_view flatten squeeze unsqueeze", OpRule(_reshape, _resize_shape)),
     ("unflatten", OpRule(_reshape, _resize_unflatten)),
     ("permute", OpRule(_permute)),

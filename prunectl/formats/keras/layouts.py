@@ -49,7 +49,7 @@ def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, 
             dataset,
             group,
             weight if repeated[weight] == 1 else f"{group}/{weight}",
-            _group_layers(layers_by_owner, group),
+            layers_by_owner.get(group) or layers_by_owner.get(_WHOLE_MODEL, {}),
         )
         for group, weight, dataset in named
     ]
@@ -64,11 +64,6 @@ def _layers_by_owner(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[s
         for owner in (_WHOLE_MODEL, *layer.path, layer.name):
             layers_by_owner[owner][layer.name] = layer
     return layers_by_owner
-
-
-def _group_layers(layers_by_owner: Mapping[str, Mapping[str, LayerConfig]], group: str) -> Mapping[str, LayerConfig]:
-    """The layers that the weights of a group can belong to."""
-    return layers_by_owner.get(group) or layers_by_owner.get(_WHOLE_MODEL, {})
 
 
 def missing_weights(contents: H5Contents, root: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from prunectl.errors import InputError, abbreviated, reading
 from prunectl.formats import budgets, protobuf
@@ -301,7 +300,12 @@ def decode_dense(source: TensorSource, path: Path) -> Array:
     raw = b"".join(_read(run) for run in source.runs)
     stored = np.frombuffer(raw, np.uint8)
     if source.is_varint:
-        stored = _narrowed(raw, source, path)
+        try:
+            numbers = protobuf.varints(raw)
+        except protobuf.WireError as error:
+            raise InputError(f"{path} is damaged: {abbreviated(source.name)} holds {error}") from error
+        width = 1 if source.bits < 8 else source.dtype.itemsize
+        stored = numbers.astype(f"u{width}").view(np.uint8)
     if stored.size != source.raw_bytes:
         raise InputError(
             f"{path} is damaged: {abbreviated(source.name)} of shape {format_shape(source.shape)} "
@@ -340,12 +344,3 @@ def _read(run: Extent) -> bytes:
     if len(raw) != run.nbytes:
         raise InputError(f"{run.path} was truncated while prunectl was reading it")
     return raw
-
-
-def _narrowed(raw: bytes, source: TensorSource, path: Path) -> NDArray[np.uint8]:
-    try:
-        numbers = protobuf.varints(raw)
-    except protobuf.WireError as error:
-        raise InputError(f"{path} is damaged: {abbreviated(source.name)} holds {error}") from error
-    width = 1 if source.bits < 8 else source.dtype.itemsize
-    return numbers.astype(f"u{width}").view(np.uint8)

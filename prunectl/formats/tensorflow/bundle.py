@@ -140,17 +140,13 @@ def read_index(path: Path) -> Index:
         header = next(index_records, None)
         if header is None or header.key != b"":
             raise InputError(f"{path} is damaged: it has no header")
-        count, is_big_endian = _read_header(header)
+        facts = {
+            field.number: field.value for field in fields(header.data, header.begin, header.end) if field.wire != BYTES
+        }
+        count, is_big_endian = facts.get(1, 0), facts.get(2, 0) == 1
         return Index(path, count, is_big_endian, {record.key: _read_entry(record) for record in index_records})
     except WireError as error:
         raise InputError(f"{path} is damaged: its index holds {error}") from error
-
-
-def _read_header(record: IndexRecord) -> tuple[int, bool]:
-    facts = {
-        field.number: field.value for field in fields(record.data, record.begin, record.end) if field.wire != BYTES
-    }
-    return facts.get(1, 0), facts.get(2, 0) == 1
 
 
 def _read_entry(record: IndexRecord) -> BundleEntry:

@@ -230,7 +230,8 @@ def _block(records: Iterable[tuple[bytes, bytes]], interval: int) -> bytes:
     for number, (key, value) in enumerate(records):
         shared = 0
         if number % interval:
-            shared = _shared(last, key)
+            limit = min(len(last), len(key))
+            shared = next((length for length in range(limit) if last[length] != key[length]), limit)
         elif number:
             restarts.append(len(out))
         out += (
@@ -238,9 +239,3 @@ def _block(records: Iterable[tuple[bytes, bytes]], interval: int) -> bytes:
         )
         last = key
     return bytes(out) + b"".join(restart.to_bytes(4, "little") for restart in [*restarts, len(restarts)])
-
-
-def _shared(left: bytes, right: bytes) -> int:
-    """How many bytes both begin with."""
-    limit = min(len(left), len(right))
-    return next((length for length in range(limit) if left[length] != right[length]), limit)

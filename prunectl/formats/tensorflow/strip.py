@@ -76,13 +76,9 @@ def _zeroable_entries(model: ModelFile, bundle: Bundle) -> Mapping[bytes, StripP
         for key, part in training_state(bundle, graph).items()
         if key in numbers
         and not storage_keys(bundle, [key]) <= zeroed_already
-        and _starts_at_zero(bundle.entries[key])
+        and (bool(bundle.entries[key].shape) or bundle.entries[key].dtype.kind == "i")
         and names.get(key.decode("utf-8", "backslashreplace"), "") not in used
     }
-
-
-def _starts_at_zero(entry: BundleEntry) -> bool:
-    return bool(entry.shape) or entry.dtype.kind == "i"
 
 
 def strip_checkpoint(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:

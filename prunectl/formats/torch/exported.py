@@ -344,10 +344,6 @@ def _einsum(node: ExportedNode, graph: ExportedGraph) -> int | None:
     return numel(lengths.values())
 
 
-def _uncounted(_: ExportedNode, __: ExportedGraph) -> int | None:
-    return None
-
-
 _RECURRENT = frozenset(
     {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 )
@@ -369,6 +365,6 @@ _RULES: dict[str, tuple[Callable[[ExportedNode, ExportedGraph], int | None], str
     "_scaled_dot_product_flash_attention_for_cpu": (_attention, ""),
     "_scaled_dot_product_efficient_attention": (_attention, ""),
     **dict.fromkeys(
-        ("bilinear", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"), (_uncounted, "weight")
+        ("bilinear", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"), (lambda _, __: None, "weight")
     ),
 }

@@ -341,18 +341,6 @@ def _is_attribute(text: str) -> bool:
     return bool(_ATTRIBUTE.fullmatch(text))
 
 
-def _is_symbol(text: str) -> bool:
-    return bool(_IS_SYMBOL.fullmatch(text))
-
-
-def _is_anything(_text: str) -> bool:
-    return True
-
-
-def _is_version(text: str) -> bool:
-    return bool(_VERSION.fullmatch(text))
-
-
 def _is_stack(text: str) -> bool:
     return bool(_STACK.fullmatch(text))
 
@@ -366,7 +354,7 @@ _TABLES = frozenset(
 """Keys of objects whose own keys are the file's."""
 _KEYS: Mapping[str, Callable[[str], bool]] = {
     "config": _is_attribute,
-    "range_constraints": _is_symbol,
+    "range_constraints": lambda text: bool(_IS_SYMBOL.fullmatch(text)),
     "treespec_namedtuple_fields": _is_attribute,
 }
 _TEXTS: Mapping[str, Callable[[str], bool]] = {
@@ -378,9 +366,9 @@ _TEXTS: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("name", "as_name", "forward_arg_names", "field_names", "verifiers", "type"), _is_identifier),
     **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "user_input_name"), _is_attribute),
     **dict.fromkeys(("fqn", "path_name"), _is_attribute),
-    "torch_version": _is_version,
+    "torch_version": lambda text: bool(_VERSION.fullmatch(text)),
     # Arguments of operators that are texts, such as a mode; PyTorch quotes them.
-    **dict.fromkeys(("as_string", "as_strings"), _is_anything),
+    **dict.fromkeys(("as_string", "as_strings"), lambda _text: True),
     "nn_module_stack": _is_stack,
 }
 """By key, what a text may be; a key that is not here holds no text."""

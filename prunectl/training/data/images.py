@@ -6,7 +6,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -40,17 +39,12 @@ def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
     image = require("PIL.Image", extra="images")
     try:
         with image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
-            pixels = _upright(file).convert(_MODES[look.color])
+            pixels = require("PIL.ImageOps", extra="images").exif_transpose(file).convert(_MODES[look.color])
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
         raise InputError(f"{what} cannot be read as an image: {error}") from error
     if look.size is not None and pixels.size != look.size[::-1]:
         pixels = pixels.resize(look.size[::-1], image.Resampling.BILINEAR)
     return _laid_out(np.array(pixels, np.uint8), look)
-
-
-def _upright(picture: Any) -> Any:
-    """A picture turned as its camera says it was held."""
-    return require("PIL.ImageOps", extra="images").exif_transpose(picture)
 
 
 def _laid_out(pixels: Array, look: ImageOptions) -> Array:

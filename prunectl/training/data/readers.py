@@ -48,7 +48,9 @@ class IndexedSource:
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
-        mine = self._numbers(order)
+        indices = order.random.permutation(self.count) if order.is_shuffled else np.arange(self.count)
+        usable = self.count // order.ranks * order.ranks
+        mine = indices[order.rank : usable : order.ranks] if order.ranks > 1 else indices
         begins = range(order.skip * order.batch_size, len(mine), order.batch_size)
         return parallel_map(lambda begin: self.take(mine[begin : begin + order.batch_size]), begins, order.workers)
 
@@ -104,11 +106,6 @@ class IndexedSource:
             take=lambda chosen: take(numbers[chosen]),
             targets=None if targets is None else lambda chosen: targets(numbers[chosen]),
         )
-
-    def _numbers(self, order: EpochOrder) -> Indices:
-        indices = order.random.permutation(self.count) if order.is_shuffled else np.arange(self.count)
-        usable = self.count // order.ranks * order.ranks
-        return indices[order.rank : usable : order.ranks] if order.ranks > 1 else indices
 
 
 SHUFFLED_EXAMPLES = 10_000

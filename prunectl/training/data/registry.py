@@ -193,7 +193,13 @@ def _each_float(arrays: Arrays) -> Arrays:
 
 def _parsed(text: str) -> Normalization:
     if text.startswith("/"):
-        return _divided(text)
+        try:
+            scale = float(text[1:])
+        except ValueError as error:
+            raise UsageError(f"norm={text} has no divisor", hint=_HINT) from error
+        if not np.isfinite(scale) or scale <= 0:
+            raise UsageError(f"the divisor in norm={text} must be above zero", hint=_HINT)
+        return Normalization((0.0,), (1.0,), scale)
     mean, sign, deviation = {"unit": "0:1", "imagenet": _IMAGENET}.get(text, text).partition(":")
     try:
         norm = Normalization(tuple(map(float, mean.split(","))), tuple(map(float, deviation.split(","))))
@@ -213,16 +219,6 @@ def _channel_axis(x: Array, norm: Normalization, *, is_channels_first: bool) -> 
     if not places or x.ndim < 3:
         raise UsageError(f"norm has {len(norm.mean)} channels, which an input of the shape {x.shape[1:]} does not have")
     return places[0 if is_channels_first else -1]
-
-
-def _divided(text: str) -> Normalization:
-    try:
-        scale = float(text[1:])
-    except ValueError as error:
-        raise UsageError(f"norm={text} has no divisor", hint=_HINT) from error
-    if not np.isfinite(scale) or scale <= 0:
-        raise UsageError(f"the divisor in norm={text} must be above zero", hint=_HINT)
-    return Normalization((0.0,), (1.0,), scale)
 
 
 def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | None) -> Source:

@@ -116,18 +116,14 @@ def _parse_feature(data: memoryview, feature: Field) -> Value:
                 bytes(data[item.begin : item.end]) for item in fields(data, field.begin, field.end) if item.number == 1
             ]
         elif field.number == _FLOAT_LIST:
-            values = _floats(data, field)
+            runs = [bytes(data[run.begin : run.end]) for run in fields(data, field.begin, field.end) if run.number == 1]
+            raw = b"".join(runs)
+            if len(raw) % 4:
+                raise WireError("a list of floats that ends within one")
+            values = np.frombuffer(raw, "<f4")
         elif field.number == _INT64_LIST:
             values = _integers(data, field)
     return values
-
-
-def _floats(data: memoryview, values: Field) -> Array:
-    runs = [bytes(data[run.begin : run.end]) for run in fields(data, values.begin, values.end) if run.number == 1]
-    raw = b"".join(runs)
-    if len(raw) % 4:
-        raise WireError("a list of floats that ends within one")
-    return np.frombuffer(raw, "<f4")
 
 
 def _integers(data: memoryview, values: Field) -> Array:

@@ -44,19 +44,11 @@ def _configuration(file: ModelFile) -> Mapping[str, Any]:
     if file.format == "keras":
         return part(file.about.keras, "compile_config")
     if file.format == "keras-h5":
-        return _config_of_hdf5(file)
-    return _config_of_saved_model(file)
-
-
-def _config_of_hdf5(file: ModelFile) -> Mapping[str, Any]:
-    with h5py.File(file.path, "r", locking=False) as h5:
-        text = h5.attrs.get("training_config")
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "replace")
-    return parse_object(text, file.path, "training_config") if isinstance(text, str) else {}
-
-
-def _config_of_saved_model(file: ModelFile) -> Mapping[str, Any]:
+        with h5py.File(file.path, "r", locking=False) as h5:
+            text = h5.attrs.get("training_config")
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        return parse_object(text, file.path, "training_config") if isinstance(text, str) else {}
     metadata = file.path / "keras_metadata.pb"
     objects = read_keras_metadata(metadata) if metadata.is_file() else read_graph(file.path / "saved_model.pb").objects
     for node in objects:

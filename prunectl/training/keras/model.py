@@ -77,12 +77,8 @@ def _batch_norm_variables(library: KerasLibrary, model: Any) -> list[Any]:
     return (
         list(model.weights)
         if library.is_keras2
-        else [variable for variable in model.variables if _is_numeric(variable)]
+        else [variable for variable in model.variables if "string" not in str(variable.dtype)]
     )
-
-
-def _is_numeric(variable: Any) -> bool:
-    return "string" not in str(variable.dtype)
 
 
 def _training_forward(library: KerasLibrary, model: Any) -> Any:

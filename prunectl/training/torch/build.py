@@ -187,7 +187,14 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     if model.family is Family.TORCH_PROGRAM:
         return _exported(model, origin)
     if user_code.is_script(model):
-        return _scripted(model)
+        try:
+            with warnings.catch_warnings():
+                # That PyTorch would rather have it exported is not for who only holds the file.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
+        except Exception as error:
+            raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
+        return _from_module(model, module)
     if model.about.code:
         return _trusted(model)
     folder = importlib.import_module("prunectl.training.torch.folder")
@@ -209,17 +216,6 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     tensors = {tensor.name: tensor for tensor in model.tensors}
     module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
     return BuiltModule(module, names)
-
-
-def _scripted(model: ModelFile) -> BuiltModule:
-    try:
-        with warnings.catch_warnings():
-            # That PyTorch would rather have it exported is not for who only holds the file.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
-    except Exception as error:
-        raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
-    return _from_module(model, module)
 
 
 def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:

@@ -28,17 +28,9 @@ from prunectl.training.task import (
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _cross_entropy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(*_by_classes(out, y))
-
-
 def _nll(logs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     logs, y = _by_classes(logs, y)
     return -(logs * y).sum(1).mean() if y.is_floating_point() else functional.nll_loss(logs, y)
-
-
-def _nll_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return _nll(_log(out), y)
 
 
 def _by_classes(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +87,9 @@ def _shaped(y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES: Mapping[str, Loss] = {
-    "cross-entropy": _cross_entropy,
+    "cross-entropy": lambda out, y: functional.cross_entropy(*_by_classes(out, y)),
     "nll": _nll,
-    "probabilities": _nll_of_probabilities,
+    "probabilities": lambda out, y: _nll(_log(out), y),
     "bce": _elementwise(functional.binary_cross_entropy_with_logits),
     "bce-probabilities": _elementwise(functional.binary_cross_entropy),
     "mse": _elementwise(functional.mse_loss),

@@ -262,7 +262,10 @@ class TorchTrainable:
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
         """Train on a batch."""
         self._mode(training=True)
-        self._set_rate(rate)
+        if rate != self._rate:
+            for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+                group["lr"] = base * rate
+            self._rate = rate
         self._optimizer.zero_grad(set_to_none=True)
         if self._custom is not None:
             targets = None if batch.y is None else map_arrays(self._on_device, batch.y)
@@ -298,12 +301,6 @@ class TorchTrainable:
         if not self._scaler.is_enabled() or not self._gathered.sums or not gradients:
             return None
         return distributed.are_finite(gradients)
-
-    def _set_rate(self, rate: float) -> None:
-        if rate != self._rate:
-            for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
-                group["lr"] = base * rate
-            self._rate = rate
 
     def _mode(self, *, training: bool) -> None:
         if self._built.has_modes and self._trains is not training:

@@ -115,18 +115,12 @@ def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ..
         importlib.import_module(f"prunectl.training.{module}"), name
     )
     bare = write(model, wrapping, target)
-    _check_wrapped(model, row, wrapping, target, frozenset(bare))
-    return bare
-
-
-def _check_wrapped(
-    model: ModelFile, row: WrapperFormat, wrapping: WrapperSpec, target: Path, bare: frozenset[str]
-) -> None:
     written = open_model(target)
     around = {wrapper.layer for wrapper in written.about.wrappers if wrapper.kind == row.kind}
     for tensor in model.tensors:
-        if tensor.name in wrapping.names and tensor.name not in bare and tensor.layer not in around:
+        if tensor.name in wrapping.names and tensor.name not in frozenset(bare) and tensor.layer not in around:
             raise WorkError(f"{tensor.name} of {model.path} has no wrapper in the output; nothing was written")
+    return bare
 
 
 def strip_wrappers(model: ModelFile, folder: Path) -> ModelFile:

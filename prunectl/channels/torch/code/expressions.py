@@ -78,10 +78,6 @@ _SIZES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_n
 upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"""
 
 
-def _size(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
-    return f"{write(args['self'])}.size({args['dim']})"
-
-
 def _slice(_: torch.fx.Node, args: dict[str, Any], write: Write, shapes: Shapes) -> str:
     axis = args["dim"] % len(shapes[args["self"].name])
     start = "" if args["start"] in {None, 0} else write(args["start"])
@@ -100,10 +96,6 @@ def _index(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str
     return f"{write(args['self'])}[{', '.join(words)}]"
 
 
-def _getitem(node: torch.fx.Node, _: Any, write: Write, __: Any) -> str:
-    return f"{write(node.args[0])}[{write(node.args[1])}]"
-
-
 def _split(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
     sizes = args.get("split_sizes", args.get("split_size"))
     return call(f"{write(args['self'])}.split", [write(sizes), write(args["dim"])])
@@ -111,10 +103,6 @@ def _split(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str
 
 def _dropout(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
     return f"F.dropout({write(args.get('input', args.get('self')))}, {args['p']}, self.training)"
-
-
-def _embedding(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
-    return f"F.embedding({write(args['indices'])}, {write(args['weight'])})"
 
 
 def _layer_norm(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
@@ -165,10 +153,6 @@ def _to(node: torch.fx.Node, args: dict[str, Any], write: Write, _: Any) -> str:
     return ""
 
 
-def _identity(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
-    return write(args["self"])
-
-
 def _factory(node: torch.fx.Node, args: dict[str, Any], write: Write, _: Any) -> str:
     positional = [write(value) for value in node.args]
     named = [(name, write(args[name])) for name in ("dtype", "device") if args.get(name) is not None]
@@ -176,22 +160,22 @@ def _factory(node: torch.fx.Node, args: dict[str, Any], write: Write, _: Any) ->
 
 
 SPECIAL_FORMS: Mapping[str, Form] = {
-    "sym_size": _size,
+    "sym_size": lambda _, args, write, __: f"{write(args['self'])}.size({args['dim']})",
     "slice": _slice,
     "select": _select,
     "index": _index,
-    "getitem": _getitem,
+    "getitem": lambda node, _, write, __: f"{write(node.args[0])}[{write(node.args[1])}]",
     "split": _split,
     "split_with_sizes": _split,
     "dropout": _dropout,
-    "embedding": _embedding,
+    "embedding": lambda _, args, write, __: f"F.embedding({write(args['indices'])}, {write(args['weight'])})",
     "layer_norm": _layer_norm,
     "batch_norm": _batch_norm,
     "convolution": _convolution,
     "constant_pad_nd": _pad,
     "to": _to,
     "_to_copy": _to,
-    "alias": _identity,
+    "alias": lambda _, args, write, __: write(args["self"]),
     "lift_fresh_copy": lambda _, args, write, __: f"{write(args['self'])}.clone()",
     **dict.fromkeys(("zeros", "ones", "full", "arange", "empty"), _factory),
     **dict.fromkeys(_SIZES.split(), _interpolate),
@@ -224,7 +208,7 @@ def expression(node: torch.fx.Node, write: Write, shapes: Mapping[str, tuple[int
     if form is not None and (code := form(node, args, write, shapes)):
         return code
     positional, named = _arguments(node, write)
-    if name in _OPERATORS and _is_infix(args):
+    if name in _OPERATORS and args.get("alpha", 1) == 1 and args.get("rounding_mode") is None:
         return f" {_OPERATORS[name]} ".join(positional[:2])
     if name in _UNPACKED:
         sizes = next(value for value in list(args.values())[1:] if isinstance(value, list | tuple))
@@ -310,7 +294,3 @@ def _is_default(value: Any, default: Any) -> bool:
         return False
     pair = [list(item) if isinstance(item, list | tuple) else item for item in (value, default)]
     return bool(pair[0] == pair[1]) or (isinstance(pair[0], list) and [collapse_equal(pair[0])] == [pair[1]])
-
-
-def _is_infix(args: dict[str, Any]) -> bool:
-    return args.get("alpha", 1) == 1 and args.get("rounding_mode") is None

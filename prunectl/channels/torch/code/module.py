@@ -263,7 +263,7 @@ def _statement(traced: TracedModel, name: str, value: torch.Tensor, layers: Mapp
     if any(layer.path == owner for layer in layers.values()):
         return ""
     empty = f"torch.zeros({literal(tuple(value.shape))}" + (
-        f", dtype={value.dtype})" if _is_not_float32(value) else ")"
+        f", dtype={value.dtype})" if value.dtype is not torch.float32 else ")"
     )
     trained = dict(traced.original.named_parameters(remove_duplicate=False)) if traced.original is not None else {}
     if name not in trained:
@@ -272,10 +272,6 @@ def _statement(traced: TracedModel, name: str, value: torch.Tensor, layers: Mapp
     if last.isidentifier():
         return f"{{0}}.{last} = nn.Parameter({empty}{more})"
     return f"{{0}}.register_parameter({{name}}, nn.Parameter({empty}{more}))"
-
-
-def _is_not_float32(value: torch.Tensor) -> bool:
-    return value.dtype is not torch.float32
 
 
 def _constant(_: str, value: torch.Tensor, *, is_large: bool) -> str:

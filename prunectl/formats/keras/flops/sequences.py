@@ -77,10 +77,6 @@ def _multi_head_output(step: LayerCall) -> Shape:
     return (*query[:-1], *last)
 
 
-def _query_shape(step: LayerCall) -> Shape:
-    return step.shape(0, "query")
-
-
 def _same_as_query(step: LayerCall) -> Shape:
     return (*step.shape(0)[:-1], step.shape(1, "value")[-1])
 
@@ -283,7 +279,7 @@ MATMULS: dict[str, Callable[[LayerCall], Iterator[Matmul]]] = {
 SHAPES: dict[str, Callable[[LayerCall], Shape]] = {
     **dict.fromkeys(_RECURRENT, _output),
     "MultiHeadAttention": _multi_head_output,
-    "GroupQueryAttention": _query_shape,
+    "GroupQueryAttention": lambda step: step.shape(0, "query"),
     "Attention": _same_as_query,
     "AdditiveAttention": _same_as_query,
     "Dot": _dot_output,

@@ -130,10 +130,6 @@ def _on_protocol(recorder: _Recorder, code: int) -> None:
         recorder.protocol = bytes(recorder.view[begin : recorder.reader.offset])
 
 
-def _on_atom(recorder: _Recorder, _code: int) -> None:
-    recorder.build(recorder.reader.offset - 1)
-
-
 def _on_number(recorder: _Recorder, code: int) -> None:
     begin = recorder.reader.offset - 1
     recorder.reader.number(_NUMBERS[code])
@@ -164,7 +160,7 @@ _LINES = {**dict.fromkeys([*opcodes.LINES, ord("P")], 1), ord("c"): 2, ord("i"):
 _HANDLERS: Mapping[int, OpcodeHandler[_Recorder]] = {
     **STACK_HANDLERS,
     _PROTO: _on_protocol,
-    **dict.fromkeys([*opcodes.CONSTANTS, *EMPTY], _on_atom),
+    **dict.fromkeys([*opcodes.CONSTANTS, *EMPTY], lambda recorder, _code: recorder.build(recorder.reader.offset - 1)),
     **dict.fromkeys(_NUMBERS, _on_number),
     **dict.fromkeys(_LENGTHS, _on_run),
     **dict.fromkeys(

@@ -268,7 +268,8 @@ def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str
     first_tensors: dict[str, Tensor] = {}
     for tensor in model.tensors:
         first_tensors.setdefault(tensor.storage.key, tensor)
-    typed = _explicitly_typed(container.ir.root)
+    calls = [node for node in reachable(container.ir.root).values() if called(node).startswith(_TYPED)]
+    typed = frozenset(key for node in calls for key in storage_keys(node))
     halved: dict[str, NewStorage] = {}
     classes: dict[str, IRNode] = {}
     renamed_ids: set[int] = set()
@@ -283,12 +284,6 @@ def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str
             raw = f"c{storage_class.module}\nHalfStorage\n".encode()
             ref.id.parts[1] = classes.setdefault(storage_class.module, IRNode(raw))
     return halved
-
-
-def _explicitly_typed(root: IRNode) -> frozenset[str]:
-    """The storages whose type is also said elsewhere, as that of scales and of wrapper classes is."""
-    calls = [node for node in reachable(root).values() if called(node).startswith(_TYPED)]
-    return frozenset(key for node in calls for key in storage_keys(node))
 
 
 def _whole(model: ModelFile, tensor: Tensor | None) -> TensorData | None:
