@@ -122,7 +122,6 @@ class PartResult(EngineResult, PartPruned):
 
 
 def _with_search(report: Report, search: SearchResult | None, data: str) -> Report:
-    """The report with how the sparsity was found."""
     return report if search is None else with_search(report, search, data, looks_at_data=bool(data))
 
 

@@ -73,7 +73,6 @@ class _Teller:
         self._tell, self._label, self._total, self._done = tell, label, total, 0
 
     def advance(self, nbytes: int) -> None:
-        """Count work that is done."""
         self._done += nbytes
         self._tell(Progress(self._label, self._done, self._total))
 

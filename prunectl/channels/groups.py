@@ -53,7 +53,6 @@ class ChannelGroup:
     """Why none of them may go."""
 
     def __len__(self) -> int:
-        """The number of channels."""
         return len(self.labels)
 
     @property

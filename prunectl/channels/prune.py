@@ -259,7 +259,6 @@ def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwo
 
 
 def _stats(model: ModelFile, *, beside: int = 0, is_gzipped: bool = False) -> ModelStats:
-    """Sizes and FLOPs."""
     stats = stats_for_report(model, beside=beside, is_gzipped=is_gzipped)
     graph = by_name(model.format).graph
     return with_macs(stats, load(graph)(model)) if graph else stats

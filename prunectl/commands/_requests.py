@@ -60,7 +60,6 @@ class OutputOptions:
             return 0 if report is None else reporter.show(report)
 
     def _source(self, _: Reporter) -> AbstractContextManager[Path]:
-        """Where the model is."""
         return resolve_stdin(self.model)
 
     @contextmanager

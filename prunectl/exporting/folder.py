@@ -206,7 +206,6 @@ def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], t
 
 
 def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a config, and those of its parts."""
     yield config
     for key, value in config.items():
         if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):

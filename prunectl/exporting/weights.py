@@ -69,7 +69,6 @@ def _narrow_dtype(request: ExportRequest, dtype: np.dtype[Any]) -> np.dtype[Any]
 
 
 def _same_bits(first: Array, second: Array) -> bool:
-    """Whether two arrays are equal in shape, dtype and bytes."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return np.ascontiguousarray(first).tobytes() == np.ascontiguousarray(second).tobytes()

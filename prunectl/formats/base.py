@@ -38,7 +38,6 @@ class DtypeTable(dict[str, np.dtype[Any]]):
         self._lacking = lacking
 
     def __contains__(self, name: object) -> bool:
-        """Whether it is a type of the format."""
         return super().__contains__(name) or name in self._lacking
 
     @property

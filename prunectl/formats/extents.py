@@ -270,7 +270,6 @@ class _Window:
         return np.frombuffer(self._data, np.uint8, extent.nbytes, offset).copy()
 
     def close(self) -> None:
-        """Let go of the file."""
         if self._path is not None:
             os.close(self._fd)
         self._path, self._data = None, b""

@@ -56,18 +56,15 @@ class _Timed(io.RawIOBase):
         self._raw = raw
 
     def readable(self) -> bool:
-        """It is all that it can."""
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """Read what is there."""
         check_stopped()
         if time.monotonic() > self.until:
             raise _TooSlowError
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
-        """Close what is behind it."""
         self._raw.close()
         super().close()
 
@@ -137,7 +134,6 @@ class HttpFile:
         return self._asked(0, nbytes, whole)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """A range of bytes."""
         return self._asked(offset, nbytes, 0)
 
     def _asked(self, offset: int, nbytes: int, whole: int) -> bytes:
@@ -306,7 +302,6 @@ class LibraryFile:
         return self.read(0, min(max(nbytes, min(self.nbytes, whole)), self.nbytes))
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """A range of bytes."""
         with _of_library(self.url):
             check_stopped()
             data = bytes(self.system.cat_file(self.path, start=offset, end=offset + nbytes)) if nbytes else b""

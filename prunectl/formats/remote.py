@@ -129,11 +129,9 @@ class _Buffered:
             cls._windows.clear()
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
-        """The first bytes."""
         return self.file.head(nbytes, whole)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """A range of bytes."""
         found = bytearray()
         while len(found) < nbytes:
             number, begin = divmod(offset + len(found), self._WINDOW_BYTES)
@@ -352,7 +350,6 @@ def _mirror(mirror: _Mirror, url: str) -> Path:
 
 
 def _fetch_needed(mirror: _Mirror, names: list[str]) -> None:
-    """Fetch what is no safetensors."""
     paths = (mirror.folder / one for one in names if not one.endswith(".safetensors"))
     _fetch([path for path in paths if path in REMOTE], mirror.tell)
 
@@ -457,7 +454,6 @@ def _not_found(place: Place) -> InputError:
 
 
 def _make(mirror: _Mirror, files: Mapping[str, RemoteFile], facts: frozenset[str]) -> None:
-    """Make the stubs of files, some at a time."""
     with workers(_ASKED_AT_ONCE) as pool:
         for _ in pool.map(lambda one: mirror.stub(one[0], one[1], is_fact=one[0] in facts), files.items()):
             pass

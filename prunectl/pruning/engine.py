@@ -80,7 +80,6 @@ class _Original:
     """The sum of their squares."""
 
     def see(self, block: Array) -> None:
-        """Count a block."""
         self.zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
         self.energy += _energy(block)
 

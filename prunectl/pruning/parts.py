@@ -181,7 +181,6 @@ class _Task:
 
     @property
     def target(self) -> Path:
-        """The output."""
         return self.ledger.target
 
     @cached_property

@@ -165,7 +165,6 @@ class TensorScores:
 
 
 def _iter_slices(scores: Array) -> Iterator[Array]:
-    """Yield an array in one dimension block by block."""
     height = max(BLOCK_BYTES // scores.itemsize, 1)
     for begin in range(0, len(scores), height):
         check_stopped()

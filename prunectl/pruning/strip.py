@@ -231,7 +231,6 @@ def _staged_weights(
 
 
 def _entry(model: ModelFile, tensor: Tensor, options: StripOptions) -> SafetensorsEntry:
-    """A weight as it is written, piece by piece."""
     if options.to_half and tensor.dtype in HALVED:
         return SafetensorsEntry(
             tensor.name, HALF, tensor.shape, lambda: to_float16(blocks(model, tensor), model.path, tensor.name)

@@ -155,7 +155,6 @@ def largest_tensors(findings: Iterable[Finding], units: Units = Units.SI) -> tup
 
 
 def _listed(items: Sequence[str]) -> str:
-    """The first items, and how many more there are."""
     rest = len(items) - _NAMED
     return ", ".join(items[:_NAMED]) + (f" and {count(rest)} more" if rest > 0 else "")
 

@@ -157,7 +157,6 @@ LIKELY_TO_FALL = "accuracy is likely to fall"
 
 
 def _most_hurt(pruned: Pruned) -> list[tuple[float, str]]:
-    """The tensors that lose most of their norm, the worst first."""
     return sorted(((share, name) for name, share in pruned.lost.items() if share > _MOST_LOST), reverse=True)
 
 

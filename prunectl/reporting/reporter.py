@@ -116,7 +116,6 @@ class Reporter:
         return 0
 
     def _with_html_page(self, report: Report, path: Path) -> Report:
-        """Write a report as a page, and return it with the page among what was written."""
         from prunectl.reporting.html import write  # noqa: PLC0415 - most reports are for terminals and scripts
 
         nbytes = write(path, report, self.command, self.settings.units, self.typed)

@@ -120,7 +120,6 @@ def add_sensitivity(report: Report, each: Sequence[Sensitivity]) -> Report:
 
 
 def _in_order(model: dict[str, Any], sensitivity: Sensitivity) -> Sensitivity:
-    """Layers in the order in which the report has the tensors."""
     positions = {layer["name"]: position for position, layer in enumerate(model["layers"])}
     return replace(sensitivity, layers=tuple(sorted(sensitivity.layers, key=lambda layer: positions[layer.name])))
 

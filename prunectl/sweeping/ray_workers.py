@@ -54,7 +54,6 @@ class _RayWorker:
         self._is_over = False
 
     def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
-        """Run a trial."""
         if self._is_over:
             raise KeyboardInterrupt
         if self._maker is None:
@@ -72,7 +71,6 @@ class _RayWorker:
         return decode_reply(trial, reply)
 
     def close(self) -> None:
-        """End the worker, whatever it does."""
         self._is_over = True
         # Taken once: a thread that waits for it may let go of it meanwhile.
         if (maker := self._maker) is not None and ray.is_initialized():

@@ -133,7 +133,6 @@ def _run_trials(
 
 
 def _in_order(config: SweepConfig, done: dict[Trial, TrialResult]) -> dict[Trial, TrialResult]:
-    """The points as a table has them, in whatever order they were made."""
     order = {variant: index for index, variant in enumerate(variants(config))}
     trials = sorted(
         (trial for trial in done if trial != BASELINE), key=lambda trial: (order[trial.variant], trial.sparsity)

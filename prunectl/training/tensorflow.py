@@ -180,14 +180,12 @@ class SignatureTrainable(KerasTrainable):
         return {**super().tensors(), **{name: value.copy() for name, value in self._unserved_weights.items()}}
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
         super().assign({name: value for name, value in values.items() if name in self._variables})
         self._unserved_weights.update(
             {name: np.array(value) for name, value in values.items() if name not in self._variables}
         )
 
     def mask(self, masks: Mapping[str, Array]) -> None:
-        """Zero what the masks do not keep, from now on."""
         super().mask({name: mask for name, mask in masks.items() if name in self._variables})
         for name, mask in masks.items():
             if name not in self._variables:
@@ -195,7 +193,6 @@ class SignatureTrainable(KerasTrainable):
                 self._unserved_weights[name] = np.where(mask, value, np.zeros((), value.dtype))
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        """Gather evidence about some weights."""
         for name in names:
             if name not in self._variables:
                 raise UsageError(

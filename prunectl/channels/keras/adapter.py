@@ -66,7 +66,6 @@ class KerasAdapter(GraphAdapter):
 
     @property
     def graph(self) -> ChannelGraph:
-        """The graph that the configuration describes."""
         return self._loaded.graph
 
     @cached_property
@@ -122,7 +121,6 @@ class KerasAdapter(GraphAdapter):
         return EditedFile(resize_config(self._loaded.config, self._loaded.builder, after, shapes), arrays)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """The file with some weights replaced."""
         return EditedFile(None, weights)
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:

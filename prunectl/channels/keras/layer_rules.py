@@ -196,7 +196,6 @@ _RANK = 3
 
 
 def _recurrent(call: LayerContext) -> tuple[str, ...]:
-    """A layer that goes through the steps in time."""
     return _direction(call, call.step.kind, call.step.config, "", call.inputs[1:])
 
 

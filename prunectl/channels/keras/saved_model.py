@@ -71,7 +71,6 @@ class SavedModelAdapter(GraphAdapter):
 
     @cached_property
     def graph(self) -> ChannelGraph:
-        """What can be followed; weights are called what the SavedModel calls them."""
         graph, names = self._inner.graph, self._names
         return replace(
             graph,
@@ -110,7 +109,6 @@ class SavedModelAdapter(GraphAdapter):
         return self._inner.prune(inner_removed, after, self._renamed(weights))
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """The network with some weights replaced."""
         return self._inner.with_weights(self._renamed(weights))
 
     def _renamed(self, weights: Mapping[str, Array]) -> dict[str, Array]:

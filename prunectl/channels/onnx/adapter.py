@@ -52,7 +52,6 @@ class OnnxAdapter(GraphAdapter):
 
     @property
     def graph(self) -> ChannelGraph:
-        """What can be followed."""
         return self._loaded.graph
 
     @property
@@ -62,7 +61,6 @@ class OnnxAdapter(GraphAdapter):
 
     @property
     def length_hint(self) -> str:
-        """How to give the lengths of open axes."""
         return self._loaded.static.length_hint
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
@@ -70,7 +68,6 @@ class OnnxAdapter(GraphAdapter):
         return prune_model(self._loaded, removed, after, weights)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """The network with some numbers replaced."""
         network = self._loaded.network.copy()
         for tensor in graph_tensors(network.proto.graph):
             if tensor.name in weights:
@@ -78,7 +75,6 @@ class OnnxAdapter(GraphAdapter):
         return network
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Random inputs."""
         shapes = self._loaded.static.shapes
         ports = {port.name: port for port in self._loaded.network.proto.graph.input}
         return {name: random_input(ports[name], shapes[name], random) for name in self.graph.inputs}
@@ -154,7 +150,6 @@ def prune_model(
 
 
 def _drop_stale_shapes(graph: Any, stale: set[str], after: PrunedShapes) -> None:
-    """Leave out the shapes of inner values that no longer hold."""
     kept = [port for port in graph.value_info if port.name not in stale and not after.has_changed(port.name)]
     del graph.value_info[:]
     graph.value_info.extend(kept)

@@ -70,7 +70,6 @@ class TorchAdapter(GraphAdapter):
 
     @property
     def graph(self) -> ChannelGraph:
-        """The traced operations; weights have the names of the file."""
         return self._graph
 
     @property
@@ -129,13 +128,11 @@ class TorchAdapter(GraphAdapter):
         return self._model.family is Family.TORCH_PROGRAM
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> PrunedProgram:
-        """Remove channels from the program."""
         changes = WeightChanges(removed_by_tensor(removed), weights)
         program = prune_program(self._traced, changes.axes, after, self.with_weights(weights).values)
         return PrunedProgram(program.module, program.values, changes=changes)
 
     def with_weights(self, weights: Mapping[str, Array]) -> WeightedProgram:
-        """The program with some weights replaced."""
         values = {}
         for name, tensor in self._traced.names.items():
             array = weights.get(self._traced.aliases.get(tensor, tensor))

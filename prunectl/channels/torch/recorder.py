@@ -119,12 +119,10 @@ class _Tape:
         self.fixed.update(tensor.untyped_storage().data_ptr() for tensor in self.nodes)
 
     def refuse(self, reason: str) -> NoReturn:
-        """Give the recording up."""
         self.refusal = self.refusal or reason
         raise UnrecordableError(reason)
 
     def run(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operation, and write it down."""
         if not isinstance(op, _OpOverload) or op.namespace != "aten" or _has_data_in_shape(op):
             self.refuse(str(op))
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
@@ -232,7 +230,6 @@ class _Operations(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Write an operation down."""
         return self._tape.run(func, args, kwargs or {})
 
 
@@ -268,7 +265,6 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Hand a call on."""
         if getattr(func, "__name__", "") in _READS:
             self._tape.refuse(str(func))
         return func(*args, **(kwargs or {}))

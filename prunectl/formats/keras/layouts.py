@@ -168,7 +168,6 @@ class _Owner:
 
     @property
     def kind(self) -> str:
-        """The class of the layer."""
         return self.layer.kind if self.layer is not None else ""
 
 

@@ -179,7 +179,6 @@ def _is_class(value: Any, name: str) -> bool:
 
 
 def _fields(path: Path, value: Any, name: str) -> dict[str, Any]:
-    """The fields of an instance, as it was pickled."""
     if not _is_class(value, name) or not isinstance(value.state, PickleDict) or len(value.state.items) > _MOST_FIELDS:
         raise InputError(f"{path} is not the metadata of a distributed checkpoint: it has no {name}")
     return value.state.plain()
@@ -387,7 +386,6 @@ def _located(path: Path, tensor: Tensor, part: TensorChunk) -> Tensor:
 
 
 def _read(path: Path, tensor: Tensor, part: TensorChunk) -> Array:
-    """The numbers of a part."""
     located, (archive, _) = _located(path, tensor, part), _opened(path, part.place)
     opened = ModelFile(part.place.path, "torch", (), ModelInfo(), (part.place.path,), torch_zip.decoder(archive))
     return opened.read(located)

@@ -203,7 +203,6 @@ class _Reader:
         function.names[name] = value
 
     def attribute(self, value: _Value, name: str) -> _Value:
-        """An attribute of a module."""
         if not value.kind:
             return _UNKNOWN
         return _Value(_origin_of((value.kind, name)), self._kinds.get((value.kind, name), ""))

@@ -219,7 +219,6 @@ def _of_pairs(node: _Node, pairs: PickleDict, parameters: Parameters) -> Iterato
 
 
 def _is_module(state: Any) -> bool:
-    """Whether a state is that of a torch.nn.Module."""
     return isinstance(state, PickleDict) and {"_parameters", "_modules"} <= state.plain().keys()
 
 

@@ -240,7 +240,6 @@ class _AllowLists:
         self.known: set[tuple[str, str]] = set()
 
     def check(self, program: Mapping[str, Any]) -> None:
-        """Refuse whatever is on no list."""
         self._value("", program, 0)
 
     def _value(self, key: str, value: Any, depth: int) -> None:

@@ -194,7 +194,6 @@ def _stage(state: _File) -> int:
 
 
 def _check_count(state: _File, count: int) -> None:
-    """Refuse a checkpoint that more ranks saved, or fewer."""
     value = state.fields.get("partition_count")
     counts = value if isinstance(value, list | tuple) else [value]
     numbers = [number for number in counts if type(number) is int]
@@ -376,7 +375,6 @@ def _moments(states: Sequence[_File]) -> Iterator[Tensor]:
 
 
 def _stream(runs: Mapping[str, Runs], tensor: Tensor) -> Iterator[Array]:
-    """Yield a tensor from the ranks, one slice after another."""
     for run in runs[tensor.storage.key]:
         yield from extents.blocks(run, tensor.dtype)
 

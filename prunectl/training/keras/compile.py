@@ -130,7 +130,6 @@ class _Context:
 
     @property
     def library(self) -> KerasLibrary:
-        """The Keras that trains."""
         return self.loaded.library
 
 

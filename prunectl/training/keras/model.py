@@ -208,7 +208,6 @@ class KerasTrainable:
 
     @property
     def signature(self) -> ModelSignature:
-        """What goes in and comes out, as far as it is known."""
         return self._with_activations(outputs.signature(self._model))
 
     def _with_activations(self, signature: ModelSignature) -> ModelSignature:
@@ -237,7 +236,6 @@ class KerasTrainable:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process writes and speaks."""
         return self._placement.processes[0] == 0
 
     def is_true_everywhere(self, mine: bool) -> bool:
@@ -245,7 +243,6 @@ class KerasTrainable:
         return mine
 
     def prepare(self, options: TrainOptions) -> None:
-        """Compile the model."""
         if options.precision != "fp32":
             raise UsageError(
                 f"--precision {options.precision} cannot be used: the layers of a Keras model set their own precision",
@@ -280,15 +277,12 @@ class KerasTrainable:
         return self._training
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Copies of some weights."""
         return {name: backend.get_value(self._library, self._variables[name]) for name in names}
 
     def tensors(self) -> dict[str, Array]:
-        """Copies of all weights and statistics."""
         return self.weights(self._variables)
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
         for name, value in values.items():
             variable = self._variables[name]
             if backend.shape(variable) != np.shape(value):
@@ -296,48 +290,38 @@ class KerasTrainable:
             backend.set_value(variable, value)
 
     def mask(self, masks: Mapping[str, Array]) -> None:
-        """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""
         with self._placement.scope(self._library):
             self._compiled.mask((self._variables[name], mask) for name, mask in masks.items())
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        """Accumulate a gradient statistic of some weights from the next step on."""
         self._tracked = tuple(names)
         with self._placement.scope(self._library):
             self._compiled.watch(evidence, [self._variables[name] for name in names])
 
     def evidence(self) -> dict[str, Array]:
-        """The gradient statistics, the same in every process."""
         return self._compiled.evidence({name: self._variables[name] for name in self._tracked})
 
     def forget(self) -> None:
-        """Reset the gradient statistics."""
         self._compiled.masking.reset()
 
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
-        """Choose how each output is compared with a teacher's."""
         self._compiled.compare(outputs)
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        """Train on a batch with a share of the learning rate, also towards what a teacher makes of it."""
         self._compiled.step(batch, rate, guide)
 
     def logs(self) -> Logs:
-        """The means of loss and metrics over the examples since the last call."""
         return self._compiled.logs()
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """The means of loss and metrics, without a change to the model."""
         return self._compiled.evaluate(batches)
 
     def predict(self, x: Arrays) -> Arrays:
-        """What comes out, for one batch."""
         with self._placement.scope(self._library), ignore_warnings():
             arrays: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.pack_inputs(self._model, x)))
         return arrays
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run a batch, and capture the inputs of these weights."""
         variables = {name: self._variables[name] for name in names}
         with (
             self._placement.scope(self._library),
@@ -347,7 +331,6 @@ class KerasTrainable:
             capture_layer_inputs(self._library, self._model, variables, x, see)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
-        """The gradient of the mean loss over a batch, in the state in which it predicts."""
         model = self._compiled.model
         x, y = outputs.pack_inputs(model, batch.x), outputs.pack_targets(model, batch.y)
         variables = [self._variables[name] for name in names]
@@ -360,7 +343,6 @@ class KerasTrainable:
         return dict(zip(names, slopes, strict=True))
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
-        """Recalibrate batch norm; returns the number of layers."""
         frozen = {id(self._variables[name]) for name in self._frozen}
         batch_norms = [
             layer
@@ -375,7 +357,6 @@ class KerasTrainable:
         return len(batch_norms)
 
     def reseed(self, number: int) -> None:
-        """Make what is random from here on depend on a number alone."""
         keeps_kernels = self._training is not None and not (
             self._random.has_hidden_state or self._training.runs_user_code
         )
@@ -390,7 +371,6 @@ class KerasTrainable:
         save_state(folder, self._library, self._compiled, self._random, self.evidence())
 
     def restore(self, folder: Path) -> None:
-        """Take up what `save` kept."""
         with self._placement.scope(self._library):
             evidence = restore_state(folder, self._library, self._compiled, self._random)
         for name, total in evidence.items():

@@ -39,7 +39,6 @@ class OnnxModel:
 
     @property
     def signature(self) -> ModelSignature:
-        """What goes in and comes out, as far as the graph says."""
         return session.signature(self._graph)
 
     @property
@@ -51,7 +50,6 @@ class OnnxModel:
         return (f"{self._weights.model.path.name} accepts {some} at a time: batches are split accordingly",)
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run one batch through, and show every time that one of these tensors meets inputs."""
         captures = [
             (site.name, capture) for site in self._sites if site.name in names for capture in self._captures(site)
         ]
@@ -63,7 +61,6 @@ class OnnxModel:
                     see(LayerInput(name, np.asarray(inputs, _REAL), use))
 
     def predict(self, x: Arrays) -> Arrays:
-        """What comes out, for one batch."""
         if self._predicting is None:
             self._predicting = Session(self._weights)
         names = [port.name for port in self._graph.output]
@@ -72,16 +69,13 @@ class OnnxModel:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
         self._weights.assign(values)
         self._predicting = self._observing = None
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Copies of some tensors."""
         return self._weights.copies(names)
 
     def tensors(self) -> dict[str, Array]:
-        """Copies of all tensors."""
         return self._weights.copies()
 
     def _captures(self, site: WeightSite) -> Iterator[InputCapture]:

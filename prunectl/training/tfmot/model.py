@@ -50,7 +50,6 @@ class TfmotTrainable(KerasTrainable):
     _epoch = 0
 
     def prepare(self, options: TrainOptions) -> None:
-        """Compile the model."""
         self._options = options
         super().prepare(options)
 
@@ -113,7 +112,6 @@ class TfmotTrainable(KerasTrainable):
         self._apply_masks()
 
     def masks(self) -> dict[str, Mask]:
-        """The current masks of tfmot."""
         weights = self._wrapped.weights if self._wrapped is not None else {}
         return {name: backend.get_value(self._library, mask) != 0 for name, (_, mask) in weights.items()}
 
@@ -143,7 +141,6 @@ class TfmotTrainable(KerasTrainable):
             callback.on_epoch_begin(self._epoch)
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        """Train on a batch."""
         super().step(batch, rate, guide)
         if self._wrapped is None:
             return
@@ -154,7 +151,6 @@ class TfmotTrainable(KerasTrainable):
                 backend.set_value(wrapper.pruning_step, np.array(self._step))
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Copies of some weights."""
         values = super().weights(names)
         for name, keep in self.masks().items():
             if name in values:
@@ -163,18 +159,15 @@ class TfmotTrainable(KerasTrainable):
         return values
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
         super().assign(values)
         self._apply_masks()
 
     def restore(self, folder: Path) -> None:
-        """Take up what `save` kept."""
         super().restore(folder)
         if self._wrapped is not None:
             self._step = max(int(wrapper.pruning_step) for wrapper in self._wrapped.wrappers)
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """The means of loss and metrics."""
         self._apply_masks()
         return super().evaluate(batches)
 

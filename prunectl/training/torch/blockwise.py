@@ -212,7 +212,6 @@ class _Part:
     """What comes out, by the number of the batch, where the weights stay as they are and a pass has reached the end."""
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run a batch through, and show what these weights meet."""
         self._observe(names, x, see, None)
 
     def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
@@ -228,13 +227,11 @@ class _Part:
         return CachedPass(self._observe, partial(self._parameters, self.names))
 
     def predict(self, x: Arrays) -> Arrays:
-        """What comes out, for one batch."""
         index = int(as_tuple(x)[0].flat[0])
         with torch.no_grad():
             return to_numpy(self.run(self.module, index, self.hidden[index]))
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
         with torch.no_grad():
             for name, parameter in self._parameters(values).items():
                 parameter.copy_(view_as_torch(values[name]))

@@ -94,7 +94,6 @@ class TorchTrainable:
 
     @property
     def signature(self) -> ModelSignature:
-        """What goes in and comes out."""
         return self._signature
 
     @property
@@ -104,16 +103,13 @@ class TorchTrainable:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Which process this is, of how many."""
         return self._place.rank, self._place.ranks
 
     @property
     def is_chief(self) -> bool:
-        """Whether it is the first process."""
         return self._place.rank == 0
 
     def is_true_everywhere(self, mine: bool) -> bool:
-        """Whether something is true in every process."""
         return distributed.all_true(self._place, mine)
 
     def prepare(self, options: TrainOptions) -> None:
@@ -256,11 +252,9 @@ class TorchTrainable:
         ).sum()
 
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
-        """Choose how each output is compared with a teacher's."""
         self._compared = tuple(outputs)
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        """Train on a batch."""
         self._mode(training=True)
         if rate != self._rate:
             for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
@@ -316,7 +310,6 @@ class TorchTrainable:
                 norm.eval()
 
     def logs(self) -> Logs:
-        """The means since the last call."""
         return self._averager.compute()
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
@@ -330,7 +323,6 @@ class TorchTrainable:
         return averager.compute()
 
     def predict(self, x: Arrays) -> Arrays:
-        """What comes out."""
         self._rest()
         with torch.no_grad():
             outputs = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
@@ -343,12 +335,10 @@ class TorchTrainable:
         self._mode(training=False)
 
     def place(self, device: str) -> None:
-        """Choose the device of a model that only predicts."""
         self._place, self._half = distributed.join(device), None
         self._module.to(self._place.device)
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run a batch through, and show what these weights meet."""
         self._observe(names, x, see, None)
 
     def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
@@ -362,7 +352,6 @@ class TorchTrainable:
         return CachedPass(self._observe, self._held)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
-        """The gradient of the mean loss over a batch."""
         self._mode(training=False)
         weights = self._parameters(names)
         loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
@@ -370,7 +359,6 @@ class TorchTrainable:
         return {name: to_numpy(gradient) for name, gradient in zip(weights, slopes, strict=True)}
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
-        """Recalibrate the statistics of batch normalisation."""
         self._mode(training=False)
         return recalibrate(self._module, (batch.x for batch in batches), self._run_through)
 
@@ -379,7 +367,6 @@ class TorchTrainable:
             self._forward(self._module, x)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Copies of some weights."""
         state = self._held()
         return {name: to_numpy(full_tensor(state[name])) for name in names}
 
@@ -397,13 +384,11 @@ class TorchTrainable:
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
         state = self._held()
         for name, value in values.items():
             state[name].copy_(distribute_like(view_as_torch(value), state[name]))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
-        """Zero what the masks do not keep, from now on."""
         parameters = self._parameters(masks)
         if missing := masks.keys() - parameters.keys():
             raise WorkError(f"{min(missing)} is not a parameter that PyTorch trains, so it cannot be pruned")
@@ -411,15 +396,12 @@ class TorchTrainable:
         self._masks.put(kept, self._optimizer)
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        """Accumulate a gradient statistic of some weights."""
         self._gathered.begin(evidence, self._parameters(names))
 
     def evidence(self) -> dict[str, Array]:
-        """The accumulated gradient statistics, the same in every process."""
         return {name: to_numpy(full_tensor(value)) for name, value in self._gathered.sums.items()}
 
     def forget(self) -> None:
-        """Reset the gradient statistics."""
         self._gathered.forget()
 
     def reseed(self, number: int) -> None:
@@ -434,7 +416,6 @@ class TorchTrainable:
         distributed.barrier(self._place)
 
     def restore(self, folder: Path) -> None:
-        """Take up what was kept."""
         distributed.restore(folder, self._state)
         self._rate = float("nan")
 

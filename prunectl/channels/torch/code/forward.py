@@ -54,7 +54,6 @@ class _Writer:
     used_names: set[str] = field(default_factory=lambda: set(_RESERVED))
 
     def lines(self) -> list[str]:
-        """All statements."""
         inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
         for node in inputs:
             self.names[node] = _identifier(str(node.target))
@@ -121,7 +120,6 @@ class _Writer:
         return expression(step, self.write, self.program.shapes)
 
     def write(self, value: Any) -> str:
-        """An argument as code."""
         if isinstance(value, torch.fx.Node):
             return self.program.path_of(str(value.target)) if value.op == "get_attr" else self.names[value]
         if isinstance(value, list | tuple):
