@@ -113,7 +113,15 @@ class PartOptions(FilePruneOptions, total=False):
     part: str
 
 
-class FinetuneOptions(SelectionOptions, total=False):
+class CodeOptions(TypedDict, total=False):
+    """The code of a network, where a file does not hold it, and whether code in the file may run."""
+
+    builder: Code
+    custom_objects: str | Mapping[str, Any]
+    trust: bool
+
+
+class FinetuneOptions(SelectionOptions, CodeOptions, total=False):
     """Options of `finetune`; each has the default of the command line."""
 
     data: Data
@@ -157,12 +165,9 @@ class FinetuneOptions(SelectionOptions, total=False):
     checkpoint_dir: AnyPath | None
     resume: bool
     logdir: AnyPath | None
-    builder: Code
-    custom_objects: str | Mapping[str, Any]
-    trust: bool
 
 
-class LookOptions(TypedDict, total=False):
+class LookOptions(CodeOptions, total=False):
     """Options of `inspect` beside those of its signature: dependency groups, and sensitivity to pruning."""
 
     groups: bool
@@ -172,12 +177,9 @@ class LookOptions(TypedDict, total=False):
     samples: int
     batch_size: int
     loss: Code
-    builder: Code
-    custom_objects: str | Mapping[str, Any]
-    trust: bool
 
 
-class EvaluateOptions(TypedDict, total=False):
+class EvaluateOptions(CodeOptions, total=False):
     """Options of `evaluate`, each as `finetune` has it."""
 
     metric: Metrics
@@ -185,12 +187,9 @@ class EvaluateOptions(TypedDict, total=False):
     batch_size: int
     seed: int
     device: str
-    builder: Code
-    custom_objects: str | Mapping[str, Any]
-    trust: bool
 
 
-class ExportOptions(TypedDict, total=False):
+class ExportOptions(CodeOptions, total=False):
     """Options of `export`; each has the default of the command line."""
 
     to: str
@@ -202,9 +201,6 @@ class ExportOptions(TypedDict, total=False):
     seed: int | None
     atol: float | None
     rtol: float | None
-    builder: Code
-    custom_objects: str | Mapping[str, Any]
-    trust: bool
     half: bool
     bf16: bool
     int8: bool

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict, Unpack, overload
+from typing import Any, ClassVar, Unpack, overload
 
 from prunectl.api.in_memory import named_objects
 from prunectl.api.keywords import (
     AnyPath,
-    Code,
+    CodeOptions,
     Data,
     EvaluateOptions,
     FinetuneOptions,
@@ -262,7 +262,7 @@ class EpochWatcher:
             self._on_epoch(entry)
 
 
-class BenchOptions(TypedDict, total=False):
+class BenchOptions(CodeOptions, total=False):
     """Options of `bench`; each has the default of the command line."""
 
     batch_size: int | Sequence[int]
@@ -271,9 +271,6 @@ class BenchOptions(TypedDict, total=False):
     input: Names
     data: Data
     seed: int
-    builder: Code
-    custom_objects: str | Mapping[str, Any]
-    trust: bool
 
 
 @dataclass(frozen=True, slots=True, repr=False)

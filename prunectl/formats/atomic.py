@@ -58,8 +58,6 @@ def move_if_free(new: Path, target: Path) -> None:
 def _linked(new: Path, target: Path) -> bool:
     try:
         os.link(new, target)
-    except FileExistsError:
-        raise
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise

@@ -130,7 +130,7 @@ class Child:
         request = pickle.dumps(SandboxRequest(work, seconds, extra_bytes, _folder(), is_last=not self._is_kept))
         with self._lock:
             if self._socket is None:
-                self._pid, self._socket = _server.fork(getattr(_function(work), "__module__", ""))
+                self._pid, self._socket = _server.fork(getattr(getattr(work, "func", work), "__module__", ""))
             try:
                 answer = _exchange(self._socket, request, time.monotonic() + _PATIENCE * seconds)
             except BaseException:
@@ -325,8 +325,3 @@ def _folder() -> str:
     with suppress(OSError):
         return os.getcwd()
     return ""
-
-
-def _function(work: Callable[..., object]) -> Callable[..., object]:
-    function: Callable[..., object] = getattr(work, "func", work)
-    return function

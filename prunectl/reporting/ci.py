@@ -91,8 +91,8 @@ def _fingerprint(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-_IN_TEXT = {"%": "%25", "\r": "%0D", "\n": "%0A"}
-_IN_PROPERTY = {**_IN_TEXT, ":": "%3A", ",": "%2C"}
+_IN_TEXT = str.maketrans({"%": "%25", "\r": "%0D", "\n": "%0A"})
+_IN_PROPERTY = _IN_TEXT | str.maketrans({":": "%3A", ",": "%2C"})
 
 
 def github(findings: Findings) -> str:
@@ -103,12 +103,8 @@ def github(findings: Findings) -> str:
 def _command(file: str, annotation: Annotation) -> str:
     level = "warning" if annotation.severity is Severity.WARNING else "error"
     properties = {"file": file, "line": str(annotation.line), "title": annotation.title}
-    location = ",".join(f"{name}={_escaped(value, _IN_PROPERTY)}" for name, value in properties.items())
-    return f"::{level} {location}::{_escaped(annotation.text, _IN_TEXT)}"
-
-
-def _escaped(text: str, letters: dict[str, str]) -> str:
-    return "".join(letters.get(letter, letter) for letter in text)
+    location = ",".join(f"{name}={value.translate(_IN_PROPERTY)}" for name, value in properties.items())
+    return f"::{level} {location}::{annotation.text.translate(_IN_TEXT)}"
 
 
 _SEVERITIES = {Severity.UNUSABLE: "critical", Severity.ERROR: "major", Severity.WARNING: "minor"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from prunectl.channels.adapter import PrunedShapes
@@ -17,21 +18,13 @@ from prunectl.formats.keras.flops.sequences import GATES, STATES
 from prunectl.formats.keras.flops.shapes import UnknownShapeError
 
 
-def _convolution(call: LayerContext) -> str:
-    """A convolution, plain or in groups; its kernel is (*space, in, out)."""
+def _convolution(call: LayerContext, *, is_transposed: bool = False) -> str:
+    """A convolution, plain or in groups, with a kernel (*space, in, out); a transposed one has (*space, out, in)."""
     _check_shapes(call)
     axes = call.step.axes
-    groups = call.step.number("groups", 1)
+    groups = 1 if is_transposed else call.step.number("groups", 1)
     kernel = call.weight_view("kernel", (axes + 1, axes, *range(axes)))
-    return _emit_convolution(call, kernel, groups=groups, is_transposed=False)
-
-
-def _transposed_convolution(call: LayerContext) -> str:
-    """A transposed convolution; its kernel is (*space, out, in)."""
-    _check_shapes(call)
-    axes = call.step.axes
-    kernel = call.weight_view("kernel", (axes + 1, axes, *range(axes)))
-    return _emit_convolution(call, kernel, groups=1, is_transposed=True)
+    return _emit_convolution(call, kernel, groups=groups, is_transposed=is_transposed)
 
 
 def _depthwise(call: LayerContext) -> str:
@@ -393,7 +386,7 @@ RULES: Mapping[str, LayerRule] = {
     ),
     **dict.fromkeys(
         ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
-        LayerRule(_transposed_convolution, (("filters", "kernel", -2),)),
+        LayerRule(partial(_convolution, is_transposed=True), (("filters", "kernel", -2),)),
     ),
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), LayerRule(_depthwise, (_MULTIPLIER,))),
     **dict.fromkeys(

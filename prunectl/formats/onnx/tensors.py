@@ -115,9 +115,8 @@ class ExternalFiles:
         if not location or "\0" in location:
             raise InputError(f"{self._model} is damaged: its external data has no file name")
         outside = f"{self._model} is refused: its external data points outside its folder ({location})"
-        if PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor:
-            raise InputError(outside)
-        if ".." in PureWindowsPath(location).parts:
+        windows = PureWindowsPath(location)
+        if PurePosixPath(location).is_absolute() or windows.anchor or ".." in windows.parts:
             raise InputError(outside)
         path = self._model.parent / location
         try:
@@ -231,9 +230,8 @@ class TensorLocator:
             )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if len(shape) > budgets.MAX_AXES or any(length < 0 for length in shape):
-            raise InputError(f"{self.path} is damaged: {abbreviated(name)} has an impossible shape")
-        if math.prod(length for length in shape if length) > budgets.MAX_ELEMENTS:
+        is_short = len(shape) <= budgets.MAX_AXES and all(length >= 0 for length in shape)
+        if not is_short or math.prod(length for length in shape if length) > budgets.MAX_ELEMENTS:
             raise InputError(f"{self.path} is damaged: {abbreviated(name)} has an impossible shape")
 
 

@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -330,20 +331,14 @@ def _worst(areas: Sequence[float], side: float) -> float:
 
 def _lay_out_strip(strip: Sequence[float], box: Box) -> tuple[list[Box], Box]:
     """Lay out a strip along the shorter side; return its boxes, and the rest of the box."""
-    total = sum(strip)
-    boxes: list[Box] = []
-    offset = 0.0
+    width = sum(strip) / min(box.width, box.height)
+    lengths = [area / width for area in strip]
+    runs = list(zip(accumulate(lengths, initial=0.0), lengths, strict=False))
     if box.width >= box.height:
-        width = total / box.height
-        for area in strip:
-            boxes.append(Box(box.x, box.y + offset, width, area / width))
-            offset += area / width
-        return boxes, Box(box.x + width, box.y, max(box.width - width, 1e-9), box.height)
-    height = total / box.width
-    for area in strip:
-        boxes.append(Box(box.x + offset, box.y, area / height, height))
-        offset += area / height
-    return boxes, Box(box.x, box.y + height, box.width, max(box.height - height, 1e-9))
+        rest = Box(box.x + width, box.y, max(box.width - width, 1e-9), box.height)
+        return [Box(box.x, box.y + offset, width, length) for offset, length in runs], rest
+    rest = Box(box.x, box.y + width, box.width, max(box.height - width, 1e-9))
+    return [Box(box.x + offset, box.y, length, width) for offset, length in runs], rest
 
 
 def _cell(layer: dict[str, Any], box: Box, units: Units) -> str:

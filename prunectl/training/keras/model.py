@@ -366,9 +366,8 @@ class KerasTrainable:
 
     def save(self, folder: Path | None) -> None:
         """Keep what training needs to go on, in the first process."""
-        if folder is None:
-            return
-        save_state(folder, self._library, self._compiled, self._random, self.evidence())
+        if folder is not None:
+            save_state(folder, self._library, self._compiled, self._random, self.evidence())
 
     def restore(self, folder: Path) -> None:
         with self._placement.scope(self._library):
