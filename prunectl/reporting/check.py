@@ -136,13 +136,13 @@ def unknown_models(findings: Findings) -> tuple[str, ...]:
     return (f"{_listed(list(unknown))} {verb} not in {findings.baseline}, so {owner} growth was not checked.",)
 
 
-def largest_tensors(findings: Iterable[Finding], units: Units = Units.SI) -> tuple[str, ...]:
+def largest_tensors(findings: Iterable[Finding]) -> tuple[str, ...]:
     """The tensors that a model which is too big is mostly made of, a sentence for each model."""
     lines: dict[str, str] = {}
     for finding in findings:
         if not finding.largest:
             continue
-        tensors = _listed([f"{abbreviated(name)} ({nbytes(size, units)})" for name, size in finding.largest])
+        tensors = _listed([f"{abbreviated(name)} ({nbytes(size)})" for name, size in finding.largest])
         if finding.grown:
             lines[finding.model] = f"{finding.model}: {finding.grown}"
         elif finding.id == GROWTH:

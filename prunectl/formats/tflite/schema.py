@@ -272,10 +272,10 @@ class FlatTable:
     vtable_bytes: int
     table_bytes: int
 
-    def number(self, field: int, nbytes: int, *, default: int = 0, is_signed: bool = False) -> int:
-        """A whole number, or its default if the table leaves it out."""
+    def number(self, field: int, nbytes: int, *, is_signed: bool = False) -> int:
+        """A whole number, or 0 if the table leaves it out."""
         at = self._find(field, nbytes)
-        return default if at == 0 else int.from_bytes(self.data[at : at + nbytes], "little", signed=is_signed)
+        return 0 if at == 0 else int.from_bytes(self.data[at : at + nbytes], "little", signed=is_signed)
 
     def child(self, field: int) -> FlatTable | None:
         """The table that a field points to."""

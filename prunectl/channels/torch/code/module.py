@@ -65,10 +65,10 @@ def build_tree(layers: Mapping[str, str], weights: Mapping[str, str]) -> ModuleN
     return root
 
 
-def access_path(root: ModuleNode, path: str, start: str = "self") -> str:
+def access_path(root: ModuleNode, path: str) -> str:
     """The expression for a module or a weight."""
     node: ModuleNode | None = root
-    expression = start
+    expression = "self"
     for part in filter(None, path.split(".")):
         expression = _child_path(expression, node.container if node is not None else Container.ATTRIBUTES, part)
         node = node.children.get(part) if node is not None else None
