@@ -132,8 +132,8 @@ def _fitted(spec: str, network: TrainableModel, seed: int) -> tuple[Source, tupl
     return adapt(open_source(spec, signature=network.signature, seed=seed), network.signature)
 
 
-def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> int:
-    """Write a copy with new numbers in it, and return how many tensors have some."""
+def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> None:
+    """Write a copy with new numbers in it."""
     arrays = {**values, **{name: values[of] for name, of in model.duplicates.items() if of in values}}
     rewrites: dict[tuple[str, int], TensorUpdate] = {}
     for tensor in model.tensors:
@@ -143,7 +143,6 @@ def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path,
         # Tied tensors share their bytes, which are written once.
         rewrites[tensor.storage.key, tensor.start] = TensorUpdate(tensor, partial(_blocks, tensor, arrays[tensor.name]))
     load(by_name(model.format).writer)(model, places, tuple(rewrites.values()))
-    return len(rewrites)
 
 
 def _is_same(model: ModelFile, tensor: Tensor, value: Array) -> bool:

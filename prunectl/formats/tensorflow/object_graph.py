@@ -69,9 +69,7 @@ def _node(reader: BudgetedReader, node: Field) -> ObjectNode:
     children: list[tuple[str, int]] = []
     slots: list[tuple[int, int]] = []
     for field in reader.fields(node):
-        if field.wire != BYTES:
-            continue
-        if field.number not in {CHILDREN, ATTRIBUTES, SLOTS}:
+        if field.wire != BYTES or field.number not in {CHILDREN, ATTRIBUTES, SLOTS}:
             continue
         members = {(fact.number, fact.wire): fact for fact in reader.fields(field)}
         if field.number == CHILDREN:

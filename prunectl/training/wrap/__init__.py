@@ -239,17 +239,16 @@ def spec_of_result(
     return WrapperSpec(wrapping.masks, schedules, saved.step + steps, saved.block, saved.pool, request.origin)
 
 
-def wrap_in_place(written: Path, wrapping: WrapperSpec) -> tuple[str, ...]:
-    """Put wrappers into a result that was just written, and return which tensors could get none."""
+def wrap_in_place(written: Path, wrapping: WrapperSpec) -> None:
+    """Put wrappers into a result that was just written."""
     plain = open_model(written)
     with tempfile.TemporaryDirectory(dir=written.parent, prefix=".wrapped-") as scratch:
         target = Path(scratch) / written.name
-        bare = wrap(plain, wrapping, target)
+        wrap(plain, wrapping, target)
         verify_roundtrip(plain, target)
         if written.is_dir():
             shutil.rmtree(written)
         os.replace(target, written)
-    return bare
 
 
 OURS = "prunectl>Planned"

@@ -175,9 +175,7 @@ def storage_ref(node: IRNode) -> StorageRef | None:
     if node.code != _PERSISTENT_ID or len(node.parts[0].parts) <= _COUNT:
         return None
     id_node = node.parts[0]
-    if text(id_node.parts[0]) != "storage":
-        return None
-    if not id_node.parts[_KEY].is_atom:
+    if text(id_node.parts[0]) != "storage" or not id_node.parts[_KEY].is_atom:
         return None
     key = text(id_node.parts[_KEY])
     return StorageRef(id_node, key if key is not None else str(value(id_node.parts[_KEY])))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,9 @@ def _replace(model: ModelFile, masked: MaskedWeight, node: IRNode | None) -> Non
     replace_entries(masked.parent.node, kept)
 
 
+_LAYOUT = attrgetter("start", "shape", "strides", "dtype")
+
+
 def _are_alike(model: ModelFile, group: list[MaskedWeight]) -> bool:
     """Whether weights fill one storage, and their masks say the same of it."""
     first = group[0].tensor
@@ -224,13 +228,7 @@ def _are_alike(model: ModelFile, group: list[MaskedWeight]) -> bool:
     if first.start or first.nbytes != first.storage.nbytes or not is_dense:
         return False
     for masked in group[1:]:
-        other = masked.tensor
-        if (other.start, other.shape, other.strides, other.dtype) != (
-            first.start,
-            first.shape,
-            first.strides,
-            first.dtype,
-        ):
+        if _LAYOUT(masked.tensor) != _LAYOUT(first):
             return False
         masks = zip(_weights(model, masked)[1], _weights(model, group[0])[1], strict=False)
         if len(masked.masks) != len(group[0].masks) or not all(np.array_equal(*pair) for pair in masks):
