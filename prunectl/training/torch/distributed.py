@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.training.runtimes import random_state, restore_random_state
 from prunectl.training.torch._compat import tree_map_only
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,10 @@ def shard(module: torch.nn.Module, context: DistributedContext) -> None:
             "--shard needs a Python module: TorchScript and exported programs have no layers to distribute",
             hint="add --builder module:function, or leave out --shard",
         )
+    # It takes longer to import than half of PyTorch.
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
     mesh = init_device_mesh(context.device.type, (context.ranks,))
     for piece in reversed(_shardable_layers(module)):
         fully_shard(piece, mesh=mesh)
@@ -144,9 +149,15 @@ def _shardable_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
     ]
 
 
+def _is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether several processes hold parts of a tensor; there is none before what makes them is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with the parts of all processes, which all of them must ask for."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_distributed(tensor) else tensor
 
 
 def full_state(state: Any) -> Any:
@@ -156,7 +167,9 @@ def full_state(state: Any) -> Any:
 
 def distribute_like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds of another of its shape."""
-    if isinstance(model, DTensor):
+    if _is_distributed(model):
+        from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - see above
+
         return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
     return value.to(model.device)
 
@@ -172,9 +185,9 @@ def distribute_state(state: Any, models: Any) -> Any:
 
 def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Whether all gradients are finite numbers, in every process; a tensor, so that no step waits for it."""
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    local = [gradient.to_local() if _is_distributed(gradient) else gradient for gradient in gradients]
     is_finite = torch.stack([gradient.isfinite().all() for gradient in local]).all()
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
+    if any(map(_is_distributed, gradients)):
         all_finite = is_finite.to(torch.int32)
         torch.distributed.all_reduce(all_finite, torch.distributed.ReduceOp.MIN)
         is_finite = all_finite.bool()

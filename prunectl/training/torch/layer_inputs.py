@@ -6,6 +6,7 @@ of which is the weight itself or a view of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,8 @@ def capture_layer_inputs(
 
     Operations that a cache knows are skipped.
     """
-    recorder = _InputRecorder(weights, see, pieces, cache)
+    kind = _UncompiledRecorder if "torch._dynamo" in sys.modules else _InputRecorder
+    recorder = kind(weights, see, pieces, cache)
     try:
         with without_mha_fastpath(), torch.no_grad(), recorder:
             yield
@@ -77,6 +79,11 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, weight in weights.items():
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether PyTorch shall import its compiler, to keep it away from here."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -143,6 +150,19 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except Exception as error:
             self.failure = error
             raise
+
+
+class _UncompiledRecorder(_InputRecorder):  # type: ignore[no-untyped-call]
+    """The same where the compiler is there already, and would compile what it meets within a compiled module."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _array(inputs: torch.Tensor) -> Array:

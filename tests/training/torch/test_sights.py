@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -484,3 +486,33 @@ def test_what_fills_a_piece_up_is_not_shown(tmp_path: Path) -> None:
     _, by_name = observed(tmp_path / "four.pt2", x.numpy())
     close(np.concatenate([sight.inputs for sight in by_name["0.weight"]]), x)
     close(np.concatenate([sight.inputs for sight in by_name["3.weight"]]), module[:3](x))
+
+
+def test_what_looks_at_a_compiled_module_is_not_compiled_with_it() -> None:
+    module = nn.Sequential(nn.Conv1d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+    x, shown = normal(6, 3, 5), []
+
+    def see(sight: LayerInput) -> None:
+        # Views of this kind are more than the compiler knows of NumPy.
+        shown.append(np.lib.stride_tricks.sliding_window_view(sight.inputs, 2, -1)[..., ::2, :].sum())
+
+    for is_compiled in (False, True):
+        if is_compiled:
+            module.compile(backend="eager")
+        with capture_layer_inputs(dict(module.named_parameters()), see):
+            module(x)
+    assert len(shown) == 4
+    assert shown[:2] == shown[2:]
+
+
+def test_looking_does_not_import_the_compiler_of_pytorch(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from prunectl.training.torch.layer_inputs import capture_layer_inputs
+layer = torch.nn.Linear(3, 2)
+with capture_layer_inputs({"weight": layer.weight}, lambda sight: print(sight.inputs.shape)):
+    layer(torch.ones(4, 3))
+print([name for name in ("torch._dynamo", "torch.distributed.tensor") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["(4, 3)", "[]"]
