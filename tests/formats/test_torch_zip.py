@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,19 +113,54 @@ def test_views_keep_their_start_and_strides(tmp_path: Path) -> None:
         assert np.array_equal(model.read(tensor), views[name].numpy())
 
 
+class Holder(torch.nn.Module):
+    """A module that holds a tensor, which can be scripted."""
+
+    def __init__(self, held: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", held)
+
+    def forward(self) -> torch.Tensor:
+        return self.a
+
+
+def save_scripted(tensor: torch.Tensor, path: Path) -> None:
+    torch.jit.script(Holder(tensor)).save(path)
+
+
+def save_state(tensor: torch.Tensor, path: Path) -> None:
+    torch.save({"a": tensor, "b": torch.ones(2, 2)}, path)
+
+
+@pytest.mark.parametrize("save", [save_state, save_scripted])
 @pytest.mark.parametrize("flag", ["conj", "neg"])
-def test_a_view_whose_numbers_pytorch_would_still_change_is_refused(tmp_path: Path, flag: str) -> None:
+def test_a_view_whose_numbers_pytorch_would_still_change_is_refused(
+    tmp_path: Path, flag: str, save: Callable[[torch.Tensor, Path], None]
+) -> None:
     numbers = torch.tensor([[1 + 2j, 3 - 4j]])
     lazy = {"conj": numbers.conj(), "neg": numbers.conj().imag}[flag]
     assert {"conj": lazy.is_conj(), "neg": lazy.is_neg()}[flag]
-    torch.save({"a": lazy, "b": torch.ones(2, 2)}, tmp_path / "lazy.pt")
+    save(lazy, tmp_path / "lazy.pt")
     with pytest.raises(InputError, match=f"stores a as a view that {flag}.*") as caught:
         open_model(tmp_path / "lazy.pt")
     assert f"resolve_{flag}()" in caught.value.hint
     resolved = {"conj": lazy.resolve_conj(), "neg": lazy.resolve_neg()}[flag]
-    torch.save({"a": resolved, "b": torch.ones(2, 2)}, tmp_path / "resolved.pt")
+    save(resolved, tmp_path / "resolved.pt")
     model = open_model(tmp_path / "resolved.pt")
     np.testing.assert_array_equal(model.read(model.tensors[0]), lazy.numpy(force=True))
+
+
+class OddMetadata:
+    """A tensor whose pickle holds a text where PyTorch puts a dictionary."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments = torch.ones(2, 2).__reduce_ex__(2)
+        return rebuild, (*arguments[:6], "neg")
+
+
+def test_metadata_of_a_tensor_that_is_no_dictionary_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="damaged: the metadata of a is not a dictionary"):
+        saved(tmp_path, {"a": OddMetadata()})
 
 
 def test_tied_tensors_share_a_storage(tmp_path: Path) -> None:

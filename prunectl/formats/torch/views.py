@@ -168,6 +168,8 @@ def view_of(path: Path, call: OpaqueCall, name: str) -> View:
 
 _METADATA = {"_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
 """Which argument of a call says what PyTorch does with the numbers when it reads them."""
+_TYPE_TAG = "torch.jit._pickle.restore_type_tag"
+"""The call that TorchScript wraps a dictionary in, to say its type."""
 _LAZY = {"conj": "conjugates", "neg": "negates"}
 
 
@@ -175,7 +177,13 @@ def _refuse_lazy(path: Path, call: OpaqueCall, name: str) -> None:
     """Refuse a tensor whose stored numbers are not its own: those of `x.conj()` are those of `x`."""
     index = _METADATA.get(call.path.rpartition(".")[2])
     metadata = None if index is None else call.arg(index)
-    flags = metadata.plain() if isinstance(metadata, PickleDict) else {}
+    if isinstance(metadata, OpaqueCall) and metadata.path == _TYPE_TAG:
+        metadata = metadata.arg(0)
+    if metadata is None:
+        return
+    if not isinstance(metadata, PickleDict):
+        raise InputError(f"{path} is damaged: the metadata of {describe_value(name)} is not a dictionary")
+    flags = metadata.plain()
     for flag, verb in _LAZY.items():
         if flags.get(flag) is True:
             raise InputError(
