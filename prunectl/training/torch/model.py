@@ -210,19 +210,26 @@ class TorchTrainable:
     def _on_device(self, array: Array) -> torch.Tensor:
         return to_torch(array).to(self._place.device)
 
-    def _as_taken(self, array: Array) -> torch.Tensor:
-        """An input in the precision of a model that is kept in 16 bits as a whole."""
-        tensor = self._on_device(array)
-        if self._half is None and tensor.is_floating_point() and self._kind is not None:
-            return tensor.to(self._kind)
-        return tensor
+    def _as_taken(self, x: Arrays) -> list[torch.Tensor]:
+        """The inputs in the types that the file declares; without them, in the precision of the parameters.
+
+        An exported program refuses floating-point inputs of any other type than the one it was exported with,
+        whatever type its parameters have, and autocast changes nothing of that.
+        """
+        inputs = [self._on_device(array) for array in as_tuple(x)]
+        fallback = self._kind if self._half is None else None
+        kinds: list[torch.dtype | None] = [getattr(torch, name) if name else fallback for name in self._built.types]
+        return [
+            tensor.to(kind) if kind is not None and kind.is_floating_point and tensor.is_floating_point() else tensor
+            for tensor, kind in zip(inputs, kinds or [fallback] * len(inputs), strict=True)
+        ]
 
     def _forward(self, module: Any, x: Arrays) -> tuple[torch.Tensor, ...]:
         half = self._half
         context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
         try:
             with distributed.failures(self._place.device), context:
-                outputs = module(*(self._as_taken(array) for array in as_tuple(x)))
+                outputs = module(*self._as_taken(x))
         except (AssertionError, RuntimeError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, array.shape)) for array in as_tuple(x))
             raise UsageError(

@@ -115,6 +115,42 @@ def test_an_exported_program_declares_the_type_of_its_input(kind: torch.dtype, t
     assert [port.dtype for port in network.signature.inputs] == [str(kind).removeprefix("torch.")]
 
 
+class Weighted(torch.nn.Module):
+    """A layer in single precision that takes inputs in another one, and a factor in a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.layer(x.float()) * factor.float()
+        return answer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_an_exported_program_is_given_the_types_that_it_declares_whatever_its_parameters_are(
+    kind: torch.dtype, precision: str, tmp_path: Path
+) -> None:
+    module = Weighted()
+    size = torch.export.Dim("size")
+    program = torch.export.export(
+        module, (torch.zeros(2, 5, dtype=kind), torch.zeros(2, 1)), dynamic_shapes=({0: size}, {0: size})
+    )
+    torch.export.save(program, tmp_path / "mixed.pt2")
+    x, factor = torch.rand(6, 5).to(kind), torch.rand(6, 1)
+    batch = Batch((x.numpy(), factor.numpy()), np.arange(6) % 3)
+    network = load_trainable(open_model(tmp_path / "mixed.pt2"), LoadOptions())
+    network.prepare(TrainOptions(example=batch, loss="cross-entropy", precision=precision))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(module(x, factor), torch.from_numpy(batch.y))
+    tolerance = 1e-6 if precision == "fp32" else 1e-2
+    assert network.evaluate([batch])["loss"] == pytest.approx(float(expected), rel=tolerance)
+    before = network.weights(["layer.weight"])["layer.weight"]
+    network.step(batch, 1.0)
+    assert not np.array_equal(network.weights(["layer.weight"])["layer.weight"], before)
+
+
 @pytest.mark.parametrize("kind", [GradientStatistic.GRADIENT, GradientStatistic.SALIENCE, GradientStatistic.MOVEMENT])
 def test_evidence_is_that_of_autograd_by_hand(kind: GradientStatistic, plain: tuple[nets.Plain, Path]) -> None:
     module, path = plain
