@@ -14,7 +14,7 @@ import numpy as np
 from prunectl.analysis.sizes import CodecName, compress, get_codec, iter_model_bytes
 from prunectl.analysis.stats import ModelStats, SizeStats, measure_stats
 from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
-from prunectl.errors import PrunectlError, UsageError, WorkError
+from prunectl.errors import InputError, PrunectlError, UsageError, WorkError
 from prunectl.exporting.compare import Comparison, ExportResult, compare, tolerance_of
 from prunectl.exporting.folder import export_folder, makes_folder
 from prunectl.exporting.job import ExportJob, apply_input_options, check_known, make_samples
@@ -276,6 +276,8 @@ def _export_job(model: ModelFile, request: ExportRequest, route: Route, scratch:
     if not route.opener:
         return ExportJob(model, request, scratch=scratch)
     runnable = load(route, route.opener)(model, request.origin)
+    if not runnable.inputs:
+        raise InputError(f"{model.path} has no inputs, so nothing can be run to compare its export with it")
     inputs = apply_input_options(runnable.inputs, request.input)
     check_known(inputs, request)
     samples = make_samples(runnable, inputs, request)

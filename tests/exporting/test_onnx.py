@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from prunectl.errors import UsageError
+from prunectl.errors import InputError, UsageError
 from tests.contract import Array
 from tests.exporting.exporting import by_onnxruntime, export, random
 
@@ -59,6 +59,19 @@ def test_weights_that_are_inputs_too_stay_so_where_no_bits_are_saved(tmp_path: P
     source = model(tmp_path / "old.onnx", 9, lists_weights=True)
     export(source, tmp_path / "new.onnx")
     assert len(onnx.load(tmp_path / "new.onnx").graph.input) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"half": True}])
+def test_a_model_whose_inputs_all_have_numbers_in_the_file_is_refused(options: dict[str, bool], tmp_path: Path) -> None:
+    kernel = numpy_helper.from_array(KERNELS["dense"], "dense")
+    port = helper.make_tensor_value_info("dense", TensorProto.FLOAT, (6, 32))
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, (6, 32))
+    graph = helper.make_graph([helper.make_node("Relu", ["dense"], ["y"])], "graph", [port], [output], [kernel])
+    source = tmp_path / "old.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=3), source)
+    with pytest.raises(InputError, match=r"old\.onnx has no inputs"):
+        export(source, tmp_path / "new.onnx", **options)
+    assert not (tmp_path / "new.onnx").exists()
 
 
 def test_calibrated_integers_ask_for_an_opset_that_has_them(tmp_path: Path) -> None:
