@@ -295,15 +295,7 @@ class SparseSource:
 
 def decode_dense(source: TensorSource, path: Path) -> Array:
     """The elements of a tensor."""
-    raw = b"".join(_read(run) for run in source.runs)
-    stored = np.frombuffer(raw, np.uint8)
-    if source.is_varint:
-        try:
-            numbers = protobuf.varints(raw)
-        except protobuf.WireError as error:
-            raise InputError(f"{path} is damaged: {abbreviated(source.name)} holds {error}") from error
-        width = 1 if source.bits < 8 else source.dtype.itemsize
-        stored = numbers.astype(f"u{width}").view(np.uint8)
+    stored = _stored_elements(source, path)
     if stored.size != source.raw_bytes:
         raise InputError(
             f"{path} is damaged: {abbreviated(source.name)} of shape {format_shape(source.shape)} "
@@ -313,6 +305,17 @@ def decode_dense(source: TensorSource, path: Path) -> Array:
     array = array[: math.prod(source.shape)].reshape(source.shape)
     array.flags.writeable = False
     return array
+
+
+def _stored_elements(source: TensorSource, path: Path) -> Array:
+    """The bytes of the elements as they would lie raw."""
+    if not source.is_varint:
+        return np.frombuffer(_joined(source), np.uint8)
+    width = 1 if source.bits < 8 else source.dtype.itemsize
+    try:
+        return protobuf.varints(_joined(source)).astype(f"u{width}", copy=False).view(np.uint8)
+    except protobuf.WireError as error:
+        raise InputError(f"{path} is damaged: {abbreviated(source.name)} holds {error}") from error
 
 
 def decode_sparse(source: SparseSource, path: Path) -> Array:
@@ -333,6 +336,10 @@ def decode_sparse(source: SparseSource, path: Path) -> Array:
     array.reshape(-1)[flat] = values
     array.flags.writeable = False
     return array
+
+
+def _joined(source: TensorSource) -> bytes:
+    return b"".join(_read(run) for run in source.runs)
 
 
 def _read(run: Extent) -> bytes:
