@@ -16,7 +16,7 @@ from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_finish import checker_error, finalize
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx import OnnxSession, densify, load_message, opset_of
+from prunectl.onnx_graph import OnnxSession, densify, load_message, opset_of
 from prunectl.training.backend import LoadOptions
 
 

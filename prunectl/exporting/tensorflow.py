@@ -19,7 +19,8 @@ from prunectl.channels.lengths import shape_text
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError, abbreviated
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
-from prunectl.exporting.onnx_finish import OPSET, canonical_names, finalize
+from prunectl.exporting.onnx_finish import OPSET, finalize
+from prunectl.exporting.onnx_names import canonical_names
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.safe_json import require
 from prunectl.formats.tflite.schema import read_lite

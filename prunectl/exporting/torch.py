@@ -19,10 +19,11 @@ from prunectl.analysis.timing import Timed
 from prunectl.errors import InputError, UsageError, WorkError, first_line
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
-from prunectl.exporting.onnx_finish import BATCH, OPSET, canonical_names, finalize
+from prunectl.exporting.onnx_finish import OPSET, finalize
+from prunectl.exporting.onnx_names import BATCH, canonical_names
 from prunectl.exporting.weights import check_equal, exported_arrays, exported_tensors
 from prunectl.formats.base import Array, Family, ModelFile
-from prunectl.graphs.onnx import load_message
+from prunectl.onnx_graph import load_message
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.quiet import quiet_conversion

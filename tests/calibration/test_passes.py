@@ -16,7 +16,7 @@ from prunectl.calibration.prune import prune
 from prunectl.calibration.sensitivity import sensitivity
 from prunectl.errors import WorkError
 from prunectl.formats.registry import open_model
-from prunectl.graphs.onnx import stands_outside
+from prunectl.onnx_graph import stands_outside
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import InspectableModel, LayerInput, LoadOptions, PassEnd

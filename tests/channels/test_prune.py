@@ -16,7 +16,7 @@ from prunectl.channels.onnx import adapter
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.registry import open_model
-from prunectl.graphs.onnx import save_network
+from prunectl.onnx_graph import save_network
 from prunectl.pruning import destination
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.prune import prune

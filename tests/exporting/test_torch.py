@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from prunectl import onnx_graph as graphs
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.export import export as run
 from prunectl.exporting.request import parse_request
 from prunectl.formats.registry import open_model
-from prunectl.graphs import onnx as graphs
 from prunectl.pruning.destination import Destination
 from tests.contract import Array
 from tests.exporting import nets_torch

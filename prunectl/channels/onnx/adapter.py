@@ -28,7 +28,7 @@ from prunectl.formats.onnx.rewrite import relocated
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.registry import open_model
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx import STANDARD_DOMAINS, OnnxNetwork, OnnxSession, graph_tensors, names_read, save_network
+from prunectl.onnx_graph import STANDARD_DOMAINS, OnnxNetwork, OnnxSession, graph_tensors, names_read, save_network
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
 

@@ -15,7 +15,7 @@ from prunectl.channels.onnx.ops import OnnxOpContext, lower
 from prunectl.channels.onnx.shapes import StaticValues, infer_static
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx import (
+from prunectl.onnx_graph import (
     STANDARD_DOMAINS,
     OnnxNetwork,
     axes_behind,

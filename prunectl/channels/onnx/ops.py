@@ -10,7 +10,7 @@ import numpy as np
 
 from prunectl.channels.graph import OpKind, WeightView
 from prunectl.channels.onnx.shapes import StaticValues
-from prunectl.graphs.onnx import find_attribute, get_attribute, input_of
+from prunectl.onnx_graph import find_attribute, get_attribute, input_of
 
 if TYPE_CHECKING:
     from prunectl.channels.onnx.adapter import SizeConstants

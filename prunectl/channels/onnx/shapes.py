@@ -14,7 +14,7 @@ from prunectl.errors import InputError, first_line
 from prunectl.formats import budgets
 from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
-from prunectl.graphs.onnx import STANDARD_DOMAINS, inner_graphs
+from prunectl.onnx_graph import STANDARD_DOMAINS, inner_graphs
 from prunectl.training.backend import ModelSignature
 from prunectl.training.onnx.session import port_spec
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.formats.base import Array
-from prunectl.graphs.onnx import STANDARD_DOMAINS, get_attribute, input_of, output_of
+from prunectl.onnx_graph import STANDARD_DOMAINS, get_attribute, input_of, output_of
 from prunectl.training.backend import SlidingWindow, WeightUse
 from prunectl.training.onnx.session import RunValues, WeightSite
 

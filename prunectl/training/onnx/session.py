@@ -12,7 +12,7 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.onnx.usage import CELLS
-from prunectl.graphs.onnx import (
+from prunectl.onnx_graph import (
     GraphTensor,
     OnnxNetwork,
     OnnxSession,

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from prunectl import onnx_graph as graphs
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
-from prunectl.graphs import onnx as graphs
 from tests.contract import Array
 from tests.training.onnx.by_hand import meet
 from tests.training.onnx.models import load, node, normal, onnx, port, proto, run, save, sights
