@@ -105,6 +105,12 @@ def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:
     return _has_bias(prefix, plain, tensor.shape, shapes) or _is_of_flax(plain, shapes)
 
 
+def has_own_length(name: str, names: Collection[str]) -> bool:
+    """Whether weight_norm keeps the length of this tensor's rows beside it: what is left of one takes on all of it."""
+    length = f"{name[:-1]}g" if name.endswith("weight_v") else f"{name.removesuffix('1')}0"
+    return name.endswith(("weight_v", ".original1")) and length in names
+
+
 def _parted(name: str, shapes: Shapes) -> tuple[str, str]:
     """The layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
     inside = ".parametrizations."

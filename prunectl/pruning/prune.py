@@ -18,6 +18,7 @@ from prunectl.formats.atomic import flush, flush_meanwhile
 from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import open_model, require
+from prunectl.formats.state_dict import has_own_length
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import engine
@@ -174,7 +175,11 @@ def _prune(
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
     shown = str(target if output is not None else "the result")
-    notes = (*outputs.notes_on_folder(model, output), *_note_on_floors(_floored(plan, method, before, counts), plan))
+    notes = (
+        *outputs.notes_on_folder(model, output),
+        *_note_on_floors(_floored(plan, method, before, counts), plan),
+        *_note_on_weight_norm(model, plan),
+    )
     lost = {name: count.lost for name, count in counts.items() if count.lost is not None}
     return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), notes, lost=lost)
 
@@ -199,6 +204,17 @@ def _note_on_floors(floored: Sequence[str], plan: Plan) -> tuple[str, ...]:
     name = abbreviated(floored[0])
     who = f"{name} keeps" if len(floored) == 1 else f"{len(floored)} tensors, such as {name}, keep"
     return (f"{who} the least that is left of any tensor: ranked with all others, fewer weights would be kept.",)
+
+
+def _note_on_weight_norm(model: ModelFile, plan: Plan) -> tuple[str, ...]:
+    names = {tensor.name for tensor in model.tensors}
+    normed = [abbreviated(cut.tensor.name) for cut in plan.cuts if has_own_length(cut.tensor.name, names)]
+    if not normed:
+        return ()
+    who = f"{normed[0]} is" if len(normed) == 1 else f"{len(normed)} tensors, such as {normed[0]}, are"
+    without = "save it again without weight_norm (torch.nn.utils.parametrize.remove_parametrizations)"
+    effect = f"{who} scaled to a length by weight_norm: what is kept grows by what goes"
+    return (f"{effect}. To prune the weights that the model computes, {without}.",)
 
 
 def _work(model: ModelFile, plan: Plan) -> int:

@@ -227,6 +227,26 @@ def test_weight_norm_of_old_is_told_by_its_lengths(tmp_path: Path) -> None:
     assert described(tmp_path, {"c.weight_v": (4, 6, 3), "c.weight_g": (4, 1, 1)}) == {"c.weight_v"}
 
 
+@pytest.mark.parametrize(
+    "weight_norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm], ids=["old", "new"]
+)
+def test_that_weight_norm_makes_what_is_kept_larger_is_told(weight_norm: Any, tmp_path: Path) -> None:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(weight_norm(torch.nn.Linear(8, 6)), torch.nn.Linear(6, 2)).eval()
+
+    torch.save(build().state_dict(), tmp_path / "m.pt")
+    done = here("prune", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "-s", "50%")
+    assert "weight_norm: what is kept grows" in " ".join(done.err.split())
+    pruned = build()
+    pruned.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
+    before, after = (module[0](torch.eye(8)) - module[0](torch.zeros(1, 8)) for module in (build(), pruned))
+    # The rows have the lengths that they had, in fewer weights.
+    torch.testing.assert_close(after.norm(dim=0), before.norm(dim=0))
+    torch.save(torch.nn.Linear(8, 6).state_dict(), tmp_path / "plain.pt")
+    assert "what is kept grows" not in here("prune", tmp_path / "plain.pt", "-o", tmp_path / "p.pt", "-s", "50%").err
+
+
 def test_a_norm_over_several_axes_is_no_kernel(tmp_path: Path) -> None:
     assert described(tmp_path, {"x.weight": (4, 6), "x.bias": (4, 6), "fc.weight": (2, 2)}) == {"fc.weight"}
 
