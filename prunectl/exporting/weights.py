@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,34 @@ from prunectl.exporting.request import ExportRequest
 from prunectl.formats.base import WEIGHTS, Array, Family, ModelFile, Tensor
 from prunectl.formats.registry import by_name
 from prunectl.formats.safetensors import CODES, SafetensorsEntry, array_entry, by_width, open_model, write_entries
+from prunectl.formats.state_dict import MODEL_ROOTS
 from prunectl.formats.zip_write import EPOCH
 
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
 
 
 def exported_tensors(model: ModelFile) -> tuple[Tensor, ...]:
-    """The tensors needed for inference, without second copies."""
-    tensors = tuple(
-        tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.duplicates
-    )
+    """The tensors needed for inference, without second copies, under the names that the model's class loads."""
+    tensors = _weights(model)
     if not tensors:
         raise InputError(f"{model.path} holds no weights")
-    return tensors
+    entry = _entry_of_model(tensors)
+    return tuple(replace(tensor, name=tensor.name.removeprefix(entry)) for tensor in tensors) if entry else tensors
+
+
+def _weights(model: ModelFile) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.duplicates)
+
+
+def _entry_of_model(tensors: Sequence[Tensor]) -> str:
+    """The entry of a checkpoint that holds all of them, with its dot, such as `state_dict.`; empty if none does.
+
+    It is no part of the names of layers, as a module of such a name would be.
+    """
+    root = f"{tensors[0].name.partition('.')[0]}." if tensors else ""
+    if root[:-1] not in MODEL_ROOTS or not all(tensor.name.startswith(root) for tensor in tensors):
+        return ""
+    return root if any(tensor.layer and tensor.name.startswith(f"{root}{tensor.layer}.") for tensor in tensors) else ""
 
 
 def exported_arrays(job: ExportJob) -> Iterator[tuple[Tensor, Array]]:
@@ -145,14 +161,22 @@ def check_equal(job: ExportJob, tensors: Iterable[Tensor], names: Iterable[str],
             raise WorkError(f"{name} has different values in the output; nothing was written")
 
 
+def notes_on_names(model: ModelFile) -> list[str]:
+    """What says that tensors have other names than in the source."""
+    entry = _entry_of_model(_weights(model))
+    return [f"Tensors are named without {entry[:-1]}, the entry of the checkpoint that holds them."] if entry else []
+
+
 def _notes(job: ExportJob) -> tuple[str, ...]:
     keys = [tensor.storage.key for tensor in exported_tensors(job.file)]
     tied = len(keys) - len(set(keys))
     omitted = len(job.file.tensors) - len(keys)
-    notes: list[str] = []
+    notes = notes_on_names(job.file)
     if tied:
         shared = "1 tensor shares its bytes" if tied == 1 else f"{tied} tensors share their bytes"
         notes.append(f"{shared} with others in the source; in the output each has its own.")
     if omitted:
-        notes.append(f"{omitted} tensors were left out, because inference does not need them or they are duplicates.")
+        who = "1 tensor was left out, because inference does not need it or it is a duplicate"
+        many = f"{omitted} tensors were left out, because inference does not need them or they are duplicates"
+        notes.append(f"{who if omitted == 1 else many}.")
     return tuple(notes)

@@ -10,7 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from prunectl.errors import SCRATCH, MissingExtraError, UntrustedError, UsageError
 from prunectl.exporting import routes
@@ -217,6 +220,34 @@ def test_folders_may_have_names_that_are_no_utf_8(source: str, tmp_path: Path) -
     export(FIXTURES / source, tmp_path / "plain.onnx")
     assert (folder / "new.onnx").read_bytes() == (tmp_path / "plain.onnx").read_bytes()
     assert sorted(os.listdir(folder)) == sorted([source, "new.onnx"])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_weights_of_a_checkpoint_have_the_names_that_the_class_loads(suffix: str, tmp_path: Path) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.model = torch.nn.Parameter(torch.ones(3)), torch.nn.Linear(3, 2)
+
+    def note(state: object, name: str) -> str:
+        torch.save(state, tmp_path / f"{name}.ckpt")
+        out = tmp_path / f"{name}.{suffix}"
+        done = here("export", tmp_path / f"{name}.ckpt", "-o", out)
+        values = load_file(out) if suffix == "safetensors" else {k: torch.tensor(v) for k, v in np.load(out).items()}
+        Net().load_state_dict(values)
+        return done.err
+
+    state = Net().state_dict()
+    for entry in ("state_dict", "model"):
+        assert f"named without {entry}" in note({entry: state, "epoch": 1}, entry)
+    assert "named without" not in note(state, "plain")
+
+
+def test_a_part_of_the_network_that_is_called_as_such_an_entry_keeps_its_name(tmp_path: Path) -> None:
+    state = {f"model.{name}": value for name, value in torch.nn.Linear(3, 2).state_dict().items()}
+    torch.save(state, tmp_path / "m.pt")
+    here("export", tmp_path / "m.pt", "-o", tmp_path / "m.safetensors")
+    assert load_file(tmp_path / "m.safetensors").keys() == state.keys()
 
 
 def test_what_frameworks_write_for_a_while_goes_into_the_scratch_folder_of_the_export(tmp_path: Path) -> None:
