@@ -37,6 +37,9 @@ def convert_script(module: torch.jit.ScriptModule, examples: tuple[Any, ...]) ->
 
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors that an operation writes to."""
+    if func is torch.ops.aten.native_batch_norm.default and args[5]:
+        # Its schema does not say that it moves the statistics.
+        return [statistic for statistic in args[3:5] if statistic is not None]
     if not func._schema.is_mutable:
         return []
     written = [

@@ -21,6 +21,9 @@ from prunectl.training.torch.folder import FolderModule, FolderNetwork, names_ne
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
 
+_AFTER_BYTES = 256 << 20
+"""Of what comes out of a dense block, which is not computed again."""
+
 
 class _Passing(torch.nn.Module):
     """Stands in the place of a block: keeps what it is called with, and hands on the hidden states that it gets."""
@@ -144,7 +147,7 @@ class TorchBlockwise:
         total = count = 0.0
         with torch.no_grad():
             for index, before in enumerate(self._dense):
-                known = second.after.get(index) if second is not None and second.after is not None else None
+                known = second.after.pop(index, None) if second is not None and second.after is not None else None
                 after = self._run_block(number, (second or first).module, index, before) if known is None else known
                 similarity = torch.nn.functional.cosine_similarity(before, after, dim=-1)
                 total, count = total + float(similarity.double().sum()), count + similarity.numel()
@@ -218,9 +221,10 @@ class _Part:
         index = int(as_tuple(x)[0].flat[0])
         with capture_layer_inputs(self._parameters(names), see, cache=cache):
             after = self.run(self.module, index, self.hidden[index])
-        if self.after is not None:
-            # Of the first pass: a later one may have skipped what gives it.
-            self.after.setdefault(index, after)
+        # Of the first pass: a later one may have skipped what gives it.
+        if self.after is not None and index not in self.after:
+            if sum(each.nbytes for each in self.after.values()) + after.nbytes <= _AFTER_BYTES:
+                self.after[index] = after
 
     def cached_pass(self) -> CachedPass:
         """What a batch that is run through again and again is observed with."""

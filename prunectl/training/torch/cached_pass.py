@@ -39,6 +39,10 @@ class _Form(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Form:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
     def empty(self) -> torch.Tensor:
         # On the same device, by which PyTorch chooses operations. What is not written to takes no memory.
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
@@ -53,6 +57,8 @@ class _Operation:
     """What is known of an operation since the first pass."""
 
     func: Any
+    options: list[Any]
+    """The arguments that are no tensors."""
     outputs: list[Any]
     """A form or an argument for each tensor; what is no tensor as it is."""
     structure: Any
@@ -61,9 +67,24 @@ class _Operation:
     """What nobody uses any more after it."""
 
 
+class _Maker(NamedTuple):
+    """Where a tensor comes from."""
+
+    tensor: weakref.ref[torch.Tensor]
+    place: _Place
+    is_made: bool
+    """Whether its storage was made in this pass."""
+    address: int
+    form: _Form
+
+
 @dataclass(slots=True)
 class _Trace:
-    """What the first pass tells: it has to reach the end of the module."""
+    """What the first pass tells: it has to reach the end of the module.
+
+    It is sound if the same operations on the same tensors follow from it whatever the weights are: if no number decides
+    what is done, all is done by operations, and a pass leaves what it begins with as it is.
+    """
 
     operations: list[_Operation] = field(default_factory=list)
     uses: dict[_Place, int] = field(default_factory=dict)
@@ -71,30 +92,29 @@ class _Trace:
     reads: dict[int, int] = field(default_factory=dict)
     """The first operation that reads a storage, by its address."""
     is_sound: bool = True
-    """Whether passes leave what they begin with as it is."""
-    _makers: dict[int, tuple[weakref.ref[torch.Tensor], _Place, bool]] = field(default_factory=dict)
-    """By the identity of a tensor, where it comes from, and whether its storage was made in this pass."""
+    _makers: dict[int, _Maker] = field(default_factory=dict)
+    """By the identity of a tensor."""
+    _made: set[int] = field(default_factory=set)
+    """The addresses of storages that were made in this pass."""
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note an operation that was run."""
         number = len(self.operations)
-        given = _tensors(args, kwargs)
+        given, options = _parted(args, kwargs)
         outputs, structure = tree_flatten(result)
-        self.is_sound &= all(tensor.layout is torch.strided for tensor in (*given, *_tensors(outputs)))
-        # An alias would not know that a tensor has another shape from now on.
-        self.is_sound &= torch.Tag.inplace_view not in func.tags
-        if not self.is_sound:
+        if not self._is_known(func, given, outputs):
+            self.is_sound = False
             return
         makers = [self.maker(tensor) for tensor in given]
         for tensor, maker in zip(given, makers, strict=True):
             if maker is not None:
-                self.uses[maker[0]] = number
+                self.uses[maker.place] = number
             if not func.is_view:
-                self.reads.setdefault(tensor.untyped_storage().data_ptr(), number)
+                self.reads.setdefault(_address(tensor), number)
         # What is written to what was there before is there in the next pass, which does not write it again.
-        written = (self.maker(tensor) for tensor in written_arguments(func, args, kwargs))
-        self.is_sound = all(maker is not None and maker[1] for maker in written)
-        is_made = not func.is_view or all(maker is not None and maker[1] for maker in makers)
+        written = map(self.maker, written_arguments(func, args, kwargs))
+        self.is_sound = all(maker is not None and maker.is_made for maker in written)
+        is_made = not func.is_view or all(maker is not None and maker.is_made for maker in makers)
         ids = {id(tensor): _Argument(index) for index, tensor in enumerate(given)}
         known: list[Any] = []
         for index, output in enumerate(outputs):
@@ -103,19 +123,42 @@ class _Trace:
             elif id(output) in ids:
                 known.append(ids[id(output)])
             else:
-                known.append(_Form(output.shape, output.stride(), output.dtype, output.device))
-                self._makers[id(output)] = weakref.ref(output), (number, index), is_made
-        self.operations.append(_Operation(func, known, structure))
+                form, address = _Form.of(output), _address(output)
+                known.append(form)
+                self._makers[id(output)] = _Maker(weakref.ref(output), (number, index), is_made, address, form)
+                if is_made:
+                    self._made.add(address)
+        self.operations.append(_Operation(func, options, known, structure))
 
-    def maker(self, tensor: torch.Tensor) -> tuple[_Place, bool] | None:
-        """Where a tensor comes from, and whether its storage was made in this pass; None if it was there before."""
+    def _is_known(self, func: Any, given: Sequence[torch.Tensor], outputs: Sequence[Any]) -> bool:
+        """Whether all of an operation can be told from what was seen before."""
+        tensors = (*given, *(output for output in outputs if isinstance(output, torch.Tensor)))
+        if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in tensors):
+            return False
+        numbers = [output for output in outputs if not isinstance(output, torch.Tensor | None)]
+        if numbers and given and not func.name().startswith("aten::sym_"):
+            return False
+        for tensor in given:
+            maker, address = self.maker(tensor), _address(tensor)
+            if maker is not None:
+                # It was given another storage, or another shape where it lies.
+                if (maker.address, maker.form) != (address, _Form.of(tensor)):
+                    return False
+            elif address in self._made and func not in _FROM_PYTHON:
+                # Something without an operation has made it of what one gave: a parameter, fused code.
+                return False
+        return True
+
+    def maker(self, tensor: torch.Tensor) -> _Maker | None:
+        """Where a tensor comes from; None if it was there before."""
+        maker = self._makers.get(id(tensor))
         # A tensor may have the identity of one that is gone.
-        reference, place, is_made = self._makers.get(id(tensor), (None, (0, 0), False))
-        return (place, is_made) if reference is not None and reference() is tensor else None
+        return maker if maker is not None and maker.tensor() is tensor else None
 
     def finish(self) -> None:
         """Tell each operation what nobody uses after it."""
         self._makers.clear()
+        self._made.clear()
         for place, last in self.uses.items():
             self.operations[last].last_uses.append(place)
 
@@ -131,6 +174,10 @@ _READS = frozenset(
     }
 )
 """What reads numbers without an operation, so that nobody would notice that they are not set."""
+
+
+_FROM_PYTHON = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default})
+"""What begins with a tensor that was made of numbers of Python."""
 
 
 class _ReadsTold(TorchFunctionMode):
@@ -150,9 +197,10 @@ class _ReadsTold(TorchFunctionMode):
 class CachedPass:
     """The passes of one batch."""
 
-    def __init__(self, run: Run, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, run: Run, weights: Callable[[], Mapping[str, torch.Tensor]], *, may_fuse: bool = False) -> None:
         self._run, self._weights = run, weights
-        self._trace = _Trace()
+        # Of operations that a script fuses nobody is told.
+        self._trace = _Trace(is_sound=not may_fuse)
         self._is_traced = False
         self._done = self._next = 0
         """How many operations need not be run again, and the number of the next one."""
@@ -163,9 +211,10 @@ class CachedPass:
 
     @property
     def nbytes(self) -> int:
-        """How much memory the outputs take that are held."""
-        storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in self._values.values()}
-        return sum(storage.nbytes() for storage in storages.values())
+        """How much memory the outputs take that are held, beside the weights of which some are views."""
+        storages = {_address(value): value.untyped_storage() for value in self._values.values()}
+        weights = {address for address, _ in self._versions}
+        return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
 
     def clear(self) -> None:
         """Hold nothing: the next pass begins at the beginning."""
@@ -201,17 +250,21 @@ class CachedPass:
     def _begin(self, names: Collection[str]) -> None:
         if not self._is_traced:
             self._trace = _Trace()
-        weights = self._weights()
-        addresses = {name: weight.untyped_storage().data_ptr() for name, weight in weights.items()}
-        versions = {(addresses[name], weight._version) for name, weight in weights.items()}  # noqa: SLF001
+        weights, versions = self._weights(), self._current_versions()
         # What reads a weight that has changed, or is to be shown, has to be run.
-        wanted = {address for address, _ in versions ^ self._versions} | {addresses[name] for name in names}
+        wanted = {address for address, _ in versions ^ self._versions} | {_address(weights[name]) for name in names}
         if any(self._trace.reads[address] < self._done for address in wanted & self._trace.reads.keys()):
             self.clear()
         self._versions, self._next = versions, 0
 
+    def _current_versions(self) -> set[tuple[int, int]]:
+        return {(_address(weight), weight._version) for weight in self._weights().values()}  # noqa: SLF001
+
     def _end(self, *, is_complete: bool) -> None:
-        if self._is_traced:
+        if self._current_versions() != self._versions:
+            # The module has changed itself.
+            self._give_up()
+        elif self._is_traced:
             self._done = self._next
         elif is_complete:
             self._is_traced = True
@@ -224,13 +277,13 @@ class CachedPass:
 
     def skip(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What an operation that is not run again has given."""
-        operation = self._known()
-        if operation is None or operation.func is not func:
+        operation, (given, options) = self._known(), _parted(args, kwargs)
+        if operation is None or (operation.func, operation.options) != (func, options):
             raise _DivergedError
         outputs: list[Any] = []
         for index, output in enumerate(operation.outputs):
             if isinstance(output, _Argument):
-                outputs.append(_tensors(args, kwargs)[output])
+                outputs.append(given[output])
             elif isinstance(output, _Form):
                 value = self._values.get((self._next, index))
                 outputs.append(output.empty() if value is None else value.data)
@@ -244,15 +297,18 @@ class CachedPass:
         if not self._trace.is_sound:
             return
         if not self._is_traced:
-            self._trace.add(func, args, kwargs, result)
+            try:
+                self._trace.add(func, args, kwargs, result)
+            except Exception:  # noqa: BLE001 - of a kind of tensor that nobody thought of
+                self._trace.is_sound = False
             return
-        operation = self._known()
-        if operation is None or operation.func is not func:
+        operation, outputs = self._known(), tree_flatten(result)[0]
+        if operation is None or not _is_same(operation, func, _parted(args, kwargs)[1], outputs):
             if self._done:
                 raise _DivergedError
             self._give_up()
             return
-        for index, output in enumerate(tree_flatten(result)[0]):
+        for index, output in enumerate(outputs):
             if (self._next, index) in self._trace.uses:
                 # An alias, here and where it is given again: PyTorch does other operations with a tensor that is held.
                 self._values[self._next, index] = output.data
@@ -288,5 +344,20 @@ class _Callback:
         return _Callback(self._see, self._count)
 
 
-def _tensors(*trees: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, torch.Tensor)]
+def _is_same(operation: _Operation, func: Any, options: list[Any], outputs: list[Any]) -> bool:
+    """Whether an operation is that of the first pass, with outputs of the same forms."""
+    forms = zip(operation.outputs, outputs, strict=True)
+    return (operation.func, operation.options, len(operation.outputs)) == (func, options, len(outputs)) and all(
+        form == _Form.of(output) for form, output in forms if isinstance(form, _Form)
+    )
+
+
+def _parted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[Any]]:
+    """The tensors among the arguments, and the others."""
+    leaves = tree_flatten((args, kwargs))[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tensors, [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -356,7 +356,8 @@ class TorchTrainable:
 
     def cached_pass(self) -> CachedPass:
         """What a batch that is run through again and again is observed with."""
-        return CachedPass(self._observe, self._held)
+        is_script = any(isinstance(module, torch.jit.ScriptModule) for module in self._module.modules())
+        return CachedPass(self._observe, self._held, may_fuse=is_script)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
         self._mode(training=False)

@@ -6,6 +6,7 @@ import io
 import random as chance
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from prunectl.training.torch.cached_pass import CachedPass
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from tests.contract import Array
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated", "ignore:.*nested tensors")
 PRODUCTS = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.convolution.default}
 
 
@@ -177,6 +178,64 @@ class Scaled(nn.Module):
         return self.three(nn.functional.linear(torch.relu(self.one(x)), weight))
 
 
+class Chain(nn.Module):
+    """Four layers, with something done in their middle to what the first and the second give."""
+
+    def __init__(self, mix: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.four = (nn.Linear(12, 12) for _ in range(4))
+        self.mix = mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(x)
+        return self.four(self.three(self.mix(x, self.two(x))))
+
+
+def _choose(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y if x.sum() > y.sum() else x * 2
+
+
+def _replace(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x.data = torch.clamp(x.data, 0, 2)
+    return y * x
+
+
+def _fill(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    found = torch.empty(0)
+    torch.abs(x, out=found)
+    return y * found.sum()
+
+
+def _move(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    mean, variance = x.new_zeros(12), x.new_ones(12)
+    nn.functional.batch_norm(x, mean, variance, training=True)
+    return y * mean + variance
+
+
+MIXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "a number": lambda x, y: y / x.abs().max().item(),
+    "a choice": _choose,
+    "a count": lambda x, y: y * len(x.round().unique()),
+    "other numbers": _replace,
+    "a parameter": lambda x, y: y * nn.Parameter(x, requires_grad=False),
+    "an empty output": _fill,
+    "statistics": _move,
+    "nested": lambda x, y: y * torch.nested.nested_tensor([x, x]).to_padded_tensor(0.0)[0],
+}
+
+
+class Scaling(Chain):
+    """Gives a weight other numbers, at another place in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _, y: y)
+        self.scale = nn.Parameter(3 * torch.ones(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale.data = self.scale.data.clamp(0, 2)
+        return self.four(self.three(self.two(self.one(x) * self.scale)))
+
+
 def scripted() -> nn.Module:
     held = io.BytesIO()
     torch.jit.save(torch.jit.script(Residual().eval()), held)
@@ -190,7 +249,8 @@ def exported() -> nn.Module:
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     **{net.__name__: net for net in (Residual, Tied, Centring, CentringHalf, Turning, ByNumbers, Remembering)},
-    **{net.__name__: net for net in (Growing, Text, Steps, Scaled)},
+    **{net.__name__: net for net in (Growing, Text, Steps, Scaled, Scaling)},
+    **{name: partial(Chain, mix) for name, mix in MIXES.items()},
     "scripted": scripted,
     "exported": exported,
 }
@@ -280,7 +340,7 @@ def test_layer_after_layer_is_shown_what_goes_into_it_by_then(kind: str) -> None
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", [kind for kind in NETS if kind != "Growing"])
+@pytest.mark.parametrize("kind", [kind for kind in NETS if kind not in {"Growing", "Scaling"}])
 def test_whatever_is_asked_for_and_changed_in_whatever_order(kind: str, seed: int) -> None:
     module, moments = build(kind), chance.Random(seed)
     run, x = runner(module), inputs()
