@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from prunectl.analysis.timing import Timed
@@ -118,6 +119,9 @@ class Samples:
         return sum(len(batch[0]) for batch in self.batches)
 
 
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+"""Examples are read and checked in single precision, as NumPy knows no bfloat16; only samples are rounded to it."""
+
 NO_SAMPLES = Samples((), is_data=False)
 
 
@@ -135,6 +139,10 @@ def make_samples(runnable: RunnableModel, inputs: tuple[InputSpec, ...], request
             _random_arrays(inputs, request.samples or batch_size + (fixed_size is None), request.seed or 0),
             (),
         )
+    arrays = tuple(
+        array.astype(_BFLOAT16) if spec.dtype == _BFLOAT16.name else array
+        for array, spec in zip(arrays, inputs, strict=True)
+    )
     return Samples(_batches(arrays, batch_size, is_fixed=fixed_size is not None), bool(request.data), notes)
 
 
@@ -177,10 +185,8 @@ def _shape_hint(shape: OpenShape) -> str:
 
 
 def _random_array(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
-    if dtype and not dtype.startswith(("int", "uint", "bool", "float")):
-        raise UsageError(
-            f"the model takes inputs of type {dtype}, for which prunectl has no random values", hint="add --data SPEC"
-        )
+    if dtype and not dtype.startswith(("int", "uint", "bool", "float", "bfloat")):
+        raise UsageError(f"the model takes inputs of type {dtype}, for which prunectl has no values")
     return random_array(random, shape, dtype).astype(dtype or "float32")
 
 

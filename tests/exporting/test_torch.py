@@ -6,6 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,12 @@ import torch
 from prunectl import onnx_graph as graphs
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.export import export as run
-from prunectl.exporting.request import parse_request
+from prunectl.exporting.job import make_samples
+from prunectl.exporting.request import ExportRequest, parse_request
+from prunectl.exporting.torch import open_runnable
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
+from prunectl.training.backend import LoadOptions
 from tests.contract import Array
 from tests.exporting import nets_torch
 from tests.exporting.exporting import DIGITS, NET, by_onnxruntime, export, random, zeros
@@ -123,6 +127,43 @@ def test_a_program_takes_the_types_of_numbers_that_it_was_exported_with(tmp_path
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     with pytest.raises(UsageError, match="the input input0 of the model is int32, but input gives int64"):
         export(tmp_path / "tokens.pt2", tmp_path / "other.onnx", input=["?,?:i64", "?,?"])
+
+
+def bfloat16_program(path: Path) -> torch.nn.Module:
+    """Write a program whose input and weights are bfloat16, and return its module."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).bfloat16().eval()
+    axes = ({0: torch.export.Dim("batch")},)
+    example = torch.ones(2, 4, dtype=torch.bfloat16)
+    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=axes), path)
+    return net
+
+
+@pytest.mark.parametrize("has_data", [False, True])
+def test_a_program_that_takes_bfloat16_is_run_on_it(has_data: bool, tmp_path: Path) -> None:
+    net = bfloat16_program(tmp_path / "half.pt2")
+    data = random((40, 4))[0]
+    np.savez(tmp_path / "data.npz", x=data)
+    runnable = open_runnable(open_model(tmp_path / "half.pt2"), LoadOptions())
+    request = ExportRequest(data=str(tmp_path / "data.npz") if has_data else "", samples=32)
+    (batch,) = make_samples(runnable, runnable.inputs, request).batches
+    (x,) = batch
+    if has_data:
+        np.testing.assert_array_equal(x, data[:32].astype(ml_dtypes.bfloat16))
+    with torch.no_grad():
+        expected = net(torch.from_numpy(x.astype(np.float32)).bfloat16())
+    (answer,) = runnable.run(batch).values()
+    np.testing.assert_array_equal(answer.astype(np.float32), expected.float().numpy())
+    runnable.prepare(batch)()
+
+
+def test_a_type_of_input_for_which_there_are_no_numbers_is_refused_without_advice_that_would_not_help(
+    tmp_path: Path,
+) -> None:
+    net, example = torch.nn.Linear(4, 3, dtype=torch.complex64), torch.ones(2, 4, dtype=torch.complex64)
+    torch.export.save(torch.export.export(net, (example,)), tmp_path / "complex.pt2")
+    with pytest.raises(UsageError, match="inputs of type complex64") as caught:
+        export(tmp_path / "complex.pt2", tmp_path / "complex.onnx")
+    assert not caught.value.hint
 
 
 def test_a_program_for_one_example_stays_for_one(tmp_path: Path) -> None:

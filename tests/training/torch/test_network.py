@@ -128,7 +128,7 @@ class Weighted(torch.nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
 def test_an_exported_program_is_given_the_types_that_it_declares_whatever_its_parameters_are(
     kind: torch.dtype, precision: str, tmp_path: Path
 ) -> None:
@@ -139,7 +139,7 @@ def test_an_exported_program_is_given_the_types_that_it_declares_whatever_its_pa
     )
     torch.export.save(program, tmp_path / "mixed.pt2")
     x, factor = torch.rand(6, 5).to(kind), torch.rand(6, 1)
-    batch = Batch((x.numpy(), factor.numpy()), np.arange(6) % 3)
+    batch = Batch((x.float().numpy(), factor.numpy()), np.arange(6) % 3)
     network = load_trainable(open_model(tmp_path / "mixed.pt2"), LoadOptions())
     network.prepare(TrainOptions(example=batch, loss="cross-entropy", precision=precision))
     with torch.no_grad():
