@@ -21,7 +21,7 @@ from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_finish import OPSET, finalize
 from prunectl.exporting.onnx_names import BATCH, canonical_names
-from prunectl.exporting.weights import check_equal, exported_arrays, exported_tensors, notes_on_names
+from prunectl.exporting.weights import check_equal, exported_arrays, exported_tensors
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.onnx_graph import load_message
 from prunectl.training import user_code
@@ -283,7 +283,7 @@ def run_script(job: ExportJob, target: Path) -> Run:
 
 
 def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Write a state dict under the names that the model's class loads; tied tensors stay tied."""
+    """Write a state dict under the names of the file; tied tensors stay tied."""
     state: dict[str, torch.Tensor] = {}
     shared: dict[object, torch.Tensor] = {}
     for tensor, array in exported_arrays(job):
@@ -297,7 +297,7 @@ def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
     target.write_bytes(buffer.getvalue())
     loaded = torch.load(target, weights_only=True)
     check_equal(job, exported_tensors(job.file), loaded, lambda name: to_numpy(loaded[name]))
-    return tuple(notes_on_names(job.file))
+    return ()
 
 
 def save_state(arrays: Iterable[tuple[str, object, Array]], target: Path) -> None:

@@ -29,7 +29,7 @@ def exported_tensors(model: ModelFile) -> tuple[Tensor, ...]:
     tensors = _weights(model)
     if not tensors:
         raise InputError(f"{model.path} holds no weights")
-    entry = _entry_of_model(tensors)
+    entry = _entry_of_model(model, tensors)
     return tuple(replace(tensor, name=tensor.name.removeprefix(entry)) for tensor in tensors) if entry else tensors
 
 
@@ -37,11 +37,14 @@ def _weights(model: ModelFile) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.duplicates)
 
 
-def _entry_of_model(tensors: Sequence[Tensor]) -> str:
+def _entry_of_model(model: ModelFile, tensors: Sequence[Tensor]) -> str:
     """The entry of a checkpoint that holds all of them, with its dot, such as `state_dict.`; empty if none does.
 
-    It is no part of the names of layers, as a module of such a name would be.
+    It is no part of the names of layers, as a module of such a name would be. What ranks have written is read
+    without it.
     """
+    if by_name(model.format).is_of_ranks:
+        return ""
     root = f"{tensors[0].name.partition('.')[0]}." if tensors else ""
     if root[:-1] not in MODEL_ROOTS or not all(tensor.name.startswith(root) for tensor in tensors):
         return ""
@@ -161,17 +164,12 @@ def check_equal(job: ExportJob, tensors: Iterable[Tensor], names: Iterable[str],
             raise WorkError(f"{name} has different values in the output; nothing was written")
 
 
-def notes_on_names(model: ModelFile) -> list[str]:
-    """What says that tensors have other names than in the source."""
-    entry = _entry_of_model(_weights(model))
-    return [f"Tensors are named without {entry[:-1]}, the entry of the checkpoint that holds them."] if entry else []
-
-
 def _notes(job: ExportJob) -> tuple[str, ...]:
     keys = [tensor.storage.key for tensor in exported_tensors(job.file)]
     tied = len(keys) - len(set(keys))
     omitted = len(job.file.tensors) - len(keys)
-    notes = notes_on_names(job.file)
+    entry = _entry_of_model(job.file, _weights(job.file))
+    notes = [f"Tensors are named without {entry[:-1]}, the entry of the checkpoint that holds them."] if entry else []
     if tied:
         shared = "1 tensor shares its bytes" if tied == 1 else f"{tied} tensors share their bytes"
         notes.append(f"{shared} with others in the source; in the output each has its own.")
