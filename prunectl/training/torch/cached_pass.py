@@ -102,10 +102,10 @@ class _Trace:
         number = len(self.operations)
         given, options = _parted(args, kwargs)
         outputs, structure = tree_flatten(result)
-        if not self._is_known(func, given, outputs):
+        makers = [self.maker(tensor) for tensor in given]
+        if not self._is_known(func, given, makers, outputs):
             self.is_sound = False
             return
-        makers = [self.maker(tensor) for tensor in given]
         for tensor, maker in zip(given, makers, strict=True):
             if maker is not None:
                 self.uses[maker.place] = number
@@ -130,7 +130,9 @@ class _Trace:
                     self._made.add(address)
         self.operations.append(_Operation(func, options, known, structure))
 
-    def _is_known(self, func: Any, given: Sequence[torch.Tensor], outputs: Sequence[Any]) -> bool:
+    def _is_known(
+        self, func: Any, given: Sequence[torch.Tensor], makers: Sequence[_Maker | None], outputs: Sequence[Any]
+    ) -> bool:
         """Whether all of an operation can be told from what was seen before."""
         tensors = (*given, *(output for output in outputs if isinstance(output, torch.Tensor)))
         if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in tensors):
@@ -138,8 +140,8 @@ class _Trace:
         numbers = [output for output in outputs if not isinstance(output, torch.Tensor | None)]
         if numbers and given and not func.name().startswith("aten::sym_"):
             return False
-        for tensor in given:
-            maker, address = self.maker(tensor), _address(tensor)
+        for tensor, maker in zip(given, makers, strict=True):
+            address = _address(tensor)
             if maker is not None:
                 # It was given another storage, or another shape where it lies.
                 if (maker.address, maker.form) != (address, _Form.of(tensor)):
@@ -250,18 +252,16 @@ class CachedPass:
     def _begin(self, names: Collection[str]) -> None:
         if not self._is_traced:
             self._trace = _Trace()
-        weights, versions = self._weights(), self._current_versions()
+        weights = self._weights()
+        versions = _versions(weights)
         # What reads a weight that has changed, or is to be shown, has to be run.
         wanted = {address for address, _ in versions ^ self._versions} | {_address(weights[name]) for name in names}
         if any(self._trace.reads[address] < self._done for address in wanted & self._trace.reads.keys()):
             self.clear()
         self._versions, self._next = versions, 0
 
-    def _current_versions(self) -> set[tuple[int, int]]:
-        return {(_address(weight), weight._version) for weight in self._weights().values()}  # noqa: SLF001
-
     def _end(self, *, is_complete: bool) -> None:
-        if self._current_versions() != self._versions:
+        if _versions(self._weights()) != self._versions:
             # The module has changed itself.
             self._give_up()
         elif self._is_traced:
@@ -357,6 +357,11 @@ def _parted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torc
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return tensors, [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+
+
+def _versions(weights: Mapping[str, torch.Tensor]) -> set[tuple[int, int]]:
+    """Where weights lie, and how often each was written to."""
+    return {(_address(weight), weight._version) for weight in weights.values()}  # noqa: SLF001
 
 
 def _address(tensor: torch.Tensor) -> int:
