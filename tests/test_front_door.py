@@ -169,21 +169,25 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_with_its_code_and_leaves_nothing(sent: signal.Signals, code: int, tmp_path: Path) -> None:
-    waiting = subprocess.Popen(
+    with subprocess.Popen(
         [*COMMAND, "inspect", "-", "-v"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=clean(TMPDIR=str(tmp_path), PYTHONUNBUFFERED="1"),
-    )
-    assert waiting.stdin is not None
-    while not any(tmp_path.rglob("standard-input")):  # it has begun to keep its input
-        assert waiting.poll() is None
-    waiting.send_signal(sent)
-    assert waiting.wait(HANG_SECONDS) == code
-    assert list(tmp_path.iterdir()) == []
-    waiting.stdin.close()
-    assert waiting.stderr is not None
-    waiting.stderr.close()
+    ) as waiting:
+        try:
+            # It has begun to keep its input, and sleeps: a signal just before it asks for more would be heard after it.
+            while not any(tmp_path.rglob("standard-input")) or not is_asleep(waiting.pid):
+                assert waiting.poll() is None
+            waiting.send_signal(sent)
+            assert waiting.wait(HANG_SECONDS) == code
+            assert list(tmp_path.iterdir()) == []
+        finally:
+            waiting.kill()
+
+
+def is_asleep(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 def test_a_closed_pipe_is_141_and_silent() -> None:
