@@ -127,6 +127,8 @@ INLINE_BYTES = 1 << 15
 _FLOAT, _EXTERNAL = 1, 1
 _NUMBERS = "raw_data float_data int32_data int64_data double_data uint64_data dims external_data data_location"
 """The fields of a tensor that say its numbers and its shape."""
+_TENSOR = 4
+"""The type of an attribute that is a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,14 +272,29 @@ def all_tensors(model: Any) -> Iterator[tuple[str, GraphTensor]]:
 
 
 def densify(proto: Any, model: ModelFile) -> bool:
-    """Put back the zeros of tensors of the main graph that are stored without; whether there were any."""
+    """Put back the zeros of tensors that are stored without; whether there were any."""
     from_array = require("onnx.numpy_helper", extra="onnx").from_array
     tensors = {tensor.name: tensor for tensor in model.tensors}
-    names = [sparse.values.name for sparse in proto.graph.sparse_initializer]
-    for name in names:
-        proto.graph.initializer.append(from_array(np.ascontiguousarray(model.read(tensors[name])), name))
-    del proto.graph.sparse_initializer[:]
-    return bool(names)
+    stored = [(name, tensor) for name, tensor in all_tensors(proto) if tensor.sparse is not None and name in tensors]
+    for name, tensor in stored:
+        dense_slot(tensor).CopyFrom(from_array(np.ascontiguousarray(model.read(tensors[name])), tensor.name))
+    return bool(stored)
+
+
+def dense_slot(tensor: GraphTensor) -> Any:
+    """The message for the numbers of a tensor, in the place of what it was stored as."""
+    if tensor.node is None and tensor.dense is not None:
+        return tensor.dense
+    if tensor.node is None:
+        tensor.scope.sparse_initializer.remove(tensor.sparse)
+        return tensor.scope.initializer.add()
+    if tensor.is_main:
+        tensor.scope.node.remove(tensor.node)
+        return tensor.scope.initializer.add()
+    del tensor.node.attribute[:]
+    attribute = tensor.node.attribute.add()
+    attribute.name, attribute.type = "value", _TENSOR
+    return attribute.t
 
 
 def _training_graphs(part: Any) -> Iterator[Any]:

@@ -102,6 +102,32 @@ def test_a_model_without_its_zeros_is_exported_again(option: str, tmp_path: Path
     assert len(onnx.load(tmp_path / "same.onnx").graph.sparse_initializer) == 1
 
 
+@pytest.mark.parametrize("option", ["", "half", "int8"])
+@pytest.mark.parametrize("is_inner", [False, True])
+def test_a_constant_without_its_zeros_is_exported_with_them(is_inner: bool, option: str, tmp_path: Path) -> None:
+    values = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
+    indices = helper.make_tensor("", TensorProto.INT64, [2], [0, 5])
+    nodes = [
+        helper.make_node("Constant", [], ["w"], sparse_value=helper.make_sparse_tensor(values, indices, [4, 3])),
+        helper.make_node("MatMul", ["x", "w"], ["z" if is_inner else "y"]),
+    ]
+    if is_inner:
+        inner = helper.make_graph(nodes, "inner", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, ("n", 3))])
+        nodes = [
+            helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True))),
+            helper.make_node("If", ["yes"], ["y"], then_branch=inner, else_branch=inner),
+        ]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", size)) for name, size in (("x", 4), ("y", 3))]
+    graph = helper.make_graph(nodes, "graph", ports[:1], ports[1:])
+    source, target = tmp_path / "sparse.onnx", tmp_path / "dense.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    words: dict[str, bool] = {option: True} if option else {}
+    export(source, target, **words)
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    weights = np.array([[1, 0, 0], [0, 0, 2], [0, 0, 0], [0, 0, 0]], np.float32)
+    np.testing.assert_allclose(by_onnxruntime(target, x)[0], x @ weights, atol=0.05)
+
+
 @pytest.mark.parametrize("data", ["", "data.npz"])
 def test_sums_of_integers_overflow_on_no_processor(data: str, tmp_path: Path) -> None:
     weight = numpy_helper.from_array(np.full((64, 8), 1.0, np.float32), "dense")

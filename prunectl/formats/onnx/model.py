@@ -41,7 +41,8 @@ def about(model: Model, scopes: Sequence[GraphScope], tensors: Sequence[Tensor])
         training=tuple(dict.fromkeys(f"loss {node.op}" for node in nodes if node.op.endswith("Loss"))),
         code=_foreign(nodes, frozenset(scope.defines for scope in scopes)),
         notes=(*_notes(nodes), *_tensor_notes(tensors)),
-        is_compressed=any(scope.graph.sparse for scope in scopes),
+        is_compressed=any(scope.graph.sparse for scope in scopes)
+        or any("sparse_value" in node.attributes for node in nodes),
     )
 
 

@@ -13,11 +13,11 @@ from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.onnx.usage import CELLS
 from prunectl.onnx_graph import (
-    GraphTensor,
     OnnxNetwork,
     OnnxSession,
     all_tensors,
     axes_behind,
+    dense_slot,
     load_message,
     output_of,
     refer,
@@ -211,7 +211,6 @@ def _filled(array: Array, size: int) -> Array:
 
 _LISTED_BEFORE = 4
 """Version of the format before which a tensor had to be listed among the inputs."""
-_TENSOR = 4
 _STATES = "prunectl/states_"
 
 
@@ -233,7 +232,7 @@ class LoadedWeights:
             tensor = self._tensors.get(name)
             if tensor is None:
                 continue
-            slot = _slot(old)
+            slot = dense_slot(old)
             slot.Clear()
             slot.name, slot.data_type = old.name, old.data_type
             if old.is_main:
@@ -282,22 +281,6 @@ class LoadedWeights:
         self._assigned[tensor.name] = array
         if tensor.name in self._inside:
             set_tensor_data(self._inside[tensor.name], array)
-
-
-def _slot(tensor: GraphTensor) -> Any:
-    """An empty message of a tensor in the place of what was there."""
-    if tensor.node is None and tensor.dense is not None:
-        return tensor.dense
-    if tensor.node is None:
-        tensor.scope.sparse_initializer.remove(tensor.sparse)
-        return tensor.scope.initializer.add()
-    if tensor.is_main:
-        tensor.scope.node.remove(tensor.node)
-        return tensor.scope.initializer.add()
-    del tensor.node.attribute[:]
-    attribute = tensor.node.attribute.add()
-    attribute.name, attribute.type = "value", _TENSOR
-    return attribute.t
 
 
 def _delist(proto: Any, main: set[str]) -> None:
