@@ -44,6 +44,7 @@ class Passes:
     sights: Sights = field(default_factory=Sights)
     _repeated: dict[tuple[int, int], RepeatedPass] = field(default_factory=dict)
     """By the identity of the network and the number of the batch."""
+    _held_bytes: int = 0
 
     def run(self, network: InspectableModel, names: Collection[str], index: int, x: Arrays, see: InputCallback) -> None:
         """Run a batch as far as some tensors meet inputs; to its end where it is not known how often they do."""
@@ -64,10 +65,13 @@ class Passes:
                 if left == 0:
                     raise PassEnd
 
+        held_bytes = 0 if repeated is None else repeated.nbytes
         try:
             (repeated or network).observe(names, x, counted)
         except PassEnd as end:
             # It is held by frames that it holds itself, with all that was seen in them.
             end.__traceback__ = None
-        if repeated is not None and sum(each.nbytes for each in self._repeated.values()) > AHEAD_BYTES:
-            repeated.clear()
+        if repeated is not None:
+            if self._held_bytes + repeated.nbytes - held_bytes > AHEAD_BYTES:
+                repeated.clear()
+            self._held_bytes += repeated.nbytes - held_bytes
