@@ -59,16 +59,7 @@ def check(depfile: Path, target: Path, models: Iterable[Path]) -> None:
     if depfile.is_dir() or depfile.resolve() in {path.resolve() for path in models}:
         raise UsageError(f"{depfile} cannot be a depfile: it is not a file", hint="write --depfile OUT.d")
     _check_free(depfile, target)
-    check_folder(depfile.absolute().parent)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that takes no files."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written to: {error.strerror}") from error
+    atomic.check_folder(depfile.absolute().parent)
 
 
 def write(depfile: Path, target: Path, text: str) -> None:

@@ -65,6 +65,7 @@ def ci_path(path: Path) -> str:
 
 
 STDOUT = STDIN
+_STDOUT_PATHS = frozenset({"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 _SUMMARY = "GITHUB_STEP_SUMMARY"
 """The file that GitHub shows at the end of a step."""
 
@@ -141,7 +142,7 @@ def _split(option: str) -> tuple[str, str]:
         )
     if not colon or not path:
         raise UsageError(f"--report {name} names no file", hint=f"write --report {name}:PATH; - is standard output")
-    return name, path
+    return name, STDOUT if path in _STDOUT_PATHS else path
 
 
 def _is_user_file(path: Path) -> bool:
@@ -154,10 +155,10 @@ def _is_user_file(path: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    if path.exists() and not path.is_file():
-        # A pipe or a device has no place that could be taken.
-        with writing(path):
-            path.write_text(text, encoding="utf-8")
+    if atomic.is_device(path):
+        # It has no place that could be taken. What it leads to may have lines already.
+        with writing(path), path.open("a", encoding="utf-8") as device:
+            device.write(text)
         return
     atomic.write_text(path, text, is_forced=True)
 

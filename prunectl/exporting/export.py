@@ -21,7 +21,7 @@ from prunectl.exporting.job import ExportJob, apply_input_options, check_known, 
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import Route, Target, check_options, find_route, load, target_of
 from prunectl.formats import atomic as places
-from prunectl.formats.atomic import check_parent, write_text
+from prunectl.formats.atomic import check_beside, write_text
 from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, ModelInfo, Role, Storage, StripOptions, Tensor
 from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_files, utf8_path
@@ -36,7 +36,7 @@ def check_card(request: ExportRequest, output: Destination) -> None:
     card = request.card
     if card is None:
         return
-    check_parent(card)
+    check_beside(card)
     if os.path.abspath(card) == os.path.abspath(output.target):
         raise UsageError("--card and --output name the same file")
     if card.is_dir() or (os.path.lexists(card) and not output.is_forced):

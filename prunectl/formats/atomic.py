@@ -6,10 +6,12 @@ import ctypes
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from shlex import quote
 from threading import Event
 
 from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
@@ -86,6 +88,7 @@ def check_target(
     One file may go into the folder of a SavedModel or a pipeline that it is made from.
     """
     if is_in_place:
+        check_folder(model.path.resolve().parent)
         return
     if not target.name:
         raise UsageError(f"{target} is not a file name", hint=f"write {target / model.path.name}")
@@ -93,7 +96,9 @@ def check_target(
         raise UsageError(f"{target} is the input itself", hint="choose another --output, or use --in-place")
     check_parent(target)
     _check_apart(model, target, is_one_file=is_one_file)
+    check_folder(target.parent)
     for place in dict.fromkeys(_place_of(name, target) for name in planned_files(model, target)):
+        check_replaceable(place, hint="-o - writes to standard output")
         if any(is_same(file, place) for file in model.files):
             raise UsageError(f"{place} is part of the input", hint="write to another folder")
         if os.path.lexists(place) and not is_forced:
@@ -193,13 +198,52 @@ def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
 
 def check_parent(path: Path) -> None:
     """Refuse a path in a folder that is not there."""
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {path.parent}")
+    if path.parent.is_dir():
+        return
+    in_the_way = next((folder for folder in path.parents if os.path.lexists(folder)), None)
+    if in_the_way is None or in_the_way.is_dir():
+        raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {quote(str(path.parent))}")
+    raise UsageError(f"{path} has no place: {in_the_way} is not a folder", hint="name a place in a folder")
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is a device, a pipe or a socket, or a link of the system's to whatever an open file is.
+
+    /dev/stdout leads to a plain file where standard output does: in its place, nobody else would have one any more.
+    """
+    folder = path.parent.resolve()
+    is_of_system = folder == Path("/dev") or folder.is_relative_to("/proc")
+    return path.exists() and (is_of_system or not (path.is_file() or path.is_dir()))
+
+
+def check_replaceable(path: Path, hint: str = "name a file") -> None:
+    """Refuse the place of a device: whoever has it open would wait in vain for what is written."""
+    if is_device(path):
+        raise UsageError(f"{path} is a device or a pipe: prunectl does not replace it", hint=hint)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that takes no files, before any work begins."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WorkError(f"{folder} cannot be written to: {error.strerror}; nothing was written") from error
+
+
+def check_beside(path: Path) -> None:
+    """Refuse the place of a file that is written beside a model when the work is done, such as a page of its report."""
+    if str(path) == "-":
+        raise UsageError("only the model itself can be written to standard output", hint="name a file instead of -")
+    check_parent(path)
+    check_replaceable(path)
+    check_folder(path.parent)
 
 
 def write_text(target: Path, text: str, *, is_forced: bool) -> None:
     """Write a file that is there whole or not at all, in place of none unless the user said so."""
     check_parent(target)
+    check_replaceable(target)
     if target.is_dir() or (os.path.lexists(target) and not is_forced):
         raise UsageError(f"{target} exists", hint="choose another --output, or replace it with --force")
     with atomic_replace(target, may_replace=is_forced) as folder:
@@ -212,7 +256,9 @@ def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None =
 
     What is made from a model is readable by those who may read that model, or what it replaces.
     """
-    with _staging_dir(target.parent) as folder:
+    # What is written without a model is about one, which may be there already.
+    unwritten = "nothing was written" if model is not None else f"{target.name} was not written"
+    with _staging_dir(target.parent, unwritten) as folder:
         yield folder
         placements = _move_order(folder, target, model)
         for new, _ in placements:
@@ -240,7 +286,7 @@ def _move_order(folder: Path, target: Path, model: ModelFile | None) -> list[tup
 
 
 @contextmanager
-def _staging_dir(parent: Path) -> Generator[Path]:
+def _staging_dir(parent: Path, unwritten: str) -> Generator[Path]:
     # Beside the target, because a rename is atomic only within one filesystem.
     scratch.clear_stale(parent, scratch.HIDDEN)
     held = scratch.LockedFolder()
@@ -249,11 +295,11 @@ def _staging_dir(parent: Path) -> Generator[Path]:
         yield held.inside
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise WorkError(f"{parent} has no space for the result: {error.strerror}; nothing was written") from error
+            raise WorkError(f"{parent} has no space for the result: {error.strerror}; {unwritten}") from error
         # What is read says so itself, and what has no name was being written.
         if error.errno is None or not (error.filename is None or is_of_output(error)):
             raise
-        raise WorkError(f"{parent} cannot be written to: {error.strerror}; nothing was written") from error
+        raise WorkError(f"{parent} cannot be written to: {error.strerror}; {unwritten}") from error
     finally:
         held.release()
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from prunectl import __version__
 from prunectl.analysis.stats import ModelStats
 from prunectl.errors import InputError, UsageError
-from prunectl.formats.atomic import check_parent, write_text
+from prunectl.formats.atomic import check_beside, write_text
 from prunectl.formats.safe_json import read_object
 from prunectl.plugins import check_untrusted
 from prunectl.pruning.request import PruneRequest, code_specs, from_json
@@ -45,7 +45,7 @@ class Recorded(Protocol):
 
 def check_manifest(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> None:
     """Reject a path where no manifest can be written, or that holds something else, before any work begins."""
-    check_parent(path)
+    check_beside(path)
     exists = os.path.lexists(path)
     if (exists and not path.is_file()) or path.resolve() in {path_in_use.resolve() for path_in_use in reserved}:
         raise UsageError(f"{path} cannot be a manifest: it is not a file", hint="name a file: --manifest run.json")

@@ -162,6 +162,12 @@ def test_several_reports_are_written_at_once(tmp_path: Path) -> None:
     assert again.code == 1
 
 
+def test_a_report_to_standard_output_is_one_by_each_of_its_names(tmp_path: Path) -> None:
+    put(tmp_path, "[[budget]]\npath = 'a.*'\nmax-raw = 1\n", a=MODEL)
+    under_dash = prunectl(tmp_path, "check", "--report", "sarif:-")
+    assert prunectl(tmp_path, "check", "--report", "sarif:/dev/stdout").out == under_dash.out != ""
+
+
 def test_a_report_to_standard_output_is_all_that_is_there(tmp_path: Path) -> None:
     put(tmp_path, "[[budget]]\npath = '*.safetensors'\nmax-raw = 1\n", a=MODEL, b=b"none")
     found = prunectl(tmp_path, "check", "--report", "sarif:-")

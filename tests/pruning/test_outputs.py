@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -27,7 +28,7 @@ from prunectl.errors import WorkError
 from prunectl.formats import atomic, scratch
 from prunectl.formats import atomic as exchanging
 from prunectl.formats.registry import open_model
-from prunectl.pruning.destination import Destination
+from prunectl.pruning.destination import Destination, check
 from prunectl.pruning.prune import prune as run
 from prunectl.pruning.request import PruneRequest
 from tests.contract import digest, read_all
@@ -111,6 +112,60 @@ def test_a_folder_that_is_not_there_is_not_made(model: Path, tmp_path: Path) -> 
     done = here("prune", model, "-o", tmp_path / "nowhere" / "out.pt", *HALF)
     assert done.code == 2
     assert "mkdir" in done.err
+
+
+def test_no_folder_is_advised_where_a_file_is_in_the_way(model: Path) -> None:
+    done = here("prune", model, "-o", model / "out.pt", *HALF)
+    assert done.code == 2
+    assert f"{model} is not a folder" in done.err
+    assert "mkdir" not in done.err
+
+
+@pytest.mark.parametrize("option", ["-o", "--html", "--manifest"])
+def test_a_pipe_is_not_replaced_by_a_file(option: str, model: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    where = () if option == "-o" else ("-o", tmp_path / "out.pt")
+    done = here("prune", model, *where, option, pipe, *HALF, "--force")
+    assert done.code == 2
+    assert pipe.is_fifo()
+    assert sorted(tmp_path.iterdir()) == sorted([model, pipe])
+
+
+def test_a_link_to_an_open_file_is_taken_for_a_device() -> None:
+    with tempfile.TemporaryFile() as file:
+        link = Path(f"/proc/self/fd/{file.fileno()}")
+        assert link.is_file()
+        assert atomic.is_device(link)
+
+
+@pytest.mark.parametrize("option", ["--html", "--manifest"])
+def test_what_is_written_beside_a_model_has_a_name(option: str, model: Path, tmp_path: Path) -> None:
+    done = here("prune", model, "-o", tmp_path / "out.pt", option, "-", *HALF)
+    assert done.code == 2
+    assert "name a file" in done.err
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_a_folder_that_takes_no_files_is_refused_before_any_work(
+    is_in_place: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    target = Destination(model if is_in_place else tmp_path / "out.pt", is_in_place=is_in_place)
+    with pytest.raises(WorkError, match="cannot be written to: Read-only file system"):
+        check(open_model(model), target)
+
+
+def test_a_page_for_which_there_is_no_room_does_not_deny_the_model(tmp_path: Path) -> None:
+    with (
+        pytest.raises(WorkError, match=r"has no space for the result: No space.*; page.html was not written"),
+        atomic.atomic_replace(tmp_path / "page.html", may_replace=False),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_folder_without_a_model_is_never_replaced(model: Path, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ _HEAD_BYTES = 512
 
 def check(path: Path) -> None:
     """Refuse a place that a page cannot have, before any work begins."""
-    atomic.check_parent(path)
+    atomic.check_beside(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint=f"name a file: --html {path / 'report.html'}")
     if path.is_file() and not _is_ours(path):
