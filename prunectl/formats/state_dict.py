@@ -111,14 +111,25 @@ def has_own_length(name: str, names: Collection[str]) -> bool:
     return name.endswith(("weight_v", ".original1")) and length in names
 
 
+def may_change_zeros(name: str, names: Collection[str]) -> bool:
+    """Whether an unknown parametrization computes a weight from this tensor; spectral_norm and masks keep its zeros."""
+    before = name.removesuffix("original")
+    known = ("_u", "_v", "mask")
+    is_parametrized = name.endswith(".original") and ".parametrizations." in f".{name}"
+    return is_parametrized and not any(f"{before}0.{part}" in names for part in known)
+
+
 def _parted(name: str, shapes: Shapes) -> tuple[str, str]:
     """The layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
     inside = ".parametrizations."
     if inside in f".{name}":
         before, _, rest = f".{name}".partition(inside)
         leaf, _, part = rest.partition(".")
-        # weight_norm keeps the lengths as original0, and what is multiplied by them as original1.
-        is_weight = part == "original" or (part == "original1" and f"{name.removesuffix('1')}0" in shapes)
+        # weight_norm keeps the lengths as original0, and what is multiplied by them as original1. What orthogonal keeps
+        # beside a base says how that is turned.
+        is_turned = f"{name.removesuffix('original')}0.base" in shapes
+        is_weight = part == "original" and not is_turned
+        is_weight |= part == "original1" and f"{name.removesuffix('1')}0" in shapes
         return f"{before.removeprefix('.')}." if before else "", leaf if is_weight else f"{leaf} {part}"
     at = max(name.rfind("."), name.rfind("/")) + 1
     return name[:at], name[at:]

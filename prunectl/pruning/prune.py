@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from prunectl.formats.atomic import flush, flush_meanwhile
 from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import open_model, require
-from prunectl.formats.state_dict import has_own_length
+from prunectl.formats.state_dict import has_own_length, may_change_zeros
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import engine
@@ -178,7 +178,7 @@ def _prune(
     notes = (
         *outputs.notes_on_folder(model, output),
         *_note_on_floors(_floored(plan, method, before, counts), plan),
-        *_note_on_weight_norm(model, plan),
+        *_notes_on_parametrizations(model, plan),
     )
     lost = {name: count.lost for name, count in counts.items() if count.lost is not None}
     return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), notes, lost=lost)
@@ -206,15 +206,18 @@ def _note_on_floors(floored: Sequence[str], plan: Plan) -> tuple[str, ...]:
     return (f"{who} the least that is left of any tensor: ranked with all others, fewer weights would be kept.",)
 
 
-def _note_on_weight_norm(model: ModelFile, plan: Plan) -> tuple[str, ...]:
+def _notes_on_parametrizations(model: ModelFile, plan: Plan) -> Iterator[str]:
     names = {tensor.name for tensor in model.tensors}
-    normed = [abbreviated(cut.tensor.name) for cut in plan.cuts if has_own_length(cut.tensor.name, names)]
-    if not normed:
-        return ()
-    who = f"{normed[0]} is" if len(normed) == 1 else f"{len(normed)} tensors, such as {normed[0]}, are"
-    without = "save it again without weight_norm (torch.nn.utils.parametrize.remove_parametrizations)"
-    effect = f"{who} scaled to a length by weight_norm: what is kept grows by what goes"
-    return (f"{effect}. To prune the weights that the model computes, {without}.",)
+    effects = (
+        (has_own_length, "scaled to a length by weight_norm: what is kept grows by what goes", " without weight_norm"),
+        (may_change_zeros, "what a parametrization makes a weight of, which may have other zeros", ""),
+    )
+    for has_effect, effect, without in effects:
+        affected = [abbreviated(cut.tensor.name) for cut in plan.cuts if has_effect(cut.tensor.name, names)]
+        if affected:
+            who = f"{affected[0]} is" if len(affected) == 1 else f"{len(affected)} tensors, such as {affected[0]}, are"
+            again = f"save it again{without} (torch.nn.utils.parametrize.remove_parametrizations)"
+            yield f"{who} {effect}. To prune the weights that the model computes, {again}."
 
 
 def _work(model: ModelFile, plan: Plan) -> int:

@@ -247,6 +247,28 @@ def test_that_weight_norm_makes_what_is_kept_larger_is_told(weight_norm: Any, tm
     assert "what is kept grows" not in here("prune", tmp_path / "plain.pt", "-o", tmp_path / "p.pt", "-s", "50%").err
 
 
+def test_what_other_parametrizations_make_of_zeros_is_told(tmp_path: Path) -> None:
+    class Symmetric(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight.triu() + weight.triu(1).mT
+
+    turned, scaled, unknown = (torch.nn.Linear(8, 8) for _ in range(3))
+    layers = torch.nn.Sequential(turned, scaled, unknown)
+    torch.nn.utils.parametrizations.orthogonal(turned)
+    torch.nn.utils.parametrizations.spectral_norm(scaled)
+    torch.nn.utils.parametrize.register_parametrization(unknown, "weight", Symmetric())
+    torch.save(layers.state_dict(), tmp_path / "m.pt")
+    done = here("prune", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "-s", "50%")
+    assert "2.parametrizations.weight.original is what a parametrization makes a weight of" in " ".join(
+        done.err.split()
+    )
+    before, after = dict(layers.state_dict()), torch.load(tmp_path / "out.pt", weights_only=True)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{number}.parametrizations.weight.original" for number in (1, 2)}
+    layers.load_state_dict(after)
+    torch.testing.assert_close(scaled.weight == 0, after["1.parametrizations.weight.original"] == 0)
+
+
 def test_a_norm_over_several_axes_is_no_kernel(tmp_path: Path) -> None:
     assert described(tmp_path, {"x.weight": (4, 6), "x.bias": (4, 6), "fc.weight": (2, 2)}) == {"fc.weight"}
 
