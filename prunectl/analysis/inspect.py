@@ -150,7 +150,7 @@ _NOUNS = {
     Role.NORM: ("norm parameter", "norm parameters"),
     Role.STATE: ("other state tensor", "other state tensors"),
     Role.MASK: ("pruning mask", "pruning masks"),
-    Role.SCHEDULE: ("step counter or threshold of pruning", "step counters and thresholds of pruning"),
+    Role.SCHEDULE: ("variable of a pruning wrapper", "variables of pruning wrappers"),
     Role.OPTIMIZER: ("optimizer slot", "optimizer slots"),
 }
 _VECTORS = ("other vector or scalar", "other vectors and scalars")

@@ -16,8 +16,9 @@ import h5py
 import numpy as np
 import pytest
 
+import prunectl
 from prunectl.errors import InputError, PrunectlError, attempt
-from prunectl.formats.base import RemovedItem, StripOptions, StripPart
+from prunectl.formats.base import RemovedItem, Role, StripOptions, StripPart
 from prunectl.formats.registry import by_name, load, open_model
 from tests.contract import Array, raw, read_all
 from tests.networks import keras, small_keras, tf_keras
@@ -237,6 +238,43 @@ def test_a_pruned_model_is_what_tfmot_strips_it_to(
     )
     assert not open_model(target).about.wrappers
     assert not any("prune_low_magnitude" in path for path in groups(target))
+
+
+@pytest.mark.parametrize("make", [branched, recurrent])
+def test_a_weight_that_a_wrapper_holds_twice_counts_and_is_pruned_once(
+    make: Callable[[], Any], pruned_files: Shelf, tmp_path: Path
+) -> None:
+    path, target = pruned_files(make).copied("m.keras", tmp_path), tmp_path / "sparse.keras"
+    prunable = sum(row.params for row in prunectl.inspect(path).layers if row.is_prunable)
+    prunectl.prune(path, target, sparsity=0.5)
+    with tfmot().prune_scope():
+        model = tf_keras().models.load_model(target, compile=False)
+    masks = masks_of(model)
+    weights = {id(weight): weight for weight in model.trainable_weights}.values()
+    kernels = [weight.numpy() for weight in weights if len(weight.shape) > 1 and "bias" not in weight.name]
+    assert prunable == sum(kernel.size for kernel in kernels)
+    assert sum(int(np.count_nonzero(kernel == 0)) for kernel in kernels) == round(0.5 * prunable)
+    assert sorted(tensor.shape for tensor in open_model(path).tensors if tensor.role is Role.MASK) == sorted(
+        tuple(mask.shape) for _, mask, _ in masks
+    )
+
+
+def test_wrappers_are_known_in_a_file_of_weights_alone(tmp_path: Path) -> None:
+    k, path = tf_keras(), tmp_path / "m.weights.h5"
+    layers = [k.layers.Input((6, 6, 3)), wrapped(k.layers.SeparableConv2D(4, 3)), wrapped(k.layers.Flatten())]
+    k.Sequential(layers).save_weights(path)
+    roles = {tensor.name: tensor.role for tensor in open_model(path).tensors}
+    assert roles == {
+        "prune_low_magnitude/kernel": Role.KERNEL,
+        "prune_low_magnitude/weight_1": Role.KERNEL,
+        "prune_low_magnitude/weight_2": Role.OTHER,
+        "prune_low_magnitude/weight": Role.SCHEDULE,
+        "prune_low_magnitude/mask": Role.MASK,
+        "prune_low_magnitude/threshold": Role.SCHEDULE,
+        "prune_low_magnitude/pruning_step": Role.SCHEDULE,
+        "prune_low_magnitude_1/pruning_step": Role.SCHEDULE,
+    }
+    assert open_model(path).duplicates == {"prune_low_magnitude/weight": "prune_low_magnitude/weight_1"}
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])

@@ -309,6 +309,20 @@ def test_a_pruned_model_is_what_tfmot_strips_it_to(make: Any, tmp_path: Path) ->
     assert not open_model(target).about.wrappers
 
 
+@pytest.mark.usefixtures("_forked_rebuilding")
+def test_variables_that_have_other_numbers_without_the_masks_are_held_against_their_own(tmp_path: Path) -> None:
+    k = tf_keras()
+    inner = k.Sequential([k.layers.Input((5,)), wrapped(k.layers.Dense(4)), k.layers.Dense(3)])
+    model = pruned(k.Sequential([k.layers.Input((5,)), inner]))
+    model.save(tmp_path / "m", save_format="tf")
+    target, _ = strip(tmp_path / "m")
+    reader = tf.train.load_checkpoint(str(target / "variables" / "variables"))
+    found = [reader.get_tensor(f"variables/{number}/.ATTRIBUTES/VARIABLE_VALUE") for number in range(4)]
+    expected = [np.where(inner.layers[0].pruning_vars[0][1] == 0, 0, inner.layers[0].layer.kernel)]
+    expected += [inner.layers[0].layer.bias, inner.layers[1].kernel, inner.layers[1].bias]
+    assert bits(found) == bits(expected)
+
+
 @pytest.fixture(scope="module")
 def pruned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tfmot()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prunectl.formats.keras.config import inner_layer
 from prunectl.formats.keras.strip import LayerNameConflictError, unwrap_config
-from prunectl.formats.keras.strip_layouts import MasksNotAppliedError, Weight, match_masks
+from prunectl.formats.keras.wrapped import MasksNotAppliedError, Weight, match_masks
 
 
 def layer(name: str, *calls: Any, kind: str = "Dense", **facts: Any) -> dict[str, Any]:

@@ -171,19 +171,32 @@ class _Owner:
         return self.layer.kind if self.layer is not None else ""
 
 
-def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
+class NumberedWeights(NamedTuple):
+    """The weights of a file that knows them by number."""
+
+    tensors: tuple[Tensor, ...]
+    copies: Mapping[str, str]
+    """Weights that pruning wrappers hold once more, with their originals."""
+
+
+def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> NumberedWeights:
     """The weights under the names that Keras gives to variables: `dense/kernel`."""
     from prunectl.formats.keras.numbering import ambiguous_containers, layers_by_folder  # noqa: PLC0415 - of archives
+    from prunectl.formats.keras.wrapped import wrapped_layers  # noqa: PLC0415 - of archives
 
     slots = layers_by_folder(config, contents.datasets)
     siblings = Counter(dataset.name.rpartition("/")[0] for dataset in contents.datasets)
     unclear = ambiguous_containers(config, slots, [dataset.name for dataset in contents.datasets])
-    tensors = [_numbered_tensor(dataset, contents, slots, siblings, unclear) for dataset in contents.datasets]
+    wrapped = wrapped_layers(contents.datasets, slots)
+    folders = _Folders(contents, {**slots, **wrapped.layers}, unclear, frozenset(wrapped.folders))
+    tensors = [_numbered_tensor(dataset, folders, siblings, wrapped.variables) for dataset in contents.datasets]
     repeated = Counter(tensor.name for tensor in tensors)
-    return tuple(
-        replace(tensor, name=dataset.name) if repeated[tensor.name] > 1 else tensor
+    named = {
+        dataset.name: replace(tensor, name=dataset.name) if repeated[tensor.name] > 1 else tensor
         for tensor, dataset in zip(tensors, contents.datasets, strict=True)
-    )
+    }
+    copies = {named[copy].name: named[original].name for copy, original in wrapped.copies.items()}
+    return NumberedWeights(tuple(named.values()), copies)
 
 
 def unmatched_note(tensors: Iterable[Tensor]) -> tuple[str, ...]:
@@ -193,21 +206,36 @@ def unmatched_note(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     return ("The weights do not match the layers of the configuration, so they are named by their paths in the file.",)
 
 
+@dataclass(frozen=True, slots=True)
+class _Folders:
+    """What is known of the folders of a file."""
+
+    contents: H5Contents
+    layers: Mapping[str, LayerConfig]
+    """The layers of the configuration, by their folders."""
+    unclear: frozenset[str]
+    """Containers of layers whose folders cannot be told apart."""
+    wrappers: frozenset[str]
+    """Folders of pruning wrappers."""
+
+
 def _numbered_tensor(
-    dataset: Dataset,
-    contents: H5Contents,
-    slots: Mapping[str, LayerConfig],
-    siblings: Mapping[str, int],
-    unclear: frozenset[str],
+    dataset: Dataset, folders: _Folders, siblings: Mapping[str, int], of_wrappers: Mapping[str, tuple[str, Role]]
 ) -> Tensor:
     steps = dataset.name.split("/")
     if steps[0] in _TRAINING or "vars" not in steps:
         role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
         return Tensor(dataset.name, "/".join(steps[:-1]), dataset.shape, dataset.dtype, role, dataset.storage)
-    owner = _owner(steps[: steps.index("vars")], contents, slots, unclear)
+    owner = _owner(steps[: steps.index("vars")], folders)
+    if dataset.name in of_wrappers:
+        leaf, role = of_wrappers[dataset.name]
+        names = (*owner.names[:-1], f"{PRUNED_PREFIX if owner.layer else ''}{owner.names[-1]}", leaf)
+        return Tensor("/".join(names), owner.display_name, dataset.shape, dataset.dtype, role, dataset.storage)
     index = int(steps[-1]) if steps[-1].isdecimal() else 0
     settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
     leaf = name_by_position(owner.slug, index, siblings["/".join(steps[:-1])], dataset.shape, settings)
+    if leaf == "bias" and len(dataset.shape) > 1 and owner.slug == "layer" and owner.layer is None:
+        leaf = f"weight_{index}"  # Of a wrapped layer whose class is unknown.
     weight = weight_role(leaf, owner.kind, dataset.shape, is_float=dataset.dtype.kind not in "iub")
     return Tensor(
         name="/".join((*owner.names, leaf)),
@@ -222,22 +250,28 @@ def _numbered_tensor(
     )
 
 
-def _owner(steps: list[str], contents: H5Contents, slots: Mapping[str, LayerConfig], unclear: frozenset[str]) -> _Owner:
+def _owner(steps: list[str], folders: _Folders) -> _Owner:
     names: list[str] = []
-    layer, is_layer = None, False
+    layer, is_layer, parent = None, False, ""
     for end in range(1, len(steps) + 1):
         path = "/".join(steps[:end])
-        variable_name = contents.attribute(f"{path}/vars", "name")
-        is_layer = path in slots
+        variable_name = folders.contents.attribute(f"{path}/vars", "name")
+        is_layer = path in folders.layers
         if is_layer:
-            layer = slots[path]
-            names.append(layer.name)
+            layer = folders.layers[path]
+        if parent in folders.wrappers and steps[end - 1] == "layer":
+            pass  # It has the name of its wrapper already.
+        elif is_layer and layer is not None:
+            names.append(layer.name.removeprefix(PRUNED_PREFIX))
         elif isinstance(variable_name, str):
-            names.append(variable_name)
-        elif steps[end - 1] not in CONTAINERS or path in unclear:
+            names.append(variable_name.removeprefix(PRUNED_PREFIX))
+        elif steps[end - 1] not in CONTAINERS or path in folders.unclear:
             names.append(steps[end - 1])
+        parent = path
     slug = _COUNTER.sub("", steps[-1]) if steps else ""
-    return _Owner(tuple(name.removeprefix(PRUNED_PREFIX) for name in names) or ("",), slug, layer, is_layer)
+    if parent.removesuffix("/layer") in folders.wrappers and is_layer and layer is not None:
+        slug = keras_config.snake_case(layer.kind)
+    return _Owner(tuple(names) or ("",), slug, layer, is_layer)
 
 
 _WIDTHS = {

@@ -17,6 +17,7 @@ from prunectl.formats.base import Array, ModelFile, ModelInfo, Tensor
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras import hdf5, layouts
 from prunectl.formats.keras.hdf5 import H5Contents, H5Location
+from prunectl.formats.keras.layouts import NumberedWeights
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.scratch import Scratch
 from prunectl.formats.zip_read import Archive, ZipEntry, open_archive
@@ -26,7 +27,7 @@ def open_h5(path: Path) -> ModelFile:
     """Open an HDF5 file that Keras wrote."""
     contents = hdf5.read_contents(H5Location(path, 0, path.stat().st_size))
     config = keras_config.measured(_parsed(contents, "model_config"), path)
-    tensors = _describe(contents, config)
+    tensors, copies = _describe(contents, config)
     root = layouts.layer_names_group(contents)
     training = _parsed(contents, "training_config") or {}
     return ModelFile(
@@ -45,14 +46,15 @@ def open_h5(path: Path) -> ModelFile:
         ),
         files=(path,),
         decode=_decoder(contents),
+        duplicates=copies,
     )
 
 
-def _describe(contents: H5Contents, config: dict[str, Any] | None) -> tuple[Tensor, ...]:
+def _describe(contents: H5Contents, config: dict[str, Any] | None) -> NumberedWeights:
     """The tensors of a file, whichever way its Keras lays them out."""
     root = layouts.layer_names_group(contents)
     if root is not None:
-        return layouts.tensors_by_layer_name(contents, root, config)
+        return NumberedWeights(layouts.tensors_by_layer_name(contents, root, config), {})
     if any("vars" in dataset.name.split("/") for dataset in contents.datasets):
         return layouts.tensors_by_path(contents, config)
     raise InputError(f"{contents.location.path} is an HDF5 file, but not a Keras model: it names no layers")
@@ -120,7 +122,8 @@ def _deflated(path: Path, archive: Archive, weights: ZipEntry, config: dict[str,
         return inflated.read(inner[tensor.storage.key])
 
     weakref.finalize(decode, scratch.remove)
-    return _model(path, tuple(_hidden(tensor, share) for tensor in inner.values()), decode)
+    tensors = tuple(_hidden(tensor, share) for tensor in inner.values())
+    return _model(path, NumberedWeights(tensors, inflated.duplicates), decode)
 
 
 def inflate(archive: Archive, target: Path) -> H5Contents:
@@ -138,7 +141,10 @@ def inflate(archive: Archive, target: Path) -> H5Contents:
 def inflated_model(archive: Archive, config: dict[str, Any], target: Path) -> ModelFile:
     """The weights of an archive as a model, in a file of their own."""
     contents = inflate(archive, target)
-    return ModelFile(target, "keras-h5", _describe(contents, config), ModelInfo(), (target,), _decoder(contents))
+    weights = _describe(contents, config)
+    return ModelFile(
+        target, "keras-h5", weights.tensors, ModelInfo(), (target,), _decoder(contents), duplicates=weights.copies
+    )
 
 
 def _hidden(tensor: Tensor, share: float) -> Tensor:
@@ -147,8 +153,8 @@ def _hidden(tensor: Tensor, share: float) -> Tensor:
     return replace(tensor, storage=storage)
 
 
-def _model(path: Path, tensors: tuple[Tensor, ...], decode: Any) -> ModelFile:
-    return ModelFile(path, "keras", tensors, ModelInfo(), (path,), decode)
+def _model(path: Path, weights: NumberedWeights, decode: Any) -> ModelFile:
+    return ModelFile(path, "keras", weights.tensors, ModelInfo(), (path,), decode, duplicates=weights.copies)
 
 
 def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compressed: bool) -> ModelInfo:

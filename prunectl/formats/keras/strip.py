@@ -19,7 +19,7 @@ from prunectl.formats.keras.hdf5 import H5Contents, H5Location, rewrite
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
 from prunectl.formats.keras.layouts import layer_names_group
 from prunectl.formats.keras.model import WEIGHTS, inflate
-from prunectl.formats.keras.strip_layouts import MasksNotAppliedError
+from prunectl.formats.keras.wrapped import MasksNotAppliedError
 from prunectl.formats.zip_read import open_archive
 from prunectl.formats.zip_write import Content, file_content, rewrite_zip
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,40 +14,17 @@ from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import PRUNED_PREFIX, inner_layer, part, text
 from prunectl.formats.keras.hdf5 import Dataset, H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
-from prunectl.formats.keras.layouts import CONTAINERS, TWICE, joined, name_by_position, weight_names
+from prunectl.formats.keras.layouts import CONTAINERS, TWICE, joined, weight_names
 from prunectl.formats.keras.numbering import numbered_folder
-
-_PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
-"""What tfmot prunes in the layers that it knows; in others it may be anything."""
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A weight or a mask: where it lies in the file."""
-
-    path: str
-    name: str
-    shape: tuple[int, ...]
-
-
-class MasksNotAppliedError(Exception):
-    """The file does not say which weight a mask is for, or where a weight without its wrapper belongs."""
-
-
-def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str, str]:
-    """The mask of each weight that has one, by their paths."""
-    unmasked: defaultdict[tuple[int, ...], deque[Weight]] = defaultdict(deque)
-    for weight in sorted(weights, key=lambda weight: weight.name not in _PRUNED):
-        unmasked[weight.shape].append(weight)
-    mask_paths: dict[str, str] = {}
-    for mask in masks:
-        if not unmasked[mask.shape]:
-            raise MasksNotAppliedError(
-                f"its mask {mask.path} has the shape {list(mask.shape)}, but no weight of its layer has this shape"
-            )
-        mask_paths[unmasked[mask.shape].popleft().path] = mask.path
-    return mask_paths
-
+from prunectl.formats.keras.wrapped import (
+    MasksNotAppliedError,
+    Weight,
+    by_number,
+    datasets_below,
+    layer_weights,
+    masks_among,
+    match_masks,
+)
 
 _OPTIMIZER = "optimizer_weights"
 _TRAINING = "training_config"
@@ -185,9 +162,6 @@ _PARTS = {
     StripPart.TRAINING: re.compile(rf"{_MODEL}(?:_?metrics|_?compile_metrics|_loss_tracker|_loss)(?=/)"),
 }
 
-_ATTENTION = ("query", "key", "value", "output")
-"""The order in which an attention's kernels are pruned; that of the file is the alphabet's."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Relocation:
@@ -231,7 +205,7 @@ def _unwrapped_numbered(contents: H5Contents, config: Mapping[str, Any] | None) 
         if config is None and any(PRUNED_PREFIX.rstrip("_") in dataset.name for dataset in contents.datasets):
             raise MasksNotAppliedError("the file holds only weights and does not describe its wrapped layers")
         return
-    below = _datasets_below(contents)
+    below = datasets_below(contents.datasets)
     if container == TWICE and any(
         relocation.wrapped and not below.get(f"{relocation.old}/layer") for relocation in relocations
     ):
@@ -242,17 +216,6 @@ def _unwrapped_numbered(contents: H5Contents, config: Mapping[str, Any] | None) 
         else:
             yield H5Edits(moves={f"{relocation.old}/layer": relocation.new})
             yield _unwrapped_variables(below, relocation.old, relocation.wrapped)
-
-
-def _datasets_below(contents: H5Contents) -> Mapping[str, list[Dataset]]:
-    """Datasets below each `vars` and `layer` group."""
-    below: defaultdict[str, list[Dataset]] = defaultdict(list)
-    for dataset in contents.datasets:
-        steps = dataset.name.split("/")
-        for depth, step in enumerate(steps[:-1], 1):
-            if step in {"vars", "layer"}:
-                below["/".join(steps[:depth])].append(dataset)
-    return below
 
 
 def _holds(contents: H5Contents, container: str) -> bool:
@@ -295,13 +258,9 @@ def _next_folder(used: Counter[str], kind: str) -> str:
 
 def _unwrapped_variables(below: Mapping[str, list[Dataset]], wrapper: str, wrapped: Mapping[str, Any]) -> H5Edits:
     """What becomes of the variables of a wrapper: weights again, then masks with thresholds, then the step."""
-    variables = sorted(below.get(f"{wrapper}/vars", []), key=_order)
-    weights = sorted(below.get(f"{wrapper}/layer", []), key=_order)
-    masks: list[Dataset] = []
-    index = len(variables) - 3
-    while index >= 0 and variables[index].shape and not variables[index + 1].shape:
-        masks.insert(0, variables[index])
-        index -= 2
+    variables = sorted(below.get(f"{wrapper}/vars", []), key=by_number)
+    weights = sorted(below.get(f"{wrapper}/layer", []), key=by_number)
+    masks = masks_among(variables)
     parts = {dataset.name: StripPart.MASKS for dataset in masks}
     return H5Edits(
         removed=tuple(
@@ -310,34 +269,6 @@ def _unwrapped_variables(below: Mapping[str, list[Dataset]], wrapper: str, wrapp
         ),
         drops=(f"{wrapper}/vars",),
         masks=match_masks(
-            [Weight(dataset.name, "mask", dataset.shape) for dataset in masks], _weights(weights, wrapper, wrapped)
+            [Weight(dataset.name, "mask", dataset.shape) for dataset in masks], layer_weights(weights, wrapper, wrapped)
         ),
     )
-
-
-def _weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[str, Any]) -> list[Weight]:
-    siblings = Counter(weights.name.rpartition("/")[0] for weights in datasets)
-    weights = []
-    for dataset in datasets:
-        owner, _, number = dataset.name.rpartition("/vars/")
-        is_own = owner == f"{wrapper}/layer"
-        slug = (
-            keras_config.snake_case(text(wrapped, "class_name"))
-            if is_own
-            else re.sub(r"_\d+$", "", owner.rpartition("/")[2])
-        )
-        index = int(number) if number.isdecimal() else 0
-        settings = part(wrapped, "config") if is_own else {}
-        count = siblings[dataset.name.rpartition("/")[0]]
-        weights.append(
-            Weight(dataset.name, name_by_position(slug, index, count, dataset.shape, settings), dataset.shape)
-        )
-    return weights
-
-
-def _order(dataset: Dataset) -> list[tuple[int, str]]:
-    """Sort key: paths by their numbers, the parts of an attention by their use."""
-    steps = re.split(r"(\d+)", dataset.name)
-    digits = [(int(step), "") if step.isdecimal() else (0, step) for step in steps]
-    rank = next((index for index, name in enumerate(_ATTENTION) if f"/_{name}_dense/" in dataset.name), -1)
-    return [(rank, ""), *digits]

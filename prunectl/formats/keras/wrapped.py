@@ -1,0 +1,175 @@
+"""Layers that tfmot wraps, in files of numbered weights: which variable is a mask, which a weight again, and which one.
+
+A wrapper keeps its layer in the folder `layer`, and variables of its own in `vars`: each weight that it prunes once
+more, a mask and a threshold for each of these, and the pruning step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prunectl.formats.base import Role
+from prunectl.formats.keras import config as keras_config
+from prunectl.formats.keras.config import WRAPPER, LayerConfig, inner_layer, part, text
+from prunectl.formats.keras.hdf5 import Dataset
+from prunectl.formats.keras.layouts import name_by_position
+
+_PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
+"""What tfmot prunes in the layers that it knows; in others it may be anything."""
+_ATTENTION = ("query", "key", "value", "output")
+"""The order in which an attention's kernels are pruned; that of the file is the alphabet's."""
+_WRAPPER_FOLDER = re.compile(r"prune_low_magnitude(_\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight or a mask: where it lies in the file."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+
+
+class MasksNotAppliedError(Exception):
+    """The file does not say which weight a mask is for, or where a weight without its wrapper belongs."""
+
+
+def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str, str]:
+    """The mask of each weight that has one, by their paths."""
+    unmasked: defaultdict[tuple[int, ...], deque[Weight]] = defaultdict(deque)
+    for weight in sorted(weights, key=lambda weight: weight.name not in _PRUNED):
+        unmasked[weight.shape].append(weight)
+    mask_paths: dict[str, str] = {}
+    for mask in masks:
+        if not unmasked[mask.shape]:
+            raise MasksNotAppliedError(
+                f"its mask {mask.path} has the shape {list(mask.shape)}, but no weight of its layer has this shape"
+            )
+        mask_paths[unmasked[mask.shape].popleft().path] = mask.path
+    return mask_paths
+
+
+def datasets_below(datasets: Sequence[Dataset]) -> Mapping[str, list[Dataset]]:
+    """Datasets below each `vars` and `layer` group."""
+    below: defaultdict[str, list[Dataset]] = defaultdict(list)
+    for dataset in datasets:
+        steps = dataset.name.split("/")
+        for depth, step in enumerate(steps[:-1], 1):
+            if step in {"vars", "layer"}:
+                below["/".join(steps[:depth])].append(dataset)
+    return below
+
+
+def masks_among(variables: Sequence[Dataset]) -> list[Dataset]:
+    """The masks among the variables of a wrapper, which are in order: each stands before a threshold."""
+    masks: list[Dataset] = []
+    index = len(variables) - 3
+    while index >= 0 and variables[index].shape and not variables[index + 1].shape:
+        masks.insert(0, variables[index])
+        index -= 2
+    return masks
+
+
+def layer_weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[str, Any]) -> list[Weight]:
+    """The weights of a wrapped layer, under the names that its class gives them."""
+    siblings = Counter(weights.name.rpartition("/")[0] for weights in datasets)
+    weights = []
+    for dataset in datasets:
+        owner, _, number = dataset.name.rpartition("/vars/")
+        is_own = owner == f"{wrapper}/layer"
+        slug = (
+            keras_config.snake_case(text(wrapped, "class_name"))
+            if is_own
+            else re.sub(r"_\d+$", "", owner.rpartition("/")[2])
+        )
+        index = int(number) if number.isdecimal() else 0
+        settings = part(wrapped, "config") if is_own else {}
+        count = siblings[dataset.name.rpartition("/")[0]]
+        weights.append(
+            Weight(dataset.name, name_by_position(slug, index, count, dataset.shape, settings), dataset.shape)
+        )
+    return weights
+
+
+def by_number(dataset: Dataset) -> list[tuple[int, str]]:
+    """Sort key: paths by their numbers, the parts of an attention by their use."""
+    steps = re.split(r"(\d+)", dataset.name)
+    digits = [(int(step), "") if step.isdecimal() else (0, step) for step in steps]
+    rank = next((index for index, name in enumerate(_ATTENTION) if f"/_{name}_dense/" in dataset.name), -1)
+    return [(rank, ""), *digits]
+
+
+@dataclass(slots=True)
+class WrappedLayers:
+    """The wrapped layers of a file."""
+
+    folders: set[str] = field(default_factory=set)
+    """The folders of the wrappers."""
+    layers: dict[str, LayerConfig] = field(default_factory=dict)
+    """What the configuration says of the layers inside them, by their folders."""
+    variables: dict[str, tuple[str, Role]] = field(default_factory=dict)
+    """The names and the roles of what belongs to the wrappers themselves, by its path."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """The paths of weights that stand in the file once more, with those that Keras loads in the end."""
+
+
+def wrapped_layers(datasets: Sequence[Dataset], slots: Mapping[str, LayerConfig]) -> WrappedLayers:
+    """The wrapped layers among datasets; ``slots`` are the layers of the configuration by their folders."""
+    found = WrappedLayers()
+    below = datasets_below(datasets)
+    for group in below:
+        folder, _, last = group.rpartition("/")
+        if last == "vars" and _is_wrapper(folder, slots.get(folder), below):
+            _add(found, folder, slots.get(folder), below)
+    return found
+
+
+def _is_wrapper(folder: str, layer: LayerConfig | None, below: Mapping[str, list[Dataset]]) -> bool:
+    if layer is not None:
+        return layer.kind.rpartition(">")[2] == WRAPPER
+    # Without a configuration, nor in a model that is a class of its own, is there a class to go by.
+    variables = sorted(below[f"{folder}/vars"], key=by_number)
+    masks, copies = masks_among(variables), _copies(variables)
+    has_masks = bool(masks) and [mask.shape for mask in masks] == [copy.shape for copy in copies]
+    has_step = bool(variables) and not variables[-1].shape and variables[-1].dtype.kind == "i"
+    is_named_so = _WRAPPER_FOLDER.fullmatch(folder.rpartition("/")[2]) is not None
+    return has_step and (is_named_so or (has_masks and f"{folder}/layer" in below))
+
+
+def _copies(variables: Sequence[Dataset]) -> Sequence[Dataset]:
+    return variables[: max(len(variables) - 1 - 2 * len(masks_among(variables)), 0)]
+
+
+def _add(found: WrappedLayers, folder: str, layer: LayerConfig | None, below: Mapping[str, list[Dataset]]) -> None:
+    inner = inner_layer({"class_name": WRAPPER, "config": layer.config}) if layer is not None else None
+    variables = sorted(below[f"{folder}/vars"], key=by_number)
+    weights = sorted(below.get(f"{folder}/layer", []), key=by_number)
+    copies, masks = _copies(variables), masks_among(variables)
+    thresholds = variables[len(copies) + 1 : -1 : 2]
+    found.folders.add(folder)
+    if layer is not None and inner is not None:
+        found.layers[f"{folder}/layer"] = replace(
+            layer,
+            name=text(part(inner, "config"), "name") or layer.name,
+            kind=text(inner, "class_name"),
+            config=part(inner, "config"),
+        )
+    for leaf, role, group in (
+        ("weight", Role.SCHEDULE, copies),
+        ("mask", Role.MASK, masks),
+        ("threshold", Role.SCHEDULE, thresholds),
+        ("pruning_step", Role.SCHEDULE, variables[-1:]),
+    ):
+        for number, dataset in enumerate(group):
+            found.variables[dataset.name] = (f"{leaf}_{number}" if number else leaf, role)
+    try:
+        originals = match_masks(
+            [Weight(copy.name, "", copy.shape) for copy in copies], layer_weights(weights, folder, inner or {})
+        )
+    except MasksNotAppliedError:
+        return  # A class of its own, whose weights lie elsewhere.
+    found.copies |= {copy: original for original, copy in originals.items()}
