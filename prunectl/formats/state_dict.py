@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, PruningWrapper, Role, Tensor
+from prunectl.formats.kernel_axes import KernelAxes, flax_axes, unusual_axes
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of all tensors of a model, by their names."""
@@ -217,6 +218,7 @@ class _Names:
     training: frozenset[str]
     model: str
     shapes: Mapping[str, tuple[int, ...]]
+    axes: Mapping[str, KernelAxes]
     uses: Mapping[str, StateUse | None]
 
     def has_beside(self, prefix: str, leaf: str) -> bool:
@@ -241,7 +243,7 @@ def describe(
     # With two models in one checkpoint, only the whole name tells their layers apart.
     model = f"{models.pop()}." if len(models) == 1 else ""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    names = _Names(frozenset(shapes), training, model, shapes, uses or {})
+    names = _Names(frozenset(shapes), training, model, shapes, unusual_axes(shapes), uses or {})
     return tuple(_describe(tensor, names) for tensor in tensors)
 
 
@@ -283,19 +285,25 @@ def _describe(tensor: Tensor, names: _Names) -> Tensor:
     layer = layer.removeprefix(names.model) if layer != names.model.rstrip(".") else layer
     use = names.uses.get(tensor.name)
     kind = tensor.kind or (use.kind if use is not None else "")
-    out_axis = _out_axis(tensor, kind, role, use)
-    view = tensor.in_axis, tensor.start, tensor.strides
+    out_axis, in_axis = _axes(tensor, kind, role, use, names)
     # In half the time of `replace`: a model may have a hundred thousand tensors.
-    return Tensor(tensor.name, layer, tensor.shape, tensor.dtype, role, tensor.storage, kind, out_axis, *view)
+    axes = out_axis, in_axis, tensor.start, tensor.strides
+    return Tensor(tensor.name, layer, tensor.shape, tensor.dtype, role, tensor.storage, kind, *axes)
 
 
-def _out_axis(tensor: Tensor, kind: str, role: Role, use: StateUse | None) -> int | None:
+def _axes(
+    tensor: Tensor, kind: str, role: Role, use: StateUse | None, names: _Names
+) -> KernelAxes | tuple[int | None, int | None]:
     if role not in PRUNABLE or len(tensor.shape) < 2:
-        return None
+        return None, tensor.in_axis
     if use is not None and use.out_axis is not None:
-        return use.out_axis % len(tensor.shape)
+        return use.out_axis % len(tensor.shape), tensor.in_axis
+    if tensor.name in names.axes:
+        return names.axes[tensor.name]
+    if _is_of_flax(tensor.name[max(tensor.name.rfind("."), tensor.name.rfind("/")) + 1 :], names.shapes):
+        return flax_axes(tensor.shape)
     is_transposed = kind.startswith(_TRANSPOSED_KINDS) or (use is not None and use.kind == "conv_transpose")
-    return 1 if is_transposed else 0
+    return 1 if is_transposed else 0, tensor.in_axis
 
 
 def _role(tensor: Tensor, layer: str, leaf: str, names: _Names) -> Role:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import prunectl
 from prunectl.errors import InputError
 from prunectl.formats import safetensors, state_dict
 from prunectl.formats.registry import open_model
@@ -114,3 +115,53 @@ def test_many_shards_are_read_once_for_each_opening_and_written_by_one_job_each(
     assert (calls["headers"], calls["tensors"]) == (3 * 40, 3 * 240), "the input once more, and the output"
     assert calls["jobs"] < 60, "as many as shards, and a few for all"
     assert [(tensor.name, tensor.out_axis) for tensor in model.tensors] == [(name, 0) for name in weight_map]
+
+
+CONV1D = {
+    "h.0.attn.c_attn.weight": (8, 24),
+    "h.0.attn.c_attn.bias": (24,),
+    "h.0.attn.c_proj.weight": (8, 8),
+    "h.0.attn.c_proj.bias": (8,),
+    "h.0.mlp.c_proj.weight": (32, 8),
+    "h.0.mlp.c_proj.bias": (8,),
+}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "in_axes"),
+    [
+        (CONV1D, {name: 0 for name in CONV1D if name.endswith("weight")}),
+        # The same names with linear layers, as in GPT-BigCode.
+        (
+            {name: shape[::-1] for name, shape in CONV1D.items()},
+            {name: 1 for name in CONV1D if name.endswith("weight")},
+        ),
+        ({"x.kernel": (8, 12), "x.bias": (12,), "y.kernel": (3, 3, 8, 4)}, {"x.kernel": 0, "y.kernel": 2}),
+        (
+            {"m.experts.gate_up_proj": (2, 8, 24), "m.experts.down_proj": (2, 12, 8)},
+            {"m.experts.gate_up_proj": 1, "m.experts.down_proj": 1},
+        ),
+        (
+            {"m.experts.gate_up_proj": (2, 24, 8), "m.experts.down_proj": (2, 8, 12)},
+            {"m.experts.gate_up_proj": 2, "m.experts.down_proj": 2},
+        ),
+        (
+            {"moe.input_linear.weight": (2, 24, 8), "moe.output_linear.weight": (2, 8, 12)},
+            {"moe.input_linear.weight": 2, "moe.output_linear.weight": 2},
+        ),
+    ],
+    ids=["Conv1D", "Linear", "Flax", "Llama 4", "Mixtral", "GraniteMoe"],
+)
+def test_two_of_four_zeros_lie_along_the_inputs(
+    shapes: dict[str, tuple[int, ...]], in_axes: dict[str, int], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "m.safetensors")
+    prunectl.prune(tmp_path / "m.safetensors", tmp_path / "out.safetensors", pattern="2:4")
+    pruned = load_file(tmp_path / "out.safetensors")
+    for name, axis in in_axes.items():
+        groups = np.moveaxis(weights[name], axis, -1).reshape(-1, 4)
+        rank = np.argsort(np.argsort(np.abs(groups), axis=1), axis=1)
+        expected = np.where(rank < 2, np.float32(0), groups)
+        np.testing.assert_array_equal(np.moveaxis(pruned[name], axis, -1).reshape(-1, 4), expected)

@@ -1,0 +1,80 @@
+"""Which axis of a kernel runs over outputs, and which over inputs, where a file holds weights and nothing else?
+
+The layers of PyTorch keep `[out, in, …]`. What keeps them otherwise is told by the shapes beside it:
+
+- `Conv1D` of GPT-2 and its kin keeps `[in, out]`: its bias is as long as the last axis. GPT-BigCode and nanoGPT have
+  linear layers of the same names, so names alone do not tell.
+- Flax puts the outputs last.
+- Experts that share a tensor keep `[expert, out, in]` (Mixtral, GraniteMoe) or `[expert, in, out]` (Llama 4, gpt-oss):
+  the first matrix of an expert makes gate and value, two times as many outputs as the second has inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+
+class KernelAxes(NamedTuple):
+    """The axes of a kernel that runs over outputs and inputs."""
+
+    out_axis: int
+    in_axis: int
+
+
+_ROWS_LAST = KernelAxes(1, 0)
+_BIASES = {"weight": "bias", "kernel": "bias", "W": "b", "w": "b"}
+"""What the bias beside a weight is called."""
+_EXPERT_PAIRS = {"gate_up_proj": "down_proj", "input_linear.weight": "output_linear.weight"}
+"""The first matrices of the experts of a layer, and the second ones."""
+
+
+def unusual_axes(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, KernelAxes]:
+    """The axes of the kernels, by name, that do not begin with outputs and inputs."""
+    return {**dict(_with_outputs_last(shapes)), **dict(_of_experts(shapes))}
+
+
+def _with_outputs_last(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, KernelAxes]]:
+    """Yield matrices `[in, out]`; a square one is taken for what others of its layer's name are."""
+    square: list[tuple[str, str]] = []
+    layer_names: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            continue
+        before, _, leaf = name.removesuffix("_orig").replace("/", ".").rpartition(".")
+        if leaf not in _BIASES:
+            continue
+        layer_name = before.rpartition(".")[2]
+        if shape[0] == shape[1]:
+            square.append((name, layer_name))
+            continue
+        begin = name.removesuffix("_orig").removesuffix(leaf)
+        bias = shapes.get(f"{begin}{_BIASES[leaf]}")
+        if bias in {shape[:1], shape[1:]}:
+            is_last = bias == shape[1:]
+            layer_names[is_last].add(layer_name)
+            if is_last:
+                yield name, _ROWS_LAST
+    clear = layer_names[True] - layer_names[False]
+    yield from ((name, _ROWS_LAST) for name, layer_name in square if layer_name in clear)
+
+
+def flax_axes(shape: tuple[int, ...]) -> KernelAxes:
+    """The axes of a kernel of Flax."""
+    return KernelAxes(len(shape) - 1, len(shape) - 2)
+
+
+def _of_experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, KernelAxes]]:
+    for first, second in _EXPERT_PAIRS.items():
+        for name, shape in shapes.items():
+            if len(shape) != 3 or not name.endswith(first):
+                continue
+            other = f"{name.removesuffix(first)}{second}"
+            other_shape = shapes.get(other, ())
+            if len(other_shape) != 3 or other_shape[0] != shape[0]:
+                continue
+            rows, columns = shape[1:]
+            if other_shape[1] == columns and 2 * other_shape[2] == rows:
+                yield from ((name, KernelAxes(1, 2)), (other, KernelAxes(1, 2)))
+            elif other_shape[2] == rows and 2 * other_shape[1] == columns:
+                yield from ((name, KernelAxes(2, 1)), (other, KernelAxes(2, 1)))
