@@ -13,6 +13,7 @@ from prunectl.errors import InputError
 from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, read_all
 from tests.networks import keras, small_keras, tf_keras
+from tests.running import here
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -55,6 +56,48 @@ class TestDeflated(TestKeras3):
     def write(self, path: Path, arrays: dict[str, Array]) -> None:
         super().write(path, arrays)
         rezip(path, zipfile.ZIP_DEFLATED)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_the_weights_of_a_quantised_model_have_the_names_of_keras_and_are_not_pruned(mode: str, tmp_path: Path) -> None:
+    layers = keras().layers
+    x = inputs = keras().Input((8,))
+    x = layers.Embedding(64, 32, name="table")(x)
+    x = layers.MultiHeadAttention(4, 8, name="attention")(x, x)
+    x = layers.EinsumDense("abc,cd->abd", (8, 16), bias_axes="d", name="einsum")(x)
+    x = layers.Dense(8, name="wide", use_bias=False)(layers.Flatten()(x))
+    model = keras().Model(inputs, layers.Dense(5, name="last")(x))
+    model.quantize(mode)
+    model.save(tmp_path / "m.keras")
+    model.save(tmp_path / "m.h5")
+    model.save_weights(tmp_path / "m.weights.h5")
+    expected = {weight.path: np.asarray(weight) for weight in model.weights}
+    for name in ("m.keras", "m.h5", "m.weights.h5"):
+        read = read_all(tmp_path / name)
+        assert read.keys() == expected.keys()
+        for weight, array in expected.items():
+            np.testing.assert_array_equal(read[weight], array)
+        done = here("prune", tmp_path / name, "-s", "50%", "-o", tmp_path / f"out-{name}")
+        assert (done.code, "quantised to int8: prune before quantising" in " ".join(done.err.split())) == (2, True)
+
+
+@pytest.mark.parametrize("mode", ["gptq", "awq"])
+def test_the_weights_of_a_model_in_four_bits_are_told_with_and_without_a_bias(mode: str, tmp_path: Path) -> None:
+    policy = f"{mode}/4/128_from_float32"
+    dense = [
+        keras().layers.Dense(width, use_bias=has_bias, name=name, dtype=policy)
+        for width, has_bias, name in ((32, False, "wide"), (8, True, "last"))
+    ]
+    model = keras().Sequential([keras().Input((16,)), *dense], name="sequential")
+    for layer in dense:
+        setattr(layer, f"is_{mode}_calibrated", True)
+    model.save(tmp_path / "m.keras")
+    # Keras does not save what it names kernel_zero.
+    kept = (weight for weight in model.weights if weight.name != "kernel_zero")
+    expected = {weight.path.removeprefix("sequential/"): tuple(weight.shape) for weight in kept}
+    assert {tensor.name: tensor.shape for tensor in open_model(tmp_path / "m.keras").tensors} == expected
+    done = here("prune", tmp_path / "m.keras", "-s", "50%", "-o", tmp_path / "out.keras")
+    assert (done.code, "quantised to uint8" in done.err) == (2, True)
 
 
 def test_a_deflated_archive_says_so_and_gives_no_extent(tmp_path: Path) -> None:

@@ -147,6 +147,12 @@ def part(facts: Any, key: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def is_packed(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer keeps two weights in a byte, so that its shapes are not those of its kernel."""
+    mode = part(part(layer, "dtype"), "config").get("mode")
+    return isinstance(mode, str) and mode.startswith(("int4", "gptq", "awq"))
+
+
 def text(facts: Any, key: str) -> str:
     """A string inside an object, empty if it is not there."""
     value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None

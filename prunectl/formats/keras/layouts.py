@@ -21,6 +21,13 @@ from prunectl.formats.keras.config import (
     upgrade_config,
 )
 from prunectl.formats.keras.hdf5 import Dataset, H5Contents
+from prunectl.formats.keras.roles import (
+    looks_channels_first,
+    name_by_position,
+    quantised_names,
+    strip_cell_prefix,
+    weight_role,
+)
 
 _OPTIMIZER_GROUP = "optimizer_weights"
 _WHOLE_MODEL = ""
@@ -105,8 +112,7 @@ def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, L
     kind = layer.kind if layer is not None else ""
     leaf = parts[-1] if len(parts) > 1 else modern_name(parts[-1])
     is_theano = layer.config.get("dim_ordering") == "th" if layer else looks_channels_first(parts[-1], dataset.shape)
-    is_float = dataset.dtype.kind not in "iub"
-    weight = weight_role(leaf, kind, dataset.shape, is_float=is_float, is_channels_first=is_theano)
+    weight = weight_role(leaf, kind, dataset, is_channels_first=is_theano)
     shown_layer = layer.name if layer is not None else _plain_layer(parts[:-1], group)
     return Tensor(
         name=name,
@@ -185,11 +191,16 @@ def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> N
     from prunectl.formats.keras.wrapped import wrapped_layers  # noqa: PLC0415 - of archives
 
     slots = layers_by_folder(config, contents.datasets)
-    siblings = Counter(dataset.name.rpartition("/")[0] for dataset in contents.datasets)
+    siblings: defaultdict[str, list[Dataset]] = defaultdict(list)
+    for dataset in contents.datasets:
+        siblings[dataset.name.rpartition("/")[0]].append(dataset)
     unclear = ambiguous_containers(config, slots, [dataset.name for dataset in contents.datasets])
     wrapped = wrapped_layers(contents.datasets, slots)
-    folders = _Folders(contents, {**slots, **wrapped.layers}, unclear, frozenset(wrapped.folders))
-    tensors = [_numbered_tensor(dataset, folders, siblings, wrapped.variables) for dataset in contents.datasets]
+    quantised = {folder: quantised_names(datasets) for folder, datasets in siblings.items()}
+    counts = {folder: len(datasets) for folder, datasets in siblings.items()}
+    known = {**slots, **wrapped.layers}
+    folders = _Folders(contents, known, unclear, frozenset(wrapped.folders), counts, quantised)
+    tensors = [_numbered_tensor(dataset, folders, wrapped.variables) for dataset in contents.datasets]
     repeated = Counter(tensor.name for tensor in tensors)
     named = {
         dataset.name: replace(tensor, name=dataset.name) if repeated[tensor.name] > 1 else tensor
@@ -217,11 +228,13 @@ class _Folders:
     """Containers of layers whose folders cannot be told apart."""
     wrappers: frozenset[str]
     """Folders of pruning wrappers."""
+    counts: Mapping[str, int]
+    """How many datasets are in each."""
+    quantised: Mapping[str, Sequence[str]]
+    """Names of the weights in each of a quantised layer."""
 
 
-def _numbered_tensor(
-    dataset: Dataset, folders: _Folders, siblings: Mapping[str, int], of_wrappers: Mapping[str, tuple[str, Role]]
-) -> Tensor:
+def _numbered_tensor(dataset: Dataset, folders: _Folders, of_wrappers: Mapping[str, tuple[str, Role]]) -> Tensor:
     steps = dataset.name.split("/")
     if steps[0] in _TRAINING or "vars" not in steps:
         role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
@@ -233,10 +246,14 @@ def _numbered_tensor(
         return Tensor("/".join(names), owner.display_name, dataset.shape, dataset.dtype, role, dataset.storage)
     index = int(steps[-1]) if steps[-1].isdecimal() else 0
     settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
-    leaf = name_by_position(owner.slug, index, siblings["/".join(steps[:-1])], dataset.shape, settings)
+    folder = "/".join(steps[:-1])
+    if quantised := folders.quantised[folder]:
+        leaf = quantised[index].replace("kernel", "embeddings" if owner.slug == "embedding" else "kernel")
+    else:
+        leaf = name_by_position(owner.slug, index, folders.counts[folder], dataset.shape, settings)
     if leaf == "bias" and len(dataset.shape) > 1 and owner.slug == "layer" and owner.layer is None:
         leaf = f"weight_{index}"  # Of a wrapped layer whose class is unknown.
-    weight = weight_role(leaf, owner.kind, dataset.shape, is_float=dataset.dtype.kind not in "iub")
+    weight = weight_role(leaf, owner.kind, dataset)
     return Tensor(
         name="/".join((*owner.names, leaf)),
         layer=owner.display_name,
@@ -305,7 +322,7 @@ def check_widths(model: ModelFile) -> None:
 
 def _check_layer(model: ModelFile, layer: LayerConfig, kernels: list[Tensor]) -> None:
     kind = upgrade_class_name(layer.kind)
-    if kind not in _WIDTHS:
+    if kind not in _WIDTHS or keras_config.is_packed(layer.config):
         return
     key, gates = _WIDTHS[kind]
     width, name = upgrade_config(kind, layer.config).get(key), abbreviated(layer.name)
@@ -319,111 +336,3 @@ def _check_layer(model: ModelFile, layer: LayerConfig, kernels: list[Tensor]) ->
                 f"{model.path} is damaged: {kind} {name} has {width} {key}, and {abbreviated(kernel.name)} the shape "
                 f"{abbreviated(str(kernel.shape))}"
             )
-
-
-_ROLES = {
-    "recurrent_kernel": Role.RECURRENT,
-    "embeddings": Role.EMBEDDING,
-    "bias": Role.BIAS,
-    "gamma": Role.NORM,
-    "beta": Role.NORM,
-    "scale": Role.NORM,
-    "moving_mean": Role.STATE,
-    "moving_variance": Role.STATE,
-    "running_mean": Role.STATE,
-    "running_std": Role.STATE,
-    "mean": Role.STATE,
-    "variance": Role.STATE,
-    "count": Role.STATE,
-    "seed_generator_state": Role.STATE,
-    "vector_u": Role.STATE,
-    "alpha": Role.OTHER,
-    "mask": Role.MASK,
-    "threshold": Role.SCHEDULE,
-    "pruning_step": Role.SCHEDULE,
-}
-_CELL = re.compile(r"cells?(_\d+)?$")
-
-
-class WeightRole(NamedTuple):
-    """The role and the channel axes of a weight."""
-
-    role: Role
-    out_axis: int | None = None
-    in_axis: int | None = None
-
-
-def weight_role(
-    leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool, is_channels_first: bool = False
-) -> WeightRole:
-    """The role of the weight called ``leaf`` of a layer of class ``kind``."""
-    role = _role(leaf, kind, shape, is_float=is_float)
-    if role not in {Role.KERNEL, Role.RECURRENT} or len(shape) < 2:
-        return WeightRole(role)
-    if is_channels_first and len(shape) > 2:  # Keras 1 on Theano: [out, in, height, width]
-        return WeightRole(role, 0, 1)
-    if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
-        return WeightRole(role, len(shape) - 2)
-    if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
-        return WeightRole(role, len(shape) - 2, len(shape) - 1)
-    return WeightRole(role, len(shape) - 1)
-
-
-def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
-    """Whether a convolution of Keras 1 must be Theano's, judged by its shape alone: the window stands last."""
-    return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
-
-
-def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
-    """The names on the way to a weight without those of the cells that a recurrent layer ends in."""
-    end = len(names)
-    while end > 1 and _CELL.search(names[end - 1]):
-        end -= 1
-    return tuple(names[:end])
-
-
-def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
-    """The name of a weight that the file knows only by its number.
-
-    ``kind`` is the class of the layer in snake case, as the path to the weight has it; ``settings`` are what the
-    configuration says of the layer, nothing where it is not known.
-    """
-    names = _POSITIONS.get("cell" if kind.endswith("_cell") else kind)
-    # gamma and beta may be switched off; the moving statistics always come last.
-    affine = tuple(leaf for leaf, switch in _AFFINE.items() if settings.get(switch, True))
-    if kind.startswith("batch_normalization"):
-        names = (*affine[: max(count - 2, 0)], "moving_mean", "moving_variance")
-    elif kind.endswith("normalization") and names is None:
-        names = affine
-    elif kind.startswith("separable_conv"):
-        names = ("depthwise_kernel", "pointwise_kernel", "bias")
-    if names is not None and index < len(names):
-        return names[index]
-    return "kernel" if len(shape) >= 2 and index == 0 else "bias" if index <= 1 else f"weight_{index}"
-
-
-_AFFINE = {"gamma": "scale", "beta": "center"}
-"""Weights of a normalization, and the settings that switch them off."""
-_POSITIONS: dict[str, tuple[str, ...]] = {
-    "cell": ("kernel", "recurrent_kernel", "bias"),
-    "embedding": ("embeddings",),
-    "seed_generator": ("seed_generator_state",),
-    "normalization": ("mean", "variance", "count"),
-    "rms_normalization": ("scale",),
-    "spectral_normalization": ("kernel", "vector_u"),
-    "p_re_lu": ("alpha",),
-    "attention": ("scale",),
-    "additive_attention": ("scale",),
-}
-
-
-def _role(leaf: str, kind: str, shape: tuple[int, ...], *, is_float: bool) -> Role:
-    if leaf in _ROLES:
-        return _ROLES[leaf]
-    if leaf.endswith("bias"):
-        return Role.BIAS
-    if kind == "Embedding":
-        return Role.EMBEDDING
-    if not is_float or len(shape) < 2:
-        return Role.OTHER
-    return Role.KERNEL

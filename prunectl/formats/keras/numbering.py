@@ -174,6 +174,8 @@ def _shape_fits(layer: LayerConfig, kernel: Shape | None) -> bool:
         return True
     config = layer.config
     kind = layer.kind.rpartition(">")[2]
+    if keras_config.is_packed(config):
+        return True
     units, filters, size = config.get("units"), config.get("filters"), config.get("kernel_size")
     if kind in _GATES and isinstance(units, int):
         return len(kernel) == 2 and kernel[-1] == units * _GATES[kind]

@@ -16,7 +16,7 @@ from prunectl.formats.base import Role
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import WRAPPER, LayerConfig, inner_layer, part, text
 from prunectl.formats.keras.hdf5 import Dataset
-from prunectl.formats.keras.layouts import name_by_position
+from prunectl.formats.keras.roles import name_by_position
 
 _PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
 """What tfmot prunes in the layers that it knows; in others it may be anything."""

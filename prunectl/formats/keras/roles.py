@@ -1,0 +1,152 @@
+"""Which weight of its layer is it? Names of weights that have only numbers, and the roles of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from prunectl.formats.base import Role
+from prunectl.formats.keras.hdf5 import Dataset
+
+_ROLES = {
+    "recurrent_kernel": Role.RECURRENT,
+    "embeddings": Role.EMBEDDING,
+    "bias": Role.BIAS,
+    "gamma": Role.NORM,
+    "beta": Role.NORM,
+    "scale": Role.NORM,
+    "moving_mean": Role.STATE,
+    "moving_variance": Role.STATE,
+    "running_mean": Role.STATE,
+    "running_std": Role.STATE,
+    "mean": Role.STATE,
+    "variance": Role.STATE,
+    "count": Role.STATE,
+    "seed_generator_state": Role.STATE,
+    "vector_u": Role.STATE,
+    "alpha": Role.OTHER,
+    **dict.fromkeys(("kernel_scale", "embeddings_scale", "reverse_embeddings_scale"), Role.OTHER),
+    **dict.fromkeys(("kernel_zero", "embeddings_zero", "reverse_embeddings_zero", "g_idx"), Role.OTHER),
+    "mask": Role.MASK,
+    "threshold": Role.SCHEDULE,
+    "pruning_step": Role.SCHEDULE,
+}
+_CELL = re.compile(r"cells?(_\d+)?$")
+
+
+class WeightRole(NamedTuple):
+    """The role and the channel axes of a weight."""
+
+    role: Role
+    out_axis: int | None = None
+    in_axis: int | None = None
+
+
+def weight_role(leaf: str, kind: str, dataset: Dataset, *, is_channels_first: bool = False) -> WeightRole:
+    """The role of the weight called ``leaf`` of a layer of class ``kind``."""
+    shape = dataset.shape
+    role = _role(leaf, kind, dataset)
+    if role not in {Role.KERNEL, Role.RECURRENT} or len(shape) < 2:
+        return WeightRole(role)
+    if is_channels_first and len(shape) > 2:  # Keras 1 on Theano: [out, in, height, width]
+        return WeightRole(role, 0, 1)
+    if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
+        return WeightRole(role, len(shape) - 2)
+    if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
+        return WeightRole(role, len(shape) - 2, len(shape) - 1)
+    return WeightRole(role, len(shape) - 1)
+
+
+def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
+    """Whether a convolution of Keras 1 must be Theano's, judged by its shape alone: the window stands last."""
+    return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
+
+
+def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
+    """The names on the way to a weight without those of the cells that a recurrent layer ends in."""
+    end = len(names)
+    while end > 1 and _CELL.search(names[end - 1]):
+        end -= 1
+    return tuple(names[:end])
+
+
+def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
+    """The name of a weight that the file knows only by its number.
+
+    ``kind`` is the class of the layer in snake case, as the path to the weight has it; ``settings`` are what the
+    configuration says of the layer, nothing where it is not known.
+    """
+    names = _POSITIONS.get("cell" if kind.endswith("_cell") else kind)
+    # gamma and beta may be switched off; the moving statistics always come last.
+    affine = tuple(leaf for leaf, switch in _AFFINE.items() if settings.get(switch, True))
+    if kind.startswith("batch_normalization"):
+        names = (*affine[: max(count - 2, 0)], "moving_mean", "moving_variance")
+    elif kind.endswith("normalization") and names is None:
+        names = affine
+    elif kind.startswith("separable_conv"):
+        names = ("depthwise_kernel", "pointwise_kernel", "bias")
+    if names is not None and index < len(names):
+        return names[index]
+    return "kernel" if len(shape) >= 2 and index == 0 else "bias" if index <= 1 else f"weight_{index}"
+
+
+def quantised_names(stored: Sequence[Dataset]) -> Sequence[str]:
+    """The names of the weights of a layer that Keras has quantised to integers, told by their types; none of another's.
+
+    Only matrices of bytes count as integers, and what else there is as floats.
+    """
+    by_number = {dataset.name.rpartition("/")[2]: dataset for dataset in stored}
+    numbers = [str(number) for number in range(len(stored))]
+    if len(stored) > _MOST_QUANTISED or by_number.keys() != set(numbers):
+        return ()
+    ordered = [by_number[number] for number in numbers]
+    signature = "".join(_LETTERS.get(dataset.dtype.name, "f") if len(dataset.shape) > 1 else "f" for dataset in ordered)
+    return _QUANTISED.get(signature, "").split()
+
+
+_LETTERS = {"int8": "i", "uint8": "u"}
+_QUANTISED = {
+    # int8, and int4 with a scale for each output
+    "if": "kernel kernel_scale",
+    "iff": "kernel bias kernel_scale",
+    # int4 in groups of inputs
+    "ifif": "kernel kernel_scale kernel_zero g_idx",
+    "iffif": "kernel bias kernel_scale kernel_zero g_idx",
+    # GPTQ; Keras 3.15 leaves out the zeros
+    "uff": "kernel kernel_scale g_idx",
+    "ufuf": "kernel kernel_scale kernel_zero g_idx",
+    "fuff": "bias kernel kernel_scale g_idx",
+    "fufuf": "bias kernel kernel_scale kernel_zero g_idx",
+    # AWQ
+    "ufff": "kernel kernel_scale awq_scales g_idx",
+    "ufuff": "kernel kernel_scale kernel_zero awq_scales g_idx",
+    "fufff": "bias kernel kernel_scale awq_scales g_idx",
+    "fufuff": "bias kernel kernel_scale kernel_zero awq_scales g_idx",
+}
+"""What the folder of a layer holds, by the types in it; an embedding calls its kernel embeddings."""
+_MOST_QUANTISED = max(map(len, _QUANTISED))
+_AFFINE = {"gamma": "scale", "beta": "center"}
+"""Weights of a normalization, and the settings that switch them off."""
+_POSITIONS: dict[str, tuple[str, ...]] = {
+    "cell": ("kernel", "recurrent_kernel", "bias"),
+    "embedding": ("embeddings",),
+    "seed_generator": ("seed_generator_state",),
+    "normalization": ("mean", "variance", "count"),
+    "rms_normalization": ("scale",),
+    "spectral_normalization": ("kernel", "vector_u"),
+    "p_re_lu": ("alpha",),
+    "attention": ("scale",),
+    "additive_attention": ("scale",),
+}
+
+
+def _role(leaf: str, kind: str, dataset: Dataset) -> Role:
+    if leaf in _ROLES:
+        return _ROLES[leaf]
+    if leaf.endswith("bias"):
+        return Role.BIAS
+    if kind == "Embedding":
+        return Role.EMBEDDING
+    is_number = dataset.dtype.kind not in "iub" or (leaf == "kernel" and dataset.dtype.name in _LETTERS)
+    return Role.KERNEL if is_number and len(dataset.shape) > 1 else Role.OTHER
