@@ -148,11 +148,14 @@ def find_config(folder: Path) -> ConfigFile:
 def load_config(path: Path, *, is_shared: bool | None = None) -> ConfigFile:
     """The table of budgets in a file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        # Editors of Windows begin a file with a byte order mark.
+        text = path.read_text(encoding="utf-8-sig")
         document = tomllib.loads(text)
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist", hint="write one with: prunectl init") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not TOML: it is not UTF-8", hint="save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     if not (path.name == SHARED if is_shared is None else is_shared):
         return ConfigFile(path, document, (), scan_keys(text))

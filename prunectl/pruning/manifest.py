@@ -79,7 +79,7 @@ def write_manifest(path: Path, result: Recorded) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     return read_object(path, "it")
 
 

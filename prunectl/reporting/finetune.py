@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from prunectl.reporting.prune import before_after, compare_sizes, outcome
 from prunectl.reporting.report import Artifact, Cell, Column, Report, Section, Settings, Table, Unit, survey_json
 from prunectl.reporting.reporter import escape_unencodable, make_console
+from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.finetune import FinetuneResult
 from prunectl.training.monitor import monitored_log, monitored_metric
 from prunectl.units import count, percent
@@ -182,6 +183,8 @@ class TrainingProgress:
             escape_unencodable(sys.stderr)
             if self._checkpoints is None:
                 sys.stderr.write("stopped: nothing was saved; a run with --checkpoint-dir DIR can be resumed\n")
+            elif CheckpointManager(self._checkpoints).latest() is None:
+                sys.stderr.write(f"stopped before the first checkpoint: {self._checkpoints} holds nothing to resume\n")
             else:
                 sys.stderr.write(f"stopped: run the same command with --resume to continue from {self._checkpoints}\n")
 

@@ -38,7 +38,7 @@ class CheckpointManager:
 
     def check(self) -> None:
         """Refuse a folder whose run would be lost, or that has none to go on with."""
-        there = self._latest()
+        there = self.latest()
         if there is not None and not self.is_resumed:
             raise UsageError(
                 f"{self.folder} already holds a checkpoint",
@@ -78,7 +78,7 @@ class CheckpointManager:
         }
         network.save(scratch / _NETWORK)
         (scratch / _FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
-        # Two renames, and `_latest` knows what lies there between them.
+        # Two renames, and `latest` knows what lies there between them.
         last, old = self.folder / _LAST, self.folder / _OLD
         shutil.rmtree(old, ignore_errors=True)
         if last.exists():
@@ -88,7 +88,7 @@ class CheckpointManager:
 
     def resume(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
         """Bring everything to where the run was; from the beginning if there is no checkpoint."""
-        folder = self._latest()
+        folder = self.latest()
         if folder is None or not self.is_resumed:
             return
         facts = _read(folder / _FACTS)
@@ -102,7 +102,8 @@ class CheckpointManager:
         progress.best_tensors = load_arrays(folder / _BEST)
         progress.history = [LogEntry(**entry) for entry in facts["history"]]
 
-    def _latest(self) -> Path | None:
+    def latest(self) -> Path | None:
+        """The folder of the checkpoint that a run would go on with, if there is one."""
         places = (self.folder / _LAST, self.folder / _OLD)
         return next((folder for folder in places if (folder / _FACTS).is_file()), None)
 

@@ -97,6 +97,20 @@ def test_a_file_that_is_no_toml_or_has_no_budget_is_refused(toml: str, tmp_path:
     assert prunectl(tmp_path, "check").code == 2
 
 
+def test_a_file_of_a_windows_editor_is_read(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(MODEL)
+    text = "[[budget]]\r\npath = '*.safetensors'\r\nmax-raw = 1\r\n"
+    (tmp_path / "prunectl.toml").write_bytes(text.encode("utf-8-sig"))
+    found = prunectl(tmp_path, "check", "--json")
+    assert (found.code, found.json["gates"][0]["line"]) == (1, 3)
+
+
+def test_a_file_that_is_not_utf_8_is_to_be_saved_as_it(tmp_path: Path) -> None:
+    (tmp_path / "prunectl.toml").write_bytes("[[budget]]\npath = 'a'\n".encode("utf-16"))
+    found = prunectl(tmp_path, "check", "--json")
+    assert (found.code, found.json["error"]["hint"]) == (2, "save it as UTF-8")
+
+
 def test_the_schema_that_ships_is_the_table_of_keys() -> None:
     assert json.loads(Path(schema.__file__).with_name(schema.FILE).read_text(encoding="utf-8")) == schema.schema()
 

@@ -152,3 +152,15 @@ def test_garbage_is_collected_again_after_a_framework_was_imported(
         importlib.import_module("torch")
     assert set(thresholds) == {700}
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_run_that_is_stopped_is_resumed_from_a_checkpoint_alone(
+    has_checkpoint: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if has_checkpoint:
+        (tmp_path / "last").mkdir()
+        (tmp_path / "last" / "run.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), TrainingProgress(Settings(), tmp_path):
+        raise KeyboardInterrupt
+    assert ("--resume" in capsys.readouterr().err) is has_checkpoint
