@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import html
 import inspect
-import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +20,6 @@ from prunectl.commands.app import COMMANDS
 from prunectl.errors import UsageError
 from prunectl.exporting import request as export_request
 from prunectl.pruning.request import OPTIONS
-from prunectl.training import quiet
 from prunectl.training import request as finetune_request
 from tests.running import FIXTURES, here
 from tests.running import prunectl as command
@@ -259,20 +256,3 @@ def test_prune_looks_at_data_as_the_command_does(tmp_path: Path) -> None:
     assert any(
         "reconstructed from 64 examples" in note for note in prunectl.prune(model, None, repair=True, **said).notes
     )
-
-
-def test_a_host_program_gets_its_log_levels_and_environment_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
-    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
-    try:
-        logger.setLevel(logging.INFO)
-        with quiet.host_settings():
-            quiet.raise_log_levels()
-            assert logger.level == logging.ERROR
-            assert os.environ["GRPC_VERBOSITY"] == "ERROR"
-        assert logger.level == logging.INFO
-        assert "GRPC_VERBOSITY" not in os.environ
-    finally:
-        logger.setLevel(level)
-    assert all(hasattr(function, "__wrapped__") for function in (prunectl.prune, prunectl.finetune, prunectl.export))

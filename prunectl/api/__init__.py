@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from prunectl.api.keywords import (
     PartOptions,
     PruneOptions,
     Ratio,
+    SelectionOptions,
     as_keywords,
     check_type,
     names,
@@ -83,11 +86,10 @@ from prunectl.pruning.averages import parse_keep
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.manifest import read_record
 from prunectl.training.backend import LoadOptions
-from prunectl.training.quiet import host_settings
+from prunectl.training.host import host_settings
 
 
 @as_keywords()
-@host_settings()
 def inspect(
     model: AnyPath,
     *,
@@ -114,7 +116,11 @@ def inspect(
                 raise UsageError(f"{name} needs {needed}", hint=f"add {needed}, or leave out {name}")
     is_trusted = given.pop("trust", False)
     is_fetched = has_groups or is_measured
-    with named_objects(given) as named, model_path("model", model, is_read_whole=is_fetched) as path:
+    with (
+        host_settings() if is_fetched else nullcontext(),
+        named_objects(given) as named,
+        model_path("model", model, is_read_whole=is_fetched) as path,
+    ):
         file, request = open_model(path), prune_request.parse_request(named)
         stats = inspection.inspect_model(file, wanted, parsed, meter)
         origin = LoadOptions(request.model, request.custom_objects, is_trusted=is_trusted, inputs=request.inputs)
@@ -146,6 +152,19 @@ def size(
     with model_path("model", model, is_read_whole=estimate) as path:
         stats = look(open_model(path), compressor, meter_of(on_progress))
     return SizeResult.of(shown_path(model, stats), codec=codec, level=level)
+
+
+_BYTES_ALONE = SelectionOptions.__annotations__.keys() - {"strategy", "pattern"} | {
+    "sparsity",
+    "compression",
+    "target_gzip",
+    "target_packed",
+    "nan",
+    "pack",
+    "seed",
+    "manifest",
+}
+"""Options of `prune` for which no framework ever runs, nor code of the user's."""
 
 
 @overload
@@ -186,7 +205,6 @@ def prune(
 
 
 @as_keywords()
-@host_settings()
 def prune(
     model: Any,
     output: AnyPath | EllipsisType | None = ...,
@@ -209,6 +227,20 @@ def prune(
     A model in memory (a Keras model, a ``torch.nn.Module``, an ONNX ``ModelProto``, a dict of arrays) comes back as a
     pruned copy of the same kind, Keras models without their compilation; ``in_place=True`` changes the model itself.
     """
+    with nullcontext() if kind_of(model) is None and options.keys() <= _BYTES_ALONE else host_settings():
+        return _pruned(model, output, options, force=force, in_place=in_place, trust=trust, on_progress=on_progress)
+
+
+def _pruned(
+    model: Any,
+    output: AnyPath | EllipsisType | None,
+    options: Mapping[str, Any],
+    *,
+    force: bool,
+    in_place: bool,
+    trust: bool,
+    on_progress: OnProgress,
+) -> Any:
     kind = kind_of(model)
     if kind is not None:
         if output is not ...:
@@ -319,6 +351,7 @@ def verify(
 
 
 @as_keywords()
+@host_settings()
 def check(
     *names: str,
     config: AnyPath | None = None,

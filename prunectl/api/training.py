@@ -50,9 +50,9 @@ from prunectl.sweeping.sweep import sweep as run_sweep
 from prunectl.sweeping.trial import SweepConfig
 from prunectl.training.evaluate import evaluate_file
 from prunectl.training.finetune import finetune as train
+from prunectl.training.host import host_settings
 from prunectl.training.logger import LogEntry, ProgressEvent
 from prunectl.training.max_drop import parse_drop
-from prunectl.training.quiet import host_settings
 from prunectl.training.request import FinetuneRequest, parse_request
 from prunectl.units import duration
 

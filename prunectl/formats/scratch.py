@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import reduce
 from operator import and_
 from pathlib import Path
@@ -32,6 +33,8 @@ _DAY = 24 * 3600
 _LITTLE = 1 << 20
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _cleared: set[str] = set()
+temporary_folder_is_shared: ContextVar[bool] = ContextVar("temporary_folder_is_shared", default=False)
+"""Whether threads of another program's may use the temporary folder meanwhile: their files would go with a run's."""
 
 
 class Scratch:
@@ -80,9 +83,13 @@ def temporary_folder() -> Generator[Path]:
 def temporary_files() -> Generator[Path]:
     """Yield such a folder, into which frameworks put their temporary files: the next run clears it if one is killed.
 
-    TensorFlow writes each function that it has rewritten to a file, and an interrupt may abort it.
+    TensorFlow writes each function that it has rewritten to a file, and an interrupt may abort it. In the program of
+    somebody else its files go where all temporary files of that program go.
     """
     with temporary_folder() as folder:
+        if temporary_folder_is_shared.get():
+            yield folder
+            return
         before, tempfile.tempdir = tempfile.tempdir, str(folder)
         try:
             yield folder

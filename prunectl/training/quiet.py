@@ -35,33 +35,16 @@ def _flush() -> None:
         stream.flush()
 
 
-_LOGGERS = ("tensorflow", "absl", "jax")
-_VARIABLES = ("TF_CPP_MIN_LOG_LEVEL", "GRPC_VERBOSITY")
+LOGGERS = ("tensorflow", "absl", "jax")
+VARIABLES = ("TF_CPP_MIN_LOG_LEVEL", "GRPC_VERBOSITY")
 
 
 def raise_log_levels() -> None:
-    """Let frameworks log errors alone, for the rest of the process or of `host_settings`."""
-    for name, value in zip(_VARIABLES, ("3", "ERROR"), strict=True):
+    """Let frameworks log errors alone, for the rest of the process, or of `host.host_settings`."""
+    for name, value in zip(VARIABLES, ("3", "ERROR"), strict=True):
         os.environ.setdefault(name, value)
-    for name in _LOGGERS:
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def host_settings() -> Iterator[None]:
-    """Give the program that calls prunectl back its log levels and environment, which frameworks get others of."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    variables = {name: os.environ.get(name) for name in _VARIABLES}
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

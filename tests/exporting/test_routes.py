@@ -259,7 +259,8 @@ def test_what_frameworks_write_for_a_while_goes_into_the_scratch_folder_of_the_e
         f"    pathlib.Path({str(tmp_path / 'seen')!r}).write_text(tempfile.gettempdir())\n"
         f"    return attribute({str(FIXTURES / 'digits_torch.py')!r}, 'DigitsCNN')()\n"
     )
-    export("digits_cnn.pt", tmp_path / "m.torchscript", builder=f"{code}:build", input=["1,1,8,8"])
+    names = (FIXTURES / "digits_cnn.pt", "-o", tmp_path / "m.torchscript")
+    assert here("export", *names, "--builder", f"{code}:build", "--input", "1,1,8,8").code == 0
     scratch = Path((tmp_path / "seen").read_text())
     assert scratch.is_relative_to(before)
     assert SCRATCH.fullmatch(scratch.parent.name)
