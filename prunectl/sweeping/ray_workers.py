@@ -99,7 +99,7 @@ class _Cluster:
             except Exception as error:  # a node that does not come up in time raises no more than that
                 raise WorkError(
                     f"no Ray cluster answered at {self._address or 'this machine'}: {first_line(error)}",
-                    hint="run ray start --head and use --on ray:ADDRESS, or use --on ray for this machine only",
+                    hint=_start(self._address, error),
                 ) from error
             check_resources(ray.nodes(), self._threads, self._hands)
 
@@ -114,6 +114,13 @@ class _Cluster:
         """Stop, or let go of a cluster that others run."""
         if ray.is_initialized():
             ray.shutdown()
+
+
+def _start(address: str, error: Exception) -> str:
+    """What to do where no cluster answers, or one that asks for the token that Ray leaves in the home folder."""
+    if address and "AuthToken" in str(error):
+        return "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the cluster was started with ~/.ray/auth_token"
+    return "run ray start --head and use --on ray:ADDRESS, or use --on ray for this machine only"
 
 
 def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int) -> None:

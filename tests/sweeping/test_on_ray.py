@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -17,24 +20,45 @@ from prunectl.sweeping.sweep import sweep
 from prunectl.sweeping.trial import SweepConfig
 from tests.formats.test_folder import files_of
 from tests.pruning.test_parts import folder
-from tests.running import FIXTURES, here, prunectl
+from tests.running import FIXTURES, clean, here, prunectl
 from tests.sweeping.test_sweep import killed_after, noted
 
 __all__ = ["folder"]
 ONNX, FEW = FIXTURES / "digits_cnn.onnx", f"{FIXTURES / 'digits.npz'}?limit=60"
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+_HEAD = """
+import ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+input()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, dict[str, str]]]:
+    """A cluster of somebody else with two processors: what `--on` joins it by, and the environment with its token."""
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token_hex(), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", _HEAD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=clean(**environment)) as head:
+        assert head.stdin
+        assert head.stdout
+        yield f"ray:{head.stdout.readline().decode().strip()}", environment
+        head.stdin.write(b"\n")
 
 
 @needs_ray
-def test_a_cluster_of_two_workers_makes_the_same_table_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_a_cluster_of_two_workers_makes_the_same_table_and_another_goes_on_after_a_kill(
+    cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    place, environment = cluster
     sparsities = tuple(round(0.1 + 0.01 * at, 2) for at in range(8))
     words = ["--data", FEW, "--strategies", "magnitude,gradient", "--sparsities", ",".join(map(str, sparsities))]
     alone = sweep(ONNX, SweepConfig(data=FEW, strategies=("magnitude",), sparsities=sparsities), tmp_path / "alone")
     broken = tmp_path / "broken"
-    words += ["-o", str(broken), "--on", "ray", "-j", "2"]
-    killed_after(3, ONNX, *words, OMP_NUM_THREADS="1")
+    words += ["-o", str(broken), "-j", "2", "--on"]
+    killed_after(3, ONNX, *words, "ray", OMP_NUM_THREADS="1")
     assert 3 <= noted(broken) < 8
-    found = prunectl("sweep", ONNX, *words, "--json", OMP_NUM_THREADS="1")
+    found = prunectl("sweep", ONNX, *words, place, "--json", OMP_NUM_THREADS="1", **environment)
     points = [
         (one["point"]["sparsity"], one["point"]["value"], one["bytes"]["compressed"])
         for one in found.json["models"][:9]
@@ -49,14 +73,17 @@ def test_a_cluster_of_two_workers_makes_the_same_table_and_goes_on_after_a_kill(
 
 
 @needs_ray
-def test_parts_of_a_folder_on_a_cluster_give_the_bytes_of_one_process(folder: Path) -> None:
+def test_parts_of_a_folder_on_a_cluster_give_the_bytes_of_one_process(
+    cluster: tuple[str, dict[str, str]], folder: Path
+) -> None:
+    place, environment = cluster
     words = ("-s", "30%", "--scope", "global")
     assert here("prune", folder, "-o", folder.parent / "whole", *words).code == 0
     output = folder.parent / "parts"
     # What one of two parts has done before is not done again.
     assert here("prune", folder, "-o", output, *words, "--part", "2/2").code == 0
     times = {path.name: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
-    done = prunectl("prune", folder, "-o", output, *words, "--on", "ray", "--json")
+    done = prunectl("prune", folder, "-o", output, *words, "--on", place, "--json", **environment)
     assert done.code == 0, done.err
     assert done.json["models"][1]["path"] == str(output)
     assert files_of(output) == files_of(folder.parent / "whole")
@@ -65,7 +92,7 @@ def test_parts_of_a_folder_on_a_cluster_give_the_bytes_of_one_process(folder: Pa
     again, shard = folder.parent / "again", folder / "model-00003-of-00006.safetensors"
     assert here("prune", folder, "-o", again, *words, "--part", "2/2").code == 0
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x41")
-    done = prunectl("prune", folder, "-o", again, *words, "--on", "ray")
+    done = prunectl("prune", folder, "-o", again, *words, "--on", place, **environment)
     assert done.code == 3, done.err
     assert f"{shard.name} was changed while the parts were pruned" in done.err
     assert "start all parts again" in done.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -48,12 +47,14 @@ def killed_after(lines: int, *words: str | Path, **environment: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    notes, until = folder / "sweep.jsonl", time.monotonic() + 60
-    while not notes.exists() or notes.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    notes, until = folder / "sweep.jsonl", time.monotonic() + 120
+    try:
+        while not notes.exists() or notes.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        process.kill()
     assert process.wait() == -signal.SIGKILL
 
 
