@@ -23,8 +23,9 @@ from prunectl.formats import sandbox, scratch
 from prunectl.formats.sandbox import SandboxPolicy
 from tests import forked
 
-for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    # Workers share the processors: threads that wait for one another by spinning take ten times as long then.
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    # Workers share the processors: threads that wait for one another by spinning take ten times as long then, and
+    # those of TensorFlow take longer than what they share out.
     os.environ.setdefault(_threads, "1")
 
 

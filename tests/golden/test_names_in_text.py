@@ -35,9 +35,10 @@ def sources(mark: str, *folders: str) -> Iterator[tuple[str, ast.Module]]:
 
 def texts(tree: ast.Module) -> Iterator[str]:
     """Yield the strings in a module, but no docstrings and no pieces of f-strings."""
-    left_out = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
-    left_out |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    left_out = {id(piece) for node in nodes if isinstance(node, ast.JoinedStr) for piece in node.values}
+    left_out |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
             yield node.value
 
