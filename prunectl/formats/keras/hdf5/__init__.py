@@ -221,6 +221,13 @@ def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
 
 def _own(group: Any, key: str, name: str, path: Path) -> Any:
     """What a group itself holds under a key; None for an alias of something else in the file."""
+    raw = key.encode("utf-8", "surrogateescape")
+    if group.id.links.get_info(raw).type == h5py.h5l.TYPE_HARD:
+        # What h5py does for a key, but for the file that it opens for each dataset.
+        opened = h5py.h5o.open(group.id, raw)
+        if isinstance(opened, h5py.h5d.DatasetID):
+            return h5py.Dataset(opened)
+        return h5py.Group(opened) if isinstance(opened, h5py.h5g.GroupID) else None
     link = group.get(key, getlink=True)
     if isinstance(link, h5py.ExternalLink):
         raise InputError(
@@ -236,23 +243,25 @@ def _own(group: Any, key: str, name: str, path: Path) -> Any:
 
 
 def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
-    if dataset.external:
+    # Once: h5py asks libhdf5 for it each time.
+    properties = dataset.id.get_create_plist()
+    layout, filters = properties.get_layout(), properties.get_nfilters()
+    if properties.get_external_count():
         raise InputError(
             f"{path} is refused: "
             f"{abbreviated(name)} stores its values in another file, {abbreviated(str(dataset.external[0][0]))}"
         )
-    if dataset.is_virtual:
+    if layout == h5py.h5d.VIRTUAL:
         raise InputError(f"{path} is refused: {abbreviated(name)} is assembled from other files")
     dtype = dataset.dtype
-    declared_type = dataset.attrs.get("dtype")
-    if dtype.kind == "V" and dtype.names is None and isinstance(declared_type, str):
-        # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
-        type_name = declared_type
-    elif dtype.kind in "fiubc":
+    if dtype.kind in "fiubc":
         type_name = dtype.newbyteorder("=").name
+    elif dtype.kind == "V" and dtype.names is None and isinstance(declared := dataset.attrs.get("dtype"), str):
+        # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
+        type_name = declared
     else:
         return None
-    is_flat = dataset.chunks is None and dataset.id.get_create_plist().get_nfilters() == 0
+    is_flat = layout != h5py.h5d.CHUNKED and not filters
     return {
         "name": name,
         "shape": list(dataset.shape or ()),
@@ -261,7 +270,7 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
         "address": h5py.h5o.get_info(dataset.id).addr,
         "offset": dataset.id.get_offset() if is_flat else None,
         "stored": dataset.id.get_storage_size(),
-        "is_filtered": dataset.id.get_create_plist().get_nfilters() > 0,
+        "is_filtered": filters > 0,
     }
 
 
@@ -289,13 +298,13 @@ class AttributeBudget:
 
 
 def _attributes(group: Any, budget: AttributeBudget) -> dict[str, Any]:
-    values = {}
-    for key in group.attrs:
-        attribute = group.attrs.get_id(key)
+    values, attributes = {}, group.attrs
+    for key in attributes:
+        attribute = attributes.get_id(key)
         if attribute.shape is None:
             continue  # an attribute without a value
         budget.elements(key, attribute.shape, attribute.dtype.itemsize)
-        value = _plain(group.attrs[key])
+        value = _plain(attributes[key])
         budget.text(key, value)
         if value is not None:
             values[key] = value
