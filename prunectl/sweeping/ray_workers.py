@@ -27,6 +27,8 @@ from prunectl.sweeping.workers import decode_error, decode_reply, encode_error, 
 _PATIENCE_SECONDS = 5.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Nobody is told that there is a sweep; what cards a worker without any sees stays as it is."""
+_REFUSED = "if it was started with a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to it"
+"""Ray does not tell that it was refused for want of one."""
 
 
 class _RayTrial:
@@ -93,13 +95,15 @@ class _Cluster:
                 return
             os.environ.update(_QUIET)
             own = {} if self._address else {"num_cpus": self._threads * self._hands, "include_dashboard": False}
+            hint = "run ray start --head and use --on ray:ADDRESS, or use --on ray for this machine only"
             try:
-                _check_reachable(self._address)
+                if _is_listening(self._address):
+                    hint = _REFUSED
                 ray.init(address=self._address or "local", logging_level="error", log_to_driver=False, **own)
             except Exception as error:  # a node that does not come up in time raises no more than that
                 raise WorkError(
                     f"no Ray cluster answered at {self._address or 'this machine'}: {first_line(error)}",
-                    hint=_start(self._address, error),
+                    hint=hint,
                 ) from error
             check_resources(ray.nodes(), self._threads, self._hands)
 
@@ -116,13 +120,6 @@ class _Cluster:
             ray.shutdown()
 
 
-def _start(address: str, error: Exception) -> str:
-    """What to do where no cluster answers, or one that asks for the token that Ray leaves in the home folder."""
-    if address and "AuthToken" in str(error):
-        return "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the cluster was started with ~/.ray/auth_token"
-    return "run ray start --head and use --on ray:ADDRESS, or use --on ray for this machine only"
-
-
 def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int) -> None:
     """Refuse more workers than a cluster has processors for: some would wait for ever."""
     room = sum(int(node["Resources"].get("CPU", 0) // threads) for node in nodes if node["Alive"])
@@ -133,11 +130,13 @@ def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int)
         )
 
 
-def _check_reachable(address: str) -> None:
-    """Fail at once where nobody listens, for which Ray itself waits for minutes."""
+def _is_listening(address: str) -> bool:
+    """Whether somebody listens at a host and port; fails at once where nobody does, for which Ray waits minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=_PATIENCE_SECONDS).close()
+    if not host or not port.isdecimal():
+        return False
+    socket.create_connection((host, int(port)), timeout=_PATIENCE_SECONDS).close()
+    return True
 
 
 def make_ray_workers(address: str, job: dict[str, Any], jobs: int, threads: int) -> Sequence[_RayWorker]:

@@ -162,8 +162,24 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         place = f"ray:127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(WorkError, match="no Ray cluster answered"):
+        with pytest.raises(WorkError, match="no Ray cluster answered") as caught:
             app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), "--data", FEW, "--on", place])
+    assert caught.value.hint.startswith("run ray start --head")
+
+
+@needs_ray
+def test_a_cluster_that_listens_and_refuses_may_ask_for_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(**_: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster")  # as Ray does, whatever the reason
+
+    monkeypatch.setattr("ray.init", refuses)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        words = ["--data", FEW, "--sparsities", "50%", "--on", f"ray:127.0.0.1:{head.getsockname()[1]}"]
+        with pytest.raises(WorkError, match="no Ray cluster answered") as caught:
+            app.run(["sweep", str(ONNX), "-o", str(tmp_path / "points"), *words])
+    assert "RAY_AUTH_MODE=token" in caught.value.hint
 
 
 @needs_ray
