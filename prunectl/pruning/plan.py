@@ -100,10 +100,7 @@ def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
     }
     tensors, skips = _partition(model, criteria, skip_reason, layer_ratios)
     if not tensors:
-        raise UsageError(
-            _nothing_to_prune(model, skips),
-            hint=f"select tensors with --layers or --policy all; list them with: prunectl inspect {model.path}",
-        )
+        raise _nothing_to_prune(model, skips)
     return Selection(
         tensors, skips, {tensor.name: layer_ratios[tensor.name] for tensor in tensors if tensor.name in layer_ratios}
     )
@@ -127,16 +124,19 @@ def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> 
     return Plan(cuts, selection.skips, sum(counts))
 
 
-def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> str:
+def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> UsageError:
     reasons = Counter(skip.reason for skip in skips)
     # That kernels are no floats tells more than that biases are no kernels.
     shown = sorted(reasons, key=_most_telling(reasons))[:3]
     listed = ", ".join(counted_reason(reason, reasons[reason]) for reason in shown)
-    return f"{model.path} has nothing to prune: it holds {listed or 'no tensors'}"
+    hint = f"select tensors with --layers or --policy all; list them with: prunectl inspect {model.path}"
+    if any(reason.startswith(_QUANTISED) for reason in reasons):
+        hint = "prune the model that was quantised, and quantise the result"
+    return UsageError(f"{model.path} has nothing to prune: it holds {listed or 'no tensors'}", hint=hint)
 
 
 def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
-    return lambda reason: (not reason.startswith("quantised"), -reasons[reason])
+    return lambda reason: (not reason.startswith(_QUANTISED), -reasons[reason])
 
 
 KEPT_SHARE = 0.01
@@ -238,6 +238,9 @@ _ROLE_REASONS = {
     Role.OPTIMIZER: "optimizer state",
     Role.OTHER: UNKNOWN,
 }
+_QUANTISED = "quantised to"
+_QUANTISED_NAMES = (".weight", ".qweight", ".q_weight", ".W_q", ".weight_packed", ".weight._data", "_proj_blocks")
+"""Ends of the names of what bitsandbytes, GPTQ, AWQ, EXL2, HQQ, compressed-tensors, Quanto and MXFP4 pack."""
 _NOUNS = {
     "a bias": ("bias", "biases"),
     "a norm": ("norm parameter", "norm parameters"),
@@ -346,7 +349,7 @@ def non_float_reason(tensor: Tensor) -> Verdict:
     name = tensor.dtype.name
     if tensor.is_float:
         return ""
-    return f"quantised to {name}: prune before quantising" if name in QUANTISED else f"of type {name}"
+    return f"{_QUANTISED} {name}: prune before quantising" if name in QUANTISED else f"of type {name}"
 
 
 def _ineligible(tensor: Tensor) -> Verdict:
@@ -354,6 +357,8 @@ def _ineligible(tensor: Tensor) -> Verdict:
     role = tensor.role
     if role in PRUNABLE:
         return non_float_reason(tensor) or "a kernel with a single axis"
+    if not tensor.is_float and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
+        return f"{_QUANTISED} {tensor.dtype.name}: prune before quantising"
     return _ROLE_REASONS.get(role, f"a {role}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
@@ -168,6 +169,23 @@ def test_a_quantised_model_is_told_to_be_pruned_before(tmp_path: Path) -> None:
     assert done.code == 2
     assert "has nothing to prune" in done.err
     assert "quantised to int8: prune before quantising" in done.err
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "dtype"),
+    [("qweight", "scales", np.int32), ("weight", "SCB", np.int8), ("weight_packed", "weight_scale", np.int32)],
+    ids=["gptq", "bitsandbytes", "compressed-tensors"],
+)
+def test_a_language_model_that_was_quantised_keeps_its_scales(
+    weight: str, scale: str, dtype: type[np.integer[Any]], tmp_path: Path
+) -> None:
+    layer = "model.layers.0.self_attn.q_proj"
+    arrays = {weight: np.ones((8, 64), dtype), scale: np.ones((2, 64), np.float16), "bias": np.ones(64, np.float16)}
+    save_file({f"{layer}.{name}": array for name, array in arrays.items()}, tmp_path / "m.safetensors")
+    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
+    assert done.code == 2
+    assert f"1 tensor (quantised to {np.dtype(dtype).name}: prune before quantising)" in done.err
+    assert "prune the model that was quantised" in done.err
 
 
 def test_what_is_quantised_is_said_wherever_its_kernels_are_counted(tmp_path: Path) -> None:
