@@ -179,6 +179,7 @@ def _prune(
         *outputs.notes_on_folder(model, output),
         *_note_on_floors(_floored(plan, method, before, counts), plan),
         *_notes_on_parametrizations(model, plan),
+        *_note_on_scales(model, plan),
     )
     lost = {name: count.lost for name, count in counts.items() if count.lost is not None}
     return Pruned(request, sparsity, plan, counts, before, replace(after, path=shown), notes, lost=lost)
@@ -218,6 +219,19 @@ def _notes_on_parametrizations(model: ModelFile, plan: Plan) -> Iterator[str]:
             who = f"{affected[0]} is" if len(affected) == 1 else f"{len(affected)} tensors, such as {affected[0]}, are"
             again = f"save it again{without} (torch.nn.utils.parametrize.remove_parametrizations)"
             yield f"{who} {effect}. To prune the weights that the model computes, {again}."
+
+
+def _note_on_scales(model: ModelFile, plan: Plan) -> tuple[str, ...]:
+    """Of float8 as DeepSeek and compressed-tensors keep it."""
+    names = {tensor.name for tensor in model.tensors}
+    scaled = [
+        cut.tensor.name for cut in plan.cuts if names & {f"{cut.tensor.name}_scale", f"{cut.tensor.name}_scale_inv"}
+    ]
+    if not scaled:
+        return ()
+    name = abbreviated(scaled[0])
+    who = f"{name} has a scale" if len(scaled) == 1 else f"{len(scaled)} tensors, such as {name}, have scales"
+    return (f"{who} in the file, which is no part of how weights are ranked.",)
 
 
 def _work(model: ModelFile, plan: Plan) -> int:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file as save_torch_file
 
 from prunectl.errors import UsageError
 from prunectl.formats.registry import open_model
@@ -186,6 +188,17 @@ def test_a_language_model_that_was_quantised_keeps_its_scales(
     assert done.code == 2
     assert f"1 tensor (quantised to {np.dtype(dtype).name}: prune before quantising)" in done.err
     assert "prune the model that was quantised" in done.err
+
+
+def test_that_weights_of_eight_bits_are_ranked_without_their_scales_is_told(tmp_path: Path) -> None:
+    weight = torch.randn(16, 16).to(torch.float8_e4m3fn)
+    tensors = {"q.weight": weight, "q.weight_scale_inv": torch.ones(2, 2)}
+    save_torch_file(tensors, tmp_path / "m.safetensors")
+    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
+    assert "q.weight has a scale in the file, which is no part of how weights are ranked" in " ".join(done.err.split())
+    kept = load_torch_file(tmp_path / "out.safetensors")
+    assert torch.equal(kept["q.weight_scale_inv"], tensors["q.weight_scale_inv"])
+    assert int((kept["q.weight"].float() == 0).sum()) >= 128
 
 
 def test_what_is_quantised_is_said_wherever_its_kernels_are_counted(tmp_path: Path) -> None:
