@@ -1,4 +1,4 @@
-"""Which axis of a kernel runs over outputs, and which over inputs, where a file holds weights and nothing else?
+"""Which axis of a kernel runs over outputs, and which over inputs, where no graph says what is done with it?
 
 The layers of PyTorch keep `[out, in, …]`. What keeps them otherwise is told by the shapes beside it:
 
@@ -7,10 +7,14 @@ The layers of PyTorch keep `[out, in, …]`. What keeps them otherwise is told b
 - Flax puts the outputs last.
 - Experts that share a tensor keep `[expert, out, in]` (Mixtral, GraniteMoe) or `[expert, in, out]` (Llama 4, gpt-oss):
   the first matrix of an expert makes gate and value, two times as many outputs as the second has inputs.
+
+Those of Keras put the inputs before the outputs, which stand last; an attention and an EinsumDense have several axes of
+either.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -78,3 +82,25 @@ def _of_experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Ke
                 yield from ((name, KernelAxes(1, 2)), (other, KernelAxes(1, 2)))
             elif other_shape[2] == rows and 2 * other_shape[1] == columns:
                 yield from ((name, KernelAxes(2, 1)), (other, KernelAxes(2, 1)))
+
+
+_PROJECTION = re.compile(r"_?(query|key|value)(_dense)?")
+
+
+def attention_axes(step: str, kind: str, shape: tuple[int, ...]) -> KernelAxes | None:
+    """The axes of what an attention of Keras makes queries, keys or values with, `[in, heads, size]`.
+
+    ``step`` is what the kernel is called in its layer. Where the class of the layer is unknown, it might be the kernel
+    of a convolution, `[window, in, out]`, whose first axis is short.
+    """
+    is_clear = kind.endswith("Attention") or (not kind and len(shape) == 3 and shape[0] > shape[1])
+    return KernelAxes(2, 0) if is_clear and len(shape) == 3 and _PROJECTION.fullmatch(step) else None
+
+
+def einsum_axes(equation: object, rank: int) -> KernelAxes | None:
+    """The last axes that an EinsumDense sums over and makes."""
+    operands, _, made = equation.partition("->") if isinstance(equation, str) else ("", "", "")
+    given, _, kernel = operands.replace(" ", "").partition(",")
+    summed = [axis for axis, label in enumerate(kernel) if label in given and label not in made]
+    free = [axis for axis, label in enumerate(kernel) if label in made and label not in given]
+    return KernelAxes(free[-1], summed[-1]) if summed and free and len(kernel) == rank else None

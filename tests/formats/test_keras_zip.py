@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import prunectl
 from prunectl.errors import InputError
 from prunectl.formats.registry import open_model
 from tests.contract import Array, FormatContract, read_all
@@ -225,3 +226,27 @@ def test_damage_inside_a_deflated_archive_is_told_of_the_archive(tmp_path: Path)
     rezip(path, zipfile.ZIP_DEFLATED, {"model.weights.h5": b"\x89HDF\r\n\x1a\n" + bytes(5000)})
     with pytest.raises(InputError, match=r"m\.keras: its model\.weights\.h5 is truncated or damaged"):
         open_model(path)
+
+
+def test_two_of_four_zeros_lie_along_what_an_attention_and_an_einsum_sum_over(tmp_path: Path) -> None:
+    k = keras()
+    inputs = k.Input((3, 8))
+    x = k.layers.MultiHeadAttention(2, 6, name="attention")(inputs, inputs)
+    x = k.layers.EinsumDense("abc,dec->abde", output_shape=(None, 4, 12), name="apart")(x)
+    x = k.layers.EinsumDense("abde,def->abf", output_shape=(None, 5), name="joined")(x)
+    k.Model(inputs, x).save(tmp_path / "m.keras")
+    prunectl.prune(tmp_path / "m.keras", tmp_path / "out.keras", pattern="2:4")
+    dense, pruned = (k.models.load_model(tmp_path / name) for name in ("m.keras", "out.keras"))
+    attention = "_query_dense", "_key_dense", "_value_dense"
+    axes = {**dict.fromkeys(attention, 0), "apart": 2, "joined": 1}
+    for name, axis in axes.items():
+        before, after = (
+            np.asarray(
+                (getattr(model.get_layer("attention"), name) if name in attention else model.get_layer(name)).kernel
+            )
+            for model in (dense, pruned)
+        )
+        groups = np.moveaxis(before, axis, -1).reshape(-1, 4)
+        rank = np.argsort(np.argsort(np.abs(groups), axis=1), axis=1)
+        expected = np.where(rank < 2, np.float32(0), groups)
+        np.testing.assert_array_equal(np.moveaxis(after, axis, -1).reshape(-1, 4), expected)

@@ -22,6 +22,7 @@ from prunectl.formats.keras.config import (
 )
 from prunectl.formats.keras.hdf5 import Dataset, H5Contents
 from prunectl.formats.keras.roles import (
+    kernel_axes,
     looks_channels_first,
     name_by_position,
     quantised_names,
@@ -113,6 +114,7 @@ def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, L
     leaf = parts[-1] if len(parts) > 1 else modern_name(parts[-1])
     is_theano = layer.config.get("dim_ordering") == "th" if layer else looks_channels_first(parts[-1], dataset.shape)
     weight = weight_role(leaf, kind, dataset, is_channels_first=is_theano)
+    axes = kernel_axes(weight, parts[-2] if len(parts) > 1 else "", layer, dataset.shape)
     shown_layer = layer.name if layer is not None else _plain_layer(parts[:-1], group)
     return Tensor(
         name=name,
@@ -122,8 +124,8 @@ def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, L
         role=weight.role,
         storage=dataset.storage,
         kind=kind,
-        out_axis=weight.out_axis,
-        in_axis=weight.in_axis,
+        out_axis=axes.out_axis,
+        in_axis=axes.in_axis,
     )
 
 
@@ -254,6 +256,7 @@ def _numbered_tensor(dataset: Dataset, folders: _Folders, of_wrappers: Mapping[s
     if leaf == "bias" and len(dataset.shape) > 1 and owner.slug == "layer" and owner.layer is None:
         leaf = f"weight_{index}"  # Of a wrapped layer whose class is unknown.
     weight = weight_role(leaf, owner.kind, dataset)
+    axes = kernel_axes(weight, owner.names[-1], owner.layer, dataset.shape)
     return Tensor(
         name="/".join((*owner.names, leaf)),
         layer=owner.display_name,
@@ -262,8 +265,8 @@ def _numbered_tensor(dataset: Dataset, folders: _Folders, of_wrappers: Mapping[s
         role=weight.role,
         storage=dataset.storage,
         kind=owner.kind,
-        out_axis=weight.out_axis,
-        in_axis=weight.in_axis,
+        out_axis=axes.out_axis,
+        in_axis=axes.in_axis,
     )
 
 

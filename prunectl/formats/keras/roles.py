@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
+from prunectl.formats.keras.config import LayerConfig
 from prunectl.formats.keras.hdf5 import Dataset
+from prunectl.formats.kernel_axes import KernelAxes, attention_axes, einsum_axes
 
 _ROLES = {
     "recurrent_kernel": Role.RECURRENT,
@@ -56,6 +58,18 @@ def weight_role(leaf: str, kind: str, dataset: Dataset, *, is_channels_first: bo
     if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
         return WeightRole(role, len(shape) - 2, len(shape) - 1)
     return WeightRole(role, len(shape) - 1)
+
+
+def kernel_axes(
+    weight: WeightRole, step: str, layer: LayerConfig | None, shape: tuple[int, ...]
+) -> WeightRole | KernelAxes:
+    """The axes of a weight: by ``step`` on the way to it, or the settings of its layer, where these tell more."""
+    if weight.role is not Role.KERNEL or weight.out_axis is None:
+        return weight
+    kind, settings = (layer.kind, layer.config) if layer is not None else ("", {})
+    if kind.endswith("EinsumDense"):
+        return einsum_axes(settings.get("equation"), len(shape)) or weight
+    return attention_axes(step, kind, shape) or weight
 
 
 def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
