@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import prunectl
 from prunectl.errors import InputError
 from prunectl.formats.base import Role, Tensor
 from prunectl.formats.registry import open_model
@@ -545,3 +546,29 @@ def test_damage_anywhere_is_read_or_refused_but_never_crashes(
             read_all(path)
         except InputError as error:
             assert str(path) in error.message  # noqa: PT017 - most damage goes unnoticed, which is no failure
+
+
+@pytest.mark.parametrize(
+    ("node", "shape", "in_axis"),
+    [
+        (helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=2), (1, 8, 12), 2),
+        (helper.make_node("GRU", ["x", "r", "w"], ["y"], hidden_size=8), (2, 24, 8), 2),
+        (helper.make_node("MatMul", ["w", "x"], ["y"]), (2, 6, 8), 2),
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), (2, 8, 6), 1),
+        (helper.make_node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", transB=1), (2, 6, 8), 2),
+        (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), (6, 8), 1),
+    ],
+    ids=["LSTM", "GRU", "MatMul left", "MatMul right", "FusedMatMul", "Gemm"],
+)
+def test_two_of_four_zeros_lie_along_what_a_product_sums_over(
+    node: onnx.NodeProto, shape: tuple[int, ...], in_axis: int, tmp_path: Path
+) -> None:
+    weights = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    graph = helper.make_graph([node], "g", [], [], [numpy_helper.from_array(weights, "w")])
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    prunectl.prune(tmp_path / "m.onnx", tmp_path / "out.onnx", pattern="2:4")
+    pruned = numpy_helper.to_array(onnx.load(tmp_path / "out.onnx").graph.initializer[0])
+    groups = np.moveaxis(weights, in_axis, -1).reshape(-1, 4)
+    rank = np.argsort(np.argsort(np.abs(groups), axis=1), axis=1)
+    expected = np.where(rank < 2, np.float32(0), groups)
+    np.testing.assert_array_equal(np.moveaxis(pruned, in_axis, -1).reshape(-1, 4), expected)

@@ -180,6 +180,7 @@ def _described(tensor: _Found, uses: UsageIndex) -> Tensor:
         storage=located.storage,
         kind=purpose.kind,
         out_axis=purpose.out_axis,
+        in_axis=purpose.in_axis,
     )
 
 

@@ -25,6 +25,8 @@ class OperandRole:
 
     role: Role
     out_axis: OutAxis = lambda _node, _rank: None
+    in_axis: OutAxis = lambda _node, _rank: None
+    """Where it is not the neighbour of the outputs."""
 
 
 def _axis(number: int) -> OutAxis:
@@ -43,19 +45,29 @@ def _fused(node: NodeProto, rank: int) -> int | None:
     return _second_last(node, rank) if node.number("transB", 0) else _last(node, rank)
 
 
+def _fused_inputs(node: NodeProto, rank: int) -> int | None:
+    return _last(node, rank) if node.number("transB", 0) else _second_last(node, rank)
+
+
 def _gemm(switch: str, plain: int) -> OutAxis:
     return lambda node, _rank: 1 - plain if node.number(switch, 0) else plain
 
 
 _BIAS_INPUT, _NORM, _STATE = OperandRole(Role.BIAS), OperandRole(Role.NORM), OperandRole(Role.STATE)
 _FIRST, _SECOND = OperandRole(Role.KERNEL, _axis(0)), OperandRole(Role.KERNEL, _axis(1))
-_COLUMNS, _ROWS = OperandRole(Role.KERNEL, _last), OperandRole(Role.KERNEL, _second_last)
+_COLUMNS, _ROWS = OperandRole(Role.KERNEL, _last), OperandRole(Role.KERNEL, _second_last, _last)
 _GEMM = {
     0: OperandRole(Role.KERNEL, _gemm("transA", 0)),
     1: OperandRole(Role.KERNEL, _gemm("transB", 1)),
     2: _BIAS_INPUT,
 }
-_CELL = {1: _SECOND, 2: OperandRole(Role.RECURRENT, _axis(1)), 3: _BIAS_INPUT, 5: _STATE, 6: _STATE}
+_CELL = {
+    1: OperandRole(Role.KERNEL, _axis(1), _axis(2)),
+    2: OperandRole(Role.RECURRENT, _axis(1), _axis(2)),
+    3: _BIAS_INPUT,
+    5: _STATE,
+    6: _STATE,
+}
 _SCALE = {1: _NORM, 2: _NORM}
 
 PARTS: dict[str, dict[int, OperandRole]] = {
@@ -69,7 +81,7 @@ PARTS: dict[str, dict[int, OperandRole]] = {
     "FusedGemm": _GEMM,
     "QGemm": {3: OperandRole(Role.KERNEL, _gemm("transB", 1)), 6: _BIAS_INPUT},
     "MatMul": {0: _ROWS, 1: _COLUMNS},
-    "FusedMatMul": {1: OperandRole(Role.KERNEL, _fused)},
+    "FusedMatMul": {1: OperandRole(Role.KERNEL, _fused, _fused_inputs)},
     "MatMulInteger": {0: _ROWS, 1: _COLUMNS},
     "MatMulIntegerToFloat": {0: _ROWS, 1: _COLUMNS, 6: _BIAS_INPUT},
     "DynamicQuantizeMatMul": {1: _COLUMNS, 4: _BIAS_INPUT},
@@ -140,6 +152,7 @@ class OnnxTensorPurpose:
     kind: str = ""
     layer: str = ""
     out_axis: int | None = None
+    in_axis: int | None = None
 
 
 class UsageIndex:
@@ -176,15 +189,20 @@ class UsageIndex:
             node = use.node
             if steps and node.outputs and use.operand == 0 and node.op in PASSING:
                 for purpose in self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1):
-                    axis = axis_before_transpose(node, purpose.out_axis, len(shape), self._order(node))
-                    yield replace(purpose, out_axis=axis)
+                    order = self._order(node)
+                    out_axis = axis_before_transpose(node, purpose.out_axis, len(shape), order)
+                    in_axis = axis_before_transpose(node, purpose.in_axis, len(shape), order)
+                    yield replace(purpose, out_axis=out_axis, in_axis=in_axis)
             elif steps and node.outputs and node.op in SPLICING:
                 behind = self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1)
-                yield from (replace(purpose, out_axis=None) for purpose in behind if purpose.kind in CELLS)
+                yield from (
+                    replace(purpose, out_axis=None, in_axis=None) for purpose in behind if purpose.kind in CELLS
+                )
                 yield OnnxTensorPurpose(kind=node.op, layer=node.label)
             else:
                 part = _part(use, shape, dtype) or (_BIAS if self._is_bias(use, shape) else _OTHER)
-                yield OnnxTensorPurpose(part.role, node.op, node.label, part.out_axis(node, len(shape)))
+                axes = part.out_axis(node, len(shape)), part.in_axis(node, len(shape))
+                yield OnnxTensorPurpose(part.role, node.op, node.label, *axes)
 
     def _order(self, node: NodeProto) -> tuple[int, ...]:
         order = node.attributes.get("perm")
