@@ -255,6 +255,12 @@ def test_a_part_of_a_saved_model_is_told_from_a_model() -> None:
         assert sentence in ran.err
 
 
+def test_the_index_of_shards_of_keras_sends_to_the_shards(tmp_path: Path) -> None:
+    (tmp_path / "model.weights.json").write_text('{"weight_map": {"/layers/dense/vars": ["model_00000.weights.h5"]}}')
+    ran = here("inspect", tmp_path / "model.weights.json")
+    assert (ran.code, "shards that Keras wrote" in ran.err) == (3, True)
+
+
 def test_what_is_wrong_with_standard_input_is_told_of_it() -> None:
     ran = here("inspect", "-", stdin=b"text\n")
     assert (ran.code, ran.err.splitlines()[0]) == (3, "error: standard input is text, not a model")

@@ -433,11 +433,13 @@ def _describe_zip(peek: FileProbe) -> str:
 
 
 def _describe_part(peek: FileProbe) -> str:
-    """Which part of a TensorFlow model a file is, if it is one."""
+    """Which part of a TensorFlow or Keras model a file is, if it is one."""
     if peek.path.name == "saved_model.pb":
         return f"is the graph of a SavedModel: name its folder, {peek.path.parent}"
     if peek.path.name == "keras_metadata.pb" or ".data-0" in peek.path.name:
         return "is a part of a TensorFlow model: name its folder, or the .index file of its checkpoint"
+    if peek.path.name.endswith(".weights.json"):
+        return "is the index of shards that Keras wrote, which prunectl reads one by one: name a .weights.h5 beside it"
     # A GraphDef begins with a node (field 1), and a node names its operation in field 2.
     if peek.head[:1] == b"\x0a" and (b"\x12\x0bPlaceholder" in peek.head or b"\x12\x05Const" in peek.head):
         return "is a frozen TensorFlow graph, which prunectl does not read: convert it to a SavedModel or to ONNX"
