@@ -251,6 +251,8 @@ def _pruned(
         own = partial(prune_own_file, on_progress=on_progress)
         return prune_in_memory(kind, model, own, options, in_place=in_place)
     check_type("model", model, AnyPath)
+    if "output" in options:
+        raise UsageError("output has no name: it comes after the model", hint=PATH_HINT)
     if output is ...:
         raise UsageError("no output is given", hint=PATH_HINT)
     destination = _destination(model, output, force=force, in_place=in_place)

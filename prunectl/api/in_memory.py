@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,11 @@ def _name_of(option: str, value: Any, registered: list[str]) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if option in _DATA and isinstance(value, Iterator):
+        raise TypeError(
+            f"{option} must not be an iterator, which can be read only once: write a function that returns one, "
+            f"such as {option}=lambda: batches()"
+        )
     return _register(option, value, registered)
 
 

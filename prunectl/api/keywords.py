@@ -271,7 +271,13 @@ def as_keywords() -> Generator[None]:
 
 
 def _in_keywords(text: str) -> str:
-    return text if _A_COMMAND.search(text) else _OPTION.sub(_in_keyword, text)
+    text = text if _A_COMMAND.search(text) else _OPTION.sub(_in_keyword, text)
+    return _OBJECT.sub(r"\1", _OBJECT_AND_DIRECTION.sub(r'(\1, "\2")', text))
+
+
+_OBJECT = re.compile(r"\bprunectl\.api\.in_memory:(\w+)")
+"""The name of an object in memory, which nobody but a call knows in full."""
+_OBJECT_AND_DIRECTION = re.compile(rf"'{_OBJECT.pattern}:(max|min)'")
 
 
 def _in_keyword(match: re.Match[str]) -> str:

@@ -146,7 +146,9 @@ def prune_in_memory(
 
 def _without_path(error: PrunectlError, path: Path) -> PrunectlError:
     """The same error, without the name of a file that nobody has seen."""
-    message, hint = (text.replace(str(path), "the model") for text in (error.message, error.hint))
+    message = error.message.replace(str(path), "the model")
+    # What could be done with a file cannot be done with a model in memory.
+    hint = "; ".join(advice for advice in error.hint.split("; ") if str(path) not in advice)
     return type(error)(message, hint=hint, did_you_mean=error.did_you_mean)
 
 
