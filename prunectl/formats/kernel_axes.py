@@ -4,6 +4,8 @@ The layers of PyTorch keep `[out, in, …]`. What keeps them otherwise is told b
 
 - `Conv1D` of GPT-2 and its kin keeps `[in, out]`: its bias is as long as the last axis. GPT-BigCode and nanoGPT have
   linear layers of the same names, so names alone do not tell.
+- A transposed convolution keeps `[in, out / groups, …]`: its bias is as long as the second axis, or a multiple of it,
+  where that of a convolution is as long as the first.
 - Flax puts the outputs last.
 - Experts that share a tensor keep `[expert, out, in]` (Mixtral, GraniteMoe) or `[expert, in, out]` (Llama 4, gpt-oss):
   the first matrix of an expert makes gate and value, two times as many outputs as the second has inputs.
@@ -35,7 +37,17 @@ _EXPERT_PAIRS = {"gate_up_proj": "down_proj", "input_linear.weight": "output_lin
 
 def unusual_axes(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, KernelAxes]:
     """The axes of the kernels, by name, that do not begin with outputs and inputs."""
-    return {**dict(_with_outputs_last(shapes)), **dict(_of_experts(shapes))}
+    transposed = {name: _ROWS_LAST for name, shape in shapes.items() if _is_transposed(name, shape, shapes)}
+    return {**transposed, **dict(_with_outputs_last(shapes)), **dict(_of_experts(shapes))}
+
+
+def _is_transposed(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a kernel must be that of a transposed convolution."""
+    stem = name.removesuffix("_orig")
+    if not 3 <= len(shape) <= 5 or not stem.endswith("weight"):
+        return False
+    bias = shapes.get(f"{stem.removesuffix('weight')}bias", ())
+    return len(bias) == 1 and bias[0] != shape[0] and shape[1] > 1 and bias[0] % shape[1] == 0
 
 
 def _with_outputs_last(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, KernelAxes]]:

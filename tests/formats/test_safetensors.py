@@ -136,6 +136,17 @@ CONV1D = {
             {name: shape[::-1] for name, shape in CONV1D.items()},
             {name: 1 for name in CONV1D if name.endswith("weight")},
         ),
+        (
+            {
+                "up.weight": (8, 12, 2, 2),
+                "up.bias": (12,),
+                "grouped.weight": (8, 6, 3),
+                "grouped.bias": (12,),
+                "plain.weight": (12, 8, 2, 2),
+                "plain.bias": (12,),
+            },
+            {"up.weight": 0, "grouped.weight": 0, "plain.weight": 1},
+        ),
         ({"x.kernel": (8, 12), "x.bias": (12,), "y.kernel": (3, 3, 8, 4)}, {"x.kernel": 0, "y.kernel": 2}),
         (
             {"m.experts.gate_up_proj": (2, 8, 24), "m.experts.down_proj": (2, 12, 8)},
@@ -150,7 +161,7 @@ CONV1D = {
             {"moe.input_linear.weight": 2, "moe.output_linear.weight": 2},
         ),
     ],
-    ids=["Conv1D", "Linear", "Flax", "Llama 4", "Mixtral", "GraniteMoe"],
+    ids=["Conv1D", "Linear", "ConvTranspose", "Flax", "Llama 4", "Mixtral", "GraniteMoe"],
 )
 def test_two_of_four_zeros_lie_along_the_inputs(
     shapes: dict[str, tuple[int, ...]], in_axes: dict[str, int], tmp_path: Path
