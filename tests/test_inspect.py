@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from prunectl.formats.registry import open_model
+from tests.contract import read_all
 from tests.running import FIXTURES, at_terminal, here, without_colors
 
 DIGITS = sorted(
@@ -336,6 +337,8 @@ def test_weights_that_are_in_a_file_twice_are_named_with_both_places(layout: str
         assert done.code == 0, done.err
         text = " ".join(f"{done.out} {done.err}".split())
         assert f"The file holds the weights twice: {trained} and {average}, their average (3 tensors)" in text
+    kernels = [t for t in read_all(tmp_path / "out.pt").items() if t[0].endswith(("a.weight", "aweight"))]
+    assert [int((array == 0).sum()) for _, array in kernels] == [16, 16]
 
 
 def _copied(held: Any) -> Any:

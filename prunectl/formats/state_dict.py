@@ -9,7 +9,7 @@ or a mel filter bank, and is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -244,7 +244,27 @@ def describe(
     model = f"{models.pop()}." if len(models) == 1 else ""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     names = _Names(frozenset(shapes), training, model, shapes, unusual_axes(shapes), uses or {})
-    return tuple(_describe(tensor, names) for tensor in tensors)
+    return _averages_as_their_originals([_describe(tensor, names) for tensor in tensors])
+
+
+_DOTLESS = re.compile(rf"(^|\.)({'|'.join(sorted(AVERAGES))})\.[^.]+$")
+_MOST_ENTRIES = 3
+"""Entries around the weights that the names of averages may lack."""
+
+
+def _averages_as_their_originals(described: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Averages without the dots in their names, as of Stable Diffusion, have the roles of what they are averages of."""
+    dotless = {t.name for t in described if t.role is Role.OTHER and t.shape and _DOTLESS.search(t.name)}
+    parts = [(tensor, tensor.name.split(".")) for tensor in described if dotless and tensor.name not in dotless]
+    originals = {("".join(names[skip:]), one.shape): one for one, names in parts for skip in range(_MOST_ENTRIES)}
+
+    def like_original(tensor: Tensor) -> Tensor:
+        own = originals.get((tensor.name.rpartition(".")[2], tensor.shape)) if tensor.name in dotless else None
+        if own is None:
+            return tensor
+        return replace(tensor, role=own.role, kind=own.kind, out_axis=own.out_axis, in_axis=own.in_axis)
+
+    return tuple(map(like_original, described))
 
 
 def _is_for_training(section: str, sections: frozenset[str]) -> bool:

@@ -357,7 +357,7 @@ def _ineligible(tensor: Tensor) -> Verdict:
     role = tensor.role
     if role in PRUNABLE:
         return non_float_reason(tensor) or "a kernel with a single axis"
-    if not tensor.is_float and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
+    if tensor.dtype.kind in "iu" and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
         return f"{_QUANTISED} {tensor.dtype.name}: prune before quantising"
     return _ROLE_REASONS.get(role, f"a {role}")
 
