@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 COMMAND = [sys.executable, "-m", "prunectl"]
 PLAIN = {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS", "TERM"}
-HANG_SECONDS = 60
+HANG_SECONDS = 240
 _INSTALLED = (sys.prefix, sys.base_prefix, str(ROOT))
 
 
