@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import zipfile
 from pathlib import Path
@@ -80,6 +81,8 @@ def test_the_weights_of_a_quantised_model_have_the_names_of_keras_and_are_not_pr
             np.testing.assert_array_equal(read[weight], array)
         done = here("prune", tmp_path / name, "-s", "50%", "-o", tmp_path / f"out-{name}")
         assert (done.code, "quantised to int8: prune before quantising" in " ".join(done.err.split())) == (2, True)
+    importlib.import_module("tensorflow").train.Checkpoint(model).write(str(tmp_path / "checkpoint"))
+    assert not any(tensor.is_prunable for tensor in open_model(tmp_path / "checkpoint.index").tensors)
 
 
 @pytest.mark.parametrize("mode", ["gptq", "awq"])

@@ -145,6 +145,9 @@ _LEAVES = {
     "mask": Role.MASK,
     "threshold": Role.SCHEDULE,
     "pruning_step": Role.SCHEDULE,
+    # What Keras 3 has quantised
+    "kernel_scale": Role.OTHER,
+    "embeddings_scale": Role.OTHER,
 }
 _ONLY_WHEN_PRUNED = frozenset({Role.MASK, Role.SCHEDULE})
 
