@@ -54,7 +54,7 @@ def require_followable(model: ModelFile, origin: LoadOptions) -> None:
     if model.about.wrappers:
         raise InputError(
             f"the layers of {model.path} are inside tfmot wrappers",
-            hint=f"remove them first: prunectl strip {model.path} --only masks,wrappers",
+            hint=f"remove them first: prunectl strip {model.path} -o plain{model.path.suffix} --only masks,wrappers",
         )
 
 

@@ -51,7 +51,7 @@ def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: 
     except LayerNameConflictError as error:
         raise InputError(f"{shown} would have two layers named {error} without its wrappers") from error
     except MasksNotAppliedError as error:
-        hint = "strip the other parts only: prunectl strip --only optimizer,training"
+        hint = "strip the other parts only: add --only optimizer,training"
         raise InputError(f"the masks of {shown} cannot be applied: {error}", hint=hint) from error
     except RecursionError as error:
         raise InputError(f"{shown} is refused: its configuration is nested too deep") from error

@@ -286,7 +286,7 @@ def _same(expected: Iterator[Array], array: Array) -> bool:
 SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _SECONDS, _SECONDS_PER_MB = 300, 1
 _MEMORY_BYTES, _MEMORY_PER_BYTE = 16 << 30, 16
-_HINT = "strip the other parts only: prunectl strip --only optimizer,training"
+_HINT = "strip the other parts only: add --only optimizer,training"
 _REBUILT_FILES = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
 
 
