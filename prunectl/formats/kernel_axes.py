@@ -17,8 +17,11 @@ either.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+
+from prunectl.formats import budgets
 
 
 class KernelAxes(NamedTuple):
@@ -33,51 +36,82 @@ _BIASES = {"weight": "bias", "kernel": "bias", "W": "b", "w": "b"}
 """What the bias beside a weight is called."""
 _EXPERT_PAIRS = {"gate_up_proj": "down_proj", "input_linear.weight": "output_linear.weight"}
 """The first matrices of the experts of a layer, and the second ones."""
+_ROWS_FIRST = {"input_linear.weight"}
+"""First matrices that put the outputs before the inputs whether there are gates or not, as in JetMoe."""
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def unusual_axes(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, KernelAxes]:
+def unusual_axes(shapes: Shapes, *, is_flax: bool) -> Mapping[str, KernelAxes]:
     """The axes of the kernels, by name, that do not begin with outputs and inputs."""
+    flax = {name: axes for name, shape in shapes.items() if is_flax and (axes := _flax_axes(name, shape)) is not None}
     transposed = {name: _ROWS_LAST for name, shape in shapes.items() if _is_transposed(name, shape, shapes)}
-    return {**transposed, **dict(_with_outputs_last(shapes)), **dict(_of_experts(shapes))}
+    return {**flax, **transposed, **dict(_with_outputs_last(shapes)), **dict(_of_experts(shapes))}
 
 
-def _is_transposed(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def split_name(name: str, shapes: Shapes) -> tuple[str, str]:
+    """The layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
+    inside = ".parametrizations."
+    if inside in f".{name}":
+        before, _, rest = f".{name}".partition(inside)
+        leaf, _, part = rest.partition(".")
+        # weight_norm keeps the lengths as original0, and what is multiplied by them as original1. What orthogonal keeps
+        # beside a base says how that is turned.
+        is_turned = f"{name.removesuffix('original')}0.base" in shapes
+        is_weight = part == "original" and not is_turned
+        is_weight |= part == "original1" and f"{name.removesuffix('1')}0" in shapes
+        return f"{before.removeprefix('.')}." if before else "", leaf if is_weight else f"{leaf} {part}"
+    at = max(name.rfind("."), name.rfind("/")) + 1
+    return name[:at], name[at:]
+
+
+def _flax_axes(name: str, shape: tuple[int, ...]) -> KernelAxes | None:
+    steps = name.replace("/", ".").split(".")
+    if steps[-1] != "kernel" or len(shape) < 2:
+        return None
+    return attention_axes(steps[-2] if len(steps) > 1 else "", "", shape) or KernelAxes(len(shape) - 1, len(shape) - 2)
+
+
+def _is_transposed(name: str, shape: tuple[int, ...], shapes: Shapes) -> bool:
     """Whether a kernel must be that of a transposed convolution."""
-    stem = name.removesuffix("_orig")
-    if not 3 <= len(shape) <= 5 or not stem.endswith("weight"):
+    if not 3 <= len(shape) <= 5 or shape[1] < 2:
         return False
-    bias = shapes.get(f"{stem.removesuffix('weight')}bias", ())
-    return len(bias) == 1 and bias[0] != shape[0] and shape[1] > 1 and bias[0] % shape[1] == 0
+    prefix, leaf = split_name(name, shapes)
+    if leaf.removesuffix("_orig") not in {"weight", "weight_v"}:
+        return False
+    bias = shapes.get(f"{prefix}bias", ())
+    if len(bias) != 1 or bias[0] == shape[0] or bias[0] % shape[1]:
+        return False
+    # Stacks of matrices `[n, in, out]` have such a bias too. Inputs are in as many groups as outputs.
+    groups = bias[0] // shape[1]
+    return groups > 0 and shape[0] % groups == 0 and (len(shape) > 3 or bias[0] != shape[2])
 
 
-def _with_outputs_last(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, KernelAxes]]:
-    """Yield matrices `[in, out]`; a square one is taken for what others of its layer's name are."""
-    square: list[tuple[str, str]] = []
-    layer_names: dict[bool, set[str]] = {True: set(), False: set()}
+def _with_outputs_last(shapes: Shapes) -> Iterator[tuple[str, KernelAxes]]:
+    """Yield matrices `[in, out]`; square ones are taken for what others of their layers' names, or all others, are."""
+    square: list[tuple[str, str, bool]] = []
+    layer_names: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for name, shape in shapes.items():
         if len(shape) != 2:
             continue
-        before, _, leaf = name.removesuffix("_orig").replace("/", ".").rpartition(".")
+        prefix, leaf = split_name(name, shapes)
+        leaf = leaf.removesuffix("_orig")
         if leaf not in _BIASES:
             continue
-        layer_name = before.rpartition(".")[2]
+        layer_name = _NUMBER.sub("", prefix.replace("/", ".").rstrip(".").rpartition(".")[2])
+        bias = shapes.get(f"{prefix}{_BIASES[leaf]}")
         if shape[0] == shape[1]:
-            square.append((name, layer_name))
-            continue
-        begin = name.removesuffix("_orig").removesuffix(leaf)
-        bias = shapes.get(f"{begin}{_BIASES[leaf]}")
-        if bias in {shape[:1], shape[1:]}:
+            square.append((name, layer_name, bias == shape[:1]))
+        elif bias in {shape[:1], shape[1:]}:
             is_last = bias == shape[1:]
-            layer_names[is_last].add(layer_name)
+            layer_names[is_last][layer_name] += 1
             if is_last:
                 yield name, _ROWS_LAST
-    clear = layer_names[True] - layer_names[False]
-    yield from ((name, _ROWS_LAST) for name, layer_name in square if layer_name in clear)
+    clear = layer_names[True].keys() - layer_names[False].keys()
+    are_all_last = not layer_names[False] and layer_names[True].total() > 1
+    yield from ((name, _ROWS_LAST) for name, layer, has_bias in square if layer in clear or (are_all_last and has_bias))
 
 
-def flax_axes(shape: tuple[int, ...]) -> KernelAxes:
-    """The axes of a kernel of Flax."""
-    return KernelAxes(len(shape) - 1, len(shape) - 2)
+_NUMBER = re.compile(r"_\d+$")
 
 
 def _of_experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, KernelAxes]]:
@@ -90,7 +124,8 @@ def _of_experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Ke
             if len(other_shape) != 3 or other_shape[0] != shape[0]:
                 continue
             rows, columns = shape[1:]
-            if other_shape[1] == columns and 2 * other_shape[2] == rows:
+            is_gated = 2 * other_shape[2] == rows
+            if other_shape[1] == columns and (is_gated or first in _ROWS_FIRST):
                 yield from ((name, KernelAxes(1, 2)), (other, KernelAxes(1, 2)))
             elif other_shape[2] == rows and 2 * other_shape[1] == columns:
                 yield from ((name, KernelAxes(2, 1)), (other, KernelAxes(2, 1)))
@@ -111,7 +146,9 @@ def attention_axes(step: str, kind: str, shape: tuple[int, ...]) -> KernelAxes |
 
 def einsum_axes(equation: object, rank: int) -> KernelAxes | None:
     """The last axes that an EinsumDense sums over and makes."""
-    operands, _, made = equation.partition("->") if isinstance(equation, str) else ("", "", "")
+    if not isinstance(equation, str) or len(equation) > budgets.MAX_EINSUM_LABELS:
+        return None
+    operands, _, made = equation.partition("->")
     given, _, kernel = operands.replace(" ", "").partition(",")
     summed = [axis for axis, label in enumerate(kernel) if label in given and label not in made]
     free = [axis for axis, label in enumerate(kernel) if label in made and label not in given]

@@ -15,9 +15,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, PruningWrapper, Role, Tensor
-from prunectl.formats.kernel_axes import KernelAxes, flax_axes, unusual_axes
+from prunectl.formats.kernel_axes import KernelAxes, Shapes, split_name, unusual_axes
 
-Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of all tensors of a model, by their names."""
 
 _CONSTANTS = frozenset(
@@ -90,11 +89,11 @@ def _may_be_constant(part: str) -> bool:
     return _CONSTANT_BEGINS.match(part) is not None
 
 
-def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:
+def is_kernel(tensor: Tensor, shapes: Shapes, *, is_flax: bool) -> bool:
     """Whether the names and shapes say that a layer multiplies by a tensor that is no constant."""
     if not 2 <= len(tensor.shape) <= _MAX_RANK:
         return False
-    prefix, leaf = _parted(tensor.name, shapes)
+    prefix, leaf = split_name(tensor.name, shapes)
     if leaf in {"weight_v", "weight_v_orig"}:
         # Of weight_norm; spectral_norm has a vector of this name.
         return f"{prefix}weight_g" in shapes
@@ -103,7 +102,7 @@ def is_kernel(tensor: Tensor, shapes: Shapes) -> bool:
         return not _is_norm(tensor, prefix, shapes) and _MAGNITUDES.search(tensor.name) is None
     if _EXPERTS.search(prefix) and plain in _EXPERT_KERNELS:
         return True
-    return _has_bias(prefix, plain, tensor.shape, shapes) or _is_of_flax(plain, shapes)
+    return _has_bias(prefix, plain, tensor.shape, shapes) or (is_flax and plain == "kernel")
 
 
 def has_own_length(name: str, names: Collection[str]) -> bool:
@@ -115,25 +114,13 @@ def has_own_length(name: str, names: Collection[str]) -> bool:
 def may_change_zeros(name: str, names: Collection[str]) -> bool:
     """Whether an unknown parametrization computes a weight from this tensor; spectral_norm and masks keep its zeros."""
     before = name.removesuffix("original")
-    known = ("_u", "_v", "mask")
+    known = (f"{before}{number}.{part}" for number in range(_MOST_PARAMETRIZATIONS) for part in ("_u", "_v", "mask"))
     is_parametrized = name.endswith(".original") and ".parametrizations." in f".{name}"
-    return is_parametrized and not any(f"{before}0.{part}" in names for part in known)
+    return is_parametrized and not any(part in names for part in known)
 
 
-def _parted(name: str, shapes: Shapes) -> tuple[str, str]:
-    """The layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
-    inside = ".parametrizations."
-    if inside in f".{name}":
-        before, _, rest = f".{name}".partition(inside)
-        leaf, _, part = rest.partition(".")
-        # weight_norm keeps the lengths as original0, and what is multiplied by them as original1. What orthogonal keeps
-        # beside a base says how that is turned.
-        is_turned = f"{name.removesuffix('original')}0.base" in shapes
-        is_weight = part == "original" and not is_turned
-        is_weight |= part == "original1" and f"{name.removesuffix('1')}0" in shapes
-        return f"{before.removeprefix('.')}." if before else "", leaf if is_weight else f"{leaf} {part}"
-    at = max(name.rfind("."), name.rfind("/")) + 1
-    return name[:at], name[at:]
+_MOST_PARAMETRIZATIONS = 4
+"""Of one weight, one after another, that are looked for."""
 
 
 def _is_norm(tensor: Tensor, prefix: str, shapes: Shapes) -> bool:
@@ -154,11 +141,6 @@ def _has_bias(prefix: str, leaf: str, shape: tuple[int, ...], shapes: Shapes) ->
         if shapes.get(f"{prefix}{head}{bias}{tail}") in {(shape[0],), (shape[-1],)}:
             return True
     return False
-
-
-def _is_of_flax(leaf: str, shapes: Shapes) -> bool:
-    """Whether it is called kernel in a model of Flax, where nothing is called weight."""
-    return leaf == "kernel" and not any(name.endswith(".weight") for name in shapes)
 
 
 OPTIMIZER_ROOTS = frozenset(
@@ -220,6 +202,8 @@ class _Names:
     shapes: Mapping[str, tuple[int, ...]]
     axes: Mapping[str, KernelAxes]
     uses: Mapping[str, StateUse | None]
+    is_flax: bool
+    """Whether nothing is called weight, as in models of Flax, whose kernels are called kernel."""
 
     def has_beside(self, prefix: str, leaf: str) -> bool:
         return (f"{prefix}.{leaf}" if prefix else leaf) in self.all
@@ -243,7 +227,9 @@ def describe(
     # With two models in one checkpoint, only the whole name tells their layers apart.
     model = f"{models.pop()}." if len(models) == 1 else ""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    names = _Names(frozenset(shapes), training, model, shapes, unusual_axes(shapes), uses or {})
+    is_flax = not any(name.endswith(".weight") for name in shapes)
+    axes = unusual_axes(shapes, is_flax=is_flax)
+    names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax)
     return _averages_as_their_originals([_describe(tensor, names) for tensor in tensors])
 
 
@@ -320,8 +306,6 @@ def _axes(
         return use.out_axis % len(tensor.shape), tensor.in_axis
     if tensor.name in names.axes:
         return names.axes[tensor.name]
-    if _is_of_flax(tensor.name[max(tensor.name.rfind("."), tensor.name.rfind("/")) + 1 :], names.shapes):
-        return flax_axes(tensor.shape)
     is_transposed = kind.startswith(_TRANSPOSED_KINDS) or (use is not None and use.kind == "conv_transpose")
     return 1 if is_transposed else 0, tensor.in_axis
 
@@ -367,14 +351,14 @@ def _role_of_numbers(tensor: Tensor, leaf: str, names: _Names) -> Role:
 def _is_used_as_kernel(tensor: Tensor, names: _Names) -> bool:
     """Whether a layer multiplies by it: as the graph says, else as the names of a layer say; never by rank alone."""
     if tensor.name not in names.uses:
-        return is_kernel(tensor, names.shapes)
+        return is_kernel(tensor, names.shapes, is_flax=names.is_flax)
     use = names.uses[tensor.name]
     if use is not None and use.role in PRUNABLE and not use.is_weak:
         return True
     if use is None and not tensor.kind.startswith(_KERNEL_KINDS):
         # No product takes it, and it is no layer of PyTorch's own, whose code may be left out of a trace.
         return False
-    return (use is None or use.role in PRUNABLE) and is_kernel(tensor, names.shapes)
+    return (use is None or use.role in PRUNABLE) and is_kernel(tensor, names.shapes, is_flax=names.is_flax)
 
 
 _BETWEEN = ".parametrizations."

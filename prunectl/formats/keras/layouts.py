@@ -25,6 +25,7 @@ from prunectl.formats.keras.roles import (
     kernel_axes,
     looks_channels_first,
     name_by_position,
+    position,
     quantised_names,
     strip_cell_prefix,
     weight_role,
@@ -246,7 +247,7 @@ def _numbered_tensor(dataset: Dataset, folders: _Folders, of_wrappers: Mapping[s
         leaf, role = of_wrappers[dataset.name]
         names = (*owner.names[:-1], f"{PRUNED_PREFIX if owner.layer else ''}{owner.names[-1]}", leaf)
         return Tensor("/".join(names), owner.display_name, dataset.shape, dataset.dtype, role, dataset.storage)
-    index = int(steps[-1]) if steps[-1].isdecimal() else 0
+    index = position(steps[-1])
     settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
     folder = "/".join(steps[:-1])
     if quantised := folders.quantised[folder]:

@@ -85,6 +85,15 @@ def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names[:end])
 
 
+_MOST_DIGITS = 9
+"""Of a number that is that of a weight; a longer one is none that Keras has written."""
+
+
+def position(step: str) -> int:
+    """The number that the last step of a path is; 0 if it is none."""
+    return int(step) if step.isdecimal() and len(step) <= _MOST_DIGITS else 0
+
+
 def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
     """The name of a weight that the file knows only by its number.
 

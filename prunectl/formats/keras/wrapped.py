@@ -16,7 +16,7 @@ from prunectl.formats.base import Role
 from prunectl.formats.keras import config as keras_config
 from prunectl.formats.keras.config import WRAPPER, LayerConfig, inner_layer, part, text
 from prunectl.formats.keras.hdf5 import Dataset
-from prunectl.formats.keras.roles import name_by_position
+from prunectl.formats.keras.roles import name_by_position, position
 
 _PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
 """What tfmot prunes in the layers that it knows; in others it may be anything."""
@@ -53,14 +53,25 @@ def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str,
     return mask_paths
 
 
+_MOST_NESTED = 8
+"""Layers around a weight, each in the folder `layer` of another, that are looked at from the innermost on."""
+
+
 def datasets_below(datasets: Sequence[Dataset]) -> Mapping[str, list[Dataset]]:
-    """Datasets below each `vars` and `layer` group."""
+    """Datasets in each `vars` group and below each `layer` group."""
     below: defaultdict[str, list[Dataset]] = defaultdict(list)
     for dataset in datasets:
-        steps = dataset.name.split("/")
-        for depth, step in enumerate(steps[:-1], 1):
-            if step in {"vars", "layer"}:
-                below["/".join(steps[:depth])].append(dataset)
+        folder = dataset.name.rpartition("/")[0]
+        if folder.rpartition("/")[2] == "vars":
+            below[folder].append(dataset)
+        path = f"/{folder}/"
+        end = len(path)
+        for _ in range(_MOST_NESTED):
+            # One may begin with the slash that the next ends with.
+            end = path.rfind("/layer/", 0, end + 1)
+            if end < 0:
+                break
+            below[path[1 : end + len("/layer")]].append(dataset)
     return below
 
 
@@ -86,7 +97,7 @@ def layer_weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[st
             if is_own
             else re.sub(r"_\d+$", "", owner.rpartition("/")[2])
         )
-        index = int(number) if number.isdecimal() else 0
+        index = position(number)
         settings = part(wrapped, "config") if is_own else {}
         count = siblings[dataset.name.rpartition("/")[0]]
         weights.append(
@@ -98,7 +109,8 @@ def layer_weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[st
 def by_number(dataset: Dataset) -> list[tuple[int, str]]:
     """Sort key: paths by their numbers, the parts of an attention by their use."""
     steps = re.split(r"(\d+)", dataset.name)
-    digits = [(int(step), "") if step.isdecimal() else (0, step) for step in steps]
+    # A number by its length first, since a hostile file may have one that is no int.
+    digits = [(len(step.lstrip("0")), step.lstrip("0")) if step.isdecimal() else (0, step) for step in steps]
     rank = next((index for index, name in enumerate(_ATTENTION) if f"/_{name}_dense/" in dataset.name), -1)
     return [(rank, ""), *digits]
 
