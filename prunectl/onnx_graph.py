@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,23 +278,34 @@ def densify(proto: Any, model: ModelFile) -> bool:
     stored = [(name, tensor) for name, tensor in all_tensors(proto) if tensor.sparse is not None and name in tensors]
     for name, tensor in stored:
         dense_slot(tensor).CopyFrom(from_array(np.ascontiguousarray(model.read(tensors[name])), tensor.name))
+    remove_sources([tensor for _, tensor in stored])
     return bool(stored)
 
 
 def dense_slot(tensor: GraphTensor) -> Any:
-    """The message for the numbers of a tensor, in the place of what it was stored as."""
+    """A message for the numbers of a tensor, beside or in the place of what it was stored as."""
     if tensor.node is None and tensor.dense is not None:
         return tensor.dense
-    if tensor.node is None:
-        tensor.scope.sparse_initializer.remove(tensor.sparse)
-        return tensor.scope.initializer.add()
-    if tensor.is_main:
-        tensor.scope.node.remove(tensor.node)
+    if tensor.node is None or tensor.is_main:
         return tensor.scope.initializer.add()
     del tensor.node.attribute[:]
     attribute = tensor.node.attribute.add()
     attribute.name, attribute.type = "value", _TENSOR
     return attribute.t
+
+
+def remove_sources(tensors: Sequence[GraphTensor]) -> None:
+    """Remove what tensors were stored as that have a dense slot beside it."""
+    # Lists of messages can only search for equal ones, each from the front.
+    gone = {id(tensor.sparse if tensor.node is None else tensor.node) for tensor in tensors if _is_beside(tensor)}
+    for scope in {id(tensor.scope): tensor.scope for tensor in tensors if _is_beside(tensor)}.values():
+        for messages in (scope.node, scope.sparse_initializer):
+            for index in reversed([index for index, message in enumerate(messages) if id(message) in gone]):
+                del messages[index]
+
+
+def _is_beside(tensor: GraphTensor) -> bool:
+    return tensor.dense is None if tensor.node is None else tensor.is_main
 
 
 def _training_graphs(part: Any) -> Iterator[Any]:

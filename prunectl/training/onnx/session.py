@@ -21,6 +21,7 @@ from prunectl.onnx_graph import (
     load_message,
     output_of,
     refer,
+    remove_sources,
     set_tensor_data,
     stands_outside,
 )
@@ -228,11 +229,9 @@ class LoadedWeights:
         self._outside: set[str] = set()
         self._assigned: dict[str, Array] = {}
         main: set[str] = set()
-        for name, old in list(all_tensors(self.proto)):
-            tensor = self._tensors.get(name)
-            if tensor is None:
-                continue
-            slot = dense_slot(old)
+        stored = [(name, old) for name, old in all_tensors(self.proto) if name in self._tensors]
+        for name, old in stored:
+            tensor, slot = self._tensors[name], dense_slot(old)
             slot.Clear()
             slot.name, slot.data_type = old.name, old.data_type
             if old.is_main:
@@ -243,6 +242,7 @@ class LoadedWeights:
             else:
                 self._inside[name] = slot
                 set_tensor_data(slot, self.value(name))
+        remove_sources([old for _, old in stored])
         self.names = frozenset(main)
         """The tensors of the main graph."""
         self.proto.ClearField("training_info")
