@@ -96,7 +96,6 @@ def check_target(
         raise UsageError(f"{target} is the input itself", hint="choose another --output, or use --in-place")
     check_parent(target)
     _check_apart(model, target, is_one_file=is_one_file)
-    check_folder(target.parent)
     for place in dict.fromkeys(_place_of(name, target) for name in planned_files(model, target)):
         check_replaceable(place, hint="-o - writes to standard output")
         if any(is_same(file, place) for file in model.files):
@@ -106,6 +105,7 @@ def check_target(
         is_model = any((place / name).is_file() for name in _MODEL_FOLDERS)
         if place.is_dir() and not is_model and not _is_made_of_parts(place):
             raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
+    check_folder(target.parent)
 
 
 def _is_made_of_parts(folder: Path) -> bool:

@@ -130,7 +130,7 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> Usage
     shown = sorted(reasons, key=_most_telling(reasons))[:3]
     listed = ", ".join(counted_reason(reason, reasons[reason]) for reason in shown)
     hint = f"select tensors with --layers or --policy all; list them with: prunectl inspect {model.path}"
-    if any(reason.startswith(_QUANTISED) for reason in reasons):
+    if any(reason.startswith(_QUANTISED) for reason in reasons) and not any(t.is_prunable for t in model.tensors):
         hint = "prune the model that was quantised, and quantise the result"
     return UsageError(f"{model.path} has nothing to prune: it holds {listed or 'no tensors'}", hint=hint)
 
@@ -357,7 +357,8 @@ def _ineligible(tensor: Tensor) -> Verdict:
     role = tensor.role
     if role in PRUNABLE:
         return non_float_reason(tensor) or "a kernel with a single axis"
-    if tensor.dtype.kind in "iu" and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
+    is_packed = tensor.dtype.name in QUANTISED | {"int32", "uint32"}
+    if is_packed and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
         return f"{_QUANTISED} {tensor.dtype.name}: prune before quantising"
     return _ROLE_REASONS.get(role, f"a {role}")
 

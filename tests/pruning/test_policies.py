@@ -190,6 +190,13 @@ def test_a_language_model_that_was_quantised_keeps_its_scales(
     assert "prune the model that was quantised" in done.err
 
 
+def test_where_kernels_are_excluded_a_table_of_integers_is_not_called_the_reason(tmp_path: Path) -> None:
+    arrays = {"fc.weight": np.ones((8, 8), np.float32), "ids.weight": np.ones((2, 8), np.int64)}
+    save_file(arrays, tmp_path / "m.safetensors")
+    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "o.safetensors", "-s", "0.5", "--exclude", "fc*")
+    assert (done.code, "quantised" in done.err, "select tensors with --layers" in done.err) == (2, False, True)
+
+
 def test_that_weights_of_eight_bits_are_ranked_without_their_scales_is_told(tmp_path: Path) -> None:
     weight = torch.randn(16, 16).to(torch.float8_e4m3fn)
     tensors = {"q.weight": weight, "q.weight_scale_inv": torch.ones(2, 2)}
