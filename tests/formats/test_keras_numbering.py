@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
+from prunectl.formats.kernel_axes import einsum_axes
 from prunectl.formats.registry import open_model
 from tests.running import here
 
@@ -138,3 +139,19 @@ def test_what_does_not_fit_its_configuration_keeps_its_path_for_a_name(
     folders = ("conv2d", "conv2d_2", "conv2d_4") if is_twice else ("conv2d", "conv2d_1", "conv2d_2")
     assert convolutions == {f"_layer_checkpoint_dependencies/{folder}/kernel" for folder in folders}
     assert all(tensor.is_prunable for tensor in model.tensors if tensor.shape[:2] == (3, 3))
+
+
+@pytest.mark.parametrize("name", ["layers/dense/vars/", "layers/d"])
+def test_a_number_that_is_too_long_for_one_is_a_name(name: str, tmp_path: Path) -> None:
+    long = f"{name}{'9' * 5000}"
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        for path in ("layers/dense/vars/0", long if name.endswith("/") else f"{long}/vars/0"):
+            file[path] = np.ones((4, 4), np.float32)
+        file["layers/prune_low_magnitude/vars/0"] = np.int64(1)
+    done = here("inspect", tmp_path / "m.weights.h5")
+    assert (done.code, len(done.rows)) == (0, 3), done.err
+
+
+def test_the_equation_of_an_einsum_is_not_read_beyond_what_keras_can_mean() -> None:
+    assert einsum_axes("ab,bc->ac", 2) == (1, 0)
+    assert einsum_axes(f"ab,bc->a{'c' * 100}", 2) is None

@@ -160,8 +160,29 @@ CONV1D = {
             {"moe.input_linear.weight": (2, 24, 8), "moe.output_linear.weight": (2, 8, 12)},
             {"moe.input_linear.weight": 2, "moe.output_linear.weight": 2},
         ),
+        (
+            {"a.experts.input_linear.weight": (4, 16, 32), "a.experts.output_linear.weight": (4, 32, 16)},
+            {"a.experts.input_linear.weight": 2, "a.experts.output_linear.weight": 2},
+        ),
+        ({"conv.weight": (4, 16, 32), "conv.bias": (32,)}, {"conv.weight": 1}),
+        ({"a.query.kernel": (16, 4, 8), "a.query.bias": (4, 8)}, {"a.query.kernel": 0}),
+        ({**CONV1D, "q_attn.weight": (8, 8), "q_attn.bias": (8,)}, {"q_attn.weight": 0}),
+        (
+            {
+                "old.weight_v": (8, 12, 4),
+                "old.weight_g": (8, 1, 1),
+                "old.bias": (12,),
+                "new.parametrizations.weight.original1": (8, 12, 4),
+                "new.bias": (12,),
+                "new.parametrizations.weight.original0": (8, 1, 1),
+            },
+            {"old.weight_v": 0, "new.parametrizations.weight.original1": 0},
+        ),
     ],
-    ids=["Conv1D", "Linear", "ConvTranspose", "Flax", "Llama 4", "Mixtral", "GraniteMoe"],
+    ids=[
+        *("Conv1D", "Linear", "ConvTranspose", "Flax", "Llama 4", "Mixtral", "GraniteMoe", "JetMoe", "RGCNConv"),
+        *("Flax attention", "square Conv1D", "ConvTranspose with weight_norm"),
+    ],
 )
 def test_two_of_four_zeros_lie_along_the_inputs(
     shapes: dict[str, tuple[int, ...]], in_axes: dict[str, int], tmp_path: Path
