@@ -150,10 +150,35 @@ def test_the_direction_of_a_metric_is_asked_for_as_it_is_given() -> None:
     assert caught.value.hint == 'write metric=(metric, "max") or metric=(metric, "min")'
 
 
-def test_data_that_can_be_read_only_once_is_refused_by_its_keyword() -> None:
-    x = np.zeros((4, 8, 8, 1), np.float32)
+@pytest.mark.parametrize("once", [(batch for batch in [(X, Y)]), zip([X], [Y], strict=True), iter([(X, Y)])])
+def test_data_that_can_be_read_only_once_is_refused_by_its_keyword(once: Any) -> None:
     with pytest.raises(TypeError, match=r"data must not be an iterator, .*: write a function that returns one"):
-        prunectl.evaluate(FIXTURES / "digits_cnn.onnx", (x for _ in range(2)))
+        prunectl.evaluate(FIXTURES / "digits_cnn.onnx", once)
+
+
+class Loader:
+    """A loader as that of DALI, which is its own iterator and begins anew whenever it is asked for one."""
+
+    def __init__(self) -> None:
+        self.left = [(X, Y)]
+
+    def reset(self) -> None:
+        self.left = [(X, Y)]
+
+    def __iter__(self) -> Iterator[Any]:
+        self.reset()
+        return self
+
+    def __next__(self) -> Any:
+        if not self.left:
+            raise StopIteration
+        return self.left.pop()
+
+
+def test_a_loader_that_is_its_own_iterator_is_data() -> None:
+    loader = Loader()
+    by_arrays = prunectl.evaluate(MODEL, (X, Y), builder=DigitsCNN).value
+    assert [prunectl.evaluate(MODEL, loader, builder=DigitsCNN).value for _ in range(2)] == [by_arrays] * 2
 
 
 def test_an_output_that_is_named_is_to_come_after_the_model() -> None:

@@ -53,12 +53,17 @@ def _name_of(option: str, value: Any, registered: list[str]) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if option in _DATA and isinstance(value, Iterator):
+    if option in _DATA and isinstance(value, Iterator) and not _begins_anew(value):
         raise TypeError(
             f"{option} must not be an iterator, which can be read only once: write a function that returns one, "
             f"such as {option}=lambda: batches()"
         )
     return _register(option, value, registered)
+
+
+def _begins_anew(value: Iterator[Any]) -> bool:
+    """Whether an iterator is a loader that begins anew, as those of Keras 2 and DALI, and no generator, zip or map."""
+    return any(hasattr(value, name) for name in ("__len__", "__getitem__", "reset"))
 
 
 def _has_direction(value: Any) -> bool:
