@@ -136,6 +136,8 @@ class TrainOptions:
     is_matching: bool = False
     """Whether a step works as when it predicts, so that a model is trained towards its own answers: nothing is dropped
     out, weights are not penalised. Batch normalisation alone takes the statistics of the batch."""
+    is_evaluated: bool = False
+    """Whether it is only evaluated: no step is taken."""
     temperature: float = 2.0
     """What logits are divided by before they are compared with the teacher's."""
     example: Batch | None = field(default=None, compare=False)

@@ -159,7 +159,7 @@ def _watched(model: ModelFile, source: Source, batch_size: int, meter: ProgressF
 def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFactory) -> Evaluation:
     with closing(load_trainable(model, request.origin)) as network:
         data = open_training_data(network, request)
-        network.prepare(replace(request.means, example=data.example))
+        network.prepare(replace(request.means, example=data.example, is_evaluated=True))
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
         judged = data.val or data.train
         size = batch_size(judged, network.signature, request.batch_size)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import random
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
+
+import numpy as np
 
 from prunectl.formats.scratch import temporary_folder_is_shared
 from prunectl.training.quiet import LOGGERS, VARIABLES, ignore_warnings
-from prunectl.training.runtimes import random_state, restore_random_state
 
 _lock = threading.RLock()
+_seeded: ContextVar[dict[str, Callable[[], None]] | None] = ContextVar("seeded", default=None)
+"""What restores each of the generators that a call has seeded so far; None where no program calls."""
 
 
 def _forget_lock() -> None:
@@ -31,37 +37,80 @@ def host_settings() -> Iterator[None]:
     """Let one thread at a time run frameworks, and give the program back what they get others of.
 
     Their seeds, exporters and the silence about them are of the whole process: two runs at once would each end with
-    what the other had set, and random draws of the program would be the same after every call.
+    what the other had set, and random draws of the program would be the same after every call that seeds.
     """
     with _lock:
-        levels = {name: logging.getLogger(name).level for name in LOGGERS}
-        variables = {name: os.environ.get(name) for name in VARIABLES}
-        own, saved = random_state(), {name: generators.save() for name, generators in _loaded().items()}
-        token = temporary_folder_is_shared.set(True)
+        restoring, seeded = ExitStack(), dict[str, Callable[[], None]]()
+        restoring.callback(_restore_generators, seeded)
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            restoring.callback(logger.setLevel, logger.level)
+        for name in VARIABLES:
+            restoring.callback(_set_variable, name, os.environ.get(name))
+        restoring.callback(temporary_folder_is_shared.reset, temporary_folder_is_shared.set(True))
+        restoring.callback(_seeded.reset, _seeded.set(seeded))
         try:
             yield
-        finally:
-            temporary_folder_is_shared.reset(token)
-            for name, generators in _loaded().items():
-                generators.restore(saved.get(name))
-            restore_random_state(own)
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
-            for name, value in variables.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+        except BaseException as error:
+            try:
+                restoring.close()
+            except Exception as failure:  # noqa: BLE001 - a device that fails a run often fails this as well
+                error.add_note(f"Not all settings of the program could be restored: {failure}")
+            raise
+        restoring.close()
+
+
+def before_seeding(*libraries: str) -> None:
+    """Save the random generators of libraries, once in a call, for the end of it.
+
+    What was drawn or seeded before, also by functions of the user that the call has run, stays as it is.
+    """
+    seeded = _seeded.get()
+    if seeded is None:
+        return
+    for name in libraries:
+        if name not in seeded:
+            generators = _GENERATORS[name]
+            seeded[name] = partial(generators.restore, generators.save())
+
+
+def _restore_generators(seeded: Mapping[str, Callable[[], None]]) -> None:
+    with ExitStack() as restoring:
+        for restore in seeded.values():
+            restoring.callback(restore)
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 class _Generators(Protocol):
-    """The random generators of a framework."""
+    """The random generators of a library."""
 
     def save(self) -> Any:
         """Their states."""
 
     def restore(self, state: Any) -> None:
-        """Bring them back to states; None where the framework was not imported then: nobody has seeded it."""
+        """Bring them back to states."""
+
+
+class _Python:
+    def save(self) -> Any:
+        return random.getstate()
+
+    def restore(self, state: Any) -> None:
+        random.setstate(state)
+
+
+class _NumPy:
+    def save(self) -> Any:
+        return np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is meant
+
+    def restore(self, state: Any) -> None:
+        np.random.set_state(state)  # noqa: NPY002
 
 
 class _Torch:
@@ -71,36 +120,42 @@ class _Torch:
 
     def restore(self, state: Any) -> None:
         torch: Any = sys.modules["torch"]
-        if state is None:
-            torch.seed()
-            return
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state_all(state[1])
-        elif torch.cuda.is_initialized():
+        else:
+            # Also where CUDA has not begun: a seed waits for when it does.
             torch.cuda.seed_all()
 
 
 class _TensorFlow:
+    """The global seed, and what operations without a seed of their own take one from, once there is one."""
+
     def save(self) -> Any:
-        generator = self._generator()
-        return self._context().global_seed(), None if generator is None else generator.getstate()
+        if not self._is_imported():
+            return None, None, None
+        context = self._context()
+        generator = getattr(context, "_rng", None)
+        return context._seed, generator, None if generator is None else generator.getstate()  # noqa: SLF001
 
     def restore(self, state: Any) -> None:
-        if self.save() == (state or (None, None)):
+        if not self._is_imported():
             return
-        seed, inner = state or (None, None)
-        self._context().set_global_seed(seed)
-        if inner is not None:
-            self._generator().setstate(inner)
+        # Not by the function that seeds: it has operations with a seed of their own begin anew.
+        context, (seed, generator, inner) = self._context(), state
+        context._seed = seed  # noqa: SLF001
+        if generator is not None:
+            context._rng = generator  # noqa: SLF001
+            generator.setstate(inner)
+
+    @staticmethod
+    def _is_imported() -> bool:
+        """Whether it is: Keras on another backend seeds it as well, and imports it for that, if it can."""
+        return hasattr(sys.modules.get("tensorflow"), "random")
 
     @staticmethod
     def _context() -> Any:
-        return importlib.import_module("tensorflow.python.eager.context")
-
-    def _generator(self) -> Any:
-        """What operations without a seed of their own take one from, once there is a global one."""
-        return getattr(self._context().context(), "_rng", None)
+        return importlib.import_module("tensorflow.python.eager.context").context()
 
 
 class _Keras3:
@@ -114,7 +169,7 @@ class _Keras3:
         return seed, generator, inner
 
     def restore(self, state: Any) -> None:
-        seed, generator, inner = state or (None, None, None)
+        seed, generator, inner = state
         for name, value in zip(self._names, (seed, generator), strict=True):
             self._state().set_global_attribute(name, value)
         if generator is not None:
@@ -131,7 +186,7 @@ class _Keras2:
         return generator, None if generator is None else generator.getstate()
 
     def restore(self, state: Any) -> None:
-        generator, inner = state or (None, None)
+        generator, inner = state
         self._place().generator = generator
         if generator is not None:
             generator.setstate(inner)
@@ -141,17 +196,11 @@ class _Keras2:
         return importlib.import_module("tf_keras.src.backend")._SEED_GENERATOR  # noqa: SLF001 - it has no other name
 
 
-_FRAMEWORKS: dict[str, _Generators] = {
+_GENERATORS: dict[str, _Generators] = {
+    "python": _Python(),
+    "numpy": _NumPy(),
     "torch": _Torch(),
     "tensorflow": _TensorFlow(),
     "keras": _Keras3(),
     "tf_keras": _Keras2(),
 }
-_READY = {"torch": "get_rng_state", "tensorflow": "random", "keras": "ops", "tf_keras": "backend"}
-"""What a framework has once it is imported; a program may have let the import fail half way."""
-
-
-def _loaded() -> dict[str, _Generators]:
-    return {
-        name: generators for name, generators in _FRAMEWORKS.items() if hasattr(sys.modules.get(name), _READY[name])
-    }

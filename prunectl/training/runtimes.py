@@ -16,6 +16,7 @@ from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
 from prunectl.training import user_code
 from prunectl.training.backend import BlockwiseModel, InspectableModel, LoadOptions, TrainableModel
+from prunectl.training.host import before_seeding
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ _LEGACY_SEEDS = 1 << 32
 
 def seed_everything(number: int) -> None:
     """Seed the generators that belong to no framework: Python's own, and NumPy's global one, which users' code uses."""
+    before_seeding("python", "numpy")
     random.seed(number)
     np.random.seed(number % _LEGACY_SEEDS)  # noqa: NPY002 - it is the one that is meant
 

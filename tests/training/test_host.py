@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,8 +20,10 @@ import tf_keras
 import torch
 
 import prunectl
+from fixtures.digits_torch import DigitsCNN
 from prunectl.formats.scratch import temporary_files
 from prunectl.training import host, quiet
+from prunectl.training.runtimes import seed_everything
 from tests.running import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,22 +58,112 @@ def seed_all(number: int) -> None:
     keras.utils.set_random_seed(number)
 
 
-def test_a_host_program_draws_what_it_would_have_drawn() -> None:
+X, Y = np.zeros((4, 8, 8, 1), np.float32), np.zeros(4, np.int64)
+
+
+@pytest.mark.parametrize("model", ["digits_cnn.keras", "digits_cnn.h5", "digits_cnn.pt"])
+def test_a_host_program_draws_what_it_would_have_drawn(model: str) -> None:
+    options: Any = {"builder": DigitsCNN} if model.endswith(".pt") else {}
+    x = X.transpose(0, 3, 1, 2) if options else X
     seed_all(7)
     expected = [draws(), draws()]
     seed_all(7)
-    first = draws()
-    with host.host_settings():
-        seed_all(0)
-        draws()
+    first, within = draws(), []
+
+    def data() -> tuple[object, object]:
+        within.append(random.random())
+        return x, Y
+
+    prunectl.evaluate(FIXTURES / model, data, **options)
     assert [first, draws()] == expected
+    assert within[0] != expected[1][0]  # the call had seeded
+
+
+def test_what_functions_of_the_user_draw_and_seed_stays_where_no_call_seeds() -> None:
+    random.seed(7)
+    expected = [random.random() for _ in range(4)]
+    random.seed(7)
+    drawn = []
+
+    def data() -> tuple[object, object]:
+        drawn.append(random.random())
+        np.random.seed(3)  # noqa: NPY002 - as above
+        return X, Y
+
+    for _ in range(3):
+        prunectl.evaluate(FIXTURES / "digits_cnn.onnx", data)
+    assert [*drawn, random.random()] == expected
+    assert np.random.rand() == np.random.RandomState(3).rand()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("model", ["digits_cnn.keras", "digits_cnn.h5"])
+def test_an_evaluation_lets_operations_with_a_seed_of_their_own_go_on(model: str) -> None:
+    def draw() -> float:
+        return float(tf.random.uniform([], seed=1))
+
+    tf.random.set_seed(7)
+    expected = [draw(), draw()]
+    tf.random.set_seed(7)
+    first = draw()
+    prunectl.evaluate(FIXTURES / model, (X, Y))
+    assert [first, draw()] == expected
+
+
+def test_what_was_drawn_before_a_call_seeds_is_not_drawn_again() -> None:
+    random.seed(7)
+    expected = [random.random(), random.random()]
+    random.seed(7)
+    with host.host_settings():
+        first = random.random()
+        for number in range(2):
+            seed_everything(number)
+            random.random()
+    assert [first, random.random()] == expected
+
+
+def test_a_call_within_a_call_gives_the_outer_one_its_seeded_generators_back() -> None:
+    random.seed(7)
+    expected = random.random()
+    random.seed(7)
+    with host.host_settings():
+        seed_everything(0)
+        with host.host_settings():
+            seed_everything(1)
+        assert random.random() == random.Random(0).random()
+    assert random.random() == expected
+
+
+def test_what_cannot_be_restored_keeps_nothing_else_and_no_error_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    random.seed(7)
+    expected = [random.random(), random.random()]
+    random.seed(7)
+    own: list[object] = [ValueError("the cause"), None]
+    for error, draw in zip(own, expected, strict=True):
+        with pytest.raises(Exception) as caught, host.host_settings():  # noqa: PT011, PT012 - compared below
+            host.before_seeding("torch")
+            seed_everything(0)
+            quiet.raise_log_levels()
+            monkeypatch.setattr(torch, "set_rng_state", fail)
+            if isinstance(error, Exception):
+                raise error
+        monkeypatch.undo()
+        assert "the device is lost" in "".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+        assert error is None or caught.value is error
+        assert random.random() == draw
+        assert logger.level == level
+        assert "GRPC_VERBOSITY" not in os.environ
 
 
 def test_no_call_makes_the_draws_after_it_those_after_every_other() -> None:
-    x = np.zeros((4, 8, 8, 1), np.float32)
     drawn = []
     for _ in range(2):
-        prunectl.inspect(FIXTURES / "digits_cnn.onnx", sensitivity=True, data=x)
+        prunectl.inspect(FIXTURES / "digits_cnn.onnx", sensitivity=True, data=X)
         drawn.append((random.random(), np.random.rand()))  # noqa: NPY002 - as above
     assert len({one for one, _ in drawn}) == len({other for _, other in drawn}) == 2
 

@@ -20,6 +20,7 @@ from prunectl.formats.base import Array
 from prunectl.formats.packages import command_for
 from prunectl.formats.safe_json import require
 from prunectl.formats.tensorflow import rebuild_worker
+from prunectl.training.host import before_seeding
 from prunectl.training.keras._compat import (
     flat_layers,
     global_generator,
@@ -51,6 +52,12 @@ class KerasLibrary:
     def tensorflow(self) -> Any:
         """TensorFlow, where it does the work."""
         return require("tensorflow", extra="tensorflow")
+
+    @property
+    def generators(self) -> tuple[str, ...]:
+        """Whose random generators it seeds, and lets its layers draw from: its own, and those of frameworks."""
+        own = "tf_keras" if self.is_keras2 else "keras"
+        return ("tensorflow", own, "torch") if self.backend == "torch" else ("tensorflow", own)
 
     @property
     def ops(self) -> Any:
@@ -324,6 +331,7 @@ class RandomState:
     def seed(self, number: int, *, keeps_kernels: bool = False) -> None:
         """Seed all generators from a number."""
         shared = self._global_generator()
+        before_seeding("python", "numpy", *self._library.generators)
         # It seeds, and for that imports, whatever framework there is.
         with quiet_import(), kept_kernels() if keeps_kernels else nullcontext():
             self._library.keras.utils.set_random_seed(number % _INT32_SEEDS)

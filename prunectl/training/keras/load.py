@@ -19,6 +19,7 @@ from prunectl.formats.keras.numbering import renumber
 from prunectl.formats.scratch import temporary_folder, utf8_path
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
+from prunectl.training.host import before_seeding
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, load_keras2, load_keras3
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.user_code import call_builder, resolve_builder
@@ -105,6 +106,8 @@ def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> Lo
     ):
         raise _no_builder(file, weight_layout)
     library = _library_of_file(file) if build is None else _library_of_code(file)
+    # Layers draw while they are built, before a run seeds.
+    before_seeding(*library.generators)
     with placement.scope(library), ignore_warnings():
         model = (
             _from_file(library, file, weight_layout, origin, objects)

@@ -254,7 +254,9 @@ class KerasTrainable:
         if unknown:
             raise UsageError(f"{unknown[0]} cannot be frozen: Keras loads no such weight")
         self.place(options.device)
-        self._random.seed(options.seed)
+        # Whoever evaluates between steps of their own goes on in the kernels that hold the state of their operations.
+        keeps_kernels = options.is_evaluated and not self._random.has_hidden_state
+        self._random.seed(options.seed, keeps_kernels=keeps_kernels)
         self._frozen = options.frozen
         with self._placement.scope(self._library), ignore_warnings():
             frozen = [self._variables[name] for name in sorted(options.frozen)]

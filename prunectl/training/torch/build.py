@@ -19,6 +19,7 @@ from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch.trust import check_program
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
+from prunectl.training.host import before_seeding
 from prunectl.training.task import format_shape, shape_matches
 from prunectl.training.torch._compat import tree_flatten, tree_map
 from prunectl.training.torch.tensors import InnerModule, final_activation, to_torch
@@ -181,6 +182,7 @@ class BuiltModule:
 def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     """The module in a file, or that of a function with the file's weights."""
     user_code.check(model, origin)
+    before_seeding("torch")
     torch.manual_seed(origin.seed)
     if origin.model:
         return _of_function(model, origin)

@@ -24,6 +24,7 @@ from prunectl.training.backend import (
     TrainOptions,
 )
 from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
+from prunectl.training.host import before_seeding
 from prunectl.training.runtimes import seed_everything
 from prunectl.training.task import DistilledOutput, FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
@@ -415,6 +416,7 @@ class TorchTrainable:
     def reseed(self, number: int) -> None:
         """Make what is random depend on a number alone, and on the process."""
         own = number * 4099 + self._place.rank
+        before_seeding("torch")
         torch.manual_seed(own % (1 << 63))
         seed_everything(own)
 
