@@ -17,8 +17,8 @@ either.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from prunectl.formats import budgets
@@ -43,9 +43,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def unusual_axes(shapes: Shapes, *, is_flax: bool) -> Mapping[str, KernelAxes]:
     """The axes of the kernels, by name, that do not begin with outputs and inputs."""
-    flax = {name: axes for name, shape in shapes.items() if is_flax and (axes := _flax_axes(name, shape)) is not None}
-    transposed = {name: _ROWS_LAST for name, shape in shapes.items() if _is_transposed(name, shape, shapes)}
-    return {**flax, **transposed, **dict(_with_outputs_last(shapes)), **dict(_of_experts(shapes))}
+    by_rank: defaultdict[int, list[str]] = defaultdict(list)
+    for name, shape in shapes.items():
+        by_rank[len(shape)].append(name)
+    flax = {name: axes for name in shapes if is_flax and (axes := _flax_axes(name, shapes[name])) is not None}
+    windows = (name for rank in (3, 4, 5) for name in by_rank[rank])
+    transposed = {name: _ROWS_LAST for name in windows if _is_transposed(name, shapes)}
+    outputs_last = dict(_with_outputs_last(by_rank[2], shapes))
+    return {**flax, **transposed, **outputs_last, **dict(_of_experts(by_rank[3], shapes))}
 
 
 def split_name(name: str, shapes: Shapes) -> tuple[str, str]:
@@ -71,9 +76,10 @@ def _flax_axes(name: str, shape: tuple[int, ...]) -> KernelAxes | None:
     return attention_axes(steps[-2] if len(steps) > 1 else "", "", shape) or KernelAxes(len(shape) - 1, len(shape) - 2)
 
 
-def _is_transposed(name: str, shape: tuple[int, ...], shapes: Shapes) -> bool:
-    """Whether a kernel must be that of a transposed convolution."""
-    if not 3 <= len(shape) <= 5 or shape[1] < 2:
+def _is_transposed(name: str, shapes: Shapes) -> bool:
+    """Whether a kernel with a window must be that of a transposed convolution."""
+    shape = shapes[name]
+    if shape[1] < 2:
         return False
     prefix, leaf = split_name(name, shapes)
     if leaf.removesuffix("_orig") not in {"weight", "weight_v"}:
@@ -86,13 +92,12 @@ def _is_transposed(name: str, shape: tuple[int, ...], shapes: Shapes) -> bool:
     return groups > 0 and shape[0] % groups == 0 and (len(shape) > 3 or bias[0] != shape[2])
 
 
-def _with_outputs_last(shapes: Shapes) -> Iterator[tuple[str, KernelAxes]]:
+def _with_outputs_last(matrices: Iterable[str], shapes: Shapes) -> Iterator[tuple[str, KernelAxes]]:
     """Yield matrices `[in, out]`; square ones are taken for what others of their layers' names, or all others, are."""
     square: list[tuple[str, str, bool]] = []
     layer_names: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for name, shape in shapes.items():
-        if len(shape) != 2:
-            continue
+    for name in matrices:
+        shape = shapes[name]
         prefix, leaf = split_name(name, shapes)
         leaf = leaf.removesuffix("_orig")
         if leaf not in _BIASES:
@@ -114,16 +119,16 @@ def _with_outputs_last(shapes: Shapes) -> Iterator[tuple[str, KernelAxes]]:
 _NUMBER = re.compile(r"_\d+$")
 
 
-def _of_experts(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, KernelAxes]]:
+def _of_experts(stacks: Iterable[str], shapes: Shapes) -> Iterator[tuple[str, KernelAxes]]:
     for first, second in _EXPERT_PAIRS.items():
-        for name, shape in shapes.items():
-            if len(shape) != 3 or not name.endswith(first):
+        for name in stacks:
+            if not name.endswith(first):
                 continue
             other = f"{name.removesuffix(first)}{second}"
             other_shape = shapes.get(other, ())
-            if len(other_shape) != 3 or other_shape[0] != shape[0]:
+            if len(other_shape) != 3 or other_shape[0] != shapes[name][0]:
                 continue
-            rows, columns = shape[1:]
+            _, rows, columns = shapes[name]
             is_gated = 2 * other_shape[2] == rows
             if other_shape[1] == columns and (is_gated or first in _ROWS_FIRST):
                 yield from ((name, KernelAxes(1, 2)), (other, KernelAxes(1, 2)))
