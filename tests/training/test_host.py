@@ -145,14 +145,17 @@ def test_what_cannot_be_restored_keeps_nothing_else_and_no_error_back(monkeypatc
     random.seed(7)
     own: list[object] = [ValueError("the cause"), None]
     for error, draw in zip(own, expected, strict=True):
-        with pytest.raises(Exception) as caught, host.host_settings():  # noqa: PT011, PT012 - compared below
+        with (  # noqa: PT012 - what is raised is compared below
+            monkeypatch.context() as lost,
+            pytest.raises(Exception) as caught,  # noqa: PT011
+            host.host_settings(),
+        ):
             host.before_seeding("torch")
             seed_everything(0)
             quiet.raise_log_levels()
-            monkeypatch.setattr(torch, "set_rng_state", fail)
+            lost.setattr(torch, "set_rng_state", fail)
             if isinstance(error, Exception):
                 raise error
-        monkeypatch.undo()
         assert "the device is lost" in "".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
         assert error is None or caught.value is error
         assert random.random() == draw
