@@ -45,6 +45,7 @@ class Passes:
     _repeated: dict[tuple[int, int], RepeatedPass] = field(default_factory=dict)
     """By the identity of the network and the number of the batch."""
     _held_bytes: int = 0
+    """What all of them hold."""
 
     def run(self, network: InspectableModel, names: Collection[str], index: int, x: Arrays, see: InputCallback) -> None:
         """Run a batch as far as some tensors meet inputs; to its end where it is not known how often they do."""
@@ -65,13 +66,14 @@ class Passes:
                 if left == 0:
                     raise PassEnd
 
-        held_bytes = 0 if repeated is None else repeated.nbytes
+        before = 0 if repeated is None else repeated.nbytes
         try:
             (repeated or network).observe(names, x, counted)
         except PassEnd as end:
             # It is held by frames that it holds itself, with all that was seen in them.
             end.__traceback__ = None
         if repeated is not None:
-            if self._held_bytes + repeated.nbytes - held_bytes > AHEAD_BYTES:
+            self._held_bytes += repeated.nbytes - before
+            if self._held_bytes > AHEAD_BYTES:
+                self._held_bytes -= repeated.nbytes
                 repeated.clear()
-            self._held_bytes += repeated.nbytes - held_bytes
