@@ -297,10 +297,10 @@ def dense_slot(tensor: GraphTensor) -> Any:
 def remove_sources(tensors: Sequence[GraphTensor]) -> None:
     """Remove what tensors were stored as that have a dense slot beside it."""
     # Lists of messages can only search for equal ones, each from the front.
-    gone = {id(tensor.sparse if tensor.node is None else tensor.node) for tensor in tensors if _is_beside(tensor)}
+    replaced = {id(tensor.sparse if tensor.node is None else tensor.node) for tensor in tensors if _is_beside(tensor)}
     for scope in {id(tensor.scope): tensor.scope for tensor in tensors if _is_beside(tensor)}.values():
         for messages in (scope.node, scope.sparse_initializer):
-            for index in reversed([index for index, message in enumerate(messages) if id(message) in gone]):
+            for index in reversed([index for index, message in enumerate(messages) if id(message) in replaced]):
                 del messages[index]
 
 

@@ -349,7 +349,11 @@ def non_float_reason(tensor: Tensor) -> Verdict:
     name = tensor.dtype.name
     if tensor.is_float:
         return ""
-    return f"{_QUANTISED} {name}: prune before quantising" if name in QUANTISED else f"of type {name}"
+    return _quantised_to(name) if name in QUANTISED else f"of type {name}"
+
+
+def _quantised_to(dtype: str) -> str:
+    return f"{_QUANTISED} {dtype}: prune before quantising"
 
 
 def _ineligible(tensor: Tensor) -> Verdict:
@@ -359,7 +363,7 @@ def _ineligible(tensor: Tensor) -> Verdict:
         return non_float_reason(tensor) or "a kernel with a single axis"
     is_packed = tensor.dtype.name in QUANTISED | {"int32", "uint32"}
     if is_packed and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
-        return f"{_QUANTISED} {tensor.dtype.name}: prune before quantising"
+        return _quantised_to(tensor.dtype.name)
     return _ROLE_REASONS.get(role, f"a {role}")
 
 

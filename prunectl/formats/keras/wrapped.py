@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
 from prunectl.formats.keras import config as keras_config
@@ -131,57 +131,75 @@ class WrappedLayers:
 
 def wrapped_layers(datasets: Sequence[Dataset], slots: Mapping[str, LayerConfig]) -> WrappedLayers:
     """The wrapped layers among datasets; ``slots`` are the layers of the configuration by their folders."""
-    found = WrappedLayers()
+    wrapped = WrappedLayers()
     below = datasets_below(datasets)
-    for group in below:
+    for group, members in below.items():
         folder, _, last = group.rpartition("/")
-        if last == "vars" and _is_wrapper(folder, slots.get(folder), below):
-            _add(found, folder, slots.get(folder), below)
-    return found
+        layer = slots.get(folder)
+        if last != "vars" or (layer is not None and layer.kind.rpartition(">")[2] != WRAPPER):
+            continue
+        variables = _wrapper_variables(members)
+        # Without a configuration, nor in a model that is a class of its own, is there a class to go by.
+        if layer is not None or _looks_like_wrapper(folder, variables, has_layer=f"{folder}/layer" in below):
+            _add(wrapped, folder, layer, variables, below.get(f"{folder}/layer", []))
+    return wrapped
 
 
-def _is_wrapper(folder: str, layer: LayerConfig | None, below: Mapping[str, list[Dataset]]) -> bool:
-    if layer is not None:
-        return layer.kind.rpartition(">")[2] == WRAPPER
-    # Without a configuration, nor in a model that is a class of its own, is there a class to go by.
-    variables = sorted(below[f"{folder}/vars"], key=by_number)
-    masks, copies = masks_among(variables), _copies(variables)
+class _WrapperVariables(NamedTuple):
+    """What a wrapper may hold itself, in the order of its numbers."""
+
+    copies: Sequence[Dataset]
+    masks: Sequence[Dataset]
+    thresholds: Sequence[Dataset]
+    step: Sequence[Dataset]
+    """The last one."""
+
+
+def _wrapper_variables(members: Sequence[Dataset]) -> _WrapperVariables:
+    variables = sorted(members, key=by_number)
+    masks = masks_among(variables)
+    num_copies = max(len(variables) - 1 - 2 * len(masks), 0)
+    return _WrapperVariables(variables[:num_copies], masks, variables[num_copies + 1 : -1 : 2], variables[-1:])
+
+
+def _looks_like_wrapper(folder: str, variables: _WrapperVariables, *, has_layer: bool) -> bool:
+    copies, masks = variables.copies, variables.masks
     has_masks = bool(masks) and [mask.shape for mask in masks] == [copy.shape for copy in copies]
-    has_step = bool(variables) and not variables[-1].shape and variables[-1].dtype.kind == "i"
+    has_step = any(not step.shape and step.dtype.kind == "i" for step in variables.step)
     is_named_so = _WRAPPER_FOLDER.fullmatch(folder.rpartition("/")[2]) is not None
-    return has_step and (is_named_so or (has_masks and f"{folder}/layer" in below))
+    return has_step and (is_named_so or (has_masks and has_layer))
 
 
-def _copies(variables: Sequence[Dataset]) -> Sequence[Dataset]:
-    return variables[: max(len(variables) - 1 - 2 * len(masks_among(variables)), 0)]
-
-
-def _add(found: WrappedLayers, folder: str, layer: LayerConfig | None, below: Mapping[str, list[Dataset]]) -> None:
+def _add(
+    wrapped: WrappedLayers,
+    folder: str,
+    layer: LayerConfig | None,
+    variables: _WrapperVariables,
+    below_layer: Sequence[Dataset],
+) -> None:
     inner = inner_layer({"class_name": WRAPPER, "config": layer.config}) if layer is not None else None
-    variables = sorted(below[f"{folder}/vars"], key=by_number)
-    weights = sorted(below.get(f"{folder}/layer", []), key=by_number)
-    copies, masks = _copies(variables), masks_among(variables)
-    thresholds = variables[len(copies) + 1 : -1 : 2]
-    found.folders.add(folder)
+    weights = sorted(below_layer, key=by_number)
+    wrapped.folders.add(folder)
     if layer is not None and inner is not None:
-        found.layers[f"{folder}/layer"] = replace(
+        wrapped.layers[f"{folder}/layer"] = replace(
             layer,
             name=text(part(inner, "config"), "name") or layer.name,
             kind=text(inner, "class_name"),
             config=part(inner, "config"),
         )
     for leaf, role, group in (
-        ("weight", Role.SCHEDULE, copies),
-        ("mask", Role.MASK, masks),
-        ("threshold", Role.SCHEDULE, thresholds),
-        ("pruning_step", Role.SCHEDULE, variables[-1:]),
+        ("weight", Role.SCHEDULE, variables.copies),
+        ("mask", Role.MASK, variables.masks),
+        ("threshold", Role.SCHEDULE, variables.thresholds),
+        ("pruning_step", Role.SCHEDULE, variables.step),
     ):
         for number, dataset in enumerate(group):
-            found.variables[dataset.name] = (f"{leaf}_{number}" if number else leaf, role)
+            wrapped.variables[dataset.name] = (f"{leaf}_{number}" if number else leaf, role)
     try:
         originals = match_masks(
-            [Weight(copy.name, "", copy.shape) for copy in copies], layer_weights(weights, folder, inner or {})
+            [Weight(copy.name, "", copy.shape) for copy in variables.copies],
+            layer_weights(weights, folder, inner or {}),
         )
     except MasksNotAppliedError:
         return  # A class of its own, whose weights lie elsewhere.
-    found.copies |= {copy: original for original, copy in originals.items()}
+    wrapped.copies |= {copy: original for original, copy in originals.items()}

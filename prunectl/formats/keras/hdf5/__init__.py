@@ -233,8 +233,6 @@ def _own(group: Any, key: str, name: str, path: Path) -> Any:
         raise InputError(
             f"{path} is refused: {abbreviated(name)} links to another file, {abbreviated(str(link.filename))}"
         )
-    if not isinstance(link, h5py.SoftLink):
-        return group[key]
     if group.get(key) is None:
         raise InputError(
             f"{path} is refused: {abbreviated(name)} links to {abbreviated(str(link.path))}, which is not in the file"
