@@ -170,6 +170,10 @@ AVERAGES = frozenset(
 )
 """Entries of a checkpoint in which averages of the weights are kept."""
 _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
+_NO_TABLE = re.compile(r"proj|linear|conv|dense|mapping|(^|_)fc|^embed_out$")
+"""Layers that multiply, though something around them is called an embedding: `patch_embeddings.projection`."""
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+"""An output layer, which is the embedding where no table has as many rows."""
 _NORM_PARTS = ("norm", "bn", "ln_", ".ln")
 _NORM_KINDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 _EMBEDDING_KINDS = ("Embedding", "embedding")
@@ -230,7 +234,20 @@ def describe(
     is_flax = not any(name.endswith(".weight") for name in shapes)
     axes = unusual_axes(shapes, is_flax=is_flax)
     names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax)
-    return _averages_as_their_originals([_describe(tensor, names) for tensor in tensors])
+    described = [_describe(tensor, names) for tensor in tensors]
+    return _averages_as_their_originals(_heads_without_tables(described))
+
+
+def _heads_without_tables(described: list[Tensor]) -> list[Tensor]:
+    """Of tied weights, files may keep the name of the output layer alone: then it is the embedding."""
+    heads = [at for at, one in enumerate(described) if one.role is Role.KERNEL and _HEAD.search(one.name)]
+    rows = {one.shape[0] for one in described if heads and one.role is Role.EMBEDDING and len(one.shape) == 2}
+    # A later shard alone, without the first block, says nothing of tables.
+    if heads and any(".0." in one.name for one in described):
+        for at in heads:
+            if described[at].shape[0] not in rows:
+                described[at] = replace(described[at], role=Role.EMBEDDING, out_axis=None)
+    return described
 
 
 _DOTLESS = re.compile(rf"(^|\.)({'|'.join(sorted(AVERAGES))})\.[^.]+$")
@@ -339,13 +356,27 @@ def _role_of_numbers(tensor: Tensor, leaf: str, names: _Names) -> Role:
         if use is not None and use.role is not Role.EMBEDDING:
             return Role.BIAS if use.role in PRUNABLE else use.role
         return Role.NORM if leaf == "weight" else Role.OTHER
-    lowered = tensor.name.lower()
-    if tensor.kind.startswith(_EMBEDDING_KINDS) or any(part in lowered for part in _EMBEDDING_PARTS):
+    if _is_embedding(tensor, leaf, names):
         return Role.EMBEDDING
     if not _is_used_as_kernel(tensor, names):
-        use = names.uses.get(tensor.name)
-        return Role.EMBEDDING if use is not None and use.role is Role.EMBEDDING else Role.OTHER
+        return Role.OTHER
     return Role.RECURRENT if leaf.startswith("weight_hh") else Role.KERNEL
+
+
+def _is_embedding(tensor: Tensor, leaf: str, names: _Names) -> bool:
+    """Whether rows are looked up in it: as its graph or its class says, else its name; a table has two axes."""
+    use = names.uses.get(tensor.name)
+    if tensor.kind.startswith(_EMBEDDING_KINDS) or (use is not None and use.role is Role.EMBEDDING):
+        return True
+    if tensor.kind.startswith(_KERNEL_KINDS) or (use is not None and use.role in PRUNABLE and not use.is_weak):
+        return False
+    lowered = tensor.name.lower()
+    is_weight, layer = leaf.startswith(("weight", "kernel")), lowered.rpartition(".")[0].rpartition(".")[2]
+    if is_weight and (len(tensor.shape) != 2 or leaf == "kernel" or _NO_TABLE.search(layer)):
+        return False
+    # T5, BART and their kin call the table of both halves so.
+    is_shared = is_weight and layer == "shared" and not names.has_beside(tensor.name.rpartition(".")[0], "bias")
+    return is_shared or any(part in lowered for part in _EMBEDDING_PARTS)
 
 
 def _is_used_as_kernel(tensor: Tensor, names: _Names) -> bool:

@@ -189,19 +189,28 @@ def _partition(
     matched = {tensor.name for tensor in select_names(model, criteria.only)} if criteria.only else None
     only = _named(model, criteria.only, skip_reason) if criteria.only else None
     excluded = {tensor.name for selector in criteria.exclude for tensor in select_names(model, selector)}
+    excluded |= {model.duplicates[name] for name in excluded & model.duplicates.keys()}
     reasons: dict[str, str] = {}
+    kept: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in excluded:
-            reasons[tensor.name] = "excluded"
+            reasons[tensor.name], kept[tensor.name] = "excluded", "is excluded"
         elif tensor.name not in layer_ratios:
             is_left_out = matched is not None and tensor.name not in matched
             is_meant = only is not None and tensor.name in only
             reasons[tensor.name] = (
                 "not selected by --layers" if is_left_out else "" if is_meant else skip_reason(tensor)
             )
-        if tensor.name in model.duplicates:
+            if reasons[tensor.name] and not is_left_out and tensor.role is Role.EMBEDDING:
+                kept[tensor.name] = "is an embedding"
+        if tensor.name in model.duplicates and tensor.name not in excluded:
             reasons[tensor.name] = "a copy of another variable, pruned with it"
         reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, criteria, can_reencode=can_reencode)
+    # What shares its numbers with these is kept too: an embedding may be the output layer.
+    for name, owner in find_tied_tensors(model.tensors, kept).items():
+        is_named = name in layer_ratios and owner not in excluded
+        if owner in kept and not reasons[name] and not is_named:
+            reasons[name] = f"tied to {owner}, which {kept[owner]}"
     candidates = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
     # Also what nobody wants pruned is, if it shares its numbers with what is.
     tied = {

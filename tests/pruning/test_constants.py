@@ -191,6 +191,7 @@ def described(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> set[str]:
         *("conv.weight", "weight", "lstm.weight_ih_l0", "lstm.weight_hh_l1_reverse", "attn.in_proj_weight"),
         *("fc.weight_orig", "q_proj.lora_A.weight", "q_proj.lora_A.default.weight", "qkv.lora_B", "cell.weight_hh"),
         *("mlp.experts.gate_up_proj", "ffn.experts.mlp.w1", "model.norm_1.proj.weight", "0.weight", "mean.weight"),
+        *("patch_embed.proj.weight", "embed_out.weight", "time_embedding.linear_1.weight", "shared.fc.weight"),
         *("conv.parametrizations.weight.original", "body.module.weight", "std.weight", "spectrogram.encoder.weight"),
     ],
 )
@@ -208,6 +209,7 @@ def test_what_layers_call_their_kernels_is_pruned(name: str, tmp_path: Path) -> 
         *("block.relative_attention_bias.weight", "blur.kernel", "tensor", "a", "norm.weight", "fc.weight_v"),
         *("q_proj.lora_magnitude_vector.default.weight", "quantizer.codebook", "grid", "pos_embed", "wte.weight"),
         *("front.cqt_kernels_real", "front.wsin", "front.lowpass_filter", "front.CQT2010v2.weight"),
+        *("shared.weight", "model.shared.weight", "embeddings.word_embeddings.weight", "embed.0.weight"),
     ],
 )
 def test_what_may_be_a_table_or_a_scale_is_left_alone(name: str, tmp_path: Path) -> None:
@@ -217,6 +219,48 @@ def test_what_may_be_a_table_or_a_scale_is_left_alone(name: str, tmp_path: Path)
 def test_a_bias_of_as_many_outputs_tells_a_kernel_whatever_its_name(tmp_path: Path) -> None:
     shapes = {"a.W": (4, 6), "a.b": (6,), "b.W": (4, 6), "b.b": (5,), "fc_weight": (4, 6), "fc_bias": (4,)}
     assert described(tmp_path, {**shapes, "W1": (3, 2), "b1": (3,)}) == {"a.W", "fc_weight", "W1"}
+
+
+def test_a_table_has_two_axes_and_no_bias(tmp_path: Path) -> None:
+    windows = {"vit.embeddings.patch_embedding.weight": (8, 3, 4, 4), "embedder.conv1d.weight": (8, 3, 4)}
+    assert described(tmp_path, windows | {"shared.weight": (4, 6), "shared.bias": (4,)}) == {*windows, "shared.weight"}
+    assert described(tmp_path, {"patch_embedding.kernel": (4, 4, 3, 8), "tokens.embedding": (9, 8)}) == {
+        "patch_embedding.kernel"
+    }
+
+
+def test_an_output_layer_without_a_table_of_as_many_rows_is_the_embedding(tmp_path: Path) -> None:
+    rest = {"h.0.fc.weight": (8, 8), "wpe.weight": (5, 8)}
+    for head in ("lm_head.weight", "embed_out.weight"):
+        assert described(tmp_path, {**rest, head: (9, 8)}) == {"h.0.fc.weight"}
+        assert described(tmp_path, {**rest, head: (9, 8), "wte.weight": (9, 8)}) == {"h.0.fc.weight", head}
+    # The last shard alone: its table stands in the first one.
+    assert "lm_head.weight" in described(tmp_path, {"h.7.fc.weight": (8, 8), "lm_head.weight": (9, 8)})
+
+
+class Tied(torch.nn.Module):
+    """A table that is the output layer too, and a layer that is called an embedder and multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.embedder = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(self.embedder(self.rows(x)), self.rows.weight)
+
+
+@pytest.mark.parametrize("kind", ["script", "exported", "whole"])
+def test_what_a_graph_or_a_class_says_tells_more_than_a_name(kind: str, tmp_path: Path) -> None:
+    path, net, example = tmp_path / "m.pt", Tied().eval(), torch.ones(1, 3, dtype=torch.int64)
+    if kind == "script":
+        torch.jit.trace(net, example).save(path)
+    elif kind == "exported":
+        path = path.with_suffix(".pt2")
+        torch.export.save(torch.export.export(net, (example,)), path)
+    else:
+        torch.save(net, path)
+    roles = {tensor.name: tensor.role for tensor in open_model(path).tensors}
+    assert (roles["rows.weight"], roles["embedder.weight"]) == (Role.EMBEDDING, Role.KERNEL)
 
 
 def test_kernels_of_flax_are_told_where_nothing_is_called_weight(tmp_path: Path) -> None:

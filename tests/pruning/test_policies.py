@@ -349,6 +349,32 @@ def test_what_shares_the_numbers_of_a_pruned_tensor_is_said_to_be_tied(tmp_path:
     assert {skip.name: skip.reason for skip in found.plan.skips}["emb.weight"] == "tied to out.weight, which is pruned"
 
 
+@pytest.mark.parametrize(
+    ("words", "are_pruned"),
+    [
+        ({}, False),
+        ({"only": "*"}, False),
+        ({"only": "lm_head"}, True),
+        ({"layers": (("lm_head", 0.5),)}, True),
+        ({"policy": "all"}, True),
+        ({"policy": "all", "exclude": ("embed",)}, False),
+        ({"layers": (("lm_head", 0.5),), "exclude": ("embed",)}, False),
+        ({"policy": "min-size:10"}, False),
+    ],
+    ids=str,
+)
+def test_an_output_layer_stays_with_the_embedding_that_it_is_tied_to_unless_it_is_named(
+    words: dict[str, Any], are_pruned: bool, tmp_path: Path
+) -> None:
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    state = {"embed.weight": weight, "fc.weight": torch.randn(8, 4), "lm_head.weight": weight}
+    torch.save(state, tmp_path / "tied.pt")
+    _, out = prune(tmp_path / "tied.pt", tmp_path / "out", sparsity=0.5, **words)
+    written = torch.load(out, weights_only=True)
+    assert torch.equal(written["embed.weight"], written["lm_head.weight"])
+    assert torch.equal(written["embed.weight"], weight) is not are_pruned
+
+
 def test_what_is_too_narrow_for_a_pattern_is_named(tmp_path: Path) -> None:
     words = ("prune", FIXTURES / "digits_cnn.onnx", "--dry-run")
     done = here(*words, "--pattern", "2:4", "--exclude", "fc2")

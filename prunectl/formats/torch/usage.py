@@ -134,10 +134,11 @@ class Flow:
         self._uses += ((origin, StateUse(Role.RECURRENT, op)) for origins in weights for origin in origins)
 
     def resolve(self) -> dict[Hashable, StateUse]:
-        """What each key is used for: the first use that is a weight's, or else the first of all."""
+        """What each key is used for: to look up rows, else the first use that is a weight's, or else the first."""
         best: dict[tuple[Hashable, bool], StateUse] = {}
-        # Of several uses a kernel's tells most.
-        todo = sorted(self._uses, key=lambda item: item[1].role not in {Role.KERNEL, Role.RECURRENT}, reverse=True)
+        # Of several uses a lookup's tells most, as an embedding may be the output layer too; then a kernel's.
+        order = {Role.EMBEDDING: 0, Role.KERNEL: 1, Role.RECURRENT: 1}
+        todo = sorted(self._uses, key=lambda item: order.get(item[1].role, 2), reverse=True)
         while todo:
             origin, use = todo.pop()
             if (origin.key, origin.is_weak) in best or (origin.key, False) in best:
