@@ -136,7 +136,10 @@ def along_axes(trace: LabelTrace, node: OpNode) -> None:
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     axes = {axis % labels.ndim for axis in node.attributes["axes"]}
     if any(trace.labels.varies(labels, axis) for axis in axes):
-        trace.labels.lock(labels, f"{op_title(node)} spans several channels")
+        # Most classifiers end in a softmax, whose classes nobody would look for among what may go.
+        is_last = any(name in trace.graph.outputs for name in node.outputs)
+        reason = "is an output of the network" if is_last else "spans several channels"
+        trace.labels.lock(labels, f"{op_title(node)} {reason}")
         for name in node.outputs:
             trace.values[name] = fixed(trace.graph.shapes.get(name, ()))
         return

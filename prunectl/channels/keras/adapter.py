@@ -25,7 +25,7 @@ from prunectl.channels.adapter import (
 from prunectl.channels.graph import ChannelGraph, Shapes
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.builder import CalledLayer, GraphBuilder
-from prunectl.channels.keras.layer_rules import RULES, LayerResize
+from prunectl.channels.keras.layer_rules import LayerResize, rule_for
 from prunectl.channels.keras.run import EditedFile, random_inputs, runner
 from prunectl.channels.keras.traverse import LoadedKeras, load_keras
 from prunectl.channels.keras.weights import ConfigPath, get_at
@@ -175,7 +175,7 @@ def _resize(
     layer: dict[str, Any], original: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes, left: Shapes
 ) -> None:
     """Set the numbers of channels of a layer."""
-    rule = RULES.get(upgrade_class_name(text(layer, "class_name")))
+    rule = rule_for(layer, upgrade_class_name(text(layer, "class_name")))
     if rule is None:
         return
     settings = layer["config"]

@@ -423,7 +423,7 @@ RULES: Mapping[str, LayerRule] = {
 
 _KERAS_MODULES = ("keras", "tf_keras", "tensorflow")
 _APPLICATION_RULES: Mapping[str, LayerRule] = {
-    "LayerScale": LayerRule(_layer_scale),
+    "LayerScale": LayerRule(_layer_scale, (("projection_dim", "gamma", 0),)),
     "StochasticDepth": LayerRule(layers.elementwise),
     "CustomScaleLayer": LayerRule(layers.merge_same_shape),
 }
@@ -436,4 +436,6 @@ def rule_for(layer: Mapping[str, Any], kind: str) -> LayerRule | None:
     is_own = module.split(".")[0] in _KERAS_MODULES if module else ">" not in text(layer, "registered_name")
     if not is_own:
         return None
-    return _APPLICATION_RULES.get(kind) if ".applications." in module else RULES.get(kind)
+    by_module = _APPLICATION_RULES if ".applications." in module else RULES
+    # HDF5 has no modules, and no other layer has these names.
+    return by_module.get(kind) or (None if module else _APPLICATION_RULES.get(kind.removeprefix("Custom>")))

@@ -128,6 +128,19 @@ def compile_arguments(config: Mapping[str, Any], objects: Mapping[str, Any]) -> 
     return arguments
 
 
+def application_classes(library: str) -> dict[str, Any]:
+    """Layers that are defined beside the architectures of Keras, which finds not all of them when it loads a file."""
+    modules = (
+        ("convnext", ("LayerScale", "StochasticDepth")),
+        ("inception_resnet_v2", ("CustomScaleLayer",)),
+    )
+    return {
+        name: getattr(require(f"{library}.src.applications.{module}", extra="tensorflow"), name)
+        for module, names in modules
+        for name in names
+    }
+
+
 def rename(variable: Any, name: str) -> None:
     """Rename a variable of Keras 2, which takes its name when it is made."""
     variable._handle_name = name

@@ -20,6 +20,7 @@ from prunectl.formats.scratch import temporary_folder, utf8_path
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.host import before_seeding
+from prunectl.training.keras._compat import application_classes
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, load_keras2, load_keras3
 from prunectl.training.quiet import ignore_warnings
 from prunectl.training.user_code import call_builder, resolve_builder
@@ -173,7 +174,8 @@ def _check_built(model: Any, reference: str) -> None:
 def _from_file(
     library: KerasLibrary, file: ModelFile, weight_layout: WeightLayout, origin: LoadOptions, objects: Mapping[str, Any]
 ) -> Any:
-    options: dict[str, Any] = {"compile": False, "custom_objects": dict(objects)}
+    known = application_classes(library.keras.__name__) | dict(objects)
+    options: dict[str, Any] = {"compile": False, "custom_objects": known}
     if weight_layout is not WeightLayout.SAVED_MODEL:
         options["safe_mode"] = not origin.is_trusted
     with temporary_folder() as scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,33 @@ def test_half_of_the_channels_go_and_the_rest_say_the_same(kind: Any, which: str
     for one, other in zip(said, wanted, strict=True):
         assert np.ptp(other) > 1e-3
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(("which", "suffix"), [("three", ".keras"), ("two", ".h5")])
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_the_architectures_of_keras_need_nobody_to_vouch_for_them(
+    which: str, suffix: str, tmp_path: Path
+) -> None:
+    keras = LIBRARIES[which]
+    layers = keras.layers
+    beside = {
+        name: getattr(import_module(f"{keras.__name__}.src.applications.{module}"), name)
+        for module, name in (
+            ("convnext", "LayerScale"),
+            ("convnext", "StochasticDepth"),
+            ("inception_resnet_v2", "CustomScaleLayer"),
+        )
+    }
+    image = layers.Input((6, 6, 3))
+    stem = layers.Conv2D(8, 3, name="stem")(image)
+    scaled = beside["StochasticDepth"](0.1)(beside["LayerScale"](0.5, 8, name="scale")(stem))
+    both = beside["CustomScaleLayer"](0.2)([scaled, layers.Conv2D(8, 3, name="beside")(image)])
+    model = filled(keras.Model(image, layers.Dense(3, name="last")(layers.GlobalAveragePooling2D()(both))))
+    path, output = tmp_path / f"net{suffix}", tmp_path / f"small{suffix}"
+    model.save(path)
+    found = cut(path, output)
+    # Keras itself does not find all of them.
+    small = keras.models.load_model(output, custom_objects=beside)
+    assert small.get_layer("scale").gamma.shape == (4,)
+    given = images(model)
+    np.testing.assert_allclose(say(small, given)[0], say(silence(model, found), given)[0], rtol=1e-4, atol=1e-5)
