@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunectl.errors import UsageError
 from prunectl.formats import sandbox
 from prunectl.formats.registry import open_model
 from prunectl.formats.sandbox import SandboxPolicy
@@ -29,6 +30,7 @@ from prunectl.training.data import tokenizer
 from prunectl.training.data.registry import open_source
 from prunectl.training.data.source import EpochOrder
 from prunectl.training.torch import blockwise
+from prunectl.training.torch import folder as folders
 from tests.running import here
 
 transformers: Any = pytest.importorskip("transformers")
@@ -50,6 +52,9 @@ MODELS = {
     ),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**LLAMA, "head_dim": 8, "sliding_window": 8}),
     "bert": ("BertForMaskedLM", "BertConfig", {**SIZE, **WORDS}),
+    "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**SIZE, **WORDS}),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**SIZE, "image_size": 8, "patch_size": 4}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 2}),
 }
 
 
@@ -339,6 +344,24 @@ class OwnConfig(LlamaConfig):
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
+
+
+@pytest.mark.parametrize("name", ["neox", "vit"])
+def test_tensors_that_the_library_calls_otherwise_than_the_file_are_matched(
+    name: str, made: Callable[..., Path]
+) -> None:
+    network = folders.open_network(open_model(made(name)), LoadOptions())
+    assert set(network.names) == {tensor.name for tensor in open_model(made(name)).tensors}
+    assert set(network.names) != set(network.names.values())
+    network.fill()
+    inputs = torch.randn(2, 3, 8, 8) if name == "vit" else torch.randint(300, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(inputs), loaded(made(name))(inputs)[0])
+
+
+def test_experts_that_the_library_puts_together_are_refused(made: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=r"makes model\.layers\.0\.mlp\.experts\.\w+ of several tensors of .*mixtral"):
+        folders.open_network(open_model(made("mixtral")), LoadOptions())
 
 
 def test_code_in_a_folder_runs_only_with_trust(

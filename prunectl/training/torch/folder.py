@@ -6,9 +6,10 @@ for every other command. Everything is computed in 32 bits, whatever the file ho
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         with torch.device("meta"):
             shapes = _built(kind, config)
         _check_buffers(model, shapes)
-        names = match_parameters(model, shapes, str(model.folder), shapes.base_model_prefix)
+        names = _match(model, shapes)
         with _without_parameters():
             inner = _built(kind, config)
         inner.eval()
@@ -97,6 +98,30 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         is_trusted=origin.is_trusted,
     )
     return FolderNetwork(model, module, names, text)
+
+
+def _match(model: ModelFile, module: Any) -> dict[str, str]:
+    """The name in the module of each tensor of the folder, which the library may call otherwise when it loads it."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    changes = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(module)
+    renamings = [change for change in changes if isinstance(change, loading.WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, loading.WeightConverter)]
+    parameters = module.state_dict()
+    files_names: dict[str, str] = {}
+    for tensor in model.tensors:
+        name, converted = loading.rename_source_key(tensor.name, renamings, converters)
+        if converted is not None and name in parameters and tensor.name not in parameters:
+            raise UsageError(
+                f"transformers makes {name} of several tensors of {model.folder}, such as {tensor.name}",
+                hint="name a function that builds the network with a weight for each tensor: "
+                "--builder ./file.py:function",
+            )
+        files_names.setdefault(tensor.name if converted is not None or name not in parameters else name, tensor.name)
+    new_names = {old: new for new, old in files_names.items()}
+    tensors = tuple(replace(tensor, name=new_names.get(tensor.name, tensor.name)) for tensor in model.tensors)
+    called_so = replace(model, tensors=tensors)
+    matched = match_parameters(called_so, module, str(model.folder), module.base_model_prefix)
+    return {files_names[name]: parameter for name, parameter in matched.items()}
 
 
 def _check_config(model: ModelFile, config: Mapping[str, Any]) -> None:
