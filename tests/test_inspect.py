@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,20 @@ def test_why_the_file_is_not_smaller_is_said_unasked() -> None:
         ("every_variable_twice", "twice"),
     ):
         assert sentence in here("inspect", FIXTURES / name).err
+
+
+def test_the_next_step_from_masks_around_layers_that_no_file_describes_works(tmp_path: Path) -> None:
+    path, ones, folder = tmp_path / "m.weights.h5", np.ones((8, 8), np.float32), "layers/prune_low_magnitude"
+    with h5py.File(path, "w") as file:
+        for number, array in enumerate((ones, ones, np.float32(0.5), np.int64(3))):
+            file[f"{folder}/vars/{number}"] = array
+        file[f"{folder}/layer/vars/0"] = file["optimizer/vars/1"] = ones
+        file["optimizer/vars/0"] = np.int64(3)
+    said = here("inspect", path)
+    assert "They stay" in said.err
+    assert "`prunectl strip --only optimizer,training` removes it" in said.err
+    last = here("inspect", path, "--format", "human").out.splitlines()[-1]
+    assert here(*shlex.split(last.removeprefix("Next: prunectl "))).code == 0
 
 
 def test_quiet_says_no_notes() -> None:

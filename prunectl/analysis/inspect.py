@@ -47,7 +47,28 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
         if (share := shares.get(part, 0)) > _MENTIONED_SHARE:
             for_export = sentence.replace("`prunectl strip` removes it", "`prunectl export` leaves it out")
             sentences.append((for_export if is_only_read else sentence).format(_percent(share)))
+    if kept := parts_without_masks(stats):
+        sentences = [
+            sentence.replace("`prunectl strip", f"`prunectl strip {kept}").replace(*_MASKS_STAY)
+            for sentence in sentences
+        ]
     return (*sentences, *quantised_hint(stats), *averaged_copies_hint(stats))
+
+
+_MASKS_STAY = (
+    "`prunectl strip --only optimizer,training` removes them.",
+    "They stay: the file does not describe the layers that they are around.",
+)
+
+
+def parts_without_masks(stats: ModelStats) -> str:
+    """What `strip` has to be told to leave masks alone, where the file does not hold the model that they belong to."""
+    masks = [row.name for row in stats.layers if row.role is Role.MASK]
+    # The groups of layers of an old weights file name what their masks are for; numbers and checkpoints do not.
+    is_bare = stats.format in {"saved-model", "tf-checkpoint"} or (
+        stats.format == "keras-h5" and not any(name.endswith(":0") for name in masks)
+    )
+    return "--only optimizer,training" if masks and is_bare and stats.about.keras is None else ""
 
 
 def quantised_hint(stats: ModelStats) -> list[str]:

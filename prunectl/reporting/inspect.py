@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunectl.analysis.inspect import FoldedTensors, in_natural_order, overview
+from prunectl.analysis.inspect import FoldedTensors, in_natural_order, overview, parts_without_masks
 from prunectl.analysis.stats import Histogram, ModelStats, TensorStats, totals
 from prunectl.errors import abbreviated
 from prunectl.formats.base import PRUNABLE, QUANTISED, Capability
@@ -64,8 +64,9 @@ def next_step(stats: ModelStats) -> str:
 
     if not path.name.strip(".-") or not Capability.WRITE & by_name(stats.format).can:
         return ""
-    if any("`prunectl strip`" in sentence for sentence in stats.advice):
-        return command("strip", "stripped")
+    kept = parts_without_masks(stats).split()
+    if any(f"`{' '.join(['prunectl', 'strip', *kept])}`" in sentence for sentence in stats.advice):
+        return command("strip", "stripped", *kept)
     is_dense = stats.prunable_sparsity is not None and stats.prunable_sparsity < _FEW_ZEROS
     can_be_pruned = is_dense and not any(row.dtype in QUANTISED for row in stats.layers if row.role in PRUNABLE)
     return command("prune", "pruned", "-s", "80%") if can_be_pruned else ""

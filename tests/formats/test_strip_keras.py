@@ -292,6 +292,21 @@ def test_a_pruned_layer_comes_out_of_other_wrappers_too(suffix: str, tmp_path: P
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+def test_a_registered_class_is_found_under_its_whole_name(tmp_path: Path) -> None:
+    k, path = tf_keras(), tmp_path / "m.h5"
+
+    @k.utils.register_keras_serializable("mine")
+    class Own(k.layers.Dense, tfmot().PrunableLayer):  # type: ignore[misc]
+        def get_prunable_weights(self) -> list[Any]:
+            return [self.kernel]
+
+    model = k.Sequential([k.layers.Input((8,)), wrapped(Own(4))])
+    model.save(path)
+    plain = k.models.load_model(strip(path)[0])
+    assert type(plain.layers[-1]) is Own
+    np.testing.assert_array_equal(plain.predict(np.ones((1, 8)), verbose=0), model.predict(np.ones((1, 8)), verbose=0))
+
+
 def weights_of(model: Any) -> list[Any]:
     """The weights that a model would have without wrappers."""
     own = ("mask", "threshold", "pruning_step")

@@ -159,6 +159,9 @@ def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[s
     moved = {key: wrapper_config[key] for key in _MOVED if key in wrapper_config}
     # Old formats give a layer fewer keys, and loaders tell the formats by these.
     layer = {key: value for key, value in inner.items() if key in wrapper or key in {"class_name", "config"}}
+    if "registered_name" not in wrapper:
+        # They look up a registered class by its whole name, which the format of the inner layer keeps beside.
+        layer["class_name"] = text(inner, "registered_name") or layer["class_name"]
     layer["config"] = {**moved, **part(inner, "config")}
     rest = {
         key: value for key, value in wrapper.items() if key not in layer and key not in {"module", "registered_name"}
