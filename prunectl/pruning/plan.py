@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,11 +133,13 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> Usage
     hint = f"select tensors with --layers or --policy all; list them with: prunectl inspect {model.path}"
     if any(reason.startswith(_QUANTISED) for reason in reasons) and not any(t.is_prunable for t in model.tensors):
         hint = "prune the model that was quantised, and quantise the result"
+    if _CLUSTERED in reasons:
+        hint = "prune the model that was clustered, and cluster the result with preserve_sparsity"
     return UsageError(f"{model.path} has nothing to prune: it holds {listed or 'no tensors'}", hint=hint)
 
 
 def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
-    return lambda reason: (not reason.startswith(_QUANTISED), -reasons[reason])
+    return lambda reason: (not reason.startswith((_QUANTISED, _CLUSTERED)), -reasons[reason])
 
 
 KEPT_SHARE = 0.01
@@ -192,6 +195,7 @@ def _partition(
     excluded |= {model.duplicates[name] for name in excluded & model.duplicates.keys()}
     reasons: dict[str, str] = {}
     kept: dict[str, str] = {}
+    clustered = _clustered(model)
     for tensor in model.tensors:
         if tensor.name in excluded:
             reasons[tensor.name], kept[tensor.name] = "excluded", "is excluded"
@@ -205,6 +209,8 @@ def _partition(
                 kept[tensor.name] = "is an embedding"
         if tensor.name in model.duplicates and tensor.name not in excluded:
             reasons[tensor.name] = "a copy of another variable, pruned with it"
+        if tensor.name in clustered:
+            reasons[tensor.name] = _CLUSTERED
         reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, criteria, can_reencode=can_reencode)
     # What shares its numbers with these is kept too: an embedding may be the output layer.
     for name, owner in find_tied_tensors(model.tensors, kept).items():
@@ -221,6 +227,28 @@ def _partition(
     reasons |= {name: f"tied to {original}, which is pruned" for name, original in tied.items()}
     chosen = tuple(tensor for tensor in model.tensors if not reasons[tensor.name])
     return chosen, tuple(SkippedTensor(name, reason) for name, reason in reasons.items() if reason)
+
+
+_CLUSTERED = "clustered by tfmot: prune before clustering"
+_CLUSTERING_LAYER = re.compile(r"(cluster|quant(ize)?)_")
+
+
+def _clustered(model: ModelFile) -> frozenset[str]:
+    """Weights in wrappers of tfmot that put the nearest centroid in the place of each, also of one that is zero.
+
+    Such a wrapper stores beside the weight which centroid that is.
+    """
+    layers = {tensor.name: _CLUSTERING_LAYER.sub("", tensor.layer, count=1) for tensor in model.tensors}
+    indices = {
+        (layers[tensor.name], tensor.shape)
+        for tensor in model.tensors
+        if tensor.dtype.name in {"int32", "int64"} and len(tensor.shape) > 1 and _CLUSTERING_LAYER.match(tensor.layer)
+    }
+    return frozenset(
+        tensor.name
+        for tensor in model.tensors
+        if tensor.is_float and tensor.role is not Role.OPTIMIZER and (layers[tensor.name], tensor.shape) in indices
+    )
 
 
 def _obstacle(tensor: Tensor, criteria: PlanCriteria, *, can_reencode: bool) -> str:

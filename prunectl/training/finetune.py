@@ -13,7 +13,7 @@ import numpy as np
 from prunectl.analysis.stats import ModelStats
 from prunectl.analysis.tensor_io import iter_blocks
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor, select_names
+from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor, select_names
 from prunectl.formats.extents import ignoring_mtime
 from prunectl.formats.patch import TensorUpdate, in_storage_order, is_writable
 from prunectl.formats.registry import by_name, load, open_model
@@ -23,7 +23,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.masks import Mask
 from prunectl.pruning.strip import stats_for_report
 from prunectl.training import user_code
-from prunectl.training.backend import Logs, ModelSignature, TrainableModel
+from prunectl.training.backend import LoadOptions, Logs, ModelSignature, TrainableModel
 from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
@@ -198,7 +198,7 @@ def finetune(
     saver = _saver(request)
     with (
         temporary_files(),
-        _unwrapped(model) as plain,
+        _unwrapped(model, request.origin) as plain,
         closing(load_trainable(plain, request.origin)) as network,
         ExitStack() as at_the_end,
     ):
@@ -269,13 +269,21 @@ def finetune(
 
 
 @contextmanager
-def _unwrapped(model: ModelFile) -> Generator[ModelFile]:
+def _unwrapped(model: ModelFile, origin: LoadOptions) -> Generator[ModelFile]:
     """Yield a model without masks: what they hold at zero is zero in it."""
     if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
         yield model
         return
+    if model.family is Family.KERAS:
+        user_code.check(model, origin)  # Afterwards it would name a file of ours.
     with temporary_folder() as scratch:
-        yield strip_wrappers(model, scratch)
+        try:
+            plain = strip_wrappers(model, scratch)
+        except InputError as error:
+            # What `strip` can do instead is no help here.
+            hint = "save the model as .keras, whose wrappers can be stripped, and train that"
+            raise type(error)(error.message, hint=hint if "--only" in error.hint else error.hint) from error
+        yield plain
 
 
 def _already(path: Path, rules: PruningConfig, first: Mapping[str, Mask]) -> tuple[str, ...]:

@@ -277,6 +277,26 @@ def test_wrappers_are_known_in_a_file_of_weights_alone(tmp_path: Path) -> None:
     assert open_model(path).duplicates == {"prune_low_magnitude/weight": "prune_low_magnitude/weight_1"}
 
 
+def test_a_weight_that_quantization_aware_training_lists_twice_is_pruned_once(tmp_path: Path) -> None:
+    k, toolkit = tf_keras(), pytest.importorskip("tensorflow_model_optimization").quantization.keras
+    model = toolkit.quantize_model(k.Sequential([k.layers.Dense(8, use_bias=False, input_shape=(6,))]))
+    model.save_weights(tmp_path / "m.weights.h5")
+    prunectl.prune(tmp_path / "m.weights.h5", tmp_path / "sparse.weights.h5", sparsity=0.5)
+    model.load_weights(tmp_path / "sparse.weights.h5")
+    assert [np.count_nonzero(weight.numpy() == 0) for weight in model.trainable_weights] == [24]
+
+
+@pytest.mark.parametrize(("suffix", "selector"), [(".h5", "*kernel*"), (".weights.h5", "")])
+def test_a_weight_that_tfmot_takes_from_a_cluster_is_not_pruned(suffix: str, selector: str, tmp_path: Path) -> None:
+    k, toolkit = tf_keras(), pytest.importorskip("tensorflow_model_optimization").clustering.keras
+    settings = {"number_of_clusters": 4, "cluster_centroids_init": toolkit.CentroidInitialization.LINEAR}
+    model = toolkit.cluster_weights(k.Sequential([k.layers.Dense(8, input_shape=(6,))]), **settings)
+    (model.save_weights if "weights" in suffix else model.save)(tmp_path / f"m{suffix}")
+    with pytest.raises(PrunectlError, match="clustered by tfmot: prune before clustering") as caught:
+        prunectl.prune(tmp_path / f"m{suffix}", tmp_path / "o.h5", sparsity=0.5, layers=selector)
+    assert "cluster the result" in caught.value.hint
+
+
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])
 def test_a_pruned_layer_comes_out_of_other_wrappers_too(suffix: str, tmp_path: Path) -> None:
     # tfmot leaves such a layer wrapped: the reference is the model as it was before it was pruned.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,32 @@ def tuned(path: Path, target: Path, **words: Any) -> FinetuneResult:
         **words,
     }
     return finetune(path, FinetuneRequest(DATA, **own), Destination(target))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "hint"),
+    [
+        ('"class_name": "Dense"', '"class_name": "mine>Own"', "holds code: custom class Own", "--custom-objects"),
+        ("", "", "cannot be applied", "save the model as .keras"),
+    ],
+    ids=["own-class", "mask-missing"],
+)
+def test_what_keeps_wrappers_on_is_told_of_the_file_that_was_named(
+    old: str, new: str, message: str, hint: str, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(FIXTURES / "wrapped_by_tfmot.h5", tmp_path))
+    with h5py.File(path, "r+") as file:
+        masks: list[str] = []
+        file.visit(lambda name: masks.append(name) if name.endswith("mask:0") else None)
+        if not old:
+            del file[masks[0]]
+        file.attrs["model_config"] = str(file.attrs["model_config"]).replace(old, new)
+    with pytest.raises(InputError) as caught:
+        tuned(path, tmp_path / "o.h5", origin=LoadOptions())
+    assert str(path) in caught.value.message
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert "--only" not in caught.value.hint
 
 
 def arrays(path: Path) -> dict[str, Any]:

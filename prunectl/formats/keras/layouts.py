@@ -243,13 +243,14 @@ def _numbered_tensor(dataset: Dataset, folders: _Folders, of_wrappers: Mapping[s
         role = Role.OPTIMIZER if steps[0] in _TRAINING else Role.OTHER
         return Tensor(dataset.name, "/".join(steps[:-1]), dataset.shape, dataset.dtype, role, dataset.storage)
     owner = _owner(steps[: steps.index("vars")], folders)
+    folder = "/".join(steps[:-1])
     if dataset.name in of_wrappers:
         leaf, role = of_wrappers[dataset.name]
-        names = (*owner.names[:-1], f"{PRUNED_PREFIX if owner.layer else ''}{owner.names[-1]}", leaf)
+        prefix = PRUNED_PREFIX if owner.layer and folder.rpartition("/")[0] in folders.wrappers else ""
+        names = (*owner.names[:-1], f"{prefix}{owner.names[-1]}", leaf)
         return Tensor("/".join(names), owner.display_name, dataset.shape, dataset.dtype, role, dataset.storage)
     index = position(steps[-1])
     settings = owner.layer.config if owner.layer is not None and owner.is_layer else {}
-    folder = "/".join(steps[:-1])
     if quantised := folders.quantised[folder]:
         leaf = quantised[index].replace("kernel", "embeddings" if owner.slug == "embedding" else "kernel")
     else:

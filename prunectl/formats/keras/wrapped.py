@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
@@ -23,6 +24,9 @@ _PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddin
 _ATTENTION = ("query", "key", "value", "output")
 """The order in which an attention's kernels are pruned; that of the file is the alphabet's."""
 _WRAPPER_FOLDER = re.compile(r"prune_low_magnitude(_\d+)?")
+_QUANTIZE_FOLDER = re.compile(r"quantize_wrapper(_v2)?(_\d+)?")
+_MOST_QUANTIZED = 8
+"""Weights of a layer that tfmot quantizes; it is one, or two for each cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,10 @@ def wrapped_layers(datasets: Sequence[Dataset], slots: Mapping[str, LayerConfig]
     for group, members in below.items():
         folder, _, last = group.rpartition("/")
         layer = slots.get(folder)
+        if last == "vars" and _QUANTIZE_FOLDER.fullmatch(folder.rpartition("/")[2]):
+            copies = _listed_twice(members)
+            wrapped.copies |= copies
+            wrapped.variables |= dict.fromkeys(copies, ("copy", Role.OTHER))
         if last != "vars" or (layer is not None and layer.kind.rpartition(">")[2] != WRAPPER):
             continue
         variables = _wrapper_variables(members)
@@ -143,6 +151,21 @@ def wrapped_layers(datasets: Sequence[Dataset], slots: Mapping[str, LayerConfig]
         if layer is not None or _looks_like_wrapper(folder, variables, has_layer=f"{folder}/layer" in below):
             _add(wrapped, folder, layer, variables, below.get(f"{folder}/layer", []))
     return wrapped
+
+
+def _listed_twice(members: Sequence[Dataset]) -> dict[str, str]:
+    """The weights that a wrapper of quantization-aware training lists once more, behind all that its layer trains."""
+    weights = list(takewhile(lambda dataset: dataset.dtype.kind == "f", sorted(members, key=by_number)))
+    for count in range(min(len(weights) // 2, _MOST_QUANTIZED), 0, -1):
+        first = iter(weights[:-count])
+        copies = {
+            copy.name: next((weight.name for weight in first if weight.shape == copy.shape), "")
+            for copy in weights[-count:]
+            if len(copy.shape) > 1
+        }
+        if len(copies) == count and all(copies.values()):
+            return copies
+    return {}
 
 
 class _WrapperVariables(NamedTuple):

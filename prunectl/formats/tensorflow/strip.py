@@ -287,6 +287,7 @@ SIGNATURES = frozenset({"serving_default", "__saved_model_init_op"})
 _SECONDS, _SECONDS_PER_MB = 300, 1
 _MEMORY_BYTES, _MEMORY_PER_BYTE = 16 << 30, 16
 _HINT = "strip the other parts only: add --only optimizer,training"
+_OTHER_FORMAT = f"save it as .keras, which is stripped without its code, or {_HINT}"
 _REBUILT_FILES = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "variables")
 
 
@@ -318,11 +319,13 @@ def _refuse(model: ModelFile, options: StripOptions) -> None:
             hint=f"write --only {','.join(part for part in StripPart if part in needed)}",
         )
     if model.about.keras is None:
-        raise InputError(f"{model.path} has wrappers, but no configuration to rebuild the model from", hint=_HINT)
+        raise InputError(
+            f"{model.path} has wrappers, but no configuration to rebuild the model from", hint=_OTHER_FORMAT
+        )
     if facts := trust.facts_in(model.about.keras):
         raise UntrustedError(
             f"{model.path} was not rebuilt without its wrappers, because that could run code: {trust.worded(facts)}",
-            hint=_HINT,
+            hint=_OTHER_FORMAT,
         )
     if strange := set(graph.signatures) - SIGNATURES:
         raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(strange))}", hint=_HINT)
