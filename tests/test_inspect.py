@@ -189,7 +189,7 @@ def test_the_next_step_from_masks_around_layers_that_no_file_describes_works(tmp
         file[f"{folder}/layer/vars/0"] = file["optimizer/vars/1"] = ones
         file["optimizer/vars/0"] = np.int64(3)
     said = here("inspect", path)
-    assert "They stay" in said.err
+    assert "They cannot be removed" in said.err
     assert "`prunectl strip --only optimizer,training` removes it" in said.err
     last = here("inspect", path, "--format", "human").out.splitlines()[-1]
     assert here(*shlex.split(last.removeprefix("Next: prunectl "))).code == 0
