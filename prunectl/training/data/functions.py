@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -26,6 +26,19 @@ class _Numbered(Protocol):
     def __getitem__(self, number: int) -> Any: ...
 
 
+class _PortNames(NamedTuple):
+    """By which names a dictionary gives the arrays of a model."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, signature: ModelSignature | None) -> _PortNames:
+        if signature is None:
+            return cls()
+        return cls(tuple(port.name for port in signature.inputs), tuple(port.name for port in signature.outputs))
+
+
 def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) -> Source:
     """The source that `package.module:function` or `./file.py:function` means."""
     named = FUNCTION.fullmatch(spec.where)
@@ -34,7 +47,7 @@ def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) 
         raise UsageError(f"{spec.where} is not a function", hint=_GIVES)
     make = _guarded(spec.where, function)
     examples = make()
-    names = tuple(port.name for port in signature.inputs) if signature else ()
+    names = _PortNames.of(signature)
     if _is_array(examples) or _is_pair_of_arrays(examples):
         batch = _batch(spec.where, examples if isinstance(examples, tuple | list) else (examples,), names)
         return from_arrays(spec.text, _titled("x", batch.x), {} if batch.y is None else _titled("y", batch.y))
@@ -60,7 +73,7 @@ def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _from_batches(
-    spec: DataSpec, make: Callable[[], Any], examples: Iterable[Any], names: Sequence[str]
+    spec: DataSpec, make: Callable[[], Any], examples: Iterable[Any], names: _PortNames
 ) -> IterableSource:
     def pieces(batches: Iterable[Any]) -> Iterator[Batch]:
         # Keras' data sets number their batches, and never end when they are iterated.
@@ -80,7 +93,7 @@ def _from_batches(
     return IterableSource(spec.text, None, first.y is not None, read)
 
 
-def _from_examples(spec: DataSpec, examples: _Numbered, names: Sequence[str]) -> IndexedSource:
+def _from_examples(spec: DataSpec, examples: _Numbered, names: _PortNames) -> IndexedSource:
     count = len(examples)
     if not count:
         raise InputError(f"{spec.where} returns a data set without examples")
@@ -97,25 +110,25 @@ def _from_examples(spec: DataSpec, examples: _Numbered, names: Sequence[str]) ->
     return IndexedSource(spec.text, count, one(0).y is not None, take)
 
 
-def _batch(where: str, parts: Sequence[Any], names: Sequence[str]) -> Batch:
+def _batch(where: str, parts: Sequence[Any], names: _PortNames) -> Batch:
     """What a function gave for some examples as a batch."""
     if not 1 <= len(parts) <= 2:
         raise InputError(f"{where} returns batches of {len(parts)} parts", hint="a batch must be (x, y), or only x")
-    x = _arrays(where, parts[0], names)
-    y = _arrays(where, parts[1], ()) if len(parts) == 2 and parts[1] is not None else None
+    x = _arrays(where, parts[0], "inputs", names.inputs)
+    y = _arrays(where, parts[1], "outputs", names.outputs) if len(parts) == 2 and parts[1] is not None else None
     lengths = [len(array) for array in (*as_tuple(x), *(() if y is None else as_tuple(y)))]
     if len(set(lengths)) > 1:
         raise InputError(f"{where}: the arrays of a batch have different numbers of examples: {lengths}")
     return Batch(x, y)
 
 
-def _arrays(where: str, part: Any, names: Sequence[str]) -> Arrays:
+def _arrays(where: str, part: Any, side: str, names: Sequence[str]) -> Arrays:
     if isinstance(part, Mapping):
         missing = [name for name in names if name not in part]
         if missing or not names:
             raise InputError(
                 f"{where} returns a dictionary of {', '.join(map(str, part))}",
-                hint=f"the model's inputs are {', '.join(names) or 'not named'}; or return a tuple in their order",
+                hint=f"the model's {side} are {', '.join(names) or 'not named'}; or return a tuple in their order",
             )
         arrays = tuple(_array(where, part[name]) for name in names)
         return arrays[0] if len(arrays) == 1 else arrays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -15,7 +16,8 @@ from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array
 from prunectl.formats.extents import check_inside
 from prunectl.formats.zip_read import Archive, open_archive
-from prunectl.training.data.readers import NUMERIC, IndexedSource, from_arrays
+from prunectl.training.backend import ModelSignature
+from prunectl.training.data.readers import NUMERIC, IndexedSource, from_arrays, order_by_port
 from prunectl.training.data.spec import NPY_SEPARATOR, NPZ_ARRAYS, DataSpec, require_path
 
 
@@ -29,12 +31,28 @@ class Header(NamedTuple):
     """Of the header itself."""
 
 
-def open_npy(spec: DataSpec, *_: object) -> IndexedSource:
+def open_npy(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
     """The source that `a.npy+b.npy,y.npy` means: inputs, then targets."""
-    inputs, *targets = _sides(spec)
-    x = {name: map_npy(require_path(Path(name))) for name in inputs}
-    y = {name: map_npy(require_path(Path(name))) for name in (targets[0] if targets else [])}
-    return from_arrays(spec.text, x, y)
+    inputs, *rest = _sides(spec)
+    targets = rest[0] if rest else []
+    x, y, notes = _in_order(
+        spec, [Path(name).stem for name in inputs], [Path(name).stem for name in targets], signature
+    )
+    return from_arrays(
+        spec.text,
+        {inputs[index]: map_npy(require_path(Path(inputs[index]))) for index in x},
+        {targets[index]: map_npy(require_path(Path(targets[index]))) for index in y},
+        *notes,
+    )
+
+
+def _in_order(
+    spec: DataSpec, inputs: Sequence[str], targets: Sequence[str], signature: ModelSignature | None
+) -> tuple[list[int], list[int], tuple[str, ...]]:
+    """The order of inputs and of targets in the model, and what is to be told of it."""
+    x, x_notes = order_by_port(spec.text, inputs, signature.inputs if signature else ())
+    y, y_notes = order_by_port(spec.text, targets, signature.outputs if signature else ())
+    return x, y, (*x_notes, *y_notes)
 
 
 def _sides(spec: DataSpec) -> list[list[str]]:
@@ -93,7 +111,7 @@ def read_header(file: BinaryIO, what: str) -> Header:
 _USUAL = (("x", "y"), ("X", "y"), ("x_train", "y_train"), ("X_train", "y_train"))
 
 
-def open_npz(spec: DataSpec, *_: object) -> IndexedSource:
+def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
     """The source that `train.npz` or `train.npz[a+b,labels]` means."""
     chosen = NPZ_ARRAYS.fullmatch(spec.where)
     path = require_path(Path(chosen["path"] if chosen else spec.where))
@@ -102,11 +120,14 @@ def open_npz(spec: DataSpec, *_: object) -> IndexedSource:
     if not names:
         raise InputError(f"{path} holds no arrays")
     inputs, targets, notes = (
-        (*_named_arrays(path, chosen["names"], names), ()) if chosen else _guessed_arrays(archive, names)
+        (*_named_arrays(path, chosen["names"], names), ())
+        if chosen
+        else _arrays_of_model(names, signature) or _guessed_arrays(archive, names)
     )
-    x = {name: _array(archive, name) for name in inputs}
-    y = {name: _array(archive, name) for name in targets}
-    return from_arrays(spec.text, x, y, *notes)
+    x_order, y_order, matched = _in_order(spec, inputs, targets, signature)
+    x = {inputs[index]: _array(archive, inputs[index]) for index in x_order}
+    y = {targets[index]: _array(archive, targets[index]) for index in y_order}
+    return from_arrays(spec.text, x, y, *notes, *matched)
 
 
 def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str]]:
@@ -126,6 +147,20 @@ def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], 
     return sides[0], sides[1] if len(sides) > 1 else []
 
 
+def _arrays_of_model(
+    names: list[str], signature: ModelSignature | None
+) -> tuple[list[str], list[str], tuple[str, ...]] | None:
+    """The arrays that have the names of several inputs of a model, and of its outputs, or what else there is."""
+    inputs = [port.name for port in signature.inputs] if signature else []
+    if signature is None or len(inputs) < 2 or not set(inputs) <= set(names):
+        return None
+    outputs = [port.name for port in signature.outputs]
+    rest = [name for name in names if name not in inputs]
+    if outputs and set(outputs) <= set(rest):
+        return inputs, outputs, ()
+    return (inputs, rest, ()) if len(rest) <= 1 else None
+
+
 def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:
     for x, y in _USUAL:
         if x in names and y in names:
@@ -143,7 +178,8 @@ def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list
         )
     raise UsageError(
         f"{archive.path} has no arrays called x and y",
-        hint=f"name them, as in {archive.path.name}[{names[0]},{names[1]}]; arrays: {', '.join(names)}",
+        hint=f"name inputs, then targets, several joined with +: {archive.path.name}[a+b,labels]; "
+        f"arrays: {', '.join(names)}",
     )
 
 

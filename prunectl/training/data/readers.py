@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
+from prunectl.training.backend import TensorSpec
 from prunectl.training.data.source import (
     Arrays,
     Batch,
@@ -232,6 +233,27 @@ def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *note
         None if targets is None else lambda numbers: of(targets, numbers),
         notes=notes,
     )
+
+
+def order_by_port(where: str, names: Sequence[str], ports: Sequence[TensorSpec]) -> tuple[list[int], tuple[str, ...]]:
+    """In which order arrays go to the inputs or outputs of a model, and a note where that is by their names.
+
+    Inputs of a text model are often alike in type and shape: in another order they would fit, and be wrong.
+    """
+    wanted = [port.name for port in ports]
+    as_given = list(range(len(names)))
+    if len(names) != len(wanted) or list(names) == wanted:
+        return as_given, ()
+    listed = ", ".join(wanted)
+    if sorted(names) == sorted(wanted):
+        order = [names.index(name) for name in wanted]
+        return order, (f"{where}: arrays are matched with the model by their names, in its order: {listed}",)
+    displaced = next((name for name, port in zip(names, wanted, strict=True) if name != port and name in wanted), None)
+    if displaced is not None:
+        raise UsageError(
+            f"{where}: {displaced} does not stand where the model has it", hint=f"the model's order is {listed}"
+        )
+    return as_given, ()
 
 
 def _together(arrays: Mapping[str, Array]) -> Arrays:

@@ -18,8 +18,9 @@ from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array
 from prunectl.formats.protobuf import BYTES, Field, WireError, fields, text, varints
 from prunectl.formats.tensorflow.leveldb import masked_crc
+from prunectl.training.backend import ModelSignature
 from prunectl.training.data.images import ImageOptions, decode
-from prunectl.training.data.readers import NUMERIC, IterableSource, chunked
+from prunectl.training.data.readers import NUMERIC, IterableSource, chunked, order_by_port
 from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.data.spec import DataSpec, require_path
 
@@ -245,7 +246,7 @@ def _dtype(path: Path, name: Any) -> np.dtype[Any] | None:
 RECORDS_AT_ONCE = 256
 
 
-def open_records(spec: DataSpec, *_: object) -> IterableSource:
+def open_records(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IterableSource:
     """The source that `'*.tfrecord?schema=f.json'` means."""
     paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [require_path(spec.path)]
     if "schema" not in spec.options:
@@ -259,12 +260,17 @@ def open_records(spec: DataSpec, *_: object) -> IterableSource:
             hint=f"an example of f.json: {EXAMPLE}; the first record has {features or 'no features'}",
         )
     schema = read_example_schema(require_path(Path(spec.options["schema"])))
+    x, x_notes = order_by_port(spec.text, [feature.name for feature in schema.x], signature.inputs if signature else ())
+    y, y_notes = order_by_port(
+        spec.text, [feature.name for feature in schema.y], signature.outputs if signature else ()
+    )
+    schema = Schema(tuple(schema.x[index] for index in x), tuple(schema.y[index] for index in y))
 
     def read() -> Iterator[Batch]:
         for piece in chunked(_examples(paths), RECORDS_AT_ONCE):
             yield Batch(_stacked(schema.x, piece), _stacked(schema.y, piece) if schema.y else None)
 
-    return IterableSource(spec.text, None, bool(schema.y), read)
+    return IterableSource(spec.text, None, bool(schema.y), read, (*x_notes, *y_notes))
 
 
 def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[str, Mapping[str, Value]]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
+from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import EpochOrder, as_tuple, peek
 from tests.training.data.sources import opened, whole
 
@@ -36,6 +37,38 @@ def test_npz_arrays_are_chosen_in_brackets_and_several_inputs_with_a_plus(tmp_pa
     assert batch.y is not None
     assert [part.tolist() for part in as_tuple(batch.x)] == [(X * 2).tolist(), X.tolist()]
     assert not opened(f"{tmp_path}/a.npz[a]").has_targets
+
+
+TEXT = ModelSignature(
+    (TensorSpec("mask", (4,), "int64"), TensorSpec("ids", (4,), "int64")),
+    (TensorSpec("kind", (3,), ""), TensorSpec("score", (1,), "")),
+    is_channels_first=False,
+)
+
+
+@pytest.mark.parametrize("spec", ["a.npz", "a.npz[ids+mask,score+kind]", "ids.npy+mask.npy,score.npy+kind.npy"])
+def test_arrays_that_have_the_names_of_a_model_go_where_it_has_them(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arrays = {"ids": X, "score": Y * 2, "kind": Y, "mask": X > 3}
+    np.savez("a.npz", **arrays)
+    for name, array in arrays.items():
+        np.save(f"{name}.npy", array)
+    source = opened(spec, TEXT)
+    batch = peek(source)
+    assert batch is not None
+    assert batch.y is not None
+    for name, array in zip(("mask", "ids", "kind", "score"), (*as_tuple(batch.x), *as_tuple(batch.y)), strict=True):
+        assert np.array_equal(array, arrays[name])
+    assert bool(source.notes) == (spec != "a.npz")
+
+
+def test_a_name_of_the_model_in_another_place_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", ids=X, attention=X, kind=Y, score=Y)
+    with pytest.raises(UsageError, match="ids does not stand where the model has it"):
+        opened(f"{tmp_path}/a.npz[ids+attention,kind+score]", TEXT)
+    peek(opened(f"{tmp_path}/a.npz[attention+ids,kind+score]", TEXT))
 
 
 def test_stored_npz_entries_are_mapped_and_not_read(tmp_path: Path) -> None:

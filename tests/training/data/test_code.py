@@ -53,7 +53,7 @@ def inputs_alone():
     return X
 
 def by_name():
-    yield {"b": X, "a": X * 2}, -X
+    yield {"b": X, "a": X * 2}, {"b": X, "a": X * 2}
 
 def fails():
     yield X[:2], -X[:2]
@@ -115,11 +115,14 @@ def test_inputs_alone_have_no_targets(loaders: str) -> None:
     assert not opened(f"{loaders}:inputs_alone").has_targets
 
 
-def test_a_dictionary_of_inputs_is_put_in_the_order_of_the_model(loaders: str) -> None:
-    signature = ModelSignature((TensorSpec("a", (), ""), TensorSpec("b", (), "")), (), is_channels_first=False)
+def test_dictionaries_are_put_in_the_order_of_the_model(loaders: str) -> None:
+    ports = TensorSpec("a", (), ""), TensorSpec("b", (), "")
+    signature = ModelSignature(ports, ports, is_channels_first=False)
     batch = peek(opened(f"{loaders}:by_name", signature))
     assert batch is not None
-    assert [part.tolist() for part in as_tuple(batch.x)] == [[2 * n for n in range(10)], list(range(10))]
+    assert batch.y is not None
+    for side in (batch.x, batch.y):
+        assert [part.tolist() for part in as_tuple(side)] == [[2 * n for n in range(10)], list(range(10))]
     with pytest.raises(InputError, match="dictionary of b, a"):
         opened(f"{loaders}:by_name")
 

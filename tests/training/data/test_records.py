@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from prunectl.errors import InputError, UsageError
+from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.source import as_tuple, peek
 from tests.networks import keras
 from tests.training.data.sources import opened, whole
@@ -66,6 +67,10 @@ def test_several_features_are_several_inputs(folder: Path) -> None:
     assert not source.has_targets
     assert np.array_equal(as_tuple(batch.x)[0], FLOATS[:4])
     assert np.array_equal(as_tuple(batch.x)[1], LABELS[:4].astype(np.float32))
+    ports = TensorSpec("label", (), ""), TensorSpec("floats", (2,), "")
+    batch = peek(opened(f"{folder}/a.tfrecord?schema={folder}/g.json", ModelSignature(ports, (), False)))
+    assert batch is not None
+    assert np.array_equal(as_tuple(batch.x)[1], FLOATS[:4])
 
 
 def test_gzip_is_seen_by_content(folder: Path, tf: Any) -> None:
