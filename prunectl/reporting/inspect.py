@@ -67,7 +67,8 @@ def next_step(stats: ModelStats) -> str:
     kept = parts_without_masks(stats).split()
     if any(f"`{' '.join(['prunectl', 'strip', *kept])}`" in sentence for sentence in stats.advice):
         return command("strip", "stripped", *kept)
-    is_dense = stats.prunable_sparsity is not None and stats.prunable_sparsity < _FEW_ZEROS
+    zeros = stats.prunable_sparsity if stats.params.prunable else None
+    is_dense = zeros is not None and zeros < _FEW_ZEROS
     can_be_pruned = is_dense and not any(row.dtype in QUANTISED for row in stats.layers if row.role in PRUNABLE)
     return command("prune", "pruned", "-s", "80%") if can_be_pruned else ""
 

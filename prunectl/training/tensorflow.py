@@ -116,7 +116,10 @@ def load_signature_model(path: Path) -> SignatureModel:
     root, signature = load_saved_model(path, "save it again with signatures=, or build the model with --builder mod:fn")
     function = root.signatures[signature]
     if not function.trainable_variables:
-        raise InputError(f"{path} cannot be trained: its weights are constants of the graph")
+        raise InputError(
+            f"{path} cannot be trained, nor run on data: its weights are constants of the graph",
+            hint=f"convert it first: prunectl export {path} -o {path.name}.onnx",
+        )
     return SignatureModel(function, root)
 
 

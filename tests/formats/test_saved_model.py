@@ -16,6 +16,7 @@ import tensorflow as tf
 import tf_keras
 from tensorflow.core.protobuf import saved_model_pb2
 
+from prunectl import prune
 from prunectl.errors import InputError
 from prunectl.formats.base import PruningWrapper
 from prunectl.formats.registry import open_model
@@ -210,6 +211,40 @@ def test_the_constants_of_a_frozen_model_are_its_weights(tmp_path: Path) -> None
         assert (tensor.shape, tensor.role, tensor.out_axis) == ((6, 500), "kernel", 1)
         assert raw(model.read(tensor)) == raw(weights)
     assert model.about.notes == ("The model has no variables: its weights are constants of the graph.",)
+
+
+def test_a_constant_is_a_kernel_where_its_graph_multiplies_by_it_and_is_pruned(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    shapes = {"table": (20, 12), "turned": (8, 12), "first": (6, 12), "film": (3, 3, 4, 8), "mean": (1, 1, 4)}
+    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    captured = tf.constant(random.normal(size=(7, 7)).astype(np.float32), name="captured")
+
+    class Frozen(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None, 9, 9, 4], tf.float32)])
+        def __call__(self, index: Any, image: Any) -> Any:
+            table, turned, first, film, mean = (tf.constant(array, name=name) for name, array in arrays.items())
+            rows = tf.gather(table, index)
+            left = tf.matmul(first, tf.transpose(tf.matmul(rows, turned, transpose_b=True) @ turned))
+            image = tf.nn.conv2d(image - mean, film, 1, "VALID")[..., 0]
+            image = tf.while_loop(lambda _: True, lambda value: (value @ captured,), (image,), maximum_iterations=2)[0]
+            return {"left": left, "image": image}
+
+    tf.saved_model.save(Frozen(), tmp_path / "m", signatures=Frozen().__call__)
+    model = open_model(tmp_path / "m")
+    kernels = {tensor.shape: (tensor.out_axis, tensor.reduction_axis) for tensor in model.tensors if tensor.is_prunable}
+    assert kernels == {(8, 12): (0, 1), (6, 12): (0, 1), (3, 3, 4, 8): (3, 2), (7, 7): (1, 0)}
+    assert {tensor.role for tensor in model.tensors if tensor.shape == (20, 12)} == {"embedding"}
+    assert {tensor.role for tensor in model.tensors if tensor.shape == (1, 1, 4)} == {"other"}
+    prune(tmp_path / "m", tmp_path / "sparse", sparsity=0.5, scope="layer")
+    given = {"index": tf.range(5, dtype=tf.int64), "image": tf.ones((2, 9, 9, 4))}
+    sparse = tf.saved_model.load(tmp_path / "sparse").signatures["serving_default"](**given)
+    for array in (arrays["turned"], arrays["first"], arrays["film"]):
+        array[np.abs(array) <= np.median(np.abs(array))] = 0
+    kept = captured.numpy()
+    kept[np.abs(kept) <= np.sort(np.abs(kept), axis=None)[round(0.5 * kept.size) - 1]] = 0
+    captured = tf.constant(kept)
+    for name, expected in Frozen()(**given).items():
+        np.testing.assert_allclose(sparse[name], expected, rtol=1e-5, atol=1e-5)
 
 
 def tiny(path: Path, graph: bytes = b"") -> Path:

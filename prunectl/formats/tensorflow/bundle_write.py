@@ -124,6 +124,11 @@ def _relocated_value(record: IndexRecord, location: EntryLocation | None) -> byt
 def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
     """Write every file of the model, then fix the checksums of the tensors that changed."""
     index = model.path if model.path.is_file() else model.path / "variables" / "variables.index"
+    graph = model.path / "saved_model.pb"
+    if all(update.run.path == graph for update in updates):
+        # Constants of the graph have no checksums.
+        patch_files(model, targets, updates)
+        return
     bundle = read_bundle(index)
     entries = {(bundle.extent(entry).path, entry.offset): entry for entry in bundle.numbers() if not entry.slices}
     changed = [entries[update.run.path, update.run.offset] for update in updates if update.tensor.size]

@@ -17,7 +17,14 @@ from prunectl.formats.protobuf import WireError
 from prunectl.formats.safe_json import parse_object, refuse_too_much
 from prunectl.formats.tensorflow import object_graph, variables
 from prunectl.formats.tensorflow.bundle import Bundle, read_bundle
-from prunectl.formats.tensorflow.graph_def import KerasObject, SavedGraph, constants, read_graph, read_keras_metadata
+from prunectl.formats.tensorflow.graph_def import (
+    KerasObject,
+    SavedGraph,
+    constants,
+    read_graph,
+    read_keras_metadata,
+    repeated,
+)
 
 _MODELS = frozenset({"_tf_keras_model", "_tf_keras_sequential", "_tf_keras_network"})
 _NOT_LAYERS = frozenset({"_tf_keras_metric", "_tf_keras_input_layer"})
@@ -94,9 +101,9 @@ def open_saved_model(path: Path) -> ModelFile:
         *((metadata, read_keras_metadata(metadata)) if metadata.is_file() else (graph.path, graph.objects))
     )
     index = path / "variables" / "variables.index"
-    if not index.is_file():
-        return replace(_frozen(path, graph, keras, files), states=states)
-    bundle = read_bundle(index)
+    bundle = read_bundle(index) if index.is_file() else None
+    if bundle is None or not bundle.numbers():
+        return replace(_frozen(path, graph, keras, files, has_index=bundle is not None), states=states)
     objects = object_graph.read(bundle)
     names = objects.full_names
     tensors = variables.tensors_of(bundle, objects, keras.classes)
@@ -118,9 +125,9 @@ def open_saved_model(path: Path) -> ModelFile:
     )
 
 
-def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path, ...]) -> ModelFile:
+def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path, ...], *, has_index: bool) -> ModelFile:
     """A model that has no variables: its weights are constants in the graph, if it has any."""
-    if any(".data-" in file.name and file.parent.name == "variables" for file in files):
+    if not has_index and any(".data-" in file.name and file.parent.name == "variables" for file in files):
         raise InputError(f"{path} is incomplete: it has data, but no variables.index")
     try:
         tensors = constants(graph)
@@ -137,6 +144,7 @@ def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path,
         tensors=tensors,
         about=_about(graph, keras, optimizer="", note=note),
         files=files,
+        duplicates=repeated(graph, tensors),
     )
 
 
