@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from prunectl.errors import InputError
-from prunectl.formats.registry import FORMATS, open_model
+from prunectl.formats.registry import FORMATS, open_model, recognise
 from tests.running import here
 from tests.safety.cost import cost
 
@@ -371,3 +371,22 @@ def test_a_file_that_may_not_be_read_is_an_input_error(folder: Path, monkeypatch
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match="permission denied"):
         open_model(path)
+
+
+OF_OTHERS = {
+    "m.gguf": (b"GGUF\3\0\0\0", "is a GGUF file"),
+    "m.engine": (b"ptrt\xff", "is a TensorRT engine"),
+    # Its first fields could be those of ONNX.
+    "m.mlmodel": (b"\x08\x07\x12\x02\xff\xff", "is a Core ML model"),
+    "m.mlpackage/Manifest.json": (b"{}", "is a Core ML model"),
+    "flax_model.msgpack": (b"\x82\xa6params\x81\xff", "is a file of Flax"),
+    "step_100/_METADATA": (b"{}", "is a checkpoint of Orbax"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_a_model_of_another_kind_is_named_and_what_to_do(name: str, tmp_path: Path) -> None:
+    data, kind = OF_OTHERS[name]
+    path = written(tmp_path / name, data)
+    with pytest.raises(InputError, match=f"{kind}.*: (prune|save) the "):
+        recognise(path if path.parent == tmp_path else path.parent)

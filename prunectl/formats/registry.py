@@ -224,9 +224,8 @@ def recognise(path: Path) -> Format:
     if row is not None:
         return row
     known = " ".join(dict.fromkeys(suffix for row in FORMATS for suffix in row.suffixes if suffix))
-    raise InputError(
-        f"{path} {detect.explain_unsupported(peek)}", hint=f"prunectl reads SavedModel folders and {known}"
-    )
+    what = load("unsupported:explain_unsupported")(peek)
+    raise InputError(f"{path} {what}", hint=f"prunectl reads SavedModel folders and {known}")
 
 
 def _best_match(rows: Iterable[Format], peek: FileProbe) -> Format | None:
