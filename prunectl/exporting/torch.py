@@ -29,7 +29,7 @@ from prunectl.training.backend import LoadOptions
 from prunectl.training.quiet import quiet_conversion
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, declared_inputs, load_program
 from prunectl.training.torch.layer_inputs import without_mha_fastpath
-from prunectl.training.torch.tensors import error_line, tensor_leaves, to_numpy, to_torch
+from prunectl.training.torch.tensors import InnerModule, error_line, tensor_leaves, to_numpy, to_torch
 
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
@@ -206,7 +206,8 @@ def program_of(job: ExportJob) -> Any:
     )
     try:
         with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
-            return torch.export.export(runnable.module, example(job), dynamic_shapes=dynamic_shapes)
+            module = runnable.module.plain() if isinstance(runnable.module, InnerModule) else runnable.module
+            return torch.export.export(module, example(job), dynamic_shapes=dynamic_shapes)
     except Exception as error:
         options = " ".join(
             f"--input {spec.name}:{','.join(map(str, array.shape))}"

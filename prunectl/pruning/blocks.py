@@ -257,18 +257,18 @@ def _cuts(
     """Which blocks go, held against the blocks that there are."""
     stacks = {stack.name: (stack, _count(model, config, stack)) for stack in family.stacks}
     shown = ", ".join(f"{name} ({count})" for name, (_, count) in stacks.items())
+    last = list(stacks)[-1]
+    example = f"--layers {last}:{stacks[last][1] - 1}"
     if request.only:
         wanted = _ranges(request.only)
         if odd := wanted.keys() - stacks.keys():
-            several = f"its stacks are {shown}: write --layers {[*stacks][-1]}:4-5"
+            several = f"its stacks are {shown}: write {example}"
             hint = several if len(stacks) > 1 else "write numbers alone: --layers 20-23"
             if min(odd):
                 raise UsageError(f"--layers {request.only}: {min(odd)} is not a stack of {model.folder}", hint=hint)
             raise UsageError(f"--layers {request.only} does not say of which stack of {model.folder}", hint=hint)
     elif len(stacks) > 1:
-        raise UsageError(
-            f"{model.folder} has several stacks of blocks: {shown}", hint=f"name them: --layers {[*stacks][-1]}:4-5"
-        )
+        raise UsageError(f"{model.folder} has several stacks of blocks: {shown}", hint=f"name them: {example}")
     else:
         (_, count), *_ = stacks.values()
         number = request.blocks if request.blocks is not None else round((request.sparsity or 0) * count)

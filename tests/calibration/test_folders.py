@@ -364,6 +364,11 @@ def test_experts_that_the_library_puts_together_are_refused(made: Callable[..., 
         folders.open_network(open_model(made("mixtral")), LoadOptions())
 
 
+def test_an_export_without_a_shape_shows_one_that_fits_the_type(made: Callable[..., Path], tmp_path: Path) -> None:
+    done = here("export", made("bert"), "-o", tmp_path / "m.onnx")
+    assert (done.code, "--input x:1,128," in done.err) == (2, True)
+
+
 def test_code_in_a_folder_runs_only_with_trust(
     home: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

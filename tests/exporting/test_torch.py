@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,10 +18,11 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.export import export as run
 from prunectl.exporting.job import make_samples
 from prunectl.exporting.request import ExportRequest, parse_request
-from prunectl.exporting.torch import open_runnable
+from prunectl.exporting.torch import open_runnable, program_of
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.training.backend import LoadOptions
+from prunectl.training.torch.tensors import InnerModule
 from tests.contract import Array
 from tests.exporting import nets_torch
 from tests.exporting.exporting import DIGITS, NET, by_onnxruntime, export, random, zeros
@@ -98,6 +101,23 @@ def test_the_shape_comes_from_data_as_well(tmp_path: Path) -> None:
         export("digits_cnn.pt", tmp_path / "n.onnx", builder=NET)
     with pytest.raises(UsageError, match="does not accept inputs of"):
         export("digits_cnn.pt", tmp_path / "n.onnx", builder=NET, input=["?,1,9,9"])
+
+
+class _Wrapped(InnerModule):
+    """A network as those of model folders are run, with the names that its weights have in the file."""
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.inner(ids)
+
+
+def test_a_module_that_hides_its_wrapper_becomes_a_program() -> None:
+    net = torch.nn.Sequential(torch.nn.Embedding(20, 6), torch.nn.Linear(6, 3)).eval()
+    samples = SimpleNamespace(batches=[[np.zeros((2, 5), np.int64)]])
+    inputs = [SimpleNamespace(name="x", shape=(None, None))]
+    runnable, file = SimpleNamespace(module=_Wrapped(net)), SimpleNamespace(path="m")
+    job: Any = SimpleNamespace(runnable=runnable, inputs=inputs, samples=samples, file=file)
+    ids = torch.randint(20, (4, 9))
+    torch.testing.assert_close(program_of(job).module()(ids), net(ids))
 
 
 class _Tokens(torch.nn.Module):

@@ -172,7 +172,9 @@ def test_of_two_stacks_the_named_one_shrinks(tmp_path: Path) -> None:
     bias = "layer.0.SelfAttention.relative_attention_bias.weight"
     tensors = weights(stacks) | {f"{name}.0.{bias}": np.full((2, 2), 0, np.float32) for name in stacks}
     source = made(tmp_path / "t5", config, tensors)
-    assert "has several stacks of blocks: encoder (3), decoder (3)" in cut(source, "--blocks", "1").err
+    refused = cut(source, "--blocks", "1").err
+    assert "has several stacks of blocks: encoder (3), decoder (3)" in refused
+    assert "--layers decoder:2" in refused
     done = cut(source, "--layers", "encoder:0")
     assert done.code == 0, done.err
     # What counted both counts one now.

@@ -117,6 +117,12 @@ class InnerModule(torch.nn.Module):
         super().__init__()
         self.inner = inner
 
+    def plain(self) -> torch.nn.Module:
+        """The same for `torch.export`, which looks for weights under the names of all modules around them."""
+        copy: torch.nn.Module = type("Plain", (torch.nn.Module,), {"forward": type(self).forward})()
+        copy.__dict__.update(self.__dict__)
+        return copy
+
     def state_dict(self, *args: Any, **more: Any) -> Any:
         """The inner module's, under its names."""
         return self.inner.state_dict(*args, **more)
