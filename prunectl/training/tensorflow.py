@@ -120,7 +120,16 @@ def load_signature_model(path: Path) -> SignatureModel:
             f"{path} cannot be trained, nor run on data: its weights are constants of the graph",
             hint=f"convert it first: prunectl export {path} -o {path.name}.onnx",
         )
-    return SignatureModel(function, root)
+    model = SignatureModel(function, root)
+    size = model.fixed_batch_size
+    answers = [spec.shape for spec in function.structured_outputs.values()]
+    if size is not None and any(shape.rank is not None and shape[:1] not in ([None], [size]) for shape in answers):
+        raise InputError(
+            f"the signature {signature} of {path} takes one example, not a batch: its inputs begin with an axis of "
+            f"{size}, its outputs do not",
+            hint="save it with a signature that takes and returns batches",
+        )
+    return model
 
 
 def _as_list(inputs: Any) -> list[Any]:
@@ -162,6 +171,10 @@ class SignatureTrainable(KerasTrainable):
         size = self._model.fixed_batch_size
         if size is not None:
             notes += (f"The model was saved for {size} examples at a time: batches are split accordingly.",)
+        if self._unserved_weights:
+            first, count = next(iter(self._unserved_weights)), len(self._unserved_weights)
+            which = first if count == 1 else f"{count} tensors, such as {first}"
+            notes += (f"Not trained, since the signature does not use it: {which}. --exclude keeps it unpruned.",)
         return (*super().notes, *notes)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:

@@ -146,7 +146,8 @@ def test_a_model_that_keras_3_has_exported_is_tuned_and_served_again(tmp_path: P
 def test_what_is_not_served_is_pruned_but_not_trained(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=X, z=Z, y=Y)
     path = saved(tmp_path / "m")
-    tuned(path, tmp_path / "out", f"{tmp_path / 'd.npz'}[x+z,y]", means=MEANS)
+    result = tuned(path, tmp_path / "out", f"{tmp_path / 'd.npz'}[x+z,y]", means=MEANS)
+    assert "Not trained, since the signature does not use it: unused. --exclude keeps it unpruned." in result.notes
     old, new = open_model(path), open_model(tmp_path / "out")
     held = {tensor.name: new.read(tensor) for tensor in new.tensors}
     for tensor in old.tensors:
@@ -165,6 +166,18 @@ def test_what_is_not_served_has_no_gradient_to_rank_it_by(tmp_path: Path) -> Non
 def test_without_a_signature_there_is_nothing_to_train(tmp_path: Path) -> None:
     tf.saved_model.save(Plain(), tmp_path / "m")
     with pytest.raises(InputError, match="no signature that uses them"):
+        load_trainable(open_model(tmp_path / "m"), LoadOptions())
+
+
+def test_a_signature_of_one_example_is_not_run_on_batches(tmp_path: Path) -> None:
+    module = Plain()
+
+    def answer(x: Any) -> dict[str, Any]:
+        return {"out": tf.linalg.matvec(module.first, x, transpose_a=True)}
+
+    signature = tf.function(answer).get_concrete_function(tf.TensorSpec((6,), tf.float32, "x"))
+    tf.saved_model.save(module, tmp_path / "m", signatures=signature)
+    with pytest.raises(InputError, match="takes one example, not a batch"):
         load_trainable(open_model(tmp_path / "m"), LoadOptions())
 
 
