@@ -119,7 +119,7 @@ def test_the_state_of_the_optimizer_is_told_from_the_weights(tmp_path: Path) -> 
     assert sum(tensor.role == "kernel" for tensor in tensors) == 2
 
 
-def test_every_kind_of_layer_says_where_its_outputs_are(tmp_path: Path) -> None:
+def test_every_kind_of_layer_says_where_its_outputs_and_inputs_are(tmp_path: Path) -> None:
     k = keras()
     inputs = k.Input((8, 8, 3))
     x = k.layers.Conv2D(4, 3, name="conv")(inputs)
@@ -131,17 +131,18 @@ def test_every_kind_of_layer_says_where_its_outputs_are(tmp_path: Path) -> None:
     k.Model(inputs, k.layers.Dense(2, name="head")(x)).save(tmp_path / "m.h5")
     tensors = by_name(open_model(tmp_path / "m.h5"))
     axes = {
-        name: (tensor.kind, tensor.shape[tensor.out_axis])
+        name: (tensor.kind, tensor.shape[tensor.out_axis], tensor.shape[tensor.reduction_axis or 0])
         for name, tensor in tensors.items()
         if tensor.out_axis is not None
     }
     assert axes == {
-        "conv/kernel": ("Conv2D", 4),
-        "depthwise/kernel": ("DepthwiseConv2D", 4),
-        "transposed/kernel": ("Conv2DTranspose", 5),
-        "lstm/lstm_cell/kernel": ("LSTM", 24),
-        "lstm/lstm_cell/recurrent_kernel": ("LSTM", 24),
-        "head/kernel": ("Dense", 2),
+        "conv/kernel": ("Conv2D", 4, 3),
+        # Its outputs sum over the window alone: N:M, which runs over inputs, prunes none of it.
+        "depthwise/kernel": ("DepthwiseConv2D", 4, 2),
+        "transposed/kernel": ("Conv2DTranspose", 5, 8),
+        "lstm/lstm_cell/kernel": ("LSTM", 24, 5),
+        "lstm/lstm_cell/recurrent_kernel": ("LSTM", 24, 6),
+        "head/kernel": ("Dense", 2, 6),
     }
     assert tensors["norm/moving_mean"].role == "state"
     assert tensors["norm/beta"].role == "norm"

@@ -88,7 +88,7 @@ def test_a_keras_2_model_tells_its_layers_and_their_classes(keras2: Path) -> Non
     }
     assert found == {
         ("conv", "Conv2D", "kernel", (3, 3, 3, 4), 3, None),
-        ("dw", "DepthwiseConv2D", "kernel", (3, 3, 4, 1), 2, None),
+        ("dw", "DepthwiseConv2D", "kernel", (3, 3, 4, 1), 2, 3),
         ("up", "Conv2DTranspose", "kernel", (2, 2, 5, 4), 2, 3),
         ("rnn", "LSTM", "kernel", (5, 12), 1, None),
         ("rnn", "LSTM", "recurrent", (3, 12), 1, None),

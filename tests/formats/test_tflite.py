@@ -145,7 +145,7 @@ def test_a_converted_model_tells_layers_roles_and_axes(net: Any, tmp_path: Path)
     }
     assert found == {
         ("net/conv", "CONV_2D", (4, 3, 3, 3), 0, 3),
-        ("net/dw", "DEPTHWISE_CONV_2D", (1, 3, 3, 4), 3, None),
+        ("net/dw", "DEPTHWISE_CONV_2D", (1, 3, 3, 4), 3, 0),
         ("net/up", "TRANSPOSE_CONV", (8, 2, 2, 4), 0, 3),
         ("net/fc", "FULLY_CONNECTED", (200, 200), 0, 1),
         ("net/out", "FULLY_CONNECTED", (2, 200), 0, 1),

@@ -54,7 +54,8 @@ def weight_role(leaf: str, kind: str, dataset: Dataset, *, is_channels_first: bo
     if is_channels_first and len(shape) > 2:  # Keras 1 on Theano: [out, in, height, width]
         return WeightRole(role, 0, 1)
     if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
-        return WeightRole(role, len(shape) - 2)
+        # An output sums over its window alone: there is one input, as in the [channels, 1, height, width] of others.
+        return WeightRole(role, len(shape) - 2, len(shape) - 1)
     if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
         return WeightRole(role, len(shape) - 2, len(shape) - 1)
     return WeightRole(role, len(shape) - 1)

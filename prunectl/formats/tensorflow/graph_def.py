@@ -296,7 +296,7 @@ def _axes(use: _Use, rank: int) -> tuple[int | None, int | None]:
     if use.operation == "Einsum":
         return None, None
     if use.operation == "DepthwiseConv2dNative":  # [height, width, channels, multiplier]
-        return rank - 2, None
+        return rank - 2, rank - 1
     is_last = use.operation not in _FROM_OUTPUTS
     if use.operation in _MATRIX:
         is_last = (use.operand == 1) != use.is_transposed

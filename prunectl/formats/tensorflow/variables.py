@@ -193,7 +193,7 @@ def classify_variable(
     if kind.endswith("Transpose"):  # [height, width, out, in]
         return VariableInfo(layer, role, kind, len(shape) - 2, len(shape) - 1)
     if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
-        return VariableInfo(layer, role, kind, len(shape) - 2)
+        return VariableInfo(layer, role, kind, len(shape) - 2, len(shape) - 1)
     axes = attention_axes(parts[-2] if len(parts) > 1 else "", kind, shape)
     return VariableInfo(layer, role, kind, *(axes or (len(shape) - 1,)))
 

@@ -37,7 +37,7 @@ _RNN = {1: _KERNEL_FIRST, 2: _RECURRENT, 3: _BIAS}
 
 USES: dict[str, dict[int, LiteTensorUse]] = {
     "CONV_2D": {1: _FILTER, 2: _BIAS},
-    "DEPTHWISE_CONV_2D": {1: LiteTensorUse(Role.KERNEL, 3), 2: _BIAS},
+    "DEPTHWISE_CONV_2D": {1: LiteTensorUse(Role.KERNEL, 3, 0), 2: _BIAS},
     "FULLY_CONNECTED": {1: _KERNEL_FIRST, 2: _BIAS},
     "TRANSPOSE_CONV": {1: _FILTER, 3: _BIAS},
     "CONV_3D": {1: LiteTensorUse(Role.KERNEL, 4, 3), 2: _BIAS},
