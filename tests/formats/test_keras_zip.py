@@ -85,6 +85,17 @@ def test_the_weights_of_a_quantised_model_have_the_names_of_keras_and_are_not_pr
     assert not any(tensor.is_prunable for tensor in open_model(tmp_path / "checkpoint.index").tensors)
 
 
+def test_low_rank_factors_are_no_kernels(tmp_path: Path) -> None:
+    model = keras().Sequential([keras().Input((8,)), keras().layers.Dense(6, name="wide")])
+    model.layers[0].enable_lora(2)
+    model.save(tmp_path / "m.h5")
+    importlib.import_module("tensorflow").train.Checkpoint(model).write(str(tmp_path / "checkpoint"))
+    for name in ("m.h5", "checkpoint.index"):
+        tensors = open_model(tmp_path / name).tensors
+        assert {tensor.shape for tensor in tensors if tensor.is_prunable} == {(8, 6)}
+        assert {tensor.role for tensor in tensors if "lora" in tensor.name} == {"other"}
+
+
 @pytest.mark.parametrize("mode", ["gptq", "awq"])
 def test_the_weights_of_a_model_in_four_bits_are_told_with_and_without_a_bias(mode: str, tmp_path: Path) -> None:
     policy = f"{mode}/4/128_from_float32"

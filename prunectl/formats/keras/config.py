@@ -14,6 +14,8 @@ from prunectl.formats import budgets
 from prunectl.formats.base import PruningWrapper, Shape
 
 PRUNED_PREFIX = "prune_low_magnitude_"
+LORA_PREFIX = "lora_"
+"""With it the names of low-rank factors begin; what is added to a kernel is their product."""
 WRAPPER = "PruneLowMagnitude"
 """The class around a layer that tfmot prunes."""
 _OWN_MODULES = ("keras", "tf_keras", "builtins", "tensorflow", "tensorflow_model_optimization")

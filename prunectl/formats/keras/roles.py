@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
-from prunectl.formats.keras.config import LayerConfig
+from prunectl.formats.keras.config import LORA_PREFIX, LayerConfig
 from prunectl.formats.keras.hdf5 import Dataset
 from prunectl.formats.kernel_axes import KernelAxes, attention_axes, einsum_axes
 
@@ -168,6 +168,8 @@ _POSITIONS: dict[str, tuple[str, ...]] = {
 def _role(leaf: str, kind: str, dataset: Dataset) -> Role:
     if leaf in _ROLES:
         return _ROLES[leaf]
+    if leaf.startswith(LORA_PREFIX):
+        return Role.OTHER
     if leaf.endswith("bias"):
         return Role.BIAS
     if kind == "Embedding":

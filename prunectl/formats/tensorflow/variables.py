@@ -10,7 +10,7 @@ import numpy as np
 
 from prunectl.formats.base import Array, NameAllocator, Role, Storage, Tensor
 from prunectl.formats.extents import view
-from prunectl.formats.keras.config import PRUNED_PREFIX
+from prunectl.formats.keras.config import LORA_PREFIX, PRUNED_PREFIX
 from prunectl.formats.kernel_axes import attention_axes
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry
 from prunectl.formats.tensorflow.object_graph import OPTIMIZER_ROOTS, ObjectGraph, find_ownership
@@ -234,7 +234,7 @@ def _role(leaf: str, name: str, layer: str, shape: tuple[int, ...], *, kind: str
         return role
     if leaf.startswith("bias") or leaf.endswith("bias"):
         return Role.BIAS
-    if not is_float or len(shape) < 2:
+    if not is_float or len(shape) < 2 or leaf.startswith(LORA_PREFIX):
         return Role.OTHER
     if kind == "Embedding" or "embed" in leaf.lower() or (leaf == "weights" and "embed" in layer.lower()):
         return Role.EMBEDDING
