@@ -16,7 +16,7 @@ import numpy as np
 
 from prunectl.analysis.timing import Timed
 from prunectl.channels.lengths import shape_text
-from prunectl.errors import InputError, UntrustedError, UsageError, WorkError, abbreviated
+from prunectl.errors import UsageError, WorkError
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.onnx_finish import OPSET, finalize
@@ -28,6 +28,7 @@ from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
+from prunectl.training.lite import declared_shape, open_interpreter
 from prunectl.training.quiet import ignore_warnings, silence
 from prunectl.training.tensorflow import SIGNATURE, load_saved_model
 
@@ -318,40 +319,14 @@ class LiteRunnable:
         }
 
 
-_FLEX = "Flex"
-"""What the names of TensorFlow's own operators begin with in TensorFlow Lite."""
-
-
 def open_lite(model: ModelFile, origin: LoadOptions) -> LiteRunnable:
-    """Load a TensorFlow Lite model, which holds no code but the names of operators."""
-    graphs = read_lite(model.path).graphs
-    flex = {op.kind for graph in graphs for op in graph.operators if op.kind.startswith(_FLEX)}
-    if flex and not origin.is_trusted:
-        raise UntrustedError(
-            f"{model.path} uses operators of TensorFlow, some of which read and write files: "
-            f"{', '.join(abbreviated(kind) for kind in sorted(flex)[:3])}",
-            hint="if you trust its author, add --trust",
-        )
-    try:
-        with silence(), ignore_warnings():
-            interpreter = _tf.lite.Interpreter(model_path=str(model.path), num_threads=threads_of(origin) or 1)
-    except Exception as error:
-        raise InputError(f"TensorFlow Lite cannot load {model.path}: {error_line(error)}") from error
+    """Load a TensorFlow Lite model."""
+    interpreter = open_interpreter(model, is_trusted=origin.is_trusted, threads=threads_of(origin) or 1)
     inputs = tuple(
-        InputSpec(
-            detail["name"],
-            tuple(None if length < 0 else int(length) for length in _declared_shape(detail)),
-            np.dtype(detail["dtype"]).name,
-        )
+        InputSpec(detail["name"], declared_shape(detail), np.dtype(detail["dtype"]).name)
         for detail in interpreter.get_input_details()
     )
     return LiteRunnable(interpreter, inputs)
-
-
-def _declared_shape(detail: Mapping[str, Any]) -> Sequence[int]:
-    """The shape with -1 for an open axis, which older files do not have."""
-    signature: Sequence[int] = detail["shape_signature"]
-    return signature if len(signature) else detail["shape"]
 
 
 def _erfc(graph: Any, node: Any, name: str, _: Any) -> None:

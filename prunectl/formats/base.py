@@ -225,6 +225,8 @@ class Family(Enum):
     TORCH_PROGRAM = auto()
     SAFETENSORS = auto()
     ONNX = auto()
+    LITE = auto()
+    """What TensorFlow Lite runs, and nothing trains."""
     OTHER = auto()
     """What no framework trains, runs or cuts here."""
 

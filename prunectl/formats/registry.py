@@ -149,6 +149,7 @@ FORMATS = (
         (".tflite",),
         detect.is_tflite,
         "tflite:open_model",
+        Family.LITE,
         graph="tflite:operations",
     ),
     Format(

@@ -297,22 +297,26 @@ InputCallback = Callable[[LayerInput], None]
 """What it raises goes through."""
 
 
-@runtime_checkable
-class InspectableModel(Protocol):
-    """A model that can be looked at. It works as when it predicts: nothing is dropped out, no statistics are taken."""
+class PredictingModel(Protocol):
+    """A model that answers."""
 
     @property
     def signature(self) -> ModelSignature:
         """What goes in and comes out, as far as it is known."""
+
+    def predict(self, x: Arrays) -> Arrays:
+        """What comes out, for one batch."""
+
+
+@runtime_checkable
+class InspectableModel(PredictingModel, Protocol):
+    """A model that can be looked at. It works as when it predicts: nothing is dropped out, no statistics are taken."""
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         """Run one batch through, and show every time that one of these tensors meets inputs.
 
         What is shown may be overwritten afterwards. A tensor that is used in a way that cannot be told is not shown.
         """
-
-    def predict(self, x: Arrays) -> Arrays:
-        """What comes out, for one batch."""
 
     def assign(self, values: Mapping[str, Array]) -> None:
         """Replace the numbers of some tensors."""

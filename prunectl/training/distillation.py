@@ -20,7 +20,7 @@ from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec
 from prunectl.training.data import adapt
 from prunectl.training.data.adapt import ArrayAdapter, AxisChange
 from prunectl.training.data.source import Arrays, Batch, as_tuple
-from prunectl.training.runtimes import load_onnx_model, load_trainable
+from prunectl.training.runtimes import load_predictor, load_trainable
 from prunectl.training.task import (
     DistilledOutput,
     FinalActivation,
@@ -124,16 +124,16 @@ def teacher_load_options(model: ModelFile, pupil: LoadOptions, builder: str) -> 
 def _opened(
     model: ModelFile, origin: LoadOptions, device: str
 ) -> tuple[Callable[[Arrays], Arrays], Callable[[], None], ModelSignature]:
-    if model.family is Family.ONNX:
-        observed = load_onnx_model(model)
-        return observed.predict, _nothing, observed.signature
+    predictor = load_predictor(model, origin)
+    if predictor is not None:
+        return predictor.predict, _nothing, predictor.signature
     network = load_trainable(model, origin)
     network.place(device)
     return network.predict, network.close, network.signature
 
 
 def _nothing() -> None:
-    """Onnxruntime lets go of a model with the last reference to it."""
+    """A runtime lets go of a model with the last reference to it."""
 
 
 def _is_complete(model: ModelFile) -> bool:

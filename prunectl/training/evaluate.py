@@ -1,4 +1,4 @@
-"""How good is a file on the user's data? Run by the framework that trains it, or by onnxruntime."""
+"""How good is a file on the user's data? Run by the framework that trains it, or by the runtime it was made for."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import Array, Family, ModelFile
-from prunectl.formats.registry import open_model
+from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.registry import by_name, open_model
+from prunectl.training.backend import PredictingModel
 from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, train_val_split
@@ -22,7 +24,7 @@ from prunectl.training.data.text import batch_size
 from prunectl.training.finetune import open_training_data, validate_training_data
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
 from prunectl.training.request import FinetuneRequest
-from prunectl.training.runtimes import load_onnx_model, load_trainable
+from prunectl.training.runtimes import load_predictor, load_trainable
 from prunectl.training.task import FinalActivation, Task, TaskKind, infer_task, label_axis
 
 _EVEN = 0.5
@@ -31,7 +33,12 @@ Score = Callable[[Array, Array], Array]
 
 
 def evaluate_predictions(
-    predict: Callable[[Arrays], Arrays], batches: Iterable[Batch], metric: str, name: str
+    predict: Callable[[Arrays], Arrays],
+    batches: Iterable[Batch],
+    metric: str,
+    name: str,
+    *,
+    is_channels_first: bool = True,
 ) -> tuple[str, float]:
     """A metric by its name, and its mean over the examples; of the first output, if there are several."""
     total, count, chosen = 0.0, 0, metric
@@ -40,7 +47,9 @@ def evaluate_predictions(
     for batch in batches:
         assert batch.y is not None
         outputs, targets = np.asarray(as_tuple(predict(batch.x))[0], np.float64), as_tuple(batch.y)[0]
-        task = task or infer_task(outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=True)
+        task = task or infer_task(
+            outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=is_channels_first
+        )
         chosen = chosen or ("accuracy" if task.is_classification else "mae")
         if chosen not in _SCORES:
             raise UsageError(
@@ -54,6 +63,8 @@ def evaluate_predictions(
                 raise metric_mismatch(chosen, outputs.shape, targets.shape)
             binary.append((outputs.reshape(-1), targets.reshape(-1)))
         else:
+            if score is _accuracy:
+                score = partial(_accuracy, is_channels_first=is_channels_first)
             total += float(_fitting(chosen, score, outputs, targets).sum())
         count += len(outputs)
     if not count:
@@ -76,10 +87,10 @@ def _binary_accuracy(batches: Sequence[tuple[Array, Array]]) -> float:
     return float(np.mean((outputs > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
 
 
-def _accuracy(outputs: Array, targets: Array) -> Array:
+def _accuracy(outputs: Array, targets: Array, *, is_channels_first: bool = True) -> Array:
     if targets.dtype.kind == "f" and targets.shape != outputs.shape and not (targets == targets.round()).all():
         raise ValueError("the targets are not labels")
-    axis = label_axis(outputs.shape[1:], targets.shape[1:], is_channels_first=True)
+    axis = label_axis(outputs.shape[1:], targets.shape[1:], is_channels_first=is_channels_first)
     if axis is None:
         axis = outputs.ndim - 1
     answers = outputs.argmax(axis=axis)
@@ -133,8 +144,8 @@ def evaluate_file(path: Path, request: FinetuneRequest, meter: ProgressFactory =
             hint=f"remove them first: prunectl strip {path} -o plain{path.suffix}",
         )
     check_exists(request.data, request.val)
-    run = _by_onnxruntime if model.family is Family.ONNX else _by_framework
-    return run(model, request, meter)
+    network = load_predictor(model, request.origin)
+    return _by_framework(model, request, meter) if network is None else _by_runtime(network, model, request, meter)
 
 
 def evaluate_baseline(path: Path, request: FinetuneRequest, meter: ProgressFactory = no_progress) -> Evaluation:
@@ -168,17 +179,17 @@ def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFac
         return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.higher_is_better)
 
 
-def _by_onnxruntime(model: ModelFile, request: FinetuneRequest, meter: ProgressFactory) -> Evaluation:
+def _by_runtime(
+    network: PredictingModel, model: ModelFile, request: FinetuneRequest, meter: ProgressFactory
+) -> Evaluation:
+    title = by_name(model.format).title
     if request.epochs:
         raise InputError(
-            f"{model.path} (ONNX) cannot be trained: no framework can compute gradients for it",
+            f"{model.path} ({title}) cannot be trained: no framework can compute gradients for it",
             hint="leave out --epochs, or use the Keras or PyTorch model that it was exported from",
         )
     if request.means.loss:
-        raise UsageError(
-            "--loss cannot be used with an ONNX model: onnxruntime computes no loss", hint="leave out --loss"
-        )
-    network = load_onnx_model(model)
+        raise UsageError(f"--loss cannot be used with {model.path}: {title} computes no loss", hint="leave out --loss")
     signature, seed = network.signature, request.means.seed
     opened = open_source(request.val or request.data, signature=signature, seed=seed)
     source, notes = adapt(opened, signature)
@@ -186,6 +197,12 @@ def _by_onnxruntime(model: ModelFile, request: FinetuneRequest, meter: ProgressF
         source = train_val_split(source, request.val_split, seed)[1]
     notes += check_batches(source, signature, needs_targets=True)
     batches = _watched(model, source, request.batch_size, meter)
-    metric, value = evaluate_predictions(network.predict, batches, monitored_metric(request.means), source.name)
+    metric, value = evaluate_predictions(
+        network.predict,
+        batches,
+        monitored_metric(request.means),
+        source.name,
+        is_channels_first=signature.is_channels_first,
+    )
     logs = {metric: value}
     return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), make_monitor(logs, request.means).higher_is_better)

@@ -15,7 +15,7 @@ from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
 from prunectl.training import user_code
-from prunectl.training.backend import BlockwiseModel, InspectableModel, LoadOptions, TrainableModel
+from prunectl.training.backend import BlockwiseModel, InspectableModel, LoadOptions, PredictingModel, TrainableModel
 from prunectl.training.host import before_seeding
 
 
@@ -88,6 +88,17 @@ def load_onnx_model(model: ModelFile) -> InspectableModel:
         require(name, extra="onnx")
     load: Callable[[ModelFile], InspectableModel] = importlib.import_module("prunectl.training.onnx.model").OnnxModel
     return load(model)
+
+
+def load_predictor(model: ModelFile, origin: LoadOptions) -> PredictingModel | None:
+    """Load a model that its runtime runs and nothing trains; None for those that are trained."""
+    if model.family is Family.ONNX:
+        return load_onnx_model(model)
+    if model.family is Family.LITE:
+        load: Callable[[ModelFile, LoadOptions], PredictingModel]
+        load = importlib.import_module("prunectl.training.lite").LiteModel
+        return load(model, origin)
+    return None
 
 
 _LEGACY_SEEDS = 1 << 32
