@@ -28,6 +28,7 @@ FORMATS = (
         "tensorflow.model:open_saved_model",
         Family.SAVED_MODEL,
         writer="tensorflow.bundle_write:write",
+        can_reencode=True,
         stripper="tensorflow.strip:strip_saved_model",
         graph="keras.flops:operations",
     ),
@@ -159,6 +160,7 @@ FORMATS = (
         detect.is_checkpoint_index,
         "tensorflow.model:open_checkpoint",
         writer="tensorflow.bundle_write:write",
+        can_reencode=True,
         stripper="tensorflow.strip:strip_checkpoint",
     ),
     Format(

@@ -192,6 +192,13 @@ def test_a_model_of_tensorflow_1_is_read_with_its_partitioned_variables(tmp_path
     assert found["dense/kernel/Adam"].role == "optimizer"
     assert found["global_step"].role == "state"
     assert model.about.optimizer == "Adam"
+    prune(tmp_path / "m", tmp_path / "sparse", sparsity=0.5, layers="table/embeddings")
+    sparse = stock(tmp_path / "sparse" / "variables" / "variables.index")
+    changed = {name for name, array in sparse.items() if raw(array) != raw(expected[name])}
+    dense = expected["table/embeddings"]
+    largest = np.where(np.abs(dense) > np.median(np.abs(dense)), dense, 0)
+    np.testing.assert_array_equal(sparse["table/embeddings"], largest)
+    assert changed == {"table/embeddings"}
 
 
 def test_the_constants_of_a_frozen_model_are_its_weights(tmp_path: Path) -> None:

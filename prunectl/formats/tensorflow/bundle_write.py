@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
+import numpy as np
 
 from prunectl.formats import extents
-from prunectl.formats.base import ModelFile
+from prunectl.formats.base import Array, ModelFile, Storage
 from prunectl.formats.extents import Extent
 from prunectl.formats.patch import TensorUpdate, patch_files
 from prunectl.formats.protobuf import encode_varint, number, raw_fields
@@ -125,12 +127,15 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
     """Write every file of the model, then fix the checksums of the tensors that changed."""
     index = model.path if model.path.is_file() else model.path / "variables" / "variables.index"
     graph = model.path / "saved_model.pb"
-    if all(update.run.path == graph for update in updates):
+    extents_of = [update.tensor.storage.extent for update in updates]
+    if all(extent is not None and extent.path == graph for extent in extents_of):
         # Constants of the graph have no checksums.
         patch_files(model, targets, updates)
         return
     bundle = read_bundle(index)
-    entries = {(bundle.extent(entry).path, entry.offset): entry for entry in bundle.numbers() if not entry.slices}
+    stored = [entry for whole in bundle.numbers() for entry in ([part for _, part in bundle.pieces(whole)] or [whole])]
+    entries = {(bundle.extent(entry).path, entry.offset): entry for entry in stored}
+    updates = [piece for update in updates for piece in _pieces(bundle, update)]
     changed = [entries[update.run.path, update.run.offset] for update in updates if update.tensor.size]
     patch_files(model, targets, updates)
     shards = [(entry, targets[bundle.extent(entry).path]) for entry in changed]
@@ -141,6 +146,23 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
         _write_index(index, targets[index], locations)
     else:
         _fix_crc(targets[index], shards)
+
+
+def _pieces(bundle: Bundle, update: TensorUpdate) -> Iterator[TensorUpdate]:
+    """An update as one of each slice that its tensor is stored in."""
+    tensor = update.tensor
+    if tensor.storage.extent is not None:
+        yield update
+        return
+    entry = next(entry for entry in bundle.numbers() if entry.name == tensor.storage.key)
+
+    def block(location: tuple[slice, ...]) -> Iterator[Array]:
+        whole = np.concatenate([block.reshape(-1) for block in update.blocks()]).reshape(tensor.shape)
+        yield np.ascontiguousarray(whole[location])
+
+    for location, piece in bundle.pieces(entry):
+        storage = Storage(piece.name, piece.nbytes, bundle.extent(piece), piece.nbytes, bundle.is_big_endian)
+        yield TensorUpdate(replace(tensor, shape=piece.shape, storage=storage), partial(block, location))
 
 
 def _fix_crc(index: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
