@@ -117,7 +117,7 @@ def load_signature_model(path: Path) -> SignatureModel:
     function = root.signatures[signature]
     if not function.trainable_variables:
         raise InputError(
-            f"{path} cannot be trained, nor run on data: its weights are constants of the graph",
+            f"{path} cannot be trained or run on data: its weights are constants of the graph, or variables in slices",
             hint=f"convert it first: prunectl export {path} -o {path.name}.onnx",
         )
     model = SignatureModel(function, root)
