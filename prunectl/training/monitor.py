@@ -132,12 +132,14 @@ def monitored_log(logs: Mapping[str, float], requested: str = "") -> str:
     if requested in logs:
         return requested
     others = [name for name in logs if name != LOSS]
+    # Keras adds the loss of each output, where there are several.
+    metrics = [name for name in others if not name.endswith(f"_{LOSS}")]
     if not requested:
-        return next(iter(others), LOSS)
+        return next(iter(metrics), LOSS)
     # A framework may have its own word for what was asked.
     short = requested.rpartition(":")[2]
     match = next((name for name in others if name == short or name.endswith(f"_{short}")), None)
-    return match or next((name for name in others if not name.endswith(f"_{LOSS}")), LOSS)
+    return match or next(iter(metrics), LOSS)
 
 
 def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:

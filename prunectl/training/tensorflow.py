@@ -48,6 +48,8 @@ class SignatureModel(_Base):  # type: ignore[misc]
         # By their names: a signature knows no other order.
         self._specs: Mapping[str, Any] = dict(sorted(function.structured_input_signature[1].items()))
         self._output_names = tuple(sorted(function.structured_outputs))
+        # By which Keras names the losses and metrics of several.
+        self.output_names = list(self._output_names)
         self.served_variables = list(function.variables)
 
     @property

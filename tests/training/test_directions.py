@@ -94,6 +94,9 @@ def test_what_was_asked_first_decides_whatever_the_order_of_the_numbers() -> Non
     assert make_monitor(logs, TrainOptions(**parse_metrics([f"{Path('m.py')}:score:max"]))) == Monitor(
         "score", higher_is_better=True
     )
+    several = {"loss": 1.0, "a_loss": 0.4, "b_loss": 0.6}
+    assert make_monitor(several, TrainOptions(), ["a", "b"]).name == "loss"
+    assert make_monitor(several | {"b_mae": 0.2}, TrainOptions(), ["a", "b"]).name == "b_mae"
     with pytest.raises(UsageError, match="is not measured"):
         make_monitor({"loss": 1.0}, TrainOptions(**parse_metrics(["accuracy"])))
 

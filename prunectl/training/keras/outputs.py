@@ -81,6 +81,8 @@ def describe_outputs(model: Any, example: Batch | None) -> tuple[ModelOutput, ..
 def output_names(model: Any, outputs: Sequence[Any]) -> list[str]:
     """What a user would call the outputs: what Keras does, or the layers that make them."""
     names = [str(name) for name in getattr(model, "output_names", None) or ()]
+    if not outputs:
+        return names
     if len(names) != len(outputs):
         names = [_NAMELESS] * len(outputs)
     layers = [_producer(tensor) for tensor in outputs]

@@ -14,6 +14,7 @@ from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest as Pruning
 from prunectl.training.backend import GradientStatistic, LoadOptions, TrainOptions
 from prunectl.training.data.source import Batch
+from prunectl.training.evaluate import evaluate_file
 from prunectl.training.finetune import FinetuneResult, finetune
 from prunectl.training.request import FinetuneRequest, KeepWeights
 from prunectl.training.runtimes import load_trainable
@@ -105,6 +106,27 @@ def test_says_what_goes_in_and_comes_out(tmp_path: Path) -> None:
         ("z", (3,), "float32"),
     ]
     assert [(port.name, port.shape) for port in signature.outputs] == [("out", (4,))]
+
+
+def test_metrics_of_several_outputs_have_their_names(tmp_path: Path) -> None:
+    class Two(tf.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = tf.Variable(RANDOM.normal(size=(6, 7)).astype(np.float32))
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 6), tf.float32)])  # type: ignore[untyped-decorator]
+        def __call__(self, x: Any) -> dict[str, Any]:
+            made = x @ self.kernel
+            return {"kind": made[:, :4], "size": made[:, 4:]}
+
+    module = Two()
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.__call__})
+    labels = Y.argmax(axis=1)
+    np.savez(tmp_path / "d.npz", x=X, kind=labels, size=Z)
+    done = evaluate_file(tmp_path / "m", FinetuneRequest(data=f"{tmp_path}/d.npz[x,size+kind]"))
+    assert done.metric == "kind_accuracy"
+    expected = float(np.mean((X @ module.kernel.numpy())[:, :4].argmax(axis=1) == labels))
+    assert done.value == pytest.approx(expected)
 
 
 def test_masks_hold_under_momentum_and_decay(tmp_path: Path) -> None:
