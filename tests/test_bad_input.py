@@ -380,7 +380,7 @@ OF_OTHERS = {
     "m.mlmodel": (b"\x08\x07\x12\x02\xff\xff", "is a Core ML model"),
     "m.mlpackage/Manifest.json": (b"{}", "is a Core ML model"),
     "flax_model.msgpack": (b"\x82\xa6params\x81\xff", "is a file of Flax"),
-    "step_100/_METADATA": (b"{}", "is a checkpoint of Orbax"),
+    "100/_METADATA": (b"{}", "is a checkpoint of Orbax"),
 }
 
 

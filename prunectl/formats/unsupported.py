@@ -20,7 +20,7 @@ _MAGICS = (
     (b"ptrt", _ENGINE),
     (b"ftrt", _ENGINE),
     (b"\x93NUMPY", "is a NumPy array, not a model"),
-    (b"<?xml", "is XML, not a model: of OpenVINO, prune the model that it was converted from"),
+    (b"<?xml", "is XML, not a model"),
     (b"<!DOCTYPE", "is a web page, not a model: the download failed"),
     (b"<html", "is a web page, not a model: the download failed"),
     (b"\x7fELF", "is a program, not a model"),
@@ -64,7 +64,10 @@ def _describe_folder(peek: FileProbe) -> str:
         return f"cannot be listed: {error.strerror}"
     if not names:
         return "is an empty folder"
-    if _OF_ORBAX.intersection(names):
+    # A manager of checkpoints keeps each in a folder by its step.
+    if any(
+        (folder / own).exists() for folder in (peek.path, *(peek.path / name for name in names)) for own in _OF_ORBAX
+    ):
         return f"is a checkpoint of Orbax, {_SAVE}"
     return _describe_models_inside(peek, names)
 
@@ -79,7 +82,8 @@ def _describe_models_inside(peek: FileProbe, names: list[str]) -> str:
         return "is a folder of parts that are not joined yet: run prunectl prune with --join"
     if shards := missing_index(names):
         return f"{shards}: download or save it too, or name one shard"
-    if index := next((name for name in names if name.endswith(".index")), ""):
+    parts = {name.partition(".data-0")[0] for name in names if ".data-0" in name}
+    if index := next((name for name in names if name.removesuffix(".index") in parts), ""):
         return f"is a folder of TensorFlow checkpoints: name one, such as {peek.path / index}"
     if models := [name for name in names if name.endswith((*_OF_MODELS, ".ckpt"))]:
         return (

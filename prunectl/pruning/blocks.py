@@ -263,7 +263,7 @@ def _cuts(
         wanted = _ranges(request.only)
         if odd := wanted.keys() - stacks.keys():
             several = f"its stacks are {shown}: write {example}"
-            hint = several if len(stacks) > 1 else "write numbers alone: --layers 20-23"
+            hint = several if len(stacks) > 1 else f"write numbers alone: --layers {stacks[last][1] - 1}"
             if min(odd):
                 raise UsageError(f"--layers {request.only}: {min(odd)} is not a stack of {model.folder}", hint=hint)
             raise UsageError(f"--layers {request.only} does not say of which stack of {model.folder}", hint=hint)

@@ -437,5 +437,5 @@ def rule_for(layer: Mapping[str, Any], kind: str) -> LayerRule | None:
     if not is_own:
         return None
     by_module = _APPLICATION_RULES if ".applications." in module else RULES
-    # HDF5 has no modules, and no other layer has these names.
+    # HDF5 has no modules; what a class of the user's of such a name does otherwise is seen when outputs are compared.
     return by_module.get(kind) or (None if module else _APPLICATION_RULES.get(kind.removeprefix("Custom>")))

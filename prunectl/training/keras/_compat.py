@@ -128,14 +128,14 @@ def compile_arguments(config: Mapping[str, Any], objects: Mapping[str, Any]) -> 
     return arguments
 
 
-def application_classes(library: str) -> dict[str, Any]:
-    """Layers that are defined beside the architectures of Keras, which finds not all of them when it loads a file."""
+def application_classes() -> dict[str, Any]:
+    """Layers that are defined beside the architectures of Keras 2, which does not find them when it loads a file."""
     modules = (
         ("convnext", ("LayerScale", "StochasticDepth")),
         ("inception_resnet_v2", ("CustomScaleLayer",)),
     )
     return {
-        name: getattr(require(f"{library}.src.applications.{module}", extra="tensorflow"), name)
+        name: getattr(require(f"tf_keras.src.applications.{module}", extra="tensorflow"), name)
         for module, names in modules
         for name in names
     }

@@ -174,7 +174,10 @@ def _check_built(model: Any, reference: str) -> None:
 def _from_file(
     library: KerasLibrary, file: ModelFile, weight_layout: WeightLayout, origin: LoadOptions, objects: Mapping[str, Any]
 ) -> Any:
-    known = application_classes(library.keras.__name__) | dict(objects)
+    known = dict(objects)
+    if library.is_keras2 and weight_layout is WeightLayout.ARCHIVE and not origin.is_trusted:
+        # An archive says whose a class is, and only Keras' own have passed; HDF5 may mean somebody's of the same name.
+        known = application_classes() | known
     options: dict[str, Any] = {"compile": False, "custom_objects": known}
     if weight_layout is not WeightLayout.SAVED_MODEL:
         options["safe_mode"] = not origin.is_trusted

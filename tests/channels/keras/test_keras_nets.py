@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
+from prunectl.errors import InputError
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest
+from prunectl.training.backend import LoadOptions
+from prunectl.training.runtimes import load_trainable
 from tests.channels.keras.masked import silence
 from tests.channels.keras.nets import LIBRARIES, NETS, arithmetic, filled, mobile, nested, shared
 
@@ -85,7 +88,7 @@ def test_half_of_the_channels_go_and_the_rest_say_the_same(kind: Any, which: str
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize(("which", "suffix"), [("three", ".keras"), ("two", ".h5")])
+@pytest.mark.parametrize(("which", "suffix"), [("three", ".keras"), ("two", ".keras")])
 @pytest.mark.filterwarnings("ignore")
 def test_layers_of_the_architectures_of_keras_need_nobody_to_vouch_for_them(
     which: str, suffix: str, tmp_path: Path
@@ -113,3 +116,7 @@ def test_layers_of_the_architectures_of_keras_need_nobody_to_vouch_for_them(
     assert small.get_layer("scale").gamma.shape == (4,)
     given = images(model)
     np.testing.assert_allclose(say(small, given)[0], say(silence(model, found), given)[0], rtol=1e-4, atol=1e-5)
+    # HDF5 does not say that they are those of Keras.
+    model.save(tmp_path / "net.h5")
+    with pytest.raises(InputError, match="Unknown layer"):
+        load_trainable(open_model(tmp_path / "net.h5"), LoadOptions())
