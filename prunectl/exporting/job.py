@@ -158,9 +158,10 @@ def _example_shape(spec: InputSpec) -> tuple[int, ...]:
 
 
 def _unknown_shape_error(spec: InputSpec) -> UsageError:
+    shape = "1,128" if spec.dtype in {"int32", "int64"} else "1,3,224,224"
     return UsageError(
         f"the model does not give the shape of its input {spec.name}",
-        hint=f"add --input {spec.name}:{'1,128' if 'int' in spec.dtype else '1,3,224,224'}, or --data SPEC",
+        hint=f"add --input {spec.name}:{shape}, or --data SPEC",
     )
 
 

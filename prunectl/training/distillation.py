@@ -76,6 +76,7 @@ def load_teacher(
     """
     model = open_model(path)
     predict, close, theirs = _opened(model, teacher_load_options(model, origin, builder), device)
+    predict, theirs = _in_order_of(pupil, theirs, predict)
     try:
         inputs = _input_fits(path, theirs, pupil, as_tuple(example.x))
         answers = [np.asarray(array) for array in as_tuple(predict(adapt.apply_each(inputs, example.x)))]
@@ -87,6 +88,35 @@ def load_teacher(
     if len(answers) > len(outputs):
         notes += (f"{path} has {len(answers)} outputs: the first {len(outputs)} are used for distillation.",)
     return Teacher(predict, close, notes, inputs, outputs)
+
+
+def _in_order_of(
+    pupil: ModelSignature, theirs: ModelSignature, predict: Callable[[Arrays], Arrays]
+) -> tuple[Callable[[Arrays], Arrays], ModelSignature]:
+    """A teacher whose inputs and outputs stand where the pupil has those of their names."""
+    inputs, outputs = _order(theirs.inputs, pupil.inputs), _order(theirs.outputs, pupil.outputs)
+    if inputs == sorted(inputs) and outputs == sorted(outputs):
+        return predict, theirs
+
+    def answer(x: Arrays) -> Arrays:
+        arrays = as_tuple(x)
+        taken = tuple(arrays[inputs.index(index)] for index in range(len(inputs))) if len(arrays) > 1 else arrays
+        made = as_tuple(predict(taken if len(taken) > 1 else taken[0]))
+        # A model may have outputs that it does not declare.
+        ordered = tuple(made[index] for index in outputs) + made[len(outputs) :]
+        return ordered if len(ordered) > 1 else ordered[0]
+
+    ports = (tuple(theirs.inputs[index] for index in inputs), tuple(theirs.outputs[index] for index in outputs))
+    return answer, replace(theirs, inputs=ports[0], outputs=ports[1])
+
+
+def _order(theirs: Sequence[TensorSpec], pupil: Sequence[TensorSpec]) -> list[int]:
+    """The numbers of a teacher's ports, those first that the pupil has too, if it has no others."""
+    names = [port.name for port in theirs]
+    if not {port.name for port in pupil} <= set(names):
+        return list(range(len(names)))
+    first = [names.index(port.name) for port in pupil]
+    return first + [index for index in range(len(names)) if index not in first]
 
 
 def compare_answers(

@@ -14,12 +14,12 @@ import numpy as np
 
 from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import by_name, open_model
-from prunectl.training.backend import PredictingModel
+from prunectl.training.backend import ModelSignature, PredictingModel
 from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import check_exists, open_source
-from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, train_val_split
+from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, peek, train_val_split
 from prunectl.training.data.text import batch_size
 from prunectl.training.finetune import open_training_data, validate_training_data
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
@@ -38,15 +38,16 @@ def evaluate_predictions(
     metric: str,
     name: str,
     *,
+    output: int = 0,
     is_channels_first: bool = True,
 ) -> tuple[str, float]:
-    """A metric by its name, and its mean over the examples; of the first output, if there are several."""
+    """A metric of one output by its name, and its mean over the examples."""
     total, count, chosen = 0.0, 0, metric
     binary: list[tuple[Array, Array]] = []
     task: Task | None = None
     for batch in batches:
         assert batch.y is not None
-        outputs, targets = np.asarray(as_tuple(predict(batch.x))[0], np.float64), as_tuple(batch.y)[0]
+        outputs, targets = np.asarray(as_tuple(predict(batch.x))[output], np.float64), as_tuple(batch.y)[output]
         task = task or infer_task(
             outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=is_channels_first
         )
@@ -197,12 +198,35 @@ def _by_runtime(
         source = train_val_split(source, request.val_split, seed)[1]
     notes += check_batches(source, signature, needs_targets=True)
     batches = _watched(model, source, request.batch_size, meter)
+    output, wanted, prefix = _judged(model, signature, source, monitored_metric(request.means))
     metric, value = evaluate_predictions(
         network.predict,
         batches,
-        monitored_metric(request.means),
+        wanted,
         source.name,
+        output=output,
         is_channels_first=signature.is_channels_first,
     )
-    logs = {metric: value}
-    return Evaluation(metric, logs, tuple(dict.fromkeys(notes)), make_monitor(logs, request.means).higher_is_better)
+    logs = {f"{prefix}{metric}": value}
+    monitor = make_monitor(logs, request.means, (port.name for port in signature.outputs))
+    return Evaluation(monitor.name, logs, tuple(dict.fromkeys(notes)), monitor.higher_is_better)
+
+
+def _judged(model: ModelFile, signature: ModelSignature, source: Source, metric: str) -> tuple[int, str, str]:
+    """Which output is judged, by which metric, and what that is called after where there are several, as in Keras."""
+    first = peek(source, 1)
+    count = len(as_tuple(first.y)) if first is not None and first.y is not None else 0
+    names = [port.name for port in signature.outputs]
+    if model.family is Family.LITE and count != len(names):
+        # Their order is not that of the model that was converted.
+        raise UsageError(
+            f"{model.path} has {len(names)} outputs, but the data has {count} arrays of targets",
+            hint=f"name arrays as the outputs are: {', '.join(names)}",
+        )
+    if count == 1 or count != len(names):
+        return 0, metric, ""
+    named = (index for index, name in enumerate(names) if metric.startswith(f"{name}_"))
+    index = next(named, None)
+    return (
+        (0, metric, f"{names[0]}_") if index is None else (index, metric[len(names[index]) + 1 :], f"{names[index]}_")
+    )

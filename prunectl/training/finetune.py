@@ -12,7 +12,7 @@ import numpy as np
 
 from prunectl.analysis.stats import ModelStats
 from prunectl.analysis.tensor_io import iter_blocks
-from prunectl.errors import InputError, UsageError, WorkError
+from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor, select_names
 from prunectl.formats.extents import ignoring_mtime
 from prunectl.formats.patch import TensorUpdate, in_storage_order, is_writable
@@ -274,8 +274,6 @@ def _unwrapped(model: ModelFile, origin: LoadOptions) -> Generator[ModelFile]:
     if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
         yield model
         return
-    if model.family is Family.KERAS:
-        user_code.check(model, origin)  # Afterwards it would name a file of ours.
     with temporary_folder() as scratch:
         try:
             plain = strip_wrappers(model, scratch)
@@ -283,6 +281,13 @@ def _unwrapped(model: ModelFile, origin: LoadOptions) -> Generator[ModelFile]:
             # What `strip` can do instead is no help here.
             hint = "save the model as .keras, whose wrappers can be stripped, and train that"
             raise type(error)(error.message, hint=hint if "--only" in error.hint else error.hint) from error
+        if model.family is Family.KERAS:
+            try:
+                user_code.check(plain, origin)
+            except UntrustedError as error:
+                # It is about a file of ours.
+                message = error.message.replace(str(plain.path), str(model.path))
+                raise UntrustedError(message, hint=error.hint) from error
         yield plain
 
 

@@ -80,14 +80,17 @@ class LiteModel:
         self._path = model.path
         threads = threads_from_env() or usable_cores()
         self._interpreter = open_interpreter(model, is_trusted=origin.is_trusted, threads=threads)
-        runner: Any = None
-        if len(self._interpreter.get_signature_list()) == 1:
-            # Its names are those of the model that was converted.
-            runner = self._interpreter.get_signature_runner()
         self._shapes: list[tuple[int, ...]] = []
         """Of the inputs for which it has taken its memory."""
-        self._inputs = _ports(self._interpreter.get_input_details(), runner and runner.get_input_details())
-        self._outputs = _ports(self._interpreter.get_output_details(), runner and runner.get_output_details())
+        try:
+            runner: Any = None
+            if len(self._interpreter.get_signature_list()) == 1:
+                # Its names are those of the model that was converted.
+                runner = self._interpreter.get_signature_runner()
+            self._inputs = _ports(self._interpreter.get_input_details(), runner and runner.get_input_details())
+            self._outputs = _ports(self._interpreter.get_output_details(), runner and runner.get_output_details())
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise InputError(f"TensorFlow Lite cannot load {model.path}: {error_line(error)}") from error
 
     @property
     def signature(self) -> ModelSignature:
@@ -110,15 +113,15 @@ class LiteModel:
     def _run(self, arrays: Sequence[Array], count: int) -> list[Array]:
         interpreter, size = self._interpreter, len(arrays[0])
         try:
-            with silence():
-                if self._shapes != (shapes := [array.shape for array in arrays]):
+            if self._shapes != (shapes := [array.shape for array in arrays]):
+                with silence():
                     for port, shape in zip(self._inputs, shapes, strict=True):
                         interpreter.resize_tensor_input(port.index, shape)
                     interpreter.allocate_tensors()
-                    self._shapes = shapes
-                for port, array in zip(self._inputs, arrays, strict=True):
-                    interpreter.set_tensor(port.index, port.quantized(array))
-                interpreter.invoke()
+                self._shapes = shapes
+            for port, array in zip(self._inputs, arrays, strict=True):
+                interpreter.set_tensor(port.index, port.quantized(array))
+            interpreter.invoke()
         except Exception as error:
             raise UsageError(f"TensorFlow Lite cannot run {self._path}: {error_line(error)}") from error
         outputs = [port.real(interpreter.get_tensor(port.index)) for port in self._outputs]

@@ -127,19 +127,19 @@ class Monitor:
         return old is None or (new > old if self.higher_is_better else new < old)
 
 
-def monitored_log(logs: Mapping[str, float], requested: str = "") -> str:
+def monitored_log(logs: Mapping[str, float], requested: str = "", outputs: Iterable[str] = ()) -> str:
     """The log that is monitored: what was requested, else the first metric, or the loss if there is none."""
     if requested in logs:
         return requested
     others = [name for name in logs if name != LOSS]
-    # Keras adds the loss of each output, where there are several.
-    metrics = [name for name in others if not name.endswith(f"_{LOSS}")]
     if not requested:
-        return next(iter(metrics), LOSS)
+        # Keras adds the loss of each output, where there are several.
+        losses = {f"{output}_{LOSS}" for output in outputs}
+        return next((name for name in others if name not in losses), LOSS)
     # A framework may have its own word for what was asked.
     short = requested.rpartition(":")[2]
     match = next((name for name in others if name == short or name.endswith(f"_{short}")), None)
-    return match or next(iter(metrics), LOSS)
+    return match or next((name for name in others if not name.endswith(f"_{LOSS}")), LOSS)
 
 
 def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:
@@ -163,8 +163,8 @@ def check_direction(options: TrainOptions) -> None:
 
 def make_monitor(logs: Mapping[str, float], options: TrainOptions, outputs: Iterable[str] = ()) -> Monitor:
     """The monitor of some logs."""
-    requested = monitored_metric(options)
-    name = monitored_log(logs, requested)
+    requested, outputs = monitored_metric(options), tuple(outputs)
+    name = monitored_log(logs, requested, outputs)
     if name == LOSS and requested not in {"", LOSS}:
         raise UsageError(
             f"the metric {requested} is not measured: only the loss is", hint=f"leave it out, or write --metric {LOSS}"

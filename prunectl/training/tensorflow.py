@@ -120,12 +120,12 @@ def load_signature_model(path: Path) -> SignatureModel:
     if not function.trainable_variables:
         raise InputError(
             f"{path} cannot be trained or run on data: its weights are constants of the graph, or variables in slices",
-            hint=f"convert it first: prunectl export {path} -o {path.name}.onnx",
+            hint="train the model that it was made of; to measure it or to prune it with data, export it to ONNX first",
         )
     model = SignatureModel(function, root)
     size = model.fixed_batch_size
     answers = [spec.shape for spec in function.structured_outputs.values()]
-    if size is not None and any(shape.rank is not None and shape[:1] not in ([None], [size]) for shape in answers):
+    if size is not None and all(shape.rank is not None and shape[:1] not in ([None], [size]) for shape in answers):
         raise InputError(
             f"the signature {signature} of {path} takes one example, not a batch: its inputs begin with an axis of "
             f"{size}, its outputs do not",

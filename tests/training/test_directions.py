@@ -96,6 +96,7 @@ def test_what_was_asked_first_decides_whatever_the_order_of_the_numbers() -> Non
     )
     several = {"loss": 1.0, "a_loss": 0.4, "b_loss": 0.6}
     assert make_monitor(several, TrainOptions(), ["a", "b"]).name == "loss"
+    assert make_monitor({"loss": 1.0, "kl_loss": 0.4}, TrainOptions(goal="min"), ["a"]).name == "kl_loss"
     assert make_monitor(several | {"b_mae": 0.2}, TrainOptions(), ["a", "b"]).name == "b_mae"
     with pytest.raises(UsageError, match="is not measured"):
         make_monitor({"loss": 1.0}, TrainOptions(**parse_metrics(["accuracy"])))

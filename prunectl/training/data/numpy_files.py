@@ -122,7 +122,7 @@ def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
     inputs, targets, notes = (
         (*_named_arrays(path, chosen["names"], names), ())
         if chosen
-        else _arrays_of_model(names, signature) or _guessed_arrays(archive, names)
+        else _arrays_of_model(path, names, signature) or _guessed_arrays(archive, names)
     )
     x_order, y_order, matched = _in_order(spec, inputs, targets, signature)
     x = {inputs[index]: _array(archive, inputs[index]) for index in x_order}
@@ -148,7 +148,7 @@ def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], 
 
 
 def _arrays_of_model(
-    names: list[str], signature: ModelSignature | None
+    path: Path, names: list[str], signature: ModelSignature | None
 ) -> tuple[list[str], list[str], tuple[str, ...]] | None:
     """The arrays that have the names of several inputs of a model, and of its outputs, or what else there is."""
     inputs = [port.name for port in signature.inputs] if signature else []
@@ -158,7 +158,9 @@ def _arrays_of_model(
     rest = [name for name in names if name not in inputs]
     if outputs and set(outputs) <= set(rest):
         return inputs, outputs, ()
-    return (inputs, rest, ()) if len(rest) <= 1 else None
+    if len(rest) > 1:
+        return None
+    return inputs, rest, tuple(f"{path}: {name} is used as targets" for name in rest)
 
 
 def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:

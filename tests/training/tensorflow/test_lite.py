@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.errors import InputError
+from prunectl.errors import InputError, UsageError
 from prunectl.formats.registry import open_model
-from prunectl.training.backend import LoadOptions
+from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec, TrainOptions
+from prunectl.training.distillation import _in_order_of
+from prunectl.training.evaluate import evaluate_file
+from prunectl.training.request import FinetuneRequest
 from prunectl.training.runtimes import load_predictor
 from tests.networks import tf_keras
 
@@ -88,3 +91,32 @@ def test_an_output_that_counts_no_examples_is_refused(tmp_path: Path) -> None:
     assert predictor is not None
     with pytest.raises(InputError, match="has no batch axis"):
         predictor.predict(NUMBERS)
+
+
+def test_each_output_is_judged_by_the_targets_of_its_name(tmp_path: Path) -> None:
+    line = k.Input((6,), name="line")
+    model = k.Model(line, [k.layers.Dense(4, name="kind")(line), k.layers.Dense(1, name="age")(line)])
+    path = converted(model, tmp_path / "m.tflite")
+    predictor = load_predictor(open_model(path), LoadOptions())
+    assert predictor is not None
+    kinds, ages = model.predict_on_batch(NUMBERS)
+    labels = kinds.argmax(axis=1)
+    np.savez(tmp_path / "d.npz", line=NUMBERS, kind=labels, age=ages + 0.5)
+    for metric, value in (("kind_accuracy", 1.0), ("age_mae", 0.5)):
+        means = TrainOptions(metrics=(metric,))
+        done = evaluate_file(path, FinetuneRequest(data=f"{tmp_path}/d.npz[line,kind+age]", means=means))
+        assert (done.metric, done.value) == (metric, pytest.approx(value, abs=1e-5))
+    # The converter sorts outputs: which of them the targets are for is not guessed.
+    with pytest.raises(UsageError, match="2 outputs, but the data has 1 arrays"):
+        evaluate_file(path, FinetuneRequest(data=f"{tmp_path}/d.npz[line,kind]"))
+
+
+def test_a_teacher_answers_by_the_names_of_its_inputs_and_outputs() -> None:
+    one, two = TensorSpec("one", (2,), "float32"), TensorSpec("two", (2,), "float32")
+    answer, theirs = _in_order_of(
+        ModelSignature((one, two), (two,), is_channels_first=False),
+        ModelSignature((two, one), (one, two), is_channels_first=False),
+        lambda x: (x[1] * 10, x[0] * 100),
+    )
+    assert (theirs.inputs, theirs.outputs) == ((one, two), (two, one))
+    assert np.array_equal(answer((np.array([1]), np.array([2]))), [[200], [10]])
