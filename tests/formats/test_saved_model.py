@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import keras
 import tensorflow as tf
 import tf_keras
+from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
 from prunectl import prune
@@ -239,7 +241,7 @@ def test_a_constant_is_a_kernel_where_its_graph_multiplies_by_it_and_is_pruned(t
     tf.saved_model.save(Frozen(), tmp_path / "m", signatures=Frozen().__call__)
     model = open_model(tmp_path / "m")
     kernels = {tensor.shape: (tensor.out_axis, tensor.reduction_axis) for tensor in model.tensors if tensor.is_prunable}
-    assert kernels == {(8, 12): (0, 1), (6, 12): (0, 1), (3, 3, 4, 8): (3, 2), (7, 7): (1, 0)}
+    assert kernels == {(8, 12): (None, None), (6, 12): (0, 1), (3, 3, 4, 8): (3, 2), (7, 7): (1, 0)}
     assert {tensor.role for tensor in model.tensors if tensor.shape == (20, 12)} == {"embedding"}
     assert {tensor.role for tensor in model.tensors if tensor.shape == (1, 1, 4)} == {"other"}
     prune(tmp_path / "m", tmp_path / "sparse", sparsity=0.5, scope="layer")
@@ -252,6 +254,126 @@ def test_a_constant_is_a_kernel_where_its_graph_multiplies_by_it_and_is_pruned(t
     captured = tf.constant(kept)
     for name, expected in Frozen()(**given).items():
         np.testing.assert_allclose(sparse[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def frozen(path: Path, functions: dict[str, list[Any]]) -> Path:
+    """A SavedModel of functions without variables, each of the nodes that are given."""
+    saved = saved_model_pb2.SavedModel()
+    library = saved.meta_graphs.add().graph_def.library
+    for name, nodes in functions.items():
+        function = library.function.add()
+        function.signature.name = name
+        function.node_def.extend(nodes)
+    path.mkdir()
+    (path / "saved_model.pb").write_bytes(saved.SerializeToString())
+    return path
+
+
+def node(operation: str, name: str, *inputs: str, **attributes: Any) -> Any:
+    definition = node_def_pb2.NodeDef(name=name, op=operation, input=inputs)
+    for key, value in attributes.items():
+        if isinstance(value, bool):
+            definition.attr[key].b = value
+        else:
+            definition.attr[key].tensor.CopyFrom(tf.make_tensor_proto(value))
+    return definition
+
+
+def test_only_the_same_node_of_two_functions_used_in_the_same_way_is_a_copy(tmp_path: Path) -> None:
+    weight = np.arange(16, dtype=np.float32).reshape(4, 4)
+    bias = np.arange(4, dtype=np.float32)
+
+    def layers(*, is_turned: bool) -> list[Any]:
+        constants = [node("Const", name, value=value) for name, value in (("w", weight), ("b1", bias), ("b2", bias))]
+        return [*constants, node("MatMul", "y", "x", "w", transpose_b=is_turned)]
+
+    functions = {"f": layers(is_turned=False), "g": layers(is_turned=True), "h": layers(is_turned=True)}
+    model = open_model(frozen(tmp_path / "m", functions))
+    turned = {"h/w": "g/w"}
+    biases = {"g/b1": "f/b1", "h/b1": "f/b1", "g/b2": "f/b2", "h/b2": "f/b2"}
+    assert model.duplicates == turned | biases
+
+
+def test_the_same_node_with_other_numbers_is_no_copy(tmp_path: Path) -> None:
+    functions = {name: [node("Const", "c", value=np.float32([[1, last]]))] for name, last in (("f", 2), ("g", 3))}
+    assert open_model(frozen(tmp_path / "m", functions)).duplicates == {}
+
+
+def lowered_loop(*, is_changed: bool) -> list[Any]:
+    """A loop as TensorFlow lowers it to switches and merges, which multiplies by what goes round."""
+    return [
+        node("Const", "w", value=np.ones((4, 4), np.float32) * np.arange(1, 5, dtype=np.float32)),
+        node("Enter", "enter", "w:output:0"),
+        node("Merge", "merge", "enter:output:0", "next:output:0"),
+        node("Switch", "switch", "merge:output:0", "condition"),
+        node("Identity", "body", "switch:output_true:0", "^control"),
+        node("MatMul", "product", "x", "body:output:0"),
+        node("Tanh", "changed", "body:output:0"),
+        node("NextIteration", "next", "changed:y:0" if is_changed else "body:output:0"),
+    ]
+
+
+def test_a_frozen_recurrent_kernel_is_followed_through_its_loop_and_a_state_is_not(tmp_path: Path) -> None:
+    functions = {"kernel": lowered_loop(is_changed=False), "state": lowered_loop(is_changed=True)}
+    tensors = open_model(frozen(tmp_path / "m", functions)).tensors
+    assert {(tensor.name, str(tensor.role), tensor.out_axis, tensor.in_axis) for tensor in tensors} == {
+        ("kernel/w", "kernel", 1, 0),
+        ("state/w", "other", None, None),
+    }
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(0, ("kernel", 2, 1)), (2, ("other", None, None))])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_a_window_of_one_dimension_is_a_kernel_where_its_new_axis_is_in_front(
+    axis: int, expected: tuple[str, int | None, int | None], dtype: Any, tmp_path: Path
+) -> None:
+    nodes = [
+        node("Const", "axis", value=dtype(axis)),
+        node("Const", "w", value=np.arange(24, dtype=np.float32).reshape(2, 3, 4)),
+        node("Cast", "half", "w:output:0"),
+        node("ExpandDims", "wide", "half:y:0", "axis:output:0"),
+        node("Conv2D", "y", "x", "wide:output:0"),
+    ]
+    (tensor,) = open_model(frozen(tmp_path / "m", {"f": nodes})).tensors
+    assert (str(tensor.role), tensor.out_axis, tensor.in_axis) == expected
+
+
+def test_a_matrix_that_is_used_both_ways_has_no_axes_and_one_that_is_looked_up_is_an_embedding(tmp_path: Path) -> None:
+    ways = [node("MatMul", "y", "x", "w"), node("MatMul", "z", "x", "w", transpose_b=True)]
+    weight = node("Const", "w", value=np.arange(16, dtype=np.float32).reshape(4, 4))
+    functions = {"both": [weight, *ways], "tied": [weight, *ways, node("GatherV2", "rows", "w", "index", "axis")]}
+    tensors = open_model(frozen(tmp_path / "m", functions)).tensors
+    assert {(tensor.name, str(tensor.role), tensor.out_axis, tensor.in_axis) for tensor in tensors} == {
+        ("both/w", "kernel", None, None),
+        ("tied/w", "embedding", None, None),
+    }
+
+
+def calls_to_open(path: Path) -> int:
+    count = 0
+
+    def profile(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        open_model(path)
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_the_work_of_following_constants_grows_with_the_graph_and_not_with_its_square(tmp_path: Path) -> None:
+    def chain(length: int) -> Path:
+        constants = [node("Const", f"c{index}", value=np.float32([[index + 1, 1]])) for index in range(length)]
+        first = node("Identity", "i0", *(constant.name for constant in constants))
+        rest = [node("Identity", f"i{index}", f"i{index - 1}") for index in range(1, length)]
+        return frozen(tmp_path / str(length), {"f": [*constants, first, *rest]})
+
+    calls_to_open(chain(10))  # What is imported at the first call does not count.
+    assert calls_to_open(chain(200)) < 2.5 * calls_to_open(chain(100))
 
 
 def tiny(path: Path, graph: bytes = b"") -> Path:

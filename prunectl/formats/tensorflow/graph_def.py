@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -109,59 +110,59 @@ MIN_WHOLE_NUMBERS = 1024
 _DTYPE, _SHAPE, _CONTENT = 1, 2, 4
 
 
-def constants(graph: SavedGraph) -> tuple[Tensor, ...]:
-    """The constants that are stored as plain runs of bytes."""
+def constants(graph: SavedGraph) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    """The constants that are stored as plain runs of bytes, and copies among them, each with the first of its kind."""
     allocator = NameAllocator()
     scopes = _scopes(graph.reader, graph.graphs)
+    uses = _uses(graph.reader, scopes)
+    by_node: defaultdict[str, list[Tensor]] = defaultdict(list)
     tensors = []
     for function, scope in scopes.items():
         for node in scope.nodes:
             constant = _constant(graph.reader, node)
             if constant is not None:
                 name = allocator.unique(f"{function}/{constant.name}" if function else constant.name)
-                tensors.append(_tensor(graph, name, constant, _use_of(scopes, function, constant.name)))
-    return tuple(tensors)
-
-
-def repeated(graph: SavedGraph, tensors: Iterable[Tensor]) -> dict[str, str]:
-    """Constants that stand in several functions, each with the first of its numbers."""
-    firsts: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+                tensors.append(_tensor(graph, name, constant, uses.get((function, constant.name), ())))
+                by_node[constant.name].append(tensors[-1])
     copies: dict[str, str] = {}
+    for same_node in by_node.values():
+        copies |= _copies(graph, same_node)
+    return tuple(tensors), copies
 
-    def content(tensor: Tensor) -> memoryview:
+
+def _copies(graph: SavedGraph, same_node: Sequence[Tensor]) -> dict[str, str]:
+    """Which constants of one node, traced into several functions, have the numbers and the use of one before them."""
+    firsts: dict[tuple[object, ...], str] = {}
+    copies: dict[str, str] = {}
+    for tensor in same_node if len(same_node) > 1 else ():
         extent = tensor.storage.extent
-        return graph.reader.data[extent.offset : extent.offset + extent.nbytes] if extent else memoryview(b"")
-
-    for tensor in tensors:
-        same = firsts[(tensor.storage.nbytes, *tensor.shape)]
-        first = next((one for one in same[:_MOST_COMPARED] if content(one) == content(tensor)), None)
-        if first is not None and first.role is tensor.role:
-            copies[tensor.name] = first.name
-        else:
-            same.append(tensor)
+        content = graph.reader.data[extent.offset : extent.offset + extent.nbytes] if extent else b""
+        use = (tensor.role, tensor.out_axis, tensor.in_axis)
+        digest = hashlib.sha256(content).digest()
+        first = firsts.setdefault((tensor.shape, tensor.dtype, *use, digest), tensor.name)
+        if first != tensor.name:
+            copies[tensor.name] = first
     return copies
 
 
-_MOST_COMPARED = 8
+_Place = tuple[str, str]
+"""A function, empty for the main graph, and a node or an argument of it."""
 
 
 class _Use(NamedTuple):
-    """An operation that takes a tensor."""
+    """How an operation takes a tensor."""
 
-    node: str
     operation: str
-    operand: int
-    is_transposed: bool
-    function: str
+    is_output_last: bool | None
+    """Whether its last axis is that of outputs and the one before that of inputs, or the reverse; None if neither."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """The nodes of a graph or of a function, what they take, and the arguments of the function."""
+    """The nodes of a graph or of a function, and the arguments of the function."""
 
     nodes: Sequence[Field]
     arguments: Sequence[str]
-    uses: Mapping[str, Sequence[_Use]]
 
 
 def _scopes(reader: BudgetedReader, graphs: Iterable[Field]) -> Mapping[str, _Scope]:
@@ -177,47 +178,104 @@ def _scopes(reader: BudgetedReader, graphs: Iterable[Field]) -> Mapping[str, _Sc
                     name = "".join(text(reader.data, field) for field in reader.messages(signature, _FUNCTION_NAME))
                     for argument in reader.messages(signature, _FUNCTION_ARGUMENTS):
                         arguments += [text(reader.data, field) for field in reader.messages(argument, _FUNCTION_NAME)]
-                nodes = list(reader.messages(function, _FUNCTION_NODES))
-                scopes[name] = _Scope(nodes, arguments, _uses(reader, nodes))
-    return {"": _Scope(main, (), _uses(reader, main)), **scopes}
+                scopes[name] = _Scope(list(reader.messages(function, _FUNCTION_NODES)), arguments)
+    return {"": _Scope(main, ()), **scopes}
 
 
-def _uses(reader: BudgetedReader, nodes: Iterable[Field]) -> Mapping[str, Sequence[_Use]]:
-    uses: defaultdict[str, list[_Use]] = defaultdict(list)
-    for node in (_node(reader, field) for field in nodes):
-        for operand, source in enumerate(node.inputs):
-            is_transposed = operand < len(_TRANSPOSED) and not node.settings.isdisjoint(_TRANSPOSED[operand])
-            uses[source].append(_Use(node.name, node.operation, operand, is_transposed, node.function))
+def _uses(reader: BudgetedReader, scopes: Mapping[str, _Scope]) -> Mapping[_Place, Collection[_Use]]:
+    """The operations that multiply by a tensor or look it up, be it in a function that it is passed to."""
+    nodes = {function: [_node(reader, field) for field in scope.nodes] for function, scope in scopes.items()}
+    sources = _sources(reader, scopes, nodes)
+    pending = deque(
+        ((function, node.inputs[operand]), _Use(node.operation, _is_output_last(node, operand)))
+        for function in nodes
+        for node in nodes[function]
+        for operand in _PRODUCTS.get(node.operation, ())
+        if operand < len(node.inputs)
+    )
+    uses: defaultdict[_Place, dict[_Use, None]] = defaultdict(dict)
+    while pending:
+        reader.spend(1)
+        place, use = pending.popleft()
+        if use not in uses[place]:
+            uses[place][use] = None
+            pending += [(source, use) for source in sources.get(place, ())]
     return uses
 
 
-def _use_of(scopes: Mapping[str, _Scope], function: str, name: str) -> _Use | None:
-    """The operation that multiplies by a tensor or looks it up, be it in a function that it is passed to."""
-    pending, seen = [(function, name)], set()
-    while pending:
-        place = pending.pop()
-        if place in seen or place[0] not in scopes:
-            continue
-        seen.add(place)
-        for use in scopes[place[0]].uses.get(place[1], ()):
-            if use.operand in _PRODUCTS.get(use.operation, ()):
-                return use
-            if use.operation == "Identity":
-                pending.append((place[0], use.node))
-            elif use.function in scopes:
-                pending += [
-                    (use.function, one) for one in scopes[use.function].arguments[use.operand : use.operand + 1]
-                ]
-    return None
+def _sources(
+    reader: BudgetedReader, scopes: Mapping[str, _Scope], nodes: Mapping[str, Sequence[_Node]]
+) -> Mapping[_Place, Sequence[_Place]]:
+    """Where the tensors come from that operations pass on, and the arguments of functions."""
+    sources: defaultdict[_Place, list[_Place]] = defaultdict(list)
+    merges: list[tuple[_Place, list[_Place]]] = []
+    for function, scope in scopes.items():
+        settled = {
+            node.name: field
+            for node, field in zip(nodes[function], scope.nodes, strict=True)
+            if node.operation == "Const"
+        }
+        for node in nodes[function]:
+            place, inputs = (function, node.name), [(function, source) for source in node.inputs]
+            if node.operation == "Merge":
+                merges.append((place, inputs))
+            elif _is_passed_on(reader, node, settled):
+                sources[place] += inputs[:1]
+            elif node.function in scopes:
+                for argument, source in zip(scopes[node.function].arguments, inputs, strict=False):
+                    sources[(node.function, argument)].append(source)
+    for place, inputs in merges:
+        # What a loop leaves unchanged is what enters it.
+        if len(inputs) > 1 and _origin(reader, sources, inputs[1]) == place:
+            sources[place].append(inputs[0])
+    return sources
 
 
+def _is_passed_on(reader: BudgetedReader, node: _Node, settled: Mapping[str, Field]) -> bool:
+    """Whether an operation keeps the numbers of its first operand, but for rounding, and their last two axes."""
+    if node.operation == "ExpandDims" and len(node.inputs) > 1:
+        return node.inputs[1] in settled and _is_zero(reader, settled[node.inputs[1]])
+    return node.operation in _PASSING
+
+
+def _origin(reader: BudgetedReader, sources: Mapping[_Place, Sequence[_Place]], place: _Place) -> _Place:
+    """Where a tensor comes from, through operations that only pass it on."""
+    while len(places := sources.get(place, ())) == 1:
+        reader.spend(1)
+        place = places[0]
+    return place
+
+
+def _is_zero(reader: BudgetedReader, node: Field) -> bool:
+    """Whether a constant is the whole number 0, stored in any way."""
+    attributes = reader.messages(node, _NODE_ATTRIBUTES)
+    values = (value for attribute in attributes for value in reader.messages(attribute, _ATTRIBUTE_VALUE))
+    tensors = [tensor for value in values for tensor in reader.messages(value, _VALUE_TENSOR)]
+    numbers = [field for tensor in tensors for field in reader.fields(tensor) if field.number not in {_DTYPE, _SHAPE}]
+    return bool(tensors) and all(
+        field.value <= _INT64_BYTES and not any(reader.data[field.begin : field.end])
+        if field.wire == BYTES
+        else not field.value
+        for field in numbers
+    )
+
+
+def _is_output_last(node: _Node, operand: int) -> bool | None:
+    if node.operation in _MATRIX:
+        return (operand == 1) == node.settings.isdisjoint(_TRANSPOSED[operand])
+    # A depthwise kernel is [height, width, channels, multiplier].
+    return None if node.operation in {"Einsum", *_LOOKUPS} else node.operation not in _OUTPUT_BEFORE_LAST
+
+
+_INT64_BYTES = 8
+_PASSING = frozenset({"Identity", "Cast", "Enter", "Switch", "NextIteration"})
 _TRANSPOSED = (frozenset({"transpose_a", "adj_x"}), frozenset({"transpose_b", "adj_y"}))
 _MATRIX = frozenset({"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"})
 _LOOKUPS = frozenset({"Gather", "GatherV2"})
-_FROM_OUTPUTS = frozenset({"Conv2DBackpropInput", "Conv3DBackpropInputV2"})
+_OUTPUT_BEFORE_LAST = frozenset({"Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNative"})
 _PRODUCTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys((*_MATRIX, "Einsum"), (0, 1)),
-    **dict.fromkeys(("Conv2D", "Conv3D", "DepthwiseConv2dNative", *_FROM_OUTPUTS), (1,)),
+    **dict.fromkeys(("Conv2D", "Conv3D", *_OUTPUT_BEFORE_LAST), (1,)),
     **dict.fromkeys(_LOOKUPS, (0,)),
 }
 """Operations, and which of their operands may be weights."""
@@ -270,14 +328,16 @@ def _tensor_of(reader: BudgetedReader, attribute: Field) -> tuple[tuple[int, ...
     return None
 
 
-def _tensor(graph: SavedGraph, name: str, constant: _Constant, use: _Use | None) -> Tensor:
+def _tensor(graph: SavedGraph, name: str, constant: _Constant, uses: Collection[_Use]) -> Tensor:
     _, shape, code, content = constant
+    # What is looked up anywhere is an embedding, also where an output layer is tied to it.
+    use = next((use for use in uses if use.operation in _LOOKUPS), next(iter(uses), None))
     is_matrix = len(shape) >= 2 and (DTYPES[code].kind == "f" or "float" in DTYPES[code].name)
     role = Role.OTHER
     if is_matrix and use is not None:
         role = Role.EMBEDDING if use.operation in _LOOKUPS else Role.KERNEL
     extent = Extent(graph.path, content.begin, content.value)
-    out_axis, in_axis = _axes(use, len(shape)) if use is not None and role is Role.KERNEL else (None, None)
+    out_axis, in_axis = _axes(uses, len(shape)) if role is Role.KERNEL else (None, None)
     return Tensor(
         name=name,
         layer=name.rpartition("/")[0] or name,
@@ -291,16 +351,12 @@ def _tensor(graph: SavedGraph, name: str, constant: _Constant, use: _Use | None)
     )
 
 
-def _axes(use: _Use, rank: int) -> tuple[int | None, int | None]:
-    """The axes of outputs and of inputs, where an operation has some that are always the same."""
-    if use.operation == "Einsum":
-        return None, None
-    if use.operation == "DepthwiseConv2dNative":  # [height, width, channels, multiplier]
-        return rank - 2, rank - 1
-    is_last = use.operation not in _FROM_OUTPUTS
-    if use.operation in _MATRIX:
-        is_last = (use.operand == 1) != use.is_transposed
-    return (rank - 1, rank - 2) if is_last else (rank - 2, rank - 1)
+def _axes(uses: Iterable[_Use], rank: int) -> tuple[int | None, int | None]:
+    """The axes of outputs and of inputs, where all uses agree on them."""
+    orders = {use.is_output_last for use in uses}
+    if orders == {True}:
+        return rank - 1, rank - 2
+    return (rank - 2, rank - 1) if orders == {False} else (None, None)
 
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})

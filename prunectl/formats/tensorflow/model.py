@@ -23,7 +23,6 @@ from prunectl.formats.tensorflow.graph_def import (
     constants,
     read_graph,
     read_keras_metadata,
-    repeated,
 )
 
 _MODELS = frozenset({"_tf_keras_model", "_tf_keras_sequential", "_tf_keras_network"})
@@ -130,7 +129,7 @@ def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path,
     if not has_index and any(".data-" in file.name and file.parent.name == "variables" for file in files):
         raise InputError(f"{path} is incomplete: it has data, but no variables.index")
     try:
-        tensors = constants(graph)
+        tensors, copies = constants(graph)
     except WireError as error:
         raise InputError(f"{graph.path} is damaged: its graph holds {error}") from error
     note = (
@@ -144,7 +143,7 @@ def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path,
         tensors=tensors,
         about=_about(graph, keras, optimizer="", note=note),
         files=files,
-        duplicates=repeated(graph, tensors),
+        duplicates=copies,
     )
 
 
