@@ -173,7 +173,11 @@ _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
 _NO_TABLE = re.compile(r"proj|linear|conv|dense|mapping|(^|_)fc|^embed_out$")
 """Layers that multiply, though something around them is called an embedding: `patch_embeddings.projection`."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-"""An output layer, which is the embedding where no table has as many rows."""
+"""An output layer, which is the embedding where there is no table of tokens."""
+_FIRST_BLOCK = re.compile(r"([^.\d][^.]*\.)*(h|layers?|blocks?)\.0\.")
+"""Experts have numbers too, but inside their blocks."""
+_NO_TOKENS = re.compile(r"wpe|pos|type")
+"""Tables of positions and of segments, which no output layer is tied to."""
 _NORM_PARTS = ("norm", "bn", "ln_", ".ln")
 _NORM_KINDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 _EMBEDDING_KINDS = ("Embedding", "embedding")
@@ -235,19 +239,25 @@ def describe(
     axes = unusual_axes(shapes, is_flax=is_flax)
     names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax)
     described = [_describe(tensor, names) for tensor in tensors]
-    return _averages_as_their_originals(_heads_without_tables(described))
+    return _averages_as_their_originals(_heads_without_tables(described, names))
 
 
-def _heads_without_tables(described: list[Tensor]) -> list[Tensor]:
+def _heads_without_tables(described: list[Tensor], names: _Names) -> list[Tensor]:
     """Of tied weights, files may keep the name of the output layer alone: then it is the embedding."""
-    heads = [at for at, one in enumerate(described) if one.role is Role.KERNEL and _HEAD.search(one.name)]
-    rows = {one.shape[0] for one in described if heads and one.role is Role.EMBEDDING and len(one.shape) == 2}
+    heads = [at for at, one in enumerate(described) if _HEAD.search(one.name) and _may_be_table(one, names)]
+    if not heads or any(one.role is Role.EMBEDDING and not _NO_TOKENS.search(one.name) for one in described):
+        return described
     # A later shard alone, without the first block, says nothing of tables.
-    if heads and any(".0." in one.name for one in described):
+    if any(_FIRST_BLOCK.match(one.name) for one in described):
         for at in heads:
-            if described[at].shape[0] not in rows:
-                described[at] = replace(described[at], role=Role.EMBEDDING, out_axis=None)
+            described[at] = replace(described[at], role=Role.EMBEDDING, out_axis=None)
     return described
+
+
+def _may_be_table(head: Tensor, names: _Names) -> bool:
+    """Whether its name alone makes it a kernel: no class, no graph, and no bias, which a table has none of."""
+    is_named_so = head.role is Role.KERNEL and not head.kind and head.name not in names.uses
+    return is_named_so and not _has_bias_of_rows(head, "weight", names)
 
 
 _DOTLESS = re.compile(rf"(^|\.)({'|'.join(sorted(AVERAGES))})\.[^.]+$")
@@ -374,9 +384,16 @@ def _is_embedding(tensor: Tensor, leaf: str, names: _Names) -> bool:
     is_weight, layer = leaf.startswith(("weight", "kernel")), lowered.rpartition(".")[0].rpartition(".")[2]
     if is_weight and (len(tensor.shape) != 2 or leaf == "kernel" or _NO_TABLE.search(layer)):
         return False
+    if is_weight and _has_bias_of_rows(tensor, leaf, names):
+        return False
     # T5, BART and their kin call the table of both halves so.
-    is_shared = is_weight and layer == "shared" and not names.has_beside(tensor.name.rpartition(".")[0], "bias")
-    return is_shared or any(part in lowered for part in _EMBEDDING_PARTS)
+    return (is_weight and layer == "shared") or any(part in lowered for part in _EMBEDDING_PARTS)
+
+
+def _has_bias_of_rows(tensor: Tensor, leaf: str, names: _Names) -> bool:
+    """Whether a bias of as many rows stands beside it, as beside a layer that multiplies."""
+    prefix, _ = split_name(tensor.name, names.shapes)
+    return names.shapes.get(f"{prefix}{leaf.replace('weight', 'bias')}") == tensor.shape[:1]
 
 
 def _is_used_as_kernel(tensor: Tensor, names: _Names) -> bool:

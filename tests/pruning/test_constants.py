@@ -223,19 +223,62 @@ def test_a_bias_of_as_many_outputs_tells_a_kernel_whatever_its_name(tmp_path: Pa
 
 def test_a_table_has_two_axes_and_no_bias(tmp_path: Path) -> None:
     windows = {"vit.embeddings.patch_embedding.weight": (8, 3, 4, 4), "embedder.conv1d.weight": (8, 3, 4)}
-    assert described(tmp_path, windows | {"shared.weight": (4, 6), "shared.bias": (4,)}) == {*windows, "shared.weight"}
+    assert described(tmp_path, windows) == {*windows}
     assert described(tmp_path, {"patch_embedding.kernel": (4, 4, 3, 8), "tokens.embedding": (9, 8)}) == {
         "patch_embedding.kernel"
     }
+    # As Stable Diffusion, DiT and T5 call them; a bias of another length is that of something else.
+    for layer in ("time_embed.0", "label_emb.0.0", "t_embedder.mlp.0", "shared"):
+        weight = {f"{layer}.weight": (4, 6)}
+        assert described(tmp_path, {**weight, f"{layer}.bias": (4,)}) == {*weight}
+        assert described(tmp_path, {**weight, f"{layer}.bias": (6,)}) == set()
 
 
-def test_an_output_layer_without_a_table_of_as_many_rows_is_the_embedding(tmp_path: Path) -> None:
-    rest = {"h.0.fc.weight": (8, 8), "wpe.weight": (5, 8)}
-    for head in ("lm_head.weight", "embed_out.weight"):
-        assert described(tmp_path, {**rest, head: (9, 8)}) == {"h.0.fc.weight"}
-        assert described(tmp_path, {**rest, head: (9, 8), "wte.weight": (9, 8)}) == {"h.0.fc.weight", head}
+@pytest.mark.parametrize("head", ["lm_head", "embed_out"])
+def test_an_output_layer_without_a_table_of_tokens_is_the_embedding(head: str, tmp_path: Path) -> None:
+    block, weight = {"h.0.fc.weight": (8, 8), "wpe.weight": (5, 8)}, {f"{head}.weight": (9, 8)}
+    assert described(tmp_path, {**block, **weight}) == {"h.0.fc.weight"}
+    # A table of another length is one that it is not tied to.
+    for rows in (9, 12):
+        assert described(tmp_path, {**block, **weight, "wte.weight": (rows, 8)}) == {"h.0.fc.weight", *weight}
+    # A model that hears has a head with a bias, and no table.
+    assert described(tmp_path, {**block, **weight, f"{head}.bias": (9,)}) == {"h.0.fc.weight", *weight}
     # The last shard alone: its table stands in the first one.
-    assert "lm_head.weight" in described(tmp_path, {"h.7.fc.weight": (8, 8), "lm_head.weight": (9, 8)})
+    for later in ("h.7.fc.weight", "h.7.mlp.experts.0.fc.weight"):
+        assert described(tmp_path, {later: (8, 8), **weight}) == {later, *weight}
+
+
+def saved(net: torch.nn.Module, example: torch.Tensor, kind: str, folder: Path) -> Path:
+    """A network as a script, an exported program or a pickle."""
+    path = folder / ("m.pt2" if kind == "exported" else "m.pt")
+    if kind == "script":
+        torch.jit.trace(net, example).save(path)
+    elif kind == "exported":
+        torch.export.save(torch.export.export(net, (example,)), path)
+    else:
+        torch.save(net, path)
+    return path
+
+
+class WithHead(torch.nn.Module):
+    """A block and an output layer without a bias, and no table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+        self.lm_head = torch.nn.Linear(8, 9, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.layers[0](x))
+
+
+@pytest.mark.parametrize("kind", ["script", "exported", "whole"])
+def test_an_output_layer_that_a_graph_or_a_class_calls_one_is_a_kernel(kind: str, tmp_path: Path) -> None:
+    path = saved(WithHead().eval(), torch.ones(1, 8), kind, tmp_path)
+    assert {tensor.name for tensor in open_model(path).tensors if tensor.is_prunable} == {
+        "layers.0.weight",
+        "lm_head.weight",
+    }
 
 
 class Tied(torch.nn.Module):
@@ -251,14 +294,7 @@ class Tied(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", ["script", "exported", "whole"])
 def test_what_a_graph_or_a_class_says_tells_more_than_a_name(kind: str, tmp_path: Path) -> None:
-    path, net, example = tmp_path / "m.pt", Tied().eval(), torch.ones(1, 3, dtype=torch.int64)
-    if kind == "script":
-        torch.jit.trace(net, example).save(path)
-    elif kind == "exported":
-        path = path.with_suffix(".pt2")
-        torch.export.save(torch.export.export(net, (example,)), path)
-    else:
-        torch.save(net, path)
+    path = saved(Tied().eval(), torch.ones(1, 3, dtype=torch.int64), kind, tmp_path)
     roles = {tensor.name: tensor.role for tensor in open_model(path).tensors}
     assert (roles["rows.weight"], roles["embedder.weight"]) == (Role.EMBEDDING, Role.KERNEL)
 
