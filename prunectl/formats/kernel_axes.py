@@ -11,7 +11,7 @@ The layers of PyTorch keep `[out, in, …]`. What keeps them otherwise is told b
   the first matrix of an expert makes gate and value, two times as many outputs as the second has inputs.
 
 Those of Keras put the inputs before the outputs, which stand last; an attention and an EinsumDense have several axes of
-either.
+either, and outputs of a depthwise convolution share no axis with others and have one input each.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class KernelAxes(NamedTuple):
 
 
 _ROWS_LAST = KernelAxes(1, 0)
+_DEPTHWISE = re.compile(r"depthwise_?conv", re.IGNORECASE)
+"""What the class of a depthwise layer begins with, and the name of one that nobody named."""
 _BIASES = {"weight": "bias", "kernel": "bias", "W": "b", "w": "b"}
 """What the bias beside a weight is called."""
 _EXPERT_PAIRS = {"gate_up_proj": "down_proj", "input_linear.weight": "output_linear.weight"}
@@ -67,6 +69,18 @@ def split_name(name: str, shapes: Shapes) -> tuple[str, str]:
         return f"{before.removeprefix('.')}." if before else "", leaf if is_weight else f"{leaf} {part}"
     at = max(name.rfind("."), name.rfind("/")) + 1
     return name[:at], name[at:]
+
+
+def depthwise_axes(leaf: str, kind: str, shape: tuple[int, ...]) -> tuple[int | None, int | None] | None:
+    """The axes of outputs and inputs of a depthwise kernel of Keras; None of another kernel.
+
+    It is `[height, width, channels, multiplier]`, and an output sums over its window alone. Where each channel has one
+    output, its one input is the last axis, as in the `[channels, 1, height, width]` of others; where it has several,
+    these lie along both axes, and no axis runs over inputs.
+    """
+    if "depthwise" not in leaf and not _DEPTHWISE.match(kind):
+        return None
+    return (len(shape) - 2, len(shape) - 1) if shape[-1] == 1 else (None, None)
 
 
 def _flax_axes(name: str, shape: tuple[int, ...]) -> KernelAxes | None:

@@ -123,7 +123,8 @@ def test_every_kind_of_layer_says_where_its_outputs_and_inputs_are(tmp_path: Pat
     k = keras()
     inputs = k.Input((8, 8, 3))
     x = k.layers.Conv2D(4, 3, name="conv")(inputs)
-    x = k.layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
+    x = k.layers.DepthwiseConv2D(1, name="single")(x)
+    x = k.layers.DepthwiseConv2D(3, depth_multiplier=2, name="double")(x)
     x = k.layers.Conv2DTranspose(5, 2, name="transposed")(x)
     x = k.layers.BatchNormalization(scale=False, name="norm")(x)
     x = k.layers.Reshape((25, 5))(x)
@@ -138,15 +139,29 @@ def test_every_kind_of_layer_says_where_its_outputs_and_inputs_are(tmp_path: Pat
     assert axes == {
         "conv/kernel": ("Conv2D", 4, 3),
         # Its outputs sum over the window alone: N:M, which runs over inputs, prunes none of it.
-        "depthwise/kernel": ("DepthwiseConv2D", 4, 2),
+        "single/kernel": ("DepthwiseConv2D", 4, 1),
         "transposed/kernel": ("Conv2DTranspose", 5, 8),
         "lstm/lstm_cell/kernel": ("LSTM", 24, 5),
         "lstm/lstm_cell/recurrent_kernel": ("LSTM", 24, 6),
         "head/kernel": ("Dense", 2, 6),
     }
+    # Outputs of one channel lie along both of the last axes.
+    assert (tensors["double/kernel"].role, tensors["double/kernel"].reduction_axis) == ("kernel", None)
     assert tensors["norm/moving_mean"].role == "state"
     assert tensors["norm/beta"].role == "norm"
     assert tensors["lstm/lstm_cell/recurrent_kernel"].role == "recurrent"
+
+
+@pytest.mark.parametrize(("multiplier", "axis"), [(1, 3), (4, None)])
+def test_a_depthwise_kernel_is_known_in_a_file_of_weights_alone(
+    multiplier: int, axis: int | None, tmp_path: Path
+) -> None:
+    k = keras()
+    k.Sequential([k.Input((4, 4, 4)), k.layers.DepthwiseConv2D(3, depth_multiplier=multiplier)]).save_weights(
+        tmp_path / "m.weights.h5"
+    )
+    (kernel,) = (tensor for tensor in open_model(tmp_path / "m.weights.h5").tensors if tensor.is_prunable)
+    assert kernel.reduction_axis == axis
 
 
 def test_a_model_wrapped_by_tfmot_says_its_wrappers_and_schedule(tmp_path: Path) -> None:

@@ -286,6 +286,17 @@ def test_a_weight_that_quantization_aware_training_lists_twice_is_pruned_once(tm
     assert [np.count_nonzero(weight.numpy() == 0) for weight in model.trainable_weights] == [24]
 
 
+def test_layers_in_quantization_aware_training_have_the_class_inside_their_wrapper(tmp_path: Path) -> None:
+    k, toolkit = tf_keras(), pytest.importorskip("tensorflow_model_optimization").quantization.keras
+    layers = [k.layers.DepthwiseConv2D(3, input_shape=(4, 4, 4)), k.layers.Flatten(), k.layers.Dense(8)]
+    toolkit.quantize_model(k.Sequential(layers)).save(tmp_path / "m.keras")
+    kernels = [tensor for tensor in open_model(tmp_path / "m.keras").tensors if tensor.is_prunable]
+    assert [(tensor.kind, tensor.out_axis, tensor.reduction_axis) for tensor in kernels] == [
+        ("DepthwiseConv2D", 2, 3),
+        ("Dense", 1, 0),
+    ]
+
+
 @pytest.mark.parametrize(("suffix", "selector"), [(".h5", "*kernel*"), (".weights.h5", "")])
 def test_a_weight_that_tfmot_takes_from_a_cluster_is_not_pruned(suffix: str, selector: str, tmp_path: Path) -> None:
     k, toolkit = tf_keras(), pytest.importorskip("tensorflow_model_optimization").clustering.keras

@@ -28,6 +28,7 @@ from prunectl.formats.keras.roles import (
     position,
     quantised_names,
     strip_cell_prefix,
+    weight_class,
     weight_role,
 )
 
@@ -111,7 +112,7 @@ def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, L
     layer = _layer(parts[:-1], known) or known.get(group)
     if layer is not None and layer.kind == "PruneLowMagnitude":
         layer = known.get(layer.name.removeprefix(PRUNED_PREFIX), layer)
-    kind = layer.kind if layer is not None else ""
+    kind = weight_class(layer)
     leaf = parts[-1] if len(parts) > 1 else modern_name(parts[-1])
     is_theano = layer.config.get("dim_ordering") == "th" if layer else looks_channels_first(parts[-1], dataset.shape)
     weight = weight_role(leaf, kind, dataset, is_channels_first=is_theano)
@@ -177,7 +178,7 @@ class _Owner:
 
     @property
     def kind(self) -> str:
-        return self.layer.kind if self.layer is not None else ""
+        return weight_class(self.layer)
 
 
 class NumberedWeights(NamedTuple):
@@ -257,7 +258,7 @@ def _numbered_tensor(dataset: Dataset, folders: _Folders, of_wrappers: Mapping[s
         leaf = name_by_position(owner.slug, index, folders.counts[folder], dataset.shape, settings)
     if leaf == "bias" and len(dataset.shape) > 1 and owner.slug == "layer" and owner.layer is None:
         leaf = f"weight_{index}"  # Of a wrapped layer whose class is unknown.
-    weight = weight_role(leaf, owner.kind, dataset)
+    weight = weight_role(leaf, owner.kind or owner.slug, dataset)
     axes = kernel_axes(weight, owner.names[-1], owner.layer, dataset.shape)
     return Tensor(
         name="/".join((*owner.names, leaf)),

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
-from prunectl.formats.keras.config import LORA_PREFIX, LayerConfig
+from prunectl.formats.keras.config import LORA_PREFIX, LayerConfig, part, text
 from prunectl.formats.keras.hdf5 import Dataset
-from prunectl.formats.kernel_axes import KernelAxes, attention_axes, einsum_axes
+from prunectl.formats.kernel_axes import KernelAxes, attention_axes, depthwise_axes, einsum_axes
 
 _ROLES = {
     "recurrent_kernel": Role.RECURRENT,
@@ -53,12 +53,19 @@ def weight_role(leaf: str, kind: str, dataset: Dataset, *, is_channels_first: bo
         return WeightRole(role)
     if is_channels_first and len(shape) > 2:  # Keras 1 on Theano: [out, in, height, width]
         return WeightRole(role, 0, 1)
-    if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
-        # An output sums over its window alone: there is one input, as in the [channels, 1, height, width] of others.
-        return WeightRole(role, len(shape) - 2, len(shape) - 1)
+    if (axes := depthwise_axes(leaf, kind, shape)) is not None:
+        return WeightRole(role, *axes)
     if kind.endswith("Transpose") or kind.startswith("Deconvolution"):  # [height, width, out, in]
         return WeightRole(role, len(shape) - 2, len(shape) - 1)
     return WeightRole(role, len(shape) - 1)
+
+
+def weight_class(layer: LayerConfig | None) -> str:
+    """The class of a layer, which says what its weights are for: of one in quantization-aware training, its own."""
+    if layer is None:
+        return ""
+    inner = text(part(layer.config, "layer"), "class_name")
+    return inner if inner and layer.kind.rpartition(">")[2].startswith("QuantizeWrapper") else layer.kind
 
 
 def kernel_axes(

@@ -11,7 +11,7 @@ import numpy as np
 from prunectl.formats.base import Array, NameAllocator, Role, Storage, Tensor
 from prunectl.formats.extents import view
 from prunectl.formats.keras.config import LORA_PREFIX, PRUNED_PREFIX
-from prunectl.formats.kernel_axes import attention_axes
+from prunectl.formats.kernel_axes import attention_axes, depthwise_axes
 from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry
 from prunectl.formats.tensorflow.object_graph import OPTIMIZER_ROOTS, ObjectGraph, find_ownership
 
@@ -192,9 +192,8 @@ def classify_variable(
         return VariableInfo(layer, role, kind)
     if kind.endswith("Transpose"):  # [height, width, out, in]
         return VariableInfo(layer, role, kind, len(shape) - 2, len(shape) - 1)
-    if "depthwise" in leaf or kind.startswith("Depthwise"):  # [height, width, channels, multiplier]
-        return VariableInfo(layer, role, kind, len(shape) - 2, len(shape) - 1)
-    axes = attention_axes(parts[-2] if len(parts) > 1 else "", kind, shape)
+    step = parts[-2] if len(parts) > 1 else ""
+    axes = depthwise_axes(leaf, kind or step, shape) or attention_axes(step, kind, shape)
     return VariableInfo(layer, role, kind, *(axes or (len(shape) - 1,)))
 
 
