@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ import tensorflow as tf
 
 from prunectl.errors import InputError
 from prunectl.formats.base import ModelFile, PruningWrapper, Tensor
+from prunectl.formats.patch import TensorUpdate
 from prunectl.formats.registry import open_model, recognise
-from prunectl.formats.tensorflow import leveldb
+from prunectl.formats.tensorflow import bundle_write, leveldb
 from prunectl.formats.tensorflow.bundle import read_bundle, read_index, slice_key
 from prunectl.formats.tensorflow.leveldb import masked_crc, read_file, records
+from prunectl.formats.tensorflow.variables import classify_variable
 from tests.contract import Array, FormatContract, raw, read_all, sample
 from tests.running import FIXTURES, here
 
@@ -134,6 +137,43 @@ def test_a_partitioned_tensor_is_read_as_a_whole(tmp_path: Path) -> None:
     assert (tensor.name, tensor.shape, tensor.role) == ("table/embeddings", (600, 4), "embedding")
     assert tensor.storage.extent is None
     assert raw(read_all(path)["table/embeddings"]) == raw(whole)
+
+
+def test_the_new_numbers_of_tensors_in_slices_are_computed_once(tmp_path: Path) -> None:
+    old = np.arange(60 * 4, dtype=np.float32).reshape(60, 4)
+    new = {"a": old + 1, "b": old * 2}
+    slices = {
+        f"{name}@{begin}": (f"60 4 {begin},6:-", old[begin : begin + 6]) for name in new for begin in range(0, 60, 6)
+    }
+    path = save(
+        tmp_path / "x", {name: part for name, (_, part) in slices.items()}, [place for place, _ in slices.values()]
+    )
+    computed = []
+
+    def update(tensor: Tensor) -> TensorUpdate:
+        def blocks() -> Iterator[Array]:
+            computed.append(tensor.name)
+            yield from np.split(new[tensor.name], 3)
+
+        return TensorUpdate(tensor, blocks)
+
+    model = open_model(path)
+    targets = {file: tmp_path / f"out{file.name[1:]}" for file in model.files}
+    bundle_write.write(model, targets, [update(tensor) for tensor in model.tensors])
+    assert {name: raw(array) for name, array in stock(tmp_path / "out.index").items()} == {
+        name: raw(array) for name, array in new.items()
+    }
+    assert sorted(computed) == ["a", "b"]
+
+
+@pytest.mark.parametrize("step", ["dw", "net/depthwise_conv2d_1"])
+@pytest.mark.parametrize(("multiplier", "axes"), [(1, (2, 3)), (4, (None, None))])
+def test_a_depthwise_kernel_has_an_input_axis_only_where_that_is_one_long(
+    step: str, multiplier: int, axes: tuple[int | None, int | None]
+) -> None:
+    kinds = {"dw": "DepthwiseConv2D"}
+    info = classify_variable("k", f"{step}/kernel", (3, 3, 8, multiplier), is_float=True, classes=kinds)
+    assert (info.role, (info.out_axis, info.in_axis)) == ("kernel", axes)
 
 
 def test_the_keys_of_slices_are_those_of_tensorflow(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -133,9 +134,10 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
         patch_files(model, targets, updates)
         return
     bundle = read_bundle(index)
-    stored = [entry for whole in bundle.numbers() for entry in ([part for _, part in bundle.pieces(whole)] or [whole])]
+    wholes = {entry.name: entry for entry in bundle.numbers()}
+    stored = [entry for whole in wholes.values() for entry in ([part for _, part in bundle.pieces(whole)] or [whole])]
     entries = {(bundle.extent(entry).path, entry.offset): entry for entry in stored}
-    updates = [piece for update in updates for piece in _pieces(bundle, update)]
+    updates = [piece for update in updates for piece in _pieces(bundle, wholes, update)]
     changed = [entries[update.run.path, update.run.offset] for update in updates if update.tensor.size]
     patch_files(model, targets, updates)
     shards = [(entry, targets[bundle.extent(entry).path]) for entry in changed]
@@ -148,21 +150,40 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
         _fix_crc(targets[index], shards)
 
 
-def _pieces(bundle: Bundle, update: TensorUpdate) -> Iterator[TensorUpdate]:
+def _pieces(bundle: Bundle, wholes: Mapping[str, BundleEntry], update: TensorUpdate) -> Iterator[TensorUpdate]:
     """An update as one of each slice that its tensor is stored in."""
     tensor = update.tensor
     if tensor.storage.extent is not None:
         yield update
         return
-    entry = next(entry for entry in bundle.numbers() if entry.name == tensor.storage.key)
-
-    def block(location: tuple[slice, ...]) -> Iterator[Array]:
-        whole = np.concatenate([block.reshape(-1) for block in update.blocks()]).reshape(tensor.shape)
-        yield np.ascontiguousarray(whole[location])
-
-    for location, piece in bundle.pieces(entry):
+    pieces = bundle.pieces(wholes[tensor.storage.key])
+    whole = _SlicedUpdate(update, len(pieces))
+    for location, piece in pieces:
         storage = Storage(piece.name, piece.nbytes, bundle.extent(piece), piece.nbytes, bundle.is_big_endian)
-        yield TensorUpdate(replace(tensor, shape=piece.shape, storage=storage), partial(block, location))
+        yield TensorUpdate(replace(tensor, shape=piece.shape, storage=storage), partial(whole.blocks, location))
+
+
+class _SlicedUpdate:
+    """The new numbers of a tensor in slices: computed for the first that is written, and let go with the last."""
+
+    def __init__(self, update: TensorUpdate, num_slices: int) -> None:
+        self._update = update
+        self._pending = num_slices
+        self._array: Array | None = None
+        # Two threads write.
+        self._lock = threading.Lock()
+
+    def blocks(self, location: tuple[slice, ...]) -> Iterator[Array]:
+        """The numbers of one slice."""
+        with self._lock:
+            if self._array is None:
+                flat = np.concatenate([block.reshape(-1) for block in self._update.blocks()])
+                self._array = flat.reshape(self._update.tensor.shape)
+            array = self._array
+            self._pending -= 1
+            if not self._pending:
+                self._array = None
+        yield np.ascontiguousarray(array[location])
 
 
 def _fix_crc(index: Path, changed: Iterable[tuple[BundleEntry, Path]]) -> None:
