@@ -122,7 +122,10 @@ class Reconstructor:
         """The pruned and reconstructed weights by tensor."""
         dense = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
         self._begin(model, dense)
-        input_sums = self.calibration.accumulate([cut.tensor for cut in plan.cuts], statistics.sum_inputs)
+        reference = self.calibration.reference
+        # When the turn of a block comes, what goes into it has changed already: the dense model tells what did before.
+        unpruned = self.calibration if reference is None else replace(self.calibration, network=reference)
+        input_sums = unpruned.accumulate([cut.tensor for cut in plan.cuts], statistics.sum_inputs)
         for name, sums in input_sums.items():
             # Before the first layer is solved, and not after an hour.
             groups, features = sums.size

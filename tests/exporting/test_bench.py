@@ -125,7 +125,7 @@ def test_a_model_without_inputs_is_refused(tmp_path: Path) -> None:
 
 def test_operators_of_tensorflow_that_may_write_files_need_trust(tmp_path: Path) -> None:
     graphs = (LiteGraph((), (LiteOperator("FlexWriteFile", (), (), None),)),)
-    with patch("prunectl.exporting.tensorflow.read_lite", return_value=SimpleNamespace(graphs=graphs)):
+    with patch("prunectl.training.lite.read_lite", return_value=SimpleNamespace(graphs=graphs)):
         done = bench(FIXTURES / "digits_cnn.tflite")
         assert done.code == 3
         assert "uses operators of TensorFlow, some of which read and write files: FlexWriteFile" in done.err

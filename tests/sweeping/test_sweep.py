@@ -238,7 +238,7 @@ def test_what_cannot_be_trained_or_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be trained"):
         sweep(ONNX, SweepConfig(data=FEW, epochs=1, sparsities=(0.5,)), tmp_path / "onnx")
     with pytest.raises(InputError, match="cannot be trained"):
-        sweep(FIXTURES / "digits_cnn.tflite", SweepConfig(data=FEW, sparsities=(0.5,)), tmp_path / "tflite")
+        sweep(FIXTURES / "digits_cnn.tflite", SweepConfig(data=FEW, epochs=1, sparsities=(0.5,)), tmp_path / "tflite")
     with pytest.raises(UsageError, match="has pruning wrappers"):
         sweep(FIXTURES / "wrapped_by_tfmot.h5", SweepConfig(data=FEW, sparsities=(0.5,)), tmp_path / "wrapped")
 
