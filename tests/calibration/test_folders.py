@@ -652,7 +652,10 @@ RANKED = (
 # Every family is walked through in the way that asks most of it, and every way with a decoder and an encoder.
 @pytest.mark.parametrize(
     ("name", "words"),
-    [*((name, FITTED) for name in MODELS if name not in {"vit", "mixtral"}), *((name, words) for name in ("llama", "bert") for words in RANKED)],
+    [
+        *((name, FITTED) for name in MODELS if name not in {"vit", "mixtral"}),
+        *((name, words) for name in ("llama", "bert") for words in RANKED),
+    ],
 )
 def test_one_block_at_a_time_gives_what_the_whole_model_gives(
     name: str,

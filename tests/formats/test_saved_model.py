@@ -22,6 +22,7 @@ from prunectl import prune
 from prunectl.errors import InputError
 from prunectl.formats.base import PruningWrapper
 from prunectl.formats.registry import open_model
+from prunectl.formats.tensorflow.graph_def import _axes, _Use
 from tests.contract import Array, FormatContract, raw, read_all
 from tests.formats.test_checkpoint import by_name, stock
 
@@ -428,3 +429,9 @@ def test_a_missing_index_beside_data_is_refused(keras2: Path, tmp_path: Path) ->
     (path / "variables" / "variables.data-00000-of-00001").write_bytes(bytes(100))
     with pytest.raises(InputError, match=r"is incomplete: it has data, but no variables\.index"):
         open_model(path)
+
+
+def test_a_depthwise_constant_with_several_outputs_of_a_channel_has_no_axis_of_inputs() -> None:
+    uses = (_Use("DepthwiseConv2dNative", is_output_last=False),)
+    assert _axes(uses, (3, 3, 4, 4)) == (None, None)
+    assert _axes(uses, (3, 3, 4, 1)) == (2, 3)

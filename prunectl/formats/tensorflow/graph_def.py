@@ -14,6 +14,7 @@ from prunectl.errors import InputError
 from prunectl.formats import budgets
 from prunectl.formats.base import NameAllocator, Role, Storage, Tensor
 from prunectl.formats.extents import Extent, mmap_file
+from prunectl.formats.kernel_axes import depthwise_axes
 from prunectl.formats.protobuf import BYTES, BudgetedReader, Field, WireError, text
 from prunectl.formats.tensorflow.bundle import DTYPES, read_shape
 
@@ -337,7 +338,7 @@ def _tensor(graph: SavedGraph, name: str, constant: _Constant, uses: Collection[
     if is_matrix and use is not None:
         role = Role.EMBEDDING if use.operation in _LOOKUPS else Role.KERNEL
     extent = Extent(graph.path, content.begin, content.value)
-    out_axis, in_axis = _axes(uses, len(shape)) if role is Role.KERNEL else (None, None)
+    out_axis, in_axis = _axes(uses, shape) if role is Role.KERNEL else (None, None)
     return Tensor(
         name=name,
         layer=name.rpartition("/")[0] or name,
@@ -351,8 +352,12 @@ def _tensor(graph: SavedGraph, name: str, constant: _Constant, uses: Collection[
     )
 
 
-def _axes(uses: Iterable[_Use], rank: int) -> tuple[int | None, int | None]:
+def _axes(uses: Collection[_Use], shape: tuple[int, ...]) -> tuple[int | None, int | None]:
     """The axes of outputs and of inputs, where all uses agree on them."""
+    rank = len(shape)
+    depthwise = [depthwise_axes("", use.operation, shape) for use in uses]
+    if depthwise and depthwise[0] is not None:
+        return depthwise[0]
     orders = {use.is_output_last for use in uses}
     if orders == {True}:
         return rank - 1, rank - 2
