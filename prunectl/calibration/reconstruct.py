@@ -111,6 +111,8 @@ class Reconstructor:
     """Tensors whose inputs were not observed."""
     biases: dict[str, Array] = field(default_factory=dict)
     """Biases that changed with them."""
+    is_behind_pruned: bool = False
+    """Whether its inputs come from blocks that are pruned already."""
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
         """The pruned and reconstructed tensors of a plan."""
@@ -122,10 +124,10 @@ class Reconstructor:
         """The pruned and reconstructed weights by tensor."""
         dense = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
         self._begin(model, dense)
-        reference = self.calibration.reference
         # When the turn of a block comes, what goes into it has changed already: the dense model tells what did before.
-        unpruned = self.calibration if reference is None else replace(self.calibration, network=reference)
-        input_sums = unpruned.accumulate([cut.tensor for cut in plan.cuts], statistics.sum_inputs)
+        reference = self.calibration.reference if self.is_behind_pruned else None
+        dense_model = self.calibration if reference is None else replace(self.calibration, network=reference)
+        input_sums = dense_model.accumulate([cut.tensor for cut in plan.cuts], statistics.sum_inputs)
         for name, sums in input_sums.items():
             # Before the first layer is solved, and not after an hour.
             groups, features = sums.size
@@ -294,7 +296,15 @@ class BlockwiseReconstructor(Reconstructor):
                 own = tuple(cut for cut in plan.cuts if self.calibration.network.part_of(cut.tensor.name) == number)
                 if not own:
                     continue
-                block = Reconstructor(part, self.strategy, self.is_repaired, self.damp, self.block, self.stages)
+                block = Reconstructor(
+                    part,
+                    self.strategy,
+                    self.is_repaired,
+                    self.damp,
+                    self.block,
+                    self.stages,
+                    is_behind_pruned=number > 0,
+                )
                 for name, (values, dropped) in block.fit(model, replace(plan, cuts=own), method).items():
                     kept.add(name, values, dropped)
                 self.skipped += block.skipped
