@@ -225,8 +225,6 @@ def _judged(model: ModelFile, signature: ModelSignature, source: Source, metric:
         )
     if count == 1 or count != len(names):
         return 0, metric, ""
-    named = (index for index, name in enumerate(names) if metric.startswith(f"{name}_"))
-    index = next(named, None)
-    return (
-        (0, metric, f"{names[0]}_") if index is None else (index, metric[len(names[index]) + 1 :], f"{names[index]}_")
-    )
+    output = next((index for index, name in enumerate(names) if metric.startswith(f"{name}_")), 0)
+    prefix = f"{names[output]}_"
+    return output, metric.removeprefix(prefix), prefix
