@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import InputError, abbreviated, reading
-from prunectl.formats import budgets, registry, state_dict
+from prunectl.formats import budgets, masked_params, registry, state_dict
 from prunectl.formats.base import (
     WRAPPING,
     Array,
@@ -30,9 +30,10 @@ from prunectl.formats.base import (
     format_shape,
 )
 from prunectl.formats.extents import Extent, blocks, file_bytes, file_state, raw_bytes
+from prunectl.formats.masked_params import MaskedParam
 from prunectl.formats.patch import HALF, HALVED, TensorUpdate, apply_mask, broadcast_mask, patch_files, to_float16
 from prunectl.formats.safe_json import SURROGATES, parse_object, read_object
-from prunectl.formats.state_dict import GRADIENT_LEAVES, OPTIMIZER_ROOTS, MaskedParam
+from prunectl.formats.state_dict import GRADIENT_LEAVES, OPTIMIZER_ROOTS
 
 LENGTH_BYTES = 8
 
@@ -357,7 +358,7 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
     removed += [RemovedItem(name, part, tensors[name].nbytes) for name, part in dead.items() if part is not None]
     wrapped: tuple[MaskedParam, ...] = ()
     if wish.parts & WRAPPING:
-        wrapped = tuple(weight for weight in state_dict.find(kept, {}) if _fits(weight, kept))
+        wrapped = tuple(weight for weight in masked_params.find(kept, {}) if _fits(weight, kept))
         removed += [
             RemovedItem(mask, StripPart.MASKS, kept[mask].nbytes) for weight in wrapped for mask in weight.masks
         ]
@@ -378,9 +379,9 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
 def weight_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What tensors are called where the weights lie that strip leaves, by the names that it gives them."""
     kept = {name: tensor for name, tensor in tensors.items() if _part(name, tensors) is None}
-    wrapped = tuple(weight for weight in state_dict.find(kept, {}) if _fits(weight, kept))
+    wrapped = tuple(weight for weight in masked_params.find(kept, {}) if _fits(weight, kept))
     masks = {mask for weight in wrapped for mask in weight.masks}
-    return {plain: name for name, plain in state_dict.renamed(kept, wrapped).items() if name not in masks}
+    return {plain: name for name, plain in masked_params.renamed(kept, wrapped).items() if name not in masks}
 
 
 def _part(name: str, tensors: Mapping[str, Tensor]) -> StripPart | None:
@@ -413,7 +414,7 @@ def _entries(
     """Yield the tensors of the output, as they were or as products, in the order of the header."""
     products = {weight.original: weight for weight in wrapped}
     masks = {mask for weight in wrapped for mask in weight.masks}
-    plain = state_dict.renamed(kept, wrapped)
+    plain = masked_params.renamed(kept, wrapped)
     for name, tensor in kept.items():
         if name not in masks:
             entry = unchanged_entry(tensor, plain[name])

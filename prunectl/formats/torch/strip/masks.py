@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from prunectl.errors import InputError
-from prunectl.formats import state_dict
+from prunectl.formats import masked_params
 from prunectl.formats.base import Array, ModelFile, Tensor
 from prunectl.formats.extents import raw_bytes
+from prunectl.formats.masked_params import MaskedParam
 from prunectl.formats.patch import HALF, HALVED, apply_mask, broadcast_mask, in_storage_order, is_permuted, to_float16
-from prunectl.formats.state_dict import MaskedParam
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     NewStorage,
@@ -93,12 +93,12 @@ def unwrap(root: IRNode, tensors: Mapping[str, Tensor]) -> list[MaskedWeight]:
 def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], others: Mapping[str, str]) -> list[MaskedWeight]:
     pairs = entries(parent.node) or []
     names = [name for key, _ in pairs if (name := text(key)) is not None]
-    matches = [(weight, _match_masks(parent, weight, tensors, others)) for weight in state_dict.find(names, others)]
+    matches = [(weight, _match_masks(parent, weight, tensors, others)) for weight in masked_params.find(names, others)]
     wrapped = [weight for weight, match in matches if match is not None]
     if not wrapped:
         return []
     masks = {mask for weight in wrapped for mask in weight.masks}
-    plain = state_dict.renamed(names, wrapped)
+    plain = masked_params.renamed(names, wrapped)
     kept = [
         (key if name is None or plain[name] == name else text_node(plain[name]), item)
         for key, item in pairs
