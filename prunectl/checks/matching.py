@@ -220,6 +220,9 @@ def _path(tensor: Tensor) -> tuple[str, ...]:
 
 
 def _role_key(tensor: Tensor) -> str:
+    if tensor.role is Role.ROUTER:
+        # A graph says nothing but that it is multiplied by.
+        return str(Role.KERNEL)
     if tensor.role in {Role.KERNEL, Role.BIAS, Role.RECURRENT, Role.EMBEDDING}:
         # Not by its name, which a compiler may have made of several operations.
         return str(tensor.role)

@@ -370,7 +370,7 @@ byte for byte as Python's gzip.compress(data, 6, mtime=0). A folder is measured
 as a sorted tar without times.
 
 Sparsity is the share of zeros among the prunable weights: kernels, not biases,
-norms or embeddings.
+norms, embeddings or routers.
 """
 
 

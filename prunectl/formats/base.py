@@ -70,6 +70,7 @@ class Role(StrEnum):
     EMBEDDING = "embedding"
     BIAS = "bias"
     NORM = "norm"
+    ROUTER = "router"
     STATE = "state"
     MASK = "mask"
     SCHEDULE = "schedule"
@@ -77,7 +78,7 @@ class Role(StrEnum):
     OTHER = "other"
 
 
-WEIGHTS = frozenset({Role.KERNEL, Role.RECURRENT, Role.EMBEDDING, Role.BIAS, Role.NORM, Role.STATE, Role.OTHER})
+WEIGHTS = frozenset(Role) - {Role.MASK, Role.SCHEDULE, Role.OPTIMIZER}
 """Roles of what a model needs to predict; the rest is dead weight once it is trained."""
 
 PRUNABLE = frozenset({Role.KERNEL, Role.RECURRENT})

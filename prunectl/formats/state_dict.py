@@ -60,6 +60,11 @@ _EXPERT_KERNELS = frozenset(
     {"gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "wi", "wo", "wi_0", "wi_1", "v1"}
 )
 """What mixtures of experts call their stacks of matrices."""
+_MIXTURE = re.compile(r"(?<![^./])experts?[./]|(?<![^./])input_linear\.weight$")
+"""What stands beside a router: the experts of a layer, also as the two stacks of GraniteMoe and JetMoe."""
+_ROUTER = re.compile(
+    r"(?<![^./])(gate|router|shared_expert_gate)([./](layer|wg|classifier|proj|gate|linear))?[./](weight|kernel)$"
+)
 _NORMS = re.compile(
     r"(\w*_)?(layer|batch|group|rms|instance)?_?norm_?\d*|ln_?(\d+|f|pre|post|final|attn|mlp|in|out)?|bn_?\d*"
 )
@@ -170,8 +175,11 @@ AVERAGES = frozenset(
 )
 """Entries of a checkpoint in which averages of the weights are kept."""
 _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
+_TABLE = re.compile(r"codebook|(\w+_)?tokens?|query_feat|queries_features|reference_points")
+"""Layers that are tables whole: codes of sound, learned tokens of SAM, queries of detectors."""
 _NO_TABLE = re.compile(r"proj|linear|conv|dense|mapping|(^|_)fc|^embed_out$")
 """Layers that multiply, though something around them is called an embedding: `patch_embeddings.projection`."""
+_LIST_PLACE = re.compile(r"(\.\d+)*\.[^.]*$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 """An output layer, which is the embedding where there is no table of tokens."""
 _FIRST_BLOCK = re.compile(r"([^.\d][^.]*\.)*(h|layers?|blocks?)\.0\.")
@@ -212,6 +220,8 @@ class _Names:
     uses: Mapping[str, StateUse | None]
     is_flax: bool
     """Whether nothing is called weight, as in models of Flax, whose kernels are called kernel."""
+    mixtures: frozenset[str]
+    """What stands before the experts of a layer in their names, and before its router."""
 
     def has_beside(self, prefix: str, leaf: str) -> bool:
         return (f"{prefix}.{leaf}" if prefix else leaf) in self.all
@@ -237,7 +247,8 @@ def describe(
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     is_flax = not any(name.endswith(".weight") for name in shapes)
     axes = unusual_axes(shapes, is_flax=is_flax)
-    names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax)
+    mixtures = frozenset(name[: found.start()] for name in shapes if (found := _MIXTURE.search(name)) is not None)
+    names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax, mixtures)
     described = [_describe(tensor, names) for tensor in tensors]
     return _averages_as_their_originals(_heads_without_tables(described, names))
 
@@ -327,7 +338,7 @@ def _describe(tensor: Tensor, names: _Names) -> Tensor:
 def _axes(
     tensor: Tensor, kind: str, role: Role, use: StateUse | None, names: _Names
 ) -> KernelAxes | tuple[int | None, int | None]:
-    if role not in PRUNABLE or len(tensor.shape) < 2:
+    if role not in PRUNABLE | {Role.ROUTER} or len(tensor.shape) < 2:
         return None, tensor.in_axis
     if use is not None and use.out_axis is not None:
         return use.out_axis % len(tensor.shape), tensor.in_axis
@@ -370,6 +381,8 @@ def _role_of_numbers(tensor: Tensor, leaf: str, names: _Names) -> Role:
         return Role.EMBEDDING
     if not _is_used_as_kernel(tensor, names):
         return Role.OTHER
+    if names.mixtures and (router := _ROUTER.search(tensor.name)) and tensor.name[: router.start()] in names.mixtures:
+        return Role.ROUTER
     return Role.RECURRENT if leaf.startswith("weight_hh") else Role.KERNEL
 
 
@@ -381,13 +394,15 @@ def _is_embedding(tensor: Tensor, leaf: str, names: _Names) -> bool:
     if tensor.kind.startswith(_KERNEL_KINDS) or (use is not None and use.role in PRUNABLE and not use.is_weak):
         return False
     lowered = tensor.name.lower()
-    is_weight, layer = leaf.startswith(("weight", "kernel")), lowered.rpartition(".")[0].rpartition(".")[2]
+    # The number in a list says nothing: `altup_unembed_projections.0`.
+    is_weight, layer = leaf.startswith(("weight", "kernel")), _LIST_PLACE.sub("", lowered).rpartition(".")[2]
     if is_weight and (len(tensor.shape) != 2 or leaf == "kernel" or _NO_TABLE.search(layer)):
         return False
     if is_weight and _has_bias_of_rows(tensor, leaf, names):
         return False
     # T5, BART and their kin call the table of both halves so.
-    return (is_weight and layer == "shared") or any(part in lowered for part in _EMBEDDING_PARTS)
+    is_table = is_weight and (layer == "shared" or _TABLE.fullmatch(layer) is not None)
+    return is_table or any(part in lowered for part in _EMBEDDING_PARTS)
 
 
 def _has_bias_of_rows(tensor: Tensor, leaf: str, names: _Names) -> bool:

@@ -285,6 +285,7 @@ _NOUNS = {
     "a mask": ("mask", "masks"),
     "a schedule": ("pruning schedule", "pruning schedules"),
     "an embedding": ("embedding", "embeddings"),
+    "a router": ("router of experts", "routers of experts"),
     "optimizer state": ("optimizer slot", "optimizer slots"),
     "a kernel with a single axis": ("kernel with a single axis", "kernels with a single axis"),
     UNKNOWN: ("tensor of unknown role", "tensors of unknown role"),

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from prunectl.formats.base import Role, Storage, Tensor
+from prunectl.formats.state_dict import describe
 from tests.running import here
 
 transformers: Any = pytest.importorskip("transformers")
@@ -278,6 +281,46 @@ def test_without_blocks_a_model_answers_as_if_they_passed_by(
     reference = outputs(name, original)
     assert distance(reference, dense) > 1e-3
     assert distance(outputs(name, short), reference) <= 1e-5
+
+
+KINDS = {
+    "kernel": ("Linear", "Conv1d", "Conv2d", "ConvTranspose2d"),
+    "embedding": ("Embedding", "T5Gemma2TextScaledWordEmbedding"),
+    "norm": ("LayerNorm", "SamLayerNorm", "RMSNorm", "DeformableDetrFrozenBatchNorm2d"),
+    "router": ("TopKRouter", "TopkRouter"),
+}
+"""What the library's modules are, by the ends of their names."""
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        *(("SamConfig", "SamModel"), ("DacConfig", "DacModel"), ("MambaConfig", "MambaForCausalLM")),
+        *(("Qwen3MoeConfig", "Qwen3MoeForCausalLM"), ("GraniteMoeConfig", "GraniteMoeForCausalLM")),
+        *(("JambaConfig", "JambaForCausalLM"), ("Mask2FormerConfig", "Mask2FormerModel")),
+        *(("Gemma3nTextConfig", "Gemma3nTextModel"), ("BlipConfig", "BlipForConditionalGeneration")),
+    ],
+)
+def test_roles_are_those_of_the_modules_that_the_tensors_are_in(config: str, model: str) -> None:
+    with torch.device("meta"):
+        network = getattr(transformers, model)(getattr(transformers, config)())
+    expected = {
+        f"{name}.weight": role
+        for name, module in network.named_modules()
+        for role, ends in KINDS.items()
+        if type(module).__name__.endswith(ends) and getattr(module, "weight", None) is not None
+    }
+    given = [
+        Tensor(name, "", tuple(one.shape), np.dtype(np.float32), Role.OTHER, Storage(name, 0, None, 0))
+        for name, one in network.state_dict().items()
+    ]
+    # What is tied to a table has two modules.
+    tied = {name for name in network.all_tied_weights_keys if name in expected}
+    found = {tensor.name: str(tensor.role) for tensor in describe(given)}
+    assert len(expected) > 10
+    assert {name: found[name] for name in expected.keys() - tied} == {
+        name: role for name, role in expected.items() if name not in tied
+    }
 
 
 def test_an_adapter_loads_into_its_base_again(sources: Callable[[str, str], Path], tmp_path: Path) -> None:

@@ -375,6 +375,19 @@ def test_an_output_layer_stays_with_the_embedding_that_it_is_tied_to_unless_it_i
     assert torch.equal(written["embed.weight"], weight) is not are_pruned
 
 
+@pytest.mark.parametrize("beside", ["experts.0.up_proj.weight", "experts.gate_up_proj", "input_linear.weight"])
+@pytest.mark.parametrize("router", ["gate.weight", "router.weight", "router.layer.weight", "shared_expert_gate.weight"])
+def test_what_chooses_experts_is_pruned_only_if_it_is_named(router: str, beside: str, tmp_path: Path) -> None:
+    stack = torch.randn(8, 4) if beside.endswith("up_proj.weight") else torch.randn(4, 8, 4)
+    # Without experts beside it, a gate is a layer as any other.
+    names = {f"h.0.mlp.{beside}": stack, f"h.0.mlp.{router}": torch.randn(4, 4), f"h.1.{router}": torch.randn(4, 4)}
+    save_torch_file(names, tmp_path / "moe.safetensors")
+    pruned, reasons = chosen(tmp_path / "moe.safetensors")
+    assert set(pruned) == {f"h.0.mlp.{beside}", f"h.1.{router}"}
+    assert reasons == {f"h.0.mlp.{router}": "a router"}
+    assert chosen(tmp_path / "moe.safetensors", only=f"h.0.mlp.{router}", pattern="2:4")[0] == [f"h.0.mlp.{router}"]
+
+
 def test_what_is_too_narrow_for_a_pattern_is_named(tmp_path: Path) -> None:
     words = ("prune", FIXTURES / "digits_cnn.onnx", "--dry-run")
     done = here(*words, "--pattern", "2:4", "--exclude", "fc2")
