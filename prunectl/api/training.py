@@ -298,7 +298,7 @@ class BenchResult(EngineResult, Benchmark):
 def bench(
     model: AnyPath, /, *others: AnyPath, on_progress: OnProgress = None, **options: Unpack[BenchOptions]
 ) -> BenchResult:
-    """Measure how fast models are, each in the runtime that opens it; the first is compared with.
+    """Measure how fast models are, each in the runtime that opens it; the others are compared with the first.
 
     ``prunectl.bench("model.onnx", "small.onnx", batch_size=[1, 16])``. ``on_progress`` is called after each batch size.
     """

@@ -259,7 +259,7 @@ block:RxC zeroes blocks of R inputs x C outputs, ranked by their mean magnitude
 
 channel removes whole channels, filters, units and heads with their dependency
 group, and is compared with the original before it is written. layers removes
-blocks from a Hugging Face folder, and mends its config.json.
+blocks from a Hugging Face folder, and adjusts its config.json.
 
   prunectl inspect fast.onnx --pattern 2:4
   prunectl prune model.onnx -o thin.onnx --pattern channel -s 50%
@@ -276,7 +276,7 @@ prune --manifest FILE records a run: every option, the digests of input and
 output, and how many weights were pruned in each tensor.
 
 prune --recipe FILE repeats it. The same input then gives the same bytes, on any
-machine; only the input and the output are named again.
+machine; you name only the input and the output again.
 
   prunectl prune model.h5 -o small.h5 -s 80% --manifest run.json
   prunectl prune model.h5 -o again.h5 --recipe run.json
@@ -333,9 +333,9 @@ stars. prunectl inspect MODEL lists all names.
 
 A selector that matches nothing is an error (exit code 2) with similar names.
 
-  --layer 'fc*=90%'   a sparsity of their own; the last match wins
-  --layers 'conv*'    only the kernels of these; what is no kernel (a bias, an
-                      embedding) if it alone is named: 'conv1.bias'
+  --layer 'fc*=90%'   a sparsity for these; the last match wins
+  --layers 'conv*'    only the kernels of these; other tensors (a bias, an
+                      embedding) only if no kernel matches: 'conv1.bias'
   --exclude head      never these; repeatable, and wins over the others
   --policy NAME       which tensors may be pruned:
 

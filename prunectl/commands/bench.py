@@ -23,7 +23,7 @@ _file = option_group("Model code")
 
 def bench_models(
     ctx: typer.Context,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Model files; the first is compared with.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Model files, compared with the first one.")],
     *,
     batch_size: Annotated[
         str, _measure(metavar="N[,N...]", help="Batch sizes.  [default: 1, or the one that a model is saved for]")

@@ -63,7 +63,7 @@ def evaluate(
     device: Annotated[str, _data(help="Device: cpu, cuda, cuda:1, mps; gpu:1 for Keras.")] = _DEFAULT.means.device,
     seed: Annotated[int, _data(help="Seed of all random choices.")] = _DEFAULT.means.seed,
     against: Annotated[str, _limit(metavar="FILE", help="Model to compare with, e.g. the dense one.")] = "",
-    max_drop: Annotated[str, _limit(metavar="DROP", help="Most that may be lost to --against, e.g. 1pp.")] = "",
+    max_drop: Annotated[str, _limit(metavar="DROP", help="Largest drop of the metric from --against, e.g. 1pp.")] = "",
     min_: Annotated[str, _limit("--min", metavar="VALUE", help="Lowest value of the metric, e.g. 95%.")] = "",
     max_: Annotated[str, _limit("--max", metavar="VALUE", help="Highest value of a loss or an error.")] = "",
     builder: Annotated[str, builder_option(_file)] = "",

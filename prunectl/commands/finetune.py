@@ -62,7 +62,7 @@ class Finetune(OutputOptions):
     epochs: Annotated[int | None, _train(help=f"Passes over the data.  [default: {DEFAULT_EPOCHS}]", min=0)] = None
     steps: Annotated[int | None, _train(help="Batches to train on, instead of --epochs.", min=0)] = None
     batch_size: Annotated[int, _train(help="Examples per batch, over all processes.", min=1)] = _DEFAULT.batch_size
-    lr: Annotated[float | None, _train(help="Learning rate, e.g. 1e-3. Unset: the file's, or the optimizer's own.")] = (
+    lr: Annotated[float | None, _train(help="Learning rate, e.g. 1e-3; else the file's, or the optimizer's own.")] = (
         None
     )
     lr_schedule: Annotated[str, _train(help="Learning-rate decay: constant, linear, cosine, step.")] = _DEFAULT.rate
@@ -84,7 +84,7 @@ class Finetune(OutputOptions):
         None
     )
     distill: Annotated[
-        str, _train(metavar="TEACHER", help="Teacher model for distillation; input: MODEL before pruning.")
+        str, _train(metavar="TEACHER", help="Teacher model for distillation; input means MODEL before pruning.")
     ] = ""
     distill_builder: Annotated[
         str, _train(metavar="MOD:FN", help="Code that builds the teacher; else that of --builder.")
@@ -154,7 +154,7 @@ class Finetune(OutputOptions):
     ] = None
     mask: Annotated[MaskMode, _when(help="Keep zeros in place, or regrow weights (RigL).")] = _DEFAULT.mask
     keep_wrappers: Annotated[
-        bool, _when("--keep-wrappers", help="Write masks too, as tfmot or torch.nn.utils.prune.")
+        bool, _when("--keep-wrappers", help="Also write masks, as tfmot or torch.nn.utils.prune do.")
     ] = False
     checkpoint_dir: Annotated[Path | None, _long(metavar="DIR", help="Save a checkpoint here after every epoch.")] = (
         None

@@ -61,7 +61,7 @@ def inspect(
     ] = False,
     zeros: Annotated[
         bool,
-        typer.Option("--zeros/--no-zeros", help="Count zeros (unasked up to 64 GiB); --no-zeros skips this."),
+        typer.Option("--zeros/--no-zeros", help="Count zeros (by default up to 64 GiB); --no-zeros skips this."),
     ] = True,
     groups: Annotated[bool, typer.Option("--groups", help="Show dependency groups: channels cut together.")] = False,
     inputs: Annotated[

@@ -108,7 +108,7 @@ class Prune(OutputOptions):
         _much(metavar="N", help="With --pattern layers: how many blocks to remove.", min=1),
     ] = None
     compression: Annotated[
-        float | None, _much(metavar="X", min=1, help="All parameters over those kept: 4 keeps 25 %.")
+        float | None, _much(metavar="X", min=1, help="All parameters over the kept ones: 4 keeps 25 %.")
     ] = None
     target_gzip: Annotated[str, _much(metavar="SIZE", help="Prune down to this gzip size, e.g. 400KB.")] = ""
     target_packed: Annotated[str, _much(metavar="SIZE", help="Prune down to this size with --pack, e.g. 1MB.")] = ""
@@ -167,7 +167,7 @@ class Prune(OutputOptions):
         _data(help="Refit kept weights: each layer by least squares (the default), or train to match dense outputs."),
     ] = None
     repair_steps: Annotated[
-        int | None, _data(metavar="N", help="Most training steps of --repair outputs.  [default: 2000]", min=1)
+        int | None, _data(metavar="N", help="Maximum training steps of --repair outputs.  [default: 2000]", min=1)
     ] = None
     loss: Annotated[str, _data(metavar="NAME", help="Loss for gradients, e.g. mse; else the file's.")] = ""
     builder: Annotated[str, builder_option(_data)] = ""
@@ -176,7 +176,7 @@ class Prune(OutputOptions):
     inputs: Annotated[
         list[str] | None, _cut("--input", metavar="SHAPE", help="Input shape with batch, e.g. 1,3,224,224.")
     ] = None
-    wrap: Annotated[bool, _later("--wrap", help="Write masks too, as tfmot or torch.nn.utils.prune.")] = False
+    wrap: Annotated[bool, _later("--wrap", help="Also write masks, as tfmot or torch.nn.utils.prune do.")] = False
     schedule: Annotated[str, _later(metavar="NAME", help="Let later training prune: polynomial … (Keras 2).")] = ""
     schedule_param: Annotated[
         list[str] | None, _later(metavar="K=V", help="Parameter of the schedule, e.g. power=2.")
@@ -189,7 +189,7 @@ class Prune(OutputOptions):
     ] = None
     power: Annotated[float | None, _later(help="Exponent of the polynomial.  [default: 3]")] = None
     part: Annotated[str, _many(metavar="I/N", help="Prune only part I of N of the shards, e.g. 3/8.")] = ""
-    join: Annotated[bool, _many("--join", help="Complete OUT, of which all parts are there.")] = False
+    join: Annotated[bool, _many("--join", help="Complete OUT once all its parts are written.")] = False
     on: Annotated[str, _many(metavar="ray[:ADDRESS]", help="Prune all parts on a Ray cluster, and join them.")] = ""
     pack: Annotated[bool, typer.Option("--pack", help="Compress inside the file; it loads as before.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the result, but write nothing.")] = False

@@ -128,8 +128,8 @@ def size(
 ) -> int:
     """Measure raw, packed and compressed size and sparsity, and check them against limits.
 
-    raw is the size on disk, packed that after --pack, gzip that of a download: stock zlib at level 6, as Python's
-    gzip.compress(data, 6, mtime=0). A folder is measured as a sorted tar without times.
+    raw is the size on disk, packed the size after --pack, gzip the size of a download: stock zlib at level 6, as in
+    Python's gzip.compress(data, 6, mtime=0). A folder is measured as a sorted tar without times.
 
     [dim]$[/] prunectl size model.h5
 

@@ -61,7 +61,7 @@ class Strip(OutputOptions):
     output: OutputOption = ""
     only: Annotated[str, typer.Option(metavar="PARTS", help=f"Remove only these parts: {', '.join(StripPart)}.")] = ""
     keep: Annotated[
-        Keep | None, typer.Option(help="Of the weights and their moving average (EMA), which copy to keep.")
+        Keep | None, typer.Option(help="Which copy to keep: the moving average (EMA) or the trained weights.")
     ] = None
     half: Annotated[bool, typer.Option("--half", help="Store weights as 16-bit floats (float16).")] = False
     pack: Annotated[bool, typer.Option("--pack", help="Compress inside the file; it loads as before.")] = False

@@ -75,7 +75,7 @@ def sweep(
     ] = None,
     epochs: Annotated[int, _train(help="Epochs to train each trial; 0 only prunes.", min=0)] = _DEFAULT.epochs,
     lr: Annotated[
-        float | None, _train(help="Learning rate, e.g. 1e-3. Unset: the file's, or the optimizer's own.")
+        float | None, _train(help="Learning rate, e.g. 1e-3; else the file's, or the optimizer's own.")
     ] = None,
     optimizer: Annotated[
         str, _train(metavar="NAME", help="Optimizer, e.g. sgd:momentum=0.9; else the file's, or adam.")

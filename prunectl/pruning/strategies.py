@@ -210,7 +210,7 @@ STRATEGIES = (
     Strategy(
         "alps",
         _needs_data,
-        "the smallest output error of each layer, sought by ADMM: slower than obs, better from 70 % on (ALPS, 2024)",
+        "the smallest output error of each layer, found by ADMM: slower than obs, better from 70 % on (ALPS, 2024)",
         choices={"damp": 0.01, "stages": 1},
         needs=Requires.PRODUCTS,
     ),
