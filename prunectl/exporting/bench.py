@@ -203,6 +203,8 @@ def _describe(opened: _Opened, memory: int | None) -> BenchedModel:
 
 
 def _notes(opened: Sequence[_Opened], threads: int) -> Iterator[str]:
+    for each in opened:
+        yield from each.runnable.notes
     if any(each.file.family is Family.KERAS for each in opened):
         yield "Keras models are run as a graph, without what predict does around it."
     if any(each.runnable.runtime == "TensorFlow" for each in opened):

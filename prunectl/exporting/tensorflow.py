@@ -30,7 +30,7 @@ from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
 from prunectl.training.lite import declared_shape, open_interpreter
 from prunectl.training.quiet import ignore_warnings, silence
-from prunectl.training.tensorflow import SIGNATURE, load_saved_model
+from prunectl.training.tensorflow import SIGNATURE, load_saved_model, signature_note
 
 _tf = load_keras2().tensorflow
 
@@ -117,7 +117,6 @@ def threads_note(threads: int) -> str:
 
 def _load_signature(path: Path) -> TfRunnable:
     root, signature = load_saved_model(path, "save it again with signatures=")
-    names = list(root.signatures)
     function = root.signatures[signature]
     # By their names: a signature knows no other order.
     specs = dict(sorted(function.structured_input_signature[1].items()))
@@ -128,8 +127,7 @@ def _load_signature(path: Path) -> TfRunnable:
         outputs = function(**dict(zip(specs, arguments, strict=True)))
         return [outputs[name] for name in output_names]
 
-    notes = () if len(names) == 1 else (f"Exported the signature {signature}, one of {', '.join(names)}.",)
-    return TfRunnable(inputs, output_names, call, call, root, notes=notes)
+    return TfRunnable(inputs, output_names, call, call, root, notes=signature_note(path, root, signature))
 
 
 def _axes(spec: Any) -> tuple[int | None, ...] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,15 @@ from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.scratch import temporary_folder, utf8_path
 from prunectl.training import user_code
-from prunectl.training.backend import GradientStatistic, LoadOptions, ModelSignature, TensorSpec, TrainableModel
+from prunectl.training.backend import (
+    GradientStatistic,
+    InputCallback,
+    LoadOptions,
+    ModelSignature,
+    TensorSpec,
+    TrainableModel,
+)
+from prunectl.training.data.source import Arrays, Batch
 from prunectl.training.keras import backend
 from prunectl.training.keras.backend import DevicePlacement, load_keras2
 from prunectl.training.keras.load import LoadedModel, error_line
@@ -40,8 +48,9 @@ _tf = load_keras2().tensorflow
 class SignatureModel(_Base):  # type: ignore[misc]
     """A Keras model whose forward pass is a SavedModel's signature."""
 
-    def __init__(self, function: Any, root: Any) -> None:
+    def __init__(self, function: Any, root: Any, notes: tuple[str, ...]) -> None:
         super().__init__()
+        self.notes = notes
         # Kept alive beside the function, which holds its variables weakly.
         self._root = [lambda: root]
         self._function = function
@@ -101,7 +110,11 @@ class SignatureModel(_Base):  # type: ignore[misc]
 
 
 def load_saved_model(path: Path, hint: str) -> tuple[Any, str]:
-    """What a SavedModel holds, and the signature that serves; without one the hint says what helps."""
+    """What a SavedModel holds, and the signature that is run; without one the hint says what helps.
+
+    That is the one that serves, or the first, of those that use variables where any does: one that tells a version
+    or parses its input is no model.
+    """
     try:
         with ignore_warnings(), temporary_folder() as folder:
             root = _tf.saved_model.load(str(utf8_path(path, folder / "link")))
@@ -110,7 +123,14 @@ def load_saved_model(path: Path, hint: str) -> tuple[Any, str]:
     names = list(root.signatures)
     if not names:
         raise InputError(f"{path} has variables but no signature that uses them", hint=hint)
+    names = [name for name in names if root.signatures[name].variables] or names
     return root, SIGNATURE if SIGNATURE in names else names[0]
+
+
+def signature_note(path: Path, root: Any, signature: str) -> tuple[str, ...]:
+    """Which of several signatures is run, which nobody would see otherwise."""
+    others = [name for name in root.signatures if name != signature]
+    return (f"{path} is run by its signature {signature}, not by {', '.join(others)}.",) if others else ()
 
 
 def load_signature_model(path: Path) -> SignatureModel:
@@ -122,7 +142,7 @@ def load_signature_model(path: Path) -> SignatureModel:
             f"{path} cannot be trained or run on data: its weights are constants of the graph, or variables in slices",
             hint="train the model that it was made of; to measure it or to prune it with data, export it to ONNX first",
         )
-    model = SignatureModel(function, root)
+    model = SignatureModel(function, root, signature_note(path, root, signature))
     size = model.fixed_batch_size
     answers = [spec.shape for spec in function.structured_outputs.values()]
     if size is not None and all(shape.rank is not None and shape[:1] not in ([None], [size]) for shape in answers):
@@ -168,6 +188,7 @@ class SignatureTrainable(KerasTrainable):
     def notes(self) -> tuple[str, ...]:
         """What was chosen for want of a word, and how it is trained."""
         notes: tuple[str, ...] = (
+            *self._model.notes,
             "The model is trained in inference mode: dropout is off and batch normalisation is fixed.",
         )
         size = self._model.fixed_batch_size
@@ -211,13 +232,23 @@ class SignatureTrainable(KerasTrainable):
                 self._unserved_weights[name] = np.where(mask, value, np.zeros((), value.dtype))
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
+        self._require_served(names)
+        super().watch(evidence, names)
+
+    def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
+        self._require_served(names)
+        return super().gradients(names, batch)
+
+    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
+        super().observe([name for name in names if name in self._variables], x, see)
+
+    def _require_served(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._variables:
                 raise UsageError(
                     f"{name} has no gradient: the signature of {self._loaded.file.path} does not use it",
                     hint=f"leave it out: --exclude {name}",
                 )
-        super().watch(evidence, names)
 
 
 def load(model: ModelFile, placement: DevicePlacement) -> LoadedModel:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunectl.api import prune
 from prunectl.errors import InputError, UntrustedError, UsageError
+from prunectl.exporting.bench import BenchRequest, bench
 from prunectl.formats.registry import open_model
 from prunectl.pruning.destination import Destination
 from prunectl.pruning.request import PruneRequest as Pruning
@@ -183,6 +185,32 @@ def test_what_is_not_served_has_no_gradient_to_rank_it_by(tmp_path: Path) -> Non
     network = opened(saved(tmp_path / "m"))
     with pytest.raises(UsageError, match="does not use it"):
         network.watch(GradientStatistic.SALIENCE, ["first", "unused"])
+    with pytest.raises(UsageError, match="does not use it"):
+        network.gradients(["first", "unused"], BATCH)
+
+
+def test_what_is_not_served_is_ranked_by_magnitude_where_inputs_decide(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=X, z=Z, y=Y)
+    data = f"{tmp_path / 'd.npz'}[x+z,y]"
+    pruned = prune(saved(tmp_path / "m"), tmp_path / "out", sparsity=0.75, strategy="obs", data=data)
+    assert any("unused: ranked by magnitude" in note for note in pruned.notes)
+    model = open_model(tmp_path / "out")
+    unused = next(model.read(tensor) for tensor in model.tensors if tensor.name == "unused")
+    assert sorted(unused.reshape(-1)) == [0] * 7 + [1] * 2
+
+
+def test_of_several_signatures_one_with_weights_is_run_and_named(tmp_path: Path) -> None:
+    module = Plain()
+    specs = [tf.TensorSpec((None, size), tf.float32, name) for size, name in ((6, "x"), (3, "z"))]
+    version = tf.function(lambda x: {"version": x + 1.0}).get_concrete_function(specs[0])
+    answer = tf.function(module.answer).get_concrete_function(*specs)
+    tf.saved_model.save(module, tmp_path / "m", signatures={"serving_default": version, "answer": answer})
+    np.savez(tmp_path / "d.npz", x=X, z=Z, y=Y)
+    done = evaluate_file(tmp_path / "m", FinetuneRequest(data=f"{tmp_path}/d.npz[x+z,y]", means=MEANS))
+    assert done.logs["loss"] == pytest.approx(float(np.mean((module.answer(X, Z)["out"] - Y) ** 2)), rel=1e-5)
+    named = f"{tmp_path / 'm'} is run by its signature answer, not by serving_default."
+    assert named in done.notes
+    assert named in bench([tmp_path / "m"], BenchRequest(seconds=0.1)).notes
 
 
 def test_without_a_signature_there_is_nothing_to_train(tmp_path: Path) -> None:
