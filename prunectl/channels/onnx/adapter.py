@@ -179,6 +179,8 @@ class SizeConstants:
         self.ops = {op.outputs: op for op in loaded.graph.nodes}
         self.replaced: set[str] = set()
         """Values that may have no reader any more."""
+        self._said: dict[tuple[str, tuple[int, ...]], str] = {}
+        """What says other lengths than a value does, by these."""
         self._graph = proto.graph
         self._is_listed = proto.ir_version < _UNLISTED
         self._makers = {name: node for node in proto.graph.node for name in node.output}
@@ -198,21 +200,42 @@ class SizeConstants:
                 self._graph.node.remove(node)
 
     def update(self, node: Any, position: int, lengths: Sequence[int]) -> None:
-        """Say other lengths at an input, where those that it says are made."""
-        name = node.input[position]
-        maker = self._makers.get(name)
+        """Say other lengths at an input, where those that it says are made; other readers of these keep them."""
+        node.input[position] = self._saying(node.input[position], tuple(lengths))
+
+    def _saying(self, name: str, lengths: tuple[int, ...]) -> str:
+        if (known := self._said.get((name, lengths))) is not None:
+            return known
+        maker, said = self._makers.get(name), name
         if self._is_static(name):
-            self.replace(node, position, lengths)
+            said = self.add(name, np.array(lengths, self.constants[name].dtype))
         elif maker is not None and maker.op_type in {"Cast", "Identity"}:
-            self.update(maker, 0, lengths)
+            said = self._copy(maker, [self._saying(maker.input[0], lengths)])
         elif maker is not None and maker.op_type == "Concat":
             # What is measured while it runs is right by itself; what stands there is not.
-            begin = 0
-            for number, part in enumerate(list(maker.input)):
+            parts, begin = [], 0
+            for part in maker.input:
                 end = begin + self.constants[part].size
-                if list(map(int, self.constants[part])) != list(lengths[begin:end]) and self._is_static(part):
-                    self.update(maker, number, lengths[begin:end])
+                is_right = list(map(int, self.constants[part])) == list(lengths[begin:end])
+                parts.append(part if is_right or not self._is_static(part) else self._saying(part, lengths[begin:end]))
                 begin = end
+            said = self._copy(maker, parts)
+        if said != name:
+            self.replaced.add(name)
+        self._said[name, lengths] = said
+        return said
+
+    def _copy(self, maker: Any, inputs: Sequence[str]) -> str:
+        """The output of a node like another that reads other inputs; of that one itself, if it reads them already."""
+        if list(maker.input) == list(inputs):
+            return str(maker.output[0])
+        made = type(maker)()
+        made.CopyFrom(maker)
+        made.input[:], made.output[:] = inputs, [self._free_name(maker.output[0])]
+        made.name = made.name and made.output[0]
+        self._graph.node.insert(list(self._graph.node).index(maker), made)
+        self._makers[made.output[0]] = made
+        return str(made.output[0])
 
     def replace(self, node: Any, position: int, lengths: Sequence[int]) -> None:
         """Say other lengths at an input by a constant of its own."""
@@ -231,14 +254,18 @@ class SizeConstants:
 
     def add(self, like: str, lengths: Array) -> str:
         """Add a constant, and return its name."""
-        taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
-        name = like
-        while name in taken:
-            self._count += 1
-            name = f"{like}_{self._count}"
+        name = self._free_name(like)
         onnx = require("onnx", extra="onnx")
         tensor = onnx.numpy_helper.from_array(lengths, name)
         self._graph.initializer.append(tensor)
         if self._is_listed:
             self._graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, lengths.shape))
+        return name
+
+    def _free_name(self, like: str) -> str:
+        taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
+        name = like
+        while name in taken:
+            self._count += 1
+            name = f"{like}_{self._count}"
         return name
