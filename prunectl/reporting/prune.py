@@ -363,11 +363,15 @@ def wrap_report(wrapped: WrapResult, output: str) -> Report:
     kept = [
         note for note in section.notes if not (note.startswith("The optimizer's state") and wrapped.loses_optimizer)
     ]
+    facts = section.facts
+    if wrapped.ramp is not None:  # nothing is pruned yet
+        kept = [note for note in kept if note != UNMEASURED]
+        facts = tuple(("to prune" if name == "pruned" else name, text) for name, text in facts)
     pruned = wrapped.pruned
     # Wrappers are there to be trained with.
     training = recover_accuracy(pruned.before, output, pruned.request.model or "net.py:Net") if output else ""
     notes = (*_wrapper_notes(wrapped), *kept)
-    return replace(report, sections=(replace(section, notes=notes),), next_step=training)
+    return replace(report, sections=(replace(section, facts=facts, notes=notes),), next_step=training)
 
 
 def _wrapper_notes(wrapped: WrapResult) -> tuple[str, ...]:

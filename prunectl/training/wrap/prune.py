@@ -73,7 +73,7 @@ def prune_wrapped(
             after, lost = stats_for_report(result), _has_optimizer(model) and not _has_optimizer(result)
             is_bare = _is_compiled(model) and not _is_compiled(result)
     if ramp is not None:
-        pruned = replace(pruned, tallies=_untouched(model, pruned))
+        pruned = replace(pruned, tallies=_untouched(model, pruned), lost={})
     shown = str(output.target if output is not None else "the result")
     pruned = replace(pruned, request=request, after=replace(after, path=shown))
     return WrapResult(pruned, len(wrapping.names) - len(bare), bare, ramp, is_bare, lost)

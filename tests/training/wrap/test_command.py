@@ -31,10 +31,13 @@ def test_masks_are_written_and_named(tmp_path: Path) -> None:
 def test_a_schedule_is_written_and_told(tmp_path: Path) -> None:
     pytest.importorskip("tensorflow_model_optimization")
     words = ("--schedule", "polynomial", "--initial-sparsity", "10%", "--begin", "100", "--end", "400", "--power", "2")
-    done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words)
+    done = here("prune", H5, "-o", tmp_path / "w.h5", "-s", "0.8", *words, "--format", "human")
     assert done.code == 0, done.err
-    assert "no weight is pruned yet; in training, polynomial 10.0 % to 80.0 %, from step 100 to step 400." in done.err
-    assert "The optimizer's state was not kept" not in done.err
+    assert "no weight is pruned yet; in training, polynomial 10.0 % to 80.0 %, from step 100 to step 400." in done.out
+    assert "to prune  7,790 of 9,736 weights" in done.out
+    assert "likely to fall" not in done.out
+    assert "not measured" not in done.out
+    assert "The optimizer's state was not kept" not in done.out
     wrappers = open_model(tmp_path / "w.h5").about.wrappers
     assert {wrapper.schedule for wrapper in wrappers} == {"PolynomialDecay(0.1 -> 0.8, steps 100-400)"}
 
