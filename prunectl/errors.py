@@ -89,12 +89,22 @@ def translate(error: Exception) -> PrunectlError | None:
         return WorkError(f"{error.filename or 'the output'} cannot be written: {error.strerror}; nothing was written")
     if error.errno is not None and error.filename:
         return InputError(f"{_text(error.filename)} cannot be opened: {error.strerror}")
+    if error.errno == errno.ENOENT and _is_folder_gone():
+        return WorkError("the current folder was removed; nothing was written", hint="change to one that exists: cd")
     if error.errno is not None or isinstance(error, TimeoutError):
         # What was being read says so itself (see `reading`): this is the network, a pipe, or what is written.
         return WorkError(
             f"the operating system reported an error: {error.strerror or first_line(error)}; nothing was written"
         )
     return None
+
+
+def _is_folder_gone() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def test_a_file_is_evaluated_on_data(tmp_path: Path) -> None:
     with np.load(FIXTURES / "digits.npz") as arrays:
         x, y = (arrays[name] for name in arrays.files[:2])
     x, y = x[:64].astype(np.float32) / 16, y[:64]
-    found = prunectl.evaluate(FIXTURES / "digits_cnn.onnx", (x, y), metric="accuracy")
+    found = prunectl.evaluate(FIXTURES / "digits_cnn.onnx", data=(x, y), metric="accuracy")
     assert (
         found.value
         == prunectl.evaluate(FIXTURES / "digits_cnn.onnx", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=64").value

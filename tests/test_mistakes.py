@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from prunectl.errors import WorkError, translate
 from tests.running import FIXTURES, here
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -167,3 +168,13 @@ def test_a_whole_module_says_which_file_its_class_is_in(tmp_path: Path) -> None:
     (folder / "net_beside.py").rename(tmp_path / "net_beside.py")
     here_now = here("finetune", "models/whole.pt", *words, "--force", cwd=tmp_path)
     assert "--trust --import ./net_beside.py" in here_now.err
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("model.onnx").absolute()
+    found = translate(caught.value)
+    assert type(found) is WorkError
+    assert found.message == "the current folder was removed; nothing was written"

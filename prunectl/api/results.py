@@ -370,9 +370,10 @@ class SweepResult(EngineResult, Swept):
             f"{trial.name}  {self.outcomes[trial].value:.4g}  {nbytes(self.outcomes[trial].gzip)} gzip"
             for trial in front[:6]
         )
-        metric = self.base.metric
+        metric, number = self.base.metric, len(self.outcomes) - 1
+        trials = "1 trial" if number == 1 else f"{count(number)} trials"
         return (
-            f"{self.model} -> {self.folder}: {count(len(self.outcomes) - 1)} trials, {len(self.failed)} failed",
+            f"{self.model} -> {self.folder}: {trials}, {len(self.failed)} failed",
             f"unpruned  {metric} {self.base.value:.4g}, {nbytes(self.base.gzip)} gzip",
             f"{len(front)} on the Pareto front:",
             *rows,

@@ -314,7 +314,7 @@ def bench(
 @as_keywords()
 @host_settings()
 def evaluate(
-    model: AnyPath, data: Data, /, *, on_progress: OnProgress = None, **options: Unpack[EvaluateOptions]
+    model: AnyPath, /, data: Data, *, on_progress: OnProgress = None, **options: Unpack[EvaluateOptions]
 ) -> EvaluationResult:
     """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
 

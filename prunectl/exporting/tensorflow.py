@@ -264,7 +264,8 @@ def _hint(job: ExportJob) -> str:
 def run_tflite(job: ExportJob, target: Path) -> Run:
     """A function that runs the result in the interpreter."""
     runnable: TfRunnable = job.runnable
-    with silence():
+    # Python's warnings go to `sys.stderr`, which is not the descriptor in a notebook.
+    with silence(), ignore_warnings():
         interpreter = _tf.lite.Interpreter(model_path=str(target), num_threads=1)
         run_signature = interpreter.get_signature_runner(SIGNATURE)
 

@@ -32,7 +32,9 @@ def silence(*descriptors: int) -> Iterator[None]:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        # A program without a console has none.
+        if stream is not None:
+            stream.flush()
 
 
 LOGGERS = ("tensorflow", "absl", "jax")

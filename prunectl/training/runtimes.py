@@ -65,8 +65,9 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
             return trainable
     title = by_name(model.format).title
     raise InputError(
-        f"{model.path} ({title}) cannot be trained: no framework can compute gradients for it",
-        hint="train the Keras or PyTorch model that it was exported from, then export it again",
+        f"{model.path} ({title}) cannot be trained, and its layer inputs cannot be captured: no framework opens its "
+        "layers",
+        hint="use the Keras or PyTorch model that it was exported from, then export that again",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -297,3 +299,16 @@ def test_a_loop_is_not_calibrated_and_the_way_that_is_shown_works(tmp_path: Path
     one = [inputs[0][:1]]
     found = next(iter(by_tflite(tmp_path / "m.tflite", {model.inputs[0].name: one[0]}).values()))
     np.testing.assert_allclose(found, answers(model, one)[0], atol=0.05)
+
+
+def test_a_notebook_and_a_program_without_a_console_see_no_warning_of_a_converter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither has a stream that is the file descriptor.
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        api.export(FIXTURES / "digits_cnn.h5", tmp_path / "digits.tflite")
+    assert not seen
+    assert (tmp_path / "digits.tflite").stat().st_size > 0
