@@ -99,7 +99,7 @@ def _apply_option(spec: InputSpec, option: InputOption) -> InputSpec:
     return replace(spec, name=option.name or spec.name, shape=option.shape, dtype=option.dtype or spec.dtype)
 
 
-_IMAGE_LENGTH, _SEQUENCE_LENGTH = 224, 128
+_IMAGE_LENGTH, _SEQUENCE_LENGTH, _SOUND_LENGTH = 224, 128, 16_000
 _OPEN_LENGTH = 16
 """Sample length of an axis that the user leaves open."""
 
@@ -174,13 +174,15 @@ def check_known(inputs: tuple[InputSpec, ...], request: ExportRequest) -> None:
             raise _unknown_shape_error(spec)
         raise UsageError(
             f"the input {spec.name} of the model has the shape {shape_text(spec.shape)}, whose open axes need a length",
-            hint=f"add --input {spec.name}:{_shape_hint(spec.shape)} (? leaves an axis open), or --data SPEC",
+            hint=f"add --input {spec.name}:{_shape_hint(spec.shape, spec.dtype)} "
+            "(? leaves an axis open), or --data SPEC",
         )
 
 
-def _shape_hint(shape: OpenShape) -> str:
-    """A plausible shape for a hint: open axes get the usual length of images or sequences."""
-    open_length = _IMAGE_LENGTH if len(shape) > 3 else _SEQUENCE_LENGTH
+def _shape_hint(shape: OpenShape, dtype: str) -> str:
+    """A plausible shape for a hint: open axes get the usual length of images or sequences, or a second of sound."""
+    is_sound = len(shape) == 2 and dtype.startswith("float")
+    open_length = _IMAGE_LENGTH if len(shape) > 3 else _SOUND_LENGTH if is_sound else _SEQUENCE_LENGTH
     batch, *others = shape
     return ",".join(map(str, (batch or 1, *(length or open_length for length in others))))
 

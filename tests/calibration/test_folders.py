@@ -425,7 +425,7 @@ def test_nothing_is_fetched_and_the_program_around_may_go_on_to(
         ({"architectures": ["AutoModel"]}, "'AutoModel'"),
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'"),
         ({"architectures": 7}, "cannot build"),
-        ({"is_encoder_decoder": True}, "decoder"),
+        ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "an encoder with a decoder"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
     ],
 )

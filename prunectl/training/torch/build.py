@@ -8,7 +8,7 @@ import io
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -278,7 +278,8 @@ def input_specs(module: torch.nn.Module) -> tuple[TensorSpec, ...]:
     names = _names(module)
     if len(names) > 1:
         return tuple(TensorSpec(name, None, "") for name in names)
-    shape, dtype = _first_layer(module)
+    of_folder: Callable[[], tuple[tuple[int | None, ...] | None, str]] | None = getattr(module, "first_shape", None)
+    shape, dtype = of_folder() if of_folder is not None else _first_layer(module)
     return (TensorSpec(names[0] if names else "x", shape, dtype),)
 
 

@@ -7,8 +7,9 @@ for every other command. Everything is computed in 32 bits, whatever the file ho
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,15 @@ class FolderModule(InnerModule):
         with quiet_logging():
             return self.inner(**{self._key: input_ids})[0]
 
+    def first_shape(self) -> tuple[tuple[int | None, ...] | None, str]:
+        """The shape and the type of what it mainly takes, which its first layer may not say: ids, images, sounds."""
+        config: Any = self.inner.config
+        if self._key == "pixel_values":
+            channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+            return (channels, None, None), "float32"
+        is_sound = self._key == "input_values" and hasattr(config, "conv_kernel")
+        return ((None,) if is_sound else None), "int64" if self._key == "input_ids" else "float32"
+
 
 @dataclass(frozen=True, slots=True)
 class FolderNetwork:
@@ -76,6 +86,11 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
     with quiet_logging(), ignore_warnings(), offline(), _told(model):
         config = _config(library, model, config_of_file, is_trusted=origin.is_trusted)
         kind = _kind(library, model, config, config_of_file, is_trusted=origin.is_trusted)
+        if "decoder_input_ids" in inspect.signature(kind.forward).parameters:
+            raise UsageError(
+                f"the {CONFIG} of {model.folder} is of an encoder with a decoder, which takes two inputs at once",
+                hint="name a function that builds it and takes your data: --builder ./file.py:function",
+            )
         # First without any memory: what the config asks for may be more than there is.
         with torch.device("meta"):
             shapes = _built(kind, config)
@@ -87,12 +102,13 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         causal = {*library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
         own = config_of_file.get("auto_map") or {}
         causal.add(str(own.get("AutoModelForCausalLM")).rpartition(".")[2])
-        embedding = inner.get_input_embeddings()
+        # A model of images or sounds may have none to give.
+        takes_ids = getattr(inner, "main_input_name", "") == "input_ids"
+        embedding = inner.get_input_embeddings() if takes_ids else None
     module = FolderModule(inner)
-    is_text = getattr(inner, "main_input_name", "") == "input_ids" and isinstance(embedding, torch.nn.Embedding)
     text = TextInput(
         folder=model.folder or model.path.parent,
-        vocabulary=embedding.num_embeddings if is_text else 0,
+        vocabulary=embedding.num_embeddings if isinstance(embedding, torch.nn.Embedding) else 0,
         longest=_longest(config),
         is_causal=kind.__name__ in causal,
         is_trusted=origin.is_trusted,
@@ -127,11 +143,6 @@ def _match(model: ModelFile, module: Any) -> dict[str, str]:
 def _check_config(model: ModelFile, config: Mapping[str, Any]) -> None:
     """Refuse a config that asks for what could not be built, before the library tries."""
     where = f"the {CONFIG} of {model.folder}"
-    if config.get("is_encoder_decoder") is True:
-        raise UsageError(
-            f"{where} is of an encoder with a decoder, which takes two texts at once",
-            hint="name a function that builds it and takes your data: --builder ./file.py:function",
-        )
     if config.get("quantization_config"):
         raise UsageError(
             f"{where} says that the weights are quantized, which cannot be run here",
@@ -212,8 +223,11 @@ def _kind(library: Any, model: ModelFile, config: Any, fields: Mapping[str, Any]
 
 def _built(kind: Any, config: Any) -> Any:
     # Never what a config asks for: it may name a kernel that would have to be fetched.
-    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
-    return kind._from_config(config, dtype=torch.float32, attn_implementation=attention)  # noqa: SLF001
+    if getattr(kind, "_supports_sdpa", False):
+        # A part of it, such as the backbone of a detector, may have none of it.
+        with suppress(ValueError):
+            return kind._from_config(config, dtype=torch.float32, attn_implementation="sdpa")  # noqa: SLF001
+    return kind._from_config(config, dtype=torch.float32, attn_implementation="eager")  # noqa: SLF001
 
 
 def _check_buffers(model: ModelFile, module: torch.nn.Module) -> None:

@@ -1,0 +1,91 @@
+"""Folders of Hugging Face that take images, sounds or ids, exported as the hints say, and held against the library."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from tests.running import here
+
+transformers: Any = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SOUND = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+DETECTOR = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 5,
+}
+
+
+def configured(name: str) -> Any:
+    """A tiny model of a kind."""
+    if name == "DetrForObjectDetection":
+        backbone = transformers.ResNetConfig(**STAGES, out_features=["stage2"])
+        config = transformers.DetrConfig(use_timm_backbone=False, backbone_config=backbone, **DETECTOR)
+    elif name == "ResNetForImageClassification":
+        config = transformers.ResNetConfig(**STAGES)
+    elif name == "Wav2Vec2ForCTC":
+        config = transformers.Wav2Vec2Config(
+            vocab_size=32, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, **SIZE, **SOUND
+        )
+    else:
+        config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=2, d_inner=32)
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint", "lengths"),
+    [
+        # As long as the hint says, an export of a detector takes half a minute.
+        ("DetrForObjectDetection", "pixel_values:1,3,224,224", "1,3,64,64"),
+        ("ResNetForImageClassification", "x:1,3,224,224", "1,3,32,32"),
+        ("Wav2Vec2ForCTC", "input_values:1,16000", "1,16000"),
+        ("XLNetLMHeadModel", "x:1,128", "1,12"),
+    ],
+)
+def test_the_hint_fits_what_a_folder_takes_and_its_export_answers_as_the_library(
+    name: str, hint: str, lengths: str, tmp_path: Path
+) -> None:
+    network = configured(name)
+    network.save_pretrained(tmp_path / "folder")
+    words = ("export", tmp_path / "folder", "-o", tmp_path / "out.onnx")
+    refused = here(*words)
+    assert refused.code == 2
+    (said,) = re.findall(r"--input (\S+?),? ", refused.err)
+    assert said == hint
+    given = f"{hint.partition(':')[0]}:{lengths}"
+    done = here(*words, "--input", given)
+    assert done.code == 0, done.err
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    (port,) = session.get_inputs()
+    random, shape = np.random.default_rng(0), tuple(map(int, lengths.split(",")))
+    is_ids = port.type == "tensor(int64)"
+    array = random.integers(3, 30, shape) if is_ids else random.standard_normal(shape).astype(np.float32)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(array))[0].numpy()
+    np.testing.assert_allclose(session.run(None, {port.name: array})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_of_a_folder_are_refused_with_a_way_that_works(tmp_path: Path) -> None:
+    configured("XLNetLMHeadModel").save_pretrained(tmp_path / "folder")
+    cut = ("--pattern", "channel", "-s", "50%")
+    refused = here("prune", tmp_path / "folder", "-o", tmp_path / "out", *cut)
+    assert refused.code == 2
+    assert f"prunectl export {tmp_path / 'folder'} -o model.onnx" in refused.err
+    assert here("export", tmp_path / "folder", "-o", tmp_path / "model.onnx", "--input", "x:1,12").code == 0
+    assert here("prune", tmp_path / "model.onnx", "-o", tmp_path / "small.onnx", *cut).code == 0
