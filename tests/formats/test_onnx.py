@@ -162,6 +162,8 @@ USES: list[tuple[list[onnx.NodeProto], tuple[int, ...], Role, int | None]] = [
     ([helper.make_node("GRU", ["x", "k", "w"], ["y"])], (1, 6, 2), Role.RECURRENT, 1),
     ([helper.make_node("RNN", ["x", "k", "r", "w"], ["y"])], (1, 4), Role.BIAS, None),
     ([helper.make_node("Gather", ["w", "x"], ["y"])], (9, 4), Role.EMBEDDING, None),
+    ([helper.make_node("EmbedLayerNormalization", ["i", "s", "k", "w"], ["y"])], (9, 4), Role.EMBEDDING, None),
+    ([helper.make_node("BiasGelu", ["x", "w"], ["y"])], (4,), Role.BIAS, None),
     ([helper.make_node("BatchNormalization", ["x", "w", "b", "m", "v"], ["y"])], (4,), Role.NORM, None),
     ([helper.make_node("BatchNormalization", ["x", "s", "b", "w", "v"], ["y"])], (4,), Role.STATE, None),
     ([helper.make_node("LayerNormalization", ["x", "w"], ["y"])], (4,), Role.NORM, None),

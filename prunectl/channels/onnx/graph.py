@@ -181,10 +181,7 @@ def _node(node: Any, number: int, context: OnnxOpContext) -> OpNode:
     name = node.name or f"#{number}"
     op = node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
     outputs = tuple(filter(None, node.output))
-    if node.domain in STANDARD_DOMAINS:
-        kind, inputs, attributes = lower(context)
-    else:
-        kind, inputs, attributes = OpKind.UNKNOWN, (), {}
+    kind, inputs, attributes = lower(context)
     if kind is OpKind.UNKNOWN:
         inputs = tuple(names_read(node))
     return OpNode(name, op, kind, inputs, outputs, attributes)

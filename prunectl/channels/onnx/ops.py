@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunectl.channels.graph import OpKind, WeightView
+from prunectl.channels.onnx.contrib import MICROSOFT
 from prunectl.channels.onnx.shapes import StaticValues
-from prunectl.onnx_graph import find_attribute, get_attribute, input_of
+from prunectl.onnx_graph import STANDARD_DOMAINS, find_attribute, get_attribute, input_of
 
 if TYPE_CHECKING:
     from prunectl.channels.onnx.adapter import SizeConstants
 
 _SOFTMAX_BY_AXIS = 13
+_KEEPING_ZERO = frozenset({"Relu", "LeakyRelu", "Tanh"})
+"""What may follow in one operator: nothing comes of nothing."""
 _STATES = (5, 6)
 """Where a recurrent layer is given its first states."""
 _BACK = -(1 << 31)
@@ -101,6 +104,12 @@ def _matmul(op: OnnxOpContext) -> Lowering:
     if len(op.shape(op.input(1))) != 2 or not op.result:
         return _unknown(op)
     return OpKind.LINEAR, op.inputs, {"in_axis": 0}
+
+
+def _fused_linear(op: OnnxOpContext) -> Lowering:
+    is_plain = not any(op.attribute(name, 0) for name in ("transBatchA", "transBatchB"))
+    is_linear = is_plain and len(op.shape(op.input(1))) == 2 and set(op.inputs) & op.views.keys()
+    return _gemm(op) if is_linear and op.attribute("activation", "Relu") in _KEEPING_ZERO else _unknown(op)
 
 
 def _recurrent(op: OnnxOpContext) -> Lowering:
@@ -322,11 +331,17 @@ _ROWS: tuple[tuple[str, OnnxOpRule], ...] = (
     ("Gather", OnnxOpRule(_gather)),
 )
 RULES: Mapping[str, OnnxOpRule] = {op: rule for ops, rule in _ROWS for op in ops.split()}
+_FUSED: Mapping[str, OnnxOpRule] = {
+    **dict.fromkeys(("Gelu", "FastGelu", "QuickGelu", "BiasGelu"), RULES["Gelu"]),
+    **dict.fromkeys(("FusedMatMul", "FusedGemm"), OnnxOpRule(_fused_linear)),
+}
+"""Of the operators that onnxruntime adds, those that let channels through or make others."""
 
 
 def lower(op: OnnxOpContext) -> Lowering:
     """What an operation does to channels; unknown where the file does not say enough."""
-    rule = RULES.get(op.node.op_type, OnnxOpRule(_unknown))
+    rules = RULES if op.node.domain in STANDARD_DOMAINS else _FUSED if op.node.domain == MICROSOFT else {}
+    rule = rules.get(op.node.op_type, OnnxOpRule(_unknown))
     try:
         lowering = rule.lower(op)
         for name in (*lowering[1], *op.node.output):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLengths
+from prunectl.channels.onnx.contrib import replace_fused
 from prunectl.errors import InputError, first_line
 from prunectl.formats import budgets
 from prunectl.formats.base import Array
@@ -144,6 +145,7 @@ def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[i
             graph.initializer.append(tensor)
         elif tensor.name not in listed:
             graph.input.append(make_port(tensor.name, tensor.data_type, list(tensor.dims)))
+    replace_fused(graph, {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer})
     return skeleton
 
 

@@ -101,6 +101,10 @@ PARTS: dict[str, dict[int, OperandRole]] = {
     "SimplifiedLayerNormalization": _SCALE,
     "SkipLayerNormalization": {2: _NORM, 3: _NORM, 4: _BIAS_INPUT},
     "SkipSimplifiedLayerNormalization": {2: _NORM, 3: _BIAS_INPUT},
+    "EmbedLayerNormalization": {**dict.fromkeys((2, 3, 4), OperandRole(Role.EMBEDDING)), 5: _NORM, 6: _NORM},
+    "BiasGelu": {1: _BIAS_INPUT},
+    "FastGelu": {1: _BIAS_INPUT},
+    "MultiHeadAttention": {3: _BIAS_INPUT},
     "Gather": {0: OperandRole(Role.EMBEDDING)},
 }
 """By operation and number of the input."""
