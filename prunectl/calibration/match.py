@@ -28,7 +28,7 @@ from prunectl.training.config import DivergedError, TrainConfig
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.distillation import compare_answers
 from prunectl.training.finetune import write_back
-from prunectl.training.runtimes import load_trainable
+from prunectl.training.runtimes import load_trainable, with_arrays
 from prunectl.training.task import DistilledOutput, distillation_loss
 
 STEPS = 2000
@@ -298,7 +298,7 @@ def match_smaller(
         batches = session.calibration.batches
         examples = answered(session.trainable, batches, dense.path)
     origin = LoadOptions(builder or request.model, request.custom_objects, is_trusted, request.seed)
-    with closing(load_trainable(smaller, origin)) as network:
+    with closing(load_trainable(smaller, with_arrays(origin, smaller, request.data))) as network:
         matcher = OutputMatcher(batches, network, request, meter=meter)
         write_back(smaller, matcher.match_smaller(smaller, examples), places)
     return tuple(dict.fromkeys((*session.notes, *matcher.notes)))

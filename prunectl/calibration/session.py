@@ -37,7 +37,7 @@ from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
 from prunectl.training.data.text import batch_size
-from prunectl.training.runtimes import load_blockwise, load_onnx_model, load_trainable, seed_everything
+from prunectl.training.runtimes import load_blockwise, load_onnx_model, load_trainable, seed_everything, with_arrays
 from prunectl.units import listed
 
 Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
@@ -232,10 +232,10 @@ class BlockwiseCalibration(Calibration):
 
     def parts(self, *, has_reference: bool) -> Iterator[tuple[int, Calibration]]:
         """Yield the calibration of each part; what its weights are changed to is what goes into the next."""
-        arrays = [as_tuple(batch.x)[0] for batch in self.batches]
-        self.network.begin(arrays)
+        self.network.begin([batch.x for batch in self.batches])
         # A part knows what goes into it by the number of the batch.
-        batches = tuple(Batch(np.full(len(array), index)) for index, array in enumerate(arrays))
+        counts = [len(as_tuple(batch.x)[0]) for batch in self.batches]
+        batches = tuple(Batch(np.full(count, index)) for index, count in enumerate(counts))
         for number in range(self.network.parts):
             network, reference = self.network.open(number, has_copy=has_reference)
             yield number, Calibration(network, batches, reference)
@@ -251,7 +251,7 @@ class BlockwiseCalibration(Calibration):
 
     def influence(self) -> list[float]:
         """Block influence (ShortGPT, Men et al. 2024): one less the mean cosine similarity of a block's two ends."""
-        self.network.begin([as_tuple(batch.x)[0] for batch in self.batches])
+        self.network.begin([batch.x for batch in self.batches])
         found = []
         for number in range(self.network.parts - 1):
             self.network.open(number, has_copy=False)
@@ -332,6 +332,7 @@ def open_calibration(
     check_exists(request.data)
     seed_everything(request.seed)
     origin = LoadOptions(request.model, request.custom_objects, is_trusted, request.seed)
+    origin = with_arrays(origin, model, request.data)
     blockwise = load_blockwise(model, origin) if is_blockwise else None
     network: Any
     network, trainable = _network(model, origin) if blockwise is None else (blockwise, None)

@@ -30,6 +30,7 @@ from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import open_model
 from prunectl.training import user_code
 from prunectl.training.data.registry import check_exists
+from prunectl.training.runtimes import with_arrays
 
 _INPUT = "x:1,3,224,224:f32"
 
@@ -153,7 +154,8 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
 
 
 def _open(file: ModelFile, opener: Any, request: BenchRequest) -> _Opened:
-    runnable: RunnableModel = opener(file, request.origin)
+    names = (option.name for option in request.input)
+    runnable: RunnableModel = opener(file, with_arrays(request.origin, file, request.data, *names))
     # Of several models, whose layouts may differ, those are told the shape that do not know it.
     is_open = any(spec.shape is None or None in spec.shape[1:] for spec in runnable.inputs)
     inputs = apply_input_options(runnable.inputs, request.input if is_open else ())

@@ -29,6 +29,7 @@ from prunectl.pruning import destination as outputs
 from prunectl.pruning.destination import BIG_BYTES, Destination
 from prunectl.pruning.strip import stats_for_report, strip
 from prunectl.training import user_code
+from prunectl.training.runtimes import with_arrays
 
 
 def check_card(request: ExportRequest, output: Destination) -> None:
@@ -275,7 +276,10 @@ def _without_wrappers(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple
 def _export_job(model: ModelFile, request: ExportRequest, route: Route, scratch: Path) -> ExportJob:
     if not route.opener:
         return ExportJob(model, request, scratch=scratch)
-    runnable = load(route, route.opener)(model, request.origin)
+    # A text is run beside others that are longer: what says where it ends goes in, unless the user names the inputs.
+    given = [option.name for option in request.input]
+    names = given if given or request.data else ["input_ids", "attention_mask"]
+    runnable = load(route, route.opener)(model, with_arrays(request.origin, model, request.data, *names))
     if not runnable.inputs:
         raise InputError(f"{model.path} has no inputs, so nothing can be run to compare its export with it")
     inputs = apply_input_options(runnable.inputs, request.input)

@@ -33,6 +33,8 @@ class InputSpec:
     """A NumPy name such as float32; empty if unknown."""
     is_declared: bool = True
     """Whether the model itself declares it; else it is a guess by the first layer."""
+    usual: OpenShape | None = None
+    """The shape that it has unless the user gives one, where the model may take others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> M
 def apply_input_options(inputs: tuple[InputSpec, ...], options: Sequence[InputOption]) -> tuple[InputSpec, ...]:
     """The inputs of a model as `--input` specifies them, by name or else by order; contradictions are refused."""
     if not options:
-        return inputs
+        return tuple(replace(spec, shape=spec.usual or spec.shape) for spec in inputs)
     ordered = in_order(options, [spec.name for spec in inputs])
     return tuple(_apply_option(spec, option) for spec, option in zip(inputs, ordered, strict=True))
 
@@ -148,7 +150,7 @@ def make_samples(runnable: RunnableModel, inputs: tuple[InputSpec, ...], request
 
 def _random_arrays(inputs: tuple[InputSpec, ...], count: int, seed: int) -> tuple[Array, ...]:
     random = np.random.default_rng(seed)
-    return tuple(_random_array(random, (count, *_example_shape(spec)), spec.dtype) for spec in inputs)
+    return tuple(_random_array(random, spec, count) for spec in inputs)
 
 
 def _example_shape(spec: InputSpec) -> tuple[int, ...]:
@@ -168,7 +170,7 @@ def _unknown_shape_error(spec: InputSpec) -> UsageError:
 def check_known(inputs: tuple[InputSpec, ...], request: ExportRequest) -> None:
     """Refuse open axes that neither `--input` nor `--data` closes: no sample could be made."""
     for spec in inputs:
-        if request.data or request.input or (spec.shape is not None and None not in spec.shape[1:]):
+        if request.data or request.input or spec.usual or (spec.shape is not None and None not in spec.shape[1:]):
             continue
         if spec.shape is None:
             raise _unknown_shape_error(spec)
@@ -187,7 +189,11 @@ def _shape_hint(shape: OpenShape, dtype: str) -> str:
     return ",".join(map(str, (batch or 1, *(length or open_length for length in others))))
 
 
-def _random_array(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+def _random_array(random: np.random.Generator, spec: InputSpec, count: int) -> Array:
+    shape, dtype = (count, *_example_shape(spec)), spec.dtype
+    if spec.name.endswith("attention_mask"):
+        # Where it lets nothing through, frameworks differ in what they make of it.
+        return np.ones(shape, dtype)
     if dtype and not dtype.startswith(("int", "uint", "bool", "float", "bfloat")):
         raise UsageError(f"the model takes inputs of type {dtype}, for which prunectl has no values")
     return random_array(random, shape, dtype).astype(dtype or "float32")

@@ -28,6 +28,7 @@ from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions
 from prunectl.training.quiet import quiet_conversion
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, declared_inputs, load_program
+from prunectl.training.torch.folder import FolderModule
 from prunectl.training.torch.layer_inputs import without_mha_fastpath
 from prunectl.training.torch.tensors import InnerModule, error_line, tensor_leaves, to_numpy, to_torch
 
@@ -46,7 +47,11 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> TorchRunnable:
     size = built.module.size if isinstance(built.module, FixedBatchModule) else None
     inputs = tuple(
         InputSpec(
-            port.name, None if port.shape is None else (size, *port.shape), port.dtype, is_declared=bool(built.shapes)
+            port.name,
+            None if port.shape is None else (size, *port.shape),
+            port.dtype,
+            is_declared=bool(built.inputs),
+            usual=None if port.example is None else (size, *port.example),
         )
         for port in declared_inputs(built)
     )
@@ -207,7 +212,9 @@ def program_of(job: ExportJob) -> Any:
     try:
         with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
             module = runnable.module.plain() if isinstance(runnable.module, InnerModule) else runnable.module
-            return torch.export.export(module, example(job), dynamic_shapes=dynamic_shapes)
+            # One argument of its own takes all inputs of a wrapped module.
+            shapes = (dynamic_shapes,) if isinstance(runnable.module, InnerModule) else dynamic_shapes
+            return torch.export.export(module, example(job), dynamic_shapes=shapes)
     except Exception as error:
         options = " ".join(
             f"--input {spec.name}:{','.join(map(str, array.shape))}"
@@ -317,7 +324,10 @@ def save_state(arrays: Iterable[tuple[str, object, Array]], target: Path) -> Non
 def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write an ONNX model."""
     runnable: TorchRunnable = job.runnable
-    outputs = output_names(len(run_module(runnable.module, job.samples.batches[0])))
+    if isinstance(runnable.module, FolderModule):
+        outputs = [runnable.module.output_name(example(job))]
+    else:
+        outputs = output_names(len(run_module(runnable.module, job.samples.batches[0])))
     try:
         with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
             proto, notes = (_convert_script if is_script(runnable) else _convert_program)(job, outputs)

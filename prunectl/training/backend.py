@@ -73,6 +73,8 @@ class TensorSpec:
     """The activation that an output ends with."""
     is_binary: bool = False
     """Whether the file says that each number of an output is the logit of a yes or no."""
+    example: tuple[int | None, ...] | None = None
+    """The shape that an input usually has, where it may have others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ class ModelSignature:
     """Whether images are CHW, as in PyTorch, and not HWC."""
     text: TextInput | None = None
     """How text goes in, where the model takes some."""
+    ignored_label: int | None = None
+    """The label of a place that neither the loss nor the metrics look at, where the framework has one."""
 
 
 Logs = Mapping[str, float]
@@ -157,6 +161,8 @@ class LoadOptions:
     seed: int = 0
     inputs: tuple[str, ...] = ()
     """Shapes of what goes in, `1,3,224,224`, where it has to be run and nothing says them."""
+    arrays: tuple[str, ...] = ()
+    """Names of what goes in, where data or `--input` has some: the model of a folder takes those that it knows."""
 
 
 class TrainableModel(Protocol):
@@ -358,7 +364,7 @@ class BlockwiseModel(Protocol):
     def part_of(self, name: str) -> int:
         """In which part a tensor is."""
 
-    def begin(self, batches: Sequence[Array]) -> None:
+    def begin(self, batches: Sequence[Arrays]) -> None:
         """Run some batches as far as the first block."""
 
     def open(self, number: int, *, has_copy: bool) -> tuple[InspectableModel, InspectableModel | None]:

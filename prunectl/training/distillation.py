@@ -75,7 +75,8 @@ def load_teacher(
     The origin is the pupil's; the builder is the teacher's own.
     """
     model = open_model(path)
-    predict, close, theirs = _opened(model, teacher_load_options(model, origin, builder), device)
+    origin = replace(teacher_load_options(model, origin, builder), arrays=tuple(port.name for port in pupil.inputs))
+    predict, close, theirs = _opened(model, origin, device)
     predict, theirs = _in_order_of(pupil, theirs, predict)
     try:
         inputs = _input_fits(path, theirs, pupil, as_tuple(example.x))

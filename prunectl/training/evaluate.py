@@ -24,7 +24,7 @@ from prunectl.training.data.text import batch_size
 from prunectl.training.finetune import open_training_data, validate_training_data
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
 from prunectl.training.request import FinetuneRequest
-from prunectl.training.runtimes import load_predictor, load_trainable
+from prunectl.training.runtimes import load_predictor, load_trainable, with_arrays
 from prunectl.training.task import FinalActivation, Task, TaskKind, infer_task, label_axis
 
 _EVEN = 0.5
@@ -169,7 +169,8 @@ def _watched(model: ModelFile, source: Source, batch_size: int, meter: ProgressF
 
 
 def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFactory) -> Evaluation:
-    with closing(load_trainable(model, request.origin)) as network:
+    origin = with_arrays(request.origin, model, request.val or request.data)
+    with closing(load_trainable(model, origin)) as network:
         data = open_training_data(network, request)
         network.prepare(replace(request.means, example=data.example, is_evaluated=True))
         notes = (*data.notes, *validate_training_data(data, network.signature, request))

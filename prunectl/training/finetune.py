@@ -53,7 +53,7 @@ from prunectl.training.request import (
     parse_time_point,
     resolve_teacher,
 )
-from prunectl.training.runtimes import load_trainable
+from prunectl.training.runtimes import load_trainable, with_arrays
 from prunectl.training.task import COMPARING_LOSSES
 from prunectl.training.wrap import (
     WrapperSpec,
@@ -199,7 +199,7 @@ def finetune(
     with (
         temporary_files(),
         _unwrapped(model, request.origin) as plain,
-        closing(load_trainable(plain, request.origin)) as network,
+        closing(load_trainable(plain, with_arrays(request.origin, plain, request.data))) as network,
         ExitStack() as at_the_end,
     ):
         data = open_training_data(network, request, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from prunectl.formats.registry import by_name
 from prunectl.formats.safe_json import require
 from prunectl.training import user_code
 from prunectl.training.backend import BlockwiseModel, InspectableModel, LoadOptions, PredictingModel, TrainableModel
+from prunectl.training.data.registry import array_names
 from prunectl.training.host import before_seeding
 
 
@@ -69,6 +70,13 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
         "layers",
         hint="use the Keras or PyTorch model that it was exported from, then export that again",
     )
+
+
+def with_arrays(origin: LoadOptions, model: ModelFile, data: str, *names: str) -> LoadOptions:
+    """Load options that name what goes in, where that decides what a model takes: one that `transformers` builds."""
+    if model.folder is None or origin.model:
+        return origin
+    return replace(origin, arrays=(*names, *(array_names(data) if data else ())))
 
 
 def load_blockwise(model: ModelFile, origin: LoadOptions) -> BlockwiseModel | None:

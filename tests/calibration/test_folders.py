@@ -54,6 +54,11 @@ MODELS = {
     "bert": ("BertForMaskedLM", "BertConfig", {**SIZE, **WORDS}),
     "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**SIZE, **WORDS}),
     "vit": ("ViTForImageClassification", "ViTConfig", {**SIZE, "image_size": 8, "patch_size": 4}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 2}),
 }
 
@@ -364,9 +369,89 @@ def test_experts_that_the_library_puts_together_are_refused(made: Callable[..., 
         folders.open_network(open_model(made("mixtral")), LoadOptions())
 
 
-def test_an_export_without_a_shape_shows_one_that_fits_the_type(made: Callable[..., Path], tmp_path: Path) -> None:
-    done = here("export", made("bert"), "-o", tmp_path / "m.onnx")
-    assert (done.code, "--input x:1,128," in done.err) == (2, True)
+def padded(count: int, length: int, vocabulary: int = 300) -> dict[str, Any]:
+    """Sequences of different lengths, padded with zeros, a mask of what is not padding, and labels for each token."""
+    random = np.random.default_rng(0)
+    mask = (np.arange(length) < random.integers(2, length + 1, (count, 1))).astype(np.int64)
+    ids = random.integers(1, vocabulary, (count, length)) * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": np.where(mask, ids, -100)}
+
+
+def tensors_of(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_masks_go_in_and_padding_counts_for_nothing_as_the_library_has_it(
+    name: str, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    arrays = padded(33, 11)
+    # All of an example may be padding, and an array may have nothing to do with the model.
+    arrays["labels"][5] = -100
+    np.savez(tmp_path / "d.npz", **arrays, number=np.arange(33))
+    done = here("eval", made(name), "--data", tmp_path / "d.npz", "--batch-size", "8", "--metric", "accuracy", "--json")
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        outputs = loaded(made(name))(**tensors_of(arrays))
+    moved = 0 if name == "bert" else 1
+    labels = torch.from_numpy(arrays["labels"])[:, moved:]
+    right = (outputs.logits[:, : 11 - moved].argmax(-1) == labels)[labels != -100].float().mean()
+    values = done.json["evaluations"][0]["logs"]
+    assert values["loss"] == pytest.approx(float(outputs.loss), rel=1e-5)
+    assert values["accuracy"] == pytest.approx(float(right), rel=1e-6)
+
+
+def test_a_batch_whose_places_are_all_ignored_teaches_nothing(made: Callable[..., Path], tmp_path: Path) -> None:
+    arrays = padded(16, 8)
+    arrays["labels"][:] = -100
+    np.savez(tmp_path / "d.npz", **arrays)
+    words = ("--data", tmp_path / "d.npz", "--epochs", "1", "--batch-size", "8", "--optimizer", "sgd", "--json")
+    done = here("finetune", made("bert"), "-o", tmp_path / "same", *words)
+    assert done.code == 0, done.err
+    before, after = state(made("bert")), state(tmp_path / "same")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_export_takes_ids_and_masks_of_any_length_under_their_own_names(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    runtime: Any = pytest.importorskip("onnxruntime")
+    assert here("export", made("bert"), "-o", tmp_path / "m.onnx").code == 0
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    arrays = padded(3, 23)
+    del arrays["labels"]
+    assert [port.name for port in session.get_inputs()] == list(arrays)
+    assert [port.name for port in session.get_outputs()] == ["logits"]
+    with torch.no_grad():
+        expected = loaded(made("bert"))(**tensors_of(arrays)).logits
+    np.testing.assert_allclose(session.run(None, arrays)[0], expected, atol=1e-4)
+
+
+def test_images_are_exported_in_the_size_that_the_config_names(made: Callable[..., Path], tmp_path: Path) -> None:
+    runtime: Any = pytest.importorskip("onnxruntime")
+    done = here("export", made("vit"), "-o", tmp_path / "m.onnx")
+    assert done.code == 0, done.err
+    (port,) = runtime.InferenceSession(tmp_path / "m.onnx").get_inputs()
+    assert (port.name, port.shape[1:]) == ("pixel_values", [3, 8, 8])
+
+
+def test_an_encoder_with_a_decoder_takes_the_arrays_of_both(made: Callable[..., Path], tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    arrays = {"input_ids": random.integers(300, size=(12, 9)), "decoder_input_ids": random.integers(300, size=(12, 5))}
+    labels = random.integers(300, size=(12, 5))
+    np.savez(tmp_path / "d.npz", **arrays, labels=labels)
+    done = here("eval", made("t5"), "--data", tmp_path / "d.npz", "--metric", "accuracy", "--json")
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        outputs = loaded(made("t5"))(**tensors_of(arrays), labels=torch.from_numpy(labels))
+    assert done.json["evaluations"][0]["logs"]["loss"] == pytest.approx(float(outputs.loss), rel=1e-5)
+    words = ("--data", tmp_path / "d.npz", "-s", "60%", "--strategy", "obs", "--scope", "layer", "--json")
+    done = here("prune", made("t5"), "-o", tmp_path / "pruned", *words)
+    assert done.code == 0, done.err
+    pruned = {name for name, tensor in state(tmp_path / "pruned").items() if float((tensor == 0).float().mean()) > 0.5}
+    assert {name.partition(".")[0] for name in pruned} == {"encoder", "decoder"}
+    done = here("eval", made("t5"), "--data", tmp_path / "d.npz[input_ids,labels]")
+    assert (done.code, "input_ids and decoder_input_ids" in done.err) == (2, True)
 
 
 def test_code_in_a_folder_runs_only_with_trust(

@@ -190,17 +190,17 @@ def check_labels(y: Arrays, tasks: Sequence[Task], signature: ModelSignature, *,
                 f"but the output of the model has {format_shape(output.shape)}",
                 hint="a target is one label, or one number for each class (made with ?onehot=N)",
             )
-        _check_range(array, task.classes, what, begin)
+        _check_range(array, task.classes, what, begin, signature.ignored_label)
 
 
-def _check_range(y: Array, classes: int, what: str, begin: int) -> None:
+def _check_range(y: Array, classes: int, what: str, begin: int, ignored: int | None) -> None:
     rows = y.reshape(len(y), -1)
     if y.dtype.kind == "f" and not np.array_equal(rows, np.trunc(rows)):
         row, column = np.argwhere(rows != np.trunc(rows))[0]
         raise InputError(
             f"{what}: {rows[row, column]:g} in example {begin + row} is not a label: labels are whole numbers"
         )
-    wrong = (rows < 0) | (rows >= classes)
+    wrong = ((rows < 0) | (rows >= classes)) & (rows != ignored if ignored is not None else True)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise UsageError(

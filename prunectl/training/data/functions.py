@@ -12,11 +12,11 @@ from prunectl.formats.base import Array
 from prunectl.plugins import attribute
 from prunectl.pruning import RANDOM_PREFIX
 from prunectl.training.backend import ModelSignature, TensorSpec
-from prunectl.training.data.readers import IndexedSource, IterableSource, from_arrays
+from prunectl.training.data.readers import TARGETS, IndexedSource, IterableSource, from_arrays
 from prunectl.training.data.source import Arrays, Batch, Indices, Source, as_tuple, concatenate, take_rows
 from prunectl.training.data.spec import FUNCTION, DataSpec, parse_count, parse_shape
 
-_GIVES = "return arrays (x, y), an iterable of (x, y) batches, or a data set with len() and indexing"
+_GIVES = "return arrays (x, y) or a dictionary of them, an iterable of batches, or a data set with len() and indexing"
 
 _END = object()
 
@@ -41,21 +41,38 @@ class _PortNames(NamedTuple):
 
 def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) -> Source:
     """The source that `package.module:function` or `./file.py:function` means."""
-    named = FUNCTION.fullmatch(spec.where)
-    function = attribute(*named.groups()) if named else None
-    if not callable(function):
-        raise UsageError(f"{spec.where} is not a function", hint=_GIVES)
-    make = _guarded(spec.where, function)
+    make = _maker(spec)
     examples = make()
     names = _PortNames.of(signature)
-    if _is_array(examples) or _is_pair_of_arrays(examples):
-        batch = _batch(spec.where, examples if isinstance(examples, tuple | list) else (examples,), names)
+    if _is_whole(examples):
+        batch = _batch(spec.where, _parts(examples), names)
         return from_arrays(spec.text, _titled("x", batch.x), {} if batch.y is None else _titled("y", batch.y))
     if _is_numbered(examples):
         return _from_examples(spec, cast("_Numbered", examples), names)
     if isinstance(examples, Iterable) or _is_keras(examples):
         return _from_batches(spec, make, examples, names)
     raise InputError(f"{spec.where} returns an object of type {type(examples).__name__}", hint=_GIVES)
+
+
+def function_names(spec: DataSpec) -> list[str]:
+    """The names in the dictionary that a function gives for its first examples, where it gives one."""
+    examples = _maker(spec)()
+    item = examples
+    if _is_numbered(examples) or _is_keras(examples):
+        item = _guarded(spec.where, lambda: examples[0])() if len(examples) else ()
+    elif not _is_whole(examples) and isinstance(examples, Iterable):
+        item = _guarded(spec.where, lambda: next(iter(examples), ()))()
+    part = next(iter(_parts(item)), None)
+    return [str(name) for name in part] if isinstance(part, Mapping) else []
+
+
+def _maker(spec: DataSpec) -> Callable[[], Any]:
+    """The function that a SPEC names."""
+    named = FUNCTION.fullmatch(spec.where)
+    function = attribute(*named.groups()) if named else None
+    if not callable(function):
+        raise UsageError(f"{spec.where} is not a function", hint=_GIVES)
+    return _guarded(spec.where, function)
 
 
 def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -81,7 +98,7 @@ def _from_batches(
         items = (numbered[index] for index in range(len(numbered))) if _is_keras(batches) else iter(batches)
         advance = _guarded(spec.where, lambda: next(items, _END))
         while (item := advance()) is not _END:
-            yield _batch(spec.where, item if isinstance(item, tuple | list) else (item,), names)
+            yield _batch(spec.where, _parts(item), names)
 
     def read() -> Iterator[Batch]:
         # An iterator can be gone through once: the function is called anew for the next one.
@@ -100,8 +117,8 @@ def _from_examples(spec: DataSpec, examples: _Numbered, names: _PortNames) -> In
 
     def one(number: int) -> Batch:
         item = _guarded(spec.where, lambda: examples[number])()
-        parts = item if isinstance(item, tuple | list) else (item,)
-        return _batch(spec.where, [_map(lambda array: np.asarray(array)[None], part) for part in parts], names)
+        parts = [_map(lambda array: np.asarray(array)[None], part) for part in _parts(item)]
+        return _batch(spec.where, parts, names)
 
     def take(numbers: Indices) -> Batch:
         examples = [one(int(number)) for number in numbers]
@@ -115,11 +132,22 @@ def _batch(where: str, parts: Sequence[Any], names: _PortNames) -> Batch:
     if not 1 <= len(parts) <= 2:
         raise InputError(f"{where} returns batches of {len(parts)} parts", hint="a batch must be (x, y), or only x")
     x = _arrays(where, parts[0], "inputs", names.inputs)
-    y = _arrays(where, parts[1], "outputs", names.outputs) if len(parts) == 2 and parts[1] is not None else None
+    given = parts[1] if len(parts) == 2 else _targets_among(parts[0])
+    y = None if given is None else _arrays(where, given, "outputs", names.outputs)
     lengths = [len(array) for array in (*as_tuple(x), *(() if y is None else as_tuple(y)))]
     if len(set(lengths)) > 1:
         raise InputError(f"{where}: the arrays of a batch have different numbers of examples: {lengths}")
     return Batch(x, y)
+
+
+def _parts(item: Any) -> Sequence[Any]:
+    return item if isinstance(item, tuple | list) else (item,)
+
+
+def _targets_among(part: Any) -> Any:
+    """The targets in a dictionary that has them beside the inputs, as data sets of Hugging Face do."""
+    names = [name for name in TARGETS if name in part] if isinstance(part, Mapping) else []
+    return part[names[0]] if len(names) == 1 else None
 
 
 def _arrays(where: str, part: Any, side: str, names: Sequence[str]) -> Arrays:
@@ -164,6 +192,11 @@ def _titled(side: str, arrays: Arrays) -> dict[str, Array]:
 
 def _is_array(thing: Any) -> bool:
     return hasattr(thing, "__array__") and hasattr(thing, "shape")
+
+
+def _is_whole(thing: Any) -> bool:
+    """Whether it is all examples at once."""
+    return _is_array(thing) or (isinstance(thing, Mapping) and _is_side(thing)) or _is_pair_of_arrays(thing)
 
 
 def _is_pair_of_arrays(thing: Any) -> bool:

@@ -17,7 +17,7 @@ from prunectl.formats.base import Array
 from prunectl.formats.extents import check_inside
 from prunectl.formats.zip_read import Archive, open_archive
 from prunectl.training.backend import ModelSignature
-from prunectl.training.data.readers import NUMERIC, IndexedSource, from_arrays, order_by_port
+from prunectl.training.data.readers import NUMERIC, TARGETS, IndexedSource, from_arrays, order_by_port
 from prunectl.training.data.spec import NPY_SEPARATOR, NPZ_ARRAYS, DataSpec, require_path
 
 
@@ -44,6 +44,11 @@ def open_npy(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
         {targets[index]: map_npy(require_path(Path(targets[index]))) for index in y},
         *notes,
     )
+
+
+def npy_names(spec: DataSpec) -> list[str]:
+    """The names of the arrays: what their files are called."""
+    return [Path(name).stem for side in _sides(spec) for name in side]
 
 
 def _in_order(
@@ -114,11 +119,7 @@ _USUAL = (("x", "y"), ("X", "y"), ("x_train", "y_train"), ("X_train", "y_train")
 def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
     """The source that `train.npz` or `train.npz[a+b,labels]` means."""
     chosen = NPZ_ARRAYS.fullmatch(spec.where)
-    path = require_path(Path(chosen["path"] if chosen else spec.where))
-    archive = open_archive(path)
-    names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
-    if not names:
-        raise InputError(f"{path} holds no arrays")
+    path, archive, names = _archive(spec)
     inputs, targets, notes = (
         (*_named_arrays(path, chosen["names"], names), ())
         if chosen
@@ -128,6 +129,24 @@ def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
     x = {inputs[index]: _array(archive, inputs[index]) for index in x_order}
     y = {targets[index]: _array(archive, targets[index]) for index in y_order}
     return from_arrays(spec.text, x, y, *notes, *matched)
+
+
+def npz_names(spec: DataSpec) -> list[str]:
+    """The names of the arrays: those in brackets, or all."""
+    chosen = NPZ_ARRAYS.fullmatch(spec.where)
+    path, _, names = _archive(spec)
+    return names if chosen is None else [name for side in _named_arrays(path, chosen["names"], names) for name in side]
+
+
+def _archive(spec: DataSpec) -> tuple[Path, Archive, list[str]]:
+    """The archive of a SPEC, and the names of all arrays in it."""
+    chosen = NPZ_ARRAYS.fullmatch(spec.where)
+    path = require_path(Path(chosen["path"] if chosen else spec.where))
+    archive = open_archive(path)
+    names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
+    if not names:
+        raise InputError(f"{path} holds no arrays")
+    return path, archive, names
 
 
 def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str]]:
@@ -150,14 +169,16 @@ def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], 
 def _arrays_of_model(
     path: Path, names: list[str], signature: ModelSignature | None
 ) -> tuple[list[str], list[str], tuple[str, ...]] | None:
-    """The arrays that have the names of several inputs of a model, and of its outputs, or what else there is."""
+    """The arrays that have the names of a model's inputs, and of its outputs, or the one that is called a target."""
     inputs = [port.name for port in signature.inputs] if signature else []
-    if signature is None or len(inputs) < 2 or not set(inputs) <= set(names):
+    if signature is None or not inputs or not set(inputs) <= set(names):
         return None
     outputs = [port.name for port in signature.outputs]
     rest = [name for name in names if name not in inputs]
     if outputs and set(outputs) <= set(rest):
         return inputs, outputs, ()
+    if len(rest) > 1:
+        rest = [name for name in rest if name in TARGETS]
     if len(rest) > 1:
         return None
     return inputs, rest, tuple(f"{path}: {name} is used as targets" for name in rest)

@@ -207,6 +207,10 @@ NUMERIC = "fiub"
 """Kinds of numbers that a model can be fed: floats, integers, signed or not, and booleans."""
 
 
+TARGETS = ("labels", "label", "targets", "target", "y")
+"""What the array of targets is called, beside inputs that have the names of a model's."""
+
+
 def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *notes: str) -> IndexedSource:
     """The examples that arrays hold along their first axes, by the arrays' names."""
     named = {**x, **y}

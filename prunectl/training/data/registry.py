@@ -44,6 +44,8 @@ class SourceKind:
     opener: str
     """`module:function` of this package, given the SPEC, the model's signature and the seed; imported when it opens."""
     options: tuple[str, ...] = ()
+    names: str = ""
+    """The same, given the SPEC, of what tells the names of its arrays before a model is there to take them."""
 
 
 TOKEN_IDS = SourceKind(lambda where: where.endswith(".npy"), "text:open_text", TEXT_OPTIONS)
@@ -51,8 +53,12 @@ TOKEN_IDS = SourceKind(lambda where: where.endswith(".npy"), "text:open_text", T
 _RECORD_SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec", ".tfrecord.gz", ".tfrecords.gz")
 KINDS = (
     SourceKind(lambda where: where.startswith(RANDOM_PREFIX), "functions:open_random"),
-    SourceKind(lambda where: where.endswith(".npz") or bool(NPZ_ARRAYS.fullmatch(where)), "numpy_files:open_npz"),
-    SourceKind(lambda where: where.endswith(".npy"), "numpy_files:open_npy"),
+    SourceKind(
+        lambda where: where.endswith(".npz") or bool(NPZ_ARRAYS.fullmatch(where)),
+        "numpy_files:open_npz",
+        names="numpy_files:npz_names",
+    ),
+    SourceKind(lambda where: where.endswith(".npy"), "numpy_files:open_npy", names="numpy_files:npy_names"),
     SourceKind(lambda where: where.endswith(TEXT_SUFFIXES), "text:open_text", TEXT_OPTIONS),
     SourceKind(lambda where: where.endswith((".csv", ".tsv")), "tables:open_csv", TABLE_OPTIONS),
     SourceKind(lambda where: where.endswith((".parquet", ".pq")), "tables:open_parquet", TABLE_OPTIONS),
@@ -61,8 +67,11 @@ KINDS = (
         lambda where: where.endswith(_RECORD_SUFFIXES) or ".tfrecord-" in Path(where).name,
         "tfrecord:open_records",
         RECORD_OPTIONS,
+        names="tfrecord:record_names",
     ),
-    SourceKind(lambda where: bool(FUNCTION.fullmatch(where)), "functions:open_function"),
+    SourceKind(
+        lambda where: bool(FUNCTION.fullmatch(where)), "functions:open_function", names="functions:function_names"
+    ),
     SourceKind(lambda where: where.endswith("/") or Path(where).is_dir(), "images:open_images", IMAGE_OPTIONS),
 )
 
@@ -74,10 +83,25 @@ def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> So
     for kind in (TOKEN_IDS, *KINDS) if is_text else KINDS:
         if kind.fits(parsed.where):
             data_spec.check_options(parsed, kind.options)
-            module, _, name = kind.opener.partition(":")
-            source = getattr(importlib.import_module(f"prunectl.training.data.{module}"), name)(parsed, signature, seed)
+            source: Source = _function(kind.opener)(parsed, signature, seed)
+            is_causal = signature is not None and signature.text is not None and signature.text.is_causal
+            if is_causal and "labels" in array_names(spec):
+                source = _function("text:follow")(source)
             return apply_options(source, parsed, signature)
     raise _unknown(parsed)
+
+
+def array_names(spec: str) -> tuple[str, ...]:
+    """The names of the arrays that a SPEC means, where they have some: a model may take as many as there are."""
+    parsed = data_spec.parse(spec)
+    kind = next((kind for kind in KINDS if kind.fits(parsed.where)), None)
+    names: Iterable[str] = _function(kind.names)(parsed) if kind is not None and kind.names else ()
+    return tuple(names)
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(f"prunectl.training.data.{module}"), name)
 
 
 def check_exists(*specs: str) -> None:

@@ -14,7 +14,7 @@ from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TextInput
 from prunectl.training.data.numpy_files import map_npy
 from prunectl.training.data.readers import IndexedSource, from_arrays
-from prunectl.training.data.source import Source, as_tuple, peek
+from prunectl.training.data.source import Batch, Source, as_tuple, map_arrays, peek
 from prunectl.training.data.spec import GRAMMAR, DataSpec, require_path
 from prunectl.training.data.tokenizer import NO_MARKS, FolderTokenizer, Marks, Piece, open_tokenizer
 
@@ -68,6 +68,22 @@ def _marks_for(path: Path, text: TextInput) -> Marks:
     except InputError as error:
         error.hint = f"save the ids of {path} in rows, with their marks: then no tokenizer is needed"
         raise
+
+
+def follow(source: Source) -> Source:
+    """Targets called `labels` as `transformers` takes them for a causal model: the tokens themselves, one place on."""
+
+    def change(batch: Batch) -> Batch:
+        if batch.y is None:
+            return batch
+        labels = as_tuple(batch.y)[0]
+        shape = labels.shape[1:]
+        if len(shape) != 1 or as_tuple(batch.x)[0].shape[1:] != shape:
+            return batch
+        x = map_arrays(lambda array: array[:, :-1] if array.shape[1:] == shape else array, batch.x)
+        return Batch(x, map_arrays(lambda array: array[:, 1:], batch.y))
+
+    return source.changed(change, f"{source.name}: each of the labels is compared with the output one place before it")
 
 
 def _sequences(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> IndexedSource:

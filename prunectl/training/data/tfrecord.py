@@ -246,6 +246,13 @@ def _dtype(path: Path, name: Any) -> np.dtype[Any] | None:
 RECORDS_AT_ONCE = 256
 
 
+def record_names(spec: DataSpec) -> list[str]:
+    """The names of the features in the schema; none where there is none, which is told when records are read."""
+    path = spec.options.get("schema", "")
+    schema = read_example_schema(require_path(Path(path))) if path else Schema((), ())
+    return [feature.name for feature in (*schema.x, *schema.y)]
+
+
 def open_records(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IterableSource:
     """The source that `'*.tfrecord?schema=f.json'` means."""
     paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [require_path(spec.path)]

@@ -14,7 +14,7 @@ import torch
 
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.families import CONFIG, family_of, read_config
-from prunectl.training.backend import InputCallback, InspectableModel, LoadOptions, ModelSignature, TensorSpec
+from prunectl.training.backend import InputCallback, InspectableModel, LoadOptions, ModelSignature
 from prunectl.training.data.source import Arrays, as_tuple
 from prunectl.training.torch.cached_pass import CachedPass
 from prunectl.training.torch.folder import FolderModule, FolderNetwork, names_network, open_network
@@ -82,16 +82,14 @@ class TorchBlockwise:
             for name, inner in network.names.items()
             if inner.startswith(f"{path}.")
         }
-        self._batches: tuple[torch.Tensor, ...] = ()
+        self._batches: tuple[tuple[torch.Tensor, ...], ...] = ()
         self._calls: list[list[list[_Call]]] = []
         """Of each batch, for each block."""
         self._form: type = torch.Tensor
         self._dense: list[torch.Tensor] = []
         self._pruned: list[torch.Tensor] = []
         self._open: tuple[_Part, _Part | None] | None = None
-        self.signature = ModelSignature(
-            (TensorSpec("input_ids", None, "int64"),), (), is_channels_first=True, text=network.text
-        )
+        self.signature = ModelSignature(network.inputs, (), is_channels_first=True, text=network.text)
 
     @property
     def parts(self) -> int:
@@ -102,9 +100,9 @@ class TorchBlockwise:
         """In which part a tensor is."""
         return self._numbers.get(name, len(self._blocks))
 
-    def begin(self, batches: Sequence[Array]) -> None:
+    def begin(self, batches: Sequence[Arrays]) -> None:
         """Run some batches as far as the first block, and learn what each block is called with."""
-        self._batches = tuple(map(to_torch, batches))
+        self._batches = tuple(tuple(map(to_torch, as_tuple(batch))) for batch in batches)
         self._network.fill(name for name in self._network.names if name not in self._numbers)
         self._load(0)
         with torch.no_grad():
@@ -166,11 +164,11 @@ class TorchBlockwise:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
-    def _called(self, batch: torch.Tensor, form: type | None) -> list[list[_Call]]:
+    def _called(self, batch: tuple[torch.Tensor, ...], form: type | None) -> list[list[_Call]]:
         """What the blocks are called with for a batch; only the first, where it is not known how they answer."""
         calls: list[list[_Call]] = [[] for _ in self._blocks]
         with self._passed_by(self._network.module.inner, calls, form), suppress(_ReachedBlocks):
-            self._network.module(batch)
+            self._network.module(*batch)
         return calls
 
     @contextmanager
@@ -198,7 +196,7 @@ class TorchBlockwise:
     def _run_rest(self, inner: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         calls: list[list[_Call]] = [[] for _ in self._blocks]
         with self._passed_by(inner, calls, self._form, hidden):
-            result: torch.Tensor = FolderModule(inner)(self._batches[index])
+            result: torch.Tensor = FolderModule(inner, self._network.module.names)(*self._batches[index])
         return result
 
 

@@ -8,7 +8,7 @@ import io
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,10 +171,8 @@ class BuiltModule:
     has_modes: bool = True
     """Whether training differs from evaluation: an exported program has one way for both."""
     notes: tuple[str, ...] = ()
-    shapes: tuple[tuple[int | None, ...], ...] = ()
-    """What goes in, without the batch, where the file says so."""
-    types: tuple[str, ...] = ()
-    """The types of the numbers that go in, where the file says so."""
+    inputs: tuple[TensorSpec, ...] = ()
+    """What goes in, where the file says so."""
     text: TextInput | None = None
     """How text becomes what goes in."""
 
@@ -203,7 +201,8 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     if folder.names_network(model):
         network = folder.open_network(model, origin)
         network.fill()
-        return BuiltModule(network.module, network.names, text=network.text if network.text.vocabulary else None)
+        text = network.text if network.text.vocabulary else None
+        return BuiltModule(network.module, network.names, inputs=network.inputs, text=text)
     raise user_code.no_network(model)
 
 
@@ -232,8 +231,9 @@ def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         module = FixedBatchModule(module, size)
         notes += (f"The program was exported for {size} examples at a time: batches are split accordingly.",)
     built = _from_module(model, module)
-    inner_shapes = tuple(shape[1:] for shape in shapes)
-    return replace(built, has_modes=False, notes=notes, shapes=inner_shapes, types=_input_types(program))
+    declared = enumerate(zip(shapes, _input_types(program), strict=True))
+    inputs = tuple(TensorSpec(f"input{index}", shape[1:], dtype) for index, (shape, dtype) in declared)
+    return replace(built, has_modes=False, notes=notes, inputs=inputs)
 
 
 def _trusted(model: ModelFile) -> BuiltModule:
@@ -267,10 +267,7 @@ _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 def declared_inputs(built: BuiltModule) -> tuple[TensorSpec, ...]:
     """The inputs of a built module: as the file declares them, or else by the module."""
-    if not built.shapes:
-        return input_specs(built.module)
-    declared = zip(built.shapes, built.types, strict=True)
-    return tuple(TensorSpec(f"input{index}", shape, dtype) for index, (shape, dtype) in enumerate(declared))
+    return built.inputs or input_specs(built.module)
 
 
 def input_specs(module: torch.nn.Module) -> tuple[TensorSpec, ...]:
@@ -278,8 +275,7 @@ def input_specs(module: torch.nn.Module) -> tuple[TensorSpec, ...]:
     names = _names(module)
     if len(names) > 1:
         return tuple(TensorSpec(name, None, "") for name in names)
-    of_folder: Callable[[], tuple[tuple[int | None, ...] | None, str]] | None = getattr(module, "first_shape", None)
-    shape, dtype = of_folder() if of_folder is not None else _first_layer(module)
+    shape, dtype = _first_layer(module)
     return (TensorSpec(names[0] if names else "x", shape, dtype),)
 
 

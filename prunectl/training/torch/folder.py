@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import re
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile
 from prunectl.formats.families import CONFIG, COUNTS, read_config
 from prunectl.formats.safe_json import require
-from prunectl.training.backend import LoadOptions, TextInput
+from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
 from prunectl.training.quiet import ignore_warnings, offline, quiet_logging
 from prunectl.training.torch.build import match_parameters
 from prunectl.training.torch.tensors import InnerModule, to_torch
@@ -34,25 +35,23 @@ def names_network(model: ModelFile) -> bool:
 
 
 class FolderModule(InnerModule):
-    """Runs token ids, or whatever else a model of `transformers` mainly takes, to its first output."""
+    """Runs token ids, or whatever else a model of `transformers` takes, to its first output."""
 
-    def __init__(self, inner: torch.nn.Module) -> None:
+    def __init__(self, inner: torch.nn.Module, names: Iterable[str]) -> None:
         super().__init__(inner)
-        self._key = str(getattr(inner, "main_input_name", "input_ids"))
+        self.names = tuple(names)
+        """Of the arguments that are given to the inner model."""
 
-    def forward(self, input_ids: torch.Tensor) -> Any:
+    def forward(self, *inputs: torch.Tensor) -> Any:
         """The logits, or what a model without a head ends in."""
         with quiet_logging():
-            return self.inner(**{self._key: input_ids})[0]
+            return self.inner(**dict(zip(self.names, inputs, strict=True)))[0]
 
-    def first_shape(self) -> tuple[tuple[int | None, ...] | None, str]:
-        """The shape and the type of what it mainly takes, which its first layer may not say: ids, images, sounds."""
-        config: Any = self.inner.config
-        if self._key == "pixel_values":
-            channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
-            return (channels, None, None), "float32"
-        is_sound = self._key == "input_values" and hasattr(config, "conv_kernel")
-        return ((None,) if is_sound else None), "int64" if self._key == "input_ids" else "float32"
+    def output_name(self, inputs: Iterable[torch.Tensor]) -> str:
+        """What `transformers` calls the output: `logits`, or that of a model without a head."""
+        with quiet_logging(), torch.no_grad():
+            outputs = self.inner(**dict(zip(self.names, inputs, strict=True)))
+        return str(next(iter(outputs))) if isinstance(outputs, Mapping) else "output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,7 @@ class FolderNetwork:
     module: FolderModule
     names: Mapping[str, str]
     """From tensors of the file to parameters and buffers."""
+    inputs: tuple[TensorSpec, ...]
     text: TextInput
 
     def fill(self, names: Iterable[str] | None = None) -> None:
@@ -86,10 +86,10 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
     with quiet_logging(), ignore_warnings(), offline(), _told(model):
         config = _config(library, model, config_of_file, is_trusted=origin.is_trusted)
         kind = _kind(library, model, config, config_of_file, is_trusted=origin.is_trusted)
-        if "decoder_input_ids" in inspect.signature(kind.forward).parameters:
+        if _DECODED in inspect.signature(kind.forward).parameters and _DECODED not in origin.arrays:
             raise UsageError(
                 f"the {CONFIG} of {model.folder} is of an encoder with a decoder, which takes two inputs at once",
-                hint="name a function that builds it and takes your data: --builder ./file.py:function",
+                hint=f"give both by their names, as arrays of --data or with --input: input_ids and {_DECODED}",
             )
         # First without any memory: what the config asks for may be more than there is.
         with torch.device("meta"):
@@ -103,9 +103,10 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         own = config_of_file.get("auto_map") or {}
         causal.add(str(own.get("AutoModelForCausalLM")).rpartition(".")[2])
         # A model of images or sounds may have none to give.
-        takes_ids = getattr(inner, "main_input_name", "") == "input_ids"
+        takes_ids = getattr(inner, "main_input_name", "") == _TOKENS
         embedding = inner.get_input_embeddings() if takes_ids else None
-    module = FolderModule(inner)
+    inputs = _inputs(inner, config, origin.arrays)
+    module = FolderModule(inner, (port.name for port in inputs))
     text = TextInput(
         folder=model.folder or model.path.parent,
         vocabulary=embedding.num_embeddings if isinstance(embedding, torch.nn.Embedding) else 0,
@@ -113,7 +114,37 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         is_causal=kind.__name__ in causal,
         is_trusted=origin.is_trusted,
     )
-    return FolderNetwork(model, module, names, text)
+    return FolderNetwork(model, module, names, inputs, text)
+
+
+_TOKENS, _DECODED, _IMAGES = "input_ids", "decoder_input_ids", "pixel_values"
+_INPUT = re.compile(r"bbox|.*_(ids|mask|values|features|embeds)")
+"""An argument of a model that is an input, and not a target, a cache or a switch."""
+_OF_TOKENS = re.compile(r"(decoder_)?(input_ids|attention_mask)|token_type_ids|position_ids")
+
+
+def _inputs(inner: torch.nn.Module, config: Any, arrays: Sequence[str]) -> tuple[TensorSpec, ...]:
+    """What the model mainly takes, and what else it takes of the arrays that will go in."""
+    main = str(getattr(inner, "main_input_name", _TOKENS))
+    known = [name for name in inspect.signature(inner.forward).parameters if _INPUT.fullmatch(name)]
+    names = dict.fromkeys((main, *(name for name in known if main in arrays and name in arrays)))
+    is_row = not type(inner).__name__.endswith("MultipleChoice")
+    return tuple(_input(name, config, is_row=is_row) for name in names)
+
+
+def _input(name: str, config: Any, *, is_row: bool) -> TensorSpec:
+    if name == _IMAGES:
+        images = getattr(config, "vision_config", config)
+        channels, size = getattr(images, "num_channels", 3), getattr(images, "image_size", None)
+        lengths = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        is_known = all(type(length) is int for length in lengths)
+        return TensorSpec(name, (channels, None, None), "float32", example=(channels, *lengths) if is_known else None)
+    if _OF_TOKENS.fullmatch(name) and is_row:
+        return TensorSpec(name, (None,), "int64", example=(None,))
+    if name == "input_values" and hasattr(config, "conv_kernel"):
+        return TensorSpec(name, (None,), "float32")
+    is_whole = name == "bbox" or name.endswith(("_ids", "_mask"))
+    return TensorSpec(name, None, "int64" if is_whole else "float32")
 
 
 def _match(model: ModelFile, module: Any) -> dict[str, str]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from prunectl.errors import UsageError
 from prunectl.plugins import find
+from prunectl.training.data.source import Batch, as_tuple
 from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, metric_failures
 from prunectl.training.task import (
     DistilledOutput,
@@ -27,10 +29,25 @@ from prunectl.training.task import (
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+IGNORED_LABEL = -100
+"""Of a place that PyTorch's losses leave out, as data of `transformers` marks padding and prompts."""
+
 
 def _nll(logs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     logs, y = _by_classes(logs, y)
-    return -(logs * y).sum(1).mean() if y.is_floating_point() else functional.nll_loss(logs, y)
+    return -(logs * y).sum(1).mean() if y.is_floating_point() else _mean_of_kept(functional.nll_loss, logs, y)
+
+
+def _cross_entropy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out, y = _by_classes(out, y)
+    return (
+        functional.cross_entropy(out, y) if y.is_floating_point() else _mean_of_kept(functional.cross_entropy, out, y)
+    )
+
+
+def _mean_of_kept(loss: Callable[..., torch.Tensor], out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over the labels that are not ignored; zero, and not NaN as PyTorch's own, where all are."""
+    return loss(out, labels, reduction="sum") / (labels != IGNORED_LABEL).sum().clamp_min(1)
 
 
 def _by_classes(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +104,7 @@ def _shaped(y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES: Mapping[str, Loss] = {
-    "cross-entropy": lambda out, y: functional.cross_entropy(*_by_classes(out, y)),
+    "cross-entropy": _cross_entropy,
     "nll": _nll,
     "probabilities": lambda out, y: _nll(_log(out), y),
     "bce": _elementwise(functional.binary_cross_entropy_with_logits),
@@ -122,6 +139,14 @@ class TorchLoss:
     def ending(self) -> FinalActivation:
         """What outputs this loss is for, as far as it tells."""
         return _ENDINGS_OF.get(self.name, FinalActivation.UNKNOWN)
+
+
+def examples_labelled(batch: Batch, chosen: Sequence[TorchLoss]) -> float:
+    """How many examples the labels of a batch stand for: a place that is ignored counts for nothing."""
+    count, y = len(as_tuple(batch.x)[0]), None if batch.y is None else as_tuple(batch.y)[0]
+    if y is None or not y.size or y.dtype.kind not in "iu" or not chosen or not chosen[0].classifies:
+        return count
+    return count * np.count_nonzero(y != IGNORED_LABEL) / y.size
 
 
 _CROSS_ENTROPIES = {
@@ -238,13 +263,17 @@ def _scalar(number: Any) -> torch.Tensor:
 
 def _accuracy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     out, labels = _with_labels(out, y)
-    return (out.argmax(1) == labels).float().mean()
+    return _mean_of_labels(out.argmax(1) == labels, labels)
 
 
 def _top5(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     out, labels = _with_labels(out, y)
     best = out.topk(min(5, out.shape[1]), 1).indices
-    return (best == labels.unsqueeze(1)).any(1).float().mean()
+    return _mean_of_labels((best == labels.unsqueeze(1)).any(1), labels)
+
+
+def _mean_of_labels(is_right: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return is_right.sum() / (labels != IGNORED_LABEL).sum().clamp_min(1)
 
 
 def _with_labels(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,7 +303,7 @@ class Perplexity:
         """Take the logits and the labels of a batch."""
         out, labels = _with_labels(out, y)
         self._total += float(functional.cross_entropy(out, labels, reduction="sum"))
-        self._count += labels.numel()
+        self._count += int((labels != IGNORED_LABEL).sum())
 
     def compute(self) -> torch.Tensor:
         """The perplexity of what was taken."""
@@ -330,12 +359,12 @@ class MetricAverager:
         started = {metric.name: metric.start(is_training=self._is_training) for metric in self._metrics}
         self._started = {name: metric for name, metric in started.items() if metric is not None}
         self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
+        self._count = 0.0
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def update(
-        self, count: int, loss: torch.Tensor, out: torch.Tensor | None = None, y: torch.Tensor | None = None
+        self, count: float, loss: torch.Tensor, out: torch.Tensor | None = None, y: torch.Tensor | None = None
     ) -> None:
         """Take the mean loss of some examples, and what came out for which targets."""
         means = {"loss": loss.detach()}

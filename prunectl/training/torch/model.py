@@ -83,7 +83,9 @@ class TorchTrainable:
         self._run: Any = built.module
         self._notes = list(built.notes)
         inputs = declared_inputs(built)
-        self._signature = ModelSignature(inputs, (), is_channels_first=True, text=built.text)
+        self._signature = ModelSignature(
+            inputs, (), is_channels_first=True, text=built.text, ignored_label=losses.IGNORED_LABEL
+        )
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
         self._trains: bool | None = None
@@ -182,7 +184,7 @@ class TorchTrainable:
             self._notes.append(f"The loss is {', '.join(array.name for array in self._losses)}, {_known_by(specs)}.")
         if len(outs) > 1 and self._metrics:
             self._notes.append(f"The metrics use only the first of the model's {len(outs)} outputs.")
-        if not self._options.optimizer:
+        if not self._options.optimizer and not self._options.is_evaluated:
             self._notes.append("The optimizer is adam: PyTorch files do not name one.")
         if self._place.ranks > 1 and not self._options.is_sharded:
             self._leave_out_unreached(example)
@@ -219,7 +221,9 @@ class TorchTrainable:
         """
         inputs = [self._on_device(array) for array in as_tuple(x)]
         fallback = self._kind if self._half is None else None
-        kinds: list[torch.dtype | None] = [getattr(torch, name) if name else fallback for name in self._built.types]
+        kinds: list[torch.dtype | None] = [
+            getattr(torch, port.dtype) if port.dtype else fallback for port in self._built.inputs
+        ]
         return [
             tensor.to(kind) if kind is not None and kind.is_floating_point and tensor.is_floating_point() else tensor
             for tensor, kind in zip(inputs, kinds or [fallback] * len(inputs), strict=True)
@@ -276,7 +280,8 @@ class TorchTrainable:
             loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
         with distributed.failures(self._place.device):
             self._learn(loss)
-        self._averager.update(len(as_tuple(batch.x)[0]), loss, *(self._judged() if self._custom is None else ()))
+        count = losses.examples_labelled(batch, self._losses if self._custom is None else ())
+        self._averager.update(count, loss, *(self._judged() if self._custom is None else ()))
 
     def _judged(self) -> tuple[torch.Tensor, ...]:
         """The output that the metrics judge, and its targets, if there are any."""
@@ -327,7 +332,7 @@ class TorchTrainable:
         with torch.no_grad():
             for batch in batches:
                 loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
-                averager.update(len(as_tuple(batch.x)[0]), loss, *self._judged())
+                averager.update(losses.examples_labelled(batch, self._losses), loss, *self._judged())
         return averager.compute()
 
     def predict(self, x: Arrays) -> Arrays:
