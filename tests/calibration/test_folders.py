@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import prunectl
 from prunectl.errors import UsageError
 from prunectl.formats import sandbox
 from prunectl.formats.registry import open_model
@@ -399,6 +400,25 @@ def test_masks_go_in_and_padding_counts_for_nothing_as_the_library_has_it(
     values = done.json["evaluations"][0]["logs"]
     assert values["loss"] == pytest.approx(float(outputs.loss), rel=1e-5)
     assert values["accuracy"] == pytest.approx(float(right), rel=1e-6)
+
+
+def test_dictionaries_in_memory_are_read_as_an_archive_of_them_is(made: Callable[..., Path], tmp_path: Path) -> None:
+    arrays = padded(12, 7)
+    np.savez(tmp_path / "d.npz", **arrays)
+
+    class Examples(torch.utils.data.Dataset[dict[str, Any]]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            return {name: array[number] for name, array in arrays.items()}
+
+    loader = torch.utils.data.DataLoader(Examples(), batch_size=5)
+    logs = [
+        prunectl.eval(made("bert"), data, metric="accuracy").logs
+        for data in (tmp_path / "d.npz", arrays, Examples(), loader, lambda: iter(loader))
+    ]
+    assert all(each == pytest.approx(logs[0], rel=1e-5) for each in logs)
 
 
 def test_a_batch_whose_places_are_all_ignored_teaches_nothing(made: Callable[..., Path], tmp_path: Path) -> None:
