@@ -106,18 +106,18 @@ def test_the_shape_comes_from_data_as_well(tmp_path: Path) -> None:
 class _Wrapped(InnerModule):
     """A network as those of model folders are run, with the names that its weights have in the file."""
 
-    def forward(self, ids: torch.Tensor) -> Any:
-        return self.inner(ids)
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.inner(inputs[0]) * inputs[1].unsqueeze(-1)
 
 
 def test_a_module_that_hides_its_wrapper_becomes_a_program() -> None:
     net = torch.nn.Sequential(torch.nn.Embedding(20, 6), torch.nn.Linear(6, 3)).eval()
-    samples = SimpleNamespace(batches=[[np.zeros((2, 5), np.int64)]])
-    inputs = [SimpleNamespace(name="x", shape=(None, None))]
+    samples = SimpleNamespace(batches=[[np.zeros((2, 5), np.int64), np.ones((2, 5), np.int64)]])
+    inputs = [SimpleNamespace(name=name, shape=(None, None)) for name in ("ids", "mask")]
     runnable, file = SimpleNamespace(module=_Wrapped(net)), SimpleNamespace(path="m")
     job: Any = SimpleNamespace(runnable=runnable, inputs=inputs, samples=samples, file=file)
-    ids = torch.randint(20, (4, 9))
-    torch.testing.assert_close(program_of(job).module()(ids), net(ids))
+    ids, mask = torch.randint(20, (4, 9)), torch.randint(2, (4, 9))
+    torch.testing.assert_close(program_of(job).module()(ids, mask), net(ids) * mask.unsqueeze(-1))
 
 
 class _Tokens(torch.nn.Module):

@@ -111,7 +111,7 @@ def error_line(error: Exception) -> str:
 
 
 class InnerModule(torch.nn.Module):
-    """A module around another, whose weights keep their names."""
+    """A module around another, whose weights keep their names; it takes all inputs in one argument."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
