@@ -216,13 +216,20 @@ def program_of(job: ExportJob) -> Any:
             shapes = (dynamic_shapes,) if isinstance(runnable.module, InnerModule) else dynamic_shapes
             return torch.export.export(module, example(job), dynamic_shapes=shapes)
     except Exception as error:
-        options = " ".join(
-            f"--input {spec.name}:{','.join(map(str, array.shape))}"
-            for spec, array in zip(job.inputs, example(job), strict=True)
-        )
         raise WorkError(
-            f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=f"try fixed shapes: {options}"
+            f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=_fixed_shapes(job)
         ) from error
+
+
+def _fixed_shapes(job: ExportJob) -> str:
+    """What may help where a converter does not get through an axis of any length, or a mask that nobody asked for."""
+    is_asked_for = bool(job.request.input or job.request.data)
+    options = " ".join(
+        f"--input {spec.name}:{','.join(map(str, array.shape))}"
+        for spec, array in zip(job.inputs, example(job), strict=True)
+        if is_asked_for or spec.name != "attention_mask"
+    )
+    return f"try fixed shapes: {options}"
 
 
 def is_script(runnable: TorchRunnable) -> bool:
@@ -328,6 +335,7 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
         outputs = [runnable.module.output_name(example(job))]
     else:
         outputs = output_names(len(run_module(runnable.module, job.samples.batches[0])))
+    is_open = any(_open_axes(spec.shape) for spec in job.inputs)
     try:
         with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
             proto, notes = (_convert_script if is_script(runnable) else _convert_program)(job, outputs)
@@ -336,7 +344,7 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     except Exception as error:
         raise WorkError(
             f"PyTorch cannot convert {job.file.path} to ONNX: {_reason(error)}",
-            hint="try another --opset, which may have the operator",
+            hint=_fixed_shapes(job) if is_open else "try another --opset, which may have the operator",
         ) from error
     inputs = [spec.name for spec in job.inputs]
     parameters = {parameter: name for name, parameter in runnable.built.names.items()}

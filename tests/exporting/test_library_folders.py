@@ -53,9 +53,8 @@ def configured(name: str) -> Any:
     [
         # As long as the hint says, an export of a detector takes half a minute.
         ("DetrForObjectDetection", "pixel_values:1,3,224,224", "1,3,64,64"),
-        ("ResNetForImageClassification", "x:1,3,224,224", "1,3,32,32"),
+        ("ResNetForImageClassification", "pixel_values:1,3,224,224", "1,3,32,32"),
         ("Wav2Vec2ForCTC", "input_values:1,16000", "1,16000"),
-        ("XLNetLMHeadModel", "x:1,128", "1,12"),
     ],
 )
 def test_the_hint_fits_what_a_folder_takes_and_its_export_answers_as_the_library(
@@ -74,18 +73,28 @@ def test_the_hint_fits_what_a_folder_takes_and_its_export_answers_as_the_library
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
     (port,) = session.get_inputs()
     random, shape = np.random.default_rng(0), tuple(map(int, lengths.split(",")))
-    is_ids = port.type == "tensor(int64)"
-    array = random.integers(3, 30, shape) if is_ids else random.standard_normal(shape).astype(np.float32)
+    array = random.standard_normal(shape).astype(np.float32)
     with torch.no_grad():
         expected = network(torch.from_numpy(array))[0].numpy()
     np.testing.assert_allclose(session.run(None, {port.name: array})[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_channels_of_a_folder_are_refused_with_a_way_that_works(tmp_path: Path) -> None:
-    configured("XLNetLMHeadModel").save_pretrained(tmp_path / "folder")
+    network = configured("XLNetLMHeadModel")
+    network.save_pretrained(tmp_path / "folder")
     cut = ("--pattern", "channel", "-s", "50%")
     refused = here("prune", tmp_path / "folder", "-o", tmp_path / "out", *cut)
     assert refused.code == 2
     assert f"prunectl export {tmp_path / 'folder'} -o model.onnx" in refused.err
-    assert here("export", tmp_path / "folder", "-o", tmp_path / "model.onnx", "--input", "x:1,12").code == 0
+    # The exporter has no operator for the mask of this family, and what is said instead can be typed.
+    refused = here("export", tmp_path / "folder", "-o", tmp_path / "model.onnx")
+    (said,) = re.findall(r"--input (input_ids:\S+)", refused.err)
+    assert refused.code == 5
+    assert here("export", tmp_path / "folder", "-o", tmp_path / "model.onnx", "--input", said).code == 0
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (port,) = session.get_inputs()
+    ids = np.random.default_rng(0).integers(3, 30, port.shape)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(ids))[0].numpy()
+    np.testing.assert_allclose(session.run(None, {"input_ids": ids})[0], expected, rtol=1e-4, atol=1e-4)
     assert here("prune", tmp_path / "model.onnx", "-o", tmp_path / "small.onnx", *cut).code == 0
