@@ -94,6 +94,8 @@ class GraphProto:
     sparse: tuple[SparseProto, ...] = ()
     values: tuple[Span, ...] = ()
     """What the file says of shapes: inputs, outputs and values between them."""
+    parameters: tuple[str, ...] = ()
+    """What a function is given, by its own names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +316,7 @@ def _pair(reader: ProtoReader, span: Span) -> tuple[str, str]:
 
 _MODEL: Schema = {1: NUMBER, **dict.fromkeys((2, 3, 7, 8, 14, 20, 25), LENGTH)}
 _GRAPH: Schema = dict.fromkeys((1, 5, 11, 12, 13, 15), LENGTH)
-_FUNCTION: Schema = dict.fromkeys((1, 7, 10), LENGTH)
+_FUNCTION: Schema = dict.fromkeys((1, 4, 7, 10), LENGTH)
 _TRAINING: Schema = dict.fromkeys((1, 2), LENGTH)
 
 _OPSET: Schema = {1: LENGTH, 2: NUMBER}
@@ -367,14 +369,16 @@ def graph(reader: ProtoReader, span: Span) -> GraphProto:
 
 
 def function(reader: ProtoReader, span: Span) -> tuple[str, str, GraphProto]:
-    """The domain, the name and the nodes of a function."""
-    texts, nodes = {1: "", 10: ""}, []
+    """The domain, the name, the parameters and the nodes of a function."""
+    texts, parameters, nodes = {1: "", 10: ""}, [], []
     for field in reader.fields(span, _FUNCTION, "a function"):
         if field.number == 7:
             nodes.append(node(reader, location(field)))
+        elif field.number == 4:
+            parameters.append(reader.text(field))
         else:
             texts[field.number] = reader.text(field)
-    return texts[10], texts[1], GraphProto(tuple(nodes))
+    return texts[10], texts[1], GraphProto(tuple(nodes), parameters=tuple(parameters))
 
 
 def training(reader: ProtoReader, span: Span) -> tuple[Span, ...]:

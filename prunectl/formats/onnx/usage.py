@@ -165,6 +165,7 @@ class UsageIndex:
     def __init__(self, reader: ProtoReader, scopes: tuple[GraphScope, ...]) -> None:
         self._reader = reader
         self._left = budgets.MAX_ONNX_VISITS
+        self._functions = {scope.defines: scope for scope in scopes if scope.defines}
         self._users: dict[tuple[int, str], list[OnnxTensorUse]] = {}
         for scope in scopes:
             for node in scope.graph.nodes:
@@ -191,7 +192,11 @@ class UsageIndex:
             self._left -= 1
             steps = steps if self._left > 0 else 0
             node = use.node
-            if steps and node.outputs and use.operand == 0 and node.op in PASSING:
+            called = self._functions.get(f"{node.domain}.{node.op}")
+            if steps and called is not None and use.operand < len(called.graph.parameters):
+                # A function does with it what is done with its parameter.
+                yield from self._purposes(called, called.graph.parameters[use.operand], shape, dtype, steps - 1)
+            elif steps and node.outputs and use.operand == 0 and node.op in PASSING:
                 for purpose in self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1):
                     order = self._order(node)
                     out_axis = axis_before_transpose(node, purpose.out_axis, len(shape), order)
@@ -255,7 +260,7 @@ class GraphScope:
     defines: str = ""
     """The operator that it defines, when it is a function's."""
     makers: dict[str, NodeProto | None] = field(default_factory=dict)
-    """The node that makes each value; None for a tensor of the file."""
+    """The node that makes each value; None for a tensor of the file, or what a function is given."""
 
     def owner(self, name: str) -> GraphScope | None:
         """The graph whose value a name means here."""
@@ -306,4 +311,5 @@ def _scope(
     makers: dict[str, NodeProto | None] = {output: node for node in graph.nodes for output in node.outputs}
     makers.update(dict.fromkeys((tensor.name for tensor in graph.initializers), None))
     makers.update(dict.fromkeys((tensor.values.name for tensor in graph.sparse), None))
+    makers.update(dict.fromkeys(graph.parameters, None))
     return GraphScope(graph, prefix, parent, depth, is_training, defines, makers)
