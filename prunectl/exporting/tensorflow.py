@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,43 @@ _HANDLERS: Mapping[str, tuple[Callable[[Any, Any, str, Any], None], list[str]]] 
 """Of operators that tf2onnx lacks."""
 
 
+class _Inlinable:
+    """A function whose graph calls none that only XLA may compile, as Keras' convolutions in groups are.
+
+    TensorFlow never puts the body of such a function in the place of its call, and tf2onnx converts no calls.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._function = _tf.function(call)
+
+    def get_concrete_function(self, *specs: Any) -> Any:
+        """The function for inputs of these types, as tf2onnx asks for it."""
+        traced = self._function.get_concrete_function(*specs)
+        if not any(_XLA in function.attr for function in traced.graph.as_graph_def().library.function):
+            return traced
+        freeze = importlib.import_module("tensorflow.python.framework.convert_to_constants")
+        graph = freeze.convert_variables_to_constants_v2(traced, lower_control_flow=False).graph.as_graph_def()
+        functions = graph.library.function
+        names = {function.signature.name for function in functions}
+        for marked in chain(functions, graph.node, *(function.node_def for function in functions)):
+            marked.attr.pop(_XLA, None)
+            for value in marked.attr.values():
+                for called in (value.func, *value.list.func):
+                    if called.name in names:
+                        called.name += "_inlined"
+        for function in functions:
+            # TensorFlow knows the old name already, as that of the function that was marked.
+            function.signature.name += "_inlined"
+        taken = (port for port in traced.inputs if port.dtype != _tf.resource)
+        ports = [[port.name for port in side] for side in (taken, traced.outputs)]
+        imported = _tf.compat.v1.wrap_function(lambda: _tf.import_graph_def(graph, name=""), [])
+        inputs, outputs = ([imported.graph.get_tensor_by_name(name) for name in names] for names in ports)
+        return imported.prune(inputs, outputs)
+
+
+_XLA = "_XlaMustCompile"
+
+
 def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write an ONNX model, its weights named as in the source where they can be matched."""
     tf2onnx = require("tf2onnx", extra="export")
@@ -350,11 +388,10 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     def called(*arguments: Any) -> list[Any]:
         return runnable.call(arguments)
 
-    function = _tf.function(called)
     try:
         with ignore_warnings():
             proto, _ = tf2onnx.convert.from_function(
-                function,
+                _Inlinable(called),
                 input_signature=runnable.specs(job.inputs),
                 opset=job.request.opset or OPSET,
                 custom_op_handlers=_HANDLERS,
@@ -376,4 +413,7 @@ def _check_operators(job: ExportJob, proto: Any) -> None:
     unknown = [node for node in proto.graph.node if node.domain in {"", "ai.onnx"} and not defs.has(node.op_type)]
     if unknown:
         operators = ", ".join(dict.fromkeys(f"{node.op_type} ({node.name})" for node in unknown[:5]))
-        raise WorkError(f"tf2onnx cannot convert operators of {job.file.path}: {operators}; nothing was written")
+        raise WorkError(
+            f"tf2onnx cannot convert operators of {job.file.path}: {operators}; nothing was written",
+            hint="TensorFlow Lite may have them: -o model.tflite",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -284,6 +285,22 @@ def test_layers_that_run_as_a_graph_alone_are_run_so(tmp_path: Path) -> None:
     (inputs,) = random((2, 3, 4, 4, 1))
     (found,) = by_onnxruntime(tmp_path / "m.onnx", inputs)
     np.testing.assert_allclose(found, model.predict_on_batch(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("which", KERAS)
+def test_convolutions_in_groups_which_keras_has_xla_compile_become_onnx(which: str, tmp_path: Path) -> None:
+    library, suffix = KERAS[which]
+    k = library()
+    grouped = k.layers.Conv2D(16, 3, groups=4, activation="relu")
+    model = k.Sequential([k.layers.Input((8, 8, 8)), grouped, k.layers.Conv2D(8, 3, groups=8), k.layers.Flatten()])
+    save(model, tmp_path / f"m{suffix}")
+    export(tmp_path / f"m{suffix}", tmp_path / "m.onnx")
+    (inputs,) = random((3, 8, 8, 8))
+    (found,) = by_onnxruntime(tmp_path / "m.onnx", inputs)
+    np.testing.assert_allclose(found, answers(model, [inputs])[0], atol=1e-5)
+    nodes = importlib.import_module("onnx").load(tmp_path / "m.onnx").graph.node
+    groups = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "group"]
+    assert groups == [4, 8]
 
 
 def test_a_loop_is_not_calibrated_and_the_way_that_is_shown_works(tmp_path: Path) -> None:
