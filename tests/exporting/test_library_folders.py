@@ -42,6 +42,9 @@ def configured(name: str) -> Any:
         config = transformers.Wav2Vec2Config(
             vocab_size=32, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, **SIZE, **SOUND
         )
+    elif name == "GptOssForCausalLM":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 8}
+        config = transformers.GptOssConfig(vocab_size=32, pad_token_id=0, **SIZE, **experts)
     else:
         config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=2, d_inner=32)
     torch.manual_seed(0)
@@ -77,6 +80,18 @@ def test_the_hint_fits_what_a_folder_takes_and_its_export_answers_as_the_library
     with torch.no_grad():
         expected = network(torch.from_numpy(array))[0].numpy()
     np.testing.assert_allclose(session.run(None, {port.name: array})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_share_a_tensor_are_exported(tmp_path: Path) -> None:
+    network = configured("GptOssForCausalLM")
+    network.save_pretrained(tmp_path / "folder")
+    done = here("export", tmp_path / "folder", "-o", tmp_path / "out.onnx", "--input", "input_ids:1,12:i64")
+    assert done.code == 0, done.err
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(3, 30, (1, 12))
+    with torch.no_grad():
+        expected = network(torch.from_numpy(ids))[0].numpy()
+    np.testing.assert_allclose(session.run(None, {"input_ids": ids})[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_channels_of_a_folder_are_refused_with_a_way_that_works(tmp_path: Path) -> None:

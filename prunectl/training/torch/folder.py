@@ -47,6 +47,13 @@ class FolderModule(InnerModule):
         with quiet_logging():
             return self.inner(**dict(zip(self.names, inputs, strict=True)))[0]
 
+    def plain(self) -> torch.nn.Module:
+        """For `torch.export`, with experts as products of stacks: kernels and loops over those in use have no graph."""
+        choose = getattr(self.inner, "set_experts_implementation", None)
+        if choose is not None:
+            choose("batched_mm")
+        return super().plain()
+
     def output_name(self, inputs: Iterable[torch.Tensor]) -> str:
         """What `transformers` calls the output: `logits`, or that of a model without a head."""
         with quiet_logging(), torch.no_grad():
