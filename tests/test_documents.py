@@ -257,3 +257,20 @@ def test_every_fixture_is_described() -> None:
     for path in FIXTURES.iterdir():
         if not path.name.startswith(("digits_cnn", "__")) and path.suffix not in {".py", ".md"}:
             assert path.name in described
+
+
+def test_every_key_of_an_export_and_of_an_inspection_is_in_the_page_on_json(tmp_path: Path) -> None:
+    def keys(value: object) -> set[str]:
+        if isinstance(value, dict):
+            return set(value).union(*map(keys, value.values()))
+        return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+    runs = (
+        ("export", FIXTURES / "digits_cnn.onnx", "-o", "half.onnx", "--half"),
+        ("export", FIXTURES / "digits_cnn.safetensors", "-o", "weights.npz"),
+        ("inspect", FIXTURES / "two_of_four_zero.safetensors", "--pattern", "2:4"),
+    )
+    told = set(re.findall(r"\w+", PAGES["docs/json.md"]))
+    for words in runs:
+        done = here(*words, "--json", cwd=tmp_path)
+        assert keys(done.json) <= told
