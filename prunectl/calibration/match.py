@@ -25,7 +25,7 @@ from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel, TrainOptions
 from prunectl.training.config import DivergedError, TrainConfig
-from prunectl.training.data.source import Arrays, Batch, as_tuple
+from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
 from prunectl.training.distillation import compare_answers
 from prunectl.training.finetune import write_back
 from prunectl.training.runtimes import load_trainable, with_arrays
@@ -94,6 +94,12 @@ def answered(
 ) -> Examples:
     """The examples with the outputs of the dense model, which is what the network still is, or those of a copy."""
     first = as_tuple(network.predict(batches[0].x))
+    alone = as_tuple(network.predict(map_arrays(lambda array: array[:1], batches[0].x)))
+    if any(one.shape[1:] != array.shape[1:] for one, array in zip(alone, first, strict=True)):
+        raise UsageError(
+            f"the outputs of {path} compare the examples of a batch with each other, and cannot be matched one by one",
+            hint="use --repair layers, or --strategy obs",
+        )
     nbytes = sum(array[:1].nbytes for array in first) * sum(len(as_tuple(batch.x)[0]) for batch in batches)
     dense = copy if nbytes > ANSWER_BYTES else None
     parts = [first, *(as_tuple(network.predict(batch.x)) for batch in (batches[1:] if dense is None else ()))]

@@ -60,6 +60,27 @@ MODELS = {
         "T5Config",
         {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
     ),
+    "clip": (
+        "CLIPModel",
+        "CLIPConfig",
+        {
+            "text_config": {**SIZE, "vocab_size": 300, "max_position_embeddings": 32, "eos_token_id": 2},
+            "vision_config": {**SIZE, "image_size": 8, "patch_size": 4},
+        },
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForSequenceClassification",
+        "Wav2Vec2Config",
+        {
+            **SIZE,
+            "num_conv_pos_embeddings": 8,
+            "num_conv_pos_embedding_groups": 2,
+            "conv_dim": (8, 8),
+            "conv_stride": (5, 4),
+            "conv_kernel": (10, 4),
+            "classifier_proj_size": 8,
+        },
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 2}),
 }
 
@@ -455,6 +476,34 @@ def test_images_are_exported_in_the_size_that_the_config_names(made: Callable[..
     assert (port.name, port.shape[1:]) == ("pixel_values", [3, 8, 8])
 
 
+def test_pairs_of_texts_and_images_are_pruned_by_data_and_not_matched_one_by_one(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    arrays = padded(9, 6)
+    del arrays["labels"]
+    images = np.random.default_rng(2).standard_normal((9, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", **arrays, pixel_values=images)
+    words = ("prune", made("clip"), "-o", tmp_path / "out", "-s", "60%", "--data", tmp_path / "d.npz")
+    done = here(*words, "--strategy", "activation-magnitude", "--scope", "layer")
+    assert done.code == 0, done.err
+    pruned = {name for name, tensor in state(tmp_path / "out").items() if float((tensor == 0).float().mean()) > 0.5}
+    assert {name.partition(".")[0] for name in pruned} >= {"text_model", "vision_model"}
+    done = here(*words, "--repair", "outputs", "--force")
+    assert (done.code, "compare the examples of a batch" in done.err) == (2, True)
+
+
+def test_a_folder_with_a_parametrized_layer_is_evaluated_as_the_library_has_it(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    sounds, labels = np.random.default_rng(3).standard_normal((7, 400)).astype(np.float32), np.arange(7) % 2
+    np.savez(tmp_path / "d.npz", input_values=sounds, labels=labels)
+    done = here("eval", made("wav2vec2"), "--data", tmp_path / "d.npz", "--metric", "loss", "--json")
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        expected = loaded(made("wav2vec2"))(torch.from_numpy(sounds), labels=torch.from_numpy(labels)).loss
+    assert done.json["evaluations"][0]["value"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_an_encoder_with_a_decoder_takes_the_arrays_of_both(made: Callable[..., Path], tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     arrays = {"input_ids": random.integers(300, size=(12, 9)), "decoder_input_ids": random.integers(300, size=(12, 5))}
@@ -758,7 +807,7 @@ RANKED = (
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        *((name, FITTED) for name in MODELS if name not in {"vit", "mixtral", "t5"}),
+        *((name, FITTED) for name in MODELS if name not in {"vit", "mixtral", "t5", "clip", "wav2vec2"}),
         *((name, words) for name in ("llama", "bert") for words in RANKED),
     ],
 )

@@ -109,9 +109,11 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         causal = {*library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
         own = config_of_file.get("auto_map") or {}
         causal.add(str(own.get("AutoModelForCausalLM")).rpartition(".")[2])
-        # A model of images or sounds may have none to give.
-        takes_ids = getattr(inner, "main_input_name", "") == _TOKENS
-        embedding = inner.get_input_embeddings() if takes_ids else None
+        embedding = None
+        # A model of images or sounds, or of several kinds, may have none to give.
+        with suppress(NotImplementedError):
+            takes_ids = getattr(inner, "main_input_name", "") == _TOKENS
+            embedding = inner.get_input_embeddings() if takes_ids else None
     inputs = _inputs(inner, config, origin.arrays)
     module = FolderModule(inner, (port.name for port in inputs))
     text = TextInput(
@@ -148,10 +150,11 @@ def _input(name: str, config: Any, *, is_row: bool) -> TensorSpec:
         return TensorSpec(name, (channels, None, None), "float32", example=(channels, *lengths) if is_known else None)
     if _OF_TOKENS.fullmatch(name) and is_row:
         return TensorSpec(name, (None,), "int64", example=(None,))
+    if name == "bbox":
+        return TensorSpec(name, (None, 4), "int64", example=(None, 4))
     if name == "input_values" and hasattr(config, "conv_kernel"):
         return TensorSpec(name, (None,), "float32")
-    is_whole = name == "bbox" or name.endswith(("_ids", "_mask"))
-    return TensorSpec(name, None, "int64" if is_whole else "float32")
+    return TensorSpec(name, None, "int64" if name.endswith(("_ids", "_mask")) else "float32")
 
 
 def _match(model: ModelFile, module: Any) -> dict[str, str]:
