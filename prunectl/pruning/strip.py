@@ -29,7 +29,7 @@ from prunectl.formats.base import (
     dtype_name,
 )
 from prunectl.formats.extents import BLOCK_BYTES, BYTE, Extent, raw_bytes
-from prunectl.formats.folder import companions, copy_companions, files_in, training_state
+from prunectl.formats.folder import Companions, companions, copy_companions, files_in, training_state
 from prunectl.formats.patch import HALF, HALVED, to_float16
 from prunectl.formats.pipeline import split_files
 from prunectl.formats.registry import SUFFIXES, by_name, load, open_model, require
@@ -115,7 +115,9 @@ def _notes_on_folder(model: ModelFile, result: ModelFile, output: Destination | 
     """What lies beside the weights in the output, and what of the folder is not copied, each in a sentence."""
     notes = outputs.notes_on_folder(model, output)
     # What was removed is not among the files of the output; links are not there to be seen.
-    return (*result.about.notes, *files_in(model.path).notes(model.path)) if notes and model.has_neighbours else notes
+    if not notes or not model.has_neighbours:
+        return notes
+    return (*result.about.notes, *Companions((), (), files_in(model.path).links).notes(model.path))
 
 
 def _as_kept(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:
