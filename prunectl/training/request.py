@@ -98,9 +98,10 @@ class FinetuneRequest:
         """What decides the numbers in the output; a run is resumed only with the same."""
         free = {"checkpoint_dir", "is_resumed", "logdir", "workers", "keeps_wrappers"}
         values = {name: value for name, value in asdict(self).items() if name not in free}
-        known_later = {"example", "frozen", "is_evaluated"}
-        means = {name: value for name, value in values["means"].items() if name not in known_later}
-        plain: dict[str, Any] = json.loads(json.dumps({**values, "means": means}))
+        known_later = {"example", "frozen", "is_evaluated", "arrays"}
+        for part in ("means", "origin"):
+            values[part] = {name: value for name, value in values[part].items() if name not in known_later}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 
 

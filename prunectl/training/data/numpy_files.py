@@ -181,7 +181,7 @@ def _arrays_of_model(
         rest = [name for name in rest if name in TARGETS]
     if len(rest) > 1:
         return None
-    return inputs, rest, tuple(f"{path}: {name} is used as targets" for name in rest)
+    return inputs, rest, tuple(f"{path}: {name} is used as targets" for name in rest if name not in TARGETS)
 
 
 def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:
