@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +34,9 @@ from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_m
 from prunectl.training.torch.cached_pass import CachedPass
 from prunectl.training.torch.distributed import distribute_like, full_tensor
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
+from prunectl.training.torch.modules import frozen_batch_norms, lay_channels_last, recalibrate
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
 from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
-
-
-def frozen_batch_norms(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
-    """The normalisations of which something is frozen: they stay as they are altogether."""
-    return [
-        layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, BatchNorm) and any(f"{name}.{part}" in frozen for part in dict(layer.state_dict()))
-    ]
-
-
-def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable[[Arrays], None]) -> int:
-    """Average the statistics over all examples, and return how many layers have some."""
-    layers = [one for one in module.modules() if isinstance(one, BatchNorm) and one.track_running_stats]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.train()
-    total = 0
-    for x in inputs if layers else ():
-        count = len(as_tuple(x)[0])
-        total += count
-        for layer in layers:
-            layer.momentum = count / total  # every example counts the same: the last batch may be a smaller one
-        run(x)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-        layer.eval()
-    return len(layers)
-
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,6 +60,8 @@ class TorchTrainable:
         )
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
+        self._layout = torch.contiguous_format
+        """How images lie in memory, where the network has convolutions."""
         self._trains: bool | None = None
         """Whether the module is in the mode in which it is trained; None before the first of both."""
         self._compared: tuple[DistilledOutput, ...] = ()
@@ -133,6 +107,11 @@ class TorchTrainable:
         if example is None:
             raise ValueError("a network is prepared with an example")
         self._custom: Any = find("step", options.custom_step, {}) if options.custom_step else None
+        is_plain = self._built.has_modes and not (options.custom_step or options.is_compiled or options.is_sharded)
+        if is_plain and self._place.device.type == "cpu":
+            self._layout = torch.channels_last
+            if not lay_channels_last(self._module, partial(self._try, example)):
+                self._layout = torch.contiguous_format
         self._choose(example)
         self._averager = losses.MetricAverager(self._metrics, is_training=True)
         self._optimizer = make_optimizer(options.optimizer, self._trained(), options.lr)
@@ -142,6 +121,11 @@ class TorchTrainable:
         if self._place.ranks > 1 and not options.is_sharded:
             device_ids = [self._place.device.index] if self._place.device.type == "cuda" else None
             self._run = DistributedDataParallel(self._run, device_ids=device_ids)
+
+    def _try(self, example: Batch, is_training: bool) -> None:
+        if not (is_training and self._options.is_evaluated):
+            self._mode(training=is_training)
+            self._forward(self._module, example.x)
 
     def _freeze(self, names: frozenset[str]) -> None:
         parameters = dict(self._module.named_parameters())
@@ -224,10 +208,11 @@ class TorchTrainable:
         kinds: list[torch.dtype | None] = [
             getattr(torch, port.dtype) if port.dtype else fallback for port in self._built.inputs
         ]
-        return [
+        typed = [
             tensor.to(kind) if kind is not None and kind.is_floating_point and tensor.is_floating_point() else tensor
             for tensor, kind in zip(inputs, kinds or [fallback] * len(inputs), strict=True)
         ]
+        return [tensor.contiguous(memory_format=self._layout) if tensor.ndim == 4 else tensor for tensor in typed]
 
     def _forward(self, module: Any, x: Arrays) -> tuple[torch.Tensor, ...]:
         half = self._half
@@ -241,7 +226,8 @@ class TorchTrainable:
                 f"the model does not accept inputs of {shapes}: {tensors.error_line(error)}",
                 hint="reshape the inputs with ?shape=1x28x28 (without the batch)",
             ) from error
-        return tensors.output_tensors(outputs)
+        # Losses of users may take a view of what they get.
+        return tuple(output.contiguous() for output in tensors.output_tensors(outputs))
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
         share = self._options.teacher_share if guide is not None else 0.0

@@ -90,3 +90,25 @@ class Shares(Plain):
 def squared(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return a loss, as a training step of one's own does."""
     return (module(x) - nn.functional.one_hot(y, 4)).square().mean()
+
+
+class Pooled(torch.nn.Module):
+    """Convolutions, normalised and pooled, whose images are flattened: by a view in training, in prediction, or not."""
+
+    def __init__(self, views: str = "") -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.head = torch.nn.BatchNorm2d(8), torch.nn.Linear(8 * 9, 4)
+        self._views = {"": (), "training": (True,), "predicting": (False,)}[views]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.second(torch.nn.functional.max_pool2d(torch.relu(self.first(x)), 2))))
+        return self.head(x.view(len(x), -1) if self.training in self._views else x.flatten(1))
+
+
+def pooled_by_view_in_training() -> Pooled:
+    return Pooled("training")
+
+
+def pooled_by_view() -> Pooled:
+    return Pooled("predicting")

@@ -689,3 +689,37 @@ def test_a_run_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="was written by another version") as caught:
         network.restore(tmp_path)
     assert "another folder" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("builder", "layout"),
+    [
+        ("Pooled", torch.channels_last),
+        ("pooled_by_view_in_training", torch.contiguous_format),
+        ("pooled_by_view", torch.contiguous_format),
+    ],
+)
+def test_images_lie_channels_last_where_the_network_runs_so_and_it_learns_the_same(
+    builder: str, layout: torch.memory_format, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    module: torch.nn.Module = getattr(nets, builder)().train()
+    random = np.random.default_rng(4)
+    batches = [Batch(random.normal(size=(6, 3, 8, 8)).astype("f4"), random.integers(0, 4, 6)) for _ in range(4)]
+    network = opened(saved(module, tmp_path / "m.pt"), builder, batches[0], optimizer="sgd:lr=0.05")
+    for name, value in network.tensors().items():
+        # Trying how it runs leaves no trace, in the statistics of normalisations least of all.
+        assert np.array_equal(value, module.state_dict()[name].numpy()), name
+    weight = network._module.get_parameter("second.weight")
+    assert weight.is_contiguous(memory_format=layout)
+    optimizer = torch.optim.SGD(module.parameters(), 0.05)
+    for batch in batches:
+        network.step(batch, 1.0)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(batch.x)), torch.from_numpy(batch.y)).backward()
+        optimizer.step()
+    for name, value in network.tensors().items():
+        np.testing.assert_allclose(value, module.state_dict()[name].numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+    with torch.no_grad():
+        expected = module.eval()(torch.from_numpy(batches[0].x)).numpy()
+    np.testing.assert_allclose(network.predict(batches[0].x), expected, rtol=1e-4, atol=1e-5)
