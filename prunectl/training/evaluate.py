@@ -25,7 +25,7 @@ from prunectl.training.finetune import open_training_data, validate_training_dat
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
 from prunectl.training.request import FinetuneRequest
 from prunectl.training.runtimes import load_predictor, load_trainable, with_arrays
-from prunectl.training.task import FinalActivation, Task, TaskKind, infer_task, label_axis
+from prunectl.training.task import IGNORED_LABEL, FinalActivation, Task, TaskKind, infer_task, label_axis
 
 _EVEN = 0.5
 Score = Callable[[Array, Array], Array]
@@ -42,7 +42,7 @@ def evaluate_predictions(
     is_channels_first: bool = True,
 ) -> tuple[str, float]:
     """A metric of one output by its name, and its mean over the examples."""
-    total, count, chosen = 0.0, 0, metric
+    total, count, chosen = 0.0, 0.0, metric
     binary: list[tuple[Array, Array]] = []
     task: Task | None = None
     for batch in batches:
@@ -67,10 +67,15 @@ def evaluate_predictions(
             if score is _accuracy:
                 score = partial(_accuracy, is_channels_first=is_channels_first)
             total += float(_fitting(chosen, score, outputs, targets).sum())
-        count += len(outputs)
+        # A place that is left out is no right answer, and counts for nothing, as in PyTorch.
+        count += len(outputs) * (np.mean(targets != IGNORED_LABEL) if _SCORES[chosen] is _accuracy else 1)
     if not count:
-        raise InputError(f"{name} has no examples")
+        raise _nothing_counts(name)
     return chosen, (_binary_accuracy(binary) if binary else total / count)
+
+
+def _nothing_counts(name: str) -> InputError:
+    return InputError(f"{name} has no labels that count", hint=f"labels of {IGNORED_LABEL} are left out")
 
 
 def _fitting(name: str, score: Score, outputs: Array, targets: Array) -> Array:
@@ -177,6 +182,8 @@ def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFac
         judged = data.val or data.train
         size = batch_size(judged, network.signature, request.batch_size)
         logs = dict(network.evaluate(_watched(model, judged, size, meter)))
+        if not logs:
+            raise _nothing_counts(judged.name)
         monitor = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
         return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.higher_is_better)
 

@@ -17,6 +17,8 @@ Shape = Sequence[int | None]
 """Without the batch axis; None for an axis of any length."""
 
 
+IGNORED_LABEL = -100
+"""Of a place that PyTorch's losses leave out, as data of `transformers` marks padding and prompts."""
 _SUM_TOLERANCE = 1e-3
 _TINY = 1e-7
 """Below the precision of 32-bit probabilities."""

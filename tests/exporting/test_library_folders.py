@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def configured(name: str) -> Any:
     elif name == "GptOssForCausalLM":
         experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 8}
         config = transformers.GptOssConfig(vocab_size=32, pad_token_id=0, **SIZE, **experts)
+    elif name == "BertForTokenClassification":
+        config = transformers.BertConfig(vocab_size=32, num_labels=5, **SIZE)
     else:
         config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=2, d_inner=32)
     torch.manual_seed(0)
@@ -113,3 +116,26 @@ def test_channels_of_a_folder_are_refused_with_a_way_that_works(tmp_path: Path) 
         expected = network(torch.from_numpy(ids))[0].numpy()
     np.testing.assert_allclose(session.run(None, {"input_ids": ids})[0], expected, rtol=1e-4, atol=1e-4)
     assert here("prune", tmp_path / "model.onnx", "-o", tmp_path / "small.onnx", *cut).code == 0
+
+
+def test_a_folder_and_its_export_leave_the_same_labels_out_of_the_accuracy(tmp_path: Path) -> None:
+    network = configured("BertForTokenClassification")
+    network.save_pretrained(tmp_path / "folder")
+    random = np.random.default_rng(0)
+    ids, labels = random.integers(3, 30, (40, 12)), random.integers(0, 5, (40, 12))
+    # In batches of 32, the last has fewer places that count than the first.
+    labels[:20, 4:] = labels[32:, 1:] = -100
+    arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    np.savez(tmp_path / "data.npz", **arrays, labels=labels)
+    np.savez(tmp_path / "none.npz", **arrays, labels=np.full_like(labels, -100))
+    data = ("--data", f"{tmp_path}/data.npz")
+    done = here("export", tmp_path / "folder", "-o", tmp_path / "out.onnx", *data)
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        answers = network(torch.from_numpy(ids)).logits.argmax(-1).numpy()
+    expected = np.mean(answers[labels != -100] == labels[labels != -100])
+    for model in (tmp_path / "folder", tmp_path / "out.onnx"):
+        done = here("eval", model, *data, "--json")
+        assert json.loads(done.out)["evaluations"][0]["value"] == pytest.approx(expected), done.err
+        refused = here("eval", model, "--data", f"{tmp_path}/none.npz")
+        assert (refused.code, "has no labels that count" in refused.err) == (3, True), refused.err

@@ -17,6 +17,7 @@ from prunectl.plugins import find
 from prunectl.training.data.source import Batch, as_tuple
 from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, metric_failures
 from prunectl.training.task import (
+    IGNORED_LABEL,
     DistilledOutput,
     FinalActivation,
     TaskKind,
@@ -28,9 +29,6 @@ from prunectl.training.task import (
 )
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-IGNORED_LABEL = -100
-"""Of a place that PyTorch's losses leave out, as data of `transformers` marks padding and prompts."""
 
 
 def _nll(logs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from prunectl.training.backend import (
 from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
 from prunectl.training.host import before_seeding
 from prunectl.training.runtimes import seed_everything
-from prunectl.training.task import DistilledOutput, FinalActivation, activation_of_values
+from prunectl.training.task import IGNORED_LABEL, DistilledOutput, FinalActivation, activation_of_values
 from prunectl.training.torch import distributed, losses, tensors
 from prunectl.training.torch._compat import BatchNorm
 from prunectl.training.torch.build import BuiltModule, FixedBatchModule, build_module, declared_inputs, output_specs
@@ -56,7 +56,7 @@ class TorchTrainable:
         self._notes = list(built.notes)
         inputs = declared_inputs(built)
         self._signature = ModelSignature(
-            inputs, (), is_channels_first=True, text=built.text, ignored_label=losses.IGNORED_LABEL
+            inputs, (), is_channels_first=True, text=built.text, ignored_label=IGNORED_LABEL
         )
         self._masks, self._gathered = WeightMasks(), GradientSums()
         self._rate = 1.0
