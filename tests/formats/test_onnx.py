@@ -203,36 +203,6 @@ def test_a_tensor_is_what_the_nodes_that_use_it_say(
     assert found.layer == "y"
 
 
-def test_a_weight_that_a_function_is_given_is_what_the_function_takes_it_for(tmp_path: Path) -> None:
-    inner = helper.make_function(
-        "own",
-        "Product",
-        ["a", "b"],
-        ["c"],
-        [helper.make_node("MatMul", ["a", "b"], ["c"])],
-        [helper.make_opsetid("", 17)],
-    )
-    body = [
-        helper.make_node("Product", ["a", "w"], ["h"], domain="own"),
-        helper.make_node("Gemm", ["h", "v", "b"], ["o"], transB=1),
-    ]
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
-    outer = helper.make_function("own", "Block", ["a", "w", "v", "b"], ["o"], body, opsets)
-    calls = [
-        helper.make_node("Block", ["x", "w", "v", "b"], ["z"], domain="own"),
-        helper.make_node("Product", ["w", "z"], ["y"], domain="own"),
-    ]
-    held = [initializer("w", (8, 4)), initializer("v", (8, 4)), initializer("b", (8,))]
-    graph = helper.make_graph(calls, "g", [], [], held)
-    onnx.save(helper.make_model(graph, opset_imports=opsets, functions=[inner, outer]), tmp_path / "m.onnx")
-    found = {tensor.name: tensor for tensor in open_model(tmp_path / "m.onnx").tensors}
-    assert {name: (tensor.role, tensor.out_axis, tensor.reduction_axis) for name, tensor in found.items()} == {
-        "w": (Role.KERNEL, 1, 0),
-        "v": (Role.KERNEL, 0, 1),
-        "b": (Role.BIAS, None, None),
-    }
-
-
 def test_a_layer_is_called_by_the_parameter_or_by_the_node(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Gemm", ["x", "block.0.weight"], ["h"], "/block/0/Gemm"),

@@ -61,6 +61,8 @@ class Attribute:
     tensor: TensorProto | None = None
     sparse: SparseProto | None = None
     graphs: tuple[Span, ...] = ()
+    reference: str = ""
+    """The setting of the call that stands for it, inside a function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,15 @@ class NodeProto:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, Attribute]
+    overload: str = ""
+    """Which of the functions of one name it calls."""
+    is_settled: bool = True
+    """Whether no setting depends on the call of the function that it stands in."""
+
+    @property
+    def operator(self) -> str:
+        """What tells its operation from all others."""
+        return ":".join(filter(None, (f"{self.domain}.{self.op}", self.overload)))
 
     @property
     def label(self) -> str:
@@ -94,8 +105,6 @@ class GraphProto:
     sparse: tuple[SparseProto, ...] = ()
     values: tuple[Span, ...] = ()
     """What the file says of shapes: inputs, outputs and values between them."""
-    parameters: tuple[str, ...] = ()
-    """What a function is given, by its own names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +209,14 @@ def parsing(path: Path) -> Iterator[ProtoReader]:
         raise InputError(f"{path} is damaged, or not an ONNX model: {error}") from error
 
 
-_NODE: Schema = dict.fromkeys((1, 2, 3, 4, 5, 7), LENGTH)
-_ATTRIBUTE: Schema = {2: FLOAT, 3: NUMBER, 7: PACKED_FLOATS, 8: NUMBERS, **dict.fromkeys((1, 4, 5, 6, 11, 22), LENGTH)}
+_NODE: Schema = dict.fromkeys((1, 2, 3, 4, 5, 7, 8), LENGTH)
+_ATTRIBUTE: Schema = {
+    2: FLOAT,
+    3: NUMBER,
+    7: PACKED_FLOATS,
+    8: NUMBERS,
+    **dict.fromkeys((1, 4, 5, 6, 11, 21, 22), LENGTH),
+}
 _TENSOR: Schema = {
     **dict.fromkeys((3, 8, 9, 13), LENGTH),
     **dict.fromkeys((2, 14), NUMBER),
@@ -220,7 +235,7 @@ def node(reader: ProtoReader, span: Span) -> NodeProto:
     inputs: list[str] = []
     outputs: list[str] = []
     spans: list[Span] = []
-    texts = {3: "", 4: "", 7: ""}
+    texts = {3: "", 4: "", 7: "", 8: ""}
     for field in reader.fields(span, _NODE, "a node"):
         match field.number:
             case 1:
@@ -235,11 +250,12 @@ def node(reader: ProtoReader, span: Span) -> NodeProto:
         raise WireError("a node has no operation")
     # The trees of classical models fill attributes with a million numbers, none of them a tensor.
     attributes = {} if texts[7] == _CLASSICAL else dict(_attribute(reader, field) for field in spans)
-    return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes)
+    is_settled = not any(attribute.reference for attribute in attributes.values())
+    return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes, texts[8], is_settled)
 
 
 def _attribute(reader: ProtoReader, span: Span) -> tuple[str, Attribute]:
-    name, text, number, real = "", "", 0, 0.0
+    name, text, reference, number, real = "", "", "", 0, 0.0
     lists: dict[int, list[Span]] = {7: [], 8: [], 11: []}
     dense: TensorProto | None = None
     scattered: SparseProto | None = None
@@ -257,12 +273,14 @@ def _attribute(reader: ProtoReader, span: Span) -> tuple[str, Attribute]:
                 dense = tensor(reader, location(field))
             case 6:
                 lists[11].append(location(field))
+            case 21:
+                reference = reader.text(field)
             case 22:
                 scattered = read_sparse(reader, location(field))
             case _:
                 lists[field.number].append(location(field))
     floats, ints, graphs = (tuple(spans) for spans in lists.values())
-    return name, Attribute(number, real, text, ints, floats, dense, scattered, graphs)
+    return name, Attribute(number, real, text, ints, floats, dense, scattered, graphs, reference)
 
 
 def tensor(reader: ProtoReader, span: Span) -> TensorProto:
@@ -316,7 +334,7 @@ def _pair(reader: ProtoReader, span: Span) -> tuple[str, str]:
 
 _MODEL: Schema = {1: NUMBER, **dict.fromkeys((2, 3, 7, 8, 14, 20, 25), LENGTH)}
 _GRAPH: Schema = dict.fromkeys((1, 5, 11, 12, 13, 15), LENGTH)
-_FUNCTION: Schema = dict.fromkeys((1, 4, 7, 10), LENGTH)
+_FUNCTION: Schema = dict.fromkeys((1, 4, 5, 7, 10, 11, 13), LENGTH)
 _TRAINING: Schema = dict.fromkeys((1, 2), LENGTH)
 
 _OPSET: Schema = {1: LENGTH, 2: NUMBER}
@@ -368,17 +386,22 @@ def graph(reader: ProtoReader, span: Span) -> GraphProto:
     return GraphProto(tuple(nodes), tuple(initializers), tuple(sparse), tuple(values))
 
 
-def function(reader: ProtoReader, span: Span) -> tuple[str, str, GraphProto]:
-    """The domain, the name, the parameters and the nodes of a function."""
-    texts, parameters, nodes = {1: "", 10: ""}, [], []
+def function(reader: ProtoReader, span: Span) -> tuple[NodeProto, GraphProto]:
+    """A function as a node that calls it, with the defaults of its settings, and its nodes."""
+    texts, nodes, defaults = {1: "", 10: "", 13: ""}, [], []
+    names: dict[int, list[str]] = {4: [], 5: []}
     for field in reader.fields(span, _FUNCTION, "a function"):
-        if field.number == 7:
-            nodes.append(node(reader, location(field)))
-        elif field.number == 4:
-            parameters.append(reader.text(field))
-        else:
-            texts[field.number] = reader.text(field)
-    return texts[10], texts[1], GraphProto(tuple(nodes), parameters=tuple(parameters))
+        match field.number:
+            case 4 | 5:
+                names[field.number].append(reader.text(field))
+            case 7:
+                nodes.append(node(reader, location(field)))
+            case 11:
+                defaults.append(_attribute(reader, location(field)))
+            case _:
+                texts[field.number] = reader.text(field)
+    call = NodeProto("", texts[1], texts[10], tuple(names[4]), tuple(names[5]), dict(defaults), texts[13])
+    return call, GraphProto(tuple(nodes))
 
 
 def training(reader: ProtoReader, span: Span) -> tuple[Span, ...]:

@@ -39,7 +39,7 @@ def about(model: Model, scopes: Sequence[GraphScope], tensors: Sequence[Tensor])
         producer=_producer(model),
         optimizer=next(iter(optimizers), ""),
         training=tuple(dict.fromkeys(f"loss {node.op}" for node in nodes if node.op.endswith("Loss"))),
-        code=_foreign(nodes, frozenset(scope.defines for scope in scopes)),
+        code=_foreign(nodes, frozenset(scope.definition.operator for scope in scopes if scope.definition)),
         notes=(*_notes(nodes), *_tensor_notes(tensors)),
         is_compressed=any(scope.graph.sparse for scope in scopes)
         or any("sparse_value" in node.attributes for node in nodes),
@@ -59,7 +59,7 @@ def _optimises(node: NodeProto) -> bool:
 def _foreign(nodes: Sequence[NodeProto], defined: frozenset[str]) -> tuple[str, ...]:
     """The operators that run code from elsewhere: neither ONNX, nor stock, nor defined in the file."""
     foreign = {
-        f"{node.domain}.{node.op}"
+        node.operator
         for node in nodes
         if node.domain not in _STANDARD and node.domain.split(".nchwc")[0] != _STOCK_RUNTIME
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -149,6 +149,24 @@ class OnnxTensorUse(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class _Call:
+    """The call of a function that a tensor was followed into."""
+
+    use: OnnxTensorUse
+    function: GraphScope
+    node: NodeProto
+    """The node that calls, its settings as the calls around it give them."""
+    outer: _Call | None
+    label: str
+    """Itself and those around it, by their labels."""
+
+    def behind(self, scope: GraphScope, name: str) -> str:
+        """What the caller gets of a value in the function; empty if it gets nothing."""
+        number = self.function.results.get(name) if scope is self.function else None
+        return self.node.outputs[number] if number is not None and number < len(self.node.outputs) else ""
+
+
+@dataclass(frozen=True, slots=True)
 class OnnxTensorPurpose:
     """What a tensor is for."""
 
@@ -165,7 +183,7 @@ class UsageIndex:
     def __init__(self, reader: ProtoReader, scopes: tuple[GraphScope, ...]) -> None:
         self._reader = reader
         self._left = budgets.MAX_ONNX_VISITS
-        self._functions = {scope.defines: scope for scope in scopes if scope.defines}
+        self._functions = {scope.definition.operator: scope for scope in scopes if scope.definition}
         self._users: dict[tuple[int, str], list[OnnxTensorUse]] = {}
         for scope in scopes:
             for node in scope.graph.nodes:
@@ -185,33 +203,52 @@ class UsageIndex:
         return next(telling, purposes[0] if purposes else OnnxTensorPurpose())
 
     def _purposes(
-        self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], steps: int
+        self,
+        scope: GraphScope,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        steps: int,
+        *,
+        call: _Call | None = None,
     ) -> Iterator[OnnxTensorPurpose]:
         for use in self.of(scope, name):
             # Concat joins what other nodes share, so that the ways through a crafted graph multiply.
-            self._left -= 1
+            self._left -= 1 if use.node.is_settled else len(use.node.attributes)
             steps = steps if self._left > 0 else 0
-            node = use.node
-            called = self._functions.get(f"{node.domain}.{node.op}")
-            if steps and called is not None and use.operand < len(called.graph.parameters):
+            node = _in_call(use.node, call)
+            label = _label(node, call)
+            called = self._functions.get(node.operator)
+            if steps and called is not None and called.definition is not None:
                 # A function does with it what is done with its parameter.
-                yield from self._purposes(called, called.graph.parameters[use.operand], shape, dtype, steps - 1)
+                for parameter in called.definition.inputs[use.operand : use.operand + 1]:
+                    inner = _Call(use, called, node, call, label)
+                    yield from self._purposes(called, parameter, shape, dtype, steps - 1, call=inner)
+                yield OnnxTensorPurpose(kind=node.op, layer=label)
             elif steps and node.outputs and use.operand == 0 and node.op in PASSING:
-                for purpose in self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1):
+                for purpose in self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1, call=call):
                     order = self._order(node)
-                    out_axis = axis_before_transpose(node, purpose.out_axis, len(shape), order)
-                    in_axis = axis_before_transpose(node, purpose.in_axis, len(shape), order)
-                    yield replace(purpose, out_axis=out_axis, in_axis=in_axis)
+                    axes = purpose.out_axis, purpose.in_axis
+                    if node.is_settled:
+                        out_axis, in_axis = (axis_before_transpose(node, axis, len(shape), order) for axis in axes)
+                        yield replace(purpose, out_axis=out_axis, in_axis=in_axis)
+                    else:
+                        yield replace(purpose, out_axis=None, in_axis=None)
             elif steps and node.outputs and node.op in SPLICING:
-                behind = self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1)
+                behind = self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1, call=call)
                 yield from (
                     replace(purpose, out_axis=None, in_axis=None) for purpose in behind if purpose.kind in CELLS
                 )
-                yield OnnxTensorPurpose(kind=node.op, layer=node.label)
+                yield OnnxTensorPurpose(kind=node.op, layer=label)
             else:
                 part = _part(use, shape, dtype) or (_BIAS if self._is_bias(use, shape) else _OTHER)
-                axes = part.out_axis(node, len(shape)), part.in_axis(node, len(shape))
-                yield OnnxTensorPurpose(part.role, node.op, node.label, *axes)
+                purpose = OnnxTensorPurpose(part.role, node.op, label)
+                if node.is_settled:
+                    axes = part.out_axis(node, len(shape)), part.in_axis(node, len(shape))
+                    purpose = replace(purpose, out_axis=axes[0], in_axis=axes[1])
+                yield purpose
+        if steps and call is not None and (result := call.behind(scope, name)):
+            yield from self._purposes(call.use.scope, result, shape, dtype, steps - 1, call=call.outer)
 
     def _order(self, node: NodeProto) -> tuple[int, ...]:
         order = node.attributes.get("perm")
@@ -233,6 +270,28 @@ class UsageIndex:
                 return False
             scope, value = owner, maker.inputs[0]
         return False
+
+
+def _in_call(node: NodeProto, call: _Call | None) -> NodeProto:
+    """A node with the settings that it has in a call: what neither the call nor the function gives is left out."""
+    if call is None or node.is_settled:
+        return node
+    settings = call.node.attributes
+    defaults = call.function.definition.attributes if call.function.definition is not None else {}
+    found = {
+        name: settings.get(attribute.reference, defaults.get(attribute.reference)) if attribute.reference else attribute
+        for name, attribute in node.attributes.items()
+    }
+    attributes = {name: attribute for name, attribute in found.items() if attribute is not None}
+    is_settled = not any(attribute.reference for attribute in attributes.values())
+    return replace(node, attributes=attributes, is_settled=is_settled)
+
+
+def _label(node: NodeProto, call: _Call | None) -> str:
+    label = f"{call.label}/{node.label}" if call is not None else node.label
+    if len(label) > budgets.MAX_ONNX_PREFIX and call is not None:
+        raise WireError("the names of its calls of functions are too long")
+    return label
 
 
 def _part(use: OnnxTensorUse, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OperandRole | None:
@@ -257,8 +316,10 @@ class GraphScope:
     parent: GraphScope | None = None
     depth: int = 0
     is_training: bool = False
-    defines: str = ""
-    """The operator that it defines, when it is a function's."""
+    definition: NodeProto | None = None
+    """A node that calls it, with the defaults of its settings, when it is a function's."""
+    results: Mapping[str, int] = field(default_factory=dict)
+    """What it gives back then, with the numbers of these outputs."""
     makers: dict[str, NodeProto | None] = field(default_factory=dict)
     """The node that makes each value; None for a tensor of the file, or what a function is given."""
 
@@ -274,8 +335,8 @@ def read_scopes(reader: ProtoReader, model: Model) -> tuple[GraphScope, ...]:
     """The main graph first, then those of functions, of training, and inside nodes."""
     waiting = [_scope(messages.graph(reader, model.graph))]
     for span in model.functions:
-        domain, name, graph = messages.function(reader, span)
-        waiting.append(_scope(graph, prefix=f"{name}/", defines=f"{domain}.{name}"))
+        definition, graph = messages.function(reader, span)
+        waiting.append(_scope(graph, prefix=f"{definition.op}/", definition=definition))
     for number, span in enumerate(at for training in model.training for at in messages.training(reader, training)):
         graph = messages.graph(reader, span)
         waiting.append(_scope(graph, prefix=f"training_{number}/", is_training=True))
@@ -306,10 +367,11 @@ def _scope(
     depth: int = 0,
     *,
     is_training: bool = False,
-    defines: str = "",
+    definition: NodeProto | None = None,
 ) -> GraphScope:
     makers: dict[str, NodeProto | None] = {output: node for node in graph.nodes for output in node.outputs}
     makers.update(dict.fromkeys((tensor.name for tensor in graph.initializers), None))
     makers.update(dict.fromkeys((tensor.values.name for tensor in graph.sparse), None))
-    makers.update(dict.fromkeys(graph.parameters, None))
-    return GraphScope(graph, prefix, parent, depth, is_training, defines, makers)
+    makers.update(dict.fromkeys(definition.inputs if definition else (), None))
+    results = {name: number for number, name in enumerate(definition.outputs if definition else ())}
+    return GraphScope(graph, prefix, parent, depth, is_training, definition, results, makers)
