@@ -404,21 +404,24 @@ def tensors_of(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_masks_go_in_and_padding_counts_for_nothing_as_the_library_has_it(
+def test_masks_go_in_and_padding_counts_for_nothing_as_the_library_has_it_and_in_the_export_too(
     name: str, made: Callable[..., Path], tmp_path: Path
 ) -> None:
     arrays = padded(33, 11)
     # All of an example may be padding, and an array may have nothing to do with the model.
     arrays["labels"][5] = -100
     np.savez(tmp_path / "d.npz", **arrays, number=np.arange(33))
-    done = here("eval", made(name), "--data", tmp_path / "d.npz", "--batch-size", "8", "--metric", "accuracy", "--json")
+    assert here("export", made(name), "-o", tmp_path / "m.onnx", "--data", tmp_path / "d.npz").code == 0
+    words = ("--data", tmp_path / "d.npz", "--batch-size", "8", "--metric", "accuracy", "--json")
+    done = here("eval", made(name), tmp_path / "m.onnx", *words)
     assert done.code == 0, done.err
     with torch.no_grad():
         outputs = loaded(made(name))(**tensors_of(arrays))
     moved = 0 if name == "bert" else 1
     labels = torch.from_numpy(arrays["labels"])[:, moved:]
     right = (outputs.logits[:, : 11 - moved].argmax(-1) == labels)[labels != -100].float().mean()
-    values = done.json["evaluations"][0]["logs"]
+    values, exported = (each["logs"] for each in done.json["evaluations"])
+    assert exported["accuracy"] == pytest.approx(float(right), rel=1e-6)
     assert values["loss"] == pytest.approx(float(outputs.loss), rel=1e-5)
     assert values["accuracy"] == pytest.approx(float(right), rel=1e-6)
 
