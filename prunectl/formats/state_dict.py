@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, PruningWrapper, Role, Tensor
@@ -60,8 +61,11 @@ _EXPERT_KERNELS = frozenset(
     {"gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "wi", "wo", "wi_0", "wi_1", "v1"}
 )
 """What mixtures of experts call their stacks of matrices."""
-_MIXTURE = re.compile(r"(?<![^./])experts?[./]|(?<![^./])input_linear\.weight$")
+_STACK, _STACK_RANK = "input_linear.weight", 3
+_MIXTURE = re.compile(rf"(?<![^./])experts?[./]|(?<![^./]){re.escape(_STACK)}$")
 """What stands beside a router: the experts of a layer, also as the two stacks of GraniteMoe and JetMoe."""
+_MOST_MIXTURES = 4
+"""In one name: the attention of JetMoe has its stacks, and a router, in what it calls its experts."""
 _ROUTER = re.compile(
     r"(?<![^./])(gate|router|shared_expert_gate)([./](layer|wg|classifier|proj|gate|linear))?[./](weight|kernel)$"
 )
@@ -175,11 +179,13 @@ AVERAGES = frozenset(
 )
 """Entries of a checkpoint in which averages of the weights are kept."""
 _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
-_TABLE = re.compile(r"codebook|(\w+_)?tokens?|query_feat|queries_features|reference_points")
-"""Layers that are tables whole: codes of sound, learned tokens of SAM, queries of detectors."""
+_TABLE = re.compile(r"tokens?|query_feat|queries_features|reference_points")
+"""Layers that are tables whole: of tokens, or queries of detectors."""
+_LEARNED_TOKENS = re.compile(r"(?!to_)\w+_tokens?")
+"""Such as `iou_token` of SAM; `to_tokens` is a layer that makes some."""
+_MOST_TOKENS = 16
 _NO_TABLE = re.compile(r"proj|linear|conv|dense|mapping|(^|_)fc|^embed_out$")
 """Layers that multiply, though something around them is called an embedding: `patch_embeddings.projection`."""
-_LIST_PLACE = re.compile(r"(\.\d+)*\.[^.]*$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 """An output layer, which is the embedding where there is no table of tokens."""
 _FIRST_BLOCK = re.compile(r"([^.\d][^.]*\.)*(h|layers?|blocks?)\.0\.")
@@ -247,7 +253,12 @@ def describe(
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     is_flax = not any(name.endswith(".weight") for name in shapes)
     axes = unusual_axes(shapes, is_flax=is_flax)
-    mixtures = frozenset(name[: found.start()] for name in shapes if (found := _MIXTURE.search(name)) is not None)
+    mixtures = frozenset(
+        name[: found.start()]
+        for name in shapes
+        for found in islice(_MIXTURE.finditer(name), _MOST_MIXTURES)
+        if found[0] != _STACK or len(shapes[name]) == _STACK_RANK
+    )
     names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax, mixtures)
     described = [_describe(tensor, names) for tensor in tensors]
     return _averages_as_their_originals(_heads_without_tables(described, names))
@@ -394,15 +405,23 @@ def _is_embedding(tensor: Tensor, leaf: str, names: _Names) -> bool:
     if tensor.kind.startswith(_KERNEL_KINDS) or (use is not None and use.role in PRUNABLE and not use.is_weak):
         return False
     lowered = tensor.name.lower()
+    is_weight = leaf.startswith(("weight", "kernel"))
     # The number in a list says nothing: `altup_unembed_projections.0`.
-    is_weight, layer = leaf.startswith(("weight", "kernel")), _LIST_PLACE.sub("", lowered).rpartition(".")[2]
+    layer = next((part for part in reversed(lowered.split(".")[:-1]) if not part.isdecimal()), "")
     if is_weight and (len(tensor.shape) != 2 or leaf == "kernel" or _NO_TABLE.search(layer)):
         return False
     if is_weight and _has_bias_of_rows(tensor, leaf, names):
         return False
     # T5, BART and their kin call the table of both halves so.
-    is_table = is_weight and (layer == "shared" or _TABLE.fullmatch(layer) is not None)
-    return is_table or any(part in lowered for part in _EMBEDDING_PARTS)
+    is_table = layer == "shared" or _TABLE.fullmatch(layer) is not None or _is_codes_or_tokens(tensor, layer, lowered)
+    return (is_weight and is_table) or any(part in lowered for part in _EMBEDDING_PARTS)
+
+
+def _is_codes_or_tokens(tensor: Tensor, layer: str, lowered: str) -> bool:
+    """Whether more than its name makes it the codes of a quantizer, or tokens, of which a model learns a few."""
+    if layer == "codebook":
+        return "quantiz" in lowered
+    return tensor.shape[0] <= _MOST_TOKENS and _LEARNED_TOKENS.fullmatch(layer) is not None
 
 
 def _has_bias_of_rows(tensor: Tensor, leaf: str, names: _Names) -> bool:

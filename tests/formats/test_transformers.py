@@ -292,6 +292,11 @@ KINDS = {
 """What the library's modules are, by the ends of their names."""
 
 
+def unread(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of which no more is known."""
+    return Tensor(name, "", shape, np.dtype(np.float32), Role.OTHER, Storage(name, 0, None, 0))
+
+
 @pytest.mark.parametrize(
     ("config", "model"),
     [
@@ -299,6 +304,7 @@ KINDS = {
         *(("Qwen3MoeConfig", "Qwen3MoeForCausalLM"), ("GraniteMoeConfig", "GraniteMoeForCausalLM")),
         *(("JambaConfig", "JambaForCausalLM"), ("Mask2FormerConfig", "Mask2FormerModel")),
         *(("Gemma3nTextConfig", "Gemma3nTextModel"), ("BlipConfig", "BlipForConditionalGeneration")),
+        ("JetMoeConfig", "JetMoeForCausalLM"),
     ],
 )
 def test_roles_are_those_of_the_modules_that_the_tensors_are_in(config: str, model: str) -> None:
@@ -310,10 +316,10 @@ def test_roles_are_those_of_the_modules_that_the_tensors_are_in(config: str, mod
         for role, ends in KINDS.items()
         if type(module).__name__.endswith(ends) and getattr(module, "weight", None) is not None
     }
-    given = [
-        Tensor(name, "", tuple(one.shape), np.dtype(np.float32), Role.OTHER, Storage(name, 0, None, 0))
-        for name, one in network.state_dict().items()
-    ]
+    # Where the router is a linear layer within.
+    gates = [name for name, module in network.named_modules() if type(module).__name__.endswith("TopKGating")]
+    expected |= {f"{name}.layer.weight": "router" for name in gates}
+    given = [unread(name, tuple(one.shape)) for name, one in network.state_dict().items()]
     # What is tied to a table has two modules.
     tied = {name for name in network.all_tied_weights_keys if name in expected}
     found = {tensor.name: str(tensor.role) for tensor in describe(given)}
@@ -321,6 +327,27 @@ def test_roles_are_those_of_the_modules_that_the_tensors_are_in(config: str, mod
     assert {name: found[name] for name in expected.keys() - tied} == {
         name: role for name, role in expected.items() if name not in tied
     }
+
+
+def test_a_layer_is_no_table_for_its_name_alone() -> None:
+    kernels = {
+        "vit.to_tokens.weight": (8, 16),
+        "x_token.weight": (64, 16),
+        "head.codebook.weight": (64, 16),
+        # Experts that each have a gate are no stacks, and the gate is no router.
+        "experts.0.gate.weight": (64, 16),
+        "experts.0.input_linear.weight": (64, 16),
+    }
+    tables = {"mask_tokens.weight": (4, 16), "quantizer.0.codebook.weight": (64, 16), "tokens.weight": (64, 16)}
+    given = [unread(name, shape) for name, shape in {**kernels, **tables}.items()]
+    found = {tensor.name: tensor.role for tensor in describe(given)}
+    assert found == dict.fromkeys(kernels, Role.KERNEL) | dict.fromkeys(tables, Role.EMBEDDING)
+
+
+def test_a_strangers_name_takes_steps_by_its_length() -> None:
+    # Where they grow with the square of it, this takes a quarter of an hour.
+    (tensor,) = describe([unread("a" + ".1" * 128_000 + ".b.weight", (8, 8))])
+    assert tensor.role is Role.KERNEL
 
 
 def test_an_adapter_loads_into_its_base_again(sources: Callable[[str, str], Path], tmp_path: Path) -> None:
