@@ -88,6 +88,8 @@ class TextInput:
     """How many a sequence may have; 0 where nobody says so."""
     is_causal: bool = False
     """Whether the model predicts the next token at each place."""
+    shifts_labels: bool = False
+    """Whether `transformers` compares each of the `labels` with the output one place before it."""
     is_trusted: bool = False
     """Whether code in the folder may run."""
 

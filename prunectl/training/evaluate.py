@@ -18,9 +18,9 @@ from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile
 from prunectl.formats.registry import by_name, open_model
 from prunectl.training.backend import ModelSignature, PredictingModel
 from prunectl.training.data.adapt import adapt, check_batches
-from prunectl.training.data.registry import array_names, check_exists, open_source
+from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, peek, train_val_split
-from prunectl.training.data.text import batch_size, follow, predicts_next
+from prunectl.training.data.text import LABELS, batch_size, follow, predicts_next
 from prunectl.training.finetune import open_training_data, validate_training_data
 from prunectl.training.monitor import check_direction, make_monitor, metric_mismatch, monitored_metric
 from prunectl.training.request import FinetuneRequest
@@ -202,7 +202,7 @@ def _by_runtime(
     signature, seed = network.signature, request.means.seed
     opened = open_source(request.val or request.data, signature=signature, seed=seed)
     source, notes = adapt(opened, signature)
-    if "labels" in array_names(request.val or request.data):
+    if source.target_name == LABELS:
         names = [port.name for port in signature.inputs]
         if predicts_next(network.predict, source, names):
             source = follow(source)

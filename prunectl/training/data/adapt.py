@@ -128,7 +128,7 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
         names = ", ".join(port.name for port in signature.inputs)
         raise UsageError(
             f"{source.name} has {_inputs(len(inputs))}, but the model has {len(signature.inputs)} ({names})",
-            hint="join several inputs with + in the model's order: train.npz[a+b,labels] or a.npy+b.npy,y.npy",
+            hint="give one for each, by these names or in this order: train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )
     xs = [
         _input_fit(array_name(source.name, "x", index, len(inputs)), array, port)
@@ -222,14 +222,17 @@ def check_batches(
     """What the user should know of a source that fits a model; refuse one that does not."""
     if needs_targets:
         require_targets(source, signature)
-    checked = 0
+    checked, is_judged = 0, False
     for batch in _beginning(source):
         _check_inputs(source, batch, signature, checked)
         if batch.y is not None:
             _check_targets(source, batch.y, signature, tasks, checked)
+        is_judged |= batch.y is None or any((array != signature.ignored_label).any() for array in as_tuple(batch.y))
         checked += num_examples(batch)
     if not checked:
         raise InputError(f"{source.name} has no examples", hint="check its options, such as limit and classes")
+    if not is_judged:
+        raise InputError(f"all labels of {source.name} are {signature.ignored_label}, which no loss or metric looks at")
     begin = 0
     for targets in source.labels():
         _check_targets(source, targets, signature, tasks, begin)

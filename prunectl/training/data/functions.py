@@ -46,7 +46,8 @@ def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) 
     names = _PortNames.of(signature)
     if _is_whole(examples):
         batch = _batch(spec.where, _parts(examples), names)
-        return from_arrays(spec.text, _titled("x", batch.x), {} if batch.y is None else _titled("y", batch.y))
+        y = {} if batch.y is None else _titled(_target_name(examples, names) or "y", batch.y)
+        return from_arrays(spec.text, _titled("x", batch.x), y)
     if _is_numbered(examples):
         return _from_examples(spec, cast("_Numbered", examples), names)
     if isinstance(examples, Iterable) or _is_keras(examples):
@@ -92,22 +93,27 @@ def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
 def _from_batches(
     spec: DataSpec, make: Callable[[], Any], examples: Iterable[Any], names: _PortNames
 ) -> IterableSource:
-    def pieces(batches: Iterable[Any]) -> Iterator[Batch]:
+    def items_of(batches: Iterable[Any]) -> Iterator[Any]:
         # Keras' data sets number their batches, and never end when they are iterated.
         numbered = cast("Any", batches)
-        items = (numbered[index] for index in range(len(numbered))) if _is_keras(batches) else iter(batches)
-        advance = _guarded(spec.where, lambda: next(items, _END))
+        each = (numbered[index] for index in range(len(numbered))) if _is_keras(batches) else iter(batches)
+        advance = _guarded(spec.where, lambda: next(each, _END))
         while (item := advance()) is not _END:
-            yield _batch(spec.where, _parts(item), names)
+            yield item
+
+    def items() -> Iterator[Any]:
+        # An iterator can be gone through once: the function is called anew for the next one.
+        return items_of(make() if isinstance(examples, Iterator) else examples)
 
     def read() -> Iterator[Batch]:
-        # An iterator can be gone through once: the function is called anew for the next one.
-        return pieces(make() if isinstance(examples, Iterator) else examples)
+        for item in items():
+            yield _batch(spec.where, _parts(item), names)
 
-    first = next(read(), None)
-    if first is None:
+    first = next(items(), _END)
+    if first is _END:
         raise InputError(f"{spec.where} returns no batches", hint=_GIVES)
-    return IterableSource(spec.text, None, first.y is not None, read)
+    has_targets = _batch(spec.where, _parts(first), names).y is not None
+    return IterableSource(spec.text, None, has_targets, read, target_name=_target_name(first, names))
 
 
 def _from_examples(spec: DataSpec, examples: _Numbered, names: _PortNames) -> IndexedSource:
@@ -124,7 +130,8 @@ def _from_examples(spec: DataSpec, examples: _Numbered, names: _PortNames) -> In
         examples = [one(int(number)) for number in numbers]
         return concatenate(examples) if examples else take_rows(one(0), slice(0, 0))
 
-    return IndexedSource(spec.text, count, one(0).y is not None, take)
+    first = _guarded(spec.where, lambda: examples[0])()
+    return IndexedSource(spec.text, count, one(0).y is not None, take, target_name=_target_name(first, names))
 
 
 def _batch(where: str, parts: Sequence[Any], names: _PortNames) -> Batch:
@@ -132,7 +139,8 @@ def _batch(where: str, parts: Sequence[Any], names: _PortNames) -> Batch:
     if not 1 <= len(parts) <= 2:
         raise InputError(f"{where} returns batches of {len(parts)} parts", hint="a batch must be (x, y), or only x")
     x = _arrays(where, parts[0], "inputs", names.inputs)
-    given = parts[1] if len(parts) == 2 else _targets_among(parts[0])
+    name = _target_name(parts, names)
+    given = parts[1] if len(parts) == 2 else parts[0][name] if name else None
     y = None if given is None else _arrays(where, given, "outputs", names.outputs)
     lengths = [len(array) for array in (*as_tuple(x), *(() if y is None else as_tuple(y)))]
     if len(set(lengths)) > 1:
@@ -144,10 +152,12 @@ def _parts(item: Any) -> Sequence[Any]:
     return item if isinstance(item, tuple | list) else (item,)
 
 
-def _targets_among(part: Any) -> Any:
-    """The targets in a dictionary that has them beside the inputs, as data sets of Hugging Face do."""
-    names = [name for name in TARGETS if name in part] if isinstance(part, Mapping) else []
-    return part[names[0]] if len(names) == 1 else None
+def _target_name(item: Any, names: _PortNames) -> str:
+    """The name of the targets in a dictionary that has them beside the inputs, as data sets of Hugging Face do."""
+    part, *others = _parts(item) or ((),)
+    if others or not isinstance(part, Mapping):
+        return ""
+    return next((name for name in TARGETS if name in part and name not in names.inputs), "")
 
 
 def _arrays(where: str, part: Any, side: str, names: Sequence[str]) -> Arrays:
@@ -195,8 +205,10 @@ def _is_array(thing: Any) -> bool:
 
 
 def _is_whole(thing: Any) -> bool:
-    """Whether it is all examples at once."""
-    return _is_array(thing) or (isinstance(thing, Mapping) and _is_side(thing)) or _is_pair_of_arrays(thing)
+    """Whether it is all examples at once: an array, a dictionary of arrays or lists, or inputs with targets."""
+    if isinstance(thing, Mapping):
+        return all(_is_array(value) or type(value) is list for value in thing.values())
+    return _is_array(thing) or _is_pair_of_arrays(thing)
 
 
 def _is_pair_of_arrays(thing: Any) -> bool:

@@ -177,11 +177,14 @@ def _arrays_of_model(
     rest = [name for name in names if name not in inputs]
     if outputs and set(outputs) <= set(rest):
         return inputs, outputs, ()
-    if len(rest) > 1:
-        rest = [name for name in rest if name in TARGETS]
-    if len(rest) > 1:
+    # Beside the inputs of a model of text lies what its tokenizer gives and it has no use for.
+    is_sure = len(rest) == 1 and signature.text is None
+    targets = rest if is_sure else [name for name in rest if name in TARGETS]
+    if len(targets) > 1 or (rest and not targets and signature.text is None):
         return None
-    return inputs, rest, tuple(f"{path}: {name} is used as targets" for name in rest if name not in TARGETS)
+    unused = [name for name in rest if name not in targets]
+    notes = [f"{path}: {name} is used as targets" for name in targets if name not in TARGETS]
+    return inputs, targets, (*notes, *(f"{path}: {name} is not used" for name in unused))
 
 
 def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -46,6 +47,8 @@ class IndexedSource:
     targets: Callable[[Indices], Arrays | None] | None = None
     """Their targets alone, where this is cheap."""
     notes: tuple[str, ...] = ()
+    target_name: str = ""
+    """Of the targets."""
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
@@ -124,6 +127,8 @@ class IterableSource:
     read: Callable[[], Iterator[Batch]]
     """All examples, in pieces of any size."""
     notes: tuple[str, ...] = ()
+    target_name: str = ""
+    """Of the targets."""
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
@@ -236,6 +241,7 @@ def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *note
         take,
         None if targets is None else lambda numbers: of(targets, numbers),
         notes=notes,
+        target_name=Path(next(iter(y))).stem if len(y) == 1 else "",
     )
 
 

@@ -84,8 +84,7 @@ def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> So
         if kind.fits(parsed.where):
             data_spec.check_options(parsed, kind.options)
             source: Source = _function(kind.opener)(parsed, signature, seed)
-            is_causal = signature is not None and signature.text is not None and signature.text.is_causal
-            if is_causal and "labels" in array_names(spec):
+            if signature is not None and signature.text is not None and signature.text.shifts_labels:
                 source = _function("text:follow")(source)
             return apply_options(source, parsed, signature)
     raise _unknown(parsed)

@@ -71,6 +71,10 @@ class Source(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What was decided when it was opened, in sentences."""
 
+    @property
+    def target_name(self) -> str:
+        """What the data calls its targets, where there is one array of them, and it has a name."""
+
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch; the last may be smaller."""
 

@@ -14,13 +14,15 @@ from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TextInput
 from prunectl.training.data.numpy_files import map_npy
 from prunectl.training.data.readers import IndexedSource, from_arrays
-from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, map_arrays, peek
+from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, peek
 from prunectl.training.data.spec import GRAMMAR, DataSpec, require_path
 from prunectl.training.data.tokenizer import NO_MARKS, FolderTokenizer, Marks, Piece, open_tokenizer
 from prunectl.training.task import IGNORED_LABEL
 
 LENGTH = 512
 """Tokens in a sequence, where neither the user nor the model says that there are fewer."""
+LABELS = "labels"
+"""What `transformers` calls targets."""
 FIELD = "text"
 """The field of each line of a .jsonl that holds its text."""
 _PIECE = 4 << 20
@@ -75,17 +77,17 @@ def _marks_for(path: Path, text: TextInput) -> Marks:
 
 def follow(source: Source) -> Source:
     """Targets called `labels` as `transformers` takes them for a causal model: the tokens themselves, one place on."""
+    head = peek(source, 1) if source.target_name == LABELS else None
+    if head is None or head.y is None or as_tuple(head.x)[0].shape != as_tuple(head.y)[0].shape:
+        return source
 
     def change(batch: Batch) -> Batch:
         if batch.y is None:
             return batch
-        labels = as_tuple(batch.y)[0]
-        shape = labels.shape[1:]
-        if len(shape) != 1 or as_tuple(batch.x)[0].shape[1:] != shape:
-            return batch
         # No token follows the last one. A file may fix the number of tokens, so that one stays in.
+        labels = as_tuple(batch.y)[0]
         after = np.full_like(labels[:, :1], IGNORED_LABEL, dtype=np.int64)
-        return Batch(batch.x, map_arrays(lambda array: np.concatenate([array[:, 1:], after], 1), batch.y))
+        return Batch(batch.x, np.concatenate([labels[:, 1:], after], 1))
 
     return source.changed(change, f"{source.name}: each of the labels is compared with the output one place before it")
 

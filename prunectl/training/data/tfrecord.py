@@ -277,7 +277,8 @@ def open_records(spec: DataSpec, signature: ModelSignature | None, *_: object) -
         for piece in chunked(_examples(paths), RECORDS_AT_ONCE):
             yield Batch(_stacked(schema.x, piece), _stacked(schema.y, piece) if schema.y else None)
 
-    return IterableSource(spec.text, None, bool(schema.y), read, (*x_notes, *y_notes))
+    target_name = schema.y[0].name if len(schema.y) == 1 else ""
+    return IterableSource(spec.text, None, bool(schema.y), read, (*x_notes, *y_notes), target_name)
 
 
 def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[str, Mapping[str, Value]]]:

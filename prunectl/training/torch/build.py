@@ -19,6 +19,7 @@ from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch.trust import check_program
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
+from prunectl.training.data.text import LABELS
 from prunectl.training.host import before_seeding
 from prunectl.training.task import format_shape, shape_matches
 from prunectl.training.torch._compat import tree_flatten, tree_map
@@ -202,6 +203,8 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         network = folder.open_network(model, origin)
         network.fill()
         text = network.text if network.text.vocabulary else None
+        if text is not None and LABELS in origin.arrays:
+            text = replace(text, shifts_labels=network.shifts_labels())
         return BuiltModule(network.module, network.names, inputs=network.inputs, text=text)
     raise user_code.no_network(model)
 

@@ -72,6 +72,20 @@ class FolderNetwork:
     inputs: tuple[TensorSpec, ...]
     text: TextInput
 
+    def shifts_labels(self) -> bool:
+        """Whether the loss of the library compares labels with the output one place before: nothing else tells.
+
+        A class for causal models may compare them in place, as Bart's does, and others shift them.
+        """
+        ids = torch.arange(6)[None] % self.text.vocabulary
+        module = self.module.inner
+        # What the class takes besides may be needed, or its answer may have no loss.
+        with suppress(Exception), quiet_logging(), torch.no_grad():
+            outputs = module(input_ids=ids, labels=ids)
+            moved = torch.nn.functional.cross_entropy(outputs.logits[0, :-1].float(), ids[0, 1:])
+            return bool(torch.isclose(outputs.loss.float(), moved, rtol=1e-4))
+        return False
+
     def fill(self, names: Iterable[str] | None = None) -> None:
         """Read the numbers of some tensors, or of all, from the file."""
         tensors = {tensor.name: tensor for tensor in self.model.tensors if tensor.name in self.names}
@@ -127,15 +141,15 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
 
 
 _TOKENS, _DECODED, _IMAGES = "input_ids", "decoder_input_ids", "pixel_values"
-_INPUT = re.compile(r"bbox|.*_(ids|mask|values|features|embeds)")
-"""An argument of a model that is an input, and not a target, a cache or a switch."""
+_NO_INPUT = re.compile(r".*labels?|.*_positions|past_key_values|cache_position|(use|output|return|logits)_.*|kwargs")
+"""An argument of a model that is a target, a cache or a switch."""
 _OF_TOKENS = re.compile(r"(decoder_)?(input_ids|attention_mask)|token_type_ids|position_ids")
 
 
 def _inputs(inner: torch.nn.Module, config: Any, arrays: Sequence[str]) -> tuple[TensorSpec, ...]:
     """What the model mainly takes, and what else it takes of the arrays that will go in."""
     main = str(getattr(inner, "main_input_name", _TOKENS))
-    known = [name for name in inspect.signature(inner.forward).parameters if _INPUT.fullmatch(name)]
+    known = [name for name in inspect.signature(inner.forward).parameters if not _NO_INPUT.fullmatch(name)]
     names = dict.fromkeys((main, *(name for name in known if main in arrays and name in arrays)))
     is_row = not type(inner).__name__.endswith("MultipleChoice")
     return tuple(_input(name, config, is_row=is_row) for name in names)
@@ -154,7 +168,9 @@ def _input(name: str, config: Any, *, is_row: bool) -> TensorSpec:
         return TensorSpec(name, (None, 4), "int64", example=(None, 4))
     if name == "input_values" and hasattr(config, "conv_kernel"):
         return TensorSpec(name, (None,), "float32")
-    return TensorSpec(name, None, "int64" if name.endswith(("_ids", "_mask")) else "float32")
+    if name.endswith(("_ids", "_mask")):
+        return TensorSpec(name, None, "int64")
+    return TensorSpec(name, None, "float32" if name.endswith(("_values", "_features", "_embeds")) else "")
 
 
 def _match(model: ModelFile, module: Any) -> dict[str, str]:

@@ -141,10 +141,10 @@ class TorchLoss:
 
 def examples_labelled(batch: Batch, chosen: Sequence[TorchLoss]) -> float:
     """How many examples the labels of a batch stand for: a place that is ignored counts for nothing."""
-    count, y = len(as_tuple(batch.x)[0]), None if batch.y is None else as_tuple(batch.y)[0]
-    if y is None or not y.size or y.dtype.kind not in "iu" or not chosen or not chosen[0].classifies:
+    count, targets = len(as_tuple(batch.x)[0]), () if batch.y is None else as_tuple(batch.y)
+    if len(targets) != 1 or len(chosen) != 1 or not chosen[0].classifies or targets[0].dtype.kind not in "iu":
         return count
-    return count * np.count_nonzero(y != IGNORED_LABEL) / y.size
+    return count * np.count_nonzero(targets[0] != IGNORED_LABEL) / max(targets[0].size, 1)
 
 
 _CROSS_ENTROPIES = {
@@ -383,7 +383,7 @@ class MetricAverager:
 
     def compute(self) -> dict[str, float]:
         """The values over all processes, which resets them."""
-        if not self._count:
+        if not self._sums:
             return {}
         names, loss = ["loss"], self._sums["loss"]
         if self._last is not None:
@@ -396,8 +396,9 @@ class MetricAverager:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         self._reset()
-        values = sums.tolist()
-        return {name: value / values[-1] for name, value in zip(names, values[:-1], strict=True)}
+        *values, count = sums.tolist()
+        # Nothing was judged where all labels are to be ignored.
+        return {name: value / (count or math.nan) for name, value in zip(names, values, strict=True)}
 
 
 _OPS = SimpleNamespace(
