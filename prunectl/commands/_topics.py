@@ -428,8 +428,7 @@ that it names against an allow-list. What is not on it would run as code:
 Such files are refused with exit code 3 unless you give --trust. Give it only
 for files whose author you would let run a script.
 
-  --builder net.py:Net          builds the network; the file then needs to hold
-                              only weights, which is safer
+  --builder net.py:Net        builds the network for a file of weights alone
   --custom-objects mod:DICT   defines custom Keras layers
   --import MOD                imports a module first
 
