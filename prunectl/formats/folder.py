@@ -24,8 +24,8 @@ OTHER_WEIGHTS = re.compile(
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index(\.[\w-]+)?\.json)?"
 )
 """The same weights once more, in another format or precision: as they are, they would not fit what was written."""
-WEIGHTS = re.compile(rf"{OTHER_WEIGHTS.pattern}|.*\.onnx")
-"""Weights in a folder inside, such as another layer of sentence-transformers, or an export of the same."""
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".onnx", ".onnx_data", ".h5", ".msgpack", ".gguf"}
+"""Of weights in a folder inside, such as another layer of sentence-transformers, or an export of the same."""
 MASKS_IN_SHARDS = "strip removes masks from one file alone; in PyTorch, torch.nn.utils.prune.remove does, before saving"
 """The hint where weights in shards have masks, which neither strip nor export takes away."""
 _TRAINING_STATE = {
@@ -55,8 +55,9 @@ class Companions:
         """What became of them, each in a sentence."""
         weights = f"{listed(self.other_weights, _SHOWN)} in {folder}: {others}."
         links = f"{listed(self.links, _SHOWN)} in {folder}: not copied, because links may not lead out of the folder."
-        nested = [path for path in self.copied if len(path.parts) > 1 and WEIGHTS.fullmatch(path.name)]
-        inside = f"{listed(nested, _SHOWN)} in {folder}: copied unchanged; give its own path to change it."
+        nested = [path for path in self.copied if len(path.parts) > 1 and path.suffix in _WEIGHT_SUFFIXES]
+        nested = [path for path in nested if not any(map(training_part, (path, Path(path.name))))]
+        inside = f"{listed(nested, _SHOWN)} in {folder}: copied unchanged; to prune one, give its path."
         notes = (weights if self.other_weights else "", links if self.links else "", inside if nested else "")
         return tuple(filter(None, notes))
 

@@ -136,13 +136,20 @@ def test_the_same_weights_in_other_formats_stay_behind_and_are_named(llama: Path
     assert files_of(llama.parent / "small").keys() == {*BESIDE, "model.safetensors"}
 
 
-def test_weights_in_folders_inside_are_copied_as_they_were_and_named(llama: Path) -> None:
-    for name in ("2_Dense/model.safetensors", "onnx/model.onnx", "1_Pooling/config.json"):
-        (llama / name).parent.mkdir(exist_ok=True)
-        (llama / name).write_bytes(b"dense")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("2_Dense/model.safetensors", "onnx/decoder.onnx_data", "original/consolidated.00.pth", "gguf/model-q4.gguf"),
+        *("openvino/openvino_model.bin", "sub/last.pt"),
+    ],
+)
+def test_weights_in_folders_inside_are_copied_as_they_were_and_named(name: str, llama: Path) -> None:
+    for other in (name, "1_Pooling/config.json", "checkpoint-9/optimizer.pt", "checkpoint-9/rng_state.pth"):
+        (llama / other).parent.mkdir(exist_ok=True)
+        (llama / other).write_bytes(b"dense")
     done = here("prune", "llama", "-o", "small", "-s", "50%", cwd=llama.parent)
-    assert "note: 2_Dense/model.safetensors, onnx/model.onnx in llama: copied unchanged" in done.err
-    assert (llama.parent / "small" / "2_Dense" / "model.safetensors").read_bytes() == b"dense"
+    assert f"note: {name} in llama: copied unchanged; to prune one, give its path." in done.err
+    assert (llama.parent / "small" / name).read_bytes() == b"dense"
 
 
 def test_a_link_out_of_the_folder_is_not_followed_but_one_within_it_is(llama: Path) -> None:
