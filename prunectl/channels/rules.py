@@ -314,7 +314,14 @@ def convolution(trace: LabelTrace, node: OpNode) -> None:
         trace.note(node, kernel, out_axis, AxisRole.OUT, fresh if is_transposed else produced)
         trace.note(node, kernel, in_axis, AxisRole.IN, inputs if is_transposed else per_group[0])
     _bias(trace, node, produced)
+    _lock_activated(trace, node, produced)
     trace.values[node.outputs[0]] = spread(produced, 1, shape)
+
+
+def _lock_activated(trace: LabelTrace, node: OpNode, produced: LabelArray) -> None:
+    """Lock what an operation makes if it says why nobody may cut it."""
+    if reason := node.attributes.get("lock"):
+        trace.labels.lock(produced, f"{op_title(node)} {reason}")
 
 
 def linear(trace: LabelTrace, node: OpNode) -> None:
@@ -329,6 +336,7 @@ def linear(trace: LabelTrace, node: OpNode) -> None:
     trace.note(node, node.inputs[1], 1 - in_axis, AxisRole.OUT, produced)
     trace.note(node, node.inputs[1], in_axis, AxisRole.IN, inputs)
     _bias(trace, node, produced)
+    _lock_activated(trace, node, produced)
     trace.values[node.outputs[0]] = spread(produced, len(shape) - 1, shape)
 
 

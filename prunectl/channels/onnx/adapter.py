@@ -21,14 +21,14 @@ from prunectl.channels.adapter import (
 from prunectl.channels.graph import ChannelGraph
 from prunectl.channels.lengths import AxisLengths, DataShapes
 from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx, reshare
-from prunectl.channels.onnx.ops import RULES
+from prunectl.channels.onnx.ops import rule_of
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.onnx.rewrite import relocated
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.registry import open_model
 from prunectl.formats.safe_json import require
-from prunectl.onnx_graph import STANDARD_DOMAINS, OnnxNetwork, OnnxSession, graph_tensors, names_read, save_network
+from prunectl.onnx_graph import OnnxNetwork, OnnxSession, graph_tensors, names_read, save_network
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
 
@@ -163,7 +163,7 @@ def update_onnx_sizes(proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> No
     """Set right what names a number of channels that is no longer true."""
     sizes = SizeConstants(proto, loaded, after)
     for node in list(proto.graph.node):
-        rule = RULES.get(node.op_type) if node.domain in STANDARD_DOMAINS else None
+        rule = rule_of(node)
         if rule is not None and rule.resize and any(map(after.has_changed, (*node.input, *node.output))):
             rule.resize(node, sizes)
     sizes.remove_unused()

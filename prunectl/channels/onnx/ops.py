@@ -107,9 +107,24 @@ def _matmul(op: OnnxOpContext) -> Lowering:
 
 
 def _fused_linear(op: OnnxOpContext) -> Lowering:
-    is_plain = not any(op.attribute(name, 0) for name in ("transBatchA", "transBatchB"))
-    is_linear = is_plain and len(op.shape(op.input(1))) == 2 and set(op.inputs) & op.views.keys()
-    return _gemm(op) if is_linear and op.attribute("activation", "Relu") in _KEEPING_ZERO else _unknown(op)
+    is_linear = len(op.shape(op.input(1))) == 2 and set(op.inputs) & op.views.keys()
+    return _with_activation(op, _gemm(op)) if is_linear else _unknown(op)
+
+
+def _fused_convolution(op: OnnxOpContext) -> Lowering:
+    # A fourth input is added to what comes out.
+    return _unknown(op) if op.input(3) else _with_activation(op, _convolution(op))
+
+
+def _with_activation(op: OnnxOpContext, lowering: Lowering) -> Lowering:
+    """The same, its channels locked where the activation makes something of zero."""
+    activation = op.attribute("activation", "Relu")
+    keeps_zero = activation in _KEEPING_ZERO
+    if activation == "Clip" and (limits := find_attribute(op.node, "activation_params")) is not None:
+        low, high = limits.floats if len(limits.floats) == 2 else (1, 1)
+        keeps_zero = low <= 0 <= high
+    kind, inputs, attributes = lowering
+    return lowering if keeps_zero else (kind, inputs, {**attributes, "lock": f"applies {activation} to what it makes"})
 
 
 def _recurrent(op: OnnxOpContext) -> Lowering:
@@ -334,14 +349,20 @@ RULES: Mapping[str, OnnxOpRule] = {op: rule for ops, rule in _ROWS for op in ops
 _FUSED: Mapping[str, OnnxOpRule] = {
     **dict.fromkeys(("Gelu", "FastGelu", "QuickGelu", "BiasGelu"), RULES["Gelu"]),
     **dict.fromkeys(("FusedMatMul", "FusedGemm"), OnnxOpRule(_fused_linear)),
+    "FusedConv": OnnxOpRule(_fused_convolution, _resize_groups),
 }
 """Of the operators that onnxruntime adds, those that let channels through or make others."""
 
 
+def rule_of(node: Any) -> OnnxOpRule | None:
+    """The rule of a node; None if nothing is known of its operation."""
+    rules = RULES if node.domain in STANDARD_DOMAINS else _FUSED if node.domain == MICROSOFT else {}
+    return rules.get(node.op_type)
+
+
 def lower(op: OnnxOpContext) -> Lowering:
     """What an operation does to channels; unknown where the file does not say enough."""
-    rules = RULES if op.node.domain in STANDARD_DOMAINS else _FUSED if op.node.domain == MICROSOFT else {}
-    rule = rules.get(op.node.op_type, OnnxOpRule(_unknown))
+    rule = rule_of(op.node) or OnnxOpRule(_unknown)
     try:
         lowering = rule.lower(op)
         for name in (*lowering[1], *op.node.output):
