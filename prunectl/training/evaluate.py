@@ -71,7 +71,7 @@ def evaluate_predictions(
         count += len(outputs) * (np.mean(targets != IGNORED_LABEL) if _SCORES[chosen] is _accuracy else 1)
     if not count:
         raise _nothing_counts(name)
-    return chosen, (_binary_accuracy(binary) if binary else total / count)
+    return chosen, (_binary_accuracy(binary) if binary else float(total / count))
 
 
 def _nothing_counts(name: str) -> InputError:

@@ -462,7 +462,10 @@ def test_labels_are_moved_where_the_loss_of_the_library_moves_them(
     assert any("one place before" in warning for warning in done.json["warnings"]) is is_moved
 
 
-def test_dictionaries_in_memory_are_read_as_an_archive_of_them_is(made: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_dictionaries_in_memory_are_read_as_an_archive_of_them_is(
+    name: str, made: Callable[..., Path], tmp_path: Path
+) -> None:
     arrays = padded(12, 7)
     np.savez(tmp_path / "d.npz", **arrays)
 
@@ -474,10 +477,20 @@ def test_dictionaries_in_memory_are_read_as_an_archive_of_them_is(made: Callable
             return {name: array[number] for name, array in arrays.items()}
 
     loader = torch.utils.data.DataLoader(Examples(), batch_size=5)
-    lists = {name: array.tolist() for name, array in arrays.items()}
+    targets = {"labels": arrays["labels"]}
+    inputs = {key: array for key, array in arrays.items() if key not in targets}
+    lists = {key: array.tolist() for key, array in arrays.items()}
     logs = [
-        prunectl.eval(made("bert"), data, metric="accuracy").logs
-        for data in (tmp_path / "d.npz", arrays, lists, Examples(), loader, lambda: iter(loader))
+        prunectl.eval(made(name), data, metric="accuracy").logs
+        for data in (
+            tmp_path / "d.npz",
+            arrays,
+            lists,
+            Examples(),
+            loader,
+            lambda: iter(loader),
+            lambda: (inputs, targets),
+        )
     ]
     assert all(each == pytest.approx(logs[0], rel=1e-5) for each in logs)
 

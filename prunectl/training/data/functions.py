@@ -63,8 +63,7 @@ def function_names(spec: DataSpec) -> list[str]:
         item = _guarded(spec.where, lambda: examples[0])() if len(examples) else ()
     elif not _is_whole(examples) and isinstance(examples, Iterable):
         item = _guarded(spec.where, lambda: next(iter(examples), ()))()
-    part = next(iter(_parts(item)), None)
-    return [str(name) for name in part] if isinstance(part, Mapping) else []
+    return [str(name) for part in _parts(item) if isinstance(part, Mapping) for name in part]
 
 
 def _maker(spec: DataSpec) -> Callable[[], Any]:
@@ -140,7 +139,7 @@ def _batch(where: str, parts: Sequence[Any], names: _PortNames) -> Batch:
         raise InputError(f"{where} returns batches of {len(parts)} parts", hint="a batch must be (x, y), or only x")
     x = _arrays(where, parts[0], "inputs", names.inputs)
     name = _target_name(parts, names)
-    given = parts[1] if len(parts) == 2 else parts[0][name] if name else None
+    given = parts[-1][name] if name else parts[1] if len(parts) == 2 else None
     y = None if given is None else _arrays(where, given, "outputs", names.outputs)
     lengths = [len(array) for array in (*as_tuple(x), *(() if y is None else as_tuple(y)))]
     if len(set(lengths)) > 1:
@@ -153,11 +152,14 @@ def _parts(item: Any) -> Sequence[Any]:
 
 
 def _target_name(item: Any, names: _PortNames) -> str:
-    """The name of the targets in a dictionary that has them beside the inputs, as data sets of Hugging Face do."""
+    """The name of the targets in a dictionary: beside the inputs, as data sets of Hugging Face have them, or alone."""
     part, *others = _parts(item) or ((),)
-    if others or not isinstance(part, Mapping):
+    if others:
+        # Outputs that have names are looked up by these.
+        part = () if names.outputs else others[0]
+    if not isinstance(part, Mapping):
         return ""
-    return next((name for name in TARGETS if name in part and name not in names.inputs), "")
+    return next((name for name in TARGETS if name in part and (others or name not in names.inputs)), "")
 
 
 def _arrays(where: str, part: Any, side: str, names: Sequence[str]) -> Arrays:
