@@ -82,8 +82,10 @@ class FolderNetwork:
         # What the class takes besides may be needed, or its answer may have no loss.
         with suppress(Exception), quiet_logging(), torch.no_grad():
             outputs = module(input_ids=ids, labels=ids)
-            moved = torch.nn.functional.cross_entropy(outputs.logits[0, :-1].float(), ids[0, 1:])
-            return bool(torch.isclose(outputs.loss.float(), moved, rtol=1e-4))
+            logits, loss = outputs.logits[0].float(), outputs.loss.float()
+            moved = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
+            in_place = torch.nn.functional.cross_entropy(logits, ids[0])
+            return bool((loss - moved).abs() < 1e-4 < (loss - in_place).abs())
         return False
 
     def fill(self, names: Iterable[str] | None = None) -> None:
