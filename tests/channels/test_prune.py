@@ -235,35 +235,6 @@ def test_a_shape_that_names_the_channels_is_said_anew(tmp_path: Path) -> None:
     assert held["shape_of_the_end"] == [1, -1]
 
 
-@pytest.mark.parametrize("layers", ["a", "b", "*"])
-def test_a_shape_that_several_read_is_said_anew_for_those_whose_channels_went(layers: str, tmp_path: Path) -> None:
-    """As PyTorch's exporter writes shapes: measured parts and the channels, made once for all that have them."""
-    reshaped = [op("MatMul", f"{name}0 {name}", f"{name}1") for name in "ab"]
-    nodes = [
-        *(op("Shape", "x", "batch", end=1), op("Concat", "batch width", "shape", axis=0)),
-        *(op("Identity", "x", f"{name}0") for name in "ab"),
-        *(*reshaped, op("Reshape", "a1 shape", "a2"), op("Reshape", "b1 shape", "b2")),
-        *(op("MatMul", "a2 c", "a3"), op("MatMul", "b2 d", "b3"), op("Add", "a3 b3", "y")),
-    ]
-    weights = {"a": (5, 6), "b": (5, 6), "c": (6, 4), "d": (6, 4)}
-    path = saved(model(nodes, weights, inputs={"x": ("N", 5)}, numbers={"width": [6]}), tmp_path)
-    found = cut(path, tmp_path / "small.onnx", only=layers)
-    zeroed = onnx.load(path)
-    for tensor in zeroed.graph.initializer:
-        gone = [number for loss in found.pruned_groups for number in loss.dropped if loss.group.name == tensor.name]
-        if gone:
-            array = numpy_helper.to_array(tensor).copy()
-            array[:, gone] = 0
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    onnx.save(zeroed, tmp_path / "zeroed.onnx")
-    assert shapes(tmp_path / "small.onnx")["a"] == (5, 6 if layers == "b" else 3)
-    for size in (1, 3):
-        x = np.random.default_rng(size).standard_normal((size, 5)).astype(np.float32)
-        expected = run(tmp_path / "zeroed.onnx", x)
-        np.testing.assert_allclose(run(tmp_path / "small.onnx", x), expected, rtol=1e-5, atol=1e-5)
-    assert len(onnx.load(tmp_path / "small.onnx").graph.node) == len(nodes) + (layers != "*")
-
-
 def test_weights_in_nodes_of_constants_are_cut_as_well(tmp_path: Path) -> None:
     made = chain()
     for tensor in list(made.graph.initializer):

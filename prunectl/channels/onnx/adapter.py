@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,21 @@ from prunectl.channels.onnx.graph import LoadedOnnx, load_onnx, reshare
 from prunectl.channels.onnx.ops import rule_of
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.formats.base import Array, ModelFile
+from prunectl.formats.budgets import MAX_PASSED_OPERATORS
 from prunectl.formats.onnx.rewrite import relocated
 from prunectl.formats.onnx.tensors import CODES
 from prunectl.formats.registry import open_model
 from prunectl.formats.safe_json import require
-from prunectl.onnx_graph import OnnxNetwork, OnnxSession, graph_tensors, names_read, save_network
+from prunectl.onnx_graph import (
+    OnnxNetwork,
+    OnnxSession,
+    all_graphs,
+    copy_message,
+    graph_tensors,
+    names_defined,
+    names_read,
+    save_network,
+)
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
 
@@ -162,11 +173,11 @@ _UNLISTED = 4
 def update_onnx_sizes(proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> None:
     """Set right what names a number of channels that is no longer true."""
     sizes = SizeConstants(proto, loaded, after)
-    for node in list(proto.graph.node):
+    for node in proto.graph.node:
         rule = rule_of(node)
         if rule is not None and rule.resize and any(map(after.has_changed, (*node.input, *node.output))):
             rule.resize(node, sizes)
-    sizes.remove_unused()
+    sizes.finish()
 
 
 class SizeConstants:
@@ -183,41 +194,68 @@ class SizeConstants:
         """What says other lengths than a value does, by these."""
         self._graph = proto.graph
         self._is_listed = proto.ir_version < _UNLISTED
-        self._makers = {name: node for node in proto.graph.node for name in node.output}
+        self._nodes = list(proto.graph.node)
+        self._makers = {name: node for node in self._nodes for name in node.output}
+        self._copies: dict[int, list[Any]] = {}
+        """Nodes that stand before the one that they are copies of, by the identity of that one."""
+        self._taken = {name for graph in all_graphs(proto.graph) for name in names_defined(graph)}
+        self._taken.update(node.name for node in self._nodes)
+        self._static = self.constants.keys() - self._makers.keys() | {""}
+        """What depends on no shape of a value."""
+        for node in self._nodes:
+            is_measured = node.op_type in {"Shape", "Size"}
+            if node.op_type == "Constant" or (not is_measured and all(map(self._static.__contains__, node.input))):
+                self._static.update(node.output)
         self._count = 0
 
-    def remove_unused(self) -> None:
-        """Remove what only made the numbers that were replaced."""
+    def finish(self) -> None:
+        """Put copies in their places, and remove what only made the numbers that were replaced."""
+        gone = self._unused()
+        for number, node in reversed(list(enumerate(self._nodes))):
+            if gone.intersection(node.output):
+                del self._graph.node[number]
+            for copy in self._copies.get(id(node), ()):
+                self._graph.node.insert(number, copy)
+        for number, tensor in reversed(list(enumerate(self._graph.initializer))):
+            if tensor.name in gone:
+                del self._graph.initializer[number]
+
+    def _unused(self) -> set[str]:
+        """Values that were replaced and are read no more, and those that only made them."""
+        nodes = [*self._nodes, *(copy for copies in self._copies.values() for copy in copies)]
+        readers = Counter(name for node in nodes for name in names_read(node))
+        readers.update(port.name for port in (*self._graph.output, *self._graph.input))
+        gone: set[str] = set()
         waiting = list(self.replaced)
         for name in waiting:
-            read = {name for node in self._graph.node for name in names_read(node)}
-            if name in read or name in {port.name for port in (*self._graph.output, *self._graph.input)}:
+            maker = self._makers.get(name)
+            if readers[name] or name in gone or (maker is not None and len(maker.output) > 1):
                 continue
-            for tensor in [tensor for tensor in self._graph.initializer if tensor.name == name]:
-                self._graph.initializer.remove(tensor)
-            for node in [node for node in self._graph.node if list(node.output) == [name]]:
-                waiting += node.input
-                self._graph.node.remove(node)
+            gone.add(name)
+            read = list(names_read(maker)) if maker is not None else []
+            readers.subtract(read)
+            waiting += read
+        return gone
 
     def update(self, node: Any, position: int, lengths: Sequence[int]) -> None:
         """Say other lengths at an input, where those that it says are made; other readers of these keep them."""
-        node.input[position] = self._saying(node.input[position], tuple(lengths))
+        node.input[position] = self._saying(node.input[position], tuple(lengths), MAX_PASSED_OPERATORS)
 
-    def _saying(self, name: str, lengths: tuple[int, ...]) -> str:
+    def _saying(self, name: str, lengths: tuple[int, ...], steps: int) -> str:
         if (known := self._said.get((name, lengths))) is not None:
             return known
         maker, said = self._makers.get(name), name
-        if self._is_static(name):
+        if name in self._static:
             said = self.add(name, np.array(lengths, self.constants[name].dtype))
-        elif maker is not None and maker.op_type in {"Cast", "Identity"}:
-            said = self._copy(maker, [self._saying(maker.input[0], lengths)])
-        elif maker is not None and maker.op_type == "Concat":
+        elif steps and maker is not None and maker.op_type in {"Cast", "Identity"}:
+            said = self._copy(maker, [self._saying(maker.input[0], lengths, steps - 1)])
+        elif steps and maker is not None and maker.op_type == "Concat":
             # What is measured while it runs is right by itself; what stands there is not.
             parts, begin = [], 0
             for part in maker.input:
                 end = begin + self.constants[part].size
                 is_right = list(map(int, self.constants[part])) == list(lengths[begin:end])
-                parts.append(part if is_right or not self._is_static(part) else self._saying(part, lengths[begin:end]))
+                parts.append(part if is_right else self._saying(part, lengths[begin:end], steps - 1))
                 begin = end
             said = self._copy(maker, parts)
         if said != name:
@@ -229,12 +267,10 @@ class SizeConstants:
         """The output of a node like another that reads other inputs; of that one itself, if it reads them already."""
         if list(maker.input) == list(inputs):
             return str(maker.output[0])
-        made = type(maker)()
-        made.CopyFrom(maker)
+        made = copy_message(maker)
         made.input[:], made.output[:] = inputs, [self._free_name(maker.output[0])]
         made.name = made.name and made.output[0]
-        self._graph.node.insert(list(self._graph.node).index(maker), made)
-        self._makers[made.output[0]] = made
+        self._copies.setdefault(id(maker), []).append(made)
         return str(made.output[0])
 
     def replace(self, node: Any, position: int, lengths: Sequence[int]) -> None:
@@ -242,15 +278,6 @@ class SizeConstants:
         name = node.input[position]
         node.input[position] = self.add(name, np.array(lengths, self.constants[name].dtype))
         self.replaced.add(name)
-
-    def _is_static(self, name: str) -> bool:
-        """Whether a constant depends on no shape of a value."""
-        maker = self._makers.get(name)
-        if maker is None:
-            return name in self.constants
-        return maker.op_type == "Constant" or (
-            maker.op_type not in {"Shape", "Size"} and all(map(self._is_static, filter(None, maker.input)))
-        )
 
     def add(self, like: str, lengths: Array) -> str:
         """Add a constant, and return its name."""
@@ -263,9 +290,9 @@ class SizeConstants:
         return name
 
     def _free_name(self, like: str) -> str:
-        taken = {tensor.name for tensor in self._graph.initializer} | self._makers.keys()
         name = like
-        while name in taken:
+        while name in self._taken:
             self._count += 1
             name = f"{like}_{self._count}"
+        self._taken.add(name)
         return name
