@@ -17,7 +17,7 @@ from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile
 from prunectl.formats.registry import by_name, open_model
 from prunectl.training.backend import ModelSignature, PredictingModel
-from prunectl.training.data.adapt import adapt, check_batches
+from prunectl.training.data.adapt import adapt, check_batches, nothing_counts
 from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, peek, train_val_split
 from prunectl.training.data.text import LABELS, batch_size, follow, predicts_next
@@ -70,12 +70,8 @@ def evaluate_predictions(
         # A place that is left out is no right answer, and counts for nothing, as in PyTorch.
         count += len(outputs) * (np.mean(targets != IGNORED_LABEL) if _SCORES[chosen] is _accuracy else 1)
     if not count:
-        raise _nothing_counts(name)
+        raise nothing_counts(name)
     return chosen, (_binary_accuracy(binary) if binary else float(total / count))
-
-
-def _nothing_counts(name: str) -> InputError:
-    return InputError(f"{name} has no labels that count", hint=f"labels of {IGNORED_LABEL} are left out")
 
 
 def _fitting(name: str, score: Score, outputs: Array, targets: Array) -> Array:
@@ -182,8 +178,6 @@ def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFac
         judged = data.val or data.train
         size = batch_size(judged, network.signature, request.batch_size)
         logs = dict(network.evaluate(_watched(model, judged, size, meter)))
-        if not logs:
-            raise _nothing_counts(judged.name)
         monitor = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
         return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.higher_is_better)
 

@@ -13,7 +13,7 @@ from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TensorSpec
 from prunectl.training.data.readers import NUMERIC, IndexedSource
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, nbytes, num_examples, peek
-from prunectl.training.task import Task, TaskKind, format_shape, infer_task, label_axis, shape_matches
+from prunectl.training.task import IGNORED_LABEL, Task, TaskKind, format_shape, infer_task, label_axis, shape_matches
 
 _BYTE = np.dtype(np.uint8)
 _FLOAT = np.dtype(np.float32)
@@ -232,12 +232,17 @@ def check_batches(
     if not checked:
         raise InputError(f"{source.name} has no examples", hint="check its options, such as limit and classes")
     if not is_judged:
-        raise InputError(f"all labels of {source.name} are {signature.ignored_label}, which no loss or metric looks at")
+        raise nothing_counts(source.name)
     begin = 0
     for targets in source.labels():
         _check_targets(source, targets, signature, tasks, begin)
         begin += len(as_tuple(targets)[0])
     return _notes(source, checked, are_labels_seen=begin > 0)
+
+
+def nothing_counts(name: str) -> InputError:
+    """The refusal of data whose labels are all to be ignored."""
+    return InputError(f"{name} has no labels that count", hint=f"labels of {IGNORED_LABEL} are left out")
 
 
 def require_targets(source: Source, signature: ModelSignature | None = None) -> None:
