@@ -372,7 +372,7 @@ class _Inlinable:
         taken = (port for port in traced.inputs if port.dtype != _tf.resource)
         ports = [[port.name for port in side] for side in (taken, traced.outputs)]
         imported = _tf.compat.v1.wrap_function(lambda: _tf.import_graph_def(graph, name=""), [])
-        inputs, outputs = ([imported.graph.get_tensor_by_name(name) for name in names] for names in ports)
+        inputs, outputs = ([imported.graph.get_tensor_by_name(name) for name in side] for side in ports)
         return imported.prune(inputs, outputs)
 
 
