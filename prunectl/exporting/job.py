@@ -194,6 +194,9 @@ def _random_array(random: np.random.Generator, spec: InputSpec, count: int) -> A
     if spec.name.endswith("attention_mask"):
         # Where it lets nothing through, frameworks differ in what they make of it.
         return np.ones(shape, dtype)
+    if spec.name.endswith(("token_type_ids", "bbox")):
+        # There may be one type of tokens, and a box must not end before it begins.
+        return np.zeros(shape, dtype or "int64")
     if dtype and not dtype.startswith(("int", "uint", "bool", "float", "bfloat")):
         raise UsageError(f"the model takes inputs of type {dtype}, for which prunectl has no values")
     return random_array(random, shape, dtype).astype(dtype or "float32")
