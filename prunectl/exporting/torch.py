@@ -6,8 +6,8 @@ import copy
 import importlib
 import io
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,18 +123,27 @@ class TorchRunnable:
 
 def run_module(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
     """The outputs of a module for arrays, nested containers flattened to tensors."""
+    with _accepted(module, inputs):
+        outputs = tensor_leaves(module(*map(to_torch, inputs)))
+    return dict(zip(output_names(len(outputs)), [to_numpy(tensor) for tensor in outputs], strict=True))
+
+
+@contextmanager
+def _accepted(module: Any, inputs: tuple[Array, ...]) -> Generator[None]:
+    """Run a module, and name the inputs that it does not take."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # What its authors would do otherwise today is not for who only holds the file.
             warnings.simplefilter("ignore")
-            outputs = tensor_leaves(module(*map(to_torch, inputs)))
+            yield
     except Exception as error:
         shapes = ", ".join("x".join(map(str, array.shape)) for array in inputs)
+        examples = [f"x:{'1,128:i64' if array.dtype.kind == 'i' else '1,3,224,224:f32'}" for array in inputs]
+        names = [f"{name}:SHAPE" for name in module.names] if isinstance(module, FolderModule) else examples[:1]
         raise UsageError(
             f"the model does not accept inputs of {shapes}: {error_line(error)}",
-            hint="give the shape with --input x:1,3,224,224:f32, or add --data SPEC",
+            hint=f"give the shape with {' '.join(f'--input {name}' for name in names)}, or add --data SPEC",
         ) from error
-    return dict(zip(output_names(len(outputs)), [to_numpy(tensor) for tensor in outputs], strict=True))
 
 
 def output_names(count: int) -> list[str]:
@@ -211,10 +220,11 @@ def program_of(job: ExportJob) -> Any:
     )
     try:
         with quiet_conversion(), without_mha_fastpath(), torch.no_grad():
-            module = runnable.module.plain() if isinstance(runnable.module, InnerModule) else runnable.module
-            # One argument of its own takes all inputs of a wrapped module.
-            shapes = (dynamic_shapes,) if isinstance(runnable.module, InnerModule) else dynamic_shapes
-            return torch.export.export(module, example(job), dynamic_shapes=shapes)
+            if not isinstance(runnable.module, InnerModule):
+                return torch.export.export(runnable.module, example(job), dynamic_shapes=dynamic_shapes)
+            with runnable.module.plain() as module:
+                # One argument of its own takes all inputs of a wrapped module.
+                return torch.export.export(module, example(job), dynamic_shapes=(dynamic_shapes,))
     except Exception as error:
         raise WorkError(
             f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=_fixed_shapes(job)
@@ -332,7 +342,8 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write an ONNX model."""
     runnable: TorchRunnable = job.runnable
     if isinstance(runnable.module, FolderModule):
-        outputs = [runnable.module.output_name(example(job))]
+        with _accepted(runnable.module, job.samples.batches[0]):
+            outputs = [runnable.module.output_name(example(job))]
     else:
         outputs = output_names(len(run_module(runnable.module, job.samples.batches[0])))
     is_open = any(_open_axes(spec.shape) for spec in job.inputs)

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from prunectl.training.torch.folder import FolderModule
 from tests.running import here
 
 transformers: Any = pytest.importorskip("transformers")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SOUND = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-DETECTOR = {
+HALVES = {
     "d_model": 16,
     "encoder_layers": 1,
     "decoder_layers": 1,
@@ -28,7 +29,40 @@ DETECTOR = {
     "decoder_ffn_dim": 32,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
-    "num_queries": 5,
+}
+DETECTOR = {**HALVES, "num_queries": 5}
+
+WORDS = {"vocab_size": 32, **SIZE}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertForTokenClassification": ("BertConfig", {**WORDS, "num_labels": 5}),
+    "ConvNextForImageClassification": ("ConvNextConfig", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
+    "GptOssForCausalLM": (
+        "GptOssConfig",
+        {
+            **WORDS,
+            "pad_token_id": 0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+        },
+    ),
+    "LayoutLMForTokenClassification": ("LayoutLMConfig", WORDS),
+    "MixtralForCausalLM": ("MixtralConfig", {**WORDS, "num_local_experts": 4, "num_key_value_heads": 2}),
+    "RobertaForSequenceClassification": ("RobertaConfig", {**WORDS, "type_vocab_size": 1}),
+    "WhisperForConditionalGeneration": (
+        "WhisperConfig",
+        {
+            **HALVES,
+            "vocab_size": 32,
+            "num_mel_bins": 8,
+            "max_source_positions": 20,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "XLNetLMHeadModel": ("XLNetConfig", {"vocab_size": 32, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}),
 }
 
 
@@ -43,13 +77,9 @@ def configured(name: str) -> Any:
         config = transformers.Wav2Vec2Config(
             vocab_size=32, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, **SIZE, **SOUND
         )
-    elif name == "GptOssForCausalLM":
-        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "head_dim": 8}
-        config = transformers.GptOssConfig(vocab_size=32, pad_token_id=0, **SIZE, **experts)
-    elif name == "BertForTokenClassification":
-        config = transformers.BertConfig(vocab_size=32, num_labels=5, **SIZE)
     else:
-        config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=2, n_head=2, d_inner=32)
+        kind, fields = CONFIGS[name]
+        config = getattr(transformers, kind)(**fields)
     torch.manual_seed(0)
     return getattr(transformers, name)(config).eval()
 
@@ -139,3 +169,65 @@ def test_a_folder_and_its_export_leave_the_same_labels_out_of_the_accuracy(tmp_p
         assert json.loads(done.out)["evaluations"][0]["value"] == pytest.approx(expected), done.err
         refused = here("eval", model, "--data", f"{tmp_path}/none.npz")
         assert (refused.code, "has no labels that count" in refused.err) == (3, True), refused.err
+
+
+@pytest.mark.parametrize("size", [-5, 0, 1_000_000])
+def test_a_size_of_images_that_a_config_made_up_is_asked_for(size: int, tmp_path: Path) -> None:
+    configured("ConvNextForImageClassification").save_pretrained(tmp_path / "folder")
+    fields = json.loads((tmp_path / "folder/config.json").read_text())
+    # Nothing is built of it, so that no weight says otherwise.
+    fields["image_size"] = size
+    (tmp_path / "folder/config.json").write_text(json.dumps(fields))
+    refused = here("export", tmp_path / "folder", "-o", tmp_path / "out.onnx")
+    assert (refused.code, "--input pixel_values:1,3,224,224" in refused.err) == (2, True), refused.err
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("RobertaForSequenceClassification", ("input_ids:1,12:i64", "token_type_ids:1,12:i64")),
+        ("LayoutLMForTokenClassification", ("input_ids:1,12:i64", "bbox:1,12,4:i64")),
+    ],
+)
+def test_made_up_inputs_are_within_what_a_model_has(name: str, inputs: tuple[str, ...], tmp_path: Path) -> None:
+    configured(name).save_pretrained(tmp_path / "folder")
+    words = [word for each in inputs for word in ("--input", each)]
+    done = here("export", tmp_path / "folder", "-o", tmp_path / "out.onnx", *words)
+    assert done.code == 0, done.err
+
+
+def test_inputs_that_a_model_does_not_take_are_named(tmp_path: Path) -> None:
+    configured("BertForTokenClassification").save_pretrained(tmp_path / "folder")
+    refused = here("export", tmp_path / "folder", "-o", tmp_path / "out.onnx", "--input", "input_ids:1,600:i64")
+    assert (refused.code, "the model does not accept inputs of 1x600" in refused.err) == (2, True), refused.err
+    assert "--input input_ids:SHAPE" in refused.err
+
+
+def test_both_inputs_of_a_model_of_sounds_and_words_are_named_as_it_calls_them(tmp_path: Path) -> None:
+    network = configured("WhisperForConditionalGeneration")
+    network.save_pretrained(tmp_path / "folder")
+    words = ("export", tmp_path / "folder", "-o", tmp_path / "out.onnx")
+    refused = here(*words)
+    (sounds, ids) = re.findall(r"--input: (\w+) and (\w+)", refused.err)[0]
+    done = here(*words, "--input", f"{sounds}:1,8,40", "--input", f"{ids}:1,6:i64")
+    assert done.code == 0, done.err
+    random = np.random.default_rng(0)
+    arrays = {sounds: random.standard_normal((1, 8, 40)).astype(np.float32), ids: random.integers(3, 30, (1, 6))}
+    with torch.no_grad():
+        expected = network(**{name: torch.from_numpy(array) for name, array in arrays.items()}).logits.numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, arrays)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_leaves_the_experts_of_the_module_as_they_were() -> None:
+    network = configured("GptOssForCausalLM")
+    before = network.get_experts_implementation()
+    with FolderModule(network, ("input_ids",)).plain():
+        assert set(network.get_experts_implementation().values()) == {"batched_mm"}
+    assert network.get_experts_implementation() == before
+
+
+def test_no_export_is_offered_of_a_folder_that_cannot_be_built(tmp_path: Path) -> None:
+    configured("MixtralForCausalLM").save_pretrained(tmp_path / "folder")
+    refused = here("prune", tmp_path / "folder", "-o", tmp_path / "out", "--pattern", "channel", "-s", "50%")
+    assert (refused.code, "with --pattern layers" in refused.err, "prunectl export" in refused.err) == (2, True, False)

@@ -69,12 +69,13 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
     """Read a file, and trace what is in it."""
     if model.family is Family.TORCH_PROGRAM:
         return _load_exported(model, origin)
-    if not origin.model and importlib.import_module("prunectl.training.torch.folder").names_network(model):
+    folders = importlib.import_module("prunectl.training.torch.folder")
+    if not origin.model and folders.names_network(model):
+        export = f", or channels from an export: prunectl export {model.folder} -o model.onnx"
         raise UsageError(
             f"channels cannot be removed from the folder {model.folder}: transformers builds all blocks alike, "
             "of the widths in its config.json",
-            hint="remove whole blocks, with --pattern layers, or channels from an export: "
-            f"prunectl export {model.folder} -o model.onnx",
+            hint=f"remove whole blocks, with --pattern layers{export if folders.can_build(model, origin) else ''}",
         )
     built = build_module(model, origin)
     named = {name: tensor for tensor, name in built.names.items()}

@@ -44,21 +44,33 @@ class FolderModule(InnerModule):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """The logits, or what a model without a head ends in."""
-        with quiet_logging():
-            return self.inner(**dict(zip(self.names, inputs, strict=True)))[0]
+        return _answer(self, inputs)[0]
 
-    def plain(self) -> torch.nn.Module:
+    @contextmanager
+    def plain(self) -> Generator[torch.nn.Module]:
         """For `torch.export`, with experts as products of stacks: kernels and loops over those in use have no graph."""
-        choose = getattr(self.inner, "set_experts_implementation", None)
-        if choose is not None:
-            choose("batched_mm")
-        return super().plain()
+        inner: Any = self.inner
+        usual = inner.get_experts_implementation() if hasattr(inner, "get_experts_implementation") else None
+        try:
+            if usual is not None:
+                inner.set_experts_implementation("batched_mm")
+            with super().plain() as plain:
+                yield plain
+        finally:
+            if usual is not None:
+                inner.set_experts_implementation(usual)
 
     def output_name(self, inputs: Iterable[torch.Tensor]) -> str:
         """What `transformers` calls the output: `logits`, or that of a model without a head."""
-        with quiet_logging(), torch.no_grad():
-            outputs = self.inner(**dict(zip(self.names, inputs, strict=True)))
+        with torch.no_grad():
+            outputs = _answer(self, inputs)
         return str(next(iter(outputs))) if isinstance(outputs, Mapping) else "output"
+
+
+def _answer(module: Any, inputs: Iterable[torch.Tensor]) -> Any:
+    """All that the inner model makes of its arguments: no method, as what is exported has none but `forward`."""
+    with quiet_logging():
+        return module.inner(**dict(zip(module.names, inputs, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +124,8 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         if _DECODED in inspect.signature(kind.forward).parameters and _DECODED not in origin.arrays:
             raise UsageError(
                 f"the {CONFIG} of {model.folder} is of an encoder with a decoder, which takes two inputs at once",
-                hint=f"give both by their names, as arrays of --data or with --input: input_ids and {_DECODED}",
+                hint="give both by their names, as arrays of --data or with --input: "
+                f"{getattr(kind, 'main_input_name', _TOKENS)} and {_DECODED}",
             )
         # First without any memory: what the config asks for may be more than there is.
         with torch.device("meta"):
@@ -142,9 +155,19 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
     return FolderNetwork(model, module, names, inputs, text)
 
 
+def can_build(model: ModelFile, origin: LoadOptions) -> bool:
+    """Whether the network of a folder can be built, whatever it takes."""
+    with suppress(PrunectlError):
+        open_network(model, replace(origin, arrays=(_DECODED,)))
+        return True
+    return False
+
+
 _TOKENS, _DECODED, _IMAGES = "input_ids", "decoder_input_ids", "pixel_values"
 _NO_INPUT = re.compile(r".*labels?|.*_positions|past_key_values|cache_position|(use|output|return|logits)_.*|kwargs")
 """An argument of a model that is a target, a cache or a switch."""
+_LARGEST_IMAGE = 4096
+"""Along an edge, of those that a config may have made up."""
 _OF_TOKENS = re.compile(r"(decoder_)?(input_ids|attention_mask)|token_type_ids|position_ids")
 
 
@@ -162,7 +185,7 @@ def _input(name: str, config: Any, *, is_row: bool) -> TensorSpec:
         images = getattr(config, "vision_config", config)
         channels, size = getattr(images, "num_channels", 3), getattr(images, "image_size", None)
         lengths = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-        is_known = all(type(length) is int for length in lengths)
+        is_known = all(type(length) is int and 0 < length <= _LARGEST_IMAGE for length in lengths)
         return TensorSpec(name, (channels, None, None), "float32", example=(channels, *lengths) if is_known else None)
     if _OF_TOKENS.fullmatch(name) and is_row:
         return TensorSpec(name, (None,), "int64", example=(None,))

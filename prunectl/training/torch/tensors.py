@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -117,11 +118,12 @@ class InnerModule(torch.nn.Module):
         super().__init__()
         self.inner = inner
 
-    def plain(self) -> torch.nn.Module:
+    @contextmanager
+    def plain(self) -> Generator[torch.nn.Module]:
         """The same for `torch.export`, which looks for weights under the names of all modules around them."""
         copy: torch.nn.Module = type("Plain", (torch.nn.Module,), {"forward": type(self).forward})()
         copy.__dict__.update(self.__dict__)
-        return copy
+        yield copy
 
     def state_dict(self, *args: Any, **more: Any) -> Any:
         """The inner module's, under its names."""
