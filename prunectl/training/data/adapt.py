@@ -231,7 +231,8 @@ def check_batches(
         checked += num_examples(batch)
     if not checked:
         raise InputError(f"{source.name} has no examples", hint="check its options, such as limit and classes")
-    if not is_judged:
+    # Only where nothing follows what was looked at.
+    if not is_judged and (checked == source.count or (source.count is None and checked < LOOKED_AT_EXAMPLES)):
         raise nothing_counts(source.name)
     begin = 0
     for targets in source.labels():
