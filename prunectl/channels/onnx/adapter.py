@@ -190,8 +190,8 @@ class SizeConstants:
         self.ops = {op.outputs: op for op in loaded.graph.nodes}
         self.replaced: set[str] = set()
         """Values that may have no reader any more."""
-        self._said: dict[tuple[str, tuple[int, ...]], str] = {}
-        """What says other lengths than a value does, by these."""
+        self._renamed: dict[tuple[str, tuple[int, ...]], str] = {}
+        """The value that holds other lengths in place of one, by that one and these lengths."""
         self._graph = proto.graph
         self._is_listed = proto.ir_version < _UNLISTED
         self._nodes = list(proto.graph.node)
@@ -238,30 +238,31 @@ class SizeConstants:
         return gone
 
     def update(self, node: Any, position: int, lengths: Sequence[int]) -> None:
-        """Say other lengths at an input, where those that it says are made; other readers of these keep them."""
-        node.input[position] = self._saying(node.input[position], tuple(lengths), MAX_PASSED_OPERATORS)
+        """Put other lengths at an input, where those there are computed; other readers of these keep them."""
+        node.input[position] = self._with_lengths(node.input[position], tuple(lengths), MAX_PASSED_OPERATORS)
 
-    def _saying(self, name: str, lengths: tuple[int, ...], steps: int) -> str:
-        if (known := self._said.get((name, lengths))) is not None:
+    def _with_lengths(self, name: str, lengths: tuple[int, ...], steps: int) -> str:
+        """The value that holds these lengths in place of another: itself, where what makes it is not known."""
+        if (known := self._renamed.get((name, lengths))) is not None:
             return known
-        maker, said = self._makers.get(name), name
+        maker, made = self._makers.get(name), name
         if name in self._static:
-            said = self.add(name, np.array(lengths, self.constants[name].dtype))
+            made = self.add(name, np.array(lengths, self.constants[name].dtype))
         elif steps and maker is not None and maker.op_type in {"Cast", "Identity"}:
-            said = self._copy(maker, [self._saying(maker.input[0], lengths, steps - 1)])
+            made = self._copy(maker, [self._with_lengths(maker.input[0], lengths, steps - 1)])
         elif steps and maker is not None and maker.op_type == "Concat":
             # What is measured while it runs is right by itself; what stands there is not.
             parts, begin = [], 0
             for part in maker.input:
                 end = begin + self.constants[part].size
                 is_right = list(map(int, self.constants[part])) == list(lengths[begin:end])
-                parts.append(part if is_right else self._saying(part, lengths[begin:end], steps - 1))
+                parts.append(part if is_right else self._with_lengths(part, lengths[begin:end], steps - 1))
                 begin = end
-            said = self._copy(maker, parts)
-        if said != name:
+            made = self._copy(maker, parts)
+        if made != name:
             self.replaced.add(name)
-        self._said[name, lengths] = said
-        return said
+        self._renamed[name, lengths] = made
+        return made
 
     def _copy(self, maker: Any, inputs: Sequence[str]) -> str:
         """The output of a node like another that reads other inputs; of that one itself, if it reads them already."""
@@ -274,7 +275,7 @@ class SizeConstants:
         return str(made.output[0])
 
     def replace(self, node: Any, position: int, lengths: Sequence[int]) -> None:
-        """Say other lengths at an input by a constant of its own."""
+        """Put other lengths at an input by a constant of its own."""
         name = node.input[position]
         node.input[position] = self.add(name, np.array(lengths, self.constants[name].dtype))
         self.replaced.add(name)
