@@ -24,7 +24,7 @@ from prunectl.calibration.session import (
 )
 from prunectl.calibration.statistics import Float64Array, InputStatistics
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, Tensor, select_names
+from prunectl.formats.base import Array, ModelFile, Tensor, select_names
 from prunectl.pruning.masks import threshold
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import BlockContext, magnitude
@@ -250,7 +250,7 @@ def _prunable(model: ModelFile, layers: str) -> tuple[Tensor, ...]:
 
 
 def _wrapper_note(model: ModelFile) -> tuple[str, ...]:
-    if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
+    if not model.about.pruning_wrappers:
         return ()
     return ("Weights behind the masks of pruning wrappers were not measured: apply the masks with `prunectl strip`.",)
 

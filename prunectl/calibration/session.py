@@ -21,7 +21,7 @@ from prunectl.calibration.statistics import (
     sum_inputs,
 )
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor
+from prunectl.formats.base import Array, Family, ModelFile, Tensor
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import (
     DifferentiableModel,
@@ -324,7 +324,7 @@ def open_calibration(
 
     Where it may be blockwise, a model folder that allows it is opened one block at a time.
     """
-    if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
+    if model.about.pruning_wrappers:
         raise UsageError(
             f"{model.path} has pruning wrappers, which change what the model computes",
             hint=f"remove them first: prunectl strip {model.path} -o plain{model.path.suffix}",

@@ -22,7 +22,7 @@ from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import Route, Target, check_options, find_route, load, target_of
 from prunectl.formats import atomic as places
 from prunectl.formats.atomic import check_beside, write_text
-from prunectl.formats.base import PARAMETRIZATION, Array, ModelFile, ModelInfo, Role, Storage, StripOptions, Tensor
+from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, StripOptions, Tensor
 from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_files, utf8_path
 from prunectl.pruning import destination as outputs
@@ -264,7 +264,7 @@ def export(
 
 def _without_wrappers(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple[str, ...]]:
     """The model with its pruning wrappers stripped and the masks applied to its weights."""
-    kinds = dict.fromkeys(wrapper.kind for wrapper in model.about.wrappers if wrapper.kind != PARAMETRIZATION)
+    kinds = dict.fromkeys(wrapper.kind for wrapper in model.about.pruning_wrappers)
     if not kinds:
         return model, ()
     stripped = scratch / "stripped" / model.path.name

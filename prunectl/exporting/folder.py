@@ -23,7 +23,7 @@ from prunectl.exporting.weights import (
     save_tensors,
 )
 from prunectl.formats import atomic
-from prunectl.formats.base import PARAMETRIZATION, ModelFile, Tensor
+from prunectl.formats.base import ModelFile, Tensor
 from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
 from prunectl.formats.folder import MASKS_IN_SHARDS, companions, copy_companions, training_state
 from prunectl.formats.registry import SUFFIXES, by_name, is_inside_folder, open_model, resolve
@@ -65,7 +65,7 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
     request = replace(request, to=target.name)
     _check(request, target)
     model = open_model(path)
-    if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
+    if model.about.pruning_wrappers:
         hint = f"remove them first: prunectl strip {path} -o OUT"
         if model.format == "shards":
             hint = MASKS_IN_SHARDS

@@ -193,6 +193,11 @@ class ModelInfo:
     programs: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The graphs of an exported program by their entries; None for one too big to be read."""
 
+    @property
+    def pruning_wrappers(self) -> tuple[PruningWrapper, ...]:
+        """The wrappers that hold masks, which parametrizations do not."""
+        return tuple(wrapper for wrapper in self.wrappers if wrapper.kind != PARAMETRIZATION)
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:

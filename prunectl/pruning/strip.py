@@ -16,7 +16,6 @@ from prunectl.analysis.tensor_io import ProgressFactory, bitwise_equal, blocks, 
 from prunectl.errors import InputError, UsageError, WorkError, abbreviated, some_tensors
 from prunectl.formats import atomic, extents, scratch
 from prunectl.formats.base import (
-    PARAMETRIZATION,
     WEIGHTS,
     Capability,
     CopyChoice,
@@ -273,7 +272,7 @@ def _removed_of_ranks(model: ModelFile) -> Iterator[RemovedItem]:
 
 def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed: frozenset[str]) -> None:
     """Verify that nothing is left that should be removed, and that no other tensor has changed."""
-    wrappers_left = [wrapper for wrapper in result.about.wrappers if wrapper.kind != PARAMETRIZATION]
+    wrappers_left = result.about.pruning_wrappers
     if StripPart.MASKS in options.parts and wrappers_left:
         raise WorkError(
             f"the output of {model.path} still has a wrapper around {wrappers_left[0].layer}; nothing was written"

@@ -14,7 +14,7 @@ import numpy as np
 
 from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.errors import InputError, UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile
+from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import by_name, open_model
 from prunectl.training.backend import ModelSignature, PredictingModel
 from prunectl.training.data.adapt import adapt, check_batches, nothing_counts
@@ -140,7 +140,7 @@ def evaluate_file(path: Path, request: FinetuneRequest, meter: ProgressFactory =
     """How good a model is on what it is judged by: the data itself, if nothing else is named."""
     check_direction(request.means)
     model = open_model(path)
-    if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
+    if model.about.pruning_wrappers:
         raise UsageError(
             f"{path} has pruning wrappers",
             hint=f"remove them first: prunectl strip {path} -o plain{path.suffix}",

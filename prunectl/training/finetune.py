@@ -13,7 +13,7 @@ import numpy as np
 from prunectl.analysis.stats import ModelStats
 from prunectl.analysis.tensor_io import iter_blocks
 from prunectl.errors import InputError, UntrustedError, UsageError, WorkError
-from prunectl.formats.base import PARAMETRIZATION, Array, Family, ModelFile, Tensor, select_names
+from prunectl.formats.base import Array, Family, ModelFile, Tensor, select_names
 from prunectl.formats.extents import ignoring_mtime
 from prunectl.formats.patch import TensorUpdate, in_storage_order, is_writable
 from prunectl.formats.registry import by_name, load, open_model
@@ -271,7 +271,7 @@ def finetune(
 @contextmanager
 def _unwrapped(model: ModelFile, origin: LoadOptions) -> Generator[ModelFile]:
     """Yield a model without masks: what they hold at zero is zero in it."""
-    if all(wrapper.kind == PARAMETRIZATION for wrapper in model.about.wrappers):
+    if not model.about.pruning_wrappers:
         yield model
         return
     with temporary_folder() as scratch:

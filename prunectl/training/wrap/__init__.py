@@ -15,7 +15,6 @@ from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.analysis.tensor_io import bitwise_equal
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.formats.base import (
-    PARAMETRIZATION,
     WEIGHTS,
     WRAPPING,
     Family,
@@ -94,9 +93,9 @@ def wrapper_format(model: ModelFile, *, has_schedule: bool) -> WrapperFormat:
             hint="wrappers go into state dicts of PyTorch (.pt, .safetensors) and models of Keras 2; "
             "prune without --wrap",
         )
-    if any(wrapper.kind != PARAMETRIZATION for wrapper in model.about.wrappers):
+    if model.about.pruning_wrappers:
         raise InputError(
-            f"{model.path} already has pruning wrappers ({model.about.wrappers[0].kind})",
+            f"{model.path} already has pruning wrappers ({model.about.pruning_wrappers[0].kind})",
             hint=f"remove them first: prunectl strip {model.path} -o plain{model.path.suffix} --only masks,wrappers",
         )
     if has_schedule and not matching.has_schedules:
