@@ -210,14 +210,14 @@ class SizeConstants:
 
     def finish(self) -> None:
         """Put copies in their places, and remove what only made the numbers that were replaced."""
-        gone = self._unused()
+        unused = self._unused()
         for number, node in reversed(list(enumerate(self._nodes))):
-            if gone.intersection(node.output):
+            if unused.intersection(node.output):
                 del self._graph.node[number]
             for copy in self._copies.get(id(node), ()):
                 self._graph.node.insert(number, copy)
         for number, tensor in reversed(list(enumerate(self._graph.initializer))):
-            if tensor.name in gone:
+            if tensor.name in unused:
                 del self._graph.initializer[number]
 
     def _unused(self) -> set[str]:
@@ -225,17 +225,17 @@ class SizeConstants:
         nodes = [*self._nodes, *(copy for copies in self._copies.values() for copy in copies)]
         readers = Counter(name for node in nodes for name in names_read(node))
         readers.update(port.name for port in (*self._graph.output, *self._graph.input))
-        gone: set[str] = set()
+        unused: set[str] = set()
         waiting = list(self.replaced)
         for name in waiting:
             maker = self._makers.get(name)
-            if readers[name] or name in gone or (maker is not None and len(maker.output) > 1):
+            if readers[name] or name in unused or (maker is not None and len(maker.output) > 1):
                 continue
-            gone.add(name)
+            unused.add(name)
             read = list(names_read(maker)) if maker is not None else []
             readers.subtract(read)
             waiting += read
-        return gone
+        return unused
 
     def update(self, node: Any, position: int, lengths: Sequence[int]) -> None:
         """Put other lengths at an input, where those there are computed; other readers of these keep them."""

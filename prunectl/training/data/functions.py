@@ -120,17 +120,20 @@ def _from_examples(spec: DataSpec, examples: _Numbered, names: _PortNames) -> In
     if not count:
         raise InputError(f"{spec.where} returns a data set without examples")
 
-    def one(number: int) -> Batch:
-        item = _guarded(spec.where, lambda: examples[number])()
+    def batch_of(item: Any) -> Batch:
         parts = [_map(lambda array: np.asarray(array)[None], part) for part in _parts(item)]
         return _batch(spec.where, parts, names)
 
     def take(numbers: Indices) -> Batch:
-        examples = [one(int(number)) for number in numbers]
-        return concatenate(examples) if examples else take_rows(one(0), slice(0, 0))
+        batches = [batch_of(item(int(number))) for number in numbers]
+        return concatenate(batches) if batches else take_rows(batch_of(first), slice(0, 0))
 
-    first = _guarded(spec.where, lambda: examples[0])()
-    return IndexedSource(spec.text, count, one(0).y is not None, take, target_name=_target_name(first, names))
+    def item(number: int) -> Any:
+        return _guarded(spec.where, lambda: examples[number])()
+
+    first = item(0)
+    has_targets = batch_of(first).y is not None
+    return IndexedSource(spec.text, count, has_targets, take, target_name=_target_name(first, names))
 
 
 def _batch(where: str, parts: Sequence[Any], names: _PortNames) -> Batch:

@@ -118,12 +118,11 @@ _USUAL = (("x", "y"), ("X", "y"), ("x_train", "y_train"), ("X_train", "y_train")
 
 def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
     """The source that `train.npz` or `train.npz[a+b,labels]` means."""
-    chosen = NPZ_ARRAYS.fullmatch(spec.where)
-    path, archive, names = _archive(spec)
+    archive, names, chosen = _archive(spec)
     inputs, targets, notes = (
-        (*_named_arrays(path, chosen["names"], names), ())
-        if chosen
-        else _arrays_of_model(path, names, signature) or _guessed_arrays(archive, names)
+        (*_named_arrays(archive.path, chosen, names), ())
+        if chosen is not None
+        else _arrays_of_model(archive.path, names, signature) or _guessed_arrays(archive, names)
     )
     x_order, y_order, matched = _in_order(spec, inputs, targets, signature)
     x = {inputs[index]: _array(archive, inputs[index]) for index in x_order}
@@ -133,20 +132,19 @@ def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
 
 def npz_names(spec: DataSpec) -> list[str]:
     """The names of the arrays: those in brackets, or all."""
-    chosen = NPZ_ARRAYS.fullmatch(spec.where)
-    path, _, names = _archive(spec)
-    return names if chosen is None else [name for side in _named_arrays(path, chosen["names"], names) for name in side]
+    archive, names, chosen = _archive(spec)
+    return names if chosen is None else [name for side in _named_arrays(archive.path, chosen, names) for name in side]
 
 
-def _archive(spec: DataSpec) -> tuple[Path, Archive, list[str]]:
-    """The archive of a SPEC, and the names of all arrays in it."""
+def _archive(spec: DataSpec) -> tuple[Archive, list[str], str | None]:
+    """The archive of a SPEC, the names of all arrays in it, and what stands in brackets, if any do."""
     chosen = NPZ_ARRAYS.fullmatch(spec.where)
     path = require_path(Path(chosen["path"] if chosen else spec.where))
     archive = open_archive(path)
     names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
     if not names:
         raise InputError(f"{path} holds no arrays")
-    return path, archive, names
+    return archive, names, chosen["names"] if chosen else None
 
 
 def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str]]:

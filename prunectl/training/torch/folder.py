@@ -138,12 +138,10 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         causal = {*library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
         own = config_of_file.get("auto_map") or {}
         causal.add(str(own.get("AutoModelForCausalLM")).rpartition(".")[2])
-        embedding = None
+        inputs, embedding = _inputs(inner, config, origin.arrays), None
         # A model of images or sounds, or of several kinds, may have none to give.
         with suppress(NotImplementedError):
-            takes_ids = getattr(inner, "main_input_name", "") == _TOKENS
-            embedding = inner.get_input_embeddings() if takes_ids else None
-    inputs = _inputs(inner, config, origin.arrays)
+            embedding = inner.get_input_embeddings() if inputs[0].name == _TOKENS else None
     module = FolderModule(inner, (port.name for port in inputs))
     text = TextInput(
         folder=model.folder or model.path.parent,

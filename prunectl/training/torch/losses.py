@@ -45,7 +45,11 @@ def _cross_entropy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _mean_of_kept(loss: Callable[..., torch.Tensor], out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean over the labels that are not ignored; zero, and not NaN as PyTorch's own, where all are."""
-    return loss(out, labels, reduction="sum") / (labels != IGNORED_LABEL).sum().clamp_min(1)
+    return loss(out, labels, reduction="sum") / _count_kept(labels).clamp_min(1)
+
+
+def _count_kept(labels: torch.Tensor) -> torch.Tensor:
+    return (labels != IGNORED_LABEL).sum()
 
 
 def _by_classes(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +275,7 @@ def _top5(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_of_labels(is_right: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return is_right.sum() / (labels != IGNORED_LABEL).sum().clamp_min(1)
+    return is_right.sum() / _count_kept(labels).clamp_min(1)
 
 
 def _with_labels(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,7 +305,7 @@ class Perplexity:
         """Take the logits and the labels of a batch."""
         out, labels = _with_labels(out, y)
         self._total += float(functional.cross_entropy(out, labels, reduction="sum"))
-        self._count += int((labels != IGNORED_LABEL).sum())
+        self._count += int(_count_kept(labels))
 
     def compute(self) -> torch.Tensor:
         """The perplexity of what was taken."""
