@@ -24,8 +24,9 @@ from prunectl.errors import PrunectlError, UsageError, attempt
 from prunectl.formats.detect import URL, url_error, without_secrets
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import workers
+from prunectl.reporting.frameworks import framework_imports
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
-from prunectl.reporting.reporter import Reporter, framework_imports
+from prunectl.reporting.reporter import Reporter
 from prunectl.units import Units
 
 STDIN = "-"
@@ -193,7 +194,8 @@ class BaseCommand(TyperCommand):
         ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html, typed=ctx.meta[_TYPED])
         for old, new in ctx.meta[_OLD_NAMES]:
             ctx.obj.note(f"note: {old} is now called {new}; the next version will not know the old name")
-        with framework_imports(common.settings):
+        # What is timed is timed with the allocator that other programs have.
+        with framework_imports(common.settings, keeps_memory=self.name != "bench"):
             return self.run(ctx)
 
     def run(self, ctx: Any) -> Any:
