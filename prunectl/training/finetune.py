@@ -27,8 +27,9 @@ from prunectl.training.backend import LoadOptions, Logs, ModelSignature, Trainab
 from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
+from prunectl.training.data.next_token import follow_if_causal
 from prunectl.training.data.registry import check_exists, open_source
-from prunectl.training.data.source import Batch, EpochOrder, Source, num_examples, peek, train_val_split
+from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, num_examples, peek, train_val_split
 from prunectl.training.data.text import batch_size
 from prunectl.training.distillation import Teacher, compare_answers, load_teacher, teacher_load_options
 from prunectl.training.logger import LogEntry, ProgressCallback, TrainingLogger
@@ -91,14 +92,14 @@ class TrainingData:
 def open_training_data(network: TrainableModel, request: FinetuneRequest, model: Path | None = None) -> TrainingData:
     """Open what is learned from and what is judged by; without targets a model may be its own teacher."""
     seed, val, val_split = request.means.seed, request.val, request.val_split
-    train, notes = _fitted(request.data, network, seed)
+    train, notes = _fitted(request.data, network, request)
     if not train.has_targets:
         request = learn_from_teacher(request, model)
     if request.needs_targets:
         require_targets(train, network.signature)
     judged: Source | None = None
     if val:
-        judged, more = _fitted(val, network, seed)
+        judged, more = _fitted(val, network, request)
         notes += more
     elif val_split:
         train, judged = train_val_split(train, val_split, seed)
@@ -128,8 +129,15 @@ def count_examples(source: Source) -> int:
     return sum(num_examples(batch) for batch in source.batches(EpochOrder(_COUNTED_BY)))
 
 
-def _fitted(spec: str, network: TrainableModel, seed: int) -> tuple[Source, tuple[str, ...]]:
-    return adapt(open_source(spec, signature=network.signature, seed=seed), network.signature)
+def _fitted(spec: str, network: TrainableModel, request: FinetuneRequest) -> tuple[Source, tuple[str, ...]]:
+    def predict(x: Arrays) -> Arrays:
+        network.place(request.means.device)
+        return network.predict(x)
+
+    opened = open_source(spec, signature=network.signature, seed=request.means.seed)
+    source, notes = adapt(opened, network.signature)
+    source = follow_if_causal(source, network.signature, predict)
+    return source, (*notes, *source.notes)
 
 
 def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> None:

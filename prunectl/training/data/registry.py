@@ -85,7 +85,7 @@ def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> So
             data_spec.check_options(parsed, kind.options)
             source: Source = _function(kind.opener)(parsed, signature, seed)
             if signature is not None and signature.text is not None and signature.text.shifts_labels:
-                source = _function("text:follow")(source)
+                source = _function("next_token:follow")(source)
             return apply_options(source, parsed, signature)
     raise _unknown(parsed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +14,18 @@ from prunectl.formats.base import Array
 from prunectl.training.backend import ModelSignature, TextInput
 from prunectl.training.data.numpy_files import map_npy
 from prunectl.training.data.readers import IndexedSource, from_arrays
-from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, peek
+from prunectl.training.data.source import Source, as_tuple, peek
 from prunectl.training.data.spec import GRAMMAR, DataSpec, require_path
 from prunectl.training.data.tokenizer import NO_MARKS, FolderTokenizer, Marks, Piece, open_tokenizer
-from prunectl.training.task import IGNORED_LABEL
 
 LENGTH = 512
 """Tokens in a sequence, where neither the user nor the model says that there are fewer."""
-LABELS = "labels"
-"""What `transformers` calls targets."""
 FIELD = "text"
 """The field of each line of a .jsonl that holds its text."""
 _PIECE = 4 << 20
 """Characters that are tokenised at once: a tokenizer keeps a hundred bytes for each token."""
 _MOST_PIECES = 10_000
 """Short texts that are tokenised at once."""
-_LEAKED = 1e-3
-"""What a later token changes in a causal model, compared with its own output: rounding only."""
 _MOST_LOGITS = 1 << 26
 """Numbers that come out of a batch: each token of it has as many as there are words."""
 
@@ -73,46 +68,6 @@ def _marks_for(path: Path, text: TextInput) -> Marks:
     except InputError as error:
         error.hint = f"save the ids of {path} in rows, with their marks: then no tokenizer is needed"
         raise
-
-
-def follow(source: Source) -> Source:
-    """Targets called `labels` as `transformers` takes them for a causal model: the tokens themselves, one place on."""
-    head = peek(source, 1) if source.target_name == LABELS else None
-    if head is None or head.y is None or as_tuple(head.x)[0].shape != as_tuple(head.y)[0].shape:
-        return source
-
-    def change(batch: Batch) -> Batch:
-        if batch.y is None:
-            return batch
-        # No token follows the last one. A file may fix the number of tokens, so that one stays in.
-        labels = as_tuple(batch.y)[0]
-        after = np.full_like(labels[:, :1], IGNORED_LABEL, dtype=np.int64)
-        return Batch(batch.x, np.concatenate([labels[:, 1:], after], 1))
-
-    return source.changed(change, f"{source.name}: each of the labels is compared with the output one place before it")
-
-
-def predicts_next(predict: Callable[[Arrays], Arrays], source: Source, names: Sequence[str]) -> bool:
-    """Whether labels are the tokens that go in, and no output depends on a later one: a causal model, in any file."""
-    head = peek(source)
-    if head is None or head.y is None or "input_ids" not in names or "decoder_input_ids" in names:
-        return False
-    at, labels = names.index("input_ids"), as_tuple(head.y)[0]
-    ids, is_kept = as_tuple(head.x)[at], labels != IGNORED_LABEL
-    if ids.ndim != 2 or ids.shape != labels.shape or not is_kept.any() or (ids != labels)[is_kept].any():
-        return False
-    # Another token where it is seen: in place of one that differs from the first.
-    places = np.argwhere(is_kept & (ids != ids[:, :1]))
-    if not len(places):
-        return False
-    row, last = places[-1]
-    other = ids.copy()
-    other[row, last] = ids[row, 0]
-    x = as_tuple(head.x)
-    changed = other if len(x) == 1 else (*x[:at], other, *x[at + 1 :])
-    before, after = (as_tuple(predict(arrays))[0][row] for arrays in (head.x, changed))
-    change = np.abs(after.astype(np.float64) - before)
-    return bool(change[:last].max(initial=0) < _LEAKED * change[last].max())
 
 
 def _sequences(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> IndexedSource:

@@ -19,7 +19,7 @@ from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch.trust import check_program
 from prunectl.training import user_code
 from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
-from prunectl.training.data.text import LABELS
+from prunectl.training.data.next_token import LABELS
 from prunectl.training.host import before_seeding
 from prunectl.training.task import format_shape, shape_matches
 from prunectl.training.torch._compat import tree_flatten, tree_map
@@ -310,7 +310,7 @@ def _names(module: torch.nn.Module) -> list[str]:
 def _first_layer(module: torch.nn.Module) -> tuple[tuple[int | None, ...] | None, str]:
     """The shape and the type that the first layer with weights takes."""
     for layer in module.modules():
-        if isinstance(layer, torch.nn.Embedding):
+        if isinstance(layer, torch.nn.Embedding) or getattr(layer, "original_name", "") == "Embedding":
             return None, "int64"
         if isinstance(layer, _CONVOLUTIONS):
             return (layer.in_channels, *([None] * len(layer.kernel_size))), _dtype(layer.weight)
