@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from prunectl.errors import UsageError
+from prunectl.formats.base import Array
 from prunectl.plugins import find
-from prunectl.training.data.source import Batch, as_tuple
 from prunectl.training.monitor import GatheredMetric, Metric, metric_factory, metric_failures
 from prunectl.training.task import (
     IGNORED_LABEL,
@@ -143,12 +143,11 @@ class TorchLoss:
         return _ENDINGS_OF.get(self.name, FinalActivation.UNKNOWN)
 
 
-def examples_labelled(batch: Batch, chosen: Sequence[TorchLoss]) -> float:
+def examples_labelled(targets: Array, chosen: TorchLoss) -> float:
     """How many examples the labels of a batch stand for: a place that is ignored counts for nothing."""
-    count, targets = len(as_tuple(batch.x)[0]), () if batch.y is None else as_tuple(batch.y)
-    if len(targets) != 1 or len(chosen) != 1 or not chosen[0].classifies or targets[0].dtype.kind not in "iu":
-        return count
-    return count * np.count_nonzero(targets[0] != IGNORED_LABEL) / max(targets[0].size, 1)
+    if not chosen.classifies or targets.dtype.kind not in "iu":
+        return len(targets)
+    return len(targets) * np.count_nonzero(targets != IGNORED_LABEL) / max(targets.size, 1)
 
 
 _CROSS_ENTROPIES = {
@@ -350,6 +349,10 @@ def _double(number: torch.Tensor) -> torch.Tensor:
     return number.float() if number.device.type == "mps" else number.double()
 
 
+LossPart = tuple[torch.Tensor, float]
+"""The mean of a part of the loss, such as that of one output, and how many examples count for it."""
+
+
 class MetricAverager:
     """The loss and the metrics of some batches: means over examples are kept as sums, on the device."""
 
@@ -360,49 +363,53 @@ class MetricAverager:
     def _reset(self) -> None:
         started = {metric.name: metric.start(is_training=self._is_training) for metric in self._metrics}
         self._started = {name: metric for name, metric in started.items() if metric is not None}
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0.0
+        self._sums: dict[str | int, torch.Tensor] = {}
+        """By the number of a part of the loss, or the name of a metric."""
+        self._counts: dict[str | int, float] = {}
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def update(
-        self, count: float, loss: torch.Tensor, out: torch.Tensor | None = None, y: torch.Tensor | None = None
+        self, parts: Sequence[LossPart], judged: tuple[torch.Tensor, torch.Tensor] | None = None, count: float = 0.0
     ) -> None:
-        """Take the mean loss of some examples, and what came out for which targets."""
-        means = {"loss": loss.detach()}
-        if out is not None and y is not None and self._metrics:
-            out = out.detach().float()
-            self._last = (out, y)
-            for metric in self._metrics:
-                started = self._started.get(metric.name)
-                if started is None:
-                    means[metric.name] = metric.mean(out, y)
-                    continue
+        """Take the parts of a loss, and what came out for which targets, with how many examples count for metrics."""
+        for index, (mean, examples) in enumerate(parts):
+            self._add(index, mean.detach(), examples)
+        if judged is None:
+            return
+        out, y = judged[0].detach().float(), judged[1]
+        self._last = (out, y)
+        for metric in self._metrics:
+            started = self._started.get(metric.name)
+            self._add(metric.name, metric.mean(out, y) if started is None else out.new_zeros(()), count)
+            if started is not None:
                 with metric_failures(metric.name, out.shape, y.shape):
                     started.update(*((out.cpu(), y.cpu()) if isinstance(started, GatheredMetric) else (out, y)))
-        self._count += count
-        for name, mean in means.items():
-            value = _double(mean) * count
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _add(self, key: str | int, mean: torch.Tensor, count: float) -> None:
+        value = _double(mean) * count
+        self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._counts[key] = self._counts.get(key, 0.0) + count
 
     def compute(self) -> dict[str, float]:
         """The values over all processes, which resets them."""
         if not self._sums:
             return {}
-        names, loss = ["loss"], self._sums["loss"]
-        if self._last is not None:
-            names += [metric.name for metric in self._metrics]
-            for name, started in self._started.items():
-                with metric_failures(name, *(tensor.shape for tensor in self._last)):
-                    value = _scalar(started.compute())
-                self._sums[name] = _double(value.detach().to(loss.device)) * self._count
-        sums = torch.stack([*(self._sums[name] for name in names), loss.new_tensor(self._count)])
+        for name, started in self._started.items() if self._last is not None else ():
+            with metric_failures(name, *(tensor.shape for tensor in self._last or ())):
+                value = _scalar(started.compute())
+            self._sums[name] = _double(value.detach().to(self._sums[name].device)) * self._counts[name]
+        sums = torch.stack([*self._sums.values()])
+        totals = torch.stack([sums, sums.new_tensor([*self._counts.values()])])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(totals)
+        keys = [*self._sums]
         self._reset()
-        *values, count = sums.tolist()
         # Nothing was judged where all labels are to be ignored.
-        return {name: value / (count or math.nan) for name, value in zip(names, values, strict=True)}
+        means = {key: value / count for key, value, count in zip(keys, *totals.tolist(), strict=True) if count}
+        parts = [means[key] for key in keys if isinstance(key, int) and key in means]
+        loss = math.fsum(parts) if parts else math.nan
+        return {"loss": loss, **{key: means.get(key, math.nan) for key in keys if isinstance(key, str)}}
 
 
 _OPS = SimpleNamespace(

@@ -231,23 +231,25 @@ class TorchTrainable:
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
         share = self._options.teacher_share if guide is not None else 0.0
-        targets = [] if y is None else [self._on_device(array) for array in as_tuple(y)]
-        self._last = (outs, targets)
+        arrays = () if y is None else as_tuple(y)
+        targets = [self._on_device(array) for array in arrays]
+        counts = [losses.examples_labelled(*pair) for pair in zip(arrays, self._losses, strict=False)]
+        self._last = (outs, targets, counts)
         if not targets and share < 1:
             raise UsageError(
                 "the data has no targets", hint="name data with some: train.npz with x and y, or --distill-share 1"
             )
-        if guide is None:
-            return self._loss_of_targets(outs, targets)
-        answers = [self._on_device(array) for array in as_tuple(guide)]
-        compared = self._compared or losses.compared_by_loss(self._losses, outs)
-        taught = losses.distilled(compared, outs, answers, self._options.temperature)
-        return share * taught + (1 - share) * self._loss_of_targets(outs, targets) if share < 1 else taught
-
-    def _loss_of_targets(self, outs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(
-            [chosen.loss(out.float(), target) for chosen, out, target in zip(self._losses, outs, targets, strict=False)]
-        ).sum()
+        self._parts: list[losses.LossPart] = [
+            ((1 - share) * chosen.loss(out.float(), target), count)
+            for chosen, out, target, count in zip(self._losses, outs, targets, counts, strict=False)
+            if share < 1
+        ]
+        if guide is not None:
+            answers = [self._on_device(array) for array in as_tuple(guide)]
+            compared = self._compared or losses.compared_by_loss(self._losses, outs)
+            taught = losses.distilled(compared, outs, answers, self._options.temperature)
+            self._parts.append((share * taught, len(outs[0])))
+        return torch.stack([mean for mean, _ in self._parts]).sum()
 
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
         self._compared = tuple(outputs)
@@ -266,13 +268,15 @@ class TorchTrainable:
             loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
         with distributed.failures(self._place.device):
             self._learn(loss)
-        count = losses.examples_labelled(batch, self._losses if self._custom is None else ())
-        self._averager.update(count, loss, *(self._judged() if self._custom is None else ()))
+        if self._custom is not None:
+            self._averager.update([(loss, len(as_tuple(batch.x)[0]))])
+        else:
+            self._averager.update(self._parts, *self._judged())
 
-    def _judged(self) -> tuple[torch.Tensor, ...]:
-        """The output that the metrics judge, and its targets, if there are any."""
-        outs, targets = self._last
-        return (outs[0], targets[0]) if targets else ()
+    def _judged(self) -> tuple[tuple[torch.Tensor, torch.Tensor], float] | tuple[()]:
+        """The output that the metrics judge with its targets, if there are any, and how many examples count."""
+        outs, targets, counts = self._last
+        return ((outs[0], targets[0]), counts[0]) if targets else ()
 
     def _learn(self, loss: torch.Tensor) -> None:
         """Take a step down the gradient of a loss."""
@@ -317,8 +321,8 @@ class TorchTrainable:
         averager = losses.MetricAverager(self._metrics, is_training=False)
         with torch.no_grad():
             for batch in batches:
-                loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
-                averager.update(losses.examples_labelled(batch, self._losses), loss, *self._judged())
+                self._loss(self._forward(self._module, batch.x), batch.y, None)
+                averager.update(self._parts, *self._judged())
         return averager.compute()
 
     def predict(self, x: Arrays) -> Arrays:

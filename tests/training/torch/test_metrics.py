@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from prunectl.errors import UsageError
 from prunectl.training.torch.losses import METRICS, MetricAverager, TorchLoss, resolve_metrics
+from tests.running import here
 
 OUT = torch.tensor([[0.1, 0.7, 0.2, 0.0, 0.0, 0.0], [0.3, 0.1, 0.05, 0.2, 0.25, 0.1]])
 LABELS = torch.tensor([1, 2])
@@ -106,7 +108,7 @@ def test_what_is_no_mean_of_batches_is_measured_over_all_examples(name: str, tmp
     batches = list(zip(out.split(7), y.split(7), strict=True))
     for _ in range(2):
         for some, targets in batches:
-            averager.update(len(some), torch.zeros(()), some, targets)
+            averager.update([(torch.zeros(()), len(some))], (some, targets), len(some))
         found = averager.compute()[metrics[0].name]
         assert found == pytest.approx(f1(out, y))
     batchwise = sum(f1(some, targets) * len(some) for some, targets in batches) / 50
@@ -121,6 +123,42 @@ def test_a_metric_of_the_users_that_fails_is_told(tmp_path: Path) -> None:
     )
     averager = MetricAverager(resolve_metrics((f"{path}:Failing",), OWN, OUT, LABELS), is_training=True)
     with pytest.raises(UsageError, match=r"the metric .*:Failing does not fit outputs of 6"):
-        averager.update(2, torch.zeros(()), OUT, LABELS)
+        averager.update([(torch.zeros(()), 2)], (OUT, LABELS), 2)
     with pytest.raises(UsageError, match=r"the metric .*:Wanting cannot be created without arguments"):
         MetricAverager(resolve_metrics((f"{path}:Wanting",), OWN, OUT, LABELS), is_training=True)
+
+
+class Two(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 3), torch.nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(x), self.second(x)
+
+
+@pytest.mark.parametrize("ignored", [(0, 1), (1, 0)])
+def test_the_loss_of_each_output_is_the_mean_of_the_labels_that_count_for_it(
+    ignored: tuple[int, int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network, x = Two(), torch.randn(24, 4)
+    y, z = torch.randint(3, (24,)), torch.randint(5, (24,))
+    # All of a batch of 8, and some of another.
+    for labels, is_ignored in ((y, ignored[0]), (z, ignored[1])):
+        if is_ignored:
+            labels[:13] = -100
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy(), z=z.numpy())
+    words = ("--builder", "tests.training.torch.test_metrics:Two", "--data", f"{tmp_path / 'd.npz'}[x,y+z]")
+    done = here("eval", tmp_path / "m.pt", *words, "--batch-size", "8", "--json")
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        outs = network(x)
+    logs = done.json["evaluations"][0]["logs"]
+    expected = sum(
+        torch.nn.functional.cross_entropy(out, labels).item() for out, labels in zip(outs, (y, z), strict=True)
+    )
+    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+    right = (outs[0].argmax(1) == y)[y != -100].float().mean().item()
+    assert logs["accuracy"] == pytest.approx(right, rel=1e-6)
