@@ -345,7 +345,8 @@ _HANDLERS: Mapping[str, tuple[Callable[[Any, Any, str, Any], None], list[str]]] 
 class _Inlinable:
     """A function whose graph calls none that only XLA may compile, as Keras' convolutions in groups are.
 
-    TensorFlow never puts the body of such a function in the place of its call, and tf2onnx converts no calls.
+    TensorFlow never puts the body of such a function in the place of its call, and tf2onnx converts no calls. Nor does
+    its graph take constants from outside, which tf2onnx would count among the inputs.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
@@ -354,10 +355,14 @@ class _Inlinable:
     def get_concrete_function(self, *specs: Any) -> Any:
         """The function for inputs of these types, as tf2onnx asks for it."""
         traced = self._function.get_concrete_function(*specs)
-        if not any(_XLA in function.attr for function in traced.graph.as_graph_def().library.function):
+        is_marked = any(_XLA in function.attr for function in traced.graph.as_graph_def().library.function)
+        if not is_marked and all(tensor.dtype == _tf.resource for tensor in traced.captured_inputs):
             return traced
         freeze = importlib.import_module("tensorflow.python.framework.convert_to_constants")
-        graph = freeze.convert_variables_to_constants_v2(traced, lower_control_flow=False).graph.as_graph_def()
+        frozen = freeze.convert_variables_to_constants_v2(traced, lower_control_flow=False)
+        if not is_marked:
+            return frozen
+        graph = frozen.graph.as_graph_def()
         functions = graph.library.function
         names = {function.signature.name for function in functions}
         for marked in chain(functions, graph.node, *(function.node_def for function in functions)):
@@ -369,7 +374,7 @@ class _Inlinable:
         for function in functions:
             # TensorFlow knows the old name already, as that of the function that was marked.
             function.signature.name += "_inlined"
-        taken = (port for port in traced.inputs if port.dtype != _tf.resource)
+        taken = (port for port in frozen.inputs if port.dtype != _tf.resource)
         ports = [[port.name for port in side] for side in (taken, traced.outputs)]
         imported = _tf.compat.v1.wrap_function(lambda: _tf.import_graph_def(graph, name=""), [])
         inputs, outputs = ([imported.graph.get_tensor_by_name(name) for name in side] for side in ports)

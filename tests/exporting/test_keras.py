@@ -303,6 +303,21 @@ def test_convolutions_in_groups_which_keras_has_xla_compile_become_onnx(which: s
     assert groups == [4, 8]
 
 
+def test_a_constant_from_outside_of_a_function_is_none_of_the_inputs_in_onnx(tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    # TensorFlow copies smaller ones into the graph.
+    outside, inside = (array[0] for array in random((1, 16, 16), (1, 16, 3)))
+    module = tf.Module()
+    module.outside, module.inside = tf.constant(outside), tf.Variable(inside)
+    inputs = tf.TensorSpec((None, 16), tf.float32)
+    served = tf.function(lambda x: {"y": x @ module.outside @ module.inside}, input_signature=[inputs])
+    tf.saved_model.save(module, str(tmp_path / "served"), signatures=served)
+    export(tmp_path / "served", tmp_path / "m.onnx")
+    (x,) = random((2, 16))
+    (found,) = by_onnxruntime(tmp_path / "m.onnx", x)
+    np.testing.assert_allclose(found, x @ outside @ inside, rtol=1e-4)
+
+
 def test_a_loop_is_not_calibrated_and_the_way_that_is_shown_works(tmp_path: Path) -> None:
     place, model = saved("3", "lstm", tmp_path)
     inputs = random((60, 6, 3))
