@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from tests.running import FIXTURES, here
 
@@ -113,3 +114,31 @@ def test_an_answer_that_is_no_number_is_within_no_limit(folder: Path) -> None:
     assert done.code == 5
     assert "mse is nan for nan.onnx" in done.err
     assert here("eval", "nan.onnx", *data, "--json", cwd=folder).json["evaluations"][0]["value"] is None
+
+
+def small_network() -> torch.nn.Module:
+    return torch.nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("first", ["state_dict", "ema_state_dict"])
+def test_it_says_which_of_two_copies_is_measured_and_how_to_have_the_other(first: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    copies = {"state_dict": small_network(), "ema_state_dict": small_network()}
+    other = next(name for name in copies if name != first)
+    torch.save({name: copies[name].state_dict() for name in (first, other)}, tmp_path / "m.pt")
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
+    words = ("--builder", f"{__name__}:small_network", "--data", "d.npz", "--metric", "loss", "--json")
+
+    def loss(name: str) -> float:
+        return torch.nn.functional.cross_entropy(copies[name](x), y).item()
+
+    done = here("eval", "m.pt", *words, cwd=tmp_path)
+    assert done.json["evaluations"][0]["value"] == pytest.approx(loss(first), rel=1e-5)
+    (note,) = (warning for warning in done.json["warnings"] if "twice" in warning)
+    assert f"those in {first} are used, not those in {other}" in note
+    command = note.rpartition("prunectl ")[2].split()
+    assert here(*command, cwd=tmp_path).code == 0
+    stripped = here("eval", command[-1], *words, cwd=tmp_path)
+    assert stripped.json["evaluations"][0]["value"] == pytest.approx(loss(other), rel=1e-5)
+    assert not any("twice" in warning for warning in stripped.json["warnings"])

@@ -8,13 +8,14 @@ import io
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from prunectl.errors import InputError, UsageError, first_line
+from prunectl.analysis.copies import averaged_copies
+from prunectl.errors import InputError, UsageError, abbreviated, first_line
 from prunectl.formats.base import Family, ModelFile, Role, Tensor
 from prunectl.formats.torch.trust import check_program
 from prunectl.training import user_code
@@ -219,7 +220,22 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
-    return BuiltModule(module, names)
+    return BuiltModule(module, names, notes=_used_copy(model, names))
+
+
+def _used_copy(model: ModelFile, names: Iterable[str]) -> tuple[str, ...]:
+    """A note where the file holds the weights twice, as trained and as their average."""
+    for trained, average, _ in averaged_copies(model.tensors):
+        is_average = any(name.startswith(f"{average}.") for name in names)
+        used, other = (average, trained) if is_average else (trained, average)
+        used, other = (abbreviated(place) or "the top level" for place in (used, other))
+        keep = "raw" if is_average else "ema"
+        note = (
+            f"{model.path} holds the weights twice, as trained and averaged: those in {used} are used, not those in "
+            f"{other}. For the others: prunectl strip {model.path} --keep {keep} -o {keep}{model.path.suffix}"
+        )
+        return (note,)
+    return ()
 
 
 def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
