@@ -13,7 +13,7 @@ from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.tflite.schema import read_lite
 from prunectl.formats.workers import threads_from_env, usable_cores
 from prunectl.training.backend import LoadOptions, ModelSignature, TensorSpec
-from prunectl.training.data.source import Arrays, as_tuple
+from prunectl.training.data.source import Arrays, as_tuple, fill_rows
 from prunectl.training.keras.backend import load_keras2
 from prunectl.training.keras.load import error_line
 from prunectl.training.quiet import ignore_warnings, silence
@@ -104,7 +104,7 @@ class LiteModel:
         count = len(arrays[0])
         size = next((port.shape[0] for port in self._inputs if port.shape and port.shape[0]), count)
         pieces = [
-            self._run([_filled(array[begin : begin + size], size) for array in arrays], min(size, count - begin))
+            self._run([fill_rows(array[begin : begin + size], size) for array in arrays], min(size, count - begin))
             for begin in range(0, count, size)
         ]
         outputs = tuple(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
@@ -144,7 +144,3 @@ def _ports(details: Sequence[Mapping[str, Any]], named: Mapping[str, Mapping[str
         )
         for detail in details
     )
-
-
-def _filled(array: Array, size: int) -> Array:
-    return np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)]) if len(array) < size else array

@@ -164,6 +164,11 @@ def take_rows(batch: Batch, rows: slice | Indices | Mask) -> Batch:
     return Batch(map_arrays(lambda array: array[rows], batch.x), y)
 
 
+def fill_rows(array: Array, size: int) -> Array:
+    """An array with so many rows: behind its own stands the first again, for a file that fixes their number."""
+    return array if len(array) == size else np.concatenate([array, np.repeat(array[:1], size - len(array), axis=0)])
+
+
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """All examples of several batches as one."""
     if len(batches) == 1:

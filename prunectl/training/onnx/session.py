@@ -26,7 +26,7 @@ from prunectl.onnx_graph import (
     stands_outside,
 )
 from prunectl.training.backend import ModelSignature, TensorSpec
-from prunectl.training.data.source import Arrays, as_tuple
+from prunectl.training.data.source import Arrays, as_tuple, fill_rows
 from prunectl.training.task import FinalActivation, format_shape, shape_matches
 
 
@@ -191,7 +191,7 @@ def split_batches(feeds: Mapping[str, Array], size: int | None) -> Iterator[Padd
     for begin in range(0, total, size):
         part = {name: array[begin : begin + size] for name, array in feeds.items()}
         count = min(size, total - begin)
-        yield PaddedBatch({name: _filled(array, size) for name, array in part.items()}, size, count)
+        yield PaddedBatch({name: fill_rows(array, size) for name, array in part.items()}, size, count)
 
 
 def join_outputs(outputs: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
@@ -204,10 +204,6 @@ def join_outputs(outputs: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
     if axis is None:
         return None
     return np.concatenate([array for array in cut if array is not None], axis=axis)
-
-
-def _filled(array: Array, size: int) -> Array:
-    return np.concatenate([array, np.repeat(array[:1], size - len(array), axis=0)])
 
 
 _LISTED_BEFORE = 4
