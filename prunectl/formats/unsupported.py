@@ -5,6 +5,12 @@ from __future__ import annotations
 from prunectl.errors import abbreviated
 from prunectl.formats.detect import FileProbe, missing_index
 
+_OF_TRANSFORMERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _OF_MODELS = (".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors")
 _OF_ORBAX = frozenset({"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"})
 _ENGINE = "is a TensorRT engine, which is made for one GPU: prune the ONNX file that it was built from"
@@ -89,6 +95,10 @@ def _describe_models_inside(peek: FileProbe, names: list[str]) -> str:
         return (
             f"is a folder of files, of which none is known to be its model: name one, such as {peek.path / models[0]}"
         )
+    # Old models of sentence-transformers lie so, in `0_Transformer`, and the checkpoints of a training.
+    for inside in (peek.path / name for name in names):
+        if (inside / "config.json").is_file() and any((inside / weights).is_file() for weights in _OF_TRANSFORMERS):
+            return f"has no model of its own, but folders with models: name one, such as {inside}"
     return "is a folder without a saved_model.pb or any other model that prunectl reads"
 
 

@@ -282,3 +282,14 @@ def test_strip_leaves_out_what_training_would_go_on_from(llama: Path) -> None:
     assert files_of(llama.parent / "some").keys() == {*BESIDE, "model.safetensors", *kept}
     assert here("prune", "llama", "-o", "all", "-s", "50%", cwd=llama.parent).code == 0
     assert files_of(llama.parent / "all").keys() == {*BESIDE, "model.safetensors", *state}
+
+
+def test_of_a_folder_with_models_in_folders_one_of_them_is_named(llama: Path) -> None:
+    (llama.parent / "sbert" / "1_Pooling").mkdir(parents=True)
+    (llama.parent / "sbert" / "1_Pooling" / "config.json").write_text("{}")
+    llama.rename(llama.parent / "sbert" / "2_Transformer")
+    done = here("inspect", "sbert", cwd=llama.parent)
+    assert done.code == 3
+    named = done.err.splitlines()[0].rpartition(" ")[2]
+    assert named == "sbert/2_Transformer"
+    assert here("inspect", named, cwd=llama.parent).code == 0
