@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunectl.channels.graph import OpKind, WeightView
-from prunectl.channels.onnx.contrib import MICROSOFT
-from prunectl.channels.onnx.shapes import StaticValues
+from prunectl.channels.onnx.shapes import MICROSOFT, StaticValues
 from prunectl.onnx_graph import STANDARD_DOMAINS, find_attribute, get_attribute, input_of
 
 if TYPE_CHECKING:
