@@ -16,9 +16,9 @@ from types import ModuleType
 
 import pytest
 
+from prunectl.commands._command import framework_imports
 from prunectl.reporting import reporter
 from prunectl.reporting.finetune import TrainingProgress
-from prunectl.reporting.frameworks import framework_imports
 from prunectl.reporting.report import Settings
 from prunectl.reporting.reporter import ProgressBars
 from prunectl.training.logger import LogEntry, ProgressEvent
@@ -161,7 +161,7 @@ def test_garbage_is_collected_again_after_a_framework_was_imported(
 _STEPS = """
 import resource, sys
 import numpy as np
-from prunectl.reporting.frameworks import keep_freed_memory
+from prunectl.commands._command import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def step():
