@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import unquote
 
 from prunectl.errors import InputError, PrunectlError, UsageError, WorkError, abbreviated
@@ -45,6 +45,7 @@ from prunectl.formats.workers import workers
 
 _HEAD_BYTES = 64 << 10
 """What is read of a file at first: the header of most safetensors, and no more of it than of a long one."""
+_WINDOW_BYTES = 8 << 20
 _ASKED_AT_ONCE = 8
 _FACTS = frozenset({"config.json", "adapter_config.json", "generation_config.json", "model_index.json", "modules.json"})
 """What tells what a model is, beside its index; all else in its folder is fetched only to be copied."""
@@ -110,23 +111,11 @@ def _header(file: RemoteFile, path: Path) -> bytes:
 class _Buffered:
     """A file that is read in windows, of which a few are kept."""
 
-    _windows: ClassVar[OrderedDict[tuple[_Buffered, int], bytes]] = OrderedDict()
-    """Those of all files together."""
-    _lock = Lock()
-    _WINDOW_BYTES = 8 << 20
-    _KEPT = 4
-
     def __init__(self, file: RemoteFile) -> None:
         self.file, self.url = file, file.url
         if file.nbytes < 0:
             file.head(1)
         self.nbytes, self.version = file.nbytes, file.version
-
-    @classmethod
-    def forget(cls) -> None:
-        """Keep no windows any more."""
-        with cls._lock:
-            cls._windows.clear()
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
         return self.file.head(nbytes, whole)
@@ -134,26 +123,18 @@ class _Buffered:
     def read(self, offset: int, nbytes: int) -> bytes:
         found = bytearray()
         while len(found) < nbytes:
-            number, begin = divmod(offset + len(found), self._WINDOW_BYTES)
-            piece = self._window(number)[begin : begin + nbytes - len(found)]
+            number, begin = divmod(offset + len(found), _WINDOW_BYTES)
+            piece = _window(self, number)[begin : begin + nbytes - len(found)]
             if not piece:
                 raise InputError(f"{shown(self.url)} ends too early")
             found += piece
         return bytes(found)
 
-    def _window(self, number: int) -> bytes:
-        key = (self, number)
-        with self._lock:
-            if key in self._windows:
-                self._windows.move_to_end(key)
-                return self._windows[key]
-        begin = number * self._WINDOW_BYTES
-        window = self.file.read(begin, min(self._WINDOW_BYTES, max(self.nbytes - begin, 0)))
-        with self._lock:
-            self._windows[key] = window
-            while len(self._windows) > self._KEPT:
-                self._windows.popitem(last=False)
-        return window
+
+@lru_cache(maxsize=4)
+def _window(buffered: _Buffered, number: int) -> bytes:
+    begin = number * _WINDOW_BYTES
+    return buffered.file.read(begin, min(_WINDOW_BYTES, max(buffered.nbytes - begin, 0)))
 
 
 def download(path: Path) -> None:
@@ -232,9 +213,8 @@ def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
 
 def _put(place: LibraryPlace, target: Path, *, is_forced: bool) -> None:
     """Upload a file, or all of a folder."""
-    found = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
-    if target.is_file():
-        found = {"": target}
+    inside = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
+    found = {"": target} if target.is_file() else inside
     last = [name for name in found if PurePosixPath(name).name in IN_A_FOLDER]
     try:
         old = _remove_heads(place) if is_forced and found and "" not in found else []
@@ -254,19 +234,18 @@ def _remove_heads(place: LibraryPlace) -> list[str]:
     files = place.files() or {}
     named: list[str] = []
     for name in [name for name in files if PurePosixPath(name).name in IN_A_FOLDER]:
+        folder = name.rpartition("/")[0]
         if name.endswith(".json"):
             # What cannot be read names nothing, and goes all the same.
             with suppress(InputError):
                 text = _whole(files[name], budgets.MAX_JSON_BYTES)
                 weights = parse_object(text, Path(name), "the index").get("weight_map")
                 shards = set(map(str, weights.values())) if isinstance(weights, dict) else set()
-                named += [one for one in files if PurePosixPath(one).name in shards and _folder(one) == _folder(name)]
+                named += [
+                    one for one in files if PurePosixPath(one).name in shards and one.rpartition("/")[0] == folder
+                ]
         place.remove(name)
     return sorted(set(named))
-
-
-def _folder(name: str) -> str:
-    return name.rpartition("/")[0]
 
 
 def fetch(path: Path, tell: Tell) -> None:
@@ -309,15 +288,13 @@ def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = Fal
         except PrunectlError as error:
             error.message = error.message.replace(str(folder), mirror.url)
             # It reads files alone.
-            exporting = error.hint.replace(
-                f"prunectl export {folder}", f"download it, then prunectl export {folder.name}"
-            )
-            error.hint = exporting.replace(str(folder), mirror.url)
+            typed, possible = f"prunectl export {folder}", f"download it, then prunectl export {folder.name}"
+            error.hint = error.hint.replace(typed, possible).replace(str(folder), mirror.url)
             raise
         finally:
             for stub in mirror.stubs:
                 REMOTE.pop(stub, None)
-            _Buffered.forget()
+            _window.cache_clear()
 
 
 def _name(url: str) -> str:
@@ -455,5 +432,4 @@ def _not_found(place: Place) -> InputError:
 
 def _make(mirror: _Mirror, files: Mapping[str, RemoteFile], facts: frozenset[str]) -> None:
     with workers(_ASKED_AT_ONCE) as pool:
-        for _ in pool.map(lambda one: mirror.stub(one[0], one[1], is_fact=one[0] in facts), files.items()):
-            pass
+        list(pool.map(lambda one: mirror.stub(one[0], one[1], is_fact=one[0] in facts), files.items()))
