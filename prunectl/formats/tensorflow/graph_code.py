@@ -32,12 +32,29 @@ from prunectl.formats.protobuf import (
 )
 from prunectl.formats.pure_names import BY_ATTRIBUTE, FROM_FILES, OPERATIONS, SAVING
 
-_ASSET_COLLECTIONS, _ASSETS, _ASSET_OBJECTS = 4, 6, 7
-_ASSET_KEY, _ASSET_VALUE = 1, 2
+_META_GRAPHS = 2
+_GRAPH, _SAVER, _COLLECTIONS, _SIGNATURES, _OBJECTS = 2, 3, 4, 5, 7
+_NODES, _LIBRARY, _FUNCTIONS = 1, 2, 1
+_SIGNATURE, _FUNCTION_NODES, _NAME = 1, 3, 1
+_OPERATION, _INPUT, _ATTRIBUTES = 2, 3, 5
+_KEY, _VALUE, _STRING = 1, 2, 2
+_OPERATION_TAG = _OPERATION << 3 | BYTES
+_OUTPUTS, _TENSOR_NAME, _SPARSE, _COMPOSITE = 2, 1, 4, 5
+_NODE_LIST, _BYTES_LIST = 1, 2
+_RESTORE = 3
+_RESTORING = b"RestoreV2"
+_PURE = frozenset(name.encode() for name in OPERATIONS)
+_SAVING = frozenset(name.encode() for name in SAVING)
+_FROM_FILES = frozenset(name.encode() for name in FROM_FILES)
+_BY_ATTRIBUTE = {
+    name.encode(): (key.encode(), re.compile(pattern.encode(), re.DOTALL))
+    for name, (key, pattern) in BY_ATTRIBUTE.items()
+}
+_ASSETS = 6
 _INFO, _FILE_NAME, _ASSET_TENSOR = 1, 2, 1
 _ANY_LIST, _ANY_VALUE = 5, 2
 _OBJECT_NODES, _CONCRETE_FUNCTIONS, _IS_ASSET, _BOUND_INPUTS = 1, 2, 5, 2
-_ASSET_SIGNATURE, _ARGUMENTS, _ASSET_NAME, _NODE_INPUTS = 1, 2, 1, 3
+_ARGUMENTS = 2
 _FILE_INPUT = 1
 """Which input of the operation names the file."""
 
@@ -58,13 +75,13 @@ class Assets:
         """Of each object whether it is an asset."""
         self._bound: dict[bytes, list[int]] = {}
         """Which objects each function is called with, besides what its caller gives."""
-        for objects in reader.messages(meta, _ASSET_OBJECTS):
+        for objects in reader.messages(meta, _OBJECTS):
             for node in reader.messages(objects, _OBJECT_NODES):
                 self._objects.append(any(True for _ in reader.messages(node, _IS_ASSET)))
             for entry in reader.messages(objects, _CONCRETE_FUNCTIONS):
-                self._bound[_last(self._reader, entry, _ASSET_KEY)] = [
+                self._bound[_last(self._reader, entry, _KEY)] = [
                     number
-                    for value in reader.messages(entry, _ASSET_VALUE)
+                    for value in reader.messages(entry, _VALUE)
                     for field in reader.fields(value)
                     if field.number == _BOUND_INPUTS and field.wire in {BYTES, VARINT}
                     for number in packed(reader.data, field)
@@ -82,9 +99,9 @@ class Assets:
     def argument(self, function: Field, node: Field) -> int | None:
         """Which argument of its function a node takes its path from; None where it comes from elsewhere."""
         path = self._input(node, _FILE_INPUT)
-        signatures = self._reader.messages(function, _ASSET_SIGNATURE)
+        signatures = self._reader.messages(function, _SIGNATURE)
         arguments = [
-            _last(self._reader, argument, _ASSET_NAME)
+            _last(self._reader, argument, _NAME)
             for signature in signatures
             for argument in self._reader.messages(signature, _ARGUMENTS)
         ]
@@ -113,10 +130,10 @@ class Assets:
 
     def _of_old(self, meta: Field) -> Iterator[Field]:
         """Yield the assets as TensorFlow 1 lists them."""
-        for collection in self._reader.messages(meta, _ASSET_COLLECTIONS):
-            if _last(self._reader, collection, _ASSET_KEY) != b"saved_model_assets":
+        for collection in self._reader.messages(meta, _COLLECTIONS):
+            if _last(self._reader, collection, _KEY) != b"saved_model_assets":
                 continue
-            for value in self._reader.messages(collection, _ASSET_VALUE):
+            for value in self._reader.messages(collection, _VALUE):
                 for any_list in self._reader.messages(value, _ANY_LIST):
                     for entry in self._reader.messages(any_list, 1):
                         yield from self._reader.messages(entry, _ANY_VALUE)
@@ -126,27 +143,7 @@ class Assets:
         return inputs[number] if number < len(inputs) else b""
 
     def _inputs(self, node: Field) -> list[bytes]:
-        return list(_texts(self._reader, self._reader.messages(node, _NODE_INPUTS)))
-
-
-_META_GRAPHS = 2
-_GRAPH, _SAVER, _COLLECTIONS, _SIGNATURES, _OBJECTS = 2, 3, 4, 5, 7
-_NODES, _LIBRARY, _FUNCTIONS = 1, 2, 1
-_SIGNATURE, _FUNCTION_NODES, _NAME = 1, 3, 1
-_OPERATION, _INPUT, _ATTRIBUTES = 2, 3, 5
-_KEY, _VALUE, _STRING = 1, 2, 2
-_OPERATION_TAG = _OPERATION << 3 | BYTES
-_OUTPUTS, _TENSOR_NAME, _SPARSE, _COMPOSITE = 2, 1, 4, 5
-_NODE_LIST, _BYTES_LIST = 1, 2
-_RESTORE = 3
-_RESTORING = b"RestoreV2"
-_PURE = frozenset(name.encode() for name in OPERATIONS)
-_SAVING = frozenset(name.encode() for name in SAVING)
-_FROM_FILES = frozenset(name.encode() for name in FROM_FILES)
-_BY_ATTRIBUTE = {
-    name.encode(): (key.encode(), re.compile(pattern.encode(), re.DOTALL))
-    for name, (key, pattern) in BY_ATTRIBUTE.items()
-}
+        return list(_texts(self._reader, self._reader.messages(node, _INPUT)))
 
 
 class GraphNode(NamedTuple):
@@ -257,7 +254,9 @@ class _MetaGraph:
         after = self._after()
         touched = _closure(after, names.values())
         saved = _closure(after, (names[message] for message, operations in nodes.items() if operations != {_RESTORING}))
-        return bool(touched & self._run()) or bool(saved & self._restored())
+        savers = self._reader.messages(self._meta, _SAVER)
+        restored = {_plain(_last(self._reader, saver, _RESTORE)) for saver in savers}
+        return bool(touched & self._run()) or bool(saved & restored)
 
     def _follow(self, kinds: dict[bytes, set[bytes]], nodes: dict[Field, set[bytes]]) -> bool:
         """Find who calls functions that save, however deep; whether all of them stand in the graph or its library."""
@@ -353,10 +352,6 @@ class _MetaGraph:
                     for described in walk.messages(listed, _NAME):
                         names.update(_plain(text) for text in _described(walk, described))
         return names
-
-    def _restored(self) -> set[bytes]:
-        savers = self._reader.messages(self._meta, _SAVER)
-        return {_plain(_last(self._reader, saver, _RESTORE)) for saver in savers}
 
 
 class _Spans:
