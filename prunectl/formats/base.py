@@ -418,7 +418,6 @@ class RemovedItem:
     bytes: int
 
 
-Matcher = Callable[[str], bool]
 _NEAREST = 3
 
 
@@ -441,7 +440,7 @@ def close_matches(word: str, known: Sequence[str]) -> tuple[str, ...]:
     return tuple(get_close_matches(bare, dict.fromkeys(known), n=_NEAREST, cutoff=0.5))
 
 
-def _matcher(selector: str) -> Matcher:
+def _matcher(selector: str) -> Callable[[str], bool]:
     if not selector.startswith("re:"):
         return lambda name: fnmatchcase(name, selector)
     try:

@@ -179,10 +179,6 @@ class _Task:
         method, sparsity, plan = resolve_plan(model, request, resolve_method(request))
         return cls(model, request, method, sparsity, plan, ledger, part)
 
-    @property
-    def target(self) -> Path:
-        return self.ledger.target
-
     @cached_property
     def sizes(self) -> dict[str, int]:
         """The bytes of each shard, in the order of the tensors."""
@@ -325,7 +321,7 @@ class _Task:
             self._note(name, {**placed, "sha256": digest}, rows)
         done = self.noted(name)
         if done is None:
-            raise WorkError(f"{self.target / name} was changed by somebody else while prunectl was running")
+            raise WorkError(f"{self.ledger.target / name} was changed by somebody else while prunectl was running")
         return replace(done, is_new=True)
 
     def _note(self, name: str, output: Mapping[str, Any], rows: Mapping[str, Sequence[int | None]]) -> None:
@@ -351,13 +347,10 @@ class _Task:
         key, shares_of = self._joint_threshold
         below, ties, equal = shares_of[name]
         with scratch.temporary_folder() as folder:
-            sources = engine.joint_sources(self._shard(name), plan, self.method, folder, is_wide=self._is_wide)
-            threshold = Threshold(key, masks.split_ties(sources, key, ties, equal), is_wide=self._is_wide)
+            is_wide = engine.is_wide(self.plan)
+            sources = engine.joint_sources(self._shard(name), plan, self.method, folder, is_wide=is_wide)
+            threshold = Threshold(key, masks.split_ties(sources, key, ties, equal), is_wide=is_wide)
         return replace(plan, drop=below + ties, threshold=threshold)
-
-    @cached_property
-    def _is_wide(self) -> bool:
-        return engine.is_wide(self.plan)
 
     @cached_property
     def _joint_threshold(self) -> tuple[int, dict[str, tuple[int, int, int]]]:
@@ -397,7 +390,8 @@ class _Task:
         if note is None:
             shard = self._shard(name)
             with unchanged(file_states(shard.files), _changed), scratch.temporary_folder() as folder:
-                sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=self._is_wide)
+                is_wide = engine.is_wide(self.plan)
+                sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=is_wide)
                 counted = [masks.count_digits(source, prefix, shift) for source in sources]
             check_unchanged(shard.path)
             every = np.sum([counts for counts, _ in counted], axis=0)
@@ -426,19 +420,18 @@ class _Task:
 
     def stats(self, rows: Mapping[str, Sequence[int]], *, has_digests: bool) -> tuple[ModelStats, ModelStats]:
         """The statistics before and after: of a big model from the ledger, as all of it was read already."""
-        is_here = not isinstance(self.ledger, BucketLedger)
-        if is_here and self.model.nbytes <= outputs.BIG_BYTES:
+        if not isinstance(self.ledger, BucketLedger) and self.model.nbytes <= outputs.BIG_BYTES:
             codec = get_codec(CodecName.GZIP, None)
-            before, after = measure(self.model, codec), measure(registry.open_model(self.target), codec)
+            before, after = measure(self.model, codec), measure(registry.open_model(self.ledger.target), codec)
         else:
             before = _counted(self.model, rows, 0)
             sizes = (self.ledger.facts(name)["bytes"] for name in self.sizes)
             raw = file_bytes(self.model.path) + sum(sizes)
             after = replace(_counted(self.model, rows, 2), bytes=SizeStats(raw))
             if has_digests:
-                written = registry.open_model(self.target)
+                written = registry.open_model(self.ledger.target)
                 before, after = replace(before, sha256=sha256(self.model)), replace(after, sha256=sha256(written))
-        return before, replace(after, path=str(self.target))
+        return before, replace(after, path=str(self.ledger.target))
 
 
 def _counted(model: ModelFile, rows: Mapping[str, Sequence[int]], column: int) -> ModelStats:

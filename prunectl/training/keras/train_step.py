@@ -230,13 +230,7 @@ class CompiledModel:
             raise UsageError(
                 "there is nothing to train: every weight is frozen", hint="leave out --freeze, or name less"
             )
-        self.masking = compile_model(
-            self._library,
-            self.model,
-            config,
-            frozen,
-            is_compiled=options.is_compiled,
-        )
+        self.masking = compile_model(self._library, self.model, config, frozen, is_compiled=options.is_compiled)
         if placement.strategy is not None:
             # The metrics of Keras are those of all processes already; added up, they would count double.
             self.model.distribute_reduction_method = "first"
@@ -375,12 +369,9 @@ class CompiledModel:
                 hint="leave out --distill, or distil in the training step",
             )
         options = self._options
+        share, temperature = options.teacher_share, options.temperature
         guidance = DistillationConfig(
-            self._library,
-            self._output_losses,
-            options.teacher_share,
-            options.temperature,
-            has_penalties=not options.is_matching,
+            self._library, self._output_losses, share, temperature, has_penalties=not options.is_matching
         )
         self._reset_distillation = losses.install_distillation(self.model, guidance)
         self.retrace()
