@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeGuard
 
 from prunectl.analysis.tensor_io import Items, ProgressFactory, no_progress
 from prunectl.checks import baseline as baselines
@@ -178,9 +177,8 @@ def _record_baseline(run: _CheckRun, keys: dict[Budget, list[str]], reason: str)
     for key in sorted(to_record):
         stats = run.open(key)
         # One that cannot be read is reported when it is checked.
-        entry = (
-            attempt(partial(baselines.snapshot, reason=reason or "created"), stats) if _is_readable(stats) else stats
-        )
+        is_readable = isinstance(stats, LazyModelStats)
+        entry = attempt(partial(baselines.snapshot, reason=reason or "created"), stats) if is_readable else stats
         if isinstance(entry, BaselineEntry):
             new[key] = entry
     if not new:
@@ -188,10 +186,6 @@ def _record_baseline(run: _CheckRun, keys: dict[Budget, list[str]], reason: str)
     path = baselines.write(run.baseline, new)
     run.baseline = Baseline(run.baseline.origin, {**run.baseline.entries, **new}, run.baseline.path)
     return [f"{path} now records {len(new)} {'model' if len(new) == 1 else 'models'}."]
-
-
-def _is_readable(stats: LazyModelStats | PrunectlError) -> TypeGuard[LazyModelStats]:
-    return isinstance(stats, LazyModelStats)
 
 
 def _check_model(run: _CheckRun, budget: Budget, key: str) -> None:

@@ -226,7 +226,8 @@ def training_search(
         with run_search(path, spec, tried, watcher) as result:
             _copy_result(model, open_model(result.path), destination)
         after = replace(stats_for_report(open_model(_result_path(model, destination))), path=str(destination.target))
-        notes = () if request.val or request.val_split else (_judged_on_training_data(request),)
+        judged = f"The drop was measured on {request.data}, the training data: add --val or --val-split."
+        notes = () if request.val or request.val_split else (judged,)
         return TrainingSearch(result, before, after, notes)
 
     return run
@@ -266,7 +267,3 @@ def _copy_result(model: ModelFile, result: ModelFile, output: Destination) -> No
 
 def _result_path(model: ModelFile, output: Destination) -> Path:
     return model.path if output.is_in_place else output.target
-
-
-def _judged_on_training_data(request: FinetuneRequest) -> str:
-    return f"The drop was measured on {request.data}, the training data: add --val or --val-split."

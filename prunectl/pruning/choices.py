@@ -25,27 +25,15 @@ class Choice:
 
 def choices(kind: str = "") -> tuple[Choice, ...]:
     """All names of a kind, or of all kinds."""
-    listed = [*_strategies(), *_schedules(), *_policies(), *_formats()]
+    listed = [
+        *(Choice("strategies", strategy.name, "built in", strategy.summary) for strategy in STRATEGIES),
+        *(Choice("schedules", name, "built in", line_of(curve)) for name, curve in CURVES.items()),
+        *(Choice("policies", policy.name, "built in", policy.summary) for policy in POLICIES),
+        Choice("policies", f"{MIN_SIZE}N", "built in", "kernels of at least N weights"),
+    ]
+    for row in FORMATS:
+        summary = f"{row.title} {' '.join(filter(None, row.suffixes))}".strip()
+        listed.append(Choice("formats", row.name, "built in", summary))
     for plural, singular in _KINDS.items():
         listed += [Choice(plural, name, package, "") for name, package in installed(singular).items()]
     return tuple(choice for choice in listed if not kind or choice.kind == kind)
-
-
-def _strategies() -> list[Choice]:
-    return [Choice("strategies", strategy.name, "built in", strategy.summary) for strategy in STRATEGIES]
-
-
-def _schedules() -> list[Choice]:
-    return [Choice("schedules", name, "built in", line_of(curve)) for name, curve in CURVES.items()]
-
-
-def _policies() -> list[Choice]:
-    own = Choice("policies", f"{MIN_SIZE}N", "built in", "kernels of at least N weights")
-    return [*(Choice("policies", policy.name, "built in", policy.summary) for policy in POLICIES), own]
-
-
-def _formats() -> list[Choice]:
-    return [
-        Choice("formats", row.name, "built in", f"{row.title} {' '.join(filter(None, row.suffixes))}".strip())
-        for row in FORMATS
-    ]

@@ -285,16 +285,15 @@ def report_json(report: Report, command: str) -> str:
         command,
         report.exit_code,
         models=[*report.models, *failed],
-        gates=[_gate_json(gate) for gate in report.gates],
+        gates=[
+            {item.name: getattr(gate, item.name) for item in fields(gate) if item.metadata != SENTENCES_ONLY}
+            for gate in report.gates
+        ],
         artifacts=[asdict(artifact) for artifact in report.artifacts],
         warnings=list(report.notes),
         error=error_json(worst.error) if worst else None,
         **report.extra_json,
     )
-
-
-def _gate_json(gate: LimitCheck) -> dict[str, Any]:
-    return {item.name: getattr(gate, item.name) for item in fields(gate) if item.metadata != SENTENCES_ONLY}
 
 
 def failure_json(error: PrunectlError, command: str) -> str:

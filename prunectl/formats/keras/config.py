@@ -127,8 +127,8 @@ def training(training_config: Mapping[str, Any]) -> tuple[str, ...]:
     """The loss and the metrics of a training configuration."""
     facts = [f"loss {named(training_config.get('loss'))}"] if named(training_config.get("loss")) else []
     metrics = training_config.get("metrics")
-    names = [_metric(entry) for entry in _flat(metrics if isinstance(metrics, list) else [metrics])]
-    names = [name for name in names if name]
+    entries = _flat(metrics if isinstance(metrics, list) else [metrics])
+    names = [name for entry in entries if (name := text(part(entry, "config"), "name") or named(entry))]
     return (*facts, f"metrics {', '.join(names)}") if names else tuple(facts)
 
 
@@ -203,10 +203,6 @@ def _flat(entries: list[Any]) -> Iterator[Any]:
     """Yield entries that Keras nests once for each output."""
     for entry in entries:
         yield from entry if isinstance(entry, list) else [entry]
-
-
-def _metric(entry: Any) -> str:
-    return text(part(entry, "config"), "name") or named(entry)
 
 
 def _layer(entry: Any, path: tuple[str, ...]) -> LayerConfig | None:

@@ -227,7 +227,10 @@ class ExportedNode:
     def operands(self) -> tuple[str, ...]:
         """Names of the tensors that its graphs run on: all that follows the last of them."""
         keys = list(self.arguments)
-        first = max((index + 1 for index, key in enumerate(keys) if _is_graph(self.arguments[key])), default=len(keys))
+        first = max(
+            (index + 1 for index, key in enumerate(keys) if "as_graph" in as_dict(self.arguments[key])),
+            default=len(keys),
+        )
         return tuple(name for key in keys[first:] for name in (self.tensor(key), *self.tensors(key)) if name)
 
 
@@ -301,10 +304,6 @@ def _node(data: Mapping[str, Any]) -> ExportedNode:
 def _output_tensors(output: Any) -> list[Any]:
     """The tensor that an output is, or those that it lists."""
     return as_list(dig(output, "as_tensors")) or [dig(output, "as_tensor")]
-
-
-def _is_graph(argument: Any) -> bool:
-    return "as_graph" in as_dict(argument)
 
 
 def _text(value: Any) -> str:
