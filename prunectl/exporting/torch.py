@@ -309,17 +309,11 @@ def run_script(job: ExportJob, target: Path) -> Run:
 
 def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write a state dict under the names of the file; tied tensors stay tied."""
-    state: dict[str, torch.Tensor] = {}
-    shared: dict[object, torch.Tensor] = {}
-    for tensor, array in exported_arrays(job):
-        view = (tensor.storage.key, tensor.start, tensor.shape, tensor.strides)
-        if view not in shared:
-            shared[view] = to_torch(array)
-        state[tensor.name] = shared[view]
-    # Into memory: a file would be named inside of itself.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    target.write_bytes(buffer.getvalue())
+    views = (
+        (tensor.name, (tensor.storage.key, tensor.start, tensor.shape, tensor.strides), array)
+        for tensor, array in exported_arrays(job)
+    )
+    save_state(views, target)
     loaded = torch.load(target, weights_only=True)
     check_equal(job, exported_tensors(job.file), loaded, lambda name: to_numpy(loaded[name]))
     return ()
