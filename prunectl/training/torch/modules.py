@@ -40,13 +40,24 @@ def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable
     return len(layers)
 
 
+_ONEDNN_BLOCK = 16
+"""Channels that oneDNN computes at once, at most: 8 with AVX2, 16 with AVX-512."""
+
+
+def _is_written_past(layer: torch.nn.Conv2d) -> bool:
+    """Whether oneDNN corrupts memory in its gradient if channels come last (uxlfoundation/oneDNN#6035)."""
+    is_strided = set(layer.kernel_size) == {1} and max(layer.stride) > 1
+    return is_strided and layer.in_channels // layer.groups < _ONEDNN_BLOCK
+
+
 def lay_channels_last(module: torch.nn.Module, run: Callable[[bool], object]) -> bool:
     """Lay the weights of a network so that channels come last in memory; say whether it runs so, else lay them back.
 
     Processors convolve and pool such images up to twice as fast. A network that takes a `view` of them does not run
     so. It is tried in training as well, and nothing of that is kept.
     """
-    if not any(isinstance(layer, torch.nn.Conv2d) for layer in module.modules()):
+    convolutions = [layer for layer in module.modules() if isinstance(layer, torch.nn.Conv2d)]
+    if not convolutions or any(map(_is_written_past, convolutions)):
         return False
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]

@@ -112,3 +112,11 @@ def pooled_by_view_in_training() -> Pooled:
 
 def pooled_by_view() -> Pooled:
     return Pooled("predicting")
+
+
+def pooled_by_strided_kernel() -> Pooled:
+    """Return one in whose gradient oneDNN would write past its memory if channels came last."""
+    network = Pooled()
+    network.first, network.second = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 8, 1, stride=2)
+    network.head = torch.nn.Linear(8 * 4, 4)
+    return network
