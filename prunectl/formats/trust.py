@@ -62,6 +62,8 @@ _FILES = (
 """Settings that are the path of a file, or its URL, where they are text."""
 _KERAS = frozenset({"keras", "tf_keras"})
 _BETWEEN = frozenset({"_tf_keras", "api", "keras", "python", "src"})
+_INITIALIZERS = "tensorflow.python.ops.init_ops_v2"
+"""Where the initializers of TensorFlow itself are, which EfficientNetV2 of Keras 2 has."""
 _TFMOT, _REGISTERED_BY_KERAS = "tensorflow_model_optimization", "Custom"
 _PACKAGES_OF_TFMOT = frozenset({"TFOptimizationToolkit"})
 
@@ -221,7 +223,7 @@ def _is_of_keras(one: Mapping[str, Any], *, is_function: bool = False) -> bool:
     if module == "builtins":
         # So Keras words its own functions.
         return is_function
-    if first == _TFMOT:
+    if first == _TFMOT or module == _INITIALIZERS:
         return not is_function
     rooms = [room for room in rest if room not in _BETWEEN]
     return first in _KERAS and (not rooms or rooms[0] in ROOMS)
