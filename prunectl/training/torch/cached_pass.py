@@ -354,9 +354,18 @@ def _is_same(operation: _Operation, func: Any, options: list[Any], outputs: list
 
 def _parted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[Any]]:
     """The tensors among the arguments, and the others."""
-    leaves = tree_flatten((args, kwargs))[0]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return tensors, [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    others: list[Any] = []
+    # By hand, as PyTorch's own way for any structure takes ten times as long, for each operation again.
+    rest: list[Any] = [args, *kwargs.values()]
+    for item in rest:
+        if isinstance(item, tuple | list):
+            rest += item
+        elif isinstance(item, torch.Tensor):
+            tensors.append(item)
+        else:
+            others.append(item)
+    return tensors, others
 
 
 def _versions(weights: Mapping[str, torch.Tensor]) -> set[tuple[int, int]]:
