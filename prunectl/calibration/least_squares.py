@@ -30,6 +30,8 @@ _FEW_STEPS = 30
 """What they take of a Gram matrix that is well-conditioned: rows that cost less are eliminated at once."""
 _GATHERED = 30
 """What it takes besides to gather the matrix of a row that is eliminated."""
+_TOGETHER, _NUMBERS = 32, 1 << 21
+"""Rows, and numbers of their matrices, that are eliminated in one call."""
 _SMALL = 1024
 """Kept columns whose matrix is small beside anything else; of more than half of all, it would not be."""
 
@@ -53,10 +55,12 @@ def least_squares_refit(
     equations = _Equations.of(damped) if (costs >= _FEW_STEPS).any() else None
     solution = np.where(kept, rows if initial is None else initial, 0.0)
 
-    def solve(part: slice) -> None:
+    is_eliminated = np.zeros(len(rows), np.bool_)
+
+    def approach(part: slice) -> None:
         # Where steps lead nowhere, what is too large to be eliminated stays as it is.
-        is_eliminated = costs[part] < (_FEW_STEPS if equations is not None else _MOST_STEPS)
-        some = part.start + np.flatnonzero(~is_eliminated)
+        is_eliminated[part] = costs[part] < (_FEW_STEPS if equations is not None else _MOST_STEPS)
+        some = part.start + np.flatnonzero(~is_eliminated[part])
         for _ in range(_ROUNDS):
             if equations is None or not len(some):
                 break
@@ -64,16 +68,17 @@ def least_squares_refit(
             solution[some], is_settled = equations.approach(target[some], kept[some], solution[some], steps)
             some = some[~is_settled]
             is_large = costs[some] >= _MOST_STEPS
-            is_eliminated[some[~is_large] - part.start] = True
+            is_eliminated[some[~is_large]] = True
             some = some[is_large]
-        for row in part.start + np.flatnonzero(is_eliminated):
-            check_stopped()
-            columns = np.flatnonzero(kept[row])
-            solution[row, columns] = _eliminate(
-                damped[np.ix_(columns, columns)], target[row, columns], solution[row, columns]
-            )
 
-    map_blocks(solve, len(rows))
+    map_blocks(approach, len(rows))
+    chunks = _similar_rows(kept, np.flatnonzero(is_eliminated))
+
+    def eliminate(part: slice) -> None:
+        for some in chunks[part]:
+            solution[some] = _eliminate(damped, target[some], kept[some], solution[some])
+
+    map_blocks(eliminate, len(chunks), 1)
     return solution
 
 
@@ -101,12 +106,45 @@ def _elimination_costs(kept: Mask) -> Float64Array:
     return costs
 
 
-def _eliminate(gram: Float64Array, target: Float64Array, current: Float64Array) -> Float64Array:
-    """The solution of one row, or where many are equally good, the one that is closest to the current weights."""
+def _similar_rows(kept: Mask, rows: Array) -> list[Array]:
+    """Rows that keep about as many columns, as many together as their matrices have room."""
+    counts = np.count_nonzero(kept[rows], axis=1)
+    order = np.argsort(counts, kind="stable")
+    rows, counts = rows[order], counts[order]
+    chunks, begin = [], 0
+    for end in range(1, len(rows) + 1):
+        is_full = end - begin == _TOGETHER or (end < len(rows) and (end + 1 - begin) * counts[end] ** 2 > _NUMBERS)
+        if is_full or end == len(rows):
+            chunks.append(rows[begin:end])
+            begin = end
+    return chunks
+
+
+def _eliminate(gram: Float64Array, target: Float64Array, kept: Mask, current: Float64Array) -> Float64Array:
+    """The solutions of some rows, or where many are equally good, those closest to the current weights.
+
+    They are solved in one call, since threads wait for each other between short ones.
+    """
+    columns = [np.flatnonzero(row) for row in kept]
+    size = max(map(len, columns))
+    # What a row keeps less than another is made up for by numbers that stay zero.
+    grams, targets = np.tile(np.eye(size), (len(kept), 1, 1)), np.zeros((len(kept), size, 1))
+    for row, some in enumerate(columns):
+        grams[row, : len(some), : len(some)] = gram.take(some, 0).take(some, 1)
+        targets[row, : len(some), 0] = target[row, some]
     try:
-        return np.asarray(np.linalg.solve(gram, target), np.float64)
+        solved = np.linalg.solve(grams, targets)[:, :, 0]
     except np.linalg.LinAlgError:
-        return current + np.linalg.lstsq(gram, target - gram @ current, rcond=None)[0]
+        if len(kept) > 1:
+            rows = [slice(row, row + 1) for row in range(len(kept))]
+            return np.concatenate([_eliminate(gram, target[row], kept[row], current[row]) for row in rows])
+        now = current[kept]
+        change = np.linalg.lstsq(grams[0], targets[0, :, 0] - grams[0] @ now, rcond=None)[0]
+        solved = (now + change)[np.newaxis]
+    solution = current.copy()
+    for row, some in enumerate(columns):
+        solution[row, some] = solved[row, : len(some)]
+    return solution
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from prunectl.pruning.masks import Mask
 _LEAST_DAMP, _MOST_DAMP = 1e-12, 1e3
 _ROWS = 128
 """That are compensated for in one block of work."""
+_INNER = 32
+"""Columns within which errors are spread one by one, and to the rest of the block together."""
 _PANEL = 256
 """Columns of a Cholesky factor that are worked out at once."""
 
@@ -77,9 +79,11 @@ def prune_rows(
             rest, pruned = updated[some], dropped[some]
             # Columns as rows, which lie together in memory.
             turned = np.ascontiguousarray(rest[:, begin:end].T)
-            errors = np.zeros_like(turned)
+            errors, width = np.zeros_like(turned), end - begin if by_row else _INNER
             for column in range(begin, end):
                 at = column - begin
+                inner = at - at % width
+                near = min(inner + width, end - begin)
                 if column in by_row:
                     part = by_row[column]
                     # It may reach beyond these columns, where weights still lack what the errors do to them.
@@ -87,7 +91,9 @@ def prune_rows(
                     candidates = np.concatenate([turned[at : min(part.end, end) - begin].T, beyond], axis=1)
                     pruned[:, column : part.end] = _lowest(candidates, inverse, is_dead, part)
                 errors[at] = np.where(pruned[:, column], turned[at], 0.0) / inverse[column, column]
-                turned[at:] -= inverse[column, column:end, np.newaxis] * errors[at]
+                turned[at:near] -= inverse[column, column : begin + near, np.newaxis] * errors[at]
+                if at + 1 == near:
+                    turned[near:] -= inverse[begin + inner : begin + near, begin + near : end].T @ errors[inner:near]
             rest[:, begin:end] = turned.T
             rest[:, end:] -= errors.T @ inverse[begin:end, end:]
 
@@ -111,31 +117,42 @@ def _lowest(rows: Float64Array, inverse: Float64Array, is_dead: Mask, block: Col
     if block.is_by_row:
         order = np.argsort(costs, axis=1, kind="stable")[:, : block.drop]
         np.put_along_axis(dropped, order, values=True, axis=1)
-    else:
-        dropped.reshape(-1)[np.argsort(costs, axis=None, kind="stable")[: block.drop]] = True
+    elif block.drop:
+        # Of equal costs the first go.
+        limit = np.partition(costs, block.drop - 1, axis=None)[block.drop - 1]
+        np.less(costs, limit, out=dropped)
+        equal = np.flatnonzero(costs == limit)
+        dropped.reshape(-1)[equal[: block.drop - np.count_nonzero(dropped)]] = True
     return dropped
 
 
 def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array, Mask]:
     """Upper Cholesky factor of the inverse of a damped Gram matrix, and the features without input."""
     is_dead: Mask = np.diagonal(products) <= 0
-    damped = dampen(products, damp)
     while True:
         try:
-            return inverse_factor(damped), is_dead
+            return inverse_factor(products, damped_diagonal(products, damp)), is_dead
         except np.linalg.LinAlgError as error:
             if damp >= _MOST_DAMP:
                 hint = "use more --samples, or --param damp=0.1"
                 raise WorkError("the Gram matrix of a layer's inputs is singular", hint=hint) from error
             damp = max(damp * 10, _LEAST_DAMP)
-            damped = dampen(products, damp)
 
 
-def inverse_factor(matrix: Float64Array) -> Float64Array:
-    """The upper Cholesky factor of the inverse: with rows and columns turned around, the inverse of the lower one."""
-    lower = np.ascontiguousarray(matrix[::-1, ::-1])
-    size = len(lower)
+def inverse_factor(matrix: Float64Array, diagonal: Float64Array | None = None) -> Float64Array:
+    """The upper Cholesky factor of the inverse: with rows and columns turned around, the inverse of the lower one.
+
+    Another diagonal may be given than the matrix has.
+    """
+    size = len(matrix)
     panels = [slice(begin, min(begin + _PANEL, size)) for begin in range(0, size, _PANEL)]
+    turned, lower = matrix[::-1, ::-1], np.empty_like(matrix)
+
+    def turn(rows: slice) -> None:
+        lower[rows, : rows.stop] = turned[rows, : rows.stop]
+
+    map_blocks(turn, size, _PANEL)
+    np.fill_diagonal(lower, (np.diagonal(matrix) if diagonal is None else diagonal)[::-1])
     diagonal_inverses = []
     for panel in panels:
         corner = np.linalg.cholesky(lower[panel, panel])
@@ -157,24 +174,32 @@ def inverse_factor(matrix: Float64Array) -> Float64Array:
 
         map_blocks(divide, left, _PANEL)
         map_blocks(subtract, left, _PANEL)
-    result = np.zeros_like(lower)
+    result = np.empty_like(lower)
 
     def invert(columns: slice) -> None:
-        first = columns.start // _PANEL
-        result[columns, columns] = diagonal_inverses[first]
+        first, width = columns.start // _PANEL, columns.stop - columns.start
+        strip = np.zeros((size, width))
+        strip[columns] = diagonal_inverses[first]
         for panel, inverse in zip(panels[first + 1 :], diagonal_inverses[first + 1 :], strict=True):
             check_stopped()
             between = slice(columns.start, panel.start)
-            result[panel, columns] = -inverse @ (lower[panel, between] @ result[between, columns])
+            strip[panel] = -inverse @ (lower[panel, between] @ strip[between])
+        result[:, size - columns.stop : size - columns.start] = strip[::-1, ::-1]
 
     map_blocks(invert, size, _PANEL)
-    return np.ascontiguousarray(result[::-1, ::-1])
+    return result
 
 
 def dampen(products: Float64Array, damp: float) -> Float64Array:
     """A Gram matrix with a share of its mean diagonal added to the diagonal."""
     damped = products.copy()
-    diagonal = np.diagonal(damped).copy()
+    np.fill_diagonal(damped, damped_diagonal(products, damp))
+    return damped
+
+
+def damped_diagonal(products: Float64Array, damp: float) -> Float64Array:
+    """The diagonal of that."""
+    diagonal = np.diagonal(products).copy()
     diagonal[diagonal <= 0] = 1.0
-    np.fill_diagonal(damped, diagonal + damp * diagonal.mean())
+    damped: Float64Array = diagonal + damp * diagonal.mean()
     return damped

@@ -118,3 +118,21 @@ def test_outputs_are_never_farther_off_than_before(seed: int, damp: float) -> No
     zeroed, found = np.where(kept, rows, 0.0), refitted(rows, kept, now, before, damp)
     after = np.square(now @ found.T - before @ rows.T).sum(axis=0)
     assert (after <= np.square(now @ zeroed.T - before @ rows.T).sum(axis=0) * (1 + 1e-9)).all()
+
+
+def test_rows_without_a_single_solution_keep_to_their_weights_among_others_that_have_one() -> None:
+    gram = np.diag(np.arange(1.0, 41.0))
+    # Two features that are one: of both together only the sum is known.
+    gram[:2, :2] = 1.0
+    rows, kept = normal(70, 40), np.random.default_rng(1).random((70, 40)) < 0.5
+    assert {tuple(pair) for pair in kept[:, :2].tolist()} == {
+        (True, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    }
+    found = least_squares_refit(rows, gram, gram, kept, 0.0)
+    expected = np.where(kept, rows, 0.0)
+    alone = kept[:, :2].sum(axis=1) == 1
+    expected[alone, :2] = np.where(kept[alone, :2], rows[alone, :2].sum(axis=1, keepdims=True), 0.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
