@@ -45,6 +45,8 @@ _PATIENCE = 10
 """Looks without an improvement after which matching ends."""
 _FAR, _STALE_LOOKS, _STEP_DECAY = 0.5, 3, 0.25
 """While more than this share of the distance is left, so many looks without a gain make steps so much shorter."""
+_NEAR, _LANDING = 0.02, 4
+"""Once less than this share of the distance is left, the rate falls to zero within a fourth of all steps."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """What matching begins with: the weights of the tensors of a plan, and what is pruned of them."""
@@ -226,19 +228,21 @@ class OutputMatcher:
         every = math.ceil(steps / _LOOKS)
         first = best = self._divergence(examples, held, compared) if len(held) else math.inf
         best_tensors, stale, step, share = network.tensors(), 0, 0, 1.0
+        near, last = steps, steps
         nbytes = sum(array[:1].nbytes for array in examples.inputs) * size
         with self.meter(f"matching the outputs of {model.path.name}", steps * nbytes) as bar:
-            while step < steps and stale < _PATIENCE:
+            while step < last and stale < _PATIENCE:
                 epoch, within = divmod(step, config.steps_per_epoch)
                 if not within:
                     network.reseed(seed * 1_000_003 + epoch)
                     shuffled = np.random.default_rng((seed, epoch)).permutation(rows)
                 chosen = shuffled[within * size : (within + 1) * size]
                 batch = Batch(examples.inputs_of(chosen))
-                network.step(batch, share * config.rate_at(step), examples.answers_of(chosen))
+                rate = config.rate_at(step) if step < near else config.rate_at(near) * (last - step) / (last - near)
+                network.step(batch, share * rate, examples.answers_of(chosen))
                 step += 1
                 bar.advance(nbytes)
-                if step % every and step < steps:
+                if step % every and step < last:
                     continue
                 _check_finite(network.logs()["loss"], step)
                 if not len(held):
@@ -252,6 +256,8 @@ class OutputMatcher:
                     # What lost little, as a language model in 2:4, is only thrown off by steps as long as these.
                     network.assign(best_tensors)
                     share *= _STEP_DECAY
+                if near == steps and best < first * _NEAR:
+                    near, last = step, min(steps, step + math.ceil(steps / _LANDING))
         if len(held):
             network.assign(best_tensors)
         self._tell(first, best, step, count, network.recalibrate(iter(self.batches)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -306,6 +307,21 @@ def test_where_nothing_is_won_it_ends_early_with_what_was_best(tmp_path: Path, m
     assert any("trained for 20 steps" in note for note in done.notes)
     before, after = numbers(plain), numbers(out)
     assert all(np.array_equal(before[name], array) for name, array in after.items())
+
+
+def test_what_is_near_the_dense_outputs_early_takes_a_fourth_of_the_steps_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(match, "_NEAR", 0.5)
+    plain, out, dense = tmp_path / "plain.pt", tmp_path / "out.pt", FIXTURES / "digits_cnn.pt"
+    prune_file(dense, PruneRequest(sparsity=0.9, scope="global"), Destination(plain))
+    done = matched(dense.name, out, repair_steps=160)
+    (steps,) = (int(words[1]) for note in done.notes if (words := re.search(r"trained for (\d+) steps", note)))
+    # It is looked at every four steps.
+    assert steps % 4 == 0
+    assert 40 < steps < 160
+    far, near = (distance(path, dense, build_of(dense.name), digit_images(dense.name)) for path in (plain, out))
+    assert near < far / 3
 
 
 @pytest.mark.parametrize(
