@@ -233,7 +233,10 @@ class Prune(OutputOptions):
 
     def run(self, ctx: typer.Context) -> int:
         """Prune the model in the mode that its options select, and show what came of it."""
-        return self.write(ctx.obj, select_mode(ctx, self, self._request(ctx)))
+        request = self._request(ctx)
+        if request.data:
+            load("prunectl.training.loop:retain_freed_memory")()
+        return self.write(ctx.obj, select_mode(ctx, self, request))
 
     def _request(self, ctx: typer.Context) -> PruneRequest:
         """The request of a recipe, or of the options."""

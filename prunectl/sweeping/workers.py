@@ -291,8 +291,7 @@ def make_trial(
 
 
 def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
-    if config.epochs:
-        retain_freed_memory()
+    retain_freed_memory()
     if not config.epochs:
         _write_pruned(path, config, trial, output)
     elif is_one_shot(trial):

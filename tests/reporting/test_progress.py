@@ -5,10 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import io
-import os
-import platform
 import re
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from prunectl.commands._command import framework_imports
+from prunectl.commands._frameworks import framework_imports
 from prunectl.reporting import reporter
 from prunectl.reporting.finetune import TrainingProgress
 from prunectl.reporting.report import Settings
@@ -121,7 +118,7 @@ def test_a_framework_that_is_imported_is_named_at_once(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     forget(monkeypatch, "tf_keras")
     before = list(sys.meta_path)
-    with framework_imports(Settings(), keeps_memory=False):
+    with framework_imports(Settings()):
         assert importlib.util.find_spec("tf_keras") is not None
         assert terminal.getvalue() == ""
         assert importlib.import_module("tf_keras").seen == "loading Keras …"
@@ -137,7 +134,7 @@ def test_nobody_is_told_of_imports_who_asked_for_quiet(
     (tmp_path / "tf_keras.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     forget(monkeypatch, "tf_keras")
-    with framework_imports(settings, keeps_memory=False):
+    with framework_imports(settings):
         importlib.import_module("tf_keras")
     assert terminal.getvalue() == ""
 
@@ -152,39 +149,10 @@ def test_garbage_is_collected_again_after_a_framework_was_imported(
     forget(monkeypatch, "torch", "keras")
     thresholds: list[int] = []
     monkeypatch.setattr(gc, "set_threshold", thresholds.append)
-    with framework_imports(Settings(), keeps_memory=False), pytest.raises(ImportError) if ending else nullcontext():
+    with framework_imports(Settings()), pytest.raises(ImportError) if ending else nullcontext():
         importlib.import_module("torch")
     assert set(thresholds) == {700}
     assert gc.isenabled()
-
-
-_STEPS = """
-import resource, sys
-import numpy as np
-from prunectl.commands._command import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-def step():
-    for array in [np.empty(1_000_000) for _ in range(4)]:
-        array.fill(1)
-step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such option")
-def test_a_step_of_training_takes_the_memory_that_the_last_one_freed() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    faults = [
-        int(
-            subprocess.run([sys.executable, "-c", _STEPS, way], capture_output=True, check=True, env=environment).stdout
-        )
-        for way in ("kept", "given back")
-    ]
-    assert faults[0] * 10 < faults[1]
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

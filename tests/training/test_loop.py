@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -124,3 +128,32 @@ def test_an_epoch_ends_in_every_process_when_the_stream_of_one_does() -> None:
     with pytest.raises(InputError, match="no examples in epoch 2"):  # the other process never has any again
         trained(streamed(80, 10), network, steps=8, per_epoch=4, batch_size=20)
     assert network.sizes == [10] * 3
+
+
+_STEPS = """
+import resource, sys
+import numpy as np
+from prunectl.training.loop import retain_freed_memory
+if sys.argv[1] == "kept":
+    retain_freed_memory()
+def step():
+    for array in [np.empty(1_000_000) for _ in range(4)]:
+        array.fill(1)
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such option")
+def test_a_step_of_training_takes_the_memory_that_the_last_one_freed() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    faults = [
+        int(
+            subprocess.run([sys.executable, "-c", _STEPS, way], capture_output=True, check=True, env=environment).stdout
+        )
+        for way in ("kept", "given back")
+    ]
+    assert faults[0] * 10 < faults[1]
