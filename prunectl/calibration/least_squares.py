@@ -127,10 +127,11 @@ def _eliminate(gram: Float64Array, target: Float64Array, kept: Mask, current: Fl
     """
     columns = [np.flatnonzero(row) for row in kept]
     size = max(map(len, columns))
-    # What a row keeps less than another is made up for by numbers that stay zero.
-    grams, targets = np.tile(np.eye(size), (len(kept), 1, 1)), np.zeros((len(kept), size, 1))
+    grams, targets = np.zeros((len(kept), size, size)), np.zeros((len(kept), size, 1))
     for row, some in enumerate(columns):
-        grams[row, : len(some), : len(some)] = gram.take(some, 0).take(some, 1)
+        grams[row, : len(some), : len(some)] = gram[np.ix_(some, some)]
+        # What a row keeps less than another is made up for by numbers that stay zero.
+        np.fill_diagonal(grams[row, len(some) :, len(some) :], 1.0)
         targets[row, : len(some), 0] = target[row, some]
     try:
         solved = np.linalg.solve(grams, targets)[:, :, 0]

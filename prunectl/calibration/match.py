@@ -24,7 +24,7 @@ from prunectl.pruning.masks import Mask
 from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel, TrainOptions
-from prunectl.training.config import DivergedError, TrainConfig
+from prunectl.training.config import DivergedError
 from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
 from prunectl.training.distillation import compare_answers
 from prunectl.training.finetune import write_back
@@ -33,7 +33,7 @@ from prunectl.training.task import DistilledOutput, distillation_loss
 
 STEPS = 2000
 """Of Adam, unless the user says how many."""
-RATE = 4e-3
+RATE = 6e-3
 """The learning rate at the first step, from which it falls to zero in a straight line."""
 HELD = 10
 """One of so many examples is not trained on: it tells when no more is won."""
@@ -45,8 +45,10 @@ _PATIENCE = 10
 """Looks without an improvement after which matching ends."""
 _FAR, _STALE_LOOKS, _STEP_DECAY = 0.5, 3, 0.25
 """While more than this share of the distance is left, so many looks without a gain make steps so much shorter."""
-_NEAR, _LANDING = 0.02, 4
-"""Once less than this share of the distance is left, the rate falls to zero within a fourth of all steps."""
+_NEAR, _FLAT, _FLAT_LOOKS = 0.02, 0.1, 8
+"""Less than this share of the distance is left, or was won in so many looks: time to end, unless steps are given."""
+_LANDING = 4
+"""Then the rate falls to zero within a fourth of all steps."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """What matching begins with: the weights of the tensors of a plan, and what is pruned of them."""
@@ -123,6 +125,60 @@ def answered(
 
 def _packed(arrays: tuple[Array, ...]) -> Arrays:
     return arrays if len(arrays) > 1 else arrays[0]
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long steps are and when they end, by the distance of the examples that are held."""
+
+    steps: int
+    first: float
+    """The distance before the first step."""
+    may_end_early: bool
+    """Whether to end where little can be won; where nothing is, it ends anyway."""
+    last: int = field(init=False)
+    """So many steps are taken, unless nothing is won any more."""
+    _landing: int = field(init=False)
+    """The step from which the rate falls to zero until the last one."""
+    _bests: list[float] = field(init=False)
+    """The least distance up to each look."""
+    _stale: int = 0
+    _share: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.last = self._landing = self.steps
+        self._bests = [self.first]
+
+    @property
+    def best(self) -> float:
+        """The least distance so far."""
+        return self._bests[-1]
+
+    def goes_on(self, step: int) -> bool:
+        """Whether this step is still to be taken."""
+        return step < self.last and self._stale < _PATIENCE
+
+    def rate_at(self, step: int) -> float:
+        """The share of the learning rate at a step."""
+        left = self._share * (1 - min(step, self._landing) / self.steps)
+        return left if step < self._landing else left * (self.last - step) / (self.last - self._landing)
+
+    def look(self, step: int, distance: float) -> bool:
+        """Take note of a distance; whether it is the least so far."""
+        is_best = distance < self.best
+        self._stale = 0 if is_best else self._stale + 1
+        self._bests.append(min(distance, self.best))
+        if self.is_astray:
+            self._share *= _STEP_DECAY
+        is_flat = len(self._bests) > _FLAT_LOOKS and self.best > (1 - _FLAT) * self._bests[-1 - _FLAT_LOOKS]
+        if self.may_end_early and self._landing == self.steps and (is_flat or self.best < _NEAR * self.first):
+            self._landing, self.last = step, min(self.steps, step + math.ceil(self.steps / _LANDING))
+        return is_best
+
+    @property
+    def is_astray(self) -> bool:
+        """Whether steps as long as these only throw off what lost little, as a language model in 2:4."""
+        return self._stale > 0 and self._stale % _STALE_LOOKS == 0 and self.best > self.first * _FAR
 
 
 @dataclass(slots=True)
@@ -222,45 +278,38 @@ class OutputMatcher:
         order = np.random.default_rng((seed, count)).permutation(count)
         held, rows = order[: count // HELD], order[count // HELD :]
         size = min(self._batch_size, len(rows))
-        steps = self.request.repair_steps or STEPS
+        first = self._divergence(examples, held, compared) if len(held) else math.inf
+        asked = self.request.repair_steps
+        pace = Pace(asked or STEPS, first, may_end_early=not asked)
         # What is left over in an epoch comes in another: a batch of one has no statistics.
-        config = TrainConfig(steps, len(rows) // size, size, seed, "linear")
-        every = math.ceil(steps / _LOOKS)
-        first = best = self._divergence(examples, held, compared) if len(held) else math.inf
-        best_tensors, stale, step, share = network.tensors(), 0, 0, 1.0
-        near, last = steps, steps
+        steps_per_epoch, every = len(rows) // size, math.ceil(pace.steps / _LOOKS)
+        best_tensors, step = network.tensors(), 0
         nbytes = sum(array[:1].nbytes for array in examples.inputs) * size
-        with self.meter(f"matching the outputs of {model.path.name}", steps * nbytes) as bar:
-            while step < last and stale < _PATIENCE:
-                epoch, within = divmod(step, config.steps_per_epoch)
+        with self.meter(f"matching the outputs of {model.path.name}", pace.steps * nbytes) as bar:
+            while pace.goes_on(step):
+                epoch, within = divmod(step, steps_per_epoch)
                 if not within:
                     network.reseed(seed * 1_000_003 + epoch)
                     shuffled = np.random.default_rng((seed, epoch)).permutation(rows)
                 chosen = shuffled[within * size : (within + 1) * size]
                 batch = Batch(examples.inputs_of(chosen))
-                rate = config.rate_at(step) if step < near else config.rate_at(near) * (last - step) / (last - near)
-                network.step(batch, share * rate, examples.answers_of(chosen))
+                network.step(batch, pace.rate_at(step), examples.answers_of(chosen))
                 step += 1
                 bar.advance(nbytes)
-                if step % every and step < last:
+                if step % every and step < pace.last:
                     continue
                 _check_finite(network.logs()["loss"], step)
                 if not len(held):
                     continue
                 found = self._divergence(examples, held, compared)
                 _check_finite(found, step)
-                stale += 1
-                if found < best:
-                    best, best_tensors, stale = found, network.tensors(), 0
-                elif stale % _STALE_LOOKS == 0 and best > first * _FAR:
-                    # What lost little, as a language model in 2:4, is only thrown off by steps as long as these.
+                if pace.look(step, found):
+                    best_tensors = network.tensors()
+                elif pace.is_astray:
                     network.assign(best_tensors)
-                    share *= _STEP_DECAY
-                if near == steps and best < first * _NEAR:
-                    near, last = step, min(steps, step + math.ceil(steps / _LANDING))
         if len(held):
             network.assign(best_tensors)
-        self._tell(first, best, step, count, network.recalibrate(iter(self.batches)))
+        self._tell(pace.first, pace.best, step, count, network.recalibrate(iter(self.batches)))
 
     def _tell(self, first: float, best: float, steps: int, count: int, norms: int) -> None:
         won = (

@@ -15,6 +15,7 @@ import torch
 
 import prunectl
 from prunectl.calibration import match
+from prunectl.calibration.match import Pace
 from prunectl.calibration.prune import prune
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import UsageError, WorkError
@@ -309,19 +310,33 @@ def test_where_nothing_is_won_it_ends_early_with_what_was_best(tmp_path: Path, m
     assert all(np.array_equal(before[name], array) for name, array in after.items())
 
 
-def test_what_is_near_the_dense_outputs_early_takes_a_fourth_of_the_steps_from_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("given", [None, 160], ids=["by default", "of as many steps as were asked for"])
+def test_what_is_near_the_dense_outputs_early_ends_early_by_default(
+    given: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(match, "_NEAR", 0.5)
-    plain, out, dense = tmp_path / "plain.pt", tmp_path / "out.pt", FIXTURES / "digits_cnn.pt"
-    prune_file(dense, PruneRequest(sparsity=0.9, scope="global"), Destination(plain))
-    done = matched(dense.name, out, repair_steps=160)
+    monkeypatch.setattr(match, "STEPS", 160)
+    out, dense = tmp_path / "out.pt", FIXTURES / "digits_cnn.pt"
+    done = matched(dense.name, out, repair_steps=given)
     (steps,) = (int(words[1]) for note in done.notes if (words := re.search(r"trained for (\d+) steps", note)))
-    # It is looked at every four steps.
-    assert steps % 4 == 0
-    assert 40 < steps < 160
-    far, near = (distance(path, dense, build_of(dense.name), digit_images(dense.name)) for path in (plain, out))
-    assert near < far / 3
+    assert (steps < 100) == (given is None)
+
+
+def test_the_rate_falls_in_a_line_and_in_a_steeper_one_from_where_little_is_left() -> None:
+    pace = Pace(400, 1.0, may_end_early=True)
+    assert [pace.rate_at(step) for step in (0, 100, 399)] == pytest.approx([1, 0.75, 0.0025])
+    assert pace.look(100, 0.01)
+    assert [pace.rate_at(step) for step in (100, 150, 199)] == pytest.approx([0.75, 0.375, 0.0075])
+    assert pace.goes_on(199)
+    assert not pace.goes_on(200)
+
+
+@pytest.mark.parametrize(("may_end_early", "last"), [(True, 190), (False, 400)])
+def test_where_little_is_won_in_many_looks_a_fourth_of_the_steps_is_left(may_end_early: bool, last: int) -> None:
+    pace = Pace(400, 1.0, may_end_early=may_end_early)
+    for look in range(1, 13):
+        pace.look(10 * look, 0.5 - look / 1000)
+    assert pace.last == last
 
 
 @pytest.mark.parametrize(
