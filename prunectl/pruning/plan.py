@@ -131,6 +131,8 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> Usage
     shown = sorted(reasons, key=_most_telling(reasons))[:3]
     listed = ", ".join(counted_reason(reason, reasons[reason]) for reason in shown)
     hint = f"select tensors with --layers or --policy all; list them with: prunectl inspect {model.path}"
+    if not any(tensor.is_float for tensor in model.tensors):
+        hint = f"only floating-point weights are pruned; see what the file holds: prunectl inspect {model.path}"
     if any(reason.startswith(_QUANTISED) for reason in reasons) and not any(t.is_prunable for t in model.tensors):
         hint = "prune the model that was quantised, and quantise the result"
     if _CLUSTERED in reasons:

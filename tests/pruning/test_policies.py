@@ -173,6 +173,16 @@ def test_a_quantised_model_is_told_to_be_pruned_before(tmp_path: Path) -> None:
     assert "quantised to int8: prune before quantising" in done.err
 
 
+@pytest.mark.parametrize("arrays", [{}, {"ids": np.ones((3, 4), np.int64)}], ids=["no tensor", "integers"])
+def test_a_file_without_floats_is_not_told_to_name_layers(arrays: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file(arrays, path)
+    done = here("prune", path, "-o", tmp_path / "out.safetensors", "-s", "0.5")
+    assert done.code == 2
+    assert "only floating-point weights are pruned" in done.err
+    assert "--layers" not in done.err
+
+
 @pytest.mark.parametrize(
     ("weight", "scale", "dtype"),
     [("qweight", "scales", np.int32), ("weight", "SCB", np.int8), ("weight_packed", "weight_scale", np.int32)],
