@@ -167,6 +167,11 @@ class GraphAdapter(ABC):
         observable. WorkError if the runtime cannot load it.
         """
 
+    def widened(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
+        """A runner in float64 in place of the one of the same network, which cannot be used after that."""
+        del built
+        return self.runner(network, observed, in_float64=True)
+
     @abstractmethod
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
         """Write a network into a scratch folder, under the names that belong to a target."""

@@ -49,10 +49,15 @@ class _Pair:
     after: PrunedShapes
     inner: Sequence[str]
 
-    def runners(self, *, in_float64: bool) -> tuple[Runner, Runner]:
+    def runners(self) -> tuple[Runner, Runner]:
         """The runners of the original with zeroed channels and of the pruned network."""
+        return self.source.runner(self.original, self.inner), self.source.runner(self.pruned, self.inner)
+
+    def in_float64(self, built: tuple[Runner, Runner]) -> tuple[Runner, Runner]:
+        """The same in float64."""
         original, pruned = (
-            self.source.runner(net, self.inner, in_float64=in_float64) for net in (self.original, self.pruned)
+            self.source.widened(run, network, self.inner)
+            for network, run in zip((self.original, self.pruned), built, strict=True)
         )
         return original, pruned
 
@@ -79,14 +84,15 @@ def verify(
     pair = _Pair(adapter, original, pruned, plan.after, inner)
     random = np.random.default_rng(seed)
     random_batches = [adapter.random_inputs(random) for _ in range(RUNS)]
-    error = _error_as_run(pair, [*random_batches, *batches])
+    runners = pair.runners()
+    error = _error_as_run(pair, runners, [*random_batches, *batches])
     return Verification(
-        error, _error_in_float64(pair, random_batches[0]) if adapter.has_float64 else None, len(batches)
+        error, _error_in_float64(pair, runners, random_batches[0]) if adapter.has_float64 else None, len(batches)
     )
 
 
-def _error_as_run(pair: _Pair, inputs: Sequence[Feeds]) -> float:
-    original, pruned = pair.runners(in_float64=False)
+def _error_as_run(pair: _Pair, runners: tuple[Runner, Runner], inputs: Sequence[Feeds]) -> float:
+    original, pruned = runners
     worst = 0.0
     for feeds in inputs:
         try:
@@ -96,11 +102,11 @@ def _error_as_run(pair: _Pair, inputs: Sequence[Feeds]) -> float:
     return _checked(worst, TOLERANCE)
 
 
-def _error_in_float64(pair: _Pair, feeds: Feeds) -> float | None:
+def _error_in_float64(pair: _Pair, built: tuple[Runner, Runner], feeds: Feeds) -> float | None:
     """How far they are apart where numbers are long; None if the original itself does not run so."""
     wide = {name: array.astype(np.float64) if array.dtype.kind == "f" else array for name, array in feeds.items()}
     try:
-        original, pruned = pair.runners(in_float64=True)
+        original, pruned = pair.in_float64(built)
         expected = original(wide)
     except Exception:  # noqa: BLE001 - a layer of somebody's own may take 32 bits alone
         return None

@@ -26,7 +26,7 @@ from prunectl.channels.graph import ChannelGraph, Shapes
 from prunectl.channels.keras import run as drafts
 from prunectl.channels.keras.builder import CalledLayer, GraphBuilder
 from prunectl.channels.keras.layer_rules import LayerResize, rule_for
-from prunectl.channels.keras.run import EditedFile, random_inputs, runner
+from prunectl.channels.keras.run import DraftRunner, EditedFile, random_inputs, runner
 from prunectl.channels.keras.traverse import LoadedKeras, load_keras
 from prunectl.channels.keras.weights import ConfigPath, get_at
 from prunectl.channels.lengths import AxisLengths, DataShapes
@@ -130,6 +130,11 @@ class KerasAdapter(GraphAdapter):
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """A runner of the network that Keras builds of the edited file."""
         return runner(self._loaded, network, self._origin, observed, precision="float64" if in_float64 else "float32")
+
+    def widened(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
+        """The same network as Keras built it, where its layers can be told to calculate in float64."""
+        is_wide = isinstance(built, DraftRunner) and built.widen()
+        return built if is_wide else super().widened(built, network, observed)
 
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
         """Write an edited file in the layout of the one that was read."""

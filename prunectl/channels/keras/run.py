@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from prunectl.channels.adapter import Feeds, Runner
+from prunectl.channels.adapter import Feeds
 from prunectl.channels.graph import OpKind
 from prunectl.channels.keras.traverse import LoadedKeras
 from prunectl.errors import PrunectlError, WorkError, first_line
@@ -29,8 +30,9 @@ from prunectl.formats.trust import OR_BUILD
 from prunectl.formats.zip_read import open_archive
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras import outputs as compile_outputs
+from prunectl.training.keras._compat import flat_layers
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary
-from prunectl.training.keras.load import load
+from prunectl.training.keras.load import LoadedModel, load
 from prunectl.training.keras.outputs import flatten
 from prunectl.training.quiet import ignore_warnings
 
@@ -131,8 +133,8 @@ def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
 
 def runner(
     loaded: LoadedKeras, edited: EditedFile, origin: LoadOptions, observed: Iterable[str], *, precision: str
-) -> Runner:
-    """What Keras makes of a draft: its outputs, and what some layers give before their activations."""
+) -> DraftRunner:
+    """What Keras makes of a draft."""
     config = with_precision(precision, loaded.config if edited.config is None else edited.config)
     with temporary_folder() as scratch:
         path = scratch / f"draft{'.keras' if loaded.model.format == 'keras' else '.h5'}"
@@ -145,28 +147,63 @@ def runner(
             raise type(error)(f"{message}; nothing was written", hint=hint) from error
         except Exception as error:
             raise WorkError(f"Keras cannot load the network: {first_line(error)}; nothing was written") from error
-    names = tuple(observed)
-    showable = loaded.builder.observable
-    observed_values = {name: showable[name] for name in names}
-    recorded: dict[str, list[Any]] = {name: [] for name in observed_values}
-    for name, value in observed_values.items():
-        _record_activation(_layer(keras_model.model, value.names), recorded[name])
+    return DraftRunner(loaded, keras_model, tuple(observed))
 
-    def run(feeds: Feeds) -> list[Any]:
-        for calls in recorded.values():
+
+class DraftRunner:
+    """A network that Keras built."""
+
+    def __init__(self, loaded: LoadedKeras, keras_model: LoadedModel, names: tuple[str, ...]) -> None:
+        self._inputs, self._keras_model = loaded.graph.inputs, keras_model
+        showable = loaded.builder.observable
+        self._observed = {name: showable[name] for name in names}
+        self._recorded: dict[str, list[Any]] = {name: [] for name in names}
+        for name, value in self._observed.items():
+            _record_activation(_layer(keras_model.model, value.names), self._recorded[name])
+
+    def __call__(self, feeds: Feeds) -> list[Any]:
+        """Its outputs, and what some layers give before their activations."""
+        library, model = self._keras_model.library, self._keras_model.model
+        for calls in self._recorded.values():
             calls.clear()
-        values = tuple(feeds[name] for name in loaded.graph.inputs)
+        values = tuple(feeds[name] for name in self._inputs)
         with ignore_warnings():
-            result = keras_model.model(compile_outputs.pack_inputs(keras_model.model, values), training=False)
-        outputs = [_to_numpy(keras_model.library, item) for item in flatten(result)]
+            result = model(compile_outputs.pack_inputs(model, values), training=False)
+        outputs = [_to_numpy(library, item) for item in flatten(result)]
         # A layer that is called for each step in time gives its steps one by one; in the graph they are a batch.
-        recorded_values = {
-            name: np.concatenate([_to_numpy(keras_model.library, item) for item in calls])
-            for name, calls in recorded.items()
-        }
-        return [*outputs, *(recorded_values[name].transpose(observed_values[name].order) for name in names)]
+        for name, value in self._observed.items():
+            steps = np.concatenate([_to_numpy(library, item) for item in self._recorded[name]])
+            outputs.append(steps.transpose(value.order))
+        return outputs
 
-    return run
+    def widen(self) -> bool:
+        """Let its layers calculate in float64 from now on, as if they were built so; False if that is not certain.
+
+        Keras 3 casts inputs and weights to what a layer calculates in whenever it is called.
+        """
+        library, model = self._keras_model.library, self._keras_model.model
+        layers = flat_layers(model, include_self=False)
+        if library.is_keras2 or not library.is_on_tensorflow or not type(model).__module__.startswith("keras."):
+            return False
+        if not all(map(_is_cast_when_called, [*getattr(model, "operations", ()), *layers])):
+            return False
+        policy = type("Float64", (library.keras.DTypePolicy,), {"compute_dtype": "float64"})("float32")
+        for layer in layers:
+            if layer.dtype_policy.name == "float32":
+                layer.dtype_policy = policy
+        return True
+
+
+_CAST_WHEN_CALLED = re.compile(
+    r"keras\.src\.layers\.(activations|attention|convolutional|merging|normalization|pooling|regularization|reshaping|rnn"
+    r"|core\.(dense|einsum_dense|embedding|input_layer))\b"
+)
+"""Layers that keep no number in the precision they were built in, as a model in a model does with its inputs."""
+
+
+def _is_cast_when_called(layer: Any) -> bool:
+    is_plain = _CAST_WHEN_CALLED.match(type(layer).__module__) is not None and not getattr(layer, "stateful", False)
+    return is_plain and layer.dtype_policy.name in {"float32", "int32", "int64"}
 
 
 def _random_input(loaded: LoadedKeras, name: str, lookups: set[str], random: np.random.Generator) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunectl.channels.adapter import open_adapter
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import InputError
 from prunectl.formats.registry import open_model
@@ -18,6 +19,7 @@ from prunectl.training.backend import LoadOptions
 from prunectl.training.runtimes import load_trainable
 from tests.channels.keras.masked import silence
 from tests.channels.keras.nets import LIBRARIES, NETS, arithmetic, filled, mobile, nested, shared
+from tests.channels.keras.nets_in_time import attending, inside, seq2seq
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "vgg": {"one/kernel": (3, 3, 3, 4), "two/kernel": (3, 3, 4, 6), "wide/kernel": (54, 10), "last/kernel": (10, 5)},
@@ -120,3 +122,28 @@ def test_layers_of_the_architectures_of_keras_need_nobody_to_vouch_for_them(
     model.save(tmp_path / "net.h5")
     with pytest.raises(InputError, match="Unknown layer"):
         load_trainable(open_model(tmp_path / "net.h5"), LoadOptions())
+
+
+def converted(k: Any) -> Any:
+    """Numbers that are kept from when layers were built: a mean, and a type that one is converted to."""
+    i = k.Input((6,))
+    x = k.layers.Dense(5, name="stem")(k.layers.Normalization(mean=[0.1] * 6, variance=[0.3] * 6)(i))
+    return k.Model(i, k.layers.Dense(3, name="last")(k.ops.cast(x, "float32")))
+
+
+@pytest.mark.parametrize("kind", [*NETS, attending, seq2seq, inside, converted])
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_is_widened_says_to_the_bit_what_one_built_in_float64_does(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "net.keras"
+    filled(kind(LIBRARIES["three"])).save(path)
+    source = open_adapter(open_model(path), LoadOptions())
+    network, names = source.with_weights({}), sorted(source.observable)
+    feeds = source.random_inputs(np.random.default_rng(0))
+    wide = {name: array.astype("float64") if array.dtype.kind == "f" else array for name, array in feeds.items()}
+    built = source.runner(network, names)
+    built(feeds)
+    widened = source.widened(built, network, names)
+    assert (widened is built) == (kind not in {nested, inside, arithmetic, converted})
+    for one, other in zip(widened(wide), source.runner(network, names, in_float64=True)(wide), strict=True):
+        assert one.dtype == other.dtype == np.float64
+        np.testing.assert_array_equal(one, other)
