@@ -198,6 +198,10 @@ class _Task:
             cuts[shard_of(cut.tensor)].append(cut)
         return {name: Plan(tuple(own), (), sum(cut.drop or 0 for cut in own)) for name, own in cuts.items()}
 
+    @cached_property
+    def _is_wide(self) -> bool:
+        return engine.is_wide(self.plan)
+
     def _shard(self, name: str) -> ModelFile:
         path = self.model.path.parent / name
         return replace(
@@ -347,9 +351,8 @@ class _Task:
         key, shares_of = self._joint_threshold
         below, ties, equal = shares_of[name]
         with scratch.temporary_folder() as folder:
-            is_wide = engine.is_wide(self.plan)
-            sources = engine.joint_sources(self._shard(name), plan, self.method, folder, is_wide=is_wide)
-            threshold = Threshold(key, masks.split_ties(sources, key, ties, equal), is_wide=is_wide)
+            sources = engine.joint_sources(self._shard(name), plan, self.method, folder, is_wide=self._is_wide)
+            threshold = Threshold(key, masks.split_ties(sources, key, ties, equal), is_wide=self._is_wide)
         return replace(plan, drop=below + ties, threshold=threshold)
 
     @cached_property
@@ -386,12 +389,10 @@ class _Task:
         """How so many scores of a shard are distributed, as it was noted, or counted now."""
         self._check_source(name)
         place = f"{_COUNTS}{name}.{'all' if shift is None else shift}-{prefix:x}.json"
-        note = self._read(place)
-        if note is None:
+        if (note := self._read(place)) is None:
             shard = self._shard(name)
             with unchanged(file_states(shard.files), _changed), scratch.temporary_folder() as folder:
-                is_wide = engine.is_wide(self.plan)
-                sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=is_wide)
+                sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=self._is_wide)
                 counted = [masks.count_digits(source, prefix, shift) for source in sources]
             check_unchanged(shard.path)
             every = np.sum([counts for counts, _ in counted], axis=0)
@@ -441,9 +442,8 @@ def _counted(model: ModelFile, rows: Mapping[str, Sequence[int]], column: int) -
 
 
 def _changed(path: Path) -> InputError:
-    return InputError(
-        f"{path} was changed while the parts were pruned", hint="remove the output, and start all parts again"
-    )
+    hint = "remove the output, and start all parts again"
+    return InputError(f"{path} was changed while the parts were pruned", hint=hint)
 
 
 def _digest(*values: Any) -> str:
