@@ -55,7 +55,7 @@ def iter_paired_chunks(left: TensorView, right: TensorView) -> Iterator[tuple[Ar
 
 @dataclass(frozen=True, slots=True)
 class ElementChanges:
-    """How many elements of a tensor differ from those of another, to the bit; minus zero is zero."""
+    """How many elements of a tensor differ from those of another: in their bits, but minus zero is zero."""
 
     changed: int = 0
     kept_changed: int = 0
@@ -68,9 +68,10 @@ def count_changes(new: TensorView, old: TensorView) -> ElementChanges:
     """Counts over a paired walk through two tensors of one shape."""
     changed = kept_changed = zeros_added = zeros_lost = 0
     for now, then in iter_paired_chunks(new, old):
-        kept, had, differs = nonzero_mask(now), nonzero_mask(then), bitwise_differs(now, then)
+        kept, had = nonzero_mask(now), nonzero_mask(then)
         # Pruning that multiplies by a mask leaves -0.0 where other pruning leaves 0.0: the same number.
-        changed += int(np.count_nonzero(differs & (kept | had)))
+        differs = bitwise_differs(now, then) & (kept | had)
+        changed += int(np.count_nonzero(differs))
         kept_changed += int(np.count_nonzero(kept & had & differs))
         zeros_added += int(np.count_nonzero(had & ~kept))
         zeros_lost += int(np.count_nonzero(kept & ~had))
