@@ -1,4 +1,7 @@
-"""What an ONNX graph says of itself before it runs: the shape of every value, and what is the same in every run."""
+"""What an ONNX graph says of itself before it runs: the shape of every value, and what is the same in every run.
+
+No inference knows the shapes of onnxruntime's fused operators: `replace_fused` puts stand-ins of ONNX in their place.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,19 @@ _GROWING_OPS = frozenset(
     }
 )
 """Of which a few numbers may ask for a great many."""
+MICROSOFT = "com.microsoft"
+_LIKE_FIRST = frozenset(
+    {
+        *("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "RotaryEmbedding", "SimplifiedLayerNormalization"),
+        *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
+    }
+)
+"""What comes out has the shape of the first input."""
+_NEEDED = {"MultiHeadAttention": (0, 1, 2), "EmbedLayerNormalization": (0, 2)}
+"""Inputs that the shape follows from, where they are not the first alone."""
+_ACTIVATION = frozenset({"activation", "activation_params"})
+_SUM = 3
+"""Output of a norm with a skip: what it adds up."""
 
 
 @dataclass(slots=True)
@@ -225,21 +241,6 @@ def _run(proto: Any, node: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return {}
     names = [name for name in node.output if name]
     return {name: value for name, value in zip(names, results, strict=True) if hasattr(value, "dtype")}
-
-
-MICROSOFT = "com.microsoft"
-_LIKE_FIRST = frozenset(
-    {
-        *("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "RotaryEmbedding", "SimplifiedLayerNormalization"),
-        *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
-    }
-)
-"""What comes out has the shape of the first input."""
-_NEEDED = {"MultiHeadAttention": (0, 1, 2), "EmbedLayerNormalization": (0, 2)}
-"""Inputs that the shape follows from, where they are not the first alone."""
-_ACTIVATION = frozenset({"activation", "activation_params"})
-_SUM = 3
-"""Output of a norm with a skip: what it adds up."""
 
 
 def replace_fused(graph: Any, dims: Mapping[str, tuple[int, ...]]) -> None:
