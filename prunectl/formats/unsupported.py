@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from prunectl.errors import abbreviated
-from prunectl.formats.detect import FileProbe, missing_index
+import re
+from contextlib import suppress
+from pathlib import Path
 
-_OF_TRANSFORMERS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+from prunectl.errors import InputError, abbreviated
+from prunectl.formats.detect import FileProbe, missing_index
+from prunectl.formats.registry import FORMATS, resolve
+
 _OF_MODELS = (".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors")
 _OF_ORBAX = frozenset({"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"})
 _ENGINE = "is a TensorRT engine, which is made for one GPU: prune the ONNX file that it was built from"
@@ -96,10 +95,24 @@ def _describe_models_inside(peek: FileProbe, names: list[str]) -> str:
             f"is a folder of files, of which none is known to be its model: name one, such as {peek.path / models[0]}"
         )
     # Old models of sentence-transformers lie so, in `0_Transformer`, and the checkpoints of a training.
-    for inside in (peek.path / name for name in names):
-        if (inside / "config.json").is_file() and any((inside / weights).is_file() for weights in _OF_TRANSFORMERS):
-            return f"has no model of its own, but folders with models: name one, such as {inside}"
+    if folders := [name for name in names if _is_model_folder(peek.path / name)]:
+        first, _ = _name_and_step(folders[0])
+        last = max((name for name in folders if _name_and_step(name)[0] == first), key=_name_and_step)
+        return f"has no model of its own, but folders with models: name one, such as {peek.path / last}"
     return "is a folder without a saved_model.pb or any other model that prunectl reads"
+
+
+def _is_model_folder(path: Path) -> bool:
+    real = resolve(path)
+    with suppress(InputError):  # what cannot be read
+        return real != path and any(row.matches(FileProbe(real)) for row in FORMATS)
+    return False
+
+
+def _name_and_step(name: str) -> tuple[str, int]:
+    """What precedes the number at the end of a name, and that number: `checkpoint-20` comes before `checkpoint-100`."""
+    step = re.search(r"[0-9]{1,18}$", name)
+    return (name[: step.start()], int(step[0])) if step else (name, -1)
 
 
 def _describe_zip(peek: FileProbe) -> str:

@@ -293,3 +293,17 @@ def test_of_a_folder_with_models_in_folders_one_of_them_is_named(llama: Path) ->
     named = done.err.splitlines()[0].rpartition(" ")[2]
     assert named == "sbert/2_Transformer"
     assert here("inspect", named, cwd=llama.parent).code == 0
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter_model"])
+def test_of_the_checkpoints_of_a_training_the_last_is_named(llama: Path, kind: str) -> None:
+    run = llama.parent / "run"
+    for step in (5, 20, 100):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        save_file({"a.weight": np.ones((2, 2), np.float32)}, run / f"checkpoint-{step}" / f"{kind}.safetensors")
+    # Flutter has such a file.
+    (run / "checkpoint-200").mkdir()
+    (run / "checkpoint-200" / ".metadata").write_text("version:")
+    named = here("inspect", run).err.splitlines()[0].rpartition(" ")[2]
+    assert named == str(run / "checkpoint-100")
+    assert here("inspect", named).code == 0

@@ -297,7 +297,7 @@ def test_a_checkpoint_of_diffusers_is_stripped_into_a_folder_of_its_own_alone(ch
 def test_a_collection_of_models_is_not_taken_for_one_pipeline(checkpoint: Path) -> None:
     for part in ("unet", "unet_ema"):
         (checkpoint / part).rename(checkpoint / f"sd-{part}")
-    assert "is a folder without" in here("inspect", checkpoint).err
+    assert f"name one, such as {checkpoint / 'sd-unet'}" in here("inspect", checkpoint).err.splitlines()[0]
     for part, name in {"unet": "canny", "unet_ema": "depth"}.items():
         (checkpoint / f"sd-{part}").rename(checkpoint / name)
     # What training would go on from shows that both networks are trained together.
