@@ -404,6 +404,8 @@ def _ineligible(tensor: Tensor) -> Verdict:
     is_packed = tensor.dtype.name in QUANTISED | {"int32", "uint32"}
     if is_packed and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
         return _quantised_to(tensor.dtype.name)
+    if role is Role.OTHER and not tensor.is_float:
+        return f"of type {tensor.dtype.name}"
     return _ROLE_REASONS.get(role, f"a {role}")
 
 

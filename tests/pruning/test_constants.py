@@ -353,6 +353,14 @@ def test_a_norm_over_several_axes_is_no_kernel(tmp_path: Path) -> None:
     assert described(tmp_path, {"x.weight": (4, 6), "x.bias": (4, 6), "fc.weight": (2, 2)}) == {"fc.weight"}
 
 
+def test_of_numbers_that_cannot_be_pruned_it_is_not_said_how_to_prune_them(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"fc.weight": torch.ones(4, 4), "axes": torch.arange(2)}, path)
+    done = here("prune", path, "-o", tmp_path / "a.safetensors", "-s", "50%")
+    assert "1 tensor (of type int64)" in done.err
+    assert "unknown role" not in done.err
+
+
 def test_what_is_doubtful_is_said_and_taken_when_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"fc.weight": torch.ones(4, 4), "text_projection": torch.ones(4, 4)}, path)
