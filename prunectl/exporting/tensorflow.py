@@ -249,13 +249,21 @@ def _failed(job: ExportJob, error: Exception) -> WorkError:
     # The converter says where in a file of its own it was, and in a later line what of TensorFlow it has no way for.
     match = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
     reason = f"{match[1]} {match[2]}" if match else error_line(error)
-    return WorkError(f"the TensorFlow Lite converter cannot convert {job.file.path}: {reason}", hint=_hint(job))
+    is_missing = match is not None and "is neither a custom op" in match[2] and match[1] not in _WITH_FIXED_SHAPES
+    hint = "" if is_missing else _hint(job)
+    return WorkError(f"the TensorFlow Lite converter cannot convert {job.file.path}: {reason}", hint=hint)
+
+
+_WITH_FIXED_SHAPES = frozenset({"tf.Roll"})
+"""Operators that TensorFlow Lite lacks, but that the converter makes of others where it knows their shapes."""
 
 
 def _hint(job: ExportJob) -> str:
     if not any(spec.shape is None or None in spec.shape for spec in job.inputs):
         return ""
-    fixed = " ".join(f"--input {spec.name}:1,{shape_text(spec.shape)[2:]}" for spec in job.inputs)
+    # Of the examples that the model has run on: these have lengths for all axes.
+    shapes = (shape_text((1, *array.shape[1:])) for array in job.samples.batches[0])
+    fixed = " ".join(f"--input {spec.name}:{shape}" for spec, shape in zip(job.inputs, shapes, strict=True))
     if job.file.family is Family.SAVED_MODEL and job.file.about.keras is not None:
         # What it serves keeps the open axes that it was traced with.
         return f"try fixed shapes: prunectl export {job.file.path} -o m.h5, then export m.h5 with {fixed}"

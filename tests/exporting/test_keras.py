@@ -260,8 +260,24 @@ def test_an_operator_that_a_format_has_not_is_named(tmp_path: Path) -> None:
     save(model, tmp_path / "odd.h5")
     with pytest.raises(WorkError, match=r"Lgamma \(.*lgamma"):
         export(tmp_path / "odd.h5", tmp_path / "m.onnx")
-    with pytest.raises(WorkError, match=r"tf\.\w+ is neither"):
+    with pytest.raises(WorkError, match=r"tf\.\w+ is neither") as caught:
         export(tmp_path / "odd.h5", tmp_path / "m.tflite")
+    # No shape brings it.
+    assert caught.value.hint == ""
+
+
+def test_the_shape_of_an_input_with_a_single_axis_is_given_as_it_is_taken(tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    module = tf.Module()
+    module.serve = tf.function(lambda x: {"out": tf.roll(x, 1, 0)}, input_signature=[tf.TensorSpec((None,), name="x")])
+    tf.saved_model.save(module, str(tmp_path / "rolled"), signatures=module.serve)
+    with pytest.raises(WorkError, match=r"tf\.Roll is neither") as caught:
+        export(tmp_path / "rolled", tmp_path / "m.tflite")
+    assert caught.value.hint.endswith("input='x:1'")
+    export(tmp_path / "rolled", tmp_path / "m.tflite", input=["x:1"])
+    (inputs,) = random((1,))
+    (found,) = by_tflite(tmp_path / "m.tflite", {"x": inputs}).values()
+    np.testing.assert_array_equal(found, inputs)
 
 
 def test_open_axes_ask_how_long_they_are(tmp_path: Path) -> None:
