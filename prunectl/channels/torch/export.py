@@ -403,6 +403,11 @@ def _default_float(module: torch.nn.Module) -> torch.dtype:
 def _suggestion(module: torch.nn.Module) -> str:
     ports = input_specs(module)
     shape = ports[0].shape if len(ports) == 1 else None
+    if shape is None and ports[0].dtype == "int64":
+        return "1,128:i64"
     if shape is None:
-        return "1,128:i64" if ports[0].dtype == "int64" else f"1,3,{_LENGTH},{_LENGTH}"
+        first = next((layer for layer in module.modules() if [*layer.parameters(recurse=False)]), None)
+        if isinstance(first, torch.nn.Linear) and len(ports) == 1:
+            return f"1,{first.in_features}"
+        return f"1,3,{_LENGTH},{_LENGTH}"
     return ",".join(map(str, (1, *(length or _LENGTH for length in shape))))

@@ -139,6 +139,11 @@ class Endless(nn.Module):
         return x
 
 
+def perceptron() -> Any:
+    """Layers that take rows of numbers."""
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
 def sequential() -> Any:
     """A module of a class that torch has itself."""
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))

@@ -50,6 +50,15 @@ def test_what_is_missing_is_asked_for(asked: dict[str, Any], said: str, hint: st
     assert [child.name for child in tmp_path.iterdir()] == ["net.pt"]
 
 
+def test_the_shape_that_is_suggested_has_the_width_of_the_first_layer(tmp_path: Path) -> None:
+    words = {"model": f"{more.__name__}:perceptron"}
+    path = saved(more.perceptron(), tmp_path / "net.pt")
+    with pytest.raises(UsageError, match="the shapes of its inputs") as error:
+        cut(path, tmp_path / "small.pt", **words, inputs=())
+    assert error.value.hint.endswith("--input 1,6")
+    assert cut(path, tmp_path / "small.pt", **words, inputs=("1,6",))
+
+
 def test_steps_that_depend_on_the_numbers_cannot_be_followed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = saved(more.Endless(), tmp_path / "net.pt")
     with pytest.raises(InputError, match=r"torch\.export cannot trace the model of"):
