@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -120,12 +121,15 @@ def small_network() -> torch.nn.Module:
     return torch.nn.Linear(3, 2)
 
 
+@pytest.mark.parametrize("file", ["m.pt", "ema.pt", "raw.pt", "my model.pt"])
 @pytest.mark.parametrize("first", ["state_dict", "ema_state_dict"])
-def test_it_says_which_of_two_copies_is_measured_and_how_to_have_the_other(first: str, tmp_path: Path) -> None:
+def test_it_says_which_of_two_copies_is_measured_and_how_to_have_the_other(
+    first: str, file: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     copies = {"state_dict": small_network(), "ema_state_dict": small_network()}
     other = next(name for name in copies if name != first)
-    torch.save({name: copies[name].state_dict() for name in (first, other)}, tmp_path / "m.pt")
+    torch.save({name: copies[name].state_dict() for name in (first, other)}, tmp_path / file)
     x, y = torch.randn(20, 3), torch.arange(20) % 2
     np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
     words = ("--builder", f"{__name__}:small_network", "--data", "d.npz", "--metric", "loss", "--json")
@@ -133,11 +137,11 @@ def test_it_says_which_of_two_copies_is_measured_and_how_to_have_the_other(first
     def loss(name: str) -> float:
         return torch.nn.functional.cross_entropy(copies[name](x), y).item()
 
-    done = here("eval", "m.pt", *words, cwd=tmp_path)
+    done = here("eval", file, *words, cwd=tmp_path)
     assert done.json["evaluations"][0]["value"] == pytest.approx(loss(first), rel=1e-5)
     (note,) = (warning for warning in done.json["warnings"] if "twice" in warning)
     assert f"those in {first} are used, not those in {other}" in note
-    command = note.rpartition("prunectl ")[2].split()
+    command = shlex.split(note.rpartition("prunectl ")[2])
     assert here(*command, cwd=tmp_path).code == 0
     stripped = here("eval", command[-1], *words, cwd=tmp_path)
     assert stripped.json["evaluations"][0]["value"] == pytest.approx(loss(other), rel=1e-5)

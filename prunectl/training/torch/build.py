@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import shlex
 import tempfile
 import warnings
 from collections import Counter
@@ -230,9 +231,12 @@ def _used_copy(model: ModelFile, names: Iterable[str]) -> tuple[str, ...]:
         used, other = (average, trained) if is_average else (trained, average)
         used, other = (abbreviated(place) or "the top level" for place in (used, other))
         keep = "raw" if is_average else "ema"
+        path = model.path
+        output = f"{keep}{path.suffix}" if path.stem != keep else f"{keep}-only{path.suffix}"
+        command = shlex.join(["prunectl", "strip", str(path), "--keep", keep, "-o", output])
         note = (
-            f"{model.path} holds the weights twice, as trained and averaged: those in {used} are used, not those in "
-            f"{other}. For the others: prunectl strip {model.path} --keep {keep} -o {keep}{model.path.suffix}"
+            f"{path} holds the weights twice, as trained and averaged: those in {used} are used, not those in "
+            f"{other}. For the others: {command}"
         )
         return (note,)
     return ()
