@@ -34,7 +34,7 @@ from prunectl.training.backend import (
     WeightUse,
 )
 from prunectl.training.data.adapt import adapt, check_batches
-from prunectl.training.data.next_token import follow_if_causal
+from prunectl.training.data.next_token import follow_if_causal, open_labelled, user_function
 from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
 from prunectl.training.data.text import batch_size
@@ -337,14 +337,15 @@ def open_calibration(
     blockwise = load_blockwise(model, origin) if is_blockwise else None
     network: Any
     network, trainable = _network(model, origin) if blockwise is None else (blockwise, None)
-    source, notes = adapt(open_source(request.data, signature=network.signature, seed=request.seed), network.signature)
+    taken_by = user_function(request.loss)
+    source, notes = adapt(open_labelled(request.data, network.signature, request.seed, taken_by), network.signature)
     if needs_targets and not source.has_targets:
         raise UsageError(
             f"{source.name} has no targets, which the strategy {request.strategy} needs to compute a loss",
             hint="use data with targets, or --strategy activation-magnitude or obs, which need inputs only",
         )
     if trainable is not None and needs_targets:
-        source = follow_if_causal(source, network.signature, network.predict)
+        source = follow_if_causal(source, network.signature, network.predict, taken_by)
         notes += source.notes
     # A stream is not read to its end for the sake of a few examples.
     size = batch_size(source, network.signature, request.batch_size)

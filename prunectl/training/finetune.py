@@ -27,8 +27,8 @@ from prunectl.training.backend import LoadOptions, Logs, ModelSignature, Trainab
 from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
-from prunectl.training.data.next_token import follow_if_causal
-from prunectl.training.data.registry import check_exists, open_source
+from prunectl.training.data.next_token import follow_if_causal, open_labelled, user_function
+from prunectl.training.data.registry import check_exists
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, num_examples, peek, train_val_split
 from prunectl.training.data.text import batch_size
 from prunectl.training.distillation import Teacher, compare_answers, load_teacher, teacher_load_options
@@ -134,9 +134,9 @@ def _fitted(spec: str, network: TrainableModel, request: FinetuneRequest) -> tup
         network.place(request.means.device)
         return network.predict(x)
 
-    opened = open_source(spec, signature=network.signature, seed=request.means.seed)
-    source, notes = adapt(opened, network.signature)
-    source = follow_if_causal(source, network.signature, predict)
+    taken_by = user_function(request.means.loss, request.means.custom_step)
+    source, notes = adapt(open_labelled(spec, network.signature, request.means.seed, taken_by), network.signature)
+    source = follow_if_causal(source, network.signature, predict, taken_by)
     return source, (*notes, *source.notes)
 
 

@@ -467,6 +467,27 @@ def test_labels_are_moved_where_the_loss_of_the_library_moves_them(
     assert any("one place before" in warning for warning in done.json["warnings"]) is is_moved
 
 
+OWN = """
+from torch.nn.functional import cross_entropy
+
+def loss(logits, labels):
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+"""
+
+
+def test_a_loss_of_the_user_moves_labels_itself(made: Callable[..., Path], tmp_path: Path) -> None:
+    arrays = padded(9, 6)
+    np.savez(tmp_path / "d.npz", **arrays)
+    (tmp_path / "own.py").write_text(OWN)
+    own = ("--loss", f"{tmp_path / 'own.py'}:loss")
+    done = here("eval", made("gpt2"), "--data", tmp_path / "d.npz", "--metric", "loss", *own, "--json")
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        expected = loaded(made("gpt2"))(**tensors_of(arrays)).loss
+    assert done.json["evaluations"][0]["value"] == pytest.approx(float(expected), rel=1e-5)
+    assert any("--loss gets the labels as they are" in warning for warning in done.json["warnings"])
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_dictionaries_in_memory_are_read_as_an_archive_of_them_is(
     name: str, made: Callable[..., Path], tmp_path: Path

@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from prunectl.errors import UsageError
 from prunectl.training.backend import ModelSignature
-from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, map_arrays, peek
-from prunectl.training.task import IGNORED_LABEL
+from prunectl.training.data.registry import open_source
+from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, peek
+from prunectl.training.task import IGNORED_LABEL, label_axis
 
 LABELS = "labels"
 """What `transformers` calls targets."""
 _LEAKED = 1e-3
 """What a later token changes in a causal model, compared with its own output: rounding only."""
+_SEEN = 1e-6
+"""What a token changes at least in some later output, in the same measure, and ten times what it changes before it."""
 
 
-def follow_if_causal(source: Source, signature: ModelSignature, predict: Callable[[Arrays], Arrays]) -> Source:
+def user_function(loss: str, step: str = "") -> str:
+    """The option that names a function of the user's own, which may move labels itself as `transformers` does."""
+    return "--train-step" if step else "--loss" if ":" in loss else ""
+
+
+def open_labelled(spec: str, signature: ModelSignature, seed: int, taken_by: str) -> Source:
+    """A source for a model whose labels a function of the user's own takes, named by its option, or none."""
+    text = signature.text
+    if taken_by and text is not None:
+        signature = replace(signature, text=replace(text, shifts_labels=False))
+    return open_source(spec, signature=signature, seed=seed)
+
+
+def follow_if_causal(
+    source: Source, signature: ModelSignature, predict: Callable[[Arrays], Arrays], taken_by: str = ""
+) -> Source:
     """An adapted source whose labels are compared one place on, where nothing but the model and its data tells so."""
-    names = [port.name for port in signature.inputs]
-    # Of a folder, the loss of `transformers` tells.
-    if signature.text is not None or source.target_name != LABELS or not _predicts_next(predict, source, names):
+    head = peek(source) if source.target_name == LABELS else None
+    tokens = None if head is None else _repeated(head)
+    if head is None or tokens is None or any(port.name == "decoder_input_ids" for port in signature.inputs):
         return source
-    return follow(source) if signature.ignored_label is not None else _cut(source, signature)
+    if taken_by:
+        return source.changed(
+            lambda batch: batch,
+            f"{source.name}: {taken_by} gets the labels as they are, and every metric compares them in place",
+        )
+    # Of a folder, the loss of `transformers` tells.
+    if signature.text is not None or not _is_causal(head, tokens, signature, predict):
+        return source
+    return follow(source) if signature.ignored_label is not None else _cut(source, signature, tokens)
 
 
 def _note(source: Source) -> str:
-    return f"{source.name}: each of the labels is compared with the output one place before it"
+    return (
+        f"{source.name}: each of the labels is compared with the output one place before it; to compare them in place, "
+        "call them y"
+    )
 
 
 def follow(source: Source) -> Source:
     """Targets called `labels` as `transformers` takes them for a causal model: the tokens themselves, one place on."""
     head = peek(source, 1) if source.target_name == LABELS else None
-    if head is None or head.y is None or as_tuple(head.x)[0].shape != as_tuple(head.y)[0].shape:
+    if head is None or head.y is None or all(x.shape != as_tuple(head.y)[0].shape for x in as_tuple(head.x)):
         return source
 
     def change(batch: Batch) -> Batch:
@@ -47,44 +77,59 @@ def follow(source: Source) -> Source:
     return source.changed(change, _note(source))
 
 
-def _cut(source: Source, signature: ModelSignature) -> Source:
+def _cut(source: Source, signature: ModelSignature, tokens: int) -> Source:
     """The same where no label can be ignored: without the last token, which none follows."""
-    if any(port.shape is not None and None not in port.shape for port in signature.inputs):
+    head = peek(source, 1)
+    assert head is not None
+    x = as_tuple(head.x)
+    # What else goes in with the tokens, such as a mask, has their length, whatever that is.
+    is_cut = [
+        array.shape[:2] == x[tokens].shape and (port.shape is None or port.shape[:1] == (None,))
+        for array, port in zip(x, signature.inputs, strict=True)
+    ]
+    if not is_cut[tokens]:
         raise UsageError(
             f"no token follows the last one of {source.name}, and the model takes sequences of one length only",
-            hint="save sequences with a token more: x without the last token of each, y without the first",
+            hint="save sequences with a token more: x without the last token of each, y without the first; "
+            "or call the labels y to compare them in place",
         )
 
     def change(batch: Batch) -> Batch:
         labels = as_tuple(batch.y)[0] if batch.y is not None else None
-        return Batch(map_arrays(lambda x: x[:, :-1], batch.x), None if labels is None else labels[:, 1:])
+        arrays = tuple(array[:, :-1] if cut else array for array, cut in zip(as_tuple(batch.x), is_cut, strict=True))
+        return Batch(arrays if isinstance(batch.x, tuple) else arrays[0], None if labels is None else labels[:, 1:])
 
     return source.changed(change, _note(source))
 
 
-def _predicts_next(predict: Callable[[Arrays], Arrays], source: Source, names: Sequence[str]) -> bool:
-    """Whether labels are the tokens that go in, and no output depends on a later one: a causal model, in any file."""
-    head = peek(source)
-    if head is None or head.y is None or "decoder_input_ids" in names:
-        return False
-    x, labels = as_tuple(head.x), as_tuple(head.y)[0]
+def _repeated(batch: Batch) -> int | None:
+    """The input that the labels repeat wherever they count."""
+    x, labels = as_tuple(batch.x), as_tuple(batch.y)[0] if batch.y is not None else np.zeros(0)
     is_kept = labels != IGNORED_LABEL
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or not is_kept.any():
-        return False
-    repeated = [
-        index for index, array in enumerate(x) if array.shape == labels.shape and (array == labels)[is_kept].all()
-    ]
-    if not repeated:
-        return False
-    at, ids = repeated[0], x[repeated[0]]
-    # Another token where it is seen: in place of one that differs from the first.
-    places = np.argwhere(is_kept & (ids != ids[:, :1]))
+        return None
+    same = (i for i, array in enumerate(x) if array.shape == labels.shape and (array == labels)[is_kept].all())
+    return next(same, None)
+
+
+def _is_causal(batch: Batch, tokens: int, signature: ModelSignature, predict: Callable[[Arrays], Arrays]) -> bool:
+    """Whether a token changes outputs behind it, but none before: one that is looked at alone predicts nothing."""
+    assert batch.y is not None
+    x, labels = as_tuple(batch.x), as_tuple(batch.y)[0]
+    ids, is_kept = x[tokens], labels != IGNORED_LABEL
+    # Another token where it is seen, in place of one that differs from the first, with others that are behind it.
+    has_more = np.cumsum(is_kept[:, ::-1], 1)[:, ::-1] > 1
+    places = np.argwhere(is_kept & has_more & (ids != ids[:, :1]))
     if not len(places):
         return False
-    row, last = places[-1]
-    other = ids.copy()
-    other[row, last] = ids[row, 0]
-    changed = other if len(x) == 1 else (*x[:at], other, *x[at + 1 :])
-    before, after = (as_tuple(predict(arrays))[0][row] for arrays in (head.x, changed))
-    change = np.abs(after.astype(np.float64) - before)
-    return before.ndim == 2 and bool(change[:last].max(initial=0) < _LEAKED * change[last].max())
+    row, at = places[np.abs(2 * places[:, 1] - ids.shape[1]).argmin()]
+    # Together, so that a file that drops the axis of a single example keeps it.
+    pair = [np.repeat(array[row : row + 1], 2, 0) for array in x]
+    pair[tokens][1, at] = ids[row, 0]
+    outputs = as_tuple(predict(tuple(pair) if isinstance(batch.x, tuple) else pair[0]))[0].astype(np.float64)
+    axis = label_axis(outputs.shape[1:], labels.shape[1:], is_channels_first=signature.is_channels_first)
+    if axis is None or outputs.ndim != 3 or len(outputs) != 2:
+        return False
+    change = np.abs(outputs[1] - outputs[0]).max(axis - 1)
+    earlier, own, later = change[:at].max(), change[at], change[at + 1 :].max()
+    return bool(earlier < _LEAKED * own and later > max(_SEEN * own, 10 * earlier))
