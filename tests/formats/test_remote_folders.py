@@ -80,7 +80,11 @@ def test_networks_beside_each_other_are_no_model_in_a_store_either(checkpoint: P
     for place in (checkpoint, URL):
         done = here("inspect", place)
         assert done.code == 3
-        assert f"{place} is a folder without" in done.err
+        named = done.err.splitlines()[0].removeprefix(
+            f"error: {place} has no model of its own, but folders with models: "
+        )
+        assert named == f"name one, such as {place}/canny"
+        assert here("inspect", f"{place}/canny").code == 0
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin"])
