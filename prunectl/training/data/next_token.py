@@ -50,7 +50,7 @@ def follow_if_causal(
     # Of a folder, the loss of `transformers` tells.
     if signature.text is not None or not _is_causal(head, tokens, signature, predict):
         return source
-    return follow(source) if signature.ignored_label is not None else _cut(source, signature, tokens)
+    return follow(source) if signature.ignored_label is not None else _cut(source, signature, tokens, predict)
 
 
 def _note(source: Source) -> str:
@@ -77,7 +77,7 @@ def follow(source: Source) -> Source:
     return source.changed(change, _note(source))
 
 
-def _cut(source: Source, signature: ModelSignature, tokens: int) -> Source:
+def _cut(source: Source, signature: ModelSignature, tokens: int, predict: Callable[[Arrays], Arrays]) -> Source:
     """The same where no label can be ignored: without the last token, which none follows."""
     head = peek(source, 1)
     assert head is not None
@@ -87,18 +87,24 @@ def _cut(source: Source, signature: ModelSignature, tokens: int) -> Source:
         array.shape[:2] == x[tokens].shape and (port.shape is None or port.shape[:1] == (None,))
         for array, port in zip(x, signature.inputs, strict=True)
     ]
-    if not is_cut[tokens]:
-        raise UsageError(
-            f"no token follows the last one of {source.name}, and the model takes sequences of one length only",
-            hint="save sequences with a token more: x without the last token of each, y without the first; "
-            "or call the labels y to compare them in place",
-        )
 
     def change(batch: Batch) -> Batch:
         labels = as_tuple(batch.y)[0] if batch.y is not None else None
         arrays = tuple(array[:, :-1] if cut else array for array, cut in zip(as_tuple(batch.x), is_cut, strict=True))
         return Batch(arrays if isinstance(batch.x, tuple) else arrays[0], None if labels is None else labels[:, 1:])
 
+    reason = "" if is_cut[tokens] else "the model takes sequences of one length only"
+    if not reason and sum(is_cut) > 1:
+        # Something else may have that length by chance, such as the text that is translated.
+        whole, rest = (as_tuple(predict(batch.x))[0] for batch in (head, change(head)))
+        if np.abs(whole[:, :-1] - rest).max() > _LEAKED * np.abs(whole).max():
+            reason = "another input of their length cannot lose its last place"
+    if reason:
+        raise UsageError(
+            f"no token follows the last one of {source.name}, and {reason}",
+            hint="save sequences with a token more: x without the last token of each, y without the first; "
+            "or call the labels y to compare them in place",
+        )
     return source.changed(change, _note(source))
 
 

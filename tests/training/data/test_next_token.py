@@ -11,6 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from prunectl.training.backend import ModelSignature, TensorSpec
+from prunectl.training.data.next_token import follow_if_causal
+from prunectl.training.data.readers import from_arrays
+from prunectl.training.data.source import peek
 from tests.networks import keras
 from tests.running import here
 
@@ -131,6 +135,34 @@ def test_keras_leaves_inputs_whole_that_are_no_sequences(tmp_path: Path) -> None
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("is_mask", [False, True])
+def test_keras_cuts_another_input_of_that_length_only_if_no_output_depends_on_its_end(
+    is_mask: bool, tmp_path: Path
+) -> None:
+    k = keras()
+    k.utils.set_random_seed(0)
+    ids, other = k.Input((None,), name="input_ids"), k.Input((None,), name="other")
+    states, seen = k.layers.Embedding(WORDS, 6)(ids), k.layers.Embedding(WORDS, 6)(other)
+    if is_mask:
+        states = k.layers.GRU(5, return_sequences=True)(k.layers.Multiply()([states, seen]))
+    else:
+        start = k.layers.Dense(5)(k.layers.GlobalAveragePooling1D()(seen))
+        states = k.layers.GRU(5, return_sequences=True)(states, initial_state=start)
+    model = k.Model([ids, other], k.layers.Dense(WORDS)(states))
+    model.save(tmp_path / "m.keras")
+    given = IDS[::-1]
+    if is_mask:
+        model.compile(loss=k.losses.SparseCategoricalCrossentropy(from_logits=True))
+        expected = float(model.evaluate([IDS[:, :-1], given[:, :-1]], IDS[:, 1:], verbose=0))
+        found = loss_of(tmp_path / "m.keras", tmp_path, "--loss", "cross-entropy", other=given)
+        assert found == pytest.approx(expected, rel=1e-5)
+        return
+    np.savez(tmp_path / "d.npz", input_ids=IDS, labels=IDS, other=given)
+    done = here("eval", tmp_path / "m.keras", "--data", tmp_path / "d.npz", "--loss", "cross-entropy")
+    assert done.code == 2
+    assert "another input of their length cannot lose its last place" in done.err
+
+
 @pytest.mark.parametrize(("left", "right"), [(2, 0), (1, 1)])
 @pytest.mark.parametrize("classes", [4, WORDS])
 def test_classes_may_come_before_places(left: int, right: int, classes: int, tmp_path: Path) -> None:
@@ -160,6 +192,22 @@ def test_the_tokens_may_be_any_of_the_inputs(tmp_path: Path) -> None:
     expected = cross_entropy(module(context, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     found = loss_of(script(module, tmp_path), tmp_path, context=context.numpy())
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_rows_tell_whether_a_model_predicts_the_next_token() -> None:
+    port = TensorSpec("input_ids", (None,), "int64")
+    signature = ModelSignature((port,), (), is_channels_first=True, ignored_label=-100)
+    source = from_arrays("d", {"input_ids": IDS}, {"labels": IDS})
+    rows = []
+
+    def predict(x: Any) -> Any:
+        rows.append(len(x))
+        return np.cumsum(np.eye(WORDS)[x], 1)
+
+    head = peek(follow_if_causal(source, signature, predict), 4)
+    assert head is not None
+    assert np.array_equal(head.y, np.pad(IDS[:4, 1:], ((0, 0), (0, 1)), constant_values=-100))
+    assert sum(rows) == 2
 
 
 OWN = """
