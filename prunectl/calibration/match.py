@@ -33,7 +33,7 @@ from prunectl.training.task import DistilledOutput, distillation_loss
 
 STEPS = 2000
 """Of Adam, unless the user says how many."""
-RATE = 6e-3
+RATE = 4e-3
 """The learning rate at the first step, from which it falls to zero in a straight line."""
 HELD = 10
 """One of so many examples is not trained on: it tells when no more is won."""
@@ -45,10 +45,8 @@ _PATIENCE = 10
 """Looks without an improvement after which matching ends."""
 _FAR, _STALE_LOOKS, _STEP_DECAY = 0.5, 3, 0.25
 """While more than this share of the distance is left, so many looks without a gain make steps so much shorter."""
-_NEAR, _FLAT, _FLAT_LOOKS = 0.02, 0.1, 8
-"""Less than this share of the distance is left, or was won in so many looks: time to end, unless steps are given."""
-_LANDING = 4
-"""Then the rate falls to zero within a fourth of all steps."""
+_NEAR, _LANDING = 0.02, 4
+"""Once less than this share of the distance is left, the rate falls to zero in a fourth of the steps, unless given."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """What matching begins with: the weights of the tensors of a plan, and what is pruned of them."""
@@ -135,24 +133,19 @@ class Pace:
     first: float
     """The distance before the first step."""
     may_end_early: bool
-    """Whether to end where little can be won; where nothing is, it ends anyway."""
+    """Whether to end where little is left; where nothing is won, it ends anyway."""
     last: int = field(init=False)
     """So many steps are taken, unless nothing is won any more."""
     _landing: int = field(init=False)
     """The step from which the rate falls to zero until the last one."""
-    _bests: list[float] = field(init=False)
-    """The least distance up to each look."""
+    best: float = field(init=False)
+    """The least distance so far."""
     _stale: int = 0
     _share: float = 1.0
 
     def __post_init__(self) -> None:
         self.last = self._landing = self.steps
-        self._bests = [self.first]
-
-    @property
-    def best(self) -> float:
-        """The least distance so far."""
-        return self._bests[-1]
+        self.best = self.first
 
     def goes_on(self, step: int) -> bool:
         """Whether this step is still to be taken."""
@@ -167,11 +160,10 @@ class Pace:
         """Take note of a distance; whether it is the least so far."""
         is_best = distance < self.best
         self._stale = 0 if is_best else self._stale + 1
-        self._bests.append(min(distance, self.best))
+        self.best = min(distance, self.best)
         if self.is_astray:
             self._share *= _STEP_DECAY
-        is_flat = len(self._bests) > _FLAT_LOOKS and self.best > (1 - _FLAT) * self._bests[-1 - _FLAT_LOOKS]
-        if self.may_end_early and self._landing == self.steps and (is_flat or self.best < _NEAR * self.first):
+        if self.may_end_early and self._landing == self.steps and self.best < _NEAR * self.first:
             self._landing, self.last = step, min(self.steps, step + math.ceil(self.steps / _LANDING))
         return is_best
 

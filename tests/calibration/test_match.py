@@ -331,14 +331,6 @@ def test_the_rate_falls_in_a_line_and_in_a_steeper_one_from_where_little_is_left
     assert not pace.goes_on(200)
 
 
-@pytest.mark.parametrize(("may_end_early", "last"), [(True, 190), (False, 400)])
-def test_where_little_is_won_in_many_looks_a_fourth_of_the_steps_is_left(may_end_early: bool, last: int) -> None:
-    pace = Pace(400, 1.0, may_end_early=may_end_early)
-    for look in range(1, 13):
-        pace.look(10 * look, 0.5 - look / 1000)
-    assert pace.last == last
-
-
 @pytest.mark.parametrize(
     ("net", "x", "message"),
     [
