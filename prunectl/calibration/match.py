@@ -127,7 +127,7 @@ def _packed(arrays: tuple[Array, ...]) -> Arrays:
 
 @dataclass(slots=True)
 class Pace:
-    """How long steps are and when they end, by the distance of the examples that are held."""
+    """How long steps are and when they end, by the distance of the examples that are held out."""
 
     steps: int
     first: float
@@ -271,8 +271,8 @@ class OutputMatcher:
         held, rows = order[: count // HELD], order[count // HELD :]
         size = min(self._batch_size, len(rows))
         first = self._divergence(examples, held, compared) if len(held) else math.inf
-        asked = self.request.repair_steps
-        pace = Pace(asked or STEPS, first, may_end_early=not asked)
+        steps = self.request.repair_steps
+        pace = Pace(steps or STEPS, first, may_end_early=not steps)
         # What is left over in an epoch comes in another: a batch of one has no statistics.
         steps_per_epoch, every = len(rows) // size, math.ceil(pace.steps / _LOOKS)
         best_tensors, step = network.tensors(), 0
@@ -293,9 +293,9 @@ class OutputMatcher:
                 _check_finite(network.logs()["loss"], step)
                 if not len(held):
                     continue
-                found = self._divergence(examples, held, compared)
-                _check_finite(found, step)
-                if pace.look(step, found):
+                distance = self._divergence(examples, held, compared)
+                _check_finite(distance, step)
+                if pace.look(step, distance):
                     best_tensors = network.tensors()
                 elif pace.is_astray:
                     network.assign(best_tensors)
