@@ -114,7 +114,7 @@ class TorchTrainable:
                 self._layout = torch.contiguous_format
         self._choose(example)
         self._averager = losses.MetricAverager(self._metrics, is_training=True)
-        self._optimizer = make_optimizer(options.optimizer, self._trained(), options.lr)
+        self._optimizer = make_optimizer(options.optimizer, self._trained(), options.lr, may_fuse=options.is_matching)
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         if options.is_compiled:
             self._run = torch.compile(self._module)

