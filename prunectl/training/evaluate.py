@@ -48,11 +48,14 @@ def evaluate_predictions(
     task: Task | None = None
     for batch in batches:
         assert batch.y is not None
-        outputs, targets = np.asarray(as_tuple(predict(batch.x))[output], np.float64), as_tuple(batch.y)[output]
+        answers, ys = as_tuple(predict(batch.x))[output], as_tuple(batch.y)
+        targets = ys[output if len(ys) > 1 else 0]
+        has_labels, outputs = _are_labels(answers, targets), np.asarray(answers, np.float64)
         task = task or infer_task(
             outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=is_channels_first
         )
-        chosen = chosen or ("accuracy" if task.is_classification else "mae")
+        is_accuracy = task.is_classification or (has_labels and targets.dtype.kind in "iub")
+        chosen = chosen or ("accuracy" if is_accuracy else "mae")
         if chosen not in _SCORES:
             raise UsageError(
                 f"{chosen} is not a known metric for a model that is not trained",
@@ -60,7 +63,9 @@ def evaluate_predictions(
                 hint=f"known: {', '.join(_SCORES)}; a loss can be computed only for models that can be trained",
             )
         score = _SCORES[chosen]
-        if score is _accuracy and (task.kind is TaskKind.BINARY or outputs.size == len(outputs)):
+        if score is _accuracy and has_labels:
+            total += float(_by_example(outputs == targets.reshape(outputs.shape)).sum())
+        elif score is _accuracy and (task.kind is TaskKind.BINARY or outputs.size == len(outputs)):
             if targets.size != outputs.size:
                 raise metric_mismatch(chosen, outputs.shape, targets.shape)
             binary.append((outputs.reshape(-1), targets.reshape(-1)))
@@ -73,6 +78,12 @@ def evaluate_predictions(
     if not count:
         raise nothing_counts(name)
     return chosen, (_binary_accuracy(binary) if binary else float(total / count))
+
+
+def _are_labels(answers: Array, targets: Array) -> bool:
+    """Whether a model answers by the labels themselves, as those of scikit-learn do: a whole number for each target."""
+    is_each = answers.size == targets.size and (answers.ndim != 2 or answers.shape[1] == 1)
+    return answers.dtype.kind in "iub" and is_each and bool((targets == np.trunc(targets)).all())
 
 
 def _fitting(name: str, score: Score, outputs: Array, targets: Array) -> Array:
@@ -228,8 +239,9 @@ def _judged(model: ModelFile, signature: ModelSignature, source: Source, metric:
             f"{model.path} has {len(names)} outputs, but the data has {count} arrays of targets",
             hint=f"name arrays as the outputs are: {', '.join(names)}",
         )
-    if count == 1 or count != len(names):
+    output = next((index for index, name in enumerate(names) if metric.startswith(f"{name}_")), None)
+    if output is None and (count == 1 or count != len(names)):
         return 0, metric, ""
-    output = next((index for index, name in enumerate(names) if metric.startswith(f"{name}_")), 0)
+    output = output or 0
     prefix = f"{names[output]}_"
     return output, metric.removeprefix(prefix), prefix

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -146,3 +147,78 @@ def test_it_says_which_of_two_copies_is_measured_and_how_to_have_the_other(
     stripped = here("eval", command[-1], *words, cwd=tmp_path)
     assert stripped.json["evaluations"][0]["value"] == pytest.approx(loss(other), rel=1e-5)
     assert not any("twice" in warning for warning in stripped.json["warnings"])
+
+
+def label_network(path: Path, classes: list[int] | list[str], *, has_map: bool = False) -> Path:
+    """A classifier as scikit-learn's are written: labels first, then scores, or a dictionary of them (ZipMap)."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    weights = np.random.default_rng(0).standard_normal((len(classes), 3)).reshape(-1).tolist()
+    key, map_key = ("ints", "int64s") if isinstance(classes[0], int) else ("strings", "strings")
+    label = kind.INT64 if isinstance(classes[0], int) else kind.STRING
+    nodes = [
+        helper.make_node(
+            "LinearClassifier", ["x"], ["label", "scores"], domain="ai.onnx.ml", coefficients=weights,
+            intercepts=[0.0] * len(classes), post_transform="SOFTMAX", **{f"classlabels_{key}": classes},
+        )
+    ]  # fmt: skip
+    outputs = [helper.make_tensor_value_info("label", label, ["n"])]
+    if has_map:
+        nodes.append(
+            helper.make_node("ZipMap", ["scores"], ["map"], domain="ai.onnx.ml", **{f"classlabels_{map_key}": classes})
+        )
+        entry = helper.make_map_type_proto(kind.INT64, helper.make_tensor_type_proto(kind.FLOAT, None))
+        outputs.append(helper.make_value_info("map", helper.make_sequence_type_proto(entry)))
+    else:
+        outputs.append(helper.make_tensor_value_info("scores", kind.FLOAT, ["n", len(classes)]))
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", kind.FLOAT, ["n", 3])], outputs)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("has_map", [False, True])
+@pytest.mark.parametrize("words", [(), ("--metric", "accuracy")])
+def test_labels_that_a_model_answers_by_are_compared_as_such(
+    words: tuple[str, ...], has_map: bool, tmp_path: Path
+) -> None:
+    label_network(tmp_path / "m.onnx", [10, 11, 12, 13], has_map=has_map)
+    random = np.random.default_rng(1)
+    x, y = random.standard_normal((50, 3)).astype(np.float32), random.integers(10, 14, 50)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    found = here("eval", "m.onnx", "--data", "d.npz", *words, "--json", cwd=tmp_path).json["evaluations"][0]
+    labels = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(["label"], {"x": x})[0]
+    assert (found["metric"], found["value"]) == ("accuracy", pytest.approx((labels == y).mean()))
+
+
+def test_a_map_of_labels_is_compared_place_by_place(tmp_path: Path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto
+    nodes = [helper.make_node("ArgMax", ["x"], ["y"], axis=1, keepdims=0)]
+    ports = [helper.make_tensor_value_info("x", kind.FLOAT, ["n", 5, 4, 4])]
+    graph = helper.make_graph(nodes, "g", ports, [helper.make_tensor_value_info("y", kind.INT64, ["n", 4, 4])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    random = np.random.default_rng(1)
+    x, y = random.standard_normal((20, 5, 4, 4)).astype(np.float32), random.integers(0, 5, (20, 4, 4))
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    found = here("eval", "m.onnx", "--data", "d.npz", "--json", cwd=tmp_path).json["evaluations"][0]
+    assert (found["metric"], found["value"]) == ("accuracy", pytest.approx((x.argmax(axis=1) == y).mean()))
+
+
+def test_scores_are_compared_where_the_labels_of_a_model_are_words(tmp_path: Path) -> None:
+    label_network(tmp_path / "m.onnx", list("abcd"))
+    random = np.random.default_rng(1)
+    x, y = random.standard_normal((50, 3)).astype(np.float32), random.integers(0, 4, 50)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    done = here("eval", "m.onnx", "--data", "d.npz", "--json", cwd=tmp_path)
+    scores = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(["scores"], {"x": x})[0]
+    assert done.json["evaluations"][0]["value"] == pytest.approx((scores.argmax(axis=1) == y).mean())
+
+
+def test_an_output_is_chosen_by_its_name_before_the_metric(tmp_path: Path) -> None:
+    label_network(tmp_path / "m.onnx", [0, 1, 2, 3])
+    x, y = np.random.default_rng(1).standard_normal((50, 3)).astype(np.float32), np.arange(50) % 2
+    targets = np.eye(4, dtype=np.float32)[y]
+    np.savez(tmp_path / "d.npz", x=x, y=targets)
+    words = ("--metric", "scores_mse", "--json")
+    found = here("eval", "m.onnx", "--data", "d.npz", *words, cwd=tmp_path).json["evaluations"][0]
+    scores = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(["scores"], {"x": x})[0]
+    assert found["value"] == pytest.approx(np.square(scores - targets).mean(), rel=1e-5)

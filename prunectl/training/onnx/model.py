@@ -63,7 +63,9 @@ class OnnxModel:
     def predict(self, x: Arrays) -> Arrays:
         if self._predicting is None:
             self._predicting = Session(self._weights)
-        names = [port.name for port in self._graph.output]
+        names = [port.name for port in session.array_outputs(self._graph)]
+        if not names:
+            raise InputError(f"{self._weights.model.path} cannot be used: none of its outputs is an array of numbers")
         runs = [(batch, self._predicting.run(names, batch.feeds)) for batch in self._batches(x)]
         outputs = tuple(self._joined(name, [(batch, values[name]) for batch, values in runs]) for name in names)
         return outputs if len(outputs) > 1 else outputs[0]

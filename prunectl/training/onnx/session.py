@@ -10,7 +10,7 @@ import numpy as np
 
 from prunectl.errors import InputError, UsageError, first_line
 from prunectl.formats.base import Array, ModelFile, Tensor
-from prunectl.formats.onnx.tensors import CODES
+from prunectl.formats.onnx.tensors import CODES, STRING
 from prunectl.formats.onnx.usage import CELLS
 from prunectl.onnx_graph import (
     OnnxNetwork,
@@ -62,8 +62,20 @@ Shape = tuple[int | None, ...]
 def signature(graph: Any) -> ModelSignature:
     """The ports of a graph, without the axis that counts the examples."""
     makers = {name: node for node in graph.node for name in node.output}
-    outputs = tuple(replace(port_spec(port), ending=_ending(makers, port.name)) for port in graph.output)
+    outputs = tuple(replace(port_spec(port), ending=_ending(makers, port.name)) for port in array_outputs(graph))
     return ModelSignature(tuple(map(port_spec, graph.input)), outputs, is_channels_first=True)
+
+
+_NO_ARRAYS = frozenset({"sequence_type", "map_type", "optional_type", "sparse_tensor_type"})
+
+
+def array_outputs(graph: Any) -> list[Any]:
+    """The outputs that are arrays of numbers: scikit-learn's classifiers also give words, and dictionaries (ZipMap)."""
+    return [
+        port
+        for port in graph.output
+        if port.type.WhichOneof("value") not in _NO_ARRAYS and port.type.tensor_type.elem_type != STRING
+    ]
 
 
 _PASSED_ON = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast"})
