@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,8 +116,25 @@ def test_the_keywords_are_the_options_that_requests_know() -> None:
 
 
 def test_a_word_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UsageError, match="sparcity"):
+    with pytest.raises(UsageError, match="sparcity") as caught:
         prunectl.prune(FIXTURES / "digits_cnn.onnx", None, sparcity=0.5)
+    assert caught.value.__notes__[0].startswith("did you mean: sparsity")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("--nan zero sets them to zero", "nan='zero' sets them to zero"),
+        ("try --policy all or --layers '*'", "try policy='all' or layers='*'"),
+        ("--loss and the targets", "loss and the targets"),
+        ("or use --strategy obs, which needs", "or use strategy='obs', which needs"),
+        ("add --loss module:function", "add loss='module:function'"),
+        ("--scope needs a sparsity", "scope needs a sparsity"),
+    ],
+)
+def test_a_choice_is_quoted_as_in_python_and_another_word_is_not(typed: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(expected)}$"), keywords.as_keywords():
+        raise UsageError(typed)
 
 
 def test_finetune_takes_the_words_of_the_command_line(tmp_path: Path) -> None:

@@ -190,4 +190,4 @@ def test_an_output_that_is_named_is_to_come_after_the_model() -> None:
 def test_a_hint_about_a_model_in_memory_names_no_file() -> None:
     with pytest.raises(UsageError) as caught:
         prunectl.prune({"a": np.zeros((4, 4), np.float32)}, sparsity=0.5)
-    assert caught.value.hint == "select tensors with layers or policy all"
+    assert caught.value.hint == "select tensors with layers or policy='all'"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import safetensors.numpy
 import tf_keras
 import torch
+from torch.nn.utils.prune import l1_unstructured
 
 import prunectl
 from prunectl.errors import UsageError
@@ -121,6 +124,127 @@ def test_layers_of_ones_own_need_no_words() -> None:
     assert np.mean(pruned.layers[0].get_weights()[0] == 0) == 0.5
 
 
+def doubled(x: Any) -> Any:
+    """An activation that Keras does not know."""
+    return x * 2
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras])
+def test_a_function_of_ones_own_needs_no_words(library: Any) -> None:
+    dense = library.Sequential([library.layers.Input((16,)), library.layers.Dense(8, activation=doubled)])
+    pruned = prunectl.prune(dense, sparsity=0.5)
+    assert pruned.layers[0].activation is doubled
+    assert np.mean(pruned.layers[0].get_weights()[0] == 0) == 0.5
+
+
+class Wide(keras.Model):  # type: ignore[misc]
+    """A model that Keras cannot save: it does not say how many units it was made with."""
+
+    def __init__(self, units: Any) -> None:
+        super().__init__()
+        self.line = keras.layers.Dense(int(units[0]))
+
+    def call(self, x: Any) -> Any:
+        return self.line(x)
+
+
+def test_a_keras_model_that_cannot_be_saved_is_pruned_by_its_weights(tmp_path: Path) -> None:
+    dense = Wide(np.array([8]))
+    dense(np.ones((1, 16), "f4"))
+    with pytest.raises(UsageError, match="Keras cannot save Wide") as caught:
+        prunectl.prune(dense, sparsity=0.5)
+    assert "save_weights" in caught.value.hint
+    dense.save_weights(tmp_path / "m.weights.h5")
+    prunectl.prune(tmp_path / "m.weights.h5", tmp_path / "s.weights.h5", sparsity=0.5)
+    dense.load_weights(tmp_path / "s.weights.h5")
+    assert np.mean(dense.get_weights()[0] == 0) == 0.5
+
+
+def pruned_twice() -> Any:
+    net = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    l1_unstructured(net[0], "weight", amount=0.25)
+    return net
+
+
+def normed() -> Any:
+    with pytest.warns(FutureWarning):
+        return torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(16, 8)))
+
+
+BY_DATA: Any = {"strategy": "activation-magnitude", "data": np.ones((8, 16), "f4")}
+
+
+@pytest.mark.parametrize(("make", "options"), [(pruned_twice, {}), (normed, {}), (normed, BY_DATA)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_weights_that_a_module_computes_are_those_that_were_pruned(make: Any, in_place: bool, options: Any) -> None:
+    torch.manual_seed(3)
+    dense = make()
+    before = dense[0].weight.detach().clone()
+    pruned = prunectl.prune(dense, sparsity=0.5, scope="layer", in_place=in_place, **options)
+    assert (pruned[0].weight == 0).float().mean() == 0.5
+    assert (pruned is dense) == in_place
+    assert torch.equal(dense[0].weight, before) != in_place
+    shown = pruned[0].weight.detach().clone()
+    pruned(torch.ones(1, 16))
+    assert torch.equal(pruned[0].weight, shown)
+
+
+class Odd(torch.nn.Module):
+    """A module with a state that is no tensor, and of a class that PyTorch does not load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+        self.told: Any = None
+
+    def get_extra_state(self) -> Any:
+        return Path("/")
+
+    def set_extra_state(self, state: Any) -> None:
+        self.told = state
+
+
+def test_the_extra_state_of_a_module_stays() -> None:
+    pruned = prunectl.prune(Odd(), sparsity=0.5)
+    assert (pruned.fc.weight == 0).sum() == 8
+    assert pruned.told == Path("/")
+    state = {"fc.weight": torch.rand(4, 4), "arguments": Path("/")}
+    assert prunectl.prune(state, sparsity=0.5)["arguments"] == Path("/")
+
+
+def locked() -> Any:
+    net = module()
+    net.lock = threading.Lock()  # type: ignore[assignment]
+    return net
+
+
+def renamed() -> Any:
+    net = torch.nn.Linear(4, 4)
+    net.register_state_dict_post_hook(lambda net, state, prefix, local: state.update({"x.weight": state.pop("weight")}))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message", "hint"),
+    [
+        (locked, {}, "Sequential cannot be copied: cannot pickle '_thread.lock' object", "in_place=True"),
+        (renamed, {}, "Linear does not load its own state dict", "prune net.state_dict()"),
+        (lambda: torch.nn.LazyLinear(4), {}, "weight has no shape yet", "call the module once"),
+        (lambda: torch.nn.Linear(4, 4, device="meta"), {}, "on the device meta: it has no values", "load the weights"),
+        (lambda: keras.Sequential([keras.layers.Dense(4)]), {}, "the Keras model has no weights yet", "call it once"),
+        (lambda: network(keras), {"pattern": "channel", "in_place": True}, "cannot be removed", "leave out in_place"),
+        (pruned_twice, BY_DATA, "the model has pruning wrappers", "remove them first"),
+        (module, {"max_drop": "1pp"}, "max_drop needs a file: a PyTorch module is in memory", "save it, and prune"),
+    ],
+)
+def test_a_model_in_memory_that_cannot_be_pruned_is_refused_with_the_way_out(
+    make: Any, options: Any, message: str, hint: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        prunectl.prune(make(), **{"sparsity": 0.5, **options})
+    assert hint in caught.value.hint
+
+
 def test_channels_are_cut_out_of_a_keras_model() -> None:
     thin = prunectl.prune(network(keras), pattern="channel", sparsity="50%")
     assert thin.layers[0].filters == 4
@@ -145,8 +269,10 @@ def test_what_cannot_be_is_refused_in_words_of_python() -> None:
         prunectl.prune(module(), "out.pt", sparsity=0.5)  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="no output is given"):
         prunectl.prune("model.pt", sparsity=0.5)  # type: ignore[type-var]
-    with pytest.raises(TypeError, match="model must be a string or a path, not object"):
+    with pytest.raises(TypeError, match="or a dict of arrays or tensors, not object"):
         prunectl.prune(object(), sparsity=0.5)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="model must be a path: only prune takes a model in memory, not Sequential"):
+        prunectl.size(module())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model\['a'\] must be a NumPy array, not list"):
         prunectl.prune({"a": [1.0]}, sparsity=0.5)
     with pytest.raises(UsageError, match="the model") as caught:

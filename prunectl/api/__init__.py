@@ -250,7 +250,9 @@ def _pruned(
         # What it holds was made here: no code in it is a stranger's.
         own = partial(prune_own_file, on_progress=on_progress)
         return prune_in_memory(kind, model, own, options, in_place=in_place)
-    check_type("model", model, AnyPath)
+    if not isinstance(model, (str, os.PathLike)):
+        kinds = "a path, a torch.nn.Module, a Keras model, an ONNX ModelProto, or a dict of arrays or tensors"
+        raise TypeError(f"model must be {kinds}, not {type(model).__name__}: {model!r:.80}")
     if "output" in options:
         raise UsageError("output has no name: it comes after the model", hint=PATH_HINT)
     if output is ...:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from prunectl.errors import UsageError, first_line
 from prunectl.training.request import MAX, MIN
 
 _OBJECTS = frozenset({"data", "val", "loss", "train_step", "metric", "builder", "distill_builder", "custom_objects"})
@@ -90,7 +92,21 @@ def _as_found(option: str, value: Any) -> Any:
 
 def builder_of(model: Any) -> Callable[[], Any]:
     """A builder that returns a copy of a model, so that training one leaves it alone."""
-    return model if not hasattr(model, "state_dict") else lambda: copy.deepcopy(model)
+    return model if not hasattr(model, "state_dict") else lambda: copy_of(model)
+
+
+def copy_of(model: Any) -> Any:
+    """A copy of a module, also where weights are computed from others, which PyTorch itself does not copy."""
+    tensor = sys.modules["torch"].Tensor
+    own = (value for module in model.modules() for value in vars(module).values())
+    computed = {id(value): value.detach().clone() for value in own if isinstance(value, tensor) and not value.is_leaf}
+    try:
+        return copy.deepcopy(model, computed)
+    except Exception as error:  # whatever is in it
+        raise UsageError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}",
+            hint="prune the module itself with in_place=True, without data, or its file",
+        ) from error
 
 
 def _register(option: str, value: Any, registered: list[str]) -> str:

@@ -242,10 +242,13 @@ class SweepOptions(TypedDict, total=False):
     trust: bool
 
 
+_TAKE_A_WORD = "to nan on policy scope pattern device loss metric keep repair strategy schedule schedules precision"
+_NO_VALUE = "and|or|for|that|is|may|can|must|need|needs|cannot|does|works|trains"
 _OPTION = re.compile(
-    r"""--([a-z][a-z0-9-]+)  # an option, and what may be its value:
-    (?:[ ](  # a format, text in quotes, a placeholder, or what has a digit, a dot, a colon or a percent sign
-        (?<=--to[ ])[a-z][a-z0-9-]* | '[^']*' | \d[\w.%:,]*(?<![,.:]) | [^\s;]*[.:%][^\s;]*[^\s,;.:] | [A-Z]{2,}\b
+    rf"""--([a-z][a-z0-9-]+)  # an option, and what may be its value:
+    (?:[ ](  # text in quotes, a placeholder, what has a digit, a dot, a colon or a percent sign, or one of its choices
+        '[^']*' | \d[\w.%:,]*(?<![,.:]) | [^\s;]*[.:%][^\s;]*[^\s,;.:] | [A-Z]{{2,}}\b
+        | (?:{"|".join(rf"(?<=--{name}[ ])" for name in _TAKE_A_WORD.split())})(?!(?:{_NO_VALUE})\b)[a-z][a-z0-9-]*
     ))?""",
     re.VERBOSE,
 )
@@ -265,6 +268,8 @@ def as_keywords() -> Generator[None]:
         error.message, error.hint = _in_keywords(error.message), "\n".join(map(_in_keywords, error.hint.split("\n")))
         error.did_you_mean = tuple(map(_in_keywords, error.did_you_mean))
         error.args = (error.message,)
+        if error.did_you_mean:
+            error.add_note(f"did you mean: {', '.join(error.did_you_mean)}?")
         if error.hint:
             error.add_note(f"hint: {error.hint}")
         raise

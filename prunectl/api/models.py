@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
+import re
 import sys
 from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -18,8 +20,9 @@ import numpy as np
 
 from prunectl.analysis.patterns import CHANNEL
 from prunectl.analysis.stats import ModelStats
-from prunectl.api.keywords import AnyPath, check_type
-from prunectl.errors import PrunectlError, UsageError, first_line
+from prunectl.api.in_memory import copy_of
+from prunectl.api.keywords import AnyPath, FilePruneOptions, PruneOptions, check_type
+from prunectl.errors import SCRATCH, PrunectlError, UsageError, first_line
 from prunectl.exporting.weights import save_arrays
 from prunectl.formats.detect import URL, without_secrets
 from prunectl.formats.registry import open_model
@@ -29,6 +32,8 @@ from prunectl.formats.scratch import temporary_folder
 
 def local_path(name: str, path: AnyPath) -> Path:
     """A path on this machine."""
+    if kind_of(path) is not None:
+        raise TypeError(f"{name} must be a path: only prune takes a model in memory, not {type(path).__name__}")
     check_type(name, path, AnyPath)
     if is_url(path):
         is_written = name in {"output", "tried"}
@@ -128,11 +133,14 @@ def prune_in_memory(
 ) -> Any:
     """A pruned copy of a model, or the model itself in place: its file is pruned, as any other would be."""
     changes_shapes = options.get("pattern") == CHANNEL
+    save = f"save it, and prune the file: prunectl.prune('model{kind.suffix}', 'small{kind.suffix}', "
     if changes_shapes and (kind.keeps_shapes or in_place):
         raise UsageError(
             f"channels cannot be removed from {kind.title} in memory: its layers would need other shapes",
-            hint="save it, and prune the file: prunectl.prune('model.pt', 'thin.pt', pattern='channel', …)",
+            hint=f"{save}pattern='channel', …)" if kind.keeps_shapes else "leave out in_place: a copy can be smaller",
         )
+    for name in options.keys() & FilePruneOptions.__annotations__.keys() - PruneOptions.__annotations__.keys():
+        raise UsageError(f"{name} needs a file: {kind.title} is in memory", hint=f"{save}{name}=…)")
     code = kind.code(model) if options.get("data") is not None else {}
     with temporary_folder() as scratch:
         source, target = scratch / f"model{kind.suffix}", scratch / f"pruned{kind.suffix}"
@@ -140,16 +148,18 @@ def prune_in_memory(
         try:
             prune_file(source, target, {**code, **options})
         except PrunectlError as error:
-            raise _without_path(error, source) from error
+            raise _without_paths(error) from error
         return kind.load(model, target, in_place)
 
 
-def _without_path(error: PrunectlError, path: Path) -> PrunectlError:
-    """The same error, without the name of a file that nobody has seen."""
-    message = error.message.replace(str(path), "the model")
+_SCRATCH_FILE = re.compile(rf"\S*/{SCRATCH.pattern}/\S*\w")
+
+
+def _without_paths(error: PrunectlError) -> PrunectlError:
+    """The same error, without the names of files that nobody has seen."""
     # What could be done with a file cannot be done with a model in memory.
-    hint = "; ".join(advice for advice in error.hint.split("; ") if str(path) not in advice)
-    return type(error)(message, hint=hint, did_you_mean=error.did_you_mean)
+    hint = "; ".join(advice for advice in error.hint.split("; ") if not _SCRATCH_FILE.search(advice))
+    return type(error)(_SCRATCH_FILE.sub("the model", error.message), hint=hint, did_you_mean=error.did_you_mean)
 
 
 def _torch() -> Any:
@@ -161,10 +171,36 @@ def _is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def _save_module(model: Any, path: Path) -> None:
+    """The tensors of a module; what its `get_extra_state` adds may be anything, and stays where it is."""
+    parameters = _torch().nn.parameter
+    for name, value in model.named_parameters():
+        if parameters.is_lazy(value):
+            raise UsageError(f"{name} has no shape yet", hint="call the module once on an example")
+        if value.is_meta:
+            raise UsageError(f"{name} is on the device meta: it has no values", hint="load the weights first")
+    _torch().save({name: value for name, value in model.state_dict().items() if _is_tensor(value)}, path)
+
+
 def _load_module(model: Any, path: Path, is_in_place: bool) -> Any:
-    result = model if is_in_place else copy.deepcopy(model)
-    result.load_state_dict(_read_state_dict(path))
+    result = model if is_in_place else copy_of(model)
+    try:
+        result.load_state_dict({**result.state_dict(), **_read_state_dict(path)})
+    except RuntimeError as error:
+        raise UsageError(
+            f"{type(model).__name__} does not load its own state dict: {first_line(error)}",
+            hint="prune net.state_dict(), which comes back as a dict",
+        ) from error
+    _compute_weights(result)
     return result
+
+
+def _compute_weights(model: Any) -> None:
+    """Compute the weights that `weight_norm` and `torch.nn.utils.prune` compute before each forward pass."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001 - there is no other way to them
+            if {cls.__name__ for cls in type(hook).__mro__} & {"BasePruningMethod", "WeightNorm"}:
+                hook(module, None)
 
 
 def _read_state_dict(path: Path) -> Any:
@@ -172,7 +208,8 @@ def _read_state_dict(path: Path) -> Any:
 
 
 def _save_state_dict(model: Mapping[str, Any], path: Path) -> None:
-    _torch().save(dict(model), path)
+    kept = (_torch().Tensor, Mapping, list, tuple)
+    _torch().save({name: value for name, value in model.items() if isinstance(value, kept)}, path)
 
 
 def _load_state_dict(model: MutableMapping[str, Any], path: Path, is_in_place: bool) -> Any:
@@ -204,11 +241,23 @@ def _load_arrays(model: MutableMapping[str, Any], path: Path, is_in_place: bool)
     return _updated(model, values, is_in_place=is_in_place)
 
 
+def _save_keras(model: Any, path: Path) -> None:
+    if not model.built:
+        raise UsageError("the Keras model has no weights yet", hint="call it once on an example")
+    try:
+        model.save(str(path))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(
+            f"Keras cannot save {type(model).__name__}: {first_line(error)}",
+            hint="give its classes a get_config, or prune a file of its weights: model.save_weights('m.weights.h5')",
+        ) from error
+
+
 def _load_keras(model: Any, path: Path, is_in_place: bool) -> Any:
     if is_in_place:
         model.load_weights(str(path))
         return model
-    objects = _custom_classes(model)
+    objects = _custom_objects(model)
     try:
         return _keras_of(model).models.load_model(str(path), custom_objects=objects, compile=False, safe_mode=False)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -223,15 +272,17 @@ def _keras_of(model: Any) -> Any:
     return tf_keras if tf_keras is not None and isinstance(model, tf_keras.Model) else sys.modules["keras"]
 
 
-def _custom_classes(model: Any) -> dict[str, Any]:
-    """The classes of a model and its layers that are not of Keras itself."""
-    classes = {type(part) for part in (model, *model._flatten_layers())}  # noqa: SLF001 - also layers in layers
-    return {cls.__name__: cls for cls in classes if cls.__module__.partition(".")[0] not in {"keras", "tf_keras"}}
+def _custom_objects(model: Any) -> dict[str, Any]:
+    """The classes of a model and its layers, and their functions such as activations, that are not of Keras itself."""
+    parts = (model, *model._flatten_layers())  # noqa: SLF001 - also layers in layers
+    functions = {value for part in parts for value in vars(part).values() if inspect.isfunction(value)}
+    objects: set[Any] = {*map(type, parts), *functions}
+    return {one.__name__: one for one in objects if one.__module__.partition(".")[0] not in {"keras", "tf_keras"}}
 
 
 def _keras_code(model: Any) -> dict[str, Any]:
-    classes = _custom_classes(model)
-    return {"custom_objects": classes} if classes else {}
+    objects = _custom_objects(model)
+    return {"custom_objects": objects} if objects else {}
 
 
 def _save_onnx(model: Any, path: Path) -> None:
@@ -253,13 +304,13 @@ def _no_code(_: Any) -> dict[str, Any]:
 
 _STATE_DICT = ModelKind("a state dict", ".pt", _save_state_dict, _load_state_dict, _no_code)
 _ARRAYS = ModelKind("a dict of arrays", ".safetensors", _save_arrays, _load_arrays, _no_code)
-_KERAS = ModelKind("a Keras model", ".keras", lambda model, path: model.save(str(path)), _load_keras, _keras_code)
+_KERAS = ModelKind("a Keras model", ".keras", _save_keras, _load_keras, _keras_code)
 _MODULE = ModelKind(
     "a PyTorch module",
     ".pt",
-    lambda model, path: _torch().save(model.state_dict(), path),
+    _save_module,
     _load_module,
-    lambda model: {"builder": lambda: copy.deepcopy(model)},
+    lambda model: {"builder": lambda: copy_of(model)},
     keeps_shapes=True,
 )
 _ONNX = ModelKind("an ONNX model", ".onnx", _save_onnx, _load_onnx, _no_code)

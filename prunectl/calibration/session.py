@@ -328,7 +328,7 @@ def open_calibration(
     if model.about.pruning_wrappers:
         raise UsageError(
             f"{model.path} has pruning wrappers, which change what the model computes",
-            hint=f"remove them first: prunectl strip {model.path} -o plain{model.path.suffix}",
+            hint=f"remove them first; this does: prunectl strip {model.path} -o plain{model.path.suffix}",
         )
     check_exists(request.data)
     seed_everything(request.seed)
