@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import threading
 from collections.abc import Generator, Iterable, Mapping
@@ -25,8 +26,11 @@ _modules: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
 _importing = threading.RLock()
 
 
-def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
-    """Resolve a name: a built-in, an entry point, `package.module:name` or `./file.py:name`."""
+def find(kind: str, name: str, builtin: Mapping[str, Thing], titles: Mapping[str, str] | None = None) -> Thing | object:
+    """Resolve a name: a built-in, an entry point, `package.module:name` or `./file.py:name`.
+
+    A name that stands in a title, as that of a paper, is what the thing with the title is called elsewhere.
+    """
     if name in builtin:
         return builtin[name]
     if ":" in name:
@@ -36,9 +40,11 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing]) -> Thing | object:
         loaded: object = installed[name].load()
         return loaded
     known = [*builtin, *installed]
+    word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+    meant = [one for one, title in (titles or {}).items() if word.search(title)]
     raise UsageError(
         f"{name} is not a known {kind}",
-        did_you_mean=tuple(get_close_matches(name, known, n=3, cutoff=0.5)),
+        did_you_mean=tuple(meant or get_close_matches(name, known, n=3, cutoff=0.5)),
         hint=f"choose one of {', '.join(known)}, or name a function: package.module:name or ./file.py:name",
     )
 

@@ -106,6 +106,21 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_in_place_replaces_no_model_but_the_one_that_is_named_twice(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    dense = (FIXTURES / "digits_cnn.onnx").read_bytes()
+    path.write_bytes(dense)
+    for call, options in ((prunectl.prune, {"sparsity": 0.5}), (prunectl.strip, {})):
+        with pytest.raises(UsageError, match=r"in_place replaces .*m\.onnx, but the output is .*other\.onnx"):
+            call(path, tmp_path / "other.onnx", in_place=True, **options)  # type: ignore[operator]
+    with pytest.raises(UsageError, match="in_place replaces"):
+        prunectl.finetune(path, tmp_path / "other.onnx", in_place=True, data="digits.npz")
+    assert path.read_bytes() == dense
+    (tmp_path / "link.onnx").symlink_to(path)
+    prunectl.prune(tmp_path / "link.onnx", path, in_place=True, sparsity=0.5)
+    assert prunectl.inspect(path).params.prunable_zero == 4868
+
+
 def test_the_keywords_are_the_options_that_requests_know() -> None:
     assert get_type_hints(keywords.FinetuneOptions).keys() == set(finetune_request.OPTIONS)
     assert get_type_hints(keywords.ExportOptions).keys() == set(export_request.OPTIONS)
@@ -119,6 +134,12 @@ def test_a_word_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError, match="sparcity") as caught:
         prunectl.prune(FIXTURES / "digits_cnn.onnx", None, sparcity=0.5)
     assert caught.value.__notes__[0].startswith("did you mean: sparsity")
+    for options, hint in (({"scope": "glob"}, "layer, global or erk"), ({"nan": "none"}, "zero, keep or error")):
+        with pytest.raises(UsageError, match="is not a valid") as caught:
+            prunectl.prune(FIXTURES / "digits_cnn.onnx", None, sparsity=0.5, **options)  # type: ignore[arg-type]
+        assert hint in caught.value.hint
+    with pytest.raises(UsageError, match=r"^fail_on='zeros' is not known"):
+        prunectl.diff(FIXTURES / "digits_cnn.onnx", FIXTURES / "digits_cnn.onnx", fail_on="zeros")
 
 
 @pytest.mark.parametrize(

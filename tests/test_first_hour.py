@@ -290,6 +290,8 @@ def test_errors_break_at_words_begin_in_red_and_guess_what_was_meant(tmp_path: P
         (("prune", "m.h5", "--overwrite"), "--force"),
         (("prune", "m.h5", "--amount", "0.8"), "--sparsity"),
         (("prune", "m.h5", "--global"), "--scope global"),
+        (("prune", str(KERAS), "-o", "x.h5", "-s", "50%", "--strategy", "wanda"), "activation-magnitude?"),
+        (("prune", str(KERAS), "-o", "x.h5", "-s", "50%", "--strategy", "SparseGPT"), "obs?"),
         (("quantize", "m.h5"), "export --int8"),
         (("info", "m.h5"), "inspect"),
         (("compress", "m.h5"), "prune"),

@@ -37,6 +37,7 @@ from prunectl.api.keywords import (
 from prunectl.api.models import (
     PATH_HINT,
     LiveModel,
+    destination_of,
     is_url,
     kind_of,
     local_path,
@@ -405,10 +406,9 @@ def _path(path: AnyPath, name: str = "model") -> Path:
 
 
 def _destination(model: AnyPath, path: AnyPath | None, *, force: bool, in_place: bool) -> Destination | None:
-    destination = None if path is None else Destination(_path(path, "output"), is_forced=force, is_in_place=in_place)
     if in_place and is_url(model):
         raise UsageError("a model at a URL cannot be replaced in place", hint="name an output")
-    return destination
+    return None if path is None else destination_of(model, path, force=force, in_place=in_place)
 
 
 eval = evaluate  # noqa: A001 - as the command is called; among the names to import it would hide that of Python

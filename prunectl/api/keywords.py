@@ -354,7 +354,9 @@ def parse_text(name: str, parse: Callable[[str], Value], text: str) -> Value:
     try:
         return parse(text)
     except UsageError as error:
-        raise UsageError(f"{name}: {error.message}", hint=error.hint, did_you_mean=error.did_you_mean) from error
+        is_named = f"--{name.replace('_', '-')}" in error.message
+        message = error.message if is_named else f"{name}: {error.message}"
+        raise UsageError(message, hint=error.hint, did_you_mean=error.did_you_mean) from error
 
 
 def ratio(name: str, value: Ratio) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Generator, Mapping, MutableMapping
@@ -28,6 +29,7 @@ from prunectl.formats.detect import URL, without_secrets
 from prunectl.formats.registry import open_model
 from prunectl.formats.safetensors import CODES
 from prunectl.formats.scratch import temporary_folder
+from prunectl.pruning.destination import Destination
 
 
 def local_path(name: str, path: AnyPath) -> Path:
@@ -43,6 +45,17 @@ def local_path(name: str, path: AnyPath) -> Path:
             hint="write it to a path on this machine, and upload it afterwards" if is_written else to_read,
         )
     return Path(path)
+
+
+def destination_of(model: AnyPath, output: AnyPath, *, force: bool, in_place: bool) -> Destination:
+    """Where an output goes. In place it goes where the model is, which its caller says by naming the same path."""
+    target, own = local_path("output", output), local_path("model", model)
+    if in_place and os.path.realpath(target) != os.path.realpath(own):
+        raise UsageError(
+            f"in_place replaces {own}, but the output is {target}",
+            hint=f"write {str(own)!r} as output too, or leave out in_place",
+        )
+    return Destination(target, is_forced=force, is_in_place=in_place)
 
 
 def is_url(path: object) -> bool:

@@ -24,7 +24,7 @@ from prunectl.api.keywords import (
     parse_text,
     ratio,
 )
-from prunectl.api.models import local_path
+from prunectl.api.models import destination_of, local_path
 from prunectl.api.pruning import search_line, trial_teller
 from prunectl.api.results import (
     EngineResult,
@@ -128,7 +128,7 @@ def finetune(
     each step. With ``max_drop="1pp"`` a training run is made at each of several sparsities, of which the highest that
     costs no more is written; ``tried`` is a folder for them, in which a search is resumed.
     """
-    destination = Destination(local_path("output", output), is_forced=force, is_in_place=in_place)
+    destination = destination_of(model, output, force=force, in_place=in_place)
     watch = EpochWatcher(on_epoch, on_progress)
     if tried is not None and not max_drop:
         raise UsageError("tried needs max_drop", hint="add max_drop='0.5pp'")

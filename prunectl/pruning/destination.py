@@ -86,9 +86,11 @@ def _check_name(model: ModelFile, target: Path) -> None:
     rows = [row for row in FORMATS if suffix in row.suffixes]
     # A .pth.tar may be a PyTorch file of any age.
     if rows and not any(set(row.suffixes) & set(format_row.suffixes) for row in rows):
+        # The most usual one: a row for a kind of .pt has no other suffix.
+        promised = max(rows, key=lambda row: len(row.suffixes))
         own_suffix = model.path.suffix or format_row.suffixes[0]
         raise UsageError(
-            f"{target} has the suffix of {rows[0].title}, but {model.path} keeps its format, {format_row.title}",
+            f"{target} has the suffix of {promised.title}, but {model.path} keeps its format, {format_row.title}",
             hint=f"use the suffix {own_suffix or '(none)'}, or change the format with prunectl export",
         )
 

@@ -142,7 +142,9 @@ def from_json(data: dict[str, Any]) -> PruneRequest:
     values = {**data, **lists}
     for name, value in values.items():
         if not _check_type(name, value, defaults[name]):
-            raise UsageError(f"{value!r} is not a valid {name.replace('_', ' ')}")
+            known = {"scope": "layer, global or erk", "nan": "zero, keep or error"}.get(name)
+            hint = f"choose {known}" if known else ""
+            raise UsageError(f"{value!r} is not a valid {name.replace('_', ' ')}", hint=hint)
     return PruneRequest(**values)
 
 
@@ -214,9 +216,9 @@ def _method(
 
 
 def _strategy(request: PruneRequest) -> Strategy:
-    return adapt_strategy(
-        find("strategy", request.strategy, {strategy.name: strategy for strategy in STRATEGIES}), request
-    )
+    titles = {strategy.name: strategy.summary for strategy in STRATEGIES}
+    builtin = {strategy.name: strategy for strategy in STRATEGIES}
+    return adapt_strategy(find("strategy", request.strategy, builtin, titles), request)
 
 
 def _policy(name: str) -> Policy:

@@ -70,6 +70,8 @@ def test_a_name_that_promises_another_format_is_refused(name: str, model: Path, 
     done = here("prune", model, "-o", tmp_path / name, *HALF)
     assert done.code == 2
     assert "keeps its format, PyTorch" in done.err
+    onnx = here("prune", FIXTURES / "digits_cnn.onnx", "-o", tmp_path / "out.pt", "-s", "50%")
+    assert "out.pt has the suffix of PyTorch, but" in onnx.err
     assert "prunectl export" in done.err
     assert not (tmp_path / name).exists()
 
