@@ -1,4 +1,4 @@
-"""Where a file seems to hold its weights twice: as they were trained, and averaged over the training (EMA, SWA)."""
+"""Detection of files that hold their weights twice: as trained, and as an average over training steps (EMA, SWA)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from prunectl.formats.base import Role, Tensor
 _AVERAGE_WORDS = ("ema", "swa", "averaged")
 _AVERAGE = re.compile(rf"(^|_)({'|'.join(_AVERAGE_WORDS)})(_|$)", re.IGNORECASE)
 MOST_ROOTS = 3
-"""Entries around the weights whose names are looked at."""
+"""Number of leading parts of a tensor name that may be entries of a checkpoint around the weights."""
 
 
 def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
-    """Say it where a file holds its weights twice: as they were trained, and averaged (EMA, SWA)."""
+    """A hint if the file holds its weights twice: as trained, and as an average (EMA, SWA)."""
     copies = next(averaged_copies(stats.layers), None)
     if copies is None:
         return ()
@@ -34,15 +34,15 @@ def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def is_average(part: str) -> bool:
-    """Whether a part of a name says that what it holds is an average."""
+    """Whether a part of a tensor name marks an average, as `model_ema` does."""
     return _AVERAGE.search(part) is not None
 
 
 def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[str, str, int]]:
-    """Yield where a file seems to hold weights twice, as trained and as an average (EMA, SWA), and how many.
+    """Yield each averaged copy (EMA, SWA): entry of the trained weights, entry of the average, number of tensors.
 
-    A copy is known by a part of its names, and by the rest of them: `ema_model_state_dict.ema_model.a.weight` beside
-    `model_state_dict.a.weight`, `model_ema.aweight` beside `model.a.weight`.
+    A part of a copy's name marks an average; without it and dots, the name is that of a trained weight, as
+    `ema_model_state_dict.ema_model.a.weight` and `model_state_dict.a.weight`, `model_ema.aweight` and `model.a.weight`.
     """
     tensors = tuple(tensors)
     if not any(word in tensor.name.lower() for tensor in tensors for word in _AVERAGE_WORDS):
@@ -58,27 +58,27 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[s
                 averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
                 break
         else:
-            # Pruning of PyTorch calls a weight so while its mask lies beside it.
+            # torch.nn.utils.prune renames a weight to `_orig` as long as it has a mask.
             trained.append(([*parts[:-1], parts[-1].removesuffix("_orig")], tensor.shape))
-    others: dict[tuple[str, tuple[int, ...]], str] = {}
+    entries: dict[tuple[str, tuple[int, ...]], str] = {}
     for parts, shape in trained if averages else ():
         for skip in range(min(MOST_ROOTS, len(parts))):
-            key, place = ("".join(parts[skip:]), shape), ".".join(parts[:skip])
-            # Of several places, what they have in common is known.
-            others[key] = common_entry(others[key], place) or others[key] if key in others else place
+            key, entry = ("".join(parts[skip:]), shape), ".".join(parts[:skip])
+            # Of several entries with this name and shape, their common parent is used.
+            entries[key] = common_entry(entries[key], entry) or entries[key] if key in entries else entry
     for copy, averaged in averages.items():
-        originals = [other for tensor in averaged if (other := _other(tensor, copy, others)) is not None]
+        originals = [other for tensor in averaged if (other := _entry(tensor, copy, entries)) is not None]
         if 2 * len(originals) >= len(averaged):
             yield Counter(originals).most_common(1)[0][0], copy, len(originals)
 
 
 def common_entry(first: str, second: str) -> str:
-    """The innermost entry that holds what two names stand for."""
+    """The innermost entry that contains both names; empty if there is none."""
     parts = zip(first.split("."), second.split("."), strict=False)
-    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], parts))
+    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
-def _other(tensor: Tensor | TensorStats, place: str, others: Mapping[tuple[str, tuple[int, ...]], str]) -> str | None:
-    parts = tensor.name.removeprefix(f"{place}.").removesuffix("_orig").split(".")
+def _entry(tensor: Tensor | TensorStats, copy: str, entries: Mapping[tuple[str, tuple[int, ...]], str]) -> str | None:
+    parts = tensor.name.removeprefix(f"{copy}.").removesuffix("_orig").split(".")
     keys = (("".join(parts[skip:]), tensor.shape) for skip in range(min(MOST_ROOTS, len(parts))))
-    return next((others[key] for key in keys if key in others), None)
+    return next((entries[key] for key in keys if key in entries), None)

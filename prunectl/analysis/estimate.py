@@ -1,4 +1,4 @@
-"""The gzip size of a big model, estimated from a sample of its bytes."""
+"""Estimate of the gzip size of a large model from a sample of its bytes."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from prunectl.formats.extents import REMOTE, file_bytes
 from prunectl.formats.workers import check_stopped, usable_cores, workers
 
 EXACT_BYTES = 32 << 20
-"""What is smaller is measured: sampling it would take as long."""
+"""Smaller models are compressed whole: sampling them would take as long."""
 _PIECE, _PIECES = 256 << 10, 48
-"""Bytes of a piece, which deflate makes of what it makes in the whole; and how many of them are tried."""
+"""Bytes of a piece, which is long enough to compress as well as within the whole; first number of pieces."""
 _PROBE, _PROBES, _PROBES_OF_PIECE = 8 << 10, 1024, 4
-"""Bytes of a probe, which is quick, but has Huffman tables of its own to pay for."""
+"""Bytes of a probe, quick to compress, but with the overhead of its own Huffman tables; numbers of probes."""
 _WINDOW = 32 << 10
-"""How far back deflate looks for what it has seen."""
+"""Window of deflate: how many bytes back it looks for repetitions."""
 _TABLE = 40
-"""Bytes that the last block of a piece costs more than in the whole, which matter where there is next to nothing."""
+"""Bytes that the last block of a piece takes in addition; they matter if hardly anything is left of the piece."""
 _ALIKE = 1e-6
-"""Variance of probes that say nothing about pieces."""
+"""At or below this variance, probes are too alike to predict the ratios of pieces."""
 _AIM = 0.01
 _CONFIDENCE = 2.0
 """Standard errors of a 95 % interval."""
 _MOST = 0.25
-"""Share of the bytes beyond which all of them are compressed: the sample tells too little."""
+"""If the error is still too large after this share of the bytes, the whole model is compressed."""
 
 
 def estimate_size(model: ModelFile, codec: Codec, meter: ProgressFactory = no_progress) -> ModelStats:
-    """The facts of a model, with its compressed size to about 1 %: no zero is counted and nothing packed.
+    """Statistics of a model with an estimate of its compressed size (to about 1 %), without zeros or packed size.
 
-    A small model is measured, and so is one of which a quarter of the bytes says too little.
+    A small model is measured instead, as is one whose error is too large after a quarter of its bytes.
     """
     source = _Source.of(model.files)
     sampled = _sampled(source, codec.level) if source.nbytes > EXACT_BYTES else None
@@ -55,56 +55,56 @@ def estimate_size(model: ModelFile, codec: Codec, meter: ProgressFactory = no_pr
 
 
 def _sampled(source: _Source, level: int) -> tuple[float, Estimate] | None:
-    """The share that gzip leaves of a model; None if too little is known after too many bytes.
+    """The compression ratio of a model and its error; None if the error is too large after too many bytes.
 
-    Double sampling with regression (Cochran, Sampling Techniques, chapter 12): probes at many places say how much of
-    the model is like what, and pieces at a few places what gzip makes of that.
+    Double sampling with regression (Cochran, Sampling Techniques, chapter 12): cheap probes at many offsets, and pieces
+    at a few offsets, whose ratios are regressed on those of the probes in them.
     """
     random = np.random.default_rng(0)
     pieces, probes = np.empty((0, 2)), np.empty((0, 2))
     more_pieces, more_probes = _PIECES, _PROBES
     with workers(usable_cores()) as pool:
         while True:
-            places = _strata(random, more_pieces, source.nbytes - _PIECE)
-            pieces = np.concatenate([pieces, *pool.map(partial(source.piece, level=level), places)])
-            places = _strata(random, more_probes, source.nbytes - _PROBE)
-            probes = np.concatenate([probes, *pool.map(partial(source.probe, level=level), places)])
-            share, of_pieces, of_probes = _regress(pieces, probes[probes[:, 0].argsort(), 1])
-            error = (_CONFIDENCE * math.sqrt(of_pieces + of_probes) + _TABLE / _PIECE) / share
+            offsets = _strata(random, more_pieces, source.nbytes - _PIECE)
+            pieces = np.concatenate([pieces, *pool.map(partial(source.piece, level=level), offsets)])
+            offsets = _strata(random, more_probes, source.nbytes - _PROBE)
+            probes = np.concatenate([probes, *pool.map(partial(source.probe, level=level), offsets)])
+            share, pieces_variance, probes_variance = _regress(pieces, probes[probes[:, 0].argsort(), 1])
+            error = (_CONFIDENCE * math.sqrt(pieces_variance + probes_variance) + _TABLE / _PIECE) / share
             sampled = len(pieces) * _PIECE + len(probes) * _PROBE
             if error <= _AIM:
                 return share, Estimate(error, sampled)
             if sampled > _MOST * source.nbytes:
                 return None
-            more_pieces, more_probes = (len(pieces), 0) if of_pieces > of_probes else (0, len(probes))
+            more_pieces, more_probes = (len(pieces), 0) if pieces_variance > probes_variance else (0, len(probes))
 
 
 def _strata(random: np.random.Generator, count: int, nbytes: int) -> list[int]:
-    """A place in each of so many equal parts."""
-    return [int(place) for place in (np.arange(count) + random.random(count)) * nbytes / max(count, 1)]
+    """Stratified sampling: a random offset in each of `count` equal strata."""
+    return [int(offset) for offset in (np.arange(count) + random.random(count)) * nbytes / max(count, 1)]
 
 
 def _regress(pieces: Array, probes: Array) -> tuple[float, float, float]:
-    """The mean share of pieces all over the model, and its variance by the choice of pieces, and of probes in order."""
+    """Regression estimate of the mean ratio, and its variances due to pieces and probes (sorted by offset)."""
     probed, shares = pieces.T
     spread = probed.var()
     slope = ((probed - probed.mean()) * (shares - shares.mean())).mean() / spread if spread > _ALIKE else 0.0
     unexplained = shares - shares.mean() - slope * (probed - probed.mean())
-    # Neighbours are alike: what lies between them is what a place in a stratum leaves to chance.
-    between = (np.diff(probes) ** 2).mean() / 2
+    # Neighbouring probes are alike: their differences estimate the variance within a stratum.
+    within = (np.diff(probes) ** 2).mean() / 2
     share = shares.mean() + slope * (probes.mean() - probed.mean())
-    return share, (unexplained**2).sum() / (len(pieces) - 2) / len(pieces), slope**2 * between / len(probes)
+    return share, (unexplained**2).sum() / (len(pieces) - 2) / len(pieces), slope**2 * within / len(probes)
 
 
 def _deflated(data: bytes, level: int, window: bytes = b"") -> float:
-    """The share that is left of some bytes, which follow others."""
+    """Compressed size of some bytes, as a share of their size; `window` are the bytes before them."""
     compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, zdict=window)
     return (len(compressor.compress(data)) + len(compressor.flush())) / len(data)
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """The files of a model, as if they were one; what a tar puts between them is next to nothing."""
+    """The files of a model, concatenated; the few bytes that a tar adds between them are neglected."""
 
     files: tuple[Path, ...]
     starts: tuple[int, ...]
@@ -116,13 +116,13 @@ class _Source:
         return cls(files, tuple(starts), nbytes)
 
     def read(self, begin: int, nbytes: int) -> bytes:
-        """Bytes from a place on, of as many files as it takes."""
+        """Read bytes of the concatenated files, across their boundaries."""
         check_stopped()
         data = b""
         index = bisect_right(self.starts, begin) - 1
         while len(data) < nbytes:
-            path, at = self.files[index], begin + len(data) - self.starts[index]
-            more = self._read_of(path, at, nbytes - len(data))
+            path, offset = self.files[index], begin + len(data) - self.starts[index]
+            more = self._read_file(path, offset, nbytes - len(data))
             index += 1
             if not more and index == len(self.files):
                 raise InputError(f"{path} was truncated while prunectl was reading it")
@@ -130,21 +130,21 @@ class _Source:
         return data
 
     @staticmethod
-    def _read_of(path: Path, begin: int, most: int) -> bytes:
+    def _read_file(path: Path, begin: int, most: int) -> bytes:
         if path in REMOTE:
             return REMOTE[path].read(begin, min(most, REMOTE[path].nbytes - begin))
         with reading(path), path.open("rb") as file:
             file.seek(begin)
             return file.read(most)
 
-    def probe(self, place: int, level: int) -> list[tuple[float, float]]:
-        """A place, and the share that is left of the few bytes there."""
-        return [(place, _deflated(self.read(place, _PROBE), level))]
+    def probe(self, offset: int, level: int) -> list[tuple[float, float]]:
+        """An offset, and the compression ratio of the probe there."""
+        return [(offset, _deflated(self.read(offset, _PROBE), level))]
 
-    def piece(self, place: int, level: int) -> list[tuple[float, float]]:
-        """The share that is left of some probes in a piece, and of the piece."""
-        before = min(place, _WINDOW)
-        data = self.read(place - before, before + _PIECE)
+    def piece(self, offset: int, level: int) -> list[tuple[float, float]]:
+        """The mean compression ratio of the probes in a piece, and that of the piece."""
+        before = min(offset, _WINDOW)
+        data = self.read(offset - before, before + _PIECE)
         window, data = data[:before], data[before:]
         starts = range(0, _PIECE, _PIECE // _PROBES_OF_PIECE)
         probes = (_deflated(data[begin : begin + _PROBE], level) for begin in starts)

@@ -1,4 +1,4 @@
-"""What `inspect` looks for in a model, and in which order it tells."""
+"""The statistics and hints of `inspect`, and the order and folding of its rows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _STRIPPABLE = {
     "example inputs": "The example inputs of the export take {} of the file and are not needed for inference. "
     "`prunectl strip` removes them.",
 }
-"""What is said of parts of a file that only training needs, with their share."""
+"""Hint for each part of a file that only training needs; {} is its share of the file."""
 
 
 def hints(stats: ModelStats) -> tuple[str, ...]:
-    """What makes the file bigger than it must be."""
+    """Hints for the user, mostly about what makes the file larger than necessary."""
     shares = {part.name: part.bytes / stats.bytes.raw for part in stats.parts if stats.bytes.raw}
     sentences = [*stats.about.notes, *(stats.architecture.notes if stats.architecture is not None else ())]
     zeros = stats.prunable_sparsity
@@ -62,9 +62,9 @@ _MASKS_STAY = (
 
 
 def parts_without_masks(stats: ModelStats) -> str:
-    """What `strip` has to be told to leave masks alone, where the file does not hold the model that they belong to."""
+    """The option with which `strip` leaves masks alone, if the file lacks the model that they belong to; else empty."""
     masks = [row.name for row in stats.layers if row.role is Role.MASK]
-    # The groups of layers of an old weights file name what their masks are for; numbers and checkpoints do not.
+    # An old HDF5 weights file names its masks (`mask:0`) in groups of layers; newer ones and checkpoints do not.
     is_bare = stats.format in {"saved-model", "tf-checkpoint"} or (
         stats.format == "keras-h5" and not any(name.endswith(":0") for name in masks)
     )
@@ -72,7 +72,7 @@ def parts_without_masks(stats: ModelStats) -> str:
 
 
 def quantised_hint(stats: ModelStats) -> list[str]:
-    """Say what `prune` will not do, although the zeros of these kernels are counted."""
+    """A hint that quantised kernels cannot be pruned, although their zeros are counted."""
     dtypes = sorted({row.dtype for row in stats.layers if row.role in PRUNABLE and row.dtype in QUANTISED})
     if not dtypes:
         return []
@@ -92,7 +92,7 @@ def _suggestion(stats: ModelStats) -> str:
 
 
 class SortKey(StrEnum):
-    """What comes first."""
+    """Order of the rows."""
 
     SIZE = "size"
     SPARSITY = "sparsity"
@@ -110,7 +110,7 @@ _KEYS: dict[SortKey, Callable[[TensorStats], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class InspectOptions:
-    """What to look for."""
+    """What `inspect` measures, and of which tensors."""
 
     layers: str = ""
     order: SortKey | None = None
@@ -125,7 +125,7 @@ class InspectOptions:
 def inspect_model(
     model: ModelFile, options: InspectOptions, pattern: Pattern | None = None, meter: ProgressFactory = no_progress
 ) -> ModelStats:
-    """A survey of a model with everything that is wanted in it."""
+    """The statistics of a model that the options ask for, and hints."""
     if options.has_flops:
         require(model, Capability.FLOPS)
     selected = _selected(model, options)
@@ -150,7 +150,7 @@ def _selected(model: ModelFile, options: InspectOptions) -> tuple[Tensor, ...]:
 
 
 def bytes_read(model: ModelFile, options: InspectOptions) -> int:
-    """How much is read to count zeros: the tensors that are shown, or whole files, where these are hashed as well."""
+    """Bytes that are read to count zeros: those of the selected tensors, or whole files if these are hashed too."""
     if options.has_digest:
         return model.nbytes
     return sum({tensor.storage.key: tensor.storage.stored_bytes for tensor in _selected(model, options)}.values())
@@ -158,10 +158,10 @@ def bytes_read(model: ModelFile, options: InspectOptions) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FoldedTensors:
-    """Tensors that an overview tells of in one line."""
+    """Tensors that the overview sums up in one line."""
 
     name: str
-    """What they are, with their number."""
+    """Number and kind of the tensors, such as `12 biases`."""
     bytes: int
 
 
@@ -179,9 +179,9 @@ _STATISTICS = ("batch-norm statistic", "batch-norm statistics")
 
 
 def overview(stats: ModelStats, *, is_sorted: bool) -> tuple[tuple[TensorStats, ...], tuple[FoldedTensors, ...]]:
-    """One row for each kernel, then one for each other weight, and the rest by what it is.
+    """One row for each kernel, then one for each other matrix; the rest is summed up by kind.
 
-    Rows that were sorted stay in that order.
+    Rows that the user sorted (`is_sorted`) keep their order.
     """
     rows: list[TensorStats] = []
     folded: dict[tuple[str, str], list[TensorStats]] = {}
@@ -192,7 +192,7 @@ def overview(stats: ModelStats, *, is_sorted: bool) -> tuple[tuple[TensorStats, 
         return in_natural_order(stats.layers), ()
     if not is_sorted:
         rows = [row for _, group in groupby(sorted(rows, key=_rank), key=_rank) for row in in_natural_order(group)]
-    lines = (_fold(nouns, kept, stats.bytes.raw) for nouns, kept in folded.items())
+    lines = (_fold(nouns, members, stats.bytes.raw) for nouns, members in folded.items())
     return tuple(rows), tuple(sorted(lines, key=lambda line: -line.bytes))
 
 
@@ -208,14 +208,14 @@ def _folded_as(row: TensorStats) -> tuple[str, str] | None:
     return _STATISTICS if is_statistic else _NOUNS.get(row.role)
 
 
-def _fold(nouns: tuple[str, str], rows: list[TensorStats], most: int) -> FoldedTensors:
-    # Views share their bytes, of which there are no more than the file has.
-    size = min(sum(row.bytes for row in rows if not row.tied_to), most)
+def _fold(nouns: tuple[str, str], rows: list[TensorStats], file_bytes: int) -> FoldedTensors:
+    # Views may share bytes, so their sum is limited to the size of the file.
+    size = min(sum(row.bytes for row in rows if not row.tied_to), file_bytes)
     return FoldedTensors(f"{len(rows):,} {nouns[len(rows) != 1]}", size)
 
 
 def in_natural_order(rows: Iterable[TensorStats]) -> tuple[TensorStats, ...]:
-    """Rows with 2 before 10 where the file has them in the order of the alphabet; else its order tells more."""
+    """Rows in natural order (2 before 10) if the file has them in alphabetical order; else in the file's order."""
     return tuple(_natural(rows))
 
 
@@ -230,5 +230,5 @@ _NUMBER = re.compile(r"(\d{1,18})")
 
 
 def _natural_key(name: str) -> list[str | int]:
-    # Every second piece is a number.
-    return [int(piece) if place % 2 else piece for place, piece in enumerate(_NUMBER.split(name))]
+    # re.split with a group returns the numbers at odd indices.
+    return [int(piece) if index % 2 else piece for index, piece in enumerate(_NUMBER.split(name))]

@@ -1,4 +1,4 @@
-"""Where are the zeros of a tensor? Patterns, how many of its groups follow one, and its share of zeros as a map."""
+"""Where the zeros of a tensor are: patterns (N:M, block, channel), conforming groups, and maps of sparsity."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.bool_]
 GroupCounts = tuple[int, int]
-"""How many groups follow the pattern, of how many."""
+"""Number of groups that follow the pattern, and number of all groups."""
 
 _NM = re.compile(r"([1-9]\d*):([1-9]\d*)")
 _BLOCK = re.compile(r"block:([1-9]\d*)x([1-9]\d*)")
@@ -36,11 +36,11 @@ class NMPattern:
 
     @property
     def row_alignment(self) -> int:
-        """Rows that belong together when a tensor is seen slab by slab."""
+        """The number of rows of a slab must be a multiple of this."""
         return self.group
 
     def count_conforming(self, tensor: Tensor, kept: Mask) -> GroupCounts | None:
-        """Count groups; None where the inputs do not divide into them."""
+        """Count groups of M; None if the number of inputs is not a multiple of M."""
         axis = tensor.reduction_axis
         if axis is None or tensor.shape[axis] % self.group:
             return None
@@ -50,18 +50,18 @@ class NMPattern:
 
 @dataclass(frozen=True, slots=True)
 class BlockPattern:
-    """`block:RxC`: zeros come in whole blocks of the kernel, seen as a matrix of inputs by outputs."""
+    """`block:RxC`: zeros fill whole blocks of the kernel, viewed as a matrix (inputs, outputs)."""
 
     rows: int
     columns: int
 
     @property
     def row_alignment(self) -> int:
-        """Rows that belong together when a tensor is seen slab by slab."""
+        """The number of rows of a slab must be a multiple of this."""
         return math.lcm(self.rows, self.columns)
 
     def count_conforming(self, tensor: Tensor, kept: Mask) -> GroupCounts | None:
-        """Count blocks, those at the edges cut short; None where there is no matrix."""
+        """Count blocks, including incomplete ones at the edges; None if the tensor has no output axis."""
         if tensor.out_axis is None:
             return None
         matrix = np.moveaxis(kept, tensor.out_axis, -1).reshape(-1, kept.shape[tensor.out_axis])
@@ -73,12 +73,12 @@ class BlockPattern:
 
 @dataclass(frozen=True, slots=True)
 class ChannelPattern:
-    """`channel`: zeros come in whole output channels."""
+    """`channel`: zeros fill whole output channels."""
 
     row_alignment = 1
 
     def count_conforming(self, tensor: Tensor, kept: Mask) -> GroupCounts | None:  # noqa: ARG002 - channels are counted over all slabs
-        """Leave it to the counts by channel, which a single slab does not know."""
+        """None: `structured_sparsity` counts channels over all slabs."""
         return None
 
 
@@ -86,13 +86,13 @@ Pattern = NMPattern | BlockPattern | ChannelPattern
 
 
 CHANNEL = "channel"
-"""The word for the pattern of whole channels."""
+"""Name of the pattern of whole output channels."""
 LAYERS = "layers"
-"""Depth pruning, whole blocks: not of zeros, and so no pattern to measure."""
+"""Name of depth pruning, which removes whole blocks: it is not a pattern of zeros that could be measured."""
 
 
 def parse(text: str) -> Pattern:
-    """The pattern that `2:4`, `block:1x4` or `channel` names."""
+    """Parse a pattern such as `2:4`, `block:1x4` or `channel`."""
     if text == CHANNEL:
         return ChannelPattern()
     if match := _BLOCK.fullmatch(text):
@@ -114,7 +114,7 @@ def parse(text: str) -> Pattern:
 
 @dataclass(frozen=True, slots=True)
 class StructuredSparsity:
-    """What a second look at a tensor's zeros finds."""
+    """Dead channels and conforming groups of a kernel."""
 
     dead_channels: int
     conforming: float | None
@@ -128,7 +128,7 @@ def structured_sparsity(
     pattern: Pattern | None,
     slabs: Iterable[tuple[int, Array]] | None = None,
 ) -> StructuredSparsity:
-    """Look at the zeros of a kernel slab by slab; what was read before need not be read again."""
+    """Measure the structure of a kernel's zeros, slab by slab; `slabs` passes slabs that were already read."""
     kept_per_channel = np.zeros(tensor.shape[out_axis], np.int64)
     conforming = groups = 0
     for begin, slab in slabs or iter_slabs(model, tensor, pattern.row_alignment if pattern else 1):
@@ -151,25 +151,25 @@ def structured_sparsity(
 
 
 FIELDS = 64
-"""A map has so many fields in each direction, at most."""
-_MOST = 24
-"""Tensors of a model that have a map: the largest."""
+"""Largest number of fields of a map along each axis."""
+_MAX_MAPS = 24
+"""Largest number of maps of a model: the largest tensors have one."""
 Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SparsityMap:
-    """A tensor as a matrix of outputs by all else, cut into fields."""
+    """Zeros of a tensor, viewed as a matrix (outputs, all other axes) and divided into a grid of fields."""
 
     name: str
     rows: int
     columns: int
     zeros: Counts
-    """Of each field."""
+    """Number of zeros in each field."""
     sizes: Counts
-    """How many elements each field has."""
+    """Number of elements in each field."""
     empty_rows: int
-    """Outputs whose weights are all zero."""
+    """Number of outputs whose weights are all zero."""
 
     @property
     def share(self) -> float:
@@ -180,14 +180,14 @@ class SparsityMap:
 def sparsity_maps(model: ModelFile, stats: ModelStats) -> tuple[SparsityMap, ...]:
     """The maps of the largest prunable tensors that have zeros, in the order of the file."""
     rows = [row for row in stats.layers if row.is_prunable and row.zeros and not row.tied_to]
-    largest = {row.name for row in sorted(rows, key=lambda row: -row.params)[:_MOST]}
+    largest = {row.name for row in sorted(rows, key=lambda row: -row.params)[:_MAX_MAPS]}
     return tuple(
         sparsity_map(model, tensor) for tensor in model.tensors if tensor.name in largest and _is_plain(tensor)
     )
 
 
 def sparsity_map(model: ModelFile, tensor: Tensor) -> SparsityMap:
-    """The map of a tensor that is no scalar; where it lies flat, a piece of it is in memory at a time."""
+    """The map of a tensor that is not a scalar; a contiguous tensor is read slab by slab."""
     axis = tensor.out_axis or 0
     rows = tensor.shape[axis]
     columns = tensor.size // rows
@@ -197,7 +197,7 @@ def sparsity_map(model: ModelFile, tensor: Tensor) -> SparsityMap:
     for begin, slab in iter_slabs(model, tensor, 1):
         matrix = np.moveaxis(~nonzero_mask(slab), axis, 0)
         matrix = matrix.reshape(len(matrix), -1)
-        # A slab is some of the outputs, or some of what they read.
+        # A slab holds some rows of the matrix (outputs) if these are axis 0, else some columns.
         top, left = (begin, 0) if axis == 0 else (0, begin * across)
         by_row[top : top + len(matrix)] += np.count_nonzero(matrix, axis=1)
         narrow = _summed(matrix.astype(np.uint8), left, columns, wide, axis=1)
@@ -207,7 +207,7 @@ def sparsity_map(model: ModelFile, tensor: Tensor) -> SparsityMap:
 
 
 def _summed(part: NDArray[np.generic], begin: int, size: int, fields: int, *, axis: int) -> Counts:
-    """The sums by field of a part of an axis that begins somewhere on it; zero in fields that it is not in."""
+    """Sums by field along an axis, of a part that starts at index `begin`; zero in fields outside the part."""
     field_of = np.arange(begin, begin + part.shape[axis]) * fields // size
     touched, starts = np.unique(field_of, return_index=True)
     sums = np.add.reduceat(part, starts, axis=axis, dtype=np.int64)
@@ -222,5 +222,5 @@ def _bin_sizes(size: int, fields: int) -> Counts:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is no view that shows its elements again and again."""
+    """Whether the tensor is not an expanded view that repeats its elements too often."""
     return tensor.size <= storage_numel(tensor) * budgets.MAX_REPEATS

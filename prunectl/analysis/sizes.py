@@ -1,4 +1,4 @@
-"""The sizes of a model: as it is, packed, compressed."""
+"""Sizes of a model (raw, packed, compressed), limits on them, and sentences on the limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prunectl.units import Units, count, duration, nbytes, percent, printable
 
 
 def iter_model_bytes(model: ModelFile) -> Iterator[bytes]:
-    """Yield the bytes that the size of a model is measured on."""
+    """Yield the bytes that are compressed and hashed: those of the file, or of a tar of several files."""
     if len(model.files) == 1 and not model.path.is_dir():
         yield from file_chunks(model.files[0])
     else:
@@ -32,7 +32,7 @@ def iter_model_bytes(model: ModelFile) -> Iterator[bytes]:
 
 
 def sha256(model: ModelFile) -> str:
-    """The hash of a model: of its file, or of the tar of its files."""
+    """The hash of a model's file, or of the tar of its files."""
     return _hashed(iter_model_bytes(model))
 
 
@@ -42,7 +42,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _hashed(content: Iterator[bytes]) -> str:
-    import hashlib  # noqa: PLC0415 - tables tell no hash
+    import hashlib  # noqa: PLC0415 - only needed for hashes
 
     digest = hashlib.sha256()
     for piece in content:
@@ -51,7 +51,7 @@ def _hashed(content: Iterator[bytes]) -> str:
 
 
 def iter_tar(root: Path, files: tuple[Path, ...]) -> Iterator[bytes]:
-    """Yield a tar of files, sorted, without times, owners or modes of their own."""
+    """Yield a reproducible tar of files: sorted, without their times, owners or modes."""
     import tarfile  # noqa: PLC0415 - most models are a single file
 
     done = 0
@@ -78,13 +78,13 @@ class CodecName(StrEnum):
 
 
 class Compressor(Protocol):
-    """What zlib, lzma and zstandard have in common."""
+    """Common interface of the compressors of zlib, lzma and zstandard."""
 
     def compress(self, data: bytes, /) -> bytes:
-        """What is ready of the output."""
+        """Take input, and return the output that is ready."""
 
     def flush(self) -> bytes:
-        """The rest of it."""
+        """The rest of the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +98,15 @@ class Codec:
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """What came of a stream of bytes."""
+    """Compressed size and hash of a stream of bytes."""
 
     nbytes: int
     sha256: str
-    """Of the bytes before they were compressed."""
+    """Hash of the bytes before compression."""
 
 
 class _Identity:
-    """The compressor that does not."""
+    """A compressor that returns its input."""
 
     def compress(self, data: bytes, /) -> bytes:
         return data
@@ -121,7 +121,7 @@ def _gzip(level: int) -> Compressor:
 
 
 def _xz(level: int) -> Compressor:
-    import lzma  # noqa: PLC0415 - gzip is what is asked for most
+    import lzma  # noqa: PLC0415 - gzip is used most
 
     return lzma.LZMACompressor(preset=level)
 
@@ -137,7 +137,7 @@ _MAKERS: dict[CodecName, tuple[Callable[[int], Compressor], int, int]] = {
     CodecName.XZ: (_xz, 6, 9),
     CodecName.NONE: (lambda _: _Identity(), 0, 0),
 }
-"""How a compressor is made, its usual level, and its highest."""
+"""Factory of each compressor, its default level, and its highest level."""
 
 
 def get_codec(name: CodecName, level: int | None) -> Codec:
@@ -149,7 +149,7 @@ def get_codec(name: CodecName, level: int | None) -> Codec:
 
 
 def compress(pieces: Iterable[bytes], codec: Codec, tick: Tick = lambda _: None) -> Compressed:
-    """How many bytes a codec leaves of a stream, keeping none of them."""
+    """Compress a stream only to learn its compressed size and its hash."""
     import hashlib  # noqa: PLC0415 - see above
 
     compressor = _MAKERS[codec.name][0](codec.level)
@@ -172,35 +172,35 @@ def _library(name: CodecName) -> str:
 
 _SMALL_BYTES = 1 << 20
 _PASSES = 3
-"""Each byte is counted, compressed and packed."""
+"""Passes over the bytes of a model: to count zeros, to compress and to pack."""
 
 
 def measure(
     model: ModelFile, codec: Codec, meter: ProgressFactory = no_progress, known: ModelStats | None = None
 ) -> ModelStats:
-    """A survey with every size in it, compressing and packing side by side; one that is known is not redone."""
+    """Statistics with every size, compressing and packing in parallel; `known` statistics are not measured again."""
     total = model.nbytes * (_PASSES if known is None else _PASSES - 1)
-    # Of a small model it takes less time than to start threads.
+    # A small model takes less time than starting threads.
     threads: AbstractContextManager[Workers | None] = nullcontext() if model.nbytes <= _SMALL_BYTES else workers(2)
     with threads as pool, meter(f"measuring {model.path.name}", total) as bar:
 
-        def watched(nbytes: int) -> None:
+        def checked_tick(nbytes: int) -> None:
             check_stopped()
             bar.advance(nbytes)
 
-        def begin(work: Callable[..., Made], *given: Any) -> Callable[[], Made]:
-            return partial(work, *given) if pool is None else pool.submit(work, *given).result
+        def start(work: Callable[..., Made], *arguments: Any) -> Callable[[], Made]:
+            return partial(work, *arguments) if pool is None else pool.submit(work, *arguments).result
 
-        compressing = begin(compress, iter_model_bytes(model), codec, watched)
-        packing = begin(packed_bytes, model, watched)
-        stats = measure_stats(model, model.tensors, tick=watched) if known is None else known
+        compressing = start(compress, iter_model_bytes(model), codec, checked_tick)
+        packing = start(packed_bytes, model, checked_tick)
+        stats = measure_stats(model, model.tensors, tick=checked_tick) if known is None else known
         compressed, packed = compressing(), packing()
     sizes = SizeStats(raw=stats.bytes.raw, packed=packed, compressed=compressed.nbytes)
     return replace(stats, bytes=sizes, sha256=compressed.sha256)
 
 
 def packed_bytes(model: ModelFile, tick: Tick) -> int:
-    """The size that the container's own compression leaves, found by packing into a scratch file."""
+    """The size with the container's own compression, measured by packing into a scratch file."""
     row = by_name(model.format)
     if not row.packer:
         return model.nbytes
@@ -212,30 +212,30 @@ def packed_bytes(model: ModelFile, tick: Tick) -> int:
 
 
 SENTENCES_ONLY = {"sentences only": True}
-"""The metadata of a field of a check that sentences need, and that is in no JSON."""
+"""Metadata of dataclass fields that are used for sentences and left out of JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class LimitCheck:
-    """A limit, and the value that is held against it."""
+    """A limit, and the measured value that is compared with it."""
 
     id: str
     metric: str
     limit: float
-    """An integer where it counts bytes, a fraction where it is a share."""
+    """An integer if it counts bytes, a fraction if it is a share."""
     actual: float
     ok: bool
     model: str
     level: str = "error"
     codec: CodecName = field(default=CodecName.GZIP, kw_only=True, metadata=SENTENCES_ONLY)
-    """What the compressed size was measured with."""
+    """Codec of the compressed size."""
     is_share: bool = field(default=True, kw_only=True, metadata=SENTENCES_ONLY)
-    """Whether what is not counted in bytes is a share; else it is a number, such as a loss."""
+    """Whether a value that is not in bytes is a share; otherwise it is a plain number, such as a loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
-    """What a model must keep to; None where it may do as it likes."""
+    """Limits for a model; None means no limit."""
 
     max_raw: int | None = None
     max_packed: int | None = None
@@ -245,12 +245,12 @@ class SizeLimits:
     max_growth_bytes: int | None = None
     """Growth of the compressed size over the baseline's, in bytes."""
     max_growth_ratio: float | None = None
-    """The same, as a share of the baseline's."""
+    """Growth of the compressed size, as a share of the baseline's."""
     codec: CodecName = CodecName.GZIP
 
 
 def check_limits(stats: ModelStats, limits: SizeLimits) -> tuple[LimitCheck, ...]:
-    """Every limit that was set, each with its verdict."""
+    """The checks of all limits that are set."""
     sizes = stats.bytes
     checks = [
         _check_max(stats, "max-raw", "bytes.raw", limits.max_raw, sizes.raw),
@@ -281,9 +281,9 @@ _NAMED = 3
 
 
 def growth_sentence(stats: ModelStats, before: Mapping[str, tuple[int, int]], units: Units, least: int = 0) -> str:
-    """Which tensors grew most, or lost most zeros, which is what makes a compressed file grow; empty if none did.
+    """The tensors that grew most or, if none did, lost most zeros (so that the compressed file grows); or empty.
 
-    Of earlier tensors the bytes and zeros are known, perhaps only of those of at least so many bytes.
+    `before` maps names of earlier tensors to bytes and zeros; those below `least` bytes may be missing.
     """
     grown: dict[str, int] = {}
     lost: dict[str, int] = {}
@@ -327,23 +327,23 @@ _PHRASES = {
     "dtype": "{actual} tensors of {subject} have another dtype",
     "changed": "{actual} weights of {subject} changed",
 }
-"""What each limit is about, with the value that was measured."""
+"""First half of the sentence on each limit, with the measured value."""
 _COMPRESSED = {CodecName.GZIP: "gzipped", CodecName.NONE: "uncompressed"}
 
 
 @dataclass(frozen=True, slots=True)
 class LimitTexts:
-    """The numbers of a sentence on a limit, as people read them, without signs."""
+    """The formatted numbers of a sentence on a limit, without signs."""
 
     actual: str
     limit: str
     distance: str
-    """How far the one is from the other."""
+    """Distance of the actual value from the limit."""
 
 
 def limit_sentence(gate: LimitCheck, subject: str, texts: LimitTexts, *details: str) -> str:
-    """What was measured, and how far it is over a limit or below it; no full stop ends it."""
-    # That of a single tensor is called alike, whether too much or too little of it is zero.
+    """A sentence with the measured value and its distance from the limit, without a full stop."""
+    # The minimum and the maximum of a single tensor's sparsity have the same phrase.
     name = "sparsity" if gate.metric == "sparsity" else gate.id
     option = gate.id if gate.id != "max-gzip" or gate.codec is CodecName.GZIP else "max-compressed"
     phrase = _PHRASES.get(name, "{subject} has {actual}").format(
@@ -370,7 +370,7 @@ def percentage_points(distance: float) -> str:
 
 
 def gate_sentence(gate: LimitCheck, units: Units) -> str:
-    """A limit and the value held against it, as people read them."""
+    """The sentence on a limit, with its numbers formatted for users."""
     actual, distance = abs(gate.actual), abs(gate.actual - gate.limit)
     is_hidden = bool(distance) and not gate.ok
     if gate.id == "max-latency":

@@ -1,4 +1,4 @@
-"""What is in a model: every tensor measured, and the totals."""
+"""Statistics of a model: of every tensor, and the totals."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Histogram:
 
     zero: int
     below: int
-    """Not zero, but smaller than the first edge."""
+    """Weights that are not zero, but smaller than the first edge."""
     edges: tuple[float, ...]
-    """Powers of two, rising; a bin reaches from one to the next."""
+    """Ascending powers of two; a bin reaches from one edge to the next."""
     counts: tuple[int, ...]
     not_finite: int
 
 
 def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
-    """The magnitudes of some tensors, in the sixteen powers of two below the biggest."""
+    """Histogram of the magnitudes of some tensors, with a bin for each of the sixteen largest powers of two."""
     totals = np.zeros(len(_EXPONENTS), np.int64)
     zero = not_finite = 0
     for tensor in tensors:
@@ -62,19 +62,19 @@ def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
 
 
 def _power(exponent: int) -> float:
-    """A power of two; the first that is too big for a float is the biggest float."""
+    """2 to the power of `exponent`; the largest float if that is too large."""
     return math.ldexp(1.0, exponent) if exponent < sys.float_info.max_exp else sys.float_info.max
 
 
 Run = tuple[int, int, str]
-"""Bytes of a storage from the first to behind the last, and the tensor that stands for them."""
+"""First byte and end of a range of a storage, and the name of the tensor that owns it."""
 
 
 def find_tied_tensors(tensors: Iterable[Tensor], first: Container[str] = ()) -> dict[str, str]:
-    """The names of tensors that overlap one that stands for them, with the name of that one.
+    """The names of tied tensors, each with the name of its owner: the tensor whose bytes it overlaps.
 
     Views of different parts of one storage, such as the weights of a recurrent layer in one buffer, are not tied.
-    Of those that are, the biggest stands for the others, the first of equal ones; one of those that come first, if any.
+    Tensors named in `first` become owners before others, then weights, then larger tensors, then earlier ones.
     """
     tied_to: dict[str, str] = {}
     runs_of: defaultdict[str, list[Run]] = defaultdict(list)
@@ -111,9 +111,9 @@ class SizeStats:
 
     raw: int
     packed: int | None = None
-    """As the container's own lossless compression would leave it."""
+    """Size with the container's own lossless compression."""
     compressed: int | None = None
-    """As the codec of the report leaves it."""
+    """Size with the codec of the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class ParamCounts:
 
 @dataclass(frozen=True, slots=True)
 class FileSection:
-    """A share of the file, and whether a trained model needs it."""
+    """A part of the file, such as `weights` or `optimizer`; a dead part is not needed for inference."""
 
     name: str
     bytes: int
@@ -137,7 +137,7 @@ class FileSection:
 
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """One tensor, measured."""
+    """Statistics of one tensor."""
 
     name: str
     layer: str
@@ -148,7 +148,7 @@ class TensorStats:
     params: int
     bytes: int
     is_prunable: bool
-    """Whether its zeros are what sparsity is about."""
+    """Whether its zeros count for the sparsity of the prunable weights."""
     tied_to: str = ""
     zeros: int | None = None
     channels: int | None = None
@@ -163,23 +163,23 @@ class TensorStats:
         return None if self.zeros is None else self.zeros / self.params if self.params else 0.0
 
     def reaches(self, sparsity: float) -> bool:
-        """Whether as many elements are zero as pruning at a sparsity leaves."""
+        """Whether at least as many elements are zero as after pruning to a sparsity."""
         return _reaches(self.zeros, [self.params], sparsity)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """How far a compressed size may be off that was not measured."""
+    """Error of a compressed size that was estimated from a sample."""
 
     error: float
-    """Half of the 95 % interval, as a share of the size."""
+    """Half the width of the 95 % interval, as a share of the size."""
     sampled: int
-    """Bytes that were compressed to know."""
+    """Bytes that were compressed for the estimate."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStats:
-    """A model, measured: what the reports are drawn from."""
+    """Statistics of a model, from which the reports are made."""
 
     path: str
     format: str
@@ -195,9 +195,9 @@ class ModelStats:
     advice: tuple[str, ...] = ()
     sha256: str | None = None
     architecture: Architecture | None = None
-    """Of a model folder, where `inspect` looks at it."""
+    """Architecture of a model folder, set by `inspect` only."""
     estimate: Estimate | None = None
-    """Where the compressed size is one."""
+    """Set if the compressed size is an estimate."""
 
     @property
     def sparsity(self) -> float | None:
@@ -210,13 +210,13 @@ class ModelStats:
         return ratio(self.params.prunable_zero, self.params.prunable)
 
     def reaches(self, sparsity: float) -> bool:
-        """Whether as many weights are zero as pruning at a sparsity leaves, which rounds once, or in each tensor."""
+        """Whether at least as many weights are zero as after pruning to a sparsity, rounded once or in each tensor."""
         sizes = [row.params for row in self.layers if _is_pruned(row)] or [self.params.prunable]
         return _reaches(self.params.prunable_zero, sizes, sparsity)
 
 
 def whole_weights(sparsity: float, size: int) -> int:
-    """How many weights of so many are a share: rounding alone never takes the last one, which tfmot keeps as well."""
+    """Number of zeros among `size` weights; rounding never prunes the last one, as in tfmot, if sparsity is below 1."""
     count = round(sparsity * size)
     return count if sparsity >= 1.0 else min(count, size - 1)
 
@@ -229,7 +229,7 @@ def _reaches(zeros: int | None, sizes: Collection[int], sparsity: float) -> bool
 
 
 def ratio(part: int | None, whole: int) -> float | None:
-    """A share; unknown if the part is, none of nothing."""
+    """A share; None if the part is unknown, and 0 if the whole is 0."""
     if part is None:
         return None
     return part / whole if whole else 0.0
@@ -245,9 +245,9 @@ def measure_stats(
     tick: Tick = lambda _: None,
     zeros: Mapping[str, int] = MappingProxyType({}),
 ) -> ModelStats:
-    """Measure some tensors of a model; without zeros no weight is read, without channels none twice.
+    """Measure tensors of a model; without `has_zeros` no weight is read, without `has_channels` none is read twice.
 
-    Those whose zeros were counted by somebody else are not read either, unless their channels are looked at.
+    Tensors whose number of zeros is given in `zeros` are only read if `has_channels` is set.
     """
     chosen = tuple(chosen)
     with extents.read_ahead():
@@ -276,7 +276,7 @@ def _measured(
 ) -> list[TensorStats]:
     rows = []
     tied_to = find_tied_tensors(chosen)
-    # Of tensors that are measured alike, all but the first are told from it.
+    # Tensors with the same identity have the same contents, so only the first is read.
     known: dict[tuple[object, ...], _Contents] = {}
     uses = Counter(tensor.storage.key for tensor in chosen)
     for tensor in chosen:
@@ -294,7 +294,7 @@ def _measured(
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """What two tensors have in common that are measured alike."""
+    """Key of tensors with the same statistics: equal views with equal axes."""
     return tensor.view_key, tensor.out_axis, tensor.reduction_axis, tensor.is_prunable
 
 
@@ -303,7 +303,7 @@ def _is_pruned(row: TensorStats) -> bool:
 
 
 def totals(rows: Iterable[TensorStats]) -> ParamCounts:
-    """Add up what a model needs to predict, each storage once."""
+    """Count the parameters that inference needs, tied tensors once."""
     counted = [row for row in rows if row.role in WEIGHTS and not row.tied_to]
     prunable = [row for row in counted if _is_pruned(row)]
     return ParamCounts(
@@ -315,7 +315,7 @@ def totals(rows: Iterable[TensorStats]) -> ParamCounts:
 
 
 def with_macs(measured: ModelStats, operations: Iterable[Operation]) -> ModelStats:
-    """The survey with the multiply-accumulates of the graph, and of each weight."""
+    """The statistics with the multiply-accumulates (MACs) of the graph, and of each weight."""
     macs: Counter[str] = Counter()
     unknown = []
     for operation in operations:
@@ -333,7 +333,7 @@ def _sum_or_none(rows: list[TensorStats]) -> int | None:
 
 
 class _Contents(NamedTuple):
-    """What reading a tensor tells of it."""
+    """Statistics for which a tensor must be read."""
 
     zeros: int | None = None
     dead_channels: int | None = None
@@ -367,7 +367,7 @@ def _is_quantised(tensor: Tensor) -> bool:
 def _read_contents(model: ModelFile, tensor: Tensor, pattern: Pattern | None, *, has_channels: bool) -> _Contents:
     slabs = None
     if is_contiguous(tensor) and 0 < tensor.nbytes <= extents.BLOCK_BYTES:
-        # It is one block, which both looks share.
+        # The tensor is one block, which is read once for both measurements.
         array = next(blocks(model, tensor)).reshape(tensor.shape)
         slabs, zeros = [(0, array)], tensor.size - int(np.count_nonzero(nonzero_mask(array)))
     else:
@@ -376,9 +376,9 @@ def _read_contents(model: ModelFile, tensor: Tensor, pattern: Pattern | None, *,
         return _Contents(zeros)
     applicable = pattern if tensor.is_prunable else None
     if applicable is None and zeros < tensor.size // tensor.shape[tensor.out_axis]:
-        # Fewer zeros than a channel has weights: none can be dead, and no second look is needed.
+        # Fewer zeros than a channel has weights: no channel can be dead, and no second pass is needed.
         return _Contents(zeros, 0)
-    from prunectl.analysis.patterns import structured_sparsity  # noqa: PLC0415 - of a dense model it is not needed
+    from prunectl.analysis.patterns import structured_sparsity  # noqa: PLC0415 - dense models do not need it
 
     structure = structured_sparsity(model, tensor, tensor.out_axis, applicable, slabs)
     return _Contents(zeros, structure.dead_channels, structure.conforming)

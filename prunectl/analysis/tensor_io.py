@@ -1,4 +1,4 @@
-"""A tensor seen piece by piece, so that memory does not grow with it."""
+"""Reading of tensors piece by piece, so that memory use does not grow with their size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunectl.formats.workers import check_stopped
 
 
 def is_contiguous(tensor: Tensor) -> bool:
-    """Whether its elements lie one after another in a file, as this machine reads them."""
+    """Whether the elements are contiguous in a file, in the byte order of this machine."""
     return tensor.storage.extent is not None and tensor.strides is None and not tensor.storage.big_endian
 
 
@@ -50,12 +50,12 @@ def iter_blocks(array: Array) -> Iterator[Array]:
             yield from iter_blocks(row)
 
 
-def iter_slabs(model: ModelFile, tensor: Tensor, aligned: int) -> Iterator[tuple[int, Array]]:
-    """Yield where a slab begins along the first axis, and the slab; its height is a multiple of ``aligned``."""
+def iter_slabs(model: ModelFile, tensor: Tensor, alignment: int) -> Iterator[tuple[int, Array]]:
+    """Yield slabs along the first axis, each with the index of its first row; heights are multiples of `alignment`."""
     row_bytes = tensor.nbytes // tensor.shape[0] if tensor.size else 0
     if not row_bytes:
         return
-    height = max(extents.BLOCK_BYTES // row_bytes // aligned, 1) * aligned
+    height = max(extents.BLOCK_BYTES // row_bytes // alignment, 1) * alignment
     extent = tensor.storage.extent
     array = None if extent is not None and is_contiguous(tensor) else model.read(tensor)
     for begin in range(0, tensor.shape[0], height):
@@ -70,7 +70,7 @@ def iter_slabs(model: ModelFile, tensor: Tensor, aligned: int) -> Iterator[tuple
 
 
 def bitwise_equal(model: ModelFile, tensor: Tensor, other_model: ModelFile, other: Tensor) -> bool:
-    """Whether a tensor holds the numbers of another, bit for bit once they are of its type."""
+    """Whether a tensor, cast to the dtype of another, equals it bit for bit."""
     if not tensor.shape:
         return _as_bytes(model.read(tensor), other) == _as_bytes(other_model.read(other), other)
     theirs = other_model.read(other)
@@ -90,22 +90,22 @@ def storage_numel(tensor: Tensor) -> int:
 
 
 def expansion_factor(tensor: Tensor) -> int:
-    """How often an expanded view shows each of its elements."""
+    """How many times an expanded view (with strides of 0) repeats each of its elements."""
     steps = tensor.strides or ()
     return math.prod(size for size, step in zip(tensor.shape, steps, strict=False) if step == 0)
 
 
 _SIGN_FIRST = frozenset({"float16", "bfloat16", "float8_e3m4", "float8_e4m3", "float8_e4m3fn", "float8_e5m2"})
-"""Small floats whose first bit is the sign and nothing else: those that know a minus zero."""
+"""Small floats that have a minus zero: their first bit is the sign."""
 _NO_ZERO = "float8_e8m0fnu"
-"""Powers of two, none of which is zero, though NumPy's zero becomes the smallest."""
+"""A dtype of powers of two, without a zero: NumPy converts 0 to the smallest of them."""
 
 
 def nonzero_mask(block: Array) -> NDArray[np.bool_]:
     """Mark what is not zero; minus zero is zero, NaN is not."""
     name = dtype_name(block.dtype)
     if name in _SIGN_FIRST:
-        # NumPy compares small floats one by one; as integers without their sign bit it is ten times as fast.
+        # NumPy compares small floats one by one; comparing integers without the sign bit is ten times as fast.
         bits = block.view(f"u{block.dtype.itemsize}") << 1
         return np.asarray(bits != 0)
     if name == _NO_ZERO:
@@ -114,20 +114,20 @@ def nonzero_mask(block: Array) -> NDArray[np.bool_]:
 
 
 def count_zeros(model: ModelFile, tensor: Tensor) -> int:
-    """How many elements of a tensor are zero; the memory it takes is one block."""
+    """Number of zeros of a tensor; it takes the memory of one block."""
     if tensor.size == 0:
         return 0
     if tensor.strides is None:
         return tensor.size - _count_nonzero(blocks(model, tensor))
-    # An expanded axis shows the same elements again and again: count them once.
-    shown = expansion_factor(tensor)
-    if tensor.size // shown > storage_numel(tensor) * budgets.MAX_REPEATS:
+    # An expanded axis repeats the same elements: count them once.
+    repeats = expansion_factor(tensor)
+    if tensor.size // repeats > storage_numel(tensor) * budgets.MAX_REPEATS:
         raise InputError(
             f"{model.path} is refused: {tensor.name} repeats its {storage_numel(tensor)} stored elements "
             f"{tensor.size} times"
         )
-    once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.strides)
-    return tensor.size - shown * _count_nonzero(iter_blocks(model.read(tensor)[once]))
+    distinct = tuple(slice(1) if step == 0 else slice(None) for step in tensor.strides)
+    return tensor.size - repeats * _count_nonzero(iter_blocks(model.read(tensor)[distinct]))
 
 
 def _count_nonzero(pieces: Iterable[Array]) -> int:
@@ -135,14 +135,14 @@ def _count_nonzero(pieces: Iterable[Array]) -> int:
 
 
 class ProgressBar(Protocol):
-    """Something that counts bytes."""
+    """A progress bar that counts bytes or items."""
 
     def advance(self, nbytes: int) -> None:
-        """Count work that is done."""
+        """Add finished work."""
 
 
 ProgressFactory = Callable[[str, int], AbstractContextManager[ProgressBar]]
-"""Makes a bar of a label and a total."""
+"""Creates a progress bar from a label and a total."""
 
 
 class _NoProgress:
@@ -151,9 +151,9 @@ class _NoProgress:
 
 
 class Items(int):
-    """A total that counts things, where others count bytes."""
+    """A total that counts items; a plain integer counts bytes."""
 
 
 def no_progress(_label: str, _total_bytes: int) -> AbstractContextManager[ProgressBar]:
-    """A bar that nobody sees."""
+    """A progress bar that shows nothing."""
     return nullcontext(_NoProgress())

@@ -1,4 +1,4 @@
-"""How long a run takes: in turns, until the interval is narrow enough, and no verdict that the noise may have given."""
+"""Measurement of latency: runs are interleaved until confidence intervals are narrow; verdicts allow for noise."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from prunectl.formats.base import Array
 
 Timed = Callable[[], object]
-"""A single run, its inputs made ready before."""
+"""A single run, its inputs prepared beforehand."""
 Clock = Callable[[], float]
-"""What time it is, in seconds."""
+"""Returns the time in seconds."""
 
 _SAMPLE = 2e-3
-"""Seconds of a sample at least: shorter runs are repeated, and their mean taken."""
+"""Shortest sample in seconds: shorter runs are repeated, and their mean is the sample."""
 _WARM_RUNS, _WARM_SECONDS = 3, 0.2
-"""Of each before the first sample: compilers, caches and thread pools start."""
+"""Warm-up of each run before its first sample, for compilers, caches and thread pools."""
 _FEWEST, _LEAST, _MOST = 6, 20, 5000
-"""Rounds, in each of which everything is sampled once. The median of six lies between the least and the most of them
-in 97 of 100 cases; from 20 on, they are drawn from."""
+"""Numbers of rounds, in each of which every run is sampled once. The true median lies between the smallest and the
+largest of six samples in 97 of 100 cases; with 20 or more samples, the interval is bootstrapped."""
 _LOOK = 1.3
-"""By how much more rounds each look at the intervals waits, as looking takes time too."""
+"""Factor between the numbers of rounds at which the intervals are computed, because that takes time too."""
 _NARROW, _NARROW_SPEEDUP = 0.02, 0.01
-"""The half of an interval, as a share of its middle, at which more rounds tell nothing new."""
+"""Half-width of an interval, as a share of its middle, below which no more rounds are run."""
 _RESAMPLES = 500
 _CONFIDENCE = 97.0
-"""What holds 95 of 100 times: of a median of few samples, the bootstrap falls short by about two."""
+"""Nominal level of a real 95 %: for the median of few samples, bootstrap intervals cover about 2 % too little."""
 MARGIN = 0.02
-"""Less than this is called the same: the place in memory of two copies of a file makes as much of a difference."""
+"""Speed-ups below this count as the same: the place in memory of two copies of a file makes such a difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A number, and where it lies with 95 % confidence."""
+    """An estimate and its 95 % confidence interval."""
 
     middle: float
     low: float
@@ -54,29 +54,29 @@ class Interval:
 
 
 class Verdict(StrEnum):
-    """How a run compares with the first."""
+    """Comparison of a run with the first run."""
 
     FASTER = "faster"
     SLOWER = "slower"
     SAME = "same"
-    """The whole interval is too near to one to matter."""
+    """The whole interval of the speed-up is close to 1."""
     UNCLEAR = "unclear"
     """The noise is larger than the difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long a run takes, in seconds."""
+    """Latency of a run, in seconds."""
 
     median: Interval
     minimum: float
     samples: int
     speedup: Interval
-    """How many times as fast as the first; exactly 1 for itself."""
+    """How many times as fast as the first run; exactly 1 for the first run itself."""
 
     @property
     def verdict(self) -> Verdict:
-        """Faster or slower only where the whole interval says so."""
+        """FASTER or SLOWER only if the whole interval of the speed-up is."""
         if self.speedup.low > 1 + MARGIN:
             return Verdict.FASTER
         if self.speedup.high < 1 / (1 + MARGIN):
@@ -88,22 +88,22 @@ class Latency:
 def measure(
     runs: Sequence[Timed], *, seconds: float, seed: int = 0, clock: Clock = perf_counter
 ) -> tuple[Latency, ...]:
-    """Time all runs in turns, in each round in another order, until the intervals are narrow or the time is over.
+    """Time all runs in rounds, each in another random order, until the intervals are narrow or the time is over.
 
-    What else the machine does falls on all of them alike, and a speed-up is the median of the ratios within a round.
-    Of what takes long, six rounds are run, however many seconds that may be.
+    Other load on the machine affects all runs alike, as a speed-up is the median of the ratios within a round.
+    At least six rounds are run, even if that takes longer than `seconds`.
     """
     random = np.random.default_rng(seed)
-    # Garbage is not looked for in the middle of a sample.
+    # No garbage collection in the middle of a sample.
     with uncollected():
         repeats = [_warm_up(run, clock) for run in runs]
         rounds: list[list[float]] = []
         began, next_look = clock(), _LEAST
         while len(rounds) < _FEWEST or (len(rounds) < _MOST and clock() - began < seconds):
-            taken = [0.0] * len(runs)
+            seconds_taken = [0.0] * len(runs)
             for index in random.permutation(len(runs)):
-                taken[index] = _sample(runs[index], repeats[index], clock)
-            rounds.append(taken)
+                seconds_taken[index] = _sample(runs[index], repeats[index], clock)
+            rounds.append(seconds_taken)
             if len(rounds) >= next_look:
                 next_look = math.ceil(len(rounds) * _LOOK)
                 latencies = summarise(np.array(rounds), seed)
@@ -119,8 +119,8 @@ def _is_narrow(latency: Latency) -> bool:
 def summarise(rounds: Array, seed: int = 0) -> tuple[Latency, ...]:
     """The latency of each run from samples (round, run), with bootstrapped intervals.
 
-    Rounds that follow each other are alike where a machine is busy for a while, and so blocks of them are drawn, around
-    the end too (circular block bootstrap, Politis and Romano 1992), of the cube root of their number.
+    Consecutive rounds are correlated when a machine is busy for a while. Therefore blocks of rounds are drawn (circular
+    block bootstrap, Politis and Romano 1992), whose length is the cube root of the number of rounds.
     """
     count = len(rounds)
     length = round(count ** (1 / 3))
@@ -152,7 +152,7 @@ def _interval(values: Array, drawn: Array) -> Interval:
 
 
 def _warm_up(run: Timed, clock: Clock) -> int:
-    """Run until nothing is made ready any more; return how many runs make a sample."""
+    """Run until caches are warm; return the number of runs in a sample."""
     fastest, began, count = math.inf, clock(), 0
     while count < _WARM_RUNS or clock() - began < _WARM_SECONDS:
         fastest = min(fastest, _sample(run, 1, clock))

@@ -1,1 +1,1 @@
-"""From any model to another format, held against what it was made from before it is written."""
+"""Export of models to other formats, each result compared with its source before it is written."""

@@ -1,4 +1,4 @@
-"""How fast each model is in the runtime that opens it: the same inputs, in turns, with the same number of threads."""
+"""Latency of models, each in its own runtime: same inputs and number of threads, runs of all models interleaved."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _INPUT = "x:1,3,224,224:f32"
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """The options of `bench`, each called as it is typed."""
+    """The options of `bench`, named as on the command line."""
 
     batch_size: tuple[int, ...] = ()
-    """Empty for what the models were saved for, or else 1."""
+    """Empty for the batch size that the first model was saved with, or 1 if it has none."""
     threads: int = 1
     seconds: float = 5.0
-    """At most, for each batch size."""
+    """Time limit for each batch size; at least six rounds are run all the same."""
     input: tuple[InputOption, ...] = ()
     data: str = ""
     seed: int = 0
@@ -53,7 +53,7 @@ class BenchRequest:
 
     @property
     def origin(self) -> TimedOptions:
-        """How a model becomes a network of its framework."""
+        """Options to load a model into its framework."""
         return TimedOptions(self.builder, self.custom_objects, self.trust, self.seed, threads=self.threads)
 
 
@@ -61,7 +61,7 @@ OPTIONS = tuple(field.name for field in fields(BenchRequest))
 
 
 def parse_request(options: Mapping[str, Any]) -> BenchRequest:
-    """Parse options, by the names of the command line; those that are not given have their defaults."""
+    """Parse options named as on the command line; missing options take their defaults."""
     refuse_unknown("bench", options, OPTIONS)
     parsed = dict(options)
     if "batch_size" in parsed:
@@ -88,12 +88,12 @@ class BenchedModel:
     params: int
     sparsity: float | None
     memory: int | None
-    """By how many bytes the peak of resident memory grew while it was loaded and first run; None where not known."""
+    """Growth of the peak resident memory in bytes while the model was loaded and first run; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """The latencies of some models, for each batch size in the order of the models."""
+    """Latencies by batch size, each in the order of the models."""
 
     models: tuple[BenchedModel, ...]
     latencies: Mapping[int, tuple[Latency, ...]]
@@ -103,17 +103,17 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A model in its runtime."""
+    """A model loaded in its runtime."""
 
     file: ModelFile
     runnable: RunnableModel
     inputs: tuple[InputSpec, ...]
     is_open: bool
-    """Whether it leaves shapes open, which `--input` gives."""
+    """Whether an input has an unknown shape or open axes besides the batch, which `--input` sets."""
 
     @property
     def fixed_batch_size(self) -> int | None:
-        """The batch size that it was saved for, if it has a fixed one."""
+        """The batch size that the model was saved with; None if its batch axis is open."""
         return next((spec.shape[0] for spec in self.inputs if spec.shape), None)
 
 
@@ -125,22 +125,22 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
     for file in files:
         user_code.check(file, request.origin)
         user_code.require_network(file, request.origin)
-    # What is missing is said, and loaded, before anything is measured.
+    # All runtimes are imported first: a missing package is reported before anything is measured.
     openers = [load(route, route.opener) for route in routes]
-    with _as_before():
+    with _restore_torch_threads():
         opened, memory = [], []
-        # A runtime takes memory of its own when it first runs anything.
+        # A runtime allocates memory of its own on its first run, which must not be counted as a model's.
         for file, opener in {opener: (file, opener) for file, opener in zip(files, openers, strict=True)}.values():
             first = _open(file, opener, request)
             _prepare(first, first.fixed_batch_size or 1, request)
             del first
         for file, opener in zip(files, openers, strict=True):
-            with _peak_growth() as grown:
+            with _peak_growth() as growth:
                 opened.append(_open(file, opener, request))
                 sizes = request.batch_size or (opened[0].fixed_batch_size or 1,)
                 for size in sizes:
                     _prepare(opened[-1], size, request)
-            memory.append(grown)
+            memory.append(growth)
         if request.input and not any(each.is_open for each in opened):
             raise UsageError("--input has no use: the models give the shapes of all inputs", hint="leave out --input")
         latencies = {}
@@ -149,17 +149,17 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
                 runs = [_prepare(each, size, request) for each in opened]
                 latencies[size] = measure(runs, seconds=request.seconds, seed=request.seed)
                 bar.advance(1)
-    models = tuple(_describe(each, grown[0] if grown else None) for each, grown in zip(opened, memory, strict=True))
+    models = tuple(_describe(each, growth[0] if growth else None) for each, growth in zip(opened, memory, strict=True))
     return Benchmark(models, latencies, request.threads, tuple(_notes(opened, request.threads)))
 
 
 def _open(file: ModelFile, opener: Any, request: BenchRequest) -> _Opened:
     names = (option.name for option in request.input)
     runnable: RunnableModel = opener(file, with_arrays(request.origin, file, request.data, *names))
-    # Of several models, whose layouts may differ, those are told the shape that do not know it.
+    # Only models with open axes take --input: others know their shapes, which may have another layout.
     is_open = any(spec.shape is None or None in spec.shape[1:] for spec in runnable.inputs)
     inputs = apply_input_options(runnable.inputs, request.input if is_open else ())
-    # The batch is that of --batch-size, whatever example --input gives, unless the model has one of its own.
+    # --batch-size sets the batch axis, not --input, unless the model has a fixed batch size.
     inputs = tuple(
         replace(spec, shape=(own.shape[0] if own.shape else None, *spec.shape[1:])) if spec.shape else spec
         for own, spec in zip(runnable.inputs, inputs, strict=True)
@@ -171,7 +171,7 @@ def _open(file: ModelFile, opener: Any, request: BenchRequest) -> _Opened:
 
 
 def _prepare(opened: _Opened, size: int, request: BenchRequest) -> Timed:
-    """What runs a batch of some size, tried once: an error names the model."""
+    """A function that runs one batch of the given size; it is called once here, so that errors name the model."""
     fixed = opened.fixed_batch_size
     if fixed not in {None, size}:
         raise UsageError(
@@ -215,8 +215,8 @@ def _notes(opened: Sequence[_Opened], threads: int) -> Iterator[str]:
 
 
 @contextmanager
-def _as_before() -> Iterator[None]:
-    """Give PyTorch back its number of threads, for who goes on in this process."""
+def _restore_torch_threads() -> Iterator[None]:
+    """Restore PyTorch's number of threads at the end, for later code in this process."""
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch is not None else 0
     try:
@@ -228,20 +228,20 @@ def _as_before() -> Iterator[None]:
 
 @contextmanager
 def _peak_growth() -> Iterator[list[int]]:
-    """Collect by how many bytes the peak of resident memory grows; nothing where the system does not tell."""
-    grown: list[int] = []
+    """Yield a list that gets the growth of peak resident memory in bytes; it stays empty on systems without /proc."""
+    growth: list[int] = []
     before = None
     with suppress(OSError):
         _return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = _peak_bytes()
-    yield grown
+    yield growth
     if before is not None:
-        grown.append(max(0, _peak_bytes() - before))
+        growth.append(max(0, _peak_bytes() - before))
 
 
 def _return_freed_memory() -> None:
-    """Let the C library give back what is free, which would hide what is taken again; glibc alone can."""
+    """Return free heap memory to the system (glibc only): a model that reused it would seem to need less."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

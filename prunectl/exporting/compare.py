@@ -21,11 +21,11 @@ class Tolerance:
     atol: float = 0.0
     rtol: float = 0.0
     share: float = 0.0
-    """Of the largest number in the same output, for formats that round."""
+    """Allowed difference as a share of the largest number in the same output, for reduced precision."""
     relative_rms: float | None = None
     """Limit on the relative root mean square of the differences, in place of elementwise limits."""
     top1_agreement: float | None = None
-    """Least share of the examples with the same arg max, checked where outputs are class scores."""
+    """Smallest share of the examples with the same arg max, checked where outputs are class scores."""
 
     def allowed(self, expected: Array) -> Array:
         """The largest difference allowed for each number."""
@@ -38,14 +38,14 @@ class Tolerance:
 EXACT = Tolerance(1e-4, 1e-4)
 HALF = Tolerance(1e-4, 1e-2, 1e-2)
 BFLOAT16 = Tolerance(1e-4, 1e-2, 4e-2)
-"""Its rounding is eight times that of 16-bit floats, but of weights alone: what is summed up stays in 32 bits."""
+"""Bfloat16 rounds eight times as coarsely as float16, but only weights are rounded: sums stay in 32 bits."""
 INTEGERS = Tolerance(relative_rms=0.05, top1_agreement=0.98)
-"""5 % is 26 decibels of signal over noise. Small networks of every kind, by every converter, come to 0.2 to 2 %, and
-on the digits to 99.2 to 100 % of top-1."""
+"""5 % is a signal-to-noise ratio of 26 dB. Small networks of every kind, by every converter, were measured at 0.2 to
+2 %, and at a top-1 agreement of 99.2 to 100 % on the digits data."""
 
 
 def tolerance_of(request: ExportRequest) -> Tolerance:
-    """The tolerance of the options, or else the usual one of the precision that is written."""
+    """The tolerance of --atol and --rtol, or else the default of the precision that is written."""
     usual = HALF if request.half else BFLOAT16 if request.bf16 else INTEGERS if request.int8 else EXACT
     if request.atol is None and request.rtol is None:
         return usual
@@ -54,7 +54,7 @@ def tolerance_of(request: ExportRequest) -> Tolerance:
 
 
 SMALL_SAMPLE = 50
-"""Of fewer examples than this, a single one is more than the share that may differ in top-1."""
+"""With fewer examples than this, a single example exceeds the share that may differ in top-1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class OutputDifference:
     largest: float
     mean: float
     relative_rms: float
-    """Root of the mean square of the differences, as a share of that of the output."""
+    """Root mean square of the differences, divided by that of the source's output."""
 
 
 def difference(name: str, expected: Array, actual: Array) -> OutputDifference:
@@ -84,7 +84,7 @@ def _deviations(expected: Array, actual: Array) -> Array:
 
 
 def _relative_rms(expected: Array, deviations: Array) -> float:
-    """Relative root mean square: that of the differences over that of the numbers; infinite where one is NaN."""
+    """RMS of the differences over RMS of the expected numbers; infinite if a difference is NaN."""
     with np.errstate(all="ignore"):
         finite = expected[np.isfinite(expected)]
         signal, error = float(np.square(finite).sum()), float(np.square(deviations).sum())
@@ -96,7 +96,7 @@ def _relative_rms(expected: Array, deviations: Array) -> float:
 def check_elementwise(name: str, expected: Array, actual: Array, tolerance: Tolerance) -> None:
     """Refuse an output with a number that differs by more than atol + rtol |expected|."""
     deviations = _deviations(expected, actual)
-    # A NaN beside a number is within no tolerance.
+    # A NaN in only one of the two outputs is within no tolerance.
     wrong = np.flatnonzero(~((deviations == 0.0) | (deviations <= tolerance.allowed(expected))))
     if wrong.size:
         first = int(wrong[0])
@@ -120,7 +120,7 @@ def check_rms(difference: OutputDifference, limit: float) -> None:
 
 def check_top1(same: float, examples: int, least: float) -> None:
     """Refuse a top-1 agreement below a limit."""
-    # One of few may lie between two answers; how far all numbers are away is judged as well then.
+    # In a small sample, one example may lie between two classes; compare() checks the RMS as well then.
     wrong = round((1 - same) * examples)
     if wrong > max(int(examples < SMALL_SAMPLE), int((1 - least) * examples)):
         raise WorkError(
@@ -136,7 +136,7 @@ Run = Callable[[tuple[Array, ...]], dict[str, Array]]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Result of a comparison: the differences of every output."""
+    """Result of a comparison: the difference of every output."""
 
     examples: int
     is_data: bool
@@ -157,7 +157,7 @@ class Comparison:
 
     @property
     def mean(self) -> float:
-        """The mean of the means of all outputs."""
+        """The mean difference, averaged over the outputs."""
         return float(np.mean([output.mean for output in self.outputs])) if self.outputs else 0.0
 
 
@@ -225,10 +225,10 @@ class ExportResult:
     before: ModelStats
     after: ModelStats
     source: str
-    """The format, as people call it."""
+    """Title of the source format."""
     target: str
     comparison: Comparison | None
-    """None for weights alone, which are equal bit by bit."""
+    """None if only weights were exported: these are equal bit by bit."""
     notes: tuple[str, ...]
     companion_files: tuple[tuple[str, int], ...] = ()
-    """Further files that were written: paths and sizes in bytes."""
+    """Other files that were written: paths and sizes in bytes."""

@@ -20,12 +20,12 @@ from prunectl.exporting.folder import export_folder, makes_folder
 from prunectl.exporting.job import ExportJob, apply_input_options, check_known, make_samples
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.routes import Route, Target, check_options, find_route, load, target_of
-from prunectl.formats import atomic as places
+from prunectl.formats import atomic
 from prunectl.formats.atomic import check_beside, write_text
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, StripOptions, Tensor
 from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_files, utf8_path
-from prunectl.pruning import destination as outputs
+from prunectl.pruning import destination
 from prunectl.pruning.destination import BIG_BYTES, Destination
 from prunectl.pruning.strip import stats_for_report, strip
 from prunectl.training import user_code
@@ -51,7 +51,7 @@ def write_card(request: ExportRequest, content: str, output: Destination) -> Non
 
 
 def card_text(result: ExportResult) -> str:
-    """The model card in Markdown; the same run gives the same card."""
+    """The model card in Markdown; it is the same for the same run."""
     name = Path(result.after.path).name
     rows = (("source", result.before, result.source), ("result", result.after, result.target))
     lines = [
@@ -61,7 +61,7 @@ def card_text(result: ExportResult) -> str:
         "",
         "| | format | weights | zero | bytes | packed | gzip |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        *(_row(title, survey, kind) for title, survey, kind in rows),
+        *(_row(title, stats, kind) for title, stats, kind in rows),
         "",
         *_comparison_lines(result),
         "",
@@ -69,7 +69,7 @@ def card_text(result: ExportResult) -> str:
         *([""] if result.notes else []),
         "| | SHA-256 |",
         "| --- | --- |",
-        *(f"| {title} | {survey.sha256 or '-'} |" for title, survey, _ in rows),
+        *(f"| {title} | {stats.sha256 or '-'} |" for title, stats, _ in rows),
         "",
     ]
     return "\n".join(lines)
@@ -101,7 +101,7 @@ def _comparison_lines(result: ExportResult) -> list[str]:
 
 
 _FIRST_OPSET = 9
-"""Before it, weights had to be inputs as well."""
+"""Before opset 9, weights had to be listed as inputs as well."""
 
 
 _STEPS = Items(3)
@@ -130,16 +130,16 @@ def check(request: ExportRequest, target: Target, output: Destination) -> None:
 
 
 def check_destination(model: ModelFile, output: Destination, target: Target, companions: Iterable[Path]) -> None:
-    """Refuse to write over the input, or over anything else unless the user said so."""
+    """Refuse to overwrite the input, and any other file unless --force was given."""
     if output.to_stdout:
         if target.name == "saved-model":
             raise UsageError("a SavedModel is a folder and cannot be written to standard output")
         return
     for path in (output.target, *companions):
-        if any(os.path.lexists(path) and places.is_same(file, path) for file in model.files):
+        if any(os.path.lexists(path) and atomic.is_same(file, path) for file in model.files):
             raise UsageError(f"{path} is part of the input", hint="choose another --output")
     written = model if model.path.is_dir() else replace(model, format=target.name, files=(model.path,))
-    places.check_target(
+    atomic.check_target(
         written,
         output.target,
         is_forced=output.is_forced,
@@ -180,7 +180,7 @@ def _npz(path: Path) -> ModelFile:
 
 @contextmanager
 def naming_original(path: Path, copy: Path) -> Generator[None]:
-    """Let errors name the original in place of its copy."""
+    """Replace the path of a copy by that of the original in errors."""
     try:
         yield
     except PrunectlError as error:
@@ -193,9 +193,9 @@ def naming_original(path: Path, copy: Path) -> Generator[None]:
 def export(
     path: Path, request: ExportRequest, output: Destination, meter: ProgressFactory = no_progress
 ) -> ExportResult:
-    """Write a model in another format, whole or not at all, and only if it computes what its source does.
+    """Write a model in another format atomically, and only if its outputs match those of the source.
 
-    Its progress is counted in steps, since converters do not say how far they are: loaded, written, compared.
+    Progress is counted in three steps (loaded, written, compared), because converters report none.
     """
     if makes_folder(path, request, output):
         with meter(f"exporting {path.name}", Items(1)) as bar:
@@ -207,7 +207,7 @@ def export(
     if output.to_stdout and not request.to:
         raise UsageError("the format of the output is not given", hint="add --to FORMAT, such as --to onnx")
     target = target_of(request.to, output.target)
-    # A layer without zeros needs a class that knows it.
+    # PyTorch has no layer that stores a weight without its zeros, so its class is written as well.
     request = replace(request, to=target.name, code=request.code or (request.sparse and target.name == "torch"))
     check(request, target, output)
     model = open_model(path)
@@ -216,14 +216,14 @@ def export(
     check_destination(model, output, target, companions)
     check_card(request, output)
     if route.opener:
-        # A graph is run as it is; what Keras rebuilds may be built by the user's own function instead.
+        # A SavedModel is run as its saved graph, without --builder; a model that Keras rebuilds can use --builder.
         runs_as_is = route.opener == "tensorflow:open_runnable"
         user_code.check(model, replace(request.origin, model="") if runs_as_is else request.origin)
-    # Before any work, so that what is missing is said first.
+    # Imported before any work, so that a missing package is reported at once.
     load(route, route.writer)
     with (
         temporary_files() as scratch,
-        places.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder,
+        atomic.atomic_replace(output.target, may_replace=output.is_forced, model=model) as folder,
         meter(f"exporting {path.name}", _STEPS) as bar,
     ):
         written = utf8_path(folder / output.target.name, scratch / "target")
@@ -237,11 +237,11 @@ def export(
             raise WorkError(
                 f"the export of {path} consists of several files, which cannot be written to standard output"
             )
-        # Sparse tensors of PyTorch are weights as any others.
+        # --sparse with --code (PyTorch) needs no packing: the parts of its sparse weights are ordinary tensors.
         if request.pack or (request.sparse and not request.code):
-            # The archives of NumPy are written packed, and TensorFlow Lite's sparse tensors by its converter.
+            # write_npz has packed the archive already, and TensorFlow Lite's converter writes sparse tensors itself.
             if target.name not in {"npz", "tflite"}:
-                outputs.pack(written, folder)
+                destination.pack(written, folder)
         bar.advance(1)
         with naming_original(path, plain.path):
             comparison = _comparison(job, route, written)
@@ -276,7 +276,7 @@ def _without_wrappers(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple
 def _export_job(model: ModelFile, request: ExportRequest, route: Route, scratch: Path) -> ExportJob:
     if not route.opener:
         return ExportJob(model, request, scratch=scratch)
-    # A text is run beside others that are longer: what says where it ends goes in, unless the user names the inputs.
+    # Texts of a batch are padded to one length, so the attention mask is an input, unless the user names the inputs.
     given = [option.name for option in request.input]
     names = given if given or request.data else ["input_ids", "attention_mask"]
     runnable = load(route, route.opener)(model, with_arrays(request.origin, model, request.data, *names))
@@ -285,7 +285,7 @@ def _export_job(model: ModelFile, request: ExportRequest, route: Route, scratch:
     inputs = apply_input_options(runnable.inputs, request.input)
     check_known(inputs, request)
     samples = make_samples(runnable, inputs, request)
-    # What no file says, an example does.
+    # A shape or dtype that the model does not declare is taken from the samples.
     inputs = tuple(
         replace(
             spec,
@@ -313,8 +313,8 @@ def _notes(job: ExportJob) -> tuple[str, ...]:
 
 
 def _note_lost_zeros(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
-    had, has = before.params.zero or 0, after.params.zero or 0
-    if has >= had:
+    zeros_before, zeros_after = before.params.zero or 0, after.params.zero or 0
+    if zeros_after >= zeros_before:
         return ()
     why = "folding, rounding and removing duplicates change which weights are zero"
-    return (f"{has:,} of its weights are zero, {had:,} in the source: {why}.",)
+    return (f"{zeros_after:,} of its weights are zero, {zeros_before:,} in the source: {why}.",)

@@ -1,4 +1,4 @@
-"""Export of a model folder to a folder: other containers, shards and precision, with all else that lies in it."""
+"""Export of a model folder to a folder: its weights in another container, sharding or precision, its files copied."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _STEMS = {
     "safetensors": {"pytorch_model": "model"},
     "torch": {"model": "pytorch_model"},
 }
-"""What weights are called in a folder, where the other container has them by another name."""
+"""New file stems of weights by target container and old stem, as `transformers` names them."""
 _SUFFIX = {"safetensors": ".safetensors", "torch": ".bin"}
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _COPY = re.compile(r"(?:^|\.)(encoder|decoder)\.embed_tokens\.weight$")
 _SHARED = re.compile(r"(?:^|\.)shared\.weight$")
-"""The embeddings of two halves that are one: `transformers` ties them."""
+"""The embedding that encoder and decoder share: `transformers` ties their own embeddings to it."""
 
 
 def makes_folder(path: Path, request: ExportRequest, output: Destination) -> bool:
-    """Whether a model folder becomes a folder: unless one file is asked for, by its name or its format."""
+    """Whether the output is a folder: the source is one, and neither --output nor --to asks for a single file."""
     suffixes = SUFFIXES | {target.suffix for target in TARGETS if target.suffix}
     is_file = output.to_stdout or output.target.suffix.lower() in suffixes
     return not is_file and request.to in {"", *_SUFFIX} and path.is_dir() and resolve(path) != path
@@ -53,14 +53,14 @@ def makes_folder(path: Path, request: ExportRequest, output: Destination) -> boo
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """A file that is to be written."""
+    """A file of weights to write."""
 
     name: str
     tensors: tuple[Tensor, ...]
 
 
 def export_folder(path: Path, request: ExportRequest, output: Destination) -> ExportResult:
-    """Write the weights of a folder in another container, other shards or fewer bits, and copy what lies beside."""
+    """Write a folder's weights in another container, sharding or precision, and copy its other files."""
     target = next(target for target in TARGETS if target.name == (request.to or "safetensors"))
     request = replace(request, to=target.name)
     _check(request, target)
@@ -93,8 +93,8 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
         by_name_written = {tensor.name: tensor for tensor in written.tensors}
         check_equal(job, tensors, by_name_written, lambda name: written.read(by_name_written[name]))
         before, after = stats_for_report(model), replace(stats_for_report(written), path=str(output.target))
-    kept_back = companions(model).notes(path, "the same weights in another form, and not copied")
-    notes = (*changed, *_note_copies(copies), *kept_back)
+    uncopied = companions(model).notes(path, "the same weights in another form, and not copied")
+    notes = (*changed, *_note_copies(copies), *uncopied)
     return ExportResult(before, after, by_name(model.format).title, target.title, None, notes)
 
 
@@ -116,9 +116,9 @@ def _check(request: ExportRequest, target: Target) -> None:
 
 
 def _without_copies(model: ModelFile, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[str]]:
-    """The tensors without those that `transformers` makes of others, where they share their bytes and are tied."""
+    """The tensors without tied copies, which `transformers` restores on loading, and the names of these copies."""
     config = read_config(model, CONFIG)
-    # Without a config nothing ties them again on loading, and where its parts disagree, what is kept does no harm.
+    # Without a config, nothing is tied on loading. If its parts disagree about ties, keeping the copies does no harm.
     if not config or False in said_of_ties(config):
         return tuple(tensors), []
     by_view: dict[object, list[Tensor]] = {}
@@ -140,11 +140,11 @@ def _note_copies(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _shards(job: ExportJob, tensors: Sequence[Tensor]) -> tuple[list[_Shard], str | None]:
-    """The files to write with their tensors, and the name of their index where there are several."""
+    """The files to write with their tensors, and the name of the index if there are several files."""
     model, size = job.file, job.request.shard_size
     groups: list[list[Tensor]] = []
     if size is None:
-        # As they lie in the files of the source.
+        # The sharding of the source is kept.
         by_file: dict[str, list[Tensor]] = {}
         for tensor in tensors:
             by_file.setdefault(shard_of(tensor) if model.format == "shards" else "", []).append(tensor)
@@ -169,7 +169,7 @@ def _shards(job: ExportJob, tensors: Sequence[Tensor]) -> tuple[list[_Shard], st
 
 
 def _stem(model: ModelFile, to: str) -> str:
-    # The weights of a checkpoint of DeepSpeed without ZeRO lie in the folder of a step.
+    # A file in a subfolder, as DeepSpeed writes for each step without ZeRO, has a name that is no model's.
     is_checkpoint = by_name(model.format).is_of_ranks or is_inside_folder(model)
     name = "" if is_checkpoint else model.path.name.partition(".")[0]
     stem = _SHARD.sub("", name) or "model"
@@ -177,7 +177,7 @@ def _stem(model: ModelFile, to: str) -> str:
 
 
 def _write(job: ExportJob, shard: _Shard, path: Path) -> None:
-    """Write one file: a tensor at a time, or for PyTorch a shard."""
+    """Write one file, with one tensor in memory at a time for safetensors, and the whole shard for PyTorch."""
     if job.request.to == "torch":
         arrays = ((tensor.name, tensor.view_key, cast_tensor(job, tensor)) for tensor in shard.tensors)
         importlib.import_module("prunectl.exporting.torch").save_state(arrays, path)
@@ -193,7 +193,7 @@ def _write_index(job: ExportJob, shards: Sequence[_Shard], path: Path) -> None:
 
 
 def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config with the new type of numbers, and a sentence where it is another."""
+    """The config with the dtype that is written, and a note if this changed the config."""
     narrow = "float16" if request.half else "bfloat16" if request.bf16 else ""
     config = read_config(model, CONFIG) if narrow else {}
     is_changed = False

@@ -1,4 +1,4 @@
-"""What a converter works on: the source in its runtime, its inputs as `--input` refines them, and samples of them."""
+"""The inputs of a converter: the source loaded in its runtime, its input specs (refined by `--input`) and samples."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class InputSpec:
 
     name: str
     shape: OpenShape | None
-    """With the batch axis; None for an axis of any length, or for the whole shape where it is unknown."""
+    """With the batch axis; None for an open axis, and None for the whole shape if it is unknown."""
     dtype: str
     """A NumPy name such as float32; empty if unknown."""
     is_declared: bool = True
-    """Whether the model itself declares it; else it is a guess by the first layer."""
+    """Whether the model declares this input; otherwise it was guessed from the first layer."""
     usual: OpenShape | None = None
-    """The shape that it has unless the user gives one, where the model may take others."""
+    """Default shape without `--input`, for a model that accepts several shapes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimedOptions(LoadOptions):
-    """How a model becomes a network whose speed is measured."""
+    """Options to load a model whose speed is measured."""
 
     threads: int = 1
 
 
 def threads_of(origin: LoadOptions) -> int:
-    """How many threads a model is run with; 0 leaves that to whoever opens it."""
+    """Number of threads to run a model with; 0 leaves the number to its opener."""
     return origin.threads if isinstance(origin, TimedOptions) else 0
 
 
 class RunnableModel(Protocol):
-    """A model in its own runtime."""
+    """A model loaded in its own runtime."""
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -62,7 +62,7 @@ class RunnableModel(Protocol):
 
     @property
     def runtime(self) -> str:
-        """What runs it, as people call it."""
+        """Name of the runtime for users, such as onnxruntime."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -72,17 +72,17 @@ class RunnableModel(Protocol):
         """The outputs for one batch, by name and in order."""
 
     def prepare(self, inputs: tuple[Array, ...]) -> Timed:
-        """What runs one batch as often as it is called, with the inputs at hand as the runtime takes them."""
+        """A function that runs one batch per call; the inputs are converted for the runtime beforehand."""
 
 
 def signature_of(inputs: tuple[InputSpec, ...], *, is_channels_first: bool) -> ModelSignature:
-    """The signature that data is adapted to."""
-    ports = tuple(TensorSpec(flow.name, None if flow.shape is None else flow.shape[1:], flow.dtype) for flow in inputs)
+    """The signature to which data is adapted."""
+    ports = tuple(TensorSpec(spec.name, None if spec.shape is None else spec.shape[1:], spec.dtype) for spec in inputs)
     return ModelSignature(ports, (), is_channels_first=is_channels_first)
 
 
 def apply_input_options(inputs: tuple[InputSpec, ...], options: Sequence[InputOption]) -> tuple[InputSpec, ...]:
-    """The inputs of a model as `--input` specifies them, by name or else by order; contradictions are refused."""
+    """The inputs of a model refined by `--input`, matched by name or else by order; contradictions are refused."""
     if not options:
         return tuple(replace(spec, shape=spec.usual or spec.shape) for spec in inputs)
     ordered = in_order(options, [spec.name for spec in inputs])
@@ -122,7 +122,7 @@ class Samples:
 
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-"""Examples are read and checked in single precision, as NumPy knows no bfloat16; only samples are rounded to it."""
+"""Examples are read and checked in float32, as NumPy has no bfloat16; only the samples are rounded to it."""
 
 NO_SAMPLES = Samples((), is_data=False)
 
@@ -136,7 +136,7 @@ def make_samples(runnable: RunnableModel, inputs: tuple[InputSpec, ...], request
         order = EpochOrder(request.batch_size or BATCH_SIZE, request.seed or 0, is_shuffled=False)
         arrays, notes = load_inputs(request.data, signature, request.samples or SAMPLES, order)
     else:
-        # One more than a batch: the last goes through alone, which a fixed batch would not take.
+        # One example more than a batch, so that a batch of one is run too; not if the batch size is fixed.
         arrays, notes = (
             _random_arrays(inputs, request.samples or batch_size + (fixed_size is None), request.seed or 0),
             (),
@@ -192,10 +192,10 @@ def _shape_hint(shape: OpenShape, dtype: str) -> str:
 def _random_array(random: np.random.Generator, spec: InputSpec, count: int) -> Array:
     shape, dtype = (count, *_example_shape(spec)), spec.dtype
     if spec.name.endswith("attention_mask"):
-        # Where it lets nothing through, frameworks differ in what they make of it.
+        # Frameworks differ in their outputs where a mask hides every token.
         return np.ones(shape, dtype)
     if spec.name.endswith(("token_type_ids", "bbox")):
-        # There may be one type of tokens, and a box must not end before it begins.
+        # Zeros are always valid: a model may have a single token type, and a box must not end before it begins.
         return np.zeros(shape, dtype or "int64")
     if dtype and not dtype.startswith(("int", "uint", "bool", "float", "bfloat")):
         raise UsageError(f"the model takes inputs of type {dtype}, for which prunectl has no values")
@@ -212,14 +212,14 @@ def _batches(arrays: tuple[Array, ...], size: int, *, is_fixed: bool) -> tuple[t
 
 @dataclass(frozen=True, slots=True)
 class ExportJob:
-    """A model on its way to another format."""
+    """One export: the source, the request and the samples to compare on."""
 
     file: ModelFile
-    """The source, without what pruning has put around its weights."""
+    """The source, stripped of pruning wrappers."""
     request: ExportRequest
     inputs: tuple[InputSpec, ...] = ()
-    """What goes into the result."""
+    """Inputs of the exported model."""
     samples: Samples = NO_SAMPLES
     runnable: Any = None
-    """The source in its runtime, as the opener of the route has made it; None where bytes are enough."""
+    """The source in its runtime, as the route's opener returned it; None if the route only reads bytes."""
     scratch: Path = Path()

@@ -108,7 +108,7 @@ def _undated(name: str, content: bytes) -> bytes:
 
 
 def runner(job: ExportJob, target: Path) -> Run:
-    """A function that runs the result, loaded from its file."""
+    """A function that runs the result, loaded from its file again."""
     origin = replace(job.request.origin, model="")
     try:
         return open_runnable(open_model(target), origin).run

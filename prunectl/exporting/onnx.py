@@ -21,7 +21,7 @@ from prunectl.training.backend import LoadOptions
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Write a model anew, with all of its weights in one file."""
+    """Write an ONNX model again with another opset, precision or metadata."""
     is_open = any(spec.shape is None or None in spec.shape[1:] for spec in job.runnable.inputs)
     if job.request.input and not is_open:
         raise UsageError(
@@ -33,7 +33,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
         else ()
     )
     proto = load_message(job.file.path)
-    # Neither the checker nor the tools that convert know what is stored without its zeros.
+    # Neither onnx.checker nor the converters support weights that are stored without their zeros.
     if densify(proto, job.file) and not job.request.sparse:
         notes += ("Zeros that the source does not store are stored: add --sparse to leave them out again.",)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
@@ -67,7 +67,7 @@ class OnnxRunnable:
     runtime: str = "onnxruntime"
 
     def prepare(self, inputs: tuple[Array, ...]) -> Timed:
-        """What runs one batch again and again."""
+        """A function that runs one batch per call."""
         return partial(self.session.run, self._output_names(), self._feeds(inputs))
 
     def _output_names(self) -> list[str]:
@@ -104,7 +104,7 @@ def _output_array(name: str, value: Any) -> Array:
 
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> OnnxRunnable:
-    """Open a session on an ONNX file, which needs no code to be rebuilt."""
+    """Open a session on an ONNX file."""
     try:
         return _open_session(model.path, threads_of(origin) or 1)
     except Exception as error:
@@ -112,7 +112,7 @@ def open_runnable(model: ModelFile, origin: LoadOptions) -> OnnxRunnable:
 
 
 def _open_session(path: Path, threads: int = 1) -> OnnxRunnable:
-    """A session with one thread, which gives the same sums each time, unless it is asked for more."""
+    """A session; its default of one thread makes sums the same each time."""
     session = OnnxSession(path, num_threads=threads)
     return OnnxRunnable(session, tuple(_input_spec(port) for port in session.runtime.get_inputs()))
 

@@ -25,9 +25,9 @@ from prunectl.onnx_graph import (
 from prunectl.training.quiet import quiet_logging
 
 OPSET = 18
-"""What exporters write unless `--opset` says otherwise."""
+"""Opset that exporters write without `--opset`."""
 _SMALL_BYTES = 1024
-"""Initializers below this size stay in the file, as shapes do."""
+"""Initializers below this size, such as shapes, stay in the file."""
 
 
 def finalize(job: ExportJob, proto: Any, target: Path, metadata: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ def finalize(job: ExportJob, proto: Any, target: Path, metadata: Mapping[str, st
 
 
 def _check_opset(job: ExportJob, proto: Any) -> None:
-    """Refuse another opset than requested: exporters silently take the nearest that they know."""
+    """Refuse an opset other than the requested one: exporters silently use the nearest that they support."""
     wanted, actual = job.request.opset, opset_of(proto)
     if wanted is not None and wanted != actual:
         raise WorkError(
@@ -86,11 +86,11 @@ def check_valid(target: Path) -> None:
 
 
 def checker_error(path: Path) -> str:
-    """The complaint of `onnx.checker` about a model; empty if it is valid."""
+    """The error of `onnx.checker` for a model; empty if it is valid."""
     onnx = require("onnx", extra="onnx")
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:  # noqa: BLE001 - it raises what it likes
+    except Exception as error:  # noqa: BLE001 - the checker raises errors of many types
         return first_line(error)
     return ""
 
@@ -98,7 +98,7 @@ def checker_error(path: Path) -> str:
 _DYNAMIC_OPERATORS = ["MatMul", "Gemm", "LSTM", "Gather"]
 """Operators with a dynamically quantized form, whose input ranges need no calibration."""
 _FIRST_OPSET = 13
-"""Since when Cast takes bfloat16, and each channel of a quantised kernel has a scale of its own."""
+"""First opset in which Cast takes bfloat16, and a quantised kernel has a scale for each channel."""
 _WIDE = frozenset({"float32", "float64"})
 
 
@@ -119,11 +119,11 @@ def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 _CONSTANT_IR = 4
-"""Since when an initializer need not be an input too."""
+"""First IR version in which an initializer need not be listed as an input."""
 
 
 def _fix_default_inputs(proto: Any) -> tuple[str, ...]:
-    """Make constants of weights that are inputs with a default, which would keep their type; returns notes."""
+    """Unlist weights as inputs (which makes them constants), as listed ones keep their dtype; returns notes."""
     names = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in names]
     fixed = len(proto.graph.input) - len(inputs)
@@ -140,14 +140,14 @@ def _to_float16(job: ExportJob, proto: Any) -> Any:
     try:
         converted = converter.convert_float_to_float16(proto, keep_io_types=True)
     except Exception as error:
-        raise _failed(job, "--half", error) from error
-    # It puts its casts behind what they are for.
+        raise _conversion_error(job, "--half", error) from error
+    # The converter puts its Cast nodes behind the nodes that read them.
     canonical_order(converted.graph)
     return converted
 
 
 def to_bfloat16(proto: Any, request: ExportRequest) -> Any:
-    """Store kernels as bfloat16 with a Cast in front of their readers; vectors keep their type."""
+    """Store kernels as bfloat16 with a Cast before the nodes that read them; vectors keep their dtype."""
     _require_opset(proto, "--bf16")
     _narrow_kernels(proto.graph, request)
     return proto
@@ -163,21 +163,21 @@ def _require_opset(proto: Any, option: str) -> None:
 
 def _narrow_kernels(graph: Any, request: ExportRequest) -> None:
     helper = require("onnx.helper", extra="onnx")
-    numbers = require("onnx.numpy_helper", extra="onnx")
+    numpy_helper = require("onnx.numpy_helper", extra="onnx")
     ports = {port.name for port in (*graph.input, *graph.output)}
     used_names = {name for node in graph.node for name in (*node.input, *node.output)}
     widened: dict[str, str] = {}
     nodes = []
     for initializer in graph.initializer:
-        array = numbers.to_array(initializer)
-        # Numbers of one axis may say a shape, which is inferred from what they are.
+        array = numpy_helper.to_array(initializer)
+        # A vector may be a shape that shape inference reads: it stays as it is.
         if array.dtype.name in _WIDE and array.ndim > 1 and initializer.name not in ports:
-            widened[initializer.name] = _free(f"{initializer.name}_wide", used_names)
+            widened[initializer.name] = _unused_name(f"{initializer.name}_wide", used_names)
             cast = [initializer.name], [widened[initializer.name]]
             nodes.append(
                 helper.make_node("Cast", *cast, name=f"{widened[initializer.name]}_node", to=initializer.data_type)
             )
-            initializer.CopyFrom(numbers.from_array(cast_down(request, initializer.name, array), initializer.name))
+            initializer.CopyFrom(numpy_helper.from_array(cast_down(request, initializer.name, array), initializer.name))
     for node in graph.node:
         for _, inner in inner_graphs(node):
             _narrow_kernels(inner, request)
@@ -187,7 +187,7 @@ def _narrow_kernels(graph: Any, request: ExportRequest) -> None:
     graph.node.extend(nodes)
 
 
-def _free(name: str, used_names: set[str]) -> str:
+def _unused_name(name: str, used_names: set[str]) -> str:
     while name in used_names:
         name += "_"
     used_names.add(name)
@@ -195,7 +195,7 @@ def _free(name: str, used_names: set[str]) -> str:
 
 
 def _redirect_reads(graph: Any, names: Mapping[str, str]) -> None:
-    """Make the readers of some values read others, in inner graphs too."""
+    """Let nodes read other values: `names` maps old to new value names; subgraphs are included."""
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = names.get(name, name)
@@ -204,13 +204,13 @@ def _redirect_reads(graph: Any, names: Mapping[str, str]) -> None:
             _redirect_reads(inner, {old: new for old, new in names.items() if old not in hidden})
 
 
-# Two products of eight bits overflow the sixteen in which x86 processors without VNNI add them up.
+# x86 processors without VNNI add two 8-bit products in 16 bits, which can overflow.
 _SEVEN_BITS = "Weights use 7 of the 8 bits, so that sums cannot overflow on any processor."
 
 
 def _quantize_dynamic(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     quantization = require("onnxruntime.quantization", extra="onnx")
-    # It infers every shape anew, and exporters leave some between that no longer hold, which it would stumble over.
+    # The quantizer infers all shapes itself, and would fail on stale ones that exporters leave in value_info.
     del proto.graph.value_info[:]
 
     def quantize(before: str, after: str, has_external_data: bool) -> None:
@@ -239,13 +239,13 @@ def _quantize_static(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     ]
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
-        """Gives one batch after the other."""
+        """Yields the calibration batches."""
 
         def __init__(self) -> None:
-            self._left: Iterator[dict[str, Array]] = iter(feeds)
+            self._remaining: Iterator[dict[str, Array]] = iter(feeds)
 
         def get_next(self) -> dict[str, Array] | None:
-            return next(self._left, None)
+            return next(self._remaining, None)
 
     def quantize(before: str, after: str, has_external_data: bool) -> None:
         quantization.quantize_static(
@@ -274,9 +274,9 @@ def _through_files(job: ExportJob, proto: Any, quantize: Callable[[str, str, boo
         with quiet_logging():
             quantize(str(before), str(after), has_external_data)
     except Exception as error:
-        raise _failed(job, "--int8", error) from error
+        raise _conversion_error(job, "--int8", error) from error
     return load_message(after)
 
 
-def _failed(job: ExportJob, option: str, error: Exception) -> WorkError:
+def _conversion_error(job: ExportJob, option: str, error: Exception) -> WorkError:
     return WorkError(f"onnxruntime cannot apply {option} to {job.file.path}: {first_line(error)}")

@@ -1,4 +1,4 @@
-"""Canonical names and order of an ONNX graph: they follow from the source, not from the converter."""
+"""Canonical names and order of an ONNX graph: they depend on the source, not on the converter."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def canonical_names(
 ) -> None:
     """Name weights as the source does, inputs and outputs as specified, and everything else by its operator.
 
-    Weights are matched by fingerprint; where a converter has changed them, as it folds a batch normalisation into a
-    convolution, by `parameters`, which maps the names that the converter kept to those of the file.
+    Weights are matched by fingerprint. Those that a converter changed, as by folding a batch normalisation into a
+    convolution, are matched by `parameters`, which maps names that the converter kept to names in the file.
     """
     graph = proto.graph
     known_names, parameter_names = known_weights(file), _parameter_names(graph, parameters or {})
@@ -51,7 +51,7 @@ def canonical_names(
     names = {port.name: name for port, name in zip(graph.input, inputs, strict=True)}
     for port, name in zip(graph.output, outputs, strict=True):
         if port.name in names:
-            # An output is also an input, or another output: it is handed on under a name of its own.
+            # The output is also an input or another output: an Identity node gives it a name of its own.
             port.name = _add_identity(graph, port.name, name)
         names[port.name] = name
     _rename_values(graph, names, _UnusedNames([*inputs, *outputs]), weight)
@@ -83,17 +83,17 @@ def fingerprint(array: Array) -> str:
 
 
 def _parameter_names(graph: Any, parameters: Mapping[str, str]) -> dict[str, str]:
-    """Canonical names for initializers that the converter has named after parameters."""
+    """Canonical names for initializers that the converter named after parameters."""
     names: dict[str, str] = {}
     for initializer in (each for inner in all_graphs(graph) for each in inner.initializer):
-        # What a convolution without a bias gets from the normalisation behind it is its bias now.
+        # Folding a batch normalisation gives a bias to a convolution that had none.
         weight = initializer.name.removesuffix(_FOLDED_BIAS)
         if initializer.name in parameters:
             names[initializer.name] = parameters[initializer.name]
         elif initializer.name.endswith(_FOLDED_BIAS) and weight in parameters:
             names[initializer.name] = f"{parameters[weight].removesuffix('weight')}bias"
     for node in graph.node:
-        # The older exporter names nodes after their modules, and what it has folded by numbers.
+        # The older exporter names nodes after their modules, but numbers the weights that it has folded.
         scope = ".".join(node.name.strip("/").split("/")[:-1])
         for name, leaf in zip(node.input[1:], ("weight", "bias"), strict=False):
             parameter = parameters.get(f"{scope}.weight") if node.op_type in _CONVOLUTIONS else None
@@ -124,7 +124,7 @@ def _rename_values(graph: Any, outer: Mapping[str, str], unused: _UnusedNames, w
                 names[value] = unused.free(kind)
         node.name = unused.free(f"{kind}_node")
         for _, inner in inner_graphs(node):
-            # A name inside may be that of a value around it, which it hides.
+            # A name defined in a subgraph hides the same name of the outer graph.
             hidden = names_defined(inner)
             _rename_values(inner, {old: new for old, new in names.items() if old not in hidden}, unused, weight)
             inner.name = unused.free("body")
@@ -133,7 +133,7 @@ def _rename_values(graph: Any, outer: Mapping[str, str], unused: _UnusedNames, w
 
 
 class _UnusedNames:
-    """Generator of unused names."""
+    """Names that are not taken yet."""
 
     def __init__(self, taken: Sequence[str]) -> None:
         self._taken = set(taken)
@@ -159,7 +159,7 @@ def _apply_names(graph: Any, names: Mapping[str, str]) -> None:
 
 
 def _name_axes(graph: Any) -> None:
-    """Name the symbolic batch axis `batch`, and others after the first port that has them, not by a counter."""
+    """Name the symbolic batch axis `batch`, and other axes after the first port that has them, not by a counter."""
     names: dict[str, str] = {}
     for port in (*graph.input, *graph.output):
         for index, axis in enumerate(port.type.tensor_type.shape.dim):
@@ -168,7 +168,7 @@ def _name_axes(graph: Any) -> None:
 
 
 def canonical_order(graph: Any) -> None:
-    """Topological sort, depth first from the first output on; nodes and initializers that nothing needs are dropped."""
+    """Topological sort, depth-first from the first output on; unused nodes and initializers are removed."""
     for node in graph.node:
         for _, inner in inner_graphs(node):
             canonical_order(inner)

@@ -19,7 +19,7 @@ _INPUT = "x:1,3,224,224:f32, where -1 or ? leaves an axis open"
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """The options of an export, each called as it is typed; None or empty where not given."""
+    """The options of an export, named as on the command line; None or empty if not given."""
 
     to: str = ""
     opset: int | None = None
@@ -42,16 +42,16 @@ class ExportRequest:
     metadata: tuple[tuple[str, str], ...] = ()
     card: Path | None = None
     shard_size: int | None = None
-    """Bytes of one shard at most, where a folder is written."""
+    """Largest size of a shard in bytes, for a folder as output."""
 
     @property
     def origin(self) -> LoadOptions:
-        """How the model becomes a network of its framework."""
+        """Options to load the model into its framework."""
         return LoadOptions(self.builder, self.custom_objects, self.trust, self.seed or 0)
 
     @property
     def given_options(self) -> tuple[str, ...]:
-        """The names of the options given, of those that not every target takes."""
+        """Names of the given options, without `to` and `card`, which every target takes."""
         given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
         return tuple(name.replace("_", "-") for name in given if name not in {"to", "card"})
 
@@ -60,7 +60,7 @@ OPTIONS = tuple(field.name for field in fields(ExportRequest))
 
 
 def refuse_unknown(command: str, options: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse an option that a command does not have, with the names that are like it."""
+    """Refuse an option that a command does not have, and suggest similar names."""
     for option in options:
         if option not in known:
             raise UsageError(
@@ -69,7 +69,7 @@ def refuse_unknown(command: str, options: Iterable[str], known: Sequence[str]) -
 
 
 def parse_request(options: Mapping[str, Any]) -> ExportRequest:
-    """Parse options, by the names of the command line; those that are not given have their defaults."""
+    """Parse options named as on the command line; missing options take their defaults."""
     refuse_unknown("export", options, OPTIONS)
     request = ExportRequest(**options)
     return replace(

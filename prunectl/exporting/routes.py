@@ -82,7 +82,7 @@ def target_of(to: str, output: Path) -> Target:
 
 def check_options(target: Target, given_options: tuple[str, ...]) -> None:
     """Refuse an option that the target does not have."""
-    # Code is run beside its source, and so it has the options of all that runs.
+    # Generated code is run and compared with its source, so it takes the options for running.
     allowed = target.options | (_RUN_OPTIONS if "code" in given_options else frozenset())
     for name in given_options:
         if name not in allowed:
@@ -110,7 +110,7 @@ RANKS = tuple(row.name for row in FORMATS if row.is_of_ranks)
 _LEGACY = frozenset({"torch-legacy", "torch-tar", "shards"})
 """PyTorch sources that hints do not list."""
 WEIGHTS_SOURCES = (*KERAS, *SAVED_MODEL, *TORCH, *PROGRAM, *ONNX, "tflite", "tf-checkpoint")
-"""All formats, those of plug-ins as well."""
+"""Sources of routes that only need weights; these routes accept all other formats too, such as those of plug-ins."""
 
 _TENSORFLOW = (("tensorflow", "tensorflow"), ("tf_keras", "tensorflow"))
 _TORCH = (("torch", "torch"),)
@@ -128,13 +128,13 @@ class Route:
     writer: str
     """`module:function` in this package that writes the result."""
     opener: str = ""
-    """`module:function` that opens the source in its runtime; none where bytes are enough."""
+    """`module:function` that opens the source in its runtime; empty if the route only reads bytes."""
     runner: str = ""
-    """`module:function` that runs the result in its runtime."""
+    """`module:function` that returns a function to run the result; empty if nothing is run."""
     needs: tuple[tuple[str, str], ...] = ()
-    """Packages that it imports, each with its extra."""
+    """Packages that the route imports, each with its extra."""
     companion_files: str = ""
-    """`module:function` that names the files with code that are written beside the result."""
+    """`module:function` that returns the paths of code files written beside the result; empty if there are none."""
 
 
 ROUTES = (
@@ -147,7 +147,7 @@ ROUTES = (
             ("saved-model", "tensorflow:write", "tensorflow:runner", ()),
         )
     ),
-    # Keras saves what Keras has loaded, and so a SavedModel is not opened by its signature here.
+    # Keras can only save models that it has loaded, so Keras loads a SavedModel here, not by its signature.
     *(
         Route((*KERAS, *SAVED_MODEL), target, "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW)
         for target in ("keras", "h5")
@@ -185,7 +185,7 @@ _LITE = Route(("tflite",), "", "", "tensorflow:open_lite", needs=_TENSORFLOW)
 
 
 def running_route(model: ModelFile) -> Route:
-    """The route whose opener runs a model as it is, with as few packages as any."""
+    """The route whose opener runs a model of this format; of several, the one that needs the fewest packages."""
     routes = [route for route in (*ROUTES, _LITE) if route.opener and model.format in route.sources]
     if not routes:
         raise InputError(
@@ -196,7 +196,7 @@ def running_route(model: ModelFile) -> Route:
 
 
 def find_route(model: ModelFile, target: Target, *, has_code: bool = False) -> Route:
-    """The route from a model to a target; where there is none, an error that names the possible ones."""
+    """The route from a model to a target; if there is none, an error lists the possible targets."""
     title = by_name(model.format).title
     if target.name in _own_targets(model) and not has_code:
         raise UsageError(f"{model.path} already has the format {target.title}", hint=_strip_hint(model))
@@ -232,14 +232,14 @@ def _route_between(source: str, target: str, *, has_code: bool = False) -> Route
 
 
 def _own_targets(model: ModelFile) -> frozenset[str]:
-    """The targets whose format a model has already."""
+    """The targets whose format the model already has."""
     if model.format == "keras-h5":
-        # A file of weights alone becomes a model by --builder.
+        # A file of weights alone can be exported as a whole model with --builder.
         return frozenset() if model.about.keras is None else frozenset({"h5"})
     if model.format == "torch":
-        # A whole module and TorchScript become a state dict; so do files of old.
+        # A pickled module or TorchScript can be exported to a state dict.
         return frozenset() if model.about.code else frozenset({"torch"})
-    # ONNX becomes ONNX of another version, and a SavedModel one that does nothing but serve.
+    # ONNX can be exported to another opset, and a SavedModel to one with only its serving signature.
     return frozenset({model.format} - {"onnx", "saved-model"})
 
 
@@ -254,7 +254,7 @@ def _sources(target: str) -> Iterable[str]:
 
 def load(route: Route, reference: str) -> Callable[..., Any]:
     """Resolve a `module:function` of a route, or name the extra that is missing."""
-    # TensorFlow speaks while it is loaded; what is not there is said all the same.
+    # TensorFlow logs while it is imported; a missing package is reported all the same.
     with quiet_import() if _TENSORFLOW[0] in route.needs else nullcontext():
         for module, extra in route.needs:
             require(module, extra=extra)

@@ -1,4 +1,4 @@
-"""TensorFlow models as sources, and what TensorFlow makes of them: SavedModel, TensorFlow Lite, and ONNX by tf2onnx."""
+"""TensorFlow models as sources, and targets that TensorFlow writes: SavedModel, TensorFlow Lite, ONNX (tf2onnx)."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class TfRunnable:
 
     inputs: tuple[InputSpec, ...]
     output_names: tuple[str, ...]
-    """In the order of the outputs."""
+    """Names in the order in which `call` returns the outputs."""
     call: Callable[[Sequence[Any]], list[Any]]
     """The forward pass, from tensors to tensors."""
     graph: Callable[[Sequence[Any]], list[Any]]
-    """The same as a `tf.function`: some layers run only in a graph."""
+    """`call` as a `tf.function`: some layers run only in a graph."""
     holder: Any
     """The object that owns the variables."""
     is_channels_first: bool = False
     notes: tuple[str, ...] = ()
     keras: Any = field(default=None)
-    """The loaded Keras model, where it is one."""
+    """The loaded Keras model; None for other models."""
     runtime: str = "TensorFlow"
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
@@ -70,7 +70,7 @@ class TfRunnable:
         return {name: tensor.numpy() for name, tensor in zip(self.output_names, outputs, strict=True)}
 
     def prepare(self, inputs: tuple[Array, ...]) -> Timed:
-        """What runs one batch again and again, as a graph: what `predict` does around it is not measured."""
+        """A function that runs one batch per call as a graph, without the overhead of Keras' `predict`."""
         tensors = [_tf.constant(array, spec.dtype or None) for array, spec in zip(inputs, self.inputs, strict=True)]
         return partial(self.graph, tensors)
 
@@ -83,7 +83,7 @@ _TRACE_PREFIXES = ("Graph execution error", "Detected at", "<stack", "[[", "File
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that names the cause, after those of TensorFlow's graph traceback."""
+    """The line of an error that names the cause, behind TensorFlow's graph traceback."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not line.startswith(_TRACE_PREFIXES)]
     return reasons[0][:300].rstrip(".:") if reasons and lines[0].startswith(_TRACE_PREFIXES) else error_line(error)
@@ -94,14 +94,14 @@ _fingerprint_pb2 = importlib.import_module("tensorflow.core.protobuf.fingerprint
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:
     """Load the serving signature of a SavedModel."""
-    # It is run as it is, whatever builds the model.
+    # The saved graph is run as it is: --builder is ignored.
     user_code.check(model, replace(origin, model=""))
     set_threads(threads_of(origin))
     return _load_signature(model.path)
 
 
 def set_threads(threads: int) -> None:
-    """Let TensorFlow run with some threads; what has run something in this process keeps those that it has."""
+    """Set the number of threads of TensorFlow; it can no longer change once TensorFlow has run in this process."""
     if threads:
         with suppress(RuntimeError):
             _tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -109,7 +109,7 @@ def set_threads(threads: int) -> None:
 
 
 def threads_note(threads: int) -> str:
-    """What is to be said if TensorFlow does not run with so many threads."""
+    """A note for the user if TensorFlow runs with another number of threads; else empty."""
     current = _tf.config.threading.get_intra_op_parallelism_threads()
     if current == threads:
         return ""
@@ -119,7 +119,7 @@ def threads_note(threads: int) -> str:
 def _load_signature(path: Path) -> TfRunnable:
     root, signature = load_saved_model(path, "save it again with signatures=")
     function = root.signatures[signature]
-    # By their names: a signature knows no other order.
+    # Sorted by name: a signature has no order of inputs.
     specs = dict(sorted(function.structured_input_signature[1].items()))
     output_names = tuple(sorted(function.structured_outputs))
     inputs = tuple(InputSpec(name, _axes(spec), spec.dtype.name) for name, spec in specs.items())
@@ -143,7 +143,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
         return dict(zip(runnable.output_names, runnable.call(arguments), strict=True))
 
     module = _tf.Module()
-    # Every variable is held once, under the module alone.
+    # The module tracks each variable directly, and the holder only if it lists no variables.
     module.held = list(_variables(runnable.holder))
     module.kept = runnable.holder if not module.held else None
     module.serve = _tf.function(serve, input_signature=runnable.specs(job.inputs))
@@ -157,7 +157,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
 
 
 def _clear_random_id(path: Path) -> None:
-    """Clear the random uuid of the fingerprint, so that equal exports are equal bytes."""
+    """Clear the random UUID of the fingerprint, so that equal exports have equal bytes."""
     fingerprint = _fingerprint_pb2.FingerprintDef.FromString(path.read_bytes())
     fingerprint.ClearField("uuid")
     path.write_bytes(fingerprint.SerializeToString(deterministic=True))
@@ -172,7 +172,7 @@ def _variables(holder: Any) -> list[Any]:
 
 
 def runner(job: ExportJob, target: Path) -> Run:
-    """A function that runs the result, loaded from its folder."""
+    """A function that runs the result, loaded from its folder again."""
     runnable = _load_signature(target)
 
     def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
@@ -192,7 +192,7 @@ def write_tflite(job: ExportJob, target: Path) -> tuple[str, ...]:
     saved_model = job.scratch / "between"
     write(job, saved_model)
     converter = _tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[SIGNATURE])
-    # Some loops of TensorFlow become an operation of their own: what is left of them shows once it is converted.
+    # The converter fuses some loops into a single operator: convert once to see whether any loop is left.
     if job.request.int8 and job.request.data and b"While" in (saved_model / "saved_model.pb").read_bytes():
         _convert(job, converter, target)
         if _has_loop(target):
@@ -210,12 +210,12 @@ def _convert(job: ExportJob, converter: Any, target: Path) -> None:
         with silence(), ignore_warnings():
             content = converter.convert()
     except Exception as error:
-        raise _failed(job, error) from error
+        raise _conversion_error(job, error) from error
     target.write_bytes(content)
 
 
 def _has_loop(path: Path) -> bool:
-    """Whether a model has a `while`, in which the calibration of TensorFlow Lite ends the process."""
+    """Whether a model has a WHILE operator, on which the calibration of TensorFlow Lite crashes the process."""
     return any(operator.kind == "WHILE" for graph in read_lite(path).graphs for operator in graph.operators)
 
 
@@ -245,27 +245,27 @@ def _examples(job: ExportJob) -> Iterator[dict[str, Array]]:
             yield {name: array[index : index + 1] for name, array in zip(names, batch, strict=True)}
 
 
-def _failed(job: ExportJob, error: Exception) -> WorkError:
-    # The converter says where in a file of its own it was, and in a later line what of TensorFlow it has no way for.
+def _conversion_error(job: ExportJob, error: Exception) -> WorkError:
+    # The first line of the error is a position in the converter's own code; a later one names the missing operator.
     match = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
     reason = f"{match[1]} {match[2]}" if match else error_line(error)
     is_missing = match is not None and "is neither a custom op" in match[2] and match[1] not in _WITH_FIXED_SHAPES
-    hint = "" if is_missing else _hint(job)
+    hint = "" if is_missing else _fixed_shapes_hint(job)
     return WorkError(f"the TensorFlow Lite converter cannot convert {job.file.path}: {reason}", hint=hint)
 
 
 _WITH_FIXED_SHAPES = frozenset({"tf.Roll"})
-"""Operators that TensorFlow Lite lacks, but that the converter makes of others where it knows their shapes."""
+"""Operators that TensorFlow Lite lacks, but that the converter replaces by others if their shapes are fixed."""
 
 
-def _hint(job: ExportJob) -> str:
+def _fixed_shapes_hint(job: ExportJob) -> str:
     if not any(spec.shape is None or None in spec.shape for spec in job.inputs):
         return ""
-    # Of the examples that the model has run on: these have lengths for all axes.
+    # The samples have a length for every axis.
     shapes = (shape_text((1, *array.shape[1:])) for array in job.samples.batches[0])
     fixed = " ".join(f"--input {spec.name}:{shape}" for spec, shape in zip(job.inputs, shapes, strict=True))
     if job.file.family is Family.SAVED_MODEL and job.file.about.keras is not None:
-        # What it serves keeps the open axes that it was traced with.
+        # Its serving signature keeps the open axes that it was traced with: Keras must load the model instead.
         return f"try fixed shapes: prunectl export {job.file.path} -o m.h5, then export m.h5 with {fixed}"
     return f"try fixed shapes: {fixed}"
 
@@ -273,7 +273,7 @@ def _hint(job: ExportJob) -> str:
 def run_tflite(job: ExportJob, target: Path) -> Run:
     """A function that runs the result in the interpreter."""
     runnable: TfRunnable = job.runnable
-    # Python's warnings go to `sys.stderr`, which is not the descriptor in a notebook.
+    # In a notebook, Python's warnings go to a `sys.stderr` other than the file descriptor that silence() redirects.
     with silence(), ignore_warnings():
         interpreter = _tf.lite.Interpreter(model_path=str(target), num_threads=1)
         run_signature = interpreter.get_signature_runner(SIGNATURE)
@@ -303,7 +303,7 @@ class LiteRunnable:
     runtime: str = "TensorFlow Lite"
 
     def prepare(self, inputs: tuple[Array, ...]) -> Timed:
-        """What runs one batch again and again."""
+        """A function that runs one batch per call."""
         details = self.interpreter.get_input_details()
         try:
             with silence():
@@ -347,21 +347,21 @@ def _erfc(graph: Any, node: Any, name: str, _: Any) -> None:
 
 
 _HANDLERS: Mapping[str, tuple[Callable[[Any, Any, str, Any], None], list[str]]] = {"Erfc": (_erfc, [])}
-"""Of operators that tf2onnx lacks."""
+"""Handlers of operators that tf2onnx lacks."""
 
 
 class _Inlinable:
-    """A function whose graph calls none that only XLA may compile, as Keras' convolutions in groups are.
+    """A function whose graph has no calls marked for XLA, as grouped convolutions of Keras have.
 
-    TensorFlow never puts the body of such a function in the place of its call, and tf2onnx converts no calls. Nor does
-    its graph take constants from outside, which tf2onnx would count among the inputs.
+    TensorFlow never inlines functions marked `_XlaMustCompile`, and tf2onnx converts no function calls. Captured
+    constants are frozen into the graph as well, because tf2onnx would count them among the inputs.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._function = _tf.function(call)
 
     def get_concrete_function(self, *specs: Any) -> Any:
-        """The function for inputs of these types, as tf2onnx asks for it."""
+        """The concrete function for inputs of these specs; tf2onnx calls this method."""
         traced = self._function.get_concrete_function(*specs)
         is_marked = any(_XLA in function.attr for function in traced.graph.as_graph_def().library.function)
         if not is_marked and all(tensor.dtype == _tf.resource for tensor in traced.captured_inputs):
@@ -380,10 +380,10 @@ class _Inlinable:
                     if called.name in names:
                         called.name += "_inlined"
         for function in functions:
-            # TensorFlow knows the old name already, as that of the function that was marked.
+            # TensorFlow has registered the old name for the marked function already.
             function.signature.name += "_inlined"
-        taken = (port for port in frozen.inputs if port.dtype != _tf.resource)
-        ports = [[port.name for port in side] for side in (taken, traced.outputs)]
+        data_inputs = (port for port in frozen.inputs if port.dtype != _tf.resource)
+        ports = [[port.name for port in side] for side in (data_inputs, traced.outputs)]
         imported = _tf.compat.v1.wrap_function(lambda: _tf.import_graph_def(graph, name=""), [])
         inputs, outputs = ([imported.graph.get_tensor_by_name(name) for name in side] for side in ports)
         return imported.prune(inputs, outputs)

@@ -1,4 +1,4 @@
-"""PyTorch models as sources, and what PyTorch makes of them: programs, TorchScript (int8 too), state dicts, ONNX."""
+"""PyTorch models as sources, and targets that PyTorch writes: exported program, TorchScript, state dict, ONNX."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class TorchRunnable:
 
     @property
     def runtime(self) -> str:
-        """What runs it."""
+        """Name of the runtime for users."""
         return "TorchScript" if isinstance(self.module, torch.jit.ScriptModule) else "PyTorch"
 
     def run(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
@@ -111,7 +111,7 @@ class TorchRunnable:
         return run_module(self.module, inputs)
 
     def prepare(self, inputs: tuple[Array, ...]) -> Timed:
-        """What runs one batch again and again."""
+        """A function that runs one batch per call."""
         tensors, module = [to_torch(array) for array in inputs], self.module
 
         def run() -> object:
@@ -123,17 +123,17 @@ class TorchRunnable:
 
 def run_module(module: Any, inputs: tuple[Array, ...]) -> dict[str, Array]:
     """The outputs of a module for arrays, nested containers flattened to tensors."""
-    with _accepted(module, inputs):
+    with _naming_inputs(module, inputs):
         outputs = tensor_leaves(module(*map(to_torch, inputs)))
     return dict(zip(output_names(len(outputs)), [to_numpy(tensor) for tensor in outputs], strict=True))
 
 
 @contextmanager
-def _accepted(module: Any, inputs: tuple[Array, ...]) -> Generator[None]:
-    """Run a module, and name the inputs that it does not take."""
+def _naming_inputs(module: Any, inputs: tuple[Array, ...]) -> Generator[None]:
+    """Turn an error of a module's call into one that names the shapes of the inputs."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # What its authors would do otherwise today is not for who only holds the file.
+            # Warnings about deprecated calls are for the model's authors, not for the user of the file.
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
@@ -153,11 +153,11 @@ def output_names(count: int) -> list[str]:
 
 _ONNX_HINT = "--to onnx supports --int8 for more layers"
 _INT8_LAYERS = "torch.ao.nn."
-"""The package of 8-bit layers."""
+"""Prefix of the modules that define 8-bit layers."""
 
 
 def quantize(job: ExportJob) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """Post-training quantization to int8 of a copy; weights are quantized symmetrically, so zeros stay zeros."""
+    """Post-training quantization of a copy to int8; weights are quantized symmetrically, so zeros stay zeros."""
     runnable: TorchRunnable = job.runnable
     if isinstance(runnable.module, torch.jit.ScriptModule):
         raise UsageError(
@@ -166,7 +166,7 @@ def quantize(job: ExportJob) -> tuple[torch.nn.Module, tuple[str, ...]]:
         )
     module = copy.deepcopy(runnable.module)
     try:
-        # By name: PyTorch has not decided how long it keeps them.
+        # Imported by name, because PyTorch has not decided how long it keeps torch.ao.quantization.
         quantization: Any = importlib.import_module("torch.ao.quantization")
         module_int8 = (
             _quantize_static(job, quantization, module) if job.request.data else _quantize_dynamic(quantization, module)
@@ -191,8 +191,8 @@ def quantize(job: ExportJob) -> tuple[torch.nn.Module, tuple[str, ...]]:
 
 
 def _quantize_dynamic(quantization: Any, module: torch.nn.Module) -> Any:
-    kinds = {torch.nn.Linear, torch.nn.LSTM, torch.nn.GRU}
-    return quantization.quantize_dynamic(module, kinds, dtype=torch.qint8, inplace=True)
+    layer_types = {torch.nn.Linear, torch.nn.LSTM, torch.nn.GRU}
+    return quantization.quantize_dynamic(module, layer_types, dtype=torch.qint8, inplace=True)
 
 
 def _quantize_static(job: ExportJob, quantization: Any, module: torch.nn.Module) -> Any:
@@ -208,11 +208,11 @@ def _quantize_static(job: ExportJob, quantization: Any, module: torch.nn.Module)
 
 def example(job: ExportJob) -> tuple[torch.Tensor, ...]:
     """Inputs to trace with."""
-    return tuple(to_torch(one) for one in job.samples.batches[0])
+    return tuple(map(to_torch, job.samples.batches[0]))
 
 
 def program_of(job: ExportJob) -> Any:
-    """A module as an exported program, its open axes open."""
+    """The module as an exported program, with dynamic shapes for open axes."""
     runnable: TorchRunnable = job.runnable
     dynamic = torch.export.Dim.DYNAMIC
     dynamic_shapes = tuple(
@@ -223,16 +223,16 @@ def program_of(job: ExportJob) -> Any:
             if not isinstance(runnable.module, InnerModule):
                 return torch.export.export(runnable.module, example(job), dynamic_shapes=dynamic_shapes)
             with runnable.module.plain() as module:
-                # One argument of its own takes all inputs of a wrapped module.
+                # The wrapper takes all inputs as one argument.
                 return torch.export.export(module, example(job), dynamic_shapes=(dynamic_shapes,))
     except Exception as error:
         raise WorkError(
-            f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=_fixed_shapes(job)
+            f"PyTorch cannot export {job.file.path}: {first_line(error)}", hint=_fixed_shapes_hint(job)
         ) from error
 
 
-def _fixed_shapes(job: ExportJob) -> str:
-    """What may help where a converter does not get through an axis of any length, or a mask that nobody asked for."""
+def _fixed_shapes_hint(job: ExportJob) -> str:
+    """A hint with fixed shapes, for a converter that fails on open axes or an attention mask that was not requested."""
     is_asked_for = bool(job.request.input or job.request.data)
     options = " ".join(
         f"--input {spec.name}:{','.join(map(str, array.shape))}"
@@ -243,12 +243,12 @@ def _fixed_shapes(job: ExportJob) -> str:
 
 
 def is_script(runnable: TorchRunnable) -> bool:
-    """Whether a module is TorchScript, of which no program can be made."""
+    """Whether a module is TorchScript, which cannot become an exported program."""
     return isinstance(runnable.module, torch.jit.ScriptModule)
 
 
 def check_names(job: ExportJob) -> None:
-    """Refuse other input names than those of `forward`."""
+    """Refuse input names that are not those of the arguments of `forward`."""
     for spec, declared in zip(job.inputs, job.runnable.inputs, strict=True):
         if spec.name != declared.name:
             raise UsageError(f"--input {spec.name}: the name must be that of an argument of forward")
@@ -280,7 +280,7 @@ def write_script(job: ExportJob, target: Path) -> tuple[str, ...]:
         with quiet_conversion():
             module, notes = quantize(job)
     try:
-        # What encoders do all at once reads weights as floats.
+        # The fused fast path of nn.MultiheadAttention and encoder layers reads weights as floats.
         with quiet_conversion(), without_mha_fastpath() if job.request.int8 else nullcontext(), torch.no_grad():
             trace: Any = torch.jit.trace
             traced = module if is_script(runnable) else trace(module, example(job))
@@ -320,14 +320,14 @@ def write_state_dict(job: ExportJob, target: Path) -> tuple[str, ...]:
 
 
 def save_state(arrays: Iterable[tuple[str, object, Array]], target: Path) -> None:
-    """Write a state dict of named arrays, each with what it views: equal views share their bytes in the file."""
+    """Write a state dict of named arrays, each with a key of the bytes it views; equal keys share their bytes."""
     state: dict[str, torch.Tensor] = {}
     shared: dict[object, torch.Tensor] = {}
     for name, view, array in arrays:
         if view not in shared:
             shared[view] = to_torch(array)
         state[name] = shared[view]
-    # Into an open file: one that is named would be named inside of itself.
+    # Into an open file: given a path, torch.save stores the file's name inside the archive.
     with target.open("xb") as file:
         torch.save(state, file)
 
@@ -336,7 +336,7 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     """Write an ONNX model."""
     runnable: TorchRunnable = job.runnable
     if isinstance(runnable.module, FolderModule):
-        with _accepted(runnable.module, job.samples.batches[0]):
+        with _naming_inputs(runnable.module, job.samples.batches[0]):
             outputs = [runnable.module.output_name(example(job))]
     else:
         outputs = output_names(len(run_module(runnable.module, job.samples.batches[0])))
@@ -349,7 +349,7 @@ def write_onnx(job: ExportJob, target: Path) -> tuple[str, ...]:
     except Exception as error:
         raise WorkError(
             f"PyTorch cannot convert {job.file.path} to ONNX: {_reason(error)}",
-            hint=_fixed_shapes(job) if is_open else "try another --opset, which may have the operator",
+            hint=_fixed_shapes_hint(job) if is_open else "try another --opset, which may have the operator",
         ) from error
     inputs = [spec.name for spec in job.inputs]
     parameters = {parameter: name for name, parameter in runnable.built.names.items()}

@@ -1,6 +1,6 @@
-"""A state dict with a generated class beside it, which loads the weights and needs only torch.
+"""A state dict and a generated Python class, which loads the weights and needs only torch.
 
-Of linear layers it may store the weights without their zeros, where that is measured to be faster.
+With --sparse, weights of linear layers are stored without their zeros (CSR) where that is measured to be faster.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _INPUT_DTYPES = frozenset({"float16", "float32", "float64", "uint8", "int32", "i
 
 
 def companion_files(target: Path) -> tuple[Path, ...]:
-    """The path of the class for a file of weights."""
+    """The path of the generated class for a file of weights."""
     return (companion_file(target),)
 
 
 def write(job: ExportJob, target: Path) -> tuple[str, ...]:
-    """Write weights, and the class generated for them."""
+    """Write the weights and the class generated for them."""
     notes: list[str] = []
     code = _generate(job, _loading_lines(job.request.to, target.name), notes)
     arrays = {
@@ -65,7 +65,7 @@ def write(job: ExportJob, target: Path) -> tuple[str, ...]:
 
 
 def _generate(job: ExportJob, loading: tuple[str, ...], notes: list[str]) -> GeneratedModule:
-    """The class; where zeros are to be left out, layers without them are in it that were measured as faster."""
+    """Generate the class; with --sparse, it has sparse layers in place of dense ones that are measured as slower."""
     replace_layers: Replace | None = None
     if job.request.sparse:
         size = job.request.batch_size or BATCH_SIZE
@@ -74,7 +74,7 @@ def _generate(job: ExportJob, loading: tuple[str, ...], notes: list[str]) -> Gen
         with without_mha_fastpath(), quiet_conversion():
             traced = trace_model(job.file, _origin(job))
             if traced.program is not None:
-                # Of a program the module is all that there is of an original.
+                # An exported program has no other original than the module of its graph.
                 traced = replace(traced, original=traced.program.module())
             return generate_module(traced, WeightedProgram(traced.module), class_of(traced), loading, replace_layers)
     except (WorkError, InputError) as error:
@@ -91,7 +91,7 @@ def _origin(job: ExportJob) -> Any:
 
 
 def _input_text(spec: InputSpec, example: Array) -> str:
-    """An input as `SHAPE:TYPE` of a sample: open axes get the length of the sample."""
+    """An input as `SHAPE:TYPE`, with the lengths of a sample for open axes, and 1 for an open batch axis."""
     if spec.dtype not in _INPUT_DTYPES:
         raise UsageError(f"--code cannot be used: the input {spec.name} has the unsupported type {spec.dtype}")
     size = 1 if spec.shape is None or spec.shape[:1] == (None,) else len(example)
@@ -99,7 +99,7 @@ def _input_text(spec: InputSpec, example: Array) -> str:
 
 
 def _note_fixed_lengths(job: ExportJob) -> tuple[str, ...]:
-    """A note about open axes: tracing may have burnt in the length of the sample."""
+    """A note about open axes: tracing may have fixed them to the lengths of the sample."""
     tried = [
         f"{spec.name}:{shape_text((None, *example.shape[1:]))}"
         for spec, example in zip(job.inputs, job.samples.batches[0], strict=True)
@@ -170,9 +170,9 @@ def _read_state(job: ExportJob, target: Path) -> dict[str, torch.Tensor]:
 
 LEAST_SPEEDUP = 1.2
 _SECONDS = 2.0
-"""Longest time for each layer."""
+"""Time limit of the measurement of each layer."""
 _FEW_ZEROS = 0.5
-"""Below this share of zeros no kernel is faster, and none is tried."""
+"""Below this share of zeros no sparse kernel is faster, and none is measured."""
 _CODE = '''
 class SparseLinear(nn.Module):
     """A linear layer whose weight is stored by rows, without its zeros (CSR)."""
@@ -207,15 +207,15 @@ class SparseLinear(nn.Module):
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.shape[0])
 '''
-"""What stands in the file of the class after it."""
+"""Code of the sparse layer, written into the file of the generated class."""
 
 
 def _sparse_layers(
     layers: Sequence[LinearLayer], *, file: ModelFile, batch_size: int, notes: list[str]
 ) -> ReplacedLayers:
-    """Put sparse layers where they are faster on this processor; what was measured becomes a note.
+    """Replace linear layers by sparse ones where these are faster on this processor, and note the speedups.
 
-    In a batch of some size, as the ratio of times for one layer on random inputs.
+    A speedup is the ratio of the times of one layer for random inputs, in batches of `batch_size`.
     """
     faster: dict[str, str] = {}
     slower: dict[str, str] = {}
@@ -232,15 +232,15 @@ def _sparse_layers(
         if is_faster:
             chosen.append(layer)
     if not chosen:
-        why = f": {_listed(slower)}" if slower else ", as it has no linear layers with weights of their own"
+        why = f": {_layer_list(slower)}" if slower else ", as it has no linear layers with weights of their own"
         raise WorkError(
             f"no layer of {file.path} is {LEAST_SPEEDUP:g} times as fast without its zeros{why}; nothing was written",
             hint="leave out --sparse; more zeros or a larger --batch-size may change that",
         )
     on = f"in batches of {batch_size}, on one thread of this processor"
-    notes.append(f"Stored without zeros, since measured as faster {on}: {_listed(faster)}.")
+    notes.append(f"Stored without zeros, since measured as faster {on}: {_layer_list(faster)}.")
     if slower:
-        notes.append(f"Left dense: {_listed(slower)}.")
+        notes.append(f"Left dense: {_layer_list(slower)}.")
     return ReplacedLayers(
         {layer.path: _constructor(layer) for layer in chosen},
         {layer.path: _state(layer) for layer in chosen},
@@ -249,7 +249,7 @@ def _sparse_layers(
     )
 
 
-def _listed(layers: dict[str, str]) -> str:
+def _layer_list(layers: dict[str, str]) -> str:
     return ", ".join(f"{path} ({what})" for path, what in layers.items())
 
 
@@ -269,7 +269,7 @@ def _state(layer: LinearLayer) -> dict[str, torch.Tensor]:
 
 
 def _speedup(layer: LinearLayer, rows: int) -> tuple[float, bool]:
-    """How many times as fast the sparse layer is for so many rows, and whether that is surely enough."""
+    """Speedup of the sparse layer for inputs of `rows` rows, and whether it reaches LEAST_SPEEDUP with confidence."""
     names: dict[str, object] = {}
     exec(compile(f"import torch, warnings\nfrom torch import nn\n{_CODE}", "<written>", "exec"), names)  # noqa: S102 - it is our own text
     sparse = eval(_constructor(layer), names)  # noqa: S307 - it is our own text
@@ -277,7 +277,7 @@ def _speedup(layer: LinearLayer, rows: int) -> tuple[float, bool]:
     sparse.load_state_dict({**_state(layer), **({} if bias is None else {"bias": bias})})
     x = torch.randn(rows, layer.weight.shape[1], generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
-    # Threads wait for each other, and what else the machine does is measured then.
+    # Several threads wait for each other, so that other load on the machine would be measured as well.
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Targets of weights alone (safetensors, npz), compared bit by bit with the source."""
+"""Targets that hold only weights (safetensors, npz), compared bit by bit with the source."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38}
 
 
 def exported_tensors(model: ModelFile) -> tuple[Tensor, ...]:
-    """The tensors needed for inference, without second copies, under the names that the model's class loads."""
+    """The tensors needed for inference, without duplicates, under the names that the model's class loads."""
     tensors = _weights(model)
     if not tensors:
         raise InputError(f"{model.path} holds no weights")
-    entry = _entry_of_model(model, tensors)
+    entry = _entry_prefix(model, tensors)
     return tuple(replace(tensor, name=tensor.name.removeprefix(entry)) for tensor in tensors) if entry else tensors
 
 
@@ -37,10 +37,10 @@ def _weights(model: ModelFile) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in model.tensors if tensor.role in WEIGHTS and tensor.name not in model.duplicates)
 
 
-def _entry_of_model(model: ModelFile, tensors: Sequence[Tensor]) -> str:
-    """The entry of a checkpoint that holds all of them, with its dot, such as `state_dict.`; empty if none does.
+def _entry_prefix(model: ModelFile, tensors: Sequence[Tensor]) -> str:
+    """Name prefix of the checkpoint entry that holds all tensors, such as `state_dict.`; empty if there is none.
 
-    It is no part of the names of layers, as a module of such a name would be. What ranks have written is read
+    Names of layers do not include it, unlike a module of the same name. Checkpoints written by several ranks are read
     without it.
     """
     if by_name(model.format).is_of_ranks:
@@ -52,13 +52,13 @@ def _entry_of_model(model: ModelFile, tensors: Sequence[Tensor]) -> str:
 
 
 def exported_arrays(job: ExportJob) -> Iterator[tuple[Tensor, Array]]:
-    """Yield tensors with their arrays as they are written."""
+    """Yield tensors with their arrays, cast to the dtype in which they are written."""
     for tensor in exported_tensors(job.file):
         yield tensor, cast_tensor(job, tensor)
 
 
 def cast_tensor(job: ExportJob, tensor: Tensor) -> Array:
-    """The array of a tensor as it is written."""
+    """The array of a tensor, cast to the dtype in which it is written."""
     return cast_down(job.request, tensor.name, job.file.read(tensor))
 
 
@@ -153,13 +153,13 @@ def write_npz(job: ExportJob, target: Path) -> tuple[str, ...]:
 
 
 def check_equal(job: ExportJob, tensors: Iterable[Tensor], names: Iterable[str], read: Callable[[str], Array]) -> None:
-    """Read every tensor back, and compare its bits."""
+    """Read every tensor back from the output, and compare its bits."""
     expected = {tensor.name: tensor for tensor in tensors}
-    if odd := expected.keys() ^ set(names):
-        raise WorkError(f"{min(odd)} is missing or unexpected in the output; nothing was written")
+    if mismatched := expected.keys() ^ set(names):
+        raise WorkError(f"{min(mismatched)} is missing or unexpected in the output; nothing was written")
     for name, tensor in expected.items():
         array = np.asarray(cast_tensor(job, tensor))
-        # A scalar may come back as an array of one.
+        # A scalar may be read back as an array of one element.
         if not _same_bits(array, read(name).reshape(array.shape)):
             raise WorkError(f"{name} has different values in the output; nothing was written")
 
@@ -168,13 +168,13 @@ def _notes(job: ExportJob) -> tuple[str, ...]:
     keys = [tensor.storage.key for tensor in exported_tensors(job.file)]
     tied = len(keys) - len(set(keys))
     omitted = len(job.file.tensors) - len(keys)
-    entry = _entry_of_model(job.file, _weights(job.file))
+    entry = _entry_prefix(job.file, _weights(job.file))
     notes = [f"Tensors are named without {entry[:-1]}, the entry of the checkpoint that holds them."] if entry else []
     if tied:
         shared = "1 tensor shares its bytes" if tied == 1 else f"{tied} tensors share their bytes"
         notes.append(f"{shared} with others in the source; in the output each has its own.")
     if omitted:
-        who = "1 tensor was left out, because inference does not need it or it is a duplicate"
-        many = f"{omitted} tensors were left out, because inference does not need them or they are duplicates"
-        notes.append(f"{who if omitted == 1 else many}.")
+        singular = "1 tensor was left out, because inference does not need it or it is a duplicate"
+        plural = f"{omitted} tensors were left out, because inference does not need them or they are duplicates"
+        notes.append(f"{singular if omitted == 1 else plural}.")
     return tuple(notes)
