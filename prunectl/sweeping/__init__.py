@@ -1,1 +1,1 @@
-"""Many ways to prune one model, tried on its user's own data: strategies, scopes, sparsities, schedules."""
+"""Sweeps: one model pruned with many strategies, scopes, sparsities and schedules, evaluated on the user's data."""

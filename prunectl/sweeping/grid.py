@@ -1,4 +1,4 @@
-"""Which trials run: the grid of variants that make sense, then bisection for the largest sparsity within a limit."""
+"""Which trials run: the grid of valid variants, then bisection for the largest sparsity within a limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prunectl.training.monitor import check_direction
 
 
 def variants(config: SweepConfig) -> list[Variant]:
-    """All variants that are tried."""
+    """All variants to try."""
     return [variant for variant, reason in _combined(config).items() if not reason]
 
 
@@ -43,7 +43,7 @@ def grid(config: SweepConfig) -> list[Trial]:
 
 
 def implied_sparsity(pattern: str) -> float | None:
-    """The sparsity that a pattern decides by itself."""
+    """The sparsity that an N:M pattern implies; None for other patterns."""
     parsed = parse_pattern(PruneRequest(pattern=pattern))[0] if pattern != CHANNEL else None
     return parsed.zeros / parsed.group if isinstance(parsed, NMPattern) else None
 
@@ -55,7 +55,7 @@ def _sparsities(config: SweepConfig, variant: Variant) -> tuple[float, ...]:
 
 @cache
 def _combined(config: SweepConfig) -> Mapping[Variant, str]:
-    """Every combination, with the reason why it makes no sense or none."""
+    """Every combination, with the reason why it is skipped, or an empty string."""
     reasons: dict[Variant, str] = {}
     first: UsageError | None = None
     for variant in _product(config):
@@ -63,7 +63,7 @@ def _combined(config: SweepConfig) -> Mapping[Variant, str]:
             check_variant(config, variant.trial(implied_sparsity(variant.pattern) or 0.5))
         except UsageError as error:
             if not variant.pattern and not variant.params:
-                # What was named for itself is meant.
+                # Only combinations with a pattern or parameters may be skipped; others are the user's explicit choice.
                 raise
             first = first or error
             reasons[variant] = error.message
@@ -105,7 +105,7 @@ def accepts_param(strategy: str, pattern: str, name: str) -> bool:
             find(KIND, strategy, channels) if pattern == CHANNEL else find("strategy", strategy, weights)
         )
     except UsageError:
-        # Of no use to this pattern, which is said where the way is looked at.
+        # The strategy does not work with this pattern, which check_variant reports.
         return False
     if isinstance(strategy_or_measure, Importance):
         return name == strategy_or_measure.key
@@ -115,7 +115,7 @@ def accepts_param(strategy: str, pattern: str, name: str) -> bool:
 
 
 def check(config: SweepConfig) -> None:
-    """Refuse what contradicts itself."""
+    """Refuse options that are invalid or contradict each other."""
     if config.val and config.val_split:
         raise UsageError("--val and --val-split cannot be used together")
     if config.schedules != (ONE_SHOT,) and not config.epochs:
@@ -131,32 +131,32 @@ def check(config: SweepConfig) -> None:
 
 
 def gain(before: TrialResult, after: TrialResult) -> float:
-    """By how much one model is better than another."""
+    """By how much the metric of `after` is better than that of `before`."""
     return drops.improvement(before.value, after.value, higher_is_better=before.higher_is_better)
 
 
 def drop(result: TrialResult, base: TrialResult) -> float:
-    """By how much a model is worse than the one that it was made of."""
+    """By how much the metric of a result is worse than that of the baseline."""
     return -gain(base, result) or 0.0
 
 
 def amount(difference: float, base: TrialResult) -> str:
-    """A difference as people read it."""
+    """A difference of the metric, formatted for users."""
     return drops.format_drop(difference, base.value, higher_is_better=base.higher_is_better)
 
 
 def finite(value: float) -> float | None:
-    """A number, or nothing where it is none."""
+    """The value, or None if it is not finite."""
     return value if math.isfinite(value) else None
 
 
 def check_limit(limit: MaxDrop, base: TrialResult) -> None:
-    """Refuse a limit that does not go with the metric."""
+    """Refuse a limit that does not fit the metric."""
     drops.check_max_drop(limit, base.metric, base.value, higher_is_better=base.higher_is_better)
 
 
 _STEP, _DIGITS = 0.01, 2
-"""How closely a sparsity is searched for."""
+"""Resolution of the search for a sparsity, and its number of decimals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +164,13 @@ class Bracket:
     """Bracket of the largest sparsity within the limit."""
 
     passing: float
-    """0 is the model as it is."""
+    """Largest sparsity that is within the limit; 0 is the unpruned model."""
     failing: float
-    """1 is no model at all."""
+    """Smallest sparsity above it that is not within the limit; 1 if none was tried."""
 
     @property
     def is_closed(self) -> bool:
-        """Whether there is nothing in between that is worth a try."""
+        """Whether no sparsity in between is worth a trial."""
         return self.failing - self.passing < 1.5 * _STEP
 
     @property

@@ -25,7 +25,7 @@ from prunectl.training.data import registry
 FILE = "sweep.jsonl"
 _SCHEMA = "prunectl.sweep/2"
 _PATIENCE_SECONDS = 5.0
-"""How long the processes of a sweep that was killed may take to end."""
+"""Time that the processes of a killed sweep may take to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,18 @@ class Journal:
     """Finished trials of a sweep, and the open file for more."""
 
     fd: int
-    """Holds the lock on the file; whoever has it open may write points."""
+    """Open file descriptor of the journal, which holds the lock on it."""
     threads: int
-    """Of each process, as in the first run: sums come out a little different with others."""
+    """Threads of each process, as in the first run: with another number, floating-point sums would differ a little."""
     done: dict[Trial, TrialResult] = field(default_factory=dict)
 
     def add(self, trial: Trial, result: TrialResult) -> None:
-        """Append a trial, on the disk before this returns."""
+        """Append a trial; it is on the disk when this returns."""
         _write(self.fd, {"point": asdict(trial), "outcome": result.as_json})
         self.done[trial] = result
 
     def discard(self, trials: Iterable[Trial]) -> None:
-        """Forget trials: the next line about one of them is what counts."""
+        """Forget trials that will run again: of several lines on a trial, the last one counts."""
         for trial in trials:
             del self.done[trial]
 
@@ -53,7 +53,7 @@ class Journal:
 def open_journal(
     folder: Path, choices: dict[str, Any], sha256: str, threads: int, files: Mapping[str, str]
 ) -> Generator[Journal]:
-    """Yield the notes in a folder, which is made if it is not there; refuse those of another sweep, or other files."""
+    """Open the journal in a folder, which is created if missing; refuse a journal of another sweep, and other files."""
     check_parent(folder)
     path = folder / FILE
     if folder.exists() and not path.is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -78,7 +78,7 @@ def _lock(fd: int, folder: Path) -> None:
                 raise UsageError(f"another sweep is running in {folder}") from None
             time.sleep(0.05)
         except OSError as error:
-            # Where nobody can lock, nobody is known to be at work either.
+            # On a file system without locks, another sweep cannot be detected.
             if error.errno not in NO_LOCKS:
                 raise
             return
@@ -86,39 +86,39 @@ def _lock(fd: int, folder: Path) -> None:
             return
 
 
-def _read(fd: int, path: Path, head: dict[str, Any], threads: int) -> Journal:
+def _read(fd: int, path: Path, header: dict[str, Any], threads: int) -> Journal:
     *lines, torn = path.read_bytes().split(b"\n")
     if torn:
-        # Of a run that was killed while it wrote.
+        # The last line is incomplete: its run was killed while it wrote.
         os.ftruncate(fd, sum(len(line) + 1 for line in lines))
     try:
-        noted: dict[str, Any]
-        noted, *trials = map(json.loads, lines) if lines else [{}]
+        recorded: dict[str, Any]
+        recorded, *trials = map(json.loads, lines) if lines else [{}]
         done = {Trial(**line["point"]): TrialResult.from_json(line["outcome"]) for line in trials}
-        if head.items() <= noted.items():
-            return Journal(fd, int(noted["threads"]), done)
+        if header.items() <= recorded.items():
+            return Journal(fd, int(recorded["threads"]), done)
         if done.keys() - {BASELINE}:
-            _check_compatible(noted, head, path.parent)
+            _check_compatible(recorded, header, path.parent)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a journal of a sweep: {error}", hint="sweep into another folder") from error
-    # No trial has finished: the user may have changed the options.
+    # No trial but the baseline has finished: the user may change the options.
     os.ftruncate(fd, 0)
-    _write(fd, {**head, "threads": threads})
+    _write(fd, {**header, "threads": threads})
     return Journal(fd, threads)
 
 
-def _check_compatible(noted: dict[str, Any], head: dict[str, Any], folder: Path) -> NoReturn:
-    """Say what is not the same."""
-    if noted["schema"] != head["schema"]:
+def _check_compatible(recorded: dict[str, Any], header: dict[str, Any], folder: Path) -> NoReturn:
+    """Raise an error that names what has changed since the sweep began."""
+    if recorded["schema"] != header["schema"]:
         raise InputError(
-            f"{folder / FILE} has the schema {noted['schema']!r}, which this version of prunectl does not know",
+            f"{folder / FILE} has the schema {recorded['schema']!r}, which this version of prunectl does not know",
             hint="sweep into another folder",
         )
-    if noted["sha256"] != head["sha256"]:
+    if recorded["sha256"] != header["sha256"]:
         raise UsageError(f"{folder} holds a sweep of another model", hint="sweep this one into another folder")
-    then, now = noted["choices"], head["choices"]
+    then, now = recorded["choices"], header["choices"]
     if then == now:
-        _compare_files(noted["files"], head["files"], folder)
+        _compare_files(recorded["files"], header["files"], folder)
     name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
     raise UsageError(
         f"{folder} holds a sweep with other options: {name.replace('_', ' ')} was {_format_value(then.get(name))}, "
@@ -128,7 +128,7 @@ def _check_compatible(noted: dict[str, Any], head: dict[str, Any], folder: Path)
 
 
 def _compare_files(then: dict[str, str], now: dict[str, str], folder: Path) -> NoReturn:
-    """Say which file is not as it was."""
+    """Raise an error that names a file that has changed."""
     name = next(name for name in {**now, **then} if then.get(name) != now.get(name))
     change = "is new" if name not in then else "is missing" if name not in now else "has changed"
     raise UsageError(
@@ -142,7 +142,7 @@ def _format_value(value: Any) -> str:
 
 
 def _write(fd: int, line: dict[str, Any]) -> None:
-    # In one go, at the end whatever happens: a line is there whole, or is the torn end of the file.
+    # The file is opened with O_APPEND: a line is complete, or it is the incomplete end of the file.
     data = json.dumps(line, sort_keys=True, allow_nan=False).encode() + b"\n"
     while data:
         data = data[os.write(fd, data) :]
@@ -155,7 +155,7 @@ def digest(path: Path) -> str:
 
 
 def find_stale(folder: Path, done: Mapping[Trial, TrialResult]) -> dict[Trial, str]:
-    """The points whose model is not what was noted, with what to say of each."""
+    """The trials whose model is missing or was changed, each with a note for the user."""
     stale: dict[Trial, str] = {}
     for trial, result in done.items():
         path = folder / result.path
@@ -169,7 +169,7 @@ def find_stale(folder: Path, done: Mapping[Trial, TrialResult]) -> dict[Trial, s
 
 
 def trial_dir(folder: Path, trial: Trial) -> Path:
-    """The folder of a point, which is made if it is not there."""
+    """The folder of a trial, which is created if missing."""
     path = folder / trial.name
     with writing(path):
         path.mkdir(exist_ok=True)
@@ -182,7 +182,7 @@ def _changed(path: Path, result: TrialResult) -> bool:
 
 
 def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[str] = ()) -> dict[str, str]:
-    """The hash of every file that data, functions and other models lie in, by its path."""
+    """Hashes, by path, of all files of data, user functions and other models."""
     specs_and_functions = tuple(functions)
     paths = [
         *(file for spec in specs if spec for file in registry.files_of_spec(spec)),
@@ -194,7 +194,7 @@ def digests(*, specs: Iterable[str], functions: Iterable[Any], models: Iterable[
 
 
 def files_of(config: SweepConfig) -> dict[str, str]:
-    """The hashes of what a sweep reads beside its model."""
+    """Hashes of the files that a sweep reads besides its model."""
     means = training_of(config, BASELINE).means
     functions = (
         *config.strategies,
@@ -208,7 +208,7 @@ def files_of(config: SweepConfig) -> dict[str, str]:
 
 
 def _module_files(specs: Iterable[Any]) -> Iterator[Path]:
-    """Yield the files of modules that words name as `package.module:name`, which are not imported for it."""
+    """Yield the files of modules in specs such as `package.module:name`, without importing them."""
     for spec in specs:
         where, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
         parts = where.split(".")

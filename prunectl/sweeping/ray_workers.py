@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: one trial of a sweep at a time each, or a part of a folder that is pruned."""
+"""Workers on a Ray cluster: each runs one trial of a sweep at a time, or prunes a part of a folder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from prunectl.sweeping.workers import decode_error, decode_reply, encode_error, 
 
 _PATIENCE_SECONDS = 5.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""Nobody is told that there is a sweep; what cards a worker without any sees stays as it is."""
+"""No usage statistics are sent, and Ray does not hide GPUs from workers that request none."""
 _REFUSED = "if it was started with a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to it"
-"""Ray does not tell that it was refused for want of one."""
+"""Ray's error does not mention that a token is missing."""
 
 
 class _RayTrial:
-    """Lives in a process of the cluster."""
+    """Actor that runs trials in a process of the cluster."""
 
     def __init__(self, job: dict[str, Any], folder: str) -> None:
-        # Paths are those of who asked.
+        # Paths are relative to the working directory of the command.
         os.chdir(folder)
         self._job = job
 
@@ -48,24 +48,24 @@ class _RayTrial:
 
 
 class _RayWorker:
-    """Runs trials on a Ray actor that is created when it is first needed."""
+    """Runs trials on a Ray actor, which is created for the first trial."""
 
     def __init__(self, job: dict[str, Any], threads: int, cluster: _Cluster) -> None:
         self._job, self._threads, self._cluster = job, threads, cluster
-        self._maker: Any = None
-        self._is_over = False
+        self._actor: Any = None
+        self._is_closed = False
 
     def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
-        if self._is_over:
+        if self._is_closed:
             raise KeyboardInterrupt
-        if self._maker is None:
+        if self._actor is None:
             self._cluster.connect()
             options = {"num_cpus": self._threads, "runtime_env": {"env_vars": worker_env(self._threads)}}
-            self._maker = ray.remote(**options)(_RayTrial).remote(self._job, os.getcwd())
+            self._actor = ray.remote(**options)(_RayTrial).remote(self._job, os.getcwd())
         try:
-            reply: dict[str, Any] = ray.get(self._maker.attempt.remote(asdict(trial)))
+            reply: dict[str, Any] = ray.get(self._actor.attempt.remote(asdict(trial)))
         except ray.exceptions.RayError as error:
-            self._maker = None
+            self._actor = None
             return WorkError(
                 f"{trial.name}: its worker ended: {first_line(error)}",
                 hint="it may have run out of memory: use fewer --jobs",
@@ -73,55 +73,55 @@ class _RayWorker:
         return decode_reply(trial, reply)
 
     def close(self) -> None:
-        self._is_over = True
-        # Taken once: a thread that waits for it may let go of it meanwhile.
-        if (maker := self._maker) is not None and ray.is_initialized():
-            ray.kill(maker)
-            self._maker = None
+        self._is_closed = True
+        # Read once: a thread that waits for the actor may set it to None meanwhile.
+        if (actor := self._actor) is not None and ray.is_initialized():
+            ray.kill(actor)
+            self._actor = None
         self._cluster.disconnect()
 
 
 class _Cluster:
-    """A cluster that runs, or one on this machine that is started for the sweep and stopped after it."""
+    """A running cluster, or one on this machine that is started for the command and stopped after it."""
 
     def __init__(self, address: str, threads: int, jobs: int) -> None:
-        self._address, self._threads, self._hands, self._left = address, threads, jobs, jobs
+        self._address, self._threads, self._jobs, self._open_workers = address, threads, jobs, jobs
         self._lock = threading.Lock()
 
     def connect(self) -> None:
-        """Be there, however often it is asked."""
+        """Connect to the cluster or start it, unless this is done already."""
         with self._lock:
             if ray.is_initialized():
                 return
             os.environ.update(_QUIET)
-            own = {} if self._address else {"num_cpus": self._threads * self._hands, "include_dashboard": False}
+            own = {} if self._address else {"num_cpus": self._threads * self._jobs, "include_dashboard": False}
             hint = "run ray start --head and use --on ray:ADDRESS, or use --on ray for this machine only"
             try:
                 if _is_listening(self._address):
                     hint = _REFUSED
                 ray.init(address=self._address or "local", logging_level="error", log_to_driver=False, **own)
-            except Exception as error:  # a node that does not come up in time raises no more than that
+            except Exception as error:  # a node that does not start in time raises a plain Exception
                 raise WorkError(
                     f"no Ray cluster answered at {self._address or 'this machine'}: {first_line(error)}",
                     hint=hint,
                 ) from error
-            check_resources(ray.nodes(), self._threads, self._hands)
+            check_resources(ray.nodes(), self._threads, self._jobs)
 
     def disconnect(self) -> None:
-        """Stop when the last hand is gone."""
+        """Stop the cluster when its last worker disconnects."""
         with self._lock:
-            self._left -= 1
-            if not self._left:
+            self._open_workers -= 1
+            if not self._open_workers:
                 self.stop()
 
     def stop(self) -> None:
-        """Stop, or let go of a cluster that others run."""
+        """Stop a cluster of this command, or disconnect from one that others run."""
         if ray.is_initialized():
             ray.shutdown()
 
 
 def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int) -> None:
-    """Refuse more workers than a cluster has processors for: some would wait for ever."""
+    """Refuse more workers than a cluster has processors for: some would wait forever."""
     room = sum(int(node["Resources"].get("CPU", 0) // threads) for node in nodes if node["Alive"])
     if room < jobs:
         raise WorkError(
@@ -131,7 +131,7 @@ def check_resources(nodes: Sequence[Mapping[str, Any]], threads: int, jobs: int)
 
 
 def _is_listening(address: str) -> bool:
-    """Whether somebody listens at a host and port; fails at once where nobody does, for which Ray waits minutes."""
+    """Whether an address is a host and port that accepts connections; OSError at once if not (Ray waits minutes)."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return False
@@ -140,7 +140,7 @@ def _is_listening(address: str) -> bool:
 
 
 def make_ray_workers(address: str, job: dict[str, Any], jobs: int, threads: int) -> Sequence[_RayWorker]:
-    """So many workers of a cluster; without an address, of one on this machine."""
+    """Workers on a cluster; without an address, on one that is started on this machine."""
     cluster = _Cluster(address, threads, jobs)
     return [_RayWorker(job, threads, cluster) for _ in range(jobs)]
 
@@ -148,7 +148,7 @@ def make_ray_workers(address: str, job: dict[str, Any], jobs: int, threads: int)
 def _prune_part(job: dict[str, Any], folder: str, part: str) -> dict[str, Any]:
     """Prune a part of the shards in a process of the cluster; an empty reply, or an error in JSON."""
     try:
-        # Paths are those of who asked.
+        # Paths are relative to the working directory of the command.
         os.chdir(folder)
         with ExitStack() as scope:
             model, output = Path(job["model"]), Path(job["output"])
@@ -160,7 +160,7 @@ def _prune_part(job: dict[str, Any], folder: str, part: str) -> dict[str, Any]:
                 output = scope.enter_context(uploading(job["output"], is_forced=False, begun=BEGUN))
             request, destination = from_json(job["request"]), Destination(output)
             prune_part(model, request, destination, parse_part(part), allow_empty=job["allow_empty"])
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told where the command runs
+    except Exception as error:  # noqa: BLE001 - any error is reported by the command
         return encode_error(error)
     return {}
 
@@ -169,7 +169,7 @@ _SHARED = "use a folder that all machines of the cluster share, or a URL"
 
 
 def prune_parts(address: str, job: dict[str, Any], count: int | None) -> None:
-    """Prune all parts of a folder on a cluster: so many, or one for each of its processors."""
+    """Prune a folder on a cluster in `count` parts, or one for each of its processors."""
     cluster = _Cluster(address, 1, 1 if address else threads_per_worker(1))
     cluster.connect()
     try:
@@ -180,7 +180,7 @@ def prune_parts(address: str, job: dict[str, Any], count: int | None) -> None:
         names = [f"{number}/{count}" for number in range(1, count + 1)]
         waiting = {task.remote(job, os.getcwd(), name): name for name in names}
         while waiting:
-            # The first that fails ends all: the others would fail as well, or go on where they were.
+            # The first failure ends all parts: the others would fail as well, or are resumed by the next run.
             (done, *_), _ = ray.wait(list(waiting))
             name = waiting.pop(done)
             if reply := ray.get(done):

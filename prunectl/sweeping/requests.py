@@ -1,4 +1,4 @@
-"""Requests of `prune` and `finetune` for a trial."""
+"""Requests of `prune` and `finetune` for a trial of a sweep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prunectl.training.request import FinetuneRequest, ScheduleOptions, parse_me
 
 
 def needs_data(request: PruneRequest) -> bool:
-    """Whether weights or channels go, or are fitted again, by what data does in the model."""
+    """Whether pruning, reconstruction or output matching needs calibration data."""
     if request.pattern == CHANNEL:
         measure = parse_config(request).importance
         return request.is_matched or (measure is not None and measure.needs is not RequiredData.NOTHING)
@@ -28,7 +28,7 @@ def needs_data(request: PruneRequest) -> bool:
 
 
 ONE_SHOT = "constant"
-"""The schedule that prunes before the first step."""
+"""The schedule that prunes before the first training step."""
 
 
 def pruning_of(config: SweepConfig, trial: Trial) -> PruneRequest:
@@ -73,19 +73,19 @@ def training_of(config: SweepConfig, trial: Trial) -> FinetuneRequest:
 
 
 def looks_at_data(trial: Trial) -> bool:
-    """Whether weights go by what data does in the model before there is any training."""
+    """Whether the trial prunes with calibration data before any training."""
     if trial == BASELINE or _needs_training_scores(trial):
         return False
     return needs_data(_pruning_request(trial))
 
 
 def is_one_shot(trial: Trial) -> bool:
-    """Whether it is pruned before there is any training, by other means than those of training."""
+    """Whether `prune` prunes the trial before training (channels, or with calibration data), not `finetune`."""
     return trial.pattern == CHANNEL or looks_at_data(trial)
 
 
 def check_variant(config: SweepConfig, trial: Trial) -> None:
-    """Refuse a way that contradicts itself."""
+    """Refuse a variant whose options contradict each other."""
     trains = bool(config.epochs)
     if trains:
         find("schedule", trial.schedule, CURVES)
@@ -114,7 +114,7 @@ def check_variant(config: SweepConfig, trial: Trial) -> None:
 
 
 def check_channels(pruning: PruneRequest) -> None:
-    """Refuse channels of what could not be judged once they are cut."""
+    """Refuse channel pruning of models that could not be evaluated afterwards."""
     parse_config(pruning)
     if pruning.model:
         raise UsageError(
@@ -129,13 +129,13 @@ def _needs_training_scores(trial: Trial) -> bool:
 
 
 def _pruning_request(trial: Trial) -> PruneRequest:
-    """How weights are ranked, and how much of them goes."""
+    """The options of a trial that decide how weights are ranked, and how many are pruned."""
     return PruneRequest(
         sparsity=trial.sparsity,
         strategy=trial.strategy,
         params=tuple(filter(None, trial.params.split(","))),
         scope=trial.scope,
         pattern=trial.pattern,
-        # Asked before it is known whether there is a need for any.
+        # A placeholder: this request is also used to find out whether data is needed.
         data="any",
     )

@@ -1,4 +1,4 @@
-"""Trials noted in a journal: a sweep of a grid on a pool of workers, and a bisection for what holds a limit."""
+"""Sweep of a grid of trials on a pool of workers, and bisection for a limit; both record trials in a journal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prunectl.training.max_drop import MaxDrop
 from prunectl.training.request import FinetuneRequest
 
 Watcher = Callable[[Trial, TrialResult | PrunectlError], None]
-"""Told each trial when it is made."""
+"""Called with each finished trial, and its result or error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +37,27 @@ class Swept:
     config: SweepConfig
     folder: Path
     outcomes: dict[Trial, TrialResult]
-    """The model as it is, then way after way, from low to high sparsity."""
+    """Results: first the baseline, then each variant from low to high sparsity."""
     failed: dict[Trial, PrunectlError]
     max_drop: MaxDrop | None = None
     rebuilt: tuple[str, ...] = ()
-    """What was made again, and why."""
+    """Notes on trials that ran again, each with the reason."""
 
     @property
     def base(self) -> TrialResult:
-        """The model as it is."""
+        """The result of the unpruned model."""
         return self.outcomes[BASELINE]
 
     @property
     def best(self) -> dict[Variant, Trial | None]:
-        """The largest sparsity of each way that keeps within the drop; none where every one fell below it."""
+        """The trial of each variant with the largest sparsity within the limit; None if all exceed it."""
         if self.max_drop is None:
             return {}
-        holds = {
+        passing = {
             variant: make_bracket(variant, self.outcomes, self.max_drop.amount).passing
             for variant in variants(self.config)
         }
-        return {variant: variant.trial(sparsity) if sparsity else None for variant, sparsity in holds.items()}
+        return {variant: variant.trial(sparsity) if sparsity else None for variant, sparsity in passing.items()}
 
 
 def sweep(
@@ -74,7 +74,7 @@ def sweep(
     check(config)
     check_on(on)
     model, job = open_model(path), encode_job(path, config, folder)
-    # Before there is a folder, or a worker to refuse it.
+    # Untrusted code is refused before a folder is created or a worker started.
     user_code.check(model, training_of(config, BASELINE).origin)
     failed: dict[Trial, PrunectlError] = {}
     with (
@@ -102,14 +102,14 @@ def sweep(
                 failed[trial] = result
             else:
                 base = journal.done[BASELINE]
-                # Training that went astray has nothing to say of what it is judged by.
+                # The result of diverged training has no metric: the baseline's is recorded.
                 journal.add(trial, result if result.metric else replace(result, metric=base.metric, is_up=base.is_up))
             watcher(trial, result)
         return Swept(config, folder, _in_order(config, journal.done), failed, max_drop, tuple(stale.values()))
 
 
 def _run_baseline(result: TrialResult | PrunectlError, journal: Journal) -> None:
-    """Note the model as it is; without it there is nothing to compare with."""
+    """Record the result of the unpruned model; without it, there is nothing to compare with."""
     if isinstance(result, PrunectlError):
         raise result
     journal.add(BASELINE, result)
@@ -118,9 +118,9 @@ def _run_baseline(result: TrialResult | PrunectlError, journal: Journal) -> None
 def _run_trials(
     pool: WorkerPool, todo: Callable[[], list[Trial]], jobs: int
 ) -> Iterator[tuple[Trial, TrialResult | PrunectlError]]:
-    """Yield points as they are made, until there are no more to make; each must be noted before the next is asked."""
+    """Yield results as trials finish, until none is left; the caller must record each before it takes the next."""
     running: dict[Future[TrialResult | PrunectlError], Trial] = {}
-    # Whoever gives up does not wait for hours of training.
+    # On failure or Ctrl-C, workers are killed: their training may take hours.
     with workers(jobs, on_failure=pool.close) as executor:
         while True:
             for trial in todo():
@@ -146,7 +146,7 @@ def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
     finite = {trial: outcome for trial, outcome in outcomes.items() if outcome.is_number}
     front: list[Trial] = []
     best = float("-inf")
-    # Of two that are as good, the smaller; of two alike, the one that comes first.
+    # Of two equally good trials, the smaller one is on the front; of two of the same size, the first.
     for trial, outcome in sorted(finite.items(), key=lambda item: (item[1].gzip, -sign * item[1].value)):
         if sign * outcome.value > best:
             best = sign * outcome.value
@@ -156,21 +156,21 @@ def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleComparison:
-    """Two schedules, and how they compare."""
+    """Comparison of two schedules over the trials that both have."""
 
     left: str
     right: str
     gains: tuple[float, ...]
-    """How much better the other is, pair by pair."""
+    """How much better `right` is than `left`, for each pair of trials."""
 
     @property
     def mean(self) -> float:
-        """How much better the other is on average."""
+        """How much better `right` is than `left` on average."""
         return sum(self.gains) / len(self.gains)
 
 
 def compare_schedules(config: SweepConfig, outcomes: Mapping[Trial, TrialResult]) -> list[ScheduleComparison]:
-    """Compare every two schedules over the trials that they share."""
+    """Compare every two schedules over the trials that both have."""
     comparisons: list[ScheduleComparison] = []
     for left, right in combinations(config.schedules if config.epochs else (), 2):
         counterparts = {trial: replace(trial, schedule=right) for trial in outcomes if trial.schedule == left}
@@ -179,7 +179,7 @@ def compare_schedules(config: SweepConfig, outcomes: Mapping[Trial, TrialResult]
             for trial, counterpart in counterparts.items()
             if counterpart in outcomes
         ]
-        pairs = [pair for pair in pairs if all(left.is_number for left in pair)]
+        pairs = [pair for pair in pairs if all(result.is_number for result in pair)]
         if pairs:
             comparisons.append(ScheduleComparison(left, right, tuple(gain(*pair) for pair in pairs)))
     return comparisons
@@ -192,13 +192,13 @@ class Search:
     variant: Variant
     limit: MaxDrop
     evaluation: FinetuneRequest
-    """By which data and which metric."""
+    """Data and metric on which models are evaluated."""
     build: Callable[[Path, float, Destination], None]
-    """Writes a model at a sparsity."""
+    """Writes the model, pruned to a sparsity."""
     choices: dict[str, Any]
-    """What decides the numbers, noted with what was tried."""
+    """Options that determine the results, recorded in the journal."""
     files: Mapping[str, str]
-    """The hashes of the files that these words name."""
+    """Hashes of the files that these options name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,28 +209,28 @@ class SearchResult:
     base: TrialResult
     best: Trial
     tried: dict[Trial, TrialResult]
-    """From low to high sparsity."""
+    """Results from low to high sparsity."""
     folder: Path
     rebuilt: tuple[str, ...] = ()
-    """What was made again, and why."""
+    """Notes on trials that ran again, each with the reason."""
 
     @property
     def result(self) -> TrialResult:
-        """What the largest sparsity that holds came to."""
+        """The result of the best trial."""
         return self.tried[self.best]
 
     @property
     def path(self) -> Path:
-        """The model at that sparsity, as long as the folder is there."""
+        """The model of the best trial, as long as the folder exists."""
         return self.folder / self.result.path
 
     def within_limit(self, trial: Trial) -> bool:
-        """Whether a sparsity is within the limit."""
+        """Whether the drop of a trial is within the limit."""
         return drop(self.tried[trial], self.base) <= self.limit.amount
 
 
 def search(path: Path, request: Search, folder: Path, watcher: Watcher) -> SearchResult:
-    """The largest sparsity that holds, to a hundredth; each that is tried is kept in a folder."""
+    """Bisection for the largest sparsity within the limit, to a hundredth; the folder keeps the model of each trial."""
     with open_journal(folder, request.choices, digest(path), threads_per_worker(1), request.files) as journal:
 
         def run(trial: Trial) -> None:

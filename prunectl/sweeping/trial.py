@@ -20,14 +20,14 @@ class Variant(NamedTuple):
     strategy: str
     scope: str
     schedule: str = ""
-    """Empty where nothing is trained."""
+    """Empty without training."""
     pattern: str = ""
-    """Empty for single weights."""
+    """Empty for unstructured pruning."""
     params: str = ""
-    """Of the strategy, with commas."""
+    """Parameters of the strategy as NAME=VALUE, separated by commas."""
 
     def trial(self, sparsity: float) -> Trial:
-        """The point at a sparsity."""
+        """The trial of this variant at a sparsity."""
         return Trial(self.strategy, self.scope, self.schedule, sparsity, self.pattern, self.params)
 
 
@@ -38,65 +38,65 @@ class Trial:
     strategy: str
     scope: str
     schedule: str
-    """Empty where nothing is trained."""
+    """Empty without training."""
     sparsity: float
     pattern: str = ""
     params: str = ""
 
     @property
     def variant(self) -> Variant:
-        """What the sparsity is reached by."""
+        """The variant, which is the trial without its sparsity."""
         return Variant(self.strategy, self.scope, self.schedule, self.pattern, self.params)
 
     @property
     def name(self) -> str:
-        """The folder of the point."""
+        """Name of the trial and of its folder."""
         parts = (*self.variant, f"{100 * self.sparsity:.4g}")
         return "-".join(quote(part, safe=":=,") for part in parts if part) if self != BASELINE else "base"
 
 
 BASELINE = Trial("", "", "", 0.0)
-"""The model as it is."""
+"""The trial of the unpruned model."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """How good a model is, and how big."""
+    """Metric and sizes of the model of a trial."""
 
     metric: str
     value: float
     logs: dict[str, float]
     """The loss and every metric."""
     sparsity: float
-    """Of all parameters."""
+    """Share of zeros among all parameters."""
     raw: int
     gzip: int
     path: str
-    """Relative to the folder of the sweep; empty for the model as it is."""
+    """Path of the model, relative to the folder of the sweep; empty for the baseline, and if training diverged."""
     notes: tuple[str, ...] = ()
     is_up: bool | None = None
-    """Whether more of the metric is better; None is as its name says."""
+    """Whether a higher metric is better; None means that the metric's name decides."""
     digest: str = ""
-    """Of the model that was made."""
+    """Hash of the model of the trial."""
 
     @property
     def is_number(self) -> bool:
-        """Whether the metric came to anything: what goes too far may answer with numbers that are none."""
+        """Whether the metric is finite: a model that was pruned too far may return NaN."""
         return math.isfinite(self.value)
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether more of the metric is better."""
+        """Whether a higher metric is better."""
         return self.is_up if self.is_up is not None else resolve_direction(self.metric)
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """The outcome as it is noted."""
+        """The result as it is recorded in the journal."""
         return {**asdict(self), "value": self.value if self.is_number else None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrialResult:
-        """The outcome that was noted."""
+        """A result that was recorded in the journal."""
         value = math.nan if data["value"] is None else data["value"]
         return cls(**{**data, "value": value, "notes": tuple(data["notes"])})
 
@@ -108,7 +108,7 @@ def diverged(point: Trial, error: PrunectlError) -> TrialResult:
 
 @dataclass(frozen=True, slots=True)
 class SweepConfig:
-    """What is tried, on which data, and how it is trained in between."""
+    """Options of a sweep: what to try, on which data, and how to train."""
 
     data: str
     val: str = ""
@@ -123,7 +123,7 @@ class SweepConfig:
     epochs: int = 0
     batch_size: int = BATCH_SIZE
     samples: int = SAMPLES
-    """Examples for strategies that look at data."""
+    """Number of calibration examples, for strategies that need data."""
     lr: float | None = None
     optimizer: str = ""
     loss: str = ""
@@ -133,19 +133,19 @@ class SweepConfig:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     model: str = ""
-    """What builds the model, for weights alone."""
+    """Function that builds the model, for files that hold only weights."""
     custom_objects: str = ""
     is_trusted: bool = False
 
     @property
     def as_json(self) -> dict[str, Any]:
-        """The choices as they are noted."""
+        """The options as they are recorded in the journal."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SweepConfig:
-        """The choices that were noted."""
+        """Options that were recorded in the journal."""
         fields: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
         return cls(**fields)
 

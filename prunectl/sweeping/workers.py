@@ -1,6 +1,6 @@
-"""Runs trials, each pruned, finetuned and evaluated: in this process, in others beside it, or on a Ray cluster.
+"""Execution of trials (prune, finetune, evaluate) in this process, in child processes, or on a Ray cluster.
 
-`python -m prunectl.sweeping.workers` is such a process: it reads trials from its standard input.
+`python -m prunectl.sweeping.workers` is the child process: it reads trials from its standard input.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def encode_job(path: Path, config: SweepConfig, folder: Path) -> dict[str, Any]:
 
 
 def handle(job: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
-    """Run a trial in this process; a reply in JSON."""
+    """Run a trial in this process; returns a reply for JSON."""
     config = SweepConfig.from_json(job["choices"])
     try:
         return {"outcome": run_trial(Path(job["model"]), config, Path(job["folder"]), Trial(**trial)).as_json}
-    except Exception as error:  # noqa: BLE001 - the other trials can do without this one
+    except Exception as error:  # noqa: BLE001 - a failed trial must not stop the others
         return encode_error(error)
 
 
 def encode_error(error: Exception) -> dict[str, Any]:
-    """An error in JSON."""
+    """An error as a reply for JSON."""
     failure = error if isinstance(error, PrunectlError) else translate(error)
     if failure is None:
         return {"bug": f"{type(error).__name__}: {error}", "trace": "".join(traceback.format_exception(error))}
@@ -84,7 +84,7 @@ def decode_reply(trial: Trial, reply: dict[str, Any]) -> TrialResult | PrunectlE
 
 
 def decode_error(name: str, reply: dict[str, Any]) -> PrunectlError:
-    """The error of a reply, about what has this name."""
+    """The error of a reply; `name` is the trial or part that failed."""
     if "bug" in reply:
         sys.stderr.write(reply["trace"])
         return WorkError(f"{name}: {reply['bug']}", hint="please report it with the traceback above")
@@ -101,28 +101,28 @@ def worker_env(threads: int) -> dict[str, str]:
     return {
         **dict.fromkeys(_THREADS, str(threads)),
         "TF_NUM_INTEROP_THREADS": "1",
-        # What can be imported here can be imported there.
+        # Workers can import the same modules as this process.
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
 
 
 def threads_per_worker(jobs: int) -> int:
-    """How many threads each process may have, if nobody says."""
+    """Number of threads of each worker: from the environment, or else an equal share of the cores."""
     return threads_from_env() or max(usable_cores() // jobs, 1)
 
 
 class ProcessWorker:
-    """Runs trials in a child process that is started when it is first needed."""
+    """Runs trials in a child process, which is started for the first trial."""
 
     def __init__(self, job: dict[str, Any], number: int, threads: int, lock: int) -> None:
         self._job, self._number, self._threads, self._lock = json.dumps(job), number, threads, lock
         self._process: subprocess.Popen[str] | None = None
-        self._is_over = False
+        self._is_closed = False
 
     def attempt(self, trial: Trial) -> TrialResult | PrunectlError:
         """Run a trial."""
         job = f"{self._job}\n" if self._process is None else ""
-        process = self._started()
+        process = self._running_process()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -132,7 +132,7 @@ class ProcessWorker:
         except BrokenPipeError:
             line = ""
         if not line:
-            code = self._ended(process)
+            code = self._wait_and_close(process)
             return WorkError(
                 f"{trial.name}: its process ended with {_describe_exit(code)}",
                 hint="it may have run out of memory: use fewer --jobs",
@@ -140,27 +140,27 @@ class ProcessWorker:
         return decode_reply(trial, json.loads(line))
 
     def close(self) -> None:
-        """End the process, whatever it does."""
-        self._is_over = True
-        # Taken once: a thread that waits for it may let go of it meanwhile.
+        """Kill the process, even during a trial."""
+        self._is_closed = True
+        # Read once: a thread that waits for the process may set it to None meanwhile.
         if (process := self._process) is not None:
             process.kill()
-            self._ended(process)
+            self._wait_and_close(process)
 
-    def _ended(self, process: subprocess.Popen[str]) -> int:
-        """Wait for a process, close what led to it, and return its exit code."""
+    def _wait_and_close(self, process: subprocess.Popen[str]) -> int:
+        """Wait for a process, close its pipes, and return its exit code."""
         code = process.wait()
         self._process = None
         for pipe in (process.stdin, process.stdout):
-            # What was not sent any more has nobody to read it.
+            # Closing flushes input that was not sent, which nobody reads any more.
             with suppress(BrokenPipeError):
                 if pipe is not None:
                     pipe.close()
         return code
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _running_process(self) -> subprocess.Popen[str]:
         if self._process is None:
-            if self._is_over:
+            if self._is_closed:
                 raise KeyboardInterrupt
             environment = {
                 **os.environ,
@@ -172,18 +172,18 @@ class ProcessWorker:
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment,
-                # Held until the last process is gone, so that no other run makes points meanwhile.
+                # The lock is held until the last child has ended, so that no other sweep runs trials meanwhile.
                 pass_fds=(self._lock,),
-                # Ctrl-C is for us, who end them.
+                # Ctrl-C must only reach this process, which kills its children.
                 start_new_session=True,
             )
             if hasattr(os, "sched_setaffinity"):
-                # Also for runtimes that ask nobody how many threads to start.
+                # This also limits runtimes that ignore the environment variables for threads.
                 os.sched_setaffinity(self._process.pid, self._processors())
         return self._process
 
     def _processors(self) -> set[int]:
-        """As many processors as there are threads, beside those of the others."""
+        """A processor for each thread of this worker, different from those of other workers if there are enough."""
         processors = sorted(os.sched_getaffinity(0))
         first = self._number * self._threads
         return {processors[index % len(processors)] for index in range(first, first + self._threads)}
@@ -203,14 +203,14 @@ class Worker(Protocol):
         """Run a trial."""
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """End the worker, even during a trial."""
 
 
 class WorkerPool:
-    """A pool of workers, used from as many threads."""
+    """A pool of workers, used by as many threads."""
 
     def __init__(self, workers: Sequence[Worker]) -> None:
-        self._hands = workers
+        self._workers = workers
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in workers:
             self._free.put(worker)
@@ -224,13 +224,13 @@ class WorkerPool:
             self._free.put(worker)
 
     def close(self) -> None:
-        """End all of them, whatever they do."""
-        for worker in self._hands:
+        """End all workers, even during trials."""
+        for worker in self._workers:
             worker.close()
 
 
 def check(cluster: str) -> None:
-    """Refuse a place that is not known, or that cannot be used."""
+    """Refuse an unknown value of --on, and Ray if it is not installed."""
     if cluster and cluster.partition(":")[0] != RAY:
         raise UsageError(f"--on {cluster!r} is not known", hint="write --on ray, or --on ray:ADDRESS")
     if cluster:
@@ -249,22 +249,22 @@ def make_workers(cluster: str, job: dict[str, Any], *, jobs: int, threads: int, 
 
 
 def evaluate(path: Path, request: FinetuneRequest, name: str) -> TrialResult:
-    """What a file is worth, as it is noted under a name; one without is the model as it is."""
-    survey = measure(open_model(path), get_codec(CodecName.GZIP, None))
-    judged = evaluate_file(path, request) if name else evaluate_baseline(path, request)
-    assert survey.bytes.compressed is not None
-    logs = {key: value for key, value in judged.logs.items() if math.isfinite(value)}
-    sparsity = survey.sparsity or 0.0
+    """Measure and evaluate a file; `name` is its path in the journal, and empty for the baseline."""
+    stats = measure(open_model(path), get_codec(CodecName.GZIP, None))
+    evaluation = evaluate_file(path, request) if name else evaluate_baseline(path, request)
+    assert stats.bytes.compressed is not None
+    logs = {key: value for key, value in evaluation.logs.items() if math.isfinite(value)}
+    sparsity = stats.sparsity or 0.0
     return TrialResult(
-        metric=judged.metric,
-        value=judged.value if judged.is_finite else math.nan,
+        metric=evaluation.metric,
+        value=evaluation.value if evaluation.is_finite else math.nan,
         logs=logs,
         sparsity=sparsity,
-        raw=survey.bytes.raw,
-        gzip=survey.bytes.compressed,
+        raw=stats.bytes.raw,
+        gzip=stats.bytes.compressed,
         path=name,
-        notes=judged.notes,
-        is_up=judged.higher_is_better,
+        notes=evaluation.notes,
+        is_up=evaluation.higher_is_better,
         digest=digest(path),
     )
 
@@ -279,7 +279,7 @@ def run_trial(path: Path, config: SweepConfig, folder: Path, trial: Trial) -> Tr
 def make_trial(
     path: Path, folder: Path, trial: Trial, evaluation: FinetuneRequest, write: Callable[[Destination], None]
 ) -> TrialResult:
-    """Have a trial written to its own folder, and return what came of it; the baseline is the model as it is."""
+    """Write the model of a trial to its own folder and evaluate it; for the baseline, only evaluate the model."""
     if trial == BASELINE:
         return evaluate(path, evaluation, "")
     output = Destination(trial_dir(folder, trial) / f"model{''.join(path.suffixes[-1:])}", is_forced=True)
@@ -305,7 +305,7 @@ def _write_trial(path: Path, config: SweepConfig, trial: Trial, output: Destinat
 
 def _write_pruned(path: Path, config: SweepConfig, trial: Trial, output: Destination) -> None:
     request = pruning_of(config, trial)
-    # A small step may be less than a channel.
+    # A low sparsity may be less than one channel or weight, so a trial may prune nothing.
     if request.pattern == CHANNEL:
         prune_channels(path, request, output, is_trusted=config.is_trusted, allow_empty=True)
     elif request.data:
@@ -314,27 +314,27 @@ def _write_pruned(path: Path, config: SweepConfig, trial: Trial, output: Destina
         prune(path, request, output, allow_empty=True)
 
 
-_GONE = 1
+_PARENT_GONE = 1
 
 
 def main() -> None:
-    """Run trials until there are no more: a line with the job, then a line for each; answers go to what was stdout."""
-    # What frameworks print is not an answer.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    """Read lines of JSON from stdin, the job and then trials, and write a reply to each trial to stdout."""
+    # Frameworks may print to stdout: it is redirected to stderr, and replies go to a duplicate of the original.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     job = json.loads(lines.get())
     while True:
-        answers.write(json.dumps(handle(job, json.loads(lines.get()))) + "\n")
-        answers.flush()
+        replies.write(json.dumps(handle(job, json.loads(lines.get()))) + "\n")
+        replies.flush()
 
 
 def _listen(lines: queue.SimpleQueue[str]) -> None:
-    """Take lines, and end at once when nobody is there any more: another run may run the same trial."""
+    """Queue lines of stdin, and exit at once when the parent is gone: another sweep may run the same trial."""
     for line in sys.stdin:
         lines.put(line)
-    os._exit(_GONE)
+    os._exit(_PARENT_GONE)
 
 
 if __name__ == "__main__":
