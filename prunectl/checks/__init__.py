@@ -1,1 +1,1 @@
-"""What a model is held against: budgets, baselines, other models, and the record of its own making."""
+"""Checks of models against budgets, baselines, other models and their manifests."""

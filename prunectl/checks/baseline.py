@@ -17,7 +17,7 @@ from prunectl.formats.safe_json import parse_object
 
 SCHEMA = "prunectl.baseline/1"
 _RECORDED = 10
-"""So many of the largest tensors tell what has grown, and keep the file short."""
+"""Number of largest tensors to record: enough to report what has grown, and the file stays short."""
 GIT = "git:"
 
 
@@ -30,24 +30,24 @@ class BaselineEntry:
     params: int
     prunable_zero: int
     reason: str
-    """Why it was taken for a baseline."""
+    """Why these sizes were accepted (--reason)."""
     tensors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Bytes and zeros of the largest tensors, by which it is told what has grown; older files have none."""
+    """Bytes and zeros of the largest tensors, to report which of them grew; older files have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Stored sizes of earlier models, by their paths from the folder of the budgets."""
+    """Stored sizes of earlier models, by their paths relative to the folder of the budgets."""
 
     origin: str
-    """Where it comes from, for people."""
+    """Source of the baseline for messages: a path, or `FILE at REF`."""
     entries: dict[str, BaselineEntry]
     path: Path | None
-    """Where it can be written; nowhere if it comes from git."""
+    """File to write updates to; None if the baseline was read from git."""
 
 
 def read(spec: str, path: Path) -> Baseline:
-    """The baseline in a file, or in the same file at `git:REF`; one that is not there knows nothing."""
+    """The baseline in a file, or in the same file at `git:REF`; empty if the file does not exist."""
     if spec.startswith(GIT):
         ref = spec.removeprefix(GIT)
         text = _at_ref(ref, path)
@@ -56,7 +56,7 @@ def read(spec: str, path: Path) -> Baseline:
 
 
 def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
-    """The entry of a model as it is now."""
+    """The entry for the current sizes of a model."""
     params = stats.zeros.params
     rows = sorted((row for row in stats.zeros.layers if not row.tied_to), key=lambda row: -row.bytes)
     tensors = {row.name: (row.bytes, row.zeros or 0) for row in rows[:_RECORDED]}
@@ -64,7 +64,7 @@ def snapshot(stats: LazyModelStats, reason: str) -> BaselineEntry:
 
 
 def write(baseline: Baseline, updates: dict[str, BaselineEntry], *, is_forced: bool = True) -> Path:
-    """Write the file with some models as they are now, the others as they were."""
+    """Write the file with the updated entries, and all others as they were."""
     if baseline.path is None:
         raise UsageError(f"the baseline {baseline.origin} cannot be updated", hint="name a file: --baseline FILE")
     models = {name: asdict(entry) for name, entry in {**baseline.entries, **updates}.items()}
@@ -106,7 +106,7 @@ def _is_pair(value: object) -> bool:
 
 
 def _at_ref(ref: str, path: Path) -> bytes | None:
-    """A file as git knows it; None if it was not there then."""
+    """The content of a file at a git ref; None if it did not exist there."""
     folder = path.absolute().parent
     commit = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     if commit.returncode:
@@ -123,8 +123,8 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     try:
-        return subprocess.run(  # noqa: S603 - git's own words, and a ref behind --end-of-options
-            ["git", *arguments],  # noqa: S607 - the git of who runs it
+        return subprocess.run(  # noqa: S603 - fixed arguments, and a ref behind --end-of-options
+            ["git", *arguments],  # noqa: S607 - the git on the user's PATH
             cwd=folder, capture_output=True, check=False, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
     except FileNotFoundError as error:

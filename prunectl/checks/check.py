@@ -1,4 +1,4 @@
-"""Checks models against their budgets: one that cannot be read does not stop the others."""
+"""Check of models against their budgets; a model that cannot be read does not stop the check of the others."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ class _CheckRun:
     file: str
     is_trusted: bool = False
     earlier: dict[str, BaselineEntry] = field(default_factory=dict)
-    """What the baseline had before this check recorded anything."""
+    """Entries of the baseline before this check recorded new ones."""
     measured: dict[str, LazyModelStats | PrunectlError] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     errors: list[CheckError] = field(default_factory=list)
 
     @cached_property
     def check_accuracy(self) -> Callable[..., Finding]:
-        """The accuracy check, loaded where a budget has max-drop."""
-        return self._running("AccuracyChecker")
+        """The accuracy check, imported only if a budget has max-drop."""
+        return self._load_checker("AccuracyChecker")
 
     @cached_property
     def check_latency(self) -> Callable[..., Finding]:
-        """The latency check, loaded where a budget has max-latency or min-speedup."""
-        return self._running("LatencyChecker")
+        """The latency check, imported only if a budget has max-latency or min-speedup."""
+        return self._load_checker("LatencyChecker")
 
-    def _running(self, checker: str) -> Callable[..., Finding]:
+    def _load_checker(self, checker: str) -> Callable[..., Finding]:
         running = importlib.import_module("prunectl.checks.running")
         check: Callable[..., Finding] = getattr(running, checker)(
             self.budgets.folder, self.file, is_trusted=self.is_trusted
@@ -81,11 +81,11 @@ class _CheckRun:
         return check
 
     def name_of(self, key: str) -> str:
-        """A model's path as the report calls it."""
+        """The path of a model in the report, relative to the working directory."""
         return os.path.relpath(self.budgets.folder / key)
 
     def open(self, key: str) -> LazyModelStats | PrunectlError:
-        """A model, opened once however many budgets it has."""
+        """Open a model, only once if it has several budgets."""
         if key not in self.measured:
             model = attempt(open_model, Path(self.name_of(key)))
             self.measured[key] = model if isinstance(model, PrunectlError) else LazyModelStats(model, self.name_of(key))
@@ -95,7 +95,7 @@ class _CheckRun:
 def with_limits(
     budgets: Budgets, names: Sequence[str], max_latency: float | None, min_speedup: float | None
 ) -> Budgets:
-    """Budgets with other limits on the latency of all that are named: those of the command line."""
+    """The budgets, with the latency limits of the command line in those that are named."""
     chosen = set(select_budgets(budgets, names))
     changed = [
         _with_speedup(_with_latency(budget, max_latency), min_speedup) if budget in chosen else budget
@@ -138,9 +138,9 @@ def check(
     is_trusted: bool = False,
     meter: ProgressFactory = no_progress,
 ) -> Findings:
-    """The verdicts of all budgets, or of those named; with a reason, what is now becomes the baseline.
+    """The findings of all budgets, or of those named; with a reason, the current sizes become the baseline.
 
-    Only budgets that are trusted may name code of their own: data, metrics and builders that are functions.
+    Only trusted budgets (`is_trusted`) may name user code, such as functions for data, metrics and builders.
     """
     chosen = select_budgets(budgets, names)
     run = _CheckRun(budgets, baseline, file, is_trusted, baseline.entries)
@@ -151,12 +151,12 @@ def check(
             for key in model_keys:
                 _check_model(run, budget, key)
                 bar.advance(1)
-    measured = sum(isinstance(model_keys, LazyModelStats) for model_keys in run.measured.values())
+    measured = sum(isinstance(stats, LazyModelStats) for stats in run.measured.values())
     return Findings(file, tuple(run.findings), tuple(run.errors), tuple(notes), measured, baseline.origin)
 
 
 def _model_keys(run: _CheckRun, budget: Budget) -> list[str]:
-    """The models of a budget; a glob without any is a slip, which does not stop the others."""
+    """The models of a budget; a glob that matches none is an error, which does not stop the other globs."""
     paths, empty = expand_globs(run.budgets.folder, budget)
     for pattern in empty:
         error = UsageError(
@@ -168,15 +168,15 @@ def _model_keys(run: _CheckRun, budget: Budget) -> list[str]:
 
 
 def _record_baseline(run: _CheckRun, keys: dict[Budget, list[str]], reason: str) -> list[str]:
-    """Take models for their baseline: all of them with a reason, else those that are to be created."""
-    to_record = {key for budget, stats in keys.items() if reason or budget.growth for key in stats}
+    """Record models in the baseline: all of them with a reason, else missing ones with on-missing = "create"."""
+    to_record = {key for budget, model_keys in keys.items() if reason or budget.growth for key in model_keys}
     if not reason:
         is_creating = run.budgets.on_missing is OnMissing.CREATE and run.baseline.path is not None
         to_record = to_record - set(run.baseline.entries) if is_creating else set()
     new: dict[str, BaselineEntry] = {}
     for key in sorted(to_record):
         stats = run.open(key)
-        # One that cannot be read is reported when it is checked.
+        # A model that cannot be read is reported when it is checked.
         is_readable = isinstance(stats, LazyModelStats)
         entry = attempt(partial(baselines.snapshot, reason=reason or "created"), stats) if is_readable else stats
         if isinstance(entry, BaselineEntry):
@@ -198,8 +198,8 @@ def _check_model(run: _CheckRun, budget: Budget, key: str) -> None:
         if isinstance(outcome, PrunectlError):
             run.errors.append(CheckError(budget.name, stats.name, line, outcome))
         else:
-            judged = outcome if isinstance(outcome, list) else [outcome]
-            run.findings += [with_context(finding, stats, run.earlier.get(key)) for finding in judged]
+            findings = outcome if isinstance(outcome, list) else [outcome]
+            run.findings += [with_context(finding, stats, run.earlier.get(key)) for finding in findings]
 
 
 def _budget_checks(run: _CheckRun, budget: Budget, key: str) -> Iterator[BudgetCheck]:

@@ -1,4 +1,4 @@
-"""The config file of budgets: the nearest one upwards, with the line of each key."""
+"""The config file of budgets, in the nearest folder upwards, and the line of each key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from prunectl.errors import UsageError
 
 KeyPath = tuple[str | int, ...]
-"""Keys from the top, with the number of the table in an array of tables."""
+"""Keys from the top level on; the key of an array of tables is followed by the index of the table."""
 
 _PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
 _KEY = rf"{_PART}(?:\s*\.\s*{_PART})*"
@@ -31,7 +31,7 @@ class KeyLines:
     lines: dict[KeyPath, int] = field(default_factory=dict)
 
     def of(self, *path: str | int) -> int:
-        """The line of a key, or of the nearest one around it; counted from one."""
+        """The line of a key (the first line is 1), or else of its nearest parent."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
                 return self.lines[path[:length]]
@@ -40,7 +40,7 @@ class KeyLines:
 
 @dataclass(slots=True)
 class _ValueSpan:
-    """A value that may span lines."""
+    """Scanner state of a value that may span several lines."""
 
     depth: int = 0
     quotes: str = ""
@@ -50,7 +50,7 @@ class _ValueSpan:
         return bool(self.depth or self.quotes)
 
     def take(self, text: str) -> None:
-        """Go on through a line of it."""
+        """Scan one more line of the value."""
         while text:
             if self.quotes:
                 _, end, text = text.partition(self.quotes)
@@ -99,7 +99,7 @@ def _parts(text: str) -> KeyPath:
 
 
 def _with_indices(counts: Counter[KeyPath], name: KeyPath) -> KeyPath:
-    """A path with the number of the last table wherever it goes through an array of them."""
+    """The path, with the index of the last table after each key of an array of tables."""
     path: KeyPath = ()
     for depth, part in enumerate(name):
         path = (*path, part)
@@ -118,7 +118,7 @@ class ConfigFile:
     path: Path
     table: dict[str, Any]
     prefix: tuple[str, ...]
-    """Where in the file it stands."""
+    """Keys of the table in the file: none, or tool.prunectl."""
     lines: KeyLines
 
     def line(self, *path: str | int) -> int:
@@ -126,12 +126,12 @@ class ConfigFile:
         return self.lines.of(*self.prefix, *path)
 
     def location(self, *path: str | int) -> str:
-        """File and line of a key, as compilers write them."""
+        """File and line of a key as `FILE:LINE`."""
         return f"{os.path.relpath(self.path)}:{self.line(*path)}"
 
 
 def find_config(folder: Path) -> ConfigFile:
-    """The table of budgets in the nearest folder upwards that has one."""
+    """The table of budgets in this folder, or else in the nearest parent folder that has one."""
     for candidate in (folder, *folder.parents):
         if (candidate / OWN).is_file():
             return load_config(candidate / OWN)
@@ -148,7 +148,7 @@ def find_config(folder: Path) -> ConfigFile:
 def load_config(path: Path, *, is_shared: bool | None = None) -> ConfigFile:
     """The table of budgets in a file."""
     try:
-        # Editors of Windows begin a file with a byte order mark.
+        # Some Windows editors write a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
         document = tomllib.loads(text)
     except FileNotFoundError as error:

@@ -20,29 +20,29 @@ from prunectl.units import parse_ratio, parse_size
 
 @dataclass(frozen=True, slots=True)
 class TensorDiff:
-    """A tensor in the new and the old model; either may be missing."""
+    """A tensor of the new and the old model; one of the two may be missing."""
 
     new: TensorStats | None
     old: TensorStats | None
     match_kind: str = ""
     """How the two were matched."""
     changed: int | None = None
-    """Elements that are not what they were; unknown where the shape is another."""
+    """Number of elements that differ; None if they cannot be compared, as with another shape."""
     zeros_added: int | None = None
-    """Zeros that were not zero before."""
+    """Number of zeros that were not zero in the old model."""
     zeros_lost: int | None = None
-    """Weights that were zero before."""
+    """Number of zeros of the old model that are no longer zero."""
 
     @property
     def name(self) -> str:
-        """The name it has, or had."""
+        """The name in the new model, or else in the old one."""
         row = self.new or self.old
         assert row is not None
         return row.name
 
     @property
     def kind(self) -> str:
-        """The kind of change, in a word."""
+        """The kind of change: gone, added, resized, retyped, changed or same."""
         if self.new is None:
             return "gone"
         if self.old is None:
@@ -55,12 +55,12 @@ class TensorDiff:
 
     @property
     def is_prunable(self) -> bool:
-        """Whether its zeros are those of pruning."""
+        """Whether the tensor is prunable in one of the models."""
         return any(row is not None and row.is_prunable for row in (self.new, self.old))
 
     @property
     def is_needed(self) -> bool:
-        """Whether a model needs it to predict, as it does not need the state of an optimizer."""
+        """Whether inference needs the tensor, unlike the state of an optimizer."""
         return any(row is not None and row.role in WEIGHTS for row in (self.new, self.old))
 
 
@@ -74,32 +74,32 @@ class ModelDiff:
 
     @property
     def growth(self) -> int:
-        """By how many bytes the new one is bigger, compressed."""
+        """Growth of the compressed size in bytes; negative if the new model is smaller."""
         return (self.new.bytes.compressed or 0) - (self.old.bytes.compressed or 0)
 
 
 def diff_models(new: ModelFile, old: ModelFile, meter: ProgressFactory = no_progress) -> ModelDiff:
-    """Diff every tensor, chunk by chunk where they are contiguous."""
+    """Diff every tensor; contiguous tensors are read chunk by chunk."""
     codec = get_codec(CodecName.GZIP, None)
-    now, then = measure(new, codec, meter), measure(old, codec, meter)
-    rows, were = ({row.name: row for row in survey.layers} for survey in (now, then))
+    new_stats, old_stats = measure(new, codec, meter), measure(old, codec, meter)
+    new_rows, old_rows = ({row.name: row for row in stats.layers} for stats in (new_stats, old_stats))
     matched = match_tensors(new.tensors, old.tensors)
     changes = {}
     with meter("comparing", sum(pair.new.nbytes for pair in matched.pairs)) as bar:
         for pair in matched.pairs:
-            changes[pair.new.name] = _tensor_diff(new, old, pair, rows[pair.new.name], were[pair.old.name])
+            changes[pair.new.name] = _tensor_diff(new, old, pair, new_rows[pair.new.name], old_rows[pair.old.name])
             bar.advance(pair.new.nbytes)
-    changes |= {tensor.name: TensorDiff(rows[tensor.name], None) for tensor in matched.added}
-    ordered = [changes[tensor.name] for tensor in new.tensors]
-    return ModelDiff(now, then, (*ordered, *(TensorDiff(None, were[tensor.name]) for tensor in matched.removed)))
+    changes |= {tensor.name: TensorDiff(new_rows[tensor.name], None) for tensor in matched.added}
+    removed = (TensorDiff(None, old_rows[tensor.name]) for tensor in matched.removed)
+    return ModelDiff(new_stats, old_stats, (*(changes[tensor.name] for tensor in new.tensors), *removed))
 
 
-def _tensor_diff(new: ModelFile, old: ModelFile, pair: Pair, row: TensorStats, was: TensorStats) -> TensorDiff:
+def _tensor_diff(new: ModelFile, old: ModelFile, pair: Pair, row: TensorStats, old_row: TensorStats) -> TensorDiff:
     kind = str(pair.match_kind)
     if pair.axes is None and pair.new.shape != pair.old.shape:
-        return TensorDiff(row, was, kind)
+        return TensorDiff(row, old_row, kind)
     counts = count_changes(TensorView(new, pair.new), TensorView(old, pair.old, pair.axes))
-    return TensorDiff(row, was, kind, counts.changed, counts.zeros_added, counts.zeros_lost)
+    return TensorDiff(row, old_row, kind, counts.changed, counts.zeros_added, counts.zeros_lost)
 
 
 class DiffRule(StrEnum):
@@ -164,7 +164,7 @@ def _parse_rule(text: str) -> FailOn:
 def _growth_finding(diff: ModelDiff, rule: FailOn) -> Finding:
     actual: float = diff.growth
     if rule.limit.metric is MetricUnit.RATIO:
-        # Compressed, no file is empty.
+        # The compressed size of a file is never 0.
         actual = diff.growth / (diff.old.bytes.compressed or 1)
     return evaluate_limit(diff.new.path, "bytes.compressed", actual, rule.limit)
 

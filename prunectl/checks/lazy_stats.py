@@ -1,4 +1,4 @@
-"""Lazy statistics of a model, each measured once when it is first needed."""
+"""Statistics of a model that are measured once, when they are first needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LazyModelStats:
     def __init__(self, model: ModelFile, name: str) -> None:
         self.model = model
         self.name = name
-        """As the report calls it."""
+        """Path of the model in the report."""
         self._conforming: dict[str, dict[str, TensorStats]] = {}
 
     @cached_property
@@ -28,42 +28,42 @@ class LazyModelStats:
 
     @cached_property
     def gzip(self) -> int:
-        """Bytes compressed, at the usual level."""
+        """Bytes compressed with gzip at its default level."""
         return compress(sizes.iter_model_bytes(self.model), get_codec(CodecName.GZIP, None)).nbytes
 
     @cached_property
     def packed(self) -> int:
-        """Bytes packed by its container."""
+        """Bytes packed with the container's own compression."""
         return packed_bytes(self.model, lambda _: None)
 
     @cached_property
     def facts(self) -> ModelStats:
-        """What it holds, without a look at any weight."""
+        """Statistics for which no weight is read."""
         return measure_stats(self.model, self.model.tensors, has_zeros=False)
 
     @cached_property
     def zeros(self) -> ModelStats:
-        """What it holds, zeros counted."""
+        """Statistics with counted zeros."""
         return measure_stats(self.model, self.model.tensors, has_channels=False)
 
     @cached_property
     def operations(self) -> ModelStats:
-        """What it holds, with the operations of its graph."""
+        """Statistics with the multiply-accumulates of the graph."""
         require(self.model, Capability.FLOPS)
         return with_macs(self.facts, load(by_name(self.model.format).graph)(self.model))
 
     @cached_property
     def zeros_of(self) -> dict[str, TensorStats]:
-        """Each tensor, its zeros counted."""
+        """Statistics with counted zeros, by tensor name."""
         return {row.name: row for row in self.zeros.layers}
 
     @cached_property
     def operations_of(self) -> dict[str, TensorStats]:
-        """Each tensor, with the operations that use it."""
+        """Statistics with multiply-accumulates, by tensor name."""
         return {row.name: row for row in self.operations.layers}
 
     def conforming(self, pattern: str) -> dict[str, TensorStats]:
-        """Each tensor, with the share of its groups that conform to a pattern."""
+        """Statistics with the share of groups that conform to a pattern, by tensor name."""
         if pattern not in self._conforming:
             stats = measure_stats(self.model, self.model.tensors, pattern=parse(pattern))
             self._conforming[pattern] = {row.name: row for row in stats.layers}

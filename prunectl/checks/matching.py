@@ -1,4 +1,4 @@
-"""Matching of the tensors of two models by name, or by layer and role, and a paired walk through them."""
+"""Matching of the tensors of two models by name, or by layer and role, and element-wise comparison of the pairs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from prunectl.formats.base import WEIGHTS, Array, ModelFile, Role, Tensor
 from prunectl.formats.extents import Extent
 
 Axes = tuple[int, ...] | None
-"""The order of axes to see a tensor in; None as it is."""
+"""Permutation of the axes of a tensor; None keeps their order."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """A tensor of a model, its axes in some order."""
+    """A tensor of a model, with its axes permuted."""
 
     model: ModelFile
     tensor: Tensor
     axes: Axes = None
 
     def pieces(self, length: int) -> Iterator[Array]:
-        """Yield its elements in C order, so many at a time; flat ones are never all in memory."""
+        """Yield the elements in C order, `length` at a time; a contiguous tensor is never in memory as a whole."""
         tensor = self.tensor
         if tensor.size > storage_numel(tensor) * budgets.MAX_REPEATS:
             raise InputError(f"{self.model.path} is refused: {tensor.name} repeats what it stores {tensor.size} times")
@@ -47,7 +47,7 @@ class TensorView:
 
 
 def iter_paired_chunks(left: TensorView, right: TensorView) -> Iterator[tuple[Array, Array]]:
-    """Yield pieces of both, the same elements at the same time."""
+    """Yield pairs of chunks with the same elements of both tensors."""
     widest = max(left.tensor.dtype.itemsize, right.tensor.dtype.itemsize)
     length = max(extents.BLOCK_BYTES // widest, 1)
     yield from zip(left.pieces(length), right.pieces(length), strict=True)
@@ -55,31 +55,31 @@ def iter_paired_chunks(left: TensorView, right: TensorView) -> Iterator[tuple[Ar
 
 @dataclass(frozen=True, slots=True)
 class ElementChanges:
-    """How many elements of a tensor differ from those of another: in their bits, but minus zero is zero."""
+    """Numbers of elements whose bits differ between two tensors; minus zero counts as zero."""
 
     changed: int = 0
     kept_changed: int = 0
-    """Of those that are zero in neither."""
+    """Changed elements that are zero in neither tensor."""
     zeros_added: int = 0
     zeros_lost: int = 0
 
 
 def count_changes(new: TensorView, old: TensorView) -> ElementChanges:
-    """Counts over a paired walk through two tensors of one shape."""
+    """Count the differences of two tensors of one shape, chunk by chunk."""
     changed = kept_changed = zeros_added = zeros_lost = 0
     for now, then in iter_paired_chunks(new, old):
-        kept, had = nonzero_mask(now), nonzero_mask(then)
-        # Pruning that multiplies by a mask leaves -0.0 where other pruning leaves 0.0: the same number.
-        differs = bitwise_differs(now, then) & (kept | had)
+        is_nonzero, was_nonzero = nonzero_mask(now), nonzero_mask(then)
+        # Pruning by multiplication with a mask leaves -0.0, and other pruning leaves 0.0: these are equal.
+        differs = bitwise_differs(now, then) & (is_nonzero | was_nonzero)
         changed += int(np.count_nonzero(differs))
-        kept_changed += int(np.count_nonzero(kept & had & differs))
-        zeros_added += int(np.count_nonzero(had & ~kept))
-        zeros_lost += int(np.count_nonzero(kept & ~had))
+        kept_changed += int(np.count_nonzero(is_nonzero & was_nonzero & differs))
+        zeros_added += int(np.count_nonzero(was_nonzero & ~is_nonzero))
+        zeros_lost += int(np.count_nonzero(is_nonzero & ~was_nonzero))
     return ElementChanges(changed, kept_changed, zeros_added, zeros_lost)
 
 
 def bitwise_differs(left: Array, right: Array) -> Any:
-    """Mark elements that are not the same: to the bit within a type, else in the narrower of the two."""
+    """Mask of elements whose bits differ; if the dtypes differ, both are cast to the narrower one first."""
     if left.dtype != right.dtype:
         narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -114,7 +114,7 @@ _ROLE_ALIASES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-"""What frameworks call the same part of a layer."""
+"""Common names for parts of a layer that frameworks name differently."""
 
 
 class MatchKind(StrEnum):
@@ -133,7 +133,7 @@ class Pair:
     old: Tensor
     match_kind: MatchKind
     axes: Axes = None
-    """The order in which the old one has the axes of the new."""
+    """Permutation of the old tensor's axes into the order of the new one's; None if they keep their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +147,13 @@ class Pairing:
 
 def match_tensors(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
     """Match tensors by name, then by layer path and role where that is unambiguous."""
-    was = {tensor.name: tensor for tensor in old}
-    pairs_by_name = {tensor.name: _pair_by_name(tensor, was.pop(tensor.name)) for tensor in new if tensor.name in was}
+    olds = {tensor.name: tensor for tensor in old}
+    pairs_by_name = {tensor.name: _pair_by_name(tensor, olds.pop(tensor.name)) for tensor in new if tensor.name in olds}
     rest = [tensor for tensor in new if tensor.name not in pairs_by_name]
-    # What all layers of a model share says nothing of any of them.
+    # The path prefix that all layers of a model share is ignored.
     candidates, originals = (
         _group_by_path_and_role(rest, _common_prefix_length(new)),
-        _group_by_path_and_role(was.values(), _common_prefix_length(old)),
+        _group_by_path_and_role(olds.values(), _common_prefix_length(old)),
     )
     for part, new_tensors in candidates.items():
         old_tensors = originals.get(part, [])
@@ -162,28 +162,28 @@ def match_tensors(new: Sequence[Tensor], old: Sequence[Tensor]) -> Pairing:
             and (pair := _pair_by_layer(new_tensors[0], old_tensors[0])) is not None
         ):
             pairs_by_name[pair.new.name] = pair
-            del was[pair.old.name]
+            del olds[pair.old.name]
     pairs = tuple(pairs_by_name[tensor.name] for tensor in new if tensor.name in pairs_by_name)
-    return Pairing(pairs, tuple(tensor for tensor in rest if tensor.name not in pairs_by_name), tuple(was.values()))
+    return Pairing(pairs, tuple(tensor for tensor in rest if tensor.name not in pairs_by_name), tuple(olds.values()))
 
 
 def axis_permutation(new: Tensor, old: Tensor) -> Axes:
-    """The permutation from a new kernel's axes to an old one's; None where it is unknown."""
-    theirs, ours = _canonical_axes(old), _canonical_axes(new)
-    if theirs is None or ours is None:
+    """The permutation of an old kernel's axes into the order of a new one's; None if it is unknown."""
+    old_axes, new_axes = _canonical_axes(old), _canonical_axes(new)
+    if old_axes is None or new_axes is None:
         return None
-    axes = tuple(theirs[ours.index(axis)] for axis in range(len(ours)))
+    axes = tuple(old_axes[new_axes.index(axis)] for axis in range(len(new_axes)))
     return axes if tuple(old.shape[axis] for axis in axes) == new.shape else None
 
 
 def _pair_by_name(new: Tensor, old: Tensor) -> Pair:
-    """Tensors of one name as a pair; their axes are moved only where their shapes say so, too."""
+    """Pair tensors of the same name; axes are only permuted if the shapes differ, and fit after the permutation."""
     axes = axis_permutation(new, old) if new.shape != old.shape and len(new.shape) == len(old.shape) else None
     return Pair(new, old, MatchKind.NAME, axes)
 
 
 def _pair_by_layer(new: Tensor, old: Tensor) -> Pair | None:
-    # The axes say more than the shape: a square kernel has the same shape either way.
+    # Axes are checked before the shape, because a square kernel has the same shape in either order.
     axes = axis_permutation(new, old) if len(new.shape) == len(old.shape) >= 2 else None
     if axes is not None and axes != tuple(range(len(axes))):
         return Pair(new, old, MatchKind.TRANSPOSED, axes)
@@ -192,7 +192,7 @@ def _pair_by_layer(new: Tensor, old: Tensor) -> Pair | None:
 
 
 def _canonical_axes(tensor: Tensor) -> tuple[int, ...] | None:
-    """Its axes with outputs first, inputs second, and the others in their order."""
+    """The axes of a tensor: outputs first, inputs second, then the others; None if they are unknown."""
     first, second = tensor.out_axis, tensor.reduction_axis
     if first is None or second is None or first == second:
         return None
@@ -208,25 +208,25 @@ def _group_by_path_and_role(tensors: Iterable[Tensor], shared: int) -> dict[tupl
 
 
 def _common_prefix_length(tensors: Iterable[Tensor]) -> int:
-    """With how many steps the paths of all layers begin alike, such as the name of the model."""
+    """Length of the prefix that the paths of all layers share, such as the name of the model."""
     paths = [_path(tensor) for tensor in tensors if tensor.role in WEIGHTS]
     if not paths:
         return 0
-    most = min(map(len, paths)) - 1
-    return next((step for step in range(most) if len({path[step] for path in paths}) > 1), max(most, 0))
+    longest = min(map(len, paths)) - 1
+    return next((step for step in range(longest) if len({path[step] for path in paths}) > 1), max(longest, 0))
 
 
 def _path(tensor: Tensor) -> tuple[str, ...]:
-    """The layer as every framework would call it."""
+    """The layer's name as a lowercase path, independent of the framework's separators."""
     return tuple(filter(None, _SEPARATORS.split(tensor.layer.lower())))
 
 
 def _role_key(tensor: Tensor) -> str:
     if tensor.role is Role.ROUTER:
-        # A graph says nothing but that it is multiplied by.
+        # In a graph, a router cannot be told from another kernel: its inputs are multiplied by it.
         return str(Role.KERNEL)
     if tensor.role in {Role.KERNEL, Role.BIAS, Role.RECURRENT, Role.EMBEDDING}:
-        # Not by its name, which a compiler may have made of several operations.
+        # The name is not used, because a compiler may have composed it from several operations.
         return str(tensor.role)
     last = _SEPARATORS.split(_DEVICE.sub("", tensor.name).lower())[-1]
     return f"{tensor.role} {_ROLE_ALIASES.get(last, last)}"

@@ -1,4 +1,4 @@
-"""Parses budgets, with file and line in every error."""
+"""Parser of budgets; every error names its file and line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LocatedValue:
 
 @dataclass(frozen=True, slots=True)
 class MaxDropRule:
-    """How much worse a model may be than another, judged on data by a framework."""
+    """How much worse the metric of a model may be than that of another, evaluated on data."""
 
     limit: Limit
     data: str
@@ -66,7 +66,7 @@ class MaxDropRule:
 
 @dataclass(frozen=True, slots=True)
 class LatencyRule:
-    """How long a run may take, or how many times as fast as another model it must be, as `bench` measures it."""
+    """The longest time of a run, or the lowest speed-up over another model, measured as `bench` does."""
 
     limit: Limit
     against: str = ""
@@ -99,7 +99,7 @@ class Budget:
     paths: tuple[str, ...]
     limits: tuple[Limit, ...]
     growth: tuple[Limit, ...]
-    """In bytes or as a share, which the metric says; at most one of each."""
+    """Limits on growth in bytes or as a share (see `metric`); at most one of each."""
     pattern: LocatedValue | None
     keep_zeros: LocatedValue | None
     drop: MaxDropRule | None
@@ -119,19 +119,19 @@ class Budgets:
 
     @property
     def folder(self) -> Path:
-        """Where its paths begin."""
+        """The folder that the paths of budgets are relative to."""
         return self.path.parent
 
 
-NAME = "max-drop"
-EXAMPLE = '{fail = "0.5pp", data = "test.npz", against = "dense.h5"}'
+MAX_DROP = "max-drop"
+DROP_EXAMPLE = '{fail = "0.5pp", data = "test.npz", against = "dense.h5"}'
 
 
 def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> MaxDropRule:
     """Parse a max-drop table whose keys are valid."""
     levels = {level: _drop_level(table[level]) for level in LEVELS if level in table}
     if not levels:
-        raise UsageError("a drop needs fail, warn or both", hint=f"write {NAME} = {EXAMPLE}")
+        raise UsageError("a drop needs fail, warn or both", hint=f"write {MAX_DROP} = {DROP_EXAMPLE}")
     if len({level.is_points for level in levels.values()}) > 1:
         raise UsageError("fail and warn are in different units", hint="write both in pp, or both as numbers")
     if len(levels) == len(LEVELS) and levels["warn"].amount > levels["fail"].amount:
@@ -143,7 +143,7 @@ def parse_max_drop(table: dict[str, Any], line: int, batch_size: int | None) -> 
     texts = {
         name.replace("-", "_"): table.get(name, "") for name in ("data", "against", "metric", "model", "custom-objects")
     }
-    return MaxDropRule(Limit(NAME, metric, line, **bounds), batch_size=batch_size or 32, **texts)
+    return MaxDropRule(Limit(MAX_DROP, metric, line, **bounds), batch_size=batch_size or 32, **texts)
 
 
 def _drop_level(value: Any) -> MaxDrop:
@@ -185,7 +185,7 @@ class _BudgetParser:
         return UsageError(f"{self.config.location(*path)}: {message}", **more)
 
     def check(self, table: dict[str, Any], keys: tuple[KeySpec, ...], path: KeyPath) -> None:
-        """Refuse keys that are not known, and the lack of those that must be there."""
+        """Refuse unknown keys, and the lack of required ones."""
         names = [key.name for key in keys]
         for name in table:
             if name not in names:
@@ -224,7 +224,7 @@ class _BudgetParser:
             growth=self._growth(table, (*path, "max-growth")),
             pattern=self._pattern(table, path),
             keep_zeros=self._located(table, "keep-zeros", path),
-            drop=self._max_drop(table, (*path, NAME)),
+            drop=self._max_drop(table, (*path, MAX_DROP)),
             latency=tuple(self._latency(table, name, (*path, name)) for name in _MEASURED if name in table),
             layers=tuple(
                 self._layer(layer, (*path, "layer", index))
@@ -245,7 +245,7 @@ class _BudgetParser:
         )
 
     def _check_limits(self, table: dict[str, Any], keys: tuple[KeySpec, ...], path: KeyPath) -> None:
-        """Refuse a budget that anything would keep to."""
+        """Refuse a budget without any limit."""
         if not any(key.is_gate and key.name in table for key in keys):
             raise self.error("it has no limit", *path, hint="add one, such as max-gzip = '400KB'")
 
@@ -262,11 +262,11 @@ class _BudgetParser:
         return LocatedValue(self.text(table, name, path), self.config.line(*path, name)) if name in table else None
 
     def _max_drop(self, table: dict[str, Any], path: KeyPath) -> MaxDropRule | None:
-        if NAME not in table:
+        if MAX_DROP not in table:
             return None
-        inner = table[NAME]
+        inner = table[MAX_DROP]
         if not isinstance(inner, dict):
-            raise self.error(f"{NAME} must be a table", *path, hint=f"write {NAME} = {EXAMPLE}")
+            raise self.error(f"{MAX_DROP} must be a table", *path, hint=f"write {MAX_DROP} = {DROP_EXAMPLE}")
         self.check(inner, DROP, path)
         for key in DROP:
             if key.kind is ValueType.TEXT:
@@ -276,7 +276,7 @@ class _BudgetParser:
         return self._parse_value(lambda table: parse_max_drop(table, self.config.line(*path), number), inner, path)
 
     def _latency(self, table: dict[str, Any], name: str, path: KeyPath) -> LatencyRule:
-        """The limit of max-latency, which may be a time alone, or of min-speedup."""
+        """Parse max-latency, which may be just a time, or min-speedup."""
         keys, metric = _MEASURED[name]
         inner = {"fail": table[name]} if isinstance(table[name], str) and name == MAX_LATENCY else table[name]
         if not isinstance(inner, dict):
@@ -293,19 +293,19 @@ class _BudgetParser:
             raise self.error("a limit needs fail, warn or both", *path, hint=f"write {name} = {EXAMPLES[name]}")
         self._check_order(levels, path, is_floor=name != MAX_LATENCY)
         limit = Limit(name, metric, self.config.line(*path), levels.get("fail"), levels.get("warn"))
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             key.name.replace("-", "_"): self.text(inner, key.name, path)
             for key in keys
             if key.kind is ValueType.TEXT and key.name in inner
         }
         for count in ("batch-size", "threads"):
             if count in inner:
-                given[count.replace("-", "_")] = number = int(self._number(inner[count], ValueType.COUNT, path))
+                options[count.replace("-", "_")] = number = int(self._number(inner[count], ValueType.COUNT, path))
                 if number < 1:
                     raise self.error(f"{count} must be at least 1", *path)
         if "seconds" in inner:
-            given["seconds"] = self._positive(inner["seconds"], path)
-        return LatencyRule(limit, **given)
+            options["seconds"] = self._positive(inner["seconds"], path)
+        return LatencyRule(limit, **options)
 
     def _positive(self, value: Any, path: KeyPath) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -357,7 +357,7 @@ class _BudgetParser:
             raise self.error("the fail limit is stricter than the warn limit", *path)
 
     def _growth(self, table: dict[str, Any], path: KeyPath) -> tuple[Limit, ...]:
-        """The limits on growth: the two levels may be a size and a share."""
+        """The limits on growth; of `fail` and `warn`, one may be a size and the other a share."""
         if "max-growth" not in table:
             return ()
         levels = self._by_level(table["max-growth"], path)
@@ -411,7 +411,7 @@ def expand_globs(folder: Path, budget: Budget) -> tuple[list[str], list[str]]:
     empty = []
     for pattern in budget.paths:
         paths = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
-        # The prefix of a checkpoint is the name of no file.
+        # The prefix that names a TensorFlow checkpoint is not a file itself.
         paths = paths or ([pattern] if resolve(folder / pattern).exists() else [])
         matches.update(dict.fromkeys(Path(path).as_posix() for path in paths))
         empty += [] if paths else [pattern]

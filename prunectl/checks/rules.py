@@ -30,17 +30,17 @@ class Finding(LimitCheck):
     tensor: str = ""
     line: int = 1
     note: str = ""
-    """What is behind the number, a full sentence."""
+    """Explanation of the number, a full sentence."""
     message: str = ""
-    """What who wrote the budget has to say."""
+    """The message of the budget's author, printed if the limit is exceeded."""
     before: int | None = field(default=None, kw_only=True, metadata=SENTENCES_ONLY)
-    """What the baseline has: parameters for `max-params`, else bytes."""
+    """The value in the baseline: parameters for `max-params`, else bytes."""
     largest: tuple[tuple[str, int], ...] = field(default=(), kw_only=True, metadata=SENTENCES_ONLY)
-    """The largest tensors of a model that is too big, with their bytes."""
+    """The largest tensors of a model that is too large, with their bytes."""
     grown: str = field(default="", kw_only=True, metadata=SENTENCES_ONLY)
-    """Which tensors grew most since the baseline, a full sentence; empty where it does not know."""
+    """Which tensors grew most since the baseline, a full sentence; empty if this is unknown."""
     is_measured: bool = field(default=True, kw_only=True, metadata=SENTENCES_ONLY)
-    """Whether there was something to compare with."""
+    """Whether the value could be compared with a baseline."""
 
     @property
     def is_failure(self) -> bool:
@@ -73,18 +73,18 @@ class Findings:
     """All results of a check."""
 
     file: str
-    """The file of budgets, as a reader of the report finds it."""
+    """Path of the budgets file in the report."""
     findings: tuple[Finding, ...]
     errors: tuple[CheckError, ...] = ()
     notes: tuple[str, ...] = ()
     models: int = 0
-    """How many were measured."""
+    """Number of models that were measured."""
     baseline: str = "the baseline"
-    """The earlier sizes, as a reader of the report calls them."""
+    """Name of the baseline in the report."""
     accept_command: str = 'prunectl check --update-baseline --reason "…"'
-    """The command that takes what is now for the baseline."""
+    """The command that makes the current sizes the baseline."""
     typed: str = ""
-    """The command by which all of this was found."""
+    """The command line of this check."""
 
     @property
     def failed(self) -> tuple[Finding, ...]:
@@ -98,12 +98,12 @@ class Findings:
 
     @property
     def exit_code(self) -> int:
-        """The worst of what happened."""
+        """The highest exit code of all failures and errors."""
         return max([0, *([1] if self.failed else []), *(failure.error.exit_code for failure in self.errors)])
 
 
 _EPSILON = 1e-12
-"""2.3 % is not quite 23 / 1000 in floating point; a byte of a terabyte makes more of a difference."""
+"""Tolerance for floating-point bounds (2.3 % is not exactly 23 / 1000); it is no more than a byte of a terabyte."""
 
 _MODEL_METRICS: dict[str, tuple[str, Callable[[LazyModelStats], float]]] = {
     "max-raw": ("bytes.raw", lambda stats: stats.raw),
@@ -129,7 +129,7 @@ def check_model_limit(stats: LazyModelStats, budget: Budget, limit: Limit) -> Fi
         stats.name, metric, measure(stats), limit, reaches=reaches, budget=budget.name, message=budget.message
     )
     if limit.name == "max-flops" and finding.ok and (unknown := stats.operations.macs_unknown):
-        # What is known of it is within the limit; the whole may not be.
+        # The known operations are within the limit, but all of them together may not be.
         raise InputError(
             f"{stats.name} has {len(unknown)} operations of unknown shape that cannot be counted, such as {unknown[0]}"
         )
@@ -163,7 +163,7 @@ def evaluate_limit(
 ) -> Finding:
     """Evaluate a number against a limit; failing takes precedence over warning.
 
-    What knows how its number is rounded tells itself whether it reaches a bound.
+    `reaches` replaces the comparison with a bound for metrics that have rounding rules, such as sparsity.
     """
     broken_by = (
         level
@@ -181,9 +181,9 @@ def evaluate_limit(
 
 
 def is_within(name: str, actual: float, bound: float) -> bool:
-    """Whether a number keeps a limit; equal to it, it does."""
-    hair = _EPSILON if isinstance(bound, float) else 0
-    return actual >= bound - hair if name.startswith("min-") else actual <= bound + hair
+    """Whether a number is within a limit, or equal to it."""
+    tolerance = _EPSILON if isinstance(bound, float) else 0
+    return actual >= bound - tolerance if name.startswith("min-") else actual <= bound + tolerance
 
 
 def _macs(stats: LazyModelStats, row: TensorStats) -> int:
@@ -200,7 +200,7 @@ GROWTH_METRIC = "bytes.compressed"
 
 @dataclass(frozen=True, slots=True)
 class BaselineContext:
-    """The baseline of a model."""
+    """The baseline, and the key of a model in it."""
 
     baseline: Baseline
     key: str
@@ -211,14 +211,14 @@ def check_growth(stats: LazyModelStats, limit: Limit, budget: Budget, context: B
     """Evaluate the growth of the compressed size over the baseline."""
     entry = context.baseline.entries.get(context.key)
     if entry is None:
-        return _unknown_model(stats, limit, budget, context)
-    grown = stats.gzip - entry.gzip
+        return _finding_without_baseline(stats, limit, budget, context)
+    growth = stats.gzip - entry.gzip
     if limit.metric is MetricUnit.RATIO and entry.gzip == 0:
-        # No share of nothing says how much: every byte is too many.
+        # Growth from 0 has no ratio: any byte is over the limit.
         limit = replace(limit, metric=MetricUnit.BYTES, fail=_zero_bound(limit.fail), warn=_zero_bound(limit.warn))
-    actual: float = grown / entry.gzip if limit.metric is MetricUnit.RATIO else grown
+    actual: float = growth / entry.gzip if limit.metric is MetricUnit.RATIO else growth
     before, now = nbytes(entry.gzip), nbytes(stats.gzip)
-    if before == now and grown:
+    if before == now and growth:
         before, now = (nbytes(value, Units.BYTES) + " B" for value in (entry.gzip, stats.gzip))
     note = f"It was {before} gzipped in the baseline, and is {now}."
     return evaluate_limit(
@@ -230,14 +230,14 @@ def _zero_bound(bound: float | None) -> float | None:
     return None if bound is None else 0
 
 
-def _unknown_model(stats: LazyModelStats, limit: Limit, budget: Budget, context: BaselineContext) -> Finding:
-    """The verdict on a model that the baseline does not know: for scripts, all of it is growth."""
-    nothing = Limit(limit.name, MetricUnit.BYTES, limit.line, fail=0)
+def _finding_without_baseline(stats: LazyModelStats, limit: Limit, budget: Budget, context: BaselineContext) -> Finding:
+    """The finding for a model that is not in the baseline; in JSON, its whole size is growth over a limit of 0."""
+    zero_limit = Limit(limit.name, MetricUnit.BYTES, limit.line, fail=0)
     note = f"{stats.name} is not in {context.baseline.origin}, so its growth was not checked."
     if context.on_missing is OnMissing.CREATE:
         note += " A baseline in git cannot be updated." if context.baseline.path is None else ""
     finding = evaluate_limit(
-        stats.name, GROWTH_METRIC, stats.gzip, nothing, budget=budget.name, message=budget.message, note=note
+        stats.name, GROWTH_METRIC, stats.gzip, zero_limit, budget=budget.name, message=budget.message, note=note
     )
     return replace(finding, level=ERROR if context.on_missing is OnMissing.FAIL else WARNING, is_measured=False)
 
@@ -253,7 +253,7 @@ _LARGEST = 3
 
 
 def with_context(finding: Finding, stats: LazyModelStats, entry: BaselineEntry | None) -> Finding:
-    """A finding with what its reader asks next: what it was before, and which tensors are the largest."""
+    """The finding with context: the value in the baseline, the largest tensors, and those that grew most."""
     if finding.tensor:
         return finding
     before = _BEFORE[finding.id](entry) if entry is not None and finding.id in _BEFORE else None
@@ -262,7 +262,7 @@ def with_context(finding: Finding, stats: LazyModelStats, entry: BaselineEntry |
     rows = sorted((row for row in stats.facts.layers if not row.tied_to), key=lambda row: -row.bytes)
     grown = ""
     if entry is not None and entry.tensors and before is not None:
-        # What the baseline does not list was smaller than what it does, or was not there.
+        # A tensor that the baseline does not list was smaller than those that it lists, or did not exist.
         least = min(size for size, _ in entry.tensors.values())
         grown = growth_sentence(stats.zeros, entry.tensors, Units.SI, least)
     largest = tuple((row.name, row.bytes) for row in rows[:_LARGEST])
@@ -273,13 +273,13 @@ PATTERN_METRIC = "conforming"
 
 
 def check_pattern(stats: LazyModelStats, pattern: LocatedValue, budget: str, message: str) -> Finding:
-    """The verdict on all prunable tensors of a model whose inputs divide into groups."""
+    """Evaluate a pattern on all prunable tensors whose inputs divide into groups."""
     share, worst = _least_conforming(row for row in stats.conforming(pattern.value).values() if row.is_prunable)
     return _pattern_finding(stats, pattern, share, worst, budget=budget, message=message)
 
 
 def check_tensor_pattern(stats: LazyModelStats, name: str, pattern: LocatedValue, budget: str, message: str) -> Finding:
-    """The verdict on one tensor."""
+    """Evaluate a pattern on one tensor."""
     share, worst = _least_conforming([stats.conforming(pattern.value)[name]])
     return _pattern_finding(stats, pattern, share, worst, budget=budget, message=message, tensor=name)
 
@@ -323,7 +323,7 @@ def check_zeros_kept(stats: LazyModelStats, path: Path, budget: Budget, referenc
             zeros_lost = count_changes(*views).zeros_lost
             reason = f"{zeros_lost} weights of {tensor.name} are no longer zero"
         else:
-            # Nothing can be said of its zeros, so that none of them counts as kept.
+            # Its zeros cannot be compared, so all of them count as lost.
             zeros_lost = count_zeros(source, tensor)
             reason = f"{tensor.name} is missing" if tensor_now is None else f"{tensor.name} has a different shape"
         if zeros_lost:

@@ -1,4 +1,4 @@
-"""Budgets that run models: accuracy on data, and latency as `bench` measures it. Loaded only where one asks for it."""
+"""Checks that run models: accuracy on data, and latency as in `bench`. Imported only if a budget has such a limit."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ Result = TypeVar("Result")
 
 
 class RunningChecker:
-    """What budgets that run models have in common: each is run once with the same options, in a config's folder."""
+    """Base of checks that run models: results are cached, and paths are relative to the config."""
 
     def __init__(self, folder: Path, file: str, *, is_trusted: bool = False) -> None:
         self._folder = folder
-        """Where paths in budgets begin."""
+        """The folder that paths in budgets are relative to."""
         self._file = file
         self._is_trusted = is_trusted
-        """Whether code may run that the budgets name, or that comes with a model."""
+        """Whether user code may run that the budgets name, or that comes with a model."""
         self._results: dict[Hashable, Any] = {}
 
     @contextmanager
-    def _at(self, line: int) -> Generator[None]:
-        """Name a line of the config in an error."""
+    def _naming_line(self, line: int) -> Generator[None]:
+        """Put the file and line of the config in front of errors."""
         try:
             yield
         except PrunectlError as error:
@@ -50,7 +50,7 @@ class RunningChecker:
             ) from error
 
     def _once(self, key: Subject, run: Callable[[Subject], Result]) -> Result:
-        """What came of a run, also if it failed."""
+        """The cached result of a run; a cached error is raised again."""
         if key not in self._results:
             self._results[key] = attempt(run, key)
         result: Result | PrunectlError = self._results[key]
@@ -59,7 +59,7 @@ class RunningChecker:
         return result
 
     def _check_code(self, data: str, others: Iterable[str], key: str) -> None:
-        """Refuse code that a key of the config names, unless it is trusted; random data are none."""
+        """Refuse user code that a key of the config names, unless it is trusted; random data is not code."""
         if not self._is_trusted:
             check_untrusted(("" if data.startswith(RANDOM_PREFIX) else data, *others), key)
 
@@ -72,11 +72,11 @@ class RunningChecker:
 
 
 class AccuracyChecker(RunningChecker):
-    """How good models are, each judged once on the same data."""
+    """Evaluates max-drop; each model is evaluated once on the same data."""
 
     def check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
         """Evaluate max-drop; an error names its line in the config."""
-        with self._at(drop.limit.line):
+        with self._naming_line(drop.limit.line):
             return self._check(stats, drop=drop, budget=budget)
 
     def _check(self, stats: LazyModelStats, *, drop: MaxDropRule, budget: Budget) -> Finding:
@@ -112,11 +112,11 @@ class AccuracyChecker(RunningChecker):
 
 
 class LatencyChecker(RunningChecker):
-    """How fast models are, each measured once with the same options."""
+    """Evaluates max-latency and min-speedup; each model is measured once with the same options."""
 
     def check(self, stats: LazyModelStats, *, rule: LatencyRule, budget: Budget) -> Finding:
         """Evaluate max-latency or min-speedup; an error names its line in the config."""
-        with self._at(rule.limit.line):
+        with self._naming_line(rule.limit.line):
             return self._check(stats, rule, budget)
 
     def _check(self, stats: LazyModelStats, rule: LatencyRule, budget: Budget) -> Finding:
@@ -126,7 +126,7 @@ class LatencyChecker(RunningChecker):
         ((size, latencies),) = benchmark.latencies.items()
         interval = latencies[-1].speedup if is_speedup else latencies[-1].median
         low, high = (f"{value:.2f}" if is_speedup else duration(value) for value in (interval.low, interval.high))
-        if limit.fail is not None and _is_hidden(interval.low, interval.high, limit.fail, is_floor=is_speedup):
+        if limit.fail is not None and _is_undecided(interval.low, interval.high, limit.fail, is_floor=is_speedup):
             measured = f"it is {low} to {high} times as fast" if is_speedup else f"a run takes {low} to {high}"
             bound = f"{limit.fail:g}" if is_speedup else duration(limit.fail)
             raise WorkError(
@@ -160,6 +160,6 @@ class LatencyChecker(RunningChecker):
         )
 
 
-def _is_hidden(low: float, high: float, limit: float, *, is_floor: bool) -> bool:
-    """Whether nobody can tell on which side of a limit it is."""
+def _is_undecided(low: float, high: float, limit: float, *, is_floor: bool) -> bool:
+    """Whether the limit lies inside the interval, so that the value may be on either side of it."""
     return low < limit <= high if is_floor else low <= limit < high

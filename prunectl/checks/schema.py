@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ValueType(StrEnum):
-    """What a key takes."""
+    """Type of the value of a key."""
 
     TEXT = "text"
     PATHS = "paths"
@@ -27,13 +27,13 @@ class ValueType(StrEnum):
 
 
 class MetricUnit(StrEnum):
-    """What the numbers of a limit count."""
+    """Unit of the numbers of a limit."""
 
     BYTES = "bytes"
     COUNT = "count"
     RATIO = "ratio"
     POINTS = "points"
-    """Of a share: 0.005 is half a percentage point."""
+    """Percentage points, as a fraction: 0.005 is half a percentage point."""
     NUMBER = "number"
     SECONDS = "seconds"
     FACTOR = "factor"
@@ -41,20 +41,20 @@ class MetricUnit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class KeySpec:
-    """A key, and what may stand behind it."""
+    """A key of the config, and the values that it takes."""
 
     name: str
     kind: ValueType
     summary: str
-    """What it is for, in one sentence."""
+    """Description of the key, in one sentence."""
     is_limit: bool = False
-    """Whether it can say no, and so takes `{fail = …, warn = …}` as well."""
+    """Whether the value is a limit, which may also be written as `{fail = …, warn = …}`."""
     choices: tuple[str, ...] = ()
     is_required: bool = False
 
     @property
     def is_gate(self) -> bool:
-        """Whether it asks for anything, itself or by what is in it."""
+        """Whether the key sets a limit, by its value or by keys inside it."""
         return (
             self.is_limit or self.kind in {ValueType.PATTERN, ValueType.TABLE} or self.name in {"keep-zeros", "layer"}
         )
@@ -81,7 +81,7 @@ BUDGET = (
     KeySpec("max-gzip", ValueType.SIZE, "Bytes compressed with zlib at level 6.", is_limit=True),
     KeySpec("max-packed", ValueType.SIZE, "Bytes packed with the container's own compression.", is_limit=True),
     KeySpec("max-params", ValueType.COUNT, "Parameters, counting tied ones once.", is_limit=True),
-    KeySpec("max-flops", ValueType.COUNT, "Show the FLOPs of each layer for one input.", is_limit=True),
+    KeySpec("max-flops", ValueType.COUNT, "Floating-point operations for one input.", is_limit=True),
     KeySpec("min-sparsity", ValueType.RATIO, "Sparsity: the share of zeros among the prunable weights.", is_limit=True),
     KeySpec(
         "min-nm",
@@ -182,7 +182,7 @@ def schema() -> dict[str, Any]:
     """The schema of `prunectl.toml`, and of `[tool.prunectl]`."""
     tables = {"layer": LAYER, "max-drop": DROP, "max-latency": LATENCY, "min-speedup": SPEEDUP}
     inner = {name: _table(keys, {}) for name, keys in tables.items()}
-    # A time by itself is the limit.
+    # max-latency may also be just a time.
     inner["max-latency"] = {"anyOf": [_TYPES[ValueType.TIME], inner["max-latency"]]}
     table = _table(TOP, {"budget": _table(BUDGET, inner)})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Budgets of prunectl", **table}

@@ -17,7 +17,7 @@ from prunectl.formats.registry import SUFFIXES, recognise
 
 _DIGITS = 3
 _SPARSE = 0.05
-"""Fewer zeros than this came by chance."""
+"""A smaller share of zeros is taken for chance, and gets no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,17 @@ class Proposal:
     max_params: int
     min_sparsity: float | None
     key: str
-    """Its path in the baseline."""
+    """The model's path in the baseline."""
     entry: BaselineEntry
-    """What it is now."""
+    """The current sizes, to record in the baseline."""
 
 
 FIRST_SIZES = "first sizes"
-"""The reason of a baseline that is written with the budgets."""
+"""Reason that is recorded in a baseline written together with the budgets."""
 
 
 def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
-    """Limits that a model keeps, and that it breaks when it grows by more than the margin."""
+    """Limits that a model meets now, and exceeds if it grows by more than the margin."""
     if not key.isprintable():
         raise InputError(f"{key!r} has a name that TOML cannot hold")
     sparsity = stats.zeros.prunable_sparsity or 0.0
@@ -49,7 +49,7 @@ def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
         max_raw=_rounded_up(stats.raw, margin),
         max_gzip=_rounded_up(stats.gzip, margin),
         max_params=_rounded_up(stats.facts.params.total, margin),
-        # In whole percents, rounded down: what it has is enough.
+        # Rounded down to whole percents, so that the current sparsity is enough.
         min_sparsity=math.floor(sparsity * 100) / 100 if sparsity >= _SPARSE else None,
         key=key,
         entry=snapshot(stats, FIRST_SIZES),
@@ -74,14 +74,14 @@ def as_toml(proposals: Iterable[Proposal], baseline: str) -> str:
 
 
 def _rounded_up(value: int, margin: float) -> int:
-    """A number by so much bigger, rounded up to a few digits."""
+    """A number increased by the margin, rounded up to a few digits."""
     raised = math.ceil(value * (1 + margin))
     step: int = 10 ** max(len(str(raised)) - _DIGITS, 0)
     return -(-raised // step) * step
 
 
 def _shortened(value: int) -> str:
-    """A number in the unit that says it in the fewest characters, exactly: 896K, 1.23M."""
+    """The shortest exact text of a number with a unit: 896K, 1.23M."""
     texts = [str(value)]
     for power, letter in enumerate("KMGT", 1):
         whole, rest = divmod(value, 1000**power)
@@ -92,14 +92,14 @@ def _shortened(value: int) -> str:
 
 
 def _toml_string(value: str) -> str:
-    # A string of JSON is one of TOML, as long as letters stand for themselves.
+    # A JSON string is a TOML string if it is not escaped to ASCII: TOML has no surrogate pairs.
     return json.dumps(value, ensure_ascii=False)
 
 
 _SAVED_MODEL = "saved_model.pb"
 _INDEX = ".index.json"
 _SHARDED = (".safetensors", ".bin")
-_NOT_OURS = frozenset({"node_modules", "__pycache__", "site-packages"})
+_SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages"})
 
 
 def discover_models(folder: Path) -> Iterator[Path]:
@@ -107,7 +107,7 @@ def discover_models(folder: Path) -> Iterator[Path]:
     for directory, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if _is_searched(Path(directory, name)))
         if _SAVED_MODEL in files:
-            # What lies in it is part of it.
+            # Everything inside this folder belongs to the SavedModel.
             folders.clear()
             yield Path(directory)
             continue
@@ -120,7 +120,7 @@ def discover_models(folder: Path) -> Iterator[Path]:
 
 
 def _is_searched(folder: Path) -> bool:
-    return not folder.name.startswith(".") and folder.name not in _NOT_OURS and not (folder / "pyvenv.cfg").exists()
+    return not folder.name.startswith(".") and folder.name not in _SKIPPED and not (folder / "pyvenv.cfg").exists()
 
 
 def _is_model(path: Path) -> bool:

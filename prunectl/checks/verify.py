@@ -19,7 +19,7 @@ from prunectl.pruning.manifest import ManifestRecord
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A count that must be zero."""
+    """A property to verify, and the number of its violations, which must be zero."""
 
     id: str
     metric: str
@@ -30,12 +30,12 @@ class Violation:
 def verify_source(
     model: ModelFile, source: ModelFile, cuts: Container[str] | None = None, meter: ProgressFactory = no_progress
 ) -> tuple[list[Violation], dict[str, int]]:
-    """Differences from the source, and zeros added by tensor; with cuts, these alone may gain zeros."""
+    """Differences from the source, and the number of new zeros by tensor; only tensors in `cuts` may gain zeros."""
     pairs = _pairs(model, source)
     changes: dict[str, ElementChanges] = {}
     with meter("comparing", sum(tensor.nbytes for tensor, _ in pairs)) as bar:
-        for tensor, was in pairs:
-            changes[tensor.name] = count_changes(TensorView(model, tensor), TensorView(source, was))
+        for tensor, old in pairs:
+            changes[tensor.name] = count_changes(TensorView(model, tensor), TensorView(source, old))
             bar.advance(tensor.nbytes)
     kept_changed = {name: counts.kept_changed for name, counts in changes.items()}
     zeros_lost = {name: counts.zeros_lost for name, counts in changes.items()}
@@ -52,8 +52,8 @@ def verify_source(
 
 
 def _pairs(model: ModelFile, source: ModelFile) -> list[tuple[Tensor, Tensor]]:
-    was = {tensor.name: tensor for tensor in source.tensors}
-    pairs = ((tensor, was.get(tensor.name)) for tensor in model.tensors)
+    originals = {tensor.name: tensor for tensor in source.tensors}
+    pairs = ((tensor, originals.get(tensor.name)) for tensor in model.tensors)
     return [(tensor, old) for tensor, old in pairs if old is not None and _signature(tensor) == _signature(old)]
 
 
@@ -62,22 +62,22 @@ def _signature(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _architecture_differences(model: ModelFile, source: ModelFile) -> Iterator[str]:
-    """Yield what is built in another way."""
+    """Yield differences of format, tensors, Keras configuration and graph."""
     if model.format != source.format:
         yield f"the format is {model.format} instead of {source.format}"
-    is_kind = {tensor.name: _signature(tensor) for tensor in model.tensors}
-    was_kind = {tensor.name: _signature(tensor) for tensor in source.tensors}
-    for name in dict.fromkeys((*was_kind, *is_kind)):
-        if name not in is_kind:
+    signatures = {tensor.name: _signature(tensor) for tensor in model.tensors}
+    old_signatures = {tensor.name: _signature(tensor) for tensor in source.tensors}
+    for name in dict.fromkeys((*old_signatures, *signatures)):
+        if name not in signatures:
             yield f"{name} is missing"
-        elif name not in was_kind:
+        elif name not in old_signatures:
             yield f"{name} was added"
-        elif is_kind[name] != was_kind[name]:
+        elif signatures[name] != old_signatures[name]:
             yield f"{name} has a different shape or type"
     if model.about.keras != source.about.keras:
         yield "the Keras configuration differs"
     if model.format == source.format and Capability.FLOPS & by_name(model.format).can:
-        # A file without a graph has none before and after.
+        # Two graphs that cannot be read count as equal.
         graph, source_graph = (attempt(load(by_name(side.format).graph), side) for side in (model, source))
         if not (
             graph == source_graph or (isinstance(graph, PrunectlError) and isinstance(source_graph, PrunectlError))
@@ -97,7 +97,7 @@ def _total_and_first(counts: dict[str, int]) -> tuple[int, str]:
 def verify(
     model: ModelFile, record: ManifestRecord | None, source: ModelFile | None, meter: ProgressFactory = no_progress
 ) -> tuple[Finding, ...]:
-    """A verdict for everything that must hold; each counts what does not."""
+    """A finding for each property that must hold, with the number of violations."""
     if record is not None and record.removed:
         return tuple(_finding(model, violation) for violation in _check_digests(model, record, source))
     violations = list(_check_record(model, record)) if record is not None else []
@@ -111,7 +111,7 @@ def verify(
 
 
 def _check_digests(model: ModelFile, record: ManifestRecord, source: ModelFile | None) -> Iterator[Violation]:
-    """Yield whether both digests hold: where whole parts went, tensors cannot be held against the source's."""
+    """Check only the digests: if channels or layers were removed, tensors cannot be compared with the source's."""
     digest = _digest("digest", model, record.output_sha256)
     scope = f"The run removed {record.removed}: only digests are compared, not weights."
     yield replace(digest, note=digest.note or scope)
@@ -120,7 +120,7 @@ def _check_digests(model: ModelFile, record: ManifestRecord, source: ModelFile |
 
 
 def _check_record(model: ModelFile, record: ManifestRecord) -> Iterator[Violation]:
-    """Yield whether the bytes, the tensors and the zeros are those of the manifest."""
+    """Check the bytes, the tensors and the zeros against the manifest."""
     tensors = {tensor.name: tensor for tensor in model.tensors}
     wrong = []
     for cut in record.cuts:
@@ -136,11 +136,11 @@ def _check_record(model: ModelFile, record: ManifestRecord) -> Iterator[Violatio
 
 
 def _check_run(source: ModelFile, record: ManifestRecord, zeros_added: dict[str, int]) -> Iterator[Violation]:
-    """Yield whether the run of the manifest leads from the source to the file."""
+    """Check that the run of the manifest read this source, and added no more zeros than recorded."""
     yield _digest("source-digest", source, record.input_sha256)
     if record.zeroed_nonfinite:
         return
-    # A weight that was zero before may have been dropped as well.
+    # There may be fewer new zeros than dropped weights: some of these were zero before.
     wrong = [cut for cut in record.cuts if not (zeros_added.get(cut.name, cut.dropped + 1) <= cut.dropped)]
     note = f"First: {wrong[0].name}, with {zeros_added.get(wrong[0].name, 0)} new zeros." if wrong else ""
     yield Violation("dropped", "tensors", len(wrong), note)
