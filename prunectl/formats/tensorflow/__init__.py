@@ -1,1 +1,1 @@
-"""Checkpoints and SavedModels: a table of entries, shards of bytes, a graph."""
+"""TensorFlow checkpoints and SavedModels: an index of entries, data shards, and a graph."""

@@ -52,11 +52,11 @@ DTYPES: dict[int, np.dtype[Any]] = {
     29: np.dtype(ml_dtypes.int4),
     30: np.dtype(ml_dtypes.uint4),
 }
-"""By number in `DataType`; 11 to 13, 15 and 16 are quantised numbers, stored as plain ones."""
+"""NumPy dtypes by number in TensorFlow's `DataType`; the quantised types 11 to 13, 15 and 16 are stored as integers."""
 
 
 def read_shape(data: memoryview, field: Field) -> tuple[int, ...]:
-    """The sizes in a TensorShapeProto, refusing what no array can have."""
+    """Parse a TensorShapeProto; a shape that no array can have is refused."""
     shape: list[int] = []
     for dimension in fields(data, field.begin, field.end):
         if dimension.number == 2 and dimension.wire == BYTES:
@@ -79,7 +79,7 @@ _END_OF_TEXT = b"\x00\x01"
 
 
 def slice_key(name: bytes, bounds: tuple[tuple[int, int], ...]) -> bytes:
-    """The key of the slice of ``name`` that has these starts and lengths."""
+    """The index key of a slice of the tensor ``name`` with these starts and lengths (in OrderedCode)."""
     text = b"".join(_ESCAPES.get(byte, bytes((byte,))) for byte in name) + _END_OF_TEXT
     rank = len(bounds).to_bytes(1 if bounds else 0, "big")
     numbers = b"".join(_signed(start) + _signed(length) for start, length in bounds)
@@ -88,7 +88,7 @@ def slice_key(name: bytes, bounds: tuple[tuple[int, int], ...]) -> bytes:
 
 def _signed(value: int) -> bytes:
     length = (value if value >= 0 else ~value).bit_length() // 7 + 1
-    # As many leading ones as there are bytes, flipped into the sign bits: longer numbers sort behind shorter ones.
+    # As many leading ones as there are bytes, XORed into the sign bits: longer numbers sort behind shorter ones.
     header = ((1 << length) - 1) << (8 * length - length)
     return ((value ^ header) & ((1 << 8 * length) - 1)).to_bytes(length, "big")
 
@@ -105,26 +105,26 @@ class BundleEntry:
     nbytes: int
     crc: int
     crc_at: int
-    """Where in the index file the masked CRC-32C of the data stands; -1 if it is missing or packed in its block."""
+    """Offset of the data's masked CRC-32C in the index file; -1 if it is missing or its block is compressed."""
     block: Block
-    """The block of the index that holds this entry, with a checksum of its own."""
+    """The block of the index that holds this entry, and has a checksum of its own."""
     slices: tuple[tuple[tuple[int, int], ...], ...] = ()
     """Starts and lengths of the pieces that a partitioned tensor is stored in."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of its numbers."""
+        """The NumPy dtype of the tensor."""
         return DTYPES[self.code]
 
     @property
     def name(self) -> str:
-        """Its key as text."""
+        """The key as text."""
         return self.key.decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A parsed index, not yet checked against the data."""
+    """A parsed index, not yet checked against the data shards."""
 
     path: Path
     shard_count: int
@@ -188,7 +188,7 @@ _PIECE = bytes(1 << 20)
 
 @cache
 def crc_of_zeros(nbytes: int) -> int:
-    """The masked CRC-32C of so many zeros."""
+    """The masked CRC-32C of `nbytes` zeros."""
     crc = 0
     for piece in zeros(nbytes):
         crc = google_crc32c.extend(crc, piece)
@@ -196,7 +196,7 @@ def crc_of_zeros(nbytes: int) -> int:
 
 
 def _shared_zeros(bundle: Bundle, file_bytes: int) -> dict[bytes, BundleEntry]:
-    """The entries whose bytes are those at the beginning of another's, with that other: zeros for them all."""
+    """Entries of zeros, by key, that share the bytes of a longer entry of zeros at the same offset, with that entry."""
     entries = [entry for entry in bundle.entries.values() if entry.code in DTYPES and not entry.slices]
     shared: dict[bytes, BundleEntry] = {}
     leader: BundleEntry | None = None
@@ -220,38 +220,38 @@ def _is_zeros(entry: BundleEntry) -> bool:
 
 
 def zeros(nbytes: int) -> Iterator[bytes]:
-    """Yield so many zeros, piece by piece."""
+    """Yield `nbytes` zeros, piece by piece."""
     for begin in range(0, nbytes, len(_PIECE)):
         yield _PIECE[: nbytes - begin]
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An index whose every entry is checked to lie inside its shard."""
+    """An index whose entries were all checked to lie inside their shards."""
 
     index: Path
     is_big_endian: bool
     entries: Mapping[bytes, BundleEntry]
     shards: Mapping[int, Path]
     shared: Mapping[bytes, BundleEntry] = field(default_factory=dict)
-    """Entries that are zeros at the beginning of another's bytes, with that other."""
+    """Entries of zeros that share the bytes of a longer entry of zeros, with that entry."""
 
     def numbers(self) -> tuple[BundleEntry, ...]:
-        """The entries that are tensors of numbers, slices of others left out."""
+        """The entries that are numeric tensors, without the slices of partitioned tensors."""
         return tuple(
             entry for key, entry in self.entries.items() if key[:1] != b"\x00" and entry.code not in NOT_NUMBERS
         )
 
     def extent(self, entry: BundleEntry) -> Extent:
-        """Where the bytes of an entry lie."""
+        """The location of an entry's bytes."""
         return Extent(self.shards[entry.shard], entry.offset, entry.nbytes)
 
     def pieces(self, entry: BundleEntry) -> tuple[tuple[tuple[slice, ...], BundleEntry], ...]:
-        """The slices of a partitioned tensor, each with its place in the whole."""
+        """The slices of a partitioned tensor, each with its location in the whole tensor."""
         return tuple((_tensor_location(bounds), self.entries[slice_key(entry.key, bounds)]) for bounds in entry.slices)
 
     def text(self, key: bytes, limit: int) -> bytes:
-        """A scalar string, or nothing if there is none of that name."""
+        """The content of a scalar string; empty if there is none with this key."""
         entry = self.entries.get(key)
         if entry is None or entry.code != STRING or entry.shape or entry.slices:
             return b""
@@ -259,7 +259,7 @@ class Bundle:
             raise InputError(f"{self.index} is refused: its {key.decode()} claims {entry.nbytes} bytes")
         with self.shards[entry.shard].open("rb") as file:
             file.seek(entry.offset)
-            # Its length as a varint and a checksum of that length stand before it.
+            # The text is preceded by its length as a varint, and a checksum of that length.
             stored = file.read(entry.nbytes)
         prefix = next((index for index, byte in enumerate(stored[:10]) if byte < 0x80), 0) + 1 + 4
         return stored[prefix:]
@@ -330,7 +330,7 @@ def _check_slices(bundle: Bundle) -> None:
 
 
 def _sizes(shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """The shape of a slice, or -1 for an axis that it leaves."""
+    """The shape of a slice, with -1 for an axis whose size it exceeds."""
     return tuple(
         size if length == WHOLE else length if 0 <= start <= start + length <= size else -1
         for size, (start, length) in zip(shape, bounds, strict=True)

@@ -1,4 +1,4 @@
-"""Write a bundle: patch numbers and the checksums in its index, or drop and zero entries."""
+"""Writing of bundles: patch tensors and their checksums in the index, or drop and zero entries."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry, crc_of_zeros
 from prunectl.formats.tensorflow.leveldb import IndexRecord, mask, masked_crc, read_file, records
 
 _BIG = 1 << 32
-"""From here on, the length counts into the checksum with eight bytes."""
+"""From this length on, the length is hashed as eight bytes instead of four."""
 
 
 def string_bytes(text: bytes) -> tuple[bytes, int]:
-    """The bytes in the data shard, and the masked CRC-32C for the index."""
+    """The bytes of a scalar string for the data shard, and their masked CRC-32C for the index."""
     crc = google_crc32c.value(len(text).to_bytes(4 if len(text) < _BIG else 8, "little"))
-    of_length = mask(crc).to_bytes(4, "little")
-    crc = google_crc32c.extend(google_crc32c.extend(crc, of_length), text)
-    return encode_varint(len(text)) + of_length + text, mask(crc)
+    length_crc = mask(crc).to_bytes(4, "little")
+    crc = google_crc32c.extend(google_crc32c.extend(crc, length_crc), text)
+    return encode_varint(len(text)) + length_crc + text, mask(crc)
 
 
 _SHARD, _OFFSET, _NBYTES, _CRC = 3, 4, 5, 6
@@ -70,7 +70,7 @@ def rewrite_bundle(bundle: Bundle, edits: BundleEdits, targets: Mapping[Path, Pa
 def _write_index(
     index: Path, target: Path, locations: Mapping[bytes, EntryLocation], drops: frozenset[bytes] = frozenset()
 ) -> None:
-    """Write an index again, uncompressed, with the new places of entries."""
+    """Write an index again, uncompressed, with the new locations of entries and without dropped ones."""
     kept = (record for record in records(index, read_file(index)) if record.key not in drops)
     table = leveldb.table((record.key, _relocated_value(record, locations.get(record.key))) for record in kept)
     target.write_bytes(table)
@@ -83,7 +83,7 @@ def _write_shard(bundle: Bundle, shard: int, edits: BundleEdits, out: BinaryIO) 
         if entry.shard == shard and not entry.slices and entry.key not in edits.drops
     ]
     zeroed = {entry.key for entry in entries if entry.key in edits.zeros or entry.key in bundle.shared}
-    # What others share the zeros of are zeros too.
+    # The entries whose zeros they share are zeros too.
     zeroed |= {bundle.shared[key].key for key in zeroed & bundle.shared.keys()}
     locations = {
         entry.key: _write(bundle, entry, edits, out)
@@ -109,7 +109,7 @@ def _write(bundle: Bundle, entry: BundleEntry, edits: BundleEdits, out: BinaryIO
 
 
 def _relocated_value(record: IndexRecord, location: EntryLocation | None) -> bytes:
-    """What the index says of an entry, with its new place; the header and wholes of slices have none."""
+    """The value of an index record with its new location; the header and partitioned tensors have no location."""
     if location is None:
         return bytes(record.data[record.begin : record.end])
     kept = (
@@ -118,14 +118,14 @@ def _relocated_value(record: IndexRecord, location: EntryLocation | None) -> byt
         if field.number not in {_SHARD, _OFFSET, _NBYTES, _CRC}
     )
     numbers = ((_SHARD, location.shard), (_OFFSET, location.offset), (_NBYTES, location.nbytes))
-    # As in every protobuf of its version, a zero is not written.
+    # Protobuf (proto3) omits fields whose value is zero.
     location_fields = (number(key, value) for key, value in numbers if value)
     crc = _CRC_TAG + location.crc.to_bytes(4, "little") if location.crc else b""
     return b"".join((*kept, *location_fields, crc))
 
 
 def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
-    """Write every file of the model, then fix the checksums of the tensors that changed."""
+    """Write every file of the model, then the checksums of the tensors that changed."""
     index = model.path if model.path.is_file() else model.path / "variables" / "variables.index"
     graph = model.path / "saved_model.pb"
     extents_of = [update.tensor.storage.extent for update in updates]
@@ -142,7 +142,7 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
     patch_files(model, targets, updates)
     shards = [(entry, targets[bundle.extent(entry).path]) for entry in changed]
     if any(entry.crc_at < 0 for entry in changed):
-        # Inside a compressed block no checksum can be mended.
+        # A checksum inside a compressed block cannot be patched, so the index is written again.
         crcs = ((entry, mask(_crc(Extent(shard, entry.offset, entry.nbytes)))) for entry, shard in shards)
         locations = {entry.key: EntryLocation(entry.shard, entry.offset, entry.nbytes, crc) for entry, crc in crcs}
         _write_index(index, targets[index], locations)
@@ -151,7 +151,7 @@ def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorU
 
 
 def _pieces(bundle: Bundle, wholes: Mapping[str, BundleEntry], update: TensorUpdate) -> Iterator[TensorUpdate]:
-    """An update as one of each slice that its tensor is stored in."""
+    """Split the update of a tensor that is stored in slices into updates of the slices."""
     tensor = update.tensor
     if tensor.storage.extent is not None:
         yield update
@@ -164,17 +164,17 @@ def _pieces(bundle: Bundle, wholes: Mapping[str, BundleEntry], update: TensorUpd
 
 
 class _SlicedUpdate:
-    """The new numbers of a tensor in slices: computed for the first that is written, and let go with the last."""
+    """The new values of a tensor in slices: computed for the first slice that is written, released with the last."""
 
     def __init__(self, update: TensorUpdate, num_slices: int) -> None:
         self._update = update
         self._pending = num_slices
         self._array: Array | None = None
-        # Two threads write.
+        # Slices are written by two threads.
         self._lock = threading.Lock()
 
     def blocks(self, location: tuple[slice, ...]) -> Iterator[Array]:
-        """The numbers of one slice."""
+        """The new values of one slice."""
         with self._lock:
             if self._array is None:
                 flat = np.concatenate([block.reshape(-1) for block in self._update.blocks()])

@@ -1,9 +1,9 @@
-"""What would the graph of a SavedModel do besides pure computation, if TensorFlow loaded and ran it?
+"""Detection of effects that a SavedModel's graph would have besides pure computation, if TensorFlow loaded and ran it.
 
-`tf.saved_model.load` runs initializers, and whoever calls a signature runs the rest; so every node counts, of the graph
-and of each function in its library. Operations are held against a list of what is allowed (`formats.pure_names`). Two
-kinds depend on who calls them: those that save variables have to belong to the saver, which loading does not run, and
-tables that are filled from a file have to be filled from an asset of the SavedModel.
+`tf.saved_model.load` runs initializers, and calls of signatures run the rest. Therefore every node is checked, of the
+graph and of each function in its library, against an allow-list of operations (`formats.pure_names`). Two kinds of
+operations depend on their callers: those that save variables must belong to the saver, which loading does not run, and
+those that fill a table from a file must read an asset of the SavedModel.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ _ANY_LIST, _ANY_VALUE = 5, 2
 _OBJECT_NODES, _CONCRETE_FUNCTIONS, _IS_ASSET, _BOUND_INPUTS = 1, 2, 5, 2
 _ARGUMENTS = 2
 _FILE_INPUT = 1
-"""Which input of the operation names the file."""
+"""Index of the operation's input that names the file."""
 
 
 class Assets:
-    """The files that a SavedModel brings along, and the tensors that hold their paths once it is loaded."""
+    """The asset files of a SavedModel, and the tensors that hold their paths once it is loaded."""
 
     def __init__(self, reader: BudgetedReader, meta: Field, folder: Path) -> None:
         self._reader, self._folder = reader, folder
-        described = [*reader.messages(meta, _ASSETS), *self._of_old(meta)]
+        described = [*reader.messages(meta, _ASSETS), *self._tf1_assets(meta)]
         self._names = [_last(self._reader, asset, _FILE_NAME) for asset in described]
         self._tensors = {
             _last(self._reader, info, _ASSET_TENSOR).partition(b":")[0]
@@ -72,9 +72,9 @@ class Assets:
             for info in reader.messages(asset, _INFO)
         }
         self._objects: list[bool] = []
-        """Of each object whether it is an asset."""
+        """Whether each object is an asset."""
         self._bound: dict[bytes, list[int]] = {}
-        """Which objects each function is called with, besides what its caller gives."""
+        """Indices of the objects that loading binds to each function, as its last arguments."""
         for objects in reader.messages(meta, _OBJECTS):
             for node in reader.messages(objects, _OBJECT_NODES):
                 self._objects.append(any(True for _ in reader.messages(node, _IS_ASSET)))
@@ -89,15 +89,15 @@ class Assets:
 
     @property
     def are_inside(self) -> bool:
-        """Whether every asset is a file of the folder."""
+        """Whether every asset is a file inside the folder."""
         return all(self._is_inside(name.decode("utf-8", "replace")) for name in self._names)
 
     def is_path(self, node: Field) -> bool:
-        """Whether a node of the graph itself is given the path of an asset."""
+        """Whether the file that a node of the main graph reads is an asset."""
         return self._input(node, _FILE_INPUT).partition(b":")[0] in self._tensors
 
     def argument(self, function: Field, node: Field) -> int | None:
-        """Which argument of its function a node takes its path from; None where it comes from elsewhere."""
+        """The argument of its function from which a node takes its path, as a negative index; None if there is none."""
         path = self._input(node, _FILE_INPUT)
         signatures = self._reader.messages(function, _SIGNATURE)
         arguments = [
@@ -108,16 +108,16 @@ class Assets:
         return arguments.index(path) - len(arguments) if path in arguments else None
 
     def is_bound(self, function: bytes, argument: int) -> bool:
-        """Whether what loading hands to a function for an argument, counted from the end, is an asset."""
+        """Whether the object that loading binds to an argument (a negative index) of a function is an asset."""
         bound = self._bound.get(function, [])
         if -argument > len(bound):
-            # Nothing is bound to it: it is the caller's.
+            # No object is bound to the argument: the caller passes it.
             return True
         number = bound[argument]
         return number < len(self._objects) and self._objects[number]
 
     def is_given(self, call: Field, argument: int) -> bool:
-        """Whether a node of the graph itself calls a function with an asset."""
+        """Whether a call in the main graph passes an asset as an argument (a negative index)."""
         inputs = [name for name in self._inputs(call) if not name.startswith(b"^")]
         return -argument <= len(inputs) and inputs[argument].partition(b":")[0] in self._tensors
 
@@ -128,8 +128,8 @@ class Assets:
         asset = self._folder / "assets" / path
         return asset.is_file() and asset.resolve().is_relative_to(self._folder.resolve())
 
-    def _of_old(self, meta: Field) -> Iterator[Field]:
-        """Yield the assets as TensorFlow 1 lists them."""
+    def _tf1_assets(self, meta: Field) -> Iterator[Field]:
+        """Yield the assets that TensorFlow 1 lists in a collection."""
         for collection in self._reader.messages(meta, _COLLECTIONS):
             if _last(self._reader, collection, _KEY) != b"saved_model_assets":
                 continue
@@ -147,7 +147,7 @@ class Assets:
 
 
 class GraphNode(NamedTuple):
-    """A node whose operation is not harmless by itself."""
+    """A node whose operation is only harmless in some contexts."""
 
     operation: bytes
     field: Field
@@ -159,11 +159,11 @@ class Function(NamedTuple):
     name: bytes
     field: Field
     nodes: tuple[GraphNode, ...]
-    """Those that have to be looked at."""
+    """Nodes whose context must be checked."""
 
 
 def find_code(folder: Path) -> tuple[str, ...]:
-    """Effects of the graph of a SavedModel beyond pure computation, each described."""
+    """Descriptions of the effects of a SavedModel's graph beyond pure computation."""
     path = folder / "saved_model.pb"
     reader = BudgetedReader(mmap_file(path), budgets.MAX_GRAPH_FIELDS)
     try:
@@ -177,16 +177,16 @@ def find_code(folder: Path) -> tuple[str, ...]:
 
 
 class _MetaGraph:
-    """A graph with its functions, and what of them is run."""
+    """A MetaGraph: the main graph and its functions, and which of their nodes are run."""
 
     def __init__(self, reader: BudgetedReader, meta: Field, folder: Path, *, is_alone: bool) -> None:
         self._reader, self._meta, self._folder = reader, meta, folder
-        self._is_of_objects = is_alone and any(True for _ in reader.messages(meta, _OBJECTS))
-        """Whether TensorFlow loads it by its objects and functions, and runs no node of the graph itself."""
+        self._is_object_based = is_alone and any(True for _ in reader.messages(meta, _OBJECTS))
+        """Whether TensorFlow loads its objects and functions, and runs no node of the main graph."""
         self._graphs = tuple(reader.messages(meta, _GRAPH))
         self._main: list[Field] = []
         self._special: list[GraphNode] = []
-        """Nodes of the graph itself that have to be looked at."""
+        """Nodes of the main graph whose context must be checked."""
         self._functions: list[Function] = []
         self._operations: set[bytes] = set()
         for graph in self._graphs:
@@ -195,11 +195,11 @@ class _MetaGraph:
                     self._main.append(field)
                 elif field.number == _LIBRARY and field.wire == BYTES:
                     self._functions.extend(self._function(function) for function in reader.messages(field, _FUNCTIONS))
-        self._special.extend(self._looked_at(self._main))
+        self._special.extend(self._nodes_to_check(self._main))
 
     def facts(self) -> Iterator[str]:
-        """Yield whatever is not harmless."""
-        # Registered operations begin with a capital: a function that looks like one is not taken for itself.
+        """Yield a description of each effect that is not harmless."""
+        # Registered operations begin with a capital: a function named like one does not make the operation known.
         own = {function.name for function in self._functions if re.match(rb"[a-z]|__", function.name)}
         known = _PURE | _SAVING | _FROM_FILES | _BY_ATTRIBUTE.keys() | own
         yield from (_describe(operation) for operation in sorted(self._operations - known))
@@ -217,10 +217,10 @@ class _MetaGraph:
                 name = _last(self._reader, field, _NAME) or name
             elif field.number == _FUNCTION_NODES and field.wire == BYTES:
                 nodes.append(field)
-        return Function(name, definition, tuple(self._looked_at(nodes)))
+        return Function(name, definition, tuple(self._nodes_to_check(nodes)))
 
-    def _looked_at(self, nodes: Iterable[Field]) -> Iterator[GraphNode]:
-        """Yield the nodes that are not harmless by themselves, and note the operations of all."""
+    def _nodes_to_check(self, nodes: Iterable[Field]) -> Iterator[GraphNode]:
+        """Yield the nodes whose context must be checked, and collect the operations of all nodes."""
         for node in nodes:
             operation = operation_of(self._reader, node)
             self._operations.add(operation)
@@ -240,48 +240,48 @@ class _MetaGraph:
         return all(strings and all(map(pattern.fullmatch, strings)) for strings in values)
 
     def _is_saved_by_others(self) -> bool:
-        """Whether something that is run, or could be called, saves or restores variables."""
+        """Whether nodes outside the saver, which loading or a caller runs, save or restore variables."""
         functions = {
             function.name: {node.operation for node in function.nodes} & _SAVING for function in self._functions
         }
-        kinds = {name: kinds for name, kinds in functions.items() if kinds}
+        saving = {name: saving for name, saving in functions.items() if saving}
         nodes = {node.field: {node.operation} for node in self._special if node.operation in _SAVING}
-        if not kinds and not nodes:
+        if not saving and not nodes:
             return False
-        if not self._follow(kinds, nodes):
+        if not self._add_callers(saving, nodes):
             return True
         names = {message: _last(self._reader, message, _NAME) for message in nodes}
-        after = self._after()
-        touched = _closure(after, names.values())
-        saved = _closure(after, (names[message] for message, operations in nodes.items() if operations != {_RESTORING}))
+        consumers = self._consumers()
+        touched = _closure(consumers, names.values())
+        saved = _closure(consumers, (names[message] for message, kinds in nodes.items() if kinds != {_RESTORING}))
         savers = self._reader.messages(self._meta, _SAVER)
-        restored = {_plain(_last(self._reader, saver, _RESTORE)) for saver in savers}
-        return bool(touched & self._run()) or bool(saved & restored)
+        restored = {_node_name(_last(self._reader, saver, _RESTORE)) for saver in savers}
+        return bool(touched & self._run_nodes()) or bool(saved & restored)
 
-    def _follow(self, kinds: dict[bytes, set[bytes]], nodes: dict[Field, set[bytes]]) -> bool:
-        """Find who calls functions that save, however deep; whether all of them stand in the graph or its library."""
+    def _add_callers(self, saving: dict[bytes, set[bytes]], nodes: dict[Field, set[bytes]]) -> bool:
+        """Add all direct and indirect callers of functions that save; False if one is outside of graph and library."""
         names = {function.field: function.name for function in self._functions}
         library, main = _Spans(names), _Spans(self._main)
-        pending = list(kinds)
+        pending = list(saving)
         while pending:
             name = pending.pop()
-            if len(kinds) > budgets.MAX_SAVING_FUNCTIONS or not name:
+            if len(saving) > budgets.MAX_SAVING_FUNCTIONS or not name:
                 return False
             for offset in self._mentions(name):
                 enclosing, call = library.around(offset), main.around(offset)
                 if enclosing is not None:
                     caller = names[enclosing]
-                    if not kinds.get(caller, set()) >= kinds[name]:
-                        kinds[caller] = kinds.get(caller, set()) | kinds[name]
+                    if not saving.get(caller, set()) >= saving[name]:
+                        saving[caller] = saving.get(caller, set()) | saving[name]
                         pending.append(caller)
                 elif call is not None:
-                    nodes[call] = nodes.get(call, set()) | kinds[name]
+                    nodes[call] = nodes.get(call, set()) | saving[name]
                 else:
                     return False
         return True
 
     def _is_filled_from_assets(self) -> bool:
-        """Whether every table that is filled from a file is filled from an asset, whoever asks for it."""
+        """Whether every table that is filled from a file is filled from an asset, for every caller."""
         assets = Assets(self._reader, self._meta, self._folder)
         filling = {
             function: [node.field for node in function.nodes if node.operation in _FROM_FILES]
@@ -290,7 +290,7 @@ class _MetaGraph:
         paths = (node.field for node in self._special if node.operation in _FROM_FILES)
         return (
             assets.are_inside
-            and (self._is_of_objects or all(map(assets.is_path, paths)))
+            and (self._is_object_based or all(map(assets.is_path, paths)))
             and all(self._is_given_assets(assets, function, node) for function in filling for node in filling[function])
         )
 
@@ -301,61 +301,61 @@ class _MetaGraph:
         library = _Spans([other.field for other in self._functions if other.field != function.field])
         main = _Spans(self._main)
         for offset in self._mentions(function.name):
-            call = None if self._is_of_objects else main.around(offset)
+            call = None if self._is_object_based else main.around(offset)
             if library.around(offset) is not None or (call is not None and not assets.is_given(call, argument)):
                 return False
         return True
 
     @cached_property
     def _bytes(self) -> bytes:
-        """All that a name may be mentioned in."""
+        """The bytes of the MetaGraph, in which mentions of a name are searched."""
         return bytes(self._reader.data[self._meta.begin : self._meta.end])
 
     def _mentions(self, name: bytes) -> Iterator[int]:
-        """Yield where a name stands as a string of its own, not as the beginning of a longer one."""
+        """Yield the offsets at which a name is a string of its own, not the beginning of a longer one."""
         data, begin = self._reader.data, self._meta.begin
         length = encode_varint(len(name))
         offset = begin - 1
-        # One may begin inside another.
+        # Occurrences may overlap.
         while (index := self._bytes.find(name, offset + 1 - begin)) >= 0:
             self._reader.spend(1)
             offset, end = begin + index, begin + index + len(name)
-            goes_on = end < self._meta.end and re.match(rb"[\w./-]", data[end : end + 1]) is not None
+            is_prefix = end < self._meta.end and re.match(rb"[\w./-]", data[end : end + 1]) is not None
             before = bytes(data[max(0, offset - len(length)) : offset])
-            # A length may also be written with more bytes than it takes, the last of which is then zero.
-            if not goes_on or before == length or before.endswith(b"\0"):
+            # A length may also be a varint of more bytes than necessary, the last of which is then zero.
+            if not is_prefix or before == length or before.endswith(b"\0"):
                 yield offset
 
-    def _after(self) -> dict[bytes, list[bytes]]:
-        """The nodes that take what a node gives, or wait for it."""
+    def _consumers(self) -> dict[bytes, list[bytes]]:
+        """The consumers of each node, by data or control inputs."""
         users: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for node in self._main:
             name = _last(self._reader, node, _NAME)
             for source in self._reader.messages(node, _INPUT):
-                users[_plain(bytes(self._reader.data[source.begin : source.end]))].append(name)
+                users[_node_name(bytes(self._reader.data[source.begin : source.end]))].append(name)
         return users
 
-    def _run(self) -> set[bytes]:
-        """The nodes that loading or a caller runs, those of the saver left aside."""
-        walk, names = self._reader, set[bytes]()
-        for signature in walk.messages(self._meta, _SIGNATURES):
-            for inner in walk.messages(signature, _VALUE):
-                for output in walk.messages(inner, _OUTPUTS):
-                    names.update(name for info in walk.messages(output, _VALUE) for name in _tensors(walk, info, 0))
-        for collection in walk.messages(self._meta, _COLLECTIONS):
-            if _last(walk, collection, _KEY) == b"savers":
+    def _run_nodes(self) -> set[bytes]:
+        """The nodes that loading or a caller runs, without those of the saver."""
+        reader, names = self._reader, set[bytes]()
+        for signature in reader.messages(self._meta, _SIGNATURES):
+            for inner in reader.messages(signature, _VALUE):
+                for output in reader.messages(inner, _OUTPUTS):
+                    names.update(name for info in reader.messages(output, _VALUE) for name in _tensors(reader, info, 0))
+        for collection in reader.messages(self._meta, _COLLECTIONS):
+            if _last(reader, collection, _KEY) == b"savers":
                 continue
-            for value in walk.messages(collection, _VALUE):
-                for listed in walk.messages(value, _NODE_LIST):
-                    names.update(_plain(text) for text in _texts(walk, walk.messages(listed, _NAME)))
-                for listed in walk.messages(value, _BYTES_LIST):
-                    for described in walk.messages(listed, _NAME):
-                        names.update(_plain(text) for text in _described(walk, described))
+            for value in reader.messages(collection, _VALUE):
+                for listed in reader.messages(value, _NODE_LIST):
+                    names.update(_node_name(text) for text in _texts(reader, reader.messages(listed, _NAME)))
+                for listed in reader.messages(value, _BYTES_LIST):
+                    for described in reader.messages(listed, _NAME):
+                        names.update(_node_name(text) for text in _described(reader, described))
         return names
 
 
 class _Spans:
-    """Messages, looked up by an offset inside them (binary search)."""
+    """Lookup of messages by an offset inside them (binary search)."""
 
     def __init__(self, messages: Iterable[Field]) -> None:
         self._sorted = sorted(messages, key=lambda message: message.begin)
@@ -368,7 +368,7 @@ class _Spans:
 
 
 def operation_of(reader: BudgetedReader, node: Field) -> bytes:
-    """The operation of a node, the last one that it names as protobuf reads it; called for every node."""
+    """The operation of a node (as in protobuf, the last field counts); optimized, as it is called for every node."""
     data, offset, end, count = reader.data, node.begin, node.end, 0
     begin = stop = 0
     while offset < end:
@@ -395,34 +395,34 @@ def operation_of(reader: BudgetedReader, node: Field) -> bytes:
     return bytes(data[begin:stop])
 
 
-def _closure(after: dict[bytes, list[bytes]], names: Iterable[bytes]) -> set[bytes]:
+def _closure(consumers: dict[bytes, list[bytes]], names: Iterable[bytes]) -> set[bytes]:
     reached, pending = set(), list(names)
     while pending:
         name = pending.pop()
         if name not in reached:
             reached.add(name)
-            pending.extend(after.get(name, ()))
+            pending.extend(consumers.get(name, ()))
     return reached
 
 
 def _tensors(reader: BudgetedReader, info: Field, depth: int) -> Iterator[bytes]:
-    """Yield the nodes behind a tensor of a signature, which may consist of several."""
+    """Yield the nodes of a signature's tensor, which may be sparse or composite and so have several."""
     if depth > 2:
         raise WireError("a signature that is nested too deep")
-    yield from (_plain(name) for name in _texts(reader, reader.messages(info, _TENSOR_NAME)))
+    yield from (_node_name(name) for name in _texts(reader, reader.messages(info, _TENSOR_NAME)))
     for sparse in reader.messages(info, _SPARSE):
-        yield from (_plain(name) for name in _described(reader, sparse))
+        yield from (_node_name(name) for name in _described(reader, sparse))
     for composite in reader.messages(info, _COMPOSITE):
         for part in reader.messages(composite, _VALUE):
             yield from _tensors(reader, part, depth + 1)
 
 
 def _described(reader: BudgetedReader, message: Field) -> Iterator[bytes]:
-    """Yield the strings of a message, such as the names that the description of a variable holds."""
+    """Yield the strings of a message, such as the names in the definition of a variable."""
     try:
         yield from _texts(reader, (field for field in reader.fields(message) if field.wire == BYTES))
     except WireError:
-        # No message, but text: nothing that TensorFlow would look for a node in.
+        # Not a message, but text: TensorFlow looks for no nodes in it.
         return
 
 
@@ -437,8 +437,8 @@ def _last(reader: BudgetedReader, message: Field, number: int) -> bytes:
     return last
 
 
-def _plain(name: bytes) -> bytes:
-    """The node that an input or a tensor is of."""
+def _node_name(name: bytes) -> bytes:
+    """The name of the node of an input or tensor: `a` for `^a` and `a:0`."""
     return name.removeprefix(b"^").partition(b":")[0]
 
 

@@ -34,7 +34,7 @@ _VALUE_STRING, _VALUE_BOOLEAN, _VALUE_TENSOR, _VALUE_FUNCTION, _CALLED_NAME = 2,
 
 @dataclass(frozen=True, slots=True)
 class KerasObject:
-    """A Keras model, layer or metric, as TensorFlow describes it."""
+    """The description of a Keras model, layer or metric in a SavedModel."""
 
     identifier: str
     """Its class; empty if missing or too long."""
@@ -44,21 +44,21 @@ class KerasObject:
 
 @dataclass(frozen=True, slots=True)
 class SavedGraph:
-    """The parsed facts of a SavedModel, and the reader of its bytes."""
+    """Parsed parts of a `saved_model.pb`, and the reader of its bytes."""
 
     path: Path
     reader: BudgetedReader
     version: str
     objects: tuple[KerasObject, ...]
     graphs: tuple[Field, ...]
-    """Where each GraphDef lies."""
+    """The byte range of each GraphDef."""
     signatures: tuple[str, ...] = ()
     assets: int = 0
-    """Files that the graph reads, such as vocabularies."""
+    """Number of files that the graph reads, such as vocabularies."""
 
 
 def read_graph(path: Path) -> SavedGraph:
-    """Read `saved_model.pb`, the nodes of its graphs left alone."""
+    """Read `saved_model.pb`, without the nodes of its graphs."""
     reader = BudgetedReader(mmap_file(path))
     try:
         metas = tuple(reader.messages(None, _META_GRAPHS))
@@ -99,7 +99,7 @@ def _keras_objects(
         if nbytes > budgets.MAX_KERAS_METADATA_BYTES or total > budgets.MAX_JSON_BYTES:
             raise WireError(f"a description of {nbytes} bytes")
         if nbytes:
-            # Keras rebuilds what is described in a file of its saver, whatever it is called there, or if it is not.
+            # Keras rebuilds every object that its saver described, whatever its identifier is, or without one.
             is_named = identifier in texts and texts[identifier].value <= budgets.MAX_MARK_BYTES
             name = text(reader.data, texts[identifier]) if is_named else ""
             objects.append(KerasObject(name, bytes(reader.data[texts[metadata].begin : texts[metadata].end])))
@@ -107,12 +107,12 @@ def _keras_objects(
 
 
 MIN_WHOLE_NUMBERS = 1024
-"""Fewer bytes of whole numbers than this are shapes and axes."""
+"""Constants of integers with fewer bytes than this are shapes and axes, not weights."""
 _DTYPE, _SHAPE, _CONTENT = 1, 2, 4
 
 
 def constants(graph: SavedGraph) -> tuple[tuple[Tensor, ...], dict[str, str]]:
-    """The constants that are stored as plain runs of bytes, and copies among them, each with the first of its kind."""
+    """The weights among the constants that are stored as raw bytes, and their duplicates, each with its original."""
     allocator = NameAllocator()
     scopes = _scopes(graph.reader, graph.graphs)
     uses = _uses(graph.reader, scopes)
@@ -132,7 +132,7 @@ def constants(graph: SavedGraph) -> tuple[tuple[Tensor, ...], dict[str, str]]:
 
 
 def _copies(graph: SavedGraph, same_node: Sequence[Tensor]) -> dict[str, str]:
-    """Which constants of one node, traced into several functions, have the numbers and the use of one before them."""
+    """Duplicates of one node's constant, traced into several functions, each with an earlier one of the same use."""
     firsts: dict[tuple[object, ...], str] = {}
     copies: dict[str, str] = {}
     for tensor in same_node if len(same_node) > 1 else ():
@@ -146,16 +146,16 @@ def _copies(graph: SavedGraph, same_node: Sequence[Tensor]) -> dict[str, str]:
     return copies
 
 
-_Place = tuple[str, str]
-"""A function, empty for the main graph, and a node or an argument of it."""
+_NodeKey = tuple[str, str]
+"""Name of a function (empty for the main graph), and of a node or an argument in it."""
 
 
 class _Use(NamedTuple):
-    """How an operation takes a tensor."""
+    """How an operation uses a tensor."""
 
     operation: str
     is_output_last: bool | None
-    """Whether its last axis is that of outputs and the one before that of inputs, or the reverse; None if neither."""
+    """True if the tensor's last axis is the outputs, and the one before the inputs; False if reversed; else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +183,8 @@ def _scopes(reader: BudgetedReader, graphs: Iterable[Field]) -> Mapping[str, _Sc
     return {"": _Scope(main, ()), **scopes}
 
 
-def _uses(reader: BudgetedReader, scopes: Mapping[str, _Scope]) -> Mapping[_Place, Collection[_Use]]:
-    """The operations that multiply by a tensor or look it up, be it in a function that it is passed to."""
+def _uses(reader: BudgetedReader, scopes: Mapping[str, _Scope]) -> Mapping[_NodeKey, Collection[_Use]]:
+    """The products and lookups that use each tensor, also in functions that it is passed to."""
     nodes = {function: [_node(reader, field) for field in scope.nodes] for function, scope in scopes.items()}
     sources = _sources(reader, scopes, nodes)
     pending = deque(
@@ -194,57 +194,57 @@ def _uses(reader: BudgetedReader, scopes: Mapping[str, _Scope]) -> Mapping[_Plac
         for operand in _PRODUCTS.get(node.operation, ())
         if operand < len(node.inputs)
     )
-    uses: defaultdict[_Place, dict[_Use, None]] = defaultdict(dict)
+    uses: defaultdict[_NodeKey, dict[_Use, None]] = defaultdict(dict)
     while pending:
         reader.spend(1)
-        place, use = pending.popleft()
-        if use not in uses[place]:
-            uses[place][use] = None
-            pending += [(source, use) for source in sources.get(place, ())]
+        key, use = pending.popleft()
+        if use not in uses[key]:
+            uses[key][use] = None
+            pending += [(source, use) for source in sources.get(key, ())]
     return uses
 
 
 def _sources(
     reader: BudgetedReader, scopes: Mapping[str, _Scope], nodes: Mapping[str, Sequence[_Node]]
-) -> Mapping[_Place, Sequence[_Place]]:
-    """Where the tensors come from that operations pass on, and the arguments of functions."""
-    sources: defaultdict[_Place, list[_Place]] = defaultdict(list)
-    merges: list[tuple[_Place, list[_Place]]] = []
+) -> Mapping[_NodeKey, Sequence[_NodeKey]]:
+    """The sources of tensors that operations only pass on, and of the arguments of functions."""
+    sources: defaultdict[_NodeKey, list[_NodeKey]] = defaultdict(list)
+    merges: list[tuple[_NodeKey, list[_NodeKey]]] = []
     for function, scope in scopes.items():
-        settled = {
+        constant_nodes = {
             node.name: field
             for node, field in zip(nodes[function], scope.nodes, strict=True)
             if node.operation == "Const"
         }
         for node in nodes[function]:
-            place, inputs = (function, node.name), [(function, source) for source in node.inputs]
+            key, inputs = (function, node.name), [(function, source) for source in node.inputs]
             if node.operation == "Merge":
-                merges.append((place, inputs))
-            elif _is_passed_on(reader, node, settled):
-                sources[place] += inputs[:1]
+                merges.append((key, inputs))
+            elif _is_passed_on(reader, node, constant_nodes):
+                sources[key] += inputs[:1]
             elif node.function in scopes:
                 for argument, source in zip(scopes[node.function].arguments, inputs, strict=False):
                     sources[(node.function, argument)].append(source)
-    for place, inputs in merges:
-        # What a loop leaves unchanged is what enters it.
-        if len(inputs) > 1 and _origin(reader, sources, inputs[1]) == place:
-            sources[place].append(inputs[0])
+    for key, inputs in merges:
+        # A loop variable that the loop does not change has the value that enters the loop.
+        if len(inputs) > 1 and _origin(reader, sources, inputs[1]) == key:
+            sources[key].append(inputs[0])
     return sources
 
 
-def _is_passed_on(reader: BudgetedReader, node: _Node, settled: Mapping[str, Field]) -> bool:
-    """Whether an operation keeps the numbers of its first operand, but for rounding, and their last two axes."""
+def _is_passed_on(reader: BudgetedReader, node: _Node, constant_nodes: Mapping[str, Field]) -> bool:
+    """Whether an operation returns its first operand, perhaps rounded, with the same last two axes."""
     if node.operation == "ExpandDims" and len(node.inputs) > 1:
-        return node.inputs[1] in settled and _is_zero(reader, settled[node.inputs[1]])
+        return node.inputs[1] in constant_nodes and _is_zero(reader, constant_nodes[node.inputs[1]])
     return node.operation in _PASSING
 
 
-def _origin(reader: BudgetedReader, sources: Mapping[_Place, Sequence[_Place]], place: _Place) -> _Place:
-    """Where a tensor comes from, through operations that only pass it on."""
-    while len(places := sources.get(place, ())) == 1:
+def _origin(reader: BudgetedReader, sources: Mapping[_NodeKey, Sequence[_NodeKey]], key: _NodeKey) -> _NodeKey:
+    """The source of a tensor, through operations that only pass it on."""
+    while len(keys := sources.get(key, ())) == 1:
         reader.spend(1)
-        place = places[0]
-    return place
+        key = keys[0]
+    return key
 
 
 def _is_zero(reader: BudgetedReader, node: Field) -> bool:
@@ -279,7 +279,7 @@ _PRODUCTS: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("Conv2D", "Conv3D", *_OUTPUT_BEFORE_LAST), (1,)),
     **dict.fromkeys(_LOOKUPS, (0,)),
 }
-"""Operations, and which of their operands may be weights."""
+"""Operations, and the indices of their operands that may be weights."""
 
 
 class _Constant(NamedTuple):
@@ -331,7 +331,7 @@ def _tensor_of(reader: BudgetedReader, attribute: Field) -> tuple[tuple[int, ...
 
 def _tensor(graph: SavedGraph, name: str, constant: _Constant, uses: Collection[_Use]) -> Tensor:
     _, shape, code, content = constant
-    # What is looked up anywhere is an embedding, also where an output layer is tied to it.
+    # A tensor with any lookup is an embedding, even if an output layer is tied to it.
     use = next((use for use in uses if use.operation in _LOOKUPS), next(iter(uses), None))
     is_matrix = len(shape) >= 2 and (DTYPES[code].kind == "f" or "float" in DTYPES[code].name)
     role = Role.OTHER
@@ -353,7 +353,7 @@ def _tensor(graph: SavedGraph, name: str, constant: _Constant, uses: Collection[
 
 
 def _axes(uses: Collection[_Use], shape: tuple[int, ...]) -> tuple[int | None, int | None]:
-    """The axes of outputs and of inputs, where all uses agree on them."""
+    """The axes of outputs and of inputs, if all uses agree on them."""
     rank = len(shape)
     depthwise = [depthwise_axes("", use.operation, shape) for use in uses]
     if depthwise and depthwise[0] is not None:
@@ -377,7 +377,7 @@ class _Node:
     shared_name: str
     function: str
     settings: frozenset[str]
-    """What is set or switched on, such as that it transposes an operand."""
+    """Names of attributes that are set or true, such as `transpose_b`."""
 
 
 def variables_used_by_functions(graph: SavedGraph) -> frozenset[str]:
@@ -419,7 +419,7 @@ def _node(reader: BudgetedReader, node: Field) -> _Node:
 
 
 def _setting(reader: BudgetedReader, attribute: Field) -> dict[str, str]:
-    """The text or the function behind the key of an attribute; nothing of one that is switched off."""
+    """The key of an attribute with its text or function, or an empty string if it is true; empty if it is false."""
     key = "".join(text(reader.data, string) for string in reader.messages(attribute, _ATTRIBUTE_KEY))
     for value in reader.messages(attribute, _ATTRIBUTE_VALUE):
         for part in reader.fields(value):

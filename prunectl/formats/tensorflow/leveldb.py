@@ -1,4 +1,4 @@
-"""LevelDB tables (SSTables): sorted records in checksummed blocks, with their offsets; Snappy blocks unpacked."""
+"""LevelDB tables (SSTables): sorted records in checksummed blocks, which may be compressed with Snappy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunectl.formats.protobuf import WireError, encode_varint, read_varint
 
 _LITERAL, _NEAR = 0, 1
 _LONG_LITERAL = 60
-"""From here on, the length stands in the bytes that follow."""
+"""From this value on, the length of a literal is in the bytes that follow."""
 
 
 def snappy_decompress(packed: memoryview, limit: int) -> bytes:
@@ -35,7 +35,7 @@ def snappy_decompress(packed: memoryview, limit: int) -> bytes:
             length, back, offset = _copy(packed, tag, offset)
             if not 0 < back <= len(out):
                 raise WireError("a packed block that copies from before its start")
-            # A copy may run into what it writes: then the last bytes repeat.
+            # A copy may overlap its own output: then the last bytes repeat.
             repeated = bytes(out[-back:][:length])
             out += (repeated * (length // len(repeated) + 1))[:length]
         if len(out) > size or offset > len(packed):
@@ -62,9 +62,9 @@ def _copy(packed: memoryview, tag: int, offset: int) -> tuple[int, int, int]:
 
 FOOTER_BYTES = 48
 TRAILER_BYTES = 5
-"""Behind each block: a byte that says how it is compressed, then a masked CRC-32C over the block and that byte."""
+"""Trailer of each block: a byte for its compression, then a masked CRC-32C over the block and that byte."""
 _NON_ASCII_COST = 8
-"""How much longer it takes to decode a key that may not be text."""
+"""Factor by which decoding takes longer for a key that may be invalid text."""
 _PLAIN_BLOCK, _PACKED = 0, 1
 _MASK_DELTA = 0xA282EAD8
 
@@ -76,21 +76,21 @@ class Block:
     begin: int
     end: int
     is_packed: bool = False
-    """Whether it is compressed: then no byte of its records can be changed in place."""
+    """Whether the block is compressed, so that its records cannot be patched in place."""
 
     @property
     def crc_at(self) -> int:
-        """Where the masked CRC-32C of the block stands."""
+        """Offset of the masked CRC-32C of the block."""
         return self.end + 1
 
 
 @dataclass(frozen=True, slots=True)
 class IndexRecord:
-    """One record, and where its value lies."""
+    """A record, and the range of its value in `data`."""
 
     key: bytes
     data: memoryview
-    """The file, or what its block unpacks to."""
+    """The file, or the decompressed block."""
     begin: int
     end: int
     block: Block
@@ -102,12 +102,12 @@ def masked_crc(data: bytes) -> int:
 
 
 def mask(crc: int) -> int:
-    """A CRC-32C as LevelDB stores it, so that a checksum of checksums is no special case."""
+    """A CRC-32C as LevelDB stores it: masked, so that checksums of data with checksums inside work."""
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 def read_file(path: Path) -> memoryview:
-    """The bytes of a table, which is small beside what it is an index of."""
+    """The bytes of a table, which is small compared with the data that it indexes."""
     with reading(path):
         file_bytes = path.stat().st_size
         if file_bytes > budgets.MAX_TABLE_BYTES:
@@ -116,7 +116,7 @@ def read_file(path: Path) -> memoryview:
 
 
 def records(path: Path, data: memoryview) -> Iterator[IndexRecord]:
-    """Yield the records of a table in their order, each block checked against its checksum."""
+    """Yield the records of a table in order, each block checked against its checksum."""
     if len(data) < FOOTER_BYTES or data[-len(TABLE_MAGIC) :] != TABLE_MAGIC:
         raise InputError(f"{path} is truncated or damaged: it does not end like the index of a checkpoint")
     try:
@@ -193,13 +193,13 @@ def _block_records(path: Path, data: memoryview, offset: int, end: int, block: B
 
 
 BLOCK_BYTES = 1 << 18
-"""As TensorFlow cuts its own tables."""
+"""Block size of TensorFlow's own tables."""
 RESTART_INTERVAL = 16
 _PLAIN_TRAILER = b"\0"
 
 
 def table(records: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A table of keys and values; the keys come in ascending order."""
+    """Serialize keys and values as a table; the keys must be in ascending order."""
     out = bytearray()
     pointers: list[tuple[bytes, bytes]] = []
     pending: list[tuple[bytes, bytes]] = []
@@ -225,7 +225,7 @@ def _append(out: bytearray, block: bytes) -> bytes:
 
 
 def _block(records: Iterable[tuple[bytes, bytes]], interval: int) -> bytes:
-    """Records, each key without what it shares with the one before, but for every so many."""
+    """Serialize records: each key without the prefix it shares with the last one, except at every `interval`-th."""
     out, restarts, last = bytearray(), [0], b""
     for number, (key, value) in enumerate(records):
         shared = 0

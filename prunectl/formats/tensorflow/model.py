@@ -1,4 +1,4 @@
-"""TensorFlow SavedModels (a folder of a graph and a bundle of variables) and checkpoints (a bundle), opened."""
+"""Opening of TensorFlow SavedModels (a folder with a graph and a bundle of variables) and checkpoints (a bundle)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def open_saved_model(path: Path) -> ModelFile:
     states = file_states(files)
     graph = read_graph(path / "saved_model.pb")
     metadata = path / "keras_metadata.pb"
-    # Keras 2.5 moved its descriptions out of saved_model.pb into a file of their own.
+    # Keras 2.5 moved its metadata out of saved_model.pb into a file of its own.
     keras = read_facts(
         *((metadata, read_keras_metadata(metadata)) if metadata.is_file() else (graph.path, graph.objects))
     )
@@ -125,7 +125,7 @@ def open_saved_model(path: Path) -> ModelFile:
 
 
 def _frozen(path: Path, graph: SavedGraph, keras: KerasFacts, files: tuple[Path, ...], *, has_index: bool) -> ModelFile:
-    """A model that has no variables: its weights are constants in the graph, if it has any."""
+    """A model without variables: its weights, if any, are constants of the graph."""
     if not has_index and any(".data-" in file.name and file.parent.name == "variables" for file in files):
         raise InputError(f"{path} is incomplete: it has data, but no variables.index")
     try:

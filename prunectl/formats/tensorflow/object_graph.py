@@ -29,32 +29,32 @@ ORIGINAL_ID, SLOT_ID = 1, 3
 
 @dataclass(frozen=True, slots=True)
 class ObjectNode:
-    """An object, and where its description lies in the text of the graph."""
+    """An object, and its byte range in the serialized graph."""
 
     begin: int
     end: int
     names: Mapping[str, str]
-    """TensorFlow's own name of each of its variables, by its key in the checkpoint."""
+    """TensorFlow's full names of the object's variables, by their keys in the checkpoint."""
     children: tuple[tuple[str, int], ...]
     slots: tuple[tuple[int, int], ...]
-    """Weights, each with a variable that an optimizer keeps for it."""
+    """Pairs of a weight and its slot variable in an optimizer, by node number."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectGraph:
-    """Every object that a checkpoint knows."""
+    """All objects of a checkpoint."""
 
     text: memoryview
     nodes: tuple[ObjectNode, ...]
 
     @property
     def full_names(self) -> dict[str, str]:
-        """TensorFlow's own name of each variable, by its key in the checkpoint."""
+        """TensorFlow's full name of each variable, by its key in the checkpoint."""
         return {key: name for node in self.nodes for key, name in node.names.items()}
 
 
 def read(bundle: Bundle) -> ObjectGraph:
-    """The graph of objects; one without objects for a checkpoint that has names only."""
+    """The object graph; it is empty for a name-based checkpoint."""
     reader = BudgetedReader(
         memoryview(bundle.text(KEY, budgets.MAX_OBJECT_GRAPH_BYTES)), budgets.MAX_OBJECT_GRAPH_FIELDS
     )
@@ -95,7 +95,7 @@ _REFERENCES = {CHILDREN: (NODE_ID,), SLOTS: (ORIGINAL_ID, SLOT_ID)}
 
 
 def remove_nodes(graph: ObjectGraph, removed: Collection[int]) -> bytes:
-    """The serialized graph without some objects and all that refers to them, the rest renumbered."""
+    """Serialize the graph without some objects and the references to them; the others are renumbered."""
     kept = [index for index in range(len(graph.nodes)) if index not in removed]
     numbers = {old: new for new, old in enumerate(kept)}
     encoded = bytearray()
@@ -123,13 +123,13 @@ def _without_references(text: memoryview, begin: int, end: int, numbers: Mapping
 
 
 _OPTIMIZER_MARKERS = (frozenset({"_iterations", "_learning_rate"}), frozenset({"beta1_power", "beta2_power"}))
-"""What Keras since 2.11 and TensorFlow 1 call what their optimizers have; one with slots needs no marker."""
+"""Children that mark optimizers of Keras since 2.11 and of TensorFlow 1; an object with slots needs no marker."""
 _WEAK_MARKERS = frozenset({"iter", "learning_rate"})
-"""What Keras before 2.11 calls it, and perhaps a trainer too, which then has a model as well."""
+"""Children that mark optimizers of Keras before 2.11; a trainer may have them too, but then also has a model."""
 OPTIMIZER_ROOTS = frozenset({"optimizer", "_optimizer", "optimizer_v2"})
-"""Under these names a model has its optimizer."""
+"""Names under which a model tracks its optimizer."""
 _TRAINED_WEIGHTS = "_trainable_variables"
-"""Under this name Keras 3 lists in an optimizer the weights that it trains."""
+"""Name under which an optimizer of Keras 3 lists the weights that it trains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +137,12 @@ class VariableOwnership:
     """Which variables belong to optimizers."""
 
     training_only: frozenset[int]
-    """Objects that only optimizers lead to, and the optimizers themselves."""
+    """Node numbers of optimizers, and of objects that are only reachable through them."""
     paths: dict[str, str]
-    """How a model leads to each of its variables, by its key; an optimizer may lead there faster and name it."""
+    """Path to each variable outside optimizers, by its key; the key may be a shorter path through an optimizer."""
 
     def keys(self, graph: ObjectGraph) -> frozenset[str]:
-        """The keys of variables that only optimizers lead to."""
+        """The keys of variables that are only reachable through optimizers."""
         return frozenset(key for number in self.training_only for key in graph.nodes[number].names)
 
 
@@ -158,7 +158,7 @@ def find_ownership(graph: ObjectGraph) -> VariableOwnership:
 
 def _optimizers(nodes: tuple[ObjectNode, ...]) -> frozenset[int]:
     optimizers = {number for number, node in enumerate(nodes) if node.slots or _looks_like_optimizer(node, nodes)}
-    # A wrapper around an optimizer, such as one that scales losses, goes with it.
+    # A wrapper around an optimizer, such as one that scales losses, counts as an optimizer.
     wrappers = {
         number
         for node in nodes
@@ -177,14 +177,14 @@ def _looks_like_optimizer(node: ObjectNode, nodes: tuple[ObjectNode, ...]) -> bo
 
 
 def _trained(nodes: tuple[ObjectNode, ...], optimizers: Iterable[int]) -> Iterator[int]:
-    """Yield the weights that optimizers know: they are none of their own, even if nothing else leads there."""
+    """Yield the weights that optimizers refer to: these are not its state, even if nothing else refers to them."""
     for index in optimizers:
         yield from (child for name, child in nodes[index].children if name == _TRAINED_WEIGHTS and child < len(nodes))
         yield from (original for original, _ in nodes[index].slots if original < len(nodes))
 
 
 def _paths(nodes: tuple[ObjectNode, ...], closed: Collection[int]) -> dict[int, str]:
-    """Shortest paths (breadth-first) from the root to each object, without passing closed ones."""
+    """Shortest paths (breadth-first) from the root to each object, except those through `closed` objects."""
     paths = {0: ""} if nodes else {}
     pending = list(paths)
     for index in pending:
@@ -219,12 +219,12 @@ _RENUMBERED_LISTS = frozenset(
         "variables",
     }
 )
-"""Lists whose variables are renumbered once some are removed."""
+"""Lists whose variables are renumbered when some are removed."""
 PRUNED, _INNER = "pruning_vars", "layer"
 
 
 def match_objects(wrapped: ObjectGraph, plain: ObjectGraph) -> dict[str, str]:
-    """The key in the wrapped model of each variable of the plain one that the same names lead to."""
+    """Keys of the plain model's variables, each with the key in the wrapped model at the same path."""
     pairs: dict[str, str] = {}
     pending = [(0, 0)] if wrapped.nodes and plain.nodes else []
     seen = set(pending)
@@ -255,7 +255,7 @@ def match_masks(graph: ObjectGraph) -> dict[str, str]:
 
 
 def _inside(graph: ObjectGraph, number: int) -> ObjectNode:
-    """An object, or for a pruning wrapper the layer in it."""
+    """An object, or the layer inside it if it is a pruning wrapper."""
     node = graph.nodes[number]
     inner = _children(graph, node, _INNER)
     return inner[0] if inner and _children(graph, node, PRUNED) else node

@@ -1,4 +1,4 @@
-"""Entry point of the process in which Keras 2 rebuilds a SavedModel without its pruning wrappers."""
+"""Entry point of the child process in which Keras 2 rebuilds a SavedModel without its pruning wrappers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SERVING = "serving_default"
 
 
 def main() -> None:
-    """Do what standard input asks for, and say on standard output what went wrong."""
+    """Read a request from standard input, rebuild the model, and report the outcome on standard output."""
     channel = os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -36,20 +36,20 @@ def main() -> None:
         _rebuild(request["config"], Path(request["source"]), Path(request["target"]))
     except PrunectlError as error:
         response = {"kind": error.kind, "message": error.message, "hint": error.hint}
-    except Exception as error:  # noqa: BLE001 - TensorFlow raises what it likes on a damaged file
+    except Exception as error:  # noqa: BLE001 - TensorFlow raises errors of any type on a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         response = {"kind": "input", "message": f"Keras cannot rebuild it: {reason}", "hint": ""}
     os.write(channel, json.dumps(response).encode())
-    # TensorFlow's threads have nothing left to do, and take their time to end.
+    # Exit without waiting for TensorFlow's idle threads, which take a while to end.
     os._exit(0)
 
 
 def load_tfmot() -> Any:
-    """The toolkit, without Keras 3: it asks for a module of Keras 2 under that name, and goes on without it."""
-    # Its own Keras is to be loaded before: TensorFlow looks for the folder of Keras 3.
+    """Import tfmot without Keras 3: it tries to import `keras` for a module of Keras 2, and works without it."""
+    # tf_keras must be imported before this, because TensorFlow looks for the folder of Keras 3.
     is_free = "keras" not in sys.modules
     if is_free:
-        sys.modules["keras"] = None  # type: ignore[assignment]  # which is how Python says that it cannot be imported
+        sys.modules["keras"] = None  # type: ignore[assignment]  # None makes the import fail
     try:
         return require(_TFMOT, extra=EXTRA)
     finally:
@@ -58,7 +58,7 @@ def load_tfmot() -> Any:
 
 
 def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
-    # Imports make no garbage to speak of, and to look for it takes a sixth of their time.
+    # Imports create hardly any garbage, and collecting it takes a sixth of their time.
     gc.disable()
     tensorflow, keras = require("tensorflow", extra=EXTRA), require("tf_keras", extra=EXTRA)
     toolkit = load_tfmot()
@@ -74,15 +74,15 @@ def _rebuild(config: Mapping[str, Any], source: Path, target: Path) -> None:
             values, kept = weight.numpy(), mask.numpy()
             weight.assign(np.where(kept != 0, values * kept, np.zeros((), values.dtype)))
     stripped = toolkit.sparsity.keras.strip_pruning(model)
-    left = [layer.name for layer in stripped.submodules if hasattr(layer, "pruning_vars")]
-    if left:
-        raise InputError(f"the pruned layer {left[0]} is inside another wrapper, from which tfmot does not remove it")
+    pruned = [layer.name for layer in stripped.submodules if hasattr(layer, "pruning_vars")]
+    if pruned:
+        raise InputError(f"the pruned layer {pruned[0]} is inside another wrapper, from which tfmot does not remove it")
     signature = _signature(tensorflow, model, stripped, source)
     stripped.save(str(target), save_format="tf", include_optimizer=False, signatures=signature)
 
 
 def _signature(tensorflow: Any, model: Any, stripped: Any, source: Path) -> Any:
-    """A function that serves the stripped model under the names of inputs and outputs that it had."""
+    """A serving function of the stripped model, with the original names of inputs and outputs."""
     messages = require("tensorflow.core.protobuf.saved_model_pb2", extra=EXTRA)
     signatures = messages.SavedModel.FromString((source / "saved_model.pb").read_bytes()).meta_graphs[0].signature_def
     if _SERVING not in signatures:
@@ -106,7 +106,7 @@ def _signature(tensorflow: Any, model: Any, stripped: Any, source: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration with tuples where JSON has words for them."""
+    """A configuration in which the tuples that Keras encodes for JSON are decoded."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Strip SavedModels and checkpoints of training state, and SavedModels of pruning wrappers, verified bit for bit."""
+"""Removal of training state from SavedModels and checkpoints, and of pruning wrappers from SavedModels (verified)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def strip_saved_model(model: ModelFile, options: StripOptions, targets: dict[Pat
         bundle = read_bundle(index)
         zeroed = {key: part for key, part in _zeroable_entries(model, bundle).items() if part in options.parts}
         items = zeroed_items(bundle, zeroed)
-        # Resetting what is alone would gain nothing.
+        # Zeroing saves no bytes if no entries share the zeros.
         if any(item.bytes for item in items):
             owned = {index, *bundle.shards.values()}
             rewrite_bundle(
@@ -61,15 +61,15 @@ def strip_saved_model(model: ModelFile, options: StripOptions, targets: dict[Pat
 
 
 def _zeroable_entries(model: ModelFile, bundle: Bundle) -> Mapping[bytes, StripPart]:
-    """What training only needs and may start from zero: not the rates and factors of an optimizer.
+    """Entries that only training needs and that may be reset to zero, unlike rates and factors of an optimizer.
 
-    The graph asks for every variable by its name, also when it is only served: none of them can be missing.
+    The graph restores every variable by its name, even if it is only served, so no entry can be removed.
     """
     graph = object_graph.read(bundle)
     numbers = {entry.key for entry in bundle.numbers()}
     zeroed_already = bundle.shared.keys() | {entry.key for entry in bundle.shared.values()}
     names = graph.full_names
-    # A signature may train, or what is called an optimizer may be a part of the model.
+    # A signature may train, or an object named like an optimizer may be part of the model.
     used = variables_used_by_functions(read_graph(model.path / "saved_model.pb")) if graph.nodes else frozenset()
     return {
         key: part
@@ -110,14 +110,14 @@ def strip_checkpoint(model: ModelFile, options: StripOptions, targets: dict[Path
 
 
 _METADATA_FILE_PATH = (1, 5)
-"""Fields on the way to each JSON text in `keras_metadata.pb`."""
+"""Protobuf field numbers that lead to each JSON text in `keras_metadata.pb`."""
 _GRAPH_FILE_PATH = (2, 7, 1, 4, 3)
-"""The same in `saved_model.pb`, where Keras before 2.5 kept them."""
+"""Field numbers that lead to each JSON text in `saved_model.pb`, where Keras before 2.5 stored them."""
 _TRAINING = "training_config"
 
 
 def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...]]:
-    """What becomes of the file that holds training configurations, and what goes; nothing if there are none."""
+    """The new content of the file with training configurations, and the removed items; both empty if there are none."""
     metadata = folder / "keras_metadata.pb"
     path, field_path = (
         (metadata, _METADATA_FILE_PATH) if metadata.is_file() else (folder / "saved_model.pb", _GRAPH_FILE_PATH)
@@ -130,7 +130,7 @@ def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...
 
 
 def _uncompiled(path: Path, field_path: tuple[int, ...]) -> bytes:
-    """The file without the training configurations in it."""
+    """The content of the file without its training configurations."""
 
     def without_training(text: bytes) -> bytes:
         if f'"{_TRAINING}"'.encode() not in text:
@@ -164,11 +164,11 @@ def _map_messages(
 
 
 _COUNTERS = frozenset({"save_counter"})
-"""`tf.train.Checkpoint` looks for it."""
+"""Not removed, because `tf.train.Checkpoint` restores it."""
 
 
 def training_state(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
-    """The entries that only training needs; whatever else might be a weight is not among them."""
+    """The entries that only training needs; entries that might be weights are left out."""
     state = _state_by_ownership(bundle, graph) if graph.nodes else _state_by_name(bundle, graph)
     for key in bundle.entries:
         if key.startswith(METRICS.encode()):
@@ -177,7 +177,7 @@ def training_state(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]
 
 
 def storage_keys(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
-    """The entries that hold the numbers: for one in slices, the slices."""
+    """Keys of the entries that hold the data: of the slices if a tensor is partitioned, else its own key."""
     entries = [bundle.entries[key] for key in keys]
     keys_without_slices = {entry.key for entry in entries if not entry.slices}
     return frozenset(
@@ -186,13 +186,13 @@ def storage_keys(bundle: Bundle, keys: Iterable[bytes]) -> frozenset[bytes]:
 
 
 def _state_by_ownership(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
-    """What optimizers own, as the graph of objects tells."""
+    """Entries that belong to optimizers according to the object graph."""
     keys = frozenset(key.encode() for key in find_ownership(graph).keys(graph))
     return {key: StripPart.OPTIMIZER for key in bundle.entries if key in keys}
 
 
 def _state_by_name(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]:
-    """What is called like the state of an optimizer, if it is a number or there is a weight that it is for."""
+    """Entries named like optimizer state, if they are scalars or belong to a weight of the same shape."""
     roles = {tensor.name: tensor.role for tensor in variables.tensors_of(bundle, graph, {})}
     entries = {entry.name.removesuffix(VALUE_SUFFIX): entry for entry in bundle.numbers()}
     weights = {name: entry for name, entry in entries.items() if roles.get(name) is not Role.OPTIMIZER}
@@ -206,7 +206,7 @@ def _state_by_name(bundle: Bundle, graph: ObjectGraph) -> dict[bytes, StripPart]
 def _is_state(
     name: str, entry: BundleEntry, entries: Mapping[str, BundleEntry], weights: Mapping[str, BundleEntry]
 ) -> bool:
-    """Whether it is a number, or its name is that of a weight of its shape with something behind or around it."""
+    """Whether an entry is a scalar, or its name contains that of a weight of the same shape."""
     parent = entries.get(name.rpartition("/")[0])
     if not entry.shape or (parent is not None and parent.shape == entry.shape):
         return True
@@ -216,24 +216,24 @@ def _is_state(
 
 
 def removed_items(bundle: Bundle, dropped: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
-    """Entries that are gone, with the bytes that they had to themselves."""
+    """Removed entries, with the bytes that they did not share."""
     return tuple(
         RemovedItem(_name(key), part, _own_bytes(bundle, bundle.entries[key])) for key, part in dropped.items()
     )
 
 
 def zeroed_items(bundle: Bundle, zeroed: Mapping[bytes, StripPart]) -> tuple[RemovedItem, ...]:
-    """Entries that became zeros; in each shard the bytes of the longest stay, as the zeros of them all."""
+    """Zeroed entries, with the bytes saved: in each shard the longest entry is kept, and the others share its zeros."""
     longest: dict[int, tuple[int, bytes]] = {}
     for key in zeroed:
         for piece in storage_keys(bundle, [key]):
             entry = bundle.entries[piece]
             longest[entry.shard] = max(longest.get(entry.shard, (0, b"")), (entry.nbytes, key))
-    stays: dict[bytes, int] = {}
+    kept_bytes: dict[bytes, int] = {}
     for nbytes, key in longest.values():
-        stays[key] = stays.get(key, 0) + nbytes
+        kept_bytes[key] = kept_bytes.get(key, 0) + nbytes
     return tuple(
-        RemovedItem(_name(key), part, max(_own_bytes(bundle, bundle.entries[key]) - stays.get(key, 0), 0))
+        RemovedItem(_name(key), part, max(_own_bytes(bundle, bundle.entries[key]) - kept_bytes.get(key, 0), 0))
         for key, part in zeroed.items()
     )
 
@@ -250,7 +250,7 @@ _REMOVED_ROLES = frozenset({Role.MASK, Role.SCHEDULE, Role.OPTIMIZER})
 
 
 def verify(model: ModelFile, rebuilt: Path) -> None:
-    """Raise unless a rebuilt model has every weight, bit for bit as plain multiplication says."""
+    """Raise unless a rebuilt model has every weight, bit for bit equal to the weight times its mask."""
     wrapped, plain = (read_bundle(path / "variables" / "variables.index") for path in (model.path, rebuilt))
     graph, new_graph = object_graph.read(wrapped), object_graph.read(plain)
     pairs, masks = object_graph.match_objects(graph, new_graph), object_graph.match_masks(graph)
@@ -272,8 +272,8 @@ def verify(model: ModelFile, rebuilt: Path) -> None:
             or not _same(expected, extents.view(extent, dtype=entry.dtype, shape=entry.shape))
         ):
             raise WorkError(f"{old.name} of {model.path} has different values in the output; nothing was written")
-    if lost := [tensor.name for tensor in tensors.values() if tensor.role not in _REMOVED_ROLES]:
-        raise WorkError(f"the output of {model.path} lacks {lost[0]}; nothing was written")
+    if missing := [tensor.name for tensor in tensors.values() if tensor.role not in _REMOVED_ROLES]:
+        raise WorkError(f"the output of {model.path} lacks {missing[0]}; nothing was written")
 
 
 def _same(expected: Iterator[Array], array: Array) -> bool:
@@ -295,7 +295,7 @@ def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -
     """Write the model as tfmot strips it, its weights times their masks; returns the removed items."""
     _refuse(model, options)
     for module in MODULES:
-        # Only looked for: imported, it would stay in this process.
+        # Only searched for, because an import would load it into this process.
         if importlib.util.find_spec(module) is None:
             safe_json.require(module, extra=EXTRA)
     target = targets[model.path / "saved_model.pb"].parent
@@ -309,7 +309,7 @@ def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -
 
 
 def _refuse(model: ModelFile, options: StripOptions) -> None:
-    """Refuse what cannot be rebuilt, before any work begins."""
+    """Refuse models that cannot be rebuilt, before any work begins."""
     graph = read_graph(model.path / "saved_model.pb")
     needed = WRAPPING | ({StripPart.OPTIMIZER} if model.about.optimizer else set())
     needed |= {StripPart.TRAINING} if model.about.training else set()
@@ -327,8 +327,8 @@ def _refuse(model: ModelFile, options: StripOptions) -> None:
             f"{model.path} was not rebuilt without its wrappers, because that could run code: {trust.worded(facts)}",
             hint=_OTHER_FORMAT,
         )
-    if strange := set(graph.signatures) - SIGNATURES:
-        raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(strange))}", hint=_HINT)
+    if unknown := set(graph.signatures) - SIGNATURES:
+        raise InputError(f"{model.path} would lose its signatures {', '.join(sorted(unknown))}", hint=_HINT)
     if graph.assets or len(graph.graphs) > 1:
         what_is_lost = "the files that its graph reads" if graph.assets else "all of its graphs but one"
         raise InputError(f"{model.path} would lose {what_is_lost}", hint=_HINT)
@@ -342,7 +342,7 @@ def _rebuild(model: ModelFile, target: Path) -> None:
         "memory_bytes": _MEMORY_BYTES + _MEMORY_PER_BYTE * model.nbytes,
     }
     environment = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "TF_USE_LEGACY_KERAS": "1"}
-    # -P keeps the folder that prunectl is called in from lending its own tensorflow.py.
+    # -P keeps Python from importing a tensorflow.py in the working directory.
     command = [sys.executable, "-P", "-m", "prunectl.formats.tensorflow.rebuild_worker"]
     try:
         process = subprocess.run(  # noqa: S603 - this package's own module
@@ -359,7 +359,7 @@ def _rebuild(model: ModelFile, target: Path) -> None:
 
 
 def _reraise(path: Path, output: bytes) -> None:
-    """Raise the error that the worker reported, or that it reported none."""
+    """Raise the error that the worker reported, or an error if it reported nothing."""
     try:
         response: Any = json.loads(output)
         kind, message, hint = response["kind"], response.get("message", ""), response.get("hint", "")

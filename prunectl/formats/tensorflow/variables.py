@@ -1,4 +1,4 @@
-"""The variables in a TensorFlow bundle, as tensors: their names tell layers, roles, axes and what optimizers keep."""
+"""The variables of a TensorFlow bundle as tensors; layer, role, axes and optimizer are derived from their names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunectl.formats.tensorflow.bundle import Bundle, BundleEntry
 from prunectl.formats.tensorflow.object_graph import OPTIMIZER_ROOTS, ObjectGraph, find_ownership
 
 _EXPORT_LISTS = ("_all_variables/", "_operations/")
-"""Keras 3 lists the variables of an exported model under one of these, and once more under `variables/`."""
+"""Prefixes under which Keras 3 lists the variables of an exported model, besides `variables/`."""
 
 
 def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -> tuple[Tensor, ...]:
@@ -30,7 +30,7 @@ def tensors_of(bundle: Bundle, graph: ObjectGraph, classes: Mapping[str, str]) -
     for entry in entries:
         key = entry.name
         name = key.removesuffix(VALUE_SUFFIX)
-        # An optimizer of Keras 3 lists the weights too, and may lead there faster than the model does.
+        # An optimizer of Keras 3 lists the weights too, so a weight's key may be a path through the optimizer.
         info = classify_variable(
             ownership.paths.get(key, name) if looks_like_optimizer(name) else name,
             full_names.get(key, name),
@@ -82,7 +82,7 @@ def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
 
 
 def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
-    """The optimizer whose state is among the variables, as far as their names tell."""
+    """The optimizer whose state is among the variables: `unknown` if no name tells, empty if there is no state."""
     names = [full_names.get(tensor.storage.key, tensor.name) for tensor in tensors if tensor.role == "optimizer"]
     named = next(filter(None, map(optimizer_of, names)), "")
     has_state = any("optimizer" in tensor.name.lower() for tensor in tensors if tensor.role == "optimizer")
@@ -105,7 +105,7 @@ def copies(bundle: Bundle, full_names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _root(entries: Iterable[BundleEntry], full_names: Mapping[str, str]) -> str:
-    """The name of the model, with which Keras 3 begins the names of what it exports."""
+    """The name of the model, which begins all variable names in an export of Keras 3; else empty."""
     keys = [entry.name for entry in entries]
     if not any(key.startswith(_EXPORT_LISTS) for key in keys):
         return ""
@@ -131,7 +131,7 @@ OPTIMIZERS = (
 _OPTIMIZER_PART = re.compile(rf"({'|'.join(OPTIMIZERS)})(_\d+)?")
 _TRAINING_LEAVES = frozenset({"beta1_power", "beta2_power", "save_counter"})
 SLOT_LEAVES = frozenset({"adam_m", "adam_v", "lamb_m", "lamb_v"})
-"""What the optimizers of BERT and its kin append to the name of a weight."""
+"""Name parts that the optimizers of BERT and similar models append to the name of a weight."""
 METRICS = "keras_api/metrics/"
 _LEAVES = {
     "recurrent_kernel": Role.RECURRENT,
@@ -145,7 +145,7 @@ _LEAVES = {
     "mask": Role.MASK,
     "threshold": Role.SCHEDULE,
     "pruning_step": Role.SCHEDULE,
-    # What Keras 3 has quantised
+    # Scales of layers that Keras 3 quantised
     "kernel_scale": Role.OTHER,
     "embeddings_scale": Role.OTHER,
 }
@@ -175,10 +175,10 @@ def classify_variable(
 ) -> VariableInfo:
     """Classify a variable by its name, unless its optimizer is known to own it.
 
-    ``key`` is where the checkpoint keeps it, ``full_name`` what TensorFlow called it, ``classes`` the Keras class of
-    each known layer, ``root`` the name of the model where that begins every name.
+    ``key`` is its path in the checkpoint, ``full_name`` its name in TensorFlow, ``classes`` the Keras class of each
+    known layer, ``root`` the name of the model if that begins every name.
     """
-    # A variable that nobody named is called after its class; the path to it says more.
+    # The default name of a variable is its class; its path in the checkpoint says more.
     name = full_name if "/" in full_name else key
     parts = [part for part in name.removeprefix(f"{root}/").split("/") if not _OPTIMIZER_PART.fullmatch(part)]
     known = next((part for part in parts if part.removeprefix(PRUNED_PREFIX) in classes), "")
@@ -198,7 +198,7 @@ def classify_variable(
 
 
 def is_training_variable(key: str, full_name: str) -> bool:
-    """Whether only training needs it: the state of an optimizer, a metric or the checkpoint's own counter."""
+    """Whether only training needs the variable: optimizer state, a metric or the checkpoint's own counter."""
     parts = key.split("/")
     return (
         ".OPTIMIZER_SLOT" in parts
@@ -211,18 +211,18 @@ def is_training_variable(key: str, full_name: str) -> bool:
 
 
 def looks_like_optimizer(key: str) -> bool:
-    """Whether the way to a variable leads through what is called an optimizer."""
+    """Whether the path to a variable contains an object that is named like an optimizer."""
     return not OPTIMIZER_ROOTS.isdisjoint(key.split("/"))
 
 
 def without_optimizer(name: str) -> str:
-    """A name without what optimizers add to that of a weight, as far as it is known."""
+    """A name without the parts that known optimizers add to the name of a weight."""
     parts = [part for part in name.split("/") if not _OPTIMIZER_PART.fullmatch(part) and part not in SLOT_LEAVES]
     return "/".join(parts)
 
 
 def optimizer_of(full_name: str) -> str:
-    """The optimizer that a variable's name betrays: `Adam` for `dense/kernel/Adam_1`."""
+    """The optimizer in a variable's name: `Adam` for `dense/kernel/Adam_1`; empty if there is none."""
     matches = (_OPTIMIZER_PART.fullmatch(part) for part in full_name.split("/"))
     return next((match[1] for match in matches if match), "")
 
