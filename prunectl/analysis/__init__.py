@@ -1,1 +1,1 @@
-"""How big, how sparse, how regular: facts counted from a model file."""
+"""Statistics of models: sizes, sparsity, patterns of zeros, and latency."""

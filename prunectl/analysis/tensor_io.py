@@ -85,7 +85,7 @@ def _as_bytes(array: Array, other: Tensor) -> bytes:
 
 
 def storage_numel(tensor: Tensor) -> int:
-    """How many elements the storage of a tensor holds."""
+    """Number of elements in the storage of a tensor."""
     return tensor.storage.nbytes // tensor.dtype.itemsize
 
 
@@ -102,7 +102,7 @@ _NO_ZERO = "float8_e8m0fnu"
 
 
 def nonzero_mask(block: Array) -> NDArray[np.bool_]:
-    """Mark what is not zero; minus zero is zero, NaN is not."""
+    """Mask of elements that are not zero; minus zero is zero, NaN is not."""
     name = dtype_name(block.dtype)
     if name in _SIGN_FIRST:
         # NumPy compares small floats one by one; comparing integers without the sign bit is ten times as fast.

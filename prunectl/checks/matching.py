@@ -223,7 +223,7 @@ def _path(tensor: Tensor) -> tuple[str, ...]:
 
 def _role_key(tensor: Tensor) -> str:
     if tensor.role is Role.ROUTER:
-        # In a graph, a router cannot be told from another kernel: its inputs are multiplied by it.
+        # A graph does not show that a kernel is a router, so routers are matched as kernels.
         return str(Role.KERNEL)
     if tensor.role in {Role.KERNEL, Role.BIAS, Role.RECURRENT, Role.EMBEDDING}:
         # The name is not used, because a compiler may have composed it from several operations.

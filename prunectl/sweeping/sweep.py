@@ -146,7 +146,7 @@ def pareto_front(outcomes: Mapping[Trial, TrialResult]) -> list[Trial]:
     finite = {trial: outcome for trial, outcome in outcomes.items() if outcome.is_number}
     front: list[Trial] = []
     best = float("-inf")
-    # Of two equally good trials, the smaller one is on the front; of two of the same size, the first.
+    # Of two equally good trials, the smaller one is on the front; if sizes are equal as well, the first.
     for trial, outcome in sorted(finite.items(), key=lambda item: (item[1].gzip, -sign * item[1].value)):
         if sign * outcome.value > best:
             best = sign * outcome.value

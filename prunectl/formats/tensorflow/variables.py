@@ -82,7 +82,7 @@ def decoder(bundle: Bundle) -> Callable[[Tensor], Array]:
 
 
 def optimizer(tensors: Iterable[Tensor], full_names: Mapping[str, str]) -> str:
-    """The optimizer whose state is among the variables: `unknown` if no name tells, empty if there is no state."""
+    """The optimizer whose state is among the variables: `unknown` if it is in no name, empty if there is no state."""
     names = [full_names.get(tensor.storage.key, tensor.name) for tensor in tensors if tensor.role == "optimizer"]
     named = next(filter(None, map(optimizer_of, names)), "")
     has_state = any("optimizer" in tensor.name.lower() for tensor in tensors if tensor.role == "optimizer")
