@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 TYPE_CHECKING = False
-"""As `typing` has it, which takes long to import: nobody could interrupt that without a traceback."""
+"""`typing.TYPE_CHECKING` without importing typing, which is slow: Ctrl-C during that import would give a traceback."""
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,10 +33,10 @@ _FUNCTIONS = frozenset(
 
 
 def __getattr__(name: str) -> Any:
-    """Look a command up as a function, and import what it needs only then."""
+    """The function of a command. The API is imported only when one of them is used."""
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # By name, so that every room may ask for the version without seeming to look up to the roof.
+    # By name: import-linter would read `from prunectl import __version__` in a lower layer as an import of the API.
     return getattr(importlib.import_module("prunectl.api"), name)
 
 

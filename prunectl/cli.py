@@ -1,7 +1,7 @@
-"""The front door: from the words on the command line to an exit code.
+"""The entry point: from the command line to an exit code.
 
-Nothing heavy is imported here, so that `--version` is instant; and whatever is imported later is imported inside
-`main`, because Python's own exit code for a crash is 1, which here means that a gate said no.
+Nothing heavy is imported at the top, so that `--version` is instant. Everything else is imported inside `main`:
+an import that fails outside of it would exit with Python's own code 1, which in prunectl means that a check failed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 _WITH_DATA = ("--data", "--recipe", "--repair", "--sensitivity")
-"""Options, or their beginnings, by which data goes through a model; a recipe may name data."""
+"""Prefixes of options with which data may run through the model; a recipe may name data as well."""
 _NEW_OBJECTS = 50_000
-"""After so many new objects Python looks for garbage, until a framework is imported."""
+"""The threshold of the garbage collector, in new objects, until a framework is imported."""
 FAILED, CANCELLED, BROKEN_PIPE, TERMINATED = 5, 130, 141, 143
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived: unwind, so that nothing half-written stays."""
+    """SIGTERM arrived: unwind the stack, so that no half-written file stays."""
 
 
 def main() -> int:
@@ -40,12 +40,12 @@ def main() -> int:
             signal.signal(signal.SIGINT, _interrupt)
         _open_what_is_closed()
         signal.signal(signal.SIGTERM, _terminate)
-        # What reads models makes much that stays and little garbage: to look for it as often as usual costs a tenth.
+        # Reading a model allocates many objects that live on and little garbage: the default threshold costs a tenth.
         gc.set_threshold(_NEW_OBJECTS)
         if not _may_calibrate(arguments):
-            # The pools that NumPy's libraries start at import serve nothing here, and cost start-up time.
+            # Nothing is multiplied here, and starting the thread pool of OpenBLAS takes time.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        # PyTorch takes a big tensor from the system anew each time: in pages of 2 MB, a tenth of a large cut is saved.
+        # PyTorch allocates each large tensor from the system. Pages of 2 MB save a tenth of the time of a large cut.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         code = _run(arguments)
         sys.stdout.flush()
@@ -59,20 +59,20 @@ def main() -> int:
         return _give_up(error)
     finally:
         if is_heard:
-            # All is done that can be half done: what is left is Python's own clean-up.
+            # All files are written. Ctrl-C during Python's own clean-up must not give a traceback.
             signal.signal(signal.SIGINT, _leave)
     return code
 
 
 def _may_calibrate(arguments: list[str]) -> bool:
-    """Whether data may go through a model, after which NumPy multiplies, inverts and factorises Gram matrices."""
+    """Whether data may run through a model, so that NumPy multiplies, inverts and factorises Gram matrices."""
     return arguments[:1] == ["sweep"] or (
         arguments[:1] in (["prune"], ["inspect"]) and any(argument.startswith(_WITH_DATA) for argument in arguments)
     )
 
 
 def _open_what_is_closed() -> None:
-    # A stream that the shell closed (`>&-`) is None in Python, and its file number goes to the next file opened.
+    # A stream that the shell closed (`>&-`) is None in Python, and the next file opened would get its descriptor.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
@@ -123,7 +123,7 @@ def _hang_up() -> int:
 
 
 def _give_up(error: OSError) -> int:
-    """Nothing can be written to where the output should go, not even an object that says so."""
+    """Standard output cannot be written to, so not even the JSON object of an error can be printed."""
     _silence(sys.stdout)
     try:
         sys.stderr.write(f"error: standard output cannot be written: {error.strerror}\n")

@@ -1,4 +1,4 @@
-"""What can go wrong that is the user's to fix.
+"""The errors that a user can fix.
 
 PrunectlError
 ├── UsageError         2   a flag, a name or a limit that makes no sense; an output that exists
@@ -21,21 +21,21 @@ from typing import ClassVar, TypeVar
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ONLY_WRITING = NO_ROOM | {errno.EROFS}
 SCRATCH = re.compile(r"\.?prunectl-[0-9a-f]{16}")
-"""What scratch folders are called, see `formats.scratch`."""
+"""The names of scratch folders, see `formats.scratch`."""
 MAX_NAME_CHARACTERS = 80
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 
 
 class PrunectlError(Exception):
-    """A failure that is the user's to fix, with the way to fix it."""
+    """An error that the user can fix, with a hint how."""
 
     exit_code: ClassVar[int] = 5
     kind: ClassVar[str] = "work"
     max_characters: ClassVar[int] = 2000
 
     def __init__(self, message: str, *, hint: str = "", did_you_mean: tuple[str, ...] = ()) -> None:
-        # A name from a stranger's file may be as long as the file.
+        # Messages quote names from files, and a name may be as long as the file.
         self.message = abbreviated(message, self.max_characters)
         super().__init__(self.message)
         self.hint = "\n".join(abbreviated(line, self.max_characters) for line in hint.split("\n"))
@@ -75,13 +75,13 @@ class WorkError(PrunectlError):
 
 
 def translate(error: Exception) -> PrunectlError | None:
-    """Turn an error of the system into one for the user; None for what is our own fault."""
+    """The error to show for an error of the operating system; None for a bug of prunectl."""
     if isinstance(error, MemoryError):
         return WorkError("prunectl ran out of memory")
     if not isinstance(error, OSError):
         return None
     if isinstance(reason := getattr(error, "reason", None), OSError):
-        # Of urllib, which wraps what the network said.
+        # urllib wraps the error of the network.
         return translate(reason)
     if error.errno in NO_ROOM:
         return WorkError(f"no space left on the disk{_where(error)}; nothing was written")
@@ -92,7 +92,7 @@ def translate(error: Exception) -> PrunectlError | None:
     if error.errno == errno.ENOENT and _is_folder_gone():
         return WorkError("the current folder was removed; nothing was written", hint="change to one that exists: cd")
     if error.errno is not None or isinstance(error, TimeoutError):
-        # What was being read says so itself (see `reading`): this is the network, a pipe, or what is written.
+        # Errors while reading an input are translated by `reading`: this one is of the network, a pipe or an output.
         return WorkError(
             f"the operating system reported an error: {error.strerror or first_line(error)}; nothing was written"
         )
@@ -109,7 +109,7 @@ def _is_folder_gone() -> bool:
 
 @contextmanager
 def reading(path: Path) -> Generator[None]:
-    """Whatever the system refuses meanwhile, it is this input's fault: a disk that is broken, a file that went."""
+    """Turn an error of the operating system into one about an input: a broken disk, a file that was removed."""
     try:
         yield
     except OSError as error:
@@ -120,7 +120,7 @@ def reading(path: Path) -> Generator[None]:
 
 @contextmanager
 def writing(path: Path) -> Generator[None]:
-    """Whatever the system refuses meanwhile, it is about this place, which is written to."""
+    """Turn an error of the operating system into one about an output."""
     try:
         yield
     except OSError as error:
@@ -130,7 +130,7 @@ def writing(path: Path) -> Generator[None]:
 
 
 def is_of_output(error: OSError) -> bool:
-    """Whether an error of the system is about what is being written, as far as it says."""
+    """Whether an error of the operating system is known to be about an output."""
     if error.errno in _ONLY_WRITING:
         return True
     name = error.filename
@@ -138,7 +138,7 @@ def is_of_output(error: OSError) -> bool:
 
 
 def abbreviated(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
-    """Text of at most so many characters: what is longer loses its middle. For names that come from a file."""
+    """A text of at most `most` characters, the middle of a longer one left out. For names that come from a file."""
     if len(text) <= most:
         return text
     end = most // 3
@@ -146,7 +146,7 @@ def abbreviated(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
 
 
 def some_tensors(names: Sequence[str]) -> str:
-    """How many tensors there are, and the name of the first: the beginning of a sentence about them."""
+    """The number of tensors and the name of the first, as the subject of a sentence."""
     name = abbreviated(names[0])
     return f"1 tensor, {name}," if len(names) == 1 else f"{len(names)} tensors, such as {name},"
 
@@ -157,7 +157,7 @@ def first_line(error: Exception) -> str:
 
 
 def attempt(action: Callable[[Subject], Result], subject: Subject) -> Result | PrunectlError:
-    """The result of an action, or the failure that is the user's to fix."""
+    """The result of an action, or the error that the user can fix."""
     try:
         return action(subject)
     except PrunectlError as error:

@@ -1,4 +1,4 @@
-"""ONNX networks in memory: walks over their graphs; tensors in the message or beside it, as it has no room for 2 GB."""
+"""ONNX networks in memory: walks over graphs; tensors inside or outside of the message, which is limited to 2 GB."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from prunectl.formats.workers import threads_from_env
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 FLOAT_TYPES = frozenset({1, 10, 11, 16})
-"""Types of element: float32, float16, float64, bfloat16."""
+"""Element types: float32, float16, float64, bfloat16."""
 Axis = TypeVar("Axis", bound=int | None)
 
 
 def find_attribute(node: Any, name: str) -> Any:
-    """The message of an attribute; None if the node has none of that name."""
+    """The protobuf message of an attribute; None if the node has no attribute of that name."""
     return next((attribute for attribute in node.attribute if attribute.name == name), None)
 
 
@@ -48,17 +48,17 @@ def get_attribute(node: Any, name: str, default: Any) -> Any:
 
 
 def input_of(node: Any, index: int) -> str:
-    """The name of an input; empty if it is left out."""
+    """The name of an input; empty if the node omits it."""
     return str(node.input[index]) if index < len(node.input) else ""
 
 
 def output_of(node: Any, index: int) -> str:
-    """The name of an output; empty if it is left out."""
+    """The name of an output; empty if the node omits it."""
     return str(node.output[index]) if index < len(node.output) else ""
 
 
 def axes_behind(node: Any, axes: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
-    """The axes of a tensor behind a node that hands it on; None if it does something else to it."""
+    """The axes of a tensor after an Identity, Cast or Transpose node; None after any other node."""
     if node.domain not in STANDARD_DOMAINS:
         return None
     match node.op_type:
@@ -114,37 +114,37 @@ def opset_of(proto: Any) -> int | None:
 
 
 def copy_message(message: Any) -> Any:
-    """A message of protobuf, copied out of the one that holds it."""
+    """A copy of a protobuf message, independent of the message that contains it."""
     copy = type(message)()
     copy.CopyFrom(message)
     return copy
 
 
 MAX_MESSAGE_BYTES = (1 << 31) - 1
-"""Limit of a protobuf message."""
+"""The size limit of a protobuf message."""
 INLINE_BYTES = 1 << 15
-"""Up to this a tensor stays in the message, where shapes, axes and first states of zeros are looked for."""
+"""Tensors up to this size stay in the message, where shapes, axes and initial states of zeros are looked for."""
 _FLOAT, _EXTERNAL = 1, 1
 _NUMBERS = "raw_data float_data int32_data int64_data double_data uint64_data dims external_data data_location"
-"""The fields of a tensor that say its numbers and its shape."""
+"""The fields of a TensorProto that hold its data and its shape."""
 _TENSOR = 4
-"""The type of an attribute that is a tensor."""
+"""AttributeProto.TENSOR."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxNetwork:
-    """A model, and the numbers that its message refers to without holding them."""
+    """A ModelProto, and the data of the initializers that it refers to without containing them."""
 
     proto: Any
     outside: dict[str, Array] = field(default_factory=dict)
-    """By the names of initializers of the main graph."""
+    """Arrays by the name of the initializer in the main graph."""
 
     def copy(self) -> OnnxNetwork:
-        """A network of which tensors can be assigned without changing this one."""
+        """A copy whose tensors can be assigned without changing this network."""
         return OnnxNetwork(copy_message(self.proto), dict(self.outside))
 
     def assign(self, tensor: Any, array: Array) -> None:
-        """Give one of its tensors other numbers."""
+        """Replace the data of one of its tensors."""
         if tensor.data_location == _EXTERNAL:
             self.outside[tensor.name] = array
             refer(tensor, array.shape, array.nbytes)
@@ -153,14 +153,14 @@ class OnnxNetwork:
 
 
 def load_message(path: Path, *, has_external_data: bool = True) -> Any:
-    """The message of a model; its handler has checked where its external data lies."""
+    """The ModelProto of a file. The format handler has checked the paths of its external data."""
     with _reading(path) as onnx:
         return onnx.load(path, load_external_data=has_external_data)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[ModuleType]:
-    """The library onnx; whatever it raises is the fault of the file that it reads."""
+    """The onnx library; any exception of it becomes an InputError about the file."""
     onnx = require("onnx", extra="onnx")
     try:
         yield onnx
@@ -171,12 +171,12 @@ def _reading(path: Path) -> Iterator[ModuleType]:
 def is_too_large(proto: Any) -> bool:
     """Whether a model exceeds the limit of one protobuf message."""
     num_bytes = sum(len(initializer.raw_data) for graph in all_graphs(proto.graph) for initializer in graph.initializer)
-    # A message beyond the limit cannot be measured as a whole.
+    # ByteSize cannot measure a message beyond the limit.
     return bool(num_bytes > MAX_MESSAGE_BYTES or proto.ByteSize() > MAX_MESSAGE_BYTES)
 
 
 def load_network(model: ModelFile) -> tuple[OnnxNetwork, dict[str, str]]:
-    """A model, its large external tensors outside, and the file beside it that each external initializer lies in."""
+    """A model whose large external tensors stay outside of the message, and the data file of each such initializer."""
     proto = load_message(model.path, has_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     locations: dict[str, str] = {}
@@ -196,7 +196,7 @@ def load_network(model: ModelFile) -> tuple[OnnxNetwork, dict[str, str]]:
 
 
 def save_network(network: OnnxNetwork, path: Path, locations: Mapping[str, str]) -> None:
-    """Write a network, and the numbers of those initializers that have a location into new files beside it."""
+    """Write a network, and the data of the initializers that have a location into new files beside it."""
     proto = copy_message(network.proto)
     for tensor in proto.graph.initializer:
         if tensor.name in locations:
@@ -210,13 +210,13 @@ def save_network(network: OnnxNetwork, path: Path, locations: Mapping[str, str])
 
 
 def stands_outside(shape: tuple[int, ...], data_type: int) -> bool:
-    """Whether a tensor is too large to be copied with the message; what has less than a byte is in it always."""
+    """Whether a tensor is too large to be copied with the message; types of less than a byte always stay inside."""
     bits = CODES[data_type].bits
     return len(shape) > 1 and bits >= 8 and math.prod(shape) * bits > INLINE_BYTES * 8
 
 
 def set_tensor_data(tensor: Any, array: Array) -> None:
-    """Give a tensor other numbers; its name, its type and what is said of it stay."""
+    """Replace the data and the shape of a tensor; its name, type and doc string stay."""
     _clear_data(tensor, array.shape)
     if CODES[tensor.data_type].bits >= 8:
         tensor.raw_data = np.ascontiguousarray(array).tobytes()
@@ -225,7 +225,7 @@ def set_tensor_data(tensor: Any, array: Array) -> None:
 
 
 def refer(tensor: Any, shape: tuple[int, ...], nbytes: int, location: str = "outside", offset: int = 0) -> None:
-    """Let a tensor refer to numbers that lie elsewhere; onnxruntime looks for no file if they are given to it."""
+    """Make a tensor refer to external data; onnxruntime opens no file if it is given the data in memory."""
     _clear_data(tensor, shape)
     tensor.data_location = _EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", nbytes)):
@@ -240,7 +240,7 @@ def _clear_data(tensor: Any, shape: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GraphTensor:
-    """A tensor of numbers, in a graph or in a Constant node of it."""
+    """A numeric tensor of a graph: an initializer, or the value of a Constant node."""
 
     name: str
     """Its name in that graph."""
@@ -249,15 +249,15 @@ class GraphTensor:
     """The graph or the function around it."""
     is_main: bool
     node: Any = None
-    """The Constant node that makes it."""
+    """The Constant node whose value it is."""
     dense: Any = None
-    """The message of its numbers."""
+    """Its TensorProto."""
     sparse: Any = None
-    """The message of its numbers without the zeros."""
+    """Its SparseTensorProto."""
 
 
 def all_tensors(model: Any) -> Iterator[tuple[str, GraphTensor]]:
-    """Yield all tensors with the names, and in the order, that the file handler gives them."""
+    """Yield all tensors, named and ordered as the format handler does."""
     names = NameAllocator()
     waiting: list[tuple[str, Any]] = [("", model.graph)]
     waiting += [(f"{function.name}/", function) for function in model.functions]
@@ -272,7 +272,7 @@ def all_tensors(model: Any) -> Iterator[tuple[str, GraphTensor]]:
 
 
 def densify(proto: Any, model: ModelFile) -> bool:
-    """Put back the zeros of tensors that are stored without; whether there were any."""
+    """Make all sparse tensors dense; whether there were any."""
     from_array = require("onnx.numpy_helper", extra="onnx").from_array
     tensors = {tensor.name: tensor for tensor in model.tensors}
     stored = [(name, tensor) for name, tensor in all_tensors(proto) if tensor.sparse is not None and name in tensors]
@@ -283,7 +283,7 @@ def densify(proto: Any, model: ModelFile) -> bool:
 
 
 def dense_slot(tensor: GraphTensor) -> Any:
-    """A message for the numbers of a tensor, beside or in the place of what it was stored as."""
+    """A TensorProto for the dense data of a tensor, beside its sparse form or in place of it."""
     if tensor.node is None and tensor.dense is not None:
         return tensor.dense
     if tensor.node is None or tensor.is_main:
@@ -295,8 +295,8 @@ def dense_slot(tensor: GraphTensor) -> Any:
 
 
 def remove_sources(tensors: Sequence[GraphTensor]) -> None:
-    """Remove what tensors were stored as that have a dense slot beside it."""
-    # Lists of messages can only search for equal ones, each from the front.
+    """Remove the sparse forms and Constant nodes of tensors that now have a dense slot beside them."""
+    # The `remove` of a repeated field compares whole messages, from the front.
     replaced = {id(tensor.sparse if tensor.node is None else tensor.node) for tensor in tensors if _is_beside(tensor)}
     for scope in {id(tensor.scope): tensor.scope for tensor in tensors if _is_beside(tensor)}.values():
         for messages in (scope.node, scope.sparse_initializer):
@@ -313,7 +313,7 @@ def _training_graphs(part: Any) -> Iterator[Any]:
 
 
 def graph_tensors(scope: Any, *, is_main: bool = True) -> Iterator[GraphTensor]:
-    """Yield the tensors of one graph: initializers first, then what its Constant nodes make."""
+    """Yield the tensors of one graph: initializers first, then the values of its Constant nodes."""
     for tensor in getattr(scope, "initializer", ()):
         if tensor.data_type != STRING:
             yield GraphTensor(tensor.name, tensor.data_type, scope, is_main, dense=tensor)
@@ -326,7 +326,7 @@ def graph_tensors(scope: Any, *, is_main: bool = True) -> Iterator[GraphTensor]:
 
 
 def _constant(node: Any, scope: Any, *, is_main: bool) -> GraphTensor | None:
-    """The array that a Constant node makes; none for a scalar or a list of whole numbers, as in the handler."""
+    """The array of a Constant node; None for a scalar or a list of integers, as in the format handler."""
     if node.op_type != "Constant" or not node.output:
         return None
     name = node.output[0]
@@ -342,11 +342,11 @@ def _constant(node: Any, scope: Any, *, is_main: bool) -> GraphTensor | None:
 
 
 _FATAL = 4
-"""The severity from which onnxruntime logs; the rest comes as exceptions."""
+"""onnxruntime logs from this severity on; errors arrive as exceptions anyway."""
 
 
 class OnnxSession:
-    """A graph that is ready to run, some of its inner values among its outputs; whatever onnxruntime raises passes."""
+    """A graph that is ready to run, with some inner values added to its outputs. Exceptions of onnxruntime pass."""
 
     def __init__(
         self,
@@ -361,15 +361,15 @@ class OnnxSession:
         runtime = require("onnxruntime", extra="onnx")
         options = runtime.SessionOptions()
         options.log_severity_level = _FATAL
-        # Unlike NumPy and PyTorch, onnxruntime does not obey the variable by itself, and threads of its own that wait
-        # take a processor from whatever runs beside it.
+        # Unlike NumPy and PyTorch, onnxruntime ignores OMP_NUM_THREADS, and its waiting threads spin, which takes a
+        # processor from whatever runs beside it.
         options.intra_op_num_threads = num_threads or threads_from_env()
         if not is_optimized:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if not is_prepacked:
             options.add_session_config_entry("session.disable_prepacking", "1")
         model: str | bytes = str(source)
-        # Kept alive, as onnxruntime reads the arrays where they lie.
+        # Kept alive: onnxruntime does not copy the arrays.
         self._outside: dict[str, Array] = {}
         if isinstance(source, OnnxNetwork):
             proto = _with_outputs(source.proto, observed, ends_there=ends_there)
@@ -384,13 +384,13 @@ class OnnxSession:
         self.runtime = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> list[Any]:
-        """Some values for what goes in."""
+        """The values of some outputs for some inputs."""
         values: list[Any] = self.runtime.run(list(names), dict(feeds))
         return values
 
 
 def _with_outputs(proto: Any, names: Iterable[str], *, ends_there: bool) -> Any:
-    """A copy of a message whose graph gives some inner values out as well; or them alone, without what comes after."""
+    """A copy of a model with some inner values as further outputs, or as the only ones, later nodes removed."""
     copy = copy_message(proto)
     if ends_there:
         del copy.graph.output[:]
@@ -404,7 +404,7 @@ def _with_outputs(proto: Any, names: Iterable[str], *, ends_there: bool) -> Any:
 
 
 def _keep_ancestors(graph: Any) -> None:
-    """Leave out nodes and tensors on which no output depends: onnxruntime would run and ask for them all the same."""
+    """Remove nodes and tensors that no output depends on: onnxruntime would still run and require them."""
     wanted, kept = {port.name for port in graph.output}, []
     for node in reversed(graph.node):
         if not wanted.isdisjoint(node.output):

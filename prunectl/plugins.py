@@ -1,4 +1,4 @@
-"""Plug-ins: strategies and the like by name, built in, installed by other packages, or in a file."""
+"""Plug-ins, such as strategies, by name: built in, installed by another package, or in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 _modules: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
-"""Modules in files, each with the time and the size of the file that was executed."""
+"""Modules that were executed from files, each with the modification time and the size of its file then."""
 _importing = threading.RLock()
 
 
@@ -50,9 +50,9 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing], titles: Mapping[str
 
 
 def check_untrusted(names: Iterable[str], source: str) -> None:
-    """Refuse to import what a file names as code: a recipe or a configuration may be a stranger's.
+    """Refuse to import code that a file names: a recipe or a configuration may come from a stranger.
 
-    Any word with a colon counts: one too many is asked about rather than one too few.
+    Any name with a colon counts as code: refusing too many is safe, refusing too few is not.
     """
     code = list(dict.fromkeys(name for name in names if ":" in name))
     if code:
@@ -69,7 +69,7 @@ def group(kind: str) -> str:
 
 
 def attribute(source: str, name: str) -> object:
-    """An attribute of a module, or of a file `./file.py`."""
+    """An attribute of a module or of a file (`./file.py`)."""
     module = import_source(source)
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
@@ -78,12 +78,12 @@ def attribute(source: str, name: str) -> object:
 
 
 def import_source(source: str) -> object:
-    """A module by its name, or that of a file `./file.py`."""
+    """A module by its name or by its file (`./file.py`)."""
     return _from_file(Path(source)) if source.endswith(".py") else _from_name(source)
 
 
 def source_file(kind: str, name: str) -> Path | None:
-    """The file that a plug-in is in; none where it is built in."""
+    """The file that a plug-in comes from; None for a built-in."""
     point = None if ":" in name else _entry_points(kind).get(name)
     source = name.rpartition(":")[0] or (None if point is None else point.module)
     file = None if source is None else getattr(import_source(source), "__file__", None)
@@ -95,12 +95,12 @@ def _from_name(name: str) -> object:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but something that it needs is not
+            raise  # the module is installed, but one that it imports is not
         raise UsageError(f"there is no module {name}", hint="for a file, write ./file.py:name") from error
 
 
 def _from_file(path: Path) -> object:
-    """Import a module from a file, once, and once more when the file has changed."""
+    """Import a module from a file: once, and again after the file has changed."""
     if not path.is_file():
         raise UsageError(f"{path} is not a Python file")
     real, facts = path.resolve(), path.stat()
@@ -113,13 +113,13 @@ def _from_file(path: Path) -> object:
 
 
 def _execute(path: Path, real: Path) -> ModuleType:
-    # Files of one name in two folders are two modules.
+    # Files of the same name in two folders are two modules.
     name = f"prunectl_plugin_{path.stem}_{hashlib.sha256(os.fsencode(real)).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling look their module up there
+    sys.modules[name] = module  # dataclasses and pickle look modules up there
     try:
         with _importable_folder(str(real.parent)):
             spec.loader.exec_module(module)
@@ -138,7 +138,7 @@ def _importable_folder(folder: str) -> Generator[None]:
     finally:
         with suppress(ValueError):
             sys.path.remove(folder)
-        # For what its functions import later; behind the rest, as it is not to hide what prunectl imports itself.
+        # For imports inside its functions. Last, so that no file of the folder hides a module that prunectl imports.
         if folder not in sys.path:
             sys.path.append(folder)
 
@@ -149,6 +149,6 @@ def installed(kind: str) -> Mapping[str, str]:
 
 
 def _entry_points(kind: str) -> dict[str, EntryPoint]:
-    from importlib.metadata import entry_points  # noqa: PLC0415 - it takes long to load, and few name what is installed
+    from importlib.metadata import entry_points  # noqa: PLC0415 - slow to import, and only plug-ins need it
 
     return {point.name: point for point in entry_points(group=group(kind))}

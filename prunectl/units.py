@@ -57,7 +57,7 @@ def percent(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time with three digits, in the unit that leaves one to three before the point."""
+    """Format a time with three digits, in the unit that puts one to three of them before the decimal point."""
     unit, factor = next(((unit, factor) for unit, factor in _TIMES.items() if seconds >= 0.9995 * factor), ("µs", 1e-6))
     scaled = seconds / factor
     digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Parse `5ms`, `1.5 s` or `200us` into seconds; a bare number is rejected, as nobody knows its unit."""
+    """Parse `5ms`, `1.5 s` or `200us` into seconds; a number without a unit is rejected."""
     match = _TIME.fullmatch(text.strip())
     factor = _TIMES.get(match[2].lower()) if match else None
     if match is None or factor is None:
@@ -79,14 +79,14 @@ def parse_size(text: str) -> int:
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise UsageError(f"{text!r} is not a size", hint="write 400KB, 5MiB or 5242880")
-    # In integers: 1.13 million as a float is a little less.
+    # In integers: in floating point, 1.13 million comes out a little less.
     whole, _, decimals = match[1].partition(".")
     scale: int = 10 ** len(decimals)
     return int(whole + decimals) * factor // scale
 
 
 def parse_ratio(text: str) -> float:
-    """Parse `0.8` or `80%` into a fraction; a bare `80` is rejected as a slip."""
+    """Parse `0.8` or `80%` into a fraction; a bare `80` is rejected, as its percent sign was probably forgotten."""
     match = _RATIO.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not a ratio", hint="write 0.8 or 80%")
@@ -100,7 +100,7 @@ def parse_ratio(text: str) -> float:
 
 
 def listed(names: Sequence[object], most: int, others: str = "") -> str:
-    """The first of some names; where there are more, dots, or how many others there are."""
+    """The first `most` names, then "…", or with `others` how many more there are: "a, b and 3 layers"."""
     rest = len(names) - most
     return ", ".join(map(str, names[:most])) + ("" if rest <= 0 else f" and {rest} {others}" if others else " …")
 

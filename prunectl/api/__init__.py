@@ -142,7 +142,7 @@ def size(
 ) -> SizeResult:
     """Measure how big a model is: as it is, packed, and compressed.
 
-    ``estimate=True`` tells the gzip size of a big model to about 1 % from a sample of it.
+    ``estimate=True`` estimates the gzip size of a big model to about 1 % from a sample of it.
     """
     if codec not in {choice.value for choice in CodecName}:
         raise UsageError(f"codec must be {', '.join(choice.value for choice in CodecName)}, not {codec!r}")
@@ -165,7 +165,7 @@ _BYTES_ALONE = SelectionOptions.__annotations__.keys() - {"strategy", "pattern"}
     "seed",
     "manifest",
 }
-"""Options of `prune` for which no framework ever runs, nor code of the user's."""
+"""Options of `prune` that never run a framework or code of the user."""
 
 
 @overload
@@ -220,10 +220,10 @@ def prune(
     """Zero the least important weights of a model; without an output nothing is written.
 
     The options are those of the command line: ``sparsity="80%"``, ``scope="global"``, ``exclude=["fc*"]`` …; with
-    ``pattern="channel"`` channels are cut out, and ``target_flops="-50%"`` is one of them. ``max_drop="1pp"`` searches
-    for the highest sparsity that costs no more on `data`; ``manifest="run.json"`` records the run, and
-    ``recipe="run.json"`` repeats it; ``wrap=True`` writes masks for later training; ``part="3/8"`` prunes a part of the
-    shards of a folder, and ``join=True`` makes a model of all parts.
+    ``pattern="channel"`` channels are cut out, by ``sparsity`` or until ``target_flops="-50%"`` is reached.
+    ``max_drop="1pp"`` searches for the highest sparsity that costs no more than that on `data`;
+    ``manifest="run.json"`` records the run, and ``recipe="run.json"`` repeats it; ``wrap=True`` writes masks for later
+    training; ``part="3/8"`` prunes a part of the shards of a folder, and ``join=True`` joins all parts into a model.
 
     A model in memory (a Keras model, a ``torch.nn.Module``, an ONNX ``ModelProto``, a dict of arrays) comes back as a
     pruned copy of the same kind, Keras models without their compilation; ``in_place=True`` changes the model itself.
@@ -248,7 +248,7 @@ def _pruned(
             raise UsageError(
                 f"{kind.title} in memory is returned and not written: there is no output", hint="save what is returned"
             )
-        # What it holds was made here: no code in it is a stranger's.
+        # The model was built in this process: its file holds no code of a stranger.
         own = partial(prune_own_file, on_progress=on_progress)
         return prune_in_memory(kind, model, own, options, in_place=in_place)
     if not isinstance(model, (str, os.PathLike)):
@@ -277,10 +277,9 @@ def strip(
     in_place: bool = False,
     on_progress: OnProgress = None,
 ) -> StripResult:
-    """Drop what a model does not need to predict; without an output nothing is written.
+    """Remove everything that a model does not need for predictions; without an output nothing is written.
 
-    Where a checkpoint holds the weights and their moving average, ``keep``, "ema" or
-    "raw", says which of them stays.
+    Where a checkpoint holds both the weights and their moving average, ``keep="ema"`` or ``keep="raw"`` chooses one.
     ``on_progress`` is called while both models are measured.
     """
     check_type("only", only, Names)
@@ -313,7 +312,7 @@ def export(
     on_progress: OnProgress = None,
     **options: Unpack[ExportOptions],
 ) -> ConversionResult:
-    """Write a model in another format, run beside its source before it is kept.
+    """Write a model in another format, and compare its outputs with those of its source before it is kept.
 
     The options are those of the command line: ``to="onnx"``, ``opset=18``, ``input=["x:?,3,8,8"]``, ``half=True`` …
     ``on_progress`` is called when the model is loaded, written and compared.
@@ -328,7 +327,7 @@ def export(
 def diff(new: AnyPath, old: AnyPath, *, fail_on: Names = "", on_progress: OnProgress = None) -> DiffResult:
     """Compare two models tensor by tensor: what was added, removed or changed, zeros, sizes.
 
-    ``fail_on=["growth:2%", "nonzero"]`` names what must not differ: `is_ok` says whether it does.
+    ``fail_on=["growth:2%", "nonzero"]`` names differences that are not allowed: `is_ok` is false if there is one.
     """
     check_type("fail_on", fail_on, Names)
     rules = parse_text("fail_on", differences.parse, ",".join(names(fail_on)))
@@ -368,9 +367,9 @@ def check(
     trust: bool = False,
     on_progress: OnProgress = None,
 ) -> CheckResult:
-    """Check models against their budgets, all of them or those named: `is_ok` is the verdict.
+    """Check all models, or those that are named, against their budgets: `is_ok` is the verdict.
 
-    Budgets are in prunectl.toml, or in the tool.prunectl table of pyproject.toml: the nearest one from this folder up.
+    Budgets are read from the nearest prunectl.toml, or tool.prunectl table of a pyproject.toml, from this folder up.
     """
     for name in names:
         check_type("names", name, str)
@@ -394,10 +393,7 @@ def init(folder: AnyPath = ".", *, margin: Ratio = "10%", on_progress: OnProgres
 
 @as_keywords()
 def doctor() -> DoctorResult:
-    """Find out which versions are installed, which extras work, and what to install for the others.
-
-    It takes less than a second, so that it has no ``on_progress``.
-    """
+    """Find out which versions are installed, which extras work, and what to install for the others."""
     return DoctorResult(extras())
 
 
@@ -411,7 +407,7 @@ def _destination(model: AnyPath, path: AnyPath | None, *, force: bool, in_place:
     return None if path is None else destination_of(model, path, force=force, in_place=in_place)
 
 
-eval = evaluate  # noqa: A001 - as the command is called; among the names to import it would hide that of Python
+eval = evaluate  # noqa: A001 - the name of the command; not in __all__, where it would hide Python's own eval
 __all__ = [
     "bench",
     "check",

@@ -22,7 +22,7 @@ _naming = threading.Lock()
 
 
 def __getattr__(name: str) -> Any:
-    """An object by the name that it has while a call runs: `prunectl.api.in_memory:data`, for whoever looks it up."""
+    """An object that is registered while a call runs, by its name: `prunectl.api.in_memory:data` in a request."""
     try:
         return _named[name]
     except KeyError:
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
 @contextmanager
 def named_objects(options: Mapping[str, Any]) -> Generator[dict[str, Any]]:
-    """Yield the options with names in place of objects, each of which is known under its name until the end."""
+    """Yield the options with objects replaced by names, under which they are registered until the context ends."""
     registered: list[str] = []
     try:
         yield {
@@ -43,7 +43,7 @@ def named_objects(options: Mapping[str, Any]) -> Generator[dict[str, Any]]:
 
 
 def is_in_memory(values: Iterable[Any]) -> bool:
-    """Whether one of these names is that of an object, which nobody finds when the call is over."""
+    """Whether one of these names is that of an object in memory, which is gone when the call is over."""
     return any(isinstance(value, str) and value.startswith(f"{__name__}:") for value in values)
 
 
@@ -55,7 +55,7 @@ def _name_of(option: str, value: Any, registered: list[str]) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if option in _DATA and isinstance(value, Iterator) and not _begins_anew(value):
+    if option in _DATA and isinstance(value, Iterator) and not _can_restart(value):
         raise TypeError(
             f"{option} must not be an iterator, which can be read only once: write a function that returns one, "
             f"such as {option}=lambda: batches()"
@@ -63,13 +63,13 @@ def _name_of(option: str, value: Any, registered: list[str]) -> Any:
     return _register(option, value, registered)
 
 
-def _begins_anew(value: Iterator[Any]) -> bool:
-    """Whether an iterator is a loader that begins anew, as those of Keras 2 and DALI, and no generator, zip or map."""
+def _can_restart(value: Iterator[Any]) -> bool:
+    """Whether an iterator is a loader that can be iterated again, as those of Keras 2 and DALI, unlike a generator."""
     return any(hasattr(value, name) for name in ("__len__", "__getitem__", "reset"))
 
 
 def _has_direction(value: Any) -> bool:
-    """Whether it is a metric and what of it is better: `(function, "max")`."""
+    """Whether a value is a metric with its direction: `(function, "max")`."""
     return isinstance(value, tuple) and len(value) == 2 and value[1] in (MAX, MIN)
 
 
@@ -81,8 +81,8 @@ def _metric(value: Any, registered: list[str]) -> str:
     return f"{name}:{direction}" if direction else name
 
 
-def _as_found(option: str, value: Any) -> Any:
-    """The object as it is looked up: data by a function, and so is a model that is no builder."""
+def _as_registered(option: str, value: Any) -> Any:
+    """The object to register: data, and a model given as `builder`, become functions that return them."""
     if option in _DATA:
         return value if inspect.isroutine(value) else lambda: value
     if option in _BUILDERS and not inspect.isclass(value) and not inspect.isroutine(value):
@@ -91,12 +91,12 @@ def _as_found(option: str, value: Any) -> Any:
 
 
 def builder_of(model: Any) -> Callable[[], Any]:
-    """A builder that returns a copy of a model, so that training one leaves it alone."""
+    """A builder that returns a copy of a model each time, so that training does not change the caller's model."""
     return model if not hasattr(model, "state_dict") else lambda: copy_of(model)
 
 
 def copy_of(model: Any) -> Any:
-    """A copy of a module, also where weights are computed from others, which PyTorch itself does not copy."""
+    """A copy of a module, also of one with weights computed from others, which `copy.deepcopy` alone refuses."""
     tensor = sys.modules["torch"].Tensor
     own = (value for module in model.modules() for value in vars(module).values())
     computed = {id(value): value.detach().clone() for value in own if isinstance(value, tensor) and not value.is_leaf}
@@ -110,7 +110,7 @@ def copy_of(model: Any) -> Any:
 
 
 def _register(option: str, value: Any, registered: list[str]) -> str:
-    """Give an object a name that nothing else has: that of the function or class, or of the option."""
+    """Register an object under a unique name: that of the function or class, or of the option."""
     own = str(getattr(value, "__name__", ""))
     first = own if own.isidentifier() else option
     with _naming:
@@ -118,6 +118,6 @@ def _register(option: str, value: Any, registered: list[str]) -> str:
         while name in _named or name in globals():
             number += 1
             name = f"{first}_{number}"
-        _named[name] = _as_found(option, value)
+        _named[name] = _as_registered(option, value)
     registered.append(name)
     return f"{__name__}:{name}"

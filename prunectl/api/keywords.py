@@ -1,4 +1,4 @@
-"""Keywords of the functions: the options of the command line, with values as they are typed there, or as Python has."""
+"""Keywords of the functions: the options of the command line, with values as they are typed there or Python objects."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from prunectl.units import parse_ratio, parse_size
 
 AnyPath = str | os.PathLike[str]
 Ratio = float | str
-"""0.8, or `80%` as it is typed."""
+"""0.8, or "80%" as on the command line."""
 Size = int | str
-"""400000, or `400KB` as it is typed."""
+"""400000, or "400KB" as on the command line."""
 Names = str | Sequence[str]
 """One name, or several."""
 LayerRatios = Mapping[str, Ratio] | Sequence[str | tuple[str, Ratio]]
-"""`{"fc*": 0.9}`, `[("fc*", "90%")]`, or `["fc*=90%"]` as it is typed."""
+"""`{"fc*": 0.9}`, `[("fc*", "90%")]`, or `["fc*=90%"]` as on the command line."""
 Code = str | Callable[..., Any]
-"""A class or a function, or its name as it is typed: `net.py:Net`."""
+"""A class or a function, or its name as on the command line: "net.py:Net"."""
 Metrics = Code | tuple[Code, str] | Sequence[Code | tuple[Code, str]]
-"""Names and functions; of a function, the first of them says what is better: `(function, "max")`."""
+"""Names and functions of metrics; a function that comes first needs its direction: `(function, "max")`."""
 Data = Any
-"""A SPEC as it is typed, arrays, `(x, y)`, a torch Dataset or DataLoader, a `tf.data.Dataset`, or a function."""
+"""A SPEC as on the command line, arrays, `(x, y)`, a torch Dataset or DataLoader, a `tf.data.Dataset`, a function."""
 
 
 class SelectionOptions(TypedDict, total=False):
@@ -61,7 +61,7 @@ class ChannelOptions(TypedDict, total=False):
 
 
 class PruneOptions(SelectionOptions, ChannelOptions, total=False):
-    """Options of `prune` that decide the numbers in its output; each has the default of the command line."""
+    """Options of `prune` that determine the weights it writes; each has the default of the command line."""
 
     sparsity: Ratio | None
     blocks: int | None
@@ -84,7 +84,7 @@ class PruneOptions(SelectionOptions, ChannelOptions, total=False):
 
 
 class RunOptions(TypedDict, total=False):
-    """Options of `prune` for a file: a search, masks for later training, a record, one to repeat, or parts."""
+    """Options of `prune` for files only: a search, masks for later training, a manifest, a recipe, or parts."""
 
     max_drop: str
     metric: Code | tuple[Code, str]
@@ -104,17 +104,17 @@ class RunOptions(TypedDict, total=False):
 
 
 class FilePruneOptions(PruneOptions, RunOptions, total=False):
-    """All options of `prune`, but for one whose result is another."""
+    """All options of `prune` but `part`, whose result has another type."""
 
 
 class PartOptions(FilePruneOptions, total=False):
-    """Those of a part of a model folder."""
+    """All options of `prune`."""
 
     part: str
 
 
 class CodeOptions(TypedDict, total=False):
-    """The code of a network, where a file does not hold it, and whether code in the file may run."""
+    """The code of a network that is not in its file, and whether code in the file may run."""
 
     builder: Code
     custom_objects: str | Mapping[str, Any]
@@ -180,7 +180,7 @@ class LookOptions(CodeOptions, total=False):
 
 
 class EvaluateOptions(CodeOptions, total=False):
-    """Options of `evaluate`, each as `finetune` has it."""
+    """Options of `evaluate`, each the same as in `finetune`."""
 
     metric: Metrics
     loss: Code
@@ -213,7 +213,7 @@ class ExportOptions(CodeOptions, total=False):
 
 
 class SweepOptions(TypedDict, total=False):
-    """Options of `sweep`, which runs in processes of its own; each has the default of the command line."""
+    """Options of `sweep`, whose trials run in separate processes; each has the default of the command line."""
 
     val: str
     val_split: Ratio
@@ -256,12 +256,12 @@ _A_COMMAND = re.compile(r"\bprunectl [a-z]")
 _OTHERS = frozenset(
     ("force", "in_place", "trust", "manifest", "against", "fail_on", "config", "baseline", "update_baseline", "reason")
 )
-"""Keywords beside those of the classes above."""
+"""Keywords that are not in the classes above."""
 
 
 @contextmanager
 def as_keywords() -> Generator[None]:
-    """Let an error speak of keywords, `data='train.npz'` for `--data train.npz`, and let a traceback show its hint."""
+    """Turn the options in an error into keywords, `--data train.npz` into `data='train.npz'`, and add its hint."""
     try:
         yield
     except PrunectlError as error:
@@ -281,7 +281,7 @@ def _in_keywords(text: str) -> str:
 
 
 _OBJECT = re.compile(r"\bprunectl\.api\.in_memory:(\w+)")
-"""The name of an object in memory, which nobody but a call knows in full."""
+"""The registered name of an object in memory, of which an error shows the last part alone."""
 _OBJECT_AND_DIRECTION = re.compile(rf"'{_OBJECT.pattern}:(max|min)'")
 
 
@@ -300,14 +300,14 @@ def _in_keyword(match: re.Match[str]) -> str:
 _RATIOS = frozenset({"sparsity", "initial_sparsity", "max_ratio", "val_split"})
 _SIZES = frozenset({"target_gzip", "target_packed", "shard_size"})
 _AMOUNTS = frozenset({"target_params", "target_flops"})
-"""Targets of channel pruning, which may also be a share such as `-50%`."""
+"""Targets of channel pruning: a count, or a change such as `-50%`."""
 Value = TypeVar("Value")
 
 
 def parse_keywords(command: str, known: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as requests know them: what is typed as text is parsed, and what is None is left to its default.
+    """Options as requests take them: text is parsed, and None stands for the default.
 
-    An unknown name is a UsageError, as for the command; a value of another type is a TypeError that names the keyword.
+    An unknown name is a UsageError, as for the command; a value of a wrong type is a TypeError that names the keyword.
     """
     hints = typing.get_type_hints(known)
     parsed = {}
@@ -328,7 +328,7 @@ def parse_keywords(command: str, known: type, options: Mapping[str, Any]) -> dic
 
 
 def _present_name(command: str, name: str, known: Collection[str]) -> str:
-    """What an option is called now; one that is called by its old name is answered by a warning."""
+    """The current name of an option; its old name gives a warning."""
     renamed = RENAMED.get("finetune" if command == "evaluate" else command, {})
     new = renamed.get(f"--{name.replace('_', '-')}", "").removeprefix("--").replace("-", "_")
     if new not in known:
@@ -342,7 +342,7 @@ def _present_name(command: str, name: str, known: Collection[str]) -> str:
 
 
 def _depth_of_caller() -> int:
-    """How many frames back the script is whose line a warning shows, for who calls this."""
+    """The `stacklevel` of a warning for which it shows the first line outside of prunectl."""
     frame, depth = inspect.currentframe(), 0
     while frame is not None and str(frame.f_globals["__name__"]).partition(".")[0] in {"prunectl", "contextlib"}:
         frame, depth = frame.f_back, depth + 1
@@ -350,7 +350,7 @@ def _depth_of_caller() -> int:
 
 
 def parse_text(name: str, parse: Callable[[str], Value], text: str) -> Value:
-    """Parse text as the command line does; what is wrong with it names the keyword."""
+    """Parse text as the command line does; an error names the keyword."""
     try:
         return parse(text)
     except UsageError as error:
@@ -365,7 +365,7 @@ def ratio(name: str, value: Ratio) -> float:
 
 
 def names(value: Names) -> tuple[str, ...]:
-    """Names as a tuple: one alone is not a list of its letters."""
+    """Names as a tuple; a single string is one name."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 
@@ -397,14 +397,14 @@ def _layer_ratio(item: str | tuple[str, Ratio]) -> tuple[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy's as one of Python's."""
+    """A NumPy number as a Python number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_type(name: str, value: object, hint: Any) -> None:
-    """Refuse a value that is of none of the types that a keyword takes."""
+    """Refuse a value of a type that a keyword does not take."""
     allowed = _flat(hint)
     if Any not in allowed and not any(_is_of(value, kind) for kind in allowed):
         wanted = dict.fromkeys(_TITLES.get(typing.get_origin(kind) or kind, "") for kind in allowed)

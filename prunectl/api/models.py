@@ -48,7 +48,7 @@ def local_path(name: str, path: AnyPath) -> Path:
 
 
 def destination_of(model: AnyPath, output: AnyPath, *, force: bool, in_place: bool) -> Destination:
-    """Where an output goes. In place it goes where the model is, which its caller says by naming the same path."""
+    """The destination of an output; `in_place` needs the path of the model as the output."""
     target, own = local_path("output", output), local_path("model", model)
     if in_place and os.path.realpath(target) != os.path.realpath(own):
         raise UsageError(
@@ -59,13 +59,13 @@ def destination_of(model: AnyPath, output: AnyPath, *, force: bool, in_place: bo
 
 
 def is_url(path: object) -> bool:
-    """Whether a model is elsewhere."""
+    """Whether a model is named by a URL."""
     return isinstance(path, str) and URL.match(path) is not None
 
 
 @contextmanager
 def model_path(name: str, path: AnyPath, *, is_read_whole: bool = False) -> Generator[Path]:
-    """Yield a path to a model on this machine or at a URL, of which no more is read than is needed."""
+    """Yield a local path to a model, which for a URL reads no more of it than is needed."""
     if not is_url(path):
         yield local_path(name, path)
         return
@@ -75,7 +75,7 @@ def model_path(name: str, path: AnyPath, *, is_read_whole: bool = False) -> Gene
 
 
 def shown_path(path: AnyPath, stats: ModelStats) -> ModelStats:
-    """Statistics under the URL that the model was named by, and not under what stood for it here."""
+    """Statistics that name the URL of the model instead of its local stand-in."""
     return replace(stats, path=without_secrets(str(path))) if is_url(path) else stats
 
 
@@ -83,30 +83,30 @@ PATH_HINT = "write prunectl.prune('model.pt', 'small.pt', sparsity='80%'), or No
 
 
 class StatefulModule(Protocol):
-    """As `torch.nn.Module` is."""
+    """A `torch.nn.Module`, without importing torch."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by name."""
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Take weights by name."""
+        """Load weights by name."""
 
 
 class WeightedModel(Protocol):
-    """As `keras.Model` is."""
+    """A `keras.Model`, without importing Keras."""
 
     def get_weights(self) -> Any:
-        """Weights in order."""
+        """The weights in order."""
 
     def load_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the weights of a file."""
+        """Load the weights of a file."""
 
 
 class ProtobufModel(Protocol):
-    """As `onnx.ModelProto` is."""
+    """An `onnx.ModelProto`, without importing onnx."""
 
     def SerializeToString(self, *args: Any, **kwargs: Any) -> bytes:  # noqa: N802 - protobuf calls it so
-        """The bytes of its file."""
+        """The bytes of its `.onnx` file."""
 
 
 LiveModel = TypeVar("LiveModel", bound=StatefulModule | WeightedModel | ProtobufModel | Mapping[str, Any])
@@ -122,15 +122,15 @@ class ModelKind:
     suffix: str
     save: Callable[[Any, Path], object]
     load: Callable[[Any, Path, bool], Any]
-    """Of the model, the pruned file, and whether it is loaded into the model itself: the result."""
+    """Load the pruned file (second argument), into the model itself where the third says so, and return the result."""
     code: Callable[[Any], dict[str, Any]]
-    """What the framework needs to run the saved file, as options."""
+    """Options that the framework needs to run the saved file, such as a builder."""
     keeps_shapes: bool = False
-    """Whether weights of other shapes cannot be loaded back."""
+    """Whether only weights of the same shapes can be loaded back."""
 
 
 def kind_of(model: object) -> ModelKind | None:
-    """The kind of a model in memory; no framework is imported for it, as one that made the model is there."""
+    """The kind of a model in memory. No framework is imported: that of the model is imported already."""
     for library, name, kind in _CLASSES:
         module = sys.modules.get(library)
         cls = getattr(module, name, None)
@@ -144,7 +144,7 @@ def kind_of(model: object) -> ModelKind | None:
 def prune_in_memory(
     kind: ModelKind, model: Any, prune_file: FilePruner, options: Mapping[str, Any], *, in_place: bool
 ) -> Any:
-    """A pruned copy of a model, or the model itself in place: its file is pruned, as any other would be."""
+    """A pruned copy of a model, or the model itself in place: it is saved to a file, which is pruned and loaded."""
     changes_shapes = options.get("pattern") == CHANNEL
     save = f"save it, and prune the file: prunectl.prune('model{kind.suffix}', 'small{kind.suffix}', "
     if changes_shapes and (kind.keeps_shapes or in_place):
@@ -169,8 +169,8 @@ _SCRATCH_FILE = re.compile(rf"\S*/{SCRATCH.pattern}/\S*\w")
 
 
 def _without_paths(error: PrunectlError) -> PrunectlError:
-    """The same error, without the names of files that nobody has seen."""
-    # What could be done with a file cannot be done with a model in memory.
+    """The same error without the paths of temporary files."""
+    # The hint may name things to do with a file, which do not apply to a model in memory.
     hint = "; ".join(advice for advice in error.hint.split("; ") if not _SCRATCH_FILE.search(advice))
     return type(error)(_SCRATCH_FILE.sub("the model", error.message), hint=hint, did_you_mean=error.did_you_mean)
 
@@ -286,7 +286,7 @@ def _keras_of(model: Any) -> Any:
 
 
 def _custom_objects(model: Any) -> dict[str, Any]:
-    """The classes of a model and its layers, and their functions such as activations, that are not of Keras itself."""
+    """The classes and functions, such as activations, of a model and its layers that do not belong to Keras itself."""
     parts = (model, *model._flatten_layers())  # noqa: SLF001 - also layers in layers
     functions = {value for part in parts for value in vars(part).values() if inspect.isfunction(value)}
     objects: set[Any] = {*map(type, parts), *functions}
@@ -311,7 +311,7 @@ def _load_onnx(model: Any, path: Path, is_in_place: bool) -> Any:
 
 
 def _no_code(_: Any) -> dict[str, Any]:
-    """A file that says all by itself."""
+    """No options: the file is complete by itself."""
     return {}
 
 
@@ -333,4 +333,4 @@ _CLASSES = (
     ("tf_keras", "Model", _KERAS),
     ("onnx", "ModelProto", _ONNX),
 )
-"""Libraries and their classes, looked up only among what is imported."""
+"""Modules and their classes, looked up in `sys.modules` only."""

@@ -45,7 +45,7 @@ class PruneResult(EngineResult, Pruned):
     search: SearchResult | None = None
     """How the sparsity was found, for `max_drop`."""
     wrapped: WrapResult | None = None
-    """What masks were written, for `wrap` and `schedule`."""
+    """The masks that were written, for `wrap` and `schedule`."""
     command: ClassVar[str] = "prune"
 
     def report(self) -> Report:
@@ -89,7 +89,7 @@ class BlocksResult(EngineResult, BlocksPruned):
     output: str = ""
     """What was written; empty where nothing was."""
     search: SearchResult | None = None
-    """Always none: accuracy decides nothing here."""
+    """Always None: blocks are not searched by accuracy."""
     command: ClassVar[str] = "prune"
 
     def report(self) -> Report:
@@ -107,7 +107,7 @@ class PartResult(EngineResult, PartPruned):
     """The result of pruning a part of the shards of a folder."""
 
     output: str = ""
-    """The folder that they were written to."""
+    """The folder that the shards were written to."""
     command: ClassVar[str] = "prune"
 
     def report(self) -> Report:
@@ -126,13 +126,13 @@ def _with_search(report: Report, search: SearchResult | None, data: str) -> Repo
 
 
 def search_line(search: SearchResult) -> str:
-    """What a search came to."""
+    """The result of a search in one line."""
     base, result = search.base, search.result
     return f"{base.metric}  {base.value:.4g} -> {result.value:.4g}, {len(search.tried)} sparsities tried"
 
 
 def _next(output: str, search: SearchResult | None = None) -> tuple[str, ...]:
-    """What a search came to, or how to measure the accuracy."""
+    """The result of a search, or how to measure the accuracy."""
     if search is not None:
         return (search_line(search),)
     if not output:
@@ -147,7 +147,7 @@ def prune_own_file(path: Path, output: Path, options: Mapping[str, Any], *, on_p
 
 
 _UNCHECKED = frozenset({"builder", "custom_objects"})
-"""What a model in memory brings itself, whether it is needed or not."""
+"""Options that come with a model in memory, whether they are needed or not."""
 _AS_TEXT = frozenset({"initial_sparsity", "begin", "end"})
 
 
@@ -203,7 +203,7 @@ def _prune(
     request_and_limits: tuple[PruneRequest, Mapping[str, Any]],
     on_progress: OnProgress,
 ) -> PruneResult | ChannelResult | BlocksResult | PartResult:
-    """Prune in the mode that the options select; conflicts are those of the command."""
+    """Prune in the mode that the options select, with the command's checks for options that conflict."""
     (request, limits), meter = request_and_limits, meter_of(on_progress)
     typed = replace(options, trust=False)
     if destination is not None:
@@ -216,7 +216,7 @@ def _prune(
     more: dict[str, Any] = {}
     if options.max_drop:
         spec = prune_search(options, request, limits)
-        run = prune_within(spec, options, limits, trial_teller(on_progress), meter)
+        run = prune_within(spec, options, limits, trial_reporter(on_progress), meter)
         result, more["search"] = run(path, destination)
     else:
         result = build_mode(options, request, limits, meter)(path, destination)
@@ -233,12 +233,12 @@ def _prune(
     return PruneResult.of(result, output=output, **more)
 
 
-def trial_teller(on_progress: OnProgress) -> Callable[[Trial, TrialResult | PrunectlError], None]:
-    """What tells of each trial of a search."""
-    bar = meter_of(on_progress)
+def trial_reporter(on_progress: OnProgress) -> Callable[[Trial, TrialResult | PrunectlError], None]:
+    """A callback that reports each trial of a search as progress."""
+    meter = meter_of(on_progress)
 
-    def tell(trial: Trial, result: TrialResult | PrunectlError) -> None:
-        with bar(trial_line(trial, result), 0) as one:
-            one.advance(1)
+    def report(trial: Trial, result: TrialResult | PrunectlError) -> None:
+        with meter(trial_line(trial, result), 0) as bar:
+            bar.advance(1)
 
-    return tell
+    return report

@@ -1,4 +1,4 @@
-"""Results of the functions: those of the engine, which also show themselves to people, to notebooks and to scripts."""
+"""Results of the functions: those of the engine, with a text, an HTML page, a JSON document and a DataFrame of them."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ _MOST_LINES = 10
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a function has come."""
+    """The progress of a function."""
 
     label: str
-    """What it does, such as `reading model.h5`."""
+    """The work in progress, such as `reading model.h5`."""
     done: int
-    """In bytes, steps, trials or what else is counted."""
+    """Bytes, steps or trials done, as the work counts them."""
     total: int
-    """0 where it is not known."""
+    """All there are; 0 where that is unknown."""
 
 
 OnProgress = Callable[[Progress], object] | None
-"""Called as work is done, in the process and often in the thread of the caller."""
+"""Called as work progresses, in the caller's process and often in the caller's thread."""
 
 
 class _Teller:
-    """A bar that tells a function instead of drawing."""
+    """A progress bar that calls a function instead of drawing."""
 
     def __init__(self, tell: Callable[[Progress], object], label: str, total: int) -> None:
         self._tell, self._label, self._total, self._done = tell, label, total, 0
@@ -78,7 +78,7 @@ class _Teller:
 
 
 def meter_of(on_progress: OnProgress) -> ProgressFactory:
-    """What makes bars that tell a function."""
+    """A factory of progress bars that call a function."""
     if on_progress is None:
         return no_progress
     if not callable(on_progress):
@@ -87,11 +87,11 @@ def meter_of(on_progress: OnProgress) -> ProgressFactory:
 
 
 class Result(ABC):
-    """What a function returns, beside the values of its engine."""
+    """The base of all results: presentations of the values that the engine returned."""
 
     __slots__ = ()
     command: ClassVar[str]
-    """The command that reports the same."""
+    """The command that prints the same report."""
 
     @abstractmethod
     def report(self) -> Report:
@@ -118,11 +118,11 @@ class Result(ABC):
         return pandas.DataFrame([*table.rows], columns=[column.name for column in table.columns])
 
     def _maps(self) -> Mapping[str, tuple[SparsityMap, ...]]:
-        """Where the zeros are, which only a page shows."""
+        """Maps of the zeros for the HTML page."""
         return {}
 
     def _repr_html_(self) -> str:
-        """The page of `--html`, in a frame, so that its style stays its own."""
+        """The page of `--html` in a frame, which keeps its style apart from the notebook's."""
         page = importlib.import_module("prunectl.reporting.html").page
         document = page(replace(self.report(), sparsity_maps=self._maps()), self.command, Units.SI)
         return f'<iframe style="{_FRAME}" sandbox="allow-scripts" srcdoc="{html.escape(document)}"></iframe>'
@@ -133,18 +133,18 @@ class Result(ABC):
 
 
 class EngineResult(Result):
-    """A result of the engine with the same fields."""
+    """A result with the fields of a result of the engine."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, result: Any, **more: Any) -> Self:
-        """The same result, which also shows itself."""
+        """The result of the engine, with further fields."""
         return cls(**{field.name: getattr(result, field.name) for field in fields(result)}, **more)
 
 
 def size_lines(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
-    """What changed in a model: sizes on disk and compressed, and the sparsity."""
+    """Sizes on disk and compressed, and the sparsity, before and after."""
     lines = [f"on disk   {nbytes(before.bytes.raw)} -> {nbytes(after.bytes.raw)}"]
     if before.bytes.compressed is not None and after.bytes.compressed is not None:
         lines.append(f"gzip      {nbytes(before.bytes.compressed)} -> {nbytes(after.bytes.compressed)}")
@@ -156,7 +156,7 @@ def size_lines(before: ModelStats, after: ModelStats) -> tuple[str, ...]:
 
 
 def title_of(before: ModelStats, output: str) -> str:
-    """What became of a model."""
+    """The headline: the model and its output."""
     return f"{before.path} -> {output or '(nothing was written)'}"
 
 
@@ -179,7 +179,7 @@ class InspectResult(EngineResult, ModelStats):
     groups: ChannelGroups | None = None
     """Its dependency groups: channels that are cut together."""
     sensitivity: Sensitivity | None = None
-    """What pruning does to each tensor alone."""
+    """The damage of pruning each tensor alone."""
     command: ClassVar[str] = "inspect"
 
     def report(self) -> Report:
@@ -189,11 +189,11 @@ class InspectResult(EngineResult, ModelStats):
         return report if self.groups is None else add_channel_groups(report, [self.groups])
 
     def lines(self) -> tuple[str, ...]:
-        """Sizes and sparsity, and the first advice."""
+        """Sizes and sparsity, and the first piece of advice."""
         return (*_stats_lines(self), *self.advice[:1], f"Next: prunectl.prune({self.path!r}, OUTPUT, sparsity='80%')")
 
     def _maps(self) -> Mapping[str, tuple[SparsityMap, ...]]:
-        # Drawn when somebody looks: by then the file may be gone, or another.
+        # Read when the page is drawn: by then the file may be gone or changed.
         if not os.path.exists(self.path):
             return {}
         model = open_model(Path(self.path))
@@ -224,7 +224,7 @@ class StripResult(EngineResult, Stripped):
     output: str = ""
     """What was written; empty where nothing was."""
     is_rewritten: bool = False
-    """Whether what is left was packed, or stored as halves."""
+    """Whether the remaining tensors were packed or stored as halves."""
     command: ClassVar[str] = "strip"
 
     def report(self) -> Report:
@@ -277,7 +277,7 @@ class ConversionResult(EngineResult, ExportResult):
         return export_report(self, self.output)
 
     def lines(self) -> tuple[str, ...]:
-        """Formats, sizes, and whether both compute the same."""
+        """Formats, sizes, and whether both models compute the same outputs."""
         compared = "equal bit by bit" if self.comparison is None else "the outputs agree"
         formats = f"format    {self.source} -> {self.target} ({compared})"
         return (title_of(self.before, self.output), formats, *size_lines(self.before, self.after))
@@ -307,14 +307,14 @@ class CheckResult(EngineResult, Findings):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class DiffResult(EngineResult, ModelDiff):
-    """Two models compared tensor by tensor, and what of it was forbidden."""
+    """Two models compared tensor by tensor, and the differences that are not allowed."""
 
     findings: tuple[Finding, ...] = ()
     command: ClassVar[str] = "diff"
 
     @property
     def is_ok(self) -> bool:
-        """Whether nothing differs that must not."""
+        """Whether there is no difference that is not allowed."""
         return not any(finding.is_failure for finding in self.findings)
 
     def report(self) -> Report:
@@ -322,7 +322,7 @@ class DiffResult(EngineResult, ModelDiff):
         return diff_report(self, self.findings, has_gates=True)
 
     def lines(self) -> tuple[str, ...]:
-        """How many tensors differ, and how the sizes do."""
+        """How many tensors differ, and by how much the sizes do."""
         kinds = dict.fromkeys(change.kind for change in self.changes)
         counted = (f"{sum(change.kind == kind for change in self.changes)} {kind}" for kind in kinds)
         return (title_of(self.old, self.new.path), f"tensors   {', '.join(counted)}", *size_lines(self.old, self.new))
@@ -396,7 +396,7 @@ class InitResult(Result):
         return init_report(self.path, self.baseline, self.proposals, self.failures)
 
     def lines(self) -> tuple[str, ...]:
-        """The models that have budgets now."""
+        """The models that now have budgets."""
         models = tuple(proposal.path for proposal in self.proposals[:6])
         return (f"{self.path}: budgets for {len(self.proposals)} models", *models, "Next: prunectl.check()")
 

@@ -25,7 +25,7 @@ from prunectl.api.keywords import (
     ratio,
 )
 from prunectl.api.models import destination_of, local_path
-from prunectl.api.pruning import search_line, trial_teller
+from prunectl.api.pruning import search_line, trial_reporter
 from prunectl.api.results import (
     EngineResult,
     EvaluationResult,
@@ -61,7 +61,7 @@ OnEpoch = Callable[[LogEntry], object] | None
 
 @dataclass(frozen=True, slots=True, repr=False)
 class TrainingSearchResult(EngineResult, TrainingSearch):
-    """The highest sparsity that training holds within a drop, and every one that was tried."""
+    """The highest sparsity at which a trained model stays within the allowed drop, and all that were tried."""
 
     output: str = ""
     command: ClassVar[str] = "finetune"
@@ -124,9 +124,9 @@ def finetune(
 
     The options are those of the command line: ``data="train.npz"``, ``sparsity="80%"``, ``schedule="cosine"`` …; data
     may also be arrays ``(x, y)``, a torch Dataset or DataLoader, or a ``tf.data.Dataset``, and the model's builder a
-    class or a function. ``on_epoch`` is called with the numbers of each epoch when it is over, ``on_progress`` after
-    each step. With ``max_drop="1pp"`` a training run is made at each of several sparsities, of which the highest that
-    costs no more is written; ``tried`` is a folder for them, in which a search is resumed.
+    class or a function. ``on_epoch`` is called with the metrics of each epoch when it is over, ``on_progress`` after
+    each step. With ``max_drop="1pp"`` the model is trained at several sparsities, and the result of the highest that
+    costs no more than that is written; ``tried`` is a folder for the runs, from which a search can be resumed.
     """
     destination = destination_of(model, output, force=force, in_place=in_place)
     watch = EpochWatcher(on_epoch, on_progress)
@@ -151,8 +151,8 @@ def _search_trained(
     limit: tuple[str, Path | None],
     watch: EpochWatcher,
 ) -> TrainingSearchResult:
-    """Search for the highest sparsity that costs at most a drop; each that is tried is trained."""
-    _refuse_what_is_of_one_run(request)
+    """Search for the highest sparsity within an allowed drop, with a training run at each one tried."""
+    _refuse_options_of_one_run(request)
     max_drop, tried = limit
 
     def make(source: Path, sparsity: float, output: Destination) -> None:
@@ -161,11 +161,11 @@ def _search_trained(
             watch.tell(entry)
 
     run = training_search(request, max_drop, make)
-    search = run(path, destination, tried, trial_teller(watch.on_progress))
+    search = run(path, destination, tried, trial_reporter(watch.on_progress))
     return TrainingSearchResult.of(search, output=str(destination.target))
 
 
-def _refuse_what_is_of_one_run(request: FinetuneRequest) -> None:
+def _refuse_options_of_one_run(request: FinetuneRequest) -> None:
     """Refuse the options that the command refuses beside `--max-drop`."""
     given = {
         "sparsity": request.pruning.sparsity is not None,
@@ -186,8 +186,8 @@ def sweep(
 ) -> SweepResult:
     """Prune a model in many ways, and compare size and accuracy of the results (Pareto front).
 
-    Every trial is kept in the folder when it is done: the same call resumes a sweep that was stopped. Trials run in
-    processes of their own, so that data and models are files or names of code.
+    The folder keeps every finished trial: the same call resumes a sweep that was stopped. Trials run in separate
+    processes, so data and models must be files or names of code.
     """
     check_type("data", data, AnyPath)
     parsed = parse_keywords("sweep", SweepOptions, options)
@@ -200,18 +200,18 @@ def sweep(
         jobs=parsed.get("jobs", 1),
         on=parsed.get("on", ""),
         max_drop=drop,
-        watcher=trial_teller(on_progress),
+        watcher=trial_reporter(on_progress),
     )
     return SweepResult.of(swept, model=str(model))
 
 
 _SAME = "val val_split epochs batch_size samples lr optimizer loss metric policy seed custom_objects"
 _FIELDS = {**{name: name for name in _SAME.split()}, "layers": "only", "builder": "model"}
-"""Options of `sweep`, each with what its configuration calls it."""
+"""Options of `sweep`, each with the name of its field in SweepConfig."""
 
 
 def _sweep_config(data: str, parsed: Mapping[str, Any], *, is_search: bool) -> SweepConfig:
-    """What a sweep tries, of parsed keywords; a search for a sparsity is given none."""
+    """The configuration of a sweep from parsed keywords; a search has no list of sparsities by default."""
     lists: dict[str, Any] = {
         name: parse_names(",".join(names(parsed[name])), name)
         for name in ("strategies", "scopes", "patterns", "schedules")
@@ -234,7 +234,7 @@ def _ratios(values: Any) -> tuple[float, ...]:
 
 
 class EpochWatcher:
-    """Tells of each epoch once, when it is over."""
+    """Reports each epoch once, when it is over."""
 
     def __init__(self, on_epoch: OnEpoch, on_progress: OnProgress) -> None:
         if on_epoch is not None and not callable(on_epoch):
@@ -245,18 +245,18 @@ class EpochWatcher:
         self._bar = meter_of(on_progress)
 
     def begin(self) -> None:
-        """Begin another run, whose epochs are told from the first."""
+        """Begin another run, whose epochs are reported from the first on."""
         self._told = 0
 
     def __call__(self, event: ProgressEvent) -> None:
-        """Tell of a step, and of the epoch that it ended."""
+        """Report a step, and the epoch that it ended."""
         with self._bar(f"epoch {event.epoch} of {event.epochs}", event.steps) as bar:
             bar.advance(event.step)
         if event.last is not None:
             self.tell(event.last)
 
     def tell(self, entry: LogEntry) -> None:
-        """Tell of an epoch, unless it was told already."""
+        """Report an epoch, unless it was reported already."""
         if self._on_epoch is not None and entry.epoch > self._told:
             self._told = entry.epoch
             self._on_epoch(entry)
@@ -275,7 +275,7 @@ class BenchOptions(CodeOptions, total=False):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BenchResult(EngineResult, Benchmark):
-    """How fast some models are, and whether they differ by more than noise."""
+    """Latencies of models, and whether they differ by more than the noise."""
 
     command: ClassVar[str] = "bench"
 
@@ -316,7 +316,7 @@ def bench(
 def evaluate(
     model: AnyPath, /, data: Data, *, on_progress: OnProgress = None, **options: Unpack[EvaluateOptions]
 ) -> EvaluationResult:
-    """Measure how good a model is on data: `value` is the metric that was named first, or the one that fits the data.
+    """Evaluate a model on data: `value` is the first metric that was named, or the one that fits the data.
 
     ``prunectl.evaluate("model.pt", (x, y), metric="accuracy", builder=Net)``. ``on_progress`` is called after each
     batch, with the number of examples.
