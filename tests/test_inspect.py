@@ -93,9 +93,9 @@ def test_of_what_a_disk_reads_in_minutes_zeros_are_counted_when_asked_for(tmp_pa
     done = here("inspect", path)
     assert done.code == 0, done.err
     said = "Zeros were not counted"
-    assert f"{said}, for which 69.8 GB are read: --zeros does it." in done.err
+    assert f"{said}, as that would read 69.8 GB: add --zeros to count them." in done.err
     (model,) = here("inspect", path, "--json").json["models"]
-    assert model["advice"] == [f"{said}, for which 69.8 GB are read: --zeros does it."]
+    assert model["advice"] == [f"{said}, as that would read 69.8 GB: add --zeros to count them."]
     assert said not in here("inspect", path, "--no-zeros").err
     assert said not in here("inspect", path, "--layers", "b").err
     assert said not in here("inspect", FIXTURES / "digits_cnn.safetensors").err

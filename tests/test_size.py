@@ -185,7 +185,7 @@ def test_an_estimate_says_that_it_is_one_and_judges_no_limit_that_is_too_near(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--codec", "xz"), "--estimate knows gzip alone, and not xz"),
+        (("--codec", "xz"), "--estimate works with gzip only, not with xz"),
         (("--max-packed", "1MB"), "--max-packed needs every byte of the model"),
         (("--min-sparsity", "50%"), "--min-sparsity needs every byte of the model"),
     ],

@@ -148,7 +148,7 @@ def size(
         raise UsageError(f"codec must be {', '.join(choice.value for choice in CodecName)}, not {codec!r}")
     compressor = sizes.get_codec(CodecName(codec), level)
     if estimate and codec != CodecName.GZIP:
-        raise UsageError(f"estimate knows gzip alone, and not {codec}", hint="leave out estimate or codec")
+        raise UsageError(f"estimate works with gzip only, not with {codec}", hint="leave out estimate or codec")
     look = estimate_size if estimate else sizes.measure
     with model_path("model", model, is_read_whole=estimate) as path:
         stats = look(open_model(path), compressor, meter_of(on_progress))

@@ -43,9 +43,9 @@ def run_step(ctx: Any, options: Any, build: BuildOptions) -> int:
             return replace(reporter, html=None).show(_up_to_date(step.output, notes))
         if not options.force:
             check_unmodified(step, old)
-            # All that is there is what this command wrote: nothing of anybody else's is replaced.
+            # The files that are there were written by this command, so replacing them needs no --force.
             options = replace(options, force=True)
-            # So it still has to be when the work is done.
+            # Checked again when the work is done: a file may have changed meanwhile.
             guard = atomic.guarded(partial(check_unmodified, step, old))
         reporter.note(f"{step.output} is rebuilt: {reason}")
     imported = step.track_imports()
@@ -77,17 +77,17 @@ class BuildStep:
     command: str
     params: Mapping[str, Any]
     options: Mapping[str, Any]
-    """The same, with those of a recipe."""
+    """The options, with those of a recipe."""
     output: Path
     files: tuple[Path, ...]
     side_outputs: tuple[Path, ...]
     """Files that are written with the output: a manifest, a page."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """Of the files, taken before any of them is read."""
+    """Digests of the files, computed before any of them is read."""
 
     @classmethod
     def of(cls, command: str, typed: OutputOptions, params: Mapping[str, Any], html: Path | None) -> BuildStep:
-        """Collect the files of a command, and reject what makes no file of files."""
+        """Collect the files of a command; reject standard input and output, and a dry run."""
         for name, is_given in (
             ("-o -", typed.output == STDIN),
             ("a model from standard input", typed.model == STDIN),
@@ -131,23 +131,23 @@ class BuildStep:
         return Stamp(__version__, self.command, options, self.digests, code, written)
 
     def restamped(self, old: Stamp) -> Stamp:
-        """The stamp that the output would have now with the modules of an older one."""
+        """The stamp that the output would have now with the modules of an older stamp."""
         return self.stamp(rehash(old.code, self.output))
 
     def all_outputs(self) -> tuple[Path, ...]:
-        """The files of the output that there are, and those beside it."""
+        """The existing files of the output, and the side outputs."""
         return (*output_files(self.output), *self.side_outputs, *_generated_class(self.output, self.options))
 
     def output_paths(self) -> tuple[Path, ...]:
-        """Where the output will go, file by file, as far as the format of the model stays."""
+        """The paths of the output's files, provided that the format of the model stays the same."""
         if self.command == "export":
             return ()
         return planned_files(open_model(Path(self.options["model"])), self.output)
 
     def track_imports(self) -> Callable[[], tuple[Path, ...]]:
-        """Begin to watch imports; the function that is returned lists the user's modules since."""
+        """Begin to watch imports; the returned function lists the user's modules that were imported since."""
         before, began_ns = set(sys.modules), time.time_ns()
-        # A file is among what options name, however it is imported.
+        # A module that an option names as a file is among the files of the options already.
         known = {path.resolve() for path in self.files}
 
         def imported() -> tuple[Path, ...]:
@@ -159,7 +159,7 @@ class BuildStep:
     def write_files(self, depfile: Path | None, imported: Iterable[Path], *, has_stamp: bool) -> tuple[str, ...]:
         """Write the depfile and the stamp, where they are wanted; return notes on what could not be written.
 
-        The output is there by now, and whole: without them no more is lost than that it is made again.
+        A failure is not an error: the output is complete, and without them it is merely built again next time.
         """
         if not is_rank_zero():
             return ()
@@ -193,12 +193,12 @@ def _not_written(path: Path, consequence: str, error: PrunectlError | None) -> l
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes, of several that train one model."""
+    """Whether this process writes the output, of several that train one model."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _generated_class(output: Path, options: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The Python file that comes with weights of PyTorch: its class, where one is written."""
+    """The Python file with the class of exported PyTorch weights, where one is written."""
     if not options.get("code") and options.get("pattern") != CHANNEL:
         return ()
     path = code_beside(output)
@@ -214,7 +214,7 @@ def _as_json(value: Any) -> Any:
 def check_unmodified(step: BuildStep, old: Stamp, folder: Path | None = None) -> None:
     """Refuse to replace a file of the output, or beside it, that prunectl did not write or that has changed since.
 
-    With a folder, only what lies in it is looked at.
+    With a folder, only files in it are checked.
     """
     known = stamped_paths(old.written, step.output)
     inputs = {path.resolve() for path in step.files}
@@ -232,30 +232,30 @@ def check_unmodified(step: BuildStep, old: Stamp, folder: Path | None = None) ->
 
 SCHEMA = "prunectl.stamp/1"
 Digests = Mapping[str, str]
-"""SHA-256 by the path as seen from the folder of the output."""
+"""SHA-256 by the path relative to the folder of the output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What decided the bytes of an output."""
+    """Everything that determined the bytes of an output."""
 
     version: str
     command: str
     asked: Mapping[str, Any]
-    """The options, but for those that say where to."""
+    """The options, without those that name the output."""
     read: Digests
     code: Digests
-    """Modules of the user's that were imported."""
+    """Digests of the user's modules that were imported."""
     written: Digests
 
 
 def stamp_path(output: Path) -> Path:
-    """Where the stamp of an output lies."""
+    """The path of the stamp of an output."""
     return output.parent / f".{output.name}.prunectl"
 
 
 def read_stamp(output: Path) -> Stamp | None:
-    """Read the stamp of an output, if there is one that can be understood."""
+    """The stamp of an output; None if there is none, or one that cannot be parsed."""
     try:
         fields = json.loads(stamp_path(output).read_bytes())
         if fields.pop("schema") != SCHEMA:
@@ -268,20 +268,20 @@ def read_stamp(output: Path) -> Stamp | None:
 
 
 def write_stamp(output: Path, stamp: Stamp) -> None:
-    """Write a stamp beside its output, whole or not at all."""
+    """Write a stamp beside its output, atomically."""
     text = json.dumps({"schema": SCHEMA, **asdict(stamp)}, indent=2, sort_keys=True) + "\n"
     atomic.write_text(stamp_path(output), text, is_forced=True)
 
 
 def check_stamp(output: Path) -> None:
-    """Reject an output whose stamp cannot be written, because something else has its name."""
+    """Reject an output whose stamp cannot be written, because another file has its name."""
     path = stamp_path(output)
     if os.path.lexists(path) and not path.is_file():
         raise UsageError(f"{path} is not a file, and the stamp of {output} has to be written there", hint="remove it")
 
 
 def digests(files: Iterable[Path], output: Path) -> dict[str, str]:
-    """SHA-256 of files by their names in a stamp; empty where there is no file."""
+    """SHA-256 of files by their names in a stamp; an empty string for a missing file."""
     return {stamped_name(path, output): _digest(path) for path in files}
 
 
@@ -295,12 +295,12 @@ def _digest(path: Path) -> str:
 
 
 def stamped_name(path: Path, output: Path) -> str:
-    """A path as seen from the folder of the output, which .. leads out of, also where that is a link."""
+    """A path relative to the folder of the output, whose symbolic links are resolved so that `..` means its parent."""
     return os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(output.parent))
 
 
 def stamped_paths(known: Iterable[str], output: Path) -> tuple[Path, ...]:
-    """The files of a stamp, relative or absolute as the output is."""
+    """The paths of a stamp's files, relative if the output is, else absolute."""
     absolute = [os.path.normpath(os.path.join(os.path.realpath(output.parent), name)) for name in known]
     return tuple(Path(path if output.is_absolute() else os.path.relpath(path)) for path in absolute)
 
@@ -310,12 +310,12 @@ def output_files(output: Path) -> tuple[Path, ...]:
     if output.is_dir():
         return tuple(sorted(path for path in output.rglob("*") if path.is_file()))
     model = attempt(open_model, output)
-    # Weights without a model around them (.npz) are one file.
+    # Weights alone (.npz) are one file.
     return (output,) if isinstance(model, PrunectlError) else model.files
 
 
 def first_difference(old: Stamp, new: Stamp, option_name: Callable[[str], str]) -> str:
-    """Why an output is out of date, with options as they are typed; empty if it is not."""
+    """Why an output is out of date, with options as they are typed; empty if it is up to date."""
     if old.version != new.version:
         return f"it was written by prunectl {old.version}"
     if old.command != new.command:

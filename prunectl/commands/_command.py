@@ -35,7 +35,7 @@ STDIN = "-"
 def inspect_each(
     models: Sequence[str], look: Callable[[Path], ModelStats], tell: Callable[[str], object], *, jobs: int = 1
 ) -> tuple[list[ModelStats], list[Failure]]:
-    """Statistics of each model that could be read, and a failure for each of the others; so many looked at at once."""
+    """Statistics of each model that could be read, and a failure for each other one; `jobs` models at a time."""
     inspected, failures = [], []
 
     def seen(named: tuple[str, Path]) -> ModelStats:
@@ -45,7 +45,7 @@ def inspect_each(
             return look(path)
 
     with ExitStack() as scope:
-        # One after the other they need no threads, beside which a child process costs more.
+        # Without threads in this process, starting a sandbox is cheaper.
         each: Callable[..., Iterable[Any]] = scope.enter_context(workers(jobs)).map if jobs > 1 else map
         paths = [scope.enter_context(resolve_stdin(model)) for model in models]
         results = each(partial(attempt, seen), zip(models, paths, strict=True))
@@ -58,7 +58,7 @@ def inspect_each(
 
 
 def with_given_path(error: PrunectlError, path: Path, argument: str) -> PrunectlError:
-    """Let an error speak of standard input, not of the scratch file that its bytes were kept in."""
+    """The error with the name of standard input in place of the scratch file that holds its bytes."""
     if argument == STDIN:
         error.message = error.message.replace(str(path), "standard input")
         error.hint = error.hint.replace(str(path), STDIN)
@@ -69,7 +69,7 @@ def with_given_path(error: PrunectlError, path: Path, argument: str) -> Prunectl
 def resolve_model(
     argument: str, tell: Callable[[str], object] = lambda _: None, *, is_read_whole: bool = False
 ) -> Generator[Path]:
-    """Yield a path to what was named: a file, standard input, or a URL, of which no more is read than is needed."""
+    """Yield a local path to a file, standard input, or a URL, of which no more is read than is needed."""
     if URL.match(argument) is None:
         with resolve_stdin(argument) as path:
             yield path
@@ -81,7 +81,7 @@ def resolve_model(
 
 @contextmanager
 def resolve_stdin(argument: str) -> Generator[Path]:
-    """Yield a path to what was named; standard input is kept in a scratch file meanwhile."""
+    """Yield a path to a file, or to a scratch file with the bytes of standard input."""
     if argument != STDIN:
         yield Path(argument)
         return
@@ -122,14 +122,14 @@ def import_option(group: Callable[..., Any]) -> Any:
 
 
 def option_name(ctx: typer.Context, name: str) -> str:
-    """How an option is typed, in its longest form, by the name of its parameter: `--input` for `inputs`."""
+    """The longest spelling of an option, by the name of its parameter: `--input` for `inputs`."""
     spellings = [spelling for param in ctx.command.params if param.name == name for spelling in param.opts]
-    # A name that comes from a file may be that of no option.
+    # A name from a file may belong to no option.
     return max(spellings, key=len, default=name)
 
 
 def given_on_command_line(ctx: typer.Context, name: str) -> bool:
-    """Whether an option was typed, and has its value not by default."""
+    """Whether an option was typed, rather than having its default value."""
     source: Any = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
@@ -144,22 +144,22 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "export": {"--model": "--builder"},
     "size": {"--baseline": "--against"},
 }
-"""Old names of options with their new ones, by command: taken for one version with a note, and shown nowhere."""
+"""Old names of options with their new ones, by command: accepted for one version with a note, and hidden."""
 
 
 BARE = {"--repair": ("layers", "outputs")}
-"""Options that may stand alone, which means the first of these words; it and the others may also be said."""
+"""Options whose value may be left out, with the values that they take, the default first."""
 
 
 def _with_default_values(args: list[str]) -> Iterator[str]:
-    """Yield arguments, with the value of an option that stands alone."""
+    """Yield arguments, with the default value after an option whose value was left out."""
     for argument, following in zip_longest(args, args[1:]):
         is_alone = argument in BARE and following not in BARE[argument]
         yield f"{argument}={BARE[argument][0]}" if is_alone else argument
 
 
 class BaseCommand(TyperCommand):
-    """A command with the common options after its own, which it takes as a reporter in the context."""
+    """A command with the common options after its own; it gets them as a reporter in the context."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -167,7 +167,7 @@ class BaseCommand(TyperCommand):
         add_help_options(self)
 
     def make_parser(self, ctx: Any) -> Any:
-        """The parser of the options, which takes old names for the new ones."""
+        """The parser of the options, which accepts old names."""
         parser = super().make_parser(ctx)
         options = {name: param for param in self.params for name in param.opts}
         for old, new in RENAMED.get(str(self.name), {}).items():
@@ -176,14 +176,14 @@ class BaseCommand(TyperCommand):
         return parser
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the options, and remember which of them were typed by an old name."""
+        """Parse the options, and remember which old names were typed."""
         typed = {argument.partition("=")[0] for argument in args}
         ctx.meta[_TYPED] = shlex.join(["prunectl", str(self.name), *map(without_secrets, args)])
         ctx.meta[_OLD_NAMES] = [pair for pair in RENAMED.get(str(self.name), {}).items() if pair[0] in typed]
         return super().parse_args(ctx, list(_with_default_values(args)))
 
     def invoke(self, ctx: Any) -> Any:
-        """Take the common options out, and work with a reporter made of them."""
+        """Take the common options out of the parameters, and run with a reporter made of them."""
         # Those that are written to by a command that knows how are left to it, as those of models are.
         is_uploading = self.name == "prune" and URL.match(str(ctx.params.get("output")))
         _check_addresses((param for param in self.params if not (is_uploading and param.name == "output")), ctx.params)
@@ -198,16 +198,16 @@ class BaseCommand(TyperCommand):
             return self.run(ctx)
 
     def run(self, ctx: Any) -> Any:
-        """Do what the command is for, and return its exit code."""
+        """Do the work of the command, and return its exit code."""
         return super().invoke(ctx)
 
 
 _WRITTEN = frozenset({"output", "html", "card", "manifest", "depfile", "logdir", "checkpoint_dir", "tried"})
-"""Options that say where something is written."""
+"""Options that name an output."""
 
 
 def _check_addresses(params: Iterable[Any], values: Mapping[str, Any]) -> None:
-    """Refuse addresses, whatever the option: nothing is fetched. Those of models are left to who opens them."""
+    """Refuse URLs in options, as nothing is downloaded. Those of models are left to the code that opens them."""
     for param in params:
         value = values.get(param.name)
         for part in value if isinstance(value, list | tuple) else (value,):
@@ -235,7 +235,7 @@ def _check_models(command: TyperCommand, values: Mapping[str, Any]) -> None:
 
 
 def _check_page(html: Path, values: Mapping[str, Any]) -> None:
-    """Refuse a page that nothing can be written to, or for which there would be no report."""
+    """Refuse an HTML page that cannot be written, or for which there would be no report."""
     if values.get("output") == STDIN or any(target.endswith(f":{STDIN}") for target in values.get("report") or ()):
         raise UsageError(
             "--html cannot be used here: the report is not printed, because standard output carries other data"
@@ -244,7 +244,7 @@ def _check_page(html: Path, values: Mapping[str, Any]) -> None:
 
 
 def add_options(command: TyperCommand, kind: type[Any]) -> Callable[[Any], Any]:
-    """Add the fields of a dataclass to the options of a command, and give what takes them out of a context."""
+    """Add the fields of a dataclass to the options of a command; return a function that reads them from a context."""
     lender = make_command(kind, TyperCommand)
     command.params.extend(lender.params)
     make: Any = lender.callback
@@ -252,18 +252,18 @@ def add_options(command: TyperCommand, kind: type[Any]) -> Callable[[Any], Any]:
 
 
 def make_command(callback: Callable[..., Any], kind: type[TyperCommand] = BaseCommand) -> TyperCommand:
-    """Make a command of a function that returns the exit code, or of a dataclass of options for a kind that runs it."""
+    """A command from a function that returns the exit code, or from a dataclass of options for a class that runs it."""
     single = typer.Typer(rich_markup_mode="rich", add_completion=False)
     single.command(cls=kind, add_help_option=False)(callback)
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
-    # A paragraph breaks where the terminal ends, and not where the source does.
+    # Paragraphs are wrapped at the width of the terminal, not where the source has line breaks.
     command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "")
     return command
 
 
 def add_help_options(command: TyperCommand) -> None:
-    """Add `-h`, a page that fits on a screen, and `--help`, which has every option."""
+    """Add `-h`, a page that fits on a screen, and `--help`, which shows every option."""
     for name, line in (("-h", "Show the options that are used most."), ("--help", "Show all options.")):
         show = partial(_show_help, is_short=name == "-h")
         option = TyperOption(param_decls=[name], is_flag=True, is_eager=True, expose_value=False, help=line)
@@ -294,7 +294,7 @@ class CommonOptions:
     quiet: Annotated[bool, _option("-q", "--quiet", help="Print only errors and the bare result.")] = False
     verbose: Annotated[bool, _option("-v", "--verbose", help="Also print run time and peak memory.")] = False
     debug: Annotated[bool, _option("--debug", help="Show tracebacks of errors.")] = False
-    """Looked for where errors are caught, which may be before options are parsed."""
+    """Read from the arguments where errors are caught, which may be before options are parsed."""
     color: Annotated[Color, _option("--color", help="Colour the output; auto: on a terminal.")] = Color.AUTO
     no_progress: Annotated[bool, _option("--no-progress", help="Hide progress bars.")] = False
     rows: Annotated[int, _option("-n", "--rows", help="Rows to show in the main table; 0 shows all.", min=0)] = (

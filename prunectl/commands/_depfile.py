@@ -29,7 +29,7 @@ _EQUALS = "prunectl_equals"
 _HEAD = f"{_EQUALS} := =\n"
 _ESCAPES = {" ": "\\ ", "#": "\\#", ":": "\\:", "*": "\\*", "?": "\\?", "[": "\\[", "$": "$$", "=": f"$({_EQUALS})"}
 _UNSPEAKABLE = re.compile(r"[;|%\\]|[\x00-\x1f\x7f]|^~|[ &]$")
-"""What make gives a meaning to that nothing takes away again."""
+"""Characters that make interprets and that cannot be escaped."""
 
 
 def make_rule(target: str, prerequisites: Iterable[str], *, main: str) -> str:
@@ -39,20 +39,20 @@ def make_rule(target: str, prerequisites: Iterable[str], *, main: str) -> str:
         f"{make_escaped(target)}: {' '.join(names)}",
         *(f"\n{name}:" for name in names if name != make_escaped(main)),
     ]
-    # An equals sign would make a variable of the rule, and has no escape but this.
+    # An equals sign would turn the rule into a variable assignment, and cannot be escaped in another way.
     head = _HEAD if any(f"$({_EQUALS})" in line for line in lines) else ""
     return head + "\n".join(lines) + "\n"
 
 
 def make_escaped(name: str) -> str:
-    """A file name with what make would interpret escaped."""
+    """A file name with the characters escaped that make interprets."""
     if _UNSPEAKABLE.search(name):
         raise UsageError(f"a makefile cannot contain the file name {name!r}", hint="rename it, or leave out --depfile")
     return "".join(_ESCAPES.get(letter, letter) for letter in name)
 
 
 def check(depfile: Path, target: Path, models: Iterable[Path]) -> None:
-    """Refuse a place where nothing can be written, or where something else is, before any work begins."""
+    """Refuse a path that cannot be written, or holds another file, before any work begins."""
     if str(depfile) == STDIN:
         raise UsageError("--depfile cannot write to standard output", hint="write --depfile OUT.d")
     atomic.check_parent(depfile)
@@ -63,8 +63,8 @@ def check(depfile: Path, target: Path, models: Iterable[Path]) -> None:
 
 
 def write(depfile: Path, target: Path, text: str) -> None:
-    """Write the fragment, whole or not at all."""
-    # Whatever came to be there while the command worked stays.
+    """Write the fragment, atomically."""
+    # A file that appeared while the command ran is not replaced.
     _check_free(depfile, target)
     atomic.write_text(depfile, text, is_forced=True)
 
@@ -77,9 +77,9 @@ def _check_free(depfile: Path, target: Path) -> None:
 
 
 def _is_fragment(content: bytes, target: Path) -> bool:
-    """Whether a file has nothing but what a fragment for a target has.
+    """Whether a file holds nothing but a fragment for a target.
 
-    A comment that says so would do for make, but other programs that read depfiles know none.
+    It cannot be marked by a comment: other programs than make that read depfiles know no comments.
     """
     lines = content.decode(errors="replace").removeprefix(_HEAD).splitlines() or [""]
     name, separator, prerequisites = lines[0].partition(": ")
@@ -92,9 +92,9 @@ _KINDS = ("strategy", "channel strategy", "policy", "schedule", "loss", "metric"
 
 
 def user_modules(before: Collection[str], options: Mapping[str, Any], began_ns: int) -> tuple[Path, ...]:
-    """The files of the modules imported since, but for those of prunectl, Python and what is installed."""
+    """The files of modules imported since, without those of prunectl, Python and installed packages."""
     packages = _packages(options)
-    # What started Python comes again under other names where a framework has made processes ready.
+    # The main script appears again under other names where a framework has prepared child processes.
     start = getattr(sys.modules["__main__"], "__file__", None)
     files = [
         Path(file)
@@ -108,15 +108,15 @@ def user_modules(before: Collection[str], options: Mapping[str, Any], began_ns: 
 
 
 def _is_generated(path: Path, began_ns: int) -> bool:
-    """Whether the run itself has written a module for its own use, as TensorFlow does with what it makes of code."""
+    """Whether a module was written by this run for its own use, as TensorFlow's AutoGraph does."""
     is_temporary = path.resolve().is_relative_to(Path(tempfile.gettempdir()).resolve())
-    # A project may well lie there: its files are older than the run.
+    # A project may lie in the folder for temporary files as well: its files are older than the run.
     return is_temporary and path.stat().st_mtime_ns > began_ns
 
 
 def _packages(options: Mapping[str, Any]) -> frozenset[str]:
     """The packages that options name, as `package.module:function` or by an entry point."""
-    # Read once: a large environment has hundreds of packages to look through.
+    # Read once: a large environment has hundreds of packages.
     installed = entry_points()
     points = {point.name: point.value for kind in _KINDS for point in installed.select(group=group(kind))}
     values = [part for value in options.values() for part in (value if isinstance(value, list | tuple) else (value,))]
@@ -133,15 +133,15 @@ def _is_installed(path: Path) -> bool:
 
 
 MODELS = ("distill",)
-"""Options that name a model, beside MODEL itself."""
+"""Options other than MODEL that name a model."""
 _NO_FILES = {None, "", "input"}
-"""No model, and MODEL itself."""
+"""Values that stand for no model, or for MODEL itself."""
 CALLABLE_OPTIONS = ("data", "val")
 FILES = ("recipe",)
 
 
 def of_spec(text: str) -> tuple[Path, ...]:
-    """Files that a data SPEC names."""
+    """The files that a data SPEC names."""
     files: tuple[Path, ...] = _data().files_of_spec(text)
     return files
 
@@ -156,14 +156,14 @@ def _data() -> ModuleType:
 
 
 def options_of_recipe(recipe: Path, *, is_trusted: bool) -> dict[str, Any]:
-    """The options in a recipe, which may name files of their own."""
+    """The options in a recipe, which may name further files."""
     request = asdict(read_manifest(recipe, is_trusted=is_trusted))
-    # What a recipe calls model builds one; MODEL is the file.
+    # `model` in a recipe is the builder; MODEL is the file.
     return {"builder": request.pop("model"), **request}
 
 
 def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The files that options name, those of the model first; modules with the user's functions are not among them."""
+    """The files that options name, those of the model first, without modules of the user's functions."""
     models = [name for name in MODELS if options.get(name) not in _NO_FILES]
     files = [
         *open_model(Path(options["model"])).files,
@@ -178,12 +178,12 @@ def files_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def folders_of(options: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The folders whose members are examples: one that is added or gone changes them."""
+    """The folders whose files are examples: a file that is added or removed changes the data."""
     roots = [Path(_grammar().parse(options[name]).where) for name in CALLABLE_OPTIONS if options.get(name)]
     return tuple(folder for root in roots if root.is_dir() for folder in _data().class_folders(root))
 
 
 def is_callable_spec(text: str) -> bool:
-    """Whether a data SPEC is a function, which may read whatever it likes."""
+    """Whether a data SPEC is a function, which may read any files."""
     source: str = _grammar().parse(text).where
     return not os.path.lexists(source) and ":" in source and not source.startswith("random:")

@@ -14,13 +14,13 @@ from prunectl.reporting.report import Settings
 from prunectl.reporting.reporter import escape_unencodable, is_watched
 
 _FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "keras": "Keras", "tf_keras": "Keras"}
-"""What takes seconds to import, whoever imports it first."""
+"""Packages that take seconds to import, with the name to show."""
 _FRAMEWORK_NEW_OBJECTS = 700
-"""As Python has it by itself."""
+"""Python's own threshold of the garbage collector."""
 
 
 class _FrameworkImporter:
-    """Imports frameworks without looking for garbage, a sixth of the time; names on a terminal what it imports."""
+    """Imports frameworks with the garbage collector off, a sixth faster, and with a notice on a terminal."""
 
     def __init__(self, *, is_watched: bool) -> None:
         self._is_watched = is_watched
@@ -29,17 +29,17 @@ class _FrameworkImporter:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None, /
     ) -> ModuleSpec | None:
-        """Find a framework where Python does, with a loader that says it."""
+        """Find a framework as Python does, with a loader that shows a notice."""
         if fullname not in _FRAMEWORKS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            # To look for a framework is not to load it.
+            # Whether a framework is installed is also asked without loading it.
             spec.loader.exec_module = partial(self._load, spec.loader.exec_module)  # type: ignore[method-assign]
         return spec
 
     def _load(self, load: Callable[[ModuleType], None], module: ModuleType) -> None:
-        # Keras brings what it computes on: one notice is enough.
+        # Keras imports its backend: one notice is enough.
         with self._importing(f"loading {_FRAMEWORKS[module.__name__]} …") if not self._depth else nullcontext():
             self._depth += 1
             try:
@@ -58,9 +58,9 @@ class _FrameworkImporter:
         try:
             yield
         finally:
-            # A framework's own functions and classes stay until the end.
+            # The framework's functions and classes live until the end: the collector need not look at them again.
             gc.freeze()
-            # What runs a framework makes garbage that holds big arrays.
+            # From now on garbage may hold large arrays.
             gc.set_threshold(_FRAMEWORK_NEW_OBJECTS)
             if was_collecting:
                 gc.enable()
@@ -71,7 +71,7 @@ class _FrameworkImporter:
 
 @contextmanager
 def framework_imports(settings: Settings) -> Generator[None]:
-    """Import frameworks fast, and say on a terminal which, as it takes seconds in which nothing else is seen."""
+    """Import frameworks fast, with a notice on a terminal, as it takes seconds in which nothing else is shown."""
     importer = _FrameworkImporter(is_watched=is_watched(settings))
     sys.meta_path.insert(0, importer)
     try:

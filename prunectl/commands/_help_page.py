@@ -17,7 +17,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from prunectl.commands.app import COMMON_OPTIONS
 
 _WIDEST = 100
-"""Longer lines are hard to read."""
+"""The widest line, in characters: longer ones are hard to read."""
 _NAMES_WIDTH = 28
 _EXAMPLES = 3
 _MARKUP = re.compile(r"\[/?(?:dim|bold|italic)?\]|\\(?=\[)")
@@ -91,7 +91,7 @@ def common_options(width: int) -> str:
 
 
 def _introduction(usage: str, command: TyperCommand | TyperGroup, width: int, *, is_short: bool) -> Iterator[str]:
-    """What a command is typed like, what it does, and examples."""
+    """The usage of a command, its description, and examples."""
     paragraphs, examples = split_description(command)
     yield f"{_heading('Usage')} {usage}"
     for paragraph in paragraphs[: 1 if is_short else None]:
@@ -103,7 +103,7 @@ def _introduction(usage: str, command: TyperCommand | TyperGroup, width: int, *,
 
 
 def group_help(ctx: Any, commands: Iterable[tuple[str, str]]) -> str:
-    """The help of prunectl itself: its commands, each with a line."""
+    """The help of prunectl itself: its commands, each with one line."""
     width = min(get_terminal_size().columns, _WIDEST)
     options = [*ctx.command.params, ctx.command.get_help_option(ctx)]
     lines = [
@@ -143,7 +143,7 @@ def _panel(option: Any) -> str:
 
 
 def argument_name(param: TyperArgument) -> str:
-    """What stands for an argument; in brackets where it may be left out."""
+    """The placeholder of an argument; in brackets if it is optional."""
     name = param.metavar or str(param.name).upper()
     many = f"{name}..." if param.nargs == -1 and "..." not in name else name
     return many if param.required or many.startswith("[") else f"[{many}]"
@@ -175,12 +175,12 @@ def plain_text(text: str | None) -> str:
 
 
 def spellings_of(option: Any) -> Iterable[str]:
-    """The names of an option; both ways of a switch, as in --zeros and --no-zeros."""
+    """The spellings of an option, with both forms of a switch, as --zeros and --no-zeros."""
     return (*option.opts, *option.secondary_opts)
 
 
 def value_name(option: Any) -> str:
-    """What stands for the value of an option, or its choices."""
+    """The placeholder of an option's value, or its choices."""
     if option.metavar:
         return str(option.metavar)
     known = getattr(option.type, "choices", None)
@@ -191,7 +191,7 @@ def value_name(option: Any) -> str:
 
 
 def default_text(option: Any) -> str:
-    """The default of an option in brackets, where it says something."""
+    """The default of an option in brackets, where it is worth showing."""
     is_shown = isinstance(option, TyperOption) and not option.is_flag and option.default not in (None, "", [], ())
     return f" [default: {option.default}]" if is_shown else ""
 

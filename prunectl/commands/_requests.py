@@ -29,7 +29,7 @@ OutputOption = Annotated[
 
 
 class OutputOptions:
-    """The options of a command that writes one output; those that a command does not have are never given."""
+    """The options of a command that writes one output; options that a command does not have keep their defaults."""
 
     model: str
     output: str
@@ -48,9 +48,9 @@ class OutputOptions:
         *,
         suffix: str | None = None,
     ) -> int:
-        """Call what writes the output, and show its report, unless there is none or standard output has the model."""
+        """Call the function that writes the output, and show its report, unless standard output holds the model."""
         with self._source(reporter) as path:
-            # An output at a URL is uploaded when this ends.
+            # An output at a URL is uploaded when this context ends.
             with self._destination(path, suffix) as destination:
                 report = work(path, destination)
                 if report is not None and self.output == STDIN and destination is not None:
@@ -64,7 +64,7 @@ class OutputOptions:
 
     @contextmanager
     def _destination(self, model: Path, suffix: str | None) -> Generator[Destination | None]:
-        """Yield where the result goes: nowhere for a dry run, through a scratch file to standard output."""
+        """Yield the destination of the result: None for a dry run, a scratch file for standard output."""
         if self.in_place and self.output:
             raise UsageError("--in-place replaces the input and cannot be used with --output")
         if self.dry_run:
@@ -106,7 +106,7 @@ class BuildOptions:
 
 
 class BuildCommand(BaseCommand):
-    """A command that makes one output of files, and can say of which, and whether it still is what they give."""
+    """A command that makes one output from files: it can write a depfile, and skip an output that is up to date."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -126,20 +126,20 @@ class BuildCommand(BaseCommand):
 
 
 class Mode(Flag):
-    """What decides which options `prune` and `finetune` take."""
+    """The modes of `prune` and `finetune`, which decide which options go together."""
 
     NONE = 0
     SEARCH = auto()
     CHANNELS = auto()
     WRAPPERS = auto()
     SCHEDULE = auto()
-    """Of wrappers."""
+    """A pruning schedule in wrappers."""
     DATA = auto()
     RECIPE = auto()
     BLOCKS = auto()
     PART = auto()
     PARTS = auto()
-    """A part, or what joins or runs them all."""
+    """A part, a join of all parts, or a run of all parts on a cluster."""
     JOIN = auto()
     REMOTE_MODEL = auto()
     """A model at a URL."""
@@ -149,7 +149,7 @@ class Mode(Flag):
 
 @dataclass(frozen=True, slots=True)
 class OptionRule:
-    """Options that go with some modes only, or never with others; `{}` in a message is the option."""
+    """Options that need some modes, or cannot be used with others; `{}` in a message is the option."""
 
     options: tuple[str, ...]
     message: str
@@ -163,7 +163,7 @@ CHANNEL_LIMITS = {
     "target_params": "params",
     "target_flops": "flops",
 }
-"""Options of channel pruning, each with what a manifest calls it."""
+"""Options of channel pruning, each with its name in a manifest."""
 _AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed", "target_params", "target_flops", "dead")
 _SCHEDULE = ("schedule_param", "initial_sparsity", "begin", "end", "frequency", "power")
 _SECOND_AMOUNT = "{} and --max-drop both set the sparsity", "leave out {}"
@@ -193,7 +193,7 @@ OPTION_RULES = {
             ("trust",),
             _NOT_LOADED,
             "add --wrap or --data SPEC, or leave out {}",
-            # A recipe may name code as well, which is trusted or not, and so may the notes of parts.
+            # A recipe, or the notes of parts, may name code that needs --trust.
             only=_LOADED | Mode.RECIPE | Mode.JOIN,
         ),
         OptionRule(
@@ -261,11 +261,11 @@ OPTION_RULES = {
         OptionRule(("keep_wrappers",), f"{_SEARCH}models with wrappers cannot be evaluated", never=Mode.SEARCH),
     ),
 }
-"""Which option goes with which mode, by command; of the rules that are broken the first is told."""
+"""Which option goes with which mode, by command; the first rule that is broken is reported."""
 
 
 def check_options(ctx: typer.Context, options: object, mode: Mode) -> None:
-    """Refuse options that do not go with the mode of a run."""
+    """Refuse options that cannot be used in the mode of a run."""
     for rule in OPTION_RULES[str(ctx.command.name)]:
         if mode & rule.never or (rule.only and not mode & rule.only):
             for name in filter(partial(getattr, options), rule.options):
@@ -274,7 +274,7 @@ def check_options(ctx: typer.Context, options: object, mode: Mode) -> None:
 
 
 def request_options(ctx: typer.Context, options: Any, names: Container[str]) -> dict[str, Any]:
-    """The options that differ from their defaults, by the names that are typed, as requests know them."""
+    """The options that differ from their defaults, by the names that are typed, with values as requests take them."""
     given = {}
     for field in fields(options):
         option, value = option_name(ctx, field.name), getattr(options, field.name)
@@ -307,19 +307,19 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("scope", "nan", "repair"), str),
     "layer": lambda texts: tuple(map(parse_layer_ratio, texts)),
 }
-"""From what typer makes of an option to its value in a request, by name."""
+"""Parsers from typer's value of an option to its value in a request, by name."""
 
 
 def module_of(name: str) -> str:
-    """The module that `--import` means, also by its file."""
+    """The name of the module that `--import` names, by its name or its file."""
     return Path(name).stem if name.endswith(".py") else name
 
 
 def import_first(names: Iterable[str]) -> None:
-    """Import modules before anything is opened: what a file refers to is then known under their names.
+    """Import modules before anything is opened, so that classes that a file refers to are registered.
 
-    A module is looked for in the current folder as well, after all others, so that nothing there takes the place of a
-    library. `./net.py` is imported as `net`, as a script beside it would import it.
+    The current folder is searched last, so that no file in it hides a library. `./net.py` is imported as `net`, as a
+    script beside it would import it.
     """
     for name in names:
         path = Path(name)

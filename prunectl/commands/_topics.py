@@ -20,7 +20,7 @@ from prunectl.reporting.reporter import BUG, CANCELLED
 from prunectl.training.data.spec import GENERAL, IMAGE_OPTIONS, RECORD_OPTIONS, TABLE_OPTIONS, TEXT_OPTIONS
 
 WIDTH = 80
-"""Of a terminal that nobody has made wider."""
+"""The default width of a terminal, in characters."""
 
 
 def builds_text() -> str:
@@ -441,7 +441,7 @@ requests from forks without it.
 
 
 def builtin_rows(kind: str) -> list[Choice]:
-    """What is built in of a kind: these texts are the same wherever prunectl runs."""
+    """The built-in choices of a kind, without plug-ins: these texts are the same wherever prunectl runs."""
     return [choice for choice in choices(kind) if choice.source == "built in"]
 
 

@@ -50,16 +50,16 @@ TOPICS: dict[str, tuple[str, str]] = {
 """The topics of `prunectl help`, each with the function of its text."""
 
 _COMPLETE = "_PRUNECTL_COMPLETE"
-"""Set by the completion that a shell has installed."""
+"""The environment variable that the completion script of a shell sets."""
 _COMPLETION_OPTIONS = ("--show-completion", "--install-completion")
 _NO_SHELL_DETECTION = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"
-"""Lets typer take the shell that is named after these options; else it looks which one has started prunectl."""
+"""The variable that makes typer take the shell that is named, instead of the one that started prunectl."""
 COMMON_OPTIONS = "Common options"
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
 class LazyGroup(TyperGroup):
-    """Knows the names and the help lines of its commands, and imports one when it is to run."""
+    """A group that has the names and help lines of its commands, and imports a command when it is run."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -72,12 +72,12 @@ class LazyGroup(TyperGroup):
         if name not in COMMANDS:
             return name, placeholder, rest
         command = importlib.import_module(COMMANDS[name][0]).command
-        if ctx.resilient_parsing:  # nobody runs anything: a shell asks for words
+        if ctx.resilient_parsing:  # a shell asks for completions, and no command runs
             importlib.import_module("prunectl.commands.completion").attach(command)
         return name, command, rest
 
     def get_help(self, ctx: Any) -> str:
-        """The commands with a line each, and the options of none of them."""
+        """The commands with one line each, without their options."""
         page = importlib.import_module("prunectl.commands._help_page")
         return str(page.group_help(ctx, ((name, line) for name, (_, line) in COMMANDS.items())))
 
@@ -116,7 +116,7 @@ def prunectl(
 
 
 def run(arguments: list[str]) -> int:
-    """Run what was typed, and return its exit code."""
+    """Run the command line, and return its exit code."""
     if len(arguments) > 1 and arguments[0] in _COMPLETION_OPTIONS:
         os.environ[_NO_SHELL_DETECTION] = "1"
     command = typer.main.get_command(app)

@@ -30,20 +30,20 @@ from prunectl.reporting.reporter import Reporter, print_error
 from prunectl.units import parse_duration
 
 _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
-"""Where services that run checks have the repository, from which they name files."""
+"""Variables in which CI services name the folder of the repository; annotations need paths relative to it."""
 
 
 def load_budgets(
     config: Path | None, names: Sequence[str] = (), max_latency: str = "", min_speedup: float | None = None
 ) -> Budgets:
-    """The budgets of the file that was named, or of the nearest one, with the limits of the command line."""
+    """The budgets of the given file, or of the nearest one, with the limits of the command line."""
     seconds = parse_duration(max_latency) if max_latency else None
     file = checks_config.find_config(Path.cwd()) if config is None else checks_config.load_config(config)
     return with_limits(read(file), names, seconds, min_speedup)
 
 
 def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str) -> Baseline:
-    """The baseline to compare with, or to be written."""
+    """The baseline to compare with, or a new one to write."""
     if is_new and location.startswith(GIT):
         raise UsageError("a baseline in git cannot be updated", hint="name a file with --baseline FILE, and commit it")
     if is_new != bool(reason.strip()):
@@ -56,7 +56,7 @@ def load_baseline(budgets: Budgets, location: str, *, is_new: bool, reason: str)
 
 
 def ci_path(path: Path) -> str:
-    """A path as a service finds it in the repository; else from where we are."""
+    """A path relative to the repository of a CI service, else relative to the current folder."""
     for name in _ROOTS:
         root = os.environ.get(name, "")
         if root and path.absolute().is_relative_to(root):
@@ -67,7 +67,7 @@ def ci_path(path: Path) -> str:
 STDOUT = STDIN
 _STDOUT_PATHS = frozenset({"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 _SUMMARY = "GITHUB_STEP_SUMMARY"
-"""The file that GitHub shows at the end of a step."""
+"""The variable that names the file of the job summary on GitHub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Reports:
         return cls(targets)
 
     def protect(self, *paths: Path | None) -> None:
-        """Refuse a report in the place of a file that is read."""
+        """Refuse a report that would replace an input."""
         inputs = {path.resolve() for path in paths if path is not None}
         for _, target in self.targets:
             if target != STDOUT and Path(target).resolve() in inputs:
@@ -110,7 +110,7 @@ class Reports:
                 )
 
     def emit(self, findings: Findings, reporter: Reporter) -> int:
-        """Write all reports; what is printed otherwise is left out if one of them goes to standard output."""
+        """Write all reports; the usual output is not printed if one of them goes to standard output."""
         stdout_text = ""
         for name, target in self.targets:
             text = REPORT_FORMATS[name](findings)
@@ -146,7 +146,7 @@ def _split(option: str) -> tuple[str, str]:
 
 
 def _is_user_file(path: Path) -> bool:
-    """Whether something is there that no report should take the place of."""
+    """Whether a path holds a file of the user that a report must not replace."""
     return (
         path.is_dir()
         or path.suffix == ".toml"
@@ -226,9 +226,9 @@ def check(
 
 
 def _accept_command(names: list[str], config: Path | None, location: str) -> str:
-    """The command that takes what was checked for the baseline."""
+    """The command that makes the checked state the new baseline."""
     options = [] if config is None else ["--config", str(config)]
-    # One in git is updated as a file, and committed.
+    # A baseline in a git commit is updated as a file, and then committed.
     options += ["--baseline", location] if location and not location.startswith(GIT) else []
     return f'{shlex.join(["prunectl", "check", *names, *options])} --update-baseline --reason "…"'
 

@@ -38,7 +38,7 @@ from prunectl.training.config import LR_SCHEDULES
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A word that a shell may complete to, as Typer hands it on."""
+    """A completion, with the attributes that Typer expects."""
 
     value: str
     help: str = ""
@@ -46,7 +46,7 @@ class Completion:
 
 
 Offers = Callable[[Iterable[str]], Iterable[Completion]]
-"""Given the arguments that were typed."""
+"""The possible completions, given the arguments that were typed."""
 
 PATTERNS = {
     "unstructured": "zeros anywhere",
@@ -109,22 +109,22 @@ OFFERS: Mapping[str, Offers] = {
     "topic": _matching({name: line for name, (_, line) in {**TOPICS, **COMMANDS}.items()}),
     "precision": _matching(("fp32", "bf16", "fp16")),
 }
-"""By the name of the option."""
+"""Completions by the name of the option."""
 
 OFFERS_OF: Mapping[str, Offers] = {
     "strip --only": _matching(map(str, StripPart)),
     "inspect --pattern": _matching({name: line for name, line in PATTERNS.items() if name != LAYERS}),
     "finetune --pattern": _matching({name: line for name, line in PATTERNS.items() if name not in {CHANNEL, LAYERS}}),
 }
-"""Where a command means something else by it."""
+"""Completions for a single command, where they differ from those above."""
 
 
 _LISTS = frozenset({"strategies", "scopes", "patterns", "schedules", "fail_on", "strip --only"})
-"""Options whose words commas separate: the last of them is completed."""
+"""Options with comma-separated values: the last value is completed."""
 
 
 def attach(command: TyperCommand) -> None:
-    """Let the options of a command offer what they take."""
+    """Add completions to the options of a command."""
     for param in command.params:
         full_name = f"{command.name} --{param.name}"
         offers = OFFERS_OF.get(full_name) or OFFERS.get(str(param.name))
@@ -140,7 +140,7 @@ def _completer(
         head, comma, last = incomplete.rpartition(",") if is_list else ("", "", incomplete)
         try:
             matching = [offer for offer in complete_values(_arguments(ctx)) if offer.value.startswith(last)]
-        except Exception:  # noqa: BLE001 - a shell that waits for words has no place for an error
+        except Exception:  # noqa: BLE001 - an error cannot be shown in the middle of a command line
             return []
         return [replace(offer, value=f"{head}{comma}{offer.value}") for offer in matching]
 
@@ -148,10 +148,10 @@ def _completer(
 
 
 def _arguments(ctx: Any) -> list[str]:
-    """The arguments that are no options, where models stand."""
+    """The positional arguments, among them the model."""
     values = [ctx.params.get(param.name) for param in ctx.command.params if isinstance(param, TyperArgument)]
     arguments = [value for value in values for value in (value if isinstance(value, list | tuple) else (value,))]
-    # An option that has no value yet ends the parsing before any argument has its place.
+    # An option without its value yet ends the parsing before arguments are assigned: they are still in ctx.args.
     return [str(value) for value in (*arguments, *ctx.args) if value]
 
 
@@ -160,18 +160,18 @@ BREAKS = frozenset("=:")
 
 @dataclass(frozen=True, slots=True)
 class BashWords:
-    """The words of a line up to the cursor, put together again."""
+    """The words of a line up to the cursor, joined again where bash has split them at `=` and `:`."""
 
     words: tuple[str, ...]
-    """The last of them is the one to complete."""
+    """All words; the last one is to be completed."""
     head: str
-    """What bash has of an answer already, and leaves where it is."""
+    """The beginning of the last word that bash keeps, and that completions must not repeat."""
 
     @classmethod
     def of(cls, line: str, cursor: int) -> BashWords:
         """Parse COMP_WORDS and COMP_CWORD."""
         parts = _parts(line)[: cursor + 1]
-        # A new word is empty, and gets lost between spaces.
+        # A new word is still empty, and splitting at spaces loses it.
         parts += [""] * (cursor + 1 - len(parts))
         words: list[str] = []
         for index, part in enumerate(parts):
@@ -184,21 +184,21 @@ class BashWords:
 
     @property
     def line(self) -> str:
-        """The words as one line, which is taken apart as a shell does."""
+        """The words as one line, quoted for a shell."""
         return shlex.join(self.words)
 
     @property
     def cursor(self) -> int:
-        """Where among them the last word is."""
+        """The index of the last word."""
         return len(self.words) - 1
 
     def rest(self, answer: str) -> str:
-        """The rest of a completion, which bash puts behind what it has."""
+        """The part of a completion that bash appends."""
         return answer.removeprefix(self.head)
 
 
 def _parts(line: str) -> list[str]:
-    """Words as a shell has them, also where a quotation has not ended yet."""
+    """The words of a line as a shell splits it, also if a quotation is not closed yet."""
     lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     parts: list[str] = []
@@ -210,7 +210,7 @@ def _parts(line: str) -> list[str]:
 
 
 def _value(word: str) -> str:
-    """The value of an option that is one word with it: only that is completed."""
+    """The value in `--option=value`, which alone is completed; else the word."""
     name, sign, value = word.partition("=")
     return value if sign and name.startswith("-") else word
 
@@ -221,7 +221,7 @@ KNOWN = tuple(f"{what}_{shell}" for shell in SHELLS for what in ("complete", "so
 
 
 def complete(command: Any, variable: str) -> int:
-    """Answer what the script of a shell asks through a variable, and return the exit code."""
+    """Answer a completion request, which the shell's script passes in a variable, and return the exit code."""
     request = os.environ[variable]
     if request not in KNOWN:
         raise UsageError(

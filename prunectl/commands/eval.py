@@ -40,7 +40,7 @@ _file = option_group("Model code")
 
 @dataclass(frozen=True, slots=True)
 class MetricLimits:
-    """What a metric must keep to; None where it may be anything."""
+    """The limits of a metric; None for no limit."""
 
     lowest: float | None
     highest: float | None
@@ -127,7 +127,7 @@ def evaluation_report(
     gates: Sequence[LimitCheck],
     failures: Sequence[Failure],
 ) -> Report:
-    """The report on what models are worth; beside a dense one, on what they lost."""
+    """The report on the metrics of models, and with a dense model on how much they lost."""
     columns = [Column("path"), Column("metric"), Column("value", Unit.NUMBER)]
     if dense is not None:
         columns.append(Column("drop", Unit.NUMBER))
@@ -156,7 +156,7 @@ def _drop(dense: Evaluation | None, result: Evaluation) -> Cell:
 
 
 def _lost(dense: Evaluation, result: Evaluation) -> float:
-    """How much worse a model is; runtimes that count in fewer digits make no difference."""
+    """How much worse a model is; differences within the precision of single floats count as none."""
     return round(-improvement(dense.value, result.value, higher_is_better=dense.higher_is_better), _DIGITS) + 0.0
 
 
@@ -173,7 +173,7 @@ def _as_json(path: str, result: Evaluation, dense: Evaluation | None) -> dict[st
 
 
 def _gates(path: str, result: Evaluation, dense: Evaluation | None, limits: MetricLimits) -> list[LimitCheck]:
-    """The limits that are set, and what a model has."""
+    """The limits that are set, each with the value of a model."""
     better = result.higher_is_better
     gates = []
     for option, limit, is_asked in (("--min", limits.lowest, better), ("--max", limits.highest, not better)):

@@ -169,7 +169,7 @@ class Finetune(OutputOptions):
     in_place: Annotated[bool, typer.Option("--in-place", help="Overwrite MODEL itself, instead of --output.")] = False
 
     def run(self, ctx: typer.Context) -> int:
-        """Train the model, or search for what it takes within a drop, and show what came of it."""
+        """Train the model, or search for the highest sparsity within a drop, and show the report."""
         reporter: Reporter = ctx.obj
         import_first(self.imports or ())
         retain_freed_memory()

@@ -145,7 +145,7 @@ def _list_topics() -> list[str]:
     return ["prunectl help TOPIC", "", topics, "", "prunectl help COMMAND", "", commands]
 
 
-# What it prints is for people, and takes none of the options about reports.
+# Its output is text for people, so the options about reports do not apply.
 command = make_command(show_topic, TyperCommand)
 command.name = "help"
 add_help_options(command)

@@ -35,7 +35,7 @@ _COLUMNS = (
 
 
 def init_report(path: Path, baseline: Path | None, proposals: list[Proposal], failures: list[Failure]) -> Report:
-    """The report on a file of budgets that was written, and on a baseline unless there was one."""
+    """The report on the file of budgets that was written, and on the baseline unless one existed."""
     rows = tuple(
         (proposal.path, proposal.max_raw, proposal.max_gzip, proposal.max_params, proposal.min_sparsity)
         for proposal in proposals
@@ -102,7 +102,7 @@ def write_budgets(
 
 
 def _write_baseline(path: Path, proposals: list[Proposal]) -> Path | None:
-    """Record what the models are now; None if there is a baseline, which stays as it is."""
+    """Write a baseline of the models; None if there is one already, which is not changed."""
     if os.path.lexists(path):
         return None
     entries = {proposal.key: proposal.entry for proposal in proposals}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _OPENING = ("builder", "custom_objects", "trust")
 _MOST_COUNTED = 64 << 30
-"""Bytes of a model whose zeros are counted unasked: more of them a disk reads in minutes, for one figure of many."""
+"""Zeros are counted by default in models up to this size in bytes: reading more takes a disk minutes."""
 _ABOUT_DATA = ("samples", "batch_size", "loss", *_OPENING)
 
 
@@ -112,17 +112,17 @@ def inspect(
         with uncollected():
             stats = inspect_model(model, own, parsed, reporter.progress)
         if own.has_zeros != zeros:
-            note = f"Zeros were not counted, for which {nbytes(read)} are read: --zeros does it."
+            note = f"Zeros were not counted, as that would read {nbytes(read)}: add --zeros to count them."
             stats = replace(stats, advice=(note, *stats.advice))
         if groups:
-            # By name, as below: a look at a file does without.
+            # Imported by name, as below, since a plain `inspect` does not need them.
             origin = importlib.import_module("prunectl.training.backend").LoadOptions(
                 builder, custom_objects, is_trusted=trust, inputs=tuple(inputs or ())
             )
             groups_found.append(importlib.import_module("prunectl.channels.groups").channel_groups(model, origin))
         if sensitivity:
             sensitivities.append(_measured(model, request, layers=layers, is_trusted=trust, meter=reporter.progress))
-        # Only a page has pictures.
+        # Only the HTML page has pictures.
         patterns = importlib.import_module("prunectl.analysis.patterns") if reporter.html is not None else None
         maps.append(patterns.sparsity_maps(model, stats) if patterns is not None else ())
         return stats
@@ -132,7 +132,7 @@ def inspect(
         surveys,
         failures,
         has_flops=flops,
-        # Whoever names tensors wants to see those.
+        # --layers asks for these tensors.
         lists_tensors=tensors or bool(layers),
         is_sorted=sort is not None and sort is not SortKey.NAME,
     )
@@ -146,7 +146,7 @@ def inspect(
 
 
 def _measured(model: ModelFile, options: dict[str, Any], **settings: Any) -> Sensitivity:
-    # By name: these bring all that opens data and trains models, which a look at a file does without.
+    # By name: these import everything that opens data and trains models, which a plain `inspect` does not need.
     run = importlib.import_module("prunectl.calibration.sensitivity").sensitivity
     request = importlib.import_module("prunectl.pruning.request").PruneRequest(**options)
     result: Sensitivity = run(model, request, **settings)

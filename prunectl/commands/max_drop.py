@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def run_search(path: Path, spec: Search, tried: Path | None, watcher: Watcher) -> Generator[SearchResult]:
-    """Yield what a search came to, its models in the folder that was named or in one that goes away."""
+    """Yield the result of a search, with its models in the given folder or in a temporary one."""
     if tried is not None:
         yield search(path, spec, tried, watcher)
     else:
@@ -54,12 +54,12 @@ def run_search(path: Path, spec: Search, tried: Path | None, watcher: Watcher) -
 
 
 def _teller(reporter: Reporter) -> Watcher:
-    """What tells each trial in a line."""
+    """A watcher that prints a line for each trial."""
     return lambda *trial: reporter.note(trial_line(*trial))
 
 
 def journal_key(choices: Mapping[str, Any], is_left_out: Callable[[str], bool]) -> dict[str, Any]:
-    """The choices that decide numbers, flat, as the journal of a search records them."""
+    """The choices that affect results, flattened, as the journal of a search records them."""
     flat: dict[str, Any] = {}
     for name, value in choices.items():
         inner = {f"{name} {key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
@@ -76,9 +76,9 @@ class PruneSearch:
     """A search by `prune` for the largest sparsity within a drop."""
 
     pruning: PruneRequest
-    """What prunes, at the sparsity that is found."""
+    """The request to prune at the sparsity that is found."""
     start: Callable[[Path, Destination | None], Search]
-    """The search for a model, if the output can be written."""
+    """Makes the search for a model, after checking that the output can be written."""
     looks_at_data: bool
     """Whether weights are ranked by the data that the drop is measured on."""
 
@@ -105,12 +105,12 @@ def prune_within(
     watcher: Watcher,
     meter: ProgressFactory = no_progress,
 ) -> Callable[[Path, Destination | None], tuple[Any, SearchResult]]:
-    """What prunes to the sparsity that a search finds, and also returns the search."""
+    """A function that prunes to the sparsity that a search finds, and returns the result and the search."""
 
     def run(path: Path, destination: Destination | None) -> tuple[Any, SearchResult]:
         with run_search(path, spec.start(path, destination), options.tried, watcher) as search_result:
             best = replace(spec.pruning, sparsity=search_result.best.sparsity)
-            # What is found by measuring it is good, whatever is left.
+            # The accuracy of the result was measured, so a tensor left with nothing is allowed.
             mode = build_mode(replace(options, allow_empty=True), best, limits, meter)
             return mode(path, destination), search_result
 
@@ -141,7 +141,7 @@ def prune_search(options: Prune, request: PruneRequest, limits: Mapping[str, Any
         check_channels(replace(pruning, sparsity=_LEAST_PRUNED))
 
     def make(path: Path, sparsity: float, output: Destination) -> None:
-        # A small step may be less than a channel.
+        # A small step may be smaller than one channel.
         trial = replace(options, allow_empty=True, manifest=None)
         build_mode(trial, replace(pruning, sparsity=sparsity), limits)(path, output)
 
@@ -218,7 +218,7 @@ def training_search(
     def run(path: Path, destination: Destination, tried: Path | None, watcher: Watcher) -> TrainingSearch:
         model = open_model(path)
         outputs.check(model, destination)
-        # As it is now: in place, the result takes its place.
+        # Measured before the run: with --in-place the result replaces the file.
         before = stats_for_report(model)
         spec = Search(
             variant, limit, request, make, journal_key(request.choices, _NOT_IN_SEARCH.__contains__), _files(request)
@@ -254,11 +254,11 @@ def _files(request: FinetuneRequest) -> dict[str, str]:
 
 
 def _copy_result(model: ModelFile, result: ModelFile, output: Destination) -> None:
-    """Put what was made elsewhere where the result goes."""
+    """Copy a model that was written elsewhere to the output."""
     with outputs.staging_dir(model, output) as (folder, target):
         targets = outputs.staged_paths(result, folder, target)
         if output.is_in_place and not model.path.is_dir():
-            # File by file under the names that are there.
+            # File by file, under the names of the output's files.
             originals = outputs.staged_paths(model, folder, target)
             files = zip(dict.fromkeys(result.files), dict.fromkeys(model.files), strict=True)
             targets = {new: originals[old] for new, old in files}

@@ -64,7 +64,7 @@ _NOT_IN_RECIPE = frozenset(
         "on",
     }
 )
-"""What a recipe leaves open."""
+"""Options that can be used beside a recipe."""
 _DEFAULT = PruneRequest()
 _NAN = NonFinitePolicy(_DEFAULT.nan)
 _much = option_group("How much to prune")
@@ -220,19 +220,19 @@ class Prune(OutputOptions):
 
     @property
     def has_parts(self) -> bool:
-        """Whether a part of a folder is pruned, or what joins or runs them all."""
+        """Whether a part of a folder is pruned, or all parts are joined or run on a cluster."""
         return bool(self.part or self.on) or self.join
 
     @property
     def is_streamed(self) -> bool:
-        """Whether a folder of shards at a URL, or one that goes there, is pruned one shard after the other."""
+        """Whether a folder of shards that is read from or written to a URL is pruned shard by shard."""
         is_whole = self.force or self.dry_run or self.in_place or self.pack or self.output == STDIN
         modes = (self.max_drop, self.data, self.recipe, self.wrap, self.schedule, self.target_gzip, self.target_packed)
         is_cut = self.pattern in {CHANNEL, LAYERS} or (self.manifest is not None and URL.match(self.output))
         return self.has_parts or not (is_whole or any(modes) or is_cut)
 
     def run(self, ctx: typer.Context) -> int:
-        """Prune the model in the mode that its options select, and show what came of it."""
+        """Prune the model in the mode that its options select, and show the report."""
         request = self._request(ctx)
         if request.data:
             load("prunectl.training.loop:retain_freed_memory")()
@@ -255,7 +255,7 @@ class Prune(OutputOptions):
 
 
 PruneMode = Callable[[Path, Destination | None], Any]
-"""From where a model is and where the result goes to that result, of the kind that the mode has."""
+"""Prunes the model at a path to a destination, and returns the result type of its mode."""
 
 
 def selected_modes(options: Prune, request: PruneRequest) -> Mode:
@@ -318,7 +318,7 @@ def build_mode(
 
 
 def report_of(result: Any, options: Prune, request: PruneRequest, destination: Destination | None) -> Report:
-    """The report on what came of a mode; the manifest is written when the output is in its place."""
+    """The report on the result of a mode; also writes the manifest, as the output is in its place by then."""
     if options.manifest is not None and destination is not None:
         destination.then.append(partial(load("prunectl.pruning.manifest:write_manifest"), options.manifest, result))
     output = without_secrets(destination.url) or str(destination.target) if destination is not None else ""
@@ -396,7 +396,7 @@ def _prune_parts(
         check(request, allow_empty=options.allow_empty)
         part = load("prunectl.pruning.ledger:parse_part")(options.part)
         return parts.prune_part(path, request, destination, part, meter=meter, allow_empty=options.allow_empty)
-    # Without options of its own, those of the parts.
+    # Without options, --join uses those of the parts.
     own = request if request != PruneRequest() else None
     has_digests = options.manifest is not None
     return parts.join(path, own, destination, has_digests=has_digests, is_trusted=options.trust)
@@ -415,7 +415,7 @@ def _prune_weights(
 
 
 def load(function: str) -> Any:
-    """Import a function by its name: pruning by weights alone loads nothing of the other modes."""
+    """Import a function by its name, so that pruning by weights alone does not load the modules of other modes."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -69,7 +69,7 @@ def _estimated(estimate: Estimate) -> str:
 
 
 def _unclear(stats: ModelStats, limit: int | None, reporter: Reporter) -> Failure | None:
-    """A limit that an estimate cannot be judged by."""
+    """A failure where an estimate is too close to the limit to judge it."""
     if limit is None or stats.estimate is None or stats.bytes.compressed is None:
         return None
     size, error = stats.bytes.compressed, stats.estimate.error
@@ -87,7 +87,7 @@ def _unclear(stats: ModelStats, limit: int | None, reporter: Reporter) -> Failur
 
 
 def _next_step(models: Sequence[ModelStats]) -> str:
-    """What makes a single model smaller; of several, what is different in them."""
+    """The next command: one that makes a single model smaller, or compares several."""
     if len(models) == 1:
         return next_step(models[0])
     return shlex.join(["prunectl", "diff", models[-1].path, models[0].path])
@@ -142,12 +142,14 @@ def size(
     if estimate:
         whole = {"--max-packed": max_packed, "--min-sparsity": min_sparsity, "--against": against}
         if codec is not CodecName.GZIP:
-            raise UsageError(f"--estimate knows gzip alone, and not {codec}", hint="leave out --estimate or --codec")
+            raise UsageError(
+                f"--estimate works with gzip only, not with {codec}", hint="leave out --estimate or --codec"
+            )
         for option, value in whole.items():
             if value:
                 raise UsageError(f"{option} needs every byte of the model", hint=f"leave out --estimate or {option}")
         if any(map(URL.match, paths)):
-            # A thousand places in it would be a thousand requests.
+            # The sample is read at a thousand offsets: at a URL that would take a thousand requests.
             raise UsageError("--estimate needs a file, not a URL", hint="leave out --estimate, or download the model")
     if bool(against) != bool(max_growth):
         raise UsageError(
@@ -167,7 +169,7 @@ def size(
     look: Any = importlib.import_module("prunectl.analysis.estimate").estimate_size if estimate else measure
     jobs = min(len(paths), usable_cores())
     with reporter.progress("measuring models", Items(len(paths))) if jobs > 1 else nullcontext() as bar:
-        # A terminal shows one bar at a time.
+        # A terminal shows only one progress bar at a time.
         meter = no_progress if jobs > 1 else reporter.progress
 
         def measured(path: Path) -> ModelStats:

@@ -27,10 +27,10 @@ _PARTS = (Column("part"), Column("removed", Unit.COUNT), Column("bytes", Unit.BY
 
 
 def strip_report(result: Stripped, output: str, *, is_rewritten: bool) -> Report:
-    """The report on a run; without an output it was a dry run, and rewritten is what is packed or stored as halves."""
+    """The report on a run; without an output it was a dry run. `is_rewritten` is for --pack and --half."""
     rows = tuple((item.name, str(item.part), item.bytes) for item in result.removed)
     items = Table("removed", _ITEMS, rows, total=("all", "", sum(item.bytes for item in result.removed)))
-    # A copy may be smaller by the name of its data.
+    # A copy may be a few bytes smaller, as its external data has a shorter name.
     has_shrunk = is_rewritten and result.after.bytes.raw < result.before.bytes.raw
     notes = [*dict.fromkeys((*result.notes, *result.after.about.notes))]
     notes += [] if rows or has_shrunk else ["There was nothing to strip: the output holds the same data as the input."]
@@ -75,7 +75,7 @@ class Strip(OutputOptions):
         return resolve_model(self.model, reporter.note, is_read_whole=True)
 
     def run(self, ctx: typer.Context) -> int:
-        """Strip the model, and show what came off."""
+        """Strip the model, and show what was removed."""
         strip_options = StripOptions(parse_parts(self.only), to_half=self.half)
 
         def work(path: Path, destination: Destination | None) -> Report:
@@ -97,7 +97,7 @@ class Strip(OutputOptions):
 
 
 def parse_parts(text: str) -> frozenset[StripPart]:
-    """The parts in a list with commas; all of them if it is empty."""
+    """The parts in a comma-separated list; all parts if it is empty."""
     known = {str(part): part for part in StripPart}
     for name in filter(None, text.split(",")):
         if name not in known:

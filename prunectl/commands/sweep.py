@@ -141,7 +141,7 @@ def sweep(
 
 
 def parse_names(text: str, option: str) -> tuple[str, ...]:
-    """The names in a list with commas, each once."""
+    """The names in a comma-separated list, without duplicates."""
     names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not names:
         raise UsageError(f"{option} is an empty list")

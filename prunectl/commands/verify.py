@@ -31,7 +31,7 @@ _SENTENCES = {
 
 
 def verify_report(path: str, findings: tuple[Finding, ...], *, has_gates: bool) -> Report:
-    """The report on a file; gates are for scripts, as people see them in a table."""
+    """The report on a file; only scripts get the gates as a list, since people see them in the table."""
     named = tuple(replace(finding, model=path) for finding in findings)
     failed = [finding for finding in named if finding.is_failure]
     checks = Table(

@@ -26,7 +26,7 @@ def wrap_mode(options: Prune, request: PruneRequest) -> PruneMode:
     origin = LoadOptions(custom_objects=options.custom_objects, is_trusted=options.trust)
 
     def run(path: Path, destination: Destination | None) -> WrapResult:
-        # Frameworks are loaded when the options are known to be good.
+        # Frameworks are imported only after the options have been checked.
         wrapping = importlib.import_module("prunectl.training.wrap.prune")
         result: WrapResult = wrapping.prune_wrapped(
             path, request, ramp, origin, destination, allow_empty=options.allow_empty
@@ -56,7 +56,7 @@ def _ramp(options: Prune, request: PruneRequest) -> SparsitySchedule:
         params if options.power is None else (*params, f"power={options.power!r}"),
     )
     if has_tfmot_class(ramp) and name != "constant" and length % ramp.frequency:
-        # tfmot prunes at whole turns only, and would stop short of the sparsity that was asked for.
+        # tfmot prunes every `frequency` steps only, and would otherwise end short of the final sparsity.
         reached = begin + length // ramp.frequency * ramp.frequency
         raise UsageError(
             f"with a pruning step every {ramp.frequency} steps from {begin}, the last is at {reached}, not {end}",

@@ -29,11 +29,11 @@ _COLUMNS = (
     Column("memory", Unit.BYTES, is_optional=True),
     Column("speedup", Unit.FACTOR, title="speed"),
 )
-"""The last one only beside other models."""
+"""The last column only for several models."""
 
 
 def bench_report(benchmark: Benchmark, max_latency: float | None = None, min_speedup: float | None = None) -> Report:
-    """The report on how fast some models are."""
+    """The report on the latencies of models."""
     models, has_others = benchmark.models, len(benchmark.models) > 1
     names = _names(models)
     rows, sentences, judged = [], [], []
@@ -65,7 +65,7 @@ def bench_report(benchmark: Benchmark, max_latency: float | None = None, min_spe
 
 
 def comparison(first: str, other: str, latency: Latency, batch: str = "", reason: str = "") -> str:
-    """How fast a model is beside the first, in a sentence; the reason is given where it is as fast."""
+    """A sentence that compares the latency of a model with the first; `reason` explains why they are the same."""
     speedup = latency.speedup
     between = f"{_factor(speedup.low)} to {_factor(speedup.high)}"
     if latency.verdict is Verdict.FASTER:
@@ -96,7 +96,7 @@ _MORE_ZEROS = 0.1
 
 
 def _has_only_more_zeros(first: BenchedModel, model: BenchedModel) -> bool:
-    """Whether a model differs from the first by zeros, as far as can be seen: as many weights, in the same runtime."""
+    """Whether a model seems to differ from the first by zeros only: as many weights, and the same runtime."""
     has_more = (model.sparsity or 0.0) > (first.sparsity or 0.0) + _MORE_ZEROS
     return has_more and first.params == model.params and first.runtime == model.runtime
 
@@ -115,7 +115,7 @@ def _next_step(benchmark: Benchmark) -> str:
 def _judge(
     model: BenchedModel, latency: Latency, max_latency: float | None, min_speedup: float | None
 ) -> list[LimitCheck | Failure]:
-    """The limits that are set; where one lies within the interval, a failure, as nobody can tell."""
+    """A check of each limit; a failure where the limit lies within the confidence interval."""
     judged: list[LimitCheck | Failure] = []
     if max_latency is not None:
         median = latency.median

@@ -32,12 +32,12 @@ def number(value: float, unit: MetricUnit, units: Units = Units.SI) -> str:
 
 
 def subject(finding: Finding) -> str:
-    """What the limit is about."""
+    """The thing that the limit is about."""
     return f"{finding.model}: {finding.tensor}" if finding.tensor else finding.model
 
 
 def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, str]:
-    """Format a measured value and its limit, with more digits where rounding hides what is wrong."""
+    """Format a measured value and its limit, with more digits where rounding would make them equal."""
     actual, limit = number(finding.actual, finding.unit, units), number(finding.limit, finding.unit, units)
     if actual == limit and not finding.ok:
         if finding.unit is MetricUnit.BYTES:
@@ -53,7 +53,7 @@ def actual_and_limit(finding: Finding, units: Units = Units.SI) -> tuple[str, st
 
 
 def verdict_sentence(finding: Finding, units: Units = Units.SI) -> str:
-    """What was measured, and how far it is from the limit."""
+    """The measured value, and its distance from the limit, in a sentence."""
     if not finding.is_measured:
         return ""
     actual, limit = actual_and_limit(replace(finding, actual=abs(finding.actual)), units)
@@ -67,7 +67,7 @@ def verdict_sentence(finding: Finding, units: Units = Units.SI) -> str:
         texts = LimitTexts(f"{finding.actual:.2f} times", f"{finding.limit:g}", f"{distance:.2g}")
     is_told = finding.ok or finding.before is None or finding.id == GROWTH
     details = () if is_told else (f"{baseline_value(finding, units)} in the baseline",)
-    # The actual value keeps its sign, which tells what grew from what shrank.
+    # The actual value keeps its sign: growth is positive.
     about = f"{finding.tensor} in {finding.model}" if finding.tensor else finding.model
     return f"{limit_sentence(finding, about, texts, *details)}."
 
@@ -78,7 +78,7 @@ def describe(finding: Finding, units: Units = Units.SI) -> str:
 
 
 def baseline_value(finding: Finding, units: Units = Units.SI) -> str:
-    """What the baseline has, or a dash."""
+    """The value in the baseline, or a dash."""
     if finding.before is None:
         return "-"
     return number(finding.before, MetricUnit.COUNT if finding.id == "max-params" else MetricUnit.BYTES, units)
@@ -98,12 +98,12 @@ _WAYS_OUT = {
     "max-latency": (_PRUNE_CHANNELS, "raise"),
     "min-speedup": (_PRUNE_CHANNELS, "lower"),
 }
-"""What to do about the model, and what about the limit."""
+"""Advice by gate: what to do about the model, and about the limit."""
 _NAMED = 3
 
 
 def remedies(findings: Findings) -> tuple[str, ...]:
-    """What can be done about what failed or warns, in sentences that hold for the whole report."""
+    """Advice on the limits that failed or warn, in sentences for the whole report."""
     broken = [*findings.failed, *findings.warned]
     limits: dict[str, dict[str, dict[str, None]]] = {}
     for finding in broken:
@@ -137,7 +137,7 @@ def unknown_models(findings: Findings) -> tuple[str, ...]:
 
 
 def largest_tensors(findings: Iterable[Finding]) -> tuple[str, ...]:
-    """The tensors that a model which is too big is mostly made of, a sentence for each model."""
+    """The largest tensors of each model that is too big, in a sentence."""
     lines: dict[str, str] = {}
     for finding in findings:
         if not finding.largest:
@@ -160,7 +160,7 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def summary(findings: Findings) -> str:
-    """The counts of a check, in a line."""
+    """The counts of a check in a line."""
     passed = len(findings.findings) - len(findings.failed) - len(findings.warned)
     parts = [
         f"{count(len(findings.failed))} failed",
@@ -201,7 +201,7 @@ def rows(findings: tuple[Finding, ...]) -> Table:
 def table(findings: tuple[Finding, ...]) -> Table:
     """The findings as people read them."""
     lines = [(finding.verdict, finding.id, subject(finding), *numbers(finding), finding.budget) for finding in findings]
-    # Most budgets are of one model, and named as it is.
+    # Most budgets cover one model, and have its name.
     is_named = any(finding.budget not in {"", finding.model} for finding in findings)
     empty = {
         *([] if any(finding.before is not None for finding in findings) else [_BEFORE]),
@@ -219,10 +219,10 @@ def numbers(finding: Finding) -> tuple[str, str, str]:
 
 
 def check_report(findings: Findings, *, has_gates: bool) -> Report:
-    """The report on a check; the gates themselves are for scripts, as people see them in the table."""
+    """The report on a check; only scripts get the gates as a list, since people see them in the table."""
     broken = (*findings.failed, *findings.warned)
     if has_gates:
-        # Scripts have what failed among the gates.
+        # Scripts find the failures among the gates.
         notes = tuple(f"{finding.verdict}: {describe(finding)}" for finding in findings.warned)
     else:
         remarks = [f"{subject(finding)}: {finding.note}" for finding in broken if finding.is_measured and finding.note]
@@ -233,7 +233,7 @@ def check_report(findings: Findings, *, has_gates: bool) -> Report:
             *unknown_models(findings),
             *remedies(findings),
         )
-    # A terminal shows the first rows: what needs a look stands there.
+    # A terminal shows only the first rows, so the failures come first.
     ordered = (*findings.failed, *findings.warned, *(finding for finding in findings.findings if finding.ok))
     title = f"{findings.file}: {summary(findings)}"
     return Report(
@@ -290,7 +290,7 @@ def as_json(findings: Findings) -> str:
 
 def as_html(findings: Findings) -> str:
     """The findings as an HTML page."""
-    # Most reports are for scripts, and do without what draws pages.
+    # Most reports are for scripts, and do not need the module that draws pages.
     text: str = importlib.import_module("prunectl.reporting.html").page(
         check_report(findings, has_gates=False), "check", Units.SI, findings.typed
     )
@@ -298,13 +298,13 @@ def as_html(findings: Findings) -> str:
 
 
 MARKER = "<!-- prunectl check -->"
-"""By which a bot finds its own comment, to write it again."""
+"""A bot finds its own comment by this line, to replace it."""
 _SIGNS = {"pass": "✅ pass", "warn": "⚠️ warn", "FAIL": "❌ fail"}
 _SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_{}[]<>|#~"})
 
 
 def markdown(findings: Findings) -> str:
-    """A heading, what needs a look, and the rest folded away."""
+    """A heading, the findings that need attention, and the others in a collapsed section."""
     broken = (*findings.failed, *findings.warned)
     passed = tuple(item for item in findings.findings if item.ok)
     sign = "❌" if findings.exit_code else "⚠️" if findings.warned else "✅"
@@ -324,7 +324,7 @@ def markdown(findings: Findings) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown and HTML leave as it is."""
+    """Text escaped for Markdown and HTML."""
     return printable(text).translate(_SPECIAL).replace("&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
@@ -340,7 +340,7 @@ def _table(findings: Sequence[Finding]) -> str:
 
 
 def _comments(findings: Iterable[Finding]) -> Iterable[tuple[Finding, str]]:
-    """What the table does not say of single findings; of models that the baseline lacks, there is one sentence."""
+    """Notes on single findings that are not in the table; models that the baseline lacks have their own sentence."""
     for finding in findings:
         comment = " ".join(filter(None, (finding.note if finding.is_measured else "", finding.message)))
         if comment:

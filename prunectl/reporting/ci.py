@@ -30,7 +30,7 @@ UNUSABLE = "unusable"
 
 
 class Severity(StrEnum):
-    """How bad it is."""
+    """The severity of an annotation."""
 
     UNUSABLE = "unusable"
     ERROR = "error"
@@ -39,7 +39,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """A limit that was broken, or something that nothing can be said about."""
+    """A limit that failed or warns, or a model that could not be judged."""
 
     rule: str
     severity: Severity
@@ -47,12 +47,12 @@ class Annotation:
     text: str
     line: int
     fingerprint: str
-    """The same for the same limit on the same thing, wherever it stands in the file."""
+    """A hash of the limit and its subject, which does not depend on the line in the file."""
     numbers: Mapping[str, str | float] = field(default_factory=dict)
 
 
 def list_annotations(findings: Findings) -> Iterator[Annotation]:
-    """Yield what said no, then what warns, then what could not be judged."""
+    """Yield failures, then warnings, then models that could not be judged."""
     for finding in (*findings.failed, *findings.warned):
         yield Annotation(
             rule=finding.id,
@@ -76,14 +76,14 @@ def list_annotations(findings: Findings) -> Iterator[Annotation]:
 
 
 def _full_text(findings: Findings, finding: Finding) -> str:
-    """What was measured, of what the model is made, and what can be done: an annotation is read by itself."""
+    """The measured value, the largest tensors, and advice: an annotation is read without the rest of the report."""
     alone = replace(findings, findings=(finding,))
     parts = (verdict_sentence(finding), finding.note, *largest_tensors((finding,)), *remedies(alone), finding.message)
     return " ".join(filter(None, parts))
 
 
 def uri(path: str) -> str:
-    """A path as a reference; one from the root as a URI of its own."""
+    """A path as a relative URI reference; an absolute path as a `file:` URI."""
     return f"file://{quote(path)}" if path.startswith("/") else quote(path)
 
 
@@ -169,13 +169,13 @@ _NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "\n": "&#10;", 
 
 
 def xml_element(tag: str, inner: str = "", **attributes: str | int) -> str:
-    """An element, its attributes escaped; what is inside is XML already."""
+    """An XML element with its attributes escaped; `inner` is XML already."""
     attribute_text = "".join(f' {name}="{escaped(str(value))}"' for name, value in attributes.items())
     return f"<{tag}{attribute_text}>{inner}</{tag}>" if inner else f"<{tag}{attribute_text}/>"
 
 
 def escaped(text: str) -> str:
-    """Text that can stand anywhere in XML; what is not printable is marked as such."""
+    """Text escaped for XML, with characters that are not printable replaced."""
     return "".join(_NAMED.get(letter) or (letter if letter.isprintable() else "\ufffd") for letter in text)
 
 
@@ -223,7 +223,7 @@ _FAMILIES: tuple[tuple[str, str, Callable[[Finding], float]], ...] = (
 
 def openmetrics(findings: Findings) -> str:
     """OpenMetrics gauges for verdicts, measured values and limits, and for the exit code."""
-    # A set of labels may come once: of several limits alike on one thing, the one that says no is told.
+    # OpenMetrics allows each set of labels once: of equal limits on one thing, the one that failed is written.
     ordered = sorted(findings.findings, key=lambda finding: (finding.ok, finding.is_warning))
     unique: dict[str, Finding] = {}
     for finding in ordered:
@@ -259,7 +259,7 @@ def _labels(finding: Finding) -> str:
 
 
 def _safe(text: str) -> str:
-    # A name of a file may hold bytes that are no text.
+    # A file name may hold bytes that are not valid text.
     return text.encode("utf-8", "replace").decode().translate(_ESCAPES)
 
 

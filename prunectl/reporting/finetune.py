@@ -128,7 +128,7 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, Any]:
 
 
 class TrainingProgress:
-    """Watches a run, and speaks on stderr."""
+    """Shows the progress of a run on stderr."""
 
     def __init__(self, settings: Settings, checkpoints: Path | None, monitored: str = "") -> None:
         self._settings = settings
@@ -139,7 +139,7 @@ class TrainingProgress:
         self._last_epoch = 0
 
     def watch(self, moment: ProgressEvent) -> None:
-        """Show where training is."""
+        """Show how far training has come."""
         if self._settings.is_quiet:
             return
         if self._has_bar:
@@ -166,7 +166,7 @@ class TrainingProgress:
             self._bar.add_task("", total=moment.steps, epoch="")
             self._bar.start()
         epoch = f"epoch {moment.epoch}/{moment.epochs}"
-        # What else is in the line, with a place between any two.
+        # The other columns of the line, with a space between any two.
         taken = len(f"{epoch} {moment.steps}/{moment.steps} -:--:-- ") + _BAR_WIDTH + 1
         last = _most_telling(moment, self._monitored, self._bar.console.width - taken)
         self._bar.update(self._bar.task_ids[0], completed=moment.step, description=last, epoch=epoch)
@@ -193,7 +193,7 @@ _BAR_WIDTH = 20
 
 
 def _most_telling(moment: ProgressEvent, monitored: str, width: int) -> str:
-    """The metrics of the last epoch that fit in so many letters, the one that is monitored first."""
+    """The metrics of the last epoch that fit into `width` characters, the monitored one first."""
     pieces = [f"{percent(moment.sparsity)} zero"]
     if (entry := moment.last) is not None:
         judged = {f"val {name}": value for name, value in entry.val.items()}
@@ -208,6 +208,6 @@ def _most_telling(moment: ProgressEvent, monitored: str, width: int) -> str:
 
 
 def format_epoch(entry: LogEntry) -> str:
-    """The metrics of an epoch, in a line."""
+    """The metrics of an epoch in a line."""
     numbers = [*entry.train.items(), *((f"val {name}", value) for name, value in entry.val.items())]
     return "  ".join([*(f"{name} {value:.4g}" for name, value in numbers), f"{percent(entry.sparsity)} zero"])

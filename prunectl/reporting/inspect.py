@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 40
 _BARS = Column("", is_optional=True, title="bars", is_whole=True)
 _MAX_FACT = 500
-"""Characters of what a file says of itself."""
+"""The most characters shown of a fact that comes from the file."""
 
 
 def inspect_report(
@@ -33,7 +33,7 @@ def inspect_report(
     lists_tensors: bool = False,
     is_sorted: bool = False,
 ) -> Report:
-    """The report on some models; a terminal gets one row for each layer, or with its list of tensors all of them."""
+    """The report on models; a terminal gets one row for each layer, or with `lists_tensors` one for each tensor."""
     pattern = next((stats.pattern for stats in models if stats.pattern), "")
     columns = _columns(pattern, has_flops=has_flops)
 
@@ -55,7 +55,7 @@ def inspect_report(
 
 
 def next_step(stats: ModelStats) -> str:
-    """To remove what only training needs; else to prune what is dense."""
+    """The next command: to strip what only training needs, else to prune."""
     path = Path(stats.path)
 
     def command(verb: str, kind: str, *options: str) -> str:
@@ -156,13 +156,13 @@ def _total(stats: ModelStats, columns: tuple[Column, ...], *, has_flops: bool) -
 
 
 def _prunable(stats: ModelStats) -> str:
-    """What kernels are called: those that are quantised cannot be pruned any more, but their zeros count."""
+    """The name of prunable weights; quantised ones cannot be pruned any more, but their zeros count."""
     kernels = [row for row in stats.layers if row.is_prunable]
     return "in quantised kernels" if kernels and all(row.dtype in QUANTISED for row in kernels) else "prunable"
 
 
 def _architecture(stats: ModelStats) -> list[tuple[str, str]]:
-    """What a model folder is, which is told first."""
+    """The architecture of a model folder, which comes first."""
     folder = stats.architecture
     if folder is None:
         return []
@@ -272,7 +272,7 @@ def add_channel_groups(report: Report, models: Sequence[ChannelGroups]) -> Repor
         else section
         for section in report.sections
     )
-    # Who asks for groups in a pipe gets groups.
+    # With --groups, a pipe gets the groups as its rows.
     rows = tuple((groups.path, *_row(group)) for groups in models for group in groups.groups)
     main = Table("groups", (Column("path"), *_COLUMNS), rows)
     return replace(

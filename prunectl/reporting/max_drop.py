@@ -17,12 +17,12 @@ from prunectl.units import count, percent
 
 
 def _is_still_true(note: str) -> bool:
-    """Whether it can be said of a result whose accuracy was measured."""
+    """Whether a note is true for a result whose accuracy was measured."""
     return note != UNMEASURED and LIKELY_TO_FALL not in note
 
 
 def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_at_data: bool) -> Report:
-    """The report on pruning at the sparsity that was found, with how it was found."""
+    """The report on pruning at the sparsity that was found, with the search."""
     notes = (
         (f"The drop was measured on {judged_by}, which the strategy also used: it may be larger on other data.",)
         if looks_at_data
@@ -42,7 +42,7 @@ def with_search(report: Report, result: SearchResult, judged_by: str, *, looks_a
 def max_drop_report(
     result: SearchResult, surveys: tuple[ModelStats, ModelStats], model: str, output: str, notes: tuple[str, ...]
 ) -> Report:
-    """The report on a search whose result is one of the models that were tried, with what it was before."""
+    """The report on a search whose result is one of its trials, with sizes before and after."""
     before, after = surveys
     section = _section(result, notes)
     return Report(
@@ -76,7 +76,7 @@ def _section(result: SearchResult, notes: tuple[str, ...]) -> Section:
 
 
 def _largest_sparsity(result: SearchResult) -> tuple[str, ...]:
-    """Say which sparsity holds: the one that the file has, where it is not what was asked for."""
+    """A sentence on the largest sparsity within the limit, also where higher ones give the same file."""
     base, best = result.base, result.result
     sparsity, worth = percent(result.best.sparsity), f"{base.metric} is {best.value:.4g}"
     alike = [point for point, outcome in result.tried.items() if outcome.digest and outcome.digest == best.digest]
@@ -88,14 +88,14 @@ def _largest_sparsity(result: SearchResult) -> tuple[str, ...]:
 
 
 def _zeros(result: SearchResult) -> str:
-    """Say how sparse the file is; channels that were cut have left no zeros."""
+    """The sparsity of the file; empty for a channel cut, which leaves no zeros."""
     if result.best.pattern == CHANNEL:
         return ""
     return f" The sparsity of all parameters is {percent(result.result.sparsity)}."
 
 
 def _diverged(result: SearchResult) -> tuple[str, ...]:
-    """Say why there is no model of a sparsity."""
+    """A sentence on trials that diverged, for which there is no model."""
     return tuple(note for outcome in result.tried.values() if not outcome.path for note in outcome.notes)
 
 

@@ -8,7 +8,7 @@ from html import escape
 from prunectl.pruning.schedules import CURVES, SparsitySchedule
 
 Curve = Sequence[float]
-"""Heights from 0 to 1, evenly spaced from left to right."""
+"""Values from 0 to 1, evenly spaced from left to right."""
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -16,14 +16,14 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _LINE = 520, 260, 48, 16, 18
 
 
 def braille_plot(curve: Curve, columns: int, rows: int) -> list[str]:
-    """Plot a curve in Braille patterns, two by four dots to a letter."""
+    """Plot a curve in Braille patterns, with two by four dots in each character."""
     width, height = columns * 2, rows * 4
     cells = [[0] * columns for _ in range(rows)]
     last: int | None = None
     for x in range(width):
         value = curve[round(x * (len(curve) - 1) / (width - 1))]
         y = round((1.0 - min(max(value, 0.0), 1.0)) * (height - 1))
-        # A jump is drawn as a wall, not as two islands.
+        # A jump is drawn as a vertical line, not as two separate pieces.
         for dot in range(min(y, last if last is not None else y), max(y, last if last is not None else y) + 1):
             cells[dot // 4][x // 2] |= _DOTS[dot % 4][x % 2]
         last = y

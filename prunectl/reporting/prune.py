@@ -44,7 +44,7 @@ def before_after(before: ModelStats, after: ModelStats) -> Table:
 
 
 def what_is_unmeasured(before: ModelStats, after: ModelStats) -> str:
-    """How to have the sizes that a run does not measure, because the model is big; nothing if there are none."""
+    """The command for sizes that were not measured because the model is big; empty if all were measured."""
     is_big = max(before.bytes.raw, after.bytes.raw) > BIG_BYTES
     return _UNMEASURED if after.bytes.compressed is None and is_big else ""
 
@@ -111,15 +111,15 @@ def prune_report(pruned: Pruned, output: str) -> Report:
 
 
 class BeforeAfter(Protocol):
-    """What came of a run that makes one model of another."""
+    """The result of a run that makes one model from another."""
 
     @property
     def before(self) -> ModelStats:
-        """The model that was given."""
+        """The input model."""
 
     @property
     def after(self) -> ModelStats:
-        """The model that was made."""
+        """The output model."""
 
 
 def output_report(
@@ -133,9 +133,9 @@ def output_report(
     next_step: str | None = None,
     extra_json: Mapping[str, Any] | None = None,
 ) -> Report:
-    """The report on a run that makes one model of another; without an output it was a dry run.
+    """The report on a run that makes one model from another; without an output it was a dry run.
 
-    Scripts get the rows of the first table, or of one of their own.
+    Scripts get the rows of the first table, or `rows`.
     """
     before, after = result.before, result.after
     dry = () if output else ("This was a dry run: nothing was written.",)
@@ -152,7 +152,7 @@ def output_report(
 
 
 _MOST_LOST = 0.5
-"""Share of its norm beyond which a layer is told to be badly hurt: accuracy is often gone by then."""
+"""A layer that loses more than this share of its norm gets a warning: accuracy is often lost by then."""
 LIKELY_TO_FALL = "accuracy is likely to fall"
 
 
@@ -161,7 +161,7 @@ def _most_hurt(pruned: Pruned) -> list[tuple[float, str]]:
 
 
 def _lossy(pruned: Pruned) -> Iterator[str]:
-    """What data would have told: layers that lose most of their norm, and what brings accuracy back."""
+    """A warning without data: layers that lose most of their norm, and how to win accuracy back."""
     lost = _most_hurt(pruned)
     if not lost:
         return
@@ -193,7 +193,7 @@ def _remedy(pruned: Pruned) -> str:
 
 
 def _without_groups(pruned: Pruned) -> Iterator[str]:
-    """Tensors too narrow for a single group of an N:M pattern."""
+    """A note on tensors too narrow for a single group of an N:M pattern."""
     match = _N_OF_M.fullmatch(pruned.request.pattern)
     names = [cut.tensor.name for cut in pruned.plan.cuts if not pruned.tallies[cut.tensor.name].zeros]
     if match is not None and names:
@@ -203,11 +203,11 @@ def _without_groups(pruned: Pruned) -> Iterator[str]:
 
 
 _OF_WEIGHTS = (".safetensors", ".bin", ".index.json")
-"""What the weights in a folder of Hugging Face are called."""
+"""Name endings of the weight files in a Hugging Face folder."""
 
 
 def _left_behind(pruned: Pruned, place: str) -> Iterator[str]:
-    """Files that lie in the folder of the weights, and are not beside the output."""
+    """A note on files in the folder of the weights that are missing beside the output."""
     source, output = Path(pruned.before.path), Path(place)
     is_folder = not place.endswith(".safetensors") if URL.match(place) else output.is_dir()
     if pruned.before.format not in {"safetensors", "shards"} or not source.is_dir() or is_folder:
@@ -231,9 +231,9 @@ def outcome(before: ModelStats, after: ModelStats, output: str) -> str:
 
 
 def _next_step(pruned: Pruned, output: str) -> str:
-    """Training where the format can be trained; else a search that looks at the accuracy.
+    """The next command: training where the format can be trained, else a search by accuracy.
 
-    After a loss that no data has measured, how much accuracy is left comes first.
+    After a pruning that probably lost accuracy, the command that measures it comes first.
     """
     family, builder = by_name(pruned.before.format).family, pruned.request.model or "net.py:Net"
     if output and family is Family.ONNX and not pruned.request.data:
@@ -247,19 +247,19 @@ def _next_step(pruned: Pruned, output: str) -> str:
 
 
 def compare_sizes(before: ModelStats, output: str) -> str:
-    """The command that compares the sizes of a model before and after; none of a dry run."""
+    """The command that compares the sizes of a model before and after; empty for a dry run."""
     return shlex.join(["prunectl", "size", before.path, output]) if output else ""
 
 
 def measure_accuracy(before: ModelStats, output: str, builder: str) -> str:
-    """The command that tells what a smaller model is still worth."""
+    """The command that measures the accuracy of a smaller model."""
     is_bare = by_name(before.format).family in {Family.TORCH, Family.SAFETENSORS}
     code = ("--builder", builder) if is_bare else ()
     return shlex.join(["prunectl", "eval", output, "--data", "test.npz", "--against", before.path, *code])
 
 
 def recover_accuracy(before: ModelStats, output: str, builder: str) -> str:
-    """The command that trains a smaller model, or where no framework does, says what it is still worth."""
+    """The command that trains a smaller model, or measures its accuracy where no framework can train it."""
     family, path = by_name(before.format).family, Path(output)
     if family is Family.ONNX:
         return measure_accuracy(before, output, builder)
@@ -296,7 +296,7 @@ def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:
 
 
 def _pattern(text: str) -> str:
-    """A pattern in words: 1:4 is one zero in four, and not one weight."""
+    """A pattern in words: 1:4 is one zero in four weights, not one weight in four."""
     match = _N_OF_M.fullmatch(text)
     if match is None:
         return text
@@ -328,7 +328,7 @@ _SHARDS = (
 
 
 def part_report(result: PartPruned, output: str) -> Report:
-    """The report on a part: its shards, and whether all are there to be joined."""
+    """The report on a part: its shards, and whether all parts are ready to be joined."""
     rows = tuple(
         (shard.name, shard.bytes, shard.weights, shard.pruned, shard.zeros, "now" if shard.is_new else "before")
         for shard in result.shards
@@ -368,7 +368,7 @@ def wrap_report(wrapped: WrapResult, output: str) -> Report:
         kept = [note for note in kept if note != UNMEASURED]
         facts = tuple(("to prune" if name == "pruned" else name, text) for name, text in facts)
     pruned = wrapped.pruned
-    # Wrappers are there to be trained with.
+    # Wrappers are for training.
     training = recover_accuracy(pruned.before, output, pruned.request.model or "net.py:Net") if output else ""
     notes = (*_wrapper_notes(wrapped), *kept)
     return replace(report, sections=(replace(section, facts=facts, notes=notes),), next_step=training)

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 _MAX_SHOWN, _MAX_WRITTEN = 200, 1000
-"""Characters of a cell for people, and for programs: a name from a file may be as long as the file."""
+"""The most characters of a cell for people, and for programs: a name from a file may be as long as the file."""
 
 
 class Unit(StrEnum):
-    """What the numbers of a column count."""
+    """The unit of the numbers in a column."""
 
     TEXT = "text"
     COUNT = "count"
@@ -40,25 +40,25 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The head of a column."""
+    """A column of a table: its name and how its cells are shown."""
 
     name: str
     unit: Unit = Unit.TEXT
     is_optional: bool = False
-    """The first to go when a terminal is too narrow."""
+    """Whether it is left out when a terminal is too narrow."""
     title: str = ""
-    """The head for people where it is not the name, which scripts depend on."""
+    """The heading for people, if it differs from the name, which scripts depend on."""
     is_whole: bool = False
-    """Text that is shown whole or not at all: a shape, a bar."""
+    """Whether its text is shown whole or not at all: a shape, a bar."""
 
     @property
     def heading(self) -> str:
-        """What people read above it."""
+        """The heading for people."""
         return self.title or self.name
 
     @property
     def is_number(self) -> bool:
-        """Whether it is set to the right."""
+        """Whether its cells are aligned to the right."""
         return self.unit is not Unit.TEXT
 
     def format(self, cell: Cell, units: Units) -> str:
@@ -90,13 +90,13 @@ class Table:
     name: str
     columns: tuple[Column, ...]
     cells: tuple[Row, ...] | Callable[[], Iterable[Row]]
-    """The rows, or what makes them once they are shown."""
+    """The rows, or a function that makes them when they are shown."""
     total: Row | None = None
     title: str = ""
     note: str = ""
-    """What a terminal says right under it."""
+    """A line that a terminal shows under it."""
     on_terminal: tuple[Table, ...] = ()
-    """What a terminal shows in its place."""
+    """Tables that a terminal shows in its place."""
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -104,13 +104,13 @@ class Table:
         return tuple(self.cells()) if callable(self.cells) else self.cells
 
     def raw_row(self, row: Sequence[Cell]) -> list[str]:
-        """A row as programs read it: plain numbers, ratios from 0 to 1."""
+        """A row for programs: plain numbers, ratios from 0 to 1."""
         return ["" if cell is None else _plain(cell) for cell in row]
 
 
 def _plain(cell: str | int | float) -> str:  # noqa: PYI041 - the three kinds of cell, spelled out
     if isinstance(cell, str):
-        # Most are short and plain: of a hundred thousand tensors each has several.
+        # Most cells are short and plain, and a hundred thousand tensors have several each: the fast path comes first.
         is_plain = len(cell) <= _MAX_WRITTEN and cell.isprintable()
         return cell if is_plain else printable(abbreviated(cell, _MAX_WRITTEN))
     return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
@@ -134,7 +134,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The part of a report that is about one model: facts, then tables, then remarks."""
+    """The part of a report about one model: facts, then tables, then notes."""
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
@@ -149,11 +149,11 @@ class Report:
     """The outcome of a command."""
 
     models: tuple[dict[str, Any], ...]
-    """What `--json` says of each model."""
+    """The JSON object of each model."""
     table: Table
-    """The rows that pipes, CSV and Markdown get."""
+    """The rows for pipes, CSV and Markdown."""
     sections: tuple[Section, ...] = ()
-    """What people get; the main table alone when there is none."""
+    """What people see; the main table alone if there are none."""
     gates: tuple[LimitCheck, ...] = ()
     failures: tuple[Failure, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
@@ -167,16 +167,16 @@ class Report:
     quiet_lines: tuple[str, ...] | None = None
     """What `--quiet` prints instead of everything else."""
     extra_json: Mapping[str, Any] = field(default_factory=dict)
-    """What `--json` says beside the models."""
+    """Further members of the JSON document."""
     sparsity_maps: Mapping[str, tuple[SparsityMap, ...]] = field(default_factory=dict)
-    """Where the zeros of each model are, by its path: what a page shows."""
+    """Maps of the zeros for the HTML page, by the path of the model."""
 
     exit_code_override: int | None = None
-    """The exit code where some gates only warn, which is no reason to fail."""
+    """The exit code where it does not follow from failures and gates, as some gates only warn."""
 
     @property
     def exit_code(self) -> int:
-        """The worst of what happened."""
+        """The exit code: that of the worst failure, or 1 if a gate failed."""
         if self.exit_code_override is not None:
             return self.exit_code_override
         codes = [failure.error.exit_code for failure in self.failures]
@@ -184,7 +184,7 @@ class Report:
 
 
 DEFAULT_ROWS = 40
-"""How many rows of a table are shown on a terminal unless the user says so."""
+"""The default number of rows of a table on a terminal."""
 
 
 class Layout(StrEnum):
@@ -219,11 +219,11 @@ class Settings:
 
     @property
     def effective_layout(self) -> Layout:
-        """The layout asked for; else tables for a terminal, rows for a pipe."""
+        """The layout that was chosen; by default tables for a terminal, rows for a pipe."""
         return self.layout or (Layout.HUMAN if sys.stdout.isatty() else Layout.PLAIN)
 
     def colors(self, *, is_terminal: bool) -> bool:
-        """Whether a stream gets colours: the option first, then the habits of the environment."""
+        """Whether a stream gets colours, by the option, else by NO_COLOR and the like."""
         if self.color is not Color.AUTO:
             return self.color is Color.ALWAYS
         if os.environ.get("NO_COLOR"):
@@ -234,12 +234,12 @@ class Settings:
 
 
 def tab_separated(table: Table) -> str:
-    """Tab-separated rows without a head, for `cut`, `awk` and `column -t`: an empty cell is a dash."""
+    """Tab-separated rows without a heading, for `cut`, `awk` and `column -t`: an empty cell is a dash."""
     return "".join("\t".join(cell or "-" for cell in table.raw_row(row)) + "\n" for row in table.rows)
 
 
 def comma_separated(table: Table) -> str:
-    """CSV with a head, in which no text is a formula."""
+    """CSV with a heading, in which no text is a formula."""
     import csv  # noqa: PLC0415 - most reports are for people
 
     text = io.StringIO()
@@ -264,7 +264,7 @@ def _without_formula(cell: str) -> str:
 
 
 def markdown(table: Table, units: Units) -> str:
-    """A Markdown table, its numbers as people read them."""
+    """A Markdown table, with numbers formatted for people."""
     lines = [
         [column.name for column in table.columns],
         ["---:" if column.is_number else "---" for column in table.columns],
@@ -302,7 +302,7 @@ def failure_json(error: PrunectlError, command: str) -> str:
 
 
 def error_json(error: PrunectlError) -> dict[str, Any]:
-    """An error as scripts read it."""
+    """The JSON object of an error."""
     return {
         "code": error.exit_code,
         "kind": error.kind,
@@ -329,7 +329,7 @@ _FACTS = tuple(field.name for field in fields(TensorStats))
 
 @dataclass(frozen=True, slots=True)
 class _Layers(Sequence[dict[str, Any]]):
-    """The tensors of a model in a JSON document, each made when it is asked for: there may be a hundred thousand."""
+    """The tensors of a model in a JSON document, made on access, as there may be a hundred thousand."""
 
     rows: tuple[TensorStats, ...]
 
@@ -373,6 +373,6 @@ def survey_json(stats: ModelStats) -> dict[str, Any]:
 
 
 def _layer(row: TensorStats) -> dict[str, Any]:
-    # Not by asdict, which copies each value deeply: a model may have a hundred thousand tensors.
+    # Not by `asdict`, which deep-copies each value: a model may have a hundred thousand tensors.
     facts = {name: getattr(row, name) for name in _FACTS}
     return {**facts, "shape": list(row.shape), "sparsity": row.sparsity, "tied_to": row.tied_to or None}

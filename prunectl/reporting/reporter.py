@@ -50,12 +50,12 @@ _BEGAN = time.time()
 
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Speaks in the way that the user chose."""
+    """Prints reports, notes and progress in the layout that the user chose."""
 
     settings: Settings
     command: str
     html: Path | None = None
-    """Where what is shown is also written, as a page."""
+    """The HTML page to which the report is written as well."""
     on_success: Callable[[], tuple[str, ...]] = tuple
     """Called when a command has succeeded, right before its report is shown; returns notes to add to it."""
     typed: str = ""
@@ -63,25 +63,25 @@ class Reporter:
 
     @property
     def is_json(self) -> bool:
-        """Whether a script is listening."""
+        """Whether the output is JSON."""
         return self.settings.effective_layout is Layout.JSON
 
     def progress(self, label: str, total_bytes: int) -> AbstractContextManager[ProgressBars]:
-        """A bar that appears when work takes longer than a second."""
+        """A progress bar, which appears when work takes longer than a second."""
         return ProgressBars(label, total_bytes, self.settings)
 
     def note(self, text: str) -> None:
-        """Say on stderr how far work has come."""
+        """Print a note about progress on stderr."""
         if not self.settings.is_quiet:
             escape_unencodable(sys.stderr)
             sys.stderr.write(f"{printable(text)}\n")
             sys.stderr.flush()
 
     def show(self, report: Report) -> int:
-        """Print what a command found, and return its exit code."""
+        """Print the report of a command, and return its exit code."""
         escape_unencodable(sys.stdout)
         layout = self.settings.effective_layout
-        # Of nothing but failures there is nothing to see on a page.
+        # A page with nothing but failures would be empty.
         if self.html is not None and (report.models or report.sections or not report.failures):
             report = self._with_html_page(report, self.html)
         if report.exit_code == 0:
@@ -106,7 +106,7 @@ class Reporter:
         return report.exit_code
 
     def copy_to_stdout(self, path: Path) -> int:
-        """Send a file to standard output, which carries nothing else then."""
+        """Copy a file to standard output, to which nothing else is printed then."""
         with path.open("rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
@@ -119,7 +119,7 @@ class Reporter:
         return replace(report, artifacts=(*report.artifacts, Artifact(str(path), nbytes)))
 
     def _note_on_stderr(self, report: Report) -> None:
-        """Say on stderr what the rows on stdout have no place for."""
+        """Print on stderr the notes that have no place among the rows on stdout."""
         escape_unencodable(sys.stderr)
         lines = [
             f"{'pass' if gate.ok else 'FAIL'}: {gate_sentence(gate, self.settings.units)}" for gate in report.gates
@@ -150,13 +150,13 @@ def _seconds() -> float:
 
 
 def _peak_bytes() -> int:
-    # Linux counts kilobytes here, macOS bytes.
+    # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def print_error(error: PrunectlError, color: Color = Color.AUTO) -> None:
-    """Print an error and what to do about it on stderr; at a terminal in colour, with lines that break at words."""
+    """Print an error and its hint on stderr; on a terminal in colour, and wrapped between words."""
     escape_unencodable(sys.stderr)
     is_terminal = sys.stderr.isatty()
     lines = [f"error: {printable(error.message)}"]
@@ -166,7 +166,7 @@ def print_error(error: PrunectlError, color: Color = Color.AUTO) -> None:
     if is_terminal:
         width = max(shutil.get_terminal_size().columns, _NARROWEST)
         options = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-        lines[0] = lines[0].replace(" ", "\xa0", 1)  # a long path does not leave "error:" alone
+        lines[0] = lines[0].replace(" ", "\xa0", 1)  # so that a long path does not leave "error:" alone on its line
         lines = [part for line in lines for part in wrap(line, width, **options)]  # type: ignore[arg-type]
         lines[0] = lines[0].replace("\xa0", " ", 1)
     if Settings(color=color).colors(is_terminal=is_terminal):
@@ -187,7 +187,7 @@ CANCELLED, BUG = 130, 70
 
 
 class _BugError(PrunectlError):
-    """Prunectl itself is at fault."""
+    """A bug of prunectl itself."""
 
     exit_code = BUG
     kind = "bug"
@@ -210,12 +210,12 @@ def report_error(error: Exception, arguments: list[str]) -> int:
 
 
 def wants_json(arguments: list[str]) -> bool:
-    """Whether the command line asks for JSON, even if the rest of it cannot be understood."""
+    """Whether a command line has --json, even if the rest of it cannot be parsed."""
     return not {"--json", "--format=json"}.isdisjoint(arguments) or ("--format", "json") in pairwise(arguments)
 
 
 def _color_asked_for(arguments: list[str]) -> Color:
-    """What --color says in a command line, even if the rest of it cannot be understood."""
+    """The value of --color on a command line, even if the rest of it cannot be parsed."""
     words = [word.partition("=")[2] for word in arguments if word.startswith("--color=")]
     words += [word for option, word in pairwise(arguments) if option == "--color"]
     return Color(words[-1]) if words and words[-1] in set(Color) else Color.AUTO
@@ -268,7 +268,7 @@ def _print_section(section: Section, main: str, console: Console, settings: Sett
     for number, table in enumerate(tables):
         if section.title or number:
             console.print()
-        # What -n cuts is the list of tensors, not the few rows that sum it up.
+        # -n shortens the list of tensors, not the few rows that sum it up.
         least = 0 if table.name == main else DEFAULT_ROWS
         print_table(table, console, settings, settings.rows and max(settings.rows, least))
     if section.notes:
@@ -278,7 +278,7 @@ def _print_section(section: Section, main: str, console: Console, settings: Sett
 
 
 def _print_note(text: str, console: Console) -> None:
-    # Names of options and files have hyphens.
+    # Not at hyphens, which names of options and files contain.
     lines = wrap(printable(text), max(console.width - 2, 20), break_on_hyphens=False)
     for number, line in enumerate(lines):
         console.print("  " if number else "* ", style="yellow", end="")
@@ -286,9 +286,9 @@ def _print_note(text: str, console: Console) -> None:
 
 
 _WIDE = 10_000
-"""Off a terminal nothing is cropped."""
+"""The width for other streams than terminals, so that nothing is cropped."""
 _HEIGHT = 25
-"""Rich heeds an explicit width under TERM=dumb only beside an explicit height."""
+"""With TERM=dumb, rich uses an explicit width only together with an explicit height."""
 
 
 def make_console(stream: TextIO, settings: Settings) -> Console:
@@ -316,7 +316,7 @@ def make_console(stream: TextIO, settings: Settings) -> Console:
 
 
 def escape_unencodable(stream: TextIO) -> None:
-    """Let a stream show what its encoding cannot, escaped."""
+    """Let a stream escape characters that its encoding lacks."""
     if stream in {sys.stdout, sys.stderr} and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
 
@@ -329,7 +329,7 @@ def _terminal_width(stream: TextIO) -> int:
 
 
 def is_watched(settings: Settings) -> bool:
-    """Whether somebody at a terminal wants to see how work goes on."""
+    """Whether progress is shown: on a terminal, unless --quiet or --json is given."""
     return settings.has_progress and not settings.is_quiet and sys.stderr.isatty() and not os.environ.get("CI")
 
 
@@ -337,7 +337,7 @@ PATIENCE_SECONDS = 1.0
 
 
 class ProgressBars:
-    """Counts bytes, or items; shows a bar once it has taken long enough to ask what is going on."""
+    """Counts bytes or items, and shows a progress bar once the work has taken a while."""
 
     def __init__(self, label: str, total_bytes: int, settings: Settings) -> None:
         self._label, self._total, self._settings = label, total_bytes, settings
@@ -347,10 +347,10 @@ class ProgressBars:
         self._bar: Progress | None = None
 
     def advance(self, nbytes: int) -> None:
-        """Count work that is done."""
+        """Count finished work."""
         if not self._is_wanted:
             return
-        # Several threads may work at once.
+        # Several threads may call this at once.
         with self._lock:
             self._done += nbytes
             if self._bar is None and time.monotonic() - self._began > PATIENCE_SECONDS:

@@ -20,7 +20,7 @@ from prunectl.units import count, percent
 
 @dataclass(frozen=True, slots=True)
 class SensitivityScore:
-    """A number that is measured at each sparsity."""
+    """A metric that is measured at each sparsity."""
 
     name: str
     unit: Unit
@@ -39,7 +39,7 @@ METRICS = (
 
 
 def known_metrics(sensitivity: Sensitivity) -> tuple[SensitivityScore, ...]:
-    """The metrics that are known of at least one layer."""
+    """The metrics that were measured for at least one layer."""
     points = [point for layer in sensitivity.layers for point in layer.points]
     return tuple(metric for metric in METRICS if any(metric.value_of(point) is not None for point in points))
 
@@ -55,7 +55,7 @@ def plot(sensitivity: Sensitivity) -> Table | None:
     metrics = [metric for metric in known_metrics(sensitivity) if metric.name != "accuracy"]
     if not metrics:
         return None
-    # The loss tells more than an accuracy, which takes a wrong answer to move.
+    # The loss is more sensitive than accuracy, which changes only when an answer becomes wrong.
     metric = metrics[-1]
     costs = {
         layer.name: cost
@@ -92,7 +92,7 @@ def _format(cost: float, metric: SensitivityScore) -> str:
 
 
 def _short(name: str) -> str:
-    # The end of a name tells layers apart.
+    # The ends of names distinguish layers.
     return name if len(name) <= _NAME_WIDTH else f"…{name[1 - _NAME_WIDTH :]}"
 
 

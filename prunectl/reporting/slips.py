@@ -62,7 +62,7 @@ _UNKNOWN_COMMAND = re.compile(r"No such command '(.*?)'.*")
 
 
 def usage_error(error: TyperException) -> UsageError:
-    """What is wrong on the command line, with what was probably meant and where to read on."""
+    """The error for a wrong command line, with suggestions and where to read on."""
     context: Any = getattr(error, "ctx", None)
     hint = f"see: {context.command_path if context is not None else 'prunectl'} -h"
     message = " ".join(error.format_message().split()).rstrip(".")

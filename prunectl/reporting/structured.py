@@ -65,7 +65,7 @@ def channels_report(result: ChannelPruneResult, output: str) -> Report:
 
 
 def _next_step(result: ChannelPruneResult, output: str) -> str:
-    """To train what is smaller; to compare sizes where only what made no difference is gone."""
+    """The next command: training; or a comparison of sizes where only dead channels were removed."""
     if not output or result.cutting.only_dead:
         return compare_sizes(result.before, output)
     return recover_accuracy(result.before, output, result.builder)
@@ -189,7 +189,7 @@ def blocks_report(result: BlocksPruned, output: str) -> Report:
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
-    """Numbers as they are typed: `4, 20-23`."""
+    """Numbers with ranges: `4, 20-23`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

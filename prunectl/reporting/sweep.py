@@ -38,7 +38,7 @@ def plot(sweep: Swept, best: list[Trial]) -> Table:
         )
         steps.append((number - low) / tall)
     grid = [list(line.ljust(_COLUMNS, "\u2800")) for line in braille_plot(steps, _COLUMNS, _ROWS)]
-    # What is on the front is drawn over what is in the same place and is not.
+    # Trials on the front are drawn last, over others in the same place.
     drawn = sorted(results, key=lambda trial: trial not in best)
     for trial in reversed(drawn):
         result = results[trial]
@@ -93,7 +93,7 @@ def sweep_report(sweep: Swept, model: str) -> Report:
 
 
 def trial_line(trial: Trial, result: TrialResult | PrunectlError) -> str:
-    """The result of a trial, in a line."""
+    """The result of a trial in a line."""
     if isinstance(result, PrunectlError):
         return f"{trial.name}: {result.message}"
     if not result.is_number:
@@ -102,7 +102,7 @@ def trial_line(trial: Trial, result: TrialResult | PrunectlError) -> str:
 
 
 def _optional_columns(sweep: Swept) -> tuple[bool, bool]:
-    """Whether there are patterns to tell apart, and parameters."""
+    """Whether the table needs a column of patterns, and one of parameters."""
     return sweep.config.patterns != (UNSTRUCTURED,), bool(sweep.config.params)
 
 
@@ -152,7 +152,7 @@ def _file(sweep: Swept, trial: Trial) -> str:
 
 
 def _search_section(sweep: Swept) -> Table:
-    """A table of the largest sparsity of each variant that keeps within the drop."""
+    """A table of the largest sparsity of each variant within the drop."""
     rows: list[tuple[Cell, ...]] = []
     for variant, trial in sweep.best.items():
         row = _row(sweep, trial, []) if trial is not None else (*_trial_name(sweep, variant), *[None] * 5, "", "none")
@@ -213,7 +213,7 @@ def _judged_by(sweep: Swept) -> tuple[str, ...]:
 
 
 def _shapes(sweep: Swept) -> tuple[str, ...]:
-    """Say which patterns decide the sparsity by themselves, and what was left out."""
+    """Sentences on patterns that fix the sparsity, and on combinations that were left out."""
     fixed_by = {variant.pattern: implied_sparsity(variant.pattern) for variant in variants(sweep.config)}
     decided = (
         f"The pattern {pattern} fixes the sparsity at {percent(share)}: no other was tried."
@@ -232,7 +232,7 @@ def _limit(sweep: Swept) -> str:
 
 
 def _compared(comparison: ScheduleComparison, sweep: Swept) -> str:
-    """Answer which of two schedules is better here, and say so where the pairs do not agree."""
+    """A sentence on which of two schedules is better here, also where the pairs disagree."""
     ahead, behind = (comparison.right, comparison.left) if comparison.mean >= 0 else (comparison.left, comparison.right)
     sign = 1 if comparison.mean >= 0 else -1
     gains = sorted(sign * gain for gain in comparison.gains)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _GAP = 2
 _COMFORTABLE, _NARROWEST = 24, 12
-"""How narrow a column of text may get before others are left out for it, and once only indispensable ones are left."""
+"""The least width of a column of text while optional columns remain, and once only the others are left."""
 
 
 def print_table(table: Table, console: Console, settings: Settings, rows: int) -> None:
@@ -67,10 +67,10 @@ def _colored(column: Column, cell: str) -> Text:
 
 
 def fit_columns(table: Table, lines: Sequence[Sequence[str]], width: int) -> tuple[dict[int, int], list[str]]:
-    """The columns that fit, each with its width, and the heads of the others in the order in which they gave way.
+    """The columns that fit, each with its width, and the headings of the others in the order of their removal.
 
-    A column gives way if it is optional, the last of them before the others; of those that are not, again the last,
-    but never the first of all. Text is shortened or wrapped before that, but not more than can be read.
+    Optional columns are removed from the last to the first, then the others in the same order, but never the first
+    column. Text is shortened or wrapped before that, as long as it stays readable.
     """
     everything = range(len(table.columns))
     longest = [max((_cells(line[number]) for line in lines), default=1) for number in everything]
@@ -78,12 +78,12 @@ def fit_columns(table: Table, lines: Sequence[Sequence[str]], width: int) -> tup
     full = [max(longest[number], _cells(heads[number]), 1) for number in everything]
 
     def least(number: int, text: int) -> int:
-        # A head with several words may take several lines.
+        # A heading of several words may take several lines.
         word = max(map(_cells, heads[number].split()), default=1)
         column = table.columns[number]
         return max(longest[number] if column.is_number or column.is_whole else min(longest[number], text), word, 1)
 
-    # What may go and is empty from top to bottom tells nothing at any width.
+    # An optional column without a value is left out at any width.
     shown = [number for number in everything if longest[number] or not table.columns[number].is_optional]
     hidden = []
     optional = [number for number in reversed(shown) if table.columns[number].is_optional]
@@ -99,7 +99,7 @@ def fit_columns(table: Table, lines: Sequence[Sequence[str]], width: int) -> tup
             break
     spare = max(width - sum(needs.values()) - _GAP * (len(shown) - 1), 0)
     words = [max((_cells(word) for line in lines for word in line[number].split()), default=0) for number in everything]
-    # Words first, then whole cells; who needs little gets it, and the rest is shared.
+    # Columns first get room for their longest words, then for whole cells: narrow ones in full, others share the rest.
     for wanted in (words, full):
         missing = {number: max(wanted[number] - needs[number], 0) for number in shown}
         for place, number in enumerate(sorted(shown, key=lambda number: missing[number])):
@@ -115,7 +115,7 @@ def _fits(widths: Iterable[int], width: int) -> bool:
 
 
 def _cells(text: str) -> int:
-    """How many places of a terminal a text takes: some letters take two."""
+    """The width of a text on a terminal, where some characters take two cells."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len  # noqa: PLC0415 - see above
@@ -127,14 +127,14 @@ _PLACES = 12
 
 
 def shorten_all(texts: Sequence[str], width: int) -> list[str]:
-    """Texts of which no word is wider than that; two that differ are not made equal where it can be helped."""
+    """Texts shortened so that no word is wider than `width`; texts that differ stay different where possible."""
     short = {text: _shorten_words(text, width) for text in texts}
     uses = Counter(short.values())
     clashing = [text for text, result in short.items() if uses[result] > 1 and " " not in text]
     if clashing:
         others = {short[text] for text in short.keys() - set(clashing)}
         best = 0
-        # Cut in one place, which for most names is right for all of them.
+        # All names are cut in the same place first, which is enough for most.
         places = range(0, width, max(width // _PLACES, 1))
         for begin in sorted(places, key=lambda place: abs(place - width // 3)):
             cut = {text: _without_letters(text, width, begin) for text in clashing}
@@ -159,10 +159,10 @@ _CHEAP, _FIRST = 1, 2
 
 
 def shorten(name: str, width: int) -> str:
-    """A name with an ellipsis in place of what tells least in it.
+    """A name with an ellipsis in place of its least informative part.
 
-    That is a run of whole parts (`model…0.mlp.down_proj.weight`): not the last two, which say what it is, and none
-    with a number, which says which one; else letters in the middle.
+    That is a run of whole parts (`model…0.mlp.down_proj.weight`), but not the last two, which name the tensor, and no
+    part with a number, which names the layer; else letters in the middle.
     """
     if _cells(name) <= width:
         return name
@@ -173,7 +173,7 @@ def shorten(name: str, width: int) -> str:
 
 
 def _without_letters(name: str, width: int, begin: int) -> str:
-    """A name whose middle is left out, from that place on."""
+    """A name without its middle, from the index `begin` on."""
     if _cells(name) <= width:
         return name
     for length in range(width - 1, -1, -1):
@@ -208,7 +208,7 @@ def _without_parts(name: str, width: int) -> str | None:
 
 
 def _without_most_parts(name: str, parts: list[re.Match[str]], width: int) -> str | None:
-    """The parts with numbers and the last two, with the first if there is room: `model…0…7.w1.weight`."""
+    """The parts with numbers and the last two parts, and the first if there is room: `model…0…7.w1.weight`."""
     for begins in (1, 0):
         kept = [
             place
@@ -217,7 +217,7 @@ def _without_most_parts(name: str, parts: list[re.Match[str]], width: int) -> st
         ]
         short, end = "", 0
         for before, place in zip((-1, *kept), kept, strict=False):
-            # Neighbours keep what stands between them, and with it what stands before the first.
+            # Adjacent parts keep the separator between them, and the first part keeps the text before it.
             begin = end if place == before + 1 else parts[place].start()
             short += ("" if place == before + 1 else "…") + name[begin : parts[place].end()]
             end = parts[place].end()

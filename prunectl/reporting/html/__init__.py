@@ -22,11 +22,11 @@ from prunectl.reporting.report import Cell, Column, Failure, Report, Section, Ta
 from prunectl.units import Units
 
 _FILTERED_FROM = 9
-"""Rows that are seen at a glance need no filter."""
+"""Tables from this number of rows on have a filter."""
 
 
 def table_html(table: Table, identity: str, units: Units) -> str:
-    """A table; its rows are those of the report, in that order until somebody clicks."""
+    """A table with the rows of the report, in their order until a heading is clicked."""
     table = _without_empty(table)
     heads = "".join(_head(column) for column in table.columns)
     rows = "".join(_row(table, row, units) for row in table.rows)
@@ -39,7 +39,7 @@ def table_html(table: Table, identity: str, units: Units) -> str:
 
 
 def _without_empty(table: Table) -> Table:
-    """The table without the columns that may go and tell nothing."""
+    """The table without optional columns that are empty."""
     shown = [
         place
         for place, column in enumerate(table.columns)
@@ -86,13 +86,13 @@ def _css_class(column: Column) -> str:
 
 _FAILED = {1: "A limit is exceeded"}
 GENERATOR_TAG = '<meta name="generator" content="prunectl">'
-"""By which one of our pages is known again."""
+"""The tag by which a page of prunectl is recognised."""
 PLOT = "plot"
-"""The name of a table that draws the points of a sweep."""
+"""The name of the table that plots the trials of a sweep."""
 
 
 def page(report: Report, command: str, units: Units, typed: str = "") -> str:
-    """Render a report as a self-contained HTML file, with what was typed for it at its end."""
+    """Render a report as a self-contained HTML file, with the command line at its end."""
     title = f"prunectl {command}"
     rules = (
         f"default-src 'none'; style-src {_hash(_STYLE)}; script-src {_hash(_SCRIPT)}; img-src data:; "
@@ -117,7 +117,7 @@ def page(report: Report, command: str, units: Units, typed: str = "") -> str:
 
 
 def _origin(typed: str) -> str:
-    """What a page was made by, and when; the day is that of SOURCE_DATE_EPOCH where builds have to repeat."""
+    """The version and the day of a page; SOURCE_DATE_EPOCH gives the day for reproducible builds."""
     seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
     day = datetime.fromtimestamp(int(seconds) if seconds.isdecimal() else time.time(), UTC).date()
     command = f"<code>{escape(typed)}</code><br>" if typed else ""
@@ -136,7 +136,7 @@ def _failures(failures: Iterable[Failure]) -> str:
 
 
 def _gates(report: Report, units: Units) -> str:
-    # Of findings, which are gates that say more, there is a table.
+    # Findings have a table of their own, with more detail than the gates.
     gates = [gate for gate in report.gates if type(gate) is LimitCheck]
     return "".join(
         f'<p class="{"good" if gate.ok else "bad"}">{"pass" if gate.ok else "FAIL"}: '
@@ -162,7 +162,7 @@ def _sections(report: Report, units: Units) -> str:
 
 
 def _section(section: Section, units: Units, number: Iterable[int], *, has_plot: bool) -> str:
-    # What is drawn in letters for a terminal is a picture here.
+    # Plots in characters for a terminal are pictures here.
     shown = [table for table in section.tables if not (has_plot and table.name == PLOT)]
     facts = "".join(f"{tag('dt', escape(name))}{tag('dd', escape(value))}" for name, value in section.facts)
     drawing = tag("pre", "\n".join(map(escape, section.drawing))) if section.drawing else ""
@@ -176,7 +176,7 @@ def _section(section: Section, units: Units, number: Iterable[int], *, has_plot:
 
 
 def _models(report: Report, units: Units) -> str:
-    """The pictures of each model; those of several are side by side where there is room."""
+    """The pictures of each model; those of several models are side by side where there is room."""
     pictures = "".join(
         _model(model, report.sparsity_maps.get(str(model["path"]), ()), units)
         for model in report.models
@@ -201,7 +201,7 @@ _HEAD_BYTES = 512
 
 
 def check(path: Path) -> None:
-    """Refuse a place that a page cannot have, before any work begins."""
+    """Refuse a path to which no page can be written, before any work begins."""
     atomic.check_beside(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint=f"name a file: --html {path / 'report.html'}")
@@ -211,7 +211,7 @@ def check(path: Path) -> None:
 
 def write(path: Path, report: Report, command: str, units: Units, typed: str = "") -> int:
     """Write a report as a page, and return its bytes."""
-    # Whatever the command itself has written there meanwhile stays.
+    # A file that the command itself has written there meanwhile is not replaced.
     check(path)
     text = page(report, command, units, typed)
     atomic.write_text(path, text, is_forced=True)
@@ -229,5 +229,5 @@ def _beside(name: str) -> str:
 
 
 _SCRIPT = _beside("page.js")
-"""What the page does: sort a table by a column, and show the rows that hold a word."""
+"""The script of the page: it sorts a table by a column, and shows the rows that contain a word."""
 _STYLE = _beside("page.css")

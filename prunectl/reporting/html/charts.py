@@ -26,12 +26,12 @@ _LONGEST_TEXT = 2000
 
 
 def escape(text: str) -> str:
-    """Text that is only ever text: nothing in it opens a tag, ends an attribute or turns around what follows."""
+    """Escape a text: nothing in it opens a tag, ends an attribute or reverses the direction of what follows."""
     return html.escape(printable(abbreviated(text, _LONGEST_TEXT)))
 
 
 def format_number(text: str, longest: int = _LONGEST) -> str:
-    """A name as text of a page: one that is too long loses its middle."""
+    """A name escaped for a page; the middle of one that is too long is left out."""
     shown = printable(abbreviated(text, _LONGEST_TEXT))
     if len(shown) > longest:
         end = (longest - 1) // 2
@@ -40,7 +40,7 @@ def format_number(text: str, longest: int = _LONGEST) -> str:
 
 
 def tag(name: str, inside: str = "", **attributes: str) -> str:
-    """An element around what is escaped already."""
+    """An element around content that is escaped already."""
     attribute_text = "".join(f' {key}="{escape(value)}"' for key, value in attributes.items())
     return f"<{name}{attribute_text}>{inside}</{name}>"
 
@@ -60,7 +60,7 @@ class Scale:
 
     @classmethod
     def of(cls, values: Sequence[float], begin: float, end: float) -> Scale:
-        """The scale on which all of these lie, with a little air."""
+        """The scale of all values, with a small margin."""
         low, high = min(values), max(values)
         air = (high - low or abs(high) or 1.0) * 0.04
         return cls(low - air, high + air, begin, end)
@@ -71,7 +71,7 @@ class Scale:
 
     @property
     def marks(self) -> list[float]:
-        """The numbers that stand at the axis: round ones, a step of 1, 2 or 5 apart."""
+        """The ticks of the axis: round numbers, with steps of 1, 2 or 5 times a power of ten."""
         rough = (self.high - self.low) / _LINES
         power = 10.0 ** math.floor(math.log10(rough))
         step = power * next(size for size in (1, 2, 5, 10) if size * power >= rough)
@@ -106,7 +106,7 @@ def axes(x: Scale, y: Scale, names: tuple[str, str], marks: Mapping[float, str])
 
 
 def chart(label: str, inside: str, more: int = 0) -> str:
-    """A chart as SVG, with room for a legend below; on a narrow screen it is moved sideways."""
+    """A chart as SVG, with room for a legend below; a narrow screen scrolls it sideways."""
     wide, tall = LEFT + WIDTH + 60, TOP + HEIGHT + BELOW + more
     return _scrolling(f'<svg viewBox="0 -12 {wide} {tall + 12}" role="img" aria-label="{escape(label)}">{inside}</svg>')
 
@@ -133,7 +133,7 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
 
 
 def _bar(layer: dict[str, Any]) -> str:
-    """The name, the bar as wide as there is room, and the number, so that letters keep their size on any screen."""
+    """The name, a bar that scales with the screen, and the number, so that text keeps its size on any screen."""
     share = layer["sparsity"]
     length = round(share * _BARS_WIDTH, 1)
     title = f"{escape(layer['name'])}: {percent(share)} of {count(layer['params'])} weights are zero"
@@ -189,7 +189,7 @@ def _picture(lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
     """A scatter plot of the trials of a sweep with the Pareto front; empty where there is no sweep."""
-    # What came to no number has no place.
+    # A trial without a number cannot be drawn.
     points = [model for model in models if "point" in model and model["point"]["value"] is not None]
     if not points:
         return ""
@@ -200,7 +200,7 @@ def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
     best = sorted((point for point in points if point["point"]["is_front"]), key=_size)
     ways = list(dict.fromkeys(name for point in points if (name := _way(point))))
     inside = axes(x, y, ("gzip", metric), marks) + _steps(best, x, y)
-    # What is on the front is drawn over what is not.
+    # Trials on the front are drawn last, over the others.
     inside += "".join(
         _dot(point, x, y, ways, units) for point in sorted(points, key=lambda one: one["point"]["is_front"])
     )
@@ -210,7 +210,7 @@ def pareto(models: Sequence[dict[str, Any]], units: Units) -> str:
 
 
 def _legend(ways: Sequence[str]) -> str:
-    """What the colours mean, and what the shapes do."""
+    """The legend of colours and shapes."""
     rows = []
     for number, name in enumerate(ways):
         top = TOP + HEIGHT + BELOW + number * _LEGEND_LINE
@@ -222,7 +222,7 @@ def _legend(ways: Sequence[str]) -> str:
 
 
 def _way(model: dict[str, Any]) -> str:
-    """How a model was pruned, but for how much; empty for the unpruned one."""
+    """How a model was pruned, without its sparsity; empty for the unpruned one."""
     point = model["point"]
     parts = [point[key] for key in ("strategy", "scope", "schedule", "pattern", "params")]
     return " ".join(part for part in parts if part and part != UNSTRUCTURED)
@@ -242,7 +242,7 @@ def _steps(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
 
 
 def _dot(model: dict[str, Any], x: Scale, y: Scale, ways: Sequence[str], units: Units) -> str:
-    """A point in the colour of its way; those of the front are larger, and the unpruned model is a diamond."""
+    """A point in the colour of its method; those on the front are larger, and the unpruned model is a diamond."""
     point, way = model["point"], _way(model)
     name = f"{way} {percent(point['sparsity'])}" if way else "unpruned"
     title = escape(f"{name}: {point['metric']} {point['value']:.4g}, {nbytes(_size(model), units)}")
@@ -259,7 +259,7 @@ _LABEL_WIDTH, _LABEL_HEIGHT = 40, 12
 
 
 def _labels(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
-    """The sparsities of the points on the front, but for those that would lie on another."""
+    """The sparsities of the points on the front, without labels that would overlap."""
     placed: list[tuple[float, float]] = []
     texts = []
     for model in filter(_way, best):
@@ -272,7 +272,7 @@ def _labels(best: Sequence[dict[str, Any]], x: Scale, y: Scale) -> str:
 
 _TREEMAP_WIDTH, _HEIGHT = 800.0, 280.0
 _LEAST_SHARE = 0.0003
-"""Smaller ones are drawn as one: they would be less than a letter."""
+"""Tensors with a smaller share of the size are drawn as one box."""
 _FAINT, _FULL = 0.12, 0.6
 _LETTER, _TREEMAP_LINE, _LEAST_LETTERS = 6.5, 14.0, 5
 
@@ -371,7 +371,7 @@ def png(levels: NDArray[np.uint8], colors: Sequence[Color]) -> bytes:
     """Encode a PNG with 4 bits a pixel and a palette."""
     tall, wide = levels.shape
     even = np.pad(levels, ((0, 0), (0, wide % 2)))
-    # Two pixels in a byte, the left one high; each line begins with the number of its filter, which is none.
+    # Two pixels in a byte, the left one in the high bits; each line begins with its filter type, 0 for none.
     lines = np.pad(even[:, ::2] << _BITS | even[:, 1::2], ((0, 0), (1, 0)))
     parts = (
         (b"IHDR", struct.pack(">IIBBBBB", wide, tall, _BITS, _PALETTE, 0, 0, 0)),
@@ -386,8 +386,8 @@ def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-_PIXELS, _LEAST, _MOST_MAPS = 4, 24, 256
-"""Of the screen, for a field; and for a side."""
+_PIXELS, _LEAST, _MOST = 4, 24, 256
+"""Pixels for a field, and the least and the most pixels for a side."""
 _KEPT, _ZERO = (11, 107, 203), (233, 237, 241)
 
 
@@ -397,11 +397,11 @@ def _blend(share: float) -> Color:
 
 
 COLORS = tuple(_blend(level / (LEVELS - 1)) for level in range(LEVELS))
-"""From kept to zero."""
+"""The colours from kept (0) to zero (15)."""
 
 
 def draw_sparsity_maps(maps: Sequence[SparsityMap]) -> str:
-    """Pictures of where the zeros are; empty if there are no maps."""
+    """Pictures of the zeros; empty if there are no maps."""
     if not maps:
         return ""
     legend = "Blue weights are kept, pale ones are zero. Rows are outputs, columns are inputs."
@@ -409,7 +409,7 @@ def draw_sparsity_maps(maps: Sequence[SparsityMap]) -> str:
 
 
 def quantise(sparsity_map: SparsityMap) -> NDArray[np.uint8]:
-    """The share of zeros in each field, from 0 to 15; the ends are for none and for all."""
+    """The share of zeros in each field, from 0 to 15; 0 and 15 mean exactly none and all."""
     share = np.rint(sparsity_map.zeros * (LEVELS - 1) / sparsity_map.sizes).astype(np.int64)
     inner = np.clip(share, 1, LEVELS - 2)
     return np.where(
@@ -426,7 +426,7 @@ def describe_map(sparsity_map: SparsityMap) -> str:
 
 def _figure(sparsity_map: SparsityMap) -> str:
     levels = quantise(sparsity_map)
-    height, width = (min(max(side * _PIXELS, _LEAST), _MOST_MAPS) for side in levels.shape)
+    height, width = (min(max(side * _PIXELS, _LEAST), _MOST) for side in levels.shape)
     alt = (
         f"{sparsity_map.name}, {count(sparsity_map.rows)} x {count(sparsity_map.columns)}: {describe_map(sparsity_map)}"
     )
