@@ -1,4 +1,4 @@
-"""A network in its own graph language, as structured pruning needs it: the interface, and who speaks which language."""
+"""The adapter between structured pruning and a framework: its interface, and the table of adapters by file format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunectl.training.backend import LoadOptions
 
 
 class PrunedShapes:
-    """The shapes of all values after channels were removed."""
+    """The shapes of all values after the removal of channels."""
 
     def __init__(self, trace: LabelTrace, removed_labels: Iterable[int]) -> None:
         self.trace = trace
@@ -39,7 +39,7 @@ class PrunedShapes:
         return tuple(after)
 
     def num_kept_before(self, name: str, axis: int, offset: int) -> int:
-        """The number of kept indices of an axis before an offset."""
+        """The number of kept indices in front of an offset on an axis."""
         labels = self.trace.labels_of(name)
         line = self.trace.labels.along(labels, axis)
         if line is None:
@@ -65,66 +65,66 @@ class PrunedShapes:
 
 
 RemovedIndices = Mapping[tuple[str, int], LabelArray]
-"""The indices that go, by weight and axis."""
+"""The removed indices, by weight and axis."""
 Axes = Mapping[int, LabelArray]
-"""The indices that go from one weight, by axis."""
+"""The removed indices of one weight, by axis."""
 Feeds = Mapping[str, Array]
 Runner = Callable[[Feeds], list[Any]]
-"""From inputs by name to what comes out, and then what was asked to be shown besides."""
+"""From inputs by name to the outputs of the network, followed by the observed inner values."""
 _WEIGHTED_KINDS = frozenset({OpKind.CONVOLUTION, OpKind.LINEAR, OpKind.RECURRENT})
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenNetwork:
-    """A network on disk, and what only came up while it was cut and written."""
+    """A network on disk, and facts that became known only while it was pruned and written."""
 
     path: Path
     notes: tuple[str, ...] = ()
-    """What a user should know."""
+    """Sentences for the user."""
     omitted_tensors: frozenset[str] = frozenset()
-    """Tensors of the file that the smaller network has no use for."""
+    """Tensors of the original file that the smaller network does not need."""
 
 
 class GraphAdapter(ABC):
-    """A network in its own graph language: read as a graph, pruned, run, and written.
+    """A network of one framework: traced as a graph, pruned, run, and written.
 
-    Networks are handed about as the language has them in memory: what `prune` and `with_weights` return, `runner` and
-    `write` take. What most languages share is said here once.
+    `prune` and `with_weights` return a network in the framework's own representation; `runner` and `write` take it.
+    The defaults of this class suit most frameworks.
     """
 
     @property
     @abstractmethod
     def graph(self) -> ChannelGraph:
-        """The operations; weights are called what the file calls them."""
+        """The operations; weights have the names that they have in the file."""
 
     @property
     def copied_from(self) -> Mapping[str, str]:
-        """The original of each weight that is in the graph but not in the file."""
+        """For each weight of the graph that the adapter copied, the tensor of the file that it was copied from."""
         return {}
 
     @property
     def coupled_tensors(self) -> Mapping[str, str]:
-        """Tensors of the file that are cut as a weight is, such as the state of an optimizer, by the weight's name."""
+        """Tensors of the file that are cut like a weight, such as optimizer state; with the name of that weight."""
         return {}
 
     @property
     def omitted_tensors(self) -> frozenset[str]:
-        """Tensors of the file that are left out on purpose; `notes` says so."""
+        """Tensors of the file that are left out on purpose; `notes` tells the user."""
         return frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the user about what is written."""
+        """Sentences for the user about the written file."""
         return ()
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """Guesses that made a difference, each with the option that replaces it."""
+        """Guesses that affected the result, each with the option that overrides it."""
         return ()
 
     @property
     def length_hint(self) -> str:
-        """How to give the lengths of open axes, where some were assumed that may not fit."""
+        """A hint how to give the lengths of open axes, where assumed lengths may be wrong."""
         return "\n".join(self.assumptions)
 
     @property
@@ -134,26 +134,26 @@ class GraphAdapter(ABC):
 
     @property
     def has_float64(self) -> bool:
-        """Whether its runtime can calculate in float64, whatever the network itself does."""
+        """Whether the runtime can run the network in float64, even if its own precision is lower."""
         return True
 
     @property
     def class_name(self) -> str:
-        """The class that is written beside the weights; empty where none is."""
+        """The class that is written in a companion file; empty if there is none."""
         return ""
 
     def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """The files that are written beside a target."""
+        """The files that are written beside the output file `target`."""
         del target
         return ()
 
     @abstractmethod
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """Remove channels; some weights have other numbers before they are cut."""
+        """The network without the removed channels; `weights` are new values that some weights get before the cut."""
 
     @abstractmethod
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
-        """The network as it was read, some of its numbers replaced."""
+        """The original network with new values for some weights."""
 
     @abstractmethod
     def random_inputs(self, random: np.random.Generator) -> Feeds:
@@ -163,18 +163,18 @@ class GraphAdapter(ABC):
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
         """A function that runs a network in its own runtime, and records inner values by their names in the graph.
 
-        Outputs come first, then one value for each name, in their order and as the graph has their axes. All names are
-        observable. WorkError if the runtime cannot load it.
+        It returns the outputs, then one value for each name in `observed`, in that order and with the axes of the
+        graph. All names must be in `observable`. WorkError if the runtime cannot load the network.
         """
 
     def widened(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
-        """A runner in float64 in place of the one of the same network, which cannot be used after that."""
+        """A float64 runner that replaces `built`, a runner of the same network, which must not be used afterwards."""
         del built
         return self.runner(network, observed, in_float64=True)
 
     @abstractmethod
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
-        """Write a network into a scratch folder, under the names that belong to a target."""
+        """Write a network into the scratch folder, under the file names of the target."""
 
 
 def outputs_of_weighted_layers(graph: ChannelGraph) -> frozenset[str]:
@@ -183,7 +183,7 @@ def outputs_of_weighted_layers(graph: ChannelGraph) -> frozenset[str]:
 
 
 def removed_by_tensor(removed: RemovedIndices) -> dict[str, dict[int, LabelArray]]:
-    """The indices that go from each axis, by weight."""
+    """The removed indices of each axis, grouped by weight."""
     by_tensor: dict[str, dict[int, LabelArray]] = {}
     for (name, axis), indices in removed.items():
         by_tensor.setdefault(name, {})[axis] = indices
@@ -196,7 +196,7 @@ def pruned_shape(name: str, shape: Iterable[int], removed: RemovedIndices) -> tu
 
 
 def delete_indices(array: Array, axes: Axes) -> Array:
-    """A weight without some indices of some axes."""
+    """A copy of a weight without the given indices."""
     for axis, indices in axes.items():
         array = np.delete(array, indices, axis)
     return array
@@ -204,14 +204,14 @@ def delete_indices(array: Array, axes: Axes) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
-    """A graph language, and the formats whose files speak it."""
+    """An adapter, and the file formats that it reads."""
 
     name: str
     formats: frozenset[str]
     reader: str
-    """`module:function` in this package that makes a source of a model, its origin and the shapes of data."""
+    """`module:function` in this package; the function makes an adapter from a model, load options and data shapes."""
     needs: str = ""
-    """The package that this module imports, which is called as the extra that brings it."""
+    """The framework that the module imports; the extra that installs it has the same name."""
 
 
 FRONTENDS = (
@@ -228,16 +228,13 @@ FRONTENDS = (
 
 
 def open_adapter(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> GraphAdapter:
-    """The adapter of the graph language that a file is written in.
-
-    What data goes in tells how long the axes are that a file leaves open.
-    """
+    """The adapter for the format of a model; `data` gives the lengths of axes that the file leaves open."""
     for frontend in FRONTENDS:
         if model.format in frontend.formats:
             if frontend.needs:
-                from prunectl.training import user_code  # noqa: PLC0415 - it knows the code of all formats
+                from prunectl.training import user_code  # noqa: PLC0415 - it handles the code of all formats
 
-                # The others are followed without their framework, and ask before they load it.
+                # The other adapters trace without their framework; they check user code before they import it.
                 user_code.check(model, origin)
                 user_code.require_network(model, origin)
                 require(frontend.needs, extra=frontend.needs)

@@ -34,14 +34,14 @@ class TargetKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SizeTarget:
-    """A target for parameters, FLOPs or compressed bytes: a number, or a share of the original's."""
+    """A target for parameters, FLOPs or compressed bytes: a number, or a share of the original number."""
 
     kind: TargetKind
     number: int = 0
     share: float | None = None
 
     def limit(self, before: int) -> int:
-        """The target as a number, of an original amount."""
+        """The target as a number, given the number of the original."""
         return self.number if self.share is None else int(self.share * before)
 
 
@@ -82,11 +82,11 @@ def smallest_ratio(
 
 
 KIND = "channel strategy"
-"""What `plugins.find` calls them; their entry points are `prunectl.channels`."""
+"""The kind of plugin for `plugins.find`; its entry-point group is `prunectl.channels`."""
 
 
 def importance_from_function(function: object, name: str, params: tuple[str, ...]) -> Importance:
-    """An importance made of a user's function from rows of weights, one row a channel, to a score for each."""
+    """An importance from a user's function, which takes weights with one row for each channel and returns scores."""
     if not callable(function):
         raise UsageError(f"{name} is not a function from rows of weights to scores")
     scorer: Callable[..., Any] = function
@@ -112,38 +112,38 @@ def importance_from_function(function: object, name: str, params: tuple[str, ...
 
 MIN_CHANNELS = 2
 _DEFAULT = "magnitude"
-"""What `prune` takes if no strategy is named: for channels, their norm."""
+"""The strategy that `prune` uses if none is named; for channels it means channel-norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelConfig:
-    """Every choice that decides which channels go."""
+    """Every choice that decides which channels are removed."""
 
     ratio: float
-    """Share of the channels that can go."""
+    """The share of the prunable channels to remove."""
     importance: Importance | None
-    """None for chance."""
+    """None for random scores."""
     scope: Scope = Scope.LAYER
     only: str = ""
     exclude: tuple[str, ...] = ()
     layers: tuple[tuple[str, float], ...] = ()
     min_channels: int = MIN_CHANNELS
-    """How many of a group stay at least."""
+    """The smallest number of channels that each group keeps."""
     round_to: int = 1
-    """What the number of those that stay is a multiple of."""
+    """The number of kept channels of a group is rounded up to a multiple of this."""
     max_ratio: float = 1.0
-    """Share of a group that goes at most."""
+    """The largest share of a group that is removed."""
     seed: int = 0
     threshold: float | None = None
-    """How much like another a channel is that goes."""
+    """Channels at least this similar to a kept one are removed, from 0 to 1; None to remove by ratio."""
     target: SizeTarget | None = None
-    """What the ratio is to be found for."""
+    """If given, the ratio is searched so that this target is reached."""
     only_dead: bool = False
-    """Whether only channels go that make no difference."""
+    """Whether only dead channels are removed, which do not change the outputs."""
 
     @property
     def removes_nothing(self) -> bool:
-        """Whether the configuration removes no channel by itself."""
+        """Whether the configuration itself asks for no removal, such as `--sparsity 0`."""
         has_amount = self.target is not None or self.only_dead or self.threshold is not None
         return not has_amount and not self.ratio and not any(ratio for _, ratio in self.layers)
 

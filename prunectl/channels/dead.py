@@ -15,9 +15,9 @@ from prunectl.formats.base import Array
 from prunectl.pruning.plan import SkippedTensor
 
 _INPUTS = 2
-"""What is always the same is so for different ones."""
+"""The number of random batches: a value is constant if it is the same for all of them."""
 _CLOSE = 1e-5
-"""How far numbers may be apart that are one, relative to the largest that comes out."""
+"""The largest difference of values that count as equal, relative to the largest output."""
 
 
 def fold_into_bias(
@@ -29,9 +29,9 @@ def fold_into_bias(
     indices: Sequence[int],
     weights: dict[str, Array],
 ) -> bool:
-    """Fold constant inputs of a layer into its bias, and zero the weights that read them; False where it cannot.
+    """Fold constant inputs of a layer into its bias, and zero the weights that read them; False if that is impossible.
 
-    The weights are those that were changed before, and get what changes here.
+    `weights` holds the weights that earlier folds changed; this fold updates it.
     """
     if node.outputs[0] not in adapter.observable:
         return False
@@ -49,7 +49,10 @@ def fold_into_bias(
 def _difference(
     adapter: GraphAdapter, node: OpNode, before: dict[str, Array], after: dict[str, Array]
 ) -> tuple[Array, float]:
-    """What it makes of a difference, for several inputs behind one another, and the largest number there."""
+    """The outputs of a node with the weights before less those with the weights after, and the largest |output|.
+
+    The outputs of the random batches are stacked on a new first axis.
+    """
     runners = [adapter.runner(adapter.with_weights(weights), node.outputs[:1]) for weights in (before, after)]
     random = np.random.default_rng(0)
     batches = [adapter.random_inputs(random) for _ in range(_INPUTS)]
@@ -58,12 +61,12 @@ def _difference(
 
 
 def _constant(node: OpNode, difference: Array, scale: float) -> Array | None:
-    """One number for each channel that comes out; None if it depends on what goes in, or on the position."""
-    # In front of the axes of the operation is that of the inputs.
+    """One constant for each output channel; None if the difference depends on the input data or the position."""
+    # The first axis counts the batches, so that the channel axis 1 of a convolution is axis 2 here.
     axis = 2 if node.kind is OpKind.CONVOLUTION else difference.ndim - 1
     rows = np.moveaxis(difference, axis, 0).reshape(difference.shape[axis], -1)
     if node.kind is OpKind.RECURRENT:
-        # What comes out is no sum: it cannot make up for anything.
+        # Gates and activations follow its sums, so that a constant cannot be added to its outputs: only zero is folded.
         return np.zeros(len(rows)) if np.abs(rows).max(initial=0.0) <= _CLOSE * scale else None
     if np.ptp(rows, axis=1).max(initial=0.0) > _CLOSE * scale:
         return None
@@ -72,7 +75,7 @@ def _constant(node: OpNode, difference: Array, scale: float) -> Array | None:
 
 
 def _absorb(trace: LabelTrace, node: OpNode, constant: Array, weights: dict[str, Array]) -> bool:
-    """Add a constant to a bias, or to what is added next, or take it from the mean that is subtracted next."""
+    """Add a constant to the bias or to a weight that is added next, or subtract it from the mean of a norm behind."""
     if trace.is_view(node, 2):
         return _add_to_weight(trace, node.inputs[2], constant, weights)
     reader, axis, is_transposed = _single_consumer(trace, node)
@@ -87,7 +90,7 @@ def _absorb(trace: LabelTrace, node: OpNode, constant: Array, weights: dict[str,
 
 
 def _single_consumer(trace: LabelTrace, node: OpNode) -> tuple[OpNode | None, int, bool]:
-    """The only operation that reads an output, the axis of its channels there, and if its axes were turned."""
+    """The only operation that reads an output, apart from transposes; the channel axis there, and if transposed."""
     axis = 1 if node.kind is OpKind.CONVOLUTION else len(trace.shape(node.outputs[0])) - 1
     is_transposed = False
     while len(readers := trace.readers(node)) == 1:
@@ -109,20 +112,20 @@ def _add_to_weight(trace: LabelTrace, name: str, constant: Array, weights: dict[
 
 @dataclass(frozen=True, slots=True)
 class DeadChannels:
-    """Dead channels, and the weights that absorb the constants they carried."""
+    """Dead channels, and the weights that absorb their constants."""
 
     pruned_groups: tuple[PrunedGroup, ...]
     skips: tuple[SkippedTensor, ...]
     weights: Mapping[str, Array]
-    """Weights that absorb the constants of these channels."""
+    """The new values of weights that read these channels or absorb their constants."""
 
 
 def find_dead(
     adapter: GraphAdapter, trace: LabelTrace, groups: Sequence[ChannelGroup], selected: Sequence[ChannelGroup]
 ) -> DeadChannels:
-    """Which channels of the selected groups are dead; what they always say is folded into what reads them.
+    """Find the dead channels of the selected groups, and fold their constants into the layers that read them.
 
-    A channel that says something else at the borders, as behind a padding, stays, and that is said.
+    A channel whose contribution is not constant, as at the borders behind padding, is kept and listed in `skips`.
     """
     weights = adapter.graph.weights
     zero_consumed = _zero_channels(selected, AxisRole.IN, weights)
@@ -133,7 +136,7 @@ def find_dead(
         if not blocked:
             break
         for reader, labels in blocked:
-            skips.append(SkippedTensor(reader, "its input is constant, and it has no bias to absorb the constant"))
+            skips.append(SkippedTensor(reader, "no bias can absorb its constant input channels"))
             zero_produced -= labels
     dead = zero_consumed | zero_produced
     return DeadChannels(tuple(_pruned_group(group, dead) for group in selected), tuple(skips), folded)
@@ -141,12 +144,12 @@ def find_dead(
 
 def _pruned_group(group: ChannelGroup, dead: set[int]) -> PrunedGroup:
     dropped = [number for number, label in enumerate(group.labels.tolist()) if label in dead]
-    # A tensor without channels is none.
+    # A group must keep at least one channel: a tensor with an axis of length 0 is useless.
     return PrunedGroup(group, tuple(dropped if len(dropped) < len(group) else dropped[1:]))
 
 
 def _zero_channels(groups: Iterable[ChannelGroup], role: AxisRole, weights: Mapping[str, Array]) -> set[int]:
-    """The labels of channels that have nothing but zeros wherever they have this role, and have it somewhere."""
+    """The labels of channels whose weights are all zero on the axes with this role, of which there is at least one."""
     labels: set[int] = set()
     for group in groups:
         axes = [(axis, slices) for axis, slices in zip(group.axes, group.slices, strict=True) if axis.role is role]
@@ -162,7 +165,10 @@ def _zero_channels(groups: Iterable[ChannelGroup], role: AxisRole, weights: Mapp
 def _fold_all(
     adapter: GraphAdapter, trace: LabelTrace, groups: Iterable[ChannelGroup], zero_produced: set[int]
 ) -> tuple[dict[str, Array], list[tuple[str, set[int]]]]:
-    """Fold what reads these channels, one operation after the other; return what could not be folded too."""
+    """Fold these constant channels into the operations that read them, in order.
+
+    Returns the changed weights, and for each fold that failed the kernel and the labels of the channels.
+    """
     consumed: dict[tuple[str, int], tuple[list[int], set[int]]] = {}
     for group in groups:
         channels = np.isin(group.labels, list(zero_produced))
@@ -186,7 +192,7 @@ def _fold_all(
 
 
 def _consumed_axes(trace: LabelTrace) -> dict[str, dict[tuple[str, int], None]]:
-    """The axes of kernels on which operations read channels, by the name of the operation, each once."""
+    """For each operation by name, the axes of kernels on which it reads channels, without duplicates."""
     by_node: dict[str, dict[tuple[str, int], None]] = {}
     for note in trace.notes:
         if note.role is AxisRole.IN and note.labels.any():

@@ -26,32 +26,32 @@ class OpKind(StrEnum):
     MATMUL = "product"
     """Two values multiplied as matrices, over their last two axes."""
     RECURRENT = "recurrent"
-    """Inputs: data, kernel, recurrent kernel, bias, whatever else has units on its last axis. Attributes: units, gates.
+    """LSTM, GRU or simple RNN. Inputs: data, kernel, recurrent kernel, biases, states. Attributes: units, gates.
 
-    Kernels have gates times units before their last axis, biases on it. Whatever comes out has units on its last axis.
+    Kernels have gates * units on their second last axis, biases on the last. States and outputs have units on the last.
     """
     ATTENTION = "heads"
-    """An attention with several heads, from projections to projection.
+    """Multi-head attention, with its input projections and its output projection.
 
     Inputs: query, value, key; kernels of query, value and key, (in, heads, width), and of the output, (heads, width,
     out); biases of the same four, (heads, width) and (out); masks.
     """
     CHANNEL_NORM = "norm"
-    """Inputs: data, scale, shift, mean, variance; by channel, on axis 1."""
+    """Inputs: data, scale, shift, mean, variance; channels are on axis 1 of the data."""
     ELEMENTWISE = "each"
-    """Element by element, with broadcasting."""
+    """Elementwise, with broadcasting."""
     CONCAT = "concat"
     """Attributes: axis."""
     SPLIT = "split"
     """Attributes: axis, sizes."""
     SLICE = "slice"
-    """Attributes: slices: axis, start, stop, step of each."""
+    """Attributes: slices, each with axis, start, stop and step."""
     TRANSPOSE = "transpose"
     """Attributes: order."""
     RESHAPE = "reshape"
-    """The same numbers in the same order."""
+    """The same elements in the same order, in another shape."""
     ALONG_AXES = "stretch"
-    """Windows, pads, means, slices and sizes, along axes that have no channels. Attributes: axes."""
+    """Pooling, padding, reduction, softmax or resizing along axes; channels on these are locked. Attributes: axes."""
     UNKNOWN = "unknown"
 
 
@@ -61,21 +61,22 @@ class OpNode:
 
     name: str
     op: str
-    """As the file calls it."""
+    """The name of its type in the file, such as Conv."""
     kind: OpKind
     inputs: tuple[str, ...]
-    """Those that carry numbers; an empty name is left out."""
+    """The names of its data and weights; an empty name stands for an optional input that is left out."""
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """A weight as an operation sees it."""
+    """A value that is a stored weight, possibly with its axes permuted, removed or added."""
 
     tensor: str
+    """The name of the stored weight."""
     axes: tuple[int | None, ...]
-    """Which axis of the weight each axis is; None for one that was put in."""
+    """For each axis of the view the axis of the stored weight; None for an added axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +84,13 @@ class ChannelGraph:
     """A network as a graph."""
 
     nodes: tuple[OpNode, ...]
-    """In an order in which they can run."""
+    """In topological order."""
     weights: Mapping[str, Array]
     views: Mapping[str, WeightView]
-    """By the name of the value."""
+    """The values that are weights or views of weights, by name."""
     uses: Mapping[str, int]
-    """How often each weight meets an operation."""
+    """How many times operations read each weight or a view of it; making a view does not count."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of every value that is known, an open batch counted as 1."""
+    """The known shapes of values; an open batch axis counts as 1."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Dependency groups: the channels that must be removed together, and the weights that they are sliced from."""
+"""Dependency groups: channels on the same axes of the same weights, and the indices that each channel has there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunectl.training.backend import LoadOptions
 
 @dataclass(frozen=True, slots=True)
 class TensorAxis:
-    """An axis of a weight, and what it does for the channels on it."""
+    """An axis of a weight, and the role of the weight for the channels on that axis."""
 
     tensor: str
     axis: int
@@ -27,11 +27,11 @@ class TensorAxis:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelSlices:
-    """The indices of every channel of a group on one axis, channel by channel."""
+    """The indices of every channel of a group on one axis, in the order of the channels."""
 
     indices: LabelArray
     counts: LabelArray
-    """How many of them each channel has."""
+    """The number of indices of each channel."""
 
     def of(self, channels: Mask) -> LabelArray:
         """The indices of some channels."""
@@ -40,17 +40,17 @@ class ChannelSlices:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelGroup:
-    """Channels that lie on the same axes; each goes from all of them, or from none."""
+    """Channels that lie on the same axes; a channel is removed from all of these axes, or from none."""
 
     name: str
-    """The weight that produces them first."""
+    """The first weight that produces the channels."""
     axes: tuple[TensorAxis, ...]
     labels: LabelArray
-    """One for each channel."""
+    """One label for each channel."""
     slices: tuple[ChannelSlices, ...]
-    """Where they lie on each axis."""
+    """For each axis, the indices of the channels."""
     locked_because: str = ""
-    """Why none of them may go."""
+    """Why the channels cannot be removed; empty if they can."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,7 +61,7 @@ class ChannelGroup:
         return tuple(dict.fromkeys(axis.tensor for axis in self.axes if axis.role is AxisRole.OUT))
 
     def channel(self, number: int) -> list[tuple[int, ...]]:
-        """The indices of one channel on each axis."""
+        """The indices of a channel on each axis."""
         channels = np.arange(len(self)) == number
         return [tuple(slices.of(channels).tolist()) for slices in self.slices]
 
@@ -72,17 +72,17 @@ class PrunedGroup:
 
     group: ChannelGroup
     dropped: tuple[int, ...]
-    """Their numbers in it."""
+    """The positions of the removed channels in the group."""
 
     @property
     def labels(self) -> LabelArray:
-        """The labels of these channels."""
+        """The labels of the removed channels."""
         return self.group.labels[list(self.dropped)]
 
 
 def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
-    """Group the channels of a network by the axes that they lie on, in its order."""
-    # Of several notes on an axis the first: the others say the same.
+    """Group the channels of a network by the axes that they lie on, in the order of its operations."""
+    # One note for each axis is enough: `unify_shared` has united the labels of the others with those of the first.
     notes = list({(note.tensor, note.axis): note for note in reversed(trace.notes)}.values())[::-1]
     labelled = [_by_channel(trace.labels.roots(note.labels)) for note in notes]
     axes_of: dict[int, list[int]] = defaultdict(list)
@@ -110,14 +110,14 @@ _SHOWN_OPS = 4
 
 
 def _by_channel(roots: LabelArray) -> tuple[LabelArray, LabelArray]:
-    """Sort the indices of an axis by their channels, without those that are none; return both."""
+    """The labels and the indices of an axis, sorted by label, without indices that are no channel."""
     order = np.argsort(roots, kind="stable")
     order = order[roots[order] != FIXED]
     return roots[order], order
 
 
 def _slices(roots: LabelArray, indices: LabelArray, labels: LabelArray) -> ChannelSlices:
-    # Labels ascend: all channels of a group are first seen on the same axis, in the order of their labels.
+    # searchsorted needs ascending labels: all channels of a group first appear on the same axis, sorted by np.unique.
     own = np.isin(roots, labels)
     bounds = np.searchsorted(roots[own], labels)
     return ChannelSlices(indices[own], np.diff(bounds, append=int(own.sum())))
@@ -133,7 +133,7 @@ class ChannelGroups:
     path: str
     groups: tuple[ChannelGroup, ...]
     missing_because: str = ""
-    """Why there are none, where there are none."""
+    """Why the model has no groups; empty if it has some."""
 
     @property
     def channels(self) -> int:
@@ -155,7 +155,7 @@ def channel_groups(model: ModelFile, origin: LoadOptions = ORIGIN) -> ChannelGro
 
 
 def why_no_channels(graph: ChannelGraph) -> str:
-    """Why nothing in a graph makes channels: operations that are unknown, but for those that only come after such."""
+    """Why a graph has no channels: unknown operations, without those that read the output of another unknown one."""
     unknown = [node for node in graph.nodes if node.kind is OpKind.UNKNOWN]
     behind = {value for node in unknown for value in node.outputs}
     names = [*dict.fromkeys(node.op for node in unknown if behind.isdisjoint(node.inputs))]

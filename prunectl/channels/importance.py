@@ -26,13 +26,13 @@ from prunectl.training.data.source import EpochOrder
 Rows = NDArray[np.float64]
 """The weights of a channel in each row."""
 Similarity = NDArray[np.float64]
-"""How alike every two rows are: 1 if they are the same."""
+"""The similarity of every two rows: 1 if they are the same."""
 
 _CHUNK_BYTES = 32 << 20
 
 
 def cosine(rows: Rows) -> Similarity:
-    """The cosine of the angle between every two rows; rows of zeros are like each other alone."""
+    """The cosine of the angle between every two rows; rows of zeros are similar only to each other."""
     norms = _norms(rows)
     across = np.outer(norms, norms)
     similarity = np.divide(rows @ rows.T, across, out=np.zeros_like(across), where=across > 0)
@@ -40,20 +40,20 @@ def cosine(rows: Rows) -> Similarity:
 
 
 def euclidean(rows: Rows) -> Similarity:
-    """Return 1 less the distance over the product of norms, not below 0; rows of zeros are like each other alone."""
+    """1 - distance / product of norms, at least 0, of every two rows; rows of zeros are similar only to each other."""
     norms = _norms(rows)
     across = np.outer(norms, norms)
-    # Not from products of rows: where two are nearly the same, little would be left of the difference.
+    # Not |a|² + |b|² - 2ab: for nearly equal rows, almost all digits of the difference would cancel.
     distances = np.sqrt(_summed(rows, lambda rows_part, all_rows: np.square(rows_part - all_rows)))
     similarity = 1 - np.divide(distances, across, out=np.ones_like(across), where=across > 0)
     return _finalize(np.maximum(similarity, 0), norms)
 
 
 def iou(rows: Rows) -> Similarity:
-    """The sum of what every two rows share over that of what either has; rows of zeros share all.
+    """Intersection over union of every two rows; two rows of zeros have 1.
 
-    Two weights of one sign share the smaller and have the larger; those of opposite signs share nothing and have both.
-    Where no weight is negative, this is the sum of minima over the sum of maxima.
+    For two weights of the same sign the intersection is the smaller |weight| and the union the larger; for weights of
+    opposite signs they are 0 and the sum of both. Without negative weights: the sum of minima over the sum of maxima.
     """
     signed = np.concatenate([np.maximum(rows, 0), np.maximum(-rows, 0)], axis=1)
     shared = _summed(signed, np.minimum)
@@ -66,18 +66,18 @@ METRICS: Mapping[str, Callable[[Rows], Similarity]] = {"cosine": cosine, "euclid
 
 
 def redundancy(similarity: Similarity) -> Scores:
-    """For each row how well one that stays replaces it, as rows go one by one.
+    """The similarity of each row to the kept row that replaces it, as rows are removed greedily, one by one.
 
-    Of the two that are most alike the later goes, again and again, so that those with the highest scores are what goes
-    first however many are asked for. The last row has -1, as nothing is left to replace it.
+    Each round removes the later row of the most similar pair, so that for any number of removed rows these are the
+    ones with the highest scores. The last row has -1, as no row is left to replace it.
     """
     count = len(similarity)
-    # What replaces a row stands before it: of a pair it is the later one that goes.
+    # Only an earlier row replaces a row, as the later row of a pair is removed.
     before = np.where(np.tri(count, k=-1, dtype=np.bool_), similarity, -np.inf)
     best = before.max(axis=1, initial=-np.inf)
     scores = np.full(count, -1.0)
     for _ in range(count - 1):
-        # The last of equals, so that of many that are the same the first stays.
+        # Of equal maxima the last, so that the first of several identical rows is kept.
         removed = count - 1 - int(np.argmax(best[::-1]))
         scores[removed] = best[removed]
         best[removed] = -np.inf
@@ -88,7 +88,7 @@ def redundancy(similarity: Similarity) -> Scores:
 
 
 def dissimilarity(weights: Array, axis: int, metric: str = "cosine") -> Scores:
-    """How far each index of an axis is from what replaces it, from 0 to 2: the lowest go first."""
+    """The distance of each index of an axis from the index that replaces it, from 0 to 2; the lowest are removed."""
     return np.asarray(1 - redundancy(METRICS[metric](channel_rows(weights, axis))))
 
 
@@ -97,7 +97,7 @@ def _norms(rows: Rows) -> NDArray[np.float64]:
 
 
 def _finalize(similarity: Similarity, sizes: NDArray[np.float64]) -> Similarity:
-    """What is alike with 1 for each row and itself, and for every two rows of zeros."""
+    """Set the similarity to 1 for each row with itself, and for every two rows of zeros."""
     empty = sizes == 0
     completed = np.where(np.outer(empty, empty), 1.0, similarity)
     np.fill_diagonal(completed, 1.0)
@@ -105,7 +105,7 @@ def _finalize(similarity: Similarity, sizes: NDArray[np.float64]) -> Similarity:
 
 
 def _summed(rows: Rows, function: Callable[[Rows, Rows], Rows]) -> Similarity:
-    """The sum over the weights of something between every two rows, a few rows at a time."""
+    """The sum of an elementwise function over every two rows, a few rows at a time to limit memory."""
     step = max(_CHUNK_BYTES // max(rows.nbytes, 1), 1)
     chunks = [function(rows[begin : begin + step, np.newaxis], rows).sum(axis=2) for begin in range(0, len(rows), step)]
     return np.concatenate(chunks) if chunks else np.zeros((0, 0))
@@ -124,21 +124,23 @@ class RequiredData(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """A way to score channels by some of their weights."""
+    """A measure of channel importance: a score for each channel from some of its weights."""
 
     name: str
     roles: frozenset[AxisRole]
     function: Callable[[Array, int], Scores]
-    """From a weight and an axis to one number for each index."""
+    """From a weight and an axis to one score for each index."""
     summary: str
     key: str = ""
-    """The parameter that tells which way to measure."""
+    """The name of the `--param` that selects a variant, such as norm."""
     choices: Mapping[str, Callable[[Array, int], Scores]] = field(default_factory=dict)
+    """The function of each variant, by the value of this parameter."""
     choice: str = ""
+    """The selected variant; empty for the default."""
     needs: RequiredData = RequiredData.NOTHING
-    """What of the data it is that takes the place of weights."""
+    """The statistic of calibration data that `function` gets instead of the weights."""
     has_threshold: bool = False
-    """Whether a number by itself says that a channel may go: 1 less the threshold."""
+    """Whether a threshold may be given: it removes the channels with scores of at most 1 - threshold."""
 
 
 def absolute(weights: Array, axis: int) -> Scores:
@@ -152,7 +154,7 @@ def squared(weights: Array, axis: int) -> Scores:
 
 
 def geometric_median(weights: Array, axis: int) -> Scores:
-    """The sum of distances to all others, low for what the others replace best: FPGM (He et al. 2019)."""
+    """The sum of distances to all other channels, low for those that others replace best: FPGM (He et al. 2019)."""
     rows = channel_rows(weights, axis)
     squares = np.square(rows).sum(axis=1)
     squared_distances = squares[:, None] + squares[None, :] - 2 * (rows @ rows.T)
@@ -210,9 +212,9 @@ RANDOM = "random"
 
 
 def group_importance(group: ChannelGroup, weights: Mapping[str, Array], importance: Importance) -> Scores | None:
-    """Score each channel of a group, the mean over its axes; None if it has none to look at.
+    """The score of each channel of a group, the mean over its axes; None if no axis has a role that the measure needs.
 
-    Of a measure that needs data, the weights are what was seen of them.
+    For a measure that needs calibration data, `weights` holds the statistics of this data in the shape of the weights.
     """
     kept = [
         number for number, axis in enumerate(group.axes) if axis.role in importance.roles and axis.tensor in weights
@@ -236,7 +238,7 @@ def _means(scores: Scores, slices: ChannelSlices) -> Scores:
 
 
 def random_importance(group: ChannelGroup, seed: int) -> Scores:
-    """Numbers that only the seed, the group and the position in it decide."""
+    """Random scores, determined by the seed, the name of the group and the position in the group."""
     return uniform_numbers(len(group), f"{seed}/{group.name}")
 
 
@@ -253,10 +255,10 @@ _CACHED_BYTES = 1 << 20
 
 
 def _means_of_rows(weights: Array, axis: int, function: Callable[[Rows], Rows]) -> Scores:
-    """The mean at each index of a function of the weights, a few indices at a time, as many as the cache holds."""
+    """The mean of a function of the weights at each index, in parts of a few indices that fit into the CPU cache."""
     rows = _rows(weights, axis)
-    # Never one row alone, unless it is the only one: where columns lie together, NumPy would add its numbers up in
-    # another order than those of several.
+    # No part has a single row, unless it is the only one: in column-major memory, NumPy adds up the numbers of a
+    # single row in another order than those of several rows.
     parts = min(len(rows) // 2, rows.size * 8 // _CACHED_BYTES) or 1
     return np.concatenate([function(part.astype(np.float64)).mean(axis=1) for part in np.array_split(rows, parts)])
 
@@ -270,7 +272,10 @@ def importance_inputs(
     *,
     is_trusted: bool,
 ) -> Mapping[str, Array]:
-    """The inputs of an importance, in the shape of each weight: the weights, activations or gradients."""
+    """The arrays that an importance scores, in the shape of each weight: weights, or statistics of calibration data.
+
+    The statistics are norms of outputs, or weight times gradient.
+    """
     if importance is None or importance.needs is RequiredData.NOTHING:
         return weights
     from prunectl.calibration.outputs import output_norms  # noqa: PLC0415 - most cuts look at no data
@@ -297,7 +302,7 @@ def importance_inputs(
 
 
 def _spread(line: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Numbers whose sum at each index of an axis is that of a line."""
+    """An array of a shape whose sum at each index of an axis is the number in `line`; all but one summand are 0."""
     spread = np.zeros(shape)
     first = tuple(slice(None) if number == axis else 0 for number in range(len(shape)))
     spread[first] = line
@@ -305,16 +310,16 @@ def _spread(line: Array, shape: tuple[int, ...], axis: int) -> Array:
 
 
 _BATCHES = 4
-"""Enough to see what random numbers do not show; each costs two runs of a network."""
+"""Enough to find differences that random inputs do not show; each batch costs a run of both networks."""
 
 
 def calibration_batches(
     model: ModelFile, adapter: GraphAdapter, request: PruneRequest, importance: Importance | None
 ) -> tuple[tuple[Feeds, ...], tuple[str, ...]]:
-    """Batches of calibration data of the traced batch size, and notes for the user.
+    """Batches of calibration data for the equivalence check, of the traced batch size, and notes for the user.
 
-    Data that a strategy looks at may be of another length than the network was followed with; data that are given for
-    nothing but the proof may not.
+    Data that do not fit the traced shapes are skipped with a note if the strategy needs data; else they are an error,
+    as the check is the only use of the data.
     """
     if not request.data:
         return (), ()
@@ -329,7 +334,7 @@ def calibration_batches(
 def shapes_of_data(request: PruneRequest) -> DataShapes | None:
     """A lookup of the shapes of the user's data, for models with open axes."""
     if not request.data or (request.data.startswith(RANDOM_PREFIX) and "shape=" not in request.data):
-        # What is made up has the shapes of the model.
+        # Random data have the shapes that the model declares.
         return None
 
     def shapes(signature: ModelSignature) -> Sequence[tuple[int, ...]]:

@@ -14,11 +14,11 @@ from prunectl.channels.graph import ChannelGraph, OpNode
 
 LabelArray: TypeAlias = NDArray[np.int64]
 FIXED = 0
-"""The label of what is no channel, or none that could go."""
+"""The label of elements that belong to no channel, or to none that could be removed."""
 
 
 class UnionFind:
-    """Union-find over channel labels (disjoint sets), with the reasons why some are locked."""
+    """Union-find (disjoint sets) over channel labels, with the reasons why some are locked."""
 
     def __init__(self) -> None:
         self._parents = np.zeros(1, np.int64)
@@ -38,7 +38,7 @@ class UnionFind:
         return parents
 
     def unite(self, first: LabelArray, second: LabelArray, reason: str) -> None:
-        """Unite labels position by position; with what is fixed, a channel is locked for that reason."""
+        """Unite labels position by position; channels that meet FIXED are locked for this reason."""
         pairs = np.stack([part.reshape(-1) for part in compact(*np.broadcast_arrays(first, second))])
         for label, other_label in np.unique(self.roots(pairs), axis=1).T:
             low, high = sorted((self._root(int(label)), self._root(int(other_label))))
@@ -70,7 +70,7 @@ class UnionFind:
         return tuple(axis for axis in range(labels.ndim) if self.varies(labels, axis))
 
     def along(self, labels: LabelArray, axis: int) -> LabelArray | None:
-        """One label for each index of an axis; None if other axes matter too."""
+        """One label for each index of an axis; None if labels also differ along other axes."""
         if set(self.varying(labels)) - {axis % labels.ndim}:
             return None
         first = tuple(slice(None) if number == axis % labels.ndim else 0 for number in range(labels.ndim))
@@ -83,7 +83,7 @@ class UnionFind:
 
 
 def compact(*arrays: LabelArray) -> tuple[LabelArray, ...]:
-    """Arrays of one shape without the repetitions of axes that all of them are only broadcast along."""
+    """Arrays of the same shape, with length 1 on the axes along which all of them are only broadcast."""
     index = tuple(
         slice(0, 1) if all(array.strides[axis] == 0 for array in arrays) else slice(None)
         for axis in range(arrays[0].ndim)
@@ -92,35 +92,35 @@ def compact(*arrays: LabelArray) -> tuple[LabelArray, ...]:
 
 
 def fixed(shape: tuple[int, ...]) -> LabelArray:
-    """Labels of what has no channels."""
+    """The labels of a value without channels."""
     return np.broadcast_to(np.array(FIXED, np.int64), shape)
 
 
 def spread(line: LabelArray, axis: int, shape: tuple[int, ...]) -> LabelArray:
-    """The labels of an axis for a whole value."""
+    """The labels of a value that differ only along one axis, broadcast from the labels of this axis."""
     sizes = [1] * len(shape)
     sizes[axis] = len(line)
     return np.broadcast_to(line.reshape(sizes), shape)
 
 
 class AxisRole(StrEnum):
-    """The role of an index of a weight for its channel."""
+    """The role that an axis of a weight has for the channels on it."""
 
     OUT = "out"
-    """Makes it."""
+    """The weight produces the channels."""
     IN = "in"
-    """Reads it."""
+    """The weight reads the channels."""
     BIAS = "bias"
     SCALE = "scale"
     SHIFT = "shift"
     STATE = "state"
-    """Means and variances."""
+    """Running means and variances of a norm."""
     OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
 class AxisLabels:
-    """The labels along an axis of a weight."""
+    """A record that an operation uses an axis of a weight: the label of each index, and the role."""
 
     tensor: str
     axis: int
@@ -130,7 +130,7 @@ class AxisLabels:
 
 
 class LabelTrace:
-    """The labels of every value while they are propagated through a network."""
+    """The labels of all values and weights, as they are propagated through a network."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
@@ -143,7 +143,7 @@ class LabelTrace:
                 self._readers[name].append(node)
 
     def readers(self, node: OpNode) -> list[OpNode]:
-        """The operations that read what one gives."""
+        """The operations that read an output of a node."""
         return [reader for name in node.outputs for reader in self._readers[name]]
 
     def labels_of(self, name: str) -> LabelArray:
@@ -156,7 +156,7 @@ class LabelTrace:
         return self.graph.shapes[name]
 
     def note(self, node: OpNode, name: str, axis: int, role: AxisRole, labels: LabelArray) -> None:
-        """Note which channel each index of a weight is, on an axis as the operation sees it."""
+        """Record the channel of each index of a weight; `axis` is an axis of the view that the operation reads."""
         view = self.graph.views[name]
         weight_axis = view.axes[axis]
         if weight_axis is None:
@@ -165,11 +165,11 @@ class LabelTrace:
             self.notes.append(AxisLabels(view.tensor, weight_axis, role, labels, node.name))
 
     def is_view(self, node: OpNode, position: int) -> bool:
-        """Whether an input of an operation is a weight."""
+        """Whether an input of an operation is a weight or a view of a weight."""
         return position < len(node.inputs) and node.inputs[position] in self.graph.views
 
     def labels_along(self, node: OpNode, labels: LabelArray, axis: int) -> LabelArray:
-        """One label for each index of an axis; where there are more, they are locked."""
+        """One label for each index of an axis; if labels also differ along other axes, they are locked."""
         shared = self.labels.along(labels, axis)
         if shared is None:
             self.labels.lock(labels, f"{op_title(node)} mixes channels with positions")
@@ -177,7 +177,7 @@ class LabelTrace:
         return shared
 
     def unify_shared(self) -> None:
-        """Unite what several uses of a weight say of it, and lock what only some of them say."""
+        """Unite the labels that several uses of a weight give to an axis; lock them if a use gave none."""
         by_axis: dict[tuple[str, int], list[AxisLabels]] = {}
         for note in self.notes:
             by_axis.setdefault((note.tensor, note.axis), []).append(note)
@@ -189,5 +189,5 @@ class LabelTrace:
 
 
 def op_title(node: OpNode) -> str:
-    """An operation as the reason why channels are locked."""
+    """The name of an operation in the reasons for locks."""
     return f"{node.op} {node.name}"

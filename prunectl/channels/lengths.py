@@ -1,4 +1,4 @@
-"""How long the axes are that a file leaves open: as the user says them, as data has them, or as is tried."""
+"""The lengths of axes that a file leaves open: from `--input`, from the user's data, or the first ones that work."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from prunectl.training.task import shape_matches
 
 OpenShape = tuple[int | None, ...]
 DataShapes = Callable[[ModelSignature], Sequence[Shape] | None]
-"""From what goes into a model to the shapes, without the batch, that some data has; None if they say nothing."""
+"""From the signature of a model to the shapes of the user's data, without the batch axis; None if unknown."""
 TRIED_LENGTHS = (64, 224)
-"""AxisLengths to try for axes other than the batch, where nobody says them."""
+"""The lengths to try for open axes other than the batch, if neither options nor data give them."""
 _LENGTH = r"(?:\?|-1|[1-9]\d*)"
 _SHAPE = re.compile(rf"{_LENGTH}(?:[,x]{_LENGTH})*")
 _DTYPES = {
@@ -38,13 +38,13 @@ class InputOption:
 
     name: str
     shape: OpenShape
-    """With the batch axis; None for an axis that -1 or ? leaves open."""
+    """With the batch axis; None for an axis that is written -1 or ?."""
     dtype: str
-    """A NumPy name such as float32; empty if not said."""
+    """A NumPy name such as float32; empty if not given."""
 
     @property
     def lengths(self) -> Shape:
-        """Of the axes that are not left open."""
+        """The lengths of the axes that are not left open."""
         return tuple(length for length in self.shape if length is not None)
 
 
@@ -66,7 +66,7 @@ def parse_input(text: str, example: str) -> InputOption:
 
 
 def no_shape(text: str, example: str) -> UsageError:
-    """The error about an `--input` that is not what it has to be here."""
+    """The error for an `--input` that is not a valid shape."""
     return UsageError(f"--input {text} is not a shape", hint=f"write --input {example}")
 
 
@@ -79,11 +79,11 @@ class AxisLengths:
     """The lengths of open axes from options and data."""
 
     typed: tuple[str, ...] = ()
-    """What was typed: `1,3,224,224`, or `name:1,3,224,224`."""
+    """The `--input` options: `1,3,224,224`, or `name:1,3,224,224`."""
     data: DataShapes | None = None
 
     def resolve(self, signature: ModelSignature) -> dict[str, Shape]:
-        """The shape of each input without its batch, if anybody says them; refused where the file differs."""
+        """The shape of each input without the batch axis, empty if unknown; UsageError where the file contradicts."""
         names = [port.name for port in signature.inputs]
         is_open = any(port.shape is None or None in port.shape for port in signature.inputs)
         shapes: Sequence[Shape] | None = None
@@ -108,7 +108,7 @@ _EXAMPLE = "1,3,224,224 or name:1,3,224,224"
 
 
 def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
-    """The shapes that were typed, in the order of the model's inputs."""
+    """The shapes of the `--input` options without the batch axis, in the order of the model's inputs."""
     options = [parse_input(text, _EXAMPLE) for text in typed]
     for text, option in zip(typed, options, strict=True):
         if option.dtype or option.lengths != option.shape:
@@ -116,12 +116,12 @@ def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
     ordered = in_order(options, names)
     if unknown := sorted({option.name for option in options} - {"", *names}):
         raise UsageError(f"the model has no input {unknown[0]}", hint=f"inputs: {', '.join(names)}")
-    # The batch is tried one example at a time.
+    # Without the batch axis, whose length is not taken from the option.
     return [option.lengths[1:] for option in ordered]
 
 
 def in_order(options: Sequence[InputOption], names: Sequence[str]) -> Sequence[InputOption]:
-    """The options in the order of the inputs, if all are named; else as they were typed."""
+    """The options in the order of the inputs if all inputs are named; else in the order that was typed."""
     if len(options) != len(names):
         inputs = f"{len(names)} input{'s' * (len(names) != 1)} ({', '.join(names)})"
         raise UsageError(f"the model has {inputs}, but --input gives {len(options)}")
@@ -130,5 +130,5 @@ def in_order(options: Sequence[InputOption], names: Sequence[str]) -> Sequence[I
 
 
 def shape_text(shape: OpenShape | None) -> str:
-    """A shape as users write it."""
+    """A shape as text, such as ?,3,224,224."""
     return "?" if shape is None else ",".join("?" if length is None else str(length) for length in shape)

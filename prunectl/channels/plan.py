@@ -1,4 +1,4 @@
-"""The plan of channel pruning: which channels score lowest, their indices in each weight, the shapes that remain."""
+"""The plan of channel pruning: the channels to remove, their indices in each weight, and the remaining shapes."""
 
 from __future__ import annotations
 
@@ -37,27 +37,28 @@ class Context:
 
 
 ImportanceInputs = Callable[[Sequence[ChannelGroup], Mapping[str, Array]], Mapping[str, Array]]
-"""From the groups and all weights to what is ranked by."""
+"""From the groups and all weights to the arrays that the importance scores, by the name of the weight."""
 _MAX_TRIES = 40
 _WRITTEN_TRIES = 8
-"""Where each one writes and compresses a network."""
+"""The tries for a target of compressed bytes, each of which writes and compresses a network."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelPlan:
-    """The removed channels, their indices in each weight, and the shapes that remain."""
+    """The removed channels, their indices in each weight, and the remaining shapes."""
 
     pruned_groups: tuple[PrunedGroup, ...]
     removed: RemovedIndices
     after: PrunedShapes
     skips: tuple[SkippedTensor, ...] = ()
     weights: Mapping[str, Array] = field(default_factory=dict)
-    """Weights that have other numbers even before they are cut."""
+    """The weights that get new values before they are cut, as constants of dead channels are folded into them."""
     is_lossless: bool = False
+    """Whether only dead channels are removed, which does not change the outputs."""
 
 
-def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) -> ChannelPlan:
-    """The plan of a configuration for a network."""
+def make_plan(context: Context, config: ChannelConfig, inputs_of: ImportanceInputs) -> ChannelPlan:
+    """Plan the removal of channels from a network."""
     trace, weights = context.trace, context.adapter.graph.weights
     groups = find_groups(trace)
     if not groups:
@@ -70,7 +71,7 @@ def make_plan(context: Context, config: ChannelConfig, looks: ImportanceInputs) 
         return replace(
             _plan_of(trace, dead.pruned_groups), skips=(*skips, *dead.skips), weights=dead.weights, is_lossless=True
         )
-    ranked, skips = candidates(context.model, groups, looks(groups, weights), config)
+    ranked, skips = candidates(context.model, groups, inputs_of(groups, weights), config)
     if config.target is not None:
         config = replace(config, ratio=_ratio(context, ranked, config, config.target))
     return replace(_plan_of(trace, choose(ranked, config)), skips=skips)
@@ -80,7 +81,7 @@ def _plan_of(trace: LabelTrace, pruned_groups: Sequence[PrunedGroup]) -> Channel
     return ChannelPlan(
         tuple(pruned_groups),
         removed_indices(pruned_groups),
-        PrunedShapes(trace, [label for loss in pruned_groups for label in loss.labels]),
+        PrunedShapes(trace, [label for pruned in pruned_groups for label in pruned.labels]),
     )
 
 
@@ -122,11 +123,11 @@ class Candidate:
     group: ChannelGroup
     scores: Scores
     ratio: float | None = None
-    """The share that is asked for, if it is another than that of the others."""
+    """The ratio that `--layer` sets for this group; None for the ratio of the configuration."""
 
 
 def choose(candidates: Sequence[Candidate], config: ChannelConfig) -> tuple[PrunedGroup, ...]:
-    """The channels that each group loses."""
+    """The channels to remove from each candidate, those with the lowest scores."""
     counts = (
         _counts_over_all(candidates, config) if config.scope is Scope.GLOBAL else _counts_by_layer(candidates, config)
     )
@@ -149,13 +150,13 @@ def removed_indices(pruned: Sequence[PrunedGroup]) -> Mapping[tuple[str, int], L
 
 
 def prunable_count(count: int, requested: int, config: ChannelConfig) -> int:
-    """The number of channels to remove: what stays is rounded up to the multiple, and kept above the minimum."""
+    """The number of channels to remove so that the number of kept ones respects the limits of the configuration."""
     kept = max(count - requested, count - math.floor(config.max_ratio * count), min(config.min_channels, count))
     return count - min(count, math.ceil(kept / config.round_to) * config.round_to)
 
 
 def pruning_order(scores: Scores) -> LabelArray:
-    """The order in which channels go; of equals the first."""
+    """Channel numbers in the order of removal; of equal scores the first comes first."""
     return np.argsort(scores, kind="stable")
 
 
@@ -170,7 +171,7 @@ def _requested(candidate: Candidate, config: ChannelConfig) -> int:
 
 
 def _counts_over_all(candidates: Sequence[Candidate], config: ChannelConfig) -> list[int]:
-    """Rank all channels by their score over the mean of their group, and stop at what a group may lose."""
+    """Rank the channels of all groups by score / mean score of the group; no group loses more than its limits allow."""
     ranked = sorted(
         (float(score) / (float(candidate.scores.mean()) or 1.0), number, rank)
         for number, candidate in enumerate(candidates)
@@ -192,7 +193,7 @@ def _counts_over_all(candidates: Sequence[Candidate], config: ChannelConfig) -> 
 def candidates(
     model: ModelFile, groups: Sequence[ChannelGroup], weights: Mapping[str, Array], config: ChannelConfig
 ) -> tuple[tuple[Candidate, ...], tuple[SkippedTensor, ...]]:
-    """The groups that are asked for and may be cut, and why the others are left alone."""
+    """The groups that are selected and can be pruned, with their scores, and why the others are skipped."""
     only = _names(model, (config.only,)) if config.only else None
     excluded = _names(model, config.exclude)
     layer_ratios = {tensor.name: ratio for selector, ratio in config.layers for tensor in select_names(model, selector)}
@@ -239,7 +240,7 @@ ShapeOf = Callable[[str], tuple[int, ...]]
 
 
 def macs(graph: ChannelGraph, shape_of: ShapeOf, removed: RemovedIndices | None = None) -> int:
-    """The multiply-adds of one example in all operations that weights or products make up."""
+    """The multiply-accumulates for one example of convolutions, dense, recurrent and attention layers, and products."""
     sizes = {
         name: math.prod(
             length - len((removed or {}).get((view.tensor, axis), ())) if axis is not None else 1
@@ -254,7 +255,7 @@ def _macs_of(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
     if node.kind is OpKind.MATMUL:
         return math.prod(shape_of(node.outputs[0])) * shape_of(node.inputs[0])[-1]
     if node.kind is OpKind.ATTENTION:
-        return _of_heads(node, shape_of, sizes)
+        return _attention_macs(node, shape_of, sizes)
     if len(node.inputs) < 2 or node.inputs[1] not in sizes:
         return 0
     match node.kind:
@@ -270,10 +271,12 @@ def _macs_of(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
             return 0
 
 
-def _of_heads(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
-    """What the projections cost, and the two products of all positions with all positions."""
+def _attention_macs(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
+    """The multiply-accumulates of the projections, of queries with keys, and of attention weights with values."""
     steps = [math.prod(shape_of(data)[:-1]) for data in node.inputs[:3]]
-    made = [sizes[kernel] // shape_of(data)[-1] for data, kernel in zip(node.inputs[:3], node.inputs[3:6], strict=True)]
+    widths = [
+        sizes[kernel] // shape_of(data)[-1] for data, kernel in zip(node.inputs[:3], node.inputs[3:6], strict=True)
+    ]
     times = zip(node.inputs[3:7], (*steps, steps[0]), strict=True)
-    # Numbers for each position in all heads: as many in a query as in a key.
-    return sum(sizes[kernel] * count for kernel, count in times) + steps[0] * steps[1] * (made[0] + made[1])
+    # The width of all heads together is the same for queries and keys.
+    return sum(sizes[kernel] * count for kernel, count in times) + steps[0] * steps[1] * (widths[0] + widths[1])

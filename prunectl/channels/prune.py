@@ -1,4 +1,4 @@
-"""Channel pruning from file to file: trace, plan, prune, verify, write, and the manifest that repeats it."""
+"""Channel pruning from file to file: trace, plan, prune, verify, write, and the record for the manifest."""
 
 from __future__ import annotations
 
@@ -42,39 +42,39 @@ class ChannelPruneResult:
     cutting: ChannelConfig
     pruned_groups: tuple[PrunedGroup, ...]
     skips: tuple[SkippedTensor, ...]
-    """Groups that were left alone, by their first maker."""
+    """Groups that were not pruned, by the first weight that produces their channels, and why."""
     before: ModelStats
     after: ModelStats
     proof: Verification
-    """How far the cut network is from the original with its channels silenced."""
+    """The difference between the pruned network and the original with zeroed channels."""
     notes: tuple[str, ...] = ()
-    """What a user should know about what was written."""
+    """Sentences for the user about the written file."""
     latencies: tuple[Latency, ...] = ()
-    """How long the network takes for one example, before and after, if that was measured."""
+    """The latency for one example of the original and of the pruned network, if measured."""
     beside: tuple[tuple[str, int], ...] = ()
-    """Files that were written with the model, such as its class, and their bytes."""
+    """Files that were written beside the model, such as its class, and their bytes."""
     builder: str = ""
-    """The class in such a file, as `--builder` names it."""
+    """The class in such a file, as an argument for `--builder`."""
     limits: Mapping[str, Any] = field(default_factory=dict)
-    """What was typed about channels, and which a request does not have."""
+    """The options of channel pruning that `PruneRequest` does not have, as typed."""
 
     @property
     def channels(self) -> int:
         """The number of prunable channels."""
-        return sum(len(loss.group) for loss in self.pruned_groups)
+        return sum(len(pruned.group) for pruned in self.pruned_groups)
 
     @property
     def dropped(self) -> int:
         """The number of removed channels."""
-        return sum(len(loss.dropped) for loss in self.pruned_groups)
+        return sum(len(pruned.dropped) for pruned in self.pruned_groups)
 
     def record(self) -> Mapping[str, object]:
-        """The removed channels, as a manifest lists them."""
+        """The limits and the removed channels, as JSON for the manifest."""
         return {
             "limits": {**self.limits},
             "channels": [
-                {"name": loss.group.name, "channels": len(loss.group), "dropped": list(loss.dropped)}
-                for loss in self.pruned_groups
+                {"name": pruned.group.name, "channels": len(pruned.group), "dropped": list(pruned.dropped)}
+                for pruned in self.pruned_groups
             ],
             "removed": [
                 {"tensor": tensor, "axis": axis, "indices": indices.tolist()}
@@ -95,10 +95,10 @@ def prune_channels(
     allow_empty: bool = False,
     **limits: Any,
 ) -> ChannelPruneResult:
-    """Prune channels of a model; without an output, into a scratch file that is measured and thrown away.
+    """Prune channels of a model; without an output, into a scratch file that is measured and deleted.
 
-    The limits are those of `parse_config`. A cut that removes nothing is refused, unless none was asked for or it is
-    allowed to be empty. Progress is counted in steps: planned, verified, written.
+    The limits are the keyword arguments of `parse_config`. WorkError if no channel is removed, unless the request asks
+    for none or `allow_empty` is set. Progress is counted in steps: planned, verified, written.
     """
     config = parse_config(request, **limits)
     model = open_model(path)
@@ -138,10 +138,10 @@ def prune_channels(
         if request.is_matched:
             notes += _match(model, adapter, request, (folder, target), meter, is_trusted=is_trusted)
         if request.is_packed or model.about.is_compressed:
-            # One that was packed comes out packed.
+            # The output of a packed file is packed too.
             outputs.pack(written.path, folder)
         _check_shapes(model, adapter, written, plan)
-        # To compress what is compared with nothing would be a third of the time of a cut.
+        # Gzip takes a third of the time, so its size is measured only if that of the original was, or for a target.
         small = _stats(open_model(written.path), beside=model.nbytes, is_gzipped=request.target_gzip is not None)
         after = with_graph_macs(small, adapter, plan.after.shape, plan.removed)
         if has_digests:
@@ -175,7 +175,7 @@ _NOT_IN_FLOAT64 = "The networks were compared in their own precision only: the o
 
 
 def _plan(context: Context, config: ChannelConfig, inputs_of: ImportanceInputs) -> ChannelPlan:
-    """The plan of a cut; what is wrong with it is told with what was assumed about the inputs."""
+    """Make the plan; the hint of a UsageError gets the assumptions about the inputs, which may be the cause."""
     try:
         return make_plan(context, config, inputs_of)
     except UsageError as error:
@@ -192,13 +192,13 @@ def _match(
     *,
     is_trusted: bool,
 ) -> tuple[str, ...]:
-    """Train what was written until it answers as the original does, and return notes for the user."""
+    """Train the pruned network to match the outputs of the original, and return notes for the user."""
     from prunectl.calibration.match import match_smaller  # noqa: PLC0415 - most cuts train nothing
 
     folder, target = staged
     code = [folder / path.name for path in adapter.companion_files(target)]
     with temporary_folder() as scratch:
-        # Read from here, what is written takes its place.
+        # Moved away, so that the trained network can be written to this path while the pruned one is read.
         shutil.move(folder / target.name, scratch / target.name)
         smaller = open_model(scratch / target.name)
         return match_smaller(
@@ -213,8 +213,8 @@ def _match(
 
 
 def _removes_nothing_error(path: Path, plan: ChannelPlan, config: ChannelConfig) -> WorkError:
-    """Why a cut that removes nothing was not made."""
-    prunable = sum(len(loss.group) for loss in plan.pruned_groups)
+    """The error for a plan that removes nothing."""
+    prunable = sum(len(pruned.group) for pruned in plan.pruned_groups)
     if config.only_dead:
         return WorkError(
             f"{path} has no dead channels; nothing was written",
@@ -233,7 +233,7 @@ def _removes_nothing_error(path: Path, plan: ChannelPlan, config: ChannelConfig)
 
 
 def _check_companion_files(adapter: GraphAdapter, output: Destination | None) -> None:
-    """Refuse what more than one file would be written for, where that cannot be."""
+    """Refuse companion files for standard output, and existing companion files that must not be replaced."""
     if output is None:
         return
     for path in adapter.companion_files(output.target):
@@ -253,7 +253,7 @@ def _check_shapes(model: ModelFile, adapter: GraphAdapter, written: WrittenNetwo
     for tensor in model.tensors:
         name = adapter.coupled_tensors.get(tensor.name, tensor.name)
         shape = pruned_shape(name, tensor.shape, plan.removed)
-        # Lists of sizes may be others now; what is no float was not cut.
+        # Only float tensors are cut; integer tensors, such as lists of sizes, may have changed in other ways.
         if tensor.is_float and tensor.name not in omitted and shapes.get(tensor.name) != shape:
             raise WorkError(f"{tensor.name} of {model.path} has a different shape in the output than planned")
 
@@ -267,18 +267,18 @@ def _stats(model: ModelFile, *, beside: int = 0, is_gzipped: bool = False) -> Mo
 def with_graph_macs(
     stats: ModelStats, adapter: GraphAdapter, shape_of: ShapeOf, removed: RemovedIndices | None = None
 ) -> ModelStats:
-    """A survey with all FLOPs, where the format itself has no graph or does not know every shape in it."""
+    """Statistics with the MACs of the channel graph, if those of the format's own graph are missing or incomplete."""
     if stats.macs is not None and not stats.macs_unknown:
         return stats
     return replace(stats, macs=macs(adapter.graph, shape_of, removed), macs_unknown=())
 
 
 LIMITS = frozenset({"min_channels", "round_to", "max_ratio", "params", "flops", "dead"})
-"""Words about channels that a request does not have."""
+"""The options of channel pruning that `PruneRequest` does not have."""
 
 
 def limits_in(path: Path) -> dict[str, Any]:
-    """The words about channels in a manifest, whose request is known to be sound."""
+    """The options in LIMITS that a manifest records; the caller has checked the request in it."""
     limits = read_object(path, "it").get("limits", {})
     if not isinstance(limits, dict) or not limits.keys() <= LIMITS or not all(map(_is_plain, limits.values())):
         raise InputError(f"{path} holds invalid limits for channels")

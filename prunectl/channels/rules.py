@@ -12,7 +12,7 @@ from prunectl.channels.labels import AxisRole, LabelArray, LabelTrace, fixed, op
 
 
 def elementwise(trace: LabelTrace, node: OpNode) -> None:
-    """Unite the labels of what is added, multiplied or compared, and note the weights among it."""
+    """Unite the labels of operands that are added, multiplied or compared, and note the weights among them."""
     shape = trace.shape(node.outputs[0])
     names = [name for name in node.inputs if name]
     values = [_aligned(trace.labels_of(name), len(shape)) for name in names if name not in trace.graph.views]
@@ -25,11 +25,11 @@ def elementwise(trace: LabelTrace, node: OpNode) -> None:
 
 
 def _joined(trace: LabelTrace, node: OpNode, values: list[LabelArray], shape: tuple[int, ...]) -> LabelArray:
-    """The labels of the outcome."""
+    """The united labels of the operands, which are those of the result."""
     kept = values
     for axis in (axis for axis, length in enumerate(shape) if length > 1):
         if any(trace.labels.varies(value, axis) for value in kept):
-            # One channel for all of an axis of channels: it has to stay.
+            # A channel that is broadcast to all channels of an axis must be kept.
             for value in kept:
                 if value.shape[axis] == 1:
                     trace.labels.lock(value, f"{op_title(node)} broadcasts it to many channels")
@@ -42,13 +42,13 @@ def _joined(trace: LabelTrace, node: OpNode, values: list[LabelArray], shape: tu
 
 
 def _label_weight(trace: LabelTrace, node: OpNode, name: str, labels: LabelArray) -> None:
-    """Note a weight that has a number for each channel, whichever its axis."""
+    """Note a weight that has an index for each channel on one of its axes."""
     shape = trace.shape(name)
-    behind = labels.ndim - len(shape)
-    axes = [axis for axis, length in enumerate(shape) if length > 1 and trace.labels.varies(labels, axis + behind)]
+    offset = labels.ndim - len(shape)
+    axes = [axis for axis, length in enumerate(shape) if length > 1 and trace.labels.varies(labels, axis + offset)]
     if not axes:
         return
-    line = trace.labels.along(labels, axes[0] + behind)
+    line = trace.labels.along(labels, axes[0] + offset)
     if line is None:
         trace.labels.lock(labels, f"{op_title(node)} mixes channels with positions")
     else:
@@ -64,7 +64,7 @@ _OUT, _OUT_BIAS = 6, 10
 
 
 def attention(trace: LabelTrace, node: OpNode) -> None:
-    """Read the channels of the last axes, put heads in between, and make new channels."""
+    """Read the channels on the last axes of query, value and key, and make new ones; heads are channels in between."""
     kernel, bias, *masks = node.inputs[_OUT], node.inputs[_OUT_BIAS], *node.inputs[_OUT_BIAS + 1 :]
     heads = trace.labels.fresh(trace.shape(kernel)[0])
     for data, weight in zip(node.inputs[_DATA], node.inputs[_KERNELS], strict=True):
@@ -84,13 +84,13 @@ def attention(trace: LabelTrace, node: OpNode) -> None:
 
 
 def concat(trace: LabelTrace, node: OpNode) -> None:
-    """Put labels one behind the other; along another axis than theirs, they are one and the same."""
+    """Concatenate labels; if channels lie on another axis than that of the concatenation, unite them instead."""
     shape = trace.shape(node.outputs[0])
     axis = node.attributes["axis"] % len(shape)
     arrays = [trace.labels_of(name) for name in node.inputs]
     across = [array for array in arrays if set(trace.labels.varying(array)) - {axis}]
     if not across:
-        # Along the other axes, one position says all.
+        # Labels do not differ along the other axes: one position is enough.
         first = tuple(slice(None) if number == axis else slice(0, 1) for number in range(len(shape)))
         trace.values[node.outputs[0]] = np.broadcast_to(np.concatenate([array[first] for array in arrays], axis), shape)
         return
@@ -106,7 +106,7 @@ def concat(trace: LabelTrace, node: OpNode) -> None:
 
 
 def split(trace: LabelTrace, node: OpNode) -> None:
-    """Take labels apart."""
+    """Split labels like the data."""
     labels, axis = trace.labels_of(node.inputs[0]), node.attributes["axis"]
     bounds = np.cumsum(node.attributes["sizes"])[:-1]
     for name, piece in zip(node.outputs, np.split(labels, bounds, axis), strict=True):
@@ -114,7 +114,7 @@ def split(trace: LabelTrace, node: OpNode) -> None:
 
 
 def slice_axes(trace: LabelTrace, node: OpNode) -> None:
-    """Take a part of some axes."""
+    """Slice labels like the data; a step other than 1 over channels locks them."""
     labels = trace.labels_of(node.inputs[0])
     for axis, start, stop, step in node.attributes["slices"]:
         if step != 1 and trace.labels.varies(labels, axis):
@@ -127,16 +127,16 @@ def slice_axes(trace: LabelTrace, node: OpNode) -> None:
 
 
 def transpose(trace: LabelTrace, node: OpNode) -> None:
-    """Put the axes of labels in another order."""
+    """Permute the axes of labels."""
     trace.values[node.outputs[0]] = trace.labels_of(node.inputs[0]).transpose(node.attributes["order"])
 
 
 def along_axes(trace: LabelTrace, node: OpNode) -> None:
-    """Change the lengths of axes, or take one off, as pooling, padding, slices and upsampling do."""
+    """Change the lengths of axes or remove them, as pooling, padding and upsampling do; lock channels on these axes."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     axes = {axis % labels.ndim for axis in node.attributes["axes"]}
     if any(trace.labels.varies(labels, axis) for axis in axes):
-        # Most classifiers end in a softmax, whose classes nobody would look for among what may go.
+        # Most classifiers end in a softmax: that it is an output is the reason that users expect.
         is_last = any(name in trace.graph.outputs for name in node.outputs)
         reason = "is an output of the network" if is_last else "spans several channels"
         trace.labels.lock(labels, f"{op_title(node)} {reason}")
@@ -152,30 +152,32 @@ def along_axes(trace: LabelTrace, node: OpNode) -> None:
 
 
 def first_along(labels: LabelArray, axis: int) -> LabelArray:
-    """Labels with one position of an axis that they do not differ along."""
+    """The labels at the first position of an axis, which keeps length 1."""
     return labels[tuple(slice(0, 1) if number == axis % labels.ndim else slice(None) for number in range(labels.ndim))]
 
 
 class ChannelAxis(StrEnum):
-    """Which axis of a matrix the channels lie on."""
+    """The axis of an operand of a matrix product on which its channels lie."""
 
     NONE = "none"
     FRONT = "front"
-    """One channel for a whole matrix, as a head of an attention is."""
+    """A batch axis: one channel is a whole matrix, such as a head of an attention."""
     KEPT = "kept"
+    """The matrix axis that the product keeps."""
     SUMMED = "summed"
+    """The matrix axis that the product sums over."""
     SEVERAL = "several"
 
 
 def matmul(trace: LabelTrace, node: OpNode) -> None:
-    """Unite what is summed over together, and the matrices that meet."""
+    """Unite the channels of both operands that are summed over, or whose matrices are multiplied with each other."""
     shape = trace.shape(node.outputs[0])
     values = [_aligned(trace.labels_of(name), len(shape)) for name in node.inputs]
     if min(len(trace.shape(name)) for name in node.inputs) < 2:
         _lock_product(trace, node, *values)
         return
     left, right = values
-    # Both with what is summed over on their last axis.
+    # In both, the axis that is summed over is the last.
     operands = (left, right.swapaxes(-1, -2))
     sides = [_channel_axis(trace, value) for value in operands]
     match sides:
@@ -204,7 +206,7 @@ def _channel_axis(trace: LabelTrace, value: LabelArray) -> ChannelAxis:
 
 
 def _unite_fronts(trace: LabelTrace, node: OpNode, left: LabelArray, right: LabelArray) -> None:
-    """Unite the matrices that meet, unless there is one for all."""
+    """Unite the batch axes of both operands, except axes along which one operand is broadcast."""
     left_fronts, right_fronts = left[..., 0, 0], right[..., 0, 0]
     axes = {*trace.labels.varying(left_fronts), *trace.labels.varying(right_fronts)}
     if any(left_fronts.shape[axis] > 1 and right_fronts.shape[axis] > 1 for axis in axes):
@@ -218,7 +220,7 @@ def _lock_product(trace: LabelTrace, node: OpNode, *values: LabelArray) -> None:
 
 
 def recurrent(trace: LabelTrace, node: OpNode) -> None:
-    """Read the channels of the last axis and the units of the step before, and make units."""
+    """Read the channels of the last axis and the units of the previous step, and make units."""
     data, kernel, recurrent_kernel, *biases_and_states = node.inputs
     units, gates = node.attributes["units"], node.attributes["gates"]
     units_labels = trace.labels.fresh(units)
@@ -234,12 +236,12 @@ def recurrent(trace: LabelTrace, node: OpNode) -> None:
 
 
 def _bias_or_state(trace: LabelTrace, node: OpNode, name: str, units_labels: LabelArray) -> None:
-    """Note a bias or a first state."""
+    """Note a bias or an initial state."""
     if name not in trace.graph.views:
         trace.labels.unite(_last(trace.labels_of(name)), units_labels, f"{op_title(node)} starts from a computed state")
         return
     times = trace.shape(name)[-1] // len(units_labels)
-    # A state that is not zero would speak for a unit that is silent.
+    # An initial state has the role of a bias, so that the equivalence check zeroes it: a zeroed unit must stay at 0.
     trace.note(node, name, -1, AxisRole.BIAS, np.tile(units_labels, times))
 
 
@@ -248,11 +250,11 @@ def _last(labels: LabelArray) -> LabelArray:
 
 
 _FUSED = frozenset({2, 3})
-"""Queries, keys and values in one matrix; or keys and values."""
+"""The length of an axis that separates queries, keys and values of a fused matrix (3), or keys and values (2)."""
 
 
 def reshape(trace: LabelTrace, node: OpNode) -> None:
-    """Give labels another shape; a channel that goes must leave a block behind on both sides."""
+    """Reshape labels; where that splits an axis of channels, unite them to blocks, so that both shapes stay regular."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     reshaped = np.reshape(labels, shape)
     axes = trace.labels.varying(reshaped)
@@ -269,9 +271,9 @@ def reshape(trace: LabelTrace, node: OpNode) -> None:
 
 
 def _kept_axis(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The axis along which channels still differ.
+    """The one of the new axes along which channels still differ.
 
-    In a shuffle of channels it is the last, as the same number of each group must stay. Otherwise whole blocks go,
+    In a channel shuffle it is the last, as each group must keep the same number. Otherwise it is that of whole blocks,
     such as the heads of an attention.
     """
     if _is_shuffle(trace, node):
@@ -281,19 +283,19 @@ def _kept_axis(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tu
 
 
 def _is_shuffle(trace: LabelTrace, node: OpNode) -> bool:
-    """Whether all that follows is another order of the axes, and the old shape again."""
+    """Whether a reshape starts a channel shuffle: only transposes read it, and only reshapes back read these."""
     readers = trace.readers(node)
     if not readers or any(reader.kind is not OpKind.TRANSPOSE for reader in readers):
         return False
-    behind = [after for reader in readers for after in trace.readers(reader)]
+    reshapes = [after for reader in readers for after in trace.readers(reader)]
     before = trace.shape(node.inputs[0])
-    return bool(behind) and all(
-        after.kind is OpKind.RESHAPE and trace.graph.shapes.get(after.outputs[0]) == before for after in behind
+    return bool(reshapes) and all(
+        after.kind is OpKind.RESHAPE and trace.graph.shapes.get(after.outputs[0]) == before for after in reshapes
     )
 
 
 def convolution(trace: LabelTrace, node: OpNode) -> None:
-    """Read the channels of axis 1, and make new ones; one by one if each is a group by itself."""
+    """Read the channels on axis 1, and make new ones; a depthwise convolution passes its channels on."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
         lock_all(trace, node, " computes its weights")
@@ -303,7 +305,7 @@ def convolution(trace: LabelTrace, node: OpNode) -> None:
     in_axis, out_axis = (0, 1) if is_transposed else (1, 0)
     if groups > 1 and groups == len(inputs):
         produced = np.repeat(inputs, shape[1] // groups)
-        # Axis 0 runs over the groups, and with them over what goes in and what comes out.
+        # Axis 0 of a depthwise kernel counts the groups, and so both input and output channels.
         trace.note(node, kernel, 0, AxisRole.OUT, inputs if is_transposed else produced)
     else:
         per_group = inputs.reshape(groups, -1)
@@ -319,13 +321,13 @@ def convolution(trace: LabelTrace, node: OpNode) -> None:
 
 
 def _lock_activated(trace: LabelTrace, node: OpNode, produced: LabelArray) -> None:
-    """Lock what an operation makes if it says why nobody may cut it."""
+    """Lock the output channels of an operation if its attribute `lock` gives a reason, such as a fused activation."""
     if reason := node.attributes.get("lock"):
         trace.labels.lock(produced, f"{op_title(node)} {reason}")
 
 
 def linear(trace: LabelTrace, node: OpNode) -> None:
-    """Read the channels of the last axis, and make new ones."""
+    """Read the channels on the last axis, and make new ones."""
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     if not trace.is_view(node, 1):
         lock_all(trace, node, " computes its weights")
@@ -341,7 +343,7 @@ def linear(trace: LabelTrace, node: OpNode) -> None:
 
 
 def embedding(trace: LabelTrace, node: OpNode) -> None:
-    """Make channels on the last axis; the rows are words, of which none goes."""
+    """Make channels on the last axis; the rows of the table are tokens, which are never removed."""
     shape = trace.shape(node.outputs[0])
     trace.labels.lock(trace.labels_of(node.inputs[1]), op_title(node))
     produced = trace.labels.fresh(shape[-1])
@@ -381,7 +383,7 @@ Rule = Callable[[LabelTrace, OpNode], None]
 
 
 def lock_all(trace: LabelTrace, node: OpNode, why: str = "") -> None:
-    """Lock whatever meets an operation of which nothing is known."""
+    """Lock all channels that an unknown operation reads."""
     for name in node.inputs:
         trace.labels.lock(trace.labels_of(name), op_title(node) + why)
     for name in node.outputs:

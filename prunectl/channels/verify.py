@@ -1,4 +1,4 @@
-"""Equivalence check: the pruned network must compute what the original does with zeroed channels."""
+"""Equivalence check: the pruned network must compute the same as the original with zeroed channels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prunectl.errors import WorkError, first_line
 from prunectl.formats.base import Array
 
 TOLERANCE = 1e-4
-"""How far the two may be apart, relative to the largest number that comes out."""
+"""The largest allowed difference of the two, relative to the largest output."""
 TOLERANCE_FLOAT64 = 1e-6
-"""The same in float64, where rounding hides nothing; some layers have numbers in float32 whatever they are told."""
+"""The same in float64, where rounding hides no error; not smaller, as some layers always compute in float32."""
 RUNS = 2
 _ZEROED = frozenset({AxisRole.OUT, AxisRole.IN, AxisRole.BIAS, AxisRole.SCALE, AxisRole.SHIFT})
-"""What is set to zero; a variance of zero, or a number that others are divided by, would give no numbers."""
+"""The roles of weights that are set to zero; zeroing a variance or a divisor would give NaN or infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Verification:
     """The difference of two networks, relative to the largest output."""
 
     error: float
-    """As their runtime calculates."""
+    """In the networks' own precision."""
     error_float64: float | None = None
-    """In float64, where their runtime can."""
+    """In float64; None if the runtime or the original cannot run in float64."""
     batches: int = 0
-    """How many batches of the user's own data they were run on, besides random ones."""
+    """The number of batches of the user's data that they were run on, besides random ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class _Pair:
         return self.source.runner(self.original, self.inner), self.source.runner(self.pruned, self.inner)
 
     def in_float64(self, built: tuple[Runner, Runner]) -> tuple[Runner, Runner]:
-        """The same in float64."""
+        """The same two runners in float64, made from those in the networks' own precision."""
         original, pruned = (
             self.source.widened(run, network, self.inner)
             for network, run in zip((self.original, self.pruned), built, strict=True)
@@ -62,7 +62,7 @@ class _Pair:
         return original, pruned
 
     def difference(self, expected: list[Any], actual: list[Any]) -> float:
-        """The largest relative difference of their outputs."""
+        """The largest relative difference of their outputs and observed inner values."""
         outer = len(expected) - len(self.inner)
         inner = [self.after.slice_value(*pair) for pair in zip(self.inner, expected[outer:], strict=True)]
         pairs = zip([*expected[:outer], *inner], actual, strict=True)
@@ -74,9 +74,9 @@ def verify(
 ) -> Verification:
     """The largest difference of the two networks; WorkError if it is above the tolerance.
 
-    Where channels are dead, nothing is silenced: without them, the network says what it always said.
+    If only dead channels are removed, the original is run without zeroed channels: its outputs must not change at all.
     """
-    # What a constant was folded into may lie behind the layer that read it.
+    # Inner values may differ with dead channels: a constant may have been folded into a weight behind the layer.
     inner = [] if plan.is_lossless else _changed_layers(adapter, plan.after)
     original = adapter.with_weights(
         {} if plan.is_lossless else _with_zeroed_channels(adapter.graph, plan.after.trace, plan.removed)
@@ -103,12 +103,12 @@ def _error_as_run(pair: _Pair, runners: tuple[Runner, Runner], inputs: Sequence[
 
 
 def _error_in_float64(pair: _Pair, built: tuple[Runner, Runner], feeds: Feeds) -> float | None:
-    """How far they are apart where numbers are long; None if the original itself does not run so."""
+    """The difference in float64; None if the original itself cannot run in float64."""
     wide = {name: array.astype(np.float64) if array.dtype.kind == "f" else array for name, array in feeds.items()}
     try:
         original, pruned = pair.in_float64(built)
         expected = original(wide)
-    except Exception:  # noqa: BLE001 - a layer of somebody's own may take 32 bits alone
+    except Exception:  # noqa: BLE001 - a user's own layer may take float32 only, and raise anything
         return None
     try:
         return _checked(pair.difference(expected, pruned(wide)), TOLERANCE_FLOAT64, " in float64")
@@ -136,7 +136,7 @@ def _checked(error: float, limit: float, where: str = "") -> float:
 
 
 def relative_difference(expected: Any, actual: Any) -> float:
-    """The largest difference, relative to the largest number; infinite where shapes or gaps differ."""
+    """The largest difference, relative to the largest |expected|; infinite if shapes or places of NaN/inf differ."""
     left, right = np.asarray(expected), np.asarray(actual)
     if left.shape != right.shape:
         return float("inf")
@@ -151,7 +151,7 @@ def relative_difference(expected: Any, actual: Any) -> float:
 
 
 def _with_zeroed_channels(graph: ChannelGraph, trace: LabelTrace, removed: RemovedIndices) -> dict[str, Array]:
-    """The weights of the original that make or read what was cut, with zeros in these places."""
+    """The weights of the original that produce or read removed channels, with zeros at their indices."""
     roles = {(note.tensor, note.axis): note.role for note in trace.notes}
     arrays: dict[str, Array] = {}
     for (name, axis), indices in removed.items():
@@ -162,9 +162,9 @@ def _with_zeroed_channels(graph: ChannelGraph, trace: LabelTrace, removed: Remov
 
 
 def _changed_layers(adapter: GraphAdapter, after: PrunedShapes) -> list[str]:
-    """The outputs of the layers that lost inputs or outputs.
+    """The observable outputs of the layers that lost inputs or outputs.
 
-    A softmax at the end of a network may hide what is wrong before it, and a signal may die on its way there.
+    The outputs of the network alone may hide an error: a softmax may saturate, or a signal may vanish before the end.
     """
     names = [
         node.outputs[0]
@@ -172,16 +172,16 @@ def _changed_layers(adapter: GraphAdapter, after: PrunedShapes) -> list[str]:
         if node.kind in {OpKind.CONVOLUTION, OpKind.LINEAR}
         and any(map(after.has_changed, (node.inputs[0], node.outputs[0])))
     ]
-    showable = adapter.observable.difference(adapter.graph.outputs)
-    return [name for name in dict.fromkeys(names) if name in showable]
+    observable = adapter.observable.difference(adapter.graph.outputs)
+    return [name for name in dict.fromkeys(names) if name in observable]
 
 
 _SECONDS = 3.0
-"""How long the two are timed at most."""
+"""The time for measuring both networks, unless the fewest rounds take longer."""
 
 
 def measure_latency(adapter: GraphAdapter, pruned: Any, seed: int) -> tuple[Latency, ...]:
-    """How long a run of both networks takes in their own runtime, for one example."""
+    """The latency of both networks in their own runtime, for one example."""
     feeds = adapter.random_inputs(np.random.default_rng(seed))
     runners = (adapter.runner(adapter.with_weights({}), ()), adapter.runner(pruned, ()))
     return timing.measure([partial(run, feeds) for run in runners], seconds=_SECONDS, seed=seed)

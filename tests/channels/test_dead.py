@@ -64,7 +64,7 @@ def test_what_a_border_would_show_stays_and_is_said(tmp_path: Path) -> None:
     made = changed(pair(pads=[1, 1, 1, 1]), first=[((1,), 0), ((3,), 0)], bias=[(1, 0.7), (3, -2)])
     found, output = cut_dead(made, tmp_path)
     assert found.dropped == 0
-    assert "no bias to absorb" in found.skips[-1].reason
+    assert "no bias can absorb" in found.skips[-1].reason
     assert shapes(output)["first"] == (4, 3, 3, 3)
 
 

@@ -1,4 +1,4 @@
-"""An ONNX network that can be cut: its message, the numbers of channels in it set right, and onnxruntime to run it."""
+"""The adapter of ONNX: prunes a ModelProto, updates the channel counts in its nodes, and runs it with onnxruntime."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from prunectl.training.backend import LoadOptions
 
 
 def read_onnx(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> OnnxAdapter:
-    """The network of an ONNX file, which needs nothing else but the lengths of axes that it leaves open."""
+    """The adapter of an ONNX file; `origin` and `data` only give the lengths of axes that the file leaves open."""
     for option, value in (("--builder", origin.model), ("--custom-objects", origin.custom_objects)):
         if value:
             raise UsageError(
@@ -55,7 +55,7 @@ def read_onnx(model: ModelFile, origin: LoadOptions, data: DataShapes | None = N
 
 
 class OnnxAdapter(GraphAdapter):
-    """An ONNX model, as cutting sees it."""
+    """The adapter of an ONNX model."""
 
     def __init__(self, model: ModelFile, loaded: LoadedOnnx) -> None:
         self._model = model
@@ -67,7 +67,7 @@ class OnnxAdapter(GraphAdapter):
 
     @property
     def copied_from(self) -> Mapping[str, str]:
-        """Shared lists of numbers that were given to each reader by itself."""
+        """The originals of shared vectors, of which each reader got its own copy."""
         return self._loaded.copied_from
 
     @property
@@ -75,7 +75,7 @@ class OnnxAdapter(GraphAdapter):
         return self._loaded.static.length_hint
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
-        """The message of the smaller network."""
+        """A copy of the ONNX model without the removed channels."""
         return prune_model(self._loaded, removed, after, weights)
 
     def with_weights(self, weights: Mapping[str, Array]) -> Any:
@@ -92,11 +92,11 @@ class OnnxAdapter(GraphAdapter):
 
     @property
     def has_float64(self) -> bool:
-        """Never: onnxruntime convolves in float32 alone."""
+        """False: onnxruntime has convolutions in float32 only."""
         return False
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """What onnxruntime makes of a network."""
+        """A function that runs a network in onnxruntime."""
         assert not in_float64
         names = tuple(observed)
         try:
@@ -107,8 +107,8 @@ class OnnxAdapter(GraphAdapter):
         return lambda feeds: session.run([*outputs, *names], feeds)
 
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
-        """Write a network, with the data beside it that was beside the original's."""
-        # The zeros that recurrent layers began with: without a first state they begin so by themselves.
+        """Write a network, with external data in files like those of the original."""
+        # Initial states of zeros were removed: recurrent layers start from zeros anyway.
         remaining = {tensor.name for tensor in graph_tensors(network.proto.graph)}
         dropped = [name for name, array in self.graph.weights.items() if name not in remaining and not array.any()]
         staged = outputs.staged_paths(self._model, folder, target)
@@ -127,11 +127,11 @@ class OnnxAdapter(GraphAdapter):
 
 
 def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -> Array:
-    """Random numbers for an input of a message."""
+    """Random numbers for an input of an ONNX graph."""
     code = CODES.get(port.type.tensor_type.elem_type)
     if code is None or code.dtype.kind not in "fiub":
         raise WorkError(f"prunectl cannot make random values for the input {port.name} of the network")
-    # Whole numbers are small enough for any table of words.
+    # Integers are 0 or 1, valid indices of any embedding table.
     numbers = random.standard_normal(shape) if code.dtype.kind == "f" else random.integers(0, 2, shape)
     return numbers.astype(code.dtype)
 
@@ -139,7 +139,7 @@ def random_input(port: Any, shape: Sequence[int], random: np.random.Generator) -
 def prune_model(
     loaded: LoadedOnnx, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]
 ) -> OnnxNetwork:
-    """The smaller model; everything else in it stays as it was."""
+    """A copy of the model without the removed channels; everything else stays as it was."""
     network = loaded.network.copy()
     proto = network.proto
     shapes, removed_by_name = {}, removed_by_tensor(removed)
@@ -167,11 +167,11 @@ def _drop_stale_shapes(graph: Any, stale: set[str], after: PrunedShapes) -> None
 
 
 _UNLISTED = 4
-"""Version of the format from which initializers are no inputs."""
+"""The IR version from which initializers need not be listed as graph inputs."""
 
 
 def update_onnx_sizes(proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> None:
-    """Set right what names a number of channels that is no longer true."""
+    """Update the attributes and constants of nodes that hold numbers of channels."""
     sizes = SizeConstants(proto, loaded, after)
     for node in proto.graph.node:
         rule = rule_of(node)
@@ -181,7 +181,7 @@ def update_onnx_sizes(proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> No
 
 
 class SizeConstants:
-    """A graph whose constants are replaced one by one: several nodes may share one."""
+    """Replaces constants that hold sizes, one use at a time, as several nodes may share a constant."""
 
     def __init__(self, proto: Any, loaded: LoadedOnnx, after: PrunedShapes) -> None:
         self.constants = loaded.static.constants
@@ -189,19 +189,19 @@ class SizeConstants:
         self.after = after
         self.ops = {op.outputs: op for op in loaded.graph.nodes}
         self.replaced: set[str] = set()
-        """Values that may have no reader any more."""
+        """Values that may have lost their last reader."""
         self._renamed: dict[tuple[str, tuple[int, ...]], str] = {}
-        """The value that holds other lengths in place of one, by that one and these lengths."""
+        """The replacement of a value, by the name of the value and the new lengths."""
         self._graph = proto.graph
         self._is_listed = proto.ir_version < _UNLISTED
         self._nodes = list(proto.graph.node)
         self._makers = {name: node for node in self._nodes for name in node.output}
         self._copies: dict[int, list[Any]] = {}
-        """Nodes that stand before the one that they are copies of, by the identity of that one."""
+        """Copies of nodes, to be inserted before the original, by the `id` of the original."""
         self._taken = {name for graph in all_graphs(proto.graph) for name in names_defined(graph)}
         self._taken.update(node.name for node in self._nodes)
         self._static = self.constants.keys() - self._makers.keys() | {""}
-        """What depends on no shape of a value."""
+        """Constants, and values computed from constants only, not from the shape of a value."""
         for node in self._nodes:
             is_measured = node.op_type in {"Shape", "Size"}
             if node.op_type == "Constant" or (not is_measured and all(map(self._static.__contains__, node.input))):
@@ -209,7 +209,7 @@ class SizeConstants:
         self._count = 0
 
     def finish(self) -> None:
-        """Put copies in their places, and remove what only made the numbers that were replaced."""
+        """Insert the copied nodes, and remove nodes and constants that only replaced values needed."""
         unused = self._unused()
         for number, node in reversed(list(enumerate(self._nodes))):
             if unused.intersection(node.output):
@@ -221,7 +221,7 @@ class SizeConstants:
                 del self._graph.initializer[number]
 
     def _unused(self) -> set[str]:
-        """Values that were replaced and are read no more, and those that only made them."""
+        """Replaced values without readers, and the values that only they were computed from."""
         nodes = [*self._nodes, *(copy for copies in self._copies.values() for copy in copies)]
         readers = Counter(name for node in nodes for name in names_read(node))
         readers.update(port.name for port in (*self._graph.output, *self._graph.input))
@@ -238,50 +238,50 @@ class SizeConstants:
         return unused
 
     def update(self, node: Any, position: int, lengths: Sequence[int]) -> None:
-        """Put other lengths at an input, where those there are computed; other readers of these keep them."""
+        """Make an input hold other lengths, even if it is computed; other readers of the old value keep it."""
         node.input[position] = self._with_lengths(node.input[position], tuple(lengths), MAX_PASSED_OPERATORS)
 
     def _with_lengths(self, name: str, lengths: tuple[int, ...], steps: int) -> str:
-        """The value that holds these lengths in place of another: itself, where what makes it is not known."""
+        """The name of the replacement of a value that holds these lengths; its own name if an unknown node makes it."""
         if (known := self._renamed.get((name, lengths))) is not None:
             return known
-        maker, made = self._makers.get(name), name
+        maker, replacement = self._makers.get(name), name
         if name in self._static:
-            made = self.add(name, np.array(lengths, self.constants[name].dtype))
+            replacement = self.add(name, np.array(lengths, self.constants[name].dtype))
         elif steps and maker is not None and maker.op_type in {"Cast", "Identity"}:
-            made = self._copy(maker, [self._with_lengths(maker.input[0], lengths, steps - 1)])
+            replacement = self._copy(maker, [self._with_lengths(maker.input[0], lengths, steps - 1)])
         elif steps and maker is not None and maker.op_type == "Concat":
-            # What is measured while it runs is right by itself; what stands there is not.
+            # Parts that are measured at run time, by Shape, are right by themselves; constant parts are not.
             parts, begin = [], 0
             for part in maker.input:
                 end = begin + self.constants[part].size
                 is_right = list(map(int, self.constants[part])) == list(lengths[begin:end])
                 parts.append(part if is_right else self._with_lengths(part, lengths[begin:end], steps - 1))
                 begin = end
-            made = self._copy(maker, parts)
-        if made != name:
+            replacement = self._copy(maker, parts)
+        if replacement != name:
             self.replaced.add(name)
-        self._renamed[name, lengths] = made
-        return made
+        self._renamed[name, lengths] = replacement
+        return replacement
 
-    def _copy(self, maker: Any, inputs: Sequence[str]) -> str:
-        """The output of a node like another that reads other inputs; of that one itself, if it reads them already."""
-        if list(maker.input) == list(inputs):
-            return str(maker.output[0])
-        made = copy_message(maker)
-        made.input[:], made.output[:] = inputs, [self._free_name(maker.output[0])]
-        made.name = made.name and made.output[0]
-        self._copies.setdefault(id(maker), []).append(made)
-        return str(made.output[0])
+    def _copy(self, node: Any, inputs: Sequence[str]) -> str:
+        """The output of a copy of a node that reads other inputs; that of the node itself if it reads them already."""
+        if list(node.input) == list(inputs):
+            return str(node.output[0])
+        copy = copy_message(node)
+        copy.input[:], copy.output[:] = inputs, [self._free_name(node.output[0])]
+        copy.name = copy.name and copy.output[0]
+        self._copies.setdefault(id(node), []).append(copy)
+        return str(copy.output[0])
 
     def replace(self, node: Any, position: int, lengths: Sequence[int]) -> None:
-        """Put other lengths at an input by a constant of its own."""
+        """Replace an input with a new constant."""
         name = node.input[position]
         node.input[position] = self.add(name, np.array(lengths, self.constants[name].dtype))
         self.replaced.add(name)
 
     def add(self, like: str, lengths: Array) -> str:
-        """Add a constant, and return its name."""
+        """Add a constant with a name like that of another, and return its name."""
         name = self._free_name(like)
         onnx = require("onnx", extra="onnx")
         tensor = onnx.numpy_helper.from_array(lengths, name)

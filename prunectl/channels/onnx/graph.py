@@ -1,4 +1,4 @@
-"""From an ONNX file to a graph that can be followed."""
+"""Reads an ONNX file, and translates its graph into a ChannelGraph."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from prunectl.onnx_graph import (
 )
 
 _FLOATS = frozenset({1, 10, 11})
-"""Types of element that channels are cut from: float32, float16, float64."""
+"""The element types of weights that can be pruned: float32, float16, float64."""
 
 
 def _weights(network: OnnxNetwork) -> dict[str, Array]:
-    """The numbers of all weights that may be cut."""
+    """The arrays of all weights that may be pruned."""
     to_array = require("onnx.numpy_helper", extra="onnx").to_array
     return {
         tensor.name: network.outside[tensor.name]
@@ -46,7 +46,7 @@ def _weights(network: OnnxNetwork) -> dict[str, Array]:
 def _weight_views(
     graph: Any, arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, WeightView]:
-    """Weights as operations see them, followed through those that only hand them on."""
+    """The weights, and the views of them that operators such as Transpose, Squeeze and Cast make."""
     views = {name: WeightView(name, tuple(range(array.ndim))) for name, array in arrays.items()}
     for node in graph.node:
         if node.domain in STANDARD_DOMAINS and node.input and node.input[0] in views and node.output[0] in shapes:
@@ -57,7 +57,7 @@ def _weight_views(
 
 
 def _use_counts(graph: Any, views: Mapping[str, WeightView]) -> Counter[str]:
-    """How often each weight meets an operation that does not only hand it on, or leaves the network."""
+    """How many times nodes read each weight, except to make a view of it; a network output counts too."""
     counts: Counter[str] = Counter()
     for node in graph.node:
         if not (node.output and node.output[0] in views):
@@ -71,18 +71,18 @@ def _axes(
 ) -> tuple[int | None, ...] | None:
     if node.op_type not in {"Unsqueeze", "Squeeze"}:
         return axes_behind(node, axes)
-    # Only axes of length 1 come and go: the others keep their order.
+    # Only axes of length 1 are added or removed: the others keep their order.
     longer = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
     return tuple(None if length == 1 else next(longer) for length in after)
 
 
 def unshare(proto: Any) -> dict[str, str]:
-    """Give each reader of a shared list of numbers a copy; return the originals by the names of the copies.
+    """Give each further reader of a shared vector its own copy; return the originals by the names of the copies.
 
-    Exporters merge equal initializers, so that fresh biases of layers that have nothing to do with each other are one.
+    Exporters merge equal initializers, such as the freshly initialized biases of unrelated layers.
     """
     graph = proto.graph
-    lists = {tensor.name: tensor for tensor in graph.initializer if _is_vector(tensor)}
+    vectors = {tensor.name: tensor for tensor in graph.initializer if _is_vector(tensor)}
     kept = {port.name for port in (*graph.input, *graph.output)}
     kept |= {name for node in graph.node for name in names_captured(node)}
     names = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
@@ -90,11 +90,11 @@ def unshare(proto: Any) -> dict[str, str]:
     copies: dict[str, str] = {}
     for node in graph.node:
         for position, name in enumerate(node.input):
-            if name not in lists or name in kept:
+            if name not in vectors or name in kept:
                 continue
             if name in used:
                 duplicate = graph.initializer.add()
-                duplicate.CopyFrom(lists[name])
+                duplicate.CopyFrom(vectors[name])
                 duplicate.name = _unused(name, names)
                 copies[duplicate.name] = name
                 node.input[position] = duplicate.name
@@ -103,7 +103,7 @@ def unshare(proto: Any) -> dict[str, str]:
 
 
 def reshare(proto: Any, copies: dict[str, str]) -> None:
-    """Let readers share again what is still equal."""
+    """Undo `unshare` for copies that still equal their original."""
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     equal = {
         copy: name
@@ -132,19 +132,19 @@ def _unused(name: str, names: set[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LoadedOnnx:
-    """An ONNX model in memory, and what was read from it."""
+    """An ONNX model in memory, with its channel graph."""
 
     network: OnnxNetwork
     graph: ChannelGraph
     static: StaticValues
     locations: dict[str, str]
-    """Files beside the model that tensors lie in, by tensor."""
+    """The file of external data that holds a tensor, by the name of the tensor."""
     copied_from: dict[str, str]
-    """What each copy of a shared weight is a copy of."""
+    """The original of each copy that `unshare` made."""
 
 
 def load_onnx(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> LoadedOnnx:
-    """Read an ONNX model; its handler has checked where its numbers lie."""
+    """Read an ONNX model; the handler of the format has already checked the locations of external data."""
     network, locations = load_network(model)
     densify(network.proto, model)
     copies = unshare(network.proto)
@@ -154,7 +154,7 @@ def load_onnx(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Loade
 
 
 def _channel_graph(network: OnnxNetwork, static: StaticValues) -> ChannelGraph:
-    """The main graph, its operations by what they do to channels."""
+    """The main graph as a ChannelGraph; nodes that only make views or constants are left out."""
     graph = network.proto.graph
     weights = _weights(network)
     shapes = {**static.shapes, **{name: array.shape for name, array in weights.items()}}

@@ -1,4 +1,4 @@
-"""What each ONNX operation does to channels, and what in it names their number: one row for each."""
+"""The rules for ONNX operators: what each does to channels, and which attributes and inputs hold channel counts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 _SOFTMAX_BY_AXIS = 13
 _KEEPING_ZERO = frozenset({"Relu", "LeakyRelu", "Tanh"})
-"""What may follow in one operator: nothing comes of nothing."""
+"""Fused activations that map 0 to 0, so that a zeroed channel stays zero."""
 _STATES = (5, 6)
-"""Where a recurrent layer is given its first states."""
+"""The positions of the initial states among the inputs of a recurrent layer."""
 _BACK = -(1 << 31)
-"""Where a slice ends that runs backwards to the first."""
+"""The end of a slice that runs backwards to the first element."""
 Lowering = tuple[OpKind, tuple[str, ...], Mapping[str, Any]]
 """Kind, inputs, attributes."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxOpContext:
-    """A node, and what is known around it."""
+    """A node, and the shapes, constants and weight views of its graph."""
 
     node: Any
     static: StaticValues
@@ -36,11 +36,11 @@ class OnnxOpContext:
     opset: int
 
     def attribute(self, name: str, default: Any) -> Any:
-        """An attribute, lists as tuples."""
+        """The value of an attribute; a list as a tuple."""
         return get_attribute(self.node, name, default)
 
     def input(self, position: int) -> str:
-        """The name of an input; empty where it is left out."""
+        """The name of an input; empty if it is left out."""
         return input_of(self.node, position)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -48,17 +48,17 @@ class OnnxOpContext:
         return self.static.shapes[name]
 
     def constant(self, position: int) -> tuple[int, ...]:
-        """An input that lists whole numbers; LookupError if it is not the same in every run."""
+        """The integers in a constant input; LookupError if the input is not constant."""
         return tuple(int(number) for number in self.static.constants[self.input(position)].reshape(-1))
 
     @property
     def first(self) -> tuple[int, ...]:
-        """Shape of what goes in."""
+        """The shape of the first input."""
         return self.shape(self.input(0))
 
     @property
     def result(self) -> tuple[int, ...]:
-        """Shape of what comes out."""
+        """The shape of the first output."""
         return self.shape(self.node.output[0])
 
     @property
@@ -69,7 +69,7 @@ class OnnxOpContext:
 
 @dataclass(frozen=True, slots=True)
 class OnnxOpRule:
-    """What an operation does to channels, and what of a node is set right when there are fewer."""
+    """What an operator does to channels, and how a node is updated after some were removed."""
 
     lower: Callable[[OnnxOpContext], Lowering]
     resize: Callable[[Any, SizeConstants], None] | None = None
@@ -85,7 +85,7 @@ def _convolution(op: OnnxOpContext) -> Lowering:
 
 
 def _resize_groups(node: Any, sizes: SizeConstants) -> None:
-    """A convolution channel by channel has as many groups as channels."""
+    """Set the groups of a depthwise convolution to the number of its input channels."""
     groups = get_attribute(node, "group", 1)
     if groups > 1 and groups == sizes.before[node.input[0]][1]:
         find_attribute(node, "group").i = sizes.after.shape(node.input[0])[1]
@@ -111,12 +111,12 @@ def _fused_linear(op: OnnxOpContext) -> Lowering:
 
 
 def _fused_convolution(op: OnnxOpContext) -> Lowering:
-    # A fourth input is added to what comes out.
+    # The optional fourth input is added to the output.
     return _unknown(op) if op.input(3) else _with_activation(op, _convolution(op))
 
 
 def _with_activation(op: OnnxOpContext, lowering: Lowering) -> Lowering:
-    """The same, its channels locked where the activation makes something of zero."""
+    """The same lowering, with its output channels locked if the fused activation does not map 0 to 0."""
     activation = op.attribute("activation", "Relu")
     keeps_zero = activation in _KEEPING_ZERO
     if activation == "Clip" and (limits := find_attribute(op.node, "activation_params")) is not None:
@@ -140,7 +140,7 @@ def _recurrent(op: OnnxOpContext) -> Lowering:
 
 
 def _is_silent_at_zero(op: OnnxOpContext) -> bool:
-    """Whether a unit whose weights are zero stays at zero."""
+    """Whether the output of a unit stays 0 if its weights are zero."""
     return set(op.attribute("activations", ())) <= {"Sigmoid", "Tanh", "Relu"}
 
 
@@ -150,21 +150,21 @@ def _is_zero(op: OnnxOpContext, name: str) -> bool:
 
 
 def _resize_units(node: Any, sizes: SizeConstants) -> None:
-    """A recurrent layer names its units, and may begin with as many zeros."""
+    """Update the number of units of a recurrent layer, and remove its initial states if they are zeros."""
     name = next(filter(None, node.output))
     if (units := find_attribute(node, "hidden_size")) is not None:
         units.i = sizes.after.shape(name)[-1]
     for position in _STATES:
         state = input_of(node, position)
         if state in sizes.constants and not sizes.constants[state].any():
-            # Without a first state it begins with zeros.
+            # Without an initial state the layer starts from zeros.
             node.input[position] = ""
             sizes.replaced.add(state)
 
 
 def _softmax(op: OnnxOpContext) -> Lowering:
     rank = len(op.first)
-    # Before opset 13 all axes behind were one.
+    # Before opset 13, softmax ran over `axis` and all axes behind it together.
     axis = op.attribute("axis", -1 if op.opset >= _SOFTMAX_BY_AXIS else 1) % rank
     return _along_axes(op, (axis,) if op.opset >= _SOFTMAX_BY_AXIS else tuple(range(axis, rank)))
 
@@ -187,7 +187,7 @@ def _split(op: OnnxOpContext) -> Lowering:
 
 
 def _resize_split(node: Any, sizes: SizeConstants) -> None:
-    """Say the size of each part, unless they are equal still."""
+    """Write the new size of each part, which may be left out if all are equal."""
     axis = get_attribute(node, "axis", 0) % len(sizes.before[node.input[0]])
     parts = [sizes.after.shape(name)[axis] for name in node.output]
     if (listed := find_attribute(node, "split")) is not None:
@@ -211,14 +211,14 @@ def _reshape(op: OnnxOpContext) -> Lowering:
 
 
 def _resize_shape(node: Any, sizes: SizeConstants) -> None:
-    """Say the new shape where the old one was."""
+    """Write the new lengths into the constant that holds the shape."""
     position = 3 if node.op_type == "Resize" else 1
     constant = sizes.constants.get(input_of(node, position))
     if constant is None or not constant.size:
         return
     before, after = sizes.before[node.output[0]], sizes.after.shape(node.output[0])
     axes = get_attribute(node, "axes", tuple(range(constant.size)))
-    # What is copied or worked out, as 0 and -1 ask for, is so from what is there now.
+    # 0 (copy) and -1 (infer) stay: the runtime takes these lengths from the smaller input.
     lengths = [
         after[axis] if number == before[axis] and number > 0 else number
         for axis, number in zip(axes, map(int, constant), strict=True)
@@ -282,7 +282,7 @@ def _slice(op: OnnxOpContext) -> Lowering:
 
 
 def _resize_slice(node: Any, sizes: SizeConstants) -> None:
-    """Count only the channels that are left before a part and in it."""
+    """Write the new bounds of slices, which count only the kept channels in front of the old bounds."""
     data = node.input[0]
     before, after = sizes.before[data], sizes.after.shape(data)
     slices = sizes.ops[tuple(node.output)].attributes.get("slices", ())
@@ -350,17 +350,17 @@ _FUSED: Mapping[str, OnnxOpRule] = {
     **dict.fromkeys(("FusedMatMul", "FusedGemm"), OnnxOpRule(_fused_linear)),
     "FusedConv": OnnxOpRule(_fused_convolution, _resize_groups),
 }
-"""Of the operators that onnxruntime adds, those that let channels through or make others."""
+"""The rules for fused operators of onnxruntime; those without a rule lock their channels."""
 
 
 def rule_of(node: Any) -> OnnxOpRule | None:
-    """The rule of a node; None if nothing is known of its operation."""
+    """The rule for the operator of a node; None if there is none."""
     rules = RULES if node.domain in STANDARD_DOMAINS else _FUSED if node.domain == MICROSOFT else {}
     return rules.get(node.op_type)
 
 
 def lower(op: OnnxOpContext) -> Lowering:
-    """What an operation does to channels; unknown where the file does not say enough."""
+    """Translate a node; UNKNOWN if there is no rule, or the shapes and constants that the rule needs are not known."""
     rule = rule_of(op.node) or OnnxOpRule(_unknown)
     try:
         lowering = rule.lower(op)

@@ -1,6 +1,6 @@
-"""What an ONNX graph says of itself before it runs: the shape of every value, and what is the same in every run.
+"""Shape inference and constant folding of an ONNX graph.
 
-No inference knows the shapes of onnxruntime's fused operators: `replace_fused` puts stand-ins of ONNX in their place.
+The shape inference of onnx does not know onnxruntime's fused operators: `replace_fused` puts stand-ins in their place.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from prunectl.training.backend import ModelSignature
 from prunectl.training.onnx.session import port_spec
 
 _SMALL = 64
-"""Elements up to which a weight may also be a list of scales or sizes."""
+"""The most elements of a float tensor that may be a list of scales or sizes, not a weight."""
 _FOLDED = 4096
+"""The most elements of other constants, and of the results of constant folding, that are used."""
 _FLOAT = 1
 _MISFITS = (
     ArithmeticError,
@@ -35,7 +36,7 @@ _MISFITS = (
     TypeError,
     ValueError,
 )
-"""What onnx raises for an operator or numbers that it cannot take; what else goes wrong is no fault of the model."""
+"""The exceptions that onnx raises for operators or arrays that it does not support; others are no fault of a model."""
 _RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
 _GROWING_OPS = frozenset(
     {
@@ -44,7 +45,7 @@ _GROWING_OPS = frozenset(
         *("Tile", "Upsample"),
     }
 )
-"""Of which a few numbers may ask for a great many."""
+"""The operators whose outputs may be much larger than their inputs, as they take their size from input values."""
 MICROSOFT = "com.microsoft"
 _LIKE_FIRST = frozenset(
     {
@@ -52,12 +53,12 @@ _LIKE_FIRST = frozenset(
         *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
     }
 )
-"""What comes out has the shape of the first input."""
+"""The fused operators whose output has the shape of the first input."""
 _NEEDED = {"MultiHeadAttention": (0, 1, 2), "EmbedLayerNormalization": (0, 2)}
-"""Inputs that the shape follows from, where they are not the first alone."""
+"""The positions of the inputs that determine the output shape, if not only the first."""
 _ACTIVATION = frozenset({"activation", "activation_params"})
 _SUM = 3
-"""Output of a norm with a skip: what it adds up."""
+"""The output of SkipLayerNormalization that holds the sum of input and skip connection."""
 
 
 @dataclass(slots=True)
@@ -67,11 +68,11 @@ class StaticValues:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
     length_hint: str = ""
-    """How to give the lengths of open axes, where they were assumed."""
+    """A hint how to give the lengths of open axes; empty if none were assumed."""
 
 
 def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) -> StaticValues:
-    """What can be known of the main graph, an open batch counted as 1."""
+    """Infer the shapes and constants of the main graph; an open batch axis counts as 1."""
     error_line = ""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in initializers]
@@ -102,7 +103,7 @@ def _example_length(number: int, axis: Any) -> int:
 
 
 def shape_of(port: Any) -> tuple[int, ...] | None:
-    """A shape of which every length is known."""
+    """The shape of a graph input, output or value; None if not every length is known."""
     tensor_type = port.type.tensor_type
     if not tensor_type.HasField("shape") or any(not axis.HasField("dim_value") for axis in tensor_type.shape.dim):
         return None
@@ -121,7 +122,7 @@ def _constants(proto: Any) -> dict[str, Array]:
 
 
 def _is_constant(tensor: Any) -> bool:
-    """Whether a tensor may say a shape, sizes, axes or scales, or the zeros that a state begins with."""
+    """Whether a tensor may hold a shape, sizes, axes or scales, or an initial state of zeros."""
     size = math.prod(tensor.dims)
     return size <= _SMALL or (size <= _FOLDED and (tensor.data_type != _FLOAT or _is_zero(tensor)))
 
@@ -131,7 +132,7 @@ def _is_zero(tensor: Any) -> bool:
 
 
 def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[int, ...]]) -> Any:
-    """The graph without its big weights, and with every length of its inputs said."""
+    """A copy of the model without the values of large weights, and with a length for every open axis of its inputs."""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     skeleton = type(proto)(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
     graph = skeleton.graph
@@ -165,7 +166,7 @@ def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[i
 
 
 def _inferred(skeleton: Any, constants: dict[str, Array]) -> StaticValues:
-    """Infer shapes and fold what they make constant, in turns."""
+    """Infer shapes and fold constants in turns, until no further node can be folded."""
     inference = require("onnx.shape_inference", extra="onnx")
     helper = require("onnx.numpy_helper", extra="onnx")
     while True:
@@ -190,9 +191,9 @@ def _inferred(skeleton: Any, constants: dict[str, Array]) -> StaticValues:
 
 
 def _folded(skeleton: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
-    """Yield what further nodes give in every run."""
+    """Yield the outputs of nodes whose inputs are all constant, and of Shape nodes with a known shape."""
     folded: dict[str, Array] = {}
-    left = budgets.MAX_ONNX_FOLDED
+    remaining = budgets.MAX_ONNX_FOLDED
     for node in skeleton.graph.node:
         if node.domain not in STANDARD_DOMAINS or node.op_type in _RANDOM_OPS or any(inner_graphs(node)):
             continue
@@ -204,15 +205,15 @@ def _folded(skeleton: Any, state: StaticValues) -> Iterator[tuple[str, Array]]:
             folded |= _run(skeleton, node, {node.input[0]: placeholder})
         elif node.input and all(name in inputs for name in node.input if name):
             most = _most(node, inputs, state)
-            if most is not None and most <= left:
+            if most is not None and most <= remaining:
                 results = _run(skeleton, node, inputs)
-                left -= sum(value.size for value in results.values())
+                remaining -= sum(value.size for value in results.values())
                 folded |= results
     yield from ((name, value) for name, value in folded.items() if value.size <= _FOLDED)
 
 
 def _most(node: Any, inputs: Mapping[str, Array], state: StaticValues) -> int | None:
-    """How many elements a node gives at most; None if that depends on what inference does not know yet."""
+    """The largest number of output elements of a node; None if it may grow and its shapes are not inferred yet."""
     shapes = [state.shapes.get(name) for name in node.output if name]
     if None not in shapes:
         return sum(math.prod(shape) for shape in shapes if shape is not None)
@@ -224,7 +225,7 @@ def _value(name: str, state: StaticValues, folded: Mapping[str, Array]) -> Array
 
 
 def _run(proto: Any, node: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """What a node gives; nothing if the reference implementation does not know it."""
+    """The outputs of a node by name; empty if the reference implementation of onnx does not support it."""
     onnx = require("onnx", extra="onnx")
     reference = require("onnx.reference", extra="onnx")
     helper = onnx.helper
@@ -244,9 +245,9 @@ def _run(proto: Any, node: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def replace_fused(graph: Any, dims: Mapping[str, tuple[int, ...]]) -> None:
-    """Put operators of ONNX that make the same shapes in the place of onnxruntime's own, which no inference knows.
+    """Replace onnxruntime's fused operators, unknown to shape inference, with ONNX operators of the same output shape.
 
-    The graph is a copy that is never run; ``dims`` are the shapes of the weights.
+    The graph must be a copy that is never run; ``dims`` are the shapes of the weights.
     """
     nodes = list(graph.node)
     del graph.node[:]
@@ -258,13 +259,13 @@ def replace_fused(graph: Any, dims: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _stand_ins(graph: Any, node: Any, dims: Mapping[str, tuple[int, ...]]) -> Iterator[Any]:
-    """Yield what makes the same shapes; nothing for a node that lacks what its operator needs."""
+    """Yield ONNX nodes with the same output shapes; none if the node lacks an input, or its operator is not known."""
     helper = require("onnx.helper", extra="onnx")
     result = output_of(node, 0)
     if not result or not all(input_of(node, position) for position in _NEEDED.get(node.op_type, (0,))):
         return
     if node.op_type in _LIKE_FIRST:
-        # Not Identity, which would hand on numbers that are the same in every run.
+        # Not Identity, which would be folded if its input is constant.
         for name in filter(None, (result, output_of(node, _SUM))):
             yield helper.make_node("RandomNormalLike", [node.input[0]], [name])
     elif node.op_type == "MultiHeadAttention":
@@ -276,7 +277,7 @@ def _stand_ins(graph: Any, node: Any, dims: Mapping[str, tuple[int, ...]]) -> It
         yield helper.make_node("Gather", [node.input[2], node.input[0]], [result])
     elif node.op_type == "FusedConv" and input_of(node, 1):
         convolution = helper.make_node("Conv", node.input[:2], [result])
-        convolution.attribute.extend(given for given in node.attribute if given.name not in _ACTIVATION)
+        convolution.attribute.extend(item for item in node.attribute if item.name not in _ACTIVATION)
         yield convolution
     elif (shape := _weight_shape(node, dims.get(input_of(node, 1), ()))) is not None:
         weight = f"{result}/weight"
@@ -285,7 +286,7 @@ def _stand_ins(graph: Any, node: Any, dims: Mapping[str, tuple[int, ...]]) -> It
 
 
 def _weight_shape(node: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The shape of a matrix that makes the same shape of the first input; None if its attributes do not say one."""
+    """The shape of a matrix that gives the same output shape in a MatMul with the first input; None if not known."""
     rows, columns = shape if len(shape) == 2 else (0, 0)
     if node.op_type == "MatMulNBits":
         rows, columns = get_attribute(node, "K", 0), get_attribute(node, "N", 0)
