@@ -1,4 +1,4 @@
-"""The adapter of PyTorch files: a program that torch.export traced."""
+"""The adapter of PyTorch files: it prunes the traced torch.fx graph of a network."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
 
 
 def read_torch(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> TorchAdapter:
-    """The network of a file of PyTorch, with what builds it where the file holds weights alone.
+    """The adapter of a PyTorch file; `origin` gives the builder of the network if the file holds only weights.
 
-    It is traced on the shapes that were typed, whatever data there is.
+    The network is traced on the shapes of `--input`; the shapes of the data are not used.
     """
     del data
     if origin.custom_objects:
@@ -74,13 +74,13 @@ class TorchAdapter(GraphAdapter):
 
     @property
     def omitted_tensors(self) -> frozenset[str]:
-        """The states of optimizers that cannot be cut as their weights are."""
+        """The states of optimizers that cannot be matched to weights."""
         prefixes = tuple(f"{name}.state." if name else "state." for name in self._slots.unmatched)
         return frozenset(tensor.name for tensor in self._model.tensors if tensor.name.startswith(prefixes))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That a class is written beside weights, and what is left out."""
+        """Notes on the class that is written beside weights, and on optimizer state that is left out."""
         if self._is_program:
             return ()
         omitted = ", ".join(name or "the file" for name in self._slots.unmatched)
@@ -95,21 +95,21 @@ class TorchAdapter(GraphAdapter):
 
     @property
     def observable(self) -> frozenset[str]:
-        """What every convolution and every dense layer makes; layers of several steps are one step of the program."""
+        """The outputs of weighted layers, except values inside a layer that is a single node of the program."""
         return outputs_of_weighted_layers(self.graph) & {node.name for node in self._traced.module.graph.nodes}
 
     @property
     def class_name(self) -> str:
-        """That of the module that was traced."""
+        """The class of the traced module; empty for an exported program."""
         return "" if self._is_program else class_of(self._traced)
 
     def companion_files(self, target: Path) -> tuple[Path, ...]:
-        """The file of the generated class."""
+        """The file of the generated class; none for an exported program."""
         return () if self._is_program else (companion_file(target),)
 
     @cached_property
     def coupled_tensors(self) -> Mapping[str, str]:
-        """Second names of shared weights, and the optimizer slots of each."""
+        """Second names of shared weights, and optimizer slots, each with the weight that it is cut like."""
         owners = {**self._traced.aliases, **self._slots.owners}
         return {name: self._traced.aliases.get(owner, owner) for name, owner in owners.items()}
 
@@ -119,7 +119,7 @@ class TorchAdapter(GraphAdapter):
             return OptimizerSlots()
         shapes = {tensor.name: tensor.shape for tensor in self._model.tensors}
         if not any(".state." in f".{name}" for name in shapes):
-            # No optimizer has a state: the checkpoint is loaded once, when it is written.
+            # Without optimizer state there is no need to load the checkpoint here; it is loaded when it is written.
             return OptimizerSlots()
         return optimizer_slots(load_checkpoint(self._model, self._traced), parameter_order(self._traced), shapes)
 
@@ -141,7 +141,7 @@ class TorchAdapter(GraphAdapter):
         return WeightedProgram(self._traced.module, values)
 
     def random_inputs(self, random: np.random.Generator) -> Feeds:
-        """Random inputs of the types that it was traced on."""
+        """Random inputs of the shapes and types that the network was traced on, with a batch of 1 if it takes that."""
         generator = torch.Generator().manual_seed(int(random.integers(1 << 62)))
         used = zip(self.graph.inputs, self._traced.single_inputs, strict=True)
         return {name: to_numpy(random_like(example, generator)) for name, example in used}
@@ -156,7 +156,7 @@ class TorchAdapter(GraphAdapter):
 
             def record(name: str, value: Any) -> None:
                 if name in names:
-                    # A later step may work in place.
+                    # Cloned, as a later operation may change the value in place.
                     recorded[name] = value.clone()
 
             inputs = [to_torch(feeds[name]) for name in self.graph.inputs]
@@ -168,7 +168,7 @@ class TorchAdapter(GraphAdapter):
         return run
 
     def write(self, network: PrunedProgram, folder: Path, target: Path) -> WrittenNetwork:
-        """Write a program as a program, all else as weights with a class beside them that takes them."""
+        """Write an exported program as such; other networks as weights, with a generated class beside them."""
         if self._traced.program is not None:
             path = folder / target.name
             return WrittenNetwork(path, write_program(self._traced, self._traced.program, network, path))
@@ -183,12 +183,13 @@ class TorchAdapter(GraphAdapter):
 
 
 _ENDLESS = 1 << 62
+"""Upper bounds of dynamic axes from here on mean that there is none."""
 
 
 def prune_program(
     traced: TracedModel, axes: Mapping[str, Axes], after: PrunedShapes, replaced: Mapping[str, torch.Tensor]
 ) -> WeightedProgram:
-    """The smaller program, its weights slices of those of the larger, or of what replaces them."""
+    """The smaller program; its weights are slices of the original weights, or of the values that replace them."""
     values = dict(replaced)
     for name, tensor in traced.names.items():
         removed = axes.get(traced.aliases.get(tensor, tensor))
@@ -204,9 +205,9 @@ def prune_program(
 def write_program(
     traced: TracedModel, original: ExportedProgram, pruned: WeightedProgram, path: Path
 ) -> tuple[str, ...]:
-    """Export a smaller program again, so that every shape in it is right, write it, and return notes."""
+    """Export the smaller program again, so that every shape in it is right, write it, and return notes."""
     with quiet(), temporary_folder() as scratch:
-        # Through a link: PyTorch aborts where the name of a folder is not UTF-8.
+        # Through a symbolic link, as PyTorch aborts if the name of a folder is not UTF-8.
         (scratch / "target").symlink_to(path.parent.absolute(), target_is_directory=True)
         try:
             program, notes = _export_again(original, traced.examples, with_weights(traced, pruned))
@@ -221,7 +222,7 @@ def write_program(
 def _export_again(
     original: ExportedProgram, examples: Examples, module: torch.nn.Module
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """A program with the bounds of the one that was read, or with those that its steps ask for."""
+    """Export with the original bounds of dynamic axes; if that fails, with bounds that PyTorch chooses, and a note."""
     bounds = {
         str(symbol): Dim(f"length_{number}", min=int(limits.lower), max=_upper_limit(limits.upper))
         for number, (symbol, limits) in enumerate(original.range_constraints.items())
@@ -239,7 +240,7 @@ def _export_again(
 
 
 def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.GraphModule:
-    """A module with the smaller weights in it, those that nothing reads included."""
+    """A module with the pruned weights, including weights that no operation reads."""
     memo: dict[int, Any] = {}
     for name, weight in (*traced.module.named_parameters(), *traced.module.named_buffers()):
         value = weighted.values.get(name, weight)
@@ -251,7 +252,7 @@ def with_weights(traced: TracedModel, weighted: WeightedProgram) -> torch.fx.Gra
 
 
 def _open_axes(program: ExportedProgram, bounds: Mapping[str, Any]) -> tuple[dict[int, Any] | None, ...]:
-    """The axes that may have any length."""
+    """For each input the dynamic axes with their bounds, or None if it has none."""
     names = set(program.graph_signature.user_inputs)
     axes = []
     for node in program.graph.nodes:
@@ -267,19 +268,19 @@ def _upper_limit(limit: Any) -> int | None:
 
 
 def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
-    """The operations of a program by what they do to channels; weights are called what the file calls them."""
+    """The channel graph of a program; weights have the names that they have in the file."""
     weights = _read_weights(model, traced)
     nodes = list(traced.module.graph.nodes)
     try:
-        seen = traced.shapes or shapes_of(WeightedProgram(traced.module), traced.single_inputs)
+        recorded_shapes = traced.shapes or shapes_of(WeightedProgram(traced.module), traced.single_inputs)
     except Exception as error:
         raise InputError(f"PyTorch cannot run {model.path}: {first_line(error)}") from error
-    # A copy: what a step in between makes is added.
-    shapes = dict(seen)
+    # A copy, as `lower` adds the shapes of intermediate values.
+    shapes = dict(recorded_shapes)
     names = {name: traced.aliases.get(tensor, tensor) for name, tensor in traced.names.items()}
     weight_views = views(nodes, {name: tensor for name, tensor in names.items() if tensor in weights}, shapes)
-    # A copy: what several steps see of a weight is added on the way.
-    use_counts = uses(nodes, dict(weight_views))
+    # Counted here, as `lower` adds views of weights.
+    use_counts = uses(nodes, weight_views)
     operations: list[OpNode] = []
     for node in nodes:
         is_operation = node.op == "call_function" and node.name not in weight_views and not is_item(node)
@@ -297,7 +298,7 @@ def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:
 
 
 def _has_shape(node: torch.fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether values come out of it, and not a length alone."""
+    """Whether an output of a node is a tensor with a known shape, not only a number."""
     return node.name in shapes or any(is_item(user) and user.name in shapes for user in node.users)
 
 

@@ -1,4 +1,4 @@
-"""Rules of PyTorch operations that take several steps: attention, gated units, recurrent layers."""
+"""Rules for PyTorch operations that become several operations of the graph: attention, GLU, recurrent layers."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def scaled_dot_product(op: OpContext) -> Lowering:
-    """Scaled dot-product attention: transposed keys, a product, a softmax, a product."""
+    """Scaled dot-product attention: transposed keys, a matrix product, a softmax, a matrix product."""
     query, key, value = (op.name(name) for name in ("query", "key", "value"))
     if op.arg("enable_gqa", default=False) or len({len(op.shapes[name]) for name in (query, key, value)}) > 1:
         return ()
     rank = len(op.shapes[query])
     order = (*range(rank - 2), rank - 1, rank - 2)
-    transposed = op.temporary("turned", tuple(op.shapes[key][axis] for axis in order))
-    table = (*op.shapes[query][:-1], op.shapes[key][-2])
-    similarity, attention = op.temporary("alike", table), op.temporary("weighed", table)
+    transposed = op.temporary("transposed", tuple(op.shapes[key][axis] for axis in order))
+    shape = (*op.shapes[query][:-1], op.shapes[key][-2])
+    scores, probabilities = op.temporary("scores", shape), op.temporary("probabilities", shape)
     steps = [
         op.emit(OpKind.TRANSPOSE, (key,), (transposed,), order=order),
-        op.emit(OpKind.MATMUL, (query, transposed), (similarity,)),
+        op.emit(OpKind.MATMUL, (query, transposed), (scores,)),
     ]
     if mask := op.name("attn_mask"):
-        masked = op.temporary("masked", table)
-        steps.append(op.emit(OpKind.ELEMENTWISE, (similarity, mask), (masked,)))
-        similarity = masked
-    steps.append(op.emit(OpKind.ALONG_AXES, (similarity,), (attention,), axes=(rank - 1,)))
-    return (*steps, op.emit(OpKind.MATMUL, (attention, value)))
+        masked = op.temporary("masked", shape)
+        steps.append(op.emit(OpKind.ELEMENTWISE, (scores, mask), (masked,)))
+        scores = masked
+    steps.append(op.emit(OpKind.ALONG_AXES, (scores,), (probabilities,), axes=(rank - 1,)))
+    return (*steps, op.emit(OpKind.MATMUL, (probabilities, value)))
 
 
 def resize_scale(op: OpContext, after: PrunedShapes) -> None:
-    """Keep the scale of the original heads, however many numbers are left in each."""
+    """Keep the default scale of the original heads, 1 / sqrt(head width), after the width changed."""
     before = op.shape("query")[-1]
     if op.arguments.get("scale") is None and after.shape(op.name("query"))[-1] != before:
         set_argument(op.node, "scale", 1 / math.sqrt(before))
@@ -58,7 +58,7 @@ def glu(op: OpContext) -> Lowering:
 
 
 def recurrent(op: OpContext) -> Lowering:
-    """Stacked recurrent layers, in one direction or both; all have as many units."""
+    """Stacked recurrent layers, in one direction or both; all have the same number of units."""
     name, arguments = op_name(op.node), op.arguments
     if "batch_sizes" in arguments or not isinstance(arguments.get("params"), list | tuple):
         return ()
@@ -89,7 +89,7 @@ def recurrent(op: OpContext) -> Lowering:
         steps.append(op.emit(OpKind.CONCAT, sides, (data,), axis=len(shape) - 1))
     outputs = op.outputs
     steps.append(op.emit(OpKind.ELEMENTWISE, (data,), outputs[:1]))
-    # All layers have as many units, so that the same of each go.
+    # The final states of all layers are one tensor, so that the same units of each layer are removed.
     stacked = op.temporary("states", (len(states), *op.shapes[states[0]][1:]))
     steps.append(op.emit(OpKind.CONCAT, states, (stacked,), axis=0))
     return (
@@ -99,7 +99,7 @@ def recurrent(op: OpContext) -> Lowering:
 
 
 def _initial_states(op: OpContext, name: str) -> list[str]:
-    """The first states, unless they are zeros, of which there are as many as units."""
+    """The initial states, without those that are zeros, whose size follows the number of units."""
     states = op.arguments["hx"]
     states = states if isinstance(states, list | tuple) else [states]
     if len(states) != _STATES[name]:
@@ -108,7 +108,7 @@ def _initial_states(op: OpContext, name: str) -> list[str]:
 
 
 def resize_initial_states(op: OpContext, after: PrunedShapes) -> None:
-    """Begin with as many zeros as there are units."""
+    """Set the size of initial states of zeros to the new number of units."""
     states = op.arguments["hx"]
     state = f"{op.node.name}.state0.0"
     units = after.shape(state)[-1]
@@ -126,7 +126,7 @@ def resize_initial_states(op: OpContext, after: PrunedShapes) -> None:
 
 
 def is_zeros(node: torch.fx.Node) -> bool:
-    """Whether a value is nothing but zeros."""
+    """Whether a node makes a tensor of zeros."""
     return op_name(node) in {"zeros", "new_zeros"}
 
 
@@ -136,11 +136,11 @@ _BEFORE_SELECT: tuple[tuple[str, Mapping[str, int]], ...] = (
     ("transpose", {"dim0": 0, "dim1": -2}),
     ("unsqueeze", {"dim": 0}),
 )
-"""What stands between what is taken and what was taken apart, from behind."""
+"""The operations between unflatten and select in the packed projection of nn.MultiheadAttention, the last first."""
 
 
 def split_packed_qkv(graph: torch.fx.Graph) -> None:
-    """Take parts of the last axis directly where they are moved to the front first."""
+    """Slice packed queries, keys and values on the last axis, where the network moves the parts to the front first."""
     for node in list(graph.nodes):
         origin = _packed_part(node) if node.op == "call_function" and op_name(node) == "select" else None
         if origin is not None:
@@ -149,7 +149,7 @@ def split_packed_qkv(graph: torch.fx.Graph) -> None:
                 cut = graph.call_function(
                     torch.ops.aten.slice.Tensor, (packed, -1, number * width, (number + 1) * width)
                 )
-                # As it lay in memory before: what follows may see it in another shape without a copy.
+                # Contiguous like the selected part, as operations behind may view it in another shape.
                 part = graph.call_function(torch.ops.aten.contiguous.default, (cut,))
             cut.meta, part.meta = dict(node.meta), dict(node.meta)
             node.replace_all_uses_with(part)
@@ -158,7 +158,7 @@ def split_packed_qkv(graph: torch.fx.Graph) -> None:
 
 
 def _packed_part(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
-    """The source of a part, its width and its number."""
+    """The packed value, the width of each part, and the number of the part that a select takes; None for others."""
     inputs = arguments(node)
     if inputs["dim"] != 0 or type(inputs["index"]) is not int or inputs["index"] < 0:
         return None
@@ -182,6 +182,6 @@ def _packed_part(node: torch.fx.Node) -> tuple[torch.fx.Node, int, int] | None:
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether an operation may do more than give a value: only what took the parts apart goes."""
+    """Whether a node is kept even if nothing reads it: only the operations that made the parts may be removed."""
     names = {"unflatten", *(name for name, _ in _BEFORE_SELECT)}
     return node.op != "call_function" or op_name(node) not in names

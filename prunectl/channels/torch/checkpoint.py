@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch: weights and optimizer slots sliced alike, all else kept."""
+"""Pruned PyTorch checkpoints: weights and their optimizer slots are sliced alike, everything else is kept."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from prunectl.training.torch.tensors import to_numpy, to_torch
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSlots:
-    """The optimizer slots in a checkpoint."""
+    """The optimizer slots in a checkpoint, matched to weights."""
 
     owners: Mapping[str, str] = field(default_factory=dict)
-    """The weight of each tensor of their states, both by their names in the file."""
+    """The weight that each slot belongs to; both are names of tensors in the file."""
     unmatched: tuple[str, ...] = ()
-    """Optimizers of which nobody can tell which weights their states belong to, by their place."""
+    """The optimizers whose states cannot be matched to weights, by their path in the checkpoint."""
 
 
 def optimizer_slots(root: Any, order: Mapping[str, str], shapes: Shapes) -> OptimizerSlots:
-    """Match the slots of optimizers, which number their weights, to the names of the file.
+    """Match the slots of optimizers, which number the parameters, to the tensors of the file.
 
-    The order is that of the parameter_order of the module, with their names in the file.
+    `order` is the result of `parameter_order`.
     """
     owners: dict[str, str] = {}
     unmatched: list[str] = []
@@ -52,7 +52,7 @@ def optimizer_slots(root: Any, order: Mapping[str, str], shapes: Shapes) -> Opti
             _joined(_joined(_joined(name, "state"), number), key): (by_number.get(number, ""), tuple(value.shape))
             for number, state in optimizer["state"].items()
             for key, value in (state.items() if isinstance(state, dict) else ())
-            # A count of steps is a tensor as well.
+            # The step count may be a tensor too, with one element.
             if isinstance(value, torch.Tensor) and value.numel() > 1
         }
         if all(shape == shapes.get(owner) for owner, shape in slots.values()):
@@ -63,7 +63,7 @@ def optimizer_slots(root: Any, order: Mapping[str, str], shapes: Shapes) -> Opti
 
 
 def clear_optimizers(root: Any, optimizers: Collection[str]) -> None:
-    """Empty the states of optimizers, as they are before the first step."""
+    """Empty the states of the given optimizers, as they are before the first step."""
     for name, optimizer in _optimizers(root, ""):
         if name in optimizers:
             optimizer["state"].clear()
@@ -74,11 +74,11 @@ class WeightChanges:
     """The changes to the tensors of a file."""
 
     axes: Mapping[str, Axes]
-    """The indices that are removed, by tensor of the file."""
+    """The removed indices, by tensor of the file."""
     numbers: Mapping[str, Array]
-    """What takes the place of some before they are cut."""
+    """The new values that some tensors get before they are cut."""
     cleared_optimizers: tuple[str, ...] = ()
-    """Optimizers whose states are not written, by their place."""
+    """The optimizers whose states are not written, by their path in the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +89,7 @@ class PrunedProgram(WeightedProgram):
 
 
 def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = "") -> Any:
-    """A value with the tensors in it cut; dictionaries and lists stay the same ones."""
+    """A value of a checkpoint with its tensors cut; dictionaries and lists are changed in place."""
     if isinstance(value, torch.nn.Module):
         raise InputError(
             f"{path} holds a whole module, {name}, beside other values",
@@ -111,7 +111,7 @@ def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = 
 
 
 def delete_tensor_indices(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
-    """A tensor without some indices of some axes, its memory its own."""
+    """A tensor without the given indices, detached from autograd."""
     for axis, indices in axes.items():
         kept = torch.ones(tensor.shape[axis], dtype=torch.bool)
         kept[torch.from_numpy(indices)] = False
@@ -120,7 +120,7 @@ def delete_tensor_indices(tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
 
 
 def owning_dict(root: Any, name: str) -> tuple[dict[str, Any], str]:
-    """The dictionary that a tensor lies in, and its key there."""
+    """The inner dictionary of a checkpoint that holds a tensor, and the key of the tensor there."""
     while name not in root:
         key = next(key for key in root if name.startswith(f"{key}."))
         root, name = root[key], name[len(str(key)) + 1 :]
@@ -132,7 +132,7 @@ def _joined(name: str, key: object) -> str:
 
 
 def _optimizers(value: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the states of optimizers in a checkpoint, and where they are."""
+    """Yield the path and the state dict of each optimizer in a checkpoint."""
     if isinstance(value, dict) and {"state", "param_groups"} <= value.keys():
         yield name, value
     elif isinstance(value, dict | list | tuple):
@@ -154,7 +154,7 @@ def write_safetensors(model: ModelFile, changes: WeightChanges, extras: Mapping[
 
 
 def companion_file(target: Path) -> Path:
-    """Where the class goes whose weights go to a target; never where somebody's own code is."""
+    """The file of the generated class for the weights in `target`; UsageError if it holds code of the user."""
     code = code_beside(target)
     if code.is_file() and HEADER not in code.read_text(encoding="utf-8", errors="replace").partition("\n")[0]:
         raise UsageError(
@@ -199,7 +199,7 @@ def write_weights(
 
 
 def class_of(traced: TracedModel) -> str:
-    """The name of the class that is written: that of the module, unless torch has one of this name."""
+    """The name of the generated class: that of the module's class, or Net if torch has it or it is no identifier."""
     module_class = type(traced.original)
     name = str(getattr(traced.original, "original_name", module_class.__name__))
     is_own = not module_class.__module__.startswith("torch.") or isinstance(traced.original, torch.jit.ScriptModule)
@@ -227,14 +227,14 @@ def load_checkpoint(model: ModelFile, traced: TracedModel) -> Any:
 
 
 def parameter_order(traced: TracedModel) -> Mapping[str, str]:
-    """The tensors of the file by parameter name, in the order of an optimizer."""
+    """The tensors of the file by parameter name, in the order in which an optimizer numbers the parameters."""
     names = [] if traced.original is None else [name for name, _ in traced.original.named_parameters()]
     return {name: traced.names[name] for name in names if name in traced.names}
 
 
 def _loading(name: str, keys: str = "", prefix: str = "") -> tuple[str, ...]:
-    """How the weights of a file get into the class: by other names than the file's where these are longer."""
-    # Names are quoted as literals: a file may call its tensors whatever it likes.
+    """The statements that load the file into the class, without the prefix that its names may have."""
+    # Names are quoted as literals, as those in a file may contain any character.
     state = f"torch.load({literal(name)}, weights_only=True){keys}"
     if name.endswith(".safetensors"):
         state = f"safetensors.torch.load_file({literal(name)})"

@@ -1,4 +1,4 @@
-"""From a PyTorch file to a program that torch.export traced, each weight with its name in the file."""
+"""Tracing: from a PyTorch file to a torch.fx graph, recorded or from torch.export, with the weights' file names."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
 Examples = tuple[torch.Tensor, ...]
 _MISFITS = (AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-"""What PyTorch raises where a program does not take what goes in."""
+"""The exceptions that PyTorch raises if a program does not accept its inputs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TracedModel:
-    """A network in memory, and where its numbers are in the file."""
+    """A traced network in memory, and the names of its weights in the file."""
 
     module: torch.fx.GraphModule
-    """Its operations; weights are attributes."""
+    """The graph; weights are attributes of this module."""
     names: Mapping[str, str]
-    """From attributes to tensors of the file."""
+    """From attributes of the graph module to tensors of the file."""
     aliases: Mapping[str, str]
-    """Tensors of the file that are another one under a second name."""
+    """Second names of shared weights in the file, each with the first name."""
     examples: Examples
-    """What it was traced on."""
+    """The inputs that the network was traced on."""
     single_inputs: Examples
-    """The same for one at a time, if it takes that."""
+    """The same inputs with a batch of 1, if the graph accepts it."""
     out_spec: Any
-    """How what comes out is packed; None for one tensor."""
+    """The pytree structure of the outputs; None for a single tensor."""
     original: torch.nn.Module | None
-    """What was traced; a program has none."""
+    """The module that was traced; None if the file holds an exported program."""
     program: ExportedProgram | None = None
-    """The program that a file holds."""
+    """The exported program that the file holds."""
     shapes: Mapping[str, Shape] | None = None
-    """Of every value for the single inputs, where a run of it has shown them."""
+    """The shape of every value for `single_inputs`; None if the graph was not run on them."""
     holds_module: bool = False
-    """Whether the file holds a module, and not its weights alone."""
+    """Whether the file holds a whole module, not only weights."""
     is_trusted: bool = False
 
 
 def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
-    """Read a file, and trace what is in it."""
+    """Load the network of a file, and trace it."""
     if model.family is Family.TORCH_PROGRAM:
         return _load_exported(model, origin)
     folders = importlib.import_module("prunectl.training.torch.folder")
@@ -98,28 +98,28 @@ def trace_model(model: ModelFile, origin: LoadOptions) -> TracedModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TracedGraph:
-    """The graph of a module, and what it was traced on."""
+    """The graph of a module, and the inputs that it was traced on."""
 
     module: torch.fx.GraphModule
     out_spec: Any
     examples: Examples
     shapes: Mapping[str, Shape] | None
-    """Of every value for one example at a time; None where it takes only as many as it was traced on."""
+    """The shape of every value for a batch of 1; None if the graph accepts only the traced batch size."""
 
 
 def _traced(module: torch.nn.Module, examples: Examples, path: str) -> _TracedGraph:
-    """A recording where it is known to compute what the module does, for one at a time too; else what is exported."""
+    """Record the graph; if the recording does not compute the same for a batch of 1, trace it with torch.export."""
     module.eval()
     if any(weight.dtype in _HALF for weight in module.parameters()):
-        # What is proved is proved in single precision; the numbers that are written are those of the file.
+        # The equivalence check runs in float32; the weights that are written are read from the file again.
         module.float()
     used = _batched(examples)
     try:
         with quiet():
-            # Imported here, as a version of PyTorch may lack what it needs.
+            # Imported here, as a version of PyTorch may lack a private API that it needs.
             recorder = importlib.import_module("prunectl.channels.torch.recorder")
             recording = recorder.record(module, tuple(value.clone() for value in used))
-    except Exception:  # noqa: BLE001 - it is the user's code, which torch.export and the checks before it get to see
+    except Exception:  # noqa: BLE001 - the user's code may raise anything, and torch.export runs it again below
         recording = None
     if recording is not None:
         split_packed_qkv(recording.module.graph)
@@ -167,7 +167,7 @@ def _load_exported(model: ModelFile, origin: LoadOptions) -> TracedModel:
 
 
 def _placeholders(program: ExportedProgram) -> Examples:
-    """Examples of the shapes that a program says, those that are open with the lengths they were traced on."""
+    """Zeros of the input shapes of a program; dynamic axes get the lengths that they were traced with."""
     names = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     return tuple(
@@ -190,14 +190,14 @@ def _graph_module(program: ExportedProgram) -> torch.fx.GraphModule:
         raise InputError("this version of PyTorch returns no graph for exported programs")
     for node in list(module.graph.nodes):
         if node.op == "call_module" and not node.users:
-            module.graph.erase_node(node)  # it only holds inputs against what they were traced on
+            module.graph.erase_node(node)  # it only checks the inputs against the traced ones
     split_packed_qkv(module.graph)
     module.recompile()
     return module
 
 
 def _single_inputs(program: ExportedProgram, module: torch.fx.GraphModule, used: Examples) -> Examples:
-    """Examples of one at a time where a batch may have any size."""
+    """The inputs with a batch of 1 if the batch axis is dynamic and the program runs on them; else the given inputs."""
     names = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
@@ -212,7 +212,7 @@ def _single_inputs(program: ExportedProgram, module: torch.fx.GraphModule, used:
 
 
 def _aliases(module: torch.nn.Module, named: Mapping[str, str]) -> dict[str, str]:
-    """The second names of weights that several layers share."""
+    """The second names of weights that several layers share, each with the first name."""
     shared: dict[int, list[str]] = defaultdict(list)
     for name, weight in module.named_parameters(remove_duplicate=False):
         if name in named:
@@ -222,18 +222,18 @@ def _aliases(module: torch.nn.Module, named: Mapping[str, str]) -> dict[str, str
 
 _HALF = (torch.float16, torch.bfloat16)
 _TRACED_BATCH = 2
-"""A batch of 1 would be taken for a length that never changes."""
+"""Not 1: torch.export takes a length of 1 for one that never changes."""
 
 
 def _batched(examples: Examples) -> Examples:
-    """Batches of two in place of single examples; others as they are."""
+    """The inputs with a batch of 2 where it was 1; others unchanged."""
     return tuple(with_batch(value, _TRACED_BATCH) if value.ndim and len(value) == 1 else value for value in examples)
 
 
 def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[ExportedProgram, Examples]:
-    """A module as a program for a batch of one size, and what it was traced on.
+    """Export a module for a fixed batch size; the program, and the inputs that it was traced on.
 
-    PyTorch takes two to three times as long where a size is left open.
+    The batch size is fixed as torch.export takes two to three times as long with a dynamic one.
     """
     accepted = _accepted_inputs(module, examples, path)
     if isinstance(module, torch.jit.ScriptModule):
@@ -249,23 +249,23 @@ def trace(module: torch.nn.Module, examples: Examples, path: str) -> tuple[Expor
 
 
 def _trace_any_batch(module: torch.nn.Module, examples: Examples) -> ExportedProgram | None:
-    """A module as a program for a batch of any size; None where it is not written so."""
+    """Export a module with a dynamic batch size; None if that fails."""
     if isinstance(module, torch.jit.ScriptModule) or not _has_batch_axis(examples):
         return None
     axes: Any = tuple({0: Dim.AUTO} if value.ndim else None for value in examples)
     takes_varargs = getattr(getattr(module.forward, "__code__", None), "co_flags", 0) & inspect.CO_VARARGS
     try:
         with quiet():
-            # What goes into one parameter, `*inputs`, is described together.
+            # The shapes of a variadic parameter, `*inputs`, are given as one nested tuple.
             return torch.export.export(
                 module, examples, dynamic_shapes=(axes,) if takes_varargs else axes, strict=False
             )
-    except Exception:  # noqa: BLE001 - PyTorch raises what it likes
+    except Exception:  # noqa: BLE001 - torch.export may raise anything
         return None
 
 
 def _accepted_inputs(module: torch.nn.Module, examples: Examples, path: str) -> Examples:
-    """Examples that the module accepts: a batch of two, or that of `--input`."""
+    """The first inputs that the module accepts: those with a batch of 2, or those of `--input`."""
     failure = None
     for inputs in (_batched(examples), examples):
         try:
@@ -298,7 +298,7 @@ _LENGTH, _EXAMPLE = 224, "1,3,224,224 or 1,128:i64"
 
 
 def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tuple[torch.Tensor, ...]:
-    """An example for each shape, such as `1,3,224,224` or `1,128:i64`."""
+    """A tensor of zeros for each shape, such as `1,3,224,224` or `1,128:i64`."""
     if not specs:
         raise UsageError(
             f"{path} does not give the shapes of its inputs, which are needed to trace it",
@@ -310,14 +310,14 @@ def examples(specs: tuple[str, ...], module: torch.nn.Module, path: str) -> tupl
 
 
 def random_like(example: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Random numbers in place of an example: normal ones, or whole ones small enough for any table of words."""
+    """Random numbers in the shape of an example: normal floats, or integers 0 and 1, valid in any embedding table."""
     if example.is_floating_point():
         return torch.randn(example.shape, generator=random, dtype=torch.float32).to(example.dtype)
     return torch.randint(0, 2, example.shape, generator=random).to(example.dtype)
 
 
 def with_batch(example: torch.Tensor, size: int) -> torch.Tensor:
-    """An example for so many at a time."""
+    """Zeros in the shape of an example, with another batch size."""
     return torch.zeros((size, *example.shape[1:]), dtype=example.dtype) if example.ndim else example
 
 
@@ -328,10 +328,10 @@ _SIZES = ("size", "shape")
 def open_batch_axis(
     module: torch.fx.GraphModule, original: torch.nn.Module, examples: Examples
 ) -> tuple[torch.fx.GraphModule, Mapping[str, Shape]] | None:
-    """A program that says for one at a time what the module says, and the shapes in it.
+    """A program that computes for a batch of 1 what the module computes, and the shapes of its values.
 
-    None if it was traced for so many only. `len(x)` is a number like any other once it was traced: where a size is as
-    long as the batch was, it may be that. Whether it is so is seen when it runs.
+    None if the program works only for the traced batch size. Tracing turns `len(x)` into a constant, so that any size
+    equal to the traced batch size may be the batch size: a second program takes them for it, and is checked by a run.
     """
     if not _has_batch_axis(examples):
         return None
@@ -350,7 +350,7 @@ def open_batch_axis(
 
 
 def _has_batch_axis(examples: Examples) -> bool:
-    """Whether the first axis of all inputs may be that of a batch of several."""
+    """Whether the first axis of all inputs has the same length, and not 1: it may be a batch axis."""
     return (
         bool(examples)
         and all(value.ndim for value in examples)
@@ -361,7 +361,7 @@ def _has_batch_axis(examples: Examples) -> bool:
 def _shapes_if_equal(
     module: torch.fx.GraphModule, inputs: Iterable[torch.Tensor], expected: list[torch.Tensor]
 ) -> Mapping[str, Shape] | None:
-    """The shapes of every value, if what comes out is what is expected."""
+    """The shape of every value if the outputs are equal to the expected ones; else None."""
     try:
         outputs, shapes = run_with_shapes(WeightedProgram(module), (value.clone() for value in inputs))
     except _MISFITS:
@@ -374,7 +374,7 @@ def _shapes_if_equal(
 
 
 def _measure_batch(module: torch.fx.GraphModule, size: int) -> torch.fx.GraphModule:
-    """A program with the size of the batch measured wherever a shape begins with it."""
+    """A program in which shapes that begin with the traced batch size get the size of the actual batch instead."""
     with quiet():
         graph = copy.deepcopy(module.graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]

@@ -1,4 +1,4 @@
-"""Nodes of torch.fx as the rules see them: arguments by name, shapes, weight views; and the interpreter."""
+"""Nodes of torch.fx for the rules, with arguments by name, shapes and weight views; and the recording interpreter."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from prunectl.training.torch.tensors import tensor_leaves
 
 @dataclass(frozen=True, slots=True)
 class OpContext:
-    """A node with the shapes and weight views around it."""
+    """A node with the shapes and weight views of its graph."""
 
     node: torch.fx.Node
     shapes: dict[str, Shape]
-    """Of every value that is known; what a step in between makes is added."""
+    """The known shapes of values; rules add those of intermediate values."""
     views: dict[str, WeightView]
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """All arguments, those left out as they are by default."""
+        """All arguments by name, with defaults for those left out."""
         return arguments(self.node)
 
     def arg(self, name: str, default: Any = None) -> Any:
-        """An argument; LookupError if its value is not known before it runs."""
+        """A constant argument; LookupError if its value is computed at run time."""
         value = self.arguments.get(name, default)
         return static_value(default if value is None else value)
 
     def name(self, argument: str) -> str:
-        """The name of a value that goes in; empty where it is left out."""
+        """The name of the value that is passed for an argument; empty if there is none."""
         value = self.arguments.get(argument)
         return value.name if isinstance(value, torch.fx.Node) else ""
 
     def shape(self, argument: str) -> Shape:
-        """The shape of what goes in; LookupError if it is not known."""
+        """The shape of the value that is passed for an argument; LookupError if it is not known."""
         return self.shapes[self.name(argument)]
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """All values with numbers that go in."""
+        """The names of all input tensors."""
         return tuple(node.name for node in self.node.all_input_nodes if node.name in self.shapes)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what comes out: several are taken apart right behind."""
+        """The names of the outputs; several are named after the getitem nodes that read them."""
         if self.node.name in self.shapes:
             return (self.node.name,)
         items = {user.args[1]: user.name for user in self.node.users if is_item(user) and user.users}
@@ -62,24 +62,24 @@ class OpContext:
 
     @property
     def result(self) -> Shape:
-        """Shape of the first that comes out."""
+        """The shape of the first output."""
         return self.shapes[self.outputs[0]]
 
     def emit(self, kind: OpKind, inputs: Iterable[str], outputs: Iterable[str] = (), **attributes: Any) -> OpNode:
-        """An operation of the graph, one step of this node."""
+        """An operation of the channel graph; a node may become several."""
         return OpNode(
             module_path(self.node), op_name(self.node), kind, tuple(inputs), tuple(outputs) or self.outputs, attributes
         )
 
     def temporary(self, step: str, shape: Shape) -> str:
-        """The name of a value that only one step of it makes."""
+        """The name of an intermediate value between the operations that a node becomes."""
         name = f"{self.node.name}.{step}"
         self.shapes[name] = shape
         return name
 
 
 def arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """The arguments of an operation by their names."""
+    """The arguments of a node by name, with defaults for those left out."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {str(position): value for position, value in enumerate(node.args)} | dict(node.kwargs)
@@ -91,7 +91,7 @@ def arguments(node: torch.fx.Node) -> dict[str, Any]:
 
 
 def set_argument(node: torch.fx.Node, name: str, value: Any) -> None:
-    """Give an operation another argument."""
+    """Replace an argument of a node."""
     names = [argument.name for argument in getattr(node.target, "_schema").arguments]  # noqa: B009
     position = names.index(name)
     if name in node.kwargs or position >= len(node.args):
@@ -101,21 +101,21 @@ def set_argument(node: torch.fx.Node, name: str, value: Any) -> None:
 
 
 def static_value(value: Any) -> Any:
-    """An argument of numbers; LookupError if a value is among them that is known only when it runs."""
+    """A constant argument, with lists as tuples; LookupError if it contains a value that is computed at run time."""
     if isinstance(value, torch.fx.Node):
-        raise LookupError(value.name)  # noqa: TRY004 - it is a value, but not here
+        raise LookupError(value.name)  # noqa: TRY004 - the type is right, but the value is not known yet
     if isinstance(value, list | tuple):
         return tuple(static_value(item) for item in value)
     return value
 
 
 def is_item(node: torch.fx.Node) -> bool:
-    """Whether a node takes one of several that come out of another."""
+    """Whether a node is a getitem that takes one of several outputs of another node."""
     return getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
 
 
 def op_name(node: torch.fx.Node) -> str:
-    """What an operation is called, without its variants and whether it works in place."""
+    """The name of an operation without its overload and without the underscore of the in-place variant."""
     target: Any = node.target
     packet = getattr(target, "overloadpacket", None)
     name = str(getattr(packet if packet is not None else target, "__name__", target))
@@ -123,12 +123,12 @@ def op_name(node: torch.fx.Node) -> str:
 
 
 def overload_name(node: torch.fx.Node) -> str:
-    """The variant of an operation."""
+    """The name of the overload of an operation."""
     return str(getattr(node.target, "_overloadname", ""))
 
 
 def module_path(node: torch.fx.Node) -> str:
-    """Where an operation is, for people: the layer that it is in, or its own name."""
+    """The path of the module that an operation belongs to, for messages; the name of the node if there is none."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     inner = str(stack[-1][0]) if stack else ""
     return inner if inner and not inner.startswith("_") else node.name
@@ -148,7 +148,7 @@ _SAME_ORDER = frozenset({"view", "reshape", "unsqueeze", "squeeze", "_unsafe_vie
 
 
 def views(nodes: Iterable[torch.fx.Node], names: Mapping[str, str], shapes: dict[str, Shape]) -> dict[str, WeightView]:
-    """The views of weights by the names of values."""
+    """The weights and the views of weights among the values, by the name of the value."""
     weight_views: dict[str, WeightView] = {}
     for node in nodes:
         if node.op == "get_attr" and str(node.target) in names and node.name in shapes:
@@ -161,7 +161,7 @@ def views(nodes: Iterable[torch.fx.Node], names: Mapping[str, str], shapes: dict
 
 
 def uses(nodes: Iterable[torch.fx.Node], weight_views: Mapping[str, WeightView]) -> Counter[str]:
-    """How often each weight meets an operation that does not only hand it on, or leaves the network."""
+    """How many times nodes read each weight, except to make a view of it; a network output counts too."""
     counts: Counter[str] = Counter()
     for node in nodes:
         if node.name not in weight_views:
@@ -196,7 +196,7 @@ def _axes(op: OpContext, axes: tuple[int | None, ...]) -> tuple[int | None, ...]
         return tuple(order)
     kept = [length for length in before if length != 1]
     if name in _SAME_ORDER and kept == [length for length in after if length != 1]:
-        # Only axes of length 1 come and go: the others keep their order.
+        # Only axes of length 1 are added or removed: the others keep their order.
         remaining = iter([axis for axis, length in zip(axes, before, strict=True) if length != 1])
         return tuple(None if length == 1 else next(remaining) for length in after)
     return None
@@ -204,32 +204,32 @@ def _axes(op: OpContext, axes: tuple[int | None, ...]) -> tuple[int | None, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightedProgram:
-    """A program, some of its numbers replaced."""
+    """A program, with new values for some of its weights."""
 
     module: torch.fx.GraphModule
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By the attributes that they are there."""
+    """The new values, by the attribute of the module."""
     in_float64: bool = False
-    """Whether every number of it is a float64."""
+    """Whether all floats are converted to float64 when it runs."""
 
 
 class RecordingInterpreter(torch.fx.Interpreter):
-    """An interpreter that hands each value to a callback."""
+    """An interpreter that passes the value of each node to a callback."""
 
     def __init__(self, weighted: WeightedProgram, record: Callable[[str, Any], None]) -> None:
         super().__init__(weighted.module)
-        # To say where a run failed, PyTorch imports its compiler; whether it fails is all that is asked here.
+        # For a traceback with the place of a failure, PyTorch would import its compiler, which takes long.
         self.extra_traceback = False
         self._values, self._record, self._in_float64 = weighted.values, record, weighted.in_float64
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """The value of a node, which is recorded."""
+        """Compute and record the value of a node."""
         value = super().run_node(n)
         self._record(n.name, value)
         return value
 
     def fetch_attr(self, target: str) -> Any:
-        """A weight."""
+        """A weight, or the value that replaces it."""
         value = self._values.get(target)
         value = super().fetch_attr(target) if value is None else value
         is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -250,14 +250,14 @@ def _widened(argument: Any) -> Any:
 
 
 def shapes_of(weighted: WeightedProgram, inputs: Iterable[torch.Tensor]) -> dict[str, Shape]:
-    """The shape of every value, as seen on an example; of several that come out, each by its number."""
+    """The shape of every value in a run on an example; the outputs of a node with several are named `node.0`, `.1`."""
     return run_with_shapes(weighted, inputs)[1]
 
 
 def run_with_shapes(
     weighted: WeightedProgram, inputs: Iterable[torch.Tensor]
 ) -> tuple[list[torch.Tensor], dict[str, Shape]]:
-    """The tensors that come out, and the shape of every value."""
+    """Run a program; the output tensors, and the shape of every value."""
     shapes: dict[str, Shape] = {}
 
     def record(name: str, value: Any) -> None:
@@ -274,7 +274,7 @@ def run_with_shapes(
 def run(
     weighted: WeightedProgram, inputs: Iterable[torch.Tensor], record: Callable[[str, Any], None]
 ) -> list[torch.Tensor]:
-    """The tensors that come out."""
+    """Run a program, and pass the value of each node to `record`; the output tensors."""
     with quiet():
         result = RecordingInterpreter(weighted, record).run(*inputs, enable_io_processing=False)
     return tensor_leaves(result)

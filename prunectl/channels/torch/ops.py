@@ -1,4 +1,4 @@
-"""What each operation of PyTorch does to channels, in one kind or several steps, and how it is resized."""
+"""The rules for PyTorch operations: the operations of the channel graph that each becomes, and how it is resized."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from prunectl.channels.torch.fx import OpContext, op_name, set_argument
 
 @dataclass(frozen=True, slots=True)
 class OpRule:
-    """What an operation does to channels, and how the lengths that it names are set right once some are gone."""
+    """The operations of the channel graph that a node becomes, and how its arguments are updated after a removal."""
 
     lower: Callable[[OpContext], Lowering]
     resize: Callable[[OpContext, PrunedShapes], None] | None = None
 
 
 def lower(op: OpContext) -> Lowering:
-    """What an operation does to channels; unknown where it is not said before it runs."""
+    """The operations of the channel graph for a node; UNKNOWN without a rule, or if the rule needs run-time values."""
     rule = RULES.get(op_name(op.node), OpRule(_unknown))
     try:
         steps = rule.lower(op)
@@ -41,7 +41,7 @@ def lower(op: OpContext) -> Lowering:
 
 
 def resize(graph: torch.fx.Graph, after: PrunedShapes) -> None:
-    """Update the lengths in the arguments of operations."""
+    """Update the lengths in the arguments of nodes whose inputs or outputs lost channels."""
     shapes, views = dict(after.trace.graph.shapes), dict(after.trace.graph.views)
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -96,7 +96,7 @@ def _unbind(op: OpContext) -> Lowering:
 
 
 def _select(op: OpContext) -> Lowering:
-    """Behind the first axis it is a position, and no channel."""
+    # On any axis but the first, the index is taken for a position, not a channel.
     before = op.shapes[op.tensors[0]]
     axis, number = op.arg("dim", 0) % len(before), op.arg("index", 0)
     if axis:
@@ -105,7 +105,7 @@ def _select(op: OpContext) -> Lowering:
 
 
 def _bounds(op: OpContext) -> tuple[int, int, int, int]:
-    """The axis of which a part is taken, where that begins and ends, and its step."""
+    """The axis, start, end and step of a slice."""
     before = op.shape("self")
     axis, start = op.arg("dim", 0) % len(before), op.arg("start")
     if "length" in op.arguments:
@@ -138,7 +138,7 @@ def _resize_shape(op: OpContext, after: PrunedShapes) -> None:
             numbers = [
                 new[axis + front] if number == old[axis + front] else number for axis, number in enumerate(sizes)
             ]
-            # What is measured and multiplied, as a batch times heads is, comes out by itself.
+            # A length that is computed at run time, such as batch * heads, is left to the runtime: -1.
             computed = [
                 axis
                 for axis, number in enumerate(sizes)
@@ -175,7 +175,7 @@ def _reverse_axes(op: OpContext) -> Lowering:
 
 
 def _pixel_shuffle(op: OpContext) -> Lowering:
-    """Channels become positions."""
+    """Blocks of channels become positions."""
     *front, channels, height, width = op.shape("self")
     if len(front) != 1:
         return ()
@@ -184,14 +184,14 @@ def _pixel_shuffle(op: OpContext) -> Lowering:
 
 
 def _channel_shuffle(op: OpContext) -> Lowering:
-    """Channels of groups are dealt out in turns."""
+    """The channels of all groups are interleaved."""
     batch, channels, *space = op.shape("self")
     groups = op.arg("groups")
     return _shuffled(op, (batch, groups, channels // groups, *space), (0, 2, 1, *range(3, 3 + len(space))))
 
 
 def _shuffled(op: OpContext, apart: tuple[int, ...], order: tuple[int, ...]) -> Lowering:
-    """A reshape, a transposition, a reshape."""
+    """A reshape, a transpose and a reshape."""
     blocks = op.temporary("apart", apart)
     moved = op.temporary("moved", tuple(apart[axis] for axis in order))
     return (
@@ -206,13 +206,13 @@ def _resize_shuffle(op: OpContext, after: PrunedShapes) -> None:
 
 
 def _expand(op: OpContext) -> Lowering:
-    """New axes of length 1 are put in front, before any is made longer."""
+    """Axes of length 1 are added in front, then axes are repeated."""
     before, after = op.shape("self"), op.result
     padded = (1,) * (len(after) - len(before)) + before
     axes = tuple(axis for axis, pair in enumerate(zip(padded, after, strict=True)) if len(set(pair)) > 1)
     if len(before) == len(after):
         return _along_axes(op, axes)
-    reshaped = op.temporary("longer", padded)
+    reshaped = op.temporary("padded", padded)
     return (
         op.emit(OpKind.RESHAPE, op.tensors[:1], (reshaped,)),
         op.emit(OpKind.ALONG_AXES, (reshaped,), axes=axes),
@@ -220,7 +220,7 @@ def _expand(op: OpContext) -> Lowering:
 
 
 def _pad(op: OpContext) -> Lowering:
-    """Two widths for each axis, the last axis first."""
+    # There are two widths for each axis, beginning with the last axis.
     pads, rank = op.arg("pad"), len(op.result)
     axes = [rank - 1 - number // 2 for number, width in enumerate(pads) if width]
     return _along_axes(op, tuple(axes))
@@ -236,16 +236,15 @@ def _take_index(op: OpContext, axis: int, number: int, name: str) -> list[OpNode
 
 
 def _list_argument(op: OpContext) -> tuple[str, ...]:
-    """The names in a list of values: one may stand in it twice."""
+    """The names in the argument `tensors`, which may contain a value twice, unlike `op.tensors`."""
     return tuple(value.name for value in op.arguments["tensors"])
 
 
 def _convolution(op: OpContext) -> Lowering:
-    """One without a batch is not known."""
     name = op_name(op.node)
     data, kernel = op.name("input"), op.name("weight")
     if len(op.shapes[data]) != len(op.shapes[kernel]):
-        return ()
+        return ()  # the input has no batch axis
     is_transposed = bool(op.arg("transposed", default=False)) or name.startswith("conv_transpose")
     inputs = (data, kernel, op.name("bias"))
     return (op.emit(OpKind.CONVOLUTION, inputs, groups=op.arg("groups"), is_transposed=is_transposed),)
@@ -258,14 +257,14 @@ def _resize_groups(op: OpContext, after: PrunedShapes) -> None:
 
 
 def _linear(op: OpContext) -> Lowering:
-    """The matrix is outputs by inputs."""
+    # The weight has the shape (outputs, inputs).
     if len(op.shape("weight")) != 2:
         return ()
     return (op.emit(OpKind.LINEAR, (op.name("input"), op.name("weight"), op.name("bias")), in_axis=1),)
 
 
 def _addmm(op: OpContext) -> Lowering:
-    """The matrix is inputs by outputs."""
+    # The weight has the shape (inputs, outputs).
     return (op.emit(OpKind.LINEAR, (op.name("mat1"), op.name("mat2"), op.name("self")), in_axis=0),)
 
 
@@ -279,7 +278,7 @@ def _matmul(op: OpContext) -> Lowering:
 
 
 def _channel_norm(op: OpContext) -> Lowering:
-    """By statistics of its own it needs a scale and a shift, to fall silent."""
+    # With running statistics but no scale, a zeroed channel would not stay zero: that is not supported.
     names = {name: op.name(name) for name in ("input", "weight", "bias", "running_mean", "running_var")}
     if not names["weight"]:
         if names["running_mean"]:
@@ -292,7 +291,7 @@ def _channel_norm(op: OpContext) -> Lowering:
 
 
 def _group_norm(op: OpContext) -> Lowering:
-    """Known where each channel is a group."""
+    # Supported if each channel is a group of its own.
     if op.arg("num_groups", op.arg("group")) != op.shape("input")[1] or not op.name("weight"):
         return ()
     inputs = (op.name("input"), op.name("weight"), op.name("bias"))
@@ -305,7 +304,7 @@ def _resize_norm_groups(op: OpContext, after: PrunedShapes) -> None:
 
 
 def _prelu(op: OpContext) -> Lowering:
-    """The slopes lie along axis 1."""
+    # The slopes belong to axis 1 of the data.
     data, slopes = op.tensors
     rank = len(op.shapes[data])
     if slopes in op.views and len(op.shapes[slopes]) == 1 and rank > 1:

@@ -1,9 +1,9 @@
-"""Tracing by recording: what a module asks of ATen in one run, as the graph that torch.export would write.
+"""Tracing by recording: the ATen operations of one run of a module, as the torch.fx graph that torch.export would make.
 
-torch.export imports a compiler, which takes longer than most channel cuts. A recording is used where a second run, on
-other numbers, shows that it computes what the module does; where anything unusual comes by, torch.export is asked.
+torch.export imports a compiler, which takes longer than most channel cuts. A recording is used if a second run, on
+other inputs, shows that it computes what the module computes; for anything unusual, torch.export is used instead.
 
-A version of PyTorch may lack one of its private APIs that a recording needs: then this module cannot be imported.
+A version of PyTorch may lack one of the private APIs that a recording needs: then this module cannot be imported.
 """
 # ruff: noqa: SLF001
 
@@ -34,25 +34,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunectl.training.torch._compat import tree_flatten
 
 _OpOverload = torch._ops.OpOverload
-"""One variant of an operation."""
+"""An overload of an ATen operation."""
 
 
 class UnrecordableError(Exception):
-    """Something that a recording would not hold as torch.export does."""
+    """A module does something that a recording would not represent as torch.export does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recording:
-    """The operations of a module, and how what comes out is packed."""
+    """The graph of a module, and the pytree structure of its outputs."""
 
     module: torch.fx.GraphModule
     out_spec: Any
 
 
 def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Recording:
-    """Run a module, and record its operations; UnrecordableError where torch.export may have more to say.
+    """Run a module, and record its operations; UnrecordableError if torch.export may give another graph.
 
-    What the module itself raises is passed on.
+    Exceptions of the module itself are passed on.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise UnrecordableError("a script has no forward in Python")
@@ -72,14 +72,14 @@ def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Recordi
         warnings.simplefilter("ignore")
         outputs = module(*inputs)
     if tape.refusal:
-        # The module may have caught it, and gone another way.
+        # The module may have caught the UnrecordableError, and taken another path.
         raise UnrecordableError(tape.refusal)
     flat, spec = tree_flatten(outputs)
     return Recording(tape.end(flat), spec)
 
 
 def _input_names(module: torch.nn.Module, count: int) -> list[str]:
-    """What `forward` calls its inputs."""
+    """The names of the parameters of `forward`."""
     parameters = [*inspect.signature(module.forward).parameters.values()][:count]
     if len(parameters) < count or any(parameter.kind not in _PLAIN for parameter in parameters):
         raise UnrecordableError("forward takes what has no name of its own")
@@ -92,27 +92,27 @@ _LITERALS = (bool, int, float, str, torch.dtype, torch.device, torch.layout, tor
 
 @dataclass(slots=True)
 class _Tape:
-    """The graph so far, and which node of it made which tensor."""
+    """The graph recorded so far, and the node that made each tensor."""
 
     module: torch.nn.Module
     graph: torch.fx.Graph = field(default_factory=torch.fx.Graph)
     paths: list[tuple[str, tuple[str, str]]] = field(default_factory=list)
-    """The modules that the run is inside, as torch.export notes them."""
+    """The stack of modules that are running, in the format of `nn_module_stack` of torch.export."""
     refusal: str = ""
     """The first reason why there is no recording."""
     is_inside: bool = False
-    """Whether an operation is on its way, and what is seen are its parts."""
+    """Whether a recorded operation is running: the operations that it consists of are not recorded."""
     nodes: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    """By tensor, as long as there is one: a run holds no more in memory than it would without the tape."""
+    """The node that made a tensor; with weak keys, so that the tape keeps no tensor in memory."""
     fixed: set[int] = field(default_factory=set)
-    """The memory of weights and inputs."""
+    """The addresses of the storages of weights and inputs."""
 
     def begin(self, inputs: tuple[torch.Tensor, ...], names: Iterable[str]) -> None:
-        """Put weights and inputs in front."""
+        """Begin the graph with weights and inputs."""
         module = self.module
         weights = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
         for name, weight in chain(*weights):
-            # Of several names the last is that of the weight, as torch.export has it.
+            # A weight with several names gets the last, as in torch.export.
             self._bind(weight, self.graph.create_node("get_attr", name, name=name.replace(".", "_")))
         for name, value in zip(names, inputs, strict=True):
             self._bind(value, self.graph.placeholder(name))
@@ -135,7 +135,7 @@ class _Tape:
         finally:
             self.is_inside = False
         if op is torch.ops.aten.detach.default and self._is_made_of_nothing(node_args[0]):
-            # PyTorch does so itself behind each factory.
+            # PyTorch itself detaches the result of each factory function: not an operation of the module.
             self._bind(result, node_args[0])
             return result
         node = self._node(op, node_args, node_kwargs, op.overloadpacket.__name__)
@@ -149,7 +149,7 @@ class _Tape:
         return result
 
     def end(self, outputs: list[Any]) -> torch.fx.GraphModule:
-        """The graph, with what came out at its end."""
+        """The complete graph, with the outputs."""
         self.graph.output(tuple(self._node_of(value) for value in outputs))
         return torch.fx.GraphModule(self.module, self.graph)
 
@@ -179,7 +179,7 @@ class _Tape:
         return value
 
     def _refuse_changes(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Of weights and inputs: the next run would begin with others."""
+        """Refuse in-place changes of weights and inputs, after which the next run would start with other values."""
         arguments = op._schema.arguments
         by_keyword = [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
         for argument, value in (*zip(arguments, args, strict=False), *by_keyword):
@@ -189,7 +189,7 @@ class _Tape:
 
 
 def _is_dense(value: object) -> bool:
-    """Whether a value is a tensor whose shape says all of how its numbers lie."""
+    """Whether a value is a dense tensor, neither sparse nor nested."""
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
 
 
@@ -202,14 +202,14 @@ def _has_data_in_shape(op: Any) -> bool:
 
 
 _UNTAGGED = frozenset({"_pack_padded_sequence", "_pad_packed_sequence", "_padded_dense_to_jagged_forward"})
-"""What reads lengths from the memory of a tensor, and does not say so."""
+"""Operations whose output shape depends on the values of a tensor, though they have no tag for it."""
 
 
 class _Operations(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The mode that sees every operation on tensors whole, above autograd and before it is split into others.
+    """The mode that records operations on tensors before autograd, and before they are decomposed into others.
 
-    PyTorch lets a few classes of its own into that place; all that is taken from this one is that it is one of them.
-    Under `enable_python_dispatcher`, without which nothing is seen there.
+    PyTorch accepts only a few classes of its own as PreDispatch modes: that is the only reason for this base class.
+    The mode works only under `enable_python_dispatcher`.
     """
 
     def __init__(self, tape: _Tape) -> None:
@@ -224,7 +224,7 @@ class _Operations(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Whether PyTorch shall import its compiler, to keep it away from here."""
+        """False, as PyTorch would otherwise import its compiler only to disable it here."""
         return False
 
     def __torch_dispatch__(
@@ -234,7 +234,7 @@ class _Operations(ProxyTorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The mode that sees operations that make a tensor of nothing, which the other does not."""
+    """The mode that records factory functions, which have no tensor inputs and do not reach `_Operations`."""
 
     def __init__(self, tape: _Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -247,7 +247,7 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Write an operation down that is no part of another; of a part, see whether it reads numbers."""
+        """Record an operation, unless it is a part of a recorded one; refuse parts whose shape depends on values."""
         if self._tape.is_inside:
             if _has_data_in_shape(func):
                 self._tape.refuse(str(func))
@@ -256,7 +256,7 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Reads(TorchFunctionMode):
-    """Refuses what reads numbers past the operations, and would make constants of them."""
+    """Refuses functions that read values outside of operations, which would become constants of the graph."""
 
     def __init__(self, tape: _Tape) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ _READS = frozenset({"tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "u
 
 @contextmanager
 def _module_paths(module: torch.nn.Module, tape: _Tape) -> Generator[None]:
-    """Keep up which modules the run is inside; one with several names has them in turn."""
+    """Keep `tape.paths` up to date while modules run; a module with several names gets them in turn."""
     names: dict[int, list[str]] = defaultdict(list)
     for path, inner in module.named_modules(remove_duplicate=False):
         names[id(inner)].append(path)
@@ -284,7 +284,7 @@ def _module_paths(module: torch.nn.Module, tape: _Tape) -> Generator[None]:
     thread, stack = threading.get_ident(), list[torch.nn.Module]()
 
     def enter(inner: torch.nn.Module, _: object) -> None:
-        # The hooks are those of the whole process.
+        # Global hooks also run in other threads of the process.
         if threading.get_ident() == thread:
             path = next(turns[id(inner)]) if id(inner) in turns else ""
             stack.append(inner)
@@ -307,5 +307,5 @@ def _module_paths(module: torch.nn.Module, tape: _Tape) -> Generator[None]:
         tape.refuse(_CAUGHT)
 
 
-_CAUGHT = "what was raised in a module was caught"
-"""While it is compiling, PyTorch runs no hook then: paths that follow begin with a module that was left."""
+_CAUGHT = "an exception of a module was caught"
+"""In its compiling state, PyTorch then skips the forward hook: `tape.paths` keeps a module that has ended."""

@@ -1,1 +1,1 @@
-"""A network written as Python: a class that takes the weights of a file, and needs nothing but torch."""
+"""Generated code: a network as a Python class that loads the weights of a file and imports only torch."""

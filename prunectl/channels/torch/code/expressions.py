@@ -1,4 +1,4 @@
-"""An operation as Python writes it: an operator, a method, a function of torch."""
+"""Python expressions for ATen operations: an operator, a method, or a function of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunectl.errors import WorkError
 
 
 def literal(value: Any) -> str:
-    """A value of plain Python, or a word of torch, as code."""
+    """A plain Python value, or a dtype, layout, memory format or device of torch, as code."""
     if isinstance(value, str):
         return f'"{"".join(map(_letter, value))}"'
     if isinstance(value, bool | int) or value is None:
@@ -32,9 +32,9 @@ def literal(value: Any) -> str:
 
 
 def _letter(letter: str) -> str:
-    """A letter as it stands in a text in double quotes, also in one of three: no quote is ever bare.
+    """A character of a string literal, escaped so that it is safe in single and triple double quotes.
 
-    JSON writes what lies beyond the BMP as two halves, which are two other characters in Python.
+    JSON is used only for ASCII: it writes a character beyond the BMP as two surrogates, which Python does not join.
     """
     if letter.isascii():
         return json.dumps(letter)[1:-1]
@@ -42,25 +42,25 @@ def _letter(letter: str) -> str:
 
 
 def sequence(parts: Iterable[str]) -> str:
-    """A tuple of what is code already."""
+    """The code of a tuple, from the code of its items."""
     items = list(parts)
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 
 def collapse_equal(numbers: Any) -> Any:
-    """One number for several that are equal, as layers take them."""
+    """A single number in place of a list of equal numbers, which layers accept too."""
     if isinstance(numbers, list | tuple) and numbers and len(set(map(str, numbers))) == 1:
         return numbers[0]
     return numbers
 
 
 def call(function: str, args: Iterable[str] = (), named: Iterable[tuple[str, str]] = ()) -> str:
-    """A call."""
+    """The code of a call, from the code of its arguments."""
     return f"{function}({', '.join([*args, *(f'{name}={value}' for name, value in named)])})"
 
 
 def numbers(tensor: torch.Tensor) -> str:
-    """A small tensor as code."""
+    """The code of a small tensor, with all its values."""
     return f"torch.tensor({_listed(tensor.tolist())}, dtype={tensor.dtype})"
 
 
@@ -69,10 +69,10 @@ def _listed(value: Any) -> str:
 
 
 Write = Callable[[Any], str]
-"""From an argument, which may be a value of the network, to code."""
+"""From an argument, a constant or a node of the graph, to code."""
 Form = Callable[[torch.fx.Node, dict[str, Any], Write, Shapes], str]
 COLLAPSIBLE = frozenset({"kernel_size", "stride", "padding", "dilation", "output_size", "output_padding"})
-"""Arguments that say one number for several."""
+"""The arguments that may be a single number in place of a list of equal numbers."""
 _END = (1 << 63) - 1
 _SIZES = """upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d upsample_linear1d
 upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"""
@@ -92,8 +92,8 @@ def _select(_: torch.fx.Node, args: dict[str, Any], write: Write, shapes: Shapes
 
 
 def _index(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
-    words = [":" if index is None else write(index) for index in args["indices"]]
-    return f"{write(args['self'])}[{', '.join(words)}]"
+    indices = [":" if index is None else write(index) for index in args["indices"]]
+    return f"{write(args['self'])}[{', '.join(indices)}]"
 
 
 def _split(_: torch.fx.Node, args: dict[str, Any], write: Write, __: Any) -> str:
@@ -139,7 +139,7 @@ def _interpolate(node: torch.fx.Node, args: dict[str, Any], write: Write, _: Any
     if "align_corners" in args:
         named.append(("align_corners", write(args["align_corners"])))
     first = args.get("input", args.get("self"))
-    # Scales beside a size are only how the size came about, unless they were rounded.
+    # Scales beside a size are left out: the size was computed from them, and they matter only if it was rounded.
     return call("F.interpolate", [write(first)], named)
 
 
@@ -202,7 +202,7 @@ _METHODS, _FUNCTIONS, _TORCH = (frozenset(names.split()) for names in (_METHOD_N
 
 
 def expression(node: torch.fx.Node, write: Write, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The right side of the statement for an operation."""
+    """The code of an operation: the right side of its statement."""
     name, args = op_name(node), arguments(node)
     form = SPECIAL_FORMS.get(name)
     if form is not None and (code := form(node, args, write, shapes)):
@@ -223,7 +223,7 @@ def expression(node: torch.fx.Node, write: Write, shapes: Mapping[str, tuple[int
 
 
 def in_place(node: torch.fx.Node, write: Write) -> str:
-    """An operation that changes what goes into it, under its own name."""
+    """The code of an in-place operation, with its underscore."""
     positional, named = _arguments(node, write)
     name = str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
     if hasattr(torch.Tensor, name):
@@ -232,7 +232,7 @@ def in_place(node: torch.fx.Node, write: Write) -> str:
 
 
 def _function(node: torch.fx.Node, positional: list[str], named: list[tuple[str, str]]) -> str:
-    """A function of torch.nn, what is no value by its name."""
+    """A call of a function of torch.nn.functional, with its trailing constant arguments as keywords."""
     schema = getattr(node.target, "_schema").arguments  # noqa: B009
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     args = arguments(node)
@@ -253,7 +253,7 @@ def _function(node: torch.fx.Node, positional: list[str], named: list[tuple[str,
 
 
 def _raw_operator(node: torch.fx.Node, positional: list[str], named: list[tuple[str, str]]) -> str:
-    """An operation by the name that torch has for it inside."""
+    """A call of an ATen operation through torch.ops."""
     namespace = str(getattr(node.target, "namespace", ""))
     if namespace != "aten":
         raise WorkError(f"the network calls {node.target}, which cannot be written with torch alone")
@@ -261,7 +261,7 @@ def _raw_operator(node: torch.fx.Node, positional: list[str], named: list[tuple[
 
 
 def _arguments(node: torch.fx.Node, write: Write) -> tuple[list[str], list[tuple[str, str]]]:
-    """The arguments as code, without those that are as they are by default."""
+    """The code of positional and keyword arguments, without those that equal their defaults."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return [write(argument) for argument in node.args], [

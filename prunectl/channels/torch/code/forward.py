@@ -1,4 +1,4 @@
-"""The steps of a network, one statement each."""
+"""The body of the generated `forward`: one statement for each operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunectl.channels.torch.fx import is_item, op_name
 
 _RESERVED = frozenset({"self", "torch", "nn", "F"})
 _REUSED_NAMES = ("x", "y", "value", "passing")
-"""What a value is called that only the next statement reads."""
+"""The names, of which one is used again and again for values that only the next statement reads."""
 _SHARING = """view reshape flatten unflatten squeeze unsqueeze permute transpose t slice select narrow expand chunk
 split split_with_sizes unbind alias detach getitem to"""
 _VIEWS = frozenset(_SHARING.split())
@@ -23,27 +23,27 @@ _VIEWS = frozenset(_SHARING.split())
 
 @dataclass(frozen=True, slots=True)
 class ForwardCode:
-    """A graph, and what is known of it."""
+    """A graph, and the layers, shapes and expressions that its code needs."""
 
     graph: torch.fx.Graph
     layers: Mapping[torch.fx.Node, LayerCode]
     shapes: Mapping[str, tuple[int, ...]]
     path_of: Callable[[str], str]
-    """From a module or a weight to the expression for it."""
+    """From the path of a module or a weight to the expression for it."""
     returned: Any
-    """What comes out, in the structure that it had."""
+    """The output nodes, in the nested structure that the network returns."""
 
 
 _IN_PARTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
 
 
 def signature(program: ForwardCode) -> list[str]:
-    """The names of what goes in."""
+    """The parameter names of `forward`."""
     return [_identifier(str(node.target)) for node in program.graph.nodes if node.op == "placeholder"]
 
 
 def body(program: ForwardCode) -> list[str]:
-    """The statements, the last of which gives what comes out."""
+    """The statements of `forward`, the last of which is the return statement."""
     return _Writer(program).lines()
 
 
@@ -77,7 +77,7 @@ class _Writer:
     def _reused_name(
         self, inputs: list[torch.fx.Node], steps: list[torch.fx.Node], last: Mapping[torch.fx.Node, set[int]]
     ) -> str:
-        """A name that no input has which is still read once a value took it."""
+        """The name for values that only the next statement reads; an input of this name must not be read afterwards."""
         first = next((number for number, step in enumerate(steps) if last.get(step) == {number + 1}), len(steps))
         still_read = {self.names[node] for node in inputs if max(last.get(node, {-1})) > first}
         return next(name for name in (*_REUSED_NAMES, "_passing") if name not in still_read)
@@ -99,7 +99,7 @@ class _Writer:
         last: Mapping[torch.fx.Node, set[int]],
         passing: str,
     ) -> str:
-        """Names for the several values that come out."""
+        """The assignment targets for an operation with several outputs."""
         used = [item for item in items if last.get(item)]
         for item in used:
             is_passing = len(used) == 1 and last[item] == {step_number + 1}
@@ -125,7 +125,7 @@ class _Writer:
         if isinstance(value, list | tuple):
             return sequence(map(self.write, value))
         if isinstance(value, torch.device):
-            # Where the inputs are, and not where it was traced.
+            # The device of the inputs, not the one that the network was traced on.
             first = next(node for node in self.program.graph.nodes if node.op == "placeholder")
             return f"{self.names[first]}.device"
         return literal(value)
@@ -154,7 +154,7 @@ class _Writer:
 
 
 def _needed_nodes(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """The operations that matter for what comes out, without those that only take one of several."""
+    """The operations that the outputs depend on, and in-place ones; without getitems that become tuple unpacking."""
     output = next(node for node in graph.nodes if node.op == "output")
     needed = set(output.all_input_nodes)
     for node in reversed(graph.nodes):
@@ -166,7 +166,7 @@ def _needed_nodes(graph: torch.fx.Graph) -> list[torch.fx.Node]:
 
 
 def _is_unpacked(node: torch.fx.Node) -> bool:
-    """Whether a node takes one of several, as all others do that read them."""
+    """Whether a node is a getitem of an operation that only getitems read."""
     return is_item(node) and all(is_item(user) for user in node.all_input_nodes[0].users)
 
 
@@ -190,7 +190,7 @@ def _is_in_place(step: torch.fx.Node) -> bool:
 
 
 def _has_one_reader(step: torch.fx.Node) -> bool:
-    """Whether nobody else sees what an operation changes."""
+    """Whether only this in-place operation reads the value that it changes, and the value is no view of another."""
     changed = step.all_input_nodes[0]
     return changed.op == "call_function" and len(changed.users) == 1 and op_name(changed) not in _VIEWS
 

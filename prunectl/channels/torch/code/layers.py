@@ -1,4 +1,4 @@
-"""Which layer of torch does what an operation does, with the weights that it has?"""
+"""Finds the torch.nn layer that does the same as an operation with its weights."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ _NO_MOMENTUM = 0.1
 
 @dataclass(frozen=True, slots=True)
 class LayerCode:
-    """A layer: how it is made, and what it is called with."""
+    """A layer of the generated class, and a call of it."""
 
     path: str
     emit: str
+    """The constructor call, such as nn.Linear(8, 4)."""
     inputs: tuple[torch.fx.Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StateShapes:
-    """What a file has, by the names in the class."""
+    """The shapes of all tensors in a state dict."""
 
     shapes: Shapes
     shared: Mapping[str, tuple[str, ...]]
     """All names of a weight that has several."""
 
     def under(self, path: str) -> dict[str, Shape]:
-        """The shapes of a module's weights by their names in it."""
+        """The shapes of the tensors in a module, by their names without its path."""
         return {name[len(path) + 1 :]: shape for name, shape in self.shapes.items() if name.startswith(f"{path}.")}
 
     def names(self, node: Any) -> tuple[str, ...]:
-        """All names of a weight that goes into an operation; none if it is no weight."""
+        """All names of the weight that a node reads; none if the node is no weight."""
         if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
             return ()
         return self.shared.get(str(node.target), (str(node.target),))
@@ -47,16 +48,20 @@ class StateShapes:
 
 @dataclass(frozen=True, slots=True)
 class _LayerRow:
-    """A kind of layer: what its weights are called, by the arguments of the operation, and what else it holds."""
+    """A kind of layer."""
 
     weights: Mapping[str, str]
+    """The attributes of the layer that hold the weights, by argument of the operation."""
     emit: Callable[[dict[str, Any], Shapes, int], str]
+    """From arguments, shapes of the weights and rank of the data to the constructor call; empty if impossible."""
     data: str = "input"
+    """The argument of the operation that is the input of the layer."""
     also_holds: frozenset[str] = frozenset()
+    """Other tensors of the layer, which the operation does not read."""
 
 
 def as_layer(node: torch.fx.Node, state: StateShapes, rank: int) -> LayerCode | None:
-    """The layer that an operation is, if its weights lie in one module together and alone."""
+    """The layer for an operation, if a module holds exactly the weights of the operation; else None."""
     kind = _LAYER_ROWS.get(op_name(node))
     if kind is None:
         return None
@@ -133,7 +138,7 @@ def _prelu(_: dict[str, Any], shapes: Shapes, __: int) -> str:
 
 
 def _recurrent(node: torch.fx.Node, state: StateShapes) -> LayerCode | None:
-    """A recurrent layer that begins with zeros, as it does by itself."""
+    """The recurrent layer for an operation whose initial states are zeros, as those of the layer are by default."""
     args, name = arguments(node), op_name(node)
     params, states = args.get("params"), args.get("hx")
     states = states if isinstance(states, list | tuple) else [states]

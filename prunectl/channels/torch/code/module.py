@@ -26,7 +26,7 @@ from prunectl.training.torch.tensors import tensor_leaves, to_numpy
 
 
 class Container(StrEnum):
-    """How a module holds those inside it."""
+    """The class of a module that only holds other modules."""
 
     ATTRIBUTES = "nn.Module"
     LIST = "nn.ModuleList"
@@ -35,19 +35,19 @@ class Container(StrEnum):
 
 @dataclass(slots=True)
 class ModuleNode:
-    """A module: a layer of torch, or one that only holds others and weights of its own."""
+    """A node of the module tree: a layer of torch, or a container with submodules and weights of its own."""
 
     layer: str = ""
-    """The call that makes it, if torch has such a layer."""
+    """The constructor call of the layer; empty for a container."""
     weights: dict[str, str] = field(default_factory=dict)
-    """The statements that make its weights, with `{}` for where it is, by their names."""
+    """The statements that make its weights, by name; formatted with the expression for this module, and `name`."""
     children: dict[str, ModuleNode] = field(default_factory=dict)
     is_root: bool = False
-    """Whether it is the class itself, which has nothing in it yet when it is made."""
+    """Whether it is the generated class itself, whose submodules are added one by one."""
 
     @property
     def container(self) -> Container:
-        """How it holds those inside it."""
+        """The class of this container."""
         if not self.children or self.weights or not all(name.isdecimal() for name in self.children):
             return Container.ATTRIBUTES
         counted = [str(number) for number in range(len(self.children))]
@@ -55,7 +55,7 @@ class ModuleNode:
 
 
 def build_tree(layers: Mapping[str, str], weights: Mapping[str, str]) -> ModuleNode:
-    """The modules, of layers and of weights that are in none."""
+    """The module tree, from the layers and from the weights outside of layers, both by path."""
     root = ModuleNode(is_root=True)
     for path, constructor in layers.items():
         _descend(root, path).layer = constructor
@@ -76,7 +76,7 @@ def access_path(root: ModuleNode, path: str) -> str:
 
 
 def statements(branch: ModuleNode, path: str = "self") -> Iterator[str]:
-    """Yield what makes all modules inside one."""
+    """Yield the statements that make the weights and submodules of a module."""
     for name, statement in branch.weights.items():
         yield statement.format(path, name=literal(name))
     for name, child in branch.children.items():
@@ -86,14 +86,14 @@ def statements(branch: ModuleNode, path: str = "self") -> Iterator[str]:
         if child_path.startswith("getattr("):
             yield f"{path}.add_module({literal(name)}, {constructor})"
         elif branch.container is not Container.LIST or constructor != "nn.Module()":
-            # The modules of a list are there already, empty.
+            # A ModuleList is made with empty modules: there is no need to assign these again.
             yield f"{child_path} = {constructor}"
         if expression is None:
             yield from statements(child, child_path)
 
 
 def _as_expression(branch: ModuleNode) -> str | None:
-    """A list of layers, or one by words, as one expression; None if something else is in it."""
+    """A layer, or a ModuleList or ModuleDict of such, as one expression; None if other modules are inside."""
     if branch.layer or branch.weights or branch.container is Container.ATTRIBUTES:
         return branch.layer or None
     inside = {name: _as_expression(child) for name, child in branch.children.items()}
@@ -133,43 +133,44 @@ def _child_path(path: str, holder: Container, name: str) -> str:
 
 HEADER = "written by prunectl."
 _MAX_INLINE = 64
-"""Elements up to which a constant is written out in the code."""
+"""The most elements of a constant whose values are written in the code."""
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedModule:
-    """The text of a module, and what its class takes."""
+    """The text of a Python module, and the state dict of its class."""
 
     name: str
     text: str
     state: Mapping[str, torch.Tensor]
-    """All that its state holds, by the names in it."""
+    """The state dict of the class."""
     extras: Mapping[str, torch.Tensor]
-    """What of it is no part of the state of the original: constants too long to be written out."""
+    """The part of `state` that the original does not have: constants that are too long for the code."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearLayer:
-    """A linear layer whose weight is used by it alone."""
+    """A linear layer that alone uses its weight."""
 
     path: str
     weight: torch.Tensor
     has_bias: bool
     rows: int
-    """How many vectors one example gives it."""
+    """The number of input vectors of the layer for one example."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplacedLayers:
-    """Other layers in the place of linear ones."""
+    """Layers that replace linear layers."""
 
     constructors: Mapping[str, str]
-    """How each is made, by its path."""
+    """The constructor call of each new layer, by path."""
     weights: Mapping[str, Mapping[str, torch.Tensor]]
-    """What takes the place of the weight of each; the bias stays."""
+    """The tensors of each new layer that replace the weight, by path and name; the bias is kept."""
     code: str
-    """Their class."""
+    """The definition of the class of the new layers."""
     imports: tuple[str, ...] = ()
+    """The imports that this class needs."""
 
 
 Replace = Callable[[Sequence[LinearLayer]], ReplacedLayers]
@@ -178,7 +179,7 @@ Replace = Callable[[Sequence[LinearLayer]], ReplacedLayers]
 def generate_module(
     traced: TracedModel, program: WeightedProgram, name: str, loading: Sequence[str], replace: Replace | None = None
 ) -> GeneratedModule:
-    """A class that does what a network does, held against it."""
+    """Generate the class for a program, and verify that it computes the same; `loading` are lines of its docstring."""
     state, extras = _state(traced, program), _constants(traced, program)
     generator = torch.Generator().manual_seed(0)
     inputs = [random_like(example, generator) for example in traced.examples]
@@ -218,7 +219,7 @@ def _state(traced: TracedModel, program: WeightedProgram) -> dict[str, torch.Ten
 
 
 def _constants(traced: TracedModel, program: WeightedProgram) -> dict[str, torch.Tensor]:
-    """Constants that the graph reads and the state dict lacks."""
+    """The constants that the graph reads and the state dict lacks."""
     state = _state(traced, program)
     targets = [str(node.target) for node in program.module.graph.nodes if node.op == "get_attr" and node.users]
     return {name: attribute(traced.module, name) for name in dict.fromkeys(targets) if name not in state}
@@ -230,7 +231,7 @@ def _layers(
     state: Mapping[str, torch.Tensor],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[torch.fx.Node, LayerCode], dict[str, str]]:
-    """The layers of operations, and how each is made; what one is used for differently is written out."""
+    """The layers of operations, and their constructor calls by path; a second, different use of a layer is no layer."""
     state_shapes = StateShapes({name: tuple(value.shape) for name, value in state.items()}, _groups(traced))
     layers: dict[torch.fx.Node, LayerCode] = {}
     constructors: dict[str, str] = {}
@@ -294,7 +295,7 @@ def _precision(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _returned(traced: TracedModel, program: WeightedProgram) -> Any:
-    """The values that come out, in the structure that the network gives them in."""
+    """The output nodes, in the nested structure that the network returns."""
     output = next(node for node in program.module.graph.nodes if node.op == "output")
     flat = list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]
     return flat[0] if traced.out_spec is None else _unwrapped(tree_unflatten(flat, traced.out_spec))
@@ -318,7 +319,7 @@ def _linear_layers(
     layers: Mapping[torch.fx.Node, LayerCode],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[LinearLayer]:
-    """The linear layers whose weight nothing else uses, in the order of the network."""
+    """The linear layers whose weights no other operation uses, in the order of the network."""
     state, shared = _state(traced, program), _groups(traced)
     batch = max(len(traced.examples[0]), 1) if traced.examples[0].ndim else 1
     by_path: dict[str, LinearLayer] = {}
@@ -370,7 +371,7 @@ def _text(opening: Sequence[str], base: str, inputs: Sequence[str], setup: Seque
 
 
 def _verify(generated: GeneratedModule, inputs: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Run the class that was written, and compare what comes out with the network that it was written from."""
+    """Run the generated class, and compare its outputs with those of the network."""
     namespace = types.ModuleType("written")
     try:
         exec(compile(generated.text, "<written>", "exec"), namespace.__dict__)  # noqa: S102 - it is our own text
@@ -390,12 +391,12 @@ def _verify(generated: GeneratedModule, inputs: list[torch.Tensor], expected: li
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Leaves the parameters of a class that was written as they lie in memory: all of them are loaded next."""
+    """Skips the random initialization of parameters, to save time: all of them are loaded next."""
 
     def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Hand on a call that does not fill a parameter with random numbers."""
+        """Call a function, unless it fills a parameter with random numbers."""
         filled = args[0] if args else (kwargs or {}).get("tensor")
         is_filling = getattr(func, "__name__", "") in _FILLS and isinstance(filled, torch.nn.Parameter)
         return filled if is_filling else func(*args, **(kwargs or {}))
