@@ -1,4 +1,4 @@
-"""The adapter of Keras files, and a configuration resized after channels were removed."""
+"""The adapter of Keras files: it resizes the configuration, and slices weights and optimizer slots."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from prunectl.training.backend import LoadOptions
 
 
 def read_keras(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> KerasAdapter:
-    """The network of a Keras file, which says itself how it is built."""
+    """The adapter of a Keras file, whose configuration describes the network."""
     require_followable(model, origin)
     return KerasAdapter(load_keras(model, AxisLengths(origin.inputs, data)), origin)
 
 
 def require_followable(model: ModelFile, origin: LoadOptions) -> None:
-    """Refuse what cannot be followed, or needs no words."""
+    """Refuse `--builder`, which a file with a configuration does not need, and layers inside tfmot wrappers."""
     if origin.model:
         raise UsageError(
             "--builder cannot be used with --pattern channel on a Keras file, which holds its own configuration",
@@ -85,14 +85,14 @@ class KerasAdapter(GraphAdapter):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Whether the state of the optimizer is left out."""
+        """A note if the state of the optimizer is left out."""
         if not self.omitted_tensors:
             return ()
         return ("The optimizer state was left out: its slots cannot be matched to the weights.",)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """How long open axes were taken to be, where some layers do not fit that."""
+        """The assumed length of open axes, if some layers do not fit it."""
         length = self._loaded.guessed_length
         if not length:
             return ()
@@ -103,7 +103,7 @@ class KerasAdapter(GraphAdapter):
 
     @property
     def observable(self) -> frozenset[str]:
-        """The outputs, before their activation, of layers that are called once."""
+        """The outputs before the activation of layers that are called once."""
         return frozenset(self._loaded.builder.observable)
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
@@ -128,16 +128,16 @@ class KerasAdapter(GraphAdapter):
         return random_inputs(self._loaded, random)
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """A runner of the network that Keras builds of the edited file."""
+        """A runner of the network that Keras loads from the edited file."""
         return runner(self._loaded, network, self._origin, observed, precision="float64" if in_float64 else "float32")
 
     def widened(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
-        """The same network as Keras built it, where its layers can be told to calculate in float64."""
+        """The same network switched to float64, if its layers allow that; else one that is loaded again."""
         is_wide = isinstance(built, DraftRunner) and built.widen()
         return built if is_wide else super().widened(built, network, observed)
 
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
-        """Write an edited file in the layout of the one that was read."""
+        """Write an edited file in the layout of the original."""
         path = outputs.staged_paths(self._loaded.model, folder, target)[self._loaded.model.path]
         drafts.write(self._loaded, network, path)
         if self.omitted_tensors:
@@ -151,13 +151,13 @@ class KerasAdapter(GraphAdapter):
 
 _SHAPE_KEYS = ("batch_input_shape", "batch_shape", "build_input_shape", "input_shape")
 _KERAS1_NAMES = {"filters": "nb_filter", "units": "output_dim"}
-"""What Keras 1 called a setting."""
+"""The names of settings in Keras 1."""
 
 
 def resize_config(
     config: Mapping[str, Any], builder: GraphBuilder, after: PrunedShapes, left: Shapes
 ) -> dict[str, Any]:
-    """The configuration of the smaller network."""
+    """The configuration of the smaller network; `left` are the new shapes of changed weights."""
     resized: dict[str, Any] = copy.deepcopy(dict(config))
     for layer_call in builder.called:
         layer = get_at(resized, layer_call.path)
@@ -179,7 +179,7 @@ def resize_config(
 def _resize(
     layer: dict[str, Any], original: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes, left: Shapes
 ) -> None:
-    """Set the numbers of channels of a layer."""
+    """Update the numbers of channels in the settings of a layer."""
     rule = rule_for(layer, upgrade_class_name(text(layer, "class_name")))
     if rule is None:
         return
@@ -198,7 +198,7 @@ _STATISTICS = frozenset({"moving_mean", "moving_variance"})
 
 
 def match_slots(loaded: LoadedKeras) -> Mapping[str, str] | None:
-    """The weight that each slot of the optimizer belongs to; None if that cannot be told for sure."""
+    """The weight that each slot of the optimizer belongs to; None if the match is not certain."""
     slots = [tensor for tensor in loaded.model.tensors if _is_slot(loaded, tensor)]
     weights = list(_trained(loaded))
     return {} if not slots else _slots_by_name(slots, weights) or _slots_by_position(loaded, slots, weights)
@@ -210,7 +210,7 @@ def _is_slot(loaded: LoadedKeras, tensor: Tensor) -> bool:
 
 
 def _trained(loaded: LoadedKeras) -> Iterator[Tensor]:
-    """Yield the weights that are trained, in the order of the layers."""
+    """Yield the trainable weights, in the order of the layers."""
     weights_by_layer = {layer_call.path: layer_call.weights for layer_call in loaded.builder.called}
     for layer in loaded.layers:
         if part(layer.layer, "config").get("trainable") is not False:
@@ -220,7 +220,7 @@ def _trained(loaded: LoadedKeras) -> Iterator[Tensor]:
 
 
 def _slots_by_name(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, str] | None:
-    """Match slots whose name contains that of a weight: `Adam/m/a/kernel`, `adam/a_kernel_momentum`."""
+    """Match slots whose names contain those of weights: `Adam/m/a/kernel`, `adam/a_kernel_momentum`."""
     named = {re.sub(r":\d+$", "", tensor.name): tensor for tensor in weights}
     owners = {}
     for slot in slots:
@@ -240,7 +240,7 @@ def _slots_by_name(slots: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[s
 def _slots_by_position(
     loaded: LoadedKeras, slots: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> dict[str, str] | None:
-    """Match slots that have only numbers: weight by weight, or one kind of slot after the other."""
+    """Match numbered slots: all slots of a weight follow each other, or all slots of a kind; None if ambiguous."""
     ordered = sorted(slots, key=lambda tensor: _natural(loaded.stored.path(tensor)))
     times, rest = divmod(len(ordered), len(weights)) if weights else (0, 1)
     if rest:
@@ -256,7 +256,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def update_build_config(layer: dict[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> None:
-    """Set right what Keras says that a layer was built for: shapes in the order of what goes in, or by its names."""
+    """Update the input shapes in the `build_config` of a layer, which are in the order of its inputs or have names."""
     build_config = layer.get("build_config")
     shapes_by_name = part(build_config, "shapes_dict")
     if update_qkv(shapes_by_name, layer_call, after):
@@ -267,7 +267,7 @@ def update_build_config(layer: dict[str, Any], layer_call: CalledLayer, after: P
 
 
 def update_qkv(shapes_by_name: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> bool:
-    """Set right the shapes of query, value and key, if these are what there is."""
+    """Update the shapes of query, value and key; False if there are none."""
     if "query_shape" not in shapes_by_name:
         return False
     inputs = (*layer_call.inputs, layer_call.inputs[-1])[:3]
@@ -278,7 +278,7 @@ def update_qkv(shapes_by_name: Mapping[str, Any], layer_call: CalledLayer, after
 
 
 def shapes_in(value: Any) -> Iterator[list[Any]]:
-    """Yield the shapes in what Keras says a layer was built for, in their order."""
+    """Yield the shapes in a nested configuration value, in order."""
     unwrapped = untuple(value)
     if isinstance(unwrapped, list):
         if unwrapped and all(length is None or type(length) is int for length in unwrapped):
@@ -292,7 +292,7 @@ def shapes_in(value: Any) -> Iterator[list[Any]]:
 
 
 def update_shape(shape: list[Any], value: str, after: PrunedShapes) -> None:
-    """Set the lengths right that a value no longer has."""
+    """Update a shape in a configuration, in place, to the new shape of a value; open axes stay open."""
     if not after.has_changed(value):
         return
     old, new = after.trace.shape(value), after.shape(value)
@@ -304,7 +304,7 @@ def update_shape(shape: list[Any], value: str, after: PrunedShapes) -> None:
 
 
 def update_tensors(nodes: Any, values: Mapping[tuple[str, int, int], str], after: PrunedShapes) -> None:
-    """Set right what Keras 3 says of the shapes of values where a layer takes them: a layer, a call, an output."""
+    """Update the shapes that Keras 3 writes beside references to values, which are (layer, call, output)."""
     if isinstance(nodes, list):
         for node in nodes:
             update_tensors(node, values, after)

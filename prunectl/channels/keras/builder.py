@@ -1,4 +1,4 @@
-"""The graph builder that the rules of layers emit operations into."""
+"""The graph under construction, and the context of a layer call, through which the rules of layers emit operations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from prunectl.formats.keras.flops.shapes import LayerCall, UnknownShapeError
 
 @dataclass(frozen=True, slots=True)
 class CalledLayer:
-    """A layer that was called: what went in and what came out."""
+    """A call of a layer, with its inputs and outputs."""
 
     path: ConfigPath
     names: tuple[str, ...]
-    """Of the models around it, and its own."""
+    """The names of the models around the layer, and its own name."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -31,12 +31,12 @@ class CalledLayer:
 
 @dataclass(frozen=True, slots=True)
 class ObservedValue:
-    """Where Keras has a value: a layer hands it to its activation."""
+    """A value that can be recorded in Keras, as a layer passes it to its activation."""
 
     names: tuple[str, ...]
-    """Of the models around the layer, and its own."""
+    """The names of the models around the layer, and its own name."""
     order: tuple[int, ...]
-    """The order in which the axes that Keras has are those of the graph."""
+    """The permutation from the axes of the value in Keras to its axes in the graph."""
 
 
 class GraphBuilder:
@@ -49,12 +49,12 @@ class GraphBuilder:
         self.views: dict[str, WeightView] = {}
         self.uses: Counter[str] = Counter()
         self.inputs: dict[str, str] = {}
-        """Types of numbers by the names of inputs."""
+        """The dtype of each input, by name."""
         self.called: list[CalledLayer] = []
         self.observed: dict[str, ObservedValue] = {}
-        """Of values that some layer makes just before its activation."""
+        """The values that layers compute just before their activations, by name."""
         self.references: dict[tuple[ConfigPath, str, int, int], str] = {}
-        """Values by how a model refers to them: a layer, the number of a call, the number of an output."""
+        """Values by the references of a model: its path, a layer, the number of a call, the number of an output."""
         self._weights: dict[str, Tensor] = {}
         self._names: set[str] = set()
 
@@ -69,7 +69,7 @@ class GraphBuilder:
         return unique
 
     def rename_output(self, value: str, name: str, start: int) -> str:
-        """Give what the operations since some place come to the name of the layer, and return it."""
+        """Name a value after the layer if an operation from `start` on computes it, and return its name."""
         outputs = {output for node in self.nodes[start:] for output in node.outputs}
         if value not in outputs:
             return value
@@ -104,7 +104,7 @@ class GraphBuilder:
         return outputs
 
     def view(self, tensor: Tensor, axes: Sequence[int | None]) -> str:
-        """The value that a weight is, its axes in another order; axes of length 1 may be put in."""
+        """The name of a view of a weight with its axes permuted; None adds an axis of length 1."""
         order = tuple(axes)
         name = tensor.name if order == tuple(range(len(tensor.shape))) else f"{tensor.name} as {order}"
         self._weights[tensor.name] = tensor
@@ -114,7 +114,7 @@ class GraphBuilder:
 
     @contextmanager
     def rollback(self) -> Generator[None]:
-        """Remove what was emitted if an exception is raised."""
+        """Remove the operations that were emitted if an exception is raised."""
         nodes, uses = len(self.nodes), self.uses.copy()
         try:
             yield
@@ -125,7 +125,7 @@ class GraphBuilder:
 
     @property
     def observable(self) -> dict[str, ObservedValue]:
-        """What can be looked at while it runs; of a layer that is called twice, nobody knows which is which."""
+        """The values that can be recorded in a run: only of layers that are called once, as calls have no names."""
         outputs = {output for node in self.nodes for output in node.outputs}
         observed_times = Counter(value.names for name, value in self.observed.items() if name in outputs)
         call_times = Counter(layer_call.names for layer_call in self.called)
@@ -139,7 +139,7 @@ class GraphBuilder:
         """The finished graph."""
         return ChannelGraph(
             nodes=tuple(self.nodes),
-            # A copy: each view of the file would keep it open once more.
+            # Copied, as each view would keep the file open.
             weights=LazyWeights(self._weights, lambda name: np.array(self._model.read(self._weights[name]))),
             views=self.views,
             uses=self.uses,
@@ -174,48 +174,48 @@ def _with_renamed(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """A call of a layer, as its rule sees it; what is not known raises UnknownShapeError."""
+    """A call of a layer, for its rule; UnknownShapeError if the rule needs a fact that is not known."""
 
     builder: GraphBuilder
     names: tuple[str, ...]
-    """Of the models around it, and its own."""
+    """The names of the models around the layer, and its own name."""
     step: LayerCall
     inputs: tuple[str, ...]
-    """Values, those that are given by name behind the others."""
+    """The input values, first the positional ones, then the keyword arguments."""
     weights: Mapping[str, Tensor]
     keywords: tuple[str, ...] = ()
-    """The names of the last inputs."""
+    """The names of the keyword arguments, which are the last inputs."""
 
     @property
     def name(self) -> str:
-        """Its name, with those of the models around it."""
+        """The name of the layer, behind those of the models around it."""
         return "/".join(self.names)
 
     @property
     def op(self) -> str:
-        """Its class."""
+        """The class of the layer."""
         return self.step.kind
 
     @property
     def data(self) -> str:
-        """The one value that goes in."""
+        """The only input; UnknownShapeError if there are several."""
         if len(self.inputs) != 1:
             raise UnknownShapeError
         return self.inputs[0]
 
     def shape(self, value: str) -> Shape:
-        """A shape with its batch."""
+        """The shape of a value, with the batch axis."""
         if value not in self.builder.shapes:
             raise UnknownShapeError
         return self.builder.shapes[value]
 
     @property
     def batch(self) -> int:
-        """How many examples go in: more than one where steps in time are taken for examples."""
+        """The batch size of the inputs: more than 1 inside TimeDistributed, where steps are put on the batch axis."""
         return self.shape(self.inputs[0])[0]
 
     def made(self) -> Shape:
-        """The output shape, with its batch."""
+        """The output shape, with the batch axis."""
         return with_batch(matmuls.output(self.step), self.batch)
 
     def emit(self, kind: OpKind, inputs: Sequence[str], shape: Shape, **attributes: Any) -> str:
@@ -225,34 +225,34 @@ class LayerContext:
         return self.builder.add(self.name, self.op, kind, inputs, (shape,), **attributes)[0]
 
     def weight_view(self, leaf: str, axes: Sequence[int | None]) -> str:
-        """A weight as an operation sees it; empty if the layer has none of that name."""
+        """The name of a view of a weight with its axes permuted; empty if the layer has no weight of this name."""
         tensor = self.weights.get(leaf)
         return "" if tensor is None else self.builder.view(tensor, axes)
 
     def transpose(self, value: str, order: Sequence[int]) -> str:
-        """Put the axes of a value in another order."""
+        """Permute the axes of a value."""
         if list(order) == list(range(len(order))):
             return value
         shape = self.shape(value)
         return self.emit(OpKind.TRANSPOSE, (value,), tuple(shape[axis] for axis in order), order=tuple(order))
 
     def to_channels_first(self, value: str) -> str:
-        """Put channels in front of space, where they are not."""
+        """Move the channels of a value to axis 1, unless the layer has them there."""
         rank = len(self.shape(value))
         return value if self.step.is_channels_first else self.transpose(value, (0, rank - 1, *range(1, rank - 1)))
 
     def from_channels_first(self, value: str) -> str:
-        """Put channels where the layer has them."""
+        """Move the channels of a value from axis 1 to the axis of the layer's data format."""
         rank = len(self.shape(value))
         return value if self.step.is_channels_first else self.transpose(value, (0, *range(2, rank), 1))
 
     def channels_first_shape(self, shape: Shape) -> Shape:
-        """A shape of the layer's with channels in front of space."""
+        """A shape in the layer's data format, with the channels moved to axis 1."""
         return shape if self.step.is_channels_first else (shape[0], shape[-1], *shape[1:-1])
 
 
 def with_batch(shape: Sequence[int | None] | None, batch: int) -> Shape:
-    """A shape with its batch; UnknownShapeError if a length is not known."""
+    """A shape with a batch axis added in front; UnknownShapeError if a length is not known."""
     lengths = [] if shape is None else [length for length in shape if length is not None]
     if shape is None or len(lengths) != len(shape):
         raise UnknownShapeError

@@ -1,4 +1,4 @@
-"""What each layer of Keras does to channels, and how it is resized; those without weights are in `layers.py`."""
+"""The rules for Keras layers: their operations in the graph, and how they are resized; see also `layers.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunectl.channels.adapter import PrunedShapes
 from prunectl.channels.graph import OpKind
 from prunectl.channels.keras import layers
 from prunectl.channels.keras.builder import CalledLayer, LayerContext, ObservedValue
-from prunectl.channels.keras.layers import apply_activation, keeps_zero
+from prunectl.channels.keras.layers import apply_activation, has_known_activations
 from prunectl.formats.keras.config import part, text, untuple, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops.matmuls import matmuls
 from prunectl.formats.keras.flops.sequences import GATES, STATES
@@ -28,27 +28,26 @@ def _convolution(call: LayerContext, *, is_transposed: bool = False) -> str:
 
 
 def _depthwise(call: LayerContext) -> str:
-    """A convolution channel by channel; its kernel is (*space, channels, multiplier)."""
+    """A depthwise convolution; its kernel is (*space, channels, multiplier)."""
     _check_shapes(call)
     channels = call.channels_first_shape(call.shape(call.data))[1]
     return _emit_convolution(call, _depthwise_kernel(call), groups=channels, is_transposed=True)
 
 
 def _separable(call: LayerContext) -> str:
-    """A convolution channel by channel, and one that mixes the channels at each position."""
+    """A depthwise convolution followed by a pointwise one."""
     _check_shapes(call)
     axes = call.step.axes
     shape = call.channels_first_shape(call.made())
     data = call.to_channels_first(call.data)
     channels, width = call.shape(data)[1], call.weights["pointwise_kernel"].shape[-2]
-    # By another name, as what each of the two reads and makes is told by their names.
+    # Under a name of its own, as the axes that an operation reads are looked up by its name.
     depthwise_output = replace(call, names=(*call.names, "depthwise")).emit(
         OpKind.CONVOLUTION,
         (data, _depthwise_kernel(call)),
         (call.batch, width, *shape[2:]),
         groups=channels,
         is_transposed=True,
-        is_padded=_is_padded(call),
     )
     kernel = call.weight_view("pointwise_kernel", (axes + 1, axes, *range(axes)))
     pointwise = call.emit(
@@ -57,13 +56,12 @@ def _separable(call: LayerContext) -> str:
         shape,
         groups=1,
         is_transposed=False,
-        is_padded=False,
     )
     return apply_activation(call, call.from_channels_first(_observe(call, pointwise)))
 
 
 def _dense(call: LayerContext) -> str:
-    """A matrix, (in, out), over the last axis."""
+    """A dense layer over the last axis; its kernel is (in, out)."""
     _check_shapes(call)
     inputs = (call.data, call.weight_view("kernel", (0, 1)), *_bias_inputs(call))
     return apply_activation(
@@ -94,7 +92,7 @@ def _batch_norm(call: LayerContext) -> str:
 
 
 def _group_norm(call: LayerContext) -> str:
-    """Normalisation over groups of channels, and over all positions; whole groups go."""
+    """Normalisation over groups of channels and all positions; only whole groups can be removed."""
     shape = call.shape(call.data)
     axis, groups = _single_axis(call, len(shape)), call.step.number("groups", 32)
     channels = shape[axis]
@@ -116,7 +114,7 @@ def _group_norm(call: LayerContext) -> str:
 
 
 def _prelu(call: LayerContext) -> str:
-    """A rectifier with slopes of its own; along shared axes they have length 1."""
+    """A leaky ReLU with trained slopes, which have length 1 along shared axes."""
     shape, slopes = call.shape(call.data), call.weights["alpha"]
     if len(slopes.shape) != len(shape) - 1:
         raise UnknownShapeError
@@ -124,7 +122,7 @@ def _prelu(call: LayerContext) -> str:
 
 
 def _layer_scale(call: LayerContext) -> str:
-    """A scale of its own for each channel of the last axis."""
+    """A trained scale for each channel of the last axis."""
     shape, scales = call.shape(call.data), call.weights["gamma"]
     if scales.shape != shape[-1:]:
         raise UnknownShapeError
@@ -134,23 +132,17 @@ def _layer_scale(call: LayerContext) -> str:
 def _emit_convolution(call: LayerContext, kernel: str, *, groups: int, is_transposed: bool) -> str:
     shape = call.channels_first_shape(call.made())
     inputs = (call.to_channels_first(call.data), kernel, *_bias_inputs(call))
-    convolved = call.emit(
-        OpKind.CONVOLUTION, inputs, shape, groups=groups, is_transposed=is_transposed, is_padded=_is_padded(call)
-    )
+    convolved = call.emit(OpKind.CONVOLUTION, inputs, shape, groups=groups, is_transposed=is_transposed)
     return apply_activation(call, call.from_channels_first(_observe(call, convolved)))
 
 
 def _depthwise_kernel(call: LayerContext) -> str:
-    """A kernel of channel by channel as one of a transposed convolution in as many groups.
+    """A depthwise kernel as that of a transposed convolution with one group for each input channel.
 
-    Its first axis runs over what goes in, each of which makes as many as the multiplier says, one beside the other.
+    Axis 0 counts the input channels, axis 1 the output channels of each, of which there are `depth_multiplier`.
     """
     axes = call.step.axes
     return call.weight_view("depthwise_kernel", (axes, axes + 1, *range(axes)))
-
-
-def _is_padded(call: LayerContext) -> bool:
-    return call.step.word("padding", "valid") != "valid"
 
 
 def _bias_inputs(call: LayerContext) -> tuple[str, ...]:
@@ -158,7 +150,7 @@ def _bias_inputs(call: LayerContext) -> tuple[str, ...]:
 
 
 def _observe(call: LayerContext, value: str, *, is_image: bool = True) -> str:
-    """Remember where Keras has a value: of an image, with the channels where the layer has them."""
+    """Note that a value can be recorded in Keras; an image has its channels on the axis of the layer's data format."""
     order = tuple(range(len(call.shape(value))))
     if is_image and not call.step.is_channels_first:
         order = (0, order[-1], *order[1:-1])
@@ -167,7 +159,7 @@ def _observe(call: LayerContext, value: str, *, is_image: bool = True) -> str:
 
 
 def _check_shapes(call: LayerContext) -> None:
-    """Hold the shapes of the weights against what the settings say."""
+    """UnknownShapeError if the shapes of the weights do not fit the settings of the layer."""
     expected = matmuls(call.step)
     if any(matmul.leaf not in call.weights or call.weights[matmul.leaf].shape != matmul.shape for matmul in expected):
         raise UnknownShapeError
@@ -183,7 +175,7 @@ def _single_axis(call: LayerContext, rank: int) -> int:
 
 _INITIAL_STATE = frozenset({"initial_state"})
 _REFUSED_RECURRENT = ("stateful", "time_major")
-"""Settings under which a layer begins with what it was left with, or has its steps in front of its examples."""
+"""Settings that are not supported: states kept from batch to batch, and time on axis 0."""
 _MERGED = ("sum", "mul", "ave")
 _RANK = 3
 
@@ -193,7 +185,7 @@ def _recurrent(call: LayerContext) -> tuple[str, ...]:
 
 
 def _bidirectional(call: LayerContext) -> tuple[str, ...]:
-    """Two layers, of which the second goes through the steps from behind; the file may describe it or not."""
+    """A forward and a backward layer; if the file does not describe the backward layer, it is like the forward one."""
     config, initial_states = call.step.config, call.inputs[1:]
     forward = part(config, "layer")
     backward = part(config, "backward_layer") or forward
@@ -204,11 +196,11 @@ def _bidirectional(call: LayerContext) -> tuple[str, ...]:
     ):
         kind = upgrade_class_name(text(layer, "class_name"))
         directions.append(_direction(call, kind, upgrade_config(kind, part(layer, "config")), direction, states))
-    (first, *left), (second, *more) = directions
+    (first, *forward_states), (second, *backward_states) = directions
     shape, other = call.shape(first), call.shape(second)
     merge_mode = config.get("merge_mode", "concat")
     if merge_mode is None:
-        return (first, second, *left, *more)
+        return (first, second, *forward_states, *backward_states)
     if merge_mode == "concat":
         wide = (*shape[:-1], shape[-1] + other[-1])
         merged = call.emit(OpKind.CONCAT, (first, second), wide, axis=len(shape) - 1)
@@ -216,14 +208,14 @@ def _bidirectional(call: LayerContext) -> tuple[str, ...]:
         merged = call.emit(OpKind.ELEMENTWISE, (first, second), shape)
     else:
         raise UnknownShapeError
-    return (merged, *left, *more)
+    return (merged, *forward_states, *backward_states)
 
 
 def _direction(
     call: LayerContext, kind: str, config: Mapping[str, Any], direction: str, states: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Put in a layer in one direction, and return what it gives."""
-    if kind not in GATES or any(config.get(key) for key in _REFUSED_RECURRENT) or not keeps_zero(config):
+    """Emit a recurrent layer in one direction, and return its outputs."""
+    if kind not in GATES or any(config.get(key) for key in _REFUSED_RECURRENT) or not has_known_activations(config):
         raise UnknownShapeError
     prefix = f"{direction}/" if direction else ""
     recurrent_kernel, data = call.weights[f"{prefix}recurrent_kernel"], call.shape(call.inputs[0])
@@ -253,12 +245,12 @@ def _direction(
 _ATTENTION_INPUTS = frozenset({"query", "value", "key", "attention_mask", "query_mask", "value_mask", "key_mask"})
 _QUERY_VALUE_KEY = ("query", "value", "key")
 _REFUSED_ATTENTION = ("use_gate", "flash_attention", "sliding_window")
-"""Settings that put more between the projections than heads that do not know of one another."""
+"""Settings that are not supported, as they compute more between the projections than independent heads."""
 _KERNEL = 3
 
 
 def query_value_key_first(inputs: Sequence[str], keywords: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What an attention takes with query, value and key in front, in this order."""
+    """The inputs of an attention with query, value and key first, and the names of its other keyword arguments."""
     count = len(inputs) - len(keywords)
     by_keyword = dict(zip(keywords, inputs[count:], strict=True))
     if len(by_keyword) != len(keywords):
@@ -269,7 +261,7 @@ def query_value_key_first(inputs: Sequence[str], keywords: Sequence[str]) -> tup
 
 
 def _multi_head_attention(call: LayerContext) -> str:
-    """Projections, heads, and a projection of what they found."""
+    """Multi-head attention, as one operation with its input projections and its output projection."""
     count = len(call.inputs) - len(call.keywords)
     if count not in {2, 3} or any(call.step.config.get(key) for key in _REFUSED_ATTENTION):
         raise UnknownShapeError
@@ -294,24 +286,24 @@ def _multi_head_attention(call: LayerContext) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LayerResize:
-    """A layer that was called, and what is left of it."""
+    """A layer whose settings are updated after the removal of channels."""
 
     call: CalledLayer
     settings: dict[str, Any]
-    """Those of the smaller network, to be set right."""
+    """The settings in the smaller network, which are changed in place."""
     original: Mapping[str, Any]
-    """The settings as they were."""
+    """The settings before the removal."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of what is left of each weight."""
+    """The shape of each weight after the removal."""
     after: PrunedShapes
 
     def has_changed(self, leaf: str) -> bool:
-        """Whether the layer has this weight, and lost a part of it."""
+        """Whether the layer has a weight of this name that became smaller."""
         return leaf in self.shapes and self.shapes[leaf] != self.call.weights[leaf].shape
 
 
 def _resize_conv_groups(layer: LayerResize) -> None:
-    """Channel by channel there are as many groups as channels."""
+    """Set the groups of a depthwise Conv layer to the number of its input channels."""
     groups, data = layer.settings.get("groups", 1), layer.call.inputs[0]
     axis = 1 if layer.settings.get("data_format") == "channels_first" else -1
     if layer.has_changed("kernel") and 1 < groups == layer.after.trace.shape(data)[axis]:
@@ -319,7 +311,7 @@ def _resize_conv_groups(layer: LayerResize) -> None:
 
 
 def _resize_norm_groups(layer: LayerResize) -> None:
-    """Each group has as many channels as before."""
+    """Reduce the number of groups so that each has as many channels as before."""
     axis, groups = untuple(layer.original.get("axis", -1)), layer.original.get("groups", 32)
     axis, data = axis[0] if isinstance(axis, list) else axis, layer.call.inputs[0]
     if layer.after.has_changed(data):
@@ -338,7 +330,7 @@ def _resize_target(layer: LayerResize) -> None:
 
 
 def _resize_attention(layer: LayerResize) -> None:
-    """Its output has as many channels as its query unless it is said."""
+    """Set `output_shape`, which defaults to the channels of the query, to the new number of output channels."""
     channels = layer.shapes["output/kernel"][-1] if "output/kernel" in layer.shapes else 0
     is_explicit = layer.settings.get("output_shape") is not None
     if channels and any(map(layer.has_changed, layer.shapes)):
@@ -355,18 +347,18 @@ def _resize_directions(layer: LayerResize) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """What a layer does to channels, and how its settings are set right once some are gone."""
+    """The operations that a layer becomes, and how its settings are updated after the removal of channels."""
 
     lower: Callable[[LayerContext], str | tuple[str, ...]]
     lengths: tuple[tuple[str, str, int], ...] = ()
-    """Settings that are lengths of weights: the setting, the weight, its axis."""
+    """The settings that are lengths of weight axes: the setting, the weight, the axis."""
     resize: Callable[[LayerResize], None] | None = None
     keywords: frozenset[str] = frozenset()
-    """What it can be given by name."""
+    """The keyword arguments that its call may have."""
 
 
 FUNCTION = "function"
-"""The row of what is no layer."""
+"""The row for functions, which are no layers."""
 
 
 _ELEMENTWISE = (
@@ -427,15 +419,15 @@ _APPLICATION_RULES: Mapping[str, LayerRule] = {
     "StochasticDepth": LayerRule(layers.elementwise),
     "CustomScaleLayer": LayerRule(layers.merge_same_shape),
 }
-"""Layers that come with the architectures of Keras: a scale for each channel, a sum with a share of another."""
+"""The layers of keras.applications: a scale for each channel, stochastic depth, a sum with a scaled residual."""
 
 
 def rule_for(layer: Mapping[str, Any], kind: str) -> LayerRule | None:
-    """What a layer does, unless it is somebody's own class, whatever its name is."""
+    """The rule for a layer; None for a class of the user, even if it has the name of a Keras class."""
     module = text(layer, "module")
     is_own = module.split(".")[0] in _KERAS_MODULES if module else ">" not in text(layer, "registered_name")
     if not is_own:
         return None
     by_module = _APPLICATION_RULES if ".applications." in module else RULES
-    # HDF5 has no modules; what a class of the user's of such a name does otherwise is seen when outputs are compared.
+    # HDF5 files name no modules: a user's class of the same name is found by the equivalence check if it differs.
     return by_module.get(kind) or (None if module else _APPLICATION_RULES.get(kind.removeprefix("Custom>")))

@@ -29,7 +29,7 @@ def concatenate(call: LayerContext) -> str:
 
 
 def flatten(call: LayerContext) -> str:
-    """Flatten in the order of channels last, whatever the layout of the layer."""
+    """Flatten, which first moves the channels to the last axis, in both data formats."""
     data = call.data
     if call.step.is_channels_first and len(call.shape(data)) > 2:
         data = call.transpose(data, (0, *range(2, len(call.shape(data))), 1))
@@ -42,7 +42,7 @@ def reshape(call: LayerContext) -> str:
 
 
 def permute(call: LayerContext) -> str:
-    """A transposition; the setting counts axes from 1."""
+    """A transpose; the setting `dims` counts axes from 1."""
     output = call.made()
     order = (0, *call.step.numbers("dims", len(output) - 1))
     return call.emit(OpKind.TRANSPOSE, (call.data,), output, order=order)
@@ -56,7 +56,7 @@ def repeat(call: LayerContext) -> str:
 
 
 def normalize(call: LayerContext) -> str:
-    """Softmax, masking and layer normalisation, which mix all numbers of some axes."""
+    """Softmax, masking and layer normalisation, which mix all elements along some axes."""
     shape = call.shape(call.data)
     setting = untuple(call.step.config.get("axis", -1))
     axes = setting if isinstance(setting, list) else [setting]
@@ -69,13 +69,13 @@ def merge(call: LayerContext) -> str:
     """Elementwise merging: sum, product, mean, extremes."""
     output = call.made()
     if any(len(call.shape(value)) != len(output) for value in call.inputs):
-        # Keras and NumPy do not agree on how to match ranks.
+        # Keras and NumPy broadcast values of different ranks in different ways.
         raise UnknownShapeError
     return call.emit(OpKind.ELEMENTWISE, call.inputs, output)
 
 
 def merge_same_shape(call: LayerContext) -> str:
-    """Sums of values of one shape."""
+    """A sum of values of the same shape."""
     shapes = {call.shape(value) for value in call.inputs}
     if len(shapes) != 1:
         raise UnknownShapeError
@@ -88,14 +88,14 @@ def elementwise(call: LayerContext) -> str:
 
 
 def rescale(call: LayerContext) -> str:
-    """The same scale and offset for all."""
+    """A scale and an offset that are the same for all elements."""
     if any(isinstance(untuple(call.step.config.get(key)), list) for key in ("scale", "offset")):
         raise UnknownShapeError
     return elementwise(call)
 
 
 def broadcast(call: LayerContext) -> str:
-    """Arithmetic with broadcasting as NumPy has it."""
+    """Arithmetic with the broadcasting rules of NumPy."""
     shapes = [call.shape(value) for value in call.inputs]
     rank = max(map(len, shapes), default=0)
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
@@ -114,23 +114,23 @@ _ELEMENTWISE_ACTIVATIONS = frozenset(
         *("sparsesigmoid",),
     }
 )
-_ZERO_KEEPING = frozenset(
+_RECURRENT_ACTIVATIONS = frozenset(
     {
         *("linear", "relu", "relu6", "leakyrelu", "elu", "selu", "gelu", "celu", "silu", "swish", "mish", "sigmoid"),
         *("hardswish", "hardsilu", "hardtanh", "tanh", "softsign"),
     }
 )
-"""Those that a unit can be left to that has no weights any more: it stays where it is."""
+"""The supported activations of recurrent layers; all but sigmoid map 0 to 0."""
 _SOFTMAX_LIKE = frozenset({"softmax", "logsoftmax", "sparsemax"})
 
 
 def apply_activation(call: LayerContext, value: str) -> str:
-    """Put in what a layer does to its own output."""
+    """Emit the activation of a layer."""
     return activation(call, value, activation_name(call.step.config.get("activation")))
 
 
 def activation(call: LayerContext, value: str, name: str) -> str:
-    """Put in an activation."""
+    """Emit an activation by its name."""
     shape = call.shape(value)
     if name == "linear":
         return value
@@ -141,20 +141,20 @@ def activation(call: LayerContext, value: str, name: str) -> str:
     return call.builder.add(call.name, name, kind, (value,), (shape,), **attributes)[0]
 
 
-def keeps_zero(config: Mapping[str, Any]) -> bool:
-    """Whether a recurrent layer has activations under which its units do not meet but in its weights."""
+def has_known_activations(config: Mapping[str, Any]) -> bool:
+    """Whether the activations of a recurrent layer are supported: elementwise, so that they do not mix units."""
     return (
-        activation_name(config.get("activation")) in _ZERO_KEEPING
+        activation_name(config.get("activation")) in _RECURRENT_ACTIVATIONS
         and activation_name(config.get("recurrent_activation")) in _ELEMENTWISE_ACTIVATIONS
     )
 
 
 def activation_name(value: Any) -> str:
-    """The name of an activation as one word in small letters."""
+    """The name of an activation, in lower case and without underscores; that of a user's function as it is."""
     if value is None:
         return "linear"
     if isinstance(value, dict) and text(value, "class_name") == "function":
-        # One that somebody registered is not the one of Keras, whatever its name is.
+        # A registered function of the user is not the one of Keras, even if it has the same name.
         value = value.get("registered_name") if ">" in text(value, "registered_name") else value.get("config")
         return str(value).replace("_", "").lower()
     if isinstance(value, str) and ">" in value:
@@ -174,7 +174,7 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
 
 
 def function(call: LayerContext) -> str:
-    """A function, told by its name: the last of `math.multiply`, or the class of an operation."""
+    """A function, recognised by its name: the last part of `math.multiply`, or the class of an operation."""
     name = call.step.word("function").rpartition(".")[2].replace("_", "")
     if name not in _ELEMENTWISE_FUNCTIONS or call.step.flag("has_lists"):
         raise UnknownShapeError
@@ -185,7 +185,7 @@ _SCALAR = (int, float, str, bool, type(None))
 
 
 def has_lists(argument: Any, nesting: int = 0) -> bool:
-    """Whether an argument of a call is a list of numbers, which may have one for each channel."""
+    """Whether an argument of a call contains a list of numbers, which may have one for each channel."""
     if nesting > budgets.MAX_INBOUND_DEPTH:
         return True
     if isinstance(argument, Mapping):
@@ -201,7 +201,7 @@ def has_lists(argument: Any, nesting: int = 0) -> bool:
 
 
 def _is_reference(argument: list[Any]) -> bool:
-    """Whether a list names a layer, a call and an output; Keras 2 marks constants in the same way."""
+    """Whether a list is a reference to a layer, a call and an output; Keras 2 writes constants in the same form."""
     return (
         3 <= len(argument) <= 4
         and isinstance(argument[0], str)

@@ -1,4 +1,4 @@
-"""Running a Keras network on random numbers, in the Keras that it belongs to."""
+"""Writes edited Keras files, and runs the networks in them with the version of Keras that they belong to."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True, slots=True)
 class EditedFile:
-    """Changes to a file; None where the configuration stays as it is."""
+    """The changes to a Keras file."""
 
     config: Mapping[str, Any] | None = None
+    """The new configuration; None to keep that of the file."""
     arrays: Mapping[str, Array] = field(default_factory=dict)
-    """Weights by their names."""
+    """The new arrays of weights and optimizer slots, by name."""
 
 
 def write(loaded: LoadedKeras, edited: EditedFile, target: Path) -> None:
-    """Write a file that is laid out like the one that was read."""
+    """Write an edited file in the layout of the original."""
     model = loaded.model
     if model.format == "keras-h5":
         attributes: dict[tuple[str, str], str | list[str] | None] = (
@@ -89,7 +90,7 @@ def _rebuilt(source: Path, target: Path, arrays: Mapping[str, Array], display_pa
 
 
 def _resized(array: Array, old: Any, parent: Any, key: str) -> Any:
-    """A dataset with other numbers, stored and compressed as the old one was."""
+    """A dataset for a new array, with the storage layout and the compression of the old one."""
     plan = old.id.get_create_plist()
     if plan.get_layout() == h5py.h5d.CHUNKED:
         chunks = zip(plan.get_chunk(), array.shape, strict=True)
@@ -103,7 +104,7 @@ _LOWER_THAN = {"float32": _LOW_PRECISION, "float64": _LOW_PRECISION | {"float32"
 
 
 def with_precision(precision: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration with every lower precision raised to float32, or to float64."""
+    """The configuration with every dtype policy of a lower precision raised to this one, float32 or float64."""
     return {str(key): _raised(value, str(key), precision) for key, value in config.items()}
 
 
@@ -122,11 +123,11 @@ def _policy_name(value: Any) -> str:
 
 
 _MAX_INTEGER = 2
-"""Whole numbers go up to here, so that any table of words has them."""
+"""Random integers are below this, so that they are valid in any embedding table."""
 
 
 def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
-    """Random inputs: numbers of words where they are looked up."""
+    """Random inputs: small integers for embeddings and integer inputs, normal floats for others."""
     lookups = {node.inputs[1] for node in loaded.graph.nodes if node.kind is OpKind.EMBEDDING}
     return {name: _random_input(loaded, name, lookups, random) for name in loaded.graph.inputs}
 
@@ -134,7 +135,7 @@ def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
 def runner(
     loaded: LoadedKeras, edited: EditedFile, origin: LoadOptions, observed: Iterable[str], *, precision: str
 ) -> DraftRunner:
-    """What Keras makes of a draft."""
+    """Write an edited file to a scratch file, and load it in Keras to run it."""
     config = with_precision(precision, loaded.config if edited.config is None else edited.config)
     with temporary_folder() as scratch:
         path = scratch / f"draft{'.keras' if loaded.model.format == 'keras' else '.h5'}"
@@ -151,18 +152,18 @@ def runner(
 
 
 class DraftRunner:
-    """A network that Keras built."""
+    """Runs a network that Keras loaded, and records what layers pass to their activations."""
 
     def __init__(self, loaded: LoadedKeras, keras_model: LoadedModel, names: tuple[str, ...]) -> None:
         self._inputs, self._keras_model = loaded.graph.inputs, keras_model
-        showable = loaded.builder.observable
-        self._observed = {name: showable[name] for name in names}
+        observable = loaded.builder.observable
+        self._observed = {name: observable[name] for name in names}
         self._recorded: dict[str, list[Any]] = {name: [] for name in names}
         for name, value in self._observed.items():
             _record_activation(_layer(keras_model.model, value.names), self._recorded[name])
 
     def __call__(self, feeds: Feeds) -> list[Any]:
-        """Its outputs, and what some layers give before their activations."""
+        """The outputs of the network, then the observed values, which layers compute before their activations."""
         library, model = self._keras_model.library, self._keras_model.model
         for calls in self._recorded.values():
             calls.clear()
@@ -170,16 +171,16 @@ class DraftRunner:
         with ignore_warnings():
             result = model(compile_outputs.pack_inputs(model, values), training=False)
         outputs = [_to_numpy(library, item) for item in flatten(result)]
-        # A layer that is called for each step in time gives its steps one by one; in the graph they are a batch.
+        # A layer inside TimeDistributed may be called once for each step; in the graph the steps are on the batch axis.
         for name, value in self._observed.items():
             steps = np.concatenate([_to_numpy(library, item) for item in self._recorded[name]])
             outputs.append(steps.transpose(value.order))
         return outputs
 
     def widen(self) -> bool:
-        """Let its layers calculate in float64 from now on, as if they were built so; False if that is not certain.
+        """Switch the layers to float64, as if they had been built so; False if that is not certain to work.
 
-        Keras 3 casts inputs and weights to what a layer calculates in whenever it is called.
+        Keras 3 casts inputs and weights to the compute dtype of a layer at each call.
         """
         library, model = self._keras_model.library, self._keras_model.model
         layers = flat_layers(model, include_self=False)
@@ -198,7 +199,7 @@ _CAST_WHEN_CALLED = re.compile(
     r"keras\.src\.layers\.(activations|attention|convolutional|merging|normalization|pooling|regularization|reshaping|rnn"
     r"|core\.(dense|einsum_dense|embedding|input_layer))\b"
 )
-"""Layers that keep no number in the precision they were built in, as a model in a model does with its inputs."""
+"""Layers that keep no value in the precision they were built in, unlike a nested model with its inputs."""
 
 
 def _is_cast_when_called(layer: Any) -> bool:
@@ -222,14 +223,14 @@ def _layer(model: Any, names: Iterable[str]) -> Any:
 
 
 def _record_activation(layer: Any, calls: list[Any]) -> None:
-    """Let a layer put down what it hands to its activation."""
+    """Replace the activation of a layer with one that also records its inputs."""
     activation: Callable[[Any], Any] = layer.activation
 
-    def listening(value: Any) -> Any:
+    def recording(value: Any) -> Any:
         calls.append(value)
         return value if activation is None else activation(value)
 
-    layer.activation = listening
+    layer.activation = recording
 
 
 def _to_numpy(library: KerasLibrary, value: Any) -> Array:

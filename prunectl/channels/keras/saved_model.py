@@ -1,4 +1,4 @@
-"""The adapter of SavedModels of Keras 2, which are converted to HDF5 and saved again."""
+"""The adapter of SavedModels of Keras 2: Keras converts them to HDF5, and saves the pruned network as a SavedModel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SAVE_AS_KERAS = "load it in Keras, save it as .keras, and prune that file"
 
 
 def read_saved_model(model: ModelFile, origin: LoadOptions, data: DataShapes | None = None) -> SavedModelAdapter:
-    """The network of a SavedModel that says which Keras layers it consists of."""
+    """The adapter of a SavedModel with Keras metadata, which describes its layers."""
     if model.about.keras is None:
         raise InputError(
             f"{model.path} does not describe its Keras layers",
@@ -83,24 +83,24 @@ class SavedModelAdapter(GraphAdapter):
 
     @property
     def omitted_tensors(self) -> frozenset[str]:
-        """What is no weight of a layer: the state of the optimizer, of metrics and of losses."""
+        """The tensors that are no weights of layers: the state of the optimizer, of metrics and of losses."""
         return frozenset({tensor.name for tensor in self._model.tensors}.difference(self._names.values()))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a new SavedModel lacks."""
+        """A note on what the new SavedModel lacks."""
         if not self.omitted_tensors and not self._model.about.training:
             return ()
         return ("Keras rewrote the SavedModel without optimizer state, metrics and training configuration.",)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """How long open axes were taken to be, where some layers do not fit that."""
+        """The assumed length of open axes, if some layers do not fit it."""
         return self._inner.assumptions
 
     @property
     def observable(self) -> frozenset[str]:
-        """The outputs, before their activation, of layers that are called once."""
+        """The outputs before the activation of layers that are called once."""
         return self._inner.observable
 
     def prune(self, removed: RemovedIndices, after: PrunedShapes, weights: Mapping[str, Array]) -> Any:
@@ -119,12 +119,12 @@ class SavedModelAdapter(GraphAdapter):
         return self._inner.random_inputs(random)
 
     def runner(self, network: Any, observed: Iterable[str], *, in_float64: bool = False) -> Runner:
-        """A runner of the network that Keras builds of the edited file."""
+        """A runner of the network that Keras loads from the edited file."""
         with self._with_original_name():
             return self._inner.runner(network, observed, in_float64=in_float64)
 
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
-        """Let Keras write the smaller network as a folder."""
+        """Let Keras save the smaller network as a SavedModel, and copy the files that Keras does not write."""
         staged = outputs.staged_paths(self._model, folder, target)
         staged_folder = staged[self._model.path / "saved_model.pb"].parent
         path = self._scratch / "small.h5"
@@ -138,7 +138,7 @@ class SavedModelAdapter(GraphAdapter):
 
     @contextmanager
     def _with_original_name(self) -> Generator[None]:
-        """Say the name that the user knows, not that of a scratch file."""
+        """Replace the paths of scratch files in errors with the path of the user's model."""
         try:
             yield
         except PrunectlError as error:
@@ -150,7 +150,7 @@ class SavedModelAdapter(GraphAdapter):
 
 
 def _save_with_keras(loaded: LoadedModel, path: Path) -> None:
-    """Write a model without its optimizer, as the name says."""
+    """Save a model without its optimizer, as HDF5 if the path ends in .h5, else as a SavedModel."""
     options = {"save_format": "h5" if path.suffix == ".h5" else "tf", "include_optimizer": False}
     try:
         with ignore_warnings():
@@ -163,7 +163,7 @@ def _save_with_keras(loaded: LoadedModel, path: Path) -> None:
 
 
 def _refuse_losses(model: ModelFile) -> None:
-    """Refuse what Keras would leave out when it writes the folder anew."""
+    """Refuse a SavedModel with parts that Keras would leave out when it saves it again."""
     graph = read_graph(model.path / "saved_model.pb")
     signatures = sorted(set(graph.signatures) - SIGNATURES)
     lost = f"its signatures {', '.join(signatures)}" if signatures else ""
@@ -174,7 +174,7 @@ def _refuse_losses(model: ModelFile) -> None:
 
 
 def _match_weights(model: ModelFile, inner: ModelFile) -> dict[str, str]:
-    """What the SavedModel calls each weight of the HDF5 file that Keras made of it."""
+    """The name in the SavedModel of each weight in the HDF5 file that Keras converted it to."""
     names = object_graph.read(read_bundle(model.path / "variables" / "variables.index")).full_names
     tensors = {tensor.name: tensor for tensor in model.tensors}
     names_by_variable: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Traversal of a Keras configuration: each call of a layer, in nested models too, becomes operations of the graph."""
+"""Traversal of a Keras configuration: each layer call, also in nested models, becomes operations of the graph."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ _DEFAULT_DTYPE = "float32"
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """How a layer is called, besides what it is called with."""
+    """Facts about a layer call besides its input values."""
 
     raw: Any = ()
-    """As the configuration has it."""
+    """The entry of `inbound_nodes` in the configuration."""
     keywords: tuple[str, ...] = ()
-    """The names of the last inputs."""
+    """The names of the keyword arguments, which are the last inputs."""
     outputs: int = 1
-    """How many of its outputs are used, at least."""
+    """The number of outputs that the call must have, as other layers read them."""
 
 
 class GraphTraversal:
@@ -85,16 +85,16 @@ class GraphTraversal:
         self._located = {id(layer.layer): layer for layer in layers}
         self._weights = weights
         self._length = length
-        """What open axes are taken to be long."""
+        """The assumed length of open axes."""
         self._shapes = shapes
-        """The shapes of inputs, without the batch, where they are said."""
+        """The shapes of inputs, without the batch axis, that the user or the data gave."""
         self.open_axes: dict[str, tuple[int | None, ...]] = {}
-        """Inputs that have some."""
+        """The shapes of inputs with open axes, without the batch axis, as the file has them."""
         self._guessed: set[str] = set()
-        """Values whose shapes nothing in the file has confirmed."""
+        """Values with guessed shapes, which the file has not confirmed."""
 
     def model(self, model: Mapping[str, Any], inputs: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-        """What a model gives; without inputs, it has its own."""
+        """The outputs of a model on some inputs; without inputs, on those of its configuration."""
         if len(names) > budgets.MAX_KERAS_DEPTH:
             raise InputError(f"models are nested more than {budgets.MAX_KERAS_DEPTH} deep")
         is_graph = any(layer.get("inbound_nodes") for layer in self._tracer.inner_layers(model))
@@ -108,7 +108,7 @@ class GraphTraversal:
             if layer.get("class_name") == "InputLayer":
                 self._record_call(layer, names, current, current)
             else:
-                # Keras 3 says of each layer what it was built for.
+                # Keras 3 writes the shape that each layer was built for.
                 self._confirm(current[0], shape_in(part(layer, "build_config").get("input_shape")))
                 current = self._call(layer, current, names)
         return current
@@ -149,7 +149,7 @@ class GraphTraversal:
                 raise InputError(f"the configuration refers to an output of {source.layer} that does not exist")
             name = outputs[source.tensor]
             self._builder.references[path, source.layer, source.node, source.tensor] = name
-            # Keras 3 says the shape of what a layer gives that nothing is known of.
+            # Keras 3 writes the shape of each referenced value, even behind layers that are unknown here.
             self._confirm(name, source.shape)
             return name
 
@@ -175,7 +175,7 @@ class GraphTraversal:
         return tuple(value(source) for source in model_ends(model, "output_layers"))
 
     def _confirm(self, value: str, shape: Sequence[int | None] | None) -> None:
-        """Take what the file says of a value of which nothing is known for sure."""
+        """Use the shape that the file gives for a value whose shape is unknown or guessed."""
         if shape is not None and None not in shape and (value not in self._builder.shapes or value in self._guessed):
             self._guessed.discard(value)
             self._builder.shapes[value] = with_batch(shape, 1)
@@ -212,7 +212,7 @@ class GraphTraversal:
     def _without_mask(
         self, inputs: tuple[str, ...], keywords: tuple[str, ...], names: tuple[str, ...]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What a layer is given besides the mask that says which steps count; what a mask is made of stays."""
+        """The inputs and keywords without a mask of time steps; channels that a mask is computed from are locked."""
         count = len(inputs) - len(keywords)
         named = list(zip(keywords, inputs[count:], strict=True))
         masks = [value for keyword, value in named if keyword == _MASK]
@@ -222,7 +222,7 @@ class GraphTraversal:
         return (*inputs[:count], *(value for _, value in remaining)), tuple(keyword for keyword, _ in remaining)
 
     def _time_distributed(self, layer: Mapping[str, Any], value: str, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Call a layer on every step in time, as if the steps were examples."""
+        """Call a layer on all time steps at once, with the steps on the batch axis."""
         shape = self._builder.shapes.get(value)
         inner_layer = part(part(layer, "config"), "layer")
         if shape is None or len(shape) < 3:
@@ -256,12 +256,12 @@ class GraphTraversal:
         if rule is not None and (is_function or rule.keywords.issuperset(arguments.keywords)):
             try:
                 with self._builder.rollback():
-                    since = len(self._builder.nodes)
+                    start = len(self._builder.nodes)
                     result = rule.lower(call)
                     first, *others = _at_least(result, arguments.outputs)
                     if step.kind == "Bidirectional":
                         self._record_directions(layer, names, inputs, first)
-                    return (self._builder.rename_output(first, call.name, since), *others)
+                    return (self._builder.rename_output(first, call.name, start), *others)
             except (UnknownShapeError, LookupError):
                 pass
         output_shape = matmuls.output(step)
@@ -277,7 +277,7 @@ class GraphTraversal:
     def _step(
         self, layer: Mapping[str, Any], inputs: tuple[str, ...], arguments: CallArguments
     ) -> tuple[LayerCall, bool]:
-        """A call in the words of Keras 2, and whether it is a bare function."""
+        """A layer call with class and settings as in Keras 2, and whether it is a function, not a layer."""
         kind = upgrade_class_name(text(layer, "class_name"))
         config = part(layer, "config")
         known_shapes = [self._builder.shapes.get(value) for value in inputs]
@@ -297,7 +297,7 @@ class GraphTraversal:
         names: tuple[str, ...],
         shapes: tuple[Shape | None, ...],
     ) -> tuple[str, ...]:
-        # Weights that another call of the layer understands are used here in a way that it does not know.
+        # If another call of the layer is known, its weights are locked, as this call uses them in an unknown way.
         self._builder.uses.update(tensor.name for tensor in self._weights.get(self._path_of(layer), {}).values())
         kind = upgrade_class_name(text(layer, "class_name"))
         return self._builder.add("/".join(names), kind.rpartition(">")[2], OpKind.UNKNOWN, inputs, shapes)
@@ -311,7 +311,7 @@ class GraphTraversal:
     def _record_directions(
         self, layer: Mapping[str, Any], names: tuple[str, ...], inputs: tuple[str, ...], output: str
     ) -> None:
-        """Note what the layers of both directions are called with: each takes half of the first states."""
+        """Record the calls of the layers of both directions; each takes half of the initial states."""
         half = len(inputs) // 2
         for key, states in (("layer", inputs[1 : 1 + half]), ("backward_layer", inputs[1 + half :])):
             inner_layer = part(part(layer, "config"), key)
@@ -334,10 +334,10 @@ class GraphTraversal:
 
 
 def _lambda_shape(step: LayerCall) -> tuple[int | None, ...] | None:
-    """The shape that a Lambda layer says, else that of its input: most only scale.
+    """The output shape in the settings of a Lambda layer, else that of its input, as most Lambdas only scale.
 
-    What it computes is unknown, so it locks what it meets; what is behind it is traversed all the same. A shape that is
-    wrong does not fit the next weights, which lock then, or shows when the cut network is run beside the original.
+    A Lambda is unknown and locks the channels that it reads; only the layers behind it need a shape. A wrong shape does
+    not fit the weights of the next layer, which is locked then, or it is found by the equivalence check.
     """
     output_shape = untuple(step.config.get("output_shape"))
     shape = shape_in([None, *output_shape]) if isinstance(output_shape, list) else None
@@ -346,7 +346,7 @@ def _lambda_shape(step: LayerCall) -> tuple[int | None, ...] | None:
 
 
 def _at_least(result: str | tuple[str, ...], count: int) -> tuple[str, ...]:
-    """What a layer gives, if that is all that is asked of it."""
+    """The outputs of a layer; UnknownShapeError if other layers read more outputs than these."""
     outputs = (result,) if isinstance(result, str) else result
     if len(outputs) < count:
         raise UnknownShapeError
@@ -355,7 +355,7 @@ def _at_least(result: str | tuple[str, ...], count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class LoadedKeras:
-    """A Keras file, and what was read from it."""
+    """A Keras file, with its configuration as a graph."""
 
     model: ModelFile
     stored: WeightFile
@@ -364,7 +364,7 @@ class LoadedKeras:
     builder: GraphBuilder
     graph: ChannelGraph
     guessed_length: int = 0
-    """How long open axes were taken to be where some layers did not fit that; 0 where all fit, or it was said."""
+    """The assumed length of open axes, if some operations are unknown with it; 0 if none are, or it was given."""
 
 
 def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> LoadedKeras:
@@ -414,14 +414,14 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
 
 @dataclass(frozen=True, slots=True)
 class _Traversal:
-    """A configuration that was traversed with open axes of some length."""
+    """The result of a traversal with an assumed length of open axes."""
 
     unknown: int
-    """How many operations nothing is known of."""
+    """The number of unknown operations."""
     builder: GraphBuilder
     outputs: tuple[str, ...]
     open_axes: Mapping[str, tuple[int | None, ...]]
-    """The shapes of inputs as the file says them, without the batch, where that is not all."""
+    """The shapes of inputs with open axes, without the batch axis, as the file has them."""
     length: int
 
 

@@ -1,4 +1,4 @@
-"""The weights of a Keras file with their paths in HDF5, inside an archive or not."""
+"""The weights of a Keras file: their paths in HDF5, and the layer of the configuration that each belongs to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunectl.formats.zip_read import open_archive
 
 
 class WeightFile:
-    """What a file holds: a scratch copy of the weights of an archive lives as long as this."""
+    """The HDF5 file with the weights of a model; that of a .keras archive is extracted to a scratch file."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -41,12 +41,12 @@ class WeightFile:
         return path
 
     def path(self, tensor: Tensor) -> str:
-        """Where a tensor stands in the HDF5 file."""
+        """The path of a tensor in the HDF5 file."""
         return self._keys[tensor.storage.key]
 
     @property
     def numbered(self) -> Mapping[str, tuple[Tensor, ...]]:
-        """Weights that have only numbers, by their layer's path."""
+        """Weights that are numbered (`vars/0`), in order, by the path of their layer."""
         by_layer: dict[str, list[tuple[int, Tensor]]] = {}
         for tensor in self.model.tensors:
             owner, marker, number = self.path(tensor).rpartition("/vars/")
@@ -59,7 +59,7 @@ class WeightFile:
 
     @property
     def named(self) -> Mapping[str, tuple[NamedWeight, ...]]:
-        """Weights that have names, by the layer of the model that they are in, in the order of Keras."""
+        """Weights that have names, by their top-level layer, in the order of Keras."""
         tensors = {self.path(tensor): tensor for tensor in self.model.tensors}
         root = self.root or ""
         by_layer: dict[str, tuple[NamedWeight, ...]] = {}
@@ -75,11 +75,12 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class NamedWeight:
-    """A weight with the name that Keras gives it."""
+    """A weight with its name in Keras, such as `block/conv/kernel:0`."""
 
     steps: tuple[str, ...]
-    """Names on the way to it."""
+    """The scopes in front of the last name, such as `block` and `conv`."""
     leaf: str
+    """The last name, such as `kernel`."""
     tensor: Tensor
 
 
@@ -89,10 +90,10 @@ def _steps(name: str) -> tuple[tuple[str, ...], str]:
 
 
 ConfigPath = tuple[str | int, ...]
-"""Keys on the way to a layer."""
+"""The keys and indices that lead to a layer in the configuration."""
 ROOT: ConfigPath = ()
-_SPOT_WRAPPERS = (("layer", ("layer", "forward_layer")), ("backward_layer", ("backward_layer",)))
-"""What a wrapper says is in it, and the attributes that it keeps it in."""
+_WRAPPED_LAYERS = (("layer", ("layer", "forward_layer")), ("backward_layer", ("backward_layer",)))
+"""The settings of a wrapper that hold its inner layers, and the attributes that hold them in its object."""
 _NAME_ONLY = frozenset({"name"})
 
 
@@ -103,15 +104,15 @@ class LayerLocation:
     path: ConfigPath
     layer: Mapping[str, Any]
     names: tuple[str, ...]
-    """Of the models and wrappers around it, and its own."""
+    """The names of the models and wrappers around it, and its own name."""
     slots: tuple[str, ...]
-    """Paths that Keras may keep its weights under where these have only numbers."""
+    """The HDF5 groups in which Keras may store its weights if they are numbered."""
 
 
 def located(config: Mapping[str, Any], slots: Mapping[str, LayerConfig]) -> tuple[LayerLocation, ...]:
-    """Every layer of a model in the order of Keras; the slots are the folders that weights have only numbers in.
+    """Every layer of a model in the order of Keras; `slots` are the groups with numbered weights, by path.
 
-    Which folder is whose, `formats/keras/numbering.py` knows; the rest have none.
+    `formats/keras/numbering.py` finds the layer of each group; layers without weights have none.
     """
     return tuple(_inside(config, (), (), {id(layer.config): path for path, layer in slots.items()}))
 
@@ -124,7 +125,7 @@ def get_at(config: Any, path: ConfigPath) -> Any:
 
 
 def is_operation(layer: Mapping[str, Any]) -> bool:
-    """Whether this is a bare function of Keras 3 rather than a layer."""
+    """Whether an entry of the configuration is an operation of Keras 3, such as `keras.ops.add`, not a layer."""
     if "module" in layer:
         return ".ops." in text(layer, "module")
     return layer.get("config", {}).keys() == _NAME_ONLY if isinstance(layer.get("config"), dict) else False
@@ -133,7 +134,7 @@ def is_operation(layer: Mapping[str, Any]) -> bool:
 def _inside(
     model: Mapping[str, Any], path: ConfigPath, names: tuple[str, ...], folders: Mapping[int, str]
 ) -> Iterator[LayerLocation]:
-    # Until 2.2.3 Keras wrote the configuration of a sequential model as the bare list of its layers.
+    # Until version 2.2.3, Keras wrote the configuration of a sequential model as a bare list of layers.
     is_bare = isinstance(model.get("config"), list)
     steps: ConfigPath = ("config",) if is_bare else ("config", "layers")
     entries = model["config"] if is_bare else part(model, "config").get("layers")
@@ -150,7 +151,7 @@ def _with_inner(location: LayerLocation, folders: Mapping[int, str]) -> Iterator
     if len(location.names) > budgets.MAX_KERAS_DEPTH:
         return
     yield from _inside(location.layer, location.path, location.names, folders)
-    for key, attributes in _SPOT_WRAPPERS:
+    for key, attributes in _WRAPPED_LAYERS:
         inner = part(part(location.layer, "config"), key)
         if text(inner, "class_name"):
             slots = tuple(f"{slot}/{attribute}" for slot in location.slots for attribute in attributes)
@@ -159,17 +160,17 @@ def _with_inner(location: LayerLocation, folders: Mapping[int, str]) -> Iterator
 
 
 LayerWeights = Mapping[str, Tensor]
-"""The weights of a layer by their own names, such as `kernel`."""
+"""The weights of a layer by their names in it, such as `kernel`."""
 
 
 def bind_weights(stored: WeightFile, layers: Sequence[LayerLocation]) -> dict[ConfigPath, LayerWeights]:
-    """The weights of each layer that the file holds as its class has them."""
+    """The weights of each layer whose weights in the file fit its class, by the path of the layer."""
     bound = _bound_by_name(stored, layers) if stored.root is not None else _bound_by_number(stored, layers)
     return dict(bound)
 
 
 def expected_weights(layer: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the weights of a layer are called, in the order of Keras; nothing for a class without any known."""
+    """The names of the weights of a layer, in the order of Keras; empty for an unknown class."""
     kind, config = upgrade_class_name(text(layer, "class_name")), part(layer, "config")
     maker = _WEIGHTS_OF_LAYER.get(kind)
     return () if maker is None else maker(config)
@@ -194,7 +195,7 @@ def _bound_by_number(stored: WeightFile, layers: Sequence[LayerLocation]) -> Ite
 def _bound_by_name(stored: WeightFile, layers: Sequence[LayerLocation]) -> Iterator[tuple[ConfigPath, LayerWeights]]:
     named = stored.named
     for layer in layers:
-        # Whole numbers are where random ones go on from.
+        # Integer weights are left out: they are the states of random generators.
         names, candidates = (
             expected_weights(layer.layer),
             [weight for weight in named.get(layer.names[0], ()) if weight.tensor.is_float],
@@ -202,7 +203,7 @@ def _bound_by_name(stored: WeightFile, layers: Sequence[LayerLocation]) -> Itera
         if not names:
             continue
         if len(layer.names) == 1 and len(candidates) == len(names):
-            # Keras itself goes by their order.
+            # Keras itself assigns the weights of a layer by their order.
             yield layer.path, dict(zip(names, (weight.tensor for weight in candidates), strict=True))
             continue
         nearby = [weight for weight in candidates if _is_in(weight, layer)]
@@ -215,7 +216,7 @@ def _bound_by_name(stored: WeightFile, layers: Sequence[LayerLocation]) -> Itera
 
 
 def _is_in(weight: NamedWeight, layer: LayerLocation) -> bool:
-    """Whether a weight is named after a layer, or after the wrapper around it."""
+    """Whether the name of a weight contains that of a layer, or of the wrapper around it."""
     names = layer.names[-2:] if layer.path[-1] in _BOUND_WRAPPERS else layer.names[-1:]
     path = "/".join(("", *weight.steps))
     has_parts = upgrade_class_name(text(layer.layer, "class_name")) in _SUBLAYERS
@@ -227,7 +228,7 @@ def _first_bound(numbered: Mapping[str, tuple[Tensor, ...]], slots: Sequence[str
 
 
 def _shared_scopes(weight: NamedWeight, names: tuple[str, ...]) -> int:
-    """How many of the models around a layer stand in the name of a weight."""
+    """The number of names of a layer and the models around it that occur in the name of a weight."""
     return len(set(weight.steps) & set(names))
 
 
@@ -240,7 +241,7 @@ def _batch_norm(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _bidirectional(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the weights of a layer that runs both ways are called; the second may not be described by itself."""
+    """The names of the weights of both directions; the backward layer may have no configuration of its own."""
     forward = part(config, "layer")
     directions = (("forward", forward), ("backward", part(config, "backward_layer") or forward))
     return tuple(f"{direction}/{leaf}" for direction, layer in directions for leaf in expected_weights(layer))
@@ -267,7 +268,7 @@ _SUBLAYERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Bidirectional": {way: (f"/{way}_layer/cell", f"/{way}_layer") for way in ("forward", "backward")},
     "MultiHeadAttention": {one: (f"/{one}_dense", f"/_{one}_dense") for one in ("query", "key", "value", "output")},
 }
-"""Where layers that are made of others keep the weights of each part."""
+"""The HDF5 groups with the weights of the inner layers of some classes, by inner layer."""
 _WEIGHTS_OF_LAYER: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
     **dict.fromkeys(_CONVOLUTIONS, _with_bias("kernel")),
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), _with_bias("depthwise_kernel")),

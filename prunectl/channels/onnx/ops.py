@@ -130,7 +130,7 @@ def _recurrent(op: OnnxOpContext) -> Lowering:
     lengths, peepholes = op.input(4), op.input(7)
     if not {op.input(1), op.input(2)} <= op.views.keys() or (op.input(3) and op.input(3) not in op.views):
         return _unknown(op)
-    if lengths or peepholes or op.attribute("layout", 0) or not _is_silent_at_zero(op):
+    if lengths or peepholes or op.attribute("layout", 0) or not _has_known_activations(op):
         return _unknown(op)
     units = op.attribute("hidden_size", 0) or op.shape(op.input(2))[-1]
     states = tuple("" if _is_zero(op, name) else name for name in (op.input(5), op.input(6)))
@@ -139,8 +139,7 @@ def _recurrent(op: OnnxOpContext) -> Lowering:
     return OpKind.RECURRENT, inputs, {"units": units, "gates": gates}
 
 
-def _is_silent_at_zero(op: OnnxOpContext) -> bool:
-    """Whether the output of a unit stays 0 if its weights are zero."""
+def _has_known_activations(op: OnnxOpContext) -> bool:
     return set(op.attribute("activations", ())) <= {"Sigmoid", "Tanh", "Relu"}
 
 
