@@ -1,1 +1,1 @@
-"""ONNX models as onnxruntime runs them: looked at, never trained."""
+"""ONNX models in onnxruntime: run and observed, never trained."""

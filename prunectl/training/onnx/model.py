@@ -1,4 +1,4 @@
-"""From an ONNX file to a model that shows what its weights meet."""
+"""ONNX models for calibration: predictions, and the layer inputs of weights."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from prunectl.training.onnx.session import (
     weight_sites,
 )
 
-_REAL = np.dtype(np.float32)
+_FLOAT32 = np.dtype(np.float32)
 
 
 class OnnxModel:
-    """A model in onnxruntime, on the processor."""
+    """A model in onnxruntime, on the CPU."""
 
     def __init__(self, model: ModelFile) -> None:
         self._weights = weights = LoadedWeights(model)
         self._graph = weights.proto.graph
         self._sites = weight_sites(weights)
-        self._made = {name for node in self._graph.node for name in node.output}
+        self._computed = {name for node in self._graph.node for name in node.output}
         self._size = session.fixed_batch_size(self._graph)
         self._predicting: Session | None = Session(weights)
         self._observing: tuple[frozenset[str], Session] | None = None
@@ -43,7 +43,7 @@ class OnnxModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how it is run."""
+        """A note if the model accepts only one batch size."""
         if self._size is None:
             return ()
         some = "1 example" if self._size == 1 else f"{self._size} examples"
@@ -55,10 +55,10 @@ class OnnxModel:
         ]
         needs = {need for _, capture in captures for need in capture.needs}
         for batch in self._batches(x):
-            values = {name: _real(value) for name, value in self._values(needs, batch.feeds).items()}
+            values = {name: _as_float32(value) for name, value in self._values(needs, batch.feeds).items()}
             for name, capture in captures:
-                for inputs, use in capture.show(batch.run_values(values)):
-                    see(LayerInput(name, np.asarray(inputs, _REAL), use))
+                for inputs, use in capture.compute(batch.run_values(values)):
+                    see(LayerInput(name, np.asarray(inputs, _FLOAT32), use))
 
     def predict(self, x: Arrays) -> Arrays:
         if self._predicting is None:
@@ -81,15 +81,15 @@ class OnnxModel:
         return self._weights.copies()
 
     def _captures(self, site: WeightSite) -> Iterator[InputCapture]:
-        """Yield the way to see a site, if there is one, data goes through it, and the graph has the values it needs."""
+        """Yield the capture of a site, if it has a rule, its input is data, and all values that it needs exist."""
         capture = capture_rule(site)
-        known = self._made | self._weights.names | {port.name for port in self._graph.input}
+        known = self._computed | self._weights.names | {port.name for port in self._graph.input}
         if capture is not None and capture.needs[0] not in self._weights.names and known.issuperset(capture.needs):
             yield capture
 
     def _values(self, names: Collection[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Values of the graph: what goes in, what is made in it, what stands in tensors."""
-        inner = frozenset(names) & self._made
+        """Values of the graph by name: inputs, tensors, or computed values."""
+        inner = frozenset(names) & self._computed
         known = {name: feeds[name] if name in feeds else self._weights.value(name) for name in set(names) - inner}
         if not inner:
             return known
@@ -111,5 +111,5 @@ class OnnxModel:
         return array
 
 
-def _real(value: Array) -> Array:
-    return value.astype(_REAL, copy=False) if value.dtype.kind == "f" or value.dtype.name == "bfloat16" else value
+def _as_float32(value: Array) -> Array:
+    return value.astype(_FLOAT32, copy=False) if value.dtype.kind == "f" or value.dtype.name == "bfloat16" else value

@@ -1,4 +1,4 @@
-"""A model as onnxruntime runs it: weights that can be changed, and some of its inner values given out."""
+"""ONNX models in onnxruntime: weights that can be replaced, sessions that return inner values, padded batches."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from prunectl.training.task import FinalActivation, format_shape, shape_matches
 
 
 class Session:
-    """A graph that is ready to run; what was assigned later is not in it."""
+    """A graph that is ready to run, with the weights at this time; later assignments need a new session."""
 
     def __init__(self, weights: LoadedWeights, inner: Collection[str] = ()) -> None:
         self._path = weights.model.path
         try:
-            # A value that is given out stands at the same place whatever is optimised; building is faster without.
-            # Prepacked, each weight would be kept once more, in the order of some kernel, after every assignment.
+            # For inner values, optimisation is off: the session is built faster, and the values are computed anyway.
+            # Prepacking is off: after every assignment, it would keep a second copy of each weight.
             self._session = OnnxSession(
                 weights.network, inner, is_optimized=not inner, is_prepacked=False, ends_there=bool(inner)
             )
@@ -45,7 +45,7 @@ class Session:
             raise InputError(f"onnxruntime cannot load {self._path}: {first_line(error)}") from error
 
     def run(self, names: Collection[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Some values for what goes in."""
+        """Run the graph on some inputs, and return the values with these names."""
         try:
             values = self._session.run(names, feeds)
         except Exception as error:
@@ -60,7 +60,7 @@ Shape = tuple[int | None, ...]
 
 
 def signature(graph: Any) -> ModelSignature:
-    """The ports of a graph, without the axis that counts the examples."""
+    """The inputs and outputs of a graph, without the batch axis."""
     makers = {name: node for node in graph.node for name in node.output}
     outputs = tuple(replace(port_spec(port), ending=_ending(makers, port.name)) for port in array_outputs(graph))
     return ModelSignature(tuple(map(port_spec, graph.input)), outputs, is_channels_first=True)
@@ -70,7 +70,7 @@ _NO_ARRAYS = frozenset({"sequence_type", "map_type", "optional_type", "sparse_te
 
 
 def array_outputs(graph: Any) -> list[Any]:
-    """The outputs that are arrays of numbers: scikit-learn's classifiers also give words, and dictionaries (ZipMap)."""
+    """The numeric outputs: classifiers from scikit-learn also return strings, and dictionaries (ZipMap)."""
     return [
         port
         for port in graph.output
@@ -88,7 +88,7 @@ _RAW = frozenset({"Gemm", "MatMul", "Conv", "Add", "Relu", "BatchNormalization",
 
 
 def _ending(makers: Mapping[str, Any], name: str) -> FinalActivation:
-    """The last activation, by the node that makes an output; unknown where that does not tell."""
+    """The last activation, judged by the node that computes an output; UNKNOWN for other nodes."""
     for _ in range(len(makers)):
         node = makers.get(name)
         if node is None or not node.input or node.op_type not in _PASSED_ON:
@@ -99,14 +99,14 @@ def _ending(makers: Mapping[str, Any], name: str) -> FinalActivation:
 
 
 def fixed_batch_size(graph: Any) -> int | None:
-    """How many examples go in at a time, if it is always the same number."""
+    """The batch size of the inputs if it is fixed; else None."""
     shapes = [_shape(port) for port in graph.input]
     sizes = {shape[0] if shape else None for shape in shapes}
     return next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def feeds(graph: Any, x: Arrays, *, is_any_count: bool) -> dict[str, Array]:
-    """What is given to each input, refused if it does not fit."""
+    """The array for each input by name; UsageError if one does not fit. `is_any_count` allows any batch size."""
     arrays = as_tuple(x)
     if len(arrays) != len(graph.input):
         wanted = f"{len(graph.input)} input{'s' * (len(graph.input) != 1)}"
@@ -133,13 +133,13 @@ def _fed(port: Any, array: Array, *, is_any_count: bool) -> Array:
 
 
 def port_spec(port: Any) -> TensorSpec:
-    """An input or output as the file describes it, its batch left out."""
+    """The name, shape and dtype of an input or output, without the batch axis."""
     shape, code = _shape(port), CODES.get(port.type.tensor_type.elem_type)
     return TensorSpec(port.name, None if shape is None else shape[1:], "" if code is None else code.dtype.name)
 
 
 def _shape(port: Any) -> Shape | None:
-    """The shape with the axis of the examples; None if it is unknown."""
+    """The shape with the batch axis; None if it is unknown."""
     kind = port.type.tensor_type
     if not port.type.HasField("tensor_type") or not kind.HasField("shape"):
         return None
@@ -150,26 +150,26 @@ def _shape(port: Any) -> Shape | None:
 
 @dataclass(frozen=True, slots=True)
 class RunValues:
-    """What a pass through the graph left behind."""
+    """The values of a run of the graph, by name."""
 
     values: Mapping[str, Array]
     batch_size: int | None = None
-    """Examples that went through, if some of them only filled up the batch."""
+    """The number of examples, if some of them are padding; else None."""
     count: int = 0
-    """Those that did not."""
+    """The number of examples that are not padding."""
 
     def __getitem__(self, name: str) -> Array:
         return self.values[name]
 
     def axis(self, shape: tuple[int, ...]) -> int | None:
-        """Which axis counts the examples: the first of that length, else one that counts parts of each."""
+        """The batch axis: the first whose length is the batch size, else the first whose length is a multiple of it."""
         assert self.batch_size is not None
         exact = (axis for axis, length in enumerate(shape) if length == self.batch_size)
         parts = (axis for axis, length in enumerate(shape) if length and length % self.batch_size == 0)
         return next(exact, next(parts, None))
 
     def real(self, array: Array, axes: int) -> Array | None:
-        """An array without what only filled up the batch, where one of the first axes counts the examples."""
+        """An array without the padding; None if none of its first `axes` axes can be the batch axis."""
         if self.batch_size is None:
             return array
         axis = self.axis(array.shape[:axes])
@@ -182,20 +182,20 @@ class RunValues:
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """What goes in at a time."""
+    """The inputs of one run, filled up to the batch size."""
 
     feeds: Mapping[str, Array]
     batch_size: int
     count: int
-    """Examples of the batch; the rest repeats the first of them."""
+    """The number of examples that are not padding; the padding repeats the first of them."""
 
     def run_values(self, values: Mapping[str, Array]) -> RunValues:
-        """What a pass left behind, which tells what only filled it up."""
+        """The values of a run on this batch."""
         return RunValues(values, self.batch_size, self.count) if self.count < self.batch_size else RunValues(values)
 
 
 def split_batches(feeds: Mapping[str, Array], size: int | None) -> Iterator[PaddedBatch]:
-    """Yield the pieces of a batch, or all of it if any number may go in."""
+    """Yield batches of a fixed size, or everything as one batch if the size is None."""
     total = max((len(array) for array in feeds.values() if array.ndim), default=0)
     if size is None or size == total:
         yield PaddedBatch(feeds, total, total)
@@ -207,7 +207,7 @@ def split_batches(feeds: Mapping[str, Array], size: int | None) -> Iterator[Padd
 
 
 def join_outputs(outputs: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
-    """What came out of the pieces as one array; none if its examples cannot be told."""
+    """The outputs of all batches as one array without padding; None if it has no batch axis."""
     first, array = outputs[0]
     if len(outputs) == 1 and first.count == first.batch_size:
         return array
@@ -219,14 +219,14 @@ def join_outputs(outputs: Sequence[tuple[PaddedBatch, Array]]) -> Array | None:
 
 
 _LISTED_BEFORE = 4
-"""Version of the format before which a tensor had to be listed among the inputs."""
+"""The IR version before which initializers had to be listed among the graph inputs."""
 _STATES = "prunectl/states_"
 
 
 class LoadedWeights:
-    """A model whose tensors can be changed; what was not stays in the file.
+    """A model whose tensors can be replaced; tensors that were not replaced are read from the file when needed.
 
-    In its message every tensor is dense, and each of the main graph an initializer, large ones outside.
+    In its ModelProto all tensors are dense, those of the main graph are initializers, and large ones are external.
     """
 
     def __init__(self, model: ModelFile) -> None:
@@ -259,15 +259,15 @@ class LoadedWeights:
 
     @property
     def network(self) -> OnnxNetwork:
-        """The message with the numbers that it refers to."""
+        """The ModelProto, with the arrays of its external tensors."""
         return OnnxNetwork(self.proto, {name: self.value(name) for name in self._outside})
 
     def tensor(self, name: str) -> Tensor:
-        """What the file says of a tensor."""
+        """The description of a tensor in the file."""
         return self._tensors[name]
 
     def value(self, name: str) -> Array:
-        """The numbers of a tensor, not to be written to."""
+        """The array of a tensor, which must not be written to."""
         return self._assigned[name] if name in self._assigned else self.model.read(self._tensors[name])
 
     def copies(self, names: Iterable[str] | None = None) -> dict[str, Array]:
@@ -275,7 +275,7 @@ class LoadedWeights:
         return {name: np.array(self.value(name)) for name in (self._tensors if names is None else names)}
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of tensors, and of those that share their bytes in the file."""
+        """Replace the arrays of tensors, and of tensors that share their bytes in the file."""
         for name, value in values.items():
             tensor = self._tensors[name]
             if tensor.shape != np.shape(value):
@@ -292,7 +292,7 @@ class LoadedWeights:
 
 
 def _delist(proto: Any, main: set[str]) -> None:
-    """Leave only what really goes in among the inputs."""
+    """Remove the tensors from the graph inputs."""
     proto.ir_version = max(proto.ir_version, _LISTED_BEFORE)
     inputs = [port for port in proto.graph.input if port.name not in main]
     del proto.graph.input[:]
@@ -300,7 +300,7 @@ def _delist(proto: Any, main: set[str]) -> None:
 
 
 def _name_states(graph: Any) -> None:
-    """Let every recurrent layer give its states, which its weights meet one step later."""
+    """Name the output of recurrent layers that leave it out: the states, which their weights read one step later."""
     for number, node in enumerate(graph.node):
         if node.op_type in CELLS and not output_of(node, 0):
             rest = list(node.output[1:])
@@ -310,20 +310,20 @@ def _name_states(graph: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WeightSite:
-    """A tensor at an input of a node."""
+    """A use of a tensor: a node that reads the tensor or a view of it."""
 
     name: str
     node: Any
     input: int
-    """Number of the input."""
+    """The position of the input."""
     order: tuple[int, ...]
-    """Which axis of the tensor each axis is that the node sees."""
+    """For each axis of the view the axis of the tensor."""
     shape: tuple[int, ...]
-    """As the node sees it."""
+    """The shape of the view."""
 
 
 def weight_sites(weights: LoadedWeights) -> list[WeightSite]:
-    """Where a node uses a float tensor of the main graph, or what others have only handed on, in their order."""
+    """The uses of the float tensors of the main graph, also through views such as Transpose, in the order of nodes."""
     shapes = {name: weights.tensor(name).shape for name in weights.names if weights.tensor(name).is_float}
     views = {name: (name, tuple(range(len(shape)))) for name, shape in shapes.items()}
     sites: list[WeightSite] = []

@@ -1,1 +1,1 @@
-"""Pruning by tensorflow-model-optimization itself, in models of Keras 2."""
+"""Pruning of Keras 2 models by tensorflow-model-optimization (tfmot)."""

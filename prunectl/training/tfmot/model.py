@@ -55,7 +55,7 @@ class TfmotTrainable(KerasTrainable):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was chosen for want of a word, and who prunes."""
+        """The notes of the Keras model, and the version of tfmot that prunes it."""
         if self._wrapped is None:
             return super().notes
         version = require("tensorflow_model_optimization", extra="tensorflow").__version__
@@ -64,7 +64,7 @@ class TfmotTrainable(KerasTrainable):
         return (*super().notes, note, *(tensorboard_note if self._lacks_tensorboard else ()))
 
     def prune_by(self, native: NativePruning) -> frozenset[str]:
-        """Put wrappers around the layers, if tfmot can prune all that is asked for."""
+        """Wrap the layers if tfmot can prune what is asked for, and return the tensors that it prunes; empty if not."""
         library = self._library
         if (
             not library.is_keras2
@@ -72,7 +72,7 @@ class TfmotTrainable(KerasTrainable):
             or not is_cloneable(library.keras, self._model)
         ):
             return frozenset()
-        # Its wrappers have other names than their layers, by which a model of several outputs knows its losses.
+        # A model with several outputs finds its losses by the names of layers, and wrappers have other names.
         if is_mixed_precision(self._model) or len(self._model.outputs) > 1:
             return frozenset()
         names = {id(self._variables[name]): name for name in native.schedules if name in self._variables}
@@ -116,7 +116,7 @@ class TfmotTrainable(KerasTrainable):
         return {name: backend.get_value(self._library, mask) != 0 for name, (_, mask) in weights.items()}
 
     def mask(self, masks: Mapping[str, Array]) -> None:
-        """Zero what the masks do not keep, beside what tfmot does not keep."""
+        """Zero what these masks do not keep, besides what the masks of tfmot do not keep."""
         if self._wrapped is None:
             super().mask(masks)
             return
@@ -126,12 +126,12 @@ class TfmotTrainable(KerasTrainable):
         self._apply_masks()
 
     def _apply_masks(self) -> None:
-        """Put the masks on the weights: tfmot does so before a batch and at the end of an epoch, not after a step."""
+        """Apply the masks to the weights: tfmot does so before a batch and at the end of an epoch, not after a step."""
         for callback in self._callbacks[:1]:
             callback.on_epoch_end(self._epoch)
 
     def end_epoch(self) -> None:
-        """Mask the weights, and write down how sparse they are."""
+        """Apply the masks, and write the sparsity of the weights for TensorBoard."""
         self._epoch += 1
         self._apply_masks()
         self._write_summaries()
@@ -146,7 +146,7 @@ class TfmotTrainable(KerasTrainable):
             return
         self._step += 1
         for wrapper in self._wrapped.wrappers:
-            # A layer that is called twice in a model counts every batch twice.
+            # The wrapper of a layer that is called twice in a model counts every batch twice.
             if int(wrapper.pruning_step) != self._step:
                 backend.set_value(wrapper.pruning_step, np.array(self._step))
 
@@ -154,7 +154,7 @@ class TfmotTrainable(KerasTrainable):
         values = super().weights(names)
         for name, keep in self.masks().items():
             if name in values:
-                # tfmot multiplies by its masks, which leaves a minus before half of the zeros.
+                # tfmot multiplies weights by masks, which turns pruned negative weights into -0.0.
                 values[name] = np.where(keep, values[name], np.zeros((), values[name].dtype))
         return values
 
@@ -173,7 +173,7 @@ class TfmotTrainable(KerasTrainable):
 
 
 def _settings_of_layer(native: NativePruning, layer: Any, weights: Mapping[str, Any]) -> WrapperSettings | None:
-    """How tfmot is to prune a layer; None where it cannot do what the plan says."""
+    """The settings of the wrapper of a layer; None if tfmot cannot prune it as the plan says."""
     schedules = {native.schedules[name] for name in weights}
     ranks = {len(weight.shape) for weight in weights.values()}
     pattern = native.pattern
@@ -192,5 +192,5 @@ def _settings_of_layer(native: NativePruning, layer: Any, weights: Mapping[str, 
 
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
-    """The model of a file as a network that tfmot can prune."""
+    """Load a Keras model that tfmot can prune."""
     return TfmotTrainable(partial(load, model, origin))

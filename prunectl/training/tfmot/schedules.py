@@ -1,4 +1,4 @@
-"""Our schedules as tfmot takes them: its own classes where it has one, else one that Keras can save and load."""
+"""Schedules of prunectl for tfmot: its own class where it has one, else an adapter that Keras can save and load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Base: Any = _sparsity.PruningSchedule
 
 @load_keras2().keras.utils.register_keras_serializable(package=_PACKAGE, name=_NAME)
 class ScheduleAdapter(_Base):  # type: ignore[misc]
-    """Any schedule of prunectl as a tfmot schedule; a file keeps the name of its curve."""
+    """Any schedule of prunectl as a tfmot schedule; it is saved with the name of its curve."""
 
     def __init__(self, schedule: Schedule) -> None:
         if schedule.last_update_step > _MAX_STEPS:
@@ -47,17 +47,17 @@ class ScheduleAdapter(_Base):  # type: ignore[misc]
         return is_pruning_step, tensorflow.gather(tensorflow.constant(sparsities, tensorflow.float32), num_passed)
 
     def get_config(self) -> dict[str, Any]:
-        """What a file keeps."""
+        """The configuration that Keras saves."""
         return {"class_name": OURS, "config": to_config(self.schedule)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ScheduleAdapter:
-        """What a file has kept."""
+        """A schedule from a saved configuration."""
         return cls(from_config(config))
 
 
 def to_tfmot_schedule(schedule: Schedule) -> Any:
-    """A schedule as tfmot takes it."""
+    """The tfmot schedule for a schedule of prunectl."""
     if schedule.final >= 1.0:
         raise UsageError("tfmot keeps a weight in every layer and cannot reach a sparsity of 100%", hint="use 99%")
     if not has_tfmot_class(schedule):

@@ -1,4 +1,4 @@
-"""Wrappers of tfmot around those layers of a model that are to be pruned; the variables stay the same."""
+"""Wraps layers of a model for tfmot; the wrapped model shares the variables of the original."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WrappedModel:
 
     model: Any
     weights: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """What can be pruned in wrapped layers: the weight and its mask, by tensor."""
+    """The prunable variables of wrapped layers, weight and mask, by the name of the tensor."""
     wrappers: list[Any] = field(default_factory=list)
 
 
@@ -82,8 +82,8 @@ def prunable_weights(layer: Any) -> list[Any]:
     """The weights of a layer that tfmot would prune; none if it has no wrapper for such layers."""
     if not hasattr(layer, "get_prunable_weights"):
         try:
-            # A wrapper that is thrown away: making one is how tfmot says which layers it knows, and teaches them which
-            # of their weights can be pruned.
+            # This wrapper is not used: making one raises ValueError for a layer that tfmot does not know, and gives
+            # other layers the method `get_prunable_weights`.
             load_tfmot().prune_low_magnitude(layer)
         except ValueError:
             return []
@@ -92,7 +92,7 @@ def prunable_weights(layer: Any) -> list[Any]:
 
 
 def wrappers(keras: Any, model: Any) -> Iterator[Any]:
-    """Yield the wrappers in a model and in those inside it."""
+    """Yield the wrappers in a model and in nested models."""
     kind = type(load_tfmot().prune_low_magnitude(keras.layers.Dense(1)))
     for layer in model.layers:
         if isinstance(layer, keras.Model):
@@ -102,13 +102,13 @@ def wrappers(keras: Any, model: Any) -> Iterator[Any]:
 
 
 def is_mixed_precision(model: Any) -> bool:
-    """Whether any layer computes in another precision than that of its weights."""
+    """Whether any layer computes in another precision than its variables have."""
     policies = (getattr(layer, "dtype_policy", None) for layer in flat_layers(model))
     return any(policy is not None and policy.compute_dtype != policy.variable_dtype for policy in policies)
 
 
 def is_cloneable(keras: Any, model: Any) -> bool:
-    """Whether a model says which layers follow which, so that it can be cloned."""
+    """Whether a model is sequential or functional, so that Keras can clone it layer by layer."""
     return isinstance(model, keras.Sequential) or is_graph_network(model)
 
 
@@ -116,7 +116,7 @@ MATRIX_RANK = 2
 
 
 def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
-    """Write the copy, and return the tensors that tfmot has no wrapper for."""
+    """Write a wrapped copy of a model, and return the selected tensors that tfmot could not wrap."""
     loaded = _load(model, wrapping)
     variables = match_variables(loaded.file, loaded.library, loaded.model.weights, loaded.load_weights)
     names = {id(variable): name for name, variable in variables.items() if name in wrapping.names}
@@ -145,7 +145,7 @@ def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ..
 
 
 def _load(model: ModelFile, wrapping: WrapperSpec) -> LoadedModel:
-    # What the file alone shows to be wrong is refused before TensorFlow is imported.
+    # Errors that can be found in the file alone are raised before TensorFlow is imported.
     user_code.check(model, wrapping.origin)
     if model.about.keras is None:
         raise InputError(
@@ -169,18 +169,18 @@ def _load(model: ModelFile, wrapping: WrapperSpec) -> LoadedModel:
 
 
 def _constant_sparsity(weights: Mapping[str, Any], wrapping: WrapperSpec) -> WrapperSettings:
-    """What keeps masks as they are, whoever trains on."""
+    """The settings of a wrapper that keeps its masks as they are in further training."""
     masks = [wrapping.masks[name] for name in weights if name in wrapping.masks]
     size = sum(mask.size for mask in masks)
     zeros = size - sum(int(np.count_nonzero(mask)) for mask in masks)
-    # tfmot counts its steps from 1, so that a schedule which ends at 0 has no turn: masks that tfmot would not make by
-    # itself, in groups, in blocks of images or ranked over all layers, stay what they are.
+    # tfmot counts steps from 1, so that a schedule which ends at step 0 never prunes: masks that tfmot itself would not
+    # make, in groups, in blocks of images or ranked over all layers, stay as they are.
     schedule = load_tfmot().ConstantSparsity(min(zeros, size - 1) / size, begin_step=0, end_step=0, frequency=1)
     return {"pruning_schedule": schedule, **block_settings(weights, wrapping.pattern, wrapping.pool)}
 
 
 def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: WrapperSpec) -> WrapperSettings | None:
-    """The schedule of a layer, which all of its weights share."""
+    """The settings of the wrapper of a layer, with the schedule that all of its weights share."""
     if isinstance(wrapping.pattern, BlockPattern) and any(
         len(weight.shape) != MATRIX_RANK for weight in weights.values()
     ):
@@ -191,7 +191,7 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapper
             f"tfmot prunes all weights of {layer.name} with one schedule, to one sparsity",
             hint=f"select all or no weights of {layer.name}, with the same --layer ratio, or leave out --schedule",
         )
-    # It makes a class of tfmot's, and what a file shows to be wrong is refused before tfmot is imported.
+    # Imported here, as the module imports tfmot, and errors in a file are raised before that.
     from prunectl.training.tfmot.schedules import to_tfmot_schedule  # noqa: PLC0415
 
     return {
@@ -201,14 +201,14 @@ def _settings_of_layer(layer: Any, weights: Mapping[str, Any], wrapping: Wrapper
 
 
 def block_settings(weights: Mapping[str, Any], pattern: object, pool: Pooling) -> WrapperSettings:
-    """What tfmot takes for blocks of matrices; nothing for other patterns and other weights."""
+    """The settings of a wrapper for blocks of matrices; empty for other patterns and weights of other ranks."""
     if not isinstance(pattern, BlockPattern) or any(len(weight.shape) != MATRIX_RANK for weight in weights.values()):
         return {}
     return {"block_size": (pattern.rows, pattern.columns), "block_pooling_type": pool.value.upper()}
 
 
 def _compile(loaded: LoadedModel, wrapped: WrappedModel) -> None:
-    """Let the wrapped model be trained as the file says of its own; without one, or with an unknown one, not at all."""
+    """Compile the wrapped model with the training configuration of the file, unless it is missing or unknown."""
     parts = read_training_config(loaded.file)
     if "optimizer" not in parts or "loss" not in parts:
         return
@@ -220,26 +220,26 @@ def _compile(loaded: LoadedModel, wrapped: WrappedModel) -> None:
         with ignore_warnings():
             options = compile_arguments(config, loaded.objects)
             if isinstance(parts["loss"], str):
-                # Saved again as the name that it is, not as the function.
+                # Kept as a name, so that it is saved as a name, not as a function.
                 options["loss"] = parts["loss"]
             wrapped.model.compile(**options)
     except (ValueError, TypeError, AttributeError, KeyError):
-        # A loss or a metric of the user's own: whoever trains on has to name it anyway.
+        # A user's own loss or metric, which must be given again for further training anyway.
         return
 
 
 def _rename_masks(wrapped: WrappedModel) -> None:
-    """Give the masks of a layer with several of them names of their own, without which HDF5 cannot hold them."""
+    """Give the masks of a layer with several weights different names, which HDF5 needs."""
     for wrapper in wrapped.wrappers:
         for index, (_, mask, threshold) in enumerate(wrapper.pruning_vars[1:], 1):
             for variable in (mask, threshold):
-                # The name is told when a variable is made, which tfmot does.
+                # Renamed afterwards, as tfmot itself makes the variables.
                 rename(variable, variable.name.replace(":", f"_{index}:"))
 
 
 def _save(model: Any, weight_layout: WeightLayout, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wrapped-") as folder, ignore_warnings():
-        # By its suffix Keras knows which format is meant, and the user may have chosen another.
+        # Keras chooses the format by the suffix, and the user's path may have another.
         path = Path(folder) / (weight_layout.value or "model")
         model.save(str(path), **({"save_format": "tf"} if weight_layout is WeightLayout.SAVED_MODEL else {}))
         os.replace(path, target)
