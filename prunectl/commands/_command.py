@@ -27,6 +27,7 @@ from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import workers
 from prunectl.reporting.report import DEFAULT_ROWS, Color, Failure, Layout, Settings
 from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.stdout import reserved
 from prunectl.units import Units
 
 STDIN = "-"
@@ -194,7 +195,7 @@ class BaseCommand(TyperCommand):
         ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html, typed=ctx.meta[_TYPED])
         for old, new in ctx.meta[_OLD_NAMES]:
             ctx.obj.note(f"note: {old} is now called {new}; the next version will not know the old name")
-        with framework_imports(common.settings):
+        with framework_imports(common.settings), reserved():
             return self.run(ctx)
 
     def run(self, ctx: Any) -> Any:

@@ -20,6 +20,7 @@ from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination
 from prunectl.reporting.report import Report
 from prunectl.reporting.reporter import Reporter
+from prunectl.reporting.stdout import data_stream
 from prunectl.units import parse_ratio, parse_size
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model file or folder; - reads standard input.")]
@@ -77,7 +78,7 @@ class OutputOptions:
             )
         elif self.output != STDIN:
             yield Destination(Path(self.output), is_forced=self.force)
-        elif sys.stdout.isatty():
+        elif data_stream().isatty():
             raise UsageError(
                 "-o - writes a model to standard output, which is a terminal", hint="redirect it to a file or a pipe"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from prunectl.formats.registry import recognise
 from prunectl.reporting.check import check_report
 from prunectl.reporting.ci import REPORT_FORMATS
 from prunectl.reporting.reporter import Reporter, print_error
+from prunectl.reporting.stdout import data_stream
 from prunectl.units import parse_duration
 
 _ROOTS = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
@@ -125,8 +125,8 @@ class Reports:
         report = check_report(findings, has_gates=reporter.is_json)
         if STDOUT not in {target for _, target in self.targets}:
             return reporter.show(report)
-        sys.stdout.write(stdout_text)
-        sys.stdout.flush()
+        data_stream().write(stdout_text)
+        data_stream().flush()
         for failure in report.failures:
             print_error(failure.error, reporter.settings.color)
         return report.exit_code

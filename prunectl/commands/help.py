@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from prunectl.commands.app import COMMANDS, COMMON_OPTIONS, TOPICS
 from prunectl.errors import UsageError
 from prunectl.formats.base import close_matches
 from prunectl.reporting.reporter import escape_unencodable
+from prunectl.reporting.stdout import data_stream
 
 _HELP = (".TP", "\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show the help of a command.")
 _ESCAPED = {"\\": "\\e", "-": "\\-", "…": "...", "“": '"', "”": '"'}
@@ -132,8 +132,8 @@ def show_topic(
             did_you_mean=close_matches(topic, [*TOPICS, *COMMANDS]),
             hint="list the topics: prunectl help",
         )
-    escape_unencodable(sys.stdout)
-    sys.stdout.write(
+    escape_unencodable(data_stream())
+    data_stream().write(
         man() if is_man else "".join(f"{line}\n" for line in (topic_lines(topic) if topic else _list_topics()))
     )
     return 0

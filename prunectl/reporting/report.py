@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -16,6 +15,7 @@ from prunectl import __version__
 from prunectl.analysis.sizes import SENTENCES_ONLY, LimitCheck
 from prunectl.analysis.stats import ModelStats, TensorStats
 from prunectl.errors import PrunectlError, abbreviated
+from prunectl.reporting.stdout import data_stream
 from prunectl.units import Units, count, duration, nbytes, percent, printable
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Settings:
     @property
     def effective_layout(self) -> Layout:
         """The layout that was chosen; by default tables for a terminal, rows for a pipe."""
-        return self.layout or (Layout.HUMAN if sys.stdout.isatty() else Layout.PLAIN)
+        return self.layout or (Layout.HUMAN if data_stream().isatty() else Layout.PLAIN)
 
     def colors(self, *, is_terminal: bool) -> bool:
         """Whether a stream gets colours, by the option, else by NO_COLOR and the like."""

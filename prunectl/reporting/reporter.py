@@ -37,6 +37,7 @@ from prunectl.reporting.report import (
     report_json,
     tab_separated,
 )
+from prunectl.reporting.stdout import data_stream
 from prunectl.reporting.tables import print_table
 from prunectl.units import nbytes, printable
 
@@ -79,7 +80,7 @@ class Reporter:
 
     def show(self, report: Report) -> int:
         """Print the report of a command, and return its exit code."""
-        escape_unencodable(sys.stdout)
+        escape_unencodable(data_stream())
         layout = self.settings.effective_layout
         # A page with nothing but failures would be empty.
         if self.html is not None and (report.models or report.sections or not report.failures):
@@ -89,16 +90,16 @@ class Reporter:
         if self.settings.is_quiet and layout is not Layout.JSON:
             report = _without_notes(report)
         if layout is Layout.JSON:
-            sys.stdout.write(report_json(report, self.command))
+            data_stream().write(report_json(report, self.command))
             return report.exit_code
         if self.settings.is_quiet and report.quiet_lines is not None:
-            sys.stdout.writelines(f"{line}\n" for line in report.quiet_lines)
+            data_stream().writelines(f"{line}\n" for line in report.quiet_lines)
         elif layout is Layout.HUMAN:
-            render(report, make_console(sys.stdout, self.settings), self.settings)
+            render(report, make_console(data_stream(), self.settings), self.settings)
         else:
-            sys.stdout.write(_as_rows(report, layout, self.settings))
+            data_stream().write(_as_rows(report, layout, self.settings))
             self._note_on_stderr(report)
-        sys.stdout.flush()
+        data_stream().flush()
         for failure in report.failures:
             print_error(failure.error, self.settings.color)
         if self.settings.is_verbose:
@@ -108,8 +109,8 @@ class Reporter:
     def copy_to_stdout(self, path: Path) -> int:
         """Copy a file to standard output, to which nothing else is printed then."""
         with path.open("rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+            shutil.copyfileobj(file, data_stream().buffer)
+        data_stream().buffer.flush()
         return 0
 
     def _with_html_page(self, report: Report, path: Path) -> Report:
@@ -317,7 +318,7 @@ def make_console(stream: TextIO, settings: Settings) -> Console:
 
 def escape_unencodable(stream: TextIO) -> None:
     """Let a stream escape characters that its encoding lacks."""
-    if stream in {sys.stdout, sys.stderr} and hasattr(stream, "reconfigure"):
+    if stream in {data_stream(), sys.stderr} and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
 
 
