@@ -108,13 +108,14 @@ def check_elementwise(name: str, expected: Array, actual: Array, tolerance: Tole
         )
 
 
-def check_rms(difference: OutputDifference, limit: float) -> None:
+def check_rms(difference: OutputDifference, limit: float, *, is_data: bool) -> None:
     """Refuse an output whose relative root-mean-square difference exceeds a limit."""
     if not difference.relative_rms <= limit:
         raise WorkError(
             f"the output {difference.name} differs by {difference.relative_rms:.1%} of its RMS; "
             f"{limit:.0%} is allowed; nothing was written",
-            hint="calibrate with real examples (--data SPEC), or allow more with --atol and --rtol",
+            hint=f"{'use more examples (--samples N)' if is_data else 'calibrate with real examples (--data SPEC)'}, "
+            "or allow more with --atol and --rtol",
         )
 
 
@@ -172,8 +173,11 @@ def compare(source: RunnableModel, result: Run, samples: Samples, tolerance: Tol
         differences.append(difference(name, expected, actual))
         if tolerance.relative_rms is None:
             check_elementwise(name, expected, actual, tolerance)
-        elif index or top1 is None or samples.examples < SMALL_SAMPLE:
-            check_rms(differences[-1], tolerance.relative_rms)
+        elif not _are_labels(pairs[0][index][1]):
+            if index or top1 is None or samples.examples < SMALL_SAMPLE:
+                check_rms(differences[-1], tolerance.relative_rms, is_data=samples.is_data)
+        elif tolerance.top1_agreement is not None:
+            check_top1(float(np.mean(expected == actual)), expected.size, tolerance.top1_agreement)
     if top1 is not None and tolerance.top1_agreement is not None:
         check_top1(top1, samples.examples, tolerance.top1_agreement)
     return Comparison(samples.examples, samples.is_data, tolerance, tuple(differences), top1)
@@ -203,6 +207,11 @@ def _numbers(expected: list[Array], actual: list[Array]) -> tuple[Array, Array]:
     if first.dtype.kind == second.dtype.kind == "c":
         first, second = (part.astype(np.complex128).view(np.float64) for part in (first, second))
     return first.astype(np.float64), second.astype(np.float64)
+
+
+def _are_labels(array: Array) -> bool:
+    """Whether an output is whole numbers or words, of which one is as far from the right one as any other."""
+    return array.dtype.kind in "iub" or array.dtype.kind in _STRING_KINDS
 
 
 def _is_classes(array: Array) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ from prunectl.formats.base import Array
 from prunectl.formats.safe_json import require
 from prunectl.onnx_graph import (
     all_graphs,
+    all_tensors,
     copy_message,
+    dense_slot,
     inner_graphs,
     is_too_large,
     load_message,
     names_defined,
     opset_of,
+    remove_sources,
 )
 from prunectl.training.quiet import quiet_logging
+from prunectl.units import listed
 
 OPSET = 18
 """Opset that exporters write without `--opset`."""
@@ -108,14 +112,68 @@ def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     if not (request.half or request.bf16 or request.int8):
         return proto, ()
     fixed = _fix_default_inputs(proto)
-    if request.int8:
+    if proto.functions:
+        # The converters see nothing of what is in functions.
+        proto = require("onnx.inliner", extra="onnx").inline_local_functions(proto)
+    _store_constants(proto)
+    wide = _wide_weights(proto)
+    result, notes = proto, tuple[str, ...]()
+    if wide and request.int8:
         result, notes = (_quantize_static if request.data else _quantize_dynamic)(job, proto)
-        return result, (*fixed, *notes)
-    if request.half:
-        note = "The weights are 16-bit floats; inputs and outputs keep their types."
-        return _to_float16(job, proto), (*fixed, note)
-    note = "The kernels are bfloat16 and are converted to float32 where they are used."
-    return to_bfloat16(proto, request), (*fixed, note)
+    elif wide and request.half:
+        notes = ("The weights are 16-bit floats; inputs and outputs keep their types.",)
+        result = _to_float16(job, proto)
+    elif wide:
+        notes = ("The kernels are bfloat16 and are converted to float32 where they are used.",)
+        result = to_bfloat16(proto, request)
+    left = wide.keys() & _wide_weights(result).keys()
+    kept = [f"{name} ({kind})" for name, kind in wide.items() if name in left]
+    if len(kept) == len(wide):
+        raise _unchanged(job, kept)
+    return result, (*fixed, *notes, *([f"Not converted: {listed(kept, _SHOWN, 'others')}."] if kept else []))
+
+
+def _store_constants(proto: Any) -> None:
+    """Make initializers of the float arrays of Constant nodes, which the converters leave as they are."""
+    tensors = [tensor for _, tensor in all_tensors(proto) if tensor.is_main and tensor.node is not None]
+    constants = [tensor for tensor in tensors if tensor.dense is not None and tensor.data_type in _KINDS]
+    for tensor in constants:
+        slot = dense_slot(tensor)
+        slot.CopyFrom(tensor.dense)
+        slot.name = tensor.name
+    remove_sources(constants)
+    proto.ir_version = max(proto.ir_version, _CONSTANT_IR)
+
+
+_SHOWN = 5
+_KINDS = {1: "float32", 11: "float64"}
+
+
+def _wide_weights(proto: Any) -> dict[str, str]:
+    """The weights of 32 or 64 bits of a model that have more than one axis longer than 1, and their types."""
+    found = {}
+    for name, tensor in all_tensors(proto):
+        # A list of floats, which a Constant node may hold instead, has one axis.
+        stored = tensor.dense or tensor.sparse
+        if tensor.data_type in _KINDS and stored is not None and sum(length > 1 for length in stored.dims) > 1:
+            found[name] = _KINDS[tensor.data_type]
+    return found
+
+
+def _unchanged(job: ExportJob, kept: Sequence[str]) -> UsageError:
+    """The refusal of an option that would change no weight."""
+    request = job.request
+    option = "--int8" if request.int8 else "--half" if request.half else "--bf16"
+    if not kept:
+        return UsageError(
+            f"{option} changes nothing: {job.file.path} has no weights of 32-bit floats", hint=f"leave out {option}"
+        )
+    needs_data = request.int8 and not request.data
+    return UsageError(
+        f"{option} changes nothing: onnxruntime converts none of the weights of {job.file.path}, which are "
+        f"{listed(kept, _SHOWN, 'others')}",
+        hint="add --data SPEC: convolutions are quantised only with it" if needs_data else f"leave out {option}",
+    )
 
 
 _CONSTANT_IR = 4
@@ -275,7 +333,10 @@ def _through_files(job: ExportJob, proto: Any, quantize: Callable[[str, str, boo
             quantize(str(before), str(after), has_external_data)
     except Exception as error:
         raise _conversion_error(job, "--int8", error) from error
-    return load_message(after)
+    converted = load_message(after)
+    # It sorts nodes without a look at what their inner graphs read.
+    canonical_order(converted.graph)
+    return converted
 
 
 def _conversion_error(job: ExportJob, option: str, error: Exception) -> WorkError:

@@ -139,6 +139,19 @@ def test_of_integers_the_noise_counts_and_for_classes_the_largest_answer() -> No
         answered(whole, other, INTEGERS, is_data=True)
 
 
+def test_of_labels_the_share_that_is_the_same_counts() -> None:
+    whole = np.arange(200) % 7
+    other = whole.copy()
+    other[:4] = (whole[:4] + 3) % 7
+    answered(whole, other, INTEGERS, is_data=True)
+    other[4] = (whole[4] + 1) % 7
+    with pytest.raises(WorkError, match=r"the same for 97\.5% of 200"):
+        answered(whole, other, INTEGERS, is_data=True)
+    # Neighbours among large numbers are as wrong as others.
+    with pytest.raises(WorkError, match=r"the same for 0\.0% of 200"):
+        answered(whole + 1000, whole + 1001, INTEGERS, is_data=True)
+
+
 def test_what_is_no_number_is_beyond_every_noise_and_what_is_zero_has_none() -> None:
     whole = np.ones((3, 2))
     for value in (np.nan, np.inf):

@@ -122,6 +122,10 @@ def test_a_constant_without_its_zeros_is_exported_with_them(is_inner: bool, opti
     source, target = tmp_path / "sparse.onnx", tmp_path / "dense.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
     words: dict[str, bool] = {option: True} if option else {}
+    if is_inner and option == "int8":
+        with pytest.raises(UsageError, match="int8 changes nothing"):
+            export(source, target, **words)
+        return
     export(source, target, **words)
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     weights = np.array([[1, 0, 0], [0, 0, 2], [0, 0, 0], [0, 0, 0]], np.float32)
@@ -148,3 +152,82 @@ def test_sums_of_integers_overflow_on_no_processor(data: str, tmp_path: Path) ->
     }
     assert np.abs(held["dense_quantized"].astype(int)).max() <= 64
     np.testing.assert_allclose(by_onnxruntime(tmp_path / "int8.onnx", x)[0], x @ np.ones((64, 8)), rtol=0.02)
+
+
+def dense_model(path: Path, kind: str) -> Path:
+    """Two dense layers: their weights as initializers, as constants, in a function, one in a branch, or of 64 bits."""
+    is_double = kind == "double"
+    first, second = (
+        NUMBERS.standard_normal(shape).astype(np.float64 if is_double else np.float32) / 4
+        for shape in ((16, 32), (32, 8))
+    )
+    arrays = {"first": numpy_helper.from_array(first, "first"), "second": numpy_helper.from_array(second, "second")}
+    kept = {} if kind == "constant" else dict(arrays)
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "second"], ["y"]),
+    ]
+    functions, opsets = [], [helper.make_opsetid("", 17)]
+    if kind == "constant":
+        nodes = [helper.make_node("Constant", [], [name], value=array) for name, array in arrays.items()] + nodes
+    elif kind == "function":
+        body = [helper.make_node("Constant", [], ["w"], value=kept.pop("second"))]
+        body.append(helper.make_node("MatMul", ["v", "w"], ["z"]))
+        functions = [helper.make_function("own", "Dense", ["v"], ["z"], body, opsets, [])]
+        nodes[-1] = helper.make_node("Dense", ["b"], ["y"], domain="own")
+        opsets = [*opsets, helper.make_opsetid("own", 1)]
+    elif kind == "branch":
+        product = helper.make_node("MatMul", ["b", "second"], ["z"])
+        port = helper.make_tensor_value_info("z", TensorProto.FLOAT, ("n", 8))
+        inner = [kept.pop("second")]
+        graph = helper.make_graph([product], "branch", [], [port], inner)
+        kept["yes"] = numpy_helper.from_array(np.array(True), "yes")
+        nodes[-1] = helper.make_node("If", ["yes"], ["y"], "if", then_branch=graph, else_branch=graph)
+    element = TensorProto.DOUBLE if is_double else TensorProto.FLOAT
+    ports = [helper.make_tensor_value_info(name, element, ("n", size)) for name, size in (("x", 16), ("y", 8))]
+    graph = helper.make_graph(nodes, "graph", ports[:1], ports[1:], list(kept.values()))
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions), path)
+    np.savez(path.with_suffix(".npz"), x=NUMBERS.standard_normal((80, 16)).astype(first.dtype))
+    return path
+
+
+def wide_matrices(path: Path) -> int:
+    """How many matrices of 32 bits a model holds, wherever they are."""
+    proto, found = onnx.load(path), 0
+    waiting = [proto.graph, *proto.functions]
+    for graph in waiting:
+        values = [*getattr(graph, "initializer", ()), *(part.t for node in graph.node for part in node.attribute)]
+        found += sum(value.data_type == TensorProto.FLOAT and len(value.dims) > 1 for value in values)
+        waiting += [part.g for node in graph.node for part in node.attribute if part.HasField("g")]
+    return found
+
+
+@pytest.mark.parametrize("option", ["int8", "calibrated", "half", "bf16"])
+@pytest.mark.parametrize("kind", ["initializer", "constant", "function"])
+def test_weights_become_smaller_wherever_they_are(kind: str, option: str, tmp_path: Path) -> None:
+    source, target = dense_model(tmp_path / "m.onnx", kind), tmp_path / "out.onnx"
+    words = {"int8": True, "data": str(tmp_path / "m.npz")} if option == "calibrated" else {option: True}
+    result = export(source, target, atol=1e3, **words)
+    assert wide_matrices(source) == 2
+    assert wide_matrices(target) == 0
+    assert not any("Not converted" in note for note in result.notes)
+    x = random((4, 16))
+    np.testing.assert_allclose(by_onnxruntime(target, *x)[0], by_onnxruntime(source, *x)[0], atol=0.2)
+
+
+def test_weights_that_the_converter_leaves_are_named(tmp_path: Path) -> None:
+    source, target = dense_model(tmp_path / "m.onnx", "branch"), tmp_path / "out.onnx"
+    result = export(source, target, int8=True)
+    names = "if/else_branch/second (float32), if/then_branch/second (float32)"
+    assert f"Not converted: {names}." in result.notes
+    assert wide_matrices(target) == 2
+
+
+@pytest.mark.parametrize("option", ["half", "int8"])
+def test_an_option_that_would_change_no_weight_is_refused(option: str, tmp_path: Path) -> None:
+    source = dense_model(tmp_path / "m.onnx", "double")
+    words = {option: True, "data": str(tmp_path / "m.npz")}
+    with pytest.raises(UsageError, match=rf"{option} changes nothing: .* first \(float64\), second \(float64\)"):
+        export(source, tmp_path / "out.onnx", **words)
+    assert not (tmp_path / "out.onnx").exists()
