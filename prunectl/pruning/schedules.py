@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -213,5 +214,12 @@ def _curve(name: str, params: tuple[str, ...]) -> Callable[..., Any]:
     curve: Any = find("schedule", name, CURVES)
     if not callable(curve):
         raise UsageError(f"{name} is not a function of progress (0 to 1), initial and final sparsity")
+    try:
+        inspect.signature(curve).bind_partial(0.0, 0.0, 0.0)
+    except TypeError as error:
+        raise UsageError(
+            f"the schedule {name} cannot be called with three numbers: {error}",
+            hint="it takes (done, initial, final), where done goes from 0 to 1, and returns the sparsity",
+        ) from error
     # `typed` leaves out the first argument of a function; a curve has three.
     return partial(curve, **bind_params(params, partial(curve, 0.0, 0.0)))

@@ -395,4 +395,6 @@ def _validated(scores: Any, weights: Array, strategy: str, name: str) -> Array:
     array = array.astype(np.float64)
     if (array < 0).any():
         raise WorkError(f"{strategy} returned a negative score for {name}")
+    if not np.isfinite(array).all() and np.isfinite(weights).all():
+        raise WorkError(f"{strategy} returned scores for {name} that are NaN or infinite")
     return array

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunectl.errors import PrunectlError
+from prunectl.errors import PrunectlError, UsageError
 from prunectl.formats.registry import open_model
 from prunectl.plugins import attribute
+from prunectl.pruning.schedules import SparsitySchedule
 from prunectl.pruning.strategies import bind_params
 from tests.pruning import reference
 from tests.pruning.reference import arrays, prune
@@ -151,6 +152,7 @@ def test_scores_of_a_whole_model_fit_patterns_and_targets(tmp_path: Path) -> Non
         ("def s(w):\n    return abs(w).ravel()[1:]\n", "scores of shape", 5),
         ("def s(w):\n    return None\n", "scores of shape", 5),
         ("def s(w):\n    return np.full(w.shape, 'a')\n", "that are not numbers", 5),
+        ("def s(w):\n    return w * np.nan\n", "s returned scores for conv1.weight that are NaN or infinite", 5),
         ("def s(w):\n    return 1 / 0\n", "ZeroDivisionError", 5),
         ("def s(w):\n    raise MemoryError\n", "MemoryError", 5),
         ("def s(w):\n    w[...] = 0\n    return abs(w)\n", "ValueError", 5),
@@ -172,6 +174,13 @@ def test_a_broken_plug_in_is_told_in_a_sentence(text: str, says: str, code: int,
     assert caught.value.exit_code == code
     assert says in caught.value.message
     assert not (tmp_path / "out" / "digits_cnn.pt").exists()
+
+
+def test_a_schedule_of_another_signature_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    where = plug(tmp_path, "def s(step):\n    return 0.5\n")
+    with pytest.raises(UsageError, match="cannot be called with three numbers: too many positional") as caught:
+        SparsitySchedule(f"{where}:s", 0.8, end=10)
+    assert "(done, initial, final)" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["./nowhere.py:s", "no.such.module:s", "numpy:absolut", "numpy.nothing:s"])
