@@ -106,6 +106,10 @@ def test_the_action_trusts_no_fork(trust: str, is_fork: str, *, runs: bool, tmp_
     assert ("a fork's code is not trusted" in done.stdout) is (trust == is_fork == "true")
 
 
+WEIGHTS = ("net.onnx.data", "net.onnx_data", "net/variables/variables.data-00000-of-00002")
+"""Files that hold weights of a model whose own file may stay as it is."""
+
+
 def test_the_hook_looks_at_every_file_that_may_change_the_verdict() -> None:
     (hook,) = yaml(".pre-commit-hooks.yaml")
     assert (hook["language"], hook["pass_filenames"]) == ("python", False)
@@ -114,7 +118,7 @@ def test_the_hook_looks_at_every_file_that_may_change_the_verdict() -> None:
         for suffix in filter(None, row.suffixes):
             name = "model.safetensors.index.json" if suffix == ".json" else f"model{suffix}"
             assert re.search(hook["files"], f"models/{name}"), name
-    for name in ("prunectl.toml", "a/pyproject.toml", "a/prunectl-baseline.json", "net/saved_model.pb"):
+    for name in ("prunectl.toml", "a/pyproject.toml", "a/prunectl-baseline.json", "net/saved_model.pb", *WEIGHTS):
         assert re.search(hook["files"], name), name
     assert not re.search(hook["files"], "package.json")
 
