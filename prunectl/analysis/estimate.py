@@ -45,7 +45,7 @@ def estimate_size(model: ModelFile, codec: Codec, meter: ProgressFactory = no_pr
     A small model is measured instead, as is one whose error is too large after a quarter of its bytes.
     """
     source = _Source.of(model.files)
-    sampled = _sampled(source, codec.level) if source.nbytes > EXACT_BYTES else None
+    sampled = _sample_ratio(source, codec.level) if source.nbytes > EXACT_BYTES else None
     if sampled is None:
         return measure(model, codec, meter)
     stats = measure_stats(model, model.tensors, has_zeros=False)
@@ -54,7 +54,7 @@ def estimate_size(model: ModelFile, codec: Codec, meter: ProgressFactory = no_pr
     return replace(stats, bytes=sizes, estimate=estimate)
 
 
-def _sampled(source: _Source, level: int) -> tuple[float, Estimate] | None:
+def _sample_ratio(source: _Source, level: int) -> tuple[float, Estimate] | None:
     """The compression ratio of a model and its error; None if the error is too large after too many bytes.
 
     Double sampling with regression (Cochran, Sampling Techniques, chapter 12): cheap probes at many offsets, and pieces
@@ -96,7 +96,7 @@ def _regress(pieces: Array, probes: Array) -> tuple[float, float, float]:
     return share, (unexplained**2).sum() / (len(pieces) - 2) / len(pieces), slope**2 * within / len(probes)
 
 
-def _deflated(data: bytes, level: int, window: bytes = b"") -> float:
+def _deflate_ratio(data: bytes, level: int, window: bytes = b"") -> float:
     """Compressed size of some bytes, as a share of their size; `window` are the bytes before them."""
     compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, zdict=window)
     return (len(compressor.compress(data)) + len(compressor.flush())) / len(data)
@@ -139,7 +139,7 @@ class _Source:
 
     def probe(self, offset: int, level: int) -> list[tuple[float, float]]:
         """An offset, and the compression ratio of the probe there."""
-        return [(offset, _deflated(self.read(offset, _PROBE), level))]
+        return [(offset, _deflate_ratio(self.read(offset, _PROBE), level))]
 
     def piece(self, offset: int, level: int) -> list[tuple[float, float]]:
         """The mean compression ratio of the probes in a piece, and that of the piece."""
@@ -147,5 +147,5 @@ class _Source:
         data = self.read(offset - before, before + _PIECE)
         window, data = data[:before], data[before:]
         starts = range(0, _PIECE, _PIECE // _PROBES_OF_PIECE)
-        probes = (_deflated(data[begin : begin + _PROBE], level) for begin in starts)
-        return [(sum(probes) / _PROBES_OF_PIECE, _deflated(data, level, window))]
+        probes = (_deflate_ratio(data[begin : begin + _PROBE], level) for begin in starts)
+        return [(sum(probes) / _PROBES_OF_PIECE, _deflate_ratio(data, level, window))]

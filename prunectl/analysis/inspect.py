@@ -186,7 +186,7 @@ def overview(stats: ModelStats, *, is_sorted: bool) -> tuple[tuple[TensorStats, 
     rows: list[TensorStats] = []
     folded: dict[tuple[str, str], list[TensorStats]] = {}
     for row in stats.layers:
-        nouns = _folded_as(row)
+        nouns = _folding_nouns(row)
         (rows if nouns is None else folded.setdefault(nouns, [])).append(row)
     if not rows:
         return in_natural_order(stats.layers), ()
@@ -201,7 +201,7 @@ def _rank(row: TensorStats) -> int:
     return 0 if row.is_prunable else 1 if row.role in PRUNABLE else 2
 
 
-def _folded_as(row: TensorStats) -> tuple[str, str] | None:
+def _folding_nouns(row: TensorStats) -> tuple[str, str] | None:
     if row.role is Role.OTHER:
         return _VECTORS if len(row.shape) < 2 else None
     is_statistic = row.role is Role.STATE and _STATISTIC.search(row.name)

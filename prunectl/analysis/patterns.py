@@ -200,13 +200,13 @@ def sparsity_map(model: ModelFile, tensor: Tensor) -> SparsityMap:
         # A slab holds some rows of the matrix (outputs) if these are axis 0, else some columns.
         top, left = (begin, 0) if axis == 0 else (0, begin * across)
         by_row[top : top + len(matrix)] += np.count_nonzero(matrix, axis=1)
-        narrow = _summed(matrix.astype(np.uint8), left, columns, wide, axis=1)
-        zeros += _summed(narrow, top, rows, high, axis=0)
+        narrow = _sums_by_field(matrix.astype(np.uint8), left, columns, wide, axis=1)
+        zeros += _sums_by_field(narrow, top, rows, high, axis=0)
     sizes = np.outer(_bin_sizes(rows, high), _bin_sizes(columns, wide))
     return SparsityMap(tensor.name, rows, columns, zeros, sizes, int(np.count_nonzero(by_row == columns)))
 
 
-def _summed(part: NDArray[np.generic], begin: int, size: int, fields: int, *, axis: int) -> Counts:
+def _sums_by_field(part: NDArray[np.generic], begin: int, size: int, fields: int, *, axis: int) -> Counts:
     """Sums by field along an axis, of a part that starts at index `begin`; zero in fields outside the part."""
     field_of = np.arange(begin, begin + part.shape[axis]) * fields // size
     touched, starts = np.unique(field_of, return_index=True)

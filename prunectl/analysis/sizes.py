@@ -294,13 +294,13 @@ def growth_sentence(stats: ModelStats, before: Mapping[str, tuple[int, int]], un
         grown[row.name] = row.bytes - size
         lost[row.name] = zeros - (row.zeros or 0)
     if any(size > 0 for size in grown.values()):
-        tensors = [f"{name} (+{nbytes(size, units)})" for name, size in _most(grown)]
+        tensors = [f"{name} (+{nbytes(size, units)})" for name, size in _largest(grown)]
         return f"The tensors that grew most: {', '.join(tensors)}."
-    tensors = [f"{name} ({count(zeros)} fewer)" for name, zeros in _most(lost)]
+    tensors = [f"{name} ({count(zeros)} fewer)" for name, zeros in _largest(lost)]
     return f"The tensors that lost most zeros: {', '.join(tensors)}." if tensors else ""
 
 
-def _most(numbers: dict[str, int]) -> list[tuple[str, int]]:
+def _largest(numbers: dict[str, int]) -> list[tuple[str, int]]:
     positive = ((abbreviated(name), number) for name, number in numbers.items() if number > 0)
     return sorted(positive, key=lambda item: -item[1])[:_NAMED]
 

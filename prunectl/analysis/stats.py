@@ -251,7 +251,7 @@ def measure_stats(
     """
     chosen = tuple(chosen)
     with extents.read_ahead():
-        rows = _measured(model, chosen, pattern, tick, zeros, has_zeros=has_zeros, has_channels=has_channels)
+        rows = _measure_tensors(model, chosen, pattern, tick, zeros, has_zeros=has_zeros, has_channels=has_channels)
     raw = model.nbytes
     return ModelStats(
         path=str(model.path),
@@ -264,7 +264,7 @@ def measure_stats(
     )
 
 
-def _measured(
+def _measure_tensors(
     model: ModelFile,
     chosen: Sequence[Tensor],
     pattern: Pattern | None,
@@ -280,20 +280,20 @@ def _measured(
     known: dict[tuple[object, ...], _Contents] = {}
     uses = Counter(tensor.storage.key for tensor in chosen)
     for tensor in chosen:
-        same = _identity(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
-        contents = known.get(same, _Contents()) if same is not None else _Contents()
+        key = _contents_key(tensor) if has_zeros and uses[tensor.storage.key] > 1 else None
+        contents = known.get(key, _Contents()) if key is not None else _Contents()
         if contents.zeros is None and not has_channels:
             contents = _Contents(zeros.get(tensor.name))
         if has_zeros and contents.zeros is None:
             contents = _read_contents(model, tensor, pattern, has_channels=has_channels)
-            if same is not None:
-                known[same] = contents
+            if key is not None:
+                known[key] = contents
         rows.append(_row(tensor, tied_to.get(tensor.name, ""), contents))
         tick(tensor.storage.stored_bytes)
     return rows
 
 
-def _identity(tensor: Tensor) -> tuple[object, ...]:
+def _contents_key(tensor: Tensor) -> tuple[object, ...]:
     """Key of tensors with the same statistics: equal views with equal axes."""
     return tensor.view_key, tensor.out_axis, tensor.reduction_axis, tensor.is_prunable
 

@@ -73,9 +73,9 @@ def bitwise_equal(model: ModelFile, tensor: Tensor, other_model: ModelFile, othe
     """Whether a tensor, cast to the dtype of another, equals it bit for bit."""
     if not tensor.shape:
         return _as_bytes(model.read(tensor), other) == _as_bytes(other_model.read(other), other)
-    theirs = other_model.read(other)
+    other_array = other_model.read(other)
     return all(
-        _as_bytes(slab, other) == _as_bytes(theirs[begin : begin + len(slab)], other)
+        _as_bytes(slab, other) == _as_bytes(other_array[begin : begin + len(slab)], other)
         for begin, slab in iter_slabs(model, tensor, 1)
     )
 

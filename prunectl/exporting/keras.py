@@ -97,10 +97,10 @@ def _without_times(archive: Path, target: Path) -> None:
         for info in sorted(old.infolist(), key=lambda info: info.filename):
             entry = zipfile.ZipInfo(info.filename, EPOCH)
             entry.compress_type = info.compress_type
-            new.writestr(entry, _undated(info.filename, old.read(info)))
+            new.writestr(entry, _without_date(info.filename, old.read(info)))
 
 
-def _undated(name: str, content: bytes) -> bytes:
+def _without_date(name: str, content: bytes) -> bytes:
     if name != "metadata.json":
         return content
     metadata = json.loads(content)

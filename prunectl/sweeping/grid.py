@@ -26,12 +26,12 @@ from prunectl.training.monitor import check_direction
 
 def variants(config: SweepConfig) -> list[Variant]:
     """All variants to try."""
-    return [variant for variant, reason in _combined(config).items() if not reason]
+    return [variant for variant, reason in _skip_reasons(config).items() if not reason]
 
 
 def skipped_combinations(config: SweepConfig) -> dict[Variant, str]:
     """Combinations that are skipped, and why."""
-    return {variant: reason for variant, reason in _combined(config).items() if reason}
+    return {variant: reason for variant, reason in _skip_reasons(config).items() if reason}
 
 
 def grid(config: SweepConfig) -> list[Trial]:
@@ -54,7 +54,7 @@ def _sparsities(config: SweepConfig, variant: Variant) -> tuple[float, ...]:
 
 
 @cache
-def _combined(config: SweepConfig) -> Mapping[Variant, str]:
+def _skip_reasons(config: SweepConfig) -> Mapping[Variant, str]:
     """Every combination, with the reason why it is skipped, or an empty string."""
     reasons: dict[Variant, str] = {}
     first: UsageError | None = None
@@ -166,7 +166,7 @@ class Bracket:
     passing: float
     """Largest sparsity that is within the limit; 0 is the unpruned model."""
     failing: float
-    """Smallest sparsity above it that is not within the limit; 1 if none was tried."""
+    """Smallest sparsity above it that is not within the limit; 1 if there is none."""
 
     @property
     def is_closed(self) -> bool:

@@ -210,8 +210,8 @@ def files_of(config: SweepConfig) -> dict[str, str]:
 def _module_files(specs: Iterable[Any]) -> Iterator[Path]:
     """Yield the files of modules in specs such as `package.module:name`, without importing them."""
     for spec in specs:
-        where, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
-        parts = where.split(".")
+        module, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
+        parts = module.split(".")
         if colon and name.isidentifier() and all(part.isidentifier() for part in parts):
             candidates = (Path(folder or ".").joinpath(*parts) for folder in sys.path)
             tried = (path for folder in candidates for path in (folder.with_suffix(".py"), folder / "__init__.py"))

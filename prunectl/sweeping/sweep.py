@@ -256,13 +256,13 @@ def search(path: Path, request: Search, folder: Path, watcher: Watcher) -> Searc
             for trial in sorted(journal.done.keys() - {BASELINE}, key=lambda trial: trial.sparsity)
         }
     if not bracket.passing:
-        raise _infeasible(tried, base, request.limit)
+        raise _infeasible_error(tried, base, request.limit)
     return SearchResult(
         request.limit, base, request.variant.trial(bracket.passing), tried, folder, tuple(stale.values())
     )
 
 
-def _infeasible(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:
+def _infeasible_error(tried: dict[Trial, TrialResult], base: TrialResult, limit: MaxDrop) -> WorkError:
     trial, result = next(iter(tried.items()))
     worse = f"{amount(drop(result, base), base)} worse" if result.is_number else "NaN"
     return WorkError(

@@ -146,9 +146,9 @@ class SweepConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SweepConfig:
         """Options that were recorded in the journal."""
-        fields: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
+        fields: dict[str, Any] = {name: _as_tuples(value) for name, value in data.items()}
         return cls(**fields)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -140,10 +140,10 @@ def read_index(path: Path) -> Index:
         header = next(index_records, None)
         if header is None or header.key != b"":
             raise InputError(f"{path} is damaged: it has no header")
-        facts = {
+        header_fields = {
             field.number: field.value for field in fields(header.data, header.begin, header.end) if field.wire != BYTES
         }
-        count, is_big_endian = facts.get(1, 0), facts.get(2, 0) == 1
+        count, is_big_endian = header_fields.get(1, 0), header_fields.get(2, 0) == 1
         return Index(path, count, is_big_endian, {record.key: _read_entry(record) for record in index_records})
     except WireError as error:
         raise InputError(f"{path} is damaged: its index holds {error}") from error
@@ -292,7 +292,7 @@ def _find_shards(index: Index) -> dict[int, Path]:
 
 
 def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
-    reached = dict.fromkeys(sizes, 0)
+    ends = dict.fromkeys(sizes, 0)
     for entry in sorted(bundle.entries.values(), key=lambda item: (item.shard, item.offset, item.key in bundle.shared)):
         name = entry.name
         if entry.code not in DTYPES and entry.code not in NOT_NUMBERS:
@@ -307,9 +307,9 @@ def _check_extents(bundle: Bundle, sizes: Mapping[int, int]) -> None:
                 f"{bundle.index} is damaged: {abbreviated(name)} of shape {format_shape(entry.shape)} "
                 f"does not match its {entry.nbytes} bytes"
             )
-        if entry.nbytes and entry.offset < reached[entry.shard] and entry.key not in bundle.shared:
+        if entry.nbytes and entry.offset < ends[entry.shard] and entry.key not in bundle.shared:
             raise InputError(f"{bundle.index} is damaged: {abbreviated(name)} overlaps another tensor")
-        reached[entry.shard] = max(reached[entry.shard], entry.offset + entry.nbytes)
+        ends[entry.shard] = max(ends[entry.shard], entry.offset + entry.nbytes)
 
 
 def _check_slices(bundle: Bundle) -> None:

@@ -350,7 +350,7 @@ class _MetaGraph:
                     names.update(_node_name(text) for text in _texts(reader, reader.messages(listed, _NAME)))
                 for listed in reader.messages(value, _BYTES_LIST):
                     for described in reader.messages(listed, _NAME):
-                        names.update(_node_name(text) for text in _described(reader, described))
+                        names.update(_node_name(text) for text in _strings_in(reader, described))
         return names
 
 
@@ -411,13 +411,13 @@ def _tensors(reader: BudgetedReader, info: Field, depth: int) -> Iterator[bytes]
         raise WireError("a signature that is nested too deep")
     yield from (_node_name(name) for name in _texts(reader, reader.messages(info, _TENSOR_NAME)))
     for sparse in reader.messages(info, _SPARSE):
-        yield from (_node_name(name) for name in _described(reader, sparse))
+        yield from (_node_name(name) for name in _strings_in(reader, sparse))
     for composite in reader.messages(info, _COMPOSITE):
         for part in reader.messages(composite, _VALUE):
             yield from _tensors(reader, part, depth + 1)
 
 
-def _described(reader: BudgetedReader, message: Field) -> Iterator[bytes]:
+def _strings_in(reader: BudgetedReader, message: Field) -> Iterator[bytes]:
     """Yield the strings of a message, such as the names in the definition of a variable."""
     try:
         yield from _texts(reader, (field for field in reader.fields(message) if field.wire == BYTES))

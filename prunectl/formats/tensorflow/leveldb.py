@@ -120,12 +120,12 @@ def records(path: Path, data: memoryview) -> Iterator[IndexRecord]:
     if len(data) < FOOTER_BYTES or data[-len(TABLE_MAGIC) :] != TABLE_MAGIC:
         raise InputError(f"{path} is truncated or damaged: it does not end like the index of a checkpoint")
     try:
-        yield from _checked(path, data)
+        yield from _checked_records(path, data)
     except WireError as error:
         raise InputError(f"{path} is damaged: its index holds {error}") from error
 
 
-def _checked(path: Path, data: memoryview) -> Iterator[IndexRecord]:
+def _checked_records(path: Path, data: memoryview) -> Iterator[IndexRecord]:
     footer = len(data) - FOOTER_BYTES
     _, offset = _handle(data, footer, len(data))
     index, _ = _handle(data, offset, len(data))

@@ -151,7 +151,7 @@ def find_ownership(graph: ObjectGraph) -> VariableOwnership:
     nodes = graph.nodes
     optimizers = _optimizers(nodes)
     paths = _paths(nodes, optimizers)
-    training_only = _reachable(nodes, optimizers) - paths.keys() - _reachable(nodes, _trained(nodes, optimizers))
+    training_only = _reachable(nodes, optimizers) - paths.keys() - _reachable(nodes, _trained_nodes(nodes, optimizers))
     named_paths = {key: path for number, path in paths.items() for key in nodes[number].names}
     return VariableOwnership(frozenset(training_only), named_paths)
 
@@ -176,7 +176,7 @@ def _looks_like_optimizer(node: ObjectNode, nodes: tuple[ObjectNode, ...]) -> bo
     return any(marker <= names for marker in _OPTIMIZER_MARKERS) or (names >= _WEAK_MARKERS and are_leaves)
 
 
-def _trained(nodes: tuple[ObjectNode, ...], optimizers: Iterable[int]) -> Iterator[int]:
+def _trained_nodes(nodes: tuple[ObjectNode, ...], optimizers: Iterable[int]) -> Iterator[int]:
     """Yield the weights that optimizers refer to: these are not its state, even if nothing else refers to them."""
     for index in optimizers:
         yield from (child for name, child in nodes[index].children if name == _TRAINED_WEIGHTS and child < len(nodes))
@@ -229,7 +229,7 @@ def match_objects(wrapped: ObjectGraph, plain: ObjectGraph) -> dict[str, str]:
     pending = [(0, 0)] if wrapped.nodes and plain.nodes else []
     seen = set(pending)
     for wrapped_index, plain_index in pending:
-        wrapped_node, plain_node = _inside(wrapped, wrapped_index), plain.nodes[plain_index]
+        wrapped_node, plain_node = _unwrapped(wrapped, wrapped_index), plain.nodes[plain_index]
         pairs.update(zip(plain_node.names, wrapped_node.names, strict=False))
         members = dict(wrapped_node.children)
         for name, child in plain_node.children:
@@ -254,7 +254,7 @@ def match_masks(graph: ObjectGraph) -> dict[str, str]:
     return masks
 
 
-def _inside(graph: ObjectGraph, number: int) -> ObjectNode:
+def _unwrapped(graph: ObjectGraph, number: int) -> ObjectNode:
     """An object, or the layer inside it if it is a pruning wrapper."""
     node = graph.nodes[number]
     inner = _children(graph, node, _INNER)

@@ -122,14 +122,14 @@ def training_in(folder: Path) -> tuple[dict[Path, bytes], tuple[RemovedItem, ...
     path, field_path = (
         (metadata, _METADATA_FILE_PATH) if metadata.is_file() else (folder / "saved_model.pb", _GRAPH_FILE_PATH)
     )
-    stripped = _uncompiled(path, field_path)
+    stripped = _without_training_configs(path, field_path)
     saved = path.stat().st_size - len(stripped)
     if not saved:
         return {}, ()
     return {path: stripped}, (RemovedItem(_TRAINING, StripPart.TRAINING, max(saved, 0)),)
 
 
-def _uncompiled(path: Path, field_path: tuple[int, ...]) -> bytes:
+def _without_training_configs(path: Path, field_path: tuple[int, ...]) -> bytes:
     """The content of the file without its training configurations."""
 
     def without_training(text: bytes) -> bytes:
@@ -293,7 +293,7 @@ _REBUILT_FILES = ("saved_model.pb", "keras_metadata.pb", "fingerprint.pb", "vari
 
 def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
     """Write the model as tfmot strips it, its weights times their masks; returns the removed items."""
-    _refuse(model, options)
+    _check_rebuildable(model, options)
     for module in MODULES:
         # Only searched for, because an import would load it into this process.
         if importlib.util.find_spec(module) is None:
@@ -305,10 +305,10 @@ def unwrap(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -
             target_file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target_file)
     verify(model, target)
-    return _removed(model)
+    return _unwrapped_items(model)
 
 
-def _refuse(model: ModelFile, options: StripOptions) -> None:
+def _check_rebuildable(model: ModelFile, options: StripOptions) -> None:
     """Refuse models that cannot be rebuilt, before any work begins."""
     graph = read_graph(model.path / "saved_model.pb")
     needed = WRAPPING | ({StripPart.OPTIMIZER} if model.about.optimizer else set())
@@ -371,7 +371,7 @@ def _reraise(path: Path, output: bytes) -> None:
         raise InputError(f"{path} cannot be rebuilt without its wrappers: {message}", hint=hint or _HINT)
 
 
-def _removed(model: ModelFile) -> tuple[RemovedItem, ...]:
+def _unwrapped_items(model: ModelFile) -> tuple[RemovedItem, ...]:
     parts = {Role.MASK: StripPart.MASKS, Role.SCHEDULE: StripPart.WRAPPERS, Role.OPTIMIZER: StripPart.OPTIMIZER}
     removed = (
         RemovedItem(
