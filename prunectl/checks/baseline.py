@@ -123,7 +123,7 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     try:
-        return subprocess.run(  # noqa: S603 - fixed arguments, and a ref behind --end-of-options
+        return subprocess.run(  # noqa: S603 - fixed arguments, and a ref after --end-of-options
             ["git", *arguments],  # noqa: S607 - the git on the user's PATH
             cwd=folder, capture_output=True, check=False, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip

@@ -199,7 +199,7 @@ def _to_float16(job: ExportJob, proto: Any) -> Any:
         converted = converter.convert_float_to_float16(proto, keep_io_types=True)
     except Exception as error:
         raise _conversion_error(job, "--half", error) from error
-    # The converter puts its Cast nodes behind the nodes that read them.
+    # The converter puts its Cast nodes after the nodes that read them.
     canonical_order(converted.graph)
     return converted
 
@@ -253,7 +253,7 @@ def _unused_name(name: str, used_names: set[str]) -> str:
 
 
 def _redirect_reads(graph: Any, names: Mapping[str, str]) -> None:
-    """Let nodes read other values: `names` maps old to new value names; subgraphs are included."""
+    """Redirect the inputs of nodes, also in subgraphs; `names` maps old to new value names."""
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = names.get(name, name)

@@ -147,7 +147,7 @@ ROUTES = (
             ("saved-model", "tensorflow:write", "tensorflow:runner", ()),
         )
     ),
-    # Keras can only save models that it has loaded, so Keras loads a SavedModel here, not by its signature.
+    # Keras can only save models that it has loaded, so a SavedModel is loaded by Keras here, not by its signature.
     *(
         Route((*KERAS, *SAVED_MODEL), target, "keras:write", "keras:open_runnable", "keras:runner", _TENSORFLOW)
         for target in ("keras", "h5")

@@ -83,7 +83,7 @@ _TRACE_PREFIXES = ("Graph execution error", "Detected at", "<stack", "[[", "File
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that names the cause, behind TensorFlow's graph traceback."""
+    """The line of an error that names the cause, which follows TensorFlow's graph traceback."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not line.startswith(_TRACE_PREFIXES)]
     return reasons[0][:300].rstrip(".:") if reasons and lines[0].startswith(_TRACE_PREFIXES) else error_line(error)
@@ -351,7 +351,7 @@ _HANDLERS: Mapping[str, tuple[Callable[[Any, Any, str, Any], None], list[str]]] 
 
 
 class _Inlinable:
-    """A function whose graph has no calls marked for XLA, as grouped convolutions of Keras have.
+    """Wrapper of a function that removes XLA marks from calls in its graph, as of Keras' grouped convolutions.
 
     TensorFlow never inlines functions marked `_XlaMustCompile`, and tf2onnx converts no function calls. Captured
     constants are frozen into the graph as well, because tf2onnx would count them among the inputs.

@@ -186,11 +186,11 @@ class SparseLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.checked = None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch says once that such tensors are new
+            warnings.simplefilter("ignore")  # PyTorch warns once that CSR tensors are in beta
             torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), check_invariants=True)
 
     def weight(self) -> torch.Tensor:
-        """The weight; PyTorch checks its indices when they have changed, as a wrong one would read anywhere."""
+        """The weight; PyTorch checks its indices when they have changed: a wrong one could read any memory."""
         parts = (self.rows, self.columns)
         state = [(part.data_ptr(), part._version) for part in parts]
         weight = torch.sparse_csr_tensor(*parts, self.values, self.shape, check_invariants=state != self.checked)
@@ -201,7 +201,7 @@ class SparseLinear(nn.Module):
         weight = self.weight()
         flat = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu" and not torch.backends.mkl.is_available():
-            y = flat @ weight.to_dense().t()  # a PyTorch without kernels for it
+            y = flat @ weight.to_dense().t()  # this PyTorch has no kernels for CSR tensors
         else:
             y = torch.sparse.mm(weight, flat.t()).t()
         y = y if self.bias is None else y + self.bias

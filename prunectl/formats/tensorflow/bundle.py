@@ -88,7 +88,7 @@ def slice_key(name: bytes, bounds: tuple[tuple[int, int], ...]) -> bytes:
 
 def _signed(value: int) -> bytes:
     length = (value if value >= 0 else ~value).bit_length() // 7 + 1
-    # As many leading ones as there are bytes, XORed into the sign bits: longer numbers sort behind shorter ones.
+    # As many leading ones as there are bytes, XORed into the sign bits: longer numbers sort after shorter ones.
     header = ((1 << length) - 1) << (8 * length - length)
     return ((value ^ header) & ((1 << 8 * length) - 1)).to_bytes(length, "big")
 
@@ -196,7 +196,7 @@ def crc_of_zeros(nbytes: int) -> int:
 
 
 def _shared_zeros(bundle: Bundle, file_bytes: int) -> dict[bytes, BundleEntry]:
-    """Entries of zeros, by key, that share the bytes of a longer entry of zeros at the same offset, with that entry."""
+    """Entries of zeros, by key, each with the longest entry of zeros at the same offset, whose bytes it shares."""
     entries = [entry for entry in bundle.entries.values() if entry.code in DTYPES and not entry.slices]
     shared: dict[bytes, BundleEntry] = {}
     leader: BundleEntry | None = None
@@ -234,7 +234,7 @@ class Bundle:
     entries: Mapping[bytes, BundleEntry]
     shards: Mapping[int, Path]
     shared: Mapping[bytes, BundleEntry] = field(default_factory=dict)
-    """Entries of zeros that share the bytes of a longer entry of zeros, with that entry."""
+    """Entries of zeros, each with the longest entry of zeros at the same offset, whose bytes it shares."""
 
     def numbers(self) -> tuple[BundleEntry, ...]:
         """The entries that are numeric tensors, without the slices of partitioned tensors."""

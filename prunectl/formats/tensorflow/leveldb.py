@@ -102,7 +102,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def mask(crc: int) -> int:
-    """A CRC-32C as LevelDB stores it: masked, so that checksums of data with checksums inside work."""
+    """A CRC-32C as LevelDB stores it: masked, because a CRC of data that contains its own CRC is weak."""
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 

@@ -177,7 +177,7 @@ def _looks_like_optimizer(node: ObjectNode, nodes: tuple[ObjectNode, ...]) -> bo
 
 
 def _trained_nodes(nodes: tuple[ObjectNode, ...], optimizers: Iterable[int]) -> Iterator[int]:
-    """Yield the weights that optimizers refer to: these are not its state, even if nothing else refers to them."""
+    """Yield the weights that optimizers refer to, which are not optimizer state even if nothing else uses them."""
     for index in optimizers:
         yield from (child for name, child in nodes[index].children if name == _TRAINED_WEIGHTS and child < len(nodes))
         yield from (original for original, _ in nodes[index].slots if original < len(nodes))
