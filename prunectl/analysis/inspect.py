@@ -57,7 +57,7 @@ def hints(stats: ModelStats) -> tuple[str, ...]:
 
 _MASKS_STAY = (
     "`prunectl strip --only optimizer,training` removes them.",
-    "They cannot be removed, since the file does not describe the layers around which they are.",
+    "They cannot be removed, because the file does not describe the layers that they wrap.",
 )
 
 

@@ -190,7 +190,7 @@ def _macs(stats: LazyModelStats, row: TensorStats) -> int:
     macs = stats.operations_of[row.name].macs
     if macs is None:
         raise InputError(
-            f"{stats.name} does not tell the shape of the inputs of {row.name}, so its operations cannot be counted"
+            f"the shape of the inputs of {row.name} in {stats.name} is unknown, so its operations cannot be counted"
         )
     return macs
 

@@ -142,7 +142,7 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
                     _prepare(opened[-1], size, request)
             memory.append(growth)
         if request.input and not any(each.is_open for each in opened):
-            raise UsageError("--input has no use: the models give the shapes of all inputs", hint="leave out --input")
+            raise UsageError("--input has no use: the models fix the shapes of all inputs", hint="leave out --input")
         latencies = {}
         with meter("measuring batch sizes", Items(len(sizes))) as bar:
             for size in sizes:

@@ -69,7 +69,7 @@ def export_folder(path: Path, request: ExportRequest, output: Destination) -> Ex
         hint = f"remove them first: prunectl strip {path} -o OUT"
         if model.format == "shards":
             hint = MASKS_IN_SHARDS
-        raise InputError(f"{path} holds masks of pruning", hint=hint)
+        raise InputError(f"{path} contains pruning masks", hint=hint)
     atomic.check_target(model, output.target, is_forced=output.is_forced, is_in_place=False)
     if target.name == "torch":
         require("torch", extra="torch")

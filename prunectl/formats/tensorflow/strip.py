@@ -260,7 +260,7 @@ def verify(model: ModelFile, rebuilt: Path) -> None:
         old = tensors.pop(pairs.get(key, ""), None)
         if old is None:
             raise WorkError(
-                f"{model.path} came out with a variable that it did not have: {key.removesuffix(VALUE_SUFFIX)}"
+                f"the output of {model.path} has a variable that the source lacks: {key.removesuffix(VALUE_SUFFIX)}"
             )
         weight = model.read(old)
         mask = next((tensor for tensor in model.tensors if tensor.storage.key == masks.get(old.storage.key)), None)
