@@ -1,4 +1,4 @@
-"""Calls in a pickle that only make plain data: nothing that a user need worry about."""
+"""The allow-list of the pickle VM: functions and classes that only make plain data."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ _RECONSTRUCTORS = frozenset({"copyreg._reconstructor", "copy_reg._reconstructor"
 
 
 def is_allowed(name: Global) -> bool:
-    """Whether naming or calling it does no more than make data."""
+    """Whether importing and calling a function or class only makes plain data."""
     if name.path in _HARMLESS:
         return True
     if "." in name.name:
-        # What a function has is not what it is: by `__builtins__`, each leads to everything that Python can do.
+        # Attributes of allowed functions are not allowed: `__builtins__` of any function leads to all of Python.
         return False
     if name.module in {"torch._utils", "torch._tensor"}:
         return name.name.startswith("_rebuild_")
@@ -83,7 +83,7 @@ _TORCH_VALUES = frozenset(
 
 
 def copied(function: Any, args: Any) -> int:
-    """How many elements a call would copy into a container of its own."""
+    """How many elements a call would copy into a new container."""
     first = args[0] if isinstance(args, tuple) and args else None
     if not isinstance(function, Global) or function.path not in _COPYING:
         return 0
@@ -91,8 +91,8 @@ def copied(function: Any, args: Any) -> int:
     return len(items) if isinstance(items, list | tuple) else 0
 
 
-def call_allowed(function: Any, args: Any) -> Any:
-    """What a call makes: plain containers as they are, anything else as an opaque value."""
+def result_of_call(function: Any, args: Any) -> Any:
+    """The result of a call: a plain container for known container classes, an `OpaqueCall` for anything else."""
     if isinstance(function, Global) and isinstance(args, tuple):
         first = args[0] if args else None
         if function.path in _DICTIONARIES:
@@ -100,7 +100,7 @@ def call_allowed(function: Any, args: Any) -> Any:
         if function.path == _DEFAULT_DICTIONARY:
             return PickleDict()
         if function.path == "collections.deque":
-            # Its items may follow one by one, which only a list takes.
+            # Later opcodes may append its items, for which the VM needs a list.
             return list(first) if isinstance(first, list | tuple) else []
         if function.path in _SEQUENCES:
             return first if isinstance(first, tuple) else list(first) if isinstance(first, list) else []

@@ -1,4 +1,4 @@
-"""The entries of recorded dictionaries, to be looked at and to be changed."""
+"""Read and change nodes of a pickle IR: dictionaries, lists, strings, tensors and references to storages."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _DICTIONARIES = frozenset(
         *("builtins.dict", "__builtin__.dict"),
     }
 )
-_NOWHERE = Path("the pickle")
+_SHOWN_PATH = Path("the pickle")
 
 
 def value(node: IRNode) -> Any:
-    """What a small recipe makes, as the restricted machine sees it."""
-    return interpret(emitted(node), _NOWHERE, "a value").value
+    """The value that a small node makes, interpreted by the pickle VM."""
+    return interpret(emitted(node), _SHOWN_PATH, "a value").value
 
 
 def text(node: IRNode) -> str | None:
-    """A text; None for what is none."""
+    """The string that a node makes; None if it makes anything else."""
     if node.code == _TEXT:
         return bytes(node.raw[5:]).decode("utf-8", "backslashreplace")
     atom = value(node) if node.is_atom else None
@@ -44,7 +44,7 @@ def text(node: IRNode) -> str | None:
 
 
 def called(node: IRNode) -> str:
-    """The dotted path of the function or class that makes a value."""
+    """The dotted path of the function or class that a node calls; empty if it calls none by name."""
     if node.code not in _CALLS or not node.parts:
         return ""
     function = node.parts[0]
@@ -56,14 +56,14 @@ def called(node: IRNode) -> str:
 
 
 def arguments(node: IRNode) -> list[IRNode]:
-    """What a call is given."""
+    """The positional arguments of a call."""
     if node.code not in _CALLS or len(node.parts) < 2:
         return []
     return node.parts[1].parts if node.parts[1].code in _TUPLES else []
 
 
 def entries(node: IRNode) -> list[Entry] | None:
-    """The entries of a dictionary; None for what is none."""
+    """The entries of a dictionary; None if the node makes anything else."""
     pairs: list[Entry] = []
     if node.code == ord("d"):
         pairs += zip(node.parts[::2], node.parts[1::2], strict=True)
@@ -78,13 +78,13 @@ def entries(node: IRNode) -> list[Entry] | None:
 
 
 def _listed_entries(args: Sequence[IRNode]) -> list[Entry]:
-    """The entries that an ordered dictionary of Python 2 is made from."""
+    """The entries of an OrderedDict that Python 2 pickled as a call with a list of pairs."""
     rows = items(args[0]) if args else []
     return [(row[0], row[1]) for row in map(items, rows) if len(row) == 2]
 
 
 def items(node: IRNode) -> list[IRNode]:
-    """The items of a list or a tuple."""
+    """The items of a list or a tuple; empty for any other node."""
     if node.code in _TUPLES:
         return node.parts
     if node.code not in _LISTS:
@@ -93,7 +93,7 @@ def items(node: IRNode) -> list[IRNode]:
 
 
 def replace_entries(node: IRNode, kept: Sequence[Entry]) -> None:
-    """Give a dictionary other entries."""
+    """Replace all entries of a dictionary."""
     if node.code == ord("d"):
         node.raw, node.parts = b"}", []
     elif _listed_entries(arguments(node)):
@@ -104,18 +104,18 @@ def replace_entries(node: IRNode, kept: Sequence[Entry]) -> None:
 
 
 def texts(node: IRNode) -> dict[str, IRNode]:
-    """The entries of a dictionary whose keys are texts."""
+    """The entries of a dictionary whose keys are strings."""
     return {name: item for key, item in entries(node) or () if (name := text(key)) is not None}
 
 
 def text_node(characters: str) -> IRNode:
-    """The recipe of a text."""
+    """A node that makes a string."""
     raw = characters.encode("utf-8", "backslashreplace")
     return IRNode(bytes([_TEXT]) + struct.pack("<I", len(raw)) + raw)
 
 
 def number_node(number: int) -> IRNode:
-    """The recipe of a whole number that is not negative."""
+    """A node that makes a non-negative integer."""
     if number < 1 << 31:
         return IRNode(b"J" + struct.pack("<i", number))
     raw = number.to_bytes((number.bit_length() + 8) // 8, "little")
@@ -123,7 +123,7 @@ def number_node(number: int) -> IRNode:
 
 
 def tuple_node(parts: Sequence[IRNode]) -> IRNode:
-    """The recipe of a tuple."""
+    """A node that makes a tuple."""
     return IRNode(b"t", list(parts)) if parts else IRNode(b")")
 
 
@@ -133,16 +133,16 @@ _KEY, _COUNT = 2, 4
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """One place in a program where a storage is asked for."""
+    """A reference to a storage of the container, by a persistent id."""
 
     id: IRNode
-    """What tells the container which one: `("storage", class, key, location, count)`."""
+    """The node of the persistent id: `("storage", class, key, location, count)`."""
     key: str
 
 
 @dataclass(frozen=True, slots=True)
 class NewStorage:
-    """A storage with new numbers."""
+    """The new content of a storage."""
 
     nbytes: int
     itemsize: int
@@ -151,7 +151,7 @@ class NewStorage:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointEdits:
-    """What a container is to hold: a changed program, and the storages that are not as they were."""
+    """Changes to a container: an edited pickle, and the keys of storages to drop, to replace or to add."""
 
     ir: PickleIR
     dropped: frozenset[str]
@@ -160,18 +160,18 @@ class CheckpointEdits:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointContainer:
-    """A file as the program in it and the storages beside."""
+    """A checkpoint file: its pickle as an IR, and its storages."""
 
     ir: PickleIR
     name_of: Callable[[str], str]
-    """What the model calls the storage of a key."""
+    """The `Storage.key` in the `ModelFile` for the key of a storage in the pickle."""
     sizes: Mapping[str, int]
-    """Bytes that the storage of a key takes in the file."""
+    """Bytes that each storage takes in the file, by its key in the pickle."""
     write: Callable[[Path, CheckpointEdits], None]
 
 
 def storage_ref(node: IRNode) -> StorageRef | None:
-    """The storage that a value is asked for with; None if it is no such value."""
+    """The storage that a node refers to; None if it is no reference to a storage."""
     if node.code != _PERSISTENT_ID or len(node.parts[0].parts) <= _COUNT:
         return None
     id_node = node.parts[0]
@@ -182,23 +182,23 @@ def storage_ref(node: IRNode) -> StorageRef | None:
 
 
 def storage_refs(root: IRNode) -> list[StorageRef]:
-    """Every place where a program asks for a storage, in its order."""
+    """Every reference to a storage among the nodes below a root, in depth-first order."""
     return [ref for node in reachable(root).values() if (ref := storage_ref(node)) is not None]
 
 
 def storage_keys(node: IRNode) -> frozenset[str]:
-    """The storages behind a value."""
+    """The keys of all storages that a value refers to."""
     return frozenset(ref.key for ref in storage_refs(node))
 
 
 def is_tensor(node: IRNode) -> bool:
-    """Whether a value is a tensor, not something that holds some."""
+    """Whether a value is a tensor, not a container of tensors."""
     path = called(node)
     return path.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")) or path.endswith(".Parameter")
 
 
 def with_storage(node: IRNode, key: str, shape: tuple[int, ...]) -> IRNode | None:
-    """A tensor that sees the whole of another storage, row by row; None where it is not a plain one."""
+    """A tensor as a contiguous view of the whole of another storage; None if it is not a plain strided tensor."""
     args = arguments(node)
     if not args:
         return None
@@ -207,7 +207,7 @@ def with_storage(node: IRNode, key: str, shape: tuple[int, ...]) -> IRNode | Non
         if ref is None:
             return None
         parts = [*ref.id.parts[:_KEY], text_node(key), ref.id.parts[3], number_node(math.prod(shape))]
-        # Older programs say there which part of the storage they mean.
+        # The sixth field of older pickles names a part of the storage; None means all of it.
         parts += [IRNode(b"N")] * (len(ref.id.parts) - len(parts))
         strides = tuple_node([number_node(math.prod(shape[axis + 1 :])) for axis in range(len(shape))])
         persistent = IRNode(args[0].raw, [tuple_node(parts)])

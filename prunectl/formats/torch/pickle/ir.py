@@ -1,4 +1,4 @@
-"""A pickle program as what makes each of its values, so that it can be changed and written again."""
+"""An intermediate representation (IR) of a pickle: a graph of the instructions behind its values, to edit and emit."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Bytes = bytes | memoryview
 
 MARK = b"("
 BUILD_FROM_MARK = frozenset({ord("t"), ord("l"), ord("d"), ord("i"), ord("o"), 0x91})
-"""Opcodes that make a value of all that stands after a mark."""
+"""Opcodes that make a value of everything on the stack above the last mark."""
 EMPTY = frozenset({ord(")"), ord("]"), ord("}"), 0x8F})
 """Opcodes that make an empty container."""
 MUTATE_FROM_MARK = frozenset({ord("e"), ord("u"), 0x90})
 BUILD_OPERANDS = {0x85: 1, 0x86: 2, 0x87: 3, ord("R"): 2, 0x81: 2, 0x92: 3, 0x93: 2, ord("Q"): 1}
-"""Opcodes that make a value of a fixed number of others."""
+"""Opcodes that make a value of a fixed number of operands, and that number."""
 MUTATE_OPERANDS = {ord("a"): 1, ord("s"): 2, ord("b"): 1}
 
 
 @dataclass(slots=True, eq=False)
 class Mutation:
-    """Something that is done to a value once it is made: items, entries, a state."""
+    """An opcode that fills a value after it was made: with items, entries or a state."""
 
     code: int
     parts: list[IRNode]
@@ -37,10 +37,10 @@ class Mutation:
 
 @dataclass(slots=True, eq=False)
 class IRNode:
-    """A value, by the instruction that makes it and the values that this takes."""
+    """A value: the instruction that makes it, its operands, and the mutations that fill it."""
 
     raw: Bytes
-    """The instruction as it stands in the program."""
+    """The bytes of the instruction: its opcode and inline arguments."""
     parts: list[IRNode] = field(default_factory=list)
     mutations: list[Mutation] = field(default_factory=list)
 
@@ -51,11 +51,11 @@ class IRNode:
 
     @property
     def is_atom(self) -> bool:
-        """Whether it is a number, a text, bytes, None or the name of a class."""
+        """Whether it has no operands and is no container: a number, a string, bytes, None or the name of a class."""
         return not self.parts and self.code not in EMPTY and self.code not in BUILD_FROM_MARK
 
     def children(self) -> Iterator[IRNode]:
-        """Yield every value that this one is made of or filled with."""
+        """Yield the operands and the operands of the mutations."""
         yield from self.parts
         for mutation in self.mutations:
             yield from mutation.parts
@@ -63,17 +63,17 @@ class IRNode:
 
 @dataclass(slots=True)
 class PickleIR:
-    """A whole program."""
+    """A whole pickle."""
 
     root: IRNode
     protocol: bytes
-    """The instruction that says the protocol; nothing in the oldest programs."""
+    """The PROTO instruction; empty in protocols 0 and 1."""
     end: int
-    """Where the bytes after the program begin."""
+    """Offset of the first byte after the pickle."""
 
 
 def reachable(root: IRNode) -> dict[int, IRNode]:
-    """Every value that takes part in one, by identity, in the order in which they are met."""
+    """The root and every node below it, by `id`, in depth-first order."""
     nodes = {id(root): root}
     todo = [root.children()]
     while todo:
@@ -87,12 +87,12 @@ def reachable(root: IRNode) -> dict[int, IRNode]:
 
 
 MAX_COPIED_BYTES = 4096
-"""A longer instruction, such as that of a NumPy array, is left where it lies."""
+"""A longer instruction, such as the bytes of a NumPy array, is not copied but viewed in place."""
 _PROTO = 0x80
 
 
 def parse_ir(data: bytes | mmap.mmap, path: Path, *, start: int = 0, end: int | None = None) -> PickleIR:
-    """Record the program that begins at an offset."""
+    """Parse the pickle that begins at an offset."""
     recorder = _Recorder(OpcodeReader(data, start, len(data) if end is None else end))
     try:
         root = run(recorder, _HANDLERS)
@@ -102,7 +102,7 @@ def parse_ir(data: bytes | mmap.mmap, path: Path, *, start: int = 0, end: int | 
 
 
 class _Recorder(PickleMachine[IRNode]):
-    """A machine whose values are the instructions that make them."""
+    """A pickle machine whose values are IR nodes."""
 
     def __init__(self, reader: OpcodeReader) -> None:
         super().__init__(reader)
@@ -118,7 +118,7 @@ class _Recorder(PickleMachine[IRNode]):
         self.stack.append(IRNode(bytes(raw) if len(raw) <= MAX_COPIED_BYTES else raw, list(parts)))
 
     def mutate(self, code: int, parts: list[IRNode]) -> None:
-        """Record what is done to the value on top."""
+        """Record a mutation of the value on top of the stack."""
         if parts:
             self.stack[-1].mutations.append(Mutation(code, parts))
 
@@ -136,7 +136,7 @@ def _on_number(recorder: _Recorder, code: int) -> None:
     recorder.build(begin)
 
 
-def _on_run(recorder: _Recorder, code: int) -> None:
+def _on_bytes(recorder: _Recorder, code: int) -> None:
     begin = recorder.reader.offset - 1
     length = recorder.reader.number(_LENGTHS[code])
     if length < 0:
@@ -154,7 +154,7 @@ def _on_lines(recorder: _Recorder, code: int) -> None:
 
 
 _NUMBERS = {**opcodes.NUMBERS, **opcodes.EXTENSIONS}
-_LENGTHS = {**opcodes.TEXTS, **opcodes.STRINGS, **opcodes.RUNS, **opcodes.LONG_NUMBERS}
+_LENGTHS = {**opcodes.TEXTS, **opcodes.STRINGS, **opcodes.BYTE_STRINGS, **opcodes.LONG_NUMBERS}
 _LINES = {**dict.fromkeys([*opcodes.LINES, ord("P")], 1), ord("c"): 2, ord("i"): 2}
 """How many lines follow an opcode."""
 _HANDLERS: Mapping[int, OpcodeHandler[_Recorder]] = {
@@ -162,7 +162,7 @@ _HANDLERS: Mapping[int, OpcodeHandler[_Recorder]] = {
     _PROTO: _on_protocol,
     **dict.fromkeys([*opcodes.CONSTANTS, *EMPTY], lambda recorder, _code: recorder.build(recorder.reader.offset - 1)),
     **dict.fromkeys(_NUMBERS, _on_number),
-    **dict.fromkeys(_LENGTHS, _on_run),
+    **dict.fromkeys(_LENGTHS, _on_bytes),
     **dict.fromkeys(
         BUILD_FROM_MARK, lambda recorder, _: recorder.build(recorder.reader.offset - 1, recorder.since_mark())
     ),
@@ -178,25 +178,25 @@ _HANDLERS: Mapping[int, OpcodeHandler[_Recorder]] = {
 
 _POP, _POP_MARK = b"0", b"1"
 _EMPTY_TUPLE = b")"
-"""The empty tuple, of which there is one."""
+"""The empty tuple, which Python keeps only once: emitting it again makes no second object."""
 _MAX_INLINE_BYTES = 3
-"""What is no longer than a look into the memo is written again instead."""
+"""A shared atom of at most this length is emitted again rather than kept in the memo."""
 
 
 def emit_pickle(program: PickleIR) -> Iterator[Bytes]:
-    """Yield the bytes of a program that makes what the recipe says."""
+    """Yield the bytes of a pickle from its IR."""
     yield program.protocol
     yield from _Emitter(program.root).run(program.root)
     yield bytes([STOP])
 
 
 def emitted(node: IRNode) -> bytes:
-    """A program that makes one value."""
+    """The bytes of a pickle that makes the value of one node."""
     return b"".join(emit_pickle(PickleIR(node, b"", 0)))
 
 
 class _Emitter:
-    """What was written so far; a stack of what is still to do stands in for recursion, which has no such depth."""
+    """Emits nodes depth-first, with a stack of tasks, since nodes may nest deeper than Python can recurse."""
 
     def __init__(self, root: IRNode) -> None:
         self.uses = Counter([id(root), *(id(part) for node in reachable(root).values() for part in node.children())])
@@ -229,7 +229,7 @@ class _Emitter:
 
     def _make(self, node: IRNode) -> Iterator[Bytes]:
         if id(node) in self.memo:
-            # A value inside itself: it was made while its own parts were.
+            # A value that contains itself: it was emitted along with its own operands.
             yield _POP_MARK if node.code in BUILD_FROM_MARK else _POP * len(node.parts)
             yield _numbered(b"h", b"j", self.memo[id(node)])
             return

@@ -17,12 +17,12 @@ MAX_SHOWN_CHARACTERS = 120
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A function or class that the program names."""
+    """A function or class that the pickle names."""
 
     module: str
     name: str
     path: str = field(init=False, repr=False, compare=False)
-    """The dotted path that Python would import; made once, since a program may call one function 500,000 times."""
+    """The dotted path that Python would import; built once, since a pickle may call one function 500,000 times."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", f"{self.module}.{self.name}")
@@ -30,35 +30,35 @@ class Global:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RawBytes:
-    """A long text or a run of bytes that lies in the pickle as it is."""
+    """Bytes or a long string, by their position in the pickle."""
 
     offset: int
     nbytes: int
     head: bytes
-    """All of it when it is short, nothing when it is long."""
+    """All of the bytes if they are few, otherwise empty."""
 
 
 @dataclass(slots=True, eq=False)
 class Persistent:
-    """Something that the pickle leaves to the container, such as a storage."""
+    """An object that the container provides, such as a storage, by its persistent id."""
 
     id: Any
 
 
 @dataclass(slots=True, eq=False)
 class PickleDict:
-    """A dictionary as the program fills it: hashing a stranger's keys could take for ever."""
+    """A dictionary as a list of entries: hashing the keys of an untrusted file could take for ever."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
-        """The entries whose keys are texts."""
+        """The entries whose keys are strings."""
         return {key: value for key, value in self.items if isinstance(key, str)}
 
 
 @dataclass(slots=True, eq=False)
 class OpaqueCall:
-    """What a call would have returned."""
+    """The unknown result of a call that was not made, with its arguments and what the pickle fills it with."""
 
     function: Any
     args: Any
@@ -68,7 +68,7 @@ class OpaqueCall:
 
     @property
     def path(self) -> str:
-        """The dotted path of what would have been called; nothing when it is itself the result of a call."""
+        """The dotted path of the function or class; empty if the function is itself the result of a call."""
         return self.function.path if isinstance(self.function, Global) else ""
 
     def arg(self, index: int) -> Any:
@@ -77,7 +77,7 @@ class OpaqueCall:
 
 
 def describe_value(text: str) -> str:
-    """A stranger's text fit for one line."""
+    """A string of an untrusted file, made printable and short enough for one line."""
     plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_SHOWN_CHARACTERS])
     return plain if len(text) <= MAX_SHOWN_CHARACTERS else f"{plain}..."
 
@@ -88,13 +88,13 @@ LONG_NUMBERS = {0x8A: "<B", 0x8B: "<i"}
 LINES = {ord("I"): "int", ord("L"): "int", ord("F"): "float", ord("S"): "string", ord("V"): "text"}
 TEXTS = {ord("X"): "<I", 0x8C: "<B", 0x8D: "<Q"}
 STRINGS = {ord("T"): "<i", ord("U"): "<B"}
-"""Python 2's strings: text or bytes, whichever they turn out to be."""
-RUNS = {ord("B"): "<I", ord("C"): "<B", 0x8E: "<Q", 0x96: "<Q"}
+"""Strings of Python 2, which may hold text or bytes."""
+BYTE_STRINGS = {ord("B"): "<I", ord("C"): "<B", 0x8E: "<Q", 0x96: "<Q"}
 TUPLES = {ord(")"): 0, 0x85: 1, 0x86: 2, 0x87: 3}
 PUTS = {ord("q"): "<B", ord("r"): "<I"}
 GETS = {ord("h"): "<B", ord("j"): "<I"}
 SKIPPED = {0x80: 1, 0x95: 8}
-"""The protocol's number and the length of a frame: neither changes what follows."""
+"""Opcodes with their argument bytes: PROTO and FRAME do not change the values that follow."""
 EXTENSIONS = {0x82: "<B", 0x83: "<H", 0x84: "<i"}
 
 
@@ -103,22 +103,22 @@ _EMPTY_TEXT_BYTES = sys.getsizeof("")
 
 @dataclass(slots=True)
 class OpcodeReader:
-    """A place in the bytes of a program; whatever reaches past their end is a ValueError."""
+    """A cursor over the bytes of a pickle; reading past their end raises ValueError."""
 
     data: bytes | mmap.mmap
     offset: int
     end: int
     text_bytes: int = 0
-    """Bytes of memory that text takes so far: what it is decoded to, not what it is read from."""
+    """Memory that strings take so far, in bytes: of the decoded strings, not of their encoded form."""
 
     def count_text(self, nbytes: int) -> None:
-        """Count bytes of memory."""
+        """Count the memory of a string against the limit."""
         self.text_bytes += nbytes
         if self.text_bytes > MAX_PICKLE_TEXT_BYTES:
             raise ValueError("it holds more text than any model")
 
     def skip(self, nbytes: int) -> None:
-        """Go past some bytes."""
+        """Skip some bytes."""
         self.offset += nbytes
 
     def number(self, layout: str) -> Any:
@@ -130,8 +130,8 @@ class OpcodeReader:
         self.offset += size
         return value
 
-    def run(self, nbytes: int) -> bytes:
-        """The next bytes of the file."""
+    def read(self, nbytes: int) -> bytes:
+        """The next bytes."""
         if nbytes < 0 or self.offset + nbytes > self.end:
             raise ValueError("it ends early")
         data = self.data[self.offset : self.offset + nbytes]
@@ -139,33 +139,33 @@ class OpcodeReader:
         return data
 
     def raw(self, nbytes: int) -> RawBytes:
-        """A run of bytes by its place."""
+        """The next bytes by their position, with a copy of them only if they are few."""
         if nbytes < 0 or self.offset + nbytes > self.end:
             raise ValueError("it ends early")
         offset = self.offset
         head = b""
         if nbytes <= budgets.MAX_NAME_BYTES:
             self.count_text(nbytes)
-            head = self.run(nbytes)
+            head = self.read(nbytes)
         self.offset = offset + nbytes
         return RawBytes(offset, nbytes, head)
 
     def text(self, nbytes: int) -> str | RawBytes:
-        """A text; one that is too long to be a name only by its place."""
+        """A string; a string too long to be a name is not decoded, but returned by its position."""
         if nbytes > budgets.MAX_NAME_BYTES:
             return self.raw(nbytes)
-        raw = self.run(nbytes)
+        raw = self.read(nbytes)
         try:
             decoded = raw.decode()
         except UnicodeDecodeError:
             self.count_text(BROKEN_TEXT_COST * nbytes)
-            # Unpaired surrogates would be a trap for whoever prints the name.
+            # Printing a name with unpaired surrogates would fail.
             decoded = raw.decode("utf-8", "backslashreplace")
         self.count_text(sys.getsizeof(decoded) - _EMPTY_TEXT_BYTES)
         return decoded
 
     def string(self, nbytes: int) -> str | RawBytes:
-        """A string of Python 2: text where it is UTF-8."""
+        """A string of Python 2, decoded if it is short UTF-8."""
         raw = self.raw(nbytes)
         try:
             return raw.head.decode() if nbytes <= budgets.MAX_NAME_BYTES else raw
@@ -173,10 +173,10 @@ class OpcodeReader:
             return raw
 
     def long(self, nbytes: int) -> int:
-        """A whole number of any size that makes sense."""
+        """An integer of variable length, within reason."""
         if nbytes > budgets.MAX_MARK_BYTES:
             raise ValueError("a number in it is absurdly long")
-        return int.from_bytes(self.run(nbytes), "little", signed=True)
+        return int.from_bytes(self.read(nbytes), "little", signed=True)
 
     def line(self) -> bytes:
         """The bytes up to the end of the line."""
@@ -189,7 +189,7 @@ class OpcodeReader:
         return data
 
     def line_of(self, kind: str) -> Any:
-        """What protocol 0 writes as a line."""
+        """A value that protocol 0 writes as a line of text."""
         line = self.line()
         if kind == "int":
             known = {b"00": False, b"01": True}

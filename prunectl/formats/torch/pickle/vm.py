@@ -1,8 +1,8 @@
 """A pickle virtual machine that imports and calls nothing.
 
-Every opcode is a step of bounded cost; what the program would have called becomes an `OpaqueCall`.
-The stack, the marks and the memo work alike for whoever interprets a program: `PickleVM` here, which makes its values,
-and `ir.py`, which records the instructions that make them.
+Every opcode takes bounded time, and every call becomes an `OpaqueCall`.
+The stack, the marks and the memo are shared by two interpreters: `PickleVM` here makes the values of a program,
+and `ir.py` records the instructions that make them.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from prunectl.formats.torch.pickle.opcodes import (
     describe_value,
 )
 
-_TENSORS = "torch._utils._rebuild_tensor"
+_REBUILD_TENSOR = "torch._utils._rebuild_tensor"
 STOP = ord(".")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PickleProgram:
-    """What a pickle would make."""
+    """The result of interpreting a pickle."""
 
     value: Any
     end: int
-    """Offset of the bytes after the program."""
+    """Offset of the first byte after the program."""
     storages: tuple[Any, ...]
-    """The ids of all that the container has to provide."""
+    """The persistent ids of the storages that the container has to provide."""
     foreign_calls: tuple[str, ...]
-    """What loading would call, make or import beyond plain data, each as a phrase."""
+    """Functions and classes beyond the allow-list that loading would use, as phrases such as `calls os.system`."""
     steps: int
-    """Opcodes that it took, and elements that it copied."""
+    """Number of opcodes executed and elements copied, together."""
 
 
 def interpret(
     data: bytes | mmap.mmap, path: Path, subject: str, *, start: int = 0, end: int | None = None, scale: int = 1
 ) -> PickleProgram:
-    """Interpret the pickle program that begins at an offset; an error message calls it the subject.
+    """Interpret the pickle program that begins at ``start``; error messages call it ``subject``.
 
-    One that describes many big files may take as many times the usual steps and objects as its scale says.
+    ``scale`` multiplies the limits on steps and objects, for a program that describes many big files.
     """
     vm = PickleVM(OpcodeReader(data, start, len(data) if end is None else end), scale)
     try:
@@ -75,14 +75,14 @@ def interpret(
 
 
 class LimitExceededError(Exception):
-    """The program has more steps than any model's."""
+    """The program takes more steps than the limit."""
 
 
 Value = TypeVar("Value")
 
 
 class PickleMachine(Generic[Value]):
-    """The stack, the marks and the memo of pickle, whatever the values on them are."""
+    """The stack, the marks and the memo of a pickle machine, for values of any type."""
 
     def __init__(self, reader: OpcodeReader) -> None:
         self.reader = reader
@@ -92,7 +92,7 @@ class PickleMachine(Generic[Value]):
         self.steps = 0
 
     def since_mark(self) -> list[Value]:
-        """Pop what was pushed since the last mark."""
+        """Pop the last mark and the values pushed since."""
         return self.pop_from(self.marks.pop())
 
     def pop(self, count: int) -> list[Value]:
@@ -117,7 +117,7 @@ def run(
     handlers: Mapping[int, Callable[[Any, int], None]],
     most_steps: int = MAX_PICKLE_STEPS,
 ) -> Value:
-    """Execute opcodes up to the one that stops, and return the value on top of the stack."""
+    """Execute opcodes up to STOP, and return the value on top of the stack."""
     reader, data = machine.reader, machine.reader.data
     for step in range(most_steps):
         if reader.offset >= reader.end:
@@ -174,7 +174,7 @@ STACK_HANDLERS: Mapping[int, OpcodeHandler[PickleMachine[Any]]] = {
 
 
 class PickleVM(PickleMachine[Any]):
-    """A machine that makes the values of a program, calls as `OpaqueCall`."""
+    """A pickle machine that makes the values of a program, with an `OpaqueCall` in place of each call."""
 
     def __init__(self, reader: OpcodeReader, scale: int = 1) -> None:
         super().__init__(reader)
@@ -185,31 +185,31 @@ class PickleVM(PickleMachine[Any]):
         self.objects = 0
         self.copies = 0
         self.views: Counter[str] = Counter()
-        """How many tensors see each storage."""
+        """How many tensors are views of each storage, by its key."""
 
     def foreign_calls(self) -> tuple[str, ...]:
-        """Say what is called or made, then what is only named."""
+        """Foreign functions and classes that are called or instantiated, then those that are only imported."""
         reported = {call.partition(" ")[2] for call in self.foreign}
         imports = [f"imports {describe_value(name.path)}" for name in self.globals if not allowlist.is_allowed(name)]
         return (*self.foreign, *(line for line in imports if line.partition(" ")[2] not in reported))
 
     def call_function(self, verb: str, function: Any, args: Any) -> None:
-        """Push what a call would return, and record it where it is on no list."""
-        # What is copied counts, not what is named: one list of the memo may be the argument of every call.
+        """Push the result of a call, and record the call if it is not on the allow-list."""
+        # Every copy of an element counts, since one list in the memo may be the argument of every call.
         self.copies += allowlist.copied(function, args)
         if self.copies > MAX_PICKLE_COPIES:
             raise ValueError("it copies more elements than prunectl allows")
-        result = allowlist.call_allowed(function, args)
+        result = allowlist.result_of_call(function, args)
         called = result.function if isinstance(result, OpaqueCall) else function
         if isinstance(called, Global) and not allowlist.is_allowed(called):
             is_class = isinstance(result, OpaqueCall) and called is not function
             self.foreign[f"{'class' if is_class else verb} {describe_value(called.path)}"] = None
-        if isinstance(called, Global) and called.path.startswith(_TENSORS):
+        if isinstance(called, Global) and called.path.startswith(_REBUILD_TENSOR):
             self.count_view(args)
         self.push_new(result)
 
     def count_view(self, args: Any) -> None:
-        """Count a tensor to its storage."""
+        """Count a tensor as a view of its storage."""
         storage = args[0] if isinstance(args, tuple) and args else None
         fields = storage.id if isinstance(storage, Persistent) and isinstance(storage.id, tuple) else ()
         key = fields[2] if len(fields) > 2 else None  # ("storage", class, key, location, count)
@@ -218,15 +218,15 @@ class PickleVM(PickleMachine[Any]):
             if self.views[key] > MAX_TIED:
                 raise ValueError("more tensors share one storage than prunectl allows")
 
-    def push_new(self, thing: Any) -> None:
-        """Push a thing that takes memory of its own."""
+    def push_new(self, value: Any) -> None:
+        """Push a value that takes memory of its own, and count it as an object."""
         self.objects += 1
         if self.objects > self.most_objects:
             raise ValueError("it creates more objects than prunectl allows")
-        self.stack.append(thing)
+        self.stack.append(value)
 
     def push_global(self, module: Any, name: Any) -> None:
-        """Push what an import would return."""
+        """Push the function or class that an opcode names, without importing it."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
         if len(module) + len(name) > MAX_PICKLE_NAME_CHARACTERS:
@@ -238,7 +238,7 @@ class PickleVM(PickleMachine[Any]):
         self.stack.append(function)
 
     def push_persistent(self, key: Any) -> None:
-        """Push what the container would provide: a class stands for itself, the rest for a storage."""
+        """Push the object behind a persistent id: the class itself if the id holds a class, otherwise a storage."""
         if not isinstance(key, tuple | str | int):
             raise TypeError
         if isinstance(key, tuple) and key:
@@ -341,7 +341,7 @@ def _string(vm: PickleVM, code: int) -> None:
 
 
 def _bytes(vm: PickleVM, code: int) -> None:
-    vm.stack.append(vm.reader.raw(vm.reader.number(opcodes.RUNS[code])))
+    vm.stack.append(vm.reader.raw(vm.reader.number(opcodes.BYTE_STRINGS[code])))
 
 
 def _long(vm: PickleVM, code: int) -> None:
@@ -354,7 +354,7 @@ OPCODE_HANDLERS: Mapping[int, OpcodeHandler[PickleVM]] = {
     **dict.fromkeys(opcodes.NUMBERS, lambda vm, code: vm.stack.append(vm.reader.number(opcodes.NUMBERS[code]))),
     **dict.fromkeys(opcodes.TEXTS, _text),
     **dict.fromkeys(opcodes.STRINGS, _string),
-    **dict.fromkeys(opcodes.RUNS, _bytes),
+    **dict.fromkeys(opcodes.BYTE_STRINGS, _bytes),
     **dict.fromkeys(opcodes.LONG_NUMBERS, _long),
     **dict.fromkeys(opcodes.LINES, lambda vm, code: vm.stack.append(vm.reader.line_of(opcodes.LINES[code]))),
     **dict.fromkeys(opcodes.TUPLES, lambda vm, code: vm.stack.append(tuple(vm.pop(opcodes.TUPLES[code])))),
@@ -379,4 +379,4 @@ OPCODE_HANDLERS: Mapping[int, OpcodeHandler[PickleVM]] = {
     ord("P"): lambda vm, _: vm.push_persistent(vm.reader.line().decode("latin-1")),
     ord("Q"): lambda vm, _: vm.push_persistent(vm.stack.pop()),
 }
-"""Out-of-band buffers (0x97, 0x98) are missing on purpose: no file can hold them."""
+"""The opcodes for out-of-band buffers (0x97, 0x98) are left out on purpose: no file can hold such buffers."""
