@@ -281,7 +281,7 @@ def cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (missing_rank, "what rank 1 saved of the optimizer is missing"),
+        (missing_rank, "the optimizer states of rank 1 are missing"),
         (missing_last_rank, "is incomplete: 3 ranks saved it, but it has 2"),
         (missing_model, "model_states.pt is missing"),
         (parallel, "was saved with model parallelism"),

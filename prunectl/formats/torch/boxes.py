@@ -1,4 +1,4 @@
-"""Boxes that a tensor is cut into: whether they fill it, and its numbers from those of all of them, in C order."""
+"""Tensors sharded into boxes: check that the boxes tile the tensor, and read its elements in C order."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from prunectl.formats.extents import Extent
 
 _BLOCK_BYTES = 512
 _MOST_AXES = 4
-"""Axes along which a tensor may lie in several parts: each part has 2 to this power of corners."""
+"""Most axes along which a tensor may be split: a box has 2 to the power of this number of corners."""
 _SLAB_BYTES = 32 << 20
-"""Of a tensor that is put together at once: in fewer, columns of hundreds of ranks would be read in tiny pieces."""
+"""Bytes assembled at once: with fewer, columns split over hundreds of ranks would be read in tiny pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorChunk:
-    """A box of a tensor, and where torch.save wrote it, or its numbers lie."""
+    """A box of a tensor, and its extent in a file: that of its torch.save archive, or that of its elements."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: Extent
+    extent: Extent
 
 
 def is_tiled(shape: tuple[int, ...], parts: Sequence[TensorChunk]) -> bool:
     """Whether boxes fill a shape without a gap and without an overlap.
 
-    They do if their corners, counted up where a box begins and down where it ends along each axis, cancel to those of
-    the whole: the counts are the mixed difference of how many boxes cover a place, which they determine.
+    They do if their signed corners (the sign flips with each axis along which the corner is the end of the box) add up
+    to those of the whole: the sums are the mixed difference of how many boxes cover an element, and determine it.
     """
     if not all(part.sizes for part in parts) or not shape:
         return len(parts) == 1 and parts[0].sizes == shape
@@ -59,18 +59,18 @@ def is_tiled(shape: tuple[int, ...], parts: Sequence[TensorChunk]) -> bool:
 
 def _corners(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
     for ends in product((0, 1), repeat=len(offsets)):
-        place = tuple(offset + end * size for offset, end, size in zip(offsets, ends, sizes, strict=True))
-        yield place, -1 if sum(ends) % 2 else 1
+        corner = tuple(offset + end * size for offset, end, size in zip(offsets, ends, sizes, strict=True))
+        yield corner, -1 if sum(ends) % 2 else 1
 
 
 def merged(shape: tuple[int, ...], boxes: Sequence[TensorChunk], dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Yield in C order what boxes, which fill a shape and lie where their numbers do, make up together."""
+    """Yield the elements of a tensor in C order from boxes that tile it, whose extents hold raw elements."""
     ends = {end for box in boxes for end in (box.offsets[0], box.offsets[0] + box.sizes[0])}
     cuts = sorted(ends)
     pieces = sum(bisect_left(cuts, box.offsets[0] + box.sizes[0]) - bisect_left(cuts, box.offsets[0]) for box in boxes)
     if pieces > budgets.MAX_BOX_PIECES:
         raise InputError(
-            f"a tensor in {boxes[0].place.path.parent} is refused: its parts would be read in {pieces:,} pieces"
+            f"a tensor in {boxes[0].extent.path.parent} is refused: its parts would be read in {pieces:,} pieces"
         )
     waiting = sorted(boxes, key=lambda box: box.offsets, reverse=True)
     across: list[TensorChunk] = []
@@ -92,10 +92,10 @@ def merged(shape: tuple[int, ...], boxes: Sequence[TensorChunk], dtype: np.dtype
 def _slabs(
     shape: tuple[int, ...], boxes: Sequence[TensorChunk], begin: int, end: int, dtype: np.dtype[Any]
 ) -> Iterator[Array]:
-    """Yield rows that several boxes lie across, so many at once that each box is read in few and long pieces."""
+    """Yield rows that are split over several boxes, as many at once as fit, to read each box in few, long pieces."""
     height = min(max(_SLAB_BYTES // (math.prod(shape) * dtype.itemsize), 1), end - begin)
     slab = np.empty((height, *shape), dtype)
-    in_file_order = sorted(boxes, key=lambda box: (box.place.path, box.place.offset))
+    in_file_order = sorted(boxes, key=lambda box: (box.extent.path, box.extent.offset))
     for top in range(begin, end, height):
         count = min(height, end - top)
         for box in in_file_order:
@@ -109,23 +109,23 @@ def _slabs(
 
 
 def _rows(box: TensorChunk, begin: int, end: int) -> Extent:
-    """Where some rows of a box lie, counted in the whole."""
-    row_bytes = box.place.nbytes // box.sizes[0]
-    return Extent(box.place.path, box.place.offset + (begin - box.offsets[0]) * row_bytes, (end - begin) * row_bytes)
+    """The extent of some rows of a box; the rows are counted in the whole tensor."""
+    row_bytes = box.extent.nbytes // box.sizes[0]
+    return Extent(box.extent.path, box.extent.offset + (begin - box.offsets[0]) * row_bytes, (end - begin) * row_bytes)
 
 
 def slices(box: TensorChunk) -> tuple[slice, ...]:
-    """The box as an index of the whole."""
+    """The box as an index into the whole tensor."""
     return tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))
 
 
 def allocated_bytes(folder: Path, suffix: str) -> int:
-    """What the files of the ranks take on the disk, where holes count nothing: what the metadata may cost."""
+    """Disk space of the ranks' files, without the holes of sparse files: it limits the cost of their metadata."""
     with os.scandir(folder) as entries:
         files = [entry for entry in entries if entry.name.endswith(suffix)]
     return sum(file.stat(follow_symlinks=False).st_blocks * _BLOCK_BYTES for file in files)
 
 
 def pickle_scale(allocated: int) -> int:
-    """How many times the usual steps the pickles of so many bytes may take."""
+    """The factor on the limits of pickles that describe so many bytes."""
     return max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))

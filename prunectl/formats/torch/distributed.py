@@ -1,7 +1,7 @@
-"""Distributed checkpoints of PyTorch (DCP): a pickle that says where the parts of each tensor lie, and their files.
+"""Distributed checkpoints of PyTorch (DCP): a pickle with the positions of the parts of each tensor, and their files.
 
-`.metadata` is followed by our own pickle machine, as every pickle here; each part is what torch.save wrote of a tensor.
-So is each value beside the tensors (byte entries), which PyTorch loads without `weights_only`.
+`.metadata` is interpreted by the pickle VM, as every pickle here. Each part of a tensor is an archive of torch.save.
+So is each byte entry, a value that is no tensor, which PyTorch loads without `weights_only`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from prunectl.formats.torch.boxes import TensorChunk, allocated_bytes, is_tiled,
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, PickleDict, describe_value
 from prunectl.formats.torch.pickle.vm import interpret
 
-_HERE = "torch.distributed."
+_DISTRIBUTED = "torch.distributed."
 _METADATA, _TENSOR, _BYTES = "Metadata", "TensorStorageMetadata", "BytesStorageMetadata"
 _KNOWN = frozenset(
     {
@@ -60,11 +60,11 @@ _KNOWN = frozenset(
         ),
     }
 )
-"""Classes that a metadata names beside plain data, from PyTorch 1.13 on: each only holds what it is given."""
+"""Classes that `.metadata` names beside plain data, from PyTorch 1.13 on: each only stores its arguments."""
 _MOST_FIELDS = 64
-"""Fields of an instance; the metadata itself has five."""
-_OUTER = state_dict.MODEL_ROOTS | {"app"}
-"""Names of entries that only say that here is the model."""
+"""Most fields of an instance; `Metadata` has five."""
+_MODEL_KEYS = state_dict.MODEL_ROOTS | {"app"}
+"""Keys that may enclose a whole checkpoint, and are then not part of the tensors' names."""
 
 
 def open_checkpoint(path: Path) -> ModelFile:
@@ -78,25 +78,25 @@ def open_checkpoint(path: Path) -> ModelFile:
     fields = _fields(path, program.value, _METADATA)
     most = max(budgets.MAX_SMALL_PARTS, allocated // budgets.PART_BYTES)
     entries = _dictionary(path, fields.get("state_dict_metadata"), most)
-    places, everything = _places(path, fields.get("storage_data"), most)
+    extents, all_extents = _extents(path, fields.get("storage_data"), most)
     _refuse_repeated(path, entries, most)
     parts: dict[str, list[TensorChunk]] = {}
-    found: list[Tensor] = []
+    all_tensors: list[Tensor] = []
     for key, entry in entries:
         if _is_class(entry, _BYTES):
             continue
-        tensor, parts[key] = _tensor(path, key, entry, places)
-        found.append(tensor)
-    if not found:
+        tensor, parts[key] = _tensor(path, key, entry, extents)
+        all_tensors.append(tensor)
+    if not all_tensors:
         raise InputError(f"{path} holds no tensors")
     keys = _object_paths(path, fields.get("planner_data"))
-    named, sections = _named(found, keys)
+    named, sections = _named(all_tensors, keys)
     described = state_dict.describe(named, sections)
-    files = dict.fromkeys(place.path for place in everything)
+    files = dict.fromkeys(extent.path for extent in all_extents)
     states = file_states(files)
-    used = {part.place for boxes in parts.values() for part in boxes}
-    # By what reads are told apart, not by names: PyTorch may find other ones in a pickle that was made for that.
-    code = _code(path, [place for place in everything if place not in used], scale)
+    used = {part.extent for boxes in parts.values() for part in boxes}
+    # Byte entries are told apart by their extents, not their names: PyTorch may see other names in a crafted pickle.
+    code = _code(path, [extent for extent in all_extents if extent not in used], scale)
     has_optimizer = any(tensor.role is Role.OPTIMIZER for tensor in described)
     about = ModelInfo(
         producer="pytorch (distributed checkpoint)",
@@ -117,7 +117,7 @@ def open_checkpoint(path: Path) -> ModelFile:
 
 
 def _refuse_foreign(path: Path, calls: Sequence[str]) -> None:
-    """Refuse a pickle that would call what no checkpoint needs, as soon as PyTorch opened it."""
+    """Refuse a pickle that names a function or class that no checkpoint needs; PyTorch would call it on opening."""
     for call in calls:
         name = call.partition(" ")[2]
         if name not in _KNOWN:
@@ -125,40 +125,40 @@ def _refuse_foreign(path: Path, calls: Sequence[str]) -> None:
 
 
 def _code(path: Path, values: Sequence[Extent], scale: int) -> tuple[str, ...]:
-    """What PyTorch would run when it opens the values beside the tensors."""
-    found: dict[str, None] = {}
+    """The foreign calls that PyTorch would make when it loads the byte entries."""
+    foreign_calls: dict[str, None] = {}
     seen: set[bytes] = set()
-    looked_at = entries = steps = 0
+    num_values = entries = steps = 0
     last = Extent(path, 0, 0)
-    for place in sorted(values, key=lambda extent: (extent.path, extent.offset)):
-        if place.path == last.path and place.offset < last.offset + last.nbytes:
-            raise InputError(f"{path} is refused: two of its values lie over each other in {place.path.name}")
-        last = place
-        # The settings of an optimizer are saved for every parameter, and nearly all of them are the same.
-        if place.nbytes <= budgets.MAX_NAME_BYTES:
-            with place.path.open("rb") as file:
-                file.seek(place.offset)
-                digest = hashlib.sha256(file.read(place.nbytes)).digest()
+    for extent in sorted(values, key=lambda extent: (extent.path, extent.offset)):
+        if extent.path == last.path and extent.offset < last.offset + last.nbytes:
+            raise InputError(f"{path} is refused: two of its values lie over each other in {extent.path.name}")
+        last = extent
+        # The settings of an optimizer are saved for every parameter, and nearly all of them are equal.
+        if extent.nbytes <= budgets.MAX_NAME_BYTES:
+            with extent.path.open("rb") as file:
+                file.seek(extent.offset)
+                digest = hashlib.sha256(file.read(extent.nbytes)).digest()
             if digest in seen:
                 continue
             seen.add(digest)
-        looked_at += 1
-        archive = zip_read.open_part(place)
+        num_values += 1
+        archive = zip_read.open_part(extent)
         entries += len(archive.entries)
         calls, taken = _calls(archive)
-        found |= dict.fromkeys(calls)
+        foreign_calls |= dict.fromkeys(calls)
         steps += taken
         most = budgets.MAX_SMALL_VALUES * scale
-        if looked_at > most or entries > most * budgets.MAX_VALUE_ENTRIES:
+        if num_values > most or entries > most * budgets.MAX_VALUE_ENTRIES:
             raise InputError(f"{path} is refused: it holds more values beside the tensors than any checkpoint")
         if steps > budgets.MAX_PICKLE_STEPS * scale:
             raise InputError(f"{path} is refused: the pickles of its values take more steps than any checkpoint")
-    return torch_zip.shorten(tuple(found))
+    return torch_zip.shorten(tuple(foreign_calls))
 
 
 def _calls(archive: zip_read.Archive) -> tuple[list[str], int]:
-    """What loading one value would call, and the steps that it took to see that."""
-    # PyTorch looks for entries without regard to case, in a folder that it takes from the first of them.
+    """The foreign calls of one byte entry, and the steps that its pickles took."""
+    # PyTorch looks up entries without regard to case, in the folder of the first entry.
     pickles = [entry for name, entry in archive.entries.items() if name.lower().endswith(".pkl")]
     if not pickles or not all(entry.is_stored for entry in pickles):
         raise InputError(f"{archive.path} is damaged: a value in it is not what PyTorch writes")
@@ -169,12 +169,12 @@ def _calls(archive: zip_read.Archive) -> tuple[list[str], int]:
 
 
 def _is_class(value: Any, name: str) -> bool:
-    """Whether a value is an instance of a class of torch.distributed.checkpoint."""
+    """Whether a value is an instance of a class of torch.distributed with this name."""
     return (
         isinstance(value, OpaqueCall)
         and isinstance(value.function, Global)
         and value.function.name == name
-        and value.function.path.startswith(_HERE)
+        and value.function.path.startswith(_DISTRIBUTED)
     )
 
 
@@ -194,41 +194,41 @@ def _dictionary(path: Path, value: Any, most: int) -> list[tuple[str, Any]]:
     return value.items
 
 
-Places = Mapping[tuple[str, tuple[int, ...]], Extent]
-"""Where the part of a tensor lies that begins at these offsets."""
+PartExtents = Mapping[tuple[str, tuple[int, ...]], Extent]
+"""The extent of each part of a tensor, by the tensor's name and the part's offsets in it."""
 
 
 def _refuse_repeated(path: Path, entries: Sequence[tuple[str, Any]], most: int) -> None:
-    """Refuse lists of more parts than there can be: one list may stand in every entry."""
+    """Refuse more parts than there can be: in a crafted pickle, all entries may share one list of parts."""
     states = [entry.state for _, entry in entries if _is_class(entry, _TENSOR) and isinstance(entry.state, PickleDict)]
     chunks = (state.plain().get("chunks") for state in states if len(state.items) <= _MOST_FIELDS)
     if sum(len(parts) for parts in chunks if isinstance(parts, list)) > most:
         raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
 
 
-def _places(path: Path, value: Any, most: int) -> tuple[Places, Sequence[Extent]]:
-    """Where every part of a tensor lies, and where anything lies, as the storage says."""
+def _extents(path: Path, value: Any, most: int) -> tuple[PartExtents, Sequence[Extent]]:
+    """The extents of the parts of all tensors, and of all values, as the storage data gives them."""
     if isinstance(value, PickleDict) and len(value.items) > most:
         raise InputError(f"{path} is refused: it claims {len(value.items)} parts, more than its files could hold")
     if not isinstance(value, PickleDict):
         raise InputError(f"{path} is damaged: it does not say where the tensors lie")
-    found: dict[tuple[str, tuple[int, ...]], Extent] = {}
-    everything: dict[Extent, None] = {}
+    part_extents: dict[tuple[str, tuple[int, ...]], Extent] = {}
+    all_extents: dict[Extent, None] = {}
     sizes: dict[str, int] = {}
     for key, info in value.items:
         index = _fields(path, key, "MetadataIndex")
         name, corner = index.get("fqn"), index.get("offset")
         if not isinstance(name, str) or not (corner is None or _is_shape(corner)):
             raise InputError(f"{path} is damaged: it does not say which part of which tensor lies where")
-        place = _place(path, name, _fields(path, info, "_StorageInfo"), sizes)
-        everything[place] = None
+        extent = _extent(path, name, _fields(path, info, "_StorageInfo"), sizes)
+        all_extents[extent] = None
         if corner is not None:
-            found[name, tuple(corner)] = place
-    return found, list(everything)
+            part_extents[name, tuple(corner)] = extent
+    return part_extents, list(all_extents)
 
 
-def _place(path: Path, key: str, where: Mapping[str, Any], sizes: dict[str, int]) -> Extent:
-    """Where one part or value lies, held against the file; fill in how long that is."""
+def _extent(path: Path, key: str, where: Mapping[str, Any], sizes: dict[str, int]) -> Extent:
+    """The extent of a part or a value, checked against its file; fills ``sizes`` with the length of the file."""
     name, offset, length = where.get("relative_path"), where.get("offset"), where.get("length")
     if not isinstance(name, str):
         raise InputError(f"{path} is damaged: it does not say in which file {abbreviated(key)} lies")
@@ -247,8 +247,8 @@ def _place(path: Path, key: str, where: Mapping[str, Any], sizes: dict[str, int]
     return Extent(path.with_name(name), offset, length)
 
 
-def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, list[TensorChunk]]:
-    """A tensor by its metadata, and the parts that it lies in."""
+def _tensor(path: Path, key: str, entry: Any, extents: PartExtents) -> tuple[Tensor, list[TensorChunk]]:
+    """A tensor by its metadata, and its parts."""
     fields = _fields(path, entry, _TENSOR)
     shape, chunks = fields.get("size"), fields.get("chunks")
     dtype = _dtype(path, key, fields.get("properties"))
@@ -260,16 +260,16 @@ def _tensor(path: Path, key: str, entry: Any, places: Places) -> tuple[Tensor, l
         offsets, sizes = box.get("offsets"), box.get("sizes")
         if not (_is_shape(offsets) and _is_shape(sizes) and len(offsets) == len(sizes) == len(shape)):
             raise InputError(f"{path} is damaged: a part of {abbreviated(key)} has no place in it")
-        place = places.get((key, tuple(offsets)))
-        if place is None:
+        extent = extents.get((key, tuple(offsets)))
+        if extent is None:
             raise InputError(f"{path} is damaged: it does not say where a part of {abbreviated(key)} lies")
-        parts[tuple(offsets), tuple(sizes)] = TensorChunk(tuple(offsets), tuple(sizes), place)
+        parts[tuple(offsets), tuple(sizes)] = TensorChunk(tuple(offsets), tuple(sizes), extent)
     boxes = list(parts.values())
     if not is_tiled(tuple(shape), boxes):
         raise InputError(
             f"{path} is damaged: the parts of {abbreviated(key)} do not make up its shape {format_shape(shape)}"
         )
-    stored = sum(part.place.nbytes for part in boxes)
+    stored = sum(part.extent.nbytes for part in boxes)
     nbytes = math.prod(shape) * dtype.itemsize
     storage = Storage(key, nbytes, None, min(stored, nbytes) if len(boxes) < 2 else nbytes)
     return Tensor(key, "", tuple(shape), dtype, Role.OTHER, storage), boxes
@@ -284,7 +284,7 @@ def _is_shape(value: Any) -> TypeGuard[Sequence[int]]:
 
 
 def _dtype(path: Path, key: str, properties: Any) -> np.dtype[Any]:
-    """The type of numbers, which stands first in what the properties pickle of themselves."""
+    """The dtype, which is the first item of the state of the properties, or its entry `dtype`."""
     state = properties.state if _is_class(properties, "TensorProperties") else None
     code = state[0] if isinstance(state, tuple) and state else None
     if isinstance(state, PickleDict):
@@ -296,27 +296,27 @@ def _dtype(path: Path, key: str, properties: Any) -> np.dtype[Any]:
 
 
 def _object_paths(path: Path, planner: Any) -> dict[str, tuple[str, ...]]:
-    """Where in the dictionaries that were saved each tensor stood."""
-    found: dict[str, tuple[str, ...]] = {}
+    """The keys that lead to each tensor in the saved dictionaries."""
+    key_paths: dict[str, tuple[str, ...]] = {}
     characters = 0
     for key, steps in planner.items if isinstance(planner, PickleDict) else ():
         if not isinstance(key, str) or not isinstance(steps, tuple) or not 0 < len(steps) <= budgets.MAX_AXES:
             continue
         if all(isinstance(step, str | int) for step in steps):
-            found[key] = tuple(map(str, steps))
-            characters += sum(map(len, found[key]))
+            key_paths[key] = tuple(map(str, steps))
+            characters += sum(map(len, key_paths[key]))
         if characters > budgets.MAX_NAMES_BYTES:
             raise InputError(f"{path} is refused: its names are longer than those of any model")
-    return found
+    return key_paths
 
 
 def _named(tensors: Sequence[Tensor], paths: Mapping[str, tuple[str, ...]]) -> tuple[list[Tensor], frozenset[str]]:
-    """The tensors under the names that a model has for them, and the entries that held further ones.
+    """The tensors under the names of the model's state dict, and the first keys of those that have several.
 
-    Entries that only say that here is the model are left out of the names: the class of the model does not know them.
+    Keys that enclose the whole model are left out of the names, since the model's class does not know them.
     """
     steps = {tensor.name: paths.get(tensor.name, (tensor.name,)) for tensor in tensors}
-    while _share_first(list(steps.values())) and next(iter(steps.values()))[0] in _OUTER:
+    while _share_first(list(steps.values())) and next(iter(steps.values()))[0] in _MODEL_KEYS:
         steps = {name: path[1:] for name, path in steps.items()}
     sections = frozenset(path[0] for path in steps.values() if len(path) > 1)
     models = sections & state_dict.MODEL_ROOTS
@@ -334,7 +334,7 @@ def _share_first(paths: Sequence[tuple[str, ...]]) -> bool:
 
 
 def _decode(path: Path, parts: Mapping[str, Sequence[TensorChunk]], tensor: Tensor) -> Array:
-    """Put a tensor together from its parts, each mapped where it lies."""
+    """Assemble a tensor from its parts, each memory-mapped."""
     boxes = parts[tensor.storage.key]
     if len(boxes) == 1:
         return _read(path, tensor, boxes[0])
@@ -346,7 +346,7 @@ def _decode(path: Path, parts: Mapping[str, Sequence[TensorChunk]], tensor: Tens
 
 
 def _stream(path: Path, parts: Mapping[str, Sequence[TensorChunk]], tensor: Tensor) -> Iterator[Array]:
-    """Yield a tensor in C order from its parts, each piece valid until the next: memory stays a slab of it."""
+    """Yield a tensor in C order, in pieces that are valid only until the next one: at most a slab is in memory."""
     boxes: list[TensorChunk] = []
     for part in parts[tensor.storage.key]:
         if not math.prod(part.sizes):
@@ -355,12 +355,12 @@ def _stream(path: Path, parts: Mapping[str, Sequence[TensorChunk]], tensor: Tens
         if run is None or not tensor.shape:
             yield _decode(path, parts, tensor)
             return
-        boxes.append(replace(part, place=run))
+        boxes.append(replace(part, extent=run))
     yield from merged(tensor.shape, boxes, tensor.dtype)
 
 
 def _run(part: Tensor) -> Extent | None:
-    """Where the numbers of a part lie, if they do so one after another."""
+    """The extent of a part's elements; None unless they are contiguous, uncompressed and little-endian."""
     extent = part.storage.extent
     if extent is None or part.strides is not None or part.storage.big_endian:
         return None
@@ -368,24 +368,24 @@ def _run(part: Tensor) -> Extent | None:
 
 
 @lru_cache(maxsize=1 << 13)
-def _opened(path: Path, place: Extent) -> tuple[zip_read.Archive, tuple[Tensor, ...]]:
-    """What torch.save wrote at a place."""
-    archive = zip_read.open_part(place)
+def _opened(path: Path, extent: Extent) -> tuple[zip_read.Archive, tuple[Tensor, ...]]:
+    """The archive of torch.save at an extent, and its tensors."""
+    archive = zip_read.open_part(extent)
     source = torch_zip.pickle_source(archive, torch_zip.top_folder(archive), "data")
     _refuse_foreign(path, source.program.foreign_calls)
-    return archive, tuple(torch_zip.tensors(place.path, source, {})[0])
+    return archive, tuple(torch_zip.tensors(extent.path, source, {})[0])
 
 
 def _located(path: Path, tensor: Tensor, part: TensorChunk) -> Tensor:
-    """A part as a tensor of its own, if it is what the metadata says."""
-    _, found = _opened(path, part.place)
-    if len(found) != 1 or (found[0].shape, found[0].dtype) != (part.sizes, tensor.dtype):
+    """A part as a tensor of its own, refused unless it is what the metadata says."""
+    _, tensors = _opened(path, part.extent)
+    if len(tensors) != 1 or (tensors[0].shape, tensors[0].dtype) != (part.sizes, tensor.dtype):
         what = f"{dtype_name(tensor.dtype)} of shape {format_shape(part.sizes)}"
-        raise InputError(f"{part.place.path} is damaged: a part of {describe_value(tensor.name)} is no {what}")
-    return found[0]
+        raise InputError(f"{part.extent.path} is damaged: a part of {describe_value(tensor.name)} is no {what}")
+    return tensors[0]
 
 
 def _read(path: Path, tensor: Tensor, part: TensorChunk) -> Array:
-    located, (archive, _) = _located(path, tensor, part), _opened(path, part.place)
-    opened = ModelFile(part.place.path, "torch", (), ModelInfo(), (part.place.path,), torch_zip.decoder(archive))
+    located, (archive, _) = _located(path, tensor, part), _opened(path, part.extent)
+    opened = ModelFile(part.extent.path, "torch", (), ModelInfo(), (part.extent.path,), torch_zip.decoder(archive))
     return opened.read(located)

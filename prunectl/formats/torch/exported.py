@@ -1,4 +1,4 @@
-"""The zip of torch.export: weights as plain entries, a JSON that says how to see them, and how much it multiplies."""
+"""Archives of torch.export: raw weights, a JSON with their dtypes and strides, and the MACs of the graph."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from prunectl.formats.zip_read import Archive, ZipEntry
 from prunectl.formats.zip_write import rewrite_zip
 
 PROGRAM = "serialized_exported_program.json"
-"""The graph of a program of PyTorch 2.7 or earlier, which has no folders."""
+"""The entry with the graph in an archive of PyTorch 2.7 or earlier, which has no folders."""
 EXAMPLES = "serialized_example_inputs.pt"
 _PARTS = ("serialized_state_dict", "serialized_constants")
 
@@ -43,7 +43,7 @@ _PARTS = ("serialized_state_dict", "serialized_constants")
 def nested_tensors(archive: Archive, graph: dict[str, Any]) -> Iterator[Tensor]:
     """Yield the tensors of a program of PyTorch 2.7 or earlier."""
     for part in _PARTS:
-        # PyTorch 2.1 called them .json, although they were none.
+        # PyTorch 2.1 called them .json, although they were not JSON.
         name = next((f"{part}{end}" for end in (".pt", ".json") if f"{part}{end}" in archive.entries), "")
         if not name:
             raise InputError(f"{archive.path} is damaged: it has no entry {part}.pt")
@@ -64,16 +64,16 @@ def inside(archive: Archive, name: str, graph: dict[str, Any]) -> Iterator[Tenso
     if any(not inner_entry.is_stored for inner_entry in inner.entries.values()):
         raise InputError(f"{archive.path} compresses the contents of its entry {name}, a zip inside the zip")
     source = torch_model.pickle_source(inner, torch_model.top_folder(inner), "data")
-    inner_entry, _ = torch_model.tensors(archive.path, source, {})
+    inner_tensors, _ = torch_model.tensors(archive.path, source, {})
     trained = parameters(graph)
-    for tensor in inner_entry:
+    for tensor in inner_tensors:
         role = tensor.role if tensor.name in trained or not graph else Role.STATE
         storage = replace(tensor.storage, key=f"{name}!{tensor.storage.key}")
         yield replace(tensor, role=role, storage=storage)
 
 
 STRIDED = 7
-"""The number of the dense layout."""
+"""The number of the strided (dense) layout."""
 _CONFIGS = (("data/weights/", "_weights_config.json"), ("data/constants/", "_constants_config.json"))
 
 
@@ -138,7 +138,7 @@ def examples(archive: Archive) -> tuple[ZipEntry, ...]:
 
 
 def strip_examples(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write a copy whose example inputs are empty, as PyTorch saves a program that has none; return what went."""
+    """Write a copy with empty example inputs, as PyTorch saves a program without any; return the removed items."""
     if options.to_half:
         raise InputError(
             f"{model.path} is an exported program, whose graph fixes the type of its weights",
@@ -166,7 +166,7 @@ def _top_folder(archive: Archive) -> str:
 
 
 def _program(archive: Archive, entry: str) -> dict[str, Any] | None:
-    """The JSON of a program; None when it is too big to be read for its facts."""
+    """The JSON of a program; None if it is too big to parse."""
     if archive.entries[entry].nbytes > MAX_EXPORTED_GRAPH_BYTES:
         return None
     return parse_object(archive.read(entry, MAX_EXPORTED_GRAPH_BYTES), archive.path, f"its entry {entry}")
@@ -228,11 +228,11 @@ def _notes(archive: Archive, folder: str) -> tuple[str, ...]:
 
 
 _RUN_ONCE = "wrap_with_"
-"""How operations begin that run their graph as it stands, such as `wrap_with_set_grad_enabled`."""
+"""Prefix of the operations that run their graph exactly once, such as `wrap_with_set_grad_enabled`."""
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
-    """The operations that multiply, a batch counted as 1 when the program leaves it open."""
+    """The operations that multiply, with their MACs; a batch size that the program leaves open counts as 1."""
     counted: list[Operation] = []
     for entry, graph in model.about.programs.items():
         if graph is None:
@@ -283,7 +283,7 @@ def _operation(node: ExportedNode, graph: ExportedGraph, name: str, macs: int | 
 
 
 class _UnknownError(Exception):
-    """The program does not tell a size."""
+    """The program does not state a size."""
 
 
 def _shape(node: ExportedNode, graph: ExportedGraph, argument: str) -> Shape:
@@ -312,7 +312,7 @@ def _transposed(node: ExportedNode, graph: ExportedGraph) -> int | None:
 
 
 def _summed_over(argument: str) -> Callable[[ExportedNode, ExportedGraph], int | None]:
-    """The rule of a product of matrices that sums over the last axis of one of them."""
+    """The MAC rule of a matrix product that sums over the last axis of an argument."""
 
     def rule(node: ExportedNode, graph: ExportedGraph) -> int | None:
         return numel((*_output(node, graph), *_shape(node, graph, argument)[-1:]))
@@ -328,7 +328,7 @@ def _attention(node: ExportedNode, graph: ExportedGraph) -> int | None:
 
 
 def _einsum(node: ExportedNode, graph: ExportedGraph) -> int | None:
-    """Every label runs once, in a product of two."""
+    """The MACs of an einsum of two tensors: the product of the lengths of all labels."""
     left, _, _ = node.string_arg("equation").replace(" ", "").partition("->")
     labels, names = left.split(","), node.tensors("tensors")
     if len(names) != 2 or len(labels) != 2:
@@ -339,7 +339,7 @@ def _einsum(node: ExportedNode, graph: ExportedGraph) -> int | None:
         if shape is None or len(shape) != len(letters) or "." in letters:
             raise _UnknownError
         for letter, length in zip(letters, shape, strict=True):
-            # An axis of 1 is stretched to the other's.
+            # An axis of length 1 is broadcast to the length of the other.
             lengths[letter] = length if lengths.get(letter, 1) == 1 else lengths[letter]
     return numel(lengths.values())
 

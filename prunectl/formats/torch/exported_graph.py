@@ -1,4 +1,4 @@
-"""What the graph of an exported program says of its weights: which operation uses which."""
+"""The graph of an exported program: its operations, its shapes, and the use of each weight."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def operation(target: str) -> str:
 
 
 def argument_names(specs: Any) -> dict[str, str]:
-    """The weights by the names that the graph gives them."""
+    """The names of the model's tensors, by the names of the graph's inputs."""
     names: dict[str, str] = {}
     for spec in as_list(specs):
         for kind in _KINDS:
@@ -62,38 +62,38 @@ def argument_names(specs: Any) -> dict[str, str]:
 
 
 def parameters(graph: dict[str, Any]) -> frozenset[str]:
-    """The weights that are trained; buffers and constants are not."""
+    """The names of the trained weights, without buffers and constants."""
     specs = as_list(dig(graph, "graph_module", "signature", "input_specs"))
     names = (dig(spec, "parameter", "parameter_name") for spec in specs)
     return frozenset(name for name in names if isinstance(name, str))
 
 
 def as_dict(value: Any) -> dict[str, Any]:
-    """What should be an object, empty if it is none."""
+    """A JSON object; any other value becomes an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def dig(value: Any, *keys: str) -> Any:
-    """What stands under keys of objects inside each other; None where there is no such thing."""
+    """The value under a path of keys in nested JSON objects; None if there is no such value."""
     for key in keys:
         value = as_dict(value).get(key)
     return value
 
 
 def as_list(value: Any) -> list[Any]:
-    """What should be a list, empty if it is none."""
+    """A list; any other value becomes an empty one."""
     return value if isinstance(value, list) else []
 
 
 def shape(sizes: Any, batch_symbols: frozenset[str]) -> Shape | None:
-    """The sizes of a tensor; the symbols in ``ones`` count as 1."""
+    """The shape of a tensor; the symbols in ``batch_symbols`` count as 1."""
     if not isinstance(sizes, list) or len(sizes) > budgets.MAX_AXES:
         return None
     return tuple(_length(size, batch_symbols) for size in sizes)
 
 
 def first_symbol(sizes: Any) -> str:
-    """The symbol that stands for the first size of a tensor, if one does."""
+    """The symbol that is the first size of a tensor; empty if that is not a symbol."""
     if not isinstance(sizes, list) or len(sizes) < 2:
         return ""
     tree = _parsed(_expression(sizes[0]))
@@ -122,7 +122,7 @@ def _parsed(text: str) -> ast.expr | None:
 
 
 def _symbol_name(tree: ast.expr) -> str:
-    """The name of what is nothing but a symbol."""
+    """The name of an expression that is a single symbol; empty for any other expression."""
     if isinstance(tree, ast.Name):
         return tree.id
     if _function(tree) == "Symbol" and isinstance(tree, ast.Call) and tree.args:
@@ -136,7 +136,7 @@ def _function(tree: ast.expr) -> str:
 
 
 def _value(tree: ast.expr, batch_symbols: frozenset[str]) -> int | None:
-    """The value of an expression of whole numbers; None for what is not known or not understood."""
+    """The value of an expression of integers; None if it is unknown or not understood."""
     if isinstance(tree, ast.Constant):
         return tree.value if type(tree.value) is int and abs(tree.value) <= budgets.MAX_ELEMENTS else None
     symbol = _symbol_name(tree)
@@ -202,30 +202,30 @@ class ExportedNode:
     """The path of the module that it belongs to."""
 
     def tensor(self, argument: str) -> str:
-        """Name of the tensor that an argument is."""
+        """The name of an argument that is a tensor; empty for any other."""
         return _text(dig(self.arguments.get(argument), "as_tensor", "name"))
 
     def tensors(self, argument: str) -> tuple[str, ...]:
-        """Names of the tensors that an argument lists."""
+        """The names in an argument that is a list of tensors."""
         return tuple(_text(dig(tensor, "name")) for tensor in as_list(dig(self.arguments.get(argument), "as_tensors")))
 
     def flag(self, argument: str) -> bool:
-        """An argument that is off unless it is on."""
+        """Whether a Boolean argument is there and true."""
         return dig(self.arguments.get(argument), "as_bool") is True
 
     def string_arg(self, argument: str) -> str:
-        """An argument that is a text."""
+        """An argument that is a string; empty for any other."""
         return _text(dig(self.arguments.get(argument), "as_string"))
 
     @property
     def graphs(self) -> tuple[Mapping[str, Any], ...]:
-        """Graphs that it runs, once or in a loop or not at all."""
+        """The graphs among its arguments, which it may run once, in a loop or not at all."""
         graphs = (as_dict(dig(value, "as_graph", "graph")) for value in self.arguments.values())
         return tuple(graph for graph in graphs if graph)
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """Names of the tensors that its graphs run on: all that follows the last of them."""
+        """Names of the tensors that its graphs take: all arguments after the last graph."""
         keys = list(self.arguments)
         first = max(
             (index + 1 for index, key in enumerate(keys) if "as_graph" in as_dict(self.arguments[key])),
@@ -241,17 +241,17 @@ class ExportedGraph:
     nodes: tuple[ExportedNode, ...]
     sizes: Mapping[str, Any]
     batch_symbols: frozenset[str]
-    """Symbols of the batch."""
+    """Symbols that stand for the batch size."""
     weights: Mapping[str, str]
-    """Names of tensors of the model by the names that the graph gives them."""
+    """The names of the model's tensors, by their names in the graph."""
     producers: Mapping[str, ExportedNode]
 
     def shape(self, name: str) -> Shape | None:
-        """What is known of the shape of a tensor."""
+        """The shape of a tensor, as far as it is known."""
         return shape(dig(self.sizes, name, "sizes"), self.batch_symbols)
 
     def weight(self, name: str) -> str:
-        """The tensor of the model that this is, behind what only hands it on."""
+        """The model's tensor behind a name in the graph, through pass-through operations; empty if there is none."""
         for _ in range(budgets.MAX_PASSED_NODES):
             producer_node = self.producers.get(name)
             if name in self.weights or producer_node is None or producer_node.op not in _PASSTHROUGH:
@@ -261,7 +261,7 @@ class ExportedGraph:
 
 
 def main_graph(program: Mapping[str, Any]) -> ExportedGraph:
-    """The graph of a program."""
+    """The top-level graph of a program."""
     graph = as_dict(dig(program, "graph_module", "graph"))
     specs = as_list(dig(program, "graph_module", "signature", "input_specs"))
     inputs = [_text(dig(spec, "user_input", "arg", "as_tensor", "name")) for spec in specs]
@@ -270,14 +270,14 @@ def main_graph(program: Mapping[str, Any]) -> ExportedGraph:
 
 
 def inner_graph(graph: Mapping[str, Any], operands: tuple[str, ...], outer: ExportedGraph) -> ExportedGraph:
-    """A graph that a node of another one runs on some operands."""
+    """A graph that a node of the outer graph runs on some operands."""
     inputs = input_names(graph)
     weights = {inner: outer.weight(name) for inner, name in zip(inputs, operands, strict=False) if outer.weight(name)}
     return _graph(graph, outer.batch_symbols, weights)
 
 
 def input_names(graph: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a graph that a node runs calls its inputs."""
+    """The names of the inputs of a graph that a node runs."""
     return tuple(_text(dig(item, "as_tensor", "name")) for item in as_list(graph.get("inputs")))
 
 
@@ -289,7 +289,7 @@ def _graph(graph: Mapping[str, Any], batch_symbols: frozenset[str], weights: Map
 
 def _node(data: Mapping[str, Any]) -> ExportedNode:
     named = [(_text(dig(item, "name")), dig(item, "arg")) for item in as_list(data.get("inputs"))]
-    # What higher operations run and pass on has no names.
+    # The arguments of higher-order operations have no names.
     arguments = {name or str(index): value for index, (name, value) in enumerate(named)}
     outputs = tuple(
         _text(dig(item, "name")) for value in as_list(data.get("outputs")) for item in _output_tensors(value)
@@ -314,7 +314,7 @@ _OPERANDS = ("self", "other")
 
 
 def uses(graph: ExportedGraph, tensors: list[Tensor]) -> dict[str, StateUse | None]:
-    """What each weight is used for."""
+    """The use of each tensor in a program; None if it has none that is known."""
     flow = Flow()
     _follow(graph, {name: frozenset((ValueOrigin(weight),)) for name, weight in graph.weights.items()}, flow, 0)
     resolved = flow.resolve()

@@ -1,4 +1,4 @@
-"""Files of PyTorch before 1.6: five pickles with the storages behind them, and before 0.2 a tar of pickles."""
+"""Files of PyTorch before 1.6 (five pickles, then the storages) and before 0.2 (a tar of pickles)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def open_legacy(path: Path) -> ModelFile:
 def _locate(
     path: Path, data: mmap.mmap, keys: object, infos: dict[str, StorageInfo], offset: int
 ) -> dict[str, Storage]:
-    """Where the storages lie: each behind the number of its elements."""
+    """Find the storages: each follows the number of its elements."""
     if not isinstance(keys, list):
         raise InputError(f"{path} is damaged: it does not list its storages")
     located: dict[str, Storage] = {}
@@ -79,7 +79,7 @@ def _locate(
 
 
 def mapped(path: Path) -> mmap.mmap:
-    """A file in memory; it stays open as long as something of its program lies in it."""
+    """A memory-mapped file, which stays open as long as nodes of an IR view its bytes."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -88,7 +88,7 @@ _PROTOCOL = b"\x80\x02"
 
 
 def open_legacy_container(model: ModelFile) -> CheckpointContainer:
-    """The program and the storages of a file."""
+    """The IR of the main pickle of a file, and its storages."""
     path, data, begin = model.path, mapped(model.path), 0
     for _ in range(3):
         begin = parse_ir(data, path, start=begin).end
@@ -134,14 +134,14 @@ def _storage(data: mmap.mmap, runs: dict[str, tuple[int, int]], edits: Checkpoin
 
 _TAR_BLOCK = 512
 _RECORD_BYTES = 20 * _TAR_BLOCK
-"""A tar is filled up to whole records: one that is not was cut."""
+"""A tar is padded to whole records; a file of any other length is truncated."""
 
 _FILES = b"\x000"
-"""The two marks of a plain file."""
+"""The two type flags of a regular file."""
 
 
 def _tar_entries(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """The first and the last byte of each plain file in a tar."""
+    """The offsets of the begin and the end of each regular file in a tar."""
     if len(data) % _RECORD_BYTES:
         raise InputError(f"{path} is truncated: a tar has whole records of {_RECORD_BYTES} bytes")
     files: dict[str, tuple[int, int]] = {}
@@ -203,7 +203,7 @@ def _count(path: Path, value: Any, what: str) -> int:
 
 
 def _three_facts(path: Path, data: mmap.mmap, what: str, offset: int, end: int) -> tuple[tuple[Any, Any, Any], int]:
-    """The pickle of three values before a storage or a tensor, and where it ends."""
+    """The three pickled values before a storage or a tensor, and the offset of their end."""
     most = min(end, offset + MAX_TAR_FACT_BYTES)
     facts = interpret(data, path, f"its description of {what}", start=offset, end=most)
     value = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None, None, None)
@@ -213,7 +213,7 @@ def _three_facts(path: Path, data: mmap.mmap, what: str, offset: int, end: int) 
 def _tar_storages(
     path: Path, data: mmap.mmap, entry: tuple[int, int]
 ) -> tuple[dict[str, Storage], dict[str, tuple[Any, ...]]]:
-    """The storages by their keys, and the ids that a later pickle would give them."""
+    """The storages by their keys, and the persistent ids that newer pickles would give them."""
     offset, end = entry
     head = interpret(data, path, "its number of storages", start=offset, end=end)
     offset = head.end
@@ -250,7 +250,7 @@ def _view_records(path: Path, views: Any) -> list[tuple[Any, ...]]:
 def _tar_tensors(
     path: Path, data: mmap.mmap, entry: tuple[int, int], ids: dict[str, tuple[Any, ...]]
 ) -> dict[str, OpaqueCall]:
-    """The tensors by their keys, as the calls that newer files have in their place."""
+    """The tensors by their keys, as the calls that newer pickles would have instead."""
     offset, end = entry
     head = interpret(data, path, "its number of tensors", start=offset, end=end)
     offset = head.end

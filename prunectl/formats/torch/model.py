@@ -1,4 +1,4 @@
-"""The zip of PyTorch 1.6 and later (a pickle and an entry for each storage), and a pickle of any file as a model."""
+"""Open the zip format of PyTorch 1.6 and later (a pickle, and an entry per storage), and build models from pickles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prunectl.formats.torch.views import StorageInfo, View
 from prunectl.formats.zip_read import Archive, ZipEntry
 
 SCRIPT_CODE = "TorchScript code"
-"""What a file is said to hold where there is code beside the weights, which knows their types."""
+"""The entry of `ModelInfo.code` for TorchScript, whose code fixes the dtypes of its weights."""
 
 
 def open_model(path: Path) -> ModelFile:
@@ -37,7 +37,7 @@ def open_model(path: Path) -> ModelFile:
     is_script = bool(code) or f"{folder}constants.pkl" in archive.entries
     sources = [pickle_source(archive, folder, "data")]
     if f"{folder}constants.pkl" in archive.entries:
-        # The code says CONSTANTS.c0 and so on; a frozen model keeps all of its weights there.
+        # The code refers to them as CONSTANTS.c0 and so on; a frozen model keeps all of its weights there.
         sources.append(pickle_source(archive, folder, "constants", prefix="CONSTANTS.c"))
     about = ModelInfo(
         producer=_producer(archive, folder, "TorchScript" if is_script else "zip"),
@@ -51,20 +51,20 @@ def open_model(path: Path) -> ModelFile:
         texts, is_whole = script.code(archive, folder)
         declared, uses = script.parameters(texts), script.uses(texts) if is_whole else None
         sources = [
-            replace(source, program=_load_without_classes(source.program), parameters=declared, uses=uses)
+            replace(source, program=_without_own_classes(source.program), parameters=declared, uses=uses)
             for source in sources
         ]
     return model_from_pickle(path, "torch", sources, about, decoder(archive))
 
 
-def _load_without_classes(program: PickleProgram) -> PickleProgram:
-    """The program without mention of the classes that the code beside it defines."""
+def _without_own_classes(program: PickleProgram) -> PickleProgram:
+    """The program without foreign calls of the classes that the TorchScript code in the file defines."""
     foreign_calls = tuple(call for call in program.foreign_calls if not call.partition(" ")[2].startswith("__torch__."))
     return replace(program, foreign_calls=foreign_calls)
 
 
 def top_folder(archive: Archive) -> str:
-    """The folder that all entries lie in, with its slash; it is named after the file or `archive`."""
+    """The top folder of the archive, with its slash: `archive/`, named after the file, or empty if there is none."""
     pickles = [name for name in archive.entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickles:
         raise InputError(f"{archive.path} is damaged: it has no data.pkl")
@@ -86,7 +86,7 @@ def pickle_source(archive: Archive, folder: str, part: str, prefix: str = "") ->
 
 
 def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bool) -> Storage:
-    """The entry behind a storage, if it is as long as the pickle says."""
+    """The storage in an entry of the archive, refused unless it is as long as the pickle says."""
     entry = archive.entries[name]
     if entry.nbytes != info.nbytes:
         raise InputError(
@@ -97,7 +97,7 @@ def storage_of(archive: Archive, name: str, info: StorageInfo, *, big_endian: bo
 
 
 def decoder(archive: Archive) -> Callable[[Tensor], Array]:
-    """What reads a tensor out of a compressed entry."""
+    """A function that reads a tensor from a compressed entry."""
 
     def inflated(key: str) -> NDArray[np.uint8]:
         return archive.inflated(archive.entries[key])
@@ -105,7 +105,7 @@ def decoder(archive: Archive) -> Callable[[Tensor], Array]:
     shared = lru_cache(maxsize=1)(inflated)
 
     def decode(tensor: Tensor) -> Array:
-        # What several tensors see is inflated once for those that follow each other.
+        # An entry that several tensors share is inflated once while they are read one after another.
         is_whole = tensor.nbytes == tensor.storage.nbytes
         return extents.arrange(
             (inflated if is_whole else shared)(tensor.storage.key),
@@ -120,17 +120,17 @@ def decoder(archive: Archive) -> Callable[[Tensor], Array]:
 
 
 def program_of(archive: Archive, entry: ZipEntry) -> PickleProgram:
-    """What a pickle in the archive would make."""
-    what = f"its entry {entry.name}"
+    """Interpret a pickle in the archive."""
+    subject = f"its entry {entry.name}"
     if not entry.is_stored:
-        return interpret(archive.read(entry.name, budgets.MAX_PICKLE_BYTES), archive.path, what)
+        return interpret(archive.read(entry.name, budgets.MAX_PICKLE_BYTES), archive.path, subject)
     with archive.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         begin = entry.extent.offset
-        return interpret(data, archive.path, what, start=begin, end=begin + entry.extent.nbytes)
+        return interpret(data, archive.path, subject, start=begin, end=begin + entry.extent.nbytes)
 
 
 def read_marker(archive: Archive, name: str) -> str:
-    """A small entry with one word, such as a version; empty if there is none."""
+    """The text of a small entry, such as the version; empty if there is no such entry."""
     if name not in archive.entries:
         return ""
     return describe_value(archive.read(name, budgets.MAX_VERSION_BYTES).decode("ascii", "replace").strip())
@@ -159,7 +159,7 @@ _OPTIMIZERS: tuple[tuple[str, frozenset[str], frozenset[str]], ...] = (
     ("Adafactor", frozenset({"beta2_decay", "d"}), frozenset()),
     ("Muon", frozenset({"momentum", "ns_steps"}), frozenset()),
 )
-"""Name, settings that its groups have, settings that they have not; the first row that fits."""
+"""Name, settings that its parameter groups have, settings that they lack; the first matching row counts."""
 
 
 def optimizer(root: Any) -> str:
@@ -200,7 +200,7 @@ def _optimizer_name(value: Any) -> str:
 
 
 def training(root: Any) -> tuple[str, ...]:
-    """The plain values that stand beside the tensors: `epoch 12`, `best_acc 0.93`."""
+    """The numbers and short strings in a checkpoint, such as `epoch 12` or `best_acc 0.93`."""
     if not isinstance(root, PickleDict):
         return ()
     facts = [
@@ -226,7 +226,7 @@ def _format_value(value: Any) -> str:
 
 
 def notes(root: Any) -> tuple[str, ...]:
-    """What a user should know of a checkpoint before pruning it."""
+    """Notes for the user on second, averaged copies of the weights in a checkpoint."""
     if not isinstance(root, PickleDict):
         return ()
     keys = [
@@ -242,7 +242,7 @@ def notes(root: Any) -> tuple[str, ...]:
 
 
 def sections(root: Any) -> frozenset[str]:
-    """The entries of a checkpoint that hold more values, such as `state_dict`."""
+    """The keys of a checkpoint whose values are containers or objects, such as `state_dict`."""
     if not isinstance(root, PickleDict):
         return frozenset()
     return frozenset(
@@ -261,24 +261,24 @@ _VERBS = {"calls": "call", "class": "make an instance of", "imports": "import"}
 
 @dataclass(frozen=True, slots=True)
 class PickleSource:
-    """A program, and where the container keeps what it leaves out."""
+    """An interpreted pickle, and where the container keeps its storages."""
 
     program: PickleProgram
     find: Callable[[StorageInfo], Storage]
     listed: Mapping[str, OpaqueCall] = field(default_factory=dict)
-    """Tensors that the container itself lists, by their ids."""
+    """Tensors that the container itself lists, by their persistent ids."""
     prefix: str = ""
-    """What the names begin with."""
+    """The prefix of the tensors' names."""
     parameters: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """The trained attributes of classes that declare them."""
+    """The trained attributes of each TorchScript class that declares them, by its dotted path."""
     uses: Mapping[tuple[str, str], StateUse] | None = None
-    """What the code beside the program does with the attributes of its classes, where there is such code."""
+    """The uses of tensors in TorchScript code, by class and attribute; None without code that was followed."""
     is_flat: bool = True
-    """Whether the pickle lies in the file as it is, so that its places are places in the file."""
+    """Whether the pickle is stored uncompressed, so that its offsets are offsets in the file."""
 
 
 def storages_by_key(path: Path, located: Mapping[str, Storage]) -> Callable[[StorageInfo], Storage]:
-    """What finds storages that a container lists by their keys, each as long as the pickle says."""
+    """A function that finds a storage by its key, refused unless it is as long as the pickle says."""
 
     def find(info: StorageInfo) -> Storage:
         storage = located.get(info.key)
@@ -290,7 +290,7 @@ def storages_by_key(path: Path, located: Mapping[str, Storage]) -> Callable[[Sto
 
 
 def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) -> tuple[list[Tensor], int]:
-    """The tensors of a program, and how many NumPy arrays are not to be had; fill in what code uses them for."""
+    """The tensors of a program, and how many NumPy arrays cannot be read; fills ``uses`` with each tensor's use."""
     rebuilt: list[Tensor] = []
     allocator = NameAllocator()
     storages: dict[StorageInfo, Storage] = {}
@@ -338,19 +338,19 @@ def model_from_pickle(
     about: ModelInfo,
     decode: Callable[[Tensor], Array] | None = None,
 ) -> ModelFile:
-    """The model that one program or several rebuild; the first is the one that the facts come from."""
-    tensors_found: list[Tensor] = []
+    """Build a model from one or more pickles; facts such as the optimizer come from the first."""
+    all_tensors: list[Tensor] = []
     missing = 0
     uses: dict[str, StateUse | None] = {}
     for source in sources:
         rebuilt, unreadable = tensors(path, source, uses)
-        tensors_found += rebuilt
+        all_tensors += rebuilt
         missing += unreadable
     root = sources[0].program.value
     foreign_calls = tuple(dict.fromkeys(call for source in sources for call in source.program.foreign_calls))
-    if not tensors_found and not about.code:
+    if not all_tensors and not about.code:
         reject_without_tensors(path, foreign_calls)
-    described = state_dict.describe(tensors_found, sections(root), uses)
+    described = state_dict.describe(all_tensors, sections(root), uses)
     return ModelFile(
         path=path,
         format=format_name,
@@ -369,7 +369,7 @@ def model_from_pickle(
 
 
 def reject_without_tensors(path: Path, foreign_calls: Sequence[str]) -> None:
-    """Say that there is nothing to prune, and what loading would have done instead."""
+    """Refuse a file without tensors; the error names the first foreign call of its pickle, if it has one."""
     if not foreign_calls:
         raise InputError(f"{path} holds no tensors")
     verb, _, function = foreign_calls[0].partition(" ")
@@ -377,7 +377,7 @@ def reject_without_tensors(path: Path, foreign_calls: Sequence[str]) -> None:
 
 
 def shorten(foreign_calls: tuple[str, ...]) -> tuple[str, ...]:
-    """As many of the calls as anybody reads."""
+    """The first calls, and how many more there are."""
     more = len(foreign_calls) - MAX_FOREIGN_CALLS
     return foreign_calls if more <= 0 else (*foreign_calls[:MAX_FOREIGN_CALLS], f"and {more} more")
 

@@ -1,4 +1,4 @@
-"""What the code of a TorchScript file says of its tensors: which are parameters, and what each is used for."""
+"""Parse the code of a TorchScript file: which tensors are parameters, and how each of them is used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAME = re.compile(r'"([^"]*)"')
 
 
 def code(archive: Archive, folder: str) -> tuple[Sequence[tuple[str, str]], bool]:
-    """The code as pairs of a dotted path and a text, and whether it is there and all of it."""
+    """The code as pairs of a dotted path and a source text, and whether there is code and all of it was read."""
     modules: list[tuple[str, str]] = []
     left, is_whole = budgets.MAX_READ_CODE_BYTES, True
     for name, entry in archive.entries.items():
@@ -60,7 +60,7 @@ def parameters(modules: Sequence[tuple[str, str]]) -> Mapping[str, frozenset[str
 _TOKEN = re.compile(
     r'"(?:[^"\\]|\\.?)*(?:"|$)|\'(?:[^\'\\]|\\.?)*(?:\'|$)|\.?[A-Za-z_]\w*(?:\.\w+)*|[0-9][\w.]*|[^\s\w]'
 )
-"""Texts, names with what is in them, numbers, signs; a text that does not end goes to the end of its line."""
+"""Strings, dotted names, numbers, symbols; a string that does not end goes up to the end of its line."""
 _OPEN, _CLOSE = frozenset("([{"), frozenset(")]}")
 _ENDS = frozenset((",", ")", "]", "}", ":", "=", ""))
 _LIBRARIES = ("torch.", "ops.")
@@ -68,7 +68,7 @@ _CASTS = frozenset({"annotate", "unchecked_cast"})
 _STATEMENTS = frozenset(
     {"if", "elif", "while", "for", "else", "pass", "return", "with", "assert", "raise", "in", "not"}
 )
-_TRANSPOSED_PLACE = 6
+_TRANSPOSED_INDEX = 6
 _RNN_RANGE = slice(2, 4)
 
 
@@ -81,7 +81,6 @@ class _Value(NamedTuple):
 
     origins: Origins = NOTHING
     kind: str = ""
-    """The class of a module."""
     function: str = ""
     items: tuple[_Value, ...] | None = None
     text: str = ""
@@ -92,16 +91,16 @@ _UNKNOWN = _Value()
 
 @dataclass(slots=True)
 class _Function:
-    """A function or a method while it is read."""
+    """A function or a method while it is read, with the values of its local names."""
 
     path: str
     names: dict[str, _Value] = field(default_factory=dict)
 
 
 def uses(modules: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], StateUse] | None:
-    """What the attributes of each class, and the constants, are used for; None if the code is odd or too long.
+    """The uses of the attributes of each class, and of the constants; None if the code is odd or too long.
 
-    Modules come as pairs of a dotted path and a text. A use is found under the class and the attribute.
+    ``modules`` are pairs of a dotted path and a source text. The keys of the uses are pairs of class and attribute.
     """
     reader = _Reader()
     try:
@@ -133,7 +132,7 @@ _Lines = list[tuple[str, int, list[str]]]
 
 
 class _Reader:
-    """All code of a file, read twice: what classes and functions declare, then what functions do."""
+    """Reads all code of a file twice: first the declarations of classes and functions, then the functions' bodies."""
 
     def __init__(self) -> None:
         self.flow = Flow()
@@ -141,7 +140,7 @@ class _Reader:
         self._kinds: dict[tuple[str, str], str] = {}
         """Classes of attributes, by class and attribute."""
         self._parameters: dict[str, tuple[str, ...]] = {}
-        """What functions take, by their paths."""
+        """The names of each function's parameters, by its dotted path."""
 
     def count(self, tokens: int) -> None:
         self._left -= tokens
@@ -149,7 +148,7 @@ class _Reader:
             raise _UnparsableError
 
     def declare(self, lines: _Lines) -> None:
-        """Remember the attributes of classes and the parameters of functions."""
+        """Record the classes of attributes and the parameters of functions."""
         owner = ""
         for module, indent, tokens in lines:
             if tokens[0] in {"class", "def"} and indent == 0:
@@ -198,7 +197,7 @@ class _Reader:
     def _name(self, function: _Function, name: str, value: _Value) -> None:
         previous = function.names.get(name)
         if previous is not None and previous.origins:
-            # Both branches of a condition give a name to what they make.
+            # Both branches of a condition may assign the same name.
             value = value._replace(origins=join_origins((previous.origins, value.origins)))
         function.names[name] = value
 
@@ -236,7 +235,7 @@ class _Reader:
                 name: arguments[i].origins for name, (i, _) in WEIGHT_ARGUMENTS[op].items() if i < len(arguments)
             }
             transposed = (
-                arguments[_TRANSPOSED_PLACE].text if op.lstrip("_") == "convolution" and len(arguments) > 8 else ""
+                arguments[_TRANSPOSED_INDEX].text if op.lstrip("_") == "convolution" and len(arguments) > 8 else ""
             )
             self.flow.use(op, weights, is_transposed=transposed == "True")
             return _UNKNOWN
@@ -246,14 +245,14 @@ class _Reader:
 
 
 class _Parser:
-    """The values of one line of code: a descent into its brackets, no deeper than code that PyTorch writes."""
+    """A recursive-descent parser of one line of code, no deeper than the code that PyTorch writes."""
 
     def __init__(self, reader: _Reader, function: _Function, tokens: list[str], position: int) -> None:
         self._reader, self._function = reader, function
         self._tokens, self._position, self._depth = tokens, position, 0
 
     def row(self) -> _Value:
-        """The value of what is parted by commas: a tuple, unless there is but one."""
+        """The value of the items between commas: a tuple, or the item itself if there is only one."""
         values: list[_Value] = []
         named: dict[str, _Value] = {}
         self._items(values, named)
@@ -284,7 +283,7 @@ class _Parser:
         self._depth -= 1
 
     def _expression(self) -> _Value:
-        """Read what stands up to a comma: one value, or several with operators between them."""
+        """Read up to a comma: one value, or several with operators between them."""
         values: list[_Value] = []
         while self._peek() not in _ENDS:
             if (value := self._value()) is not None:
@@ -333,9 +332,9 @@ class _Parser:
             is_called = self._peek() == "("
             value = _Value(function=symbol, text=symbol)
             return self._called(value, symbol) if is_called else value
-        return self._of(self._function.names[first], rest)
+        return self._attributes_of(self._function.names[first], rest)
 
-    def _of(self, value: _Value, names: list[str]) -> _Value:
+    def _attributes_of(self, value: _Value, names: list[str]) -> _Value:
         """Read attributes of a value; the last may be a method."""
         for index, name in enumerate(names):
             if index == len(names) - 1 and self._peek() == "(":
@@ -353,7 +352,7 @@ class _Parser:
                 value = _Value(value.origins)  # an item of a list or a tuple: it may be any
             elif symbol[0] == "." and len(symbol) > 1:
                 self._position += 1
-                value = self._of(value, symbol[1:].split("."))
+                value = self._attributes_of(value, symbol[1:].split("."))
             else:
                 break
         return value
@@ -364,12 +363,12 @@ def _origin_of(key: Hashable) -> Origins:
 
 
 def _list_value(items: list[_Value]) -> _Value:
-    """A list: its origins are joined once, since lists of lists could name one value without end."""
+    """A list, with the joined origins of its items: joined once, since nested lists could repeat a value endlessly."""
     return _Value(join_origins(item.origins for item in items), items=tuple(items))
 
 
 def _parameters(tokens: list[str]) -> Iterator[str]:
-    """Yield the names of what a function takes: `def name ( self : kind , x : Tensor = 0 ) -> ...`."""
+    """Yield the names of a function's parameters: `def name ( self : kind , x : Tensor = 0 ) -> ...`."""
     depth, is_name = 0, True
     for symbol in tokens[2:]:
         if symbol in _OPEN:

@@ -1,4 +1,4 @@
-"""The tensors that a rebuilt value holds, and what they are called."""
+"""Find the tensors in the value of a pickle, and name them by their paths."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ _QUANTIZER = ("qscheme", "scales", "zero_points")
 
 
 CONSTANTS = "CONSTANTS"
-"""What TorchScript calls the owner of tensors that belong to no module."""
+"""The owner, in TorchScript code, of tensors that belong to no module."""
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor with a storage of its own."""
+    """Whether a value is a dense tensor or a NumPy array, not something that contains one."""
     if isinstance(value, Persistent):
         return not isinstance(value.id, tuple)
     return isinstance(value, OpaqueCall) and (value.path in views.VIEW_CALLS or views.is_array(value))
 
 
 def inner_tensor(value: Any) -> Any:
-    """The tensor inside a parameter or a subclass."""
+    """The tensor inside a parameter or a subclass; any other value as it is."""
     for _ in range(MAX_WRAPPERS):
         if not isinstance(value, OpaqueCall):
             break
@@ -64,7 +64,7 @@ def inner_tensor(value: Any) -> Any:
 
 
 def component_tensors(call: OpaqueCall) -> tuple[tuple[str, Any], ...]:
-    """The tensors that a sparse or quantized one consists of, by names."""
+    """The tensors that a sparse or quantized tensor consists of, with their names."""
     if call.path == _QUANTIZED:
         settings = call.arg(4)
         return tuple(zip(_QUANTIZER, settings, strict=False)) if isinstance(settings, tuple) else ()
@@ -76,12 +76,12 @@ def component_tensors(call: OpaqueCall) -> tuple[tuple[str, Any], ...]:
 
 
 Parameters = Mapping[str, frozenset[str]]
-"""The trained attributes of classes that declare them."""
+"""The trained attributes of each class that declares them, by its dotted path."""
 
 
 @dataclass(slots=True, eq=False)
 class TensorEntry:
-    """A tensor as the program would rebuild it."""
+    """A tensor in the value of a pickle, with its name and its owner."""
 
     name: str
     value: Any
@@ -90,13 +90,13 @@ class TensorEntry:
     is_buffer: bool
     """Whether the file says that it is not trained."""
     owner: str = ""
-    """The dotted path of the class of the object whose attribute it is, alone or in a list."""
+    """The dotted path of the class that has it as an attribute, alone or in a list."""
     attribute: str = ""
 
 
-@dataclass(slots=True, eq=False)  # Not frozen: it takes three times as long to make one that is.
+@dataclass(slots=True, eq=False)  # Not frozen: a frozen instance takes three times as long to create.
 class _Node:
-    """A value on its way from the root."""
+    """A value with the path to it: its parents up to the root."""
 
     parent: _Node | None
     key: str
@@ -105,7 +105,7 @@ class _Node:
     kind: str = ""
     is_buffer: bool = False
     excluded: Sequence[Any] = ()
-    """Keys in it that do not count."""
+    """Keys of it to skip, such as those of buffers that are not saved."""
 
     def child(
         self, key: str, value: Any, *, kind: str = "", is_buffer: bool = False, excluded: Sequence[Any] = ()
@@ -122,7 +122,7 @@ class _Node:
         return ".".join(reversed(keys))
 
     def owner(self) -> tuple[str, str]:
-        """The class of the object that it lies in, and the attribute; nothing if it lies in none."""
+        """The class of the object around the value, and the attribute; empty if there is no such object."""
         attribute, node = self.key, self.parent
         while node is not None:
             if isinstance(node.value, OpaqueCall):
@@ -148,7 +148,7 @@ class _Node:
 def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEntry]:
     """Every tensor that a value holds, in the order of the program."""
     entries: list[TensorEntry] = []
-    # The values are kept, so that no other can take the identity of one that was met.
+    # The values are kept alive, so that no new one can get the id of a value that was visited.
     seen: dict[int, Any] = {}
     work, characters = 0, 0
     todo = [iter((_Node(None, "", inner_tensor(root)),))]
@@ -183,7 +183,7 @@ def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEn
 
 
 def _may_be_shared(value: Any) -> bool:
-    """Whether a value that was met before counts again: dictionaries and modules do."""
+    """Whether a value that was visited before is visited again: dictionaries and modules are."""
     return isinstance(value, PickleDict) or (isinstance(value, OpaqueCall) and _is_module(value.state))
 
 
@@ -223,7 +223,7 @@ def _is_module(state: Any) -> bool:
 
 
 def _of_module(node: _Node, state: dict[str, Any], kind: str) -> Iterator[_Node]:
-    """Yield what state_dict() looks at: parameters, buffers that are to be saved, and modules."""
+    """Yield the parts of a module that state_dict() saves: parameters, persistent buffers and submodules."""
     unsaved = state.get("_non_persistent_buffers_set")
     excluded = unsaved if isinstance(unsaved, list) else ()
     for part in ("_parameters", "_buffers", "_modules"):
@@ -233,7 +233,7 @@ def _of_module(node: _Node, state: dict[str, Any], kind: str) -> Iterator[_Node]
 
 
 def _is_container(value: Any) -> bool:
-    """Whether there may be a tensor in a value: what is empty need not be looked at, however many there are of it."""
+    """Whether there may be a tensor in a value: empty containers are skipped, however many there are."""
     kind = type(value)
     if kind is list or kind is tuple:
         return bool(value)

@@ -1,14 +1,14 @@
-"""What PyTorch's programs may hold to be loaded without `--trust`: allow-lists for exported programs and TorchScript.
+"""Allow-lists for exported programs and TorchScript: only programs that keep to them are loaded without `--trust`.
 
-Loading an exported program (.pt2) is not reading one. PyTorch evaluates the symbolic shapes, resolves operators with
-getattr from `torch` on, imports what a tree specification names, writes the names of nodes and weights into Python
-source that it executes, and unpickles example inputs, constants and tensor subclasses. So nothing of the archive goes
-there that is not on a list here: its JSON is parsed, held against the lists and written anew, and the rest are the
-bytes of plain weights. The layout is that of torch/_export/serde/schema.py; every place that evaluates a text is in
-serialize.py beside it.
+Loading an exported program (.pt2) can run code. PyTorch evaluates the symbolic shapes, resolves operators with
+getattr from `torch` on, imports the classes that a tree specification names, writes the names of nodes and weights into
+Python source that it executes, and unpickles example inputs, constants and tensor subclasses. PyTorch therefore gets
+nothing that is not on a list here: the JSON of the archive is parsed, checked against the lists and written anew, and
+the rest are the bytes of plain weights. The schema is torch/_export/serde/schema.py; every line that evaluates
+a string is in serialize.py beside it.
 
-TorchScript is a language of its own, without imports and without Python; it computes. But some of its operators write
-files by name (aten::save, aten::from_file), some of its classes open connections, and `__setstate__` runs on loading.
+TorchScript is a language of its own, without imports and without Python. But some of its operators write files by
+name (aten::save, aten::from_file), some of its classes open connections, and `__setstate__` runs on loading.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from prunectl.formats.torch.pickle.vm import interpret
 from prunectl.formats.zip_read import Archive
 
 NAMESPACES = frozenset({"aten", "prims", "quantized_decomposed"})
-"""Libraries of operators that compute and do nothing else."""
+"""Libraries of operators that only compute."""
 WRITING = frozenset({"from_file", "save"})
 """Operators of aten that open or write a file by name."""
 HIGHER_ORDER = frozenset(
@@ -52,7 +52,7 @@ HIGHER_ORDER = frozenset(
         *("strict_mode", "invoke_subgraph", "hints_wrapper"),
     }
 )
-"""Operators that run a graph of the program itself."""
+"""Higher-order operators, which run graphs of the program."""
 SCALARS = frozenset(
     {
         *(f"torch.{name}" for name in ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum")),
@@ -63,7 +63,7 @@ SCALARS = frozenset(
         "_operator.getitem",
     }
 )
-"""Functions of numbers, as PyTorch lists them for sizes."""
+"""Functions of numbers that PyTorch lists for computing with sizes."""
 FUNCTIONS = frozenset(
     {
         *("Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "Piecewise"),
@@ -75,15 +75,15 @@ FUNCTIONS = frozenset(
         *("positive", "integer", "nonnegative", "negative", "real", "precision", "evaluate"),
     }
 )
-"""Words of a symbolic size."""
+"""Names that may occur in a symbolic size."""
 CONTAINERS = frozenset(
     {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "collections.namedtuple"}
 )
-"""What inputs and outputs may be packed in."""
+"""Classes that inputs and outputs may be nested in."""
 
 _MARKS = ("archive_format", "archive_version", "byteorder", "version", ".data/version", ".data/serialization_id")
 _MODEL = "model"
-"""The program of an archive that torch.export.load gives back."""
+"""The name of the program that torch.export.load returns."""
 _MAX_POWERS = 2
 _POWERS = re.compile(r"\*\*|\b(?:Pow|PowByNatural|FloatPow|LShift)\b|<<")
 _BIG = re.compile(r"\d{4}")
@@ -97,7 +97,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w{0,500}|", re.ASCII)
 _ATTRIBUTE = re.compile(r"[\w.:/@+<>\- ]{0,1000}")
 _VERSION = re.compile(r"[\w.+<=\-]{0,100}", re.ASCII)
 _STACK = re.compile(r"(?:[\w.@]*,[\w.@]*,[\w.]*)(?:;[\w.@]*,[\w.@]*,[\w.]*)*", re.ASCII)
-"""The modules around an operation: of each a key, a path and a class."""
+"""The modules around an operation, each with a key, a path and a class."""
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.((?!__)\w+|__[a-z]+__)(?:\.((?!_)\w+))?", re.ASCII)
 _DUNDERS = frozenset({f"__{of}{name}__" for of in ("", "i") for name in ("and", "or", "xor", "lshift", "rshift")})
 _ENTRY = re.compile(r"(?:weight|tensor)_\d{1,9}", re.ASCII)
@@ -105,19 +105,19 @@ _ENTRY = re.compile(r"(?:weight|tensor)_\d{1,9}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class SafeProgram:
-    """What PyTorch may be given of an archive."""
+    """The parts of an archive that PyTorch may be given."""
 
     archive: Archive
     folder: str
     texts: Mapping[str, bytes]
-    """The JSON of the program, written anew."""
+    """The JSON of the program, written anew, and entries such as its version; by the name of the entry."""
     weights: tuple[str, ...]
-    """The entries that are bytes of weights."""
+    """The names of the entries that hold raw weights."""
     inputs: bytes
-    """Example inputs, a checkpoint of plain tensors; none where there are none."""
+    """Example inputs, a checkpoint of plain tensors; empty if there are none."""
 
     def write(self, file: IO[bytes], inputs: bytes) -> None:
-        """Write an archive that holds this and nothing else, with other example inputs."""
+        """Write an archive of these parts only, with ``inputs`` as its example inputs."""
         with ZipFile(file, "w") as out:
             written = {**self.texts, f"data/sample_inputs/{_MODEL}.pt": inputs}
             for name, content in written.items():
@@ -129,15 +129,15 @@ class SafeProgram:
 
 
 def check_program(path: Path) -> SafeProgram:
-    """Hold an exported program against the lists; UntrustedError where it holds anything that is not on them."""
+    """Check an exported program against the lists; UntrustedError if it holds anything that is not on them."""
     archive = zip_read.open_archive(path)
     folder = _folder(archive)
     texts = {name: archive.read(folder + name, MAX_MARK_BYTES) for name in _MARKS if folder + name in archive.entries}
     program = _json(archive, f"{folder}models/{_MODEL}.json")
-    # Checks of inputs are Python source that PyTorch executes; what they ask follows from the shapes.
+    # The guards on inputs are Python source that PyTorch executes; the shapes imply the same checks.
     if "guards_code" in program:
         program["guards_code"] = []
-    _AllowLists(path).check(_without_remarks(program))
+    _AllowLists(path).check(_without_metadata(program))
     texts[f"models/{_MODEL}.json"] = json.dumps(program).encode()
     weights: dict[str, None] = {}
     for part, kind in (("data/weights/", "weights"), ("data/constants/", "constants")):
@@ -166,15 +166,15 @@ def _json(archive: Archive, name: str) -> dict[str, Any]:
     return parse_object(archive.read(name, MAX_JSON_BYTES), archive.path, f"its entry {abbreviated(name)}")
 
 
-def _without_remarks(program: dict[str, Any]) -> dict[str, Any]:
-    """Leave out, in place, what was noted for people: PyTorch looks up the functions that are named there."""
+def _without_metadata(program: dict[str, Any]) -> dict[str, Any]:
+    """Remove metadata in place, except the module stacks: PyTorch looks up the functions that it names."""
     todo: list[Any] = [program]
     while todo:
         value = todo.pop()
         if isinstance(value, dict):
-            remarks = value.get("metadata")
-            if isinstance(remarks, dict) and ("target" in value or "module_call_graph" in value):
-                stack = remarks.get("nn_module_stack")
+            metadata = value.get("metadata")
+            if isinstance(metadata, dict) and ("target" in value or "module_call_graph" in value):
+                stack = metadata.get("nn_module_stack")
                 value["metadata"] = {"nn_module_stack": stack} if isinstance(stack, str) and _is_stack(stack) else {}
             todo += value.values()
         elif isinstance(value, list):
@@ -190,7 +190,7 @@ def _payloads(path: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, dict
 
 
 def _entry(archive: Archive, folder: str, name: str, facts: Mapping[str, Any]) -> str:
-    """The entry of a tensor that is written as its bytes."""
+    """The entry of a tensor that is stored as raw bytes; UntrustedError if it is pickled."""
     entry = facts.get("path_name")
     if facts.get("use_pickle") is not False or not isinstance(entry, str) or not _ENTRY.fullmatch(entry):
         raise _untrusted(archive.path, f"PyTorch would unpickle {abbreviated(name)}")
@@ -200,7 +200,7 @@ def _entry(archive: Archive, folder: str, name: str, facts: Mapping[str, Any]) -
 
 
 def _inputs(archive: Archive, name: str) -> bytes:
-    """Example inputs, of which the pickle VM says that they are plain."""
+    """The example inputs, checked by the pickle VM; empty if there are none or they are too big."""
     if name not in archive.entries or not archive.entries[name].nbytes:
         return b""
     if archive.entries[name].nbytes > MAX_SAMPLE_INPUTS_BYTES:
@@ -215,7 +215,7 @@ def _inputs(archive: Archive, name: str) -> bytes:
             if len(pickles) != 1 or total > MAX_SAMPLE_INPUTS_BYTES or not all(info.filename for info in infos):
                 raise _untrusted(archive.path, f"{context} is not a pickle of tensors only")
             foreign_calls = interpret(inner.read(pickles[0]), archive.path, context).foreign_calls
-            # Written anew, so that PyTorch finds the pickle that was followed, whichever way it looks for it.
+            # Written anew, so that PyTorch loads the pickle that was checked, however it looks entries up.
             with ZipFile(rewritten, "w") as out:
                 for info in infos:
                     out.writestr(info.filename, inner.read(info))
@@ -233,7 +233,7 @@ def _untrusted(path: Path, why: str) -> UntrustedError:
 
 
 class _AllowLists:
-    """The lists, for every text by the key that it stands under."""
+    """Checks every string of a program against the list for its key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -269,7 +269,7 @@ class _AllowLists:
 
 
 def is_operator(target: str) -> bool:
-    """Whether an operation of a graph computes, and does nothing else."""
+    """Whether an operation of a graph only computes."""
     if target in SCALARS:
         return True
     match = _OPERATOR.fullmatch(target)
@@ -282,7 +282,7 @@ def is_operator(target: str) -> bool:
 
 
 def is_expression(text: str) -> bool:
-    """Whether a symbolic size is made of symbols, numbers and the functions of sizes: sympify evaluates it."""
+    """Whether a symbolic size, which sympify evaluates, consists of symbols, numbers and listed functions only."""
     if len(text) > MAX_EXPRESSION_CHARACTERS:
         return False
     powers = len(_POWERS.findall(text))
@@ -301,12 +301,12 @@ def is_expression(text: str) -> bool:
 
 
 def is_tree(text: str) -> bool:
-    """Whether a specification of nested values names plain containers only: PyTorch imports what others name."""
+    """Whether a tree specification names plain containers only: PyTorch imports any other class."""
     return _nodes(text) is not None
 
 
 def is_tree_of_inputs(text: str) -> bool:
-    """Whether it does, and the names of keyword arguments are names: they become those of parameters."""
+    """As `is_tree`, with identifiers as the names of keyword arguments: PyTorch uses them as parameter names."""
     nodes = _nodes(text)
     return nodes is not None and all(_is_identifier(str(key)) for depth, keys in nodes if depth == 1 for key in keys)
 
@@ -350,7 +350,7 @@ _TABLES = frozenset(
         *("custom_obj_values", "opset_version", "treespec_namedtuple_fields", "as_string_to_argument"),
     }
 )
-"""Keys of objects whose own keys are the file's."""
+"""Keys of objects whose own keys are names in the program, not fields of the schema."""
 _KEYS: Mapping[str, Callable[[str], bool]] = {
     "config": _is_attribute,
     "range_constraints": lambda text: bool(_IS_SYMBOL.fullmatch(text)),
@@ -370,13 +370,13 @@ _TEXTS: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("as_string", "as_strings"), lambda _text: True),
     "nn_module_stack": _is_stack,
 }
-"""By key, what a text may be; a key that is not here holds no text."""
+"""By key, the check of a string; a string under any other key is refused."""
 
 
 SCRIPT_LIBRARIES = frozenset(
     {"aten", "prim", "quantized", "_quantized", "prepacked", "mkldnn_prepacked", "torchvision"}
 )
-"""Libraries of operators that compute and do nothing else, but for those in WRITING."""
+"""Libraries of operators that only compute, except for those in WRITING."""
 SCRIPT_CLASSES = frozenset({"quantized", "xnnpack"})
 """Libraries of classes that hold packed weights."""
 
@@ -386,10 +386,10 @@ _SCRIPT_TOKEN = re.compile(
 
 
 def check_script(path: Path) -> None:
-    """Refuse TorchScript that names an operator or a class that is on no list."""
+    """Refuse TorchScript that names an operator or a class that is not on a list."""
     archive = zip_read.open_archive(path)
     if len({name.casefold() for name in archive.entries}) < len(archive.entries):
-        # PyTorch looks entries up whatever their case.
+        # PyTorch looks up entries without regard to case.
         raise InputError(f"{path} is refused: different readers would find different entries in it")
     left = MAX_SCRIPT_CODE_BYTES
     for name, entry in archive.entries.items():
@@ -407,13 +407,13 @@ def check_script(path: Path) -> None:
 
 
 def find_foreign(code: str) -> str:
-    """The first operator or class in some code that is on no list, as it is written; nothing if there is none."""
+    """The first operator or class in some code that is not on a list, as it is written; empty if there is none."""
     if '"""' in code or "'''" in code:
-        return "a text of several lines"
+        return "a multi-line string"
     tokens = [match[0] for match in _SCRIPT_TOKEN.finditer(code) if not match[0].startswith("#")]
     if not {'"', "'", "\\"}.isdisjoint(tokens):
-        # Whoever loses step here takes code for a text.
-        return "a text that does not end"
+        # After an unbalanced quote, code would be taken for a string.
+        return "a string that does not end"
     tokens += [""] * 3
     for index in range(len(tokens) - 3):
         first, second, name = tokens[index], tokens[index + 1], tokens[index + 2]

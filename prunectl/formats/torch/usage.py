@@ -1,4 +1,4 @@
-"""What PyTorch's operations take: kernels, embeddings, biases. Weights are followed to them by data flow."""
+"""Roles of the arguments of PyTorch's operations (kernel, embedding, bias), and the data flow of weights to them."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ WEIGHT_ARGUMENTS: Mapping[str, Mapping[str, tuple[int, Role]]] = {
         "ffn_bias_2": (17, Role.BIAS),
     },
 }
-"""By operation: the name and the place of an argument, and what it is for."""
+"""By operation: the name, the position and the role of each argument that may be a weight."""
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 """Operations that take all their weights in one list."""
 _COLUMNS = frozenset({("matmul", "other"), ("__matmul__", "other"), ("mm", "mat2"), ("addmm", "mat2")})
-"""Matrices of inputs by outputs, where every other kernel begins with its outputs."""
+"""Arguments that are matrices of shape (in, out); every other kernel has its outputs on the first axis."""
 TRANSPOSING = frozenset({"t", "transpose", "permute", "numpy_T", "T", "mT"})
 PASSTHROUGH = TRANSPOSING | {
     *("view", "reshape", "contiguous", "detach", "alias", "to", "_to_copy", "clone", "unsqueeze", "squeeze", "expand"),
@@ -67,11 +67,11 @@ PASSTHROUGH = TRANSPOSING | {
     *("cat", "stack", "concat", "_weight_norm", "_weight_norm_interface", "lift_fresh_copy", "_unsafe_view"),
     *("type_as", "half", "float", "double", "bfloat16", "getitem", "annotate", "unchecked_cast", "_cast_Float"),
 }
-"""Operations that hand their first argument on: a weight stays a weight behind them."""
+"""Operations whose result still counts as the weight that is their first argument."""
 ARITHMETIC = frozenset({"mul", "mul_", "div", "sub", "add", "rsub", "true_divide"})
-"""How masks and scales are laid on a weight. What goes through them is a kernel only if its name says so too."""
+"""Operations that apply masks and scales to a weight. Their operands are kernels only if their names say so, too."""
 FIRST = frozenset({"v", "self", "input", "tensors", "tensor"})
-"""What exported programs call the argument that is handed on."""
+"""Names of the first argument of pass-through operations in exported programs."""
 
 
 class ValueOrigin(NamedTuple):
@@ -79,9 +79,9 @@ class ValueOrigin(NamedTuple):
 
     key: Hashable
     is_transposed: bool = False
-    """Whether its axes were exchanged on the way."""
+    """Whether its axes were permuted on the way."""
     is_weak: bool = False
-    """Whether it was calculated with on the way."""
+    """Whether it went through arithmetic on the way."""
 
 
 Origins = frozenset[ValueOrigin]
@@ -89,7 +89,7 @@ NOTHING: Origins = frozenset()
 
 
 def join_origins(groups: Iterable[Origins]) -> Origins:
-    """All origins of several values."""
+    """All origins of several values; none if there are too many."""
     union: set[ValueOrigin] = set()
     for origins in groups:
         union |= origins
@@ -99,7 +99,7 @@ def join_origins(groups: Iterable[Origins]) -> Origins:
 
 
 def pass_through(op: str, origins: Origins) -> Origins:
-    """The origins of what an operation makes of its argument."""
+    """The origins of the result of an operation, from those of its argument."""
     if op in TRANSPOSING:
         return frozenset(origin._replace(is_transposed=not origin.is_transposed) for origin in origins)
     if op in ARITHMETIC:
@@ -108,19 +108,19 @@ def pass_through(op: str, origins: Origins) -> Origins:
 
 
 class Flow:
-    """Where tensors go, through names, parameters of functions and operations that hand them on."""
+    """The data flow of tensors through names, function parameters and pass-through operations to their uses."""
 
     def __init__(self) -> None:
         self._into: dict[Hashable, set[ValueOrigin]] = {}
         self._uses: list[tuple[ValueOrigin, StateUse]] = []
 
     def lead(self, origins: Origins, key: Hashable) -> None:
-        """Remember that a value with these origins is handed on under a key."""
+        """Record that a value with these origins flows into a key, such as a parameter of a function."""
         if origins:
             self._into.setdefault(key, set()).update(origins)
 
     def use(self, op: str, arguments: Mapping[str, Origins], *, is_transposed: bool = False) -> None:
-        """Remember what an operation takes."""
+        """Record the weights that an operation takes."""
         taken = WEIGHT_ARGUMENTS.get(op, {})
         kind = "conv_transpose" if is_transposed else op
         for argument, origins in arguments.items():
@@ -130,13 +130,13 @@ class Flow:
                 self._uses += ((origin, StateUse(role, kind, axis)) for origin in origins)
 
     def recur(self, op: str, weights: Sequence[Origins]) -> None:
-        """Remember the weights of a recurrent layer."""
+        """Record the weights of a recurrent layer."""
         self._uses += ((origin, StateUse(Role.RECURRENT, op)) for origins in weights for origin in origins)
 
     def resolve(self) -> dict[Hashable, StateUse]:
-        """What each key is used for: to look up rows, else the first use that is a weight's, or else the first."""
+        """The use of each key: as an embedding if there is such a use, else the first as a kernel, else the first."""
         best: dict[tuple[Hashable, bool], StateUse] = {}
-        # Of several uses a lookup's tells most, as an embedding may be the output layer too; then a kernel's.
+        # An embedding's lookup comes first, since the embedding may also be the output layer; then come kernels.
         order = {Role.EMBEDDING: 0, Role.KERNEL: 1, Role.RECURRENT: 1}
         todo = sorted(self._uses, key=lambda item: order.get(item[1].role, 2), reverse=True)
         while todo:

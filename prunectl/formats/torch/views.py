@@ -1,4 +1,4 @@
-"""How a tensor sees its storage, and whether it can."""
+"""Tensors as strided views of their storages, checked against the storages' bounds."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ DTYPES = DtypeTable(
         "float64": np.float64,
         "complex64": np.complex64,
         "complex128": np.complex128,
-        # Quantized numbers are the whole numbers that are stored.
+        # Quantized tensors are read as the integers that they store.
         "qint8": np.int8,
         "quint8": np.uint8,
         "qint32": np.int32,
-        # Several numbers in a byte: the bytes are all that NumPy can say of them.
+        # Several elements in a byte, for which NumPy has no dtype: they are read as bytes.
         "quint4x2": np.uint8,
         "quint2x4": np.uint8,
         "float4_e2m1fn_x2": np.uint8,
@@ -69,7 +69,7 @@ STORAGES: dict[str, str] = {
     "QUInt2x4Storage": "quint2x4",
     "UntypedStorage": "uint8",
 }
-"""What a class of storage holds; an untyped one counts bytes."""
+"""The dtype of each storage class; an untyped storage counts bytes."""
 
 SCALAR_TYPES: dict[int, str] = {
     1: "uint8",
@@ -93,25 +93,25 @@ SCALAR_TYPES: dict[int, str] = {
     34: "uint32",
     35: "uint64",
 }
-"""The numbers that exported programs use."""
+"""The dtypes by their numbers in exported programs (`ScalarType` in torch/_export/serde/schema.py)."""
 
 
 _UTILS = "torch._utils"
 VIEW_CALLS = frozenset(
     {f"{_UTILS}.{name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")}
 )
-"""Calls that see a storage as a tensor; the first four arguments are the same."""
+"""Calls that make a tensor from a storage; their first four arguments are storage, offset, shape and strides."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageInfo:
-    """A storage as the pickle words it."""
+    """A storage as a persistent id in the pickle describes it."""
 
     key: str
     dtype: np.dtype[Any]
     count: int
     first: int = 0
-    """The first element that a view of the storage sees."""
+    """Index of the first element, if the persistent id names only a part of the storage."""
 
     @property
     def nbytes(self) -> int:
@@ -167,14 +167,14 @@ def view_of(path: Path, call: OpaqueCall, name: str) -> View:
 
 
 _METADATA = {"_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
-"""Which argument of a call says what PyTorch does with the numbers when it reads them."""
+"""The index of the argument with a tensor's metadata, such as a lazy conjugation."""
 _TYPE_TAG = "torch.jit._pickle.restore_type_tag"
 """The call that TorchScript wraps a dictionary in, to say its type."""
 _LAZY = {"conj": "conjugates", "neg": "negates"}
 
 
 def _refuse_lazy(path: Path, call: OpaqueCall, name: str) -> None:
-    """Refuse a tensor whose stored numbers are not its own: those of `x.conj()` are those of `x`."""
+    """Refuse a lazily conjugated or negated tensor: `x.conj()` stores the elements of `x`."""
     index = _METADATA.get(call.path.rpartition(".")[2])
     metadata = None if index is None else call.arg(index)
     if isinstance(metadata, OpaqueCall) and metadata.path == _TYPE_TAG:
@@ -195,7 +195,7 @@ def _refuse_lazy(path: Path, call: OpaqueCall, name: str) -> None:
 def resolve_view(
     path: Path, name: str, storage: StorageInfo, dtype: np.dtype[Any], position: tuple[Any, Any, Any]
 ) -> View:
-    """The view of a storage from a start, a shape and strides, unless it reaches beyond it."""
+    """The view of a storage with this start, shape and strides, refused if it reaches past the storage's end."""
     start, shape, strides = position
     if not (_are_counts(shape) and _are_counts(strides) and _is_count(start) and len(shape) == len(strides)):
         raise InputError(f"{path} is damaged: {describe_value(name)} has an invalid shape")
@@ -241,7 +241,7 @@ CODES = frozenset({"b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "
 
 @dataclass(frozen=True, slots=True)
 class FlatArray:
-    """An array whose bytes lie in the pickle."""
+    """A NumPy array whose bytes lie in the pickle."""
 
     raw: RawBytes
     dtype: np.dtype[Any]
@@ -256,7 +256,7 @@ def is_array(call: OpaqueCall) -> bool:
 
 
 def flat_array(call: OpaqueCall) -> FlatArray | None:
-    """Where the bytes of an array lie; None where they do not lie as they are."""
+    """A NumPy array in the pickle; None unless its bytes are stored there as they are in memory."""
     if call.path.endswith("_frombuffer"):
         raw, kind, shape, order = (call.arg(index) for index in range(4))
         is_fortran = order == "F"

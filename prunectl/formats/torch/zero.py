@@ -1,8 +1,8 @@
-"""Checkpoints of DeepSpeed ZeRO: flat runs of 32-bit weights, a slice of them from each rank.
+"""Checkpoints of DeepSpeed ZeRO (Rajbhandari 2020): flat arrays of 32-bit weights, partitioned over the ranks.
 
-The weights are put together as DeepSpeed's own `zero_to_fp32` does it: in stages 1 and 2 the slices of a group follow
-each other, and the weights lie in them one after another; in stage 3 each weight is cut into as many slices as there
-are ranks. Nothing is unpickled.
+The weights are merged as in DeepSpeed's own `zero_to_fp32`: in stages 1 and 2 the partitions of a parameter group are
+concatenated and hold its weights one after another; in stage 3 each weight is cut into one slice per rank.
+Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from prunectl.formats.torch.boxes import allocated_bytes, pickle_scale
 from prunectl.formats.torch.pickle.opcodes import OpaqueCall, PickleDict
 
 _GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
-"""What the slices of a rank are called, by the stage."""
+"""The entry that holds the flat partitions of a rank, by the ZeRO stage."""
 _FLOAT = np.dtype(np.float32)
 Runs = tuple[Extent, ...]
-"""Where the numbers of a tensor lie, in their order."""
+"""The extents of a tensor's elements, in order."""
 
 
 @dataclass(slots=True)
 class _File:
-    """What one rank saved: the entries of its pickle, and where its tensors lie."""
+    """One file of the checkpoint: entries of its pickle, and the source of its storages."""
 
     path: Path
     state: extents.FileState
@@ -46,20 +46,20 @@ class _File:
     fields: dict[str, Any]
 
     def run(self, value: Any, name: str) -> tuple[Tensor, Extent]:
-        """A tensor whose numbers lie in the file one after another."""
+        """A contiguous, uncompressed tensor, and its extent in the file."""
         value = tree.inner_tensor(value)
         if not (isinstance(value, OpaqueCall) and value.path in views.VIEW_CALLS):
             raise InputError(f"{self.path} is damaged: {abbreviated(name)} is no tensor")
         view = views.view_of(self.path, value, name)
         storage = self.source.find(view.storage)
         if storage.extent is None or view.strides is not None or storage.big_endian:
-            raise InputError(f"{self.path}: {abbreviated(name)} is compressed or no plain tensor, which is not read")
+            raise InputError(f"{self.path}: {abbreviated(name)} is compressed or not a plain tensor, which is not read")
         tensor = Tensor(name, "", view.shape, view.dtype, Role.OTHER, storage)
         offset = storage.extent.offset + view.start * view.dtype.itemsize
         return tensor, Extent(self.path, offset, tensor.nbytes)
 
     def dictionary(self, name: str, *, is_needed: bool = True) -> list[tuple[str, Any]]:
-        """An entry that is a dictionary with texts as keys; nothing where it is left out and may be."""
+        """The items of an entry that is a dictionary with string keys; empty if it is missing and not needed."""
         value = self.fields.get(name)
         if value is None and not is_needed:
             return []
@@ -76,7 +76,7 @@ def _items(path: Path, value: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def open_checkpoint(path: Path) -> ModelFile:
-    """Open a checkpoint by what its first rank saved of the optimizer."""
+    """Open a checkpoint by the file with the optimizer states of its first rank."""
     allocated = allocated_bytes(path.parent, "_states.pt")
     scale = pickle_scale(allocated)
     ranks = _ranks(path)
@@ -90,42 +90,42 @@ def open_checkpoint(path: Path) -> ModelFile:
     if sum(map(len, groups)) * len(states) > most:
         raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
     runs: dict[str, Runs] = {}
-    held: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
 
     def add(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], where: Runs) -> None:
-        if name in held:
+        if name in by_name:
             raise InputError(f"{path} is damaged: it holds {abbreviated(name)} twice")
         runs[name] = where
         nbytes = math.prod(shape) * dtype.itemsize
-        held[name] = Tensor(name, "", shape, dtype, Role.OTHER, Storage(name, nbytes, None, nbytes))
+        by_name[name] = Tensor(name, "", shape, dtype, Role.OTHER, Storage(name, nbytes, None, nbytes))
 
     merge = _sliced_weights if stage == 3 else _consecutive_weights
     for name, shape, where in merge(path, slices, groups):
         add(name, shape, _FLOAT, where)
     for name, shape, dtype, where in (*_frozen(models, stage), *_others(models[0], stage, runs)):
         add(name, shape, dtype, where)
-    originals = _originals(models[0], held.keys())
-    tied = [replace(held[original], name=name) for name, original in originals.items() if original in held]
-    untied = {name: original for name, original in originals.items() if original not in held}
-    own, lacking = _untied(models[0], stage, untied)
-    for name, value in own:
+    originals = _originals(models[0], by_name.keys())
+    tied = [replace(by_name[original], name=name) for name, original in originals.items() if original in by_name]
+    untied = {name: original for name, original in originals.items() if original not in by_name}
+    in_module, missing = _untied(models[0], stage, untied)
+    for name, value in in_module:
         tensor, run = models[0].run(value, name)
         add(name, tensor.shape, tensor.dtype, (run,))
-    # A name takes a few bytes of the checkpoint, and is written with all its numbers.
+    # A tied name takes a few bytes in the checkpoint, but a pruned copy holds all elements of its tensor.
     most_bytes = max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated)
     if len(tied) > budgets.MAX_TIED or sum(tensor.nbytes for tensor in tied) > most_bytes:
         raise InputError(f"{path} is refused: its tensors reuse the bytes that they share too many times")
-    if not held:
+    if not by_name:
         raise InputError(f"{path} holds no tensors")
-    described = (*state_dict.describe([*held.values(), *tied]), *_moments(states))
+    described = (*state_dict.describe([*by_name.values(), *tied]), *_moments(states))
     calls = dict.fromkeys(call for file in (*states, *models) for call in file.source.program.foreign_calls)
     about = ModelInfo(
         producer=f"deepspeed (ZeRO stage {stage}, {len(states)} ranks)",
         optimizer="optimizer state",
         code=torch_zip.shorten(tuple(calls)),
-        notes=_note_untied(lacking),
+        notes=_note_untied(missing),
     )
-    files = (path, *(file for file in (*ranks, *(one.path for one in models)) if file != path))
+    files = (path, *(file for file in (*ranks, *(model.path for model in models)) if file != path))
     return ModelFile(
         path=path,
         format="deepspeed-zero",
@@ -146,7 +146,7 @@ def _note_untied(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _ranks(path: Path) -> list[Path]:
-    """What all ranks saved, in their order."""
+    """The files with the optimizer states of all ranks, in their order."""
     prefix = path.name.partition("zero_pp_rank_")[0]
     by_rank: dict[int, Path] = {}
     with os.scandir(path.parent) as entries:
@@ -165,12 +165,12 @@ def _ranks(path: Path) -> list[Path]:
     if len(by_rank) > budgets.MAX_FILES:
         raise InputError(f"{path.parent} is refused: it has more than {budgets.MAX_FILES} files")
     if missing := [rank for rank in range(len(by_rank)) if rank not in by_rank]:
-        raise InputError(f"{path.parent} is incomplete: what rank {missing[0]} saved of the optimizer is missing")
+        raise InputError(f"{path.parent} is incomplete: the optimizer states of rank {missing[0]} are missing")
     return [by_rank[rank] for rank in range(len(by_rank))]
 
 
 def _open(paths: Sequence[Path], entry: str, scale: int) -> list[_File]:
-    """Follow the pickle of each file, and look into an entry of it."""
+    """Interpret the pickle of each file; the fields are those of ``entry``, or all entries if it is empty."""
     opened, steps = [], 0
     for path in paths:
         state = extents.file_state(path)
@@ -185,7 +185,7 @@ def _open(paths: Sequence[Path], entry: str, scale: int) -> list[_File]:
 
 
 def _stage(state: _File) -> int:
-    """The stage of ZeRO, which is a number or an enumeration of DeepSpeed's."""
+    """The ZeRO stage, saved as a number or as a member of DeepSpeed's enumeration."""
     value = state.fields.get("zero_stage")
     number = value.arg(0) if isinstance(value, OpaqueCall) else value
     if type(number) is not int or number not in _GROUPS:
@@ -202,7 +202,7 @@ def _check_count(state: _File, count: int) -> None:
 
 
 def _model_files(folder: Path, stage: int, ranks: int) -> list[Path]:
-    """Where the names and shapes stand, and in stage 3 what of the weights is not trained."""
+    """The files with names, shapes and weights that are not trained: one per rank in stage 3, else a single one."""
     names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)]
     names = names if stage == 3 else ["mp_rank_00_model_states.pt"]
     for name in names:
@@ -212,7 +212,7 @@ def _model_files(folder: Path, stage: int, ranks: int) -> list[Path]:
 
 
 def _slices(state: _File, entry: str) -> list[Extent]:
-    """The slice of each group of weights that a rank saved."""
+    """The extent of a rank's partition of each parameter group."""
     groups = state.fields.get(entry)
     if not isinstance(groups, list | tuple) or len(groups) > budgets.MAX_FILES:
         raise InputError(f"{state.path} is damaged: it has no {entry}")
@@ -242,40 +242,40 @@ Weights = Iterator[tuple[str, tuple[int, ...], Runs]]
 
 
 def _consecutive_weights(path: Path, slices: Sequence[Sequence[Extent]], groups: Sequence[Group]) -> Weights:
-    """Yield the weights of stages 1 and 2, which lie one after another in the slices of all ranks together."""
+    """Yield the weights of stages 1 and 2, which lie one after another in the concatenated partitions of the ranks."""
     if any(len(rank) != len(groups) for rank in slices):
         raise InputError(f"{path} is damaged: its ranks have other groups of weights than its model")
     align = 2 * len(slices) * _FLOAT.itemsize
     for number, group in enumerate(groups):
-        line = _Line([rank[number] for rank in slices])
+        flat = _Flat([rank[number] for rank in slices])
         offset = 0
         for name, shape in group:
             nbytes = math.prod(shape) * _FLOAT.itemsize
-            yield name, shape, line.cut(path, name, offset, nbytes)
+            yield name, shape, flat.cut(path, name, offset, nbytes)
             offset += nbytes
-        if -(-offset // align) != -(-line.nbytes // align):
-            raise InputError(f"{path} is damaged: its shapes take {offset} bytes, but its ranks hold {line.nbytes}")
+        if -(-offset // align) != -(-flat.nbytes // align):
+            raise InputError(f"{path} is damaged: its shapes take {offset} bytes, but its ranks hold {flat.nbytes}")
 
 
 def _sliced_weights(path: Path, slices: Sequence[Sequence[Extent]], groups: Sequence[Group]) -> Weights:
-    """Yield the weights of stage 3, each of which is cut into equal slices, the last ones filled up."""
-    lines = [_Line(rank) for rank in slices]
+    """Yield the weights of stage 3, each cut into equal slices, one per rank; the last slices are padded."""
+    flats = [_Flat(rank) for rank in slices]
     offset = 0
     for name, shape in (pair for group in groups for pair in group):
         left = math.prod(shape) * _FLOAT.itemsize
-        nbytes = -(-math.prod(shape) // len(lines)) * _FLOAT.itemsize
+        nbytes = -(-math.prod(shape) // len(flats)) * _FLOAT.itemsize
         where: list[Extent] = []
-        for line in lines:
-            where += line.cut(path, name, offset, min(nbytes, left))
+        for flat in flats:
+            where += flat.cut(path, name, offset, min(nbytes, left))
             left -= min(nbytes, left)
         yield name, shape, tuple(where)
         offset += nbytes
-    if any(line.nbytes != offset for line in lines):
+    if any(flat.nbytes != offset for flat in flats):
         raise InputError(f"{path} is damaged: its shapes take {offset} bytes of each rank, which hold others")
 
 
-class _Line:
-    """Runs of bytes in a row, as if they were one."""
+class _Flat:
+    """Extents concatenated to one flat run of bytes."""
 
     def __init__(self, runs: Sequence[Extent]) -> None:
         self._runs = runs
@@ -283,7 +283,7 @@ class _Line:
         self.nbytes = self._begins[-1]
 
     def cut(self, path: Path, name: str, offset: int, nbytes: int) -> Runs:
-        """The runs that some bytes of the row lie in."""
+        """The extents of ``nbytes`` bytes from ``offset`` on."""
         if offset + nbytes > self.nbytes:
             raise InputError(f"{path} is damaged: its ranks do not hold all of {abbreviated(name)}")
         pieces: list[Extent] = []
@@ -300,21 +300,21 @@ Others = Iterator[tuple[str, tuple[int, ...], np.dtype[Any], Runs]]
 
 
 def _frozen(models: Sequence[_File], stage: int) -> Others:
-    """Yield the weights that were not trained; in stage 3 each rank has a slice of them as well."""
+    """Yield the weights that were not trained; in stage 3 each rank holds a slice of them, too."""
     fragments = [dict(model.dictionary("frozen_param_fragments", is_needed=False)) for model in models]
     for name, value in models[0].dictionary("frozen_param_shapes", is_needed=False):
         shape = _shape(models[0].path, name, value)
         slices = [model.run(parts.get(name), name) for model, parts in zip(models, fragments, strict=True)]
         dtype = slices[0][0].dtype
         nbytes = math.prod(shape) * dtype.itemsize
-        line = _Line([run for _, run in slices])
-        if any(tensor.dtype != dtype for tensor, _ in slices) or (stage < 3 and line.nbytes != nbytes):
+        flat = _Flat([run for _, run in slices])
+        if any(tensor.dtype != dtype for tensor, _ in slices) or (stage < 3 and flat.nbytes != nbytes):
             raise InputError(f"{models[0].path} is damaged: {abbreviated(name)} is not of shape {format_shape(shape)}")
-        yield name, shape, dtype, line.cut(models[0].path, name, 0, nbytes)
+        yield name, shape, dtype, flat.cut(models[0].path, name, 0, nbytes)
 
 
 def _others(model: _File, stage: int, runs: Mapping[str, Runs]) -> Others:
-    """Yield what else a module holds: buffers, and weights that no group has, which stage 3 leaves empty."""
+    """Yield the module's buffers, and below stage 3, which saves no others, its weights outside the groups."""
     names = model.fields.get("buffer_names")
     buffers = {name for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else set()
     tied = dict(model.dictionary("shared_params", is_needed=False))
@@ -327,19 +327,19 @@ def _others(model: _File, stage: int, runs: Mapping[str, Runs]) -> Others:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor, of whatever kind: modules may keep a state of their own beside their weights."""
+    """Whether a value is a tensor of any kind: beside their weights, modules may save values that are no tensors."""
     value = tree.inner_tensor(value)
     return isinstance(value, OpaqueCall) and value.path.rpartition(".")[2].startswith("_rebuild_")
 
 
-def _originals(model: _File, held: KeysView[str]) -> dict[str, str]:
-    """The tensor that each tied name stands for, through names that are tied themselves, or where they end without."""
+def _originals(model: _File, tensor_names: KeysView[str]) -> dict[str, str]:
+    """The end of each tied name's chain of ties: the name of a tensor, or the last name if the chain has no tensor."""
     pairs = dict(model.dictionary("shared_params", is_needed=False))
     ends: dict[str, str] = {}
     for name in pairs:
         chain: dict[str, None] = {}
         end = name
-        while end in pairs and end not in held and end not in ends and end not in chain:
+        while end in pairs and end not in tensor_names and end not in ends and end not in chain:
             chain[end] = None
             end = pairs[end]
             if not isinstance(end, str):
@@ -349,22 +349,22 @@ def _originals(model: _File, held: KeysView[str]) -> dict[str, str]:
 
 
 def _untied(model: _File, stage: int, ends: Mapping[str, str]) -> tuple[list[tuple[str, Any]], list[str]]:
-    """Names that are tied to no tensor: those that the module has itself, and those that were saved without.
+    """Of the names that are tied to no tensor: items that the module itself holds, and names that are missing.
 
-    DeepSpeed leaves out frozen weights if it is asked to, but goes on to name what is tied to them.
+    DeepSpeed can leave out frozen weights, but still lists the names that are tied to them.
     """
     module = dict(model.dictionary("module"))
     # Stage 3 leaves the module empty.
-    own = [(name, module[name]) for name in ends if stage < 3 and name in module]
-    lacking = [name for name in ends if stage == 3 or name not in module]
-    for name in lacking:
+    in_module = [(name, module[name]) for name in ends if stage < 3 and name in module]
+    missing = [name for name in ends if stage == 3 or name not in module]
+    for name in missing:
         if ends[name] in module:
             raise InputError(f"{model.path} is damaged: {abbreviated(name)} is tied to a tensor that it does not hold")
-    return own, lacking
+    return in_module, missing
 
 
 def _moments(states: Sequence[_File]) -> Iterator[Tensor]:
-    """Yield what the optimizers keep beside the weights, rank by rank."""
+    """Yield the state tensors of the optimizers, such as moments, rank by rank."""
     for rank, state in enumerate(states):
         for tensor in torch_zip.tensors(state.path, state.source, {})[0]:
             if tensor.storage.extent is None or any(group in tensor.name for group in _GROUPS.values()):

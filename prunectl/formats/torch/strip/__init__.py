@@ -1,4 +1,4 @@
-"""A copy of a PyTorch file (a zip, or the file before 1.6) without what a trained model does not need."""
+"""Strip a PyTorch file (a zip, or a file before 1.6): copy it without the parts that only training needs."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ _FACTS = frozenset(
 )
 _LIGHTNING = "pytorch-lightning_version"
 _LIGHTNING_READS = frozenset({"epoch", "global_step"})
-"""What Lightning's own loader asks an older checkpoint for."""
+"""Keys that Lightning's own loader reads from an older checkpoint."""
 _OPTIMIZER_MARKS = ({"state", "param_groups"}, {"state", "hypers"})
 _SCALER_MARK = "growth_factor"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSection:
-    """An entry of a checkpoint, and whether it is one that holds more."""
+    """A top-level entry of a checkpoint."""
 
     node: IRNode
     storages: frozenset[str]
@@ -67,12 +67,12 @@ class CheckpointSection:
         return bool(self.storages) and not self.is_tensor
 
     def keys(self) -> set[str]:
-        """Its own entries' names."""
+        """The string keys of its own entries."""
         return set(texts(self.node))
 
 
 def training_sections(sections: Mapping[str, CheckpointSection]) -> dict[str, StripPart]:
-    """The entries that only training needs; none unless a model is left without them."""
+    """The entries that only training needs; none unless another entry holds a model."""
     parts = {
         name: needed for name, section in sections.items() if (needed := _part_of(name, section, sections)) is not None
     }
@@ -104,7 +104,7 @@ def _is_for_training(name: str, section: CheckpointSection) -> bool:
     if name in _TRAINING or ("rng" in name.split("_") and not section.is_container):
         return True
     if "scaler" in name:
-        # Some keep the scaler of their data under this name, which predictions need.
+        # Some checkpoints keep the scaler of their data under this name, and predictions need it.
         return _SCALER_MARK in section.keys()  # noqa: SIM118 (these are not a dictionary's)
     if "sched" in name and not section.node.is_atom:
         return True
@@ -113,7 +113,7 @@ def _is_for_training(name: str, section: CheckpointSection) -> bool:
 
 
 def _is_averaged_copy(name: str, sections: Mapping[str, CheckpointSection]) -> bool:
-    """Whether another entry holds the weights that are used."""
+    """Whether an entry is a copy of the weights (averaged or not), and another entry holds the weights in use."""
     if not sections[name].is_container:
         return False
     averages = [other for other in sections if other in AVERAGES and sections[other].is_container]
@@ -131,7 +131,7 @@ _WITH_STATE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _RemovedSection:
-    """What went, and the storages that it used."""
+    """A removed entry, and the keys of its storages."""
 
     name: str
     part: StripPart
@@ -139,9 +139,9 @@ class _RemovedSection:
 
 
 def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write a copy without the parts that are to go, and return what went.
+    """Write a copy without the parts in the options, and return the removed items.
 
-    A mask and its wrapper go together, whichever of them is asked for: neither means anything alone.
+    Masks and wrappers are removed together if either is requested: neither means anything alone.
     """
     container = _open(model, options)
     if container is None:
@@ -173,7 +173,7 @@ def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) ->
 
 
 def _open(model: ModelFile, options: StripOptions) -> CheckpointContainer | None:
-    """What can be changed; None where there is nothing that could go."""
+    """The container to edit; None for TorchScript, from which nothing can be removed."""
     if model.format != "torch":
         return open_legacy_container(model)
     if SCRIPT_CODE not in model.about.code:
@@ -189,7 +189,7 @@ def _open(model: ModelFile, options: StripOptions) -> CheckpointContainer | None
 
 
 def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_RemovedSection]:
-    """Take the entries out of a checkpoint that only training needs."""
+    """Remove the entries of a checkpoint that only training needs."""
     pairs = entries(root) or []
     sections: dict[str, CheckpointSection] = {}
     work = 0
@@ -205,7 +205,7 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
     removed = {name: part for name, part in training_sections(sections).items() if part in options.parts}
     if not removed:
         return []
-    # The loader of YOLO asks for the model even where it takes the average.
+    # The loader of YOLO reads the key `model` even if it takes the average, so the key stays, with None.
     kept = [
         (key, IRNode(b"N") if name in removed else item)
         for key, item in pairs
@@ -216,39 +216,39 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
 
 
 def _keep_copy(path: Path, root: IRNode, choice: CopyChoice) -> list[_RemovedSection]:
-    """Leave one of two copies of the weights, under the names that the class of the network knows."""
+    """Keep one of two copies of the weights, under the names that the network's class expects."""
     dicts = list(iter_nested_dicts(root))
     nodes = {f"{state.prefix}{name}": item for state in dicts for name, item in texts(state.node).items()}
-    gone = [item for name, item in nodes.items() if choice.is_removed(name)]
+    removed = [item for name, item in nodes.items() if choice.is_removed(name)]
     if choice.sources.keys() <= nodes.keys() and set(choice.sources.values()) <= nodes.keys():
-        gone = [nodes[name] for name in choice.sources] or gone
+        removed = [nodes[name] for name in choice.sources] or removed
         for state in dicts:
             pairs = entries(state.node) or []
-            left = [entry for entry in pairs if not choice.is_removed(f"{state.prefix}{text(entry[0])}")]
-            replace_entries(state.node, [_kept_entry(state.prefix, entry, nodes, choice) for entry in left])
+            remaining = [entry for entry in pairs if not choice.is_removed(f"{state.prefix}{text(entry[0])}")]
+            replace_entries(state.node, [_kept_entry(state.prefix, entry, nodes, choice) for entry in remaining])
     elif (
         not choice.lacking
         and {choice.home, choice.other} <= texts(root).keys()
         and (module := _module(nodes, choice)) is not None
     ):
-        # Whole modules: one takes the place of the other.
-        gone = [nodes[choice.home]]
+        # Whole modules: the other takes the place of the one at home.
+        removed = [nodes[choice.home]]
         kept = [(key, module if text(key) == choice.home else item) for key, item in entries(root) or ()]
         replace_entries(root, [entry for entry in kept if text(entry[0]) != choice.other])
     else:
-        gone = []
-    if not gone:
+        removed = []
+    if not removed:
         raise InputError(
             f"{path}: a copy of its weights lies in objects that only their class can open",
             hint="save the state dict of the copy to keep",
         )
-    storages = frozenset(key for node in gone for key in storage_keys(node))
+    storages = frozenset(key for node in removed for key in storage_keys(node))
     copies = " and ".join((choice.other, *choice.more))
     return [_RemovedSection(choice.home if choice.sources else copies, StripPart.TRAINING, storages)]
 
 
 def _module(nodes: Mapping[str, IRNode], choice: CopyChoice) -> IRNode | None:
-    """The module that can take the place of the one that is used: of its class, alone or kept by an object."""
+    """The module that can replace the one at home: of the same class, either itself or an attribute of an object."""
     name, source = next(iter(choice.sources.items()))
     suffix = name.removeprefix(f"{choice.home}.")
     inside = source.removeprefix(f"{choice.other}.").removesuffix(suffix).rstrip(".")
@@ -262,13 +262,13 @@ def _module(nodes: Mapping[str, IRNode], choice: CopyChoice) -> IRNode | None:
 
 
 def _attributes(node: IRNode) -> dict[str, IRNode]:
-    """What an object is given when it is built."""
+    """The attributes in the state that BUILD gives to an object."""
     given = (mutation.parts[0] for mutation in node.mutations if mutation.code == ord("b"))
     return {name: item for state in given for name, item in texts(state).items()}
 
 
 def _kept_entry(prefix: str, entry: Entry, nodes: Mapping[str, IRNode], choice: CopyChoice) -> Entry:
-    """An entry by its new name, with the values of the copy that stays."""
+    """An entry under its new name, with the value of the copy that is kept."""
     key, item = entry
     name = f"{prefix}{text(key)}"
     if name not in choice.names:
@@ -278,12 +278,12 @@ def _kept_entry(prefix: str, entry: Entry, nodes: Mapping[str, IRNode], choice: 
         item = nodes[choice.sources[name]]
     if new == name:
         return key, item
-    # What wraps a network stands in front of the names in their own dictionary.
+    # The new name is a full path; the keys of this dictionary are without its prefix.
     return text_node(new.removeprefix(prefix)), item
 
 
 def _drop_all_gradients(root: IRNode) -> list[_RemovedSection]:
-    """Take gradients out: those beside their weights, and those that a parameter carries along."""
+    """Remove gradients: those beside their weights, and those in the state of a parameter."""
     removed: list[_RemovedSection] = []
     for state_dict in list(iter_nested_dicts(root)):
         names = texts(state_dict.node)
@@ -311,7 +311,7 @@ def _is_gradient(name: str, node: IRNode, names: dict[str, IRNode]) -> bool:
 
 
 def _removed_masks(key_of: Mapping[str, str], masked_weights: Iterable[MaskedWeight]) -> list[_RemovedSection]:
-    """The masks and the wrappers that went; the known are the keys of storages."""
+    """The removed masks and wrappers; ``key_of`` has the keys of their storages in the pickle."""
     removed: dict[str, _RemovedSection] = {}
     for masked in masked_weights:
         for mask in masked.masks:
@@ -325,7 +325,7 @@ def _removed_masks(key_of: Mapping[str, str], masked_weights: Iterable[MaskedWei
 
 
 def _reject_other_masks(model: ModelFile, removed: Iterable[_RemovedSection]) -> None:
-    """Refuse masks that code applies, which cannot go without it."""
+    """Refuse a file with masks that were not removed, such as those that code in the file applies."""
     names = tuple(section.name for section in removed)
     inside = tuple(f"{name}." for name in names)
     for tensor in model.tensors:
@@ -339,7 +339,7 @@ def _reject_other_masks(model: ModelFile, removed: Iterable[_RemovedSection]) ->
 def _removed_items(
     removed: Iterable[_RemovedSection], keys_after: frozenset[str], container: CheckpointContainer
 ) -> Iterable[RemovedItem]:
-    """Yield what went with the bytes that went with it; what several share counts once."""
+    """Yield the removed items with the bytes of their storages; a storage that several share counts once."""
     counted = set(keys_after)
     for item in removed:
         yield RemovedItem(item.name, item.part, sum(container.sizes.get(key, 0) for key in item.storages - counted))
@@ -350,7 +350,7 @@ ALIGNMENT = 64
 
 
 def open_zip_container(model: ModelFile, archive: Archive) -> CheckpointContainer:
-    """The program and the storages of a zip."""
+    """The IR of a zip's pickle, and its storages."""
     folder = top_folder(archive)
     entry = archive.entries[f"{folder}data.pkl"]
     if entry.is_stored:
@@ -372,14 +372,14 @@ def open_zip_container(model: ModelFile, archive: Archive) -> CheckpointContaine
 
 
 def _storage_names(folder: str, key: str) -> tuple[str, str]:
-    """The entry of a storage, and what it is called where it lies beside the program."""
+    """The possible entries of a storage: in the folder `data`, or beside the pickle."""
     return f"{folder}data/{key}", f"{folder}{key}"
 
 
 def _write(archive: Archive, folder: str, target: Path, edits: CheckpointEdits) -> None:
     data = f"{folder}data/"
     dropped = {name for key in edits.dropped for name in _storage_names(folder, key)}
-    # It promises that every storage lies where PyTorch's own writer would have put it.
+    # This entry promises that every storage lies where PyTorch's own writer would have put it.
     dropped.add(f"{folder}.format_version")
     names = [name for name in archive.entries if name not in dropped]
     last = max((index for index, name in enumerate(names) if name.startswith(data)), default=len(names) - 1)

@@ -1,4 +1,4 @@
-"""Takes the masks of pruning out of the state dicts of a recorded program."""
+"""Apply and remove the pruning masks in the state dicts of a pickle, and halve the precision of storages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SPARSIFIER = {"state", "groups"}
 
 @dataclass(frozen=True, slots=True)
 class StateDict:
-    """A dictionary of a program, and what the names of its tensors begin with."""
+    """A dictionary in the pickle, and the prefix of its tensors' names."""
 
     prefix: str
     node: IRNode
@@ -49,18 +49,18 @@ class StateDict:
 
 @dataclass(frozen=True, slots=True)
 class MaskedWeight:
-    """A weight that is to become itself times its masks."""
+    """A weight to multiply by its masks."""
 
     parent: StateDict
     name: str
-    """What it is called without its wrapper, in its dictionary."""
+    """Its key in the dictionary once it has no wrapper, such as `conv.weight`."""
     wrapper: str
     tensor: Tensor
     masks: tuple[Tensor, ...]
 
 
 def iter_nested_dicts(root: IRNode) -> Iterator[StateDict]:
-    """Yield the dictionaries inside dictionaries, each once."""
+    """Yield a dictionary and all dictionaries nested in it, each once."""
     todo = [StateDict("", root)]
     seen: set[int] = set()
     while todo:
@@ -75,25 +75,26 @@ def iter_nested_dicts(root: IRNode) -> Iterator[StateDict]:
 
 
 def unwrap(root: IRNode, tensors: Mapping[str, Tensor]) -> list[MaskedWeight]:
-    """Give every masked weight its plain name, drop its masks, and return what its numbers are to be."""
+    """Rename every masked weight to its plain name, drop its masks, and return the weights to multiply by them."""
     state_dicts = list(iter_nested_dicts(root))
-    others = {weight: name for state_dict_node in state_dicts for weight, name in _sparsifier(state_dict_node).items()}
+    ao_masks = {weight: name for state_dict in state_dicts for weight, name in _sparsifier(state_dict).items()}
     masked: list[MaskedWeight] = []
-    for state_dict_node in state_dicts:
-        masked += _unwrap(state_dict_node, tensors, others)
+    for state_dict in state_dicts:
+        masked += _unwrap(state_dict, tensors, ao_masks)
     used = {mask.name for weight in masked for mask in weight.masks}
-    for state_dict_node in state_dicts:
-        inside = entries(state_dict_node.node) or []
-        kept = [entry for entry in inside if not _is_applied(state_dict_node, text(entry[0]), entry[1], used)]
+    for state_dict in state_dicts:
+        inside = entries(state_dict.node) or []
+        kept = [entry for entry in inside if not _is_applied(state_dict, text(entry[0]), entry[1], used)]
         if len(kept) < len(inside):
-            replace_entries(state_dict_node.node, kept)
+            replace_entries(state_dict.node, kept)
     return masked
 
 
-def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], others: Mapping[str, str]) -> list[MaskedWeight]:
+def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], ao_masks: Mapping[str, str]) -> list[MaskedWeight]:
     pairs = entries(parent.node) or []
     names = [name for key, _ in pairs if (name := text(key)) is not None]
-    matches = [(weight, _match_masks(parent, weight, tensors, others)) for weight in masked_params.find(names, others)]
+    candidates = masked_params.find(names, ao_masks)
+    matches = [(weight, _match_masks(parent, weight, tensors, ao_masks)) for weight in candidates]
     wrapped = [weight for weight, match in matches if match is not None]
     if not wrapped:
         return []
@@ -110,9 +111,9 @@ def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], others: Mapping[st
 
 
 def _match_masks(
-    parent: StateDict, weight: MaskedParam, tensors: Mapping[str, Tensor], others: Mapping[str, str]
+    parent: StateDict, weight: MaskedParam, tensors: Mapping[str, Tensor], ao_masks: Mapping[str, str]
 ) -> MaskedWeight | None:
-    names = [mask if mask in others.values() else parent.prefix + mask for mask in weight.masks]
+    names = [mask if mask in ao_masks.values() else parent.prefix + mask for mask in weight.masks]
     original = tensors.get(parent.prefix + weight.original)
     masks = tuple(tensors[name] for name in names if name in tensors)
     if original is None or len(masks) != len(names) or not original.is_float:
@@ -123,7 +124,7 @@ def _match_masks(
 
 
 def _sparsifier(parent: StateDict) -> dict[str, str]:
-    """The masks that a sparsifier of torch.ao keeps, by the weights that they belong to."""
+    """The names of the masks that a sparsifier of torch.ao keeps, by the names of their weights."""
     inside = texts(parent.node)
     if not inside.keys() >= _SPARSIFIER:
         return {}
@@ -132,7 +133,7 @@ def _sparsifier(parent: StateDict) -> dict[str, str]:
 
 
 def _is_applied(parent: StateDict, name: str | None, item: IRNode, used: set[str]) -> bool:
-    """Whether an entry is a sparsifier whose masks are all in the weights now."""
+    """Whether an entry is a sparsifier whose masks have all been applied."""
     if name is None or entries(item) is None:
         return False
     masks = _sparsifier(StateDict(f"{parent.prefix}{name}.", item)).values()
@@ -140,7 +141,7 @@ def _is_applied(parent: StateDict, name: str | None, item: IRNode, used: set[str
 
 
 def _forget_modules(node: IRNode, wrapped: list[MaskedParam]) -> None:
-    """Drop the versions of modules that are gone, which a state dict keeps in `_metadata`."""
+    """Drop the versions of removed modules, which a state dict keeps in `_metadata`."""
     removed = {weight.wrapper for weight in wrapped if weight.wrapper != weight.original}
     above = {wrapper.rpartition(".")[0] for wrapper in removed if ".parametrizations." in f".{wrapper}"}
     for mutation in node.mutations:
@@ -160,10 +161,10 @@ def _is_removed(name: str | None, removed: set[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TensorData:
-    """What a storage is to hold, in the order in which it holds it."""
+    """The new elements of a storage, in storage order."""
 
     tensor: Tensor
-    """Says the type and the order of bytes."""
+    """Gives the dtype and the byte order."""
     size: int
     blocks: Callable[[], Iterator[Array]]
 
@@ -183,7 +184,7 @@ class TensorData:
 def materialise_masked(
     model: ModelFile, container: CheckpointContainer, masked_weights: Collection[MaskedWeight]
 ) -> dict[str, TensorData]:
-    """The storages of weights times masks, by their keys; a weight that shares its own gets another."""
+    """The products of weights and masks, by the keys of their storages; a weight in a shared storage gets a new one."""
     root = container.ir.root
     used = Counter(container.name_of(ref.key) for ref in storage_refs(root))
     key_of = {container.name_of(ref.key): ref.key for ref in storage_refs(root)}
@@ -222,7 +223,7 @@ _LAYOUT = attrgetter("start", "shape", "strides", "dtype")
 
 
 def _are_alike(model: ModelFile, group: list[MaskedWeight]) -> bool:
-    """Whether weights fill one storage, and their masks say the same of it."""
+    """Whether all weights are the same view of a whole storage, and their masks are equal."""
     first = group[0].tensor
     is_dense = first.strides is None or is_permuted(first.shape, first.strides)
     if first.start or first.nbytes != first.storage.nbytes or not is_dense:
@@ -258,11 +259,11 @@ _TYPED = (
     *("torch._utils._rebuild_qtensor", "torch._utils._rebuild_wrapper_subclass", "torch._utils._rebuild_tensor_v3"),
     "torch._tensor._rebuild_from_type",
 )
-"""Calls that say or presume the type of their numbers."""
+"""Calls that state or presume the dtype of their storages."""
 
 
 def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str, TensorData]) -> dict[str, NewStorage]:
-    """Storages of 16-bit floats for those of plain wider floats, named so in the program."""
+    """16-bit copies of the storages of wider floats; their classes in the pickle become HalfStorage."""
     first_tensors: dict[str, Tensor] = {}
     for tensor in model.tensors:
         first_tensors.setdefault(tensor.storage.key, tensor)
@@ -285,7 +286,7 @@ def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str
 
 
 def _whole(model: ModelFile, tensor: Tensor | None) -> TensorData | None:
-    """All that a storage holds, whichever part of it a tensor sees."""
+    """All elements of the storage that a tensor is a view of."""
     if tensor is None or tensor.storage.key.startswith("pickle@"):
         return None
     size = tensor.storage.nbytes // tensor.dtype.itemsize
