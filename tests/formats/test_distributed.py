@@ -526,7 +526,7 @@ def test_values_that_make_much_of_little_cost_little(own: Path) -> None:
     rewritten(own, overlap)
     found = cost("inspect", own, scratch=own.parent / "scratch")
     assert_refused_cheaply(found)
-    assert "lie over each other" in found.outcome.err
+    assert "two of its values overlap" in found.outcome.err
 
 
 def test_so_many_values_that_no_checkpoint_has_them_cost_little(own: Path) -> None:

@@ -15,9 +15,9 @@ from prunectl.formats.base import PruningWrapper, Shape
 
 PRUNED_PREFIX = "prune_low_magnitude_"
 LORA_PREFIX = "lora_"
-"""With it the names of low-rank factors begin; what is added to a kernel is their product."""
+"""Prefix of the names of low-rank factors (LoRA), whose product is added to a kernel."""
 WRAPPER = "PruneLowMagnitude"
-"""The class around a layer that tfmot prunes."""
+"""The class of tfmot's wrapper around a layer that it prunes."""
 _OWN_MODULES = ("keras", "tf_keras", "builtins", "tensorflow", "tensorflow_model_optimization")
 
 
@@ -34,7 +34,7 @@ class LayerConfig:
 
 
 def measured(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None:
-    """A configuration that is known to hold no more layers, and no longer names, than walks through it can bear."""
+    """The same configuration, refused if it has too many layers, or too long names, to be walked through."""
     count = characters = 0
     pending: list[tuple[Any, int]] = [(config, 0)]
     while pending:
@@ -52,7 +52,7 @@ def measured(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None
 
 
 def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
-    """Yield the layers of a model's configuration, the nested ones after what holds them."""
+    """Yield all layers of a model's configuration, each before the layers that are nested in it."""
     for entry in listed(config):
         layer = _layer(entry, path)
         if layer is None:
@@ -69,7 +69,7 @@ def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
 
 
 def children(config: Any) -> Iterator[LayerConfig]:
-    """Yield the layers of a model itself, without those inside them."""
+    """Yield the layers of a model, without those nested in them."""
     for entry in listed(config):
         layer = _layer(entry, ())
         if layer is not None:
@@ -77,7 +77,7 @@ def children(config: Any) -> Iterator[LayerConfig]:
 
 
 def listed(model: Any) -> tuple[Mapping[str, Any], ...]:
-    """The layers in a model: in its configuration, or, for Keras 1, that configuration itself."""
+    """The entries of a model's layers: a list in its configuration or, in Keras 1, the configuration itself."""
     config = model.get("config") if isinstance(model, (dict, Mapping)) else None
     entries = config.get("layers") if isinstance(config, (dict, Mapping)) else config
     return tuple(entry for entry in entries if isinstance(entry, dict)) if isinstance(entries, list) else ()
@@ -95,7 +95,7 @@ def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
 
 
 def inner_layer(layer: Any) -> Mapping[str, Any] | None:
-    """The layer that a pruning wrapper is around; None of any other layer."""
+    """The layer inside a pruning wrapper; None for any other layer."""
     if text(layer, "class_name").rpartition(">")[2] != WRAPPER:
         return None
     inner = part(part(layer, "config"), "layer")
@@ -138,7 +138,7 @@ def optimizer(training_config: Mapping[str, Any]) -> str:
 
 
 def named(value: Any) -> str:
-    """The name of what Keras stores as a name, or as a class with its configuration."""
+    """The name of an object, such as a loss, that Keras stores as a name or as a class with its configuration."""
     name = value if isinstance(value, str) else text(value, "class_name")
     return name.rpartition(">")[2]
 
@@ -150,7 +150,7 @@ def part(facts: Any, key: str) -> Mapping[str, Any]:
 
 
 def is_packed(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer keeps two weights in a byte, so that its shapes are not those of its kernel."""
+    """Whether a layer packs two weights into a byte, so that the stored shape is not that of its kernel."""
     mode = part(part(layer, "dtype"), "config").get("mode")
     return isinstance(mode, str) and mode.startswith(("int4", "gptq", "awq"))
 
@@ -165,7 +165,7 @@ _TUPLES = ("__tuple__", "TensorShape")
 
 
 def untuple(value: Any) -> Any:
-    """The list behind what Keras writes for a tuple, or a value that is none."""
+    """The list inside a tuple as Keras writes it; any other value as it is, but None for too long a list."""
     items = value.get("items") if isinstance(value, dict) and value.get("class_name") in _TUPLES else value
     return None if isinstance(items, list) and len(items) > budgets.MAX_LISTED else items
 
@@ -182,7 +182,7 @@ def shape_in(value: Any) -> Shape | None:
 
 
 def shapes_in(value: Any, nesting: int = 0) -> tuple[Shape | None, ...]:
-    """The shapes in what may be one of them, or several in a list or under names."""
+    """The shapes in a value: a single shape, or several in a list or a dictionary."""
     shape = shape_in(value)
     if shape is not None or nesting > budgets.MAX_SHAPE_DEPTH:
         return (shape,)
@@ -193,7 +193,7 @@ def shapes_in(value: Any, nesting: int = 0) -> tuple[Shape | None, ...]:
 
 @lru_cache(1024)
 def snake_case(name: str) -> str:
-    """The name that Keras gives to layers of a class that were not named."""
+    """The class name in snake case, which Keras gives as a name to layers without one."""
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
@@ -254,7 +254,7 @@ _WINDOWS = (("nb_row", "nb_col"), ("kernel_dim1", "kernel_dim2", "kernel_dim3"))
 
 
 def upgrade_class_name(kind: str) -> str:
-    """The class of a layer as Keras 2 calls it."""
+    """The name of a layer's class in Keras 2."""
     stem, digit, rest = kind[:-2], kind[-2:-1], kind[-2:]
     if digit in {"1", "2", "3"} and rest.endswith("D") and stem in _KINDS:
         return _KINDS[stem] + rest
@@ -262,7 +262,7 @@ def upgrade_class_name(kind: str) -> str:
 
 
 def upgrade_config(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a layer under the names that Keras 2 gives them."""
+    """The settings of a layer under their names in Keras 2."""
     upgraded = {_KEYS.get(key, key): value for key, value in config.items()}
     for keys in _WINDOWS:
         if all(key in config for key in keys):
@@ -285,35 +285,35 @@ def modern_name(leaf: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """An output of a call of a layer."""
+    """A reference to an output of a layer call."""
 
     layer: str
     node: int
     tensor: int
     shape: Shape | None = None
-    """What Keras 3 says of its shape."""
+    """Its shape, which only Keras 3 stores."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCall:
-    """One use of a layer."""
+    """One call of a layer, a node in the graph of a model."""
 
     layer: str
     description: Mapping[str, Any]
-    """The layer as the configuration describes it."""
+    """The layer's entry in the configuration."""
     node: int
     arguments: tuple[TensorRef, ...] = ()
     named: tuple[tuple[str, TensorRef], ...] = ()
-    """What it takes by name; a list has its name several times."""
+    """Its keyword inputs; each tensor of a list has the name of the list."""
 
     @property
     def keywords(self) -> Mapping[str, TensorRef]:
-        """The first that each name stands for."""
+        """The first tensor of each keyword input."""
         return dict(reversed(self.named))
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:
-        """All that it takes."""
+        """All of its inputs."""
         return (*self.arguments, *(source for _, source in self.named))
 
 
@@ -323,7 +323,7 @@ def name_of(layer: Mapping[str, Any]) -> str:
 
 
 def parse_calls(model: Any) -> tuple[NodeCall, ...]:
-    """Every call in a model whose layers say where their inputs come from."""
+    """Every layer call in a model, from the inbound nodes of its layers."""
     return tuple(call for layer in listed(model) for call in _calls(layer))
 
 
@@ -350,7 +350,7 @@ def _calls(layer: Mapping[str, Any]) -> Iterator[NodeCall]:
 
 
 def _named(node: Any) -> Mapping[str, Any]:
-    """What a node of Keras 2 takes by name: it stands behind each tensor."""
+    """The keyword inputs of a node of Keras 2, which follow each tensor reference."""
     entries = [node] if _is_reference(node) else node if isinstance(node, list) else []
     return {
         key: value

@@ -1,4 +1,4 @@
-"""The two layouts of weights in HDF5: groups of layers that name them (`.h5`), and numbered folders (`.weights.h5`)."""
+"""The two layouts of weights in HDF5: listed by layer name (`.h5`), and numbered in folders (`.weights.h5`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prunectl.formats.keras.roles import (
     name_by_position,
     position,
     quantised_names,
-    strip_cell_prefix,
+    strip_cells,
     weight_class,
     weight_role,
 )
@@ -35,9 +35,9 @@ from prunectl.formats.keras.roles import (
 _OPTIMIZER_GROUP = "optimizer_weights"
 _WHOLE_MODEL = ""
 TWICE = "_layer_checkpoint_dependencies"
-"""The list in which layers with weights stood twice, in Keras 2.12 and 2.13."""
+"""The container in which layers with weights are listed twice, in Keras 2.12 and 2.13."""
 CONTAINERS = ("layers", TWICE)
-"""Folders of layers in `.weights.h5`."""
+"""Folders that hold the folders of layers, in `.weights.h5`."""
 
 
 def layer_names_group(contents: H5Contents) -> str | None:
@@ -48,7 +48,7 @@ def layer_names_group(contents: H5Contents) -> str | None:
 
 
 def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, Any] | None) -> tuple[Tensor, ...]:
-    """The weights in the order of the layers, then whatever else the file holds."""
+    """The weights in the order of the layers, then all other datasets of the file."""
     layers_by_owner = _layers_by_owner(config)
     datasets = {dataset.name: dataset for dataset in contents.datasets}
     listed_weights = {path: (group, weight) for group, weight, path in _listed_weights(contents, root)}
@@ -68,7 +68,7 @@ def tensors_by_layer_name(contents: H5Contents, root: str, config: Mapping[str, 
 
 
 def _layers_by_owner(config: Mapping[str, Any] | None) -> Mapping[str, Mapping[str, LayerConfig]]:
-    """The layers inside each layer and model (itself among them), by the name of the outer one."""
+    """By the name of a layer or model: all layers inside it, itself included, by their names."""
     layers_by_owner: defaultdict[str, dict[str, LayerConfig]] = defaultdict(dict)
     for layer in keras_config.layers(config):
         for owner in (_WHOLE_MODEL, *layer.path, layer.name):
@@ -96,14 +96,14 @@ def _listed_weights(contents: H5Contents, root: str) -> Iterator[tuple[str, str,
 
 
 def weight_names(contents: H5Contents, root: str) -> dict[str, list[str]]:
-    """The names of the weights in each group, by the names of the groups."""
+    """The names of the weights in each group, by the name of the group."""
     # The last group holds weights of a subclassed model that belong to none of its layers.
     groups = dict.fromkeys([*contents.names(root, "layer_names"), "top_level_model_weights"])
     return {group: contents.names(joined(root, group), "weight_names") for group in groups}
 
 
 def joined(*steps: str) -> str:
-    """A path in a file; steps without a name add nothing to it."""
+    """The path of some steps in a file, without the empty ones."""
     return "/".join(step for step in steps if step)
 
 
@@ -132,7 +132,7 @@ def _named_tensor(dataset: Dataset, group: str, name: str, known: Mapping[str, L
 
 
 def _layer(steps: list[str], known: Mapping[str, LayerConfig]) -> LayerConfig | None:
-    """The innermost layer on the way to a weight; some layers have a slash in their name."""
+    """The innermost layer on the path to a weight; a layer may have slashes in its name."""
     for end in range(len(steps), 0, -1):
         for begin in range(max(end - budgets.MAX_NAME_SLASHES, 0), end):
             if (name := "/".join(steps[begin:end])) in known:
@@ -141,11 +141,11 @@ def _layer(steps: list[str], known: Mapping[str, LayerConfig]) -> LayerConfig | 
 
 
 def _plain_layer(steps: list[str], group: str) -> str:
-    """The layer where only names tell: the group, and what is inside it."""
+    """The layer's name without a configuration: the group, and the steps inside it."""
     for begin in range(len(steps)):
         if f"{'/'.join(steps[begin:])}/".startswith(f"{group}/"):
-            return "/".join(strip_cell_prefix(steps[begin:]))
-    return "/".join(strip_cell_prefix(steps)) or group
+            return "/".join(strip_cells(steps[begin:]))
+    return "/".join(strip_cells(steps)) or group
 
 
 def _unlisted_tensor(dataset: Dataset) -> Tensor:
@@ -165,16 +165,16 @@ class _Owner:
     slug: str
     """The last step of the path, without its number: the class in snake case, or an attribute."""
     layer: LayerConfig | None
-    """The layer of the configuration that it is, or that it is inside of."""
+    """The layer of the configuration at the path, or around it."""
     is_layer: bool
-    """Whether it is that layer itself."""
+    """Whether the path leads to that layer itself, not to a part of it."""
 
     @property
     def display_name(self) -> str:
-        """What a user would call the layer."""
+        """The layer's name as a user knows it."""
         if self.layer is not None:
             return self.layer.name.removeprefix(PRUNED_PREFIX)
-        return "/".join(strip_cell_prefix(self.names))
+        return "/".join(strip_cells(self.names))
 
     @property
     def kind(self) -> str:
@@ -182,11 +182,11 @@ class _Owner:
 
 
 class NumberedWeights(NamedTuple):
-    """The weights of a file that knows them by number."""
+    """The weights of a file that only numbers them."""
 
     tensors: tuple[Tensor, ...]
     copies: Mapping[str, str]
-    """Weights that pruning wrappers hold once more, with their originals."""
+    """The names of second copies of weights in wrappers, with the names of their originals."""
 
 
 def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> NumberedWeights:
@@ -215,7 +215,7 @@ def tensors_by_path(contents: H5Contents, config: Mapping[str, Any] | None) -> N
 
 
 def unmatched_note(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """A note where weights keep the names of folders, for it is unknown whose they are."""
+    """A note if weights are named by their folders, since it is unknown which layers they belong to."""
     if not any(tensor.name.startswith(tuple(f"{container}/" for container in CONTAINERS)) for tensor in tensors):
         return ()
     return ("The weights do not match the layers of the configuration, so they are named by their paths in the file.",)
@@ -233,9 +233,9 @@ class _Folders:
     wrappers: frozenset[str]
     """Folders of pruning wrappers."""
     counts: Mapping[str, int]
-    """How many datasets are in each."""
+    """How many datasets are in each folder."""
     quantised: Mapping[str, Sequence[str]]
-    """Names of the weights in each of a quantised layer."""
+    """The names of the weights in each folder, in order; empty unless its layer is quantised."""
 
 
 def _numbered_tensor(dataset: Dataset, folders: _Folders, of_wrappers: Mapping[str, tuple[str, Role]]) -> Tensor:
@@ -307,11 +307,11 @@ _WIDTHS = {
     "LSTM": ("units", 4),
     "SimpleRNN": ("units", 1),
 }
-"""The setting with the width of a layer, and how many gates share their last axis."""
+"""By class: the setting with the width of a layer, and how many gates share the last axis of its kernel."""
 
 
 def check_widths(model: ModelFile) -> None:
-    """Refuse a file whose layers say another width than their weights have, or have no weights at all."""
+    """Refuse a file with a layer that has another width in the configuration than in its weights, or no weights."""
     if model.format != "keras-h5" or model.about.keras is None:
         # Elsewhere weights are numbered, and which layer they belong to is a guess.
         return

@@ -1,7 +1,7 @@
-"""Models of Keras, `.h5` and `.keras`: whole models and weights, of Keras 1, 2 and 3.
+"""Open files of Keras 1, 2 and 3, `.h5` and `.keras`: whole models, and weights alone.
 
-An archive is a zip of a configuration and an HDF5 file of weights, which are inflated into a scratch file where they
-are deflated.
+A `.keras` archive is a zip of a JSON configuration and an HDF5 file of weights; deflated weights are inflated into a
+scratch file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def open_h5(path: Path) -> ModelFile:
 
 
 def _describe(contents: H5Contents, config: dict[str, Any] | None) -> NumberedWeights:
-    """The tensors of a file, whichever way its Keras lays them out."""
+    """The tensors of a file, in either of the two layouts."""
     root = layouts.layer_names_group(contents)
     if root is not None:
         return NumberedWeights(layouts.tensors_by_layer_name(contents, root, config), {})
@@ -96,7 +96,7 @@ def open_zip(path: Path) -> ModelFile:
     config = parse_object(text, path, "its config.json", budgets.MAX_KERAS_OBJECT_BYTES)
     keras_config.measured(config, path)
     weights = archive.entries[WEIGHTS]
-    # Before the weights are inflated, lest they stay for as long as somebody holds on to what is wrong with the rest.
+    # Before the weights are inflated: an error below would keep the scratch file as long as its traceback lives.
     about = _about(path, archive, config, is_compressed=not weights.is_stored)
     model = _stored(path, weights, config) if weights.is_stored else _deflated(path, archive, weights, config)
     return replace(model, about=replace(about, notes=layouts.unmatched_note(model.tensors)))
@@ -122,19 +122,19 @@ def _deflated(path: Path, archive: Archive, weights: ZipEntry, config: dict[str,
         return inflated.read(inner[tensor.storage.key])
 
     weakref.finalize(decode, scratch.remove)
-    tensors = tuple(_hidden(tensor, share) for tensor in inner.values())
+    tensors = tuple(_without_extent(tensor, share) for tensor in inner.values())
     return _model(path, NumberedWeights(tensors, inflated.duplicates), decode)
 
 
 def inflate(archive: Archive, target: Path) -> H5Contents:
-    """Write the weights of an archive to a file of their own, and read what it holds."""
+    """Write the weights of an archive to a file of their own, and read its contents."""
     weights = archive.entries[WEIGHTS]
     with target.open("wb") as file:
         file.writelines(archive.pieces(weights))
     try:
         return hdf5.read_contents(H5Location(target, 0, weights.nbytes))
     except InputError as error:
-        # The user has never heard of the file that they were inflated into.
+        # The user does not know the file that the weights were inflated into.
         raise InputError(error.message.replace(str(target), f"{archive.path}: its {WEIGHTS}")) from error
 
 
@@ -147,8 +147,8 @@ def inflated_model(archive: Archive, config: dict[str, Any], target: Path) -> Mo
     )
 
 
-def _hidden(tensor: Tensor, share: float) -> Tensor:
-    """A tensor that has no place of its own in the archive, only a share of what is deflated."""
+def _without_extent(tensor: Tensor, share: float) -> Tensor:
+    """A tensor without an extent in the archive, only with a share of the deflated bytes."""
     storage = replace(tensor.storage, extent=None, stored_bytes=int(tensor.storage.stored_bytes * share))
     return replace(tensor, storage=storage)
 

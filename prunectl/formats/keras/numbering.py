@@ -1,8 +1,8 @@
-"""Which folder of `model.weights.h5` holds which layer? Keras numbers the layers of a class, in two ways.
+"""Which folder of `model.weights.h5` holds which layer? Keras numbers the layers of a class, in one of two ways.
 
 Keras 3, and Keras 2 from 2.14 on, count each layer once: `conv2d`, `conv2d_1`. Keras 2.12 and 2.13 walk a list in which
-a layer with weights stands twice, so that it takes two numbers: `conv2d`, `conv2d_2`. Either is held against the shapes
-that the configuration says; what fits neither keeps its folder for a name.
+a layer with weights occurs twice, so that it takes two numbers: `conv2d`, `conv2d_2`. Both ways are checked against the
+shapes in the configuration; a layer that fits neither is named by its folder.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class _StoredFolders:
     folders: Mapping[str, frozenset[str]]
     """The folders in each container, by its path."""
     kernels: Mapping[str, Shape]
-    """The shapes of what is called 0, by the path of the folder that its layer has."""
+    """The shape of each layer's variable 0, by the path of the layer's folder."""
 
 
 @dataclass(slots=True)
 class _FolderAssignment:
-    """Layers by folder under one of the two ways to count."""
+    """The layers by their folders, under one of the two ways of counting."""
 
     layers: dict[str, LayerConfig] = field(default_factory=dict)
     misfits: set[str] = field(default_factory=set)
@@ -52,7 +52,7 @@ class _FolderAssignment:
 
 
 def layers_by_folder(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, LayerConfig]:
-    """The layers of a configuration by the folders that hold them, as far as there is no doubt."""
+    """The layers of a configuration by their folders, without those whose folder is in doubt."""
     stored = _stored_folders(datasets)
     once, twice = (_assigned(config, stored, is_twice=is_twice) for is_twice in (False, True))
     if once.misfits and not twice.misfits:
@@ -60,13 +60,13 @@ def layers_by_folder(config: Any, datasets: Sequence[Dataset]) -> Mapping[str, L
     if not once.misfits and twice.misfits:
         return once.layers
     if once.misfits:
-        # Of the containers that fit by one count, none is proof that the others do not fit by the other.
+        # Containers that fit one way of counting do not prove that the others were not counted the other way.
         return {path: layer for path, layer in once.layers.items() if not _is_below(path, once.misfits)}
     return {path: layer for path, layer in once.layers.items() if twice.layers.get(path) == layer}
 
 
 def current_folders(config: Any, slots: Mapping[str, LayerConfig]) -> Mapping[str, str]:
-    """The folder in which Keras looks for each layer now, by the one that a file has: every layer counted once."""
+    """By a layer's folder in the file: its folder in current versions of Keras, which count every layer once."""
     old = {id(layer.config): path for path, layer in slots.items()}
     folders: dict[str, str] = {}
     pending = [("", config, 0)]
@@ -84,12 +84,12 @@ def current_folders(config: Any, slots: Mapping[str, LayerConfig]) -> Mapping[st
 
 
 def numbered_folder(slug: str, number: int) -> str:
-    """The folder of a layer: its class in snake case, and from the second of a class on its number."""
+    """The folder of a layer: its class in snake case, with a number from the second layer of the class on."""
     return f"{slug}_{number}" if number else slug
 
 
 def ambiguous_containers(config: Any, slots: Mapping[str, LayerConfig], names: Iterable[str]) -> frozenset[str]:
-    """The containers with folders that belong to a layer of the configuration, and nobody knows to which."""
+    """The containers with a folder of some layer in the configuration, where it is unknown of which one."""
     kinds = {keras_config.snake_case(layer.kind) for layer in keras_config.layers(config)}
     containers = set()
     for name in names:
@@ -111,7 +111,7 @@ def _stored_folders(datasets: Sequence[Dataset]) -> _StoredFolders:
             if step in CONTAINERS:
                 folders["/".join(steps[: index + 1])].add(steps[index + 1])
         if steps[-2:] == ["vars", "0"]:
-            # The weights of a recurrent layer are its cell's.
+            # The weights of a recurrent layer are those of its cell.
             kernels["/".join(steps[:-2]).removesuffix("/cell")] = dataset.shape
     return _StoredFolders({path: frozenset(names) for path, names in folders.items()}, kernels)
 
@@ -143,7 +143,7 @@ def _assigned(config: Any, stored: _StoredFolders, *, is_twice: bool) -> _Folder
 
 
 def _models_in(layer: LayerConfig, folder: str, depth: int) -> Iterator[tuple[str, Any, int]]:
-    """Yield a layer as the model that it may be, and the one that it may be wrapped around, each with its prefix."""
+    """Yield a layer, which may be a model, and the layer that it may wrap, each with the prefix of its folders."""
     if depth < budgets.MAX_CONFIG_DEPTH:
         yield f"{folder}/", {"config": layer.config}, depth + 1
         wrapped = keras_config.part(layer.config, "layer")
@@ -169,7 +169,7 @@ def _is_below(path: str, containers: Iterable[str]) -> bool:
 
 
 def _shape_fits(layer: LayerConfig, kernel: Shape | None) -> bool:
-    """Whether a kernel has the shape that its layer says, as far as it says one."""
+    """Whether a kernel has the shape in its layer's configuration, as far as that gives one."""
     if kernel is None:
         return True
     config = layer.config
@@ -192,7 +192,7 @@ def _shape_fits(layer: LayerConfig, kernel: Shape | None) -> bool:
 
 
 def renumber(path: Path, target: Path) -> bool:
-    """Write an archive of an older Keras with its layers in the folders of today; False where they are there already.
+    """Write an archive of an older Keras with its layers in the folders of current Keras; False if none has to move.
 
     Keras 2.12 to 2.15 call the list of layers by another name, and the first two count layers with weights twice.
     """

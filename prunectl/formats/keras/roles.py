@@ -1,4 +1,4 @@
-"""Which weight of its layer is it? Names of weights that have only numbers, and the roles of names."""
+"""The names of weights that only have numbers, and the roles and channel axes of weights by their names."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def weight_role(leaf: str, kind: str, dataset: Dataset, *, is_channels_first: bo
 
 
 def weight_class(layer: LayerConfig | None) -> str:
-    """The class of a layer, which says what its weights are for: of one in quantization-aware training, its own."""
+    """The class of a layer, on which the roles of its weights depend; for a quantization wrapper, the inner class."""
     if layer is None:
         return ""
     inner = text(part(layer.config, "layer"), "class_name")
@@ -71,7 +71,7 @@ def weight_class(layer: LayerConfig | None) -> str:
 def kernel_axes(
     weight: WeightRole, step: str, layer: LayerConfig | None, shape: tuple[int, ...]
 ) -> WeightRole | KernelAxes:
-    """The axes of a weight: by ``step`` on the way to it, or the settings of its layer, where these tell more."""
+    """The axes of a weight: from the settings of its layer or the ``step`` before its name, if these give more."""
     if weight.role is not Role.KERNEL or weight.out_axis is None:
         return weight
     kind, settings = (layer.kind, layer.config) if layer is not None else ("", {})
@@ -81,12 +81,12 @@ def kernel_axes(
 
 
 def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
-    """Whether a convolution of Keras 1 must be Theano's, judged by its shape alone: the window stands last."""
+    """Whether a convolution kernel of Keras 1 must be in Theano's order, window last: judged by its shape alone."""
     return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
 
 
-def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
-    """The names on the way to a weight without those of the cells that a recurrent layer ends in."""
+def strip_cells(names: Sequence[str]) -> tuple[str, ...]:
+    """The names on the path to a weight, without the cells of a recurrent layer at its end."""
     end = len(names)
     while end > 1 and _CELL.search(names[end - 1]):
         end -= 1
@@ -94,19 +94,19 @@ def strip_cell_prefix(names: Sequence[str]) -> tuple[str, ...]:
 
 
 _MOST_DIGITS = 9
-"""Of a number that is that of a weight; a longer one is none that Keras has written."""
+"""Most digits in the number of a weight; Keras has not written a longer one."""
 
 
 def position(step: str) -> int:
-    """The number that the last step of a path is; 0 if it is none."""
+    """The last step of a path as a number; 0 if it is not a number."""
     return int(step) if step.isdecimal() and len(step) <= _MOST_DIGITS else 0
 
 
 def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], settings: Mapping[str, Any]) -> str:
-    """The name of a weight that the file knows only by its number.
+    """The name of a weight that has only a number in the file.
 
-    ``kind`` is the class of the layer in snake case, as the path to the weight has it; ``settings`` are what the
-    configuration says of the layer, nothing where it is not known.
+    ``kind`` is the class of the layer in snake case, from the path to the weight; ``settings`` are those of the layer
+    in the configuration, empty if the layer is unknown.
     """
     names = _POSITIONS.get("cell" if kind.endswith("_cell") else kind)
     # gamma and beta may be switched off; the moving statistics always come last.
@@ -123,9 +123,9 @@ def name_by_position(kind: str, index: int, count: int, shape: tuple[int, ...], 
 
 
 def quantised_names(stored: Sequence[Dataset]) -> Sequence[str]:
-    """The names of the weights of a layer that Keras has quantised to integers, told by their types; none of another's.
+    """The names of the weights of a layer that Keras quantised to integers, by their dtypes; empty for other layers.
 
-    Only matrices of bytes count as integers, and what else there is as floats.
+    Only matrices of int8 or uint8 count as integers, everything else counts as floats.
     """
     by_number = {dataset.name.rpartition("/")[2]: dataset for dataset in stored}
     numbers = [str(number) for number in range(len(stored))]
@@ -155,7 +155,7 @@ _QUANTISED = {
     "fufff": "bias kernel kernel_scale awq_scales g_idx",
     "fufuff": "bias kernel kernel_scale kernel_zero awq_scales g_idx",
 }
-"""What the folder of a layer holds, by the types in it; an embedding calls its kernel embeddings."""
+"""The names of the weights in a layer's folder, by their dtypes; the kernel of an embedding is called embeddings."""
 _MOST_QUANTISED = max(map(len, _QUANTISED))
 _AFFINE = {"gamma": "scale", "beta": "center"}
 """Weights of a normalization, and the settings that switch them off."""

@@ -26,16 +26,16 @@ from prunectl.formats.zip_write import Content, file_content, rewrite_zip
 
 @dataclass(frozen=True, slots=True)
 class StripPlan:
-    """Changes of the weights, and the new configuration."""
+    """The edits of the weights, and the new configuration."""
 
     edits: H5Edits
     config: Any
     removed: tuple[RemovedItem, ...] = ()
-    """Removed from the configuration."""
+    """Items removed from the configuration."""
 
 
 def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: StripOptions, shown: Path) -> StripPlan:
-    """The changes that strip options mean for a file; ``shown`` is what the user calls it."""
+    """Plan the changes of a file for some strip options; ``shown`` is the path that errors name."""
     is_unwrapped = bool(options.parts & WRAPPING)
     root = layer_names_group(contents)
     try:
@@ -59,7 +59,7 @@ def plan_strip(contents: H5Contents, config: Mapping[str, Any] | None, options: 
 
 
 def _uncompiled(config: Any) -> tuple[Any, tuple[RemovedItem, ...]]:
-    """The configuration as of a model that was never compiled, nor any model in it."""
+    """The configuration without the `compile_config` of the model and of the models in it, and what was removed."""
     removed: list[RemovedItem] = []
 
     def plain(value: Any) -> Any:
@@ -77,7 +77,7 @@ def _uncompiled(config: Any) -> tuple[Any, tuple[RemovedItem, ...]]:
 
 
 def strip_h5(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the file without the parts in the options; returns the removed items."""
+    """Write the file without the parts in the options, and return the removed items."""
     contents = hdf5.read_contents(H5Location(model.path, 0, model.path.stat().st_size))
     plan = plan_strip(contents, model.about.keras, options, model.path)
     edits = plan.edits
@@ -91,7 +91,7 @@ _CONFIG = "config.json"
 
 
 def strip_archive(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write the archive without the parts in the options; returns the removed items."""
+    """Write the archive without the parts in the options, and return the removed items."""
     archive, target = open_archive(model.path), targets[model.path]
     with tempfile.TemporaryDirectory(prefix=".weights-", dir=target.parent) as scratch:
         weights, edited = Path(scratch) / WEIGHTS, Path(scratch) / "edited.h5"
@@ -111,9 +111,9 @@ def strip_archive(model: ModelFile, options: StripOptions, targets: dict[Path, P
     return (*plan.edits.removed, *plan.removed)
 
 
-_REFERRING = frozenset({"inbound_nodes", "input_layers", "output_layers"})
-_MOVED = ("batch_input_shape", "batch_shape")
-"""What the first layer of a model says of its input, also when it is wrapped."""
+_REFERENCE_KEYS = frozenset({"inbound_nodes", "input_layers", "output_layers"})
+_INPUT_KEYS = ("batch_input_shape", "batch_shape")
+"""Settings of a model's first layer with the shape of its input; if the layer is wrapped, its wrapper has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Unwrapped:
 
     config: Any
     wrappers: Mapping[str, int]
-    """Names of the wrappers, each with the bytes of text that it took."""
+    """The names of the wrappers, each with the bytes of JSON that it took."""
 
 
 class LayerNameConflictError(Exception):
@@ -148,19 +148,19 @@ def _plain(value: Any, names: Mapping[str, str], wrappers: dict[str, int]) -> An
     if isinstance(value.get("layers"), list):
         names = _new_names(value["layers"])
     return {
-        key: _referring(member, names) if key in _REFERRING else _plain(member, names, wrappers)
+        key: _with_new_names(member, names) if key in _REFERENCE_KEYS else _plain(member, names, wrappers)
         for key, member in value.items()
     }
 
 
 def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
-    """A wrapped layer with what its model says of the wrapper: its calls, its input, its format."""
+    """A wrapped layer with its wrapper's calls and input shape, in its wrapper's format."""
     wrapper_config = part(wrapper, "config")
-    moved = {key: wrapper_config[key] for key in _MOVED if key in wrapper_config}
-    # Old formats give a layer fewer keys, and loaders tell the formats by these.
+    moved = {key: wrapper_config[key] for key in _INPUT_KEYS if key in wrapper_config}
+    # Old formats have fewer keys for a layer, and loaders recognise a format by them.
     layer = {key: value for key, value in inner.items() if key in wrapper or key in {"class_name", "config"}}
     if "registered_name" not in wrapper:
-        # They look up a registered class by its whole name, which the format of the inner layer keeps beside.
+        # Old formats have the full name of a registered class in `class_name`, newer ones in `registered_name`.
         layer["class_name"] = text(inner, "registered_name") or layer["class_name"]
     layer["config"] = {**moved, **part(inner, "config")}
     rest = {
@@ -172,31 +172,31 @@ def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[s
 
 
 def _new_names(layers: list[Any]) -> dict[str, str]:
-    """What the wrapped layers of a model are called, by the names of their wrappers."""
+    """The names of the wrapped layers of a model, by the names of their wrappers."""
     inner = {_name(layer): inner_layer(layer) for layer in layers}
     names = {name: _name(layer) for name, layer in inner.items() if layer is not None}
     counts = Counter(names.values())
     for wrapper, name in names.items():
-        # A wrapper that already has the name of its layer stands in nobody's way but its own.
+        # A wrapped layer may have the name of its own wrapper, but not of another layer.
         if (name in inner and name != wrapper) or counts[name] > 1:
             raise LayerNameConflictError(name)
     return names
 
 
-def _referring(value: Any, names: Mapping[str, str]) -> Any:
-    """How a model refers to its layers, such as `["dense", 0, 0, {}]`, by their new names."""
+def _with_new_names(value: Any, names: Mapping[str, str]) -> Any:
+    """The references of a model to its layers, such as `["dense", 0, 0, {}]`, with their new names."""
     if isinstance(value, dict):
         return {
             key: [names.get(member[0], member[0]), *member[1:]]
             if _is_history(key, member)
-            else _referring(member, names)
+            else _with_new_names(member, names)
             for key, member in value.items()
         }
     if not isinstance(value, list):
         return value
     if len(value) >= 3 and isinstance(value[0], str) and type(value[1]) is int and type(value[2]) is int:
-        return [names.get(value[0], value[0]), *(_referring(item, names) for item in value[1:])]
-    return [_referring(item, names) for item in value]
+        return [names.get(value[0], value[0]), *(_with_new_names(item, names) for item in value[1:])]
+    return [_with_new_names(item, names) for item in value]
 
 
 def _is_history(key: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What stripping changes in an HDF5 file, in both layouts: weights listed by layer name, and weights by path."""
+"""Plan the edits that strip an HDF5 file, in both layouts: weights listed by layer name, and weights by path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FLOATS = frozenset({"float32", "float64"})
 
 
 def plan_by_layer_name(contents: H5Contents, root: str, options: StripOptions, *, is_unwrapped: bool) -> H5Edits:
-    """Changes of a file whose layers are listed by name (every `.h5` but `.weights.h5`), the configuration apart."""
+    """The edits of a file whose layers are listed by name (any `.h5` but `.weights.h5`), without its configuration."""
     names = weight_names(contents, root)
     pieces = list(_training(contents, options))
     if is_unwrapped and any(_scopes(weights) for weights in names.values()):
@@ -47,7 +47,7 @@ def plan_by_layer_name(contents: H5Contents, root: str, options: StripOptions, *
 
 
 def _training(contents: H5Contents, options: StripOptions) -> Iterator[H5Edits]:
-    """Yield the edits that remove training: losses and the optimizer's name in one attribute, its state in a group."""
+    """Yield the edits that remove the optimizer state (a group) and the training configuration (an attribute)."""
     state = [dataset for dataset in contents.datasets if dataset.name.startswith(f"{_OPTIMIZER}/")]
     has_state = bool(state) or _OPTIMIZER in contents.attributes
     if StripPart.OPTIMIZER in options.parts and has_state:
@@ -77,7 +77,7 @@ def _unwrapped_named(contents: H5Contents, root: str, names: dict[str, list[str]
         layer_weights = [weight for weight in members if not _is_wrapper_weight(weight, scopes)]
         yield _renamed_lists(contents, path, "weight_names", set(wrapper_weights))
         yield H5Edits(
-            removed=tuple(_drop_paths(weight, members[weight]) for weight in wrapper_weights),
+            removed=tuple(_removed_item(weight, members[weight]) for weight in wrapper_weights),
             drops=tuple(members[weight].name for weight in wrapper_weights),
             moves=dict(_moves(root, group, layer_weights)),
         )
@@ -92,7 +92,7 @@ def _unwrapped_named(contents: H5Contents, root: str, names: dict[str, list[str]
 
 
 def _wrapped(scopes: Iterable[str], masks: list[str], weights: list[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the masks of each wrapper with the weights in it: by their names, with or without the wrapper's."""
+    """Yield the masks of each wrapper with the weights inside it, whose names may lack the wrapper's prefix."""
     by_step: defaultdict[str, list[str]] = defaultdict(list)
     for weight in weights:
         for step in dict.fromkeys(_plain(weight).split("/")[:-1]):
@@ -107,7 +107,7 @@ def _wrapped(scopes: Iterable[str], masks: list[str], weights: list[str]) -> Ite
 
 
 def _scopes(weights: list[str]) -> dict[str, None]:
-    """The scopes of wrappers, in their order: each has counted its steps."""
+    """The scopes of wrappers, in their order: those that hold a pruning step."""
     return dict.fromkeys(_scope(weight) for weight in weights if _leaf(weight).startswith("pruning_step"))
 
 
@@ -125,7 +125,7 @@ def _moves(root: str, group: str, weights: list[str]) -> Iterator[tuple[str, str
 
 
 def _renamed_lists(contents: H5Contents, group: str, key: str, dropped: set[str]) -> H5Edits:
-    """The lists of names without some of them, the others without the wrapper's prefix."""
+    """The edits of lists of names: some names are dropped, the others lose the wrapper's prefix."""
     changed: dict[tuple[str, str], str | list[str] | None] = {}
     for attribute, names in contents.attributes.get(group, {}).items():
         if re.fullmatch(rf"{key}\d*", attribute) and isinstance(names, list):
@@ -151,7 +151,7 @@ def _weight(dataset: Dataset, name: str) -> Weight:
     return Weight(dataset.name, _leaf(name), dataset.shape)
 
 
-def _drop_paths(weight: str, dataset: Dataset) -> RemovedItem:
+def _removed_item(weight: str, dataset: Dataset) -> RemovedItem:
     kind = StripPart.MASKS if _leaf(weight).startswith("mask") else StripPart.WRAPPERS
     return RemovedItem(weight, kind, dataset.storage.stored_bytes)
 
@@ -165,7 +165,7 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class _Relocation:
-    """A layer of the configuration with its old and its new path."""
+    """A layer that moves from an old to a new path, with the layer inside it if it is a pruning wrapper."""
 
     old: str
     new: str
@@ -175,7 +175,7 @@ class _Relocation:
 def plan_by_path(
     contents: H5Contents, config: Mapping[str, Any] | None, options: StripOptions, *, is_unwrapped: bool
 ) -> H5Edits:
-    """Changes of a file whose weights lie by path (`.weights.h5`, `.keras`)."""
+    """The edits of a file whose weights are numbered by path (`.weights.h5`, `.keras`)."""
     pieces = [_dropped(contents, kind, pattern) for kind, pattern in _PARTS.items() if kind in options.parts]
     if is_unwrapped:
         pieces += _unwrapped_numbered(contents, config)
@@ -223,7 +223,7 @@ def _holds(contents: H5Contents, container: str) -> bool:
 
 
 def _relocations(config: Any, container: str) -> Iterator[_Relocation]:
-    """Yield the layers whose place changes: the wrapped ones, and those whose number does."""
+    """Yield the layers whose path changes: wrapped layers, and layers that get another number."""
     pending = [(config, "", "")]
     while pending:
         model, old_prefix, new_prefix = pending.pop()
@@ -257,7 +257,7 @@ def _next_folder(used: Counter[str], kind: str) -> str:
 
 
 def _unwrapped_variables(below: Mapping[str, list[Dataset]], wrapper: str, wrapped: Mapping[str, Any]) -> H5Edits:
-    """What becomes of the variables of a wrapper: weights again, then masks with thresholds, then the step."""
+    """The edits of a wrapper's own variables: second copies of weights, masks with thresholds, the pruning step."""
     variables = sorted(below.get(f"{wrapper}/vars", []), key=by_number)
     weights = sorted(below.get(f"{wrapper}/layer", []), key=by_number)
     masks = masks_among(variables)

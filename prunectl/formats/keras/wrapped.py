@@ -1,7 +1,7 @@
-"""Layers that tfmot wraps, in files of numbered weights: which variable is a mask, which a weight again, and which one.
+"""Wrappers of tfmot in files of numbered weights: which variables are masks, and which are second copies of weights.
 
-A wrapper keeps its layer in the folder `layer`, and variables of its own in `vars`: each weight that it prunes once
-more, a mask and a threshold for each of these, and the pruning step.
+A wrapper keeps its layer in the folder `layer`, and variables of its own in `vars`: a second copy of each weight that
+it prunes, then a mask and a threshold for each of them, then the pruning step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from prunectl.formats.keras.hdf5 import Dataset
 from prunectl.formats.keras.roles import name_by_position, position
 
 _PRUNED = frozenset({"kernel", "recurrent_kernel", "pointwise_kernel", "embeddings"})
-"""What tfmot prunes in the layers that it knows; in others it may be anything."""
+"""The weights that tfmot prunes in the layers that it knows; in other layers it may be any weight."""
 _ATTENTION = ("query", "key", "value", "output")
-"""The order in which an attention's kernels are pruned; that of the file is the alphabet's."""
+"""The order in which tfmot prunes the kernels of an attention; the file has them in alphabetical order."""
 _WRAPPER_FOLDER = re.compile(r"prune_low_magnitude(_\d+)?")
 _QUANTIZE_FOLDER = re.compile(r"quantize_wrapper(_v2)?(_\d+)?")
 _MOST_QUANTIZED = 8
-"""Weights of a layer that tfmot quantizes; it is one, or two for each cell."""
+"""Most weights of a layer that tfmot quantizes; most layers have one, or two for each cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def match_masks(masks: Sequence[Weight], weights: Sequence[Weight]) -> dict[str,
 
 
 _MOST_NESTED = 8
-"""Layers around a weight, each in the folder `layer` of another, that are looked at from the innermost on."""
+"""Most `layer` folders on the path to a weight that are looked at, from the innermost outwards."""
 
 
 def datasets_below(datasets: Sequence[Dataset]) -> Mapping[str, list[Dataset]]:
@@ -71,7 +71,7 @@ def datasets_below(datasets: Sequence[Dataset]) -> Mapping[str, list[Dataset]]:
         path = f"/{folder}/"
         end = len(path)
         for _ in range(_MOST_NESTED):
-            # One may begin with the slash that the next ends with.
+            # The slash at the end of one folder may be the slash at the beginning of the next.
             end = path.rfind("/layer/", 0, end + 1)
             if end < 0:
                 break
@@ -80,7 +80,7 @@ def datasets_below(datasets: Sequence[Dataset]) -> Mapping[str, list[Dataset]]:
 
 
 def masks_among(variables: Sequence[Dataset]) -> list[Dataset]:
-    """The masks among the variables of a wrapper, which are in order: each stands before a threshold."""
+    """The masks among the ordered variables of a wrapper: each is followed by its threshold, a scalar."""
     masks: list[Dataset] = []
     index = len(variables) - 3
     while index >= 0 and variables[index].shape and not variables[index + 1].shape:
@@ -91,7 +91,7 @@ def masks_among(variables: Sequence[Dataset]) -> list[Dataset]:
 
 def layer_weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[str, Any]) -> list[Weight]:
     """The weights of a wrapped layer, under the names that its class gives them."""
-    siblings = Counter(weights.name.rpartition("/")[0] for weights in datasets)
+    siblings = Counter(dataset.name.rpartition("/")[0] for dataset in datasets)
     weights = []
     for dataset in datasets:
         owner, _, number = dataset.name.rpartition("/vars/")
@@ -126,11 +126,11 @@ class WrappedLayers:
     folders: set[str] = field(default_factory=set)
     """The folders of the wrappers."""
     layers: dict[str, LayerConfig] = field(default_factory=dict)
-    """What the configuration says of the layers inside them, by their folders."""
+    """The layers of the configuration inside the wrappers, by their folders."""
     variables: dict[str, tuple[str, Role]] = field(default_factory=dict)
-    """The names and the roles of what belongs to the wrappers themselves, by its path."""
+    """The names and roles of the wrappers' own variables, by their paths."""
     copies: dict[str, str] = field(default_factory=dict)
-    """The paths of weights that stand in the file once more, with those that Keras loads in the end."""
+    """The paths of second copies of weights, with the paths of the originals, which Keras loads last."""
 
 
 def wrapped_layers(datasets: Sequence[Dataset], slots: Mapping[str, LayerConfig]) -> WrappedLayers:
@@ -147,14 +147,14 @@ def wrapped_layers(datasets: Sequence[Dataset], slots: Mapping[str, LayerConfig]
         if last != "vars" or (layer is not None and layer.kind.rpartition(">")[2] != WRAPPER):
             continue
         variables = _wrapper_variables(members)
-        # Without a configuration, nor in a model that is a class of its own, is there a class to go by.
+        # Without a configuration, and in subclassed models, the class of the layer is unknown.
         if layer is not None or _looks_like_wrapper(folder, variables, has_layer=f"{folder}/layer" in below):
             _add(wrapped, folder, layer, variables, below.get(f"{folder}/layer", []))
     return wrapped
 
 
 def _listed_twice(members: Sequence[Dataset]) -> dict[str, str]:
-    """The weights that a wrapper of quantization-aware training lists once more, behind all that its layer trains."""
+    """The weights that a quantization wrapper lists a second time, after all trained weights of its layer."""
     weights = list(takewhile(lambda dataset: dataset.dtype.kind == "f", sorted(members, key=by_number)))
     for count in range(min(len(weights) // 2, _MOST_QUANTIZED), 0, -1):
         first = iter(weights[:-count])
@@ -169,13 +169,13 @@ def _listed_twice(members: Sequence[Dataset]) -> dict[str, str]:
 
 
 class _WrapperVariables(NamedTuple):
-    """What a wrapper may hold itself, in the order of its numbers."""
+    """The own variables of a wrapper, in the order of their numbers."""
 
     copies: Sequence[Dataset]
     masks: Sequence[Dataset]
     thresholds: Sequence[Dataset]
     step: Sequence[Dataset]
-    """The last one."""
+    """The last variable."""
 
 
 def _wrapper_variables(members: Sequence[Dataset]) -> _WrapperVariables:
@@ -224,5 +224,5 @@ def _add(
             layer_weights(weights, folder, inner or {}),
         )
     except MasksNotAppliedError:
-        return  # A class of its own, whose weights lie elsewhere.
+        return  # A custom class, whose weights lie elsewhere.
     wrapped.copies |= {copy: original for original, copy in originals.items()}

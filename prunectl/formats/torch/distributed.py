@@ -132,7 +132,7 @@ def _code(path: Path, values: Sequence[Extent], scale: int) -> tuple[str, ...]:
     last = Extent(path, 0, 0)
     for extent in sorted(values, key=lambda extent: (extent.path, extent.offset)):
         if extent.path == last.path and extent.offset < last.offset + last.nbytes:
-            raise InputError(f"{path} is refused: two of its values lie over each other in {extent.path.name}")
+            raise InputError(f"{path} is refused: two of its values overlap in {extent.path.name}")
         last = extent
         # The settings of an optimizer are saved for every parameter, and nearly all of them are equal.
         if extent.nbytes <= budgets.MAX_NAME_BYTES:

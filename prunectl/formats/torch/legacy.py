@@ -141,7 +141,7 @@ _FILES = b"\x000"
 
 
 def _tar_entries(path: Path, data: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """The offsets of the begin and the end of each regular file in a tar."""
+    """The begin and end offsets of each regular file in a tar."""
     if len(data) % _RECORD_BYTES:
         raise InputError(f"{path} is truncated: a tar has whole records of {_RECORD_BYTES} bytes")
     files: dict[str, tuple[int, int]] = {}

@@ -1,7 +1,7 @@
 """Multiply-accumulates (MACs) of a Keras model for one input: shapes traced through its configuration, layer by layer.
 
-Nothing is built or run. A tracer calls each layer of the configuration with the shapes of its inputs: rules by class
-say what shape comes out and what is multiplied (`matmuls`), and the weights that are multiplied by are found by name.
+Nothing is built or run. A tracer calls each layer of the configuration with the shapes of its inputs: rules for its
+class give the output shape and the matrix products (`matmuls`), and the weights in the products are found by name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _OPERATIONS = frozenset({"Matmul", "Einsum", "Dot", "Tensordot", "Inner", "Outer
 _TENSORFLOW_OPERATIONS = frozenset(
     {"matmul", "einsum", "tensordot", "conv2d", "conv1d", "batchmatmulv2", "batchmatmul"}
 )
-"""Functions of TensorFlow that do."""
+"""Functions of TensorFlow that multiply their inputs."""
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
@@ -74,9 +74,9 @@ class CallContext:
     models: tuple[str, ...] = ()
     wrappers: tuple[str, ...] = ()
     times: Shape = ()
-    """How often a wrapper applies what it wraps."""
+    """How many times each wrapper applies the layer that it wraps."""
     direction: int = 0
-    """In which of two directions a wrapper runs it: 0 forward, 1 backward."""
+    """The direction in which a `Bidirectional` wrapper runs the layer: 0 forward, 1 backward."""
     depth: int = 0
 
     def inside_model(self, name: str) -> CallContext:
@@ -117,7 +117,7 @@ class ShapeTracer:
         return tuple(self._operations)
 
     def spend(self, steps: int) -> None:
-        """Refuse a configuration that models inside models make endless."""
+        """Count steps, and refuse a configuration whose nested models make it endless."""
         self._steps += steps
         if self._steps > MAX_KERAS_CALLS:
             raise InputError(
@@ -125,7 +125,7 @@ class ShapeTracer:
             )
 
     def inner_layers(self, layer: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-        """The layers of a model, if the layer is one."""
+        """The layers of a model; empty for any other layer."""
         if id(layer) not in self._layers:
             self._layers[id(layer)] = listed(layer)
         return self._layers[id(layer)]
@@ -215,7 +215,7 @@ class ShapeTracer:
         return tuple(None if output is None else (time, *output) for output in outputs)
 
     def _bidirectional(self, config: Mapping[str, Any], inputs: Shapes, context: CallContext, name: str) -> Shapes:
-        """Run a layer forward and backward; the file may describe the second by itself, or not."""
+        """Run a layer forward and backward; the configuration may describe the backward layer separately."""
         forward = part(config, "layer")
         backward = part(config, "backward_layer") or forward
         first = self.call(forward, inputs[:1], {}, context.inside_wrapper(name, "forward_layer"))
@@ -267,10 +267,10 @@ class ShapeTracer:
 
 
 def input_shape(tracer: ShapeTracer, model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Shape | None:
-    """The input shape of a model, wherever its configuration has it."""
+    """The input shape of a model, from any of the places where a configuration may have it."""
     config = part(layers[0], "config") if layers else {}
     candidates = [config.get(key) for key in SHAPE_KEYS]
-    # Of nested models the first layer knows.
+    # A nested model has its input shape in its own first layer.
     inner = tracer.inner_layers(layers[0]) if layers else ()
     candidates += [part(inner[0], "config").get(key) for key in SHAPE_KEYS] if inner else []
     candidates += [part(model, "config").get("build_input_shape"), part(model, "build_config").get("input_shape")]
@@ -281,7 +281,7 @@ def input_shape(tracer: ShapeTracer, model: Mapping[str, Any], layers: Sequence[
 
 
 class NodeResolver:
-    """Finds the call that a tensor reference means."""
+    """Finds the call that a tensor reference refers to."""
 
     def __init__(self, calls: Mapping[tuple[str, int], NodeCall]) -> None:
         self._calls = calls
@@ -291,7 +291,7 @@ class NodeResolver:
             last[call.layer] = max(last[call.layer], call.node)
             for ref in call.sources:
                 referenced[ref.layer] = max(referenced[ref.layer], ref.node)
-        # Keras 2 counts the calls of a nested model from 1: its own building was the first.
+        # Keras 2 numbers the calls of a nested model from 1: number 0 was the call that built it.
         self._shift = {layer: max(referenced[layer] - node, 0) for layer, node in last.items()}
 
     def key(self, ref: TensorRef) -> tuple[str, int]:
@@ -301,7 +301,7 @@ class NodeResolver:
 
 
 def topological_order(calls: Mapping[tuple[str, int], NodeCall], resolve: NodeResolver) -> list[NodeCall]:
-    """The calls in topological order (Kahn 1962), each behind those whose outputs it takes; cycles come last."""
+    """The calls in topological order (Kahn 1962), each after the calls whose outputs it takes; cycles come last."""
     users: defaultdict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
     missing: dict[tuple[str, int], int] = {}
     for key, call in calls.items():
@@ -323,7 +323,7 @@ def topological_order(calls: Mapping[tuple[str, int], NodeCall], resolve: NodeRe
 
 
 def _owner_names(name: str, context: CallContext) -> tuple[str, ...]:
-    """What a weight may be called after: the layer, its wrappers, and the direction it runs in."""
+    """The names that a weight's name may contain: of the layer, of its wrappers, and of its direction."""
     direction = next((step.removesuffix("layer") for step in context.wrappers if step.endswith("ward_layer")), "")
     return (f"{direction}{name}", name, *context.wrappers) if direction else (name, *context.wrappers)
 
@@ -334,7 +334,7 @@ def _build_shape(layer: Mapping[str, Any]) -> Any:
 
 
 def _filled(inputs: Shapes, built: Shapes) -> Shapes:
-    """Input shapes, the unknown ones as the layer was built with."""
+    """Input shapes; unknown ones are those that the layer was built with."""
     if not inputs:
         return built
     return tuple(built[index] if shape is None and index < len(built) else shape for index, shape in enumerate(inputs))

@@ -1,4 +1,4 @@
-"""What each class of Keras layer multiplies, its output shape, and the weights that it multiplies by."""
+"""By class of Keras layer: its matrix products, its output shape, and the weights in the products."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from prunectl.formats.keras.flops.shapes import (
 )
 
 
-def matmuls(step: LayerCall) -> tuple[Matmul, ...]:
-    """The matrix products of a layer; raises UnknownShapeError if that is not known."""
-    return tuple(_MULTIPLYING[step.kind](step))
+def matmuls(call: LayerCall) -> tuple[Matmul, ...]:
+    """The matrix products of a layer; raises UnknownShapeError if they depend on an unknown shape."""
+    return tuple(_MULTIPLYING[call.kind](call))
 
 
 def is_multiplying(kind: str) -> bool:
@@ -30,47 +30,47 @@ def is_multiplying(kind: str) -> bool:
     return kind in _MULTIPLYING
 
 
-def _dense(step: LayerCall) -> Iterator[Matmul]:
-    shape = step.shape()
+def _dense(call: LayerCall) -> Iterator[Matmul]:
+    shape = call.shape()
     if not shape:
         raise UnknownShapeError
-    yield Matmul("kernel", (shape[-1], step.number("units")), shape[:-1])
+    yield Matmul("kernel", (shape[-1], call.number("units")), shape[:-1])
 
 
-def _convolution(step: LayerCall) -> Iterator[Matmul]:
-    _, channels = step.image()
-    kernel, groups = step.numbers("kernel_size", step.axes), step.number("groups", 1)
+def _convolution(call: LayerCall) -> Iterator[Matmul]:
+    _, channels = call.image()
+    kernel, groups = call.numbers("kernel_size", call.axes), call.number("groups", 1)
     if groups < 1:
         raise UnknownShapeError
     inner = None if channels is None else channels // groups
-    yield Matmul("kernel", (*kernel, inner, step.number("filters")), _space(step))
+    yield Matmul("kernel", (*kernel, inner, call.number("filters")), _space(call))
 
 
-def _transposed(step: LayerCall) -> Iterator[Matmul]:
-    space, channels = step.image()
-    yield Matmul("kernel", (*step.numbers("kernel_size", step.axes), step.number("filters"), channels), space)
+def _transposed(call: LayerCall) -> Iterator[Matmul]:
+    space, channels = call.image()
+    yield Matmul("kernel", (*call.numbers("kernel_size", call.axes), call.number("filters"), channels), space)
 
 
-def _depthwise(step: LayerCall) -> Iterator[Matmul]:
-    _, channels = step.image()
-    shape = (*step.numbers("kernel_size", step.axes), channels, step.number("depth_multiplier", 1))
-    yield Matmul("depthwise_kernel", shape, _space(step))
+def _depthwise(call: LayerCall) -> Iterator[Matmul]:
+    _, channels = call.image()
+    shape = (*call.numbers("kernel_size", call.axes), channels, call.number("depth_multiplier", 1))
+    yield Matmul("depthwise_kernel", shape, _space(call))
 
 
-def _separable(step: LayerCall) -> Iterator[Matmul]:
-    yield from _depthwise(step)
-    wide = scale_dim(step.image()[1], step.number("depth_multiplier", 1))
-    yield Matmul("pointwise_kernel", (*(1,) * step.axes, wide, step.number("filters")), _space(step))
+def _separable(call: LayerCall) -> Iterator[Matmul]:
+    yield from _depthwise(call)
+    wide = scale_dim(call.image()[1], call.number("depth_multiplier", 1))
+    yield Matmul("pointwise_kernel", (*(1,) * call.axes, wide, call.number("filters")), _space(call))
 
 
-def _locally_connected(step: LayerCall) -> Iterator[Matmul]:
-    _, channels = step.image()
-    window = numel((*step.numbers("kernel_size", step.axes), channels))
-    yield Matmul("kernel", (numel(_space(step)), window, step.number("filters")), ())
+def _locally_connected(call: LayerCall) -> Iterator[Matmul]:
+    _, channels = call.image()
+    window = numel((*call.numbers("kernel_size", call.axes), channels))
+    yield Matmul("kernel", (numel(_space(call)), window, call.number("filters")), ())
 
 
-def _space(step: LayerCall) -> Shape:
-    return step.image(WINDOW_RULES[step.kind](step))[0]
+def _space(call: LayerCall) -> Shape:
+    return call.image(WINDOW_RULES[call.kind](call))[0]
 
 
 _MULTIPLYING: dict[str, Callable[[LayerCall], Iterator[Matmul]]] = {
@@ -89,7 +89,7 @@ _BY_LEAF, _BY_ROLE = 2, 1
 
 
 class Weights:
-    """The weights of a model by the names that stand in theirs."""
+    """The weights of a model, by the names that their names consist of."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._parts: dict[str, tuple[str, ...]] = {}
@@ -108,9 +108,9 @@ class Weights:
     def of(
         self, names: tuple[str, ...], models: tuple[str, ...], product: Matmul, direction: int
     ) -> tuple[Tensor, ...]:
-        """The weight of a product, or its parts where it is split by gates; nothing if there is none.
+        """The weight of a product, or several if it is split by gates; empty if no weight matches.
 
-        One of the layer's own names must stand in the weight's; the models around it decide between several.
+        The weight's name must contain one of ``names``; the names of the models around decide between several weights.
         """
         key = (names, models, product)
         if key not in self._known:
@@ -152,7 +152,7 @@ class Weights:
 
 
 def shapes_match(expected: Shape, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor can have a shape, whichever order of axes and however many axes of 1 Keras 1 gave it."""
+    """Whether a tensor has a shape, but for the order of its axes and axes of length 1, in which Keras 1 differs."""
     if len(expected) == len(shape) and all(
         size in {None, length} for size, length in zip(expected, shape, strict=True)
     ):
@@ -174,35 +174,35 @@ def _parts(tensor: Tensor) -> tuple[str, ...]:
 Rule = Callable[[LayerCall], Shape]
 
 
-def output(step: LayerCall) -> Shape | None:
+def output(call: LayerCall) -> Shape | None:
     """The shape of a layer's output, if it is known."""
-    rule = RULES.get(step.kind)
+    rule = RULES.get(call.kind)
     try:
-        return None if rule is None else validate_shape(rule(step))
+        return None if rule is None else validate_shape(rule(call))
     except UnknownShapeError:
         return None
 
 
-def _elementwise(step: LayerCall) -> Shape:
-    """An operation of TensorFlow that Keras 2 recorded as a layer."""
-    name = step.word("function") or step.word("op")
+def _elementwise(call: LayerCall) -> Shape:
+    """The output shape of an elementwise TensorFlow function that Keras 2 recorded as a layer."""
+    name = call.word("function") or call.word("op")
     if name.rpartition(".")[2].replace("_", "") not in _ELEMENTWISE:
         raise UnknownShapeError
-    return broadcast(step.everything)
+    return broadcast(call.all_shapes)
 
 
-def _merge_of_keras_1(step: LayerCall) -> Shape:
-    mode = step.word("mode")
+def _merge_of_keras_1(call: LayerCall) -> Shape:
+    mode = call.word("mode")
     if mode in {"sum", "mul", "ave", "max"}:
-        return broadcast(step.everything)
+        return broadcast(call.all_shapes)
     if mode == "concat":
-        return _concatenated(LayerCall(step.kind, {"axis": step.number("concat_axis", -1)}, step.inputs))
+        return _concatenated(LayerCall(call.kind, {"axis": call.number("concat_axis", -1)}, call.inputs))
     raise UnknownShapeError
 
 
-def _concatenated(step: LayerCall) -> Shape:
-    shapes = step.everything
-    axis = _axis(step.number("axis", -1), len(shapes[0]))
+def _concatenated(call: LayerCall) -> Shape:
+    shapes = call.all_shapes
+    axis = _axis(call.number("axis", -1), len(shapes[0]))
     if len({len(shape) for shape in shapes}) != 1:
         raise UnknownShapeError
     lengths = [shape[axis] for shape in shapes]
@@ -212,34 +212,34 @@ def _concatenated(step: LayerCall) -> Shape:
 
 
 def _axis(axis: int, rank: int) -> int:
-    """An axis that Keras counts with the batch, counted without it."""
+    """An axis counted without the batch; Keras counts it with the batch."""
     position = axis + rank if axis < 0 else axis - 1
     if not 0 <= position < rank:
         raise UnknownShapeError
     return position
 
 
-def _flat(step: LayerCall) -> Shape:
-    shape = step.inputs[0] if step.inputs else None
-    # Even of an unknown shape it is known that one axis is left.
+def _flat(call: LayerCall) -> Shape:
+    shape = call.inputs[0] if call.inputs else None
+    # The output has one axis even if the input shape is unknown.
     return (None if shape is None else numel(shape),)
 
 
-def _reshaped(step: LayerCall) -> Shape:
-    target = untuple(step.config.get("target_shape"))
+def _reshaped(call: LayerCall) -> Shape:
+    target = untuple(call.config.get("target_shape"))
     if not isinstance(target, list) or not all(type(length) is int for length in target) or target.count(-1) > 1:
         raise UnknownShapeError
     if -1 not in target:
         return tuple(target)
-    size = numel(step.inputs[0]) if step.inputs and step.inputs[0] is not None else None
+    size = numel(call.inputs[0]) if call.inputs and call.inputs[0] is not None else None
     known = numel(length for length in target if length != -1)
     missing: Length = size // known if size is not None and known else None
     return tuple(missing if length == -1 else length for length in target)
 
 
-def _permuted(step: LayerCall) -> Shape:
-    shape = step.shape()
-    order = step.numbers("dims", len(shape))
+def _permuted(call: LayerCall) -> Shape:
+    shape = call.shape()
+    order = call.numbers("dims", len(shape))
     if sorted(order) != list(range(1, len(shape) + 1)):
         raise UnknownShapeError
     return tuple(shape[position - 1] for position in order)
@@ -261,19 +261,19 @@ _ELEMENTWISE = frozenset(
     }
 )
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME, lambda step: step.shape()),
+    **dict.fromkeys(_SAME, lambda call: call.shape()),
     **dict.fromkeys(
-        ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), lambda step: broadcast(step.everything)
+        ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), lambda call: broadcast(call.all_shapes)
     ),
     **dict.fromkeys(("TFOpLambda", "TensorFlowOpLayer"), _elementwise),
     **WINDOW_RULES,
     **sequences.SHAPES,
     "Concatenate": _concatenated,
-    "Dense": lambda step: (*step.shape()[:-1], step.number("units")),
-    "Embedding": lambda step: (*step.shape(), step.number("output_dim")),
+    "Dense": lambda call: (*call.shape()[:-1], call.number("units")),
+    "Embedding": lambda call: (*call.shape(), call.number("output_dim")),
     "Flatten": _flat,
     "Merge": _merge_of_keras_1,
     "Permute": _permuted,
-    "RepeatVector": lambda step: (step.number("n"), *step.shape()),
+    "RepeatVector": lambda call: (call.number("n"), *call.shape()),
     "Reshape": _reshaped,
 }

@@ -1,4 +1,4 @@
-"""Shapes of tensors between Keras layers, without the batch axis: a layer called on them, and its windows."""
+"""Shapes between Keras layers, without the batch axis: the call of a layer, and the output shapes of windows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunectl.formats.keras.config import untuple
 
 
 class UnknownShapeError(Exception):
-    """A shape that the configuration does not tell."""
+    """The configuration does not determine a shape."""
 
 
 def scale_dim(length: Length, factor: int) -> Length:
@@ -22,7 +22,7 @@ def scale_dim(length: Length, factor: int) -> Length:
 
 
 def validate_shape(shape: Iterable[Length]) -> Shape:
-    """The same shape, refused unless an array can have it."""
+    """The same shape, or UnknownShapeError if no array can have it."""
     checked = tuple(shape)
     if len(checked) > MAX_TENSORFLOW_AXES or any(
         length is not None and not 0 <= length <= MAX_ELEMENTS for length in checked
@@ -51,7 +51,7 @@ _AXES = re.compile(r"([123])D")
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """A layer with what is known of its inputs; settings are in the words of Keras 2."""
+    """A layer with the shapes of its inputs, as far as they are known; settings have their names in Keras 2."""
 
     kind: str
     config: Mapping[str, Any]
@@ -60,15 +60,15 @@ class LayerCall:
     """Inputs that are given by name, such as the `value` of an attention."""
 
     @property
-    def everything(self) -> tuple[Shape, ...]:
-        """The shapes of all its inputs, if they are known."""
+    def all_shapes(self) -> tuple[Shape, ...]:
+        """The shapes of all its inputs; UnknownShapeError unless all are known."""
         shapes = (*self.inputs, *self.keywords.values())
         if not shapes or None in shapes:
             raise UnknownShapeError
         return tuple(shape for shape in shapes if shape is not None)
 
     def shape(self, position: int = 0, keyword: str = "") -> Shape:
-        """The shape of an input, given by place or by name."""
+        """The shape of an input, given by position or by keyword."""
         shape = self.keywords.get(keyword)
         if shape is None and position < len(self.inputs):
             shape = self.inputs[position]
@@ -77,7 +77,7 @@ class LayerCall:
         return shape
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A setting that is a whole number."""
+        """A setting that is an integer."""
         value = self.config.get(key)
         if type(value) is not int:
             value = default
@@ -99,29 +99,29 @@ class LayerCall:
         return (self.number(key, default),) * count
 
     def word(self, key: str, default: str = "") -> str:
-        """A setting that is a word."""
+        """A setting that is a string, in lower case."""
         value = self.config.get(key)
         return value.lower() if isinstance(value, str) else default
 
     def flag(self, key: str) -> bool:
-        """A setting that is off unless it is on."""
+        """Whether a Boolean setting is there and true."""
         return self.config.get(key) is True
 
     @property
     def is_channels_first(self) -> bool:
-        """Whether the channels stand before the space."""
+        """Whether the channels come before the spatial axes."""
         return self.word("data_format") == "channels_first"
 
     @property
     def axes(self) -> int:
-        """Number of axes of the space that the layer works on, as the name of its class has it."""
+        """Number of spatial axes of the layer, from the name of its class: 2 for `Conv2D`."""
         match = _AXES.search(self.kind)
         if match is None:
             raise UnknownShapeError
         return int(match[1])
 
     def image(self, shape: Shape | None = None) -> tuple[Shape, Length]:
-        """The space and the channels of the input; the class alone tells how many axes there are."""
+        """The spatial lengths and the channels of the input, all unknown (None) if its shape is."""
         image = shape if shape is not None else self.inputs[0] if self.inputs else None
         if image is None:
             return (None,) * self.axes, None
@@ -130,74 +130,74 @@ class LayerCall:
         return (image[1:], image[0]) if self.is_channels_first else (image[:-1], image[-1])
 
     def joined(self, space: Shape, channels: Length) -> Shape:
-        """The shape of an image."""
+        """The shape of an image with these spatial lengths and channels."""
         return (channels, *space) if self.is_channels_first else (*space, channels)
 
 
 @dataclass(frozen=True, slots=True)
 class Matmul:
-    """One multiplication by a weight, or by another input where it has no leaf."""
+    """One matrix product with a weight or, if ``leaf`` is empty, with another input."""
 
     leaf: str
-    """The last of the weight's name, as Keras has it."""
+    """The last part of the weight's name in Keras, such as `kernel` or `query/kernel`."""
     shape: Shape
     """The shape of the weight."""
     times: Shape
-    """Lengths of the axes along which it is used again and again."""
+    """Lengths of the axes along which the product is repeated."""
     gates: int = 1
-    """Into how many weights Keras 1 splits it."""
+    """The number of weights into which Keras 1 splits it."""
     position: int = 0
-    """Its number among weights that only their order tells apart."""
+    """Its number among weights that only differ in their order."""
 
 
 _PADDINGS = {"same", "causal"}
 
 
-def convolution(step: LayerCall) -> Shape:
+def convolution(call: LayerCall) -> Shape:
     """The output shape of a convolution."""
-    return step.joined(window_output(step, "kernel_size", 1), step.number("filters"))
+    return call.joined(window_output(call, "kernel_size", 1), call.number("filters"))
 
 
-def depthwise(step: LayerCall) -> Shape:
+def depthwise(call: LayerCall) -> Shape:
     """The output shape of a depthwise convolution."""
-    return step.joined(
-        window_output(step, "kernel_size", 1), scale_dim(step.image()[1], step.number("depth_multiplier", 1))
+    return call.joined(
+        window_output(call, "kernel_size", 1), scale_dim(call.image()[1], call.number("depth_multiplier", 1))
     )
 
 
-def pooling(step: LayerCall) -> Shape:
+def pooling(call: LayerCall) -> Shape:
     """The output shape of pooling."""
-    return step.joined(window_output(step, "pool_size", None), step.image()[1])
+    return call.joined(window_output(call, "pool_size", None), call.image()[1])
 
 
-def global_pooling(step: LayerCall) -> Shape:
+def global_pooling(call: LayerCall) -> Shape:
     """The output shape of global pooling."""
-    space, channels = step.image()
-    return step.joined((1,) * len(space), channels) if step.flag("keepdims") else (channels,)
+    space, channels = call.image()
+    return call.joined((1,) * len(space), channels) if call.flag("keepdims") else (channels,)
 
 
-def window_output(step: LayerCall, size_key: str, stride: int | None, space: Shape | None = None) -> Shape:
-    """The spatial shape behind a sliding window; pooling strides by its own size by default."""
-    space = step.image()[0] if space is None else space
+def window_output(call: LayerCall, size_key: str, stride: int | None, space: Shape | None = None) -> Shape:
+    """The spatial output shape of a sliding window; without a ``stride`` the default is the size (pooling)."""
+    space = call.image()[0] if space is None else space
     axes = len(space)
-    sizes = step.numbers(size_key, axes, 2 if stride is None else None)
-    strides = _strides(step, axes, sizes if stride is None else (stride,) * axes)
-    dilations = step.numbers("dilation_rate", axes, 1) if stride is not None else (1,) * axes
-    padding = step.word("padding", "valid")
+    sizes = call.numbers(size_key, axes, 2 if stride is None else None)
+    strides = _strides(call, axes, sizes if stride is None else (stride,) * axes)
+    dilations = call.numbers("dilation_rate", axes, 1) if stride is not None else (1,) * axes
+    padding = call.word("padding", "valid")
     return tuple(
         _window_length(*facts, padding=padding) for facts in zip(space, sizes, strides, dilations, strict=True)
     )
 
 
-def transposed_convolution(step: LayerCall) -> Shape:
+def transposed_convolution(call: LayerCall) -> Shape:
     """The output shape of a transposed convolution."""
-    space, _ = step.image()
+    space, _ = call.image()
     axes = len(space)
-    sizes = step.numbers("kernel_size", axes)
-    strides = _strides(step, axes, (1,) * axes)
-    dilations = step.numbers("dilation_rate", axes, 1)
-    extra = step.numbers("output_padding", axes) if step.config.get("output_padding") is not None else None
-    is_same = step.word("padding", "valid") == "same"
+    sizes = call.numbers("kernel_size", axes)
+    strides = _strides(call, axes, (1,) * axes)
+    dilations = call.numbers("dilation_rate", axes, 1)
+    extra = call.numbers("output_padding", axes) if call.config.get("output_padding") is not None else None
+    is_same = call.word("padding", "valid") == "same"
     lengths: list[Length] = []
     for axis, length in enumerate(space):
         size = (sizes[axis] - 1) * dilations[axis] + 1
@@ -207,27 +207,27 @@ def transposed_convolution(step: LayerCall) -> Shape:
             lengths.append(length * strides[axis] + (0 if is_same else max(size - strides[axis], 0)))
         else:
             lengths.append((length - 1) * strides[axis] + size - (2 * (size // 2) if is_same else 0) + extra[axis])
-    return step.joined(tuple(lengths), step.number("filters"))
+    return call.joined(tuple(lengths), call.number("filters"))
 
 
-def upsampling(step: LayerCall) -> Shape:
+def upsampling(call: LayerCall) -> Shape:
     """The shape of an upsampled image."""
-    space, channels = step.image()
-    sizes = step.numbers("size", len(space), 2)
-    return step.joined(tuple(scale_dim(length, size) for length, size in zip(space, sizes, strict=True)), channels)
+    space, channels = call.image()
+    sizes = call.numbers("size", len(space), 2)
+    return call.joined(tuple(scale_dim(length, size) for length, size in zip(space, sizes, strict=True)), channels)
 
 
-def resizing(step: LayerCall) -> Shape:
+def resizing(call: LayerCall) -> Shape:
     """The shape of an image resized to a fixed size."""
-    shape = step.shape()
+    shape = call.shape()
     if len(shape) != 3:
         raise UnknownShapeError
-    channels = shape[0] if step.is_channels_first else shape[-1]
-    return step.joined((step.number("height"), step.number("width")), channels)
+    channels = shape[0] if call.is_channels_first else shape[-1]
+    return call.joined((call.number("height"), call.number("width")), channels)
 
 
-def _strides(step: LayerCall, axes: int, default: tuple[int, ...]) -> tuple[int, ...]:
-    strides = default if untuple(step.config.get("strides")) is None else step.numbers("strides", axes)
+def _strides(call: LayerCall, axes: int, default: tuple[int, ...]) -> tuple[int, ...]:
+    strides = default if untuple(call.config.get("strides")) is None else call.numbers("strides", axes)
     if min(strides) < 1:
         raise UnknownShapeError
     return strides
@@ -244,19 +244,19 @@ def _window_length(length: Length, size: int, stride: int, dilation: int, *, pad
     return room // stride + 1
 
 
-def _with_borders(step: LayerCall, key: str, sign: int) -> Shape:
-    space, channels = step.image()
-    borders = _borders(untuple(step.config.get(key)), len(space))
+def _with_borders(call: LayerCall, key: str, sign: int) -> Shape:
+    space, channels = call.image()
+    borders = _borders(untuple(call.config.get(key)), len(space))
     lengths = tuple(
         None if length is None else length + sign * border for length, border in zip(space, borders, strict=True)
     )
     if any(length is not None and length < 1 for length in lengths):
         raise UnknownShapeError
-    return step.joined(lengths, channels)
+    return call.joined(lengths, channels)
 
 
 def _borders(setting: object, axes: int) -> tuple[int, ...]:
-    """How much both sides of each axis have together."""
+    """The border of each axis, both sides together."""
     if type(setting) is int:
         return (2 * setting,) * axes
     sides = [untuple(number) for number in setting] if isinstance(setting, list) else []
@@ -280,8 +280,8 @@ WINDOW_RULES: dict[str, Callable[[LayerCall], Shape]] = {
     **dict.fromkeys(("LocallyConnected1D", "LocallyConnected2D"), convolution),
     **{f"{kind}Pooling{axes}D": pooling for kind in ("Max", "Average") for axes in (1, 2, 3)},
     **{f"Global{kind}Pooling{axes}D": global_pooling for kind in ("Max", "Average") for axes in (1, 2, 3)},
-    **{f"ZeroPadding{axes}D": lambda step: _with_borders(step, "padding", 1) for axes in (1, 2, 3)},
-    **{f"Cropping{axes}D": lambda step: _with_borders(step, "cropping", -1) for axes in (1, 2, 3)},
+    **{f"ZeroPadding{axes}D": lambda call: _with_borders(call, "padding", 1) for axes in (1, 2, 3)},
+    **{f"Cropping{axes}D": lambda call: _with_borders(call, "cropping", -1) for axes in (1, 2, 3)},
     **{f"UpSampling{axes}D": upsampling for axes in (1, 2, 3)},
     **dict.fromkeys(("Resizing", "CenterCrop", "RandomCrop"), resizing),
 }

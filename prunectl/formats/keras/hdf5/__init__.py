@@ -26,7 +26,7 @@ from prunectl.formats.sandbox import run_sandboxed
 
 _SECONDS = 1.5
 _BYTES_PER_SECOND = 1 << 20
-"""Far below what a walk over many small objects takes; a second for each MiB of file is enough."""
+"""Far below the speed of a walk over many small objects: a second for each MiB of the file is enough."""
 _WALK_BYTES = 200 << 20
 _ROOM = 16 << 20
 
@@ -43,7 +43,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class H5Contents:
-    """What an HDF5 file holds."""
+    """The contents of an HDF5 file, without the elements of its datasets."""
 
     location: H5Location
     datasets: tuple[Dataset, ...]
@@ -99,7 +99,7 @@ def _walk(location: H5Location) -> bytes:
     try:
         return json.dumps(list_objects(location)).encode()
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        # What libhdf5 found wrong stands in brackets behind what h5py was doing.
+        # In h5py's messages, libhdf5's reason follows in parentheses.
         reason = re.search(r"\((.+)\)", str(error))
         explanation = reason[1] if reason else "its structure is inconsistent"
         raise InputError(f"{location.path} is truncated or damaged: {explanation}") from error
@@ -160,7 +160,7 @@ def _refuse_overlaps(path: Path, datasets: tuple[Dataset, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class H5Location:
-    """An HDF5 file, alone or inside another."""
+    """An HDF5 file, on its own or inside another file."""
 
     path: Path
     offset: int
@@ -174,7 +174,7 @@ class H5Location:
 
 
 def list_objects(location: H5Location) -> dict[str, Any]:
-    """The datasets of a file and the attributes of its groups, as JSON can carry them."""
+    """The datasets of a file and the attributes of its groups, as values for JSON."""
     with location.open() as file:
         datasets: list[dict[str, Any]] = []
         attributes: dict[str, dict[str, Any]] = {}
@@ -192,7 +192,7 @@ def list_objects(location: H5Location) -> dict[str, Any]:
 
 
 def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield groups and datasets with their paths, without following a link out of the file or around in it."""
+    """Yield groups, each once, and datasets, with their paths; links out of the file or within it are not followed."""
     pending: list[tuple[str, Any, int]] = [("", file["/"], 0)]
     groups: set[int] = set()
     count = 0
@@ -223,7 +223,7 @@ def _own(group: Any, key: str, name: str, path: Path) -> Any:
     """What a group itself holds under a key; None for an alias of something else in the file."""
     raw = key.encode("utf-8", "surrogateescape")
     if group.id.links.get_info(raw).type == h5py.h5l.TYPE_HARD:
-        # What h5py does for a key, but for the file that it opens for each dataset.
+        # As `group[key]` does, but without opening the file again for each dataset.
         opened = h5py.h5o.open(group.id, raw)
         if isinstance(opened, h5py.h5d.DatasetID):
             return h5py.Dataset(opened)
@@ -241,7 +241,7 @@ def _own(group: Any, key: str, name: str, path: Path) -> Any:
 
 
 def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
-    # Once: h5py asks libhdf5 for it each time.
+    # Fetched once: h5py asks libhdf5 for it each time.
     properties = dataset.id.get_create_plist()
     layout, filters = properties.get_layout(), properties.get_nfilters()
     if properties.get_external_count():
@@ -255,7 +255,7 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
     if dtype.kind in "fiubc":
         type_name = dtype.newbyteorder("=").name
     elif dtype.kind == "V" and dtype.names is None and isinstance(declared := dataset.attrs.get("dtype"), str):
-        # Keras stores what NumPy does not know as raw bytes, and says beside them what they are.
+        # Keras stores dtypes that NumPy does not know as raw bytes, with the name of the dtype as an attribute.
         type_name = declared
     else:
         return None
@@ -273,7 +273,7 @@ def _dataset(name: str, dataset: Any, path: Path) -> dict[str, Any] | None:
 
 
 class AttributeBudget:
-    """A budget for all attributes of a file, budget by their shapes before they are read."""
+    """A budget for all attributes of a file, charged by their shapes before they are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

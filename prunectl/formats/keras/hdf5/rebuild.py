@@ -1,4 +1,4 @@
-"""Rebuild an HDF5 file object by object, for packing with its datasets chunked and gzipped."""
+"""Rebuild an HDF5 file object by object; packing gzips its datasets in chunks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from prunectl.formats.sandbox import run_sandboxed
 
 
 class NotPortableError(Exception):
-    """An object that only means something in its own file, such as a reference."""
+    """An object that is only valid in its own file, such as a reference."""
 
 
 def copy_attributes(old: Any, new: Any) -> None:
-    """Give an object the attributes of another, bit by bit, in the same order."""
+    """Copy the attributes of an object to another, bit for bit and in the same order."""
     for key in old.attrs:
         attribute = old.attrs.get_id(key)
         kind = attribute.get_type()
@@ -34,7 +34,7 @@ def copy_attributes(old: Any, new: Any) -> None:
         if attribute.shape is None:
             continue
         if attribute.dtype.hasobject:
-            # Texts of any length are objects on their way; the type in the file decides how they are stored.
+            # Variable-length strings are Python objects in memory; the type in the file decides how they are stored.
             values, memory = np.empty(attribute.shape, attribute.dtype), h5py.h5t.py_create(attribute.dtype)
         else:
             values, memory = np.empty((*attribute.shape, kind.get_size()), np.uint8), kind
@@ -45,16 +45,16 @@ def copy_attributes(old: Any, new: Any) -> None:
 LEVEL = 6
 _CHUNK_BYTES = 4 << 20
 _WORTH = 0.95
-"""A dataset that stays bigger than this share of itself is left as it is."""
+"""A dataset is gzipped only if that reduces its first chunk to this share, or less."""
 _OVERHEAD_BYTES = 64
-"""What the description of chunks and filters takes."""
+"""Bytes that the description of chunks and filters takes."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where a piece of an array begins, and its lengths."""
+"""A piece of an array: where it begins, and its lengths."""
 
 
 def gzipped(old: Any, parent: Any, key: str) -> Any:
-    """A gzipped copy of a dataset, without its attributes; None where that would not pay."""
+    """A gzipped copy of a dataset, without its attributes; None if that is impossible or would not pay."""
     properties = old.id.get_create_plist()
     chunk = chunk_of(old.shape or (), old.dtype.itemsize)
     if chunk is None or properties.get_nfilters() or old.dtype.hasobject or old.dtype.kind not in "fiubcV":
@@ -75,13 +75,13 @@ def gzipped(old: Any, parent: Any, key: str) -> Any:
 
 
 def create_dataset(parent: Any, key: str, kind: Any, space: Any, properties: Any) -> Any:
-    """An empty dataset in a group, without the time of its creation, which would make two runs differ."""
+    """A new, empty dataset in a group, without its time of creation, which would make two runs differ."""
     properties.set_obj_track_times(False)
     return h5py.Dataset(h5py.h5d.create(parent.id, key.encode("utf-8", "surrogateescape"), kind, space, properties))
 
 
 def chunk_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
-    """A chunk shape of at most 4 MiB, contiguous in memory; None for what cannot be chunked."""
+    """A chunk shape of at most 4 MiB, contiguous in memory; None for a shape that cannot be chunked."""
     if not shape or 0 in shape:
         return None
     room = max(_CHUNK_BYTES // itemsize, 1)
@@ -93,7 +93,7 @@ def chunk_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
 
 
 def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Box]:
-    """Yield every chunk of an array, those at its edges cut short."""
+    """Yield every chunk of an array; those at its edges are cut short."""
     for begin in itertools.product(*(range(0, length, step) for length, step in zip(shape, chunk, strict=True))):
         ends = zip(shape, begin, chunk, strict=True)
         yield begin, tuple(min(step, length - start) for length, start, step in ends)
@@ -115,7 +115,7 @@ def _selected(dataset: Any, begin: tuple[int, ...], lengths: tuple[int, ...]) ->
 
 
 def _best(first: NDArray[np.uint8], itemsize: int) -> bool | None:
-    """Whether to shuffle bytes before gzip, tried on one chunk; None if neither pays."""
+    """Whether to shuffle bytes before gzip, tried on one chunk; None if gzip pays neither way."""
     plain = len(zlib.compress(first.tobytes(), LEVEL))
     shuffled = len(zlib.compress(first.reshape(-1, itemsize).T.tobytes(), LEVEL))
     if min(plain, shuffled) + _OVERHEAD_BYTES > _WORTH * first.size:
@@ -124,18 +124,18 @@ def _best(first: NDArray[np.uint8], itemsize: int) -> bool | None:
 
 
 _NEWER = (h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-"""The layout of HDF5 1.10 (2016) finds a single chunk without a tree of kilobytes."""
+"""The file format of HDF5 1.10 (2016), which needs no tree of kilobytes to find a single chunk."""
 _BYTES_PER_SECOND = 1 << 20
 _ROOM = 512 << 20
 
 CopyDataset = Callable[[Any, Any, str], Any]
-"""Makes a dataset in another group of an old one, under a name."""
+"""Copies a dataset to a group of another file, under a name: (old, parent, key) to the new dataset."""
 Copies = dict[int, Any]
 """Copies in the new file, by the address of the object in the old one."""
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
-    """Write an HDF5 file again, in a child, since libhdf5 may not survive what it reads."""
+    """Write a packed copy of an HDF5 file, in a child, since a damaged file may crash libhdf5."""
     nbytes = model.path.stat().st_size
     run_rewriting(partial(_pack, model.path, target), model.path, nbytes, 2 * nbytes, (target,))
     tick(nbytes)
@@ -144,7 +144,7 @@ def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
 def run_rewriting(
     work: Callable[[], bytes], shown: Path, nbytes: int, extra_bytes: int, written: tuple[Path, ...]
 ) -> None:
-    """Rewrite so many bytes of an HDF5 file in a child, which may take so much memory more than libhdf5 does."""
+    """Rewrite an HDF5 file of ``nbytes`` in a child, with ``extra_bytes`` of memory beyond what libhdf5 needs."""
     seconds = 10 + nbytes / _BYTES_PER_SECOND
     run_sandboxed(work, shown, seconds=seconds, extra_bytes=_ROOM + extra_bytes, written=written)
 
@@ -158,7 +158,7 @@ def _pack(source: Path, target: Path) -> bytes:
 
 
 def rebuild_file(source: Path, target: Path, copy_dataset: CopyDataset) -> None:
-    """Write a file again, group by group, with what ``copy_dataset`` makes of each dataset."""
+    """Write a copy of a file, group by group; ``copy_dataset`` copies each dataset."""
     with h5py.File(source, "r", locking=False) as old, _created(target, old["/"]) as new:
         copy_attributes(old, new)
         _copy_members(old, new, {address_of(old["/"]): new["/"]}, copy_dataset)
@@ -171,17 +171,17 @@ def _copy_members(old: Any, new: Any, copies: Copies, copy_dataset: CopyDataset)
         if not isinstance(link, h5py.HardLink):
             new[key] = link
             continue
-        thing = old[key]
-        address = address_of(thing)
+        member = old[key]
+        address = address_of(member)
         if address in copies:
             new[key] = copies[address]
-        elif isinstance(thing, h5py.Group):
-            copies[address] = group = _created_group(new, key, thing)
-            copy_attributes(thing, group)
-            _copy_members(thing, group, copies, copy_dataset)
-        elif isinstance(thing, h5py.Dataset):
-            copies[address] = copy_dataset(thing, new, key)
-            # Libhdf5 writes late, and a dataset that is closed does not say that its disk was full.
+        elif isinstance(member, h5py.Group):
+            copies[address] = group = _created_group(new, key, member)
+            copy_attributes(member, group)
+            _copy_members(member, group, copies, copy_dataset)
+        elif isinstance(member, h5py.Dataset):
+            copies[address] = copy_dataset(member, new, key)
+            # Libhdf5 writes lazily, and closing a dataset does not report a full disk.
             copies[address].id.flush()
         else:
             raise NotPortableError(key)
@@ -196,20 +196,20 @@ def _copy_dataset(old: Any, parent: Any, key: str) -> Any:
 
 
 def copied(old: Any, parent: Any, key: str) -> Any:
-    """A copy of a dataset as it is."""
+    """An unchanged copy of a dataset."""
     if old.id.get_type().detect_class(h5py.h5t.REFERENCE):
         raise NotPortableError(key)
     old.file.copy(old, parent, key)
     return parent[key]
 
 
-def address_of(thing: Any) -> int:
+def address_of(member: Any) -> int:
     """The address of an object, unique in its file."""
-    return int(h5py.h5o.get_info(thing.id).addr)
+    return int(h5py.h5o.get_info(member.id).addr)
 
 
 def _created(target: Path, old_root: Any) -> Any:
-    """A new file whose root remembers the order of its members if the old one does."""
+    """A new file whose root tracks the order of its members if the old one does."""
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_libver_bounds(*_NEWER)
     properties = _like(old_root, h5py.h5p.create(h5py.h5p.FILE_CREATE))
@@ -222,7 +222,7 @@ def _created_group(parent: Any, key: str, old: Any) -> Any:
 
 
 def _like(old: Any, properties: Any) -> Any:
-    """Set how a group is created: in the old one's order, and without the time of day, which would differ each time."""
+    """Make a new group track order as the old one does, and store no times, which would make two runs differ."""
     old_properties = old.id.get_create_plist()
     properties.set_link_creation_order(old_properties.get_link_creation_order())
     properties.set_attr_creation_order(old_properties.get_attr_creation_order())

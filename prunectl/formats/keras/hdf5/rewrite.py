@@ -1,4 +1,4 @@
-"""Rewrite HDF5 files: edit names, attributes and datasets, mask or halve weights, replace numbers."""
+"""Rewrite HDF5 files: edit names, attributes and datasets, mask or halve weights, replace values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from prunectl.formats.zip_read import open_archive
 
 
 def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset], shown: Path) -> None:
-    """Build a file again, with functions for datasets at some addresses; ``shown`` is what the user calls it."""
+    """Rebuild a file, with special copies of the datasets at some addresses; ``shown`` is the path that errors name."""
 
     def copy_dataset(old: Any, parent: Any, key: str) -> Any:
         return changed.get(address_of(old), copied)(old, parent, key)
@@ -48,7 +48,7 @@ def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset],
 
 
 def create_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, properties: Any) -> Any:
-    """A dataset of the type of an old one, with its attributes, and other numbers."""
+    """A dataset with the type and the attributes of an old one, and other values."""
     kind = old.id.get_type().copy()
     new = create_dataset(parent, key, kind, space, properties)
     new.id.write(h5py.h5s.ALL, h5py.h5s.ALL, numbers, mtype=kind)
@@ -58,17 +58,17 @@ def create_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, pr
 
 @dataclass(frozen=True, slots=True)
 class H5Edits:
-    """Changes by path, all in the words of the old file."""
+    """Changes by path; all keys and removed paths are those of the old file."""
 
     removed: tuple[RemovedItem, ...] = ()
     drops: tuple[str, ...] = ()
     moves: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[tuple[str, str], str | list[str] | None] = field(default_factory=dict)
-    """New values by group and key; None where the attribute goes."""
+    """New values by group and key; None removes the attribute."""
     masks: Mapping[str, str] = field(default_factory=dict)
-    """The mask that a weight is multiplied by."""
+    """The paths of the masks to multiply weights by, by the paths of the weights."""
     halves: frozenset[str] = frozenset()
-    """What becomes 16-bit floats."""
+    """The paths of the datasets that become 16-bit floats."""
 
     @property
     def is_empty(self) -> bool:
@@ -77,7 +77,7 @@ class H5Edits:
 
 
 def merge(pieces: Iterable[H5Edits]) -> H5Edits:
-    """All edits as one."""
+    """Merge several edits into one."""
     edits = list(pieces)
     return H5Edits(
         removed=tuple(thing for edit in edits for thing in edit.removed),
@@ -96,7 +96,7 @@ _MAX_HALF = float(np.finfo(np.float16).max)
 
 
 def edit(source: Path, target: Path, edits: H5Edits, contents: H5Contents, shown: Path) -> None:
-    """Write an edited file; ``shown`` is what the user calls the source."""
+    """Write an edited file; ``shown`` is the path that errors name."""
     if edits.is_empty:
         shutil.copyfile(source, target)
         return
@@ -110,7 +110,7 @@ def edit(source: Path, target: Path, edits: H5Edits, contents: H5Contents, shown
 
 
 def _edit(source: Path, draft: Path, target: Path, edits: H5Edits, shown: Path) -> bytes:
-    # Names are changed in a copy, which is cheap; building that again gives back the room of what went.
+    # Names are changed in a copy, which is cheap; rebuilding the copy then frees the space of removed objects.
     shutil.copyfile(source, draft)
     with h5py.File(source, "r", locking=False) as old, h5py.File(draft, "r+", locking=False) as file:
         changed: dict[int, CopyDataset] = {}
@@ -134,7 +134,7 @@ def _masked_or_halved(old: Any, parent: Any, key: str, *, path: str, edits: H5Ed
 
 
 def _new_numbers(old: Any, *, path: str, edits: H5Edits, source: Any, shown: Path) -> Array:
-    """The numbers of a weight: masked, without a minus zero or a NaN where the mask is zero; and halved."""
+    """The new values of a weight: masked, with neither -0.0 nor NaN where the mask is zero, and halved."""
     numbers: Array = old[()]
     if path in edits.masks:
         mask = source[edits.masks[path]][()]
@@ -171,7 +171,7 @@ def _apply_moves(file: Any, edits: H5Edits, shown: Path) -> None:
 
 
 def _remove_empty_groups(file: Any, path: str) -> None:
-    """Remove the groups of a wrapper that hold nothing any more, once something in them has gone."""
+    """Remove the groups of a wrapper above a removed path that are empty now."""
     for parent in _parents(path):
         group = file.get(parent)
         if group is None or not _is_empty(group) or _WRAPPED not in parent:
@@ -194,7 +194,7 @@ def _depth(path: str) -> int:
 
 
 def _set(attributes: Any, key: str, value: str | list[str] | None) -> None:
-    """Give an attribute another text or other names, stored in the way that the old ones were."""
+    """Set an attribute to a string or a list of names, stored with the string type of the old value."""
     if value is None:
         del attributes[key]
         return
@@ -210,14 +210,14 @@ def _set(attributes: Any, key: str, value: str | list[str] | None) -> None:
 
 
 def write(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
-    """Write the file with new numbers in it."""
+    """Write the file with new values of some tensors."""
     if all(update.tensor.storage.extent is not None for update in updates):
         patch_files(model, targets, updates)
         return
     nbytes = sum(tensor.storage.nbytes for tensor in model.tensors)
     target = targets[model.path]
-    # The numbers are made here, once: what makes them counts, may fail with an error of its own, and may be a plug-in
-    # that cannot run in a child which has so much memory and no more. The child gets them in a file.
+    # The values are computed here, once: the code that computes them keeps counts, may fail with an error of its own,
+    # and may be a plug-in that cannot run within the memory of a child. The child gets the values in a file.
     with tempfile.NamedTemporaryFile(prefix="numbers-", dir=target.parent) as numbers:
         changed: dict[int, Extent] = {}
         for update in updates:
@@ -241,7 +241,7 @@ def _copy_with_numbers(extent: Extent, old: Any, parent: Any, key: str) -> Any:
 
 
 def write_zip(model: ModelFile, targets: dict[Path, Path], updates: Sequence[TensorUpdate]) -> None:
-    """Write an archive with new numbers in it: stored weights in place, deflated ones inflated and deflated again."""
+    """Write an archive with new values: stored weights in place, deflated weights inflated and deflated again."""
     if all(update.tensor.storage.extent is not None for update in updates):
         zip_write.write(model, targets, updates)
         return
