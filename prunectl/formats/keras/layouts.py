@@ -223,7 +223,7 @@ def unmatched_note(tensors: Iterable[Tensor]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Folders:
-    """What is known of the folders of a file."""
+    """Facts about the folders of a file."""
 
     contents: H5Contents
     layers: Mapping[str, LayerConfig]

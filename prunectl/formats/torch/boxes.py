@@ -127,5 +127,5 @@ def allocated_bytes(folder: Path, suffix: str) -> int:
 
 
 def pickle_scale(allocated: int) -> int:
-    """The factor on the limits of pickles that describe so many bytes."""
+    """The factor on the limits of a checkpoint's pickles, from the disk space of its files."""
     return max(1, min(allocated // budgets.PICKLE_SCALE_BYTES, budgets.MAX_PICKLE_SCALE))

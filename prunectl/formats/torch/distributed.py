@@ -76,10 +76,10 @@ def open_checkpoint(path: Path) -> ModelFile:
     program = interpret(path.read_bytes(), path, "it", scale=scale)
     _refuse_foreign(path, program.foreign_calls)
     fields = _fields(path, program.value, _METADATA)
-    most = max(budgets.MAX_SMALL_PARTS, allocated // budgets.PART_BYTES)
-    entries = _dictionary(path, fields.get("state_dict_metadata"), most)
-    extents, all_extents = _extents(path, fields.get("storage_data"), most)
-    _refuse_repeated(path, entries, most)
+    max_parts = max(budgets.MAX_SMALL_PARTS, allocated // budgets.PART_BYTES)
+    entries = _dictionary(path, fields.get("state_dict_metadata"), max_parts)
+    extents, all_extents = _extents(path, fields.get("storage_data"), max_parts)
+    _refuse_repeated(path, entries, max_parts)
     parts: dict[str, list[TensorChunk]] = {}
     all_tensors: list[Tensor] = []
     for key, entry in entries:
@@ -148,8 +148,8 @@ def _code(path: Path, values: Sequence[Extent], scale: int) -> tuple[str, ...]:
         calls, taken = _calls(archive)
         foreign_calls |= dict.fromkeys(calls)
         steps += taken
-        most = budgets.MAX_SMALL_VALUES * scale
-        if num_values > most or entries > most * budgets.MAX_VALUE_ENTRIES:
+        max_values = budgets.MAX_SMALL_VALUES * scale
+        if num_values > max_values or entries > max_values * budgets.MAX_VALUE_ENTRIES:
             raise InputError(f"{path} is refused: it holds more values beside the tensors than any checkpoint")
         if steps > budgets.MAX_PICKLE_STEPS * scale:
             raise InputError(f"{path} is refused: the pickles of its values take more steps than any checkpoint")
@@ -184,8 +184,8 @@ def _fields(path: Path, value: Any, name: str) -> dict[str, Any]:
     return value.state.plain()
 
 
-def _dictionary(path: Path, value: Any, most: int) -> list[tuple[str, Any]]:
-    if isinstance(value, PickleDict) and len(value.items) > most:
+def _dictionary(path: Path, value: Any, max_parts: int) -> list[tuple[str, Any]]:
+    if isinstance(value, PickleDict) and len(value.items) > max_parts:
         raise InputError(f"{path} is refused: it claims {len(value.items)} entries, more than its files could hold")
     if not isinstance(value, PickleDict) or not all(isinstance(key, str) for key, _ in value.items):
         raise InputError(f"{path} is damaged: it does not list the tensors")
@@ -198,17 +198,17 @@ PartExtents = Mapping[tuple[str, tuple[int, ...]], Extent]
 """The extent of each part of a tensor, by the tensor's name and the part's offsets in it."""
 
 
-def _refuse_repeated(path: Path, entries: Sequence[tuple[str, Any]], most: int) -> None:
+def _refuse_repeated(path: Path, entries: Sequence[tuple[str, Any]], max_parts: int) -> None:
     """Refuse more parts than there can be: in a crafted pickle, all entries may share one list of parts."""
     states = [entry.state for _, entry in entries if _is_class(entry, _TENSOR) and isinstance(entry.state, PickleDict)]
     chunks = (state.plain().get("chunks") for state in states if len(state.items) <= _MOST_FIELDS)
-    if sum(len(parts) for parts in chunks if isinstance(parts, list)) > most:
+    if sum(len(parts) for parts in chunks if isinstance(parts, list)) > max_parts:
         raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
 
 
-def _extents(path: Path, value: Any, most: int) -> tuple[PartExtents, Sequence[Extent]]:
+def _extents(path: Path, value: Any, max_parts: int) -> tuple[PartExtents, Sequence[Extent]]:
     """The extents of the parts of all tensors, and of all values, as the storage data gives them."""
-    if isinstance(value, PickleDict) and len(value.items) > most:
+    if isinstance(value, PickleDict) and len(value.items) > max_parts:
         raise InputError(f"{path} is refused: it claims {len(value.items)} parts, more than its files could hold")
     if not isinstance(value, PickleDict):
         raise InputError(f"{path} is damaged: it does not say where the tensors lie")

@@ -29,7 +29,7 @@ _KINDS = ("parameter", "buffer", "tensor_constant")
 
 
 def producer(graph: dict[str, Any]) -> str:
-    """The version of PyTorch that exported the graph, where it says so."""
+    """The version of PyTorch that exported the graph; empty if it is not recorded."""
     version = graph.get("torch_version")
     return f"pytorch {describe_value(version)}" if isinstance(version, str) and version else ""
 

@@ -36,12 +36,12 @@ COUNT_BYTES = 8
 def open_legacy(path: Path) -> ModelFile:
     """Open a file that torch.save wrote before it used zips."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        most = min(len(data), MAX_LEGACY_FACT_BYTES)
-        magic = interpret(data, path, "its magic number", end=most)
-        protocol = interpret(data, path, "its protocol number", start=magic.end, end=most)
+        limit = min(len(data), MAX_LEGACY_FACT_BYTES)
+        magic = interpret(data, path, "its magic number", end=limit)
+        protocol = interpret(data, path, "its protocol number", start=magic.end, end=limit)
         if magic.value != MAGIC or protocol.value != PROTOCOL:
             raise InputError(f"{path} is damaged: it is not of the protocol that PyTorch wrote")
-        system = interpret(data, path, "its system information", start=protocol.end, end=most)
+        system = interpret(data, path, "its system information", start=protocol.end, end=limit)
         program = interpret(data, path, "its object", start=system.end)
         storages = {info.key: info for info in (parse_persistent_id(path, key) for key in program.storages)}
         end = min(len(data), program.end + MAX_LEGACY_FACT_BYTES + MAX_VERSION_BYTES * len(storages))
@@ -196,16 +196,16 @@ def open_tar(path: Path) -> ModelFile:
     return model.model_from_pickle(path, "torch-tar", [source], about)
 
 
-def _count(path: Path, value: Any, what: str) -> int:
+def _count(path: Path, value: Any, subject: str) -> int:
     if type(value) is not int or not 0 <= value <= MAX_FILES:
-        raise InputError(f"{path} is damaged: it does not give its number of {what}")
+        raise InputError(f"{path} is damaged: it does not give its number of {subject}")
     return value
 
 
-def _three_facts(path: Path, data: mmap.mmap, what: str, offset: int, end: int) -> tuple[tuple[Any, Any, Any], int]:
+def _three_facts(path: Path, data: mmap.mmap, subject: str, offset: int, end: int) -> tuple[tuple[Any, Any, Any], int]:
     """The three pickled values before a storage or a tensor, and the offset of their end."""
-    most = min(end, offset + MAX_TAR_FACT_BYTES)
-    facts = interpret(data, path, f"its description of {what}", start=offset, end=most)
+    limit = min(end, offset + MAX_TAR_FACT_BYTES)
+    facts = interpret(data, path, f"its description of {subject}", start=offset, end=limit)
     value = facts.value if isinstance(facts.value, tuple) and len(facts.value) == 3 else (None, None, None)
     return value, facts.end
 

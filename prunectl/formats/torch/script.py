@@ -77,7 +77,7 @@ class _UnparsableError(Exception):
 
 
 class _Value(NamedTuple):
-    """What is known of a value: the tensors it comes from, the class of a module, the items of a list."""
+    """The known facts of a value: the tensors that it comes from, the class of a module, the items of a list."""
 
     origins: Origins = NOTHING
     kind: str = ""
@@ -207,7 +207,7 @@ class _Reader:
         return _Value(_origin_of((value.kind, name)), self._kinds.get((value.kind, name), ""))
 
     def call(self, callee: _Value, name: str, arguments: list[_Value], named: Mapping[str, _Value]) -> _Value:
-        """What is known of the result of a call."""
+        """The known facts of the result of a call."""
         if name in _CASTS and len(arguments) > 1:
             return arguments[1]
         if name == "getattr" and len(arguments) > 1:

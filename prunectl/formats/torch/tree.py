@@ -88,7 +88,7 @@ class TensorEntry:
     kind: str
     """Class of the module that owns it."""
     is_buffer: bool
-    """Whether the file says that it is not trained."""
+    """Whether the file marks it as not trained."""
     owner: str = ""
     """The dotted path of the class that has it as an attribute, alone or in a list."""
     attribute: str = ""

@@ -110,7 +110,7 @@ class SafeProgram:
     archive: Archive
     folder: str
     texts: Mapping[str, bytes]
-    """The JSON of the program, written anew, and entries such as its version; by the name of the entry."""
+    """The contents of small entries, such as the version, and of the rewritten JSON, by the name of the entry."""
     weights: tuple[str, ...]
     """The names of the entries that hold raw weights."""
     inputs: bytes
@@ -366,7 +366,7 @@ _TEXTS: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "user_input_name"), _is_attribute),
     **dict.fromkeys(("fqn", "path_name"), _is_attribute),
     "torch_version": lambda text: bool(_VERSION.fullmatch(text)),
-    # Arguments of operators that are texts, such as a mode; PyTorch quotes them.
+    # String arguments of operators, such as a mode; PyTorch quotes them.
     **dict.fromkeys(("as_string", "as_strings"), lambda _text: True),
     "nn_module_stack": _is_stack,
 }

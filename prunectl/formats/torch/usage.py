@@ -121,11 +121,11 @@ class Flow:
 
     def use(self, op: str, arguments: Mapping[str, Origins], *, is_transposed: bool = False) -> None:
         """Record the weights that an operation takes."""
-        taken = WEIGHT_ARGUMENTS.get(op, {})
+        weight_arguments = WEIGHT_ARGUMENTS.get(op, {})
         kind = "conv_transpose" if is_transposed else op
         for argument, origins in arguments.items():
-            if argument in taken:
-                role = taken[argument][1]
+            if argument in weight_arguments:
+                role = weight_arguments[argument][1]
                 axis = -1 if (op, argument) in _COLUMNS else None
                 self._uses += ((origin, StateUse(role, kind, axis)) for origin in origins)
 
@@ -134,7 +134,7 @@ class Flow:
         self._uses += ((origin, StateUse(Role.RECURRENT, op)) for origins in weights for origin in origins)
 
     def resolve(self) -> dict[Hashable, StateUse]:
-        """The use of each key: as an embedding if there is such a use, else the first as a kernel, else the first."""
+        """The use of each key: an embedding lookup if there is one, else the first kernel use, else the first use."""
         best: dict[tuple[Hashable, bool], StateUse] = {}
         # An embedding's lookup comes first, since the embedding may also be the output layer; then come kernels.
         order = {Role.EMBEDDING: 0, Role.KERNEL: 1, Role.RECURRENT: 1}

@@ -169,7 +169,7 @@ def view_of(path: Path, call: OpaqueCall, name: str) -> View:
 _METADATA = {"_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
 """The index of the argument with a tensor's metadata, such as a lazy conjugation."""
 _TYPE_TAG = "torch.jit._pickle.restore_type_tag"
-"""The call that TorchScript wraps a dictionary in, to say its type."""
+"""The call in which TorchScript wraps a dictionary to record its type."""
 _LAZY = {"conj": "conjugates", "neg": "negates"}
 
 

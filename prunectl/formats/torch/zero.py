@@ -85,9 +85,9 @@ def open_checkpoint(path: Path) -> ModelFile:
     _check_count(states[0], len(states))
     models = _open(_model_files(path.parent, stage, len(states)), "", scale)
     slices = [_slices(state, _GROUPS[stage]) for state in states]
-    most = max(budgets.MAX_SMALL_PARTS, scale * budgets.PICKLE_SCALE_BYTES // budgets.PART_BYTES)
+    max_parts = max(budgets.MAX_SMALL_PARTS, scale * budgets.PICKLE_SCALE_BYTES // budgets.PART_BYTES)
     groups = [[(name, _shape(models[0].path, name, shape)) for name, shape in group] for group in _shapes(models[0])]
-    if sum(map(len, groups)) * len(states) > most:
+    if sum(map(len, groups)) * len(states) > max_parts:
         raise InputError(f"{path} is refused: it claims more parts of tensors than its files could hold")
     runs: dict[str, Runs] = {}
     by_name: dict[str, Tensor] = {}
@@ -112,8 +112,8 @@ def open_checkpoint(path: Path) -> ModelFile:
         tensor, run = models[0].run(value, name)
         add(name, tensor.shape, tensor.dtype, (run,))
     # A tied name takes a few bytes in the checkpoint, but a pruned copy holds all elements of its tensor.
-    most_bytes = max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated)
-    if len(tied) > budgets.MAX_TIED or sum(tensor.nbytes for tensor in tied) > most_bytes:
+    max_bytes = max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated)
+    if len(tied) > budgets.MAX_TIED or sum(tensor.nbytes for tensor in tied) > max_bytes:
         raise InputError(f"{path} is refused: its tensors reuse the bytes that they share too many times")
     if not by_name:
         raise InputError(f"{path} holds no tensors")

@@ -43,7 +43,7 @@ _TRANSPARENT = frozenset(
         *("SpectralNormalization", "WeightNormalization"),
     }
 )
-"""Wrappers that leave the shapes of what they wrap as they are."""
+"""Wrappers that do not change the output shape of the layer inside."""
 _OPERATIONS = frozenset({"Matmul", "Einsum", "Dot", "Tensordot", "Inner", "Outer", "Conv", "DotProductAttention"})
 """Functions of Keras 3 that multiply their inputs."""
 _TENSORFLOW_OPERATIONS = frozenset(
@@ -98,7 +98,7 @@ _TOP_LEVEL = CallContext()
 
 
 class ShapeTracer:
-    """Calls models and their layers with shapes, and records what they multiply."""
+    """Calls models and their layers with shapes, and records their multiplications."""
 
     def __init__(self, path: Path, tensors: Iterable[Tensor]) -> None:
         self._path = path
@@ -113,7 +113,7 @@ class ShapeTracer:
 
     @property
     def operations(self) -> tuple[Operation, ...]:
-        """What was multiplied, in the order of the calls."""
+        """The multiplications, in the order of the calls."""
         return tuple(self._operations)
 
     def spend(self, steps: int) -> None:
@@ -138,7 +138,7 @@ class ShapeTracer:
         return self._calls[id(model)]
 
     def trace_model(self, model: Mapping[str, Any], inputs: Shapes, context: CallContext = _TOP_LEVEL) -> Shapes:
-        """The output shapes of a model; records what its layers multiply."""
+        """The output shapes of a model; records the multiplications of its layers."""
         is_graph = any(layer.get("inbound_nodes") for layer in self.inner_layers(model))
         return self._graph(model, inputs, context) if is_graph else self._sequence(model, inputs, context)
 

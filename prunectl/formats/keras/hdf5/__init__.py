@@ -220,7 +220,7 @@ def _objects(file: Any, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _own(group: Any, key: str, name: str, path: Path) -> Any:
-    """What a group itself holds under a key; None for an alias of something else in the file."""
+    """The object that a group itself holds under a key; None for a link to another object of the file."""
     raw = key.encode("utf-8", "surrogateescape")
     if group.id.links.get_info(raw).type == h5py.h5l.TYPE_HARD:
         # As `group[key]` does, but without opening the file again for each dataset.

@@ -129,7 +129,7 @@ _BYTES_PER_SECOND = 1 << 20
 _ROOM = 512 << 20
 
 CopyDataset = Callable[[Any, Any, str], Any]
-"""Copies a dataset to a group of another file, under a name: (old, parent, key) to the new dataset."""
+"""Copies a dataset to a group of another file, under a name: (old, parent, key) -> new dataset."""
 Copies = dict[int, Any]
 """Copies in the new file, by the address of the object in the old one."""
 

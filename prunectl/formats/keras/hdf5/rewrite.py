@@ -58,7 +58,7 @@ def create_like(old: Any, parent: Any, key: str, numbers: Any, *, space: Any, pr
 
 @dataclass(frozen=True, slots=True)
 class H5Edits:
-    """Changes by path; all keys and removed paths are those of the old file."""
+    """Changes by path; all paths but the targets of moves are those of the old file."""
 
     removed: tuple[RemovedItem, ...] = ()
     drops: tuple[str, ...] = ()

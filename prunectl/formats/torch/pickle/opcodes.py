@@ -58,7 +58,7 @@ class PickleDict:
 
 @dataclass(slots=True, eq=False)
 class OpaqueCall:
-    """The unknown result of a call that was not made, with its arguments and what the pickle fills it with."""
+    """The unknown result of a call that was not made: its arguments, and the state and items set later."""
 
     function: Any
     args: Any

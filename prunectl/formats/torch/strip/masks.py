@@ -83,9 +83,9 @@ def unwrap(root: IRNode, tensors: Mapping[str, Tensor]) -> list[MaskedWeight]:
         masked += _unwrap(state_dict, tensors, ao_masks)
     used = {mask.name for weight in masked for mask in weight.masks}
     for state_dict in state_dicts:
-        inside = entries(state_dict.node) or []
-        kept = [entry for entry in inside if not _is_applied(state_dict, text(entry[0]), entry[1], used)]
-        if len(kept) < len(inside):
+        pairs = entries(state_dict.node) or []
+        kept = [entry for entry in pairs if not _is_applied(state_dict, text(entry[0]), entry[1], used)]
+        if len(kept) < len(pairs):
             replace_entries(state_dict.node, kept)
     return masked
 
