@@ -1,7 +1,7 @@
 """Distributed checkpoints of PyTorch (DCP): a pickle with the positions of the parts of each tensor, and their files.
 
 `.metadata` is interpreted by the pickle VM, as every pickle here. Each part of a tensor is an archive of torch.save.
-So is each byte entry, a value that is no tensor, which PyTorch loads without `weights_only`.
+So is each byte entry (a value that is no tensor), which PyTorch loads without `weights_only`.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ def _frozen(models: Sequence[_File], stage: int) -> Others:
 
 
 def _others(model: _File, stage: int, runs: Mapping[str, Runs]) -> Others:
-    """Yield the module's buffers, and below stage 3, which saves no others, its weights outside the groups."""
+    """Yield the module's buffers and, in stages 1 and 2, its weights outside the groups, which stage 3 saves empty."""
     names = model.fields.get("buffer_names")
     buffers = {name for name in names if isinstance(name, str)} if isinstance(names, list | tuple) else set()
     tied = dict(model.dictionary("shared_params", is_needed=False))
