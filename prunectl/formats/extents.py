@@ -35,26 +35,26 @@ class Extent:
 
 
 class RemoteFile(Protocol):
-    """A file that is elsewhere, read in ranges."""
+    """A file on a server or in an object store, read in ranges."""
 
     url: str
     nbytes: int
     version: str
-    """By what one state of it is told from another."""
+    """An ETag, a modification time or another mark that changes with the content."""
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
-        """The first bytes, and with them its size; all up to so many where no range is to be had."""
+        """The first `nbytes`; this also sets the size and version. Without range support, a file of up to `whole`."""
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """A range of bytes."""
 
 
 REMOTE: dict[Path, RemoteFile] = {}
-"""Files of which only the head is here, by the path of that: all else is read where they are."""
+"""Remote files by the path of a local file that holds their head only; all else is read from the server."""
 
 
 def file_bytes(path: Path) -> int:
-    """The size of a file, wherever it is."""
+    """The size of a local or remote file."""
     return REMOTE[path].nbytes if path in REMOTE else path.stat().st_size
 
 
@@ -62,7 +62,7 @@ FileState = tuple[int, int | str]
 
 
 def file_state(path: Path) -> FileState:
-    """By what a file is known again: its size, and the time of its last change, or what a store calls this state."""
+    """What tells whether a file has changed: its size, with its mtime, or the version of a remote file."""
     if path in REMOTE:
         return REMOTE[path].nbytes, REMOTE[path].version
     facts = os.stat(path)
@@ -70,7 +70,7 @@ def file_state(path: Path) -> FileState:
 
 
 def file_states(paths: Iterable[Path], earlier: Mapping[Path, FileState] | None = None) -> dict[Path, FileState]:
-    """By what files are known again: of those that were looked at earlier, what they were then."""
+    """The states of files; for a file in `earlier`, the state recorded there."""
     known = earlier or {}
     return {path: known[path] if path in known else file_state(path) for path in paths}
 
@@ -84,9 +84,9 @@ def _changed(path: Path) -> InputError:
 
 @contextmanager
 def unchanged(states: Mapping[Path, FileState], refusal: Callable[[Path], InputError] = _changed) -> Generator[None]:
-    """Refuse what is made of files that are no longer as they were: each pass would see other numbers.
+    """Raise an error if a file changed while the block ran: each pass over it would read other values.
 
-    Whatever fails meanwhile may come of that, also in a framework: then the change is what is said.
+    Any exception in the block, also one of a framework, may be a consequence, so that the change is reported instead.
     """
     try:
         yield
@@ -99,7 +99,7 @@ def unchanged(states: Mapping[Path, FileState], refusal: Callable[[Path], InputE
 
 
 def ignoring_mtime(states: Mapping[Path, FileState]) -> dict[Path, FileState]:
-    """The same states where a file of the size that it had is taken for the same."""
+    """The same states, with the current mtime for each file that still has its recorded size."""
     now = {path: file_state(path) for path in states if path in REMOTE or path.exists()}
     return {path: now[path] if path in now and now[path][0] == state[0] else state for path, state in states.items()}
 
@@ -116,7 +116,7 @@ def _first_changed(states: Mapping[Path, FileState]) -> Path | None:
 
 
 class FileWindow(io.RawIOBase):
-    """A part of a file, as if it were one."""
+    """A part of a file as a readable file object."""
 
     def __init__(self, path: Path, begin: int, nbytes: int) -> None:
         super().__init__()
@@ -124,34 +124,34 @@ class FileWindow(io.RawIOBase):
         self._begin, self._nbytes, self._position = begin, nbytes, 0
 
     def readable(self) -> bool:
-        """Whether it can be read."""
+        """Whether it can be read: always."""
         return True
 
     def seekable(self) -> bool:
-        """Whether any place in it can be read."""
+        """Whether it supports `seek`: always."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place, counted from the start, the current place or the end of the part."""
+        """Move to an offset from the start, the current position or the end of the part."""
         start = (0, self._position, self._nbytes)[whence]
         if start + offset < 0:
-            raise OSError(errno.EINVAL, "a place before the start")
+            raise OSError(errno.EINVAL, "a position before the start")
         self._position = start + offset
         return self._position
 
     def tell(self) -> int:
-        """The current place."""
+        """The current position."""
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read what fits, up to the end of the part."""
+        """Fill the buffer, up to the end of the part."""
         want = max(min(len(buffer), self._nbytes - self._position), 0)
         got = os.preadv(self._fd, [memoryview(buffer)[:want]], self._begin + self._position)
         self._position += got
         return got
 
     def close(self) -> None:
-        """Close the file behind it."""
+        """Close the underlying file descriptor."""
         if not self.closed:
             os.close(self._fd)
         super().close()
@@ -175,7 +175,7 @@ def view(
     strides: tuple[int, ...] | None = None,
     big_endian: bool = False,
 ) -> NDArray[Any]:
-    """The extent as a read-only array, mapped into memory rather than read."""
+    """The extent as a read-only array: memory-mapped, or read if it is remote."""
     if math.prod(shape) == 0 or extent.nbytes == 0:
         return np.zeros(shape, dtype)
     if extent.path in REMOTE:
@@ -184,7 +184,7 @@ def view(
         try:
             raw = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.nbytes,))
         except ValueError as error:
-            # The file is shorter than it was when its tensors were placed in it.
+            # The file has become shorter since its tensors were located in it.
             raise _truncated(extent.path) from error
     return arrange(raw, dtype=dtype, shape=shape, start=start, strides=strides, big_endian=big_endian)
 
@@ -198,7 +198,7 @@ def arrange(
     strides: tuple[int, ...] | None = None,
     big_endian: bool = False,
 ) -> NDArray[Any]:
-    """See raw bytes as a tensor, read-only."""
+    """View raw bytes as a read-only tensor; `start` and `strides` are counted in elements."""
     raw = raw[start * dtype.itemsize :]
     if big_endian:
         raw = _swapped(raw[: raw.size // dtype.itemsize * dtype.itemsize], dtype)
@@ -212,19 +212,19 @@ def arrange(
 
 
 def unpack(raw: NDArray[np.uint8], dtype: np.dtype[Any], bits: int) -> NDArray[Any]:
-    """Elements of 2 or 4 bits as a byte each, the lowest bits of a byte first."""
+    """Unpack elements of 2 or 4 bits to a byte each, from the lowest bits of a byte to the highest."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     return ((raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1).view(dtype)
 
 
 def _swapped(raw: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
-    """Numbers in the other order of bytes: as plain bytes, which also serves bfloat16, that knows no byte order."""
+    """Swap the byte order, on raw bytes because NumPy has no byte order for bfloat16."""
     width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
     return np.ascontiguousarray(raw.reshape(-1, width)[:, ::-1]).reshape(-1)
 
 
 def raw_bytes(array: NDArray[Any], *, big_endian: bool = False) -> memoryview:
-    """An array as the bytes that a file has of it, in C order."""
+    """The bytes of an array as stored in a file, in C order."""
     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return (_swapped(raw, array.dtype) if big_endian else raw).data
 
@@ -245,7 +245,7 @@ _of_thread = threading.local()
 
 
 class _Window:
-    """A part of a file that is read ahead, once a small run lies right behind the one before."""
+    """A read-ahead buffer over a file: filled once a small run lies close behind the one before."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -277,9 +277,9 @@ class _Window:
 
 @contextmanager
 def read_ahead() -> Generator[None]:
-    """Have `blocks` read small runs of this thread together: to open and to read each of many takes most of the time.
+    """Let `blocks` read ahead for small extents in this thread: to open and read each one takes most of the time.
 
-    What is written to the same files meanwhile may be missed.
+    The buffer may miss data that is written to the same files meanwhile.
     """
     outer = getattr(_of_thread, "window", None)
     window = _of_thread.window = outer or _Window()
@@ -296,12 +296,12 @@ def _truncated(path: Path) -> InputError:
 
 
 def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
-    """Yield the extent piece by piece, each valid until the next: memory stays one block."""
+    """Yield the extent in pieces of up to BLOCK_BYTES, which may share one buffer: each is valid until the next."""
     if extent.path in REMOTE:
         for done in range(0, extent.nbytes, BLOCK_BYTES):
             check_stopped()
             piece = REMOTE[extent.path].read(extent.offset + done, min(BLOCK_BYTES, extent.nbytes - done))
-            # As a copy, which may be written to.
+            # A copy, because callers may write to the block.
             yield np.frombuffer(piece, np.uint8).copy().view(dtype)
         return
     window: _Window | None = getattr(_of_thread, "window", None)
@@ -327,7 +327,7 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
 
 
 def mmap_file(path: Path) -> memoryview:
-    """The bytes of a file without reading them."""
+    """The bytes of a file, memory-mapped."""
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is truncated or damaged: it is empty")

@@ -1,7 +1,7 @@
-"""Models at URLs: a folder of stubs stands for them here, whose bytes come in ranges as they are asked for.
+"""Models at URLs: a local folder of stub files represents the model, and byte ranges are read on demand.
 
-Of a safetensors file the stub is the header; `formats.extents` reads the rest where it is. Whatever else read a stub
-would find it truncated, and not full of zeros. What is no safetensors is fetched whole.
+The stub of a safetensors file is its header; `formats.extents` reads the rest from the server. Code that opens a stub
+in another way finds a truncated file, instead of one full of zeros. Other files are downloaded whole.
 """
 
 from __future__ import annotations
@@ -28,52 +28,53 @@ from prunectl.formats.detect import (
 )
 from prunectl.formats.extents import REMOTE, RemoteFile
 from prunectl.formats.folder import LEDGER, training_part
-from prunectl.formats.places import (
+from prunectl.formats.registry import IN_A_FOLDER, SUFFIXES
+from prunectl.formats.remote_files import (
     COPY_BYTES,
-    LibraryFile,
-    LibraryPlace,
-    Place,
+    FsspecFile,
+    FsspecFolder,
+    RemoteFolder,
+    fsspec_folder,
     is_inside,
-    library_place,
-    place_of,
+    remote_folder,
     shown,
 )
-from prunectl.formats.registry import IN_A_FOLDER, SUFFIXES
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.scratch import temporary_folder
 from prunectl.formats.workers import workers
 
 _HEAD_BYTES = 64 << 10
-"""What is read of a file at first: the header of most safetensors, and no more of it than of a long one."""
+"""Size of the first read of a file, which covers the header of most safetensors."""
 _WINDOW_BYTES = 8 << 20
-_ASKED_AT_ONCE = 8
+_CONCURRENT_REQUESTS = 8
 _FACTS = frozenset({"config.json", "adapter_config.json", "generation_config.json", "model_index.json", "modules.json"})
-"""What tells what a model is, beside its index; all else in its folder is fetched only to be copied."""
+"""Configs of a model, which are downloaded whole; other files beside the weights only if they are copied."""
 _BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json"),
     *("vocab.txt", "merges.txt", "chat_template.jinja", "preprocessor_config.json", "README.md", "LICENSE"),
 )
-"""What is looked for in a folder on a web server, which lists none."""
+"""Files that are tried in a folder on a web server, which cannot be listed."""
 Tell = Callable[[str], object]
 
 
 @dataclass(slots=True)
 class _Mirror:
-    """A folder of stubs, and what they stand for."""
+    """A local folder of stubs that represents a folder at a URL."""
 
     folder: Path
     url: str
-    """That which the folder stands for, as it is shown."""
+    """The URL as it is shown in messages."""
     tell: Tell
+    """Shows a note to the user."""
     stubs: list[Path] = field(default_factory=list)
     nbytes: int = 0
-    """Of all stubs."""
+    """Total size of the stubs."""
     _lock: Any = field(default_factory=Lock)
 
-    def stub(self, name: str, file: RemoteFile, *, is_fact: bool) -> None:
-        """Make the stub of a file: of safetensors with the header, of what tells of the model with all of it."""
+    def stub(self, name: str, file: RemoteFile, *, is_config: bool) -> None:
+        """Create the stub of a file: the header of safetensors, the whole content of a config, else nothing."""
         path, head = self.folder / name, b""
-        if is_fact:
+        if is_config:
             head = _whole(file, budgets.MAX_JSON_BYTES)
         elif path.suffix == ".safetensors":
             head = _header(file, path)
@@ -85,9 +86,9 @@ class _Mirror:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(head)
         except OSError as error:
-            # A store may have x and x/y, and longer names than a file system.
+            # An object store may hold both x and x/y, or names that are too long for the file system.
             raise InputError(f"{shown(file.url)} cannot be kept as a file here: {error.strerror}") from error
-        if not is_fact:
+        if not is_config:
             REMOTE[path] = _Buffered(file)
             self.stubs.append(path)
 
@@ -100,7 +101,7 @@ def _whole(file: RemoteFile, most: int) -> bytes:
 
 
 def _header(file: RemoteFile, path: Path) -> bytes:
-    """The header of a safetensors file, or all that is there of one that claims a longer one."""
+    """The length and header of a safetensors file."""
     head = file.head(_HEAD_BYTES)
     length = int.from_bytes(head[:8], "little") + 8
     if length > min(budgets.MAX_SAFETENSORS_HEADER_BYTES, file.nbytes):
@@ -109,7 +110,7 @@ def _header(file: RemoteFile, path: Path) -> bytes:
 
 
 class _Buffered:
-    """A file that is read in windows, of which a few are kept."""
+    """A remote file that is read in windows of 8 MiB, of which the last few are cached."""
 
     def __init__(self, file: RemoteFile) -> None:
         self.file, self.url = file, file.url
@@ -121,14 +122,14 @@ class _Buffered:
         return self.file.head(nbytes, whole)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        found = bytearray()
-        while len(found) < nbytes:
-            number, begin = divmod(offset + len(found), _WINDOW_BYTES)
-            piece = _window(self, number)[begin : begin + nbytes - len(found)]
+        data = bytearray()
+        while len(data) < nbytes:
+            number, begin = divmod(offset + len(data), _WINDOW_BYTES)
+            piece = _window(self, number)[begin : begin + nbytes - len(data)]
             if not piece:
                 raise InputError(f"{shown(self.url)} ends too early")
-            found += piece
-        return bytes(found)
+            data += piece
+        return bytes(data)
 
 
 @lru_cache(maxsize=4)
@@ -138,7 +139,7 @@ def _window(buffered: _Buffered, number: int) -> bytes:
 
 
 def download(path: Path) -> None:
-    """Make a file of a stub, its bytes in ranges; it is checked that nobody has changed it meanwhile."""
+    """Replace a stub by the whole file, downloaded in ranges; InputError if the file changes meanwhile."""
     check_unchanged(path)
     file = _unbuffered(REMOTE[path])
     part = path.with_name(f"{path.name}.part")
@@ -151,9 +152,9 @@ def download(path: Path) -> None:
 
 
 def check_unchanged(path: Path) -> None:
-    """Refuse a file in a store that is no longer what it was when it was first seen; a web server says so itself."""
+    """Refuse a file in an object store that has changed since its first read; HttpFile checks this at each read."""
     file = _unbuffered(REMOTE[path]) if path in REMOTE else None
-    if not isinstance(file, LibraryFile):
+    if not isinstance(file, FsspecFile):
         return
     nbytes, version = file.state()
     file.version = file.version or version
@@ -167,7 +168,7 @@ def _unbuffered(file: RemoteFile) -> RemoteFile:
 
 @contextmanager
 def downloaded(path: Path) -> Generator[None]:
-    """Have a file here for a while, if only its stub is; then the stub again."""
+    """Replace a stub by the whole file within the block; afterwards, restore the stub."""
     remote = REMOTE.get(path)
     if remote is None:
         yield
@@ -181,28 +182,28 @@ def downloaded(path: Path) -> Generator[None]:
         REMOTE[path] = remote
 
 
-UPLOADS: dict[Path, LibraryPlace] = {}
-"""Where an output goes that is written here first, by its path here."""
+UPLOADS: dict[Path, FsspecFolder] = {}
+"""The destinations of outputs that are uploaded once they are written, by their local path."""
 
 
 @contextmanager
 def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
-    """Yield a path for an output; what is there at the end goes to a URL, that by which it is opened last.
+    """Yield a local path for an output; at the end, the output is uploaded, the file by which it is opened last.
 
-    Nothing may be there yet but what was begun, unless the user said so: then by what the old model is opened goes
-    first, so that no old index ever stands beside new weights.
+    The URL must be free, or have the unfinished output marked by `begun`, unless `is_forced`. In that case, the file by
+    which the old model is opened is removed first, so that no old index is ever beside new weights.
     """
     if url.startswith("http"):
         raise UsageError(f"{shown(url)} cannot be written to", hint="use s3://, gs://, az:// or hf://, or write a file")
-    place = library_place(url)
+    remote = fsspec_folder(url)
     if not is_forced:
-        place.check_free(begun)
+        remote.check_free(begun)
     with temporary_folder() as scratch:
         target = scratch.resolve() / (_name(url) or "model")
-        UPLOADS[target] = place
+        UPLOADS[target] = remote
         try:
             yield target
-            _put(place, target, is_forced=is_forced)
+            _put(remote, target, is_forced=is_forced)
         except PrunectlError as error:
             own, url = str(target), without_secrets(url)
             error.message, error.hint = error.message.replace(own, url), error.hint.replace(own, url)
@@ -211,49 +212,50 @@ def uploading(url: str, *, is_forced: bool, begun: str = "") -> Generator[Path]:
             del UPLOADS[target]
 
 
-def _put(place: LibraryPlace, target: Path, *, is_forced: bool) -> None:
-    """Upload a file, or all of a folder."""
+def _put(remote: FsspecFolder, target: Path, *, is_forced: bool) -> None:
+    """Upload a file, or all files of a folder."""
     inside = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
-    found = {"": target} if target.is_file() else inside
-    last = [name for name in found if PurePosixPath(name).name in IN_A_FOLDER]
+    new = {"": target} if target.is_file() else inside
+    last = [name for name in new if PurePosixPath(name).name in IN_A_FOLDER]
     try:
-        old = _remove_heads(place) if is_forced and found and "" not in found else []
-        for name in [*sorted(found.keys() - last), *sorted(last)]:
-            place.put(found[name], name)
+        old = _remove_heads(remote) if is_forced and new and "" not in new else []
+        for name in [*sorted(new.keys() - last), *sorted(last)]:
+            remote.put(new[name], name)
         for name in old:
-            if name not in found:
-                place.remove(name)
+            if name not in new:
+                remote.remove(name)
     except WorkError as error:
-        # Nothing notes what has been uploaded.
+        # The upload cannot be resumed, because no ledger records the files uploaded so far.
         error.hint = "run the same command again, with --force, which replaces what was uploaded"
         raise
 
 
-def _remove_heads(place: LibraryPlace) -> list[str]:
-    """Remove that by which a model in a folder is opened, and return what its index named."""
-    files = place.files() or {}
-    named: list[str] = []
+def _remove_heads(remote: FsspecFolder) -> list[str]:
+    """Remove the files by which a model in a folder is opened, and return the shards that its index names."""
+    files = remote.files() or {}
+    indexed: list[str] = []
     for name in [name for name in files if PurePosixPath(name).name in IN_A_FOLDER]:
         folder = name.rpartition("/")[0]
         if name.endswith(".json"):
-            # What cannot be read names nothing, and goes all the same.
+            # An index that cannot be read is removed all the same.
             with suppress(InputError):
                 text = _whole(files[name], budgets.MAX_JSON_BYTES)
                 weights = parse_object(text, Path(name), "the index").get("weight_map")
                 shards = set(map(str, weights.values())) if isinstance(weights, dict) else set()
-                named += [
-                    one for one in files if PurePosixPath(one).name in shards and one.rpartition("/")[0] == folder
+                indexed += [
+                    file for file in files if PurePosixPath(file).name in shards and file.rpartition("/")[0] == folder
                 ]
-        place.remove(name)
-    return sorted(set(named))
+        remote.remove(name)
+    return sorted(set(indexed))
 
 
 def fetch(path: Path, tell: Tell) -> None:
-    """Make files of all stubs in a folder, or of one, but for what is only copied, if at all."""
+    """Download all stubs in a folder, or a single one; training state beside the weights is left out."""
     stubs = [stub for stub in REMOTE if stub == path or stub.is_relative_to(path)]
     is_known = any((path / name).exists() for name in (*IN_A_FOLDER, PIPELINE_INDEX))
     if is_known or (path.is_dir() and parts_without_index(path)):
-        # Optimizers are bigger than the weights, and no part of what is opened; weights may be called so in an index.
+        # Optimizer files are bigger than the weights, and not part of the model. Safetensors are kept, because an index
+        # may give shards such a name.
         stubs = [
             stub for stub in stubs if stub.suffix == ".safetensors" or training_part(stub.relative_to(path)) is None
         ]
@@ -261,7 +263,7 @@ def fetch(path: Path, tell: Tell) -> None:
 
 
 def _fetch(paths: list[Path], tell: Tell) -> None:
-    """Make files of stubs; of what is no safetensors only so much, as nobody knows yet whether it is a model."""
+    """Download stubs; the size of files other than safetensors is limited, as they may not be models at all."""
     unknown = [path for path in paths if path.suffix != ".safetensors"]
     nbytes = sum(REMOTE[path].nbytes for path in unknown)
     if nbytes > budgets.MAX_FETCHED_BYTES:
@@ -274,7 +276,7 @@ def _fetch(paths: list[Path], tell: Tell) -> None:
 
 @contextmanager
 def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = False) -> Generator[Path]:
-    """Yield a path that stands for a URL; what is to be read by others than `formats.extents` is fetched whole."""
+    """Yield a local path for the model at a URL, downloaded if `is_read_whole` (to be read not only by `extents`)."""
     with temporary_folder() as scratch:
         name = _name(url)
         folder = path = scratch.resolve() / (name if is_inside(name) else "model")
@@ -287,7 +289,7 @@ def mirrored(url: str, *, tell: Tell = lambda _: None, is_read_whole: bool = Fal
             yield path
         except PrunectlError as error:
             error.message = error.message.replace(str(folder), mirror.url)
-            # It reads files alone.
+            # `prunectl export` does not read URLs.
             typed, possible = f"prunectl export {folder}", f"download it, then prunectl export {folder.name}"
             error.hint = error.hint.replace(typed, possible).replace(str(folder), mirror.url)
             raise
@@ -304,64 +306,64 @@ def _name(url: str) -> str:
 
 
 def _mirror(mirror: _Mirror, url: str) -> Path:
-    """Make the stubs for a URL, and return the path that stands for it."""
-    place, name = place_of(url), _name(url)
-    listed = place.files()
+    """Create the stubs for a URL, and return the local path of the model."""
+    remote, name = remote_folder(url), _name(url)
+    listed = remote.files()
     if PurePosixPath(name).suffix in _SUFFIXES if listed is None else not listed:
         mirror.url = without_secrets(_parent(url))
-        return _one_file(mirror, place_of(_parent(url)), name)
-    files = _probed(place) if listed is None else listed
-    index = next((one for one in IN_A_FOLDER if one in files), "")
+        return _one_file(mirror, remote_folder(_parent(url)), name)
+    files = _probed(remote) if listed is None else listed
+    index = next((weights for weights in IN_A_FOLDER if weights in files), "")
     is_pipeline = not index and (PIPELINE_INDEX in files or _has_networks(files))
-    if not index and not is_pipeline and not any(one in files for one in _FETCHED_FOLDERS):
+    if not index and not is_pipeline and not any(marker in files for marker in _FETCHED_FOLDERS):
         what = missing_index(files) or "has no model of a format that prunectl knows"
         raise InputError(f"{shown(url)} {what}", hint=_hint(files))
-    needed = _shards(mirror, place, index, listed) if index.endswith(".json") else [index]
-    rest = {one: file for one, file in files.items() if not os.path.exists(mirror.folder / one)}
-    _make(mirror, rest, frozenset(filter(_is_fact, rest)))
+    needed = _shards(mirror, remote, index, listed) if index.endswith(".json") else [index]
+    rest = {other: file for other, file in files.items() if not os.path.exists(mirror.folder / other)}
+    _make_stubs(mirror, rest, frozenset(filter(_is_config, rest)))
     if not index and not is_pipeline:
-        # No weights that could be read where they are.
+        # None of the weights can be read in ranges.
         needed = list(rest)
     _fetch_needed(mirror, needed)
     return mirror.folder
 
 
 def _fetch_needed(mirror: _Mirror, names: list[str]) -> None:
-    paths = (mirror.folder / one for one in names if not one.endswith(".safetensors"))
+    paths = (mirror.folder / name for name in names if not name.endswith(".safetensors"))
     _fetch([path for path in paths if path in REMOTE], mirror.tell)
 
 
 _FETCHED_FOLDERS = ("saved_model.pb", ".metadata", "latest")
-"""What tells a folder without weights that are read where they are: SavedModel, many ranks."""
+"""Files that mark a folder to download whole: a SavedModel, or a checkpoint of many ranks."""
 
 
 def _has_networks(files: Mapping[str, RemoteFile]) -> bool:
-    """Whether a folder holds parts of a pipeline that no index names, as a checkpoint of diffusers does."""
-    parts = [one.split("/") for one in files]
+    """Whether a folder holds parts of a pipeline without an index, as a training checkpoint of diffusers does."""
+    parts = [name.split("/") for name in files]
     return any(
         len(names) == 2 and names[1] in NETWORK_OF_DIFFUSERS and f"{names[0]}/config.json" in files for names in parts
     )
 
 
-def _is_fact(name: str) -> bool:
-    """Whether all of a file is read to know the model: also the index of a part of a pipeline."""
+def _is_config(name: str) -> bool:
+    """Whether a file is needed whole to open the model: a config, or the index of a part of a pipeline."""
     path = PurePosixPath(name)
     return path.name in _FACTS or (len(path.parts) == 2 and path.suffix == ".json" and path.name in IN_A_FOLDER)
 
 
 def _hint(files: Mapping[str, RemoteFile]) -> str:
     """Files in a folder that may have been meant."""
-    if any(one.startswith(f"{LEDGER}/") for one in files):
+    if any(name.startswith(f"{LEDGER}/") for name in files):
         return "it holds parts of a model that are not joined: prunectl prune … --join"
-    # Of JSON an index is a model, and all else tells of one.
-    named = sorted(
-        one for one in files if PurePosixPath(one).suffix in _SUFFIXES - {".json"} or one.endswith(".index.json")
+    # Of JSON files, only an index is a model.
+    models = sorted(
+        name for name in files if PurePosixPath(name).suffix in _SUFFIXES - {".json"} or name.endswith(".index.json")
     )[:3]
-    return f"name a file: {', '.join(map(abbreviated, named))}" if named else "name the folder of a model, or a file"
+    return f"name a file: {', '.join(map(abbreviated, models))}" if models else "name the folder of a model, or a file"
 
 
 _SUFFIXES = SUFFIXES | {".ckpt"}
-"""Of files by a name of their own; checkpoints of Lightning are called as TensorFlow's folders are on a disk."""
+"""Suffixes of single model files; on a disk, .ckpt may also be TensorFlow's, but at a URL it is Lightning's."""
 
 
 def _parent(url: str) -> str:
@@ -369,40 +371,40 @@ def _parent(url: str) -> str:
     return f"{base.rpartition('/')[0]}{mark}{query}"
 
 
-def _one_file(mirror: _Mirror, place: Place, name: str) -> Path:
-    file, path = place.file(name), mirror.folder / name
+def _one_file(mirror: _Mirror, remote: RemoteFolder, name: str) -> Path:
+    file, path = remote.file(name), mirror.folder / name
     if name.endswith(".index.json"):
-        _fetch_needed(mirror, _shards(mirror, place, name, place.files()))
+        _fetch_needed(mirror, _shards(mirror, remote, name, remote.files()))
         return path
-    mirror.stub(name, file, is_fact=path.suffix == ".json")
+    mirror.stub(name, file, is_config=path.suffix == ".json")
     _fetch_needed(mirror, [name])
     return path
 
 
-def _shards(mirror: _Mirror, place: Place, index: str, files: Mapping[str, RemoteFile] | None) -> list[str]:
-    """Make the stubs of an index and of the shards that it names, and return the names of those."""
+def _shards(mirror: _Mirror, remote: RemoteFolder, index: str, files: Mapping[str, RemoteFile] | None) -> list[str]:
+    """Create the stubs of an index and of its shards, and return the names of the shards."""
     path = mirror.folder / index
-    text = _whole(place.file(index), budgets.MAX_JSON_BYTES)
+    text = _whole(remote.file(index), budgets.MAX_JSON_BYTES)
     path.write_bytes(text)
     names = parse_object(text, path, "the index").get("weight_map")
     values = dict.fromkeys(names.values()) if isinstance(names, dict) else {}
-    wanted = [one for one in values if isinstance(one, str) and is_inside(one) and "/" not in one]
+    wanted = [shard for shard in values if isinstance(shard, str) and is_inside(shard) and "/" not in shard]
     if len(wanted) > budgets.MAX_FILES:
         raise InputError(f"{path} is refused: it names more than {budgets.MAX_FILES} shards")
-    # One that is not there is missed when the model is opened, which names it.
-    _make(mirror, {one: place.file(one) for one in wanted if files is None or one in files}, frozenset())
+    # Opening the model reports missing shards by name.
+    _make_stubs(mirror, {shard: remote.file(shard) for shard in wanted if files is None or shard in files}, frozenset())
     return wanted
 
 
 _ON_HUB = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)")
 
 
-def _probed(place: Place) -> dict[str, RemoteFile]:
-    """What is found of the usual files in a folder that lists nothing."""
+def _probed(remote: RemoteFolder) -> dict[str, RemoteFile]:
+    """The usual files that exist in a folder that cannot be listed."""
     found: dict[str, RemoteFile] = {}
     for names in (IN_A_FOLDER, (*_FACTS, *_BESIDE)):
         for name in names:
-            file = place.file(name)
+            file = remote.file(name)
             try:
                 file.head(1, budgets.MAX_JSON_BYTES)
             except InputError as error:
@@ -413,23 +415,23 @@ def _probed(place: Place) -> dict[str, RemoteFile]:
                 if names is IN_A_FOLDER:
                     break
         if not found:
-            raise _not_found(place)
+            raise _not_found(remote)
     return found
 
 
-def _not_found(place: Place) -> InputError:
-    """The error for a folder on a web server, which does not say what is in it."""
-    match = _ON_HUB.match(place.url)
+def _not_found(remote: RemoteFolder) -> InputError:
+    """The error for a folder on a web server in which none of the usual files exist."""
+    match = _ON_HUB.match(remote.url)
     listed = f"use hf://{match[1]}" if match else "use hf://, s3:// or gs://"
     try:
-        place.file(PIPELINE_INDEX).head(1, budgets.MAX_JSON_BYTES)
+        remote.file(PIPELINE_INDEX).head(1, budgets.MAX_JSON_BYTES)
     except InputError:
         what, other = "has no model that is found without a list of its files", "name a file: the index, or the weights"
     else:
         what, other = "is a pipeline of diffusers, of which a web server lists no files", "name the folder of one part"
-    return InputError(f"{shown(place.url)} {what}", hint=f"{other}; or {listed}, where files are listed")
+    return InputError(f"{shown(remote.url)} {what}", hint=f"{other}; or {listed}, where files are listed")
 
 
-def _make(mirror: _Mirror, files: Mapping[str, RemoteFile], facts: frozenset[str]) -> None:
-    with workers(_ASKED_AT_ONCE) as pool:
-        list(pool.map(lambda one: mirror.stub(one[0], one[1], is_fact=one[0] in facts), files.items()))
+def _make_stubs(mirror: _Mirror, files: Mapping[str, RemoteFile], configs: frozenset[str]) -> None:
+    with workers(_CONCURRENT_REQUESTS) as pool:
+        list(pool.map(lambda item: mirror.stub(*item, is_config=item[0] in configs), files.items()))

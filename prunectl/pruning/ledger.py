@@ -26,8 +26,8 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import file_state
 from prunectl.formats.folder import LEDGER, copy_companions
 from prunectl.formats.patch import patch_files
-from prunectl.formats.places import LibraryPlace
 from prunectl.formats.remote import UPLOADS
+from prunectl.formats.remote_files import FsspecFolder
 from prunectl.formats.safe_json import parse_object, read_object, write_object
 from prunectl.plugins import source_file
 from prunectl.pruning.request import OPTIONS, PruneRequest, code_specs
@@ -212,7 +212,7 @@ class Ledger:
 class BucketLedger(Ledger):
     """The same in an object store, where each object appears when it is whole, and none is renamed."""
 
-    place: LibraryPlace
+    place: FsspecFolder
 
     @property
     def is_begun(self) -> bool:

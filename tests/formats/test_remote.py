@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 import prunectl
 from prunectl.errors import UsageError, WorkError
-from prunectl.formats import budgets, places
+from prunectl.formats import budgets, remote_files
 from prunectl.formats.detect import without_secrets
 from tests.formats.test_folder import files_of
 from tests.pruning.test_parts import folder
@@ -265,8 +265,8 @@ SLOW = ("wait and wait", "a header that does not end")
 def test_a_server_that_lies_is_refused_in_a_sentence(
     server: Server, tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(places, "_SILENCE_SECONDS", 0.3 if lie in SLOW else 30.0)
+    monkeypatch.setattr(remote_files, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(remote_files, "_SILENCE_SECONDS", 0.3 if lie in SLOW else 30.0)
     for name in ("model.safetensors", "again.safetensors"):
         big_file(tmp_path / name, 1 << 20)
     server.answer, sentence = LIES[lie]
@@ -427,11 +427,11 @@ class Parts:
 def test_an_upload_that_is_refused_is_aborted_and_not_published_later(
     tmp_path: Path, refused: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "COPY_BYTES", 8)
+    monkeypatch.setattr(remote_files, "COPY_BYTES", 8)
     (tmp_path / "a").write_bytes(b"0123456789")
     store = Parts(refused)
     with pytest.raises(WorkError, match=r"s3://bucket/a cannot be written: AccessDenied$"):
-        places.LibraryPlace(store, "bucket", "s3://bucket").put(tmp_path / "a", "a")
+        remote_files.FsspecFolder(store, "bucket", "s3://bucket").put(tmp_path / "a", "a")
     gc.collect()
     assert store.ended == ["aborted"]
     assert len(store.taken) == refused

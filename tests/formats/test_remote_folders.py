@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import prunectl
 from prunectl.errors import InputError
 from prunectl.formats import budgets, remote
-from prunectl.formats.places import HttpFile, HttpPlace
+from prunectl.formats.remote_files import HttpFile, HttpFolder
 from tests.formats.test_folder import files_of
 from tests.formats.test_pipeline import NETWORK, STATE, checkpoint, numbers, pipe
 from tests.formats.test_remote import Server, in_memory, memory, server, upload
@@ -159,7 +159,7 @@ def test_of_a_folder_on_the_hub_the_address_is_told_that_lists_it(monkeypatch: p
     assert done.code == 3
     assert "or use hf://org/name, where files are listed" in done.err
     with pytest.raises(InputError, match="has no model that is found"):
-        remote._probed(HttpPlace("https://example.org/name"))
+        remote._probed(HttpFolder("https://example.org/name"))
 
 
 def test_what_training_would_go_on_from_is_not_fetched_to_be_left_out(

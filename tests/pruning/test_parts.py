@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 import prunectl
 from prunectl.api.pruning import PartResult, PruneResult
 from prunectl.errors import InputError, UntrustedError, UsageError
-from prunectl.formats.places import LibraryPlace
+from prunectl.formats.remote_files import FsspecFolder
 from prunectl.pruning.ledger import BucketLedger, shares
 from tests.formats.test_folder import files_of
 from tests.running import COMMAND, ROOT, clean, here
@@ -342,7 +342,7 @@ def test_shards_of_parts_with_other_options_count_as_missing(folder: Path) -> No
 
 def test_a_note_that_cannot_be_read_is_not_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = fsspec.filesystem("memory")
-    ledger = BucketLedger(tmp_path / "parts", LibraryPlace(memory, "/unread", "memory://unread"))
+    ledger = BucketLedger(tmp_path / "parts", FsspecFolder(memory, "/unread", "memory://unread"))
     assert not ledger.is_begun
     assert not ledger.has("a.safetensors", {"bytes": 1, "modified": ""})
 

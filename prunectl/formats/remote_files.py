@@ -1,8 +1,8 @@
-"""Where files are: on web servers, and in object stores that fsspec knows.
+"""Remote files: on web servers, and in object stores that fsspec supports.
 
-A server may lie: every answer is held against what was asked for, and bounded. One that ignores ranges, answers with
-other bytes than were asked for, stops early or never, leads in circles, or changes the file meanwhile is told in a
-sentence.
+Servers are not trusted: every response is checked against the request, and limited in size and time. There is an error
+message for a server that ignores ranges, sends other bytes than requested, stops early or never, redirects in circles,
+or changes the file meanwhile.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _TRIES = 3
 _PAUSE_SECONDS = 0.5
 _PIECE_BYTES = 1 << 16
 _SILENCE_SECONDS = 30.0
-"""How long a server may say nothing."""
-_LEAST_BYTES_A_SECOND = 16 << 10
-"""What is slower is no download, but a trap."""
-_PASSING = frozenset({429, 500, 502, 503, 504})
-"""Failures that may be over a moment later."""
+"""The time that a server may take to respond."""
+_MIN_BYTES_PER_SECOND = 16 << 10
+"""A slower server is taken for one that keeps the connection open on purpose."""
+_TRANSIENT = frozenset({429, 500, 502, 503, 504})
+"""HTTP errors that may not occur again on a retry."""
 
 
 class _TooSlowError(Exception):
-    """A server takes its time."""
+    """A server has not sent its response in time."""
 
 
 class _Timed(io.RawIOBase):
-    """What a server sends, until its time is over: byte by byte it could go on for ever, within headers as well."""
+    """The bytes from a server, with a deadline: without it, a server could send a byte at a time forever."""
 
     def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__()
-        self.until = time.monotonic() + _SILENCE_SECONDS
+        self.deadline = time.monotonic() + _SILENCE_SECONDS
         self._raw = raw
 
     def readable(self) -> bool:
@@ -60,7 +60,7 @@ class _Timed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         check_stopped()
-        if time.monotonic() > self.until:
+        if time.monotonic() > self.deadline:
             raise _TooSlowError
         return self._raw.readinto(buffer)
 
@@ -98,7 +98,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     max_repeats, max_redirections = 2, 5
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        """Follow a redirection, without what comes with it: the library would read it whole, of any length."""
+        """Follow a redirect without reading its body, which urllib would read whole, however long."""
         fp.close()
         return super().http_error_302(req, fp, code, msg, headers)
 
@@ -115,7 +115,7 @@ _opener = urllib.request.build_opener(_Redirects, _Http, _Https)
 
 
 def shown(url: str) -> str:
-    """An address, cut to what fits into a message, without what may be a secret."""
+    """A URL for a message: abbreviated, without its query and credentials."""
     return abbreviated(without_secrets(url).partition("?")[0])
 
 
@@ -125,25 +125,25 @@ class HttpFile:
 
     url: str
     nbytes: int = -1
-    """-1 until the server was asked."""
+    """-1 until the first response."""
     version: str = ""
-    """What the server calls this state of it."""
+    """The ETag or modification time of the first response."""
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
-        """The first bytes, and with them all that is to be known; so many at most where the server ignores ranges."""
-        return self._asked(0, nbytes, whole)
+        """The first bytes; sets the size and version. A server without ranges may send a file of `whole` bytes."""
+        return self._get(0, nbytes, whole)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        return self._asked(offset, nbytes, 0)
+        return self._get(offset, nbytes, 0)
 
-    def _asked(self, offset: int, nbytes: int, whole: int) -> bytes:
+    def _get(self, offset: int, nbytes: int, whole: int) -> bytes:
         for attempt in range(1, _TRIES + 1):
             try:
-                return self._answer(offset, nbytes, whole)
+                return self._try_get(offset, nbytes, whole)
             except urllib.error.HTTPError as error:
                 error.close()
-                if error.code not in _PASSING or attempt == _TRIES:
-                    raise self._refused(error) from error
+                if error.code not in _TRANSIENT or attempt == _TRIES:
+                    raise self._status_error(error) from error
             except (OSError, http.client.HTTPException) as error:
                 if attempt == _TRIES:
                     cause = getattr(error, "reason", error)
@@ -156,7 +156,7 @@ class HttpFile:
             time.sleep(_PAUSE_SECONDS * attempt)
         raise AssertionError
 
-    def _refused(self, error: urllib.error.HTTPError) -> InputError:
+    def _status_error(self, error: urllib.error.HTTPError) -> InputError:
         name = shown(self.url)
         if error.code in {404, 410}:
             return InputError(f"{name} does not exist")
@@ -168,13 +168,13 @@ class HttpFile:
             return InputError(f"{name} leads from address to address without end, or to none of the web")
         return InputError(f"{name} cannot be read: the server answers with status {error.code}")
 
-    def _answer(self, offset: int, nbytes: int, whole: int) -> bytes:
+    def _try_get(self, offset: int, nbytes: int, whole: int) -> bytes:
         headers = {
             "Range": f"bytes={offset}-{offset + nbytes - 1}",
             "Accept-Encoding": "identity",
             "User-Agent": f"prunectl/{__version__}",
         }
-        request = urllib.request.Request(self.url, headers=headers)  # noqa: S310 - http and https alone come here
+        request = urllib.request.Request(self.url, headers=headers)  # noqa: S310 - the URL is http or https
         with _opener.open(request, timeout=_SILENCE_SECONDS) as response:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise InputError(f"{shown(self.url)} comes compressed, so that no range of it can be read")
@@ -210,8 +210,8 @@ class HttpFile:
             raise InputError(f"{shown(self.url)} was changed while it was being read")
 
     def _body(self, response: Any, nbytes: int) -> bytes:
-        """The body, of which no more is taken than was announced."""
-        response.timed.until = time.monotonic() + _SILENCE_SECONDS + nbytes / _LEAST_BYTES_A_SECOND
+        """The body; at most one byte more than announced is read, to notice that there are more."""
+        response.timed.deadline = time.monotonic() + _SILENCE_SECONDS + nbytes / _MIN_BYTES_PER_SECOND
         body = bytearray()
         while len(body) <= nbytes and (piece := response.read1(min(_PIECE_BYTES, nbytes + 1 - len(body)))):
             body += piece
@@ -233,42 +233,42 @@ _VERSIONS = (
     "created",
     "blob_id",
 )
-"""By what file systems tell one state of a file from another."""
+"""Keys of fsspec's file information that change with the content of a file."""
 
 
-class Place(Protocol):
-    """Where files are: a folder at a URL."""
+class RemoteFolder(Protocol):
+    """A folder at a URL."""
 
     @property
     def url(self) -> str:
-        """Its own."""
+        """The URL of the folder."""
 
     def files(self) -> dict[str, RemoteFile] | None:
-        """What is in it, by relative names; None where that cannot be told."""
+        """Its files by relative names; None where they cannot be listed."""
 
     def file(self, name: str) -> RemoteFile:
-        """One of its files, which may not be there."""
+        """A file of the folder, which may not exist."""
 
 
 @dataclass(frozen=True, slots=True)
-class HttpPlace:
-    """A folder on a web server, which lists nothing."""
+class HttpFolder:
+    """A folder on a web server, whose files cannot be listed."""
 
     url: str
     query: str = ""
 
     def files(self) -> None:
-        """Nothing that is listed."""
+        """None, because a web server lists no files."""
         return
 
     def file(self, name: str) -> RemoteFile:
-        """One of its files."""
+        """A file of the folder, which may not exist."""
         return HttpFile(f"{self.url}/{urllib.parse.quote(name)}{self.query}")
 
 
 @contextmanager
-def _of_library(url: str) -> Generator[None]:
-    """Say in a sentence what a library of file systems has failed at, whose errors are of all kinds."""
+def _fsspec_errors(url: str) -> Generator[None]:
+    """Turn any error of fsspec or one of its backends into an InputError."""
     try:
         yield
     except (PrunectlError, StoppedError, KeyboardInterrupt):
@@ -285,7 +285,7 @@ def _of_library(url: str) -> Generator[None]:
 
 
 @dataclass(slots=True)
-class LibraryFile:
+class FsspecFile:
     """A file that fsspec reads."""
 
     system: Any
@@ -293,16 +293,16 @@ class LibraryFile:
     url: str
     nbytes: int = -1
     version: str = ""
-    """Empty until the file system was asked for it: a list tells other facts, or the same in other words."""
+    """Empty until `state` was called: a listing may have other keys, or other values for the same keys."""
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
-        """The first bytes, and with them all that is to be known."""
+        """The first bytes, or all of a file of up to `whole` bytes; sets the size and version."""
         if not self.version:
             self.nbytes, self.version = self.state()
         return self.read(0, min(max(nbytes, min(self.nbytes, whole)), self.nbytes))
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        with _of_library(self.url):
+        with _fsspec_errors(self.url):
             check_stopped()
             data = bytes(self.system.cat_file(self.path, start=offset, end=offset + nbytes)) if nbytes else b""
         if len(data) != min(nbytes, max(self.nbytes - offset, 0)):
@@ -312,8 +312,8 @@ class LibraryFile:
         return data
 
     def state(self) -> tuple[int, str]:
-        """Its size, and by what one state of it is told from another, as they are now."""
-        with _of_library(self.url):
+        """The current size and version of the file."""
+        with _fsspec_errors(self.url):
             self.system.invalidate_cache()
             facts = self.system.info(self.path)
             if facts.get("type") == "directory":
@@ -323,16 +323,16 @@ class LibraryFile:
 
 
 @dataclass(frozen=True, slots=True)
-class LibraryPlace:
-    """A folder, or what passes for one, in a file system of fsspec."""
+class FsspecFolder:
+    """A folder, or a key prefix of an object store, in a file system of fsspec."""
 
     system: Any
     root: str
     url: str
 
     def files(self) -> dict[str, RemoteFile] | None:
-        """What is in it; nothing where it is a file."""
-        with _of_library(self.url):
+        """Its files by relative names; empty if the URL is that of a file."""
+        with _fsspec_errors(self.url):
             self.system.invalidate_cache()
             facts_of = self._listed()
         if self.root in facts_of:
@@ -340,13 +340,13 @@ class LibraryPlace:
         prefix = self.root.strip("/") + "/"
         names = ((path.strip("/").removeprefix(prefix), path, facts) for path, facts in facts_of.items())
         return {
-            name: LibraryFile(self.system, path, f"{self.url}/{name}", int(facts.get("size") or 0))
+            name: FsspecFile(self.system, path, f"{self.url}/{name}", int(facts.get("size") or 0))
             for name, path, facts in names
             if is_inside(name)
         }
 
     def _listed(self) -> dict[str, Mapping[str, Any]]:
-        """All files, folder by folder: a bucket that was named by mistake is given up before it is listed whole."""
+        """All files, folder by folder, so that a bucket named by mistake is refused before all of it is listed."""
         facts_of: dict[str, Mapping[str, Any]] = {}
         folders, seen = [self.root], 0
         while folders:
@@ -367,20 +367,20 @@ class LibraryPlace:
                     folders.append(path)
         return facts_of
 
-    def file(self, name: str) -> LibraryFile:
-        """One of its files."""
-        return LibraryFile(self.system, f"{self.root}/{name}", f"{self.url}/{name}")
+    def file(self, name: str) -> FsspecFile:
+        """A file of the folder, which may not exist."""
+        return FsspecFile(self.system, f"{self.root}/{name}", f"{self.url}/{name}")
 
     def check_free(self, begun: str) -> None:
-        """Refuse a place where something is, unless it is begun: by a file of this name."""
-        with _of_library(self.url):
+        """Refuse a folder that is not empty, unless it has a file named `begun`, which marks an unfinished output."""
+        with _fsspec_errors(self.url):
             self.system.invalidate_cache()
             is_taken = self._has(self.root) and not (begun and self._has(f"{self.root}/{begun}"))
         if is_taken:
             raise UsageError(f"{shown(self.url)} exists", hint="choose another --output, or replace it with --force")
 
     def _has(self, path: str) -> bool:
-        """Whether something is there; `exists` of most file systems takes every failure for a no."""
+        """Whether a file or a folder with files exists; `exists` of most file systems returns False on any error."""
         try:
             facts = self.system.info(path)
             return facts.get("type") != "directory" or bool(self.system.ls(path, detail=False))
@@ -388,7 +388,7 @@ class LibraryPlace:
             return False
 
     def put(self, source: Path, name: str) -> None:
-        """Write a file to its final name, in several parts where it is big; it appears when it is whole."""
+        """Upload a file, in several parts if it is big; it appears once it is complete."""
         try:
             target = self.system.open(f"{self.root}/{name}".rstrip("/"), "wb", block_size=COPY_BYTES)
             try:
@@ -396,7 +396,7 @@ class LibraryPlace:
                     shutil.copyfileobj(file, target, COPY_BYTES)
                 target.close()
             except BaseException:
-                # Closed, if only by the garbage collector, it would appear as it is; parts of it would be stored on.
+                # Closing it, even by the garbage collector, would publish an incomplete file: discard it instead.
                 with suppress(Exception):
                     target.discard()
                 with suppress(Exception):
@@ -411,32 +411,32 @@ class LibraryPlace:
             ) from error
 
     def remove(self, name: str) -> None:
-        """Remove a file in it, or a folder with all that is there."""
-        with _of_library(self.url):
+        """Remove a file of the folder, or a subfolder with all its files."""
+        with _fsspec_errors(self.url):
             self.system.rm(f"{self.root}/{name}", recursive=True)
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name leads to a file in its folder, and nowhere else."""
+    """Whether a relative name cannot lead out of its folder."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
 
 
-def place_of(url: str) -> Place:
-    """The place that a URL names."""
+def remote_folder(url: str) -> RemoteFolder:
+    """The folder at a URL."""
     if url.startswith("http"):
         base, mark, query = url.partition("?")
         scheme, _, rest = base.partition("://")
         host, slash, path = rest.rstrip("/").partition("/")
-        # As a browser does it: what is quoted already stays.
+        # As browsers do: characters that are quoted already stay as they are.
         path, query = (urllib.parse.quote(text, safe="%/:@!$&'()*+,;=~?") for text in (path, query))
-        return HttpPlace(f"{scheme}://{host}{slash}{path}", mark + query)
-    return library_place(url)
+        return HttpFolder(f"{scheme}://{host}{slash}{path}", mark + query)
+    return fsspec_folder(url)
 
 
-def library_place(url: str) -> LibraryPlace:
-    """The place that a URL names, which fsspec reads and writes."""
+def fsspec_folder(url: str) -> FsspecFolder:
+    """The folder at a URL that fsspec reads and writes."""
     require("fsspec", extra="remote")
-    with _of_library(url):
+    with _fsspec_errors(url):
         system, root = require("fsspec.core", extra="remote").url_to_fs(url.rstrip("/"))
-    return LibraryPlace(system, root.rstrip("/"), url.rstrip("/"))
+    return FsspecFolder(system, root.rstrip("/"), url.rstrip("/"))
