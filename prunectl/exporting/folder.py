@@ -24,7 +24,7 @@ from prunectl.exporting.weights import (
 )
 from prunectl.formats import atomic
 from prunectl.formats.base import ModelFile, Tensor
-from prunectl.formats.families import CONFIG, HEAD, read_config, said_of_ties
+from prunectl.formats.families import CONFIG, HEAD, read_config, tie_flags
 from prunectl.formats.folder import MASKS_IN_SHARDS, companions, copy_companions, training_state
 from prunectl.formats.registry import SUFFIXES, by_name, is_inside_folder, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
@@ -119,7 +119,7 @@ def _without_copies(model: ModelFile, tensors: Sequence[Tensor]) -> tuple[tuple[
     """The tensors without tied copies, which `transformers` restores on loading, and the names of these copies."""
     config = read_config(model, CONFIG)
     # Without a config, nothing is tied on loading. If its parts disagree about ties, keeping the copies does no harm.
-    if not config or False in said_of_ties(config):
+    if not config or False in tie_flags(config):
         return tuple(tensors), []
     by_view: dict[object, list[Tensor]] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Where the output goes: whole or not at all, and nothing left behind."""
+"""Atomic writes: an output appears whole or not at all, and a failed run leaves no files behind."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from prunectl.formats.workers import check_stopped
 _HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES})
-"""What a filesystem without hard links says: exFAT, many of FUSE and SMB."""
+"""Errors of filesystems without hard links: exFAT, many of FUSE and SMB."""
 
 
 def swap_atomically(one: Path, other: Path) -> bool:
-    """Let two paths change places; False where the system or the filesystem cannot."""
+    """Exchange two paths; False where the system or the filesystem does not support it."""
     return _renameat2(one, other, _EXCHANGE) == 0
 
 
 def move_if_free(new: Path, target: Path) -> None:
-    """Move a file or a folder to a path that is free: FileExistsError where something came to be there meanwhile.
+    """Move a file or a folder to a free path; FileExistsError if another process has created it meanwhile.
 
-    By `renameat2` where there is one; else a file by a hard link, which replaces nothing either; else onto an empty
-    file or folder that was made exclusively, which only who replaces it at that very moment can lose.
+    Uses `renameat2` where available, else (for a file) a hard link, which does not replace anything either. Otherwise
+    it exclusively creates an empty file or folder and renames over that: only what another process puts in its place
+    between the two steps can be lost.
     """
     code = _renameat2(new, target, _NO_REPLACE)
     if code == errno.EEXIST:
@@ -68,7 +69,7 @@ def _linked(new: Path, target: Path) -> bool:
 
 
 def _renameat2(one: Path, other: Path, how: int) -> int:
-    """Return 0, or the number of the error; there is none of it outside Linux."""
+    """Return 0 or the errno; ENOSYS outside Linux, which alone has this call."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return errno.ENOSYS
@@ -83,9 +84,9 @@ _SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
 def check_target(
     model: ModelFile, target: Path, *, is_forced: bool, is_in_place: bool, is_one_file: bool = False
 ) -> None:
-    """Refuse a target that is there already, or that is the input, unless the user said so.
+    """Refuse a target that exists already or is the input, unless the user allowed it (`--force`, `--in-place`).
 
-    One file may go into the folder of a SavedModel or a pipeline that it is made from.
+    A single output file may lie in the folder of the SavedModel or pipeline that it is made from.
     """
     if is_in_place:
         check_folder(model.path.resolve().parent)
@@ -96,20 +97,20 @@ def check_target(
         raise UsageError(f"{target} is the input itself", hint="choose another --output, or use --in-place")
     check_parent(target)
     _check_apart(model, target, is_one_file=is_one_file)
-    for place in dict.fromkeys(_place_of(name, target) for name in planned_files(model, target)):
-        check_replaceable(place, hint="-o - writes to standard output")
-        if any(is_same(file, place) for file in model.files):
-            raise UsageError(f"{place} is part of the input", hint="write to another folder")
-        if os.path.lexists(place) and not is_forced:
-            raise UsageError(f"{place} exists", hint="choose another --output, or replace it with --force")
-        is_model = any((place / name).is_file() for name in _MODEL_FOLDERS)
-        if place.is_dir() and not is_model and not _is_made_of_parts(place):
-            raise UsageError(f"{place} is a folder without a model: prunectl does not replace it")
+    for path in dict.fromkeys(_moved_path(name, target) for name in planned_files(model, target)):
+        check_replaceable(path, hint="-o - writes to standard output")
+        if any(is_same(file, path) for file in model.files):
+            raise UsageError(f"{path} is part of the input", hint="write to another folder")
+        if os.path.lexists(path) and not is_forced:
+            raise UsageError(f"{path} exists", hint="choose another --output, or replace it with --force")
+        is_model = any((path / name).is_file() for name in _MODEL_FOLDERS)
+        if path.is_dir() and not is_model and not _is_made_of_parts(path):
+            raise UsageError(f"{path} is a folder without a model: prunectl does not replace it")
     check_folder(target.parent)
 
 
 def _is_made_of_parts(folder: Path) -> bool:
-    """Whether a folder without an index holds parts of a pipeline with weights, and at most training state beside."""
+    """Whether a folder without an index holds only parts of a pipeline with weights, and training state."""
     parts = parts_without_index(folder)
     if not parts:
         return False
@@ -122,24 +123,24 @@ def _is_made_of_parts(folder: Path) -> bool:
 
 
 def _check_apart(model: ModelFile, target: Path, *, is_one_file: bool) -> None:
-    """Refuse a folder in which the input lies, or which lies in the input: one would be a part of the other."""
+    """Refuse a target folder that contains the input, or lies inside it."""
     folder = model.folder or (model.path if model.path.is_dir() else None)
     if folder is None:
         return
-    source, place = folder.resolve(), target.resolve()
+    source, destination = folder.resolve(), target.resolve()
     hint = "choose another --output, or use --in-place"
-    if source == place:
+    if source == destination:
         raise UsageError(f"{target} is the input itself", hint=hint)
-    if place.is_relative_to(source) and not is_one_file:
+    if destination.is_relative_to(source) and not is_one_file:
         raise UsageError(f"{target} lies in the input {folder}", hint=hint)
-    if source.is_relative_to(place):
+    if source.is_relative_to(destination):
         raise UsageError(f"{target} holds the input {folder}, and would be replaced as a whole", hint=hint)
 
 
 def planned_files(model: ModelFile, target: Path) -> dict[Path, Path]:
-    """What the output consists of, relative to the folder that it lies in, with the file that each comes from.
+    """The files of the output, relative to the target's parent folder, each with the input file that it comes from.
 
-    A model that was named by its folder becomes a folder, with all that goes with the weights.
+    A model that the user named by its folder becomes a folder, with the files beside its weights.
     """
     if model.folder is None:
         return {name: source for source, name in targets(model, target).items()}
@@ -150,8 +151,8 @@ def planned_files(model: ModelFile, target: Path) -> dict[Path, Path]:
     return {Path(target.name) / name: source for name, source in {**beside, **weights}.items()}
 
 
-def _place_of(name: Path, target: Path) -> Path:
-    """What is put into its place as a whole: a file, or the folder that is the model."""
+def _moved_path(name: Path, target: Path) -> Path:
+    """The path that is moved into place as a whole for this file: the file itself, or the model's folder."""
     return target if name.parts[0] == target.name else target.parent / name
 
 
@@ -161,10 +162,10 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def targets(model: ModelFile, target: Path) -> dict[Path, Path]:
-    """Where each file of a model goes, relative to the folder that it is written in.
+    """The output path of each file of a model, relative to the target's parent folder.
 
-    Data beside a model is named after the output, so that two outputs in one folder never share it: that of `out.onnx`
-    is `out.onnx.data`, then `out.onnx.1.data`; the shards of `out.safetensors.index.json` are
+    Data files beside a model are named after the output, so that two outputs in one folder never share them: those of
+    `out.onnx` are `out.onnx.data` and `out.onnx.1.data`; the shards of `out.safetensors.index.json` are
     `out-00001-of-00002.safetensors` and so on. In place, and in a folder of its own, every file keeps its name.
     """
     if model.path.is_dir():
@@ -188,7 +189,7 @@ def _data_names(files: Sequence[Path], name: str) -> list[Path]:
 
 
 def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
-    """Names for shards that keep their numbers, where all of them have one."""
+    """Names for shards; they keep their numbers where all of them have a distinct one."""
     stem = index.removesuffix(_INDEX).removesuffix(shards[0].suffix if shards else "")
     tails = [match.group() for shard in shards if (match := _SHARD_TAIL.search(shard.name))]
     if len(set(tails)) < len(shards):
@@ -197,7 +198,7 @@ def _shard_names(shards: Sequence[Path], index: str) -> list[Path]:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse a path in a folder that is not there."""
+    """Refuse a path whose folder does not exist."""
     if path.parent.is_dir():
         return
     in_the_way = next((folder for folder in path.parents if os.path.lexists(folder)), None)
@@ -207,9 +208,9 @@ def check_parent(path: Path) -> None:
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path is a device, a pipe or a socket, or a link of the system's to whatever an open file is.
+    """Whether a path is a device, a pipe, a socket, or anything in /dev or /proc.
 
-    /dev/stdout leads to a plain file where standard output does: in its place, nobody else would have one any more.
+    /dev/stdout is a link, which may lead to a plain file. If prunectl replaced the link, no program would have it.
     """
     folder = path.parent.resolve()
     is_of_system = folder == Path("/dev") or folder.is_relative_to("/proc")
@@ -217,13 +218,13 @@ def is_device(path: Path) -> bool:
 
 
 def check_replaceable(path: Path, hint: str = "name a file") -> None:
-    """Refuse the place of a device: whoever has it open would wait in vain for what is written."""
+    """Refuse to replace a device or a pipe: its reader would wait in vain for data."""
     if is_device(path):
         raise UsageError(f"{path} is a device or a pipe: prunectl does not replace it", hint=hint)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that takes no files, before any work begins."""
+    """Refuse a folder that is not writable, before any work begins."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -232,7 +233,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_beside(path: Path) -> None:
-    """Refuse the place of a file that is written beside a model when the work is done, such as a page of its report."""
+    """Refuse a path where a secondary output, such as a report, could not be written once the work is done."""
     if str(path) == "-":
         raise UsageError("only the model itself can be written to standard output", hint="name a file instead of -")
     check_parent(path)
@@ -241,7 +242,7 @@ def check_beside(path: Path) -> None:
 
 
 def write_text(target: Path, text: str, *, is_forced: bool) -> None:
-    """Write a file that is there whole or not at all, in place of none unless the user said so."""
+    """Write a text file atomically; it replaces an existing file only if `is_forced`."""
     check_parent(target)
     check_replaceable(target)
     if target.is_dir() or (os.path.lexists(target) and not is_forced):
@@ -252,31 +253,31 @@ def write_text(target: Path, text: str, *, is_forced: bool) -> None:
 
 @contextmanager
 def atomic_replace(target: Path, *, may_replace: bool, model: ModelFile | None = None) -> Generator[Path]:
-    """Yield a scratch folder beside the target; what is in it at the end takes its place, if nothing fails.
+    """Yield a scratch folder beside the target; if nothing fails, its files are then moved into place.
 
-    What is made from a model is readable by those who may read that model, or what it replaces.
+    An output made from a model gets the permissions of that model, or of the file that it replaces.
     """
-    # What is written without a model is about one, which may be there already.
+    # Without `model`, the file is a report about a model, which may have been written already.
     unwritten = "nothing was written" if model is not None else f"{target.name} was not written"
     with _staging_dir(target.parent, unwritten) as folder:
         yield folder
-        placements = _move_order(folder, target, model)
-        for new, _ in placements:
+        moves = _move_order(folder, target, model)
+        for new, _ in moves:
             flush(new)
         origins = {} if model is None else planned_files(model, target)
         scratch.set_modes(folder, target.parent, origins, model)
-        # Between two files of one model no signal is heard: they come together.
+        # Signals are deferred, so that none can interrupt between two files of one model.
         with scratch.deferred_signals():
-            _place_all(placements, folder.parent, may_replace=may_replace)
+            _move_all(moves, folder.parent, may_replace=may_replace)
         with suppress(OSError), _opened(target.parent) as fd:
             os.fsync(fd)
 
 
 def _move_order(folder: Path, target: Path, model: ModelFile | None) -> list[tuple[Path, Path]]:
-    """What goes where; that by which a model is opened comes last: until it is there, there is no model."""
+    """The moves from the scratch folder; the file by which the model is opened comes last, to complete the model."""
     whole = folder / target.name
     if model is not None and model.has_neighbours and is_same(model.path, target):
-        # In place the files with weights alone are replaced: its folder holds what is no part of the model as well.
+        # In place, only the files with weights are replaced: the folder also holds files that are not the model's.
         paths = {tensor.storage.extent.path for tensor in model.tensors if tensor.storage.extent is not None}
         names = sorted(path.relative_to(model.path) for path in paths)
         return [(whole / name, target / name) for name in names]
@@ -289,19 +290,19 @@ def _move_order(folder: Path, target: Path, model: ModelFile | None) -> list[tup
 def _staging_dir(parent: Path, unwritten: str) -> Generator[Path]:
     # Beside the target, because a rename is atomic only within one filesystem.
     scratch.clear_stale(parent, scratch.HIDDEN)
-    held = scratch.LockedFolder()
+    staging = scratch.LockedFolder()
     try:
-        held.take(parent, scratch.HIDDEN)
-        yield held.inside
+        staging.take(parent, scratch.HIDDEN)
+        yield staging.inside
     except OSError as error:
         if error.errno in NO_ROOM:
             raise WorkError(f"{parent} has no space for the result: {error.strerror}; {unwritten}") from error
-        # What is read says so itself, and what has no name was being written.
+        # An error without a file name comes from a write; one about another file is not about the output.
         if error.errno is None or not (error.filename is None or is_of_output(error)):
             raise
         raise WorkError(f"{parent} cannot be written to: {error.strerror}; {unwritten}") from error
     finally:
-        held.release()
+        staging.release()
 
 
 _guard: ContextVar[Callable[[Path], None] | None] = ContextVar("guard", default=None)
@@ -309,7 +310,7 @@ _guard: ContextVar[Callable[[Path], None] | None] = ContextVar("guard", default=
 
 @contextmanager
 def guarded(check: Callable[[Path], None]) -> Generator[None]:
-    """Ask once more of everything that is there whether it may be replaced, right before it is."""
+    """Within the block, check again that each existing path may be replaced, right before it is."""
     token = _guard.set(check)
     try:
         yield
@@ -317,22 +318,22 @@ def guarded(check: Callable[[Path], None]) -> Generator[None]:
         _guard.reset(token)
 
 
-def _place_all(placements: list[tuple[Path, Path]], folder: Path, *, may_replace: bool) -> None:
+def _move_all(moves: list[tuple[Path, Path]], folder: Path, *, may_replace: bool) -> None:
     made: dict[Path, os.stat_result] = {}
     try:
         check = _guard.get()
         if check is not None:
-            for place in (place for _, place in placements if os.path.lexists(place)):
-                check(place)
-        for new, place in placements:
-            made[place] = os.lstat(new)
-            _move_into_place(new, place, folder, may_replace=may_replace)
+            for path in (path for _, path in moves if os.path.lexists(path)):
+                check(path)
+        for new, path in moves:
+            made[path] = os.lstat(new)
+            _move_into_place(new, path, folder, may_replace=may_replace)
     except BaseException:
-        # What replaced something cannot be undone: what did not is not left half there.
-        for place, facts in made.items() if not may_replace else ():
+        # A replaced file cannot be restored. Where nothing was replaced, the files moved so far are removed again.
+        for path, facts in made.items() if not may_replace else ():
             with suppress(OSError):
-                if os.path.samestat(os.lstat(place), facts):
-                    place.unlink()
+                if os.path.samestat(os.lstat(path), facts):
+                    path.unlink()
         raise
 
 
@@ -344,7 +345,7 @@ def _move_into_place(new: Path, target: Path, scratch_folder: Path, *, may_repla
         elif not target.is_dir() or target.is_symlink():
             os.replace(new, target)
         elif not swap_atomically(new, target):
-            # A folder cannot take the place of one that is not empty.
+            # A rename cannot replace a folder that is not empty.
             old = scratch_folder / scratch.OLD
             os.rename(target, old)
             try:
@@ -363,12 +364,12 @@ def _move_into_place(new: Path, target: Path, scratch_folder: Path, *, may_repla
 _WRITE, _WAIT = 2, 4
 """SYNC_FILE_RANGE_WRITE and SYNC_FILE_RANGE_WAIT_AFTER of Linux."""
 _FLUSHED_BYTES = 16 << 20
-"""So much is waited for at once: who gives up waits for no more."""
+"""Bytes to wait for in one call: an interrupted run waits for no more than these."""
 _PAUSE = 0.05
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or every file in a folder, is on the disk."""
+    """Wait until a file, or every file in a folder, is on the disk (fsync)."""
     for file in _files(path):
         with _opened(file) as fd:
             _sync_range(fd, _WRITE)
@@ -377,11 +378,11 @@ def flush(path: Path) -> None:
 
 
 def flush_meanwhile(folder: Path, is_written: Event) -> None:
-    """Begin to bring to the disk what is being written to a folder, until all of it is written."""
+    """Start writeback of the files in a folder while they are being written, until `is_written` is set."""
     begun: dict[Path, int] = {}
     while not is_written.wait(_PAUSE):
         check_stopped()
-        # Scratch files may be gone by the time that their turn comes.
+        # Scratch files may be deleted before their turn comes.
         with suppress(FileNotFoundError):
             for file in _files(folder):
                 changed = file.stat().st_mtime_ns
@@ -396,10 +397,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _sync_range(fd: int, how: int) -> None:
-    """Begin to write the changed pages of a file, or wait for those that are being written, where a system can.
+    """Start writeback of a file's dirty pages, or wait for it (`sync_file_range`), where the system has this call.
 
-    In pieces: one call for all of it would keep who gives up waiting. What fails otherwise than by a full or a broken
-    disk is left to fsync.
+    It works in pieces, because a single call for the whole file could not be interrupted. Errors other than those of a
+    full or broken disk are left to fsync.
     """
     sync = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
     if sync is None:

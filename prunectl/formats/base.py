@@ -1,4 +1,4 @@
-"""The interface of a format: ModelFile, its tensors and how selectors name them, and the facts around them."""
+"""The interface of a format: ModelFile, its tensors, the facts about them, and selectors of tensors by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 
 class DtypeTable(dict[str, np.dtype[Any]]):
-    """The types of numbers of a format, by its names; those that NumPy lacks are imported when one is met."""
+    """The dtypes of a format by its own names; `ml_dtypes`, for those that NumPy lacks, is imported on first use."""
 
     def __init__(self, known: Mapping[str, Any], lacking: Mapping[str, str]) -> None:
         super().__init__({name: np.dtype(kind) for name, kind in known.items()})
@@ -42,18 +42,18 @@ class DtypeTable(dict[str, np.dtype[Any]]):
 
     @property
     def codes(self) -> dict[str, str]:
-        """Its names, by those of NumPy."""
+        """The format's name of each dtype, by NumPy's (or ml_dtypes') name."""
         return {kind.name: name for name, kind in self.items()} | {kind: name for name, kind in self._lacking.items()}
 
     def __missing__(self, name: str) -> np.dtype[Any]:
-        """A type of ml_dtypes."""
+        """Import a dtype of ml_dtypes, and remember it."""
         self[name] = np.dtype(getattr(importlib.import_module("ml_dtypes"), self._lacking[name]))
         return self[name]
 
 
 @lru_cache
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """The name of a type of numbers, which NumPy puts together from its parts each time."""
+    """The name of a dtype; cached, because NumPy builds the string anew at each access."""
     return dtype.name
 
 
@@ -79,26 +79,26 @@ class Role(StrEnum):
 
 
 WEIGHTS = frozenset(Role) - {Role.MASK, Role.SCHEDULE, Role.OPTIMIZER}
-"""Roles of what a model needs to predict; the rest is dead weight once it is trained."""
+"""Roles of tensors that inference needs; the others are of no use once the model is trained."""
 
 PRUNABLE = frozenset({Role.KERNEL, Role.RECURRENT})
-"""Roles that a policy prunes unless it is told otherwise."""
+"""Roles that policies prune by default."""
 
 QUANTISED = frozenset({"int8", "uint8", "int4", "uint4", "int2", "uint2", "int16", "uint16"})
-"""Types of numbers that kernels are quantised to: what is no float is pruned before."""
+"""Integer dtypes of quantised kernels, which are not prunable: a model is pruned before it is quantised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The bytes behind one tensor or several: tied tensors and views name the same key."""
+    """The bytes behind one or more tensors: tied tensors and views of the same bytes have equal keys."""
 
     key: str
     nbytes: int
     """Bytes once decoded."""
     extent: Extent | None
-    """Where these bytes lie flat; nowhere when the container compresses or splits them."""
+    """Where these bytes lie in one uncompressed run; None when the container compresses or splits them."""
     stored_bytes: int
-    """Bytes that they take in the container."""
+    """Bytes as stored in the container, after its compression."""
     big_endian: bool = False
 
 
@@ -113,7 +113,7 @@ class Tensor:
     role: Role
     storage: Storage
     kind: str = ""
-    """Class of the layer or type of the operation that uses it, where the file says so."""
+    """Class of the layer, or type of the operation, that uses the tensor; empty where the file does not give it."""
     out_axis: int | None = None
     in_axis: int | None = None
     """Axis that runs over the inputs of one output, along which N:M patterns lie."""
@@ -129,34 +129,34 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes once loaded."""
+        """Bytes in memory."""
         return self.size * self.dtype.itemsize
 
     @property
     def view_key(self) -> tuple[object, ...]:
-        """Identity of the view: tensors with equal keys show the same elements, and need be read once."""
+        """Identity of the view: tensors with equal keys have the same elements, which need to be read only once."""
         return self.storage.key, self.start, self.shape, self.strides, self.dtype
 
     @property
     def is_float(self) -> bool:
-        """Whether its elements are real floating-point numbers, bfloat16 and float8 included."""
+        """Whether the elements are real floating-point numbers, including bfloat16 and float8."""
         return self.dtype.kind == "f" or dtype_name(self.dtype).startswith(("bfloat", "float"))
 
     @property
     def is_prunable(self) -> bool:
-        """Whether it is what policies prune unless they are told otherwise."""
+        """Whether policies prune the tensor by default: a float matrix (or more axes) with a prunable role."""
         return self.role in PRUNABLE and self.is_float and len(self.shape) >= 2
 
     @property
     def reduction_axis(self) -> int | None:
-        """Axis that a product sums over: as the handler says, else the neighbour of the output axis."""
+        """Axis that the matrix product sums over: `in_axis` if known, else the neighbour of the output axis."""
         if self.in_axis is not None or self.out_axis is None or len(self.shape) < 2:
             return self.in_axis
         return 1 if self.out_axis == 0 else self.out_axis - 1
 
 
 PARAMETRIZATION = "parametrization"
-"""The kind of a wrapper that computes a weight for other ends than pruning, such as weight_norm."""
+"""The kind of a wrapper that computes a weight for a purpose other than pruning, such as weight_norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,38 +164,38 @@ class PruningWrapper:
     """A training-time wrapper that a framework left around a layer."""
 
     kind: str
-    """Who put it there: `tfmot`, `torch.nn.utils.prune`, `torch.ao.pruning`, `nni`, or PARAMETRIZATION."""
+    """The library that added it (`tfmot`, `torch.nn.utils.prune`, `torch.ao.pruning`, `nni`), or PARAMETRIZATION."""
     layer: str
     schedule: str = ""
-    """The schedule as the file words it, such as `PolynomialDecay(0.5 -> 0.8, steps 0-1000)`."""
+    """The sparsity schedule stored in the file, such as `PolynomialDecay(0.5 -> 0.8, steps 0-1000)`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Facts around the tensors."""
+    """Facts about a model beside its tensors."""
 
     producer: str = ""
-    """Who wrote the file, with the version: `keras 2.4.0`, `pytorch 1.13`."""
+    """The library that wrote the file, with its version: `keras 2.4.0`, `pytorch 1.13`."""
     wrappers: tuple[PruningWrapper, ...] = ()
     optimizer: str = ""
     training: tuple[str, ...] = ()
-    """Training configuration that predictions do not need: `loss mse`, `epoch 12`."""
+    """Training configuration, which inference does not need: `loss mse`, `epoch 12`."""
     code: tuple[str, ...] = ()
-    """Code that a framework would run on loading: `class models.Net`, `Lambda layer crop`."""
+    """Code that a framework would run when it loads the file: `class models.Net`, `Lambda layer crop`."""
     code_bytes: int = 0
     example_bytes: int = 0
-    """Bytes of the inputs that a program was exported with."""
+    """Bytes of the example inputs that are stored in an exported program."""
     notes: tuple[str, ...] = ()
-    """What a user should know, each a full sentence."""
+    """Remarks for the user, each a full sentence."""
     is_compressed: bool = False
     keras: Mapping[str, Any] | None = field(default=None, repr=False)
     """The Keras configuration (class_name, config), where the file holds one."""
     programs: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """The graphs of an exported program by their entries; None for one too big to be read."""
+    """The graphs of an exported program, by zip entry; None for a graph that is too big to be read."""
 
     @property
     def pruning_wrappers(self) -> tuple[PruningWrapper, ...]:
-        """The wrappers that hold masks, which parametrizations do not."""
+        """The wrappers that prune, which excludes parametrizations such as weight_norm."""
         return tuple(wrapper for wrapper in self.wrappers if wrapper.kind != PARAMETRIZATION)
 
 
@@ -206,13 +206,13 @@ class Operation:
     layer: str
     kind: str
     macs: int | None
-    """For one input; None where the file does not say the shapes."""
+    """Multiply-accumulates for one example; None where the shapes are not known."""
     weight: str = ""
-    """Name of the tensor it multiplies by."""
+    """Name of the weight tensor of the product."""
 
 
 class Capability(Flag):
-    """What a format supports beyond reading."""
+    """The operations that a format supports beyond reading."""
 
     NOTHING = 0
     PACK = auto()
@@ -222,19 +222,19 @@ class Capability(Flag):
 
 
 class Family(Enum):
-    """Formats that a framework opens in the same way."""
+    """Groups of formats that a framework opens in the same way."""
 
     KERAS = auto()
     SAVED_MODEL = auto()
     TORCH = auto()
-    """What `torch.load` opens: zips, and the pickles and tars before them."""
+    """Files of `torch.load`: zips, and the older bare pickles and tars."""
     TORCH_PROGRAM = auto()
     SAFETENSORS = auto()
     ONNX = auto()
     LITE = auto()
-    """What TensorFlow Lite runs, and nothing trains."""
+    """TensorFlow Lite models, which can be run but not trained."""
     OTHER = auto()
-    """What no framework trains, runs or cuts here."""
+    """Formats that prunectl cannot train, run or cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,24 +246,24 @@ class Format:
     suffixes: tuple[str, ...]
     matches: Callable[[FileProbe], bool]
     opener: str | Callable[[Path], ModelFile]
-    """`module:function` in this package that opens a path as a ModelFile; a function, where a plug-in brings it."""
+    """`module:function` in this package that opens a path as a ModelFile; a plug-in gives the function itself."""
     family: Family = Family.OTHER
     packer: str = ""
-    """`module:function` that writes a model again with the container's own compression."""
+    """`module:function` that rewrites a model with the container's own compression."""
     graph: str = ""
     """`module:function` that lists the operations of a model."""
     writer: str = "patch:patch_files"
-    """`module:function` that writes a copy with other numbers in it."""
+    """`module:function` that writes a copy with changed tensor values."""
     stripper: str = ""
-    """`module:function` that writes a copy without what a trained model does not need."""
+    """`module:function` that writes a copy without the parts that only training needs."""
     can_reencode: bool = False
-    """Whether the writer can change what does not lie flat."""
+    """Whether the writer can change tensors without a flat extent, such as compressed ones."""
     is_of_ranks: bool = False
-    """Whether many processes wrote it, each its part: it is only read, and becomes another model."""
+    """Whether it is a distributed checkpoint, of which each rank wrote a part; outputs have another format."""
 
     @property
     def can(self) -> Capability:
-        """What is there to do with such a file."""
+        """The operations that the columns of this row provide."""
         offers = (
             (self.packer, Capability.PACK),
             (self.graph, Capability.FLOPS),
@@ -275,7 +275,7 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """An open model: facts at hand, bytes on demand."""
+    """An open model: its metadata is in memory, and its tensors are read on demand."""
 
     path: Path
     format: str
@@ -286,28 +286,28 @@ class ModelFile:
     decode: Callable[[Tensor], Array] | None = None
     """Reads a tensor that has no flat extent."""
     stream: Callable[[Tensor], Iterator[Array]] | None = None
-    """Yields such a tensor in C order piece by piece, where its parts lie flat: it may be bigger than memory."""
+    """Yields such a tensor in C order, in pieces (it may exceed memory); None where its parts do not lie flat."""
     duplicates: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that the file holds once more, with the names of what they are copies of: they change together."""
+    """Stored copies of other tensors: the name of each copy, with its original's. Both change together."""
     family: Family = Family.OTHER
-    """That of its format, as the table of formats says."""
+    """The family of its format in the table of formats."""
     folder: Path | None = None
-    """The folder by which it was named, if its weights are a part of it, as in those of Hugging Face."""
+    """The folder that the user named, where the weights are one of its files, as in Hugging Face model folders."""
     has_neighbours: bool = False
-    """Whether it is a folder that also holds what is no part of it."""
+    """Whether the model is a folder that also holds files that do not belong to it."""
     states: Mapping[Path, FileState] = field(default_factory=dict)
-    """By what its files are known again, taken before any of their bytes were read; `open_model` adds what is missing.
+    """Size and version of each file, taken before any of its bytes were read; `open_model` adds those missing.
 
-    What is made of it has to be made of these files: see `extents.unchanged`.
+    Outputs must be made from unchanged files: see `extents.unchanged`.
     """
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its files."""
+        """Total size of its files."""
         return sum(extents.file_bytes(path) for path in self.files)
 
     def read(self, tensor: Tensor) -> Array:
-        """The tensor as a read-only array, paged in as it is touched where the bytes lie flat."""
+        """The tensor as a read-only array; memory-mapped where its bytes lie flat in a local file."""
         if tensor.storage.extent is not None:
             return extents.view(
                 tensor.storage.extent,
@@ -329,7 +329,7 @@ class NameAllocator:
         self._seen: Counter[str] = Counter()
 
     def unique(self, wanted: str) -> str:
-        """The wanted name, with a number if another tensor has it."""
+        """The wanted name, with a number appended if it is taken."""
         name = wanted
         while name in self._seen:
             self._seen[wanted] += 1
@@ -343,7 +343,7 @@ Shape = tuple[Length, ...]
 
 
 def numel(lengths: Iterable[Length]) -> int | None:
-    """Product of the lengths; None if one is unknown or no model can have so many elements."""
+    """Product of the lengths; None if a length is unknown or the product exceeds MAX_COUNT."""
     known = tuple(lengths)
     if any(length is None for length in known):
         return None
@@ -352,50 +352,50 @@ def numel(lengths: Iterable[Length]) -> int | None:
 
 
 class StripPart(StrEnum):
-    """A kind of dead weight."""
+    """A part of a file that a trained model does not need."""
 
     MASKS = "masks"
-    """Masks of pruning; the weights come out as weight times mask."""
+    """Pruning masks, which are multiplied into the weights before they are removed."""
     WRAPPERS = "wrappers"
-    """What pruning has put around layers: thresholds, steps, names, classes."""
+    """The rest of the pruning wrappers around layers: thresholds, steps, names, classes."""
     OPTIMIZER = "optimizer"
     TRAINING = "training"
     """Losses, metrics, epochs, schedulers, callbacks, averaged copies of the weights."""
     GRADIENTS = "gradients"
     EXAMPLES = "examples"
-    """Inputs that a program was exported with, which it keeps to be tried."""
+    """Example inputs that `torch.export` stores in a program."""
 
 
 WRAPPING = frozenset({StripPart.MASKS, StripPart.WRAPPERS})
-"""Neither means anything without the other: they go together."""
+"""The two parts of a pruning wrapper: neither is of use without the other, so both are stripped together."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyChoice:
-    """Of weights that a file holds twice, the copy that stays: where the other would be looked for, under its names."""
+    """The choice between two copies of the weights in a file; the kept values get the names that loaders read."""
 
     home: str
-    """Where the names begin of the copy that loaders take."""
+    """Name prefix of the copy that loaders read."""
     other: str
-    """The same of the copy beside it, of which nothing is left."""
+    """Name prefix of the other copy, which is removed from the output."""
     names: Mapping[str, str]
-    """The tensors of the first, and what they are called in the output."""
+    """Tensors of the copy at `home`, with their names in the output."""
     sources: Mapping[str, str]
-    """For those of them that take their values from the other copy, its tensors."""
+    """Tensors at `home` whose values are taken from the other copy, with their counterparts there."""
     lacking: tuple[str, ...] = ()
-    """Those that it does not have, such as statistics of batch norm, which stay as they are."""
+    """Tensors at `home` that the other copy lacks, such as batch norm statistics: they keep their values."""
     more: tuple[str, ...] = ()
-    """Where further copies begin, of which nothing is left either."""
+    """Name prefixes of further copies, which are removed as well."""
 
     def is_removed(self, name: str) -> bool:
-        """Whether a tensor or an entry is another copy, or a part of one."""
+        """Whether a tensor or an entry belongs to a copy that is removed."""
         return any(name == other or name.startswith(f"{other}.") for other in (self.other, *self.more))
 
     def kept(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The tensors that stay, by their names in the output."""
+        """The kept tensors, by their names in the output."""
         by_name = {tensor.name: tensor for tensor in tensors}
-        left = (name for name in by_name if not self.is_removed(name))
-        return {self.names.get(name, name): by_name[self.sources.get(name, name)] for name in left}
+        kept_names = (name for name in by_name if not self.is_removed(name))
+        return {self.names.get(name, name): by_name[self.sources.get(name, name)] for name in kept_names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,9 +404,9 @@ class StripOptions:
 
     parts: frozenset[StripPart] = frozenset(StripPart)
     to_half: bool = False
-    """Whether 32-bit and wider floats become 16-bit ones."""
+    """Whether to convert 32-bit and wider floats to 16 bits."""
     copies: CopyChoice | None = None
-    """Which of two copies of the weights stays; without it the one that was trained does."""
+    """Which of two copies of the weights to keep; None keeps the trained weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +422,7 @@ _NEAREST = 3
 
 
 def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
-    """The tensors whose name or layer a selector matches; matching none is a slip."""
+    """The tensors whose name or layer matches a selector; it is an error if none does."""
     matches = _matcher(selector)
     tensors = tuple(tensor for tensor in model.tensors if matches(tensor.name) or matches(tensor.layer))
     if not tensors:

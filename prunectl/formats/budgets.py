@@ -1,7 +1,7 @@
-"""The limits on what a stranger's file may cost, all in one place.
+"""All limits on the time and memory that an untrusted file may cost.
 
-Every limit counts what would be *made* (objects, bytes, layers), and is asked before it is made: a file is refused in
-less than 2 seconds and 300 MB, whatever stands in it. Beyond any real model, and little enough to refuse at once.
+Every limit counts what would be *created* (objects, bytes, layers), and is checked before its creation, so that a file
+is refused in less than 2 seconds and 300 MB, whatever its content. Each limit exceeds what any real model needs.
 """
 
 from __future__ import annotations
@@ -13,50 +13,50 @@ MAX_TENSORFLOW_AXES = 32
 MAX_ELEMENTS = 1 << 48
 """Elements of a tensor, or of one axis of it; axes of length 0 are left out."""
 MAX_COUNT = 1 << 62
-"""A product of lengths, such as multiply-accumulates: no more than 64 bits hold."""
+"""A product of lengths, such as multiply-accumulates: it must fit into 64 bits."""
 MAX_TENSORS = 100_000
 """Tensors, operators, storages or shards in a file."""
 MAX_FILES = 10_000
 """Files in the folder of a SavedModel; entries, storages or tensors in a tar of PyTorch."""
 MAX_NAME_BYTES = 1 << 16
-"""One name, or one line of a pickle; what is longer is no name of a tensor."""
+"""One name, or one line of a pickle; no tensor has a longer name."""
 MAX_NAMES_BYTES = 16 << 20
-"""All names together, where each may repeat parts of others, so that few bytes of a file claim many."""
+"""All names together, in formats where a name may reuse parts of others, so that a small file can claim many bytes."""
 MAX_TEXTS_BYTES = 32 << 20
-"""All texts together, where each stands in the file by itself."""
+"""All texts together, in formats where each is stored in full."""
 MAX_MARK_BYTES = 1024
 """An identifier, a version or another mark; a number of a pickle."""
 
 MAX_DEFLATE_RATIO = 1100
-"""Deflate cannot do better than 1032 to 1, nor any filter of HDF5: what claims more lies."""
+"""Deflate reaches 1032 to 1 at most, as does any filter of HDF5: a file that claims more is damaged or malicious."""
 BOMB_RATIO = 200
-"""How many times bigger than the file its compressed contents may be, where that is more than the limits below."""
+"""How many times bigger than the file its decompressed contents may be; the limits in bytes below apply if larger."""
 MAX_UNFOLDED_TENSOR_BYTES = 128 << 20
-"""What one compressed tensor may unfold to, in however small a file."""
+"""Bytes that one compressed tensor may expand to, however small the file."""
 MAX_UNFOLDED_BYTES = 256 << 20
-"""What all that does not lie flat may unfold to, in however small a file."""
+"""Bytes that all tensors without a flat extent may expand to together, however small the file."""
 MAX_UNFOLDING = 400
-"""How many times bigger than their file all tensors that do not lie flat may be together, where that is more."""
+"""How many times bigger than their file all tensors without a flat extent may be; MAX_UNFOLDED_BYTES if larger."""
 MAX_SPARSE_UNFOLDING = 256
 """How many times bigger than its bytes a sparse tensor of TensorFlow Lite may be."""
 MAX_FREE_BYTES = 1 << 20
-"""What sparse tensors, or bytes that entries of a bundle share, may come to in any case."""
+"""Bytes that sparse tensors, or shared entries of a bundle, may always expand to, whatever the ratios above."""
 
 MAX_TIED = 20_000
-"""Tensors whose bytes are, or are among, those of another: some frameworks lay all parameters into one buffer."""
+"""Tensors that share their storage with another: some frameworks put all parameters into one buffer."""
 MAX_REPEATS = 64
 """How often a view may show the elements of its storage, or the tensors of a bundle the bytes of its data."""
 MAX_EXPANDED_ELEMENTS = 1 << 28
-"""Elements that a view may make out of few by a stride of zero."""
+"""Elements that a view with a stride of zero may expand to."""
 MAX_READINGS = 16
-"""How many times the bytes on the disk may be read, because tensors share them, each in its own way."""
+"""How many times the bytes on the disk may be read, because different views share them."""
 
 MAX_JSON_BYTES = 64 << 20
 """One JSON text, or all of a file together; the index of half a million tensors fits."""
 MAX_JSON_OBJECT_BYTES = 225_000_000
-"""What one JSON text may become once it is parsed; the header of 200,000 tensors fits."""
+"""Memory of one JSON text once it is parsed; the header of 200,000 tensors fits."""
 MAX_JSON_DEPTH = 300
-"""Lists and objects of a JSON text that stand in each other; a layer in a model takes three to eight."""
+"""Nesting of lists and objects in a JSON text; a layer in a model takes three to eight levels."""
 MAX_CONFIG_DEPTH = 100
 """Nesting of a Keras configuration, or of a program of torch.export, where a graph inside a graph takes ten levels."""
 MAX_INDEX_NAMES = 500_000
@@ -65,36 +65,36 @@ MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 """The header of a safetensors file; the limit of the format's own library."""
 
 MAX_HEADERS_BYTES = 256 << 20
-"""The headers of all safetensors of a model at a URL, and what tells of it; those of 100,000 tensors take 15 MB."""
+"""All safetensors headers and configs of a model at a URL; the headers of 100,000 tensors take 15 MB."""
 MAX_FETCHED_BYTES = 8 << 30
-"""Files of a model at a URL that are no safetensors, and are fetched whole into the temporary folder."""
+"""Files of a model at a URL that are not safetensors, which are downloaded whole into the temporary folder."""
 
 MAX_ZIP_ENTRIES = 200_000
 """Files in a zip; PyTorch writes one for each tensor."""
 MAX_ZIP_DIRECTORY_BYTES = 32 << 20
-"""The directory of a zip, of about 100 bytes for each of them."""
+"""The central directory of a zip, which takes about 100 bytes for each entry."""
 
 MAX_CONFIG_COUNT = 1 << 16
 """Heads, experts or classes that the config of a model folder may ask for."""
 MAX_MODULE_BUFFER_BYTES = 1 << 30
-"""Tables beside the weights, such as masks of all positions, that such a config may ask for."""
+"""Buffers beside the weights, such as attention masks over all positions, that such a config may ask for."""
 MAX_TOKENIZER_BYTES = 256 << 20
 """The files of a tokenizer; those of a million tokens take 40 MB."""
 MAX_TEXT_GROWTH = 64
-"""How many times as long the normalizer of a tokenizer may make a text by what it puts in; those in use: a few."""
+"""How many times longer the normalizer of a tokenizer may make a text by insertions; real ones: a few times."""
 MAX_TEXT_BYTES = 256 << 20
-"""Text that is tokenised; calibration looks at a few megabytes."""
+"""Text that is tokenised; calibration needs a few megabytes."""
 
 MAX_KERAS_OBJECT_BYTES = 100_000_000
-"""What the configuration of a Keras model may become once it is parsed; a vocabulary of a million words fits."""
+"""Memory of the configuration of a Keras model once it is parsed; a vocabulary of a million words fits."""
 MAX_KERAS_OBJECTS = 50_000
-"""Layers, initializers and all else in a Keras configuration that has a class; the biggest have about 10,000."""
+"""Layers, initializers and other objects with a class in a Keras configuration; the biggest have about 10,000."""
 MAX_KERAS_NAME_CHARACTERS = 32_000_000
-"""Names and classes in a Keras configuration, each with those of all models around it."""
+"""Characters of names and classes in a Keras configuration, each prefixed with those of all enclosing models."""
 MAX_KERAS_METADATA_BYTES = 8 << 20
-"""What a SavedModel says of one Keras object; once parsed it takes many times as much."""
+"""The metadata of one Keras object in a SavedModel; once parsed it takes many times as much."""
 MAX_KERAS_DEPTH = 40
-"""Keras models inside each other."""
+"""Nesting of Keras models."""
 MAX_KERAS_CALLS = 50_000
 """Calls of layers and their inputs that are followed through a Keras model."""
 MAX_INBOUND_DEPTH = 12
@@ -113,16 +113,16 @@ MAX_EINSUM_LABELS = 64
 MAX_HDF5_OBJECTS = 1_000_000
 """Groups and datasets of an HDF5 file."""
 MAX_HDF5_DEPTH = 200
-"""Groups of an HDF5 file inside each other."""
+"""Nesting of groups in an HDF5 file."""
 MAX_ATTRIBUTE_ELEMENTS = 500_000
-"""Names and numbers in all attributes of an HDF5 file; its texts, the model's configuration, are MAX_TEXTS_BYTES."""
+"""Names and numbers in all attributes of an HDF5 file; texts, as in its config, count to MAX_TEXTS_BYTES."""
 
 MAX_PROTOBUF_FIELDS = 1_000_000
 """Fields of a protobuf file that are looked at, however they are nested."""
 MAX_GRAPH_FIELDS = 2_000_000
-"""Fields of all nodes in the graph of a SavedModel, when its operations are held against what is allowed."""
+"""Fields of all nodes in the graph of a SavedModel, when its operations are checked against the allow-list."""
 MAX_OBJECT_GRAPH_BYTES = 16 << 20
-"""The graph of objects of a TensorFlow checkpoint; a variable takes about 250 bytes of it."""
+"""The object graph of a TensorFlow checkpoint, in which a variable takes about 250 bytes."""
 MAX_OBJECT_GRAPH_FIELDS = 300_000
 """Its fields and messages; a variable takes about a dozen."""
 MAX_TABLE_BYTES = 3 << 20
@@ -132,13 +132,13 @@ MAX_SNAPPY_BYTES = 4 << 20
 MAX_BROKEN_TEXT_BYTES = 256
 """A name that is not UTF-8, which is shown byte by byte."""
 MAX_SAVING_FUNCTIONS = 100
-"""Functions of a SavedModel that save or restore variables, in turn by others."""
+"""Functions of a SavedModel that save or restore variables, directly or through other functions."""
 MAX_PASSED_OPERATORS = 4
 """Operators of ONNX or TensorFlow Lite that a weight is followed through: quantise, dequantise, transpose, reshape."""
 MAX_OPERATOR_KINDS = 1000
 """Kinds of operators, or descriptions, in a TensorFlow Lite model."""
 MAX_OPERANDS = 32
-"""Inputs or outputs of a TensorFlow Lite operator that are looked at; none with weights has more that matter."""
+"""Inputs or outputs of a TensorFlow Lite operator that are read; no operator with weights needs more."""
 
 MAX_ONNX_FIELDS = 400_000
 """Fields of an ONNX graph that are read."""
@@ -147,86 +147,86 @@ MAX_ONNX_NAME_BYTES = 1 << 12
 MAX_ONNX_LIST_BYTES = 4096
 """A short list of numbers in an ONNX graph, such as a shape or the pads of a convolution."""
 MAX_ONNX_DEPTH = 32
-"""ONNX graphs inside each other: a few in real models."""
+"""Nesting of ONNX subgraphs; real models have a few levels."""
 MAX_ONNX_PREFIX = 2048
-"""Characters that say where an ONNX graph stands: each of its tensors repeats them."""
+"""Characters of the name prefix of an ONNX subgraph, which each of its tensors repeats."""
 MAX_ONNX_FOLDED = 1 << 24
-"""Elements that are worked out at a time where an ONNX graph is the same in every run: a mask of attention has 1 M."""
+"""Elements of one constant-folded value in an ONNX graph: an attention mask has 1 M."""
 MAX_ONNX_USES = 8
-"""Uses of one ONNX tensor that are looked at: a tied weight has two, a shared constant hundreds."""
+"""Uses of one ONNX tensor that are followed: a tied weight has two, a shared constant hundreds."""
 MAX_ONNX_VISITS = 500_000
-"""Uses of ONNX tensors that are looked at, before weights are no longer followed."""
+"""Uses of all ONNX tensors that are followed in one model; after that, weights are no longer followed."""
 
 MAX_EXPORTED_GRAPH_BYTES = 12 << 20
 """The graph of a program of torch.export that is read for its facts: a model of a hundred layers takes 5 MB."""
 MAX_EXPORTED_GRAPH_DEPTH = 20
-"""Graphs inside each other in such a program."""
+"""Nesting of subgraphs in such a program."""
 MAX_EXPORTED_NODES = 1_000_000
 """Operations of one of its graphs."""
 MAX_PASSED_NODES = 8
-"""Operations of such a program that only hand a weight on."""
+"""Operations of such a program that a weight is followed through, such as transposes."""
 MAX_SIZE_CHARACTERS = 256
-"""A symbolic size whose value is computed here."""
+"""A symbolic size whose value prunectl computes itself."""
 MAX_EXPRESSION_CHARACTERS = 2000
 """A symbolic size in a program of torch.export, which PyTorch has sympy evaluate."""
 MAX_SAMPLE_INPUTS_BYTES = 256 << 20
 """Example inputs in a program of torch.export: bigger ones are left out when it is loaded."""
 MAX_SCRIPT_CODE_BYTES = 16 << 20
-"""The code of TorchScript, whose operators are looked at before it is loaded: a detector takes 2 MB."""
+"""TorchScript code, whose operators are checked before it is loaded: a detector takes 2 MB."""
 MAX_READ_CODE_BYTES = 4 << 20
-"""The code that is read for what it does with its weights; beyond it, names alone tell their roles."""
+"""TorchScript code that is parsed for its uses of weights; roles in longer code are judged by names alone."""
 MAX_SCRIPT_TOKENS = 300_000
-"""Words and signs of such code."""
+"""Tokens of such code."""
 MAX_SCRIPT_DEPTH = 60
-"""How deep calls stand in each other in one line of such code."""
+"""Nesting of calls in one line of such code."""
 MAX_ORIGINS = 16
-"""Tensors that one value is followed back to; what comes from more is no weight."""
+"""Tensors that one value is traced back to; a value with more origins is not a weight."""
 
 MAX_PICKLE_BYTES = 64 << 20
-"""A compressed pickle; one that is stored is mapped instead."""
+"""A compressed pickle; one that is stored uncompressed is memory-mapped instead."""
 MAX_PICKLE_STEPS = 2_000_000
 """Opcodes of a pickle: ten thousand tensors take half a million."""
 MAX_PICKLE_OBJECTS = 500_000
-"""Dictionaries, calls and storages that a pickle makes."""
+"""Dictionaries, calls and storages that a pickle creates."""
 MAX_PICKLE_NAMES = 20_000
 """Distinct functions and classes that a pickle names."""
 MAX_PICKLE_COPIES = 1_000_000
-"""Elements that calls such as `list(x)` copy while a pickle is followed: a tensor of a checkpoint copies none."""
+"""Elements that calls such as `list(x)` copy in the pickle VM; rebuilding a tensor copies none."""
 MAX_PICKLE_TEXT_BYTES = 64 << 20
 """Memory for the text of a pickle: 100,000 tensors with names of a hundred letters take 10 MB."""
 MAX_PICKLE_NAME_CHARACTERS = 2000
 """A function or class that a pickle names, with its module."""
 BROKEN_TEXT_COST = 32
-"""How much more than its bytes a text counts that is not UTF-8: each bad byte takes as long as many good ones."""
+"""Factor by which the bytes of a text that is not UTF-8 count: a bad byte takes as long as many good ones."""
 PICKLE_SCALE_BYTES = 32 << 20
-"""Bytes on the disk for which the metadata of a distributed checkpoint may take the usual steps once more."""
+"""Bytes on the disk for each multiple of the pickle limits that the metadata of a distributed checkpoint may take."""
 MAX_PICKLE_SCALE = 16
-"""How often it may do so: for 400,000 parts of tensors, each of which takes 1,100 bytes and 70 steps at least."""
+"""The highest such multiple: for 400,000 parts of tensors, each of which takes at least 1,100 bytes and 70 opcodes."""
 PART_BYTES = 256
-"""Bytes on the disk for each part of a tensor that such a metadata lists; PyTorch writes 1,100 for the smallest."""
+"""Minimal bytes on the disk for each part of a tensor in such metadata; PyTorch writes 1,100 for the smallest."""
 MAX_BOX_PIECES = 1_000_000
-"""Pieces that the parts of a tensor are read in, each cut where another begins or ends; a mesh of ranks cuts none."""
+"""Pieces in which the parts of a tensor are read, split where another part begins or ends; a mesh of ranks has none."""
 MAX_SMALL_PARTS = 20_000
-"""Parts of tensors in a distributed checkpoint of any size."""
+"""Parts of tensors that a distributed checkpoint of any size may have."""
 MAX_SMALL_VALUES = 2_500
-"""Different values beside the tensors in a distributed checkpoint of any size, each of which is a zip by itself."""
+"""Distinct non-tensor values that a distributed checkpoint of any size may have; each is a zip of its own."""
 MAX_VALUE_ENTRIES = 10
-"""Entries that such a zip has in the mean: PyTorch writes four, and one more for each tensor."""
+"""Mean number of entries in such zips: PyTorch writes four, and one more for each tensor."""
 MAX_CHECKPOINT_DEPTH = 400
-"""Values of a checkpoint inside each other."""
+"""Nesting of the values of a checkpoint."""
 MAX_CHECKPOINT_PLACES = 3_000_000
-"""Places of values in a checkpoint: a value may stand in several, as a tied layer does; a web of them is a trap."""
+"""References to values in a checkpoint: a value may have several, as a tied layer does, but real ones have few."""
 MAX_CHECKPOINT_VALUES = 8_000_000
-"""Values of a checkpoint that is stripped, each looked at once."""
+"""Values of a checkpoint that is stripped, each counted once."""
 MAX_WRAPPERS = 16
-"""Calls around a tensor, each of which wraps the one before."""
+"""Nested calls that wrap a tensor."""
 MAX_SEARCHED = 1000
-"""Entries of a checkpoint that are looked at for facts."""
+"""Entries of a checkpoint that are searched for metadata."""
 MAX_VERSION_BYTES = 64
 """The version or the alignment of a file of PyTorch; the key of a storage before 1.6."""
 MAX_ALIGNMENT = 1 << 16
 """Bytes to which a file of PyTorch aligns its storages."""
 MAX_LEGACY_FACT_BYTES = 4096
-"""Where the pickles before the object end in a file of PyTorch before 1.6."""
+"""The offset of the object's pickle in a file of PyTorch before 1.6."""
 MAX_TAR_FACT_BYTES = 512
 """The pickle before a storage or a tensor in a tar of PyTorch."""

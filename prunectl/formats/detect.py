@@ -1,4 +1,4 @@
-"""A first look at a file: enough to recognise it, cheap whatever its size."""
+"""Format detection by the first and last bytes, entry names and file names; its cost does not grow with the file."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from prunectl.formats import budgets
 HEAD_BYTES = 4096
 TAIL_BYTES = 64
 _END_HEAD_BYTES, _END64_BYTES = 22, 20 + 56
-"""What a zip ends in, before its comment; and what stands before that in one of more than 4 GB."""
+"""Sizes of a zip's end record without its comment, and of the Zip64 locator and record before it."""
 _END_BYTES = _END64_BYTES + _END_HEAD_BYTES + (1 << 16)
 
 
 def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
-    """Refuse a zip of more entries than any model has, before an object is made of each of them."""
+    """Refuse a zip with more than MAX_ZIP_ENTRIES entries, before `zipfile` creates an object for each."""
     file_bytes = file.seek(0, os.SEEK_END)
     file.seek(max(file_bytes - _END_BYTES, 0))
     end = file.read()
     end_offset = end.rfind(b"PK\x05\x06")
     if end_offset < 0 or end_offset + _END_HEAD_BYTES > len(end):
-        return  # no directory at all, which has its own sentence
+        return  # no central directory at all: an error of its own elsewhere
     nbytes = int.from_bytes(end[end_offset + 12 : end_offset + 16], "little")
     if end_offset >= _END64_BYTES and end[end_offset - 20 : end_offset - 16] == b"PK\x06\x07":
         nbytes = int.from_bytes(end[end_offset - 36 : end_offset - 28], "little")
@@ -45,14 +45,14 @@ def refuse_long_directory(path: Path, file: BinaryIO | BufferedReader) -> None:
 
 
 _URL = re.compile(r"(https?|ftp|hf|s3a?|gs|gcs|az|abfss?|memory):/+(.+)")
-"""As a path would have it as well, in which two slashes are one."""
+"""A URL, also after `Path` has merged its two slashes into one."""
 URL = re.compile(r"(https?|hf|s3a?|gs|gcs|az|abfss?|memory)://.")
-"""What `formats.remote` reads."""
+"""The URLs that `formats.remote` reads."""
 _SECRET = re.compile(r"(https?://)[^/?#]*@|(\w+://)[^/?#@]*:[^/?#]*@")
 
 
 def without_secrets(url: str) -> str:
-    """An address without who asks, and without what follows its path: both may be secrets. Paths stay as they are."""
+    """A URL without credentials and query, both of which may be secret; local paths are returned unchanged."""
     if URL.match(url) is None:
         return url
     return _SECRET.sub(lambda match: match[1] or match[2], url.partition("?")[0], count=1)
@@ -66,16 +66,16 @@ _FETCH = {
 
 
 def missing_error(path: Path) -> InputError:
-    """The error for a file that is not there; an address gets a sentence of its own: nothing is downloaded here."""
+    """The error for a file that does not exist; a URL gets a message of its own, because it cannot be used here."""
     return url_error(str(path)) or InputError(f"{path} does not exist", did_you_mean=_neighbours(path))
 
 
 _MOST_LISTED = 10_000
-"""A folder with more files is not searched for a name that is misspelt."""
+"""At most so many files of a folder are searched for names like a misspelt one."""
 
 
 def _neighbours(path: Path) -> tuple[str, ...]:
-    """Files beside a missing one with names that look like it."""
+    """Files in the folder of a missing file with similar names."""
     try:
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in islice(entries, _MOST_LISTED)]
@@ -85,7 +85,7 @@ def _neighbours(path: Path) -> tuple[str, ...]:
 
 
 def url_error(word: str, *, is_written: bool = False) -> InputError | None:
-    """The error for a word that is an address, whether of what is to be read or of what is to be written."""
+    """The error for a URL that was given as an input or (`is_written`) an output; None for any other word."""
     match = _URL.fullmatch(word)
     if match is None or os.path.lexists(word):
         return None
@@ -93,7 +93,7 @@ def url_error(word: str, *, is_written: bool = False) -> InputError | None:
     url = f"{scheme}://{rest}"
     if is_written:
         return InputError(f"{abbreviated(url)} is a URL, where a file is needed", hint="write a file, and upload it")
-    # What follows a file with code is the name of a function.
+    # A file with code is given as `FILE.py:FUNCTION`.
     url, rest = (re.sub(r"(?<=\.py):\w.*", "", text) for text in (url, rest))
     other = "curl -LO {url}" if scheme in {"http", "https", "ftp"} else "copy it into a file here"
     fetch = _FETCH.get(scheme, other).format(url=url, rest=rest)
@@ -104,7 +104,7 @@ class FileProbe:
     """The head, the tail and the entry names of a file or folder."""
 
     def __init__(self, path: Path) -> None:
-        """Look at the path itself; its content is read when it is asked for."""
+        """Check that the path is a readable file or folder; its content is read on first access."""
         self.path = path
         try:
             facts = path.stat()
@@ -147,16 +147,16 @@ class FileProbe:
         """The last bytes of a file; none for a folder."""
         return self._ends[1]
 
-    def holds(self, name: str) -> bool:
-        """Whether this folder has a file of that name."""
+    def has_file(self, name: str) -> bool:
+        """Whether this is a folder with a file of that name."""
         return self.is_folder and (self.path / name).is_file()
 
     @cached_property
     def entries(self) -> tuple[str, ...]:
-        """Names in a zip, as its central directory has them; none when it is no zip."""
+        """Entry names in a zip, from its central directory; none if this is not a zip."""
         if not self.head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             return ()
-        from zipfile import BadZipFile, ZipFile  # noqa: PLC0415 - most files are no zip
+        from zipfile import BadZipFile, ZipFile  # noqa: PLC0415 - most files are not zips
 
         try:
             with self.path.open("rb") as file:
@@ -167,73 +167,73 @@ class FileProbe:
             return ()
 
     def entries_end_with(self, *names: str) -> bool:
-        """Whether the zip has an entry of each name, at the top or inside its one folder."""
+        """Whether the zip has an entry of each name, at the top or in a folder."""
         return all(any(entry == name or entry.endswith("/" + name) for entry in self.entries) for name in names)
 
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
 TORCH_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
-"""The pickle opcode LONG1 with torch's magic number, which every legacy file begins with."""
+"""The pickle opcode LONG1 with torch's magic number, with which every legacy file begins."""
 
 
-def is_hdf5(peek: FileProbe) -> bool:
+def is_hdf5(probe: FileProbe) -> bool:
     """HDF5, with or without a user block before it."""
-    return any(peek.head[offset : offset + 8] == HDF5_MAGIC for offset in (0, 512, 1024, 2048))
+    return any(probe.head[offset : offset + 8] == HDF5_MAGIC for offset in (0, 512, 1024, 2048))
 
 
-def is_keras_zip(peek: FileProbe) -> bool:
+def is_keras_zip(probe: FileProbe) -> bool:
     """A zip with a Keras configuration and weights."""
-    return "config.json" in peek.entries and "model.weights.h5" in peek.entries
+    return "config.json" in probe.entries and "model.weights.h5" in probe.entries
 
 
-def is_saved_model(peek: FileProbe) -> bool:
+def is_saved_model(probe: FileProbe) -> bool:
     """A folder with a SavedModel in it."""
-    return peek.holds("saved_model.pb")
+    return probe.has_file("saved_model.pb")
 
 
-def is_checkpoint_index(peek: FileProbe) -> bool:
+def is_checkpoint_index(probe: FileProbe) -> bool:
     """The index of a TensorFlow checkpoint, a LevelDB table."""
-    return peek.tail.endswith(TABLE_MAGIC)
+    return probe.tail.endswith(TABLE_MAGIC)
 
 
-def is_exported_program(peek: FileProbe) -> bool:
+def is_exported_program(probe: FileProbe) -> bool:
     """A zip that `torch.export.save` wrote."""
-    return peek.entries_end_with("archive_format") or peek.entries_end_with("serialized_exported_program.json")
+    return probe.entries_end_with("archive_format") or probe.entries_end_with("serialized_exported_program.json")
 
 
-def is_torch_zip(peek: FileProbe) -> bool:
-    """A zip with a pickle program that rebuilds tensors."""
-    return peek.entries_end_with("data.pkl") or peek.entries_end_with("constants.pkl")
+def is_torch_zip(probe: FileProbe) -> bool:
+    """A zip with a pickle of tensors, as `torch.save` and `torch.jit.save` write it."""
+    return probe.entries_end_with("data.pkl") or probe.entries_end_with("constants.pkl")
 
 
-def is_torch_legacy(peek: FileProbe) -> bool:
-    """The pickles that torch wrote before it used zips."""
-    return peek.head[:1] == b"\x80" and peek.head[2:14] == TORCH_LEGACY_MAGIC
+def is_torch_legacy(probe: FileProbe) -> bool:
+    """The pickles that `torch.save` wrote before PyTorch 1.6, which uses zips."""
+    return probe.head[:1] == b"\x80" and probe.head[2:14] == TORCH_LEGACY_MAGIC
 
 
-def is_distributed_checkpoint(peek: FileProbe) -> bool:
-    """The pickle beside the parts that the ranks of `torch.distributed.checkpoint` wrote."""
-    return peek.path.name == ".metadata" and peek.head[:1] == b"\x80"
+def is_distributed_checkpoint(probe: FileProbe) -> bool:
+    """The metadata pickle of `torch.distributed.checkpoint`, which lies beside the files of its ranks."""
+    return probe.path.name == ".metadata" and probe.head[:1] == b"\x80"
 
 
 ZERO_RANK = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt")
-"""What a rank of DeepSpeed ZeRO saves of the optimizer, and with it of the weights."""
+"""A file of one DeepSpeed ZeRO rank with its part of the optimizer state, which includes the weights."""
 _TAG_BYTES = 256
 
 
-def is_zero_checkpoint(peek: FileProbe) -> bool:
-    """What the first rank of DeepSpeed ZeRO saved of the optimizer; the other ranks' lies beside it."""
-    match = ZERO_RANK.fullmatch(peek.path.name)
-    return match is not None and not int(match[1]) and not int(match[2]) and peek.entries_end_with("data.pkl")
+def is_zero_checkpoint(probe: FileProbe) -> bool:
+    """The optimizer file of the first rank of DeepSpeed ZeRO; those of the other ranks lie beside it."""
+    match = ZERO_RANK.fullmatch(probe.path.name)
+    return match is not None and not int(match[1]) and not int(match[2]) and probe.entries_end_with("data.pkl")
 
 
 _WHOLE_MODEL = "mp_rank_00_model_states.pt"
-"""What DeepSpeed saves of a model that is not cut; a PyTorch file like others where ZeRO is not used."""
+"""The model file of DeepSpeed without model parallelism; where ZeRO is not used, an ordinary PyTorch checkpoint."""
 
 
 def refuse_model_parallelism(path: Path) -> None:
-    """Refuse a file of DeepSpeed that stands for its folder, but has only a part of the weights in it."""
+    """Refuse a DeepSpeed folder whose model file has only a part of the weights."""
     if path.name != _WHOLE_MODEL:
         return
     with os.scandir(path.parent) as entries:
@@ -248,7 +248,7 @@ def refuse_model_parallelism(path: Path) -> None:
 
 
 def zero_checkpoints(folder: Path) -> Iterator[str]:
-    """Yield by what checkpoints of DeepSpeed are opened: in the folder itself, then in what its `latest` names."""
+    """Yield the files by which a DeepSpeed checkpoint may be opened: in the folder, then in that named by `latest`."""
     first = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     states = (*(f"{prefix}{first}" for prefix in ("bf16_", "fp16_", "")), _WHOLE_MODEL)
     yield from states
@@ -261,17 +261,17 @@ def zero_checkpoints(folder: Path) -> Iterator[str]:
 
 PIPELINE_INDEX = "model_index.json"
 AVERAGED = "_ema"
-"""What the folder of an average is called, behind the name of the part that it is one of."""
+"""Suffix of the folder with the moving average (EMA) of a pipeline part: `unet` and `unet_ema`."""
 NETWORK_OF_DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 
 
-def is_pipeline(peek: FileProbe) -> bool:
-    """A folder with the index of a pipeline of diffusers, or a checkpoint of its training, which has none."""
-    return peek.holds(PIPELINE_INDEX) or (peek.is_folder and _is_training_checkpoint(peek.path))
+def is_pipeline(probe: FileProbe) -> bool:
+    """A folder with the index of a diffusers pipeline, or a checkpoint of its training, which has no index."""
+    return probe.has_file(PIPELINE_INDEX) or (probe.is_folder and _is_training_checkpoint(probe.path))
 
 
 def _is_training_checkpoint(folder: Path) -> bool:
-    """Whether the parts in a folder are those of one pipeline: a collection of models looks much the same."""
+    """Whether the parts in a folder are those of one pipeline, and not a collection of models, which looks similar."""
     parts = parts_without_index(folder)
     if not parts:
         return False
@@ -279,14 +279,14 @@ def _is_training_checkpoint(folder: Path) -> bool:
 
     names = _listed(folder)
     has_average = any(f"{part}{AVERAGED}" in parts for part in parts)
-    # Where one part is all there is, as strip leaves it, there is nothing to mistake it for.
+    # A folder with a single part, such as the output of strip, is not a collection of models.
     return has_average or len(names) == 1 or any(is_training_state(folder / name) for name in names)
 
 
 def parts_without_index(folder: Path) -> tuple[str, ...]:
-    """The parts of a pipeline by their folders, where no index names them; none without a network.
+    """The folder names of the parts of a pipeline without an index; none if no part is a network.
 
-    Each has its configuration, and is called by an attribute of the pipeline.
+    Each part has a `config.json`, and its name is an attribute of the pipeline, hence a Python identifier.
     """
     names = (name for name in _listed(folder) if name.isidentifier() and not (folder / name).is_symlink())
     parts = tuple(name for name in names if (folder / name / "config.json").is_file())
@@ -303,7 +303,7 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
 
 
 def missing_index(names: Iterable[str]) -> str:
-    """That there are shards in a folder, but not what says which tensor is in which; empty where there are none."""
+    """The message for a folder with shards but without their index; empty if there are no shards."""
     shard = next((match for match in map(_SHARD.fullmatch, sorted(names)) if match is not None), None)
     if shard is None:
         return ""
@@ -313,41 +313,41 @@ def missing_index(names: Iterable[str]) -> str:
     )
 
 
-def is_torch_tar(peek: FileProbe) -> bool:
-    """The tar of the earliest torch."""
-    first = peek.head[:100].split(b"\0", 1)[0].removeprefix(b"./")
-    return peek.head[257:262] == b"ustar" and first in {b"storages", b"tensors", b"pickle", b"sys_info"}
+def is_torch_tar(probe: FileProbe) -> bool:
+    """The tar that `torch.save` wrote before PyTorch 0.2."""
+    first = probe.head[:100].split(b"\0", 1)[0].removeprefix(b"./")
+    return probe.head[257:262] == b"ustar" and first in {b"storages", b"tensors", b"pickle", b"sys_info"}
 
 
-def is_safetensors(peek: FileProbe) -> bool:
-    """A length below 2^32 (or any length, if the name says so), then a JSON header."""
-    is_length = peek.head[4:8] == bytes(4) or peek.path.suffix == ".safetensors"
-    return is_length and peek.head[8:9] == b"{"
+def is_safetensors(probe: FileProbe) -> bool:
+    """A header length below 2^32 (or any, if the file is named .safetensors), then a JSON header."""
+    is_length = probe.head[4:8] == bytes(4) or probe.path.suffix == ".safetensors"
+    return is_length and probe.head[8:9] == b"{"
 
 
-def is_shard_index(peek: FileProbe) -> bool:
-    """The JSON that says which shard holds which tensor."""
-    return peek.head.lstrip()[:1] == b"{" and peek.path.name.endswith(".index.json")
+def is_shard_index(probe: FileProbe) -> bool:
+    """The JSON index of a sharded checkpoint, which maps tensors to shards."""
+    return probe.head.lstrip()[:1] == b"{" and probe.path.name.endswith(".index.json")
 
 
-def is_tflite(peek: FileProbe) -> bool:
+def is_tflite(probe: FileProbe) -> bool:
     """A FlatBuffer with TensorFlow Lite's identifier."""
-    return peek.head[4:8] == b"TFL3"
+    return probe.head[4:8] == b"TFL3"
 
 
-def is_onnx(peek: FileProbe) -> bool:
+def is_onnx(probe: FileProbe) -> bool:
     """A protobuf whose first fields are those of a ModelProto; it has no magic number.
 
-    Field 1 is the version of the format, a small number; every writer puts it first, but the order is not
-    promised, so a file named .onnx may also begin with another field that a ModelProto has.
+    Field 1 is the version of the format, a small number. Every writer puts it first, but protobuf does not guarantee
+    the order, so a file named .onnx may also begin with another field of a ModelProto.
     """
-    head = peek.head
-    if peek.path.name == "saved_model.pb":  # begins with the same fields
+    head = probe.head
+    if probe.path.name == "saved_model.pb":  # begins with the same fields
         return False
-    if peek.path.suffix == ".mlmodel":  # so does Core ML
+    if probe.path.suffix == ".mlmodel":  # so does Core ML
         return False
     starts_with_version = head[:1] == b"\x08" and len(head) > 2 and head[1] < 0x80 and head[2] in _MODEL_FIELDS
-    return starts_with_version or (peek.path.suffix == ".onnx" and head[:1] != b"" and head[0] in _MODEL_FIELDS)
+    return starts_with_version or (probe.path.suffix == ".onnx" and head[:1] != b"" and head[0] in _MODEL_FIELDS)
 
 
 _MODEL_FIELDS = frozenset({0x08, 0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72, 0xA2, 0xCA})

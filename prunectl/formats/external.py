@@ -1,8 +1,8 @@
-"""Formats of other packages (entry points `prunectl.formats`): read-only, and read in the sandbox alone.
+"""Plug-in formats (entry points `prunectl.formats`): read-only, and run only in the sandbox.
 
-A package names a `Format`, whose `opener` is a function from a path to a ModelFile. It is asked only about files that
-no built-in format claims. A file that it cannot cope with harms nothing but a child process, which answers with facts
-in JSON, and with the numbers of one tensor at a time.
+A package provides a `Format`, whose `opener` is a function from a path to a ModelFile. It is tried only on files that
+no built-in format matches. The plug-in's code runs in a child process, so that a file can crash only that; the child
+returns the metadata as JSON, and the values of one tensor at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SECONDS, _BYTES_PER_SECOND, _EXTRA_BYTES = 10, 4 << 20, 512 << 20
 
 @cache
 def installed_formats() -> tuple[Format, ...]:
-    """The rows of the installed formats, whose functions ask the sandbox."""
+    """The rows of the installed plug-ins, with functions that run the plug-in's own in the sandbox."""
     return tuple(
         replace(
             _definition(name),
@@ -51,13 +51,13 @@ def installed_formats() -> tuple[Format, ...]:
 
 
 def by_name(name: str) -> Format:
-    """The row of an installed format."""
+    """The row of an installed plug-in."""
     return next(row for row in installed_formats() if row.name == name)
 
 
 @cache
 def _definition(name: str) -> Format:
-    """What a package says of its format."""
+    """The `Format` that a package provides."""
     package = plugins.installed("format")[name]
     try:
         row = plugins.find("format", name, {})
@@ -121,7 +121,7 @@ def _run(
         raise InputError(f"the plug-in {plugins.installed('format')[name]}: {error.message}") from error
 
 
-# What follows runs in the child.
+# The functions below run in the child process.
 
 
 def _match(name: str, probe: FileProbe) -> bytes:

@@ -1,6 +1,6 @@
-"""Families of Hugging Face models: by the model_type of a config, what counts their blocks, and how those are named.
+"""Families of Hugging Face models: for each model_type, the config key that counts its blocks, and the blocks' names.
 
-The table is data, and there is no code for any one family; of what it does not know, the names of the tensors tell.
+The table is data, without code for any single family; blocks of other models are recognised by the tensors' names.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Blocks that follow each other, all of one kind."""
+    """A sequence of blocks of the same structure, such as an encoder."""
 
     key: str
-    """What counts them in the config, with dots between its objects."""
+    """The config key with the number of blocks; dots lead into nested objects: `text_config.num_hidden_layers`."""
     prefix: str
-    """What stands before the number of a block in the names of its tensors, as a regular expression."""
+    """A regular expression for the part of a tensor's name before the block number, such as "decoder[.]layers"."""
     name: str = ""
-    """What it is called beside another: `encoder`."""
+    """The stack's name in a model with several: `encoder`."""
     default_key: str = ""
-    """What counts them where the key is left out or null."""
+    """The config key that is used where `key` is missing or null."""
     first_only: str = ""
-    """A part of names that stands in the first block alone, whichever that is."""
+    """Part of the names of tensors that only the first block has, and passes on to the next block if it is removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
-    """Models whose configs and names are alike."""
+    """Models with the same config keys and tensor names."""
 
     model_types: frozenset[str]
     stacks: tuple[Stack, ...]
     needs: str = ""
-    """A list beside the count without which it is by its number that a block is of this kind or that."""
+    """The config key that lists the type of each block; without this list, the type depends on the block's number."""
 
 
 def _row(model_types: str, *stacks: Stack, needs: str = "") -> ModelFamily:
@@ -96,21 +96,21 @@ FAMILIES = (
     ),
 )
 COUNTS = frozenset(stack.key.rpartition(".")[2] for family in FAMILIES for stack in family.stacks)
-"""All keys that count blocks."""
+"""All config keys that count blocks, without their path."""
 
 
 def family_of(model_type: str) -> ModelFamily | None:
-    """The row of a model_type."""
+    """The family of a model_type; None if the table does not have it."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
 def block_pattern(stack: Stack) -> re.Pattern[str]:
-    """What finds the number of a block in the name of one of its tensors."""
+    """A pattern whose group 1 is the block number in a tensor's name."""
     return re.compile(rf"(?:^|\.){stack.prefix}\.(\d{{1,6}})\.")
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a key with dots between its objects; None where there is none."""
+    """The value of a dotted key in nested objects; None if it is missing."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -118,7 +118,7 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 
 
 def count_of(config: Mapping[str, Any], stack: Stack) -> int | None:
-    """How many blocks a config gives a stack."""
+    """The number of blocks of a stack according to a config; None if the config has no such number."""
     for key in filter(None, (stack.key, stack.default_key)):
         value = lookup(config, key)
         if type(value) is int and value > 0:
@@ -131,39 +131,39 @@ class Experts:
     """A mixture of experts."""
 
     total: int
-    """In each block."""
+    """Experts in each block."""
     active: int
-    """For each token."""
+    """Experts that process each token."""
     active_params: int
-    """Parameters of the model that one token goes through."""
+    """Parameters of the whole model that process one token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a model folder is: by its config, and by the names of its tensors where that says nothing."""
+    """The architecture of a model folder, from its config, else from its tensors."""
 
     model_type: str
     architectures: tuple[str, ...]
     blocks: Mapping[str, int]
-    """How many blocks there are, by what stands before their numbers."""
+    """Number of blocks of each stack, by the name prefix of its tensors: `{"model.layers": 32}`."""
     hidden_size: int | None
     heads: int | None
     key_value_heads: int | None
     vocabulary: int | None
     experts: Experts | None
     dtypes: Mapping[str, int]
-    """Parameters by their types of numbers."""
+    """Number of parameters of each dtype."""
     is_tied: bool | None
-    """Whether the output layer is the embedding; None where there is neither."""
+    """Whether the output layer shares the embedding's weights; None for other models than language models."""
     shards: int
     base_model: str = ""
-    """What an adapter adapts."""
+    """The model that an adapter (PEFT) was trained for."""
     notes: tuple[str, ...] = ()
-    """What a user should know of the folder, each a sentence."""
+    """Remarks on the folder for the user, each a sentence."""
 
 
 def architecture(model: ModelFile) -> Architecture | None:
-    """What a folder is that a model was named by; None for a file."""
+    """The architecture of a model that was opened by its folder; None for a file."""
     if model.folder is None:
         return None
     notes: list[str] = []
@@ -172,7 +172,7 @@ def architecture(model: ModelFile) -> Architecture | None:
         try:
             configs.append(read_config(model, name))
         except InputError as error:
-            # The weights are whole, and can be looked at and pruned without it.
+            # Without a readable config, the weights can still be inspected and pruned.
             notes.append(f"{error.message}.")
             configs.append({})
     config, adapter = configs
@@ -199,7 +199,7 @@ def architecture(model: ModelFile) -> Architecture | None:
 
 
 def _note_training_state(model: ModelFile) -> list[str]:
-    """Say how much of a folder training alone would go on from."""
+    """Note the size of the training state in a folder."""
     state = sorted(training_state(model))
     if not state or model.folder is None:
         return []
@@ -211,17 +211,17 @@ def _note_training_state(model: ModelFile) -> list[str]:
 
 
 _PACKED = ("int32", "uint8")
-"""What holds several weights of fewer bits each, as GPTQ, AWQ and MXFP4 store them; of int8, each number is one."""
+"""Dtypes in which GPTQ, AWQ and MXFP4 pack several weights of fewer bits; an int8 element is a single weight."""
 
 
 def _note_packed(config: Mapping[str, Any], weights: Iterable[Tensor]) -> list[str]:
-    """Say that the parameters of a quantised model are not those of the model that it was made from."""
+    """Note that the parameters of a packed, quantised model are counted as stored, not as in the original model."""
     method = _text(lookup(config, "quantization_config.quant_method"))
     sizes: Counter[str] = Counter()
     for tensor in weights:
         sizes[dtype_name(tensor.dtype)] += tensor.nbytes
     packed = [name for name in _PACKED if sizes[name]]
-    # Embeddings, which stay as they were, may be most of a small model.
+    # A share of 5% is enough: embeddings, which are not quantised, may be most of a small model.
     if not method or 20 * sum(sizes[name] for name in packed) <= sizes.total():
         return []
     numbers = " and ".join(packed)
@@ -229,7 +229,7 @@ def _note_packed(config: Mapping[str, Any], weights: Iterable[Tensor]) -> list[s
 
 
 def read_config(model: ModelFile, name: str) -> dict[str, Any]:
-    """A JSON file in the folder of a model; nothing where there is none."""
+    """A JSON file in the folder of a model; empty if it does not exist."""
     path = None if model.folder is None else real_file(model.folder, name)
     return {} if path is None else read_object(path, "it")
 
@@ -239,7 +239,7 @@ def _text(value: Any) -> str:
 
 
 _INSIDE = ("", "text_config.", "llm_config.", "language_config.", "thinker_config.text_config.")
-"""Where configs of models that see as well keep what is about language."""
+"""Key prefixes of the language model's settings in configs; multimodal models keep them in a nested object."""
 
 
 def _number(config: Mapping[str, Any], *keys: str) -> int | None:
@@ -256,7 +256,7 @@ _MOST_STACKS = 8
 
 
 def _blocks(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, int]:
-    """The stacks of a model: those of its family, else the ones whose numbers begin at 0 and leave out none."""
+    """Number of blocks of each stack of its family, else of each prefix with block numbers from 0 without gaps."""
     numbers_of: dict[str, set[int]] = {}
     family = family_of(_text(config.get("model_type")))
     patterns = [block_pattern(stack) for stack in family.stacks] if family is not None else []
@@ -270,32 +270,32 @@ def _blocks(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, i
             if (match := pattern.search(tensor.name)) is not None:
                 numbers_of.setdefault(tensor.name[: match.start(1) - 1], set()).add(int(match[1]))
                 break
-    whole = {name: len(held) for name, held in numbers_of.items() if max(held) == len(held) - 1 > 0 or family}
-    most = sorted(whole.items(), key=lambda item: -item[1])[:_MOST_STACKS]
-    return {abbreviated(name): count for name, count in most}
+    counts = {name: len(seen) for name, seen in numbers_of.items() if max(seen) == len(seen) - 1 > 0 or family}
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:_MOST_STACKS]
+    return {abbreviated(name): count for name, count in largest}
 
 
 _EXPERT = re.compile(r"(?:^|\.)experts\.(?:\d+\.|(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])(?:\b|_))")
 
 
 def _experts(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> Experts | None:
-    """The mixture of experts that a config describes; experts that all tokens go through are none of them."""
+    """The mixture of experts that a config describes, without shared experts, which process every token."""
     total = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     active = _number(config, "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k", "top_k")
     if total is None or active is None or not 0 < active <= total:
         return None
-    tensors = _once(tensors)
+    tensors = _without_ties(tensors)
     routed = sum(tensor.size for tensor in tensors if _EXPERT.search(tensor.name))
     return Experts(total, active, sum(tensor.size for tensor in tensors) - routed * (total - active) // total)
 
 
-def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
+def _without_ties(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({tensor.view_key: tensor for tensor in tensors}.values())
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for tensor in _once(tensors):
+    for tensor in _without_ties(tensors):
         counts[dtype_name(tensor.dtype)] += tensor.size
     return dict(counts.most_common())
 
@@ -303,21 +303,21 @@ def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
 HEAD = re.compile(
     r"(?:^|\.)(lm_head|generator_lm_head|embed_out|proj_out|output_projection|predictions\.decoder)\.weight$"
 )
-"""An output layer, which may be the embedding."""
+"""The weight of an output layer, which may be tied to the embedding."""
 _OF_LANGUAGE = re.compile(r"(LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration)")
 
 
-def said_of_ties(config: Mapping[str, Any]) -> list[bool]:
-    """What a config and its parts say of whether the embedding is the output layer too, the outermost first."""
+def tie_flags(config: Mapping[str, Any]) -> list[bool]:
+    """The values of `tie_word_embeddings` in a config and its nested objects, the outermost first."""
     values = (lookup(config, f"{inside}tie_word_embeddings") for inside in _INSIDE)
     return [value for value in values if type(value) is bool]
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> bool | None:
-    """Whether the embedding is the output layer too: as the config says it, else as there is no other."""
+    """Whether the output layer is tied to the embedding, by the config, else because there is no other output layer."""
     classes = config.get("architectures")
     if not isinstance(classes, list) or not any(_OF_LANGUAGE.search(_text(name)) for name in classes):
         return None
-    for is_tied in said_of_ties(config):
+    for is_tied in tie_flags(config):
         return is_tied
     return not any(HEAD.search(tensor.name) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Model folders: the files that lie beside the weights, as in a folder of Hugging Face, and go with them."""
+"""Model folders, such as those of Hugging Face: which files beside the weights are copied with them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from prunectl.formats.patch import copy_range
 from prunectl.units import listed
 
 LEDGER = ".prunectl-parts"
-"""Where `prune --part` notes what is done, in a folder that is no model yet."""
+"""The folder in which `prune --part` records its progress, inside an unfinished output folder."""
 _NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__", LEDGER})
 OTHER_WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|tf_model|flax_model|rust_model)\b.*"
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index(\.[\w-]+)?\.json)?"
 )
-"""The same weights once more, in another format or precision: as they are, they would not fit what was written."""
+"""Copies of the weights in another format or precision, which are not copied: they would contradict the output."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".onnx", ".onnx_data", ".h5", ".msgpack", ".gguf"}
-"""Of weights in a folder inside, such as another layer of sentence-transformers, or an export of the same."""
+"""Suffixes of weights in subfolders, such as another module of sentence-transformers, or an export of this model."""
 MASKS_IN_SHARDS = "strip removes masks from one file alone; in PyTorch, torch.nn.utils.prune.remove does, before saving"
-"""The hint where weights in shards have masks, which neither strip nor export takes away."""
+"""The hint for sharded weights with masks, which neither strip nor export can remove."""
 _TRAINING_STATE = {
     StripPart.OPTIMIZER: re.compile(r"optimizer(_\d+)?\.(pt|bin)|(optimizer_\d+|global_step\d+)/.*"),
     StripPart.TRAINING: re.compile(
@@ -35,24 +35,24 @@ _TRAINING_STATE = {
         r"trainer_state\.json|training_args\.bin|latest|zero_to_fp32\.py|meta\.pt"
     ),
 }
-"""What the Trainer of Hugging Face, Accelerate, Lightning and DeepSpeed write to go on from."""
+"""Files with which the Trainer of Hugging Face, Accelerate, Lightning and DeepSpeed resume training."""
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
-"""In its cache, Hugging Face keeps the files of a model in one folder, and links to them in another."""
+"""The cache of Hugging Face keeps the files of a model in `blobs`, and links to them in `snapshots`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """What lies in the folder of a model beside its weights, by paths relative to the folder."""
+    """The files beside the weights in the folder of a model, by paths relative to the folder."""
 
     copied: tuple[Path, ...]
-    """Files that go with the weights."""
+    """Files that are copied into the output."""
     other_weights: tuple[Path, ...]
-    """The same weights once more, which do not."""
+    """Further copies of the weights, which are not copied into the output."""
     links: tuple[Path, ...]
-    """Links that lead out of the folder: what they show may not be meant for others."""
+    """Links that lead out of the folder; not copied, because their targets may be private."""
 
     def notes(self, folder: Path, others: str = "the same weights, unpruned, and not copied") -> tuple[str, ...]:
-        """What became of them, each in a sentence."""
+        """Notes for the user on the files that were not copied, or were copied without being pruned."""
         weights = f"{listed(self.other_weights, _SHOWN)} in {folder}: {others}."
         links = f"{listed(self.links, _SHOWN)} in {folder}: not copied, because links may not lead out of the folder."
         nested = [path for path in self.copied if len(path.parts) > 1 and path.suffix in _WEIGHT_SUFFIXES]
@@ -63,7 +63,7 @@ class Companions:
 
 
 def companions(model: ModelFile) -> Companions:
-    """What lies beside the weights in the folder by which a model was named."""
+    """The files beside the weights of a model that was opened by its folder; none for a file."""
     if model.folder is None:
         return Companions((), (), ())
     beside = files_in(model.folder, frozenset(file.relative_to(model.folder) for file in model.files))
@@ -75,7 +75,7 @@ def companions(model: ModelFile) -> Companions:
 
 
 def files_in(folder: Path, own: Container[Path] = ()) -> Companions:
-    """All files of a folder that may be copied, and links that may not, but for its own weights."""
+    """All files of a folder that may be copied, and links that may not, except for those in `own`."""
     copied: list[Path] = []
     links: list[Path] = []
     for path in _walk(folder, folder):
@@ -88,23 +88,23 @@ def files_in(folder: Path, own: Container[Path] = ()) -> Companions:
 
 
 def training_state(model: ModelFile) -> dict[Path, StripPart]:
-    """Files beside the weights from which training would go on, and what each is a part of."""
+    """Files beside the weights that are only needed to resume training, with the part that each belongs to."""
     parts = {path: training_part(path) for path in companions(model).copied}
     return {path: part for path, part in parts.items() if part is not None}
 
 
 def training_part(path: Path) -> StripPart | None:
-    """What a file of a folder is to training, by its path there; None for what belongs to the model."""
+    """The part of the training state that a file belongs to, by its relative path; None for a file of the model."""
     return next((part for part, names in _TRAINING_STATE.items() if names.fullmatch(path.as_posix())), None)
 
 
 def is_training_state(path: Path) -> bool:
-    """Whether all that lies at a path is of training alone: a file, or what a folder of such a name holds."""
+    """Whether a file, or a folder with all its content, is training state, judged by its name."""
     return training_part(Path(path.name, "_") if path.is_dir() else Path(path.name)) is not None
 
 
 def copy_companions(model: ModelFile, target: Path, left_out: Container[Path] = ()) -> None:
-    """Copy what goes with the weights of a model into a folder."""
+    """Copy the files beside the weights of a model into a folder, except for those in `left_out`."""
     for path in companions(model).copied:
         if path in left_out:
             continue
@@ -119,7 +119,7 @@ def copy_companions(model: ModelFile, target: Path, left_out: Container[Path] = 
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:
-    """Yield files and links in the order of their names; sockets and the like are no part of a model."""
+    """Yield files and links in the order of their names; sockets and the like are skipped."""
     with reading(folder):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
@@ -132,7 +132,7 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def real_file(folder: Path, path: Path | str) -> Path | None:
-    """A file of a folder; None for a link that leads out of the folder, or to no file."""
+    """The resolved path of a file in a folder; None for a link that leads out of the folder, or to no file."""
     real, root = (folder / path).resolve(), folder.resolve()
     allowed = [root]
     if root.parent.name == _SNAPSHOTS:
@@ -146,7 +146,7 @@ def _copy(source: Path, target: Path) -> None:
             writer.writelines(file_chunks(source))
         return
     with reading(source):
-        # Not through a link that has come into its place meanwhile, and waiting for no pipe.
+        # If a link or a pipe has replaced the file meanwhile, do not follow it or wait for it.
         old = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(old, "rb", closefd=True) as reader, target.open("xb") as writer:
         facts = os.fstat(reader.fileno())

@@ -1,17 +1,17 @@
-"""Which axis of a kernel runs over outputs, and which over inputs, where no graph says what is done with it?
+"""Guess the output axis and the input axis of a kernel where no graph shows how it is used.
 
-The layers of PyTorch keep `[out, in, …]`. What keeps them otherwise is told by the shapes beside it:
+Kernels of PyTorch are `[out, in, …]`. Exceptions are recognised by the shapes of the tensors beside them:
 
-- `Conv1D` of GPT-2 and its kin keeps `[in, out]`: its bias is as long as the last axis. GPT-BigCode and nanoGPT have
-  linear layers of the same names, so names alone do not tell.
-- A transposed convolution keeps `[in, out / groups, …]`: its bias is as long as the second axis, or a multiple of it,
+- `Conv1D` of GPT-2 and similar models is `[in, out]`: its bias is as long as the last axis. GPT-BigCode and nanoGPT
+  have linear layers of the same names, so that names are not enough.
+- A transposed convolution is `[in, out / groups, …]`: its bias is as long as the second axis, or a multiple of it,
   where that of a convolution is as long as the first.
 - Flax puts the outputs last.
-- Experts that share a tensor keep `[expert, out, in]` (Mixtral, GraniteMoe) or `[expert, in, out]` (Llama 4, gpt-oss):
-  the first matrix of an expert makes gate and value, two times as many outputs as the second has inputs.
+- Experts in one tensor are `[expert, out, in]` (Mixtral, GraniteMoe) or `[expert, in, out]` (Llama 4, gpt-oss): the
+  first matrix of an expert computes gate and value, two times as many outputs as the second has inputs.
 
-Those of Keras put the inputs before the outputs, which stand last; an attention and an EinsumDense have several axes of
-either, and outputs of a depthwise convolution share no axis with others and have one input each.
+Kernels of Keras have the inputs before the outputs, which are last. Kernels of attention and EinsumDense have several
+input or output axes. In a depthwise convolution, each output has a single input channel of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prunectl.formats import budgets
 
 
 class KernelAxes(NamedTuple):
-    """The axes of a kernel that runs over outputs and inputs."""
+    """The axes of a kernel that run over its outputs and its inputs."""
 
     out_axis: int
     in_axis: int
@@ -33,18 +33,19 @@ class KernelAxes(NamedTuple):
 
 _ROWS_LAST = KernelAxes(1, 0)
 _DEPTHWISE = re.compile(r"depthwise_?conv", re.IGNORECASE)
-"""What the class of a depthwise layer begins with, and the name of one that nobody named."""
+"""Start of the class of a depthwise layer, and of its default name."""
 _BIASES = {"weight": "bias", "kernel": "bias", "W": "b", "w": "b"}
-"""What the bias beside a weight is called."""
+"""The name of the bias that belongs to a weight."""
 _EXPERT_PAIRS = {"gate_up_proj": "down_proj", "input_linear.weight": "output_linear.weight"}
-"""The first matrices of the experts of a layer, and the second ones."""
+"""Names of the first matrix of the experts of a layer, and of the second."""
 _ROWS_FIRST = {"input_linear.weight"}
-"""First matrices that put the outputs before the inputs whether there are gates or not, as in JetMoe."""
+"""First matrices that are `[expert, out, in]` with or without gates, as in JetMoe."""
 Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of all tensors of a model, by name."""
 
 
 def unusual_axes(shapes: Shapes, *, is_flax: bool) -> Mapping[str, KernelAxes]:
-    """The axes of the kernels, by name, that do not begin with outputs and inputs."""
+    """The axes of kernels, by name, that are not `[out, in, …]`."""
     by_rank: defaultdict[int, list[str]] = defaultdict(list)
     for name, shape in shapes.items():
         by_rank[len(shape)].append(name)
@@ -56,27 +57,27 @@ def unusual_axes(shapes: Shapes, *, is_flax: bool) -> Mapping[str, KernelAxes]:
 
 
 def split_name(name: str, shapes: Shapes) -> tuple[str, str]:
-    """The layer with its dot, and the name in it: the weight itself for what a parametrization keeps."""
+    """Split a name into the layer, with its dot, and the weight; parametrized weights get their original name."""
     inside = ".parametrizations."
     if inside in f".{name}":
         before, _, rest = f".{name}".partition(inside)
         leaf, _, part = rest.partition(".")
-        # weight_norm keeps the lengths as original0, and what is multiplied by them as original1. What orthogonal keeps
-        # beside a base says how that is turned.
-        is_turned = f"{name.removesuffix('original')}0.base" in shapes
-        is_weight = part == "original" and not is_turned
+        # weight_norm stores the norms as original0, and the directions as original1. Beside a base, the original of
+        # `orthogonal` is not the weight, but the rotation of the base.
+        is_rotation = f"{name.removesuffix('original')}0.base" in shapes
+        is_weight = part == "original" and not is_rotation
         is_weight |= part == "original1" and f"{name.removesuffix('1')}0" in shapes
         return f"{before.removeprefix('.')}." if before else "", leaf if is_weight else f"{leaf} {part}"
-    at = max(name.rfind("."), name.rfind("/")) + 1
-    return name[:at], name[at:]
+    begin = max(name.rfind("."), name.rfind("/")) + 1
+    return name[:begin], name[begin:]
 
 
 def depthwise_axes(leaf: str, kind: str, shape: tuple[int, ...]) -> tuple[int | None, int | None] | None:
-    """The axes of outputs and inputs of a depthwise kernel of Keras; None of another kernel.
+    """The output and input axes of a depthwise kernel of Keras; None for another kernel.
 
-    It is `[height, width, channels, multiplier]`, and an output sums over its window alone. Where each channel has one
-    output, its one input is the last axis, as in the `[channels, 1, height, width]` of others; where it has several,
-    these lie along both axes, and no axis runs over inputs.
+    It is `[height, width, channels, multiplier]`, and an output sums only over its window. With a multiplier of 1, the
+    last axis counts as the input axis, as the 1 in `[channels, 1, height, width]` of other frameworks. With a larger
+    one, the outputs lie along both axes, and no axis runs over inputs.
     """
     if "depthwise" not in leaf and not _DEPTHWISE.match(kind):
         return None
@@ -91,7 +92,7 @@ def _flax_axes(name: str, shape: tuple[int, ...]) -> KernelAxes | None:
 
 
 def _is_transposed(name: str, shapes: Shapes) -> bool:
-    """Whether a kernel with a window must be that of a transposed convolution."""
+    """Whether a convolution kernel must be that of a transposed convolution."""
     shape = shapes[name]
     if shape[1] < 2:
         return False
@@ -101,13 +102,13 @@ def _is_transposed(name: str, shapes: Shapes) -> bool:
     bias = shapes.get(f"{prefix}bias", ())
     if len(bias) != 1 or bias[0] == shape[0] or bias[0] % shape[1]:
         return False
-    # Stacks of matrices `[n, in, out]` have such a bias too. Inputs are in as many groups as outputs.
+    # A stack of matrices `[n, in, out]` has such a bias too. The groups must divide the inputs as well.
     groups = bias[0] // shape[1]
     return groups > 0 and shape[0] % groups == 0 and (len(shape) > 3 or bias[0] != shape[2])
 
 
 def _with_outputs_last(matrices: Iterable[str], shapes: Shapes) -> Iterator[tuple[str, KernelAxes]]:
-    """Yield matrices `[in, out]`; square ones are taken for what others of their layers' names, or all others, are."""
+    """Yield matrices that are `[in, out]`; square ones follow those of the same layer name, or all others."""
     square: list[tuple[str, str, bool]] = []
     layer_names: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for name in matrices:
@@ -154,21 +155,21 @@ _PROJECTION = re.compile(r"_?(query|key|value)(_dense)?")
 
 
 def attention_axes(step: str, kind: str, shape: tuple[int, ...]) -> KernelAxes | None:
-    """The axes of what an attention of Keras makes queries, keys or values with, `[in, heads, size]`.
+    """The axes of the query, key or value kernel of a Keras attention layer, `[in, heads, size]`; None for others.
 
-    ``step`` is what the kernel is called in its layer. Where the class of the layer is unknown, it might be the kernel
-    of a convolution, `[window, in, out]`, whose first axis is short.
+    ``step`` is the last part of the kernel's path in its layer. Where the class of the layer is unknown, the kernel
+    might be that of a convolution, `[window, in, out]`, whose first axis is short.
     """
     is_clear = kind.endswith("Attention") or (not kind and len(shape) == 3 and shape[0] > shape[1])
     return KernelAxes(2, 0) if is_clear and len(shape) == 3 and _PROJECTION.fullmatch(step) else None
 
 
 def einsum_axes(equation: object, rank: int) -> KernelAxes | None:
-    """The last axes that an EinsumDense sums over and makes."""
+    """The last output axis and the last summed axis of an EinsumDense kernel."""
     if not isinstance(equation, str) or len(equation) > budgets.MAX_EINSUM_LABELS:
         return None
-    operands, _, made = equation.partition("->")
-    given, _, kernel = operands.replace(" ", "").partition(",")
-    summed = [axis for axis, label in enumerate(kernel) if label in given and label not in made]
-    free = [axis for axis, label in enumerate(kernel) if label in made and label not in given]
+    operands, _, output = equation.partition("->")
+    inputs, _, kernel = operands.replace(" ", "").partition(",")
+    summed = [axis for axis, label in enumerate(kernel) if label in inputs and label not in output]
+    free = [axis for axis, label in enumerate(kernel) if label in output and label not in inputs]
     return KernelAxes(free[-1], summed[-1]) if summed and free and len(kernel) == rank else None

@@ -1,4 +1,4 @@
-"""Weights that a state dict keeps beside their masks, as told by names, and what they are called without wrappers."""
+"""Masked weights in a state dict, recognised by their names, and their names without the pruning wrappers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _MASK = "_mask"
 
 @dataclass(frozen=True, slots=True)
 class MaskedParam:
-    """A weight as pruning keeps it."""
+    """A weight that is stored apart from its masks."""
 
     plain: str
-    """What it is called without a wrapper."""
+    """Name without the wrapper: `fc.weight` for a stored `fc.weight_orig`."""
     original: str
     masks: tuple[str, ...]
     wrapper: str
-    """What the names of the wrapper begin with."""
+    """Prefix of the names in the wrapper."""
 
 
 def find(names: Collection[str], others: Mapping[str, str]) -> tuple[MaskedParam, ...]:
-    """The weights of one state dict that are kept beside their masks.
+    """The masked weights of one state dict.
 
-    The others are masks that a sparsifier keeps elsewhere, by the name of the weight that they belong to.
+    `others` are the masks that a sparsifier stores elsewhere, by the name of their weight.
     """
-    there = frozenset(names)
-    weights = [*_of_torch_prune(there), *_of_parametrize(there, others), *_of_nni(there)]
-    return tuple(weight for weight in weights if weight.plain not in there)
+    all_names = frozenset(names)
+    weights = [*_of_torch_prune(all_names), *_of_parametrize(all_names, others), *_of_nni(all_names)]
+    return tuple(weight for weight in weights if weight.plain not in all_names)
 
 
 def _of_torch_prune(names: frozenset[str]) -> list[MaskedParam]:
@@ -41,7 +41,7 @@ def _of_torch_prune(names: frozenset[str]) -> list[MaskedParam]:
 
 
 def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[MaskedParam]:
-    """Weights with masks and nothing else between them and their layer."""
+    """Weights whose only parametrizations are masks."""
     beside: dict[str, list[str]] = {}
     for name in sorted(names):
         layer, between, rest = f".{name}".partition(_BETWEEN)
@@ -53,10 +53,10 @@ def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[Ma
         layer, _, tensor = f".{wrapper}".partition(_BETWEEN)
         plain = f"{layer}.{tensor}".lstrip(".")
         masks = [leaf for leaf in leaves if leaf != "original"]
-        kept = [f"{wrapper}.{leaf}" for leaf in masks] or ([others[plain]] if plain in others else [])
+        mask_names = [f"{wrapper}.{leaf}" for leaf in masks] or ([others[plain]] if plain in others else [])
         is_masked = all(leaf.split(".", 1)[0].isdigit() and leaf.endswith(".mask") for leaf in masks)
-        if "original" in leaves and is_masked and kept:
-            weights.append(MaskedParam(plain, f"{wrapper}.original", tuple(kept), wrapper))
+        if "original" in leaves and is_masked and mask_names:
+            weights.append(MaskedParam(plain, f"{wrapper}.original", tuple(mask_names), wrapper))
     return weights
 
 
@@ -71,7 +71,7 @@ def _of_nni(names: frozenset[str]) -> list[MaskedParam]:
 
 
 def renamed(names: Collection[str], wrapped: Collection[MaskedParam]) -> dict[str, str]:
-    """What names are called once the wrappers are gone: NNI's stand in every name of their layer."""
+    """The names without wrappers; those of NNI are part of every name in their layer."""
     plain = {weight.original: weight.plain for weight in wrapped}
     inside = {weight.wrapper for weight in wrapped if weight.wrapper == f"{_owner(weight.plain)}module"}
     for name in names:

@@ -1,4 +1,4 @@
-"""Packages that an extra brings: which of them are here, and what brings the others into the same environment."""
+"""Packages of an extra: which are installed, and the command that installs the others in the same environment."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _IMPORTED_AS = {"pil": "pillow"}
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package that something needs."""
+    """A package that prunectl or one of its extras requires."""
 
     name: str
     extra: str
-    """The extra that brings it; empty for the core."""
+    """The extra that requires it; empty for the core."""
     requirement: str
-    """As the requirement says it: `>=1.17`."""
+    """The version bounds: `>=1.17`."""
     version: str
-    """What is installed; empty if it is not."""
+    """The installed version; empty if the package is not installed."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is there, and new enough."""
+        """Whether it is installed, in a version within the bounds."""
         if not self.version:
             return False
         version = _numbers(self.version)
@@ -44,12 +44,12 @@ class Package:
 
     @property
     def to_install(self) -> str:
-        """What pip is asked for: a bare name, or with its bound where another version is installed."""
+        """The requirement for pip: a bare name, or with its bounds where another version is installed."""
         return f"{self.name}{self.requirement}" if self.version else self.name
 
 
 def required() -> Iterator[Package]:
-    """What the installed prunectl asks for, in its core and in every extra; raises where it is not installed."""
+    """The requirements of the installed prunectl and its extras; PackageNotFoundError if it is not installed."""
     for line in metadata.requires("prunectl") or []:
         match = _REQUIREMENT.match(line)
         if match and match[3] != _EVERYTHING:
@@ -57,17 +57,17 @@ def required() -> Iterator[Package]:
 
 
 def command_for(module: str, extra: str) -> str:
-    """What to type for a module that cannot be imported, and for all else that its extra lacks."""
+    """The command that installs a missing module, and all other packages of its extra that are missing."""
     try:
         missing = [package for package in required() if package.extra == extra and not package.is_ready]
-    except metadata.PackageNotFoundError:  # from a source folder nobody knows what an extra has
+    except metadata.PackageNotFoundError:  # without an installation, the extras are unknown
         missing = []
     name = module.partition(".")[0].lower().replace("_", "-")
     return install_command(missing) if missing else _command([_IMPORTED_AS.get(name, name)])
 
 
 def install_command(missing: Iterable[Package]) -> str:
-    """What brings packages into the environment that this runs in."""
+    """The command that installs packages into the current environment."""
     return _command([package.to_install for package in missing])
 
 
@@ -76,12 +76,12 @@ def _command(requirements: list[str]) -> str:
 
 
 def _installer() -> list[str]:
-    """What installs where this Python looks: pipx and uv keep tools where a plain `pip` does not reach."""
+    """The installer for the environment of this Python; a plain `pip` may not reach those of pipx and uv."""
     python, prefix = Path(sys.executable), Path(sys.prefix)
     if prefix.parent.name == "venvs" and "pipx" in prefix.parts:
         return ["pipx", "inject", prefix.name]
     shown = os.path.relpath(python) if python.is_relative_to(Path.cwd()) else str(python)
-    # Not by looking for the module, which lets setuptools warn of what it replaces.
+    # By its metadata: looking for the module would make setuptools warn that it replaces distutils.
     if not _version("pip"):
         return ["uv", "pip", "install", "--python", shown]
     pip = shutil.which("pip")

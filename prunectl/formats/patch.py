@@ -1,4 +1,4 @@
-"""New numbers for tensors, and a copy of a model that has them, everything else byte for byte as it was."""
+"""Write a copy of a model with changed tensors, and everything else byte for byte as it was."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from prunectl.formats.extents import BLOCK_BYTES, REMOTE, Extent, file_chunks, r
 from prunectl.formats.workers import check_stopped, workers
 
 THREADS = 2
-"""Enough to write while another block is computed; more would only hold more blocks."""
+"""Enough to write one block while another is computed; more threads would only keep more blocks in memory."""
 _COPY_BYTES = 1 << 28
 _BATCH_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class TensorUpdate:
-    """New numbers for a tensor, block by block in the order of its bytes."""
+    """New values for a tensor, block by block in storage order."""
 
     tensor: Tensor
     blocks: Callable[[], Iterator[Array]]
 
     @property
     def run(self) -> Extent:
-        """Where the bytes to be replaced lie."""
+        """The run of bytes that is replaced."""
         extent = self.tensor.storage.extent
         if extent is None:
             raise ValueError(f"{self.tensor.name} does not lie flat")
@@ -38,13 +38,13 @@ class TensorUpdate:
         return Extent(extent.path, begin, self.tensor.nbytes)
 
     def raw(self) -> Iterator[memoryview]:
-        """Yield the bytes as the file has them."""
+        """Yield the new bytes as they are stored in the file."""
         for block in self.blocks():
             yield raw_bytes(block, big_endian=self.tensor.storage.big_endian)
 
 
 def in_storage_order(tensor: Tensor, array: Array) -> Array:
-    """An array with its axes in the order in which its elements lie in the storage."""
+    """An array with its axes transposed to storage order: that of descending strides."""
     if tensor.strides is None:
         return array
     steps = tensor.strides
@@ -52,13 +52,13 @@ def in_storage_order(tensor: Tensor, array: Array) -> Array:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether its elements are one run of bytes, so that new ones can take their place."""
+    """Whether the elements of a tensor are one run of bytes, so that they can be overwritten in place."""
     steps = tensor.strides
     return tensor.storage.extent is not None and (steps is None or is_permuted(tensor.shape, steps))
 
 
 def is_permuted(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether strides are those of a dense array with its axes in another order."""
+    """Whether strides are those of a dense array whose axes may be permuted."""
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True) if size != 1):
         if step != expected:
@@ -68,7 +68,7 @@ def is_permuted(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def patch_files(_: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
-    """Write every file of a model to its target, with the rewritten runs in place."""
+    """Write every file of a model to its target, with the given updates."""
     runs: dict[Path, list[TensorUpdate]] = {path: [] for path in targets}
     for rewrite in rewrites:
         runs[rewrite.run.path].append(rewrite)
@@ -81,7 +81,7 @@ def copy_with_patches(
 ) -> None:
     """Write a copy of one file with some runs replaced, in one pass over its bytes.
 
-    The CRC-32 of each replaced run is noted where that is asked for.
+    If `crcs` is given, the CRC-32 of each new run is stored in it.
     """
     if source in REMOTE and not rewrites:
         with target.open("xb") as writer:
@@ -91,7 +91,7 @@ def copy_with_patches(
     new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         offset, end = 0, os.fstat(old).st_size
-        # Each run is written in its own place, so that two can be written at once.
+        # Writes have explicit offsets (pwrite), so that threads need not share a file position.
         with workers(THREADS) as pool:
             writing = [pool.submit(_write_runs, new, batch, crcs) for batch in _batches(rewrites)]
             for run in (rewrite.run for rewrite in rewrites):
@@ -106,7 +106,7 @@ def copy_with_patches(
 
 
 def _batches(rewrites: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
-    """Group updates in their order: a job for each of many small ones takes longer than the update."""
+    """Group small updates, in their order: starting a job for each would take longer than the update."""
     batch: list[TensorUpdate] = []
     nbytes = 0
     for rewrite in rewrites:
@@ -143,10 +143,10 @@ def _write_run(new: int, rewrite: TensorUpdate, crcs: dict[Extent, int] | None) 
 
 
 def copy_range(source: Path, old: int, new: int, begin: int, end: int) -> None:
-    """Copy a range of bytes, by the kernel and without moving them where it can."""
+    """Copy a range of bytes: with `copy_file_range`, which may share the blocks on the disk, where it is available."""
     while begin < end:
         done = 0
-        # A few bytes are copied ten times as fast by reading and writing them.
+        # Small ranges are copied ten times as fast with pread and pwrite.
         is_by_kernel = end - begin > _BATCH_BYTES
         try:
             if is_by_kernel:
@@ -154,7 +154,7 @@ def copy_range(source: Path, old: int, new: int, begin: int, end: int) -> None:
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise
-            # Another filesystem, a system that cannot, or a disk that is broken: then it shows which of the two.
+            # Not supported here or between these filesystems, or a broken disk: then pread or pwrite shows which one.
             is_by_kernel = False
         if not is_by_kernel:
             with reading(source):
@@ -168,11 +168,11 @@ def copy_range(source: Path, old: int, new: int, begin: int, end: int) -> None:
 HALF_MAX = 65504.0
 HALF = np.dtype(np.float16)
 HALVED = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
-"""What becomes 16-bit floats when this is asked for."""
+"""Dtypes that `--half` converts to 16-bit floats."""
 
 
 def pieces(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
-    """Yield arrays of one shape piece by piece along their first axis, the pieces in C order."""
+    """Yield arrays of the same shape in pieces along their first axis, in C order."""
     first = arrays[0]
     if first.nbytes <= BLOCK_BYTES or first.ndim == 0:
         yield tuple(arrays)
@@ -183,7 +183,7 @@ def pieces(arrays: Sequence[Array]) -> Iterator[tuple[Array, ...]]:
 
 
 def apply_mask(weights: Array, masks: Sequence[Array]) -> Iterator[Array]:
-    """Yield the weights times their masks: plain zeros where a mask is zero, whatever stood there."""
+    """Yield the weights times their masks; +0.0 where a mask is zero, also for NaN and negative weights."""
     for weight, *factors in pieces([weights, *masks]):
         product = weight
         for factor in factors:
@@ -194,7 +194,7 @@ def apply_mask(weights: Array, masks: Sequence[Array]) -> Iterator[Array]:
 
 
 def broadcast_mask(weights: Array, mask: Array) -> Array | None:
-    """A mask in the shape of its weights: one for each row counts for all of it; None where it does not fit."""
+    """A mask broadcast to the shape of its weights; it may have one element for each row. None if it does not fit."""
     if mask.shape == weights.shape:
         return mask
     if weights.ndim > 1 and mask.shape == weights.shape[:1]:
@@ -203,7 +203,7 @@ def broadcast_mask(weights: Array, mask: Array) -> Array | None:
 
 
 def to_float16(blocks: Iterable[Array], path: object, name: str) -> Iterator[Array]:
-    """Yield 32-bit and wider floats as 16-bit ones, unless one of them is too big."""
+    """Yield 32-bit and wider floats as 16-bit ones; InputError if one is too large for 16 bits."""
     for block in blocks:
         for (piece,) in pieces([block]):
             sizes = np.abs(piece)

@@ -1,6 +1,6 @@
-"""Pipelines of diffusers: a `model_index.json`, and a folder for each part, of which some hold weights; one model.
+"""Pipelines of diffusers as one model: a `model_index.json`, and a folder for each part, some of which hold weights.
 
-A checkpoint of their training has such folders without the index, those of averaged weights (EMA) beside them.
+A training checkpoint of a pipeline has no index, and additional folders with averaged weights (EMA).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prunectl.formats.safe_json import read_object
 
 
 def open_pipeline(path: Path) -> ModelFile:
-    """Open the parts of a pipeline as one model, its tensors under the names of their parts."""
+    """Open a pipeline as one model; the names of its tensors begin with those of their parts."""
     index = real_file(path, PIPELINE_INDEX)
     if index is None and (path / PIPELINE_INDEX).is_symlink():
         raise InputError(f"{path} is refused: its {PIPELINE_INDEX} is a link that leads out of it")
@@ -31,13 +31,13 @@ def open_pipeline(path: Path) -> ModelFile:
     inside: dict[str, list[str]] = {}
     for file in (*companions.copied, *companions.links):
         inside.setdefault(file.parent.as_posix(), []).append(file.name)
-    # No index names the averages.
-    own = parts_without_index(path) if index is None else read_object(index, "it")
-    names = dict.fromkeys(each for name in own for each in (name, f"{name}{AVERAGED}"))
+    # An index does not list the folders of averages.
+    listed = parts_without_index(path) if index is None else read_object(index, "it")
+    names = dict.fromkeys(each for name in listed for each in (name, f"{name}{AVERAGED}"))
     parts = [part for name in names if (part := _part(path, name, inside.get(name, ()))) is not None]
     if not parts:
         raise InputError(f"{path} is a pipeline of diffusers without weights in safetensors")
-    tensors = tuple(tensor for part in parts for tensor in _named(part))
+    tensors = tuple(tensor for part in parts for tensor in _prefixed(part))
     weights = dict.fromkeys(file for part in parts for file in part.files)
     first = () if index is None else (path / PIPELINE_INDEX,)
     files = dict.fromkeys((*first, *weights, *(path / name for name in companions.copied)))
@@ -60,38 +60,38 @@ _COPIED = "the same weights in another form, copied as they are"
 _SAFETENSORS = "but a pipeline is pruned as a whole in safetensors alone"
 _PICKLES = ("pytorch_model.bin", "adapter_model.bin")
 _OF_OTHERS = re.compile(r".*\.onnx([._]data)?|openvino_model\..*|saved_model\.pb")
-"""The same weights for other frameworks, by their path in the folder of a part."""
+"""Copies of the weights for other frameworks, by their path in the folder of a part."""
 
 
 def _is_weights(name: str) -> bool:
-    """Whether a file of a part holds its weights in a form that is not opened, or is an index of such files."""
+    """Whether a file of a part is a copy of its weights in another format or precision, or an index of such files."""
     return OTHER_WEIGHTS.fullmatch(name) is not None or _OF_OTHERS.fullmatch(name) is not None
 
 
 def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
-    """The weights of a part; None for one without, such as a scheduler."""
+    """The model of a part; None for a part without weights, such as a scheduler."""
     if not isinstance(name, str) or name.startswith(("_", ".")) or "/" in name or "\\" in name:
         return None
     folder = path / name
-    # os.path asks without complaining about names that no folder can have.
+    # os.path raises no errors for impossible names.
     if os.path.islink(folder) or not os.path.isdir(folder):
         return None
     real = registry.resolve(folder)
     if real.name.startswith(_PICKLES):
-        # Known by its name: at a URL nothing of it is here.
+        # By its name, because the content of a file at a URL has not been downloaded.
         raise _in_another_form(folder, real.name)
     if real == folder:
         others = [file for file in files if _is_weights(file)]
         if not others:
             return None
-        # Passed over, they would be copied dense into what is called pruned.
+        # If the part were skipped, its dense weights would be copied into an output that is called pruned.
         shown = abbreviated(next(filter(_OF_OTHERS.fullmatch, others), others[0]))
         raise InputError(
             f"{folder} has its weights in {shown}, {_SAFETENSORS}",
             hint="rename them as those without a variant: model.safetensors, diffusion_pytorch_model.safetensors",
         )
     model = registry.open_model(folder)
-    # By their content: a name may promise safetensors, and a pickle be in it.
+    # By their content, because a file named .safetensors may be a pickle.
     for file in model.files:
         row = registry.recognise(file)
         if row.name not in {"safetensors", "shards"}:
@@ -107,7 +107,7 @@ def _in_another_form(folder: Path, what: str) -> InputError:
 
 
 def _note_others(part: ModelFile, companions: Companions, weights: Container[Path]) -> tuple[str, ...]:
-    # By the name of the part: the same is said of a copy of the folder elsewhere.
+    # With the part's name instead of its path, so that a copy of the folder gets the same note.
     folder = part.path.parent
     others = (
         folder / path.name
@@ -118,7 +118,7 @@ def _note_others(part: ModelFile, companions: Companions, weights: Container[Pat
     return Companions((), names, ()).notes(Path(folder.name), _COPIED)
 
 
-def _named(part: ModelFile) -> Iterator[Tensor]:
+def _prefixed(part: ModelFile) -> Iterator[Tensor]:
     name = part.path.parent.name
     for tensor in part.tensors:
         storage = replace(tensor.storage, key=f"{name}/{tensor.storage.key}")
@@ -126,16 +126,16 @@ def _named(part: ModelFile) -> Iterator[Tensor]:
 
 
 def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Copy the folder without what only training needs; of weights and their average, those that are to stay.
+    """Copy the folder without the parts to strip, and with the chosen copy of weights and their average.
 
-    What is in one file is written as strip writes that file alone.
+    A part with its weights in one file is stripped as that file alone would be.
     """
     kept, removed = split_files(model, options)
     whole = _whole_files(model, options, kept)
     names = {file: file.relative_to(model.path) for file in targets}
     root = next(target.parents[len(names[file].parts) - 1] for file, target in targets.items())
     patch_files(model, {file: root / name for file, name in kept.items() if file not in whole}, ())
-    # Averages inside a part stay, unless the part is stripped alone: there it is asked which copy is meant.
+    # Averages inside the file of a part are kept: to remove them, strip that part alone, where a copy can be chosen.
     inside = replace(options, copies=None, parts=options.parts - {StripPart.TRAINING})
     for file in whole:
         items = safetensors.strip(safetensors.open_model(file), inside, {file: root / kept[file]})
@@ -148,12 +148,12 @@ def strip(model: ModelFile, options: StripOptions, targets: Mapping[Path, Path])
 
 
 def parts_in_one_file(model: ModelFile) -> Iterator[Path]:
-    """Yield the file of each part that has all its weights in one."""
+    """Yield the file of each part whose weights are in a single file."""
     return (file for file in _by_file(model) if registry.resolve(file.parent) == file)
 
 
 def _whole_files(model: ModelFile, options: StripOptions, kept: Container[Path]) -> list[Path]:
-    """The files that hold all weights of a part, of which strip can remove tensors, or store floats in 16 bits."""
+    """The kept files with all weights of a part, from which strip can remove tensors, or store floats in 16 bits."""
     files = [file for file in parts_in_one_file(model) if file in kept]
     for file, tensors in _by_file(model).items():
         if (
@@ -167,10 +167,10 @@ def _whole_files(model: ModelFile, options: StripOptions, kept: Container[Path])
 
 def _in_shards(model: ModelFile, part: Path) -> InputError:
     files = _by_file(model)
-    has_masks = any(one.role is Role.MASK for file in files if file.parent == part for one in files[file])
+    has_masks = any(tensor.role is Role.MASK for file in files if file.parent == part for tensor in files[file])
     hint = f"make one file of them: prunectl export {part} -o OUT --shard-size 1TB"
     if has_masks:
-        # Export refuses them, as strip does in shards.
+        # Export refuses masks as well.
         hint = MASKS_IN_SHARDS
     return InputError(
         f"{part} is in shards, in which strip can neither store 16-bit floats nor remove single tensors", hint=hint
@@ -186,7 +186,7 @@ def _by_file(model: ModelFile) -> dict[Path, list[Tensor]]:
 
 
 def split_files(model: ModelFile, options: StripOptions) -> tuple[dict[Path, Path], tuple[RemovedItem, ...]]:
-    """The files that strip keeps, each with its name in the output, and those that it removes."""
+    """The files that strip keeps, each with its name in the output, and the files that it removes."""
     stored = _by_file(model)
     averages = () if options.copies is None else (options.copies.other, *options.copies.more)
     has_average = options.copies is not None and bool(options.copies.sources)

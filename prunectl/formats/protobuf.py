@@ -1,4 +1,4 @@
-"""Protobuf's wire format: fields and where they lie, without a schema and without a copy."""
+"""Protobuf's wire format: the fields of messages and their offsets, read without a schema and without copies."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Field(NamedTuple):
     number: int
     wire: int
     value: int
-    """The number of a varint or a fixed field; the length of a field of bytes."""
+    """The value of a varint or fixed-width field; the length of a field of bytes."""
     begin: int
-    """Where the payload begins in the buffer."""
+    """Offset of the payload in the buffer."""
     end: int
-    """Where it ends."""
+    """Offset behind the payload."""
 
 
 def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator[Field]:
-    """Yield the fields of the message that lies at ``begin``..``end`` of a buffer."""
+    """Yield the fields of the message at ``begin``..``end`` of a buffer."""
     at, stop = begin, len(data) if end is None else end
     while at < stop:
-        # Most numbers have one byte; a call for each would take as long as all the rest.
+        # Most varints have one byte, and are decoded inline: a call for each would double the time.
         tag = data[at]
         if tag < 0x80:
             at += 1
@@ -69,7 +69,7 @@ def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator
 
 
 def raw_fields(data: memoryview, begin: int, end: int) -> Iterator[tuple[bytes, Field]]:
-    """Yield the fields of a message, each with all of its bytes: tag, length and payload."""
+    """Yield the fields of a message, each with its encoded bytes: tag, length and payload."""
     start = begin
     for field in fields(data, begin, end):
         yield bytes(data[start : field.end]), field
@@ -77,7 +77,7 @@ def raw_fields(data: memoryview, begin: int, end: int) -> Iterator[tuple[bytes, 
 
 
 def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
-    """The number that begins at ``at``, and where the next byte is."""
+    """The varint at offset ``at``, and the offset behind it."""
     value = shift = 0
     while at < end and shift <= _MAX_SHIFT:
         byte = data[at]
@@ -90,12 +90,12 @@ def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """The varint of an int32 or int64 field as the signed number that it is."""
+    """The signed value of the varint of an int32 or int64 field, which is in two's complement."""
     return value - (_SIGN_BIT << 1) if value >= _SIGN_BIT else value
 
 
 def packed(data: memoryview, field: Field) -> list[int]:
-    """The varints of a repeated field, packed into one or standing alone."""
+    """The varints of a repeated field, whether packed or a single one."""
     if field.wire == VARINT:
         return [field.value]
     numbers, at = [], field.begin
@@ -111,14 +111,14 @@ def text(data: memoryview, field: Field) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        # What is not UTF-8 becomes four characters a byte, and slowly.
+        # Each byte that is not UTF-8 becomes four characters, which is slow.
         if len(raw) > budgets.MAX_BROKEN_TEXT_BYTES:
             raise WireError(f"a name of {len(raw)} bytes that is not text") from error
         return raw.decode("utf-8", "backslashreplace")
 
 
 def varints(raw: bytes) -> NDArray[np.uint64]:
-    """All numbers of a packed field at once."""
+    """All varints of a packed field, decoded with NumPy."""
     data = np.frombuffer(raw, np.uint8)
     if data.size and data[-1] >= 0x80:
         raise WireError("a number without an end")
@@ -128,42 +128,42 @@ def varints(raw: bytes) -> NDArray[np.uint64]:
     if ends.size and lengths.max() > MAX_VARINT_BYTES:
         raise WireError("a number without an end")
     numbers = np.zeros(ends.size, np.uint64)
-    for place in range(int(lengths.max(initial=0))):
-        has = lengths > place
-        digits = (data[begins[has] + place] & 0x7F).astype(np.uint64)
-        numbers[has] |= digits << np.uint64(7 * place)
+    for index in range(int(lengths.max(initial=0))):
+        is_longer = lengths > index
+        bits = (data[begins[is_longer] + index] & 0x7F).astype(np.uint64)
+        numbers[is_longer] |= bits << np.uint64(7 * index)
     return numbers
 
 
 def encode_varint(value: int) -> bytes:
-    """A number that is not negative, seven bits to a byte, the lowest first."""
-    digits = bytearray()
+    """The varint of a number that is not negative: seven bits to a byte, the lowest first."""
+    encoded = bytearray()
     while value > 0x7F:
-        digits.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    digits.append(value)
-    return bytes(digits)
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def number(field: int, value: int) -> bytes:
-    """A field that is a number."""
+    """An encoded varint field."""
     return encode_varint(field << 3 | VARINT) + encode_varint(value)
 
 
 def length_prefix(field: int, nbytes: int) -> bytes:
-    """What stands before the bytes of a field."""
+    """The tag and length before the payload of a field of bytes."""
     return encode_varint(field << 3 | BYTES) + encode_varint(nbytes)
 
 
 class BudgetedReader:
-    """The fields of a file, counted as they are looked at."""
+    """Reads the fields of a file, up to a maximal number of fields."""
 
     def __init__(self, data: memoryview, most: int = budgets.MAX_PROTOBUF_FIELDS) -> None:
         self.data = data
         self._most = self._left = most
 
     def spend(self, count: int) -> None:
-        """Count fields that were looked at in another way."""
+        """Count fields that were read in another way."""
         self._left -= count
         if self._left < 0:
             raise WireError(f"more than {self._most} fields")
@@ -171,14 +171,14 @@ class BudgetedReader:
     def fields(self, inside: Field | None = None) -> Iterator[Field]:
         """Yield the fields of a message, or of the whole file."""
         begin, end = (0, None) if inside is None else (inside.begin, inside.end)
-        # To look into a message takes as long as a field does, also where it is empty.
+        # Opening a message takes as long as reading a field, even if the message is empty.
         self.spend(1)
         for field in fields(self.data, begin, end):
             self.spend(1)
             yield field
 
     def messages(self, inside: Field | None, number: int) -> Iterator[Field]:
-        """Yield the fields of one number that are messages, texts or bytes."""
+        """Yield the fields with a field number whose wire type is that of messages, strings and bytes."""
         for field in self.fields(inside):
             if field.number == number and field.wire == BYTES:
                 yield field

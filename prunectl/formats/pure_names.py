@@ -1,4 +1,4 @@
-"""Allow-lists of names in untrusted Keras files and TensorFlow graphs: what only computes, in two files of TOML."""
+"""Allow-lists for untrusted Keras files and TensorFlow graphs: names that only compute, read from two TOML files."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ def _names(*texts: str) -> frozenset[str]:
 
 _KERAS = _read("pure_keras.toml")
 CLASSES = _names(*_KERAS["classes"].values())
-"""Classes of Keras that are built of plain settings."""
+"""Classes of Keras that are built from plain settings."""
 FUNCTIONS = _names(*_KERAS["functions"].values())
-"""Functions of Keras on tensors alone."""
-ROOMS = _names(_KERAS["rooms"])
-"""Modules of Keras that these stand in."""
+"""Functions of Keras that only compute on tensors."""
+MODULES = _names(_KERAS["modules"])
+"""Modules of Keras that contain these classes and functions."""
 TYPES = _names(_KERAS["types"])
-"""Types of tensors that TensorFlow describes."""
+"""Type specs of TensorFlow for tensors."""
 RAGGED_CLASS_METHODS = _names(_KERAS["ragged_class_methods"])
-"""What may be called on the class of ragged tensors."""
+"""Class methods of ragged tensors that may be called."""
 MEMBERS = _names(_KERAS["members"])
 """Attributes and methods of ragged and sparse tensors that may be used."""
 FUNCTIONS_OF_TENSORFLOW = frozenset(
     f"{module}.{name}".lstrip(".") for module, names in _KERAS["tensorflow"].items() for name in names.split()
 )
-"""Functions on tensors that Keras 2 wraps into layers."""
+"""Functions of TensorFlow on tensors that Keras 2 wraps into layers."""
 
 OPERATIONS = _names(*_read("pure_tensorflow.toml").values())
-"""Whatever its inputs and attributes are, such an operation changes nothing but numbers and variables in memory."""
+"""Operations that affect nothing but tensors and variables in memory, whatever their inputs and attributes are."""
 BY_ATTRIBUTE = {
     "PrintV2": ("output_stream", r"stdout|stderr|log\((info|warning|error)\)"),
     "EncodeProto": ("descriptor_source", r"|local://|bytes://.*"),
     "DecodeProtoV2": ("descriptor_source", r"|local://|bytes://.*"),
     "FixedUnigramCandidateSampler": ("vocab_file", ""),
 }
-"""Operations that may name a file in an attribute, and the pattern of its values that name none."""
+"""Operations with an attribute that may name a file, and the pattern of the attribute's harmless values."""
 SAVING = frozenset({"MergeV2Checkpoints", "RestoreV2", "SaveV2", "ShardedFilename", "ShardedFilespec"})
-"""What every SavedModel keeps its variables with; nobody else may call it."""
+"""Operations with which a SavedModel saves and restores its variables; allowed in its saving functions only."""
 FROM_FILES = frozenset({"InitializeTableFromTextFile", "InitializeTableFromTextFileV2"})
-"""Fill a table with the lines of a file, which has to be an asset of the SavedModel."""
+"""Operations that fill a table with the lines of a file, which must be an asset of the SavedModel."""

@@ -1,4 +1,4 @@
-"""Every format at once: what it is called, how it is recognised, what opens it."""
+"""The table of formats: the name of each, the function that recognises it, and those that open and write it."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ FORMATS = (
     ),
 )
 SUFFIXES = frozenset(suffix for row in FORMATS for suffix in row.suffixes if suffix)
-"""Of files; what has none of them may be a folder."""
+"""Suffixes of model files; a path without one may be a folder."""
 
 IN_A_FOLDER = (
     "model.safetensors.index.json",
@@ -189,9 +189,9 @@ IN_A_FOLDER = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
 )
-"""Weights in a folder of Hugging Face, of an adapter, or of a part of a pipeline of diffusers."""
-_OF_MANY_RANKS = (".metadata", "pytorch_model_fsdp_0/.metadata")
-"""That of a distributed checkpoint, or of Accelerate's; folders of Flutter and Eclipse have such a file too."""
+"""Files with the weights in a folder of Hugging Face, of an adapter, or of a part of a diffusers pipeline."""
+_RANK_METADATA = (".metadata", "pytorch_model_fsdp_0/.metadata")
+"""Metadata of a distributed checkpoint, or of Accelerate's; folders of Flutter and Eclipse have such a file too."""
 
 _CANNOT = {
     Capability.PACK: "the container has no compression of its own",
@@ -202,16 +202,16 @@ _CANNOT = {
 
 
 _BLOCK_BYTES = 512
-"""What `stat` counts in."""
+"""The unit of `st_blocks`."""
 
 
 def by_name(name: str) -> Format:
-    """The row of a format, built in or installed."""
+    """The row of a format, built in or of a plug-in."""
     return next((row for row in FORMATS if row.name == name), None) or load("external:by_name")(name)
 
 
 def load(reference: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Import what a row of the table names as `module:function`."""
+    """Import a function that a row of the table names as `module:function`."""
     if callable(reference):
         return reference
     module, _, attribute = reference.partition(":")
@@ -220,55 +220,55 @@ def load(reference: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recognise(path: Path) -> Format:
-    """The format of ``path``: judged by its content, its name breaking ties."""
-    peek = FileProbe(path)
-    # Only where no row of the table fits are plug-ins looked for: they can take no file over, and slow no start down.
-    row = _best_match(FORMATS, peek) or _best_match(load("external:installed_formats")(), peek)
+    """The format of ``path``, recognised by its content; among several matches, its suffix decides."""
+    probe = FileProbe(path)
+    # Plug-ins are loaded only if no built-in format matches: they cannot take over a file, nor slow down each start.
+    row = _best_match(FORMATS, probe) or _best_match(load("external:installed_formats")(), probe)
     if row is not None:
         return row
     known = " ".join(dict.fromkeys(suffix for row in FORMATS for suffix in row.suffixes if suffix))
-    what = load("unsupported:explain_unsupported")(peek)
+    what = load("unsupported:explain_unsupported")(probe)
     raise InputError(f"{path} {what}", hint=f"prunectl reads SavedModel folders and {known}")
 
 
-def _best_match(rows: Iterable[Format], peek: FileProbe) -> Format | None:
-    plausible = [row for row in rows if row.matches(peek)]
-    return min(plausible, key=lambda row: peek.path.suffix.lower() not in row.suffixes, default=None)
+def _best_match(rows: Iterable[Format], probe: FileProbe) -> Format | None:
+    plausible = [row for row in rows if row.matches(probe)]
+    return min(plausible, key=lambda row: probe.path.suffix.lower() not in row.suffixes, default=None)
 
 
 def resolve(path: Path) -> Path:
-    """The file that stands for what the user named: a checkpoint's prefix, a folder with shards."""
-    # os.path asks without complaining about names that cannot be: Peek has the sentence for those.
+    """The file behind a path that the user gave: a checkpoint's prefix, or a folder with weights or an index."""
+    # os.path raises no errors for impossible names, for which FileProbe has a message.
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")
     if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
-        names = chain(IN_A_FOLDER, _OF_MANY_RANKS, detect.zero_checkpoints(path))
+        names = chain(IN_A_FOLDER, _RANK_METADATA, detect.zero_checkpoints(path))
         return next((path / name for name in names if os.path.isfile(path / name)), path)
     return path
 
 
 def open_model(path: Path) -> ModelFile:
-    """Open a model of any format, or say in one sentence why not."""
+    """Open a model of any format; InputError says why one cannot be opened."""
     real = resolve(path)
     with reading(real), uncollected():
         row = recognise(real)
         folder = path if real != path and path.is_dir() else None
         if folder is not None:
             detect.refuse_model_parallelism(real)
-        # Before the opener reads it: what is written over it from then on is not what was opened.
+        # The state is taken before the opener reads the file, so that later changes are noticed.
         own_state = file_state(real)
         opened: ModelFile = load(row.opener)(real)
         states = file_states(opened.files, {**opened.states, real: own_state})
         model = replace(opened, family=row.family, folder=folder, states=states)
         for tensor in model.tensors:
             _refuse_impossible(real, tensor)
-        _refuse_blown_up(real, model)
+        _refuse_bombs(real, model)
     return model
 
 
 @contextmanager
 def uncollected() -> Generator[None]:
-    """Look for no garbage meanwhile: among many new objects, none of which is any, that takes as long as the work."""
+    """Disable the garbage collector: its passes over many new objects, all in use, take as long as the work itself."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -279,7 +279,7 @@ def uncollected() -> Generator[None]:
 
 
 def _refuse_impossible(path: Path, tensor: Tensor) -> None:
-    """Refuse a shape that no array can have, empty or not."""
+    """Refuse a shape that no array can have; axes of length 0 do not excuse others that are too long."""
     name, shape = abbreviated(tensor.name), tensor.shape
     if len(shape) > budgets.MAX_AXES:
         raise InputError(f"{path} is refused: {name} claims {len(shape)} axes, but NumPy allows {budgets.MAX_AXES}")
@@ -287,44 +287,44 @@ def _refuse_impossible(path: Path, tensor: Tensor) -> None:
         raise InputError(f"{path} is refused: {name} claims the shape {format_shape(shape)}, too large for any memory")
 
 
-def _refuse_blown_up(path: Path, model: ModelFile) -> None:
-    """Refuse tensors that take far more reading together than the files are worth, by unfolding or by sharing."""
-    whole = model.nbytes
-    # What is the same in every way is read once, and holes in a file cost their maker nothing.
+def _refuse_bombs(path: Path, model: ModelFile) -> None:
+    """Refuse models whose tensors expand to, or by sharing reread, far more bytes than the files have."""
+    file_bytes = model.nbytes
+    # Identical views are read once.
     views = {tensor.view_key: tensor for tensor in model.tensors}.values()
-    hidden = [tensor for tensor in views if tensor.storage.extent is None]
-    # A storage is unfolded whole, and kept for the tensors that follow each other in it.
-    storages = (next(group).storage.nbytes for _, group in groupby(hidden, key=lambda tensor: tensor.storage.key))
-    unfolded = max(sum(tensor.nbytes for tensor in hidden), sum(storages))
-    if unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * whole):
-        raise InputError(f"{path} is refused: its tensors would expand to {unfolded} bytes, as in a decompression bomb")
+    encoded = [tensor for tensor in views if tensor.storage.extent is None]
+    # A storage is decoded whole, and kept for the tensors that follow each other in it.
+    storages = (next(group).storage.nbytes for _, group in groupby(encoded, key=lambda tensor: tensor.storage.key))
+    expanded = max(sum(tensor.nbytes for tensor in encoded), sum(storages))
+    if expanded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * file_bytes):
+        raise InputError(f"{path} is refused: its tensors would expand to {expanded} bytes, as in a decompression bomb")
     flat = [tensor for tensor in model.tensors if tensor.storage.extent is not None]
     if len(flat) - len({tensor.storage.key for tensor in flat}) > budgets.MAX_TIED:
         raise InputError(
             f"{path} is refused: more than {budgets.MAX_TIED} of its tensors share their bytes with others"
         )
     read_bytes = sum(_read_bytes(tensor) for tensor in views if tensor.storage.extent is not None)
-    facts = [file.stat() for file in model.files if file not in REMOTE]
-    allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in facts)
-    if read_bytes > whole + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
+    stats = [file.stat() for file in model.files if file not in REMOTE]
+    # Allocated blocks, not sizes, because a crafted file may have huge holes, which take no disk space.
+    allocated = sum(min(fact.st_size, fact.st_blocks * _BLOCK_BYTES) for fact in stats)
+    if read_bytes > file_bytes + max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_READINGS * allocated):
         raise InputError(f"{path} is refused: its tensors reuse the bytes that they share too many times")
 
 
 def _read_bytes(tensor: Tensor) -> int:
-    """Bytes that are read for a flat tensor: along an expanded axis, once."""
+    """Bytes that are read for a flat tensor; an expanded axis (stride 0) is read once."""
     steps = tensor.strides or (1,) * len(tensor.shape)
     lengths = (length for length, step in zip(tensor.shape, steps, strict=True) if step)
     return math.prod(lengths) * tensor.dtype.itemsize
 
 
 def is_inside_folder(model: ModelFile) -> bool:
-    """Whether the weights lie in a folder inside that which was named, as DeepSpeed saves them without ZeRO."""
-    # Of files that are the model itself, as those of a SavedModel are, none lies beside them.
+    """Whether the weights lie in a subfolder of the folder that was opened, as DeepSpeed saves them without ZeRO."""
     return not by_name(model.format).is_of_ranks and model.folder not in {None, model.path.parent}
 
 
 def require(model: ModelFile, needs: Capability) -> None:
-    """Refuse what a format cannot do, before any work begins."""
+    """Raise an error if a format lacks a capability, before any work begins."""
     row = by_name(model.format)
     if needs & ~row.can and row.is_of_ranks:
         what = model.folder or model.path

@@ -1,4 +1,4 @@
-"""JSON from strangers: one sentence for whatever is wrong with it, and nothing made of what would take too much."""
+"""JSON from untrusted files: any defect is an InputError, and texts that would take too much memory are not parsed."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from prunectl.errors import InputError, MissingExtraError
 from prunectl.formats import budgets
 
 _LOCK = threading.Lock()
-"""The limit on digits is one for all threads."""
+"""Guards Python's limit on the digits of integers, which all threads share."""
 _MADE_BYTES = (("{", 200), ("[", 90), (":", 70), (",", 50), ('"', 20))
-"""What Python makes of a text for each of these characters: between half of this and all of it.
+"""Upper bounds of the memory that parsing takes for each of these characters; at least half is really taken.
 
-Those inside strings count as well: looking for the ends of strings would take as long as parsing does.
+Characters inside strings count as well: finding the ends of strings would take as long as parsing does.
 """
 
 SURROGATES = "backslashreplace"
-"""How half a character is encoded, which JSON has only as an escape: as just that escape."""
+"""The error handler that writes a lone surrogate as an escape, the only way in which JSON can have it."""
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The object that a file of JSON holds, of which no more is read than may be parsed."""
+    """The object in a JSON file; no more than MAX_JSON_BYTES and one byte are read."""
     with path.open("rb") as file:
         return parse_object(file.read(budgets.MAX_JSON_BYTES + 1), path, what)
 
 
 def write_object(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as Hugging Face does, so that reading it again gives the same one."""
+    """Write an object in the layout of Hugging Face; it is equal when read again."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors=SURROGATES)
 
 
 def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.MAX_JSON_OBJECT_BYTES) -> dict[str, Any]:
-    """The object that a JSON text holds, which may take so much memory at most."""
+    """The object in a JSON text, which may take at most so many bytes of memory."""
     refuse_too_much([text], path, what, most)
     try:
         with _short_numbers():
@@ -58,7 +58,7 @@ def parse_object(text: bytes | str, path: Path, what: str, most: int = budgets.M
 
 @contextmanager
 def _short_numbers() -> Generator[None]:
-    """Take no number of more than some hundred digits meanwhile: the time for each grows with their square."""
+    """Accept no integers of more than 640 digits in the block: parsing one takes time quadratic in its digits."""
     with _LOCK:
         usual = sys.get_int_max_str_digits()
         sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
@@ -71,7 +71,7 @@ def _short_numbers() -> Generator[None]:
 def refuse_too_much(
     texts: Iterable[bytes | str], path: Path, what: str, most: int = budgets.MAX_JSON_OBJECT_BYTES
 ) -> None:
-    """Refuse JSON texts that would take too much together, before the first of them is parsed."""
+    """Refuse JSON texts that would take too much memory together, before any of them is parsed."""
     nbytes = made_bytes = 0
     for text in texts:
         nbytes += len(text)
@@ -83,7 +83,7 @@ def refuse_too_much(
 
 
 def _made_bytes(text: bytes | str) -> int:
-    """An upper bound of the memory that a text takes once it is parsed, told without parsing it."""
+    """An upper bound of the memory that a text takes once it is parsed, computed without parsing it."""
     if isinstance(text, str):
         decoded = 0 if text.isascii() else 3 * len(text)
         structure = sum(each * text.count(mark) for mark, each in _MADE_BYTES)
@@ -92,12 +92,12 @@ def _made_bytes(text: bytes | str) -> int:
         decoded = len(text) if text.isascii() else 4 * len(text)
         structure = sum(each * text.count(mark.encode()) for mark, each in _MADE_BYTES)
         has_escapes = b"\\u" in text
-    # One wide character makes its whole string four bytes a character.
+    # A single wide character makes Python store its whole string with four bytes for each character.
     return structure + decoded + len(text) * (4 if has_escapes or not text.isascii() else 1)
 
 
 def _is_deeper(value: dict[str, Any], most: int) -> bool:
-    """Whether lists and objects stand in each other more than so deep, found breadth first."""
+    """Whether lists and objects are nested deeper than `most`; breadth first, without recursion."""
     level: list[Any] = [value]
     for _ in range(most):
         level = [
@@ -112,14 +112,14 @@ def _is_deeper(value: dict[str, Any], most: int) -> bool:
 
 
 def require(module: str, *, extra: str) -> Any:
-    """A module, or say what brings it and all else that this extra lacks."""
-    # onnxruntime, which other packages import too, reports to its maker about models and machines unless told not to.
+    """Import a module; MissingExtraError with the command that installs its extra if it is missing."""
+    # onnxruntime, which other packages import too, sends telemetry about models and machines unless this is set.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
-            raise  # the library is there, but broken: that is not ours to explain
+            raise  # the library is installed, but broken, which another message could not explain
         from prunectl.formats.packages import command_for  # noqa: PLC0415 - reading metadata takes long to import
 
         raise MissingExtraError(

@@ -1,4 +1,4 @@
-"""Safetensors: a length, a JSON header and one buffer, or several such files under an index; and their strip."""
+"""Safetensors: files of a length, a JSON header and one buffer, and sharded models with an index; also their strip."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def open_model(path: Path) -> ModelFile:
 
 
 def open_undescribed(path: Path, prefix: str = "") -> ModelFile:
-    """Open a safetensors file without a look at what its names tell, with this in front of its storages' keys."""
+    """Open a safetensors file without judging roles by names; `prefix` is put in front of its storage keys."""
     all_bytes = file_bytes(path)
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -121,14 +121,14 @@ def _tensor(path: Path, name: str, facts: Any, start: int, prefix: str) -> Tenso
 
 
 def _check_layout(path: Path, tensors: Iterable[Tensor], start: int, all_bytes: int) -> None:
-    at = start
+    offset = start
     for extent, name in sorted((_extent(tensor), tensor.name) for tensor in tensors):
-        if extent[0] != at:
+        if extent[0] != offset:
             raise InputError(f"{path} is damaged: {abbreviated(name)} overlaps another tensor or leaves a gap")
-        at += extent[1]
-    if at != all_bytes:
+        offset += extent[1]
+    if offset != all_bytes:
         raise InputError(
-            f"{path} is truncated or damaged: its tensors end at byte {at}, but the file ends at {all_bytes}"
+            f"{path} is truncated or damaged: its tensors end at byte {offset}, but the file ends at {all_bytes}"
         )
 
 
@@ -143,19 +143,19 @@ _ROUND_BYTES = 8
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The header of a file that was opened before."""
+    """The header of a file that was checked by `open_model` before."""
     with path.open("rb") as file:
         return parse_object(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")), path, "its header")
 
 
 def header_without_tensors(path: Path) -> dict[str, Any]:
-    """A header without tensors, which says of itself what another file does."""
+    """A header with the `__metadata__` of another file, and no tensors yet."""
     old = read(path)
     return {_METADATA: old[_METADATA]} if _METADATA in old else {}
 
 
 def encode_header(header: Mapping[str, Any]) -> bytes:
-    """A header as it stands in a file, its length before it."""
+    """The bytes of a header, with its length in front, padded to a multiple of 8."""
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", SURROGATES)
     text += b" " * (-len(text) % _ROUND_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
@@ -169,7 +169,7 @@ class SafetensorsEntry:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     blocks: Callable[[], Iterable[Array]]
-    """Its numbers, piece by piece."""
+    """The values, block by block."""
 
 
 def array_entry(name: str, array: Array) -> SafetensorsEntry:
@@ -178,7 +178,7 @@ def array_entry(name: str, array: Array) -> SafetensorsEntry:
 
 
 def unchanged_entry(tensor: Tensor, name: str) -> SafetensorsEntry:
-    """A tensor of another file, perhaps by another name."""
+    """A tensor of another file with the given name."""
     extent = tensor.storage.extent
     return SafetensorsEntry(
         name, tensor.dtype, tensor.shape, lambda: blocks(extent, tensor.dtype) if extent is not None else ()
@@ -186,12 +186,12 @@ def unchanged_entry(tensor: Tensor, name: str) -> SafetensorsEntry:
 
 
 def by_width(entry: SafetensorsEntry) -> tuple[int, str]:
-    """The order in which the format's own library writes: each then begins at a multiple of its width."""
+    """Sort key of the format's own library: wide dtypes first, so that each tensor is aligned to its element size."""
     return -entry.dtype.itemsize, entry.name
 
 
 def write_entries(path: Path, header: dict[str, Any], entries: Sequence[SafetensorsEntry]) -> None:
-    """Write a file of tensors in this order, a block in memory at a time; the header has what else stands in it."""
+    """Write tensors to a file in the given order, with one block in memory; `header` has the metadata."""
     offset = 0
     for entry in entries:
         end = offset + math.prod(entry.shape) * entry.dtype.itemsize
@@ -206,12 +206,12 @@ def write_entries(path: Path, header: dict[str, Any], entries: Sequence[Safetens
 
 
 def open_shards(path: Path) -> ModelFile:
-    """Open the shards that an index names, as one model."""
+    """Open the shards of an index as one model."""
     weight_map = read_object(path, "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{path} is JSON, but not the index of a sharded checkpoint: it has no weight_map")
     if not weight_map:
-        raise InputError(f"{path} is damaged: its weight_map names no tensors", hint=_AGAIN)
+        raise InputError(f"{path} is damaged: its weight_map names no tensors", hint=_DOWNLOAD_AGAIN)
     if len(weight_map) > budgets.MAX_INDEX_NAMES:
         raise InputError(f"{path} is refused: it names more than {budgets.MAX_INDEX_NAMES} tensors")
     names = list(dict.fromkeys(weight_map.values()))
@@ -225,7 +225,7 @@ def open_shards(path: Path) -> ModelFile:
         raise InputError(
             f"{path} is damaged: "
             f"it lists {abbreviated(missing[0])}, but {abbreviated(weight_map[missing[0]])} does not hold it",
-            hint=_AGAIN,
+            hint=_DOWNLOAD_AGAIN,
         )
     unlisted = [tensor.name for tensor in tensors if tensor.name not in weight_map]
     described = state_dict.describe(tensors)
@@ -254,22 +254,22 @@ def open_shards(path: Path) -> ModelFile:
 
 
 _NO_NAME = "\0"
-"""Stands between the name of a shard and the key of a storage in it: no name of a file has it."""
+"""Separates the name of a shard from the key of a storage in it; no file name contains it."""
 
 
 def shard_of(tensor: Tensor) -> str:
-    """The name of the shard that holds a tensor of several shards."""
+    """The name of the shard that holds a tensor of a sharded model."""
     return tensor.storage.key.partition(_NO_NAME)[0]
 
 
 def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
-    """Write every shard with new numbers in it, and an index that names them as they are called now."""
+    """Write every shard with its updates, and an index with the shards' new names."""
     shards = {source: target for source, target in targets.items() if source != model.path}
     by_shard: dict[Path, list[TensorUpdate]] = {source: [] for source in shards}
     for rewrite in rewrites:
         by_shard[rewrite.run.path].append(rewrite)
     for source, target in shards.items():
-        # Each as its own format has it: the archives of PyTorch have checksums.
+        # By the shard's own format, because the zips of PyTorch have checksums.
         writer = registry.load(registry.recognise(source).writer)
         writer(replace(model, path=source), {source: target}, by_shard[source])
     names = {source.name: target.name for source, target in shards.items()}
@@ -281,7 +281,7 @@ def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence
     targets[model.path].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-_AGAIN = "download or save the model again: its index and its shards belong together"
+_DOWNLOAD_AGAIN = "download or save the model again: its index and its shards belong together"
 
 
 def _refuse_missing(index: Path, names: Sequence[str]) -> None:
@@ -291,17 +291,17 @@ def _refuse_missing(index: Path, names: Sequence[str]) -> None:
                 f"{index} is refused: it names a shard outside its folder: {abbreviated(name)}",
                 hint="put the shards beside the index, which names each without a folder",
             )
-    # os.path asks without complaining about names that no file can have.
+    # os.path raises no errors for impossible names.
     missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
-        some = f"its shard {abbreviated(missing[0])} is missing"
+        reason = f"its shard {abbreviated(missing[0])} is missing"
         if len(missing) > 1:
-            some = f"{len(missing)} of its {len(names)} shards are missing, such as {abbreviated(missing[0])}"
-        raise InputError(f"{index} is incomplete: {some}", hint=_AGAIN)
+            reason = f"{len(missing)} of its {len(names)} shards are missing, such as {abbreviated(missing[0])}"
+        raise InputError(f"{index} is incomplete: {reason}", hint=_DOWNLOAD_AGAIN)
 
 
 def _stored_twice(index: Path, shards: Sequence[ModelFile]) -> InputError:
-    """The error for a tensor that two shards hold: which of them counts depends on who reads them."""
+    """The error for a tensor that is in two shards: different loaders would take different ones."""
     owners: dict[str, Path] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -330,7 +330,7 @@ def _open_shard(index: Path, name: str) -> ModelFile:
         if row.name == "shards":
             raise InputError(f"{index} is refused: its shard {abbreviated(name)} is itself an index")
         if row.name == "safetensors":
-            # Its names are read beside those of the other shards, and only there.
+            # Roles are judged by the names of all shards together, in `open_shards`.
             state = file_state(shard)
             return replace(open_undescribed(shard, prefix), states={shard: state})
     model = registry.open_model(shard)
@@ -344,20 +344,20 @@ def _tagged(tensor: Tensor, prefix: str) -> Tensor:
 _AVERAGES = ("ema.", "model_ema.", "ema_model.", "swa_model.")
 
 
-def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
-    """Write a copy without the parts that are to go, and return what went."""
+def strip(model: ModelFile, options: StripOptions, targets: dict[Path, Path]) -> tuple[RemovedItem, ...]:
+    """Write a copy without the parts to strip, and return the removed items."""
     tensors = {tensor.name: tensor for tensor in model.tensors}
     removed: list[RemovedItem] = []
-    if wish.copies is not None:
-        tensors = wish.copies.kept(model.tensors)
-        left = {tensor.name for tensor in tensors.values()}
-        copy = (tensor for tensor in model.tensors if tensor.name not in left)
+    if options.copies is not None:
+        tensors = options.copies.kept(model.tensors)
+        kept_names = {tensor.name for tensor in tensors.values()}
+        copy = (tensor for tensor in model.tensors if tensor.name not in kept_names)
         removed += (RemovedItem(tensor.name, StripPart.TRAINING, tensor.nbytes) for tensor in copy)
-    dead = {name: part for name in tensors if (part := _part(name, tensors)) in wish.parts}
+    dead = {name: part for name in tensors if (part := _part(name, tensors)) in options.parts}
     kept = {name: tensor for name, tensor in tensors.items() if name not in dead}
     removed += [RemovedItem(name, part, tensors[name].nbytes) for name, part in dead.items() if part is not None]
     wrapped: tuple[MaskedParam, ...] = ()
-    if wish.parts & WRAPPING:
+    if options.parts & WRAPPING:
         wrapped = tuple(weight for weight in masked_params.find(kept, {}) if _fits(weight, kept))
         removed += [
             RemovedItem(mask, StripPart.MASKS, kept[mask].nbytes) for weight in wrapped for mask in weight.masks
@@ -366,18 +366,18 @@ def strip(model: ModelFile, wish: StripOptions, targets: dict[Path, Path]) -> tu
             RemovedItem(name, StripPart.WRAPPERS, 0) for name in dict.fromkeys(weight.wrapper for weight in wrapped)
         ]
         _refuse_others(model, kept, wrapped)
-    if not removed and not (wish.to_half and any(tensor.dtype in HALVED for tensor in kept.values())):
+    if not removed and not (options.to_half and any(tensor.dtype in HALVED for tensor in kept.values())):
         patch_files(model, targets, ())
         return ()
-    entries = [_halved(model, entry, wish) for entry in _entries(model, kept, wrapped)]
-    # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
+    entries = [_halved(model, entry, options) for entry in _entries(model, kept, wrapped)]
+    # Wide dtypes first, as the format's own library does it: each tensor is then aligned to its element size.
     entries.sort(key=lambda entry: -entry.dtype.itemsize)
     write_entries(targets[model.path], header_without_tensors(model.path), entries)
     return tuple(removed)
 
 
 def weight_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What tensors are called where the weights lie that strip leaves, by the names that it gives them."""
+    """The current names of the tensors that strip keeps, by their names after strip."""
     kept = {name: tensor for name, tensor in tensors.items() if _part(name, tensors) is None}
     wrapped = tuple(weight for weight in masked_params.find(kept, {}) if _fits(weight, kept))
     masks = {mask for weight in wrapped for mask in weight.masks}
@@ -411,7 +411,7 @@ def _refuse_others(model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[
 def _entries(
     model: ModelFile, kept: Mapping[str, Tensor], wrapped: tuple[MaskedParam, ...]
 ) -> Iterator[SafetensorsEntry]:
-    """Yield the tensors of the output, as they were or as products, in the order of the header."""
+    """Yield the tensors of the output, unchanged or multiplied by their masks, in the order of the header."""
     products = {weight.original: weight for weight in wrapped}
     masks = {mask for weight in wrapped for mask in weight.masks}
     plain = masked_params.renamed(kept, wrapped)
@@ -422,12 +422,12 @@ def _entries(
 
 
 def _product(model: ModelFile, weight: MaskedParam, kept: Mapping[str, Tensor]) -> Callable[[], Iterator[Array]]:
-    def numbers() -> Iterator[Array]:
+    def masked_blocks() -> Iterator[Array]:
         weights = model.read(kept[weight.original])
         factors = (broadcast_mask(weights, model.read(kept[mask])) for mask in weight.masks)
         yield from apply_mask(weights, [factor for factor in factors if factor is not None])
 
-    return numbers
+    return masked_blocks
 
 
 def _halved(model: ModelFile, entry: SafetensorsEntry, options: StripOptions) -> SafetensorsEntry:

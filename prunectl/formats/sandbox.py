@@ -1,8 +1,8 @@
-"""A sandbox: work in a child process, for libraries that a crafted file can crash or keep busy for ever.
+"""A sandbox: run work in a child process, for libraries that a crafted file can crash or keep busy forever.
 
-The children are forked by a server, a process without threads that reads no file itself: to fork beside threads may
-leave a lock taken for ever in the child. It is forked off once, where this process has no threads yet; where it has
-some, a fresh interpreter becomes the server.
+The children are forked by a fork server, a process without threads that reads no files itself: a fork of a process with
+threads may copy a lock that is never released. The server is forked from this process as long as it has a single
+thread; otherwise, a fresh interpreter becomes the server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OUT_OF_TIME = "takes too long to read: it is damaged or malicious"
 _PIECE_BYTES = 1 << 20
 _PROBE = bytes(1 << 16)
 _PATIENCE = 20
-"""How much longer than it may compute a child may take on a machine that is busy with other things."""
+"""Wall-clock time that a child may take on a busy machine, as a multiple of its limit on processor time."""
 _OVER_TIME = frozenset({signal.SIGPROF, signal.SIGXCPU})
 _BOOT = """
 import json, sys
@@ -43,15 +43,15 @@ serve()
 
 
 class SandboxPolicy(Enum):
-    """Where files are read that a library in C must take apart."""
+    """The process in which C libraries parse files."""
 
     SANDBOX = auto()
     HERE = auto()
-    """In this process: for files that are known to be sound, such as those of tests."""
+    """This process: for trusted files, such as those of tests."""
 
 
 policy = SandboxPolicy.SANDBOX
-"""What holds for the whole process."""
+"""The policy of the whole process."""
 
 
 def run_sandboxed(
@@ -63,11 +63,11 @@ def run_sandboxed(
     written: tuple[Path, ...] = (),
     child: Child | None = None,
 ) -> bytes | bytearray:
-    """What ``work`` returns in a child of its own; whatever kills the child is the file's fault.
+    """Run ``work`` in a child process and return its bytes; if the child dies, the file at `path` is blamed.
 
-    The work must be such that pickle can send it. The seconds are of processor time, so that a busy machine is not
-    taken for a hostile file. The answer is bytes that the caller must parse with care: a child that a file has taken
-    over may say anything. Of files that it writes it may be that they found no room: then they are at fault.
+    The work must be picklable. The seconds are processor time, so that a busy machine does not make a file look
+    malicious. The caller must parse the result with care, because a crafted file may have taken over the child. If the
+    child fails, it may have had no space for the files in `written`: this is checked first, and raises OSError.
     """
     if policy is SandboxPolicy.HERE:
         return bytes(work())
@@ -100,9 +100,9 @@ def run_sandboxed(
 
 
 def _need_room(path: Path) -> None:
-    """Raise what the system says where a file, which is thrown away now, could not have become longer.
+    """Raise OSError if a file, which is discarded afterwards, cannot grow by 64 KiB.
 
-    A library that finds no room says so in words of its own, or crashes while it tidies up.
+    A library that finds no space on the disk raises errors of its own kind, or crashes while it cleans up.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -115,7 +115,7 @@ def _need_room(path: Path) -> None:
 
 
 class Child:
-    """Does one work after the other in the same child, and in a new one after one that has died."""
+    """A child process that does one task after another; a new process replaces one that has died."""
 
     def __init__(self, *, is_kept: bool) -> None:
         self._is_kept = is_kept
@@ -126,7 +126,7 @@ class Child:
     def ask(
         self, work: Callable[[], bytes | memoryview], seconds: float, extra_bytes: int
     ) -> tuple[tuple[bytes, bytes | bytearray] | None, int]:
-        """The answer, or nothing where time is up, and how the child ended if it did."""
+        """The answer (outcome and payload; None if time is up), and the exit status of the child if it has ended."""
         request = pickle.dumps(SandboxRequest(work, seconds, extra_bytes, _folder(), is_last=not self._is_kept))
         with self._lock:
             if self._socket is None:
@@ -136,11 +136,11 @@ class Child:
             except BaseException:
                 self._end()
                 raise
-            # One that has answered in full goes on to live; of any other the work is over.
+            # A child that has answered in full is kept; any other is ended.
             return answer, 0 if answer is not None and answer[0] else self._end()
 
     def close(self) -> None:
-        """Let the child go."""
+        """End the child."""
         with self._lock:
             self._end()
 
@@ -156,7 +156,7 @@ _keeping = threading.Lock()
 
 
 def _kept_child() -> Child | None:
-    """The child that this context keeps, if it keeps any."""
+    """The child that this context reuses, if it reuses any (`kept_children`)."""
     children = kept_children.get()
     if children is None:
         return None
@@ -167,7 +167,7 @@ def _kept_child() -> Child | None:
 
 
 class _Server:
-    """The process that forks the children, and how to talk to it: one question at a time, each with an answer."""
+    """The client of the fork server, which answers one question at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -175,26 +175,26 @@ class _Server:
         self._control: socket.socket | None = None
 
     def fork(self, module: str) -> tuple[int, socket.socket]:
-        """A new child that knows a module, and what to talk to it through."""
+        """The pid of a new child, in which a module is imported already, and the socket that leads to it."""
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             try:
                 try:
                     return self._forked(theirs, module), ours
                 except (BrokenPipeError, ConnectionResetError, EOFError):
-                    # Somebody killed it.
+                    # Another process has killed the server.
                     self._stop()
                     return self._forked(theirs, module), ours
             except BaseException as error:
                 ours.close()
-                # A question without its answer: nobody knows any more whose the next answer would be.
+                # The question has no answer yet, so that a later one could not be assigned to its question.
                 self._stop()
                 if isinstance(error, OSError | EOFError):
                     raise WorkError(f"the process that reads the file cannot be started: {error}") from error
                 raise
 
     def end(self, pid: int) -> int:
-        """End a child, and return how it ended."""
+        """End a child, and return its exit status."""
         with self._lock:
             if self._control is None or self._owner != os.getpid():
                 return signal.SIGKILL
@@ -228,7 +228,7 @@ class _Server:
         if self._control is not None and self._owner == os.getpid():
             return self._control
         if self._control is not None:
-            # The server of the process that forked this one.
+            # This process was forked, and the server belongs to its parent.
             self._control.close()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -239,7 +239,7 @@ class _Server:
     def _stop(self) -> None:
         if self._control is None or self._owner != os.getpid():
             return
-        # Others that this process has forked may hold it open.
+        # A forked process may hold the socket open as well, so that closing it here would not be noticed.
         with suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
@@ -249,12 +249,12 @@ class _Server:
 
 
 _server = _Server()
-# So that what it has cost is counted with what this process has.
+# Waiting for the server adds its resource usage to that of this process.
 register(_server.stop)
 
 
 def _is_alone() -> bool:
-    """Whether this process has a single thread, those of libraries counted: only Linux tells."""
+    """Whether this process has a single thread, including those of libraries; only Linux provides their number."""
     try:
         return sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
     except OSError:
@@ -264,7 +264,7 @@ def _is_alone() -> bool:
 def _forked_server(control: socket.socket) -> int:
     pid = os.fork()
     if pid == 0:
-        # Nothing may leave this branch: not an exception, not a word on a stream, not the parent's clean-up.
+        # No exception may leave this branch, no output may be written, and no cleanup of the parent may run.
         try:
             sandbox_child.settle(control.fileno())
             sandbox_child.serve()
@@ -284,15 +284,15 @@ def _spawned_server(control: socket.socket) -> int:
 
 
 def _exchange(channel: socket.socket, request: bytes, deadline: float) -> tuple[bytes, bytes | bytearray] | None:
-    """Send a request and return its answer; None if it does not come in time, empty bytes if the child has died."""
+    """Send a request and return its answer; None if time is up, empty bytes if the child has died."""
     try:
         channel.sendall(HEAD.pack(b"?", len(request)))
         channel.sendall(request)
     except OSError:
         return b"", b""
     answer = bytearray()
-    while (left := deadline - time.monotonic()) > 0:
-        if not select.select([channel], [], [], left)[0]:
+    while (seconds_left := deadline - time.monotonic()) > 0:
+        if not select.select([channel], [], [], seconds_left)[0]:
             return None
         try:
             piece = channel.recv(_PIECE_BYTES)
@@ -302,11 +302,11 @@ def _exchange(channel: socket.socket, request: bytes, deadline: float) -> tuple[
             return b"", b""
         answer += piece
         if len(answer) >= HEAD.size:
-            how, nbytes = HEAD.unpack_from(answer)
+            outcome, nbytes = HEAD.unpack_from(answer)
             if len(answer) >= HEAD.size + nbytes:
-                # In place: it may be as big as a tensor.
+                # In place, because the answer may be as big as a tensor.
                 del answer[: HEAD.size]
-                return how, answer
+                return outcome, answer
     return None
 
 
@@ -321,7 +321,7 @@ def _whole(channel: socket.socket, nbytes: int) -> bytes:
 
 
 def _folder() -> str:
-    """Where paths begin that a request names; nowhere, if that folder is gone."""
+    """The current folder, to which paths in a request are relative; empty if it was removed."""
     with suppress(OSError):
         return os.getcwd()
     return ""

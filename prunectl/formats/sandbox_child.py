@@ -1,4 +1,4 @@
-"""What the processes of a sandbox do: a server forks, a child does some work behind fences, answered in bytes."""
+"""The processes of the sandbox: a fork server, and children that do work under resource limits and answer in bytes."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from prunectl.errors import NO_ROOM, InputError, is_of_output
 
 DONE, REFUSED, FAILED, NOT_WRITTEN = b"D", b"R", b"F", b"N"
 HEAD = struct.Struct("<cQ")
-"""Before what is said: how it went, and how many bytes follow."""
+"""Header of a request or an answer: `?` or the outcome, and the number of bytes that follow."""
 QUESTION = struct.Struct("<cI")
-"""To fork a child that knows a module whose name is so long; to end the child of that number."""
+"""FORK with the length of the name of a module to import first, or END with the pid of a child."""
 FORK, END = b"F", b"E"
 _LAST_STREAM = 2
 ANSWER = struct.Struct("<q")
-"""The number of a child, or how one ended; less than zero for an error of the system."""
+"""The pid of a new child, or the exit status of an ended one; a negative errno if the fork failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxRequest:
-    """Some work, and what it may take."""
+    """Some work, and its resource limits."""
 
     work: Callable[[], bytes | memoryview]
     seconds: float
     extra_bytes: int
     folder: str
-    """Where its paths begin."""
+    """The folder to which its paths are relative."""
     is_last: bool
-    """Whether the fences stay for good, which no library can take down then."""
+    """Whether the limits are hard ones, which no library can raise, because the child gets no further work."""
 
 
 def settle(control: int) -> None:
-    """Make a process that was forked off a server: it keeps nothing of its parent's but the control, as its input."""
+    """Prepare a forked process to be the server: the control socket becomes its stdin, and its output is discarded."""
     gc.disable()
     os.dup2(control, 0)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -51,14 +51,14 @@ def settle(control: int) -> None:
 
 
 def serve() -> None:
-    """Fork children, and end them, until whoever asks is gone."""
+    """Fork and end children on request, until the client has closed the control socket."""
     gc.disable()
-    _close_what_is_others()
+    _close_inherited()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # The terminal sends it to all, and the parent knows best what to do.
+    # The terminal sends SIGINT to all processes; the parent decides how to handle it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     control = socket.socket(fileno=0)
@@ -72,18 +72,18 @@ def serve() -> None:
                 os.close(channels[0])
                 living.add(answer)
             else:
-                answer = _ended(number)
+                answer = _end_child(number)
                 living.discard(number)
             control.sendall(ANSWER.pack(answer))
     finally:
         for child in living:
             with suppress(OSError):
-                _ended(child)
+                _end_child(child)
         os._exit(0)
 
 
-def _close_what_is_others() -> None:
-    """Close all but the streams: a pipe or a lock that were kept open here would never be seen to end."""
+def _close_inherited() -> None:
+    """Close all file descriptors but the streams: an inherited pipe would not end, nor a lock be released."""
     with suppress(OSError):
         for name in os.listdir("/proc/self/fd"):
             if int(name) > _LAST_STREAM:
@@ -101,7 +101,7 @@ def _question(control: socket.socket) -> tuple[bytes, int, list[int]] | None:
 
 
 def _fork(control: socket.socket, channel: int, module: str) -> int:
-    # Imported here once, and not by every child again.
+    # Imported in the server, so that not every child has to import the module again.
     with suppress(Exception):
         importlib.import_module(module)
     try:
@@ -112,38 +112,38 @@ def _fork(control: socket.socket, channel: int, module: str) -> int:
         try:
             control.close()
             while head := _read(channel, HEAD.size):
-                # What the parent says may be unpickled; what a child says is bytes.
+                # The parent's request may be unpickled; a child's answer must not be, and is plain bytes.
                 request: SandboxRequest = pickle.loads(_read(channel, HEAD.unpack(head)[1]))  # noqa: S301
                 with suppress(OSError):
                     os.chdir(request.folder)
-                _fence(request)
-                how, answer = run_and_encode(request.work)
+                _limit_resources(request)
+                outcome, answer = run_and_encode(request.work)
                 if not request.is_last:
                     signal.setitimer(signal.ITIMER_PROF, 0)
-                _send(channel, HEAD.pack(how, memoryview(answer).nbytes))
+                _send(channel, HEAD.pack(outcome, memoryview(answer).nbytes))
                 _send(channel, answer)
         finally:
             os._exit(0)
     return child
 
 
-def _ended(child: int) -> int:
+def _end_child(child: int) -> int:
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
 
 
-def _fence(request: SandboxRequest) -> None:
-    """Take some seconds of processor time and some memory for the most, from now on."""
+def _limit_resources(request: SandboxRequest) -> None:
+    """Limit the processor time and the additional memory of this process from now on."""
     signal.setitimer(signal.ITIMER_PROF, request.seconds)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    # The second fence.
+    # A second limit, in whole seconds, in case a library disables the timer or its signal.
     most = int(used.ru_utime + used.ru_stime + request.seconds) + 1
     _limit(resource.RLIMIT_CPU, most, 1 if request.is_last else None)
     _limit(resource.RLIMIT_AS, _mapped_bytes() + request.extra_bytes, 0 if request.is_last else None)
 
 
 def _limit(kind: int, most: int, beyond: int | None) -> None:
-    """Set the soft limit, and with something beyond it the hard one as well."""
+    """Set a soft limit and, unless `beyond` is None, the hard limit that far above it."""
     old = resource.getrlimit(kind)[1]
     most = most if old == resource.RLIM_INFINITY else min(most, old)
     hard = old if beyond is None else most + beyond
@@ -151,7 +151,7 @@ def _limit(kind: int, most: int, beyond: int | None) -> None:
 
 
 def run_and_encode(work: Callable[[], bytes | memoryview]) -> tuple[bytes, bytes | memoryview]:
-    """What comes of some work: how it went, and the bytes."""
+    """Run some work, and return its outcome and its bytes, or those of the error."""
     try:
         return DONE, work()
     except InputError as error:
@@ -163,7 +163,7 @@ def run_and_encode(work: Callable[[], bytes | memoryview]) -> tuple[bytes, bytes
 
 
 def _failure(error: Exception) -> tuple[bytes, bytes]:
-    # libhdf5 tells only in words that a disk is full.
+    # libhdf5 gives the errno of a full disk only in the text of its message.
     match = re.search(r"errno = (\d+)", str(error))
     if match is not None and int(match[1]) in NO_ROOM:
         return NOT_WRITTEN, match[1].encode()
@@ -173,7 +173,7 @@ def _failure(error: Exception) -> tuple[bytes, bytes]:
 
 
 def _read(channel: int, nbytes: int) -> bytes:
-    """A number of bytes, or fewer where the other side is gone."""
+    """Read so many bytes, or fewer if the other side has closed the channel."""
     data = bytearray()
     while len(data) < nbytes and (piece := os.read(channel, min(nbytes - len(data), 1 << 20))):
         data += piece

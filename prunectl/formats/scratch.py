@@ -1,4 +1,4 @@
-"""Scratch folders: locked by the run that made them, gone with it, and cleared by the next run if it was killed."""
+"""Scratch folders: locked by the run that made them and removed at its end, or by the next run if it was killed."""
 
 from __future__ import annotations
 
@@ -23,52 +23,52 @@ from prunectl.errors import NO_ROOM, SCRATCH, WorkError
 from prunectl.formats.base import ModelFile
 
 HIDDEN, SHOWN = ".prunectl-", "prunectl-"
-"""How the names begin: beside an output, and in the temporary folder."""
+"""Name prefixes of scratch folders beside an output, and in the temporary folder."""
 LOCK, INSIDE, PACKED, OLD = "lock", "new", "packed", "old"
-"""All that a folder of ours holds: its lock, what is being made, the same compressed, and what it has replaced."""
+"""The only entries of a scratch folder: its lock, the new output, the compressed output, and the replaced output."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-"""What a filesystem without locks says, as some of NFS and FUSE are."""
+"""Errors of filesystems without locks, such as some of NFS and FUSE."""
 _DAY = 24 * 3600
-"""Where nobody can lock, a run counts as dead when nothing has been touched for so many seconds."""
+"""On a filesystem without locks, a run counts as dead when its files have not changed for so many seconds."""
 _LITTLE = 1 << 20
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _cleared: set[str] = set()
 temporary_folder_is_shared: ContextVar[bool] = ContextVar("temporary_folder_is_shared", default=False)
-"""Whether threads of another program's may use the temporary folder meanwhile: their files would go with a run's."""
+"""Whether threads of a program that uses prunectl's API may need `tempfile` too: a run would remove their files."""
 
 
 class Scratch:
-    """A folder in the temporary folder, for as long as this lives, or until it is removed."""
+    """A scratch folder in the temporary folder, which is removed with this object, or earlier by `remove`."""
 
     def __init__(self) -> None:
         parent = _temporary()
         if str(parent) not in _cleared:
-            # Once a process: a check of many models makes many folders.
+            # Once for each process, because a check of many models makes many folders.
             _cleared.add(str(parent))
             clear_stale(parent, SHOWN)
-        held = LockedFolder()
-        self._finalizer = weakref.finalize(self, held.release)
+        folder = LockedFolder()
+        self._finalizer = weakref.finalize(self, folder.release)
         try:
-            held.take(parent, SHOWN)
-            self.path = held.inside_as_text()
+            folder.take(parent, SHOWN)
+            self.path = folder.inside_as_text()
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
-        """Remove the folder with what is in it."""
+        """Remove the folder and its content."""
         self._finalizer()
 
 
 @contextmanager
 def temporary_folder() -> Generator[Path]:
-    """Yield a folder in the temporary folder, which is removed at the end."""
-    held = Scratch()
+    """Yield a scratch folder in the temporary folder, which is removed at the end."""
+    scratch = Scratch()
     try:
-        yield held.path
+        yield scratch.path
     except OSError as error:
-        # A write does not say where to: it was here if there is no room here.
-        parent = held.path.parent.parent
+        # The error of a write has no file name: it came from this folder if its disk is full.
+        parent = scratch.path.parent.parent
         if error.errno not in NO_ROOM or shutil.disk_usage(parent).free > _LITTLE:
             raise
         raise WorkError(
@@ -76,15 +76,15 @@ def temporary_folder() -> Generator[Path]:
             hint="use a folder with more space: TMPDIR=/path/to/folder",
         ) from error
     finally:
-        held.remove()
+        scratch.remove()
 
 
 @contextmanager
 def temporary_files() -> Generator[Path]:
-    """Yield such a folder, into which frameworks put their temporary files: the next run clears it if one is killed.
+    """Yield a scratch folder in which frameworks create their temporary files, so that none outlives a killed run.
 
-    TensorFlow writes each function that it has rewritten to a file, and an interrupt may abort it. In the program of
-    somebody else its files go where all temporary files of that program go.
+    TensorFlow writes each function that it has rewritten to a file, and an interrupt may abort it. If another program
+    uses the API (`temporary_folder_is_shared`), the frameworks' files go to that program's temporary folder.
     """
     with temporary_folder() as folder:
         if temporary_folder_is_shared.get():
@@ -98,12 +98,12 @@ def temporary_files() -> Generator[Path]:
 
 
 def is_text(path: Path) -> bool:
-    """Whether frameworks can read a path: they take names of UTF-8 alone, a file system any bytes."""
+    """Whether frameworks can read a path: they accept only UTF-8, while file systems allow any bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in str(path))
 
 
 def utf8_path(path: Path, link: Path) -> Path:
-    """A path that frameworks can read: through a link to its folder, or to itself where its own name is the trouble."""
+    """A path that frameworks can read: if it is not UTF-8, through a link to its folder, or else to the file itself."""
     if is_text(path):
         return path
     if is_text(Path(path.name)):
@@ -114,7 +114,7 @@ def utf8_path(path: Path, link: Path) -> Path:
 
 
 class LockedFolder:
-    """A folder that is being made or is made, and its lock."""
+    """A scratch folder and its lock."""
 
     def __init__(self) -> None:
         self._owner = os.getpid()
@@ -123,20 +123,20 @@ class LockedFolder:
 
     @property
     def inside(self) -> Path:
-        """Where to write."""
+        """The folder for the new files."""
         return self._made[-1] / INSIDE
 
     def inside_as_text(self) -> Path:
-        """The same under a name that frameworks can read."""
+        """The folder `inside` by a path that frameworks can read."""
         if not is_text(self.inside):
             inside = os.open(self.inside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            # By the number of this process, since its children look into it too. It stays open, though the folder goes:
-            # TensorFlow removes its files at exit, and the number might be that of another file by then.
+            # By this process's pid, as its children use the path too. The descriptor stays open after the folder is
+            # removed: TensorFlow removes its files at exit, when the number could be that of another file.
             return Path(f"/proc/{os.getpid()}/fd/{inside}")
         return self.inside
 
     def take(self, parent: Path, prefix: str) -> None:
-        """Make the folder, noted before it is there, so that no signal finds it unknown, and lock it."""
+        """Create and lock the folder; it is recorded before, so that `release` removes it after any signal."""
         while True:
             folder = parent / f"{prefix}{os.urandom(8).hex()}"
             self._made.append(folder)
@@ -147,7 +147,7 @@ class LockedFolder:
                 continue
             except OSError as error:
                 raise WorkError(f"{parent} cannot be written to: {error.strerror}") from error
-            # Before it is locked, another run may take it for stale and remove it.
+            # Until the folder is locked, another run may take it for stale and remove it.
             with suppress(FileNotFoundError):
                 self._lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 _lock(self._lock, fcntl.LOCK_EX)
@@ -171,27 +171,27 @@ class LockedFolder:
 
 @contextmanager
 def deferred_signals() -> Generator[None]:
-    """Hear of a request to stop only afterwards."""
+    """Defer SIGINT and SIGTERM until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard: list[int] = []
-    before = {}
+    received: list[int] = []
+    handlers = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda heard_one, _: heard.append(heard_one))
+            handlers[number] = signal.signal(number, lambda signum, _: received.append(signum))
         yield
     finally:
-        for number, how in before.items():
-            signal.signal(number, how)
-        for one in dict.fromkeys(heard):
-            signal.raise_signal(one)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for signum in dict.fromkeys(received):
+            signal.raise_signal(signum)
 
 
 def clear_stale(parent: Path, prefix: str) -> None:
-    """Remove what runs of the same user that were killed have left; one that is alive holds its lock.
+    """Remove the scratch folders that killed runs of this user have left; a live run holds the lock of its folder.
 
-    A folder is ours if its name, its owner, its mode and all that is in it say so; nothing else is ever touched.
+    A folder is removed only if its name, owner, mode and all of its entries are those of a scratch folder.
     """
     with suppress(OSError):
         names = [name for name in os.listdir(parent) if name.startswith(prefix) and SCRATCH.fullmatch(name)]
@@ -204,11 +204,11 @@ def _clear(folder: Path) -> None:
     facts = os.lstat(folder)
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & _WRITABLE_BY_OTHERS:
         return
-    held = set(os.listdir(folder))
-    if not held:
-        # Killed before it was locked. One that is alive makes itself another.
+    entries = set(os.listdir(folder))
+    if not entries:
+        # Its run was killed before it locked the folder. A live run creates another one.
         os.rmdir(folder)
-    if LOCK not in held or not held <= {LOCK, INSIDE, PACKED, OLD}:
+    if LOCK not in entries or not entries <= {LOCK, INSIDE, PACKED, OLD}:
         return
     lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -219,7 +219,7 @@ def _clear(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, its lock last: whoever is killed meanwhile leaves what can still be told to be ours."""
+    """Remove a folder, with its lock last, so that after a kill the rest is still recognised as a scratch folder."""
     for name in (INSIDE, PACKED, OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
         with suppress(OSError):
@@ -228,7 +228,7 @@ def _remove(folder: Path) -> None:
 
 
 def _lock(fd: int, how: int) -> bool:
-    """Lock a file; False where nobody can."""
+    """Lock a file; False if the filesystem has no locks."""
     try:
         fcntl.flock(fd, how)
     except OSError as error:
@@ -239,10 +239,10 @@ def _lock(fd: int, how: int) -> bool:
 
 
 def _touched(folder: Path) -> float:
-    """When anything in a folder was last changed."""
+    """The last mtime of a folder and its content."""
     times = [os.lstat(folder).st_mtime]
-    for place, folders, files in os.walk(folder):
-        times += [os.lstat(os.path.join(place, name)).st_mtime for name in (*folders, *files)]
+    for parent, folders, files in os.walk(folder):
+        times += [os.lstat(os.path.join(parent, name)).st_mtime for name in (*folders, *files)]
     return max(times)
 
 
@@ -258,22 +258,22 @@ _READ_WRITE = 0o666
 
 
 def set_modes(folder: Path, parent: Path, origins: Mapping[Path, Path], model: ModelFile | None) -> None:
-    """Give everything in a folder, which goes to a parent, the mode that it is to have there.
+    """Set the modes of all files and folders in a scratch folder before they are moved to `parent`.
 
-    As `cp` does: a new file gets the mode of its origin without what the umask takes; one that replaces another gets
-    the mode and, as far as possible, the owner of that. What has no origin of its own (another format, code beside the
-    weights) may be read by those who may read all of the model.
+    As with `cp`, a new file gets the mode of its origin, restricted by the umask; a file that replaces another gets
+    that one's mode and, where possible, its owner. A file without an origin (another format, code beside the weights)
+    may be read by those who may read all files of the model.
     """
-    # What the umask, or the access list of the parent, left of a folder that was made with all permissions.
+    # The folder was created with all permissions, of which the umask or the parent's default ACL has left these.
     allowed = stat.S_IMODE(folder.stat().st_mode) & _BITS
     modes = {name: _mode(source) for name, source in origins.items()}
     least = None if model is None else reduce(and_, map(_mode, model.files), _READ_WRITE)
     if model is not None and (model.folder is not None or model.path.is_dir()):
         for name, source in origins.items():
-            # Folders of a model that is a folder; the file lies as deep in it as its copy does.
+            # The folders around the file; its copy lies at the same depth.
             for copy, own in zip(name.parents, source.parents, strict=False):
                 if copy != Path():
-                    # One that may not be written to could not be moved either.
+                    # A folder that is not writable could not be moved.
                     modes[copy] = _mode(own) | stat.S_IRWXU
     for here, folders, files in os.walk(folder):
         for entry in (*folders, *files):
@@ -282,13 +282,13 @@ def set_modes(folder: Path, parent: Path, origins: Mapping[Path, Path], model: M
             replaced = _replaced(parent / relative)
             mode = modes.get(relative, least if entry in files else None)
             if replaced is not None:
-                _be_like(new, replaced)
+                _copy_permissions(new, replaced)
             elif mode is not None:
                 _set(new, mode & allowed)
 
 
 def _replaced(path: Path) -> os.stat_result | None:
-    """What is known of a file or folder that is there; nothing of a link, whose own mode says nothing."""
+    """The stat of an existing file or folder; None for a link, whose own mode has no meaning."""
     with suppress(OSError):
         facts = os.lstat(path)
         if stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode):
@@ -296,7 +296,7 @@ def _replaced(path: Path) -> os.stat_result | None:
     return None
 
 
-def _be_like(new: Path, old: os.stat_result) -> None:
+def _copy_permissions(new: Path, old: os.stat_result) -> None:
     mode, own = old.st_mode & _BITS, os.lstat(new)
     if (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
         try:
@@ -305,7 +305,7 @@ def _be_like(new: Path, old: os.stat_result) -> None:
             try:
                 os.chown(new, -1, old.st_gid)
             except OSError:
-                # A group that may not be given: what only the old one might do, this one may not.
+                # The group cannot be changed: the new group gets no permissions that others do not have.
                 mode &= ~0o070 | (mode & 0o007) << 3
     _set(new, mode)
 

@@ -1,9 +1,7 @@
-"""What the names in a state dict tell: layers and roles, by PyTorch's habits.
+"""Judge layers and roles in a state dict by the names of its tensors, after the conventions of PyTorch.
 
-Which names are a layer's kernel, and which a constant's? For state dicts, which hold nothing but names and shapes.
-
-A kernel is what its layer calls so; a tensor of two axes with any other name may be a position table, a grid of anchors
-or a mel filter bank, and is left alone.
+A state dict holds only names and shapes. A tensor is a kernel if its name is one that layers give their kernels; a
+matrix with any other name may be a position table, a grid of anchors or a mel filter bank, and is not pruned.
 """
 
 from __future__ import annotations
@@ -17,8 +15,6 @@ from typing import NamedTuple
 
 from prunectl.formats.base import PARAMETRIZATION, PRUNABLE, PruningWrapper, Role, Tensor
 from prunectl.formats.kernel_axes import KernelAxes, Shapes, split_name, unusual_axes
-
-"""The shapes of all tensors of a model, by their names."""
 
 _CONSTANTS = frozenset(
     {
@@ -35,37 +31,37 @@ _CONSTANTS = frozenset(
         *("img_std", "mean_buf", "std_buf", "norm_mean", "norm_std", "rgb_mean", "rgb_std"),
     }
 )
-"""What attributes of modules are called that training does not learn: statistics, tables, grids, bases."""
+"""Names of module attributes that are not trained: statistics, tables, grids, bases."""
 _CONSTANT_LAYERS = re.compile(
     r"(^|[./])(stft|istft|mel_?spec(trogram)?|(spectrogram|logmel)_extractor|sub_mean|add_mean|dfl[./]conv"
     r"|blur_?pool\d*|relative_attention_bias)[./]|(^|[./])cq_?t(1992|2010)(v2)?(_\d+)?[./]",
     re.IGNORECASE,
 )
-"""Layers of fixed weights: bases of Fourier and mel transforms, shifts by a mean, the integral of a distribution.
+"""Layers with fixed weights: bases of Fourier and mel transforms, shifts by a mean, the integral of a distribution.
 
-Of the constant-Q transform only the classes of nnAudio, also as Keras and TensorFlow write them, `cq_t2010v2_1`."""
+For the constant-Q transform, the classes of nnAudio only, also as Keras and TensorFlow write them, `cq_t2010v2_1`."""
 _CONSTANT_BEGINS = re.compile(
     r"i?stft|mel_?spec|spectrogram|logmel|sub_mean|add_mean|dfl|blur_?pool|relative_attention_bias|cq_?t", re.IGNORECASE
 )
-"""What the names of such layers begin with."""
+"""Start of the names of such layers."""
 _LAYER_KERNELS = frozenset(
     {
         *("weight", "weight_ih", "weight_hh", "weight_bar", "in_proj_weight", "q_proj_weight", "k_proj_weight"),
         *("v_proj_weight", "out_proj_weight", "fc1_weight", "fc2_weight", "lora_A", "lora_B", "lora_down", "lora_up"),
     }
 )
-"""What layers of PyTorch and of its best known libraries call their kernels."""
+"""Names of kernels in layers of PyTorch and of widely used libraries."""
 _RECURRENT = re.compile(r"weight_(ih|hh|hr)_l\d+(_reverse)?")
 _EXPERTS = re.compile(r"(^|[./])\w*experts?([./]|$)")
 _EXPERT_KERNELS = frozenset(
     {"gate_up_proj", "down_proj", "gate_proj", "up_proj", "w1", "w2", "w3", "wi", "wo", "wi_0", "wi_1", "v1"}
 )
-"""What mixtures of experts call their stacks of matrices."""
+"""Names of the stacks of matrices in mixtures of experts."""
 _STACK, _STACK_RANK = "input_linear.weight", 3
 _MIXTURE = re.compile(rf"(?<![^./])experts?[./]|(?<![^./]){re.escape(_STACK)}$")
-"""What stands beside a router: the experts of a layer, also as the two stacks of GraniteMoe and JetMoe."""
+"""The experts of a layer, which lie beside its router; GraniteMoe and JetMoe have two stacks instead."""
 _MOST_MIXTURES = 4
-"""In one name: the attention of JetMoe has its stacks, and a router, in what it calls its experts."""
+"""Matches in one name: JetMoe's attention has stacks and a router inside a module that is named `experts`."""
 _ROUTER = re.compile(
     r"(?<![^./])(gate|router|shared_expert_gate)([./](layer|wg|classifier|proj|gate|linear))?[./](weight|kernel)$"
 )
@@ -73,18 +69,18 @@ _NORMS = re.compile(
     r"(\w*_)?(layer|batch|group|rms|instance)?_?norm_?\d*|ln_?(\d+|f|pre|post|final|attn|mlp|in|out)?|bn_?\d*"
 )
 _MAGNITUDES = re.compile(r"(^|[./])lora_magnitude_vector[./]")
-_SWITCHED = tuple(
+_WEIGHT_AND_BIAS = tuple(
     (weight, bias, re.compile(rf"(.*_)?{weight}(_?\d+)?"))
     for weight, bias in (("weight", "bias"), ("kernel", "bias"), ("W", "b"), ("w", "b"))
 )
 _MAX_RANK = 5
-"""That of a convolution over three axes."""
+"""The rank of the kernel of a 3D convolution."""
 
 
 def is_constant(name: str, layer: str = "") -> bool:
     """Whether a name is that of a table, a statistic or a fixed basis, which no policy prunes.
 
-    A converter may have renamed the tensor, but not the operations that take it, with semicolons between them.
+    A converter may rename the tensor, but not the layers that use it: `layer` lists these, separated by semicolons.
     """
     parts = (name.replace("/", ".") if "/" in name else name).split(".")
     if parts[-1] in _CONSTANTS or (any(map(_may_be_constant, parts)) and _CONSTANT_LAYERS.search(name)):
@@ -94,17 +90,17 @@ def is_constant(name: str, layer: str = "") -> bool:
 
 @lru_cache(maxsize=4096)
 def _may_be_constant(part: str) -> bool:
-    """Whether a part of a name may be that of a layer of fixed weights: models have many names of few parts."""
+    """Whether a part of a name may be a layer with fixed weights; cached, because names share most of their parts."""
     return _CONSTANT_BEGINS.match(part) is not None
 
 
 def is_kernel(tensor: Tensor, shapes: Shapes, *, is_flax: bool) -> bool:
-    """Whether the names and shapes say that a layer multiplies by a tensor that is no constant."""
+    """Whether a tensor is the kernel of a layer, judged by the names and shapes of a model."""
     if not 2 <= len(tensor.shape) <= _MAX_RANK:
         return False
     prefix, leaf = split_name(tensor.name, shapes)
     if leaf in {"weight_v", "weight_v_orig"}:
-        # Of weight_norm; spectral_norm has a vector of this name.
+        # The directions of weight_norm; spectral_norm has a vector of this name, without a weight_g.
         return f"{prefix}weight_g" in shapes
     plain = leaf.removesuffix("_orig")
     if plain in _LAYER_KERNELS or _RECURRENT.fullmatch(plain):
@@ -115,13 +111,13 @@ def is_kernel(tensor: Tensor, shapes: Shapes, *, is_flax: bool) -> bool:
 
 
 def has_own_length(name: str, names: Collection[str]) -> bool:
-    """Whether weight_norm keeps the length of this tensor's rows beside it: what is left of one takes on all of it."""
-    length = f"{name[:-1]}g" if name.endswith("weight_v") else f"{name.removesuffix('1')}0"
-    return name.endswith(("weight_v", ".original1")) and length in names
+    """Whether weight_norm stores the norms of this tensor's rows apart: pruning then scales up a row's other values."""
+    norms = f"{name[:-1]}g" if name.endswith("weight_v") else f"{name.removesuffix('1')}0"
+    return name.endswith(("weight_v", ".original1")) and norms in names
 
 
 def may_change_zeros(name: str, names: Collection[str]) -> bool:
-    """Whether an unknown parametrization computes a weight from this tensor; spectral_norm and masks keep its zeros."""
+    """Whether an unknown parametrization computes the weight from this tensor; spectral_norm and masks keep zeros."""
     before = name.removesuffix("original")
     known = (f"{before}{number}.{part}" for number in range(_MOST_PARAMETRIZATIONS) for part in ("_u", "_v", "mask"))
     is_parametrized = name.endswith(".original") and ".parametrizations." in f".{name}"
@@ -129,11 +125,11 @@ def may_change_zeros(name: str, names: Collection[str]) -> bool:
 
 
 _MOST_PARAMETRIZATIONS = 4
-"""Of one weight, one after another, that are looked for."""
+"""Successive parametrizations of one weight that are searched for."""
 
 
 def _is_norm(tensor: Tensor, prefix: str, shapes: Shapes) -> bool:
-    """Whether it scales what it stands beside: a norm over several axes has a bias of the same shape."""
+    """Whether a tensor is the scale of a norm: by its layer's name, or, with several axes, a bias of the same shape."""
     if shapes.get(f"{prefix}bias") == tensor.shape:
         return True
     is_window = len(tensor.shape) > 3 and tensor.shape[0] > 1
@@ -142,9 +138,9 @@ def _is_norm(tensor: Tensor, prefix: str, shapes: Shapes) -> bool:
 
 
 def _has_bias(prefix: str, leaf: str, shape: tuple[int, ...], shapes: Shapes) -> bool:
-    """Whether a vector of as many outputs has the name that the bias of such a weight would have."""
-    for weight, bias, called_so in _SWITCHED:
-        if weight not in leaf or not called_so.fullmatch(leaf):
+    """Whether there is a bias of matching length under the name that belongs to this weight's name."""
+    for weight, bias, pattern in _WEIGHT_AND_BIAS:
+        if weight not in leaf or not pattern.fullmatch(leaf):
             continue
         head, _, tail = leaf.rpartition(weight)
         if shapes.get(f"{prefix}{head}{bias}{tail}") in {(shape[0],), (shape[-1],)}:
@@ -161,37 +157,37 @@ TRAINING_ROOTS = frozenset(
         *("scheduler_state_dict", "scaler_state_dict", "amp", "rng_state", "rng_states", "cuda_rng_state", "lr_sched"),
     }
 )
-"""Entries of a checkpoint that, like the optimizer, matter only to go on training."""
+"""Entries of a checkpoint that, like the optimizer, are only needed to resume training."""
 MODEL_ROOTS = frozenset(
     {
         *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params"),
         *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "model_dict", "net_state_dict"),
     }
 )
-"""Entries of a checkpoint that say nothing but `here is the model`."""
+"""Entries of a checkpoint that contain the model; they are not part of its layers' names."""
 GRADIENT_LEAVES = (".grad", ".main_grad")
-"""What follows the name of a weight in that of its gradient."""
+"""Suffixes of a gradient's name, after the name of its weight."""
 AVERAGES = frozenset(
     {
         *("ema", "ema_state_dict", "model_ema", "state_dict_ema", "ema_model", "ema_state", "model_state_dict_ema"),
         *("swa_model", "averaged_model"),
     }
 )
-"""Entries of a checkpoint in which averages of the weights are kept."""
+"""Entries of a checkpoint that contain averages of the weights."""
 _EMBEDDING_PARTS = ("embed", "emb.", "wte", "wpe", "lookup")
 _TABLE = re.compile(r"tokens?|query_feat|queries_features|reference_points")
-"""Layers that are tables whole: of tokens, or queries of detectors."""
+"""Layers that are embedding tables: of tokens, or of the queries of detectors."""
 _LEARNED_TOKENS = re.compile(r"(?!to_)\w+_tokens?")
-"""Such as `iou_token` of SAM; `to_tokens` is a layer that makes some."""
+"""Learned tokens, such as `iou_token` of SAM; `to_tokens` is a layer that computes tokens."""
 _MOST_TOKENS = 16
 _NO_TABLE = re.compile(r"proj|linear|conv|dense|mapping|(^|_)fc|^embed_out$")
-"""Layers that multiply, though something around them is called an embedding: `patch_embeddings.projection`."""
+"""Layers that multiply, although a module around them is named an embedding: `patch_embeddings.projection`."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-"""An output layer, which is the embedding where there is no table of tokens."""
+"""An output layer, whose weight is the embedding too where a file has no token embedding."""
 _FIRST_BLOCK = re.compile(r"([^.\d][^.]*\.)*(h|layers?|blocks?)\.0\.")
-"""Experts have numbers too, but inside their blocks."""
+"""A tensor of the first block; experts are numbered too, but only inside a block, whose number does not match here."""
 _NO_TOKENS = re.compile(r"wpe|pos|type")
-"""Tables of positions and of segments, which no output layer is tied to."""
+"""Embeddings of positions and of segments, which are never tied to an output layer."""
 _NORM_PARTS = ("norm", "bn", "ln_", ".ln")
 _NORM_KINDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 _EMBEDDING_KINDS = ("Embedding", "embedding")
@@ -203,20 +199,20 @@ _TRANSPOSED_KINDS = ("ConvTranspose", "LazyConvTranspose", "conv_transpose")
 
 
 class StateUse(NamedTuple):
-    """What a graph or a code does with a tensor."""
+    """The use of a tensor in a graph or in TorchScript code."""
 
     role: Role
     kind: str
     """The operation."""
     out_axis: int | None = None
-    """Axis of the outputs, where it is not that of the layer's kind."""
+    """The output axis, where it is not the usual one of this kind of layer."""
     is_weak: bool = False
-    """Whether it was calculated with before, as with a mask: then its name must say the same."""
+    """Whether other operations precede the use, such as a product with a mask: then its name must confirm the role."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """Which names stand beside a tensor, and which entries of a checkpoint they lie in: what decides its role."""
+    """The context that decides a tensor's role: the names of all tensors, and the entries of the checkpoint."""
 
     all: frozenset[str]
     training: frozenset[str]
@@ -225,9 +221,9 @@ class _Names:
     axes: Mapping[str, KernelAxes]
     uses: Mapping[str, StateUse | None]
     is_flax: bool
-    """Whether nothing is called weight, as in models of Flax, whose kernels are called kernel."""
+    """Whether no tensor is named weight, as in models of Flax, whose kernels are named kernel."""
     mixtures: frozenset[str]
-    """What stands before the experts of a layer in their names, and before its router."""
+    """Name prefixes that the experts of a layer share with its router."""
 
     def has_beside(self, prefix: str, leaf: str) -> bool:
         return (f"{prefix}.{leaf}" if prefix else leaf) in self.all
@@ -238,66 +234,65 @@ def describe(
     sections: frozenset[str] = frozenset(),
     uses: Mapping[str, StateUse | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """The tensors with the layer, the role and the output axis that their names tell.
+    """The tensors with their layers, roles and axes, judged by their names.
 
-    What already has the role of a state, because the file says so, keeps it unless it is a mask.
-    The sections are the entries of a checkpoint that hold further entries, such as `state_dict`.
-    Where a graph tells what its tensors are used for, it decides what is a kernel; a tensor that is not among its
-    uses is judged by its name.
+    A tensor that has the role STATE already, because of the file's content, keeps it unless it is a mask.
+    The sections are the entries of a checkpoint that contain further entries, such as `state_dict`.
+    Uses in a graph, if given, decide which tensors are kernels; a tensor that is not among them is judged by its name.
     """
     tensors = tuple(tensors)
     training = OPTIMIZER_ROOTS | {section for section in sections if _is_for_training(section, sections)}
     models = {tensor.name.split(".", 1)[0] for tensor in tensors} & MODEL_ROOTS & sections
-    # With two models in one checkpoint, only the whole name tells their layers apart.
+    # With two models in one checkpoint, only the whole names distinguish their layers.
     model = f"{models.pop()}." if len(models) == 1 else ""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     is_flax = not any(name.endswith(".weight") for name in shapes)
     axes = unusual_axes(shapes, is_flax=is_flax)
     mixtures = frozenset(
-        name[: found.start()]
+        name[: match.start()]
         for name in shapes
-        for found in islice(_MIXTURE.finditer(name), _MOST_MIXTURES)
-        if found[0] != _STACK or len(shapes[name]) == _STACK_RANK
+        for match in islice(_MIXTURE.finditer(name), _MOST_MIXTURES)
+        if match[0] != _STACK or len(shapes[name]) == _STACK_RANK
     )
     names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax, mixtures)
     described = [_describe(tensor, names) for tensor in tensors]
-    return _averages_as_their_originals(_heads_without_tables(described, names))
+    return _averages_as_their_originals(_tied_heads_as_embeddings(described, names))
 
 
-def _heads_without_tables(described: list[Tensor], names: _Names) -> list[Tensor]:
-    """Of tied weights, files may keep the name of the output layer alone: then it is the embedding."""
-    heads = [at for at, one in enumerate(described) if _HEAD.search(one.name) and _may_be_table(one, names)]
-    if not heads or any(one.role is Role.EMBEDDING and not _NO_TOKENS.search(one.name) for one in described):
+def _tied_heads_as_embeddings(described: list[Tensor], names: _Names) -> list[Tensor]:
+    """A file may store tied weights under the name of the output layer only: then the output layer is the embedding."""
+    heads = [index for index, t in enumerate(described) if _HEAD.search(t.name) and _may_be_table(t, names)]
+    if not heads or any(t.role is Role.EMBEDDING and not _NO_TOKENS.search(t.name) for t in described):
         return described
-    # A later shard alone, without the first block, says nothing of tables.
-    if any(_FIRST_BLOCK.match(one.name) for one in described):
-        for at in heads:
-            described[at] = replace(described[at], role=Role.EMBEDDING, out_axis=None)
+    # A single later shard, without the first block, does not show whether the model has an embedding.
+    if any(_FIRST_BLOCK.match(tensor.name) for tensor in described):
+        for index in heads:
+            described[index] = replace(described[index], role=Role.EMBEDDING, out_axis=None)
     return described
 
 
 def _may_be_table(head: Tensor, names: _Names) -> bool:
-    """Whether its name alone makes it a kernel: no class, no graph, and no bias, which a table has none of."""
-    is_named_so = head.role is Role.KERNEL and not head.kind and head.name not in names.uses
-    return is_named_so and not _has_bias_of_rows(head, "weight", names)
+    """Whether an output layer is a kernel by its name only, not by a class or a graph, and without a bias."""
+    is_by_name = head.role is Role.KERNEL and not head.kind and head.name not in names.uses
+    return is_by_name and not _has_bias_of_rows(head, "weight", names)
 
 
 _DOTLESS = re.compile(rf"(^|\.)({'|'.join(sorted(AVERAGES))})\.[^.]+$")
 _MOST_ENTRIES = 3
-"""Entries around the weights that the names of averages may lack."""
+"""Leading parts of a weight's name that the name of its average may lack."""
 
 
 def _averages_as_their_originals(described: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Averages without the dots in their names, as of Stable Diffusion, have the roles of what they are averages of."""
+    """Give averages whose names lack the dots, as in Stable Diffusion, the roles of the weights that they average."""
     dotless = {t.name for t in described if t.role is Role.OTHER and t.shape and _DOTLESS.search(t.name)}
     parts = [(tensor, tensor.name.split(".")) for tensor in described if dotless and tensor.name not in dotless]
-    originals = {("".join(names[skip:]), one.shape): one for one, names in parts for skip in range(_MOST_ENTRIES)}
+    originals = {("".join(names[skip:]), t.shape): t for t, names in parts for skip in range(_MOST_ENTRIES)}
 
     def like_original(tensor: Tensor) -> Tensor:
-        own = originals.get((tensor.name.rpartition(".")[2], tensor.shape)) if tensor.name in dotless else None
-        if own is None:
+        weight = originals.get((tensor.name.rpartition(".")[2], tensor.shape)) if tensor.name in dotless else None
+        if weight is None:
             return tensor
-        return replace(tensor, role=own.role, kind=own.kind, out_axis=own.out_axis, in_axis=own.in_axis)
+        return replace(tensor, role=weight.role, kind=weight.kind, out_axis=weight.out_axis, in_axis=weight.in_axis)
 
     return tuple(map(like_original, described))
 
@@ -309,7 +304,7 @@ def _is_for_training(section: str, sections: frozenset[str]) -> bool:
 
 
 def wrappers(tensors: Iterable[Tensor]) -> tuple[PruningWrapper, ...]:
-    """The wrappers that the names give away, those that prune first."""
+    """The wrappers found by names; where a layer has a pruning wrapper, its other parametrizations are left out."""
     candidates = []
     names = {tensor.name: tensor for tensor in tensors}
     for name, tensor in names.items():
@@ -331,7 +326,7 @@ def wrappers(tensors: Iterable[Tensor]) -> tuple[PruningWrapper, ...]:
 def _describe(tensor: Tensor, names: _Names) -> Tensor:
     layer, _, leaf = tensor.name.rpartition(".")
     if ".parametrizations." in f".{tensor.name}":
-        # conv.parametrizations.weight.original is the weight of conv; …weight.0.mask is its mask.
+        # conv.parametrizations.weight.original is the weight of conv, and ….weight.0.mask is its mask.
         layer, _, rest = f".{tensor.name}".partition(".parametrizations.")
         layer, leaf = layer.removeprefix("."), rest.split(".")[0]
         if rest.endswith("mask"):
@@ -341,7 +336,7 @@ def _describe(tensor: Tensor, names: _Names) -> Tensor:
     use = names.uses.get(tensor.name)
     kind = tensor.kind or (use.kind if use is not None else "")
     out_axis, in_axis = _axes(tensor, kind, role, use, names)
-    # In half the time of `replace`: a model may have a hundred thousand tensors.
+    # Twice as fast as `replace`, because a model may have a hundred thousand tensors.
     axes = out_axis, in_axis, tensor.start, tensor.strides
     return Tensor(tensor.name, layer, tensor.shape, tensor.dtype, role, tensor.storage, kind, *axes)
 
@@ -398,7 +393,7 @@ def _role_of_numbers(tensor: Tensor, leaf: str, names: _Names) -> Role:
 
 
 def _is_embedding(tensor: Tensor, leaf: str, names: _Names) -> bool:
-    """Whether rows are looked up in it: as its graph or its class says, else its name; a table has two axes."""
+    """Whether a tensor is an embedding: by its graph or its class, else by its name; a `weight` must be a matrix."""
     use = names.uses.get(tensor.name)
     if tensor.kind.startswith(_EMBEDDING_KINDS) or (use is not None and use.role is Role.EMBEDDING):
         return True
@@ -406,38 +401,38 @@ def _is_embedding(tensor: Tensor, leaf: str, names: _Names) -> bool:
         return False
     lowered = tensor.name.lower()
     is_weight = leaf.startswith(("weight", "kernel"))
-    # The number in a list says nothing: `altup_unembed_projections.0`.
+    # Indices in a list of modules are skipped, as in `altup_unembed_projections.0`.
     layer = next((part for part in reversed(lowered.split(".")[:-1]) if not part.isdecimal()), "")
     if is_weight and (len(tensor.shape) != 2 or leaf == "kernel" or _NO_TABLE.search(layer)):
         return False
     if is_weight and _has_bias_of_rows(tensor, leaf, names):
         return False
-    # T5, BART and their kin call the table of both halves so.
+    # In T5, BART and similar models, `shared` is the embedding of the encoder and the decoder.
     is_table = layer == "shared" or _TABLE.fullmatch(layer) is not None or _is_codes_or_tokens(tensor, layer, lowered)
     return (is_weight and is_table) or any(part in lowered for part in _EMBEDDING_PARTS)
 
 
 def _is_codes_or_tokens(tensor: Tensor, layer: str, lowered: str) -> bool:
-    """Whether more than its name makes it the codes of a quantizer, or tokens, of which a model learns a few."""
+    """Whether it is the codebook of a quantizer, or a few learned tokens."""
     if layer == "codebook":
         return "quantiz" in lowered
     return tensor.shape[0] <= _MOST_TOKENS and _LEARNED_TOKENS.fullmatch(layer) is not None
 
 
 def _has_bias_of_rows(tensor: Tensor, leaf: str, names: _Names) -> bool:
-    """Whether a bias of as many rows stands beside it, as beside a layer that multiplies."""
+    """Whether a tensor has a bias as long as its first axis, as linear layers do."""
     prefix, _ = split_name(tensor.name, names.shapes)
     return names.shapes.get(f"{prefix}{leaf.replace('weight', 'bias')}") == tensor.shape[:1]
 
 
 def _is_used_as_kernel(tensor: Tensor, names: _Names) -> bool:
-    """Whether a layer multiplies by it: as the graph says, else as the names of a layer say; never by rank alone."""
+    """Whether a tensor is a kernel: by its use in the graph, else by its name; never by its rank alone."""
     if tensor.name not in names.uses:
         return is_kernel(tensor, names.shapes, is_flax=names.is_flax)
     use = names.uses[tensor.name]
     if use is not None and use.role in PRUNABLE and not use.is_weak:
         return True
     if use is None and not tensor.kind.startswith(_KERNEL_KINDS):
-        # No product takes it, and it is no layer of PyTorch's own, whose code may be left out of a trace.
+        # No product uses it, and it is not in a layer of PyTorch, whose code a trace may leave out.
         return False
     return (use is None or use.role in PRUNABLE) and is_kernel(tensor, names.shapes, is_flax=names.is_flax)

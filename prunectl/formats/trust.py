@@ -1,11 +1,11 @@
-"""May a framework open a stranger's file? Only if all that the file names is known to do nothing but compute.
+"""Decide whether a framework may open an untrusted file: only if all code that the file names does nothing but compute.
 
-Keras rebuilds a model from names: of classes, of functions, of operations of TensorFlow. TensorFlow runs whatever
-operations a graph holds. So both are read here first, without a framework, and every name is held against a list of
-what is allowed (`pure_names`); whatever is not on it needs `--trust`. A class or
-function of the user's own may also be explained by `--custom-objects`.
+Keras rebuilds a model from the names of classes, functions and TensorFlow operations. TensorFlow runs all operations
+in a graph. Hence both are parsed here first, without a framework, and every name is checked against an allow-list
+(`pure_names`); any other name needs `--trust`. A class or function of the user's own may also be provided with
+`--custom-objects`.
 
-PyTorch's files are looked at where they are read: their pickles run in a machine that knows few functions.
+PyTorch files are checked where they are read: their pickles run in a pickle VM with an allow-list of functions.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from prunectl.formats.pure_names import (
     FUNCTIONS,
     FUNCTIONS_OF_TENSORFLOW,
     MEMBERS,
+    MODULES,
     OPERATIONS,
     RAGGED_CLASS_METHODS,
-    ROOMS,
     TYPES,
 )
 from prunectl.formats.safe_json import parse_object, refuse_too_much
@@ -46,9 +46,9 @@ _VALUES = frozenset(
         "__tuple__",
     }
 )
-"""What Keras words as a class, and makes a plain value of."""
+"""Values of class_name for plain values, which are not classes."""
 _CODE = frozenset({"FlaxLayer", "JaxLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"})
-"""Layers that are made to hold code, or to load it."""
+"""Layers owner purpose is to contain or load code."""
 _FILES = (
     "ckpt_to_load_from",
     "file_path",
@@ -59,30 +59,31 @@ _FILES = (
     "vocabulary_file",
     "weights",
 )
-"""Settings that are the path of a file, or its URL, where they are text."""
+"""Settings that, if they are strings, are the path or URL of a file."""
 _KERAS = frozenset({"keras", "tf_keras"})
 _BETWEEN = frozenset({"_tf_keras", "api", "keras", "python", "src"})
 _INITIALIZERS = "tensorflow.python.ops.init_ops_v2"
-"""Where the initializers of TensorFlow itself are, which EfficientNetV2 of Keras 2 has."""
+"""The module of TensorFlow's own initializers, which EfficientNetV2 of Keras 2 uses."""
 _TFMOT, _REGISTERED_BY_KERAS = "tensorflow_model_optimization", "Custom"
 _PACKAGES_OF_TFMOT = frozenset({"TFOptimizationToolkit"})
 
 
 _MANY = 3
 OR_BUILD = ", or build the model with --builder mod:fn"
-"""The end of hints, which commands without builders leave out."""
+"""The end of hints, which commands without `--builder` leave out."""
 
 
 class Fact(NamedTuple):
-    """Something that a framework would run."""
+    """Code that a framework would run, or a file that it would read."""
 
     words: str
+    """How messages describe it: `Lambda layer crop`."""
     custom: str = ""
-    """The name that custom objects may explain, where it is one."""
+    """The name of a custom class or function, which `--custom-objects` may provide; empty for anything else."""
 
 
 def check(model: ModelFile, known: Callable[[], Collection[str]]) -> None:
-    """Refuse a file that brings code, or names code that nobody vouched for by `known` names."""
+    """Refuse a file that contains code, or names custom objects other than the `known` ones."""
     facts = facts_of(model)
     if facts and all(fact.custom for fact in facts):
         facts = unknown(facts, known())
@@ -94,66 +95,66 @@ def check(model: ModelFile, known: Callable[[], Collection[str]]) -> None:
 
 
 def facts_of(model: ModelFile) -> tuple[Fact, ...]:
-    """What would run if the framework of a file opened it."""
+    """The code that would run if the framework of a file opened it."""
     if model.family is Family.SAVED_MODEL:
         graph = tuple(Fact(words) for words in graph_code.find_code(model.path))
         return (*_facts(_metadata(model), is_saved_model=True), *graph)
-    # How it was trained is not rebuilt with the model: what that names is looked at when it is used.
+    # The compile config is not rebuilt with the model, and is checked when it is used.
     config = {key: value for key, value in (model.about.keras or {}).items() if key != "compile_config"}
     return facts_in(config)
 
 
 def facts_in(config: Any) -> tuple[Fact, ...]:
-    """What would run if Keras rebuilt something from a configuration, wherever in it that hides."""
+    """The code that would run if Keras rebuilt an object from a configuration, at any depth in it."""
     return _facts(config, is_saved_model=False)
 
 
 def unknown(facts: Collection[Fact], known: Collection[str]) -> tuple[Fact, ...]:
-    """The facts that no custom object explains."""
+    """The facts that no custom object covers."""
     names = {name.rpartition(">")[2] for name in known}
     return tuple(fact for fact in facts if not fact.custom or fact.custom not in names)
 
 
 def worded(facts: Collection[Fact]) -> str:
-    """What would run in a few words."""
+    """The first few facts in words."""
     return f"{', '.join(fact.words for fact in tuple(facts)[:_MANY])}{' …' if len(facts) > _MANY else ''}"
 
 
 def _metadata(model: ModelFile) -> list[Any]:
-    """All that Keras wrote about the layers of a SavedModel, how they were trained left aside."""
+    """The Keras metadata of a SavedModel, without its training configuration."""
     graph, metadata = model.path / "saved_model.pb", model.path / "keras_metadata.pb"
     objects: tuple[KerasObject, ...]
     if metadata.is_file():
         path, objects = metadata, read_keras_metadata(metadata)
     else:
         path = graph
-        objects = tuple(one for one in read_graph(graph).objects if one.identifier.startswith("_tf_keras"))
-    texts = [one.metadata for one in objects if one.metadata]
+        objects = tuple(node for node in read_graph(graph).objects if node.identifier.startswith("_tf_keras"))
+    texts = [node.metadata for node in objects if node.metadata]
     refuse_too_much(texts, path, "its Keras metadata", budgets.MAX_KERAS_OBJECT_BYTES)
-    configs = (parse_object(one, path, "its Keras metadata") for one in texts)
-    return [{key: value for key, value in one.items() if key != "training_config"} for one in configs]
+    configs = (parse_object(metadata_text, path, "its Keras metadata") for metadata_text in texts)
+    return [{key: value for key, value in config.items() if key != "training_config"} for config in configs]
 
 
 def _facts(config: Any, *, is_saved_model: bool) -> tuple[Fact, ...]:
     facts: dict[Fact, None] = {}
     pending = [config]
     while pending:
-        one = pending.pop()
-        if isinstance(one, Mapping):
-            facts |= dict.fromkeys(_facts_of_one(one, is_saved_model=is_saved_model))
-            pending.extend(one.values())
-        elif isinstance(one, list | tuple):
-            pending.extend(one)
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            facts |= dict.fromkeys(_facts_of_object(value, is_saved_model=is_saved_model))
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple):
+            pending.extend(value)
     return tuple(facts)
 
 
-def _facts_of_one(one: Mapping[str, Any], *, is_saved_model: bool) -> Iterator[Fact]:
-    """Yield what Keras would run to make one object of its class and configuration."""
-    if "class_name" not in one:
+def _facts_of_object(keras_object: Mapping[str, Any], *, is_saved_model: bool) -> Iterator[Fact]:
+    """Yield the code that Keras would run to create one object from its class and configuration."""
+    if "class_name" not in keras_object:
         return
-    kind, config = text(one, "class_name"), one.get("config")
-    whose = _of(kind, text(config, "name") or text(one, "name"))
-    yield from (Fact(f"file {abbreviated(text(config, key))}{whose}") for key in _FILES if text(config, key))
+    kind, config = text(keras_object, "class_name"), keras_object.get("config")
+    owner = _of(kind, text(config, "name") or text(keras_object, "name"))
+    yield from (Fact(f"file {abbreviated(text(config, key))}{owner}") for key in _FILES if text(config, key))
     if kind == "__lambda__":
         yield Fact("a function")
     elif kind in _CODE:
@@ -161,26 +162,26 @@ def _facts_of_one(one: Mapping[str, Any], *, is_saved_model: bool) -> Iterator[F
     elif kind in _DISPATCHING:
         operation = _DISPATCHING[kind](config)
         if operation is not None:
-            yield Fact(f"operation {abbreviated(operation)}{whose}")
+            yield Fact(f"operation {abbreviated(operation)}{owner}")
     elif kind == "function":
         name = config if isinstance(config, str) else ""
-        # Where it is registered under another name, Keras takes what has that name.
-        is_itself = text(one, "registered_name") in {"", name, "function"}
-        if name not in FUNCTIONS or not is_itself or not _is_of_keras(one, is_function=True):
+        # If the function has another registered name, Keras uses the function of that name.
+        is_itself = text(keras_object, "registered_name") in {"", name, "function"}
+        if name not in FUNCTIONS or not is_itself or not _is_of_keras(keras_object, is_function=True):
             yield _custom("function", name)
-    elif not (_is_value(one, kind) or _is_builtin(one, kind, is_saved_model=is_saved_model)):
+    elif not (_is_value(keras_object, kind) or _is_builtin(keras_object, kind, is_saved_model=is_saved_model)):
         yield _custom("class", kind)
 
 
-def _is_value(one: Mapping[str, Any], kind: str) -> bool:
-    """Whether it is a plain value, such as a shape, or the type of a tensor."""
+def _is_value(keras_object: Mapping[str, Any], kind: str) -> bool:
+    """Whether an object is a plain value, such as a shape, or the type spec of a tensor."""
     if kind == "__typespec__":
-        # Keras takes the class of that name from the module that is named, and nothing else may stand in for it.
-        module, registered = one.get("module"), one.get("registered_name")
+        # Keras takes the class from the named module, which must be TensorFlow, and not from its registered classes.
+        module, registered = keras_object.get("module"), keras_object.get("registered_name")
         is_of_tensorflow = module is None or (isinstance(module, str) and module.partition(".")[0] == "tensorflow")
-        return text(one, "spec_name") in TYPES and is_of_tensorflow and not registered
+        return text(keras_object, "spec_name") in TYPES and is_of_tensorflow and not registered
     if kind == "TypeSpec":
-        return text(one, "type_spec").rpartition(".")[2] in TYPES
+        return text(keras_object, "type_spec").rpartition(".")[2] in TYPES
     return kind in _VALUES
 
 
@@ -193,44 +194,44 @@ def _of(kind: str, layer: str) -> str:
     return f" of {abbreviated(kind)} {abbreviated(layer)}" if layer else f" of {abbreviated(kind)}"
 
 
-def _is_builtin(one: Mapping[str, Any], kind: str, *, is_saved_model: bool) -> bool:
+def _is_builtin(keras_object: Mapping[str, Any], kind: str, *, is_saved_model: bool) -> bool:
     """Whether a class is one of Keras or tfmot."""
     package, registered, name = kind.rpartition(">")
-    if text(one, "registered_name").rpartition(">")[2] not in {"", name}:
-        # Keras would look for what has that name instead.
+    if text(keras_object, "registered_name").rpartition(">")[2] not in {"", name}:
+        # Keras would look for the registered name instead.
         return False
     if registered:
-        # Looked for among registered classes alone.
+        # Keras looks for such a class among the registered ones only.
         return package in _PACKAGES_OF_TFMOT or (package == _REGISTERED_BY_KERAS and name in CLASSES)
-    if one.get("module") is None:
+    if keras_object.get("module") is None:
         # Custom classes of a SavedModel are revived by the functions in its graph, whatever their names are.
         is_revived = is_saved_model and kind[:1].isupper()
-        return (kind in CLASSES or is_revived) and not _is_registered_by_others(one)
-    return kind in CLASSES and _is_of_keras(one)
+        return (kind in CLASSES or is_revived) and not _is_registered_by_others(keras_object)
+    return kind in CLASSES and _is_of_keras(keras_object)
 
 
-def _is_registered_by_others(one: Mapping[str, Any]) -> bool:
-    package, registered, _ = text(one, "registered_name").rpartition(">")
+def _is_registered_by_others(keras_object: Mapping[str, Any]) -> bool:
+    package, registered, _ = text(keras_object, "registered_name").rpartition(">")
     return bool(registered) and package not in {_REGISTERED_BY_KERAS, *_PACKAGES_OF_TFMOT}
 
 
-def _is_of_keras(one: Mapping[str, Any], *, is_function: bool = False) -> bool:
-    """Whether the module that is named is one that holds what a model is built of."""
-    module = one.get("module")
+def _is_of_keras(keras_object: Mapping[str, Any], *, is_function: bool = False) -> bool:
+    """Whether an object's module is one of Keras, TensorFlow or tfmot from which models are built."""
+    module = keras_object.get("module")
     if not isinstance(module, str):
         return module is None
     first, *rest = module.split(".")
     if module == "builtins":
-        # So Keras words its own functions.
+        # The module that Keras writes for its own functions.
         return is_function
     if first == _TFMOT or module == _INITIALIZERS:
         return not is_function
-    rooms = [room for room in rest if room not in _BETWEEN]
-    return first in _KERAS and (not rooms or rooms[0] in ROOMS)
+    modules = [name for name in rest if name not in _BETWEEN]
+    return first in _KERAS and (not modules or modules[0] in MODULES)
 
 
 def _of_lambda(config: Any) -> str | None:
-    """The function of TensorFlow that a layer wraps, if it is not on the list."""
+    """The function of TensorFlow that a layer wraps, if it is not on the allow-list."""
     name = text(config, "function")
     function = name.removeprefix("compat.v1.")
     is_pure = function in FUNCTIONS_OF_TENSORFLOW or (
@@ -240,7 +241,7 @@ def _of_lambda(config: Any) -> str | None:
 
 
 def _of_node(config: Any) -> str | None:
-    """The operation of the node that a layer holds, if it is not on the list."""
+    """The operation of the graph node in a layer, if it is not on the allow-list."""
     node = config.get("node_def") if isinstance(config, Mapping) else None
     operation = text(node, "op")
     if isinstance(node, str):
@@ -272,4 +273,4 @@ _DISPATCHING: Mapping[str, Callable[[Any], str | None]] = {
     "TFOpLambda": _of_lambda,
     "TensorFlowOpLayer": _of_node,
 }
-"""Layers that call what the file names, each with what is wrong about it."""
+"""Layers that call a function named in the file, with the check that returns its name if it is not allowed."""

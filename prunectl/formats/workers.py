@@ -1,4 +1,4 @@
-"""Threads that give up after the first failure or Ctrl-C, and the child process that reads for all of them."""
+"""Thread pools that stop at the first failure or Ctrl-C, and the sandbox child that a context reuses."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Made = TypeVar("Made")
 
 
 class StoppedError(Exception):
-    """Other work failed, or the user gave up: so does this."""
+    """The job was stopped, because another one failed or the user interrupted the run."""
 
 
 class Workers:
-    """A pool of threads whose jobs ask now and then, by `check_stopped`, whether they are still wanted."""
+    """A pool of threads whose jobs call `check_stopped` now and then, which ends them if the pool was stopped."""
 
     def __init__(self, pool: ThreadPoolExecutor, threads: int) -> None:
         self.threads = threads
         self.failure: BaseException | None = None
-        """What went wrong first."""
+        """The first exception of a job."""
         self._pool = pool
         self._stopped = threading.Event()
-        # A pool that a job of another pool has opened stops with it.
+        # A pool that was opened in a job of another pool stops with that pool.
         self._outer = _current()
 
     @property
@@ -40,7 +40,7 @@ class Workers:
         return self._stopped.is_set() or (self._outer is not None and self._outer.is_stopped)
 
     def submit(self, work: Callable[Given, Made], /, *args: Given.args, **named: Given.kwargs) -> Future[Made]:
-        """Have a job done."""
+        """Run a job in the pool."""
 
         def job() -> Made:
             _of_thread.workers = self
@@ -54,17 +54,17 @@ class Workers:
                 self._stopped.set()
                 raise
 
-        # What holds in the context of who asks, such as the child that is kept for its reading, holds for the job.
+        # The job runs in a copy of the caller's context, with its context variables, such as `kept_children`.
         return self._pool.submit(copy_context().run, job)
 
     def map(self, work: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-        """Yield what comes of each item, in their order."""
-        waiting = deque(self.submit(work, item) for item in items)
-        while waiting:
-            yield waiting.popleft().result()
+        """Yield the result for each item, in the order of the items."""
+        futures = deque(self.submit(work, item) for item in items)
+        while futures:
+            yield futures.popleft().result()
 
     def stop(self) -> None:
-        """Begin nothing more, and tell what runs to end."""
+        """Start no further jobs, and let running ones end at their next `check_stopped`."""
         self._stopped.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -78,19 +78,19 @@ def _current() -> Workers | None:
 
 
 def check_stopped() -> None:
-    """End the job that this thread does, if nobody wants its result any more: to be called for every block."""
+    """Raise StoppedError if the pool of this thread was stopped; call it for every block."""
     workers = _current()
     if workers is not None and workers.is_stopped:
         raise StoppedError
 
 
 def usable_cores() -> int:
-    """How many processors this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_from_env() -> int:
-    """How many threads a process may calculate on by OMP_NUM_THREADS; 0 if that does not say."""
+    """Number of threads for computations according to OMP_NUM_THREADS; 0 if it is not set to a number."""
     text = os.environ.get("OMP_NUM_THREADS", "")
     return int(text) if text.isdecimal() else 0
 
@@ -99,11 +99,12 @@ def threads_from_env() -> int:
 def workers(
     threads: int, name: str = "prunectl", *, on_failure: Callable[[], None] | None = None
 ) -> Generator[Workers]:
-    """Yield a pool of threads; leaving it by an exception waits for no more than the block that each is busy with.
+    """Yield a pool of threads; after an exception, each thread only finishes its current block.
 
-    What fails in a thread fails here. `on_failure` ends work that asks nobody, such as that of another process.
+    The first exception of a thread is raised here. `on_failure` must stop work that does not call `check_stopped`,
+    such as that of another process.
     """
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - what reads a small file needs no threads
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - small files are read without threads
 
     with ThreadPoolExecutor(threads, name) as pool:
         current = Workers(pool, threads)
@@ -119,21 +120,21 @@ def workers(
 
 
 class Closable(Protocol):
-    """What is closed when its context ends."""
+    """An object that is closed when its context ends."""
 
     def close(self) -> None:
-        """Let it go."""
+        """Release its resources."""
 
 
 kept_children: ContextVar[list[Closable] | None] = ContextVar("kept_children", default=None)
-"""The child process that this context keeps, if it keeps any; empty until a file is read in a child."""
+"""The sandbox child that this context reuses: None if it reuses none, and an empty list until the first use."""
 
 
 @contextmanager
 def reuse_worker() -> Generator[None]:
-    """Keep one child for the many small files of this context: to fork takes longer than to read one of them.
+    """Reuse one sandbox child for all small files of this context, because a fork takes longer than reading one.
 
-    After a file that kills it, a new one goes on with the next.
+    If a file kills the child, a new one reads the next file.
     """
     children: list[Closable] = []
     token = kept_children.set(children)

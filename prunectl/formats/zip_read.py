@@ -1,4 +1,4 @@
-"""Zip archives as places where bytes lie: offsets instead of streams, and no trust in what they claim."""
+"""Read zip archives by the offsets of their entries; every claim of the archive is checked."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from prunectl.formats.extents import BLOCK_BYTES, Extent, FileWindow
 
 _LOCAL_HEADER_BYTES = 30
 _RECORD_BYTES, _ZIP64 = 4, b"\x01\x00"
-"""How long the head of an extra record is, and the kind that holds 64-bit lengths."""
+"""Size of the header of an extra-field record, and the header id of the one with 64-bit lengths."""
 _END, _LOCATOR_64, _END_64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _END_BYTES, _LOCATOR_BYTES, _END_64_BYTES, _MAX_COMMENT_BYTES = 22, 20, 56, (1 << 16) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """One file in a zip, and where its bytes lie."""
+    """One file in a zip, and the location of its bytes."""
 
     name: str
     nbytes: int
-    """Bytes once inflated."""
+    """Uncompressed size."""
     extent: Extent
-    """The bytes as they are stored."""
+    """The bytes as stored, perhaps compressed."""
     is_stored: bool
     crc: int
 
@@ -46,14 +46,14 @@ class Archive:
     entries: Mapping[str, ZipEntry]
 
     def read(self, name: str, limit: int) -> bytes:
-        """A whole entry that is known to be small, such as a configuration."""
+        """A whole entry of at most `limit` bytes, such as a configuration."""
         entry = self.entries[name]
         if entry.nbytes > limit:
             raise InputError(f"{self.path} is damaged: its entry {abbreviated(name)} claims {entry.nbytes} bytes")
         return b"".join(self.pieces(entry))
 
     def inflated(self, entry: ZipEntry) -> NDArray[np.uint8]:
-        """A whole entry, in as much memory as it has bytes."""
+        """A whole entry, decompressed into one array without further copies."""
         raw = np.empty(entry.nbytes, np.uint8)
         done = 0
         for piece in self.pieces(entry):
@@ -62,7 +62,7 @@ class Archive:
         return raw
 
     def pieces(self, entry: ZipEntry) -> Iterator[bytes]:
-        """Yield the inflated bytes of an entry, checked against its length and CRC-32."""
+        """Yield the decompressed bytes of an entry, checked against its size and CRC-32."""
         done, crc = 0, 0
         with self.path.open("rb") as file:
             for piece in _inflated(file, entry):
@@ -99,17 +99,17 @@ def _inflated(file: BinaryIO, entry: ZipEntry) -> Iterator[bytes]:
 
 
 def open_archive(path: Path) -> Archive:
-    """Read the directory of a zip, refusing one that lies."""
+    """Read the central directory of a zip, and refuse it if its claims are false or ambiguous."""
     return _opened(path, None)
 
 
 def open_part(extent: Extent) -> Archive:
-    """Read the directory of a zip that is a part of a file; its entries lie where they lie in that file."""
+    """Read the directory of a zip that is a part of a file; the offsets of its entries are those in that file."""
     return _opened(extent.path, extent)
 
 
 def open_inside(archive: Archive, entry: ZipEntry) -> Archive:
-    """Read the directory of a zip that is stored in a zip; its entries lie where they lie in the outer file."""
+    """Read the directory of a zip that is stored in a zip; the offsets of its entries are those in the outer file."""
     return _opened(archive.path, entry.extent)
 
 
@@ -133,41 +133,41 @@ def _opened(path: Path, within: Extent | None) -> Archive:
     except PermissionError as error:
         raise InputError(f"{path} cannot be read: permission denied") from error
     if begin:
-        # A cut zip can end in a zip that was one of its entries, whose directory is then found instead.
+        # A truncated zip may end with a zip that was one of its entries, whose directory is then found instead.
         raise InputError(f"{path} is truncated or damaged: there are {begin} bytes before its first entry")
     if not has_one_directory:
         raise InputError(f"{path} is refused: different readers would find different entries in it")
-    _refuse_lies(path, entries, end)
+    _check_entries(path, entries, end)
     return Archive(path, {entry.name: entry for entry in entries})
 
 
 def _has_one_directory(file: BinaryIO | io.BufferedReader) -> bool:
-    """Whether all that the end of a zip says about its directory leads to the same place: right before that end.
+    """Whether all end records of a zip place its directory right before them, so that all readers find the same one.
 
-    Python looks for the 64-bit end before its locator, PyTorch where the locator says (see CVE-2025-8291).
+    Python looks for the Zip64 end record in front of its locator, PyTorch at the locator's offset (CVE-2025-8291).
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - _MAX_COMMENT_BYTES - _END_BYTES - _LOCATOR_BYTES - _END_64_BYTES))
     tail = file.read()
-    at = tail.rfind(_END)
-    place = size - len(tail) + at
+    end = tail.rfind(_END)
+    end_offset = size - len(tail) + end
     length, offset = (
-        int.from_bytes(tail[at + 12 : at + 16], "little"),
-        int.from_bytes(tail[at + 16 : at + 20], "little"),
+        int.from_bytes(tail[end + 12 : end + 16], "little"),
+        int.from_bytes(tail[end + 16 : end + 20], "little"),
     )
-    locator = tail[max(at - _LOCATOR_BYTES, 0) : at]
+    locator = tail[max(end - _LOCATOR_BYTES, 0) : end]
     if locator.startswith(_LOCATOR_64):
-        at -= _LOCATOR_BYTES + _END_64_BYTES
-        place -= _LOCATOR_BYTES + _END_64_BYTES
-        if at < 0 or int.from_bytes(locator[8:16], "little") != place or not tail.startswith(_END_64, at):
+        end -= _LOCATOR_BYTES + _END_64_BYTES
+        end_offset -= _LOCATOR_BYTES + _END_64_BYTES
+        if end < 0 or int.from_bytes(locator[8:16], "little") != end_offset or not tail.startswith(_END_64, end):
             return False
-        length = int.from_bytes(tail[at + 40 : at + 48], "little")
-        offset = int.from_bytes(tail[at + 48 : at + 56], "little")
-    return offset + length == place
+        length = int.from_bytes(tail[end + 40 : end + 48], "little")
+        offset = int.from_bytes(tail[end + 48 : end + 56], "little")
+    return offset + length == end_offset
 
 
-def written_again(old: ZipInfo) -> ZipInfo:
-    """What an entry is written again with: all that its directory says, but for lengths and compression."""
+def copy_info(old: ZipInfo) -> ZipInfo:
+    """A copy of an entry's metadata for a new zip, without its sizes and compression."""
     new = ZipInfo(old.filename, old.date_time)
     new.comment, new.create_system = old.comment, old.create_system
     new.internal_attr, new.external_attr = old.internal_attr, old.external_attr
@@ -176,13 +176,13 @@ def written_again(old: ZipInfo) -> ZipInfo:
 
 
 def _without_lengths(extra: bytes) -> bytes:
-    """Drop the record of 64-bit lengths, which is written anew where it is needed."""
-    kept, at = b"", 0
-    while at + _RECORD_BYTES <= len(extra):
-        end = at + _RECORD_BYTES + int.from_bytes(extra[at + 2 : at + 4], "little")
-        if extra[at : at + 2] != _ZIP64 and end <= len(extra):
-            kept += extra[at:end]
-        at = end
+    """Remove the record of 64-bit lengths from an extra field; `zipfile` adds a new one where needed."""
+    kept, begin = b"", 0
+    while begin + _RECORD_BYTES <= len(extra):
+        end = begin + _RECORD_BYTES + int.from_bytes(extra[begin + 2 : begin + 4], "little")
+        if extra[begin : begin + 2] != _ZIP64 and end <= len(extra):
+            kept += extra[begin:end]
+        begin = end
     return kept
 
 
@@ -207,12 +207,12 @@ def _locate(path: Path, file: BinaryIO, info: ZipInfo, base: int) -> ZipEntry:
     return ZipEntry(info.filename, info.file_size, Extent(path, offset, info.compress_size), is_stored, info.CRC)
 
 
-def _refuse_lies(path: Path, entries: list[ZipEntry], end: int) -> None:
+def _check_entries(path: Path, entries: list[ZipEntry], end: int) -> None:
     seen: set[str] = set()
     for entry in entries:
         name = PurePosixPath(entry.name)
         if not entry.name:
-            # Whoever writes such an archive again would look at the last letter of the name.
+            # When the archive is rewritten, `zipfile` looks at the last character of the name.
             raise InputError(f"{path} is a damaged zip: one of its entries has no name")
         if entry.name in seen:
             raise InputError(f"{path} is refused: it holds two entries named {abbreviated(entry.name)}")

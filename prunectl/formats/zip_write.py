@@ -1,4 +1,4 @@
-"""A zip with other bytes in some entries: written again, or spliced and its checksums mended."""
+"""Write a zip with new content in some entries: rewritten as a whole, or patched in place with new checksums."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 from prunectl.formats.base import ModelFile
 from prunectl.formats.extents import BLOCK_BYTES, Extent, FileWindow, file_chunks
 from prunectl.formats.patch import TensorUpdate, copy_with_patches
-from prunectl.formats.zip_read import Archive, ZipEntry, open_archive, open_inside, written_again
+from prunectl.formats.zip_read import Archive, ZipEntry, copy_info, open_archive, open_inside
 
 LEVEL = 6
 EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The same time for every entry (extra records hold times too), or the same model would not give the same bytes."""
+"""The timestamp of every new entry (without extra records, which hold times too), so that outputs are reproducible."""
 FORMAT_VERSION_ENTRY = "/.format_version"
-"""With it PyTorch promises itself where each record lies, which no longer holds."""
+"""An entry by which PyTorch may compute the offsets of all records; left out, as a rewritten zip has other offsets."""
 Content = tuple[int, Iterable[bytes | memoryview]]
-"""How many bytes an entry has, and the bytes."""
+"""The number of bytes of an entry, and the bytes."""
 
 
 def rewrite_zip(
@@ -35,16 +35,16 @@ def rewrite_zip(
     alignment: int = 0,
     force_zip64: bool = False,
 ) -> None:
-    """Write an archive again, compressed where it was, with other bytes in the entries that have changed.
+    """Rewrite an archive with new content in the `changed` entries; each entry stays compressed or uncompressed.
 
-    The names are those of the entries, old and new ones, in their order; `revise` sees each before it is written. With
-    an alignment the bytes of stored entries begin at its multiples, as PyTorch has them.
+    `names` lists all entries of the output, old and new ones, in their order; `revise` may edit each entry's metadata
+    before it is written. With an alignment, the bytes of stored entries begin at its multiples, as in PyTorch's zips.
     """
     with ZipFile(archive.path) as old, ZipFile(target, "w", compresslevel=LEVEL) as new:
         new.comment = old.comment
         for name in names or [name for name in old.namelist() if not name.endswith(FORMAT_VERSION_ENTRY)]:
             entry = archive.entries.get(name)
-            info = written_again(old.NameToInfo[name]) if name in old.NameToInfo else ZipInfo(name, EPOCH)
+            info = copy_info(old.NameToInfo[name]) if name in old.NameToInfo else ZipInfo(name, EPOCH)
             info.compress_type = ZIP_STORED if entry is None or entry.is_stored else ZIP_DEFLATED
             revise(info)
             if info.is_dir():
@@ -58,19 +58,19 @@ def rewrite_zip(
             with new.open(info, "w", force_zip64=force_zip64) as out:
                 out.writelines(content)
             if alignment:
-                # The directory needs no padding.
+                # The central directory needs no padding.
                 info.extra = b""
 
 
 _HEADER_BYTES = 30
 _ZIP64_BYTES = 20
 _ZIP64_ABOVE = 1 << 30
-"""Above it the header has room for 64-bit lengths."""
+"""Sizes above which `zipfile` reserves space for 64-bit lengths in the local header."""
 _PADDING = b"FB"
 
 
 def _padding(offset: int, info: ZipInfo, alignment: int) -> bytes:
-    """An extra field after which the bytes of an entry begin at a round place, as PyTorch pads them."""
+    """An extra field that aligns the bytes of an entry, as PyTorch pads them."""
     is_big = info.file_size > _ZIP64_ABOVE
     begin = offset + _HEADER_BYTES + len(info.filename.encode()) + 4 + (_ZIP64_BYTES if is_big else 0)
     fill = -begin % alignment
@@ -78,12 +78,12 @@ def _padding(offset: int, info: ZipInfo, alignment: int) -> bytes:
 
 
 def file_content(path: Path) -> Content:
-    """A file as what an entry holds."""
+    """The content of a file, for an entry."""
     return path.stat().st_size, file_chunks(path)
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
-    """Write a zip with every entry deflated, in the same order."""
+    """Write a copy of a zip with every entry deflated, in the same order."""
     archive = open_archive(model.path)
 
     def ticking(entry: ZipEntry) -> Iterator[bytes]:
@@ -105,7 +105,7 @@ _HAS_DESCRIPTOR = 1 << 3
 
 
 def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
-    """Write the archive with new numbers in it."""
+    """Write a copy of the archive with updated tensors."""
     archive = open_archive(model.path)
     target = targets[model.path]
     if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
@@ -114,7 +114,7 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
         offsets = [rewrite.run.offset for rewrite in rewrites]
         touched = _touched(archive.entries.values(), offsets)
         for outer in touched:
-            # A zip in the zip has checksums of its own, and is itself guarded by one.
+            # A zip inside the zip has checksums of its own, and its bytes count in one of the outer zip.
             if _is_zip(outer) and _is_around(outer, rewrites):
                 fix_crcs(target, _touched(open_inside(archive, outer).entries.values(), offsets), crcs, outer.extent)
         fix_crcs(target, touched, crcs)
@@ -124,9 +124,9 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
 
 
 def fix_crcs(path: Path, entries: Iterable[ZipEntry], crcs: Mapping[Extent, int], within: Extent | None = None) -> None:
-    """Mend the CRC-32 of entries whose bytes have changed: in the directory, and beside the bytes.
+    """Update the CRC-32 of changed entries, in the central directory and in the local header or data descriptor.
 
-    That of an entry which was written as a whole is known; others are read.
+    `crcs` has those of entries that were written as a whole; for others, the bytes are read again.
     """
     records = _records(path, within)
     with path.open("r+b") as file:
@@ -144,7 +144,7 @@ def fix_crcs(path: Path, entries: Iterable[ZipEntry], crcs: Mapping[Extent, int]
 
 
 def _touched(entries: Iterable[ZipEntry], offsets: Iterable[int]) -> list[ZipEntry]:
-    """The entries that hold any of these places."""
+    """The entries that contain any of these offsets."""
     ordered = sorted(entries, key=lambda entry: entry.extent.offset)
     begins = [entry.extent.offset for entry in ordered]
     indices = {bisect_right(begins, offset) - 1 for offset in offsets}
@@ -174,7 +174,7 @@ def _crc(fd: int, entry: ZipEntry) -> int:
 
 
 def _records(path: Path, within: Extent | None) -> dict[str, tuple[int, int, int]]:
-    """Where each entry's record lies in the directory, its flags, and where its header lies."""
+    """For each entry, the offset of its record in the central directory, its flags, and the offset of its header."""
     base, nbytes = (within.offset, within.nbytes) if within is not None else (0, path.stat().st_size)
     with FileWindow(path, base, nbytes) as part, ZipFile(io.BufferedReader(part)) as archive:
         offset = base + archive.start_dir
