@@ -1,4 +1,4 @@
-"""How much an ONNX model calculates: the multiply-accumulates of each operation, for one input."""
+"""Count the multiply-accumulates (MACs) of each operation of an ONNX model, for one example."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _paired(calculate: Callable[[int, int], int]) -> Callable[[OnnxStep], Shape]
         length = max(len(left), len(right))
         if len(left) not in {1, length} or len(right) not in {1, length}:
             raise UnknownOnnxShapeError
-        return tuple(calculate(left[at % len(left)], right[at % len(right)]) for at in range(length))
+        return tuple(calculate(left[index % len(left)], right[index % len(right)]) for index in range(length))
 
     return rule
 
@@ -64,17 +64,17 @@ _RULES: dict[str, Callable[[OnnxStep], Shape]] = {
     "Div": _paired(_quotient),
     **dict.fromkeys(("Cast", "Identity", "Squeeze", "Unsqueeze", "Floor", "Ceil"), lambda step: step.numbers(0)),
 }
-"""The numbers that an operation makes, where they follow from what is known."""
+"""Rules that compute the output of an operation from the known values of its inputs (constant folding of shapes)."""
 
 
 _NUMBERS = frozenset({1, 6, 7})
-"""Types of elements that shapes are made of, and the scales of Resize."""
+"""Element types of shapes (int32, int64) and of the scales of Resize (float32)."""
 _DEFINED = frozenset({"", "ai.onnx", "com.microsoft"})
-"""Domains whose operations are what the rules take them for."""
+"""Domains of the operations that the rules are for."""
 
 
 class Shapes:
-    """What is known of each value, node by node in the order of the graph."""
+    """Shape inference: the shape and, for short lists of whole numbers, the content of each value of a graph."""
 
     def __init__(self, reader: ProtoReader, locator: TensorLocator, graph: GraphProto) -> None:
         self._reader, self._locator = reader, locator
@@ -89,11 +89,11 @@ class Shapes:
             self._infer(node)
 
     def of(self, name: str) -> Shape | None:
-        """The shape of a value; none when it cannot be known."""
+        """The shape of a value; None if it is not known."""
         return self._shapes.get(name, self._declared.get(name))
 
     def step(self, node: NodeProto) -> OnnxStep:
-        """An operation with what is known of its inputs."""
+        """An operation with the known shapes and values of its inputs."""
         return OnnxStep(
             node, [self.of(name) for name in node.inputs], [self._values.get(name) for name in node.inputs], self._list
         )
@@ -130,7 +130,7 @@ class Shapes:
             elif node.op in RULES and (node.domain in _DEFINED or node.op in PASSING):
                 self._keep(output, RULES[node.op](step))
         except (UnknownOnnxShapeError, ValueError, IndexError, ZeroDivisionError):
-            # What the rules make of nonsense is as unknown as what they do not cover.
+            # The shape stays unknown if the inputs are invalid, or not covered by the rules.
             pass
         if node.op not in _RULES:
             return
@@ -163,13 +163,13 @@ class Shapes:
 
 
 _WEIGHT_AT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
-"""The input that is the weight, where it is not the second."""
+"""Index of the weight input, where it is not 1."""
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
-    """The operations that multiply, a batch counted as 1 when the file leaves it open.
+    """The multiply-accumulate operations, for a batch size of 1 where the file leaves it open.
 
-    Those whose shapes the file does not tell, or that stand in branches, loops and functions, have no count.
+    Operations with unknown shapes, and those in branches, loops and functions, have no count.
     """
     with parsing(model.path) as reader:
         main, *inner = read_scopes(reader, messages.model(reader))
@@ -228,13 +228,13 @@ def _cell(step: OnnxStep, operand: int) -> int | None:
 
 
 def _weight(node: NodeProto, scope: GraphScope, operand: int | None = None) -> str:
-    """The tensor that an operation multiplies by, found behind what only hands it on."""
+    """The name of the weight tensor of an operation, traced back through operations such as Transpose."""
     operands = (_WEIGHT_AT.get(node.op, 1), 0) if operand is None else (operand,)
-    for at in operands:
-        name = node.inputs[at] if at < len(node.inputs) else ""
-        here: GraphScope = scope
+    for index in operands:
+        name = node.inputs[index] if index < len(node.inputs) else ""
+        current: GraphScope = scope
         for _ in range(MAX_PASSED_OPERATORS + 1):
-            owner = here.owner(name)
+            owner = current.owner(name)
             if owner is None:
                 break
             maker = owner.makers[name]
@@ -242,5 +242,5 @@ def _weight(node: NodeProto, scope: GraphScope, operand: int | None = None) -> s
                 return owner.prefix + name
             if maker.op not in PASSING or not maker.inputs:
                 break
-            here, name = owner, maker.inputs[0]
+            current, name = owner, maker.inputs[0]
     return ""

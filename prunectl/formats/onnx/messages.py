@@ -1,4 +1,4 @@
-"""The messages of an ONNX file that matter here, as plain values: where their bytes lie, elements unread."""
+"""Parse the messages of an ONNX file that prunectl needs; tensor elements are only located, not read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from prunectl.formats import budgets, protobuf
 from prunectl.formats.protobuf import BYTES, FIXED32, FIXED64, VARINT, Field, WireError, signed
 
 FLOATS, INT32S, INT64S, RAW, DOUBLES, UINT64S = 4, 5, 7, 9, 10, 11
-"""Fields of a tensor that hold its elements."""
+"""Fields of a TensorProto that contain its elements."""
 
 
 class Span(NamedTuple):
-    """Where a message lies."""
+    """The byte range of a message in the file."""
 
     begin: int
     end: int
@@ -29,20 +29,20 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorProto:
-    """A tensor as the file words it."""
+    """A TensorProto, with its elements as byte ranges."""
 
     name: str = ""
     dims: tuple[int, ...] = ()
     data_type: int = 0
     data: Mapping[int, tuple[Span, ...]] = dataclasses.field(default_factory=dict)
-    """The runs of each field of elements."""
+    """The byte ranges of each field with elements, by field number."""
     external: Mapping[str, str] | None = None
     is_segment: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SparseProto:
-    """The values that are not zero, and their places."""
+    """A sparse tensor: its nonzero values and their indices."""
 
     values: TensorProto
     indices: TensorProto
@@ -51,7 +51,7 @@ class SparseProto:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """A setting of a node: whichever of these the file gives."""
+    """An attribute of a node; only the fields that the file gives are set."""
 
     number: int = 0
     real: float = 0.0
@@ -62,7 +62,7 @@ class Attribute:
     sparse: SparseProto | None = None
     graphs: tuple[Span, ...] = ()
     reference: str = ""
-    """The setting of the call that stands for it, inside a function."""
+    """Inside a function, the attribute of the calling node that supplies the value (`ref_attr_name`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,40 +76,40 @@ class NodeProto:
     outputs: tuple[str, ...]
     attributes: Mapping[str, Attribute]
     overload: str = ""
-    """Which of the functions of one name it calls."""
+    """The overload of the function that it calls, where several functions have the same name."""
     is_settled: bool = True
-    """Whether no setting depends on the call of the function that it stands in."""
+    """Whether all attributes have values, so that none depends on a call of the enclosing function."""
 
     @property
     def operator(self) -> str:
-        """What tells its operation from all others."""
+        """The full name of its operation: domain, type and overload."""
         return ":".join(filter(None, (f"{self.domain}.{self.op}", self.overload)))
 
     @property
     def label(self) -> str:
-        """What to call it: its name, else that of its first output."""
+        """The node's name, else that of its first output, else its type."""
         return self.name or next(iter(self.outputs), "") or self.op
 
     def number(self, name: str, default: int) -> int:
-        """An attribute that is a whole number."""
+        """The value of an integer attribute."""
         attribute = self.attributes.get(name)
         return default if attribute is None else attribute.number
 
 
 @dataclass(frozen=True, slots=True)
 class GraphProto:
-    """Nodes and what they are given."""
+    """The nodes and tensors of a graph."""
 
     nodes: tuple[NodeProto, ...]
     initializers: tuple[TensorProto, ...] = ()
     sparse: tuple[SparseProto, ...] = ()
     values: tuple[Span, ...] = ()
-    """What the file says of shapes: inputs, outputs and values between them."""
+    """ValueInfoProto messages, which declare shapes: of inputs, outputs and values between them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What stands around the graph."""
+    """A ModelProto, with its graphs as byte ranges."""
 
     ir_version: int
     producer: str
@@ -124,13 +124,13 @@ _BROKEN = 31
 
 LENGTH, NUMBER = (BYTES,), (VARINT,)
 NUMBERS, FLOAT, PACKED_FLOATS, PACKED_DOUBLES = (VARINT, BYTES), (FIXED32,), (FIXED32, BYTES), (FIXED64, BYTES)
-"""A list of numbers may be packed or not, whatever its schema prefers."""
+"""Wire types of fields; a list of numbers may be packed or not, whatever the schema prefers."""
 
 Schema = Mapping[int, tuple[int, ...]]
 
 
 class ProtoReader:
-    """Reads messages from one buffer, and stops when it holds more of them than a model would."""
+    """Reads messages from one buffer, up to a maximal number of fields and bytes of text."""
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
@@ -143,7 +143,7 @@ class ProtoReader:
         return Span(0, len(self.data))
 
     def fields(self, span: Span, schema: Schema, what: str) -> Iterator[Field]:
-        """Yield those fields of a message that a schema knows."""
+        """Yield the fields of a message that are in the schema; WireError if one has another wire type."""
         for entry in protobuf.fields(self.data, *span):
             self._left -= 1
             if self._left < 0:
@@ -164,12 +164,12 @@ class ProtoReader:
             raise WireError(f"its names have more than {budgets.MAX_TEXTS_BYTES} bytes")
         text = protobuf.text(self.data, field)
         if len(text) > field.value:
-            # Broken text takes longer to decode by as much.
+            # Text that is not UTF-8 counts more, because it takes that much longer to decode.
             self._text_left -= _BROKEN * field.value
         return text
 
     def shown(self, field: Field) -> str:
-        """The beginning of a text that may be long."""
+        """The first SHOWN_BYTES of a text that may be long."""
         end = min(field.end, field.begin + SHOWN_BYTES)
         return str(self.data[field.begin : end], "utf-8", "replace") + ("…" if end < field.end else "")
 
@@ -179,29 +179,29 @@ class ProtoReader:
         return float(value)
 
     def numbers(self, spans: tuple[Span, ...]) -> tuple[int, ...]:
-        """The whole numbers of a short list."""
+        """The integers of a short list."""
         if sum(end - begin for begin, end in spans) > budgets.MAX_ONNX_LIST_BYTES:
             raise WireError("a list is longer than prunectl allows")
         numbers: list[int] = []
-        for at, end in spans:
-            begin = at
-            while begin < end:
-                number, begin = protobuf.read_varint(self.data, begin, end)
+        for begin, end in spans:
+            offset = begin
+            while offset < end:
+                number, offset = protobuf.read_varint(self.data, offset, end)
                 numbers.append(protobuf.signed(number))
         return tuple(numbers)
 
 
 def location(field: Field) -> Span:
-    """Where the payload of a field lies."""
+    """The byte range of a field's payload."""
     return Span(field.begin, field.end)
 
 
 @contextmanager
 def parsing(path: Path) -> Iterator[ProtoReader]:
-    """Map a model into memory, so that only what is looked at is read."""
+    """Memory-map a model, so that only the parts that are parsed are read."""
     with errors.reading(path), path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # What is done with it may write, on a disk that is full: that is not this file's fault.
+    # Outside `errors.reading`: the block may write, and an error such as a full disk is not about this file.
     try:
         with mapped, memoryview(mapped) as data:
             yield ProtoReader(data)
@@ -231,7 +231,7 @@ _EXTERNAL = 1
 
 
 def node(reader: ProtoReader, span: Span) -> NodeProto:
-    """An operation."""
+    """Parse a NodeProto."""
     inputs: list[str] = []
     outputs: list[str] = []
     spans: list[Span] = []
@@ -248,7 +248,7 @@ def node(reader: ProtoReader, span: Span) -> NodeProto:
                 texts[field.number] = reader.text(field)
     if not texts[4]:
         raise WireError("a node has no operation")
-    # The trees of classical models fill attributes with a million numbers, none of them a tensor.
+    # Tree models of ai.onnx.ml have millions of numbers in attributes, none of which is a tensor.
     attributes = {} if texts[7] == _CLASSICAL else dict(_attribute(reader, field) for field in spans)
     is_settled = not any(attribute.reference for attribute in attributes.values())
     return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes, texts[8], is_settled)
@@ -284,7 +284,7 @@ def _attribute(reader: ProtoReader, span: Span) -> tuple[str, Attribute]:
 
 
 def tensor(reader: ProtoReader, span: Span) -> TensorProto:
-    """What a tensor says of itself."""
+    """Parse a TensorProto, without its elements."""
     name, data_type, is_external, is_segment = "", 0, False, False
     dims: list[Span] = []
     data: dict[int, list[Span]] = {}
@@ -314,7 +314,7 @@ def tensor(reader: ProtoReader, span: Span) -> TensorProto:
 
 
 def read_sparse(reader: ProtoReader, span: Span) -> SparseProto:
-    """The parts of a tensor that is stored without its zeros."""
+    """Parse a SparseTensorProto."""
     parts = {1: TensorProto(), 2: TensorProto()}
     dims: list[Span] = []
     for field in reader.fields(span, _SPARSE, "a sparse tensor"):
@@ -339,11 +339,11 @@ _TRAINING: Schema = dict.fromkeys((1, 2), LENGTH)
 
 _OPSET: Schema = {1: LENGTH, 2: NUMBER}
 _FIRST_WITH_OPSETS = 3
-"""Version of the format from which a model must say which operators it means."""
+"""The first IR version in which a model must declare its opsets."""
 
 
 def model(reader: ProtoReader) -> Model:
-    """What stands around the graph."""
+    """Parse the ModelProto, without its graphs."""
     version, names, opsets = 0, {2: "", 3: ""}, {}
     inner: dict[int, list[Span]] = {7: [], 20: [], 25: []}
     for field in reader.fields(reader.whole, _MODEL, "the model"):
@@ -356,7 +356,7 @@ def model(reader: ProtoReader) -> Model:
                 domain, number = _opset(reader, location(field))
                 opsets[domain] = number
             case 14:
-                pass  # what the writer noted for himself
+                pass  # metadata of the writer
             case _:
                 inner[field.number].append(location(field))
     if len(inner[7]) != 1:
@@ -368,7 +368,7 @@ def model(reader: ProtoReader) -> Model:
 
 
 def graph(reader: ProtoReader, span: Span) -> GraphProto:
-    """The nodes and tensors of a graph; graphs inside its nodes stay unread."""
+    """Parse a GraphProto; subgraphs in attributes of its nodes are only located."""
     nodes: list[NodeProto] = []
     initializers: list[TensorProto] = []
     sparse: list[SparseProto] = []
@@ -387,7 +387,7 @@ def graph(reader: ProtoReader, span: Span) -> GraphProto:
 
 
 def function(reader: ProtoReader, span: Span) -> tuple[NodeProto, GraphProto]:
-    """A function as a node that calls it, with the defaults of its settings, and its nodes."""
+    """Parse a FunctionProto: its signature as a node with the default attributes, and its body as a graph."""
     texts, nodes, defaults = {1: "", 10: "", 13: ""}, [], []
     names: dict[int, list[str]] = {4: [], 5: []}
     for field in reader.fields(span, _FUNCTION, "a function"):
@@ -405,7 +405,7 @@ def function(reader: ProtoReader, span: Span) -> tuple[NodeProto, GraphProto]:
 
 
 def training(reader: ProtoReader, span: Span) -> tuple[Span, ...]:
-    """The graphs that initialise and train a model."""
+    """The byte ranges of the graphs that initialise and train a model."""
     return tuple(location(field) for field in reader.fields(span, _TRAINING, "the training"))
 
 
@@ -420,7 +420,7 @@ def _opset(reader: ProtoReader, span: Span) -> tuple[str, int]:
 
 
 def value(reader: ProtoReader, span: Span) -> tuple[str, tuple[int, ...] | None]:
-    """The name and the shape of a value, a first axis that the file leaves open counted as 1."""
+    """The name and the shape of a ValueInfoProto; a first axis of unknown length counts as 1."""
     name, shape = "", None
     for field in reader.fields(span, _PAIR, "a value"):
         if field.number == 1:

@@ -1,4 +1,4 @@
-"""ONNX: a protobuf with the graph, its tensors in it or in files beside it."""
+"""ONNX models: a protobuf with the graph, and tensors in it or in external data files beside it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _CLASSICAL = "ai.onnx.ml"
 _TRAINING = "ai.onnx.preview.training"
 _STANDARD = ("", "ai.onnx", _CLASSICAL, "ai.onnx.training", "ai.onnx.preview", _TRAINING)
 _STOCK_RUNTIME = "com.microsoft"
-"""Operators that onnxruntime brings along."""
+"""The domain of the operators that onnxruntime includes."""
 
 
 def about(model: Model, scopes: Sequence[GraphScope], tensors: Sequence[Tensor]) -> ModelInfo:
-    """What the model says of itself beside its tensors."""
+    """The facts about a model beside its tensors."""
     nodes = [node for scope in scopes for node in scope.graph.nodes]
     optimizers = [node.op for scope in scopes if scope.is_training for node in scope.graph.nodes if _optimises(node)]
     return ModelInfo(
@@ -57,7 +57,7 @@ def _optimises(node: NodeProto) -> bool:
 
 
 def _foreign(nodes: Sequence[NodeProto], defined: frozenset[str]) -> tuple[str, ...]:
-    """The operators that run code from elsewhere: neither ONNX, nor stock, nor defined in the file."""
+    """The operators that need code from elsewhere: not of ONNX or onnxruntime, nor defined as functions in the file."""
     foreign = {
         node.operator
         for node in nodes
@@ -81,11 +81,11 @@ def _tensor_notes(tensors: Sequence[Tensor]) -> Iterator[str]:
 
 
 _LEAVES = ("weight", "bias", "running_", "num_batches_tracked", "gamma", "beta", "kernel", "in_proj_", "alpha")
-"""How names of parameters begin behind the last dot, by PyTorch's habits."""
+"""How the last part of a parameter's name begins in PyTorch and Keras."""
 
 
 def layer_of(name: str, user: str) -> str:
-    """The layer of a tensor: what its own name says, else the node that uses it."""
+    """The layer of a tensor: the prefix of its name, if the rest is a parameter's, else the node that uses it."""
     layer, _, leaf = name.rpartition(".")
     if layer and leaf.startswith(_LEAVES):
         return layer
@@ -93,8 +93,8 @@ def layer_of(name: str, user: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """A tensor, and the graph that it stands in."""
+class _GraphTensor:
+    """A tensor, and the graph that contains it."""
 
     scope: GraphScope
     name: str
@@ -106,12 +106,12 @@ class _Found:
 
 
 def open_model(path: Path) -> ModelFile:
-    """Open an ONNX model: its graph is read, its weights are not."""
+    """Open an ONNX model: its graph is parsed, and its weights are not read."""
     locator = TensorLocator(path)
     with parsing(path) as reader:
         model = messages.model(reader)
         scopes = read_scopes(reader, model)
-        declared = list(_found(scopes, locator))
+        declared = list(_graph_tensors(scopes, locator))
         uses = UsageIndex(reader, scopes)
         described = [_described(tensor, uses) for tensor in declared]
     kept = [
@@ -140,7 +140,7 @@ def open_model(path: Path) -> ModelFile:
     )
 
 
-def _found(scopes: tuple[GraphScope, ...], locator: TensorLocator) -> Iterator[_Found]:
+def _graph_tensors(scopes: tuple[GraphScope, ...], locator: TensorLocator) -> Iterator[_GraphTensor]:
     names = NameAllocator()
     for scope in scopes:
         seen: set[str] = set()
@@ -152,11 +152,11 @@ def _found(scopes: tuple[GraphScope, ...], locator: TensorLocator) -> Iterator[_
                 raise InputError(f"{locator.path} is damaged: it holds two tensors named {abbreviated(name)}")
             seen.add(name)
             located = locator.locate(proto, full_name)
-            yield _Found(scope, name, full_name, located, is_constant)
+            yield _GraphTensor(scope, name, full_name, located, is_constant)
 
 
 def _protos(scope: GraphScope) -> Iterator[tuple[str, TensorProto | SparseProto, bool]]:
-    """Yield what a graph holds in tensors of numbers: initializers first, then the arrays of Constant nodes."""
+    """Yield the numeric tensors of a graph: first its initializers, then the arrays of Constant nodes."""
     for tensor in scope.graph.initializers:
         if tensor.data_type != STRING:
             yield tensor.name, tensor, False
@@ -168,7 +168,7 @@ def _protos(scope: GraphScope) -> Iterator[tuple[str, TensorProto | SparseProto,
             yield node.outputs[0], array, True
 
 
-def _described(tensor: _Found, uses: UsageIndex) -> Tensor:
+def _described(tensor: _GraphTensor, uses: UsageIndex) -> Tensor:
     located = tensor.located
     purpose = uses.purpose(tensor.scope, tensor.name, located.shape, located.dtype)
     return Tensor(
@@ -184,8 +184,8 @@ def _described(tensor: _Found, uses: UsageIndex) -> Tensor:
     )
 
 
-def _role(tensor: _Found, purpose: OnnxTensorPurpose) -> Role:
-    """What a tensor is for: a fixed basis is none to prune, although a product takes it."""
+def _role(tensor: _GraphTensor, purpose: OnnxTensorPurpose) -> Role:
+    """The role of a tensor; a fixed basis, such as that of a Fourier transform, is not a kernel, but a state."""
     if tensor.scope.is_training:
         return Role.OPTIMIZER
     is_fixed = purpose.role in PRUNABLE and state_dict.is_constant(tensor.full_name, purpose.layer)

@@ -1,4 +1,4 @@
-"""An ONNX file written again with some fields in another form, all others byte for byte."""
+"""Rewrite an ONNX file with some fields replaced, and all others byte for byte as they were."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ _INNER: Mapping[str, Mapping[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: _ENTRY},
 }
-"""Messages in which a tensor may lie, by the number of their field."""
+"""For each message type, the fields through which a tensor may be reached, and their message types."""
 _MAX_MESSAGES = 3 * budgets.MAX_ONNX_DEPTH + 8
-"""Messages inside messages, as far as their tensors are read."""
+"""Nesting of messages in which tensors are found."""
 
 
 class FieldReplacement(Protocol):
-    """A field that takes the place of another."""
+    """A field that replaces another."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole field."""
+        """Size of the whole field, with its tag and length."""
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the field piece by piece."""
+        """Yield the bytes of the whole field in pieces."""
 
 
 Change = Callable[[ProtoReader, Span, Field], FieldReplacement | None]
-"""What takes the place of a field of the graph, given with where it lies; None if it stays."""
+"""Returns the replacement for a field of the graph, given with its byte range; None to keep it."""
 Location = Callable[[str], str | None]
-"""What a file of external data is called from now on, given what it was called; None if it stays."""
+"""Returns the new path of an external data file, given the old one; None to keep it."""
 Runs = list[tuple[Span, bytes | None]]
-"""A message as runs of the old file, each with what takes its place; None if it stays."""
+"""A message as byte ranges of the old file, each with its replacement; None to keep it."""
 
 
 def replace_fields(path: Path, target: Path, change: Change, tick: Callable[[int], None]) -> None:
-    """Write the file again; those beside it stay where they are, and the new one names them as before."""
+    """Write a copy of the file with changed fields of its graph; it refers to the same external data files."""
     with parsing(path) as reader, path.open("rb") as source, target.open("wb") as out:
         for whole, part in _plan(reader, change):
             if isinstance(part, bytes):
@@ -84,7 +84,7 @@ def replace_fields(path: Path, target: Path, change: Change, tick: Callable[[int
 
 
 def relocate(path: Path, target_of: Location) -> None:
-    """Name the files of external data otherwise, in every tensor of a written model."""
+    """Change the paths of external data files in every tensor of a written model."""
     target = path.with_name(f"{path.name}.relocated")
     with parsing(path) as reader, path.open("rb") as source, target.open("wb") as out:
         for run, part in _relocated(reader, reader.whole, "model", target_of, _MAX_MESSAGES) or [(reader.whole, None)]:
@@ -96,7 +96,7 @@ def relocate(path: Path, target_of: Location) -> None:
 
 
 def _relocated(reader: ProtoReader, span: Span, kind: str, target_of: Location, depth: int) -> Runs | None:
-    """A message in which external data has other names; None if it stays as it is."""
+    """A message with new paths of external data files; None if nothing changes in it."""
     if kind == _ENTRY:
         return _entry(reader, span, target_of)
     runs: Runs = []
@@ -123,7 +123,7 @@ def _entry(reader: ProtoReader, span: Span, target_of: Location) -> Runs | None:
 
 
 def fields(reader: ProtoReader, message: Span) -> Iterator[tuple[Span, Field]]:
-    """Yield every field of a message, known or not, and where it begins and ends with its tag."""
+    """Yield every field of a message, known or not, with the byte range of the field including its tag."""
     begin = message.begin
     for field in protobuf.fields(reader.data, *message):
         yield Span(begin, field.end), field
@@ -131,7 +131,7 @@ def fields(reader: ProtoReader, message: Span) -> Iterator[tuple[Span, Field]]:
 
 
 def _plan(reader: ProtoReader, change: Change) -> Iterator[tuple[Span, FieldReplacement | bytes | None]]:
-    """Yield runs of the old file, each with what takes its place."""
+    """Yield byte ranges of the old file, each with its replacement; None to copy it."""
     for whole, field in fields(reader, reader.whole):
         if field.number != GRAPH:
             yield whole, None
@@ -158,34 +158,34 @@ def _copy(source: BinaryIO, run: Span, out: BinaryIO) -> None:
 
 
 FIELD = 15
-"""Where a graph keeps such tensors."""
+"""The field of a graph with its sparse initializers."""
 VALUES, _INDICES, _DIMS = 1, 2, 3
 _INT64 = 7
 _INDEX = np.dtype("<i8")
 DIMS, _TENSOR_TYPE = 1, 2
 _REPLACED = {DIMS, FLOATS, INT32S, INT64S, RAW, DOUBLES, UINT64S}
-"""Fields of the dense tensor that take another form; the others are kept, those that nobody knows included."""
+"""Fields of a dense tensor that are replaced; all others are kept, including unknown ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """A tensor that is to be written without its zeros."""
+    """A tensor to be written as a sparse one."""
 
     model: ModelFile
     tensor: Tensor
     kept: int
-    """How many values are not zero."""
+    """Number of nonzero values."""
     facts: bytes
-    """What the dense tensor says of itself beside its shape and its numbers: its name, its type."""
+    """The other fields of the dense tensor, besides its shape and its elements, such as its name and type."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole field."""
+        """Size of the whole field."""
         return len(b"".join(self._heads())) + self._data_bytes
 
     @property
-    def is_too_good(self) -> bool:
-        """Whether a reader would take it for a bomb."""
+    def looks_like_bomb(self) -> bool:
+        """Whether prunectl would refuse the output as a decompression bomb."""
         return self.tensor.nbytes > max(budgets.MAX_UNFOLDED_TENSOR_BYTES, budgets.BOMB_RATIO * self._data_bytes)
 
     @property
@@ -193,9 +193,9 @@ class Sparse:
         return self.kept * (self.tensor.dtype.itemsize + _INDEX.itemsize)
 
     def _heads(self) -> tuple[bytes, bytes, bytes]:
-        """What stands before the values, before the indices, and behind them."""
+        """The bytes before the values, before the indices, and behind the indices."""
         length = number(DIMS, self.kept)
-        # One index for each value, counted over the flattened tensor: the shortest of the two forms that ONNX knows.
+        # One linear index for each value, which is the shorter of the two forms of indices in ONNX.
         values = self.facts + length + length_prefix(RAW, self.kept * self.tensor.dtype.itemsize)
         indices = length + number(_TENSOR_TYPE, _INT64) + length_prefix(RAW, self.kept * _INDEX.itemsize)
         before = length_prefix(VALUES, len(values) + self.kept * self.tensor.dtype.itemsize) + values
@@ -204,7 +204,7 @@ class Sparse:
         return length_prefix(FIELD, len(before) + len(between) + len(shape) + self._data_bytes) + before, between, shape
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the field piece by piece."""
+        """Yield the whole field in pieces."""
         before, between, behind = self._heads()
         yield before
         for _, bits in _pieces(self.model, self.tensor):
@@ -216,14 +216,14 @@ class Sparse:
 
 
 def _kept_fields(reader: ProtoReader, dense: Span) -> bytes:
-    """What a dense tensor says of itself beside its shape and its numbers."""
+    """The fields of a dense tensor other than its shape and its elements."""
     return b"".join(
         reader.data[slice(*whole)] for whole, field in fields(reader, dense) if field.number not in _REPLACED
     )
 
 
 def _pieces(model: ModelFile, tensor: Tensor) -> Iterator[tuple[int, NDArray[np.unsignedinteger]]]:
-    """Yield the bits of a tensor, and which element each piece begins with; it is valid until the next."""
+    """Yield the bits of a tensor in pieces, each with the index of its first element, and valid until the next."""
     unsigned = np.dtype(f"u{tensor.dtype.itemsize}")
     if tensor.storage.extent is None:
         yield 0, model.read(tensor).reshape(-1).view(unsigned)
@@ -236,43 +236,44 @@ def _pieces(model: ModelFile, tensor: Tensor) -> Iterator[tuple[int, NDArray[np.
 
 INITIALIZER, INPUT = 5, 11
 _FIRST_WITH_SPARSE = 6
-"""Version of the format from which a graph may hold sparse tensors."""
+"""The first IR version in which a graph may have sparse initializers."""
 _NEVER_SPARSE = {"float8_e8m0fnu", "float4_e2m1fn"}
-"""Floats that have no zero, or that lie two to a byte."""
+"""Float dtypes that have no zero, or two elements in a byte."""
 
 
 def pack(model: ModelFile, target: Path, tick: Callable[[int], None]) -> None:
-    """Write an ONNX model again, its initializers sparse where that is smaller."""
+    """Rewrite an ONNX model with sparse initializers where these are smaller."""
     tensors = {tensor.name: tensor for tensor in model.tensors}
     with parsing(model.path) as reader:
         has_sparse = messages.model(reader).ir_version >= _FIRST_WITH_SPARSE
         inputs = _inputs(reader)
 
-    spent = [0, 0]
+    total_expanded = total_stored = 0
 
     def sparse(reader: ProtoReader, whole: Span, field: Field) -> FieldReplacement | None:
+        nonlocal total_expanded, total_stored
         if field.number != INITIALIZER or not has_sparse:
             return None
         proto = messages.tensor(reader, location(field))
         tensor = tensors.get(proto.name)
         if tensor is None or proto.external is not None or proto.name in inputs or not _may_be_sparse(tensor):
             return None
-        # Minus zero is kept, as it has bits.
+        # A minus zero counts as nonzero, because its bits are not all zero.
         kept = sum(int(np.count_nonzero(bits)) for _, bits in _pieces(model, tensor))
         sparse = Sparse(model, tensor, kept, _kept_fields(reader, location(field)))
-        unfolded, stored = spent[0] + tensor.nbytes, spent[1] + sparse.nbytes
-        # What would be refused when it is opened again stays dense.
-        is_bomb = sparse.is_too_good or unfolded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * stored)
+        expanded, stored = total_expanded + tensor.nbytes, total_stored + sparse.nbytes
+        # A tensor stays dense if prunectl would refuse to open the output.
+        is_bomb = sparse.looks_like_bomb or expanded > max(budgets.MAX_UNFOLDED_BYTES, budgets.MAX_UNFOLDING * stored)
         if is_bomb or sparse.nbytes >= whole.end - whole.begin:
             return None
-        spent[:] = unfolded, stored
+        total_expanded, total_stored = expanded, stored
         return sparse
 
     replace_fields(model.path, target, sparse, tick)
 
 
 def _inputs(reader: ProtoReader) -> set[str]:
-    """The names of the graph's inputs: a caller may replace their initializers, if these are dense."""
+    """The names of the graph's inputs; their initializers are defaults, which a caller can override only if dense."""
     graphs = [location(field) for _, field in fields(reader, reader.whole) if field.number == GRAPH]
     inputs = (field for graph in graphs for _, field in fields(reader, graph) if field.number == INPUT)
     return {messages.value(reader, location(field))[0] for field in inputs}
@@ -284,15 +285,15 @@ def _may_be_sparse(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """An initializer with new numbers, as raw bytes."""
+    """A dense initializer with updated values, stored as raw bytes."""
 
     rewrite: TensorUpdate
     facts: bytes
-    """Its name, its type, and what nobody knows."""
+    """Its other fields: its name, its type, and unknown ones."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole field."""
+        """Size of the whole field."""
         return len(self._head()) + self.rewrite.tensor.nbytes
 
     def _head(self) -> bytes:
@@ -302,14 +303,14 @@ class Dense:
         return length_prefix(INITIALIZER, len(before) + tensor.nbytes) + before
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the field piece by piece."""
+        """Yield the whole field in pieces."""
         yield self._head()
         for piece in self.rewrite.raw():
             yield bytes(piece)
 
 
 def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
-    """Write the model with new numbers in it, its data under their new names; one that was packed comes out packed."""
+    """Write the model with updated tensors, and its external data files; a packed model is packed again."""
     if all(rewrite.tensor.storage.extent is not None for rewrite in rewrites):
         patch_files(model, targets, rewrites)
         _relocate(model, targets)
@@ -336,8 +337,8 @@ def write(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[Tensor
 
     replace_fields(model.path, target, dense, lambda _: None)
     _relocate(model, targets)
-    if left := [name for name in changed if name not in done]:
-        raise InputError(f"{model.path} stores {left[0]} in a form that cannot be changed: skip it with --exclude")
+    if failed := [name for name in changed if name not in done]:
+        raise InputError(f"{model.path} stores {failed[0]} in a form that cannot be changed: skip it with --exclude")
     if model.about.is_compressed:
         packed = target.with_name(f"{target.name}.packed")
         pack(open_model(target), packed, lambda _: None)
@@ -351,7 +352,7 @@ def _relocate(model: ModelFile, targets: Mapping[Path, Path]) -> None:
 
 
 def relocated(model: ModelFile, targets: Mapping[Path, Path], location: str) -> str | None:
-    """What a file of external data is called from now on, as the graph names it; None if it keeps its name."""
+    """The new path of an external data file, relative to the model; None if it does not change."""
     source, folder = model.path.parent / location, targets[model.path].parent
     target = targets.get(source)
     if target is None or target.relative_to(folder) == source.relative_to(model.path.parent):

@@ -1,4 +1,4 @@
-"""How operations of ONNX turn shapes into shapes, for the usual ones of them."""
+"""Shape inference rules for common ONNX operations."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ Shape = tuple[int, ...]
 
 
 class UnknownOnnxShapeError(Exception):
-    """Shapes that depend on what the file does not say."""
+    """The shape cannot be inferred, because it depends on unknown values, or is invalid."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxStep:
-    """One operation, with what is known of its inputs."""
+    """One operation, with the known shapes and values of its inputs."""
 
     node: NodeProto
     inputs: Sequence[Shape | None]
+    """Shapes of the inputs."""
     values: Sequence[Shape | None]
-    """Inputs that are short lists of known whole numbers, such as shapes."""
+    """Contents of inputs that are short lists of known integers, such as shapes."""
     lists: Callable[[NodeProto, str], Shape | None]
-    """Reads an attribute that is a list of whole numbers."""
+    """Reads an attribute that is a list of integers."""
 
     def shape(self, operand: int) -> Shape:
         """The shape of an input."""
         return _known(self.inputs, operand)
 
     def numbers(self, operand: int) -> Shape:
-        """An input that is a list of known numbers."""
+        """The content of an input that is a list of known integers."""
         return _known(self.values, operand)
 
     def setting(self, name: str, operand: int, default: Shape | None = None) -> Shape:
-        """A list that is an attribute in old sets of operators and an input in new ones."""
+        """A list of integers that is an attribute in old opsets, and an input in new ones."""
         attribute = self.lists(self.node, name)
         if attribute is not None:
             return attribute
@@ -47,7 +48,7 @@ class OnnxStep:
         return self.numbers(operand)
 
     def axis(self, rank: int, default: int = 0) -> int:
-        """The attribute `axis`, counted from the front."""
+        """The attribute `axis`; a negative one is wrapped."""
         return wrap_axis(signed(self.node.number("axis", default)), rank)
 
 
@@ -59,21 +60,21 @@ def _known(values: Sequence[Shape | None], operand: int) -> Shape:
 
 
 def wrap_axis(axis: int, rank: int) -> int:
-    """An axis counted from the front."""
+    """Wrap a negative axis."""
     if not -rank <= axis < rank:
         raise UnknownOnnxShapeError
     return axis % rank
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The shape that arrays of these shapes are stretched to."""
+    """The shape to which arrays of these shapes are broadcast."""
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
     return tuple(next((length for length in lengths if length != 1), 1) for lengths in zip(*padded, strict=True))
 
 
 def flattened(step: OnnxStep) -> Shape:
-    """What Flatten makes: two axes."""
+    """The output shape of Flatten: two axes."""
     shape = step.shape(0)
     axis = signed(step.node.number("axis", 1))
     axis = axis + len(shape) if axis < 0 else axis
@@ -81,7 +82,7 @@ def flattened(step: OnnxStep) -> Shape:
 
 
 def reshaped(step: OnnxStep) -> Shape:
-    """What Reshape makes: 0 keeps a length, -1 takes the rest."""
+    """The output shape of Reshape: 0 keeps a length, and -1 infers one."""
     old, target = step.shape(0), step.setting("shape", 1)
     if any(length == 0 and axis >= len(old) for axis, length in enumerate(target)):
         raise UnknownOnnxShapeError
@@ -95,7 +96,7 @@ def reshaped(step: OnnxStep) -> Shape:
 
 
 def transposed(step: OnnxStep) -> Shape:
-    """The axes in another order."""
+    """The output shape of Transpose."""
     shape = step.shape(0)
     order = step.lists(step.node, "perm") or tuple(reversed(range(len(shape))))
     if sorted(order) != list(range(len(shape))):
@@ -104,7 +105,7 @@ def transposed(step: OnnxStep) -> Shape:
 
 
 def concatenated(step: OnnxStep) -> Shape:
-    """The lengths added along one axis."""
+    """The output shape of Concat: the lengths are added along one axis."""
     shapes = [step.shape(operand) for operand in range(len(step.inputs))]
     first = shapes[0]
     axis = step.axis(len(first))
@@ -114,7 +115,7 @@ def concatenated(step: OnnxStep) -> Shape:
 
 
 def squeezed(step: OnnxStep) -> Shape:
-    """The axes of length one dropped."""
+    """The output shape of Squeeze: axes of length 1 are removed."""
     shape = step.shape(0)
     ones = tuple(axis for axis, length in enumerate(shape) if length == 1)
     removed = {wrap_axis(axis, len(shape)) for axis in step.setting("axes", 1, ones)}
@@ -122,7 +123,7 @@ def squeezed(step: OnnxStep) -> Shape:
 
 
 def unsqueezed(step: OnnxStep) -> Shape:
-    """Axes of length one added."""
+    """The output shape of Unsqueeze: axes of length 1 are added."""
     shape, axes = step.shape(0), step.setting("axes", 1)
     rank = len(shape) + len(axes)
     new = {wrap_axis(axis, rank) for axis in axes}
@@ -133,28 +134,28 @@ def unsqueezed(step: OnnxStep) -> Shape:
 
 
 def gathered(step: OnnxStep) -> Shape:
-    """The shape of what indices pick along one axis."""
+    """The output shape of Gather: one axis is replaced by the axes of the indices."""
     shape = step.shape(0)
     axis = step.axis(len(shape))
     return (*shape[:axis], *step.shape(1), *shape[axis + 1 :])
 
 
 def sliced(step: OnnxStep) -> Shape:
-    """The lengths of what is cut out."""
+    """The output shape of Slice."""
     shape = list(step.shape(0))
     starts, ends = step.setting("starts", 1), step.setting("ends", 2)
     axes = step.setting("axes", 3, tuple(range(len(starts))))
     steps = step.setting("steps", 4, (1,) * len(starts))
     for start, end, axis, stride in zip(starts, ends, axes, steps, strict=False):
-        at = wrap_axis(axis, len(shape))
+        index = wrap_axis(axis, len(shape))
         if stride == 0:
             raise UnknownOnnxShapeError
-        shape[at] = len(range(*slice(start, end, stride).indices(shape[at])))
+        shape[index] = len(range(*slice(start, end, stride).indices(shape[index])))
     return tuple(shape)
 
 
 def padded(step: OnnxStep) -> Shape:
-    """The lengths with what is put around."""
+    """The output shape of Pad."""
     shape, pads = step.shape(0), step.setting("pads", 1)
     if len(pads) != 2 * len(shape) or (len(step.inputs) > 3 and step.node.inputs[3]):
         raise UnknownOnnxShapeError
@@ -162,31 +163,31 @@ def padded(step: OnnxStep) -> Shape:
 
 
 def expanded(step: OnnxStep) -> Shape:
-    """The shape that an array is stretched to."""
+    """The output shape of Expand."""
     return broadcast(step.shape(0), step.numbers(1))
 
 
 def tiled(step: OnnxStep) -> Shape:
-    """The lengths repeated."""
+    """The output shape of Tile."""
     return tuple(length * times for length, times in zip(step.shape(0), step.numbers(1), strict=True))
 
 
 def depth_to_space(step: OnnxStep) -> Shape:
-    """Channels spread over the image."""
+    """The output shape of DepthToSpace: channels become blocks of the image."""
     batch, channels, *image = step.shape(0)
     block = step.node.number("blocksize", 1)
     return (batch, channels // block**2, *(length * block for length in image))
 
 
 def space_to_depth(step: OnnxStep) -> Shape:
-    """Blocks of the image gathered into channels."""
+    """The output shape of SpaceToDepth: blocks of the image become channels."""
     batch, channels, *image = step.shape(0)
     block = step.node.number("blocksize", 1)
     return (batch, channels * block**2, *(length // block for length in image))
 
 
 def resized(step: OnnxStep) -> Shape:
-    """The lengths asked for, or multiplied by whole scales."""
+    """The output shape of Resize: given sizes, or the lengths times integer scales."""
     if len(step.node.inputs) > 3 and step.node.inputs[3]:
         return step.numbers(3)
     scales = step.numbers(2 if len(step.node.inputs) > 2 else 1)
@@ -198,20 +199,20 @@ def convolved(step: OnnxStep, weight_at: int = 1) -> Shape:
     image, weight = step.shape(0), step.shape(weight_at)
     if len(image) != len(weight) or len(image) < 3:
         raise UnknownOnnxShapeError
-    return (image[0], weight[0], *_slid(step, image[2:], weight[2:]))
+    return (image[0], weight[0], *_windowed(step, image[2:], weight[2:]))
 
 
 def pooled(step: OnnxStep) -> Shape:
-    """The output shape of a pool."""
+    """The output shape of a pooling layer."""
     image = step.shape(0)
     window = step.lists(step.node, "kernel_shape")
     if window is None or len(window) != len(image) - 2:
         raise UnknownOnnxShapeError
-    return (*image[:2], *_slid(step, image[2:], window))
+    return (*image[:2], *_windowed(step, image[2:], window))
 
 
 def pooled_whole(step: OnnxStep) -> Shape:
-    """The output shape of a pool over the whole image."""
+    """The output shape of global pooling."""
     image = step.shape(0)
     return (*image[:2], *(1 for _ in image[2:]))
 
@@ -243,17 +244,17 @@ def deconvolved(step: OnnxStep) -> Shape:
     )
 
 
-def _slid(step: OnnxStep, image: Shape, window: Shape) -> Shape:
+def _windowed(step: OnnxStep, image: Shape, window: Shape) -> Shape:
     axes = len(image)
     strides, dilations, pads = _window(step, axes)
-    padding, is_up = _padding(step), bool(step.node.number("ceil_mode", 0))
+    padding, is_ceil = _padding(step), bool(step.node.number("ceil_mode", 0))
     lengths = []
     for axis, (length, size, stride, dilation) in enumerate(zip(image, window, strides, dilations, strict=True)):
         if padding.startswith("SAME"):
             lengths.append(-(-length // stride))
             continue
         room = length + pads[axis] + pads[axis + axes] - ((size - 1) * dilation + 1)
-        lengths.append((-(-room // stride) if is_up else room // stride) + 1)
+        lengths.append((-(-room // stride) if is_ceil else room // stride) + 1)
     return tuple(lengths)
 
 
@@ -277,19 +278,19 @@ def _padding(step: OnnxStep) -> str:
 
 
 Rule = Callable[[OnnxStep], Shape]
-"""From an operation to the shape of its first output."""
+"""Returns the shape of an operation's first output."""
 
 
 def _same(step: OnnxStep) -> Shape:
     return step.shape(0)
 
 
-def _joined(step: OnnxStep) -> Shape:
+def _elementwise(step: OnnxStep) -> Shape:
     return broadcast(*(step.shape(operand) for operand in range(len(step.inputs))))
 
 
 def matmul(left: Shape, right: Shape) -> Shape:
-    """The shape of a product of matrices."""
+    """The shape of a matrix product, with broadcast leading axes."""
     if not left or not right:
         raise UnknownOnnxShapeError
     rows, columns = left[-2:-1], right[-1:] if len(right) > 1 else ()
@@ -320,33 +321,31 @@ def _recurrent(step: OnnxStep) -> Shape:
     return length, directions, batch, units
 
 
-def _named(rule: Rule, names: str) -> dict[str, Rule]:
+def _each(rule: Rule, names: str) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
 RULES: dict[str, Rule] = {
-    **_named(_same, "Relu Sigmoid Tanh LeakyRelu Clip Elu Selu Celu Softmax LogSoftmax Hardmax Identity Cast CastLike"),
-    **_named(_same, "Dropout BatchNormalization InstanceNormalization LayerNormalization GroupNormalization"),
-    **_named(_same, "RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization LpNormalization LRN"),
-    **_named(
-        _same, "MeanVarianceNormalization HardSwish HardSigmoid Gelu FastGelu BiasGelu QuickGelu Erf Exp Log Sqrt"
-    ),
-    **_named(_same, "Neg Abs Floor Ceil Round Softplus Softsign Reciprocal Sign Mish Swish ThresholdedRelu Shrink Not"),
-    **_named(_same, "QuantizeLinear DequantizeLinear DynamicQuantizeLinear Quant IntQuant FloatQuant BipolarQuant"),
-    **_named(_same, "CumSum IsNaN IsInf Trilu ScatterND ScatterElements Sin Cos PRelu Bernoulli"),
-    **_named(_joined, "Add Sub Mul Div Pow Max Min Sum Mean Where Equal Greater GreaterOrEqual Less LessOrEqual"),
-    **_named(_joined, "And Or Xor Mod"),
-    **_named(_reduced, "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSumExp"),
-    **_named(pooled, "MaxPool AveragePool LpPool"),
-    **_named(pooled_whole, "GlobalAveragePool GlobalMaxPool GlobalLpPool"),
-    **_named(convolved, "Conv FusedConv ConvInteger"),
-    **_named(lambda step: convolved(step, 3), "QLinearConv"),
-    **_named(lambda step: matmul(step.shape(0), step.shape(1)), "MatMul MatMulInteger"),
-    **_named(lambda step: matmul(step.shape(0), step.shape(3)), "QLinearMatMul"),
-    **_named(_gemm, "Gemm FusedGemm"),
-    **_named(_recurrent, "LSTM GRU RNN"),
-    **_named(lambda step: (len(step.shape(0)),), "Shape"),
-    **_named(lambda step: step.numbers(0), "ConstantOfShape"),
+    **_each(_same, "Relu Sigmoid Tanh LeakyRelu Clip Elu Selu Celu Softmax LogSoftmax Hardmax Identity Cast CastLike"),
+    **_each(_same, "Dropout BatchNormalization InstanceNormalization LayerNormalization GroupNormalization"),
+    **_each(_same, "RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization LpNormalization LRN"),
+    **_each(_same, "MeanVarianceNormalization HardSwish HardSigmoid Gelu FastGelu BiasGelu QuickGelu Erf Exp Log Sqrt"),
+    **_each(_same, "Neg Abs Floor Ceil Round Softplus Softsign Reciprocal Sign Mish Swish ThresholdedRelu Shrink Not"),
+    **_each(_same, "QuantizeLinear DequantizeLinear DynamicQuantizeLinear Quant IntQuant FloatQuant BipolarQuant"),
+    **_each(_same, "CumSum IsNaN IsInf Trilu ScatterND ScatterElements Sin Cos PRelu Bernoulli"),
+    **_each(_elementwise, "Add Sub Mul Div Pow Max Min Sum Mean Where Equal Greater GreaterOrEqual Less"),
+    **_each(_elementwise, "LessOrEqual And Or Xor Mod"),
+    **_each(_reduced, "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSumExp"),
+    **_each(pooled, "MaxPool AveragePool LpPool"),
+    **_each(pooled_whole, "GlobalAveragePool GlobalMaxPool GlobalLpPool"),
+    **_each(convolved, "Conv FusedConv ConvInteger"),
+    **_each(lambda step: convolved(step, 3), "QLinearConv"),
+    **_each(lambda step: matmul(step.shape(0), step.shape(1)), "MatMul MatMulInteger"),
+    **_each(lambda step: matmul(step.shape(0), step.shape(3)), "QLinearMatMul"),
+    **_each(_gemm, "Gemm FusedGemm"),
+    **_each(_recurrent, "LSTM GRU RNN"),
+    **_each(lambda step: (len(step.shape(0)),), "Shape"),
+    **_each(lambda step: step.numbers(0), "ConstantOfShape"),
     "ConvTranspose": deconvolved,
     "Concat": concatenated,
     "DepthToSpace": depth_to_space,

@@ -1,4 +1,4 @@
-"""ONNX tensors: where their bytes lie, and the elements of those that do not lie flat (varints, half bytes, sparse)."""
+"""ONNX tensors: locate their bytes, and decode those that are not flat (varints, elements below a byte, sparse)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ STRING = 8
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A type of element: where it stands when it is not raw, and its bits when it is."""
+    """An element type of ONNX."""
 
     dtype: np.dtype[Any]
     field: int
+    """The field of a TensorProto that holds such elements, unless they are raw."""
     bits: int
+    """Bits of a raw element."""
 
 
 def _code(kind: Any, field: int = INT32S, bits: int = 0) -> Code:
@@ -78,7 +80,7 @@ _MAX_DIGITS = 19
 
 
 class ExternalFiles:
-    """The files beside a model that its tensors lie in; none outside its folder."""
+    """The external data files of a model; InputError for files outside its folder."""
 
     def __init__(self, model: Path) -> None:
         self._model = model
@@ -86,11 +88,11 @@ class ExternalFiles:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that a tensor lies in."""
+        """The external data files of the tensors located so far."""
         return tuple(self._model.parent / location for location in self._sizes)
 
     def extent(self, name: str, facts: Mapping[str, str], nbytes: int) -> Extent:
-        """Where the bytes of a tensor lie, checked to be there."""
+        """The bytes of a tensor in its external data file; InputError if the file does not contain them."""
         location = facts.get("location", "")
         if location not in self._sizes:
             self._sizes[location] = self._size(location)
@@ -120,7 +122,7 @@ class ExternalFiles:
             raise InputError(outside)
         path = self._model.parent / location
         try:
-            # A cache of models keeps links in one folder to files in another: there both lead to the same place.
+            # In a cache of models, the model and its data may be links to files in one other folder.
             homes = {self._model.parent.resolve(), self._model.resolve().parent}
             if not any(path.resolve().is_relative_to(home) for home in homes):
                 raise InputError(outside)
@@ -134,10 +136,10 @@ class ExternalFiles:
         return facts.st_size
 
 
-def refuse_overlaps(model: Path, places: Iterable[tuple[str, Extent]]) -> None:
-    """Reject tensors that share a part of their bytes: shared are all of them or none."""
+def refuse_overlaps(model: Path, extents: Iterable[tuple[str, Extent]]) -> None:
+    """Refuse tensors that overlap partly; two tensors may share either all of their bytes or none."""
     last: dict[Path, tuple[int, int]] = {}
-    for name, extent in sorted(places, key=lambda place: (place[1].offset, place[1].nbytes)):
+    for name, extent in sorted(extents, key=lambda item: (item[1].offset, item[1].nbytes)):
         begin, end = last.get(extent.path, (0, 0))
         this = (extent.offset, extent.offset + extent.nbytes)
         if extent.nbytes and this != (begin, end):
@@ -150,7 +152,7 @@ def refuse_overlaps(model: Path, places: Iterable[tuple[str, Extent]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A tensor whose bytes are known to be there."""
+    """A tensor with the location of its bytes, which were checked to exist."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -159,18 +161,18 @@ class Located:
 
 
 class TensorLocator:
-    """Finds the bytes of tensors in one model."""
+    """Locates the bytes of the tensors of one model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.neighbours = ExternalFiles(path)
 
     def locate(self, proto: TensorProto | SparseProto, name: str) -> Located:
-        """Where a tensor lies, dense or sparse."""
+        """Locate a dense or sparse tensor."""
         return self.scattered(proto, name) if isinstance(proto, SparseProto) else self.dense(proto, name)
 
     def dense(self, proto: TensorProto, name: str) -> Located:
-        """Where a tensor lies."""
+        """Locate a dense tensor."""
         code = CODES.get(proto.data_type)
         if code is None:
             raise InputError(
@@ -185,7 +187,7 @@ class TensorLocator:
         return Located(proto.dims, code.dtype, storage, source)
 
     def scattered(self, proto: SparseProto, name: str) -> Located:
-        """Where the values and the places of a sparse tensor lie."""
+        """Locate the values and the indices of a sparse tensor."""
         values, indices = self.dense(proto.values, name), self.dense(proto.indices, f"the indices of {name}")
         self._check_shape(name, proto.dims)
         count = math.prod(values.shape)
@@ -207,7 +209,7 @@ class TensorLocator:
             raise InputError(f"{self.path} holds {abbreviated(name)} in segments, which prunectl does not read")
         if proto.external is not None:
             extent = self.neighbours.extent(name, proto.external, empty.raw_bytes)
-            # Tensors in the same place are one, but an empty one is not what begins there.
+            # Tensors with the same bytes share a storage. The length distinguishes them from an empty one there.
             return f"{proto.external['location']}:{extent.offset}+{extent.nbytes}", replace(empty, runs=(extent,))
         is_varint = RAW not in proto.data and code.field in {INT32S, INT64S, UINT64S}
         spans = proto.data.get(RAW) or proto.data.get(code.field, ())
@@ -220,7 +222,7 @@ class TensorLocator:
         stored, expected = source.stored_bytes, source.raw_bytes
         if expected and not stored:
             raise InputError(f"{self.path} is incomplete: {abbreviated(source.name)} has a shape but no data in it")
-        # A varint takes one byte to ten; how many there are is found when they are read.
+        # A varint takes one to ten bytes; the exact number of elements is checked when they are decoded.
         elements = math.prod(source.shape) if source.bits >= 8 else expected
         is_right = elements <= stored <= 10 * elements if source.is_varint else stored == expected
         if not is_right:
@@ -244,9 +246,9 @@ _FLOAT = 1
 
 
 def constant(node: NodeProto) -> TensorProto | SparseProto | None:
-    """The array that a Constant node makes, named like its output; none for a scalar.
+    """The array of a Constant node, named like its output; None for a scalar.
 
-    Lists of whole numbers are left out too: they are shapes, axes and pads.
+    None also for `value_ints`, because such lists are shapes, axes and pads.
     """
     if node.op != "Constant" or not node.outputs:
         return None
@@ -263,30 +265,31 @@ def constant(node: NodeProto) -> TensorProto | SparseProto | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """What the elements of a tensor are made from."""
+    """The stored form of a dense tensor, from which its elements are decoded."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     bits: int
-    """Bits of one element as it is stored raw."""
+    """Bits of a raw element."""
     runs: tuple[Extent, ...]
+    """Where the elements lie: several runs if the file splits a repeated field."""
     is_varint: bool = False
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that it takes in the file."""
+        """Bytes in the file."""
         return sum(run.nbytes for run in self.runs)
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes that its elements take raw: less than a byte each, some of them."""
+        """Bytes of the elements in raw form, in which some dtypes take less than a byte each."""
         return (math.prod(self.shape) * self.bits + 7) // 8
 
 
 @dataclass(frozen=True, slots=True)
 class SparseSource:
-    """A tensor stored without its zeros."""
+    """The stored form of a sparse tensor."""
 
     values: TensorSource
     indices: TensorSource
@@ -294,7 +297,7 @@ class SparseSource:
 
 
 def decode_dense(source: TensorSource, path: Path) -> Array:
-    """The elements of a tensor."""
+    """Decode a dense tensor."""
     stored = _stored_elements(source, path)
     if stored.size != source.raw_bytes:
         raise InputError(
@@ -308,7 +311,7 @@ def decode_dense(source: TensorSource, path: Path) -> Array:
 
 
 def _stored_elements(source: TensorSource, path: Path) -> Array:
-    """The bytes of the elements as they would lie raw."""
+    """The elements in raw form, as bytes."""
     if not source.is_varint:
         return np.frombuffer(_joined(source), np.uint8)
     width = 1 if source.bits < 8 else source.dtype.itemsize
@@ -319,12 +322,12 @@ def _stored_elements(source: TensorSource, path: Path) -> Array:
 
 
 def decode_sparse(source: SparseSource, path: Path) -> Array:
-    """A tensor with its zeros put back."""
+    """Decode a sparse tensor to a dense one."""
     values, indices = decode_dense(source.values, path), decode_dense(source.indices, path)
     array = np.zeros(source.shape, values.dtype)
     flat = indices
     if indices.ndim == 2:
-        # Indices of each axis; those out of range are caught below, where -1 stands for them.
+        # One index for each axis; an index out of range becomes -1, which is refused below.
         is_inside = ((indices >= 0) & (indices < np.array(source.shape))).all(axis=1)
         steps = np.array([math.prod(source.shape[axis + 1 :]) for axis in range(len(source.shape))], np.int64)
         flat = np.where(is_inside, (indices * steps).sum(axis=1), -1)

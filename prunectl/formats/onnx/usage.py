@@ -1,4 +1,4 @@
-"""The graphs of an ONNX model, the names that each can see, and the users of a tensor behind what passes it on."""
+"""Graphs of an ONNX model with the scopes of their names, and the role of each tensor by the operations that use it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from prunectl.formats.onnx.messages import GraphProto, Model, NodeProto, ProtoRe
 from prunectl.formats.protobuf import WireError
 
 OutAxis = Callable[[NodeProto, int], int | None]
-"""From a node and the rank of its weight to the axis of the output channels."""
+"""Returns the axis of the output channels, given a node and the rank of its weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class OperandRole:
-    """What an operation takes at one of its inputs."""
+    """The role of one input of an operation."""
 
     role: Role
     out_axis: OutAxis = lambda _node, _rank: None
     in_axis: OutAxis = lambda _node, _rank: None
-    """Where it is not the neighbour of the outputs."""
+    """The input axis, where it is not the neighbour of the output axis."""
 
 
 def _axis(number: int) -> OutAxis:
@@ -107,13 +107,13 @@ PARTS: dict[str, dict[int, OperandRole]] = {
     "MultiHeadAttention": {3: _BIAS_INPUT},
     "Gather": {0: OperandRole(Role.EMBEDDING)},
 }
-"""By operation and number of the input."""
+"""Roles of inputs, by operation and index of the input."""
 
 PASSING = frozenset(
     {"DequantizeLinear", "QuantizeLinear", "Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"}
     | {"Quant", "IntQuant", "BipolarQuant", "FloatQuant", "FakeQuant"}
 )
-"""Operations that hand their first input on: a weight stays a weight behind them."""
+"""Operations that preserve the role of their first input: their output is still a weight."""
 SPLICING = frozenset({"Slice", "Concat"})
 """Operations that reorder the gates of a recurrent layer on the way to it."""
 CELLS = frozenset({"LSTM", "GRU", "RNN"})
@@ -125,7 +125,7 @@ CALCULATING = frozenset(
 
 
 def axis_before_transpose(node: NodeProto, axis: int | None, rank: int, order: tuple[int, ...]) -> int | None:
-    """The axis that a passing operation turns into ``axis``."""
+    """The axis of a passing operation's input that becomes ``axis`` of its output; None if unknown."""
     if axis is None or node.op in _RESHAPING:
         return None
     if node.op != "Transpose":
@@ -135,7 +135,7 @@ def axis_before_transpose(node: NodeProto, axis: int | None, rank: int, order: t
 
 
 _BETWEEN = PASSING | {"Mul"}
-"""What may stand between a product and its bias."""
+"""Operations that may lie between a product and the addition of its bias."""
 _BIAS, _OTHER = OperandRole(Role.BIAS), OperandRole(Role.OTHER)
 
 
@@ -144,31 +144,31 @@ class OnnxTensorUse(NamedTuple):
 
     node: NodeProto
     operand: int
-    """Number of the input."""
+    """Index of the input."""
     scope: GraphScope
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The call of a function that a tensor was followed into."""
+    """The call of a function into which a tensor was followed."""
 
     use: OnnxTensorUse
     function: GraphScope
     node: NodeProto
-    """The node that calls, its settings as the calls around it give them."""
+    """The calling node, with its attributes resolved by the enclosing calls."""
     outer: _Call | None
     label: str
-    """Itself and those around it, by their labels."""
+    """The labels of the enclosing calls and of this one, joined by slashes."""
 
     def behind(self, scope: GraphScope, name: str) -> str:
-        """What the caller gets of a value in the function; empty if it gets nothing."""
+        """The caller's name of a value that the function returns; empty if it does not return this value."""
         number = self.function.results.get(name) if scope is self.function else None
         return self.node.outputs[number] if number is not None and number < len(self.node.outputs) else ""
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxTensorPurpose:
-    """What a tensor is for."""
+    """The role of a tensor, with the layer and the operation that use it."""
 
     role: Role = Role.OTHER
     kind: str = ""
@@ -193,14 +193,14 @@ class UsageIndex:
                         self._users.setdefault((id(owner), name), []).append(OnnxTensorUse(node, index, scope))
 
     def of(self, scope: GraphScope, name: str) -> list[OnnxTensorUse]:
-        """The first users of a value that this graph owns."""
+        """The first MAX_ONNX_USES uses of a value of this graph."""
         return self._users.get((id(scope), name), [])[: budgets.MAX_ONNX_USES]
 
     def purpose(self, scope: GraphScope, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OnnxTensorPurpose:
-        """What a tensor is for: the first use that tells, or the first of all."""
+        """The purpose of a tensor: that of its first use with a known role, else of its first use."""
         purposes = list(self._purposes(scope, name, shape, dtype, budgets.MAX_PASSED_OPERATORS))
-        telling = (purpose for purpose in purposes if purpose.role is not Role.OTHER)
-        return next(telling, purposes[0] if purposes else OnnxTensorPurpose())
+        known = (purpose for purpose in purposes if purpose.role is not Role.OTHER)
+        return next(known, purposes[0] if purposes else OnnxTensorPurpose())
 
     def _purposes(
         self,
@@ -213,14 +213,14 @@ class UsageIndex:
         call: _Call | None = None,
     ) -> Iterator[OnnxTensorPurpose]:
         for use in self.of(scope, name):
-            # Concat joins what other nodes share, so that the ways through a crafted graph multiply.
+            # Through Concat, the number of paths through a crafted graph may grow exponentially.
             self._left -= 1 if use.node.is_settled else len(use.node.attributes)
             steps = steps if self._left > 0 else 0
             node = _in_call(use.node, call)
             label = _label(node, call)
             called = self._functions.get(node.operator)
             if steps and called is not None and called.definition is not None:
-                # A function does with it what is done with its parameter.
+                # The function uses the tensor as it uses its parameter.
                 for parameter in called.definition.inputs[use.operand : use.operand + 1]:
                     inner = _Call(use, called, node, call, label)
                     yield from self._purposes(called, parameter, shape, dtype, steps - 1, call=inner)
@@ -255,7 +255,7 @@ class UsageIndex:
         return self._reader.numbers(order.ints) if order is not None else ()
 
     def _is_bias(self, use: OnnxTensorUse, shape: tuple[int, ...]) -> bool:
-        """Whether a vector is added to what a kernel made."""
+        """Whether a vector is added to the output of an operation with a kernel."""
         if use.node.op != "Add" or len(use.node.inputs) != 2 or not shape or math.prod(shape) != max(shape):
             return False
         value, scope = use.node.inputs[1 - use.operand], use.scope
@@ -273,16 +273,16 @@ class UsageIndex:
 
 
 def _in_call(node: NodeProto, call: _Call | None) -> NodeProto:
-    """A node with the settings that it has in a call: what neither the call nor the function gives is left out."""
+    """A node with its attributes in a call of the function; those without a value or a default are left out."""
     if call is None or node.is_settled:
         return node
-    settings = call.node.attributes
+    given = call.node.attributes
     defaults = call.function.definition.attributes if call.function.definition is not None else {}
-    found = {
-        name: settings.get(attribute.reference, defaults.get(attribute.reference)) if attribute.reference else attribute
+    resolved = {
+        name: given.get(attribute.reference, defaults.get(attribute.reference)) if attribute.reference else attribute
         for name, attribute in node.attributes.items()
     }
-    attributes = {name: attribute for name, attribute in found.items() if attribute is not None}
+    attributes = {name: attribute for name, attribute in resolved.items() if attribute is not None}
     is_settled = not any(attribute.reference for attribute in attributes.values())
     return replace(node, attributes=attributes, is_settled=is_settled)
 
@@ -299,7 +299,7 @@ def _part(use: OnnxTensorUse, shape: tuple[int, ...], dtype: np.dtype[Any]) -> O
     if part is None:
         return None
     if part.role in {Role.KERNEL, Role.RECURRENT, Role.EMBEDDING}:
-        # Shapes and indices go through the same operations: they are whole numbers of 64 bits, or truth values.
+        # The same operations are used on shapes and indices, which are wide integers or Booleans.
         is_number = dtype.kind != "b" and not (dtype.kind in "iu" and dtype.itemsize > 2)
         is_deep = len(shape) >= 2 if part.role is not Role.KERNEL else len(shape) >= 1
         return part if is_number and is_deep else None
@@ -308,23 +308,23 @@ def _part(use: OnnxTensorUse, shape: tuple[int, ...], dtype: np.dtype[Any]) -> O
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphScope:
-    """A graph, and the graph around it whose values it can use."""
+    """A graph, and the enclosing graph whose values it can use."""
 
     graph: GraphProto
     prefix: str = ""
-    """What names of its tensors begin with, such as `If_0/then_branch/`; nothing in the main graph."""
+    """Prefix of the names of its tensors, such as `If_0/then_branch/`; empty for the main graph."""
     parent: GraphScope | None = None
     depth: int = 0
     is_training: bool = False
     definition: NodeProto | None = None
-    """A node that calls it, with the defaults of its settings, when it is a function's."""
+    """If the graph is the body of a function, its signature as a node with the default attributes."""
     results: Mapping[str, int] = field(default_factory=dict)
-    """What it gives back then, with the numbers of these outputs."""
+    """The values that a function returns, each with the index of its output."""
     makers: dict[str, NodeProto | None] = field(default_factory=dict)
-    """The node that makes each value; None for a tensor of the file, or what a function is given."""
+    """The node that produces each value; None for a stored tensor or a parameter of a function."""
 
     def owner(self, name: str) -> GraphScope | None:
-        """The graph whose value a name means here."""
+        """The graph that defines a name: this one, or the nearest enclosing one."""
         scope: GraphScope | None = self
         while scope is not None and name not in scope.makers:
             scope = scope.parent
@@ -332,20 +332,20 @@ class GraphScope:
 
 
 def read_scopes(reader: ProtoReader, model: Model) -> tuple[GraphScope, ...]:
-    """The main graph first, then those of functions, of training, and inside nodes."""
-    waiting = [_scope(messages.graph(reader, model.graph))]
+    """All graphs: first the main graph, then those of functions, of training, and in attributes of nodes."""
+    scopes = [_scope(messages.graph(reader, model.graph))]
     for span in model.functions:
         definition, graph = messages.function(reader, span)
-        waiting.append(_scope(graph, prefix=f"{definition.op}/", definition=definition))
-    for number, span in enumerate(at for training in model.training for at in messages.training(reader, training)):
+        scopes.append(_scope(graph, prefix=f"{definition.op}/", definition=definition))
+    for number, span in enumerate(span for training in model.training for span in messages.training(reader, training)):
         graph = messages.graph(reader, span)
-        waiting.append(_scope(graph, prefix=f"training_{number}/", is_training=True))
-    for scope in waiting:
-        waiting.extend(_inside(reader, scope))
-    return tuple(waiting)
+        scopes.append(_scope(graph, prefix=f"training_{number}/", is_training=True))
+    for scope in scopes:
+        scopes.extend(_subgraphs(reader, scope))
+    return tuple(scopes)
 
 
-def _inside(reader: ProtoReader, scope: GraphScope) -> Iterator[GraphScope]:
+def _subgraphs(reader: ProtoReader, scope: GraphScope) -> Iterator[GraphScope]:
     for node in scope.graph.nodes:
         for name, attribute in node.attributes.items():
             for number, span in enumerate(attribute.graphs):

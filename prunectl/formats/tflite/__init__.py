@@ -1,4 +1,4 @@
-"""TensorFlow Lite models: one FlatBuffer that holds the graph and its constants; and how much it multiplies."""
+"""TensorFlow Lite models: a FlatBuffer with the graph and its constants; also their multiply-accumulates (MACs)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from prunectl.formats.tflite.schema import (
     read_lite,
     stored_bytes,
 )
-from prunectl.formats.tflite.usage import LiteTensorPurpose, LiteTensorUse, layer_of, meanings
+from prunectl.formats.tflite.usage import LiteTensorPurpose, LiteTensorUse, layer_of, tensor_purposes
 
 _COMPRESSED = 1
 _INDEX_TYPES: dict[int, type[np.generic]] = {1: np.int32, 2: np.uint16, 3: np.uint8}
@@ -48,11 +48,11 @@ _INDEX_TYPES: dict[int, type[np.generic]] = {1: np.int32, 2: np.uint16, 3: np.ui
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """One dimension in the order of storage."""
+    """One dimension of a sparse tensor, in storage order."""
 
     size: int
     segments: NDArray[np.int64] | None
-    """Where the children of each parent begin; None when the dimension is dense."""
+    """As in CSR, the offset at which the indices of each parent begin; None when the dimension is dense."""
     indices: NDArray[np.int64]
 
 
@@ -65,21 +65,22 @@ def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -
         raise FlatBufferError("a sparse tensor does not give its storage order")
     if any(not 0 <= axis < rank for axis in blocks) or len(set(blocks)) != len(blocks):
         raise FlatBufferError("a sparse tensor has blocks along an axis that it lacks")
-    spots = _walk(levels, max([len(values), *(len(level.segments) for level in levels if level.segments is not None)]))
-    if len(spots[0]) != len(values):
-        raise FlatBufferError(f"a sparse tensor holds {len(values)} values for {len(spots[0])} positions")
-    by_number = {number: (spot, level.size) for number, spot, level in zip(order, spots, levels, strict=True)}
-    places = []
+    limit = max([len(values), *(len(level.segments) for level in levels if level.segments is not None)])
+    level_indices = _walk(levels, limit)
+    if len(level_indices[0]) != len(values):
+        raise FlatBufferError(f"a sparse tensor holds {len(values)} values for {len(level_indices[0])} positions")
+    by_number = {number: (index, level.size) for number, index, level in zip(order, level_indices, levels, strict=True)}
+    indices = []
     for axis, size in enumerate(shape):
-        place = by_number[axis][0]
+        index = by_number[axis][0]
         if axis in blocks:
             inner, width = by_number[rank + blocks.index(axis)]
-            place = place * width + inner
-        if place.size and not 0 <= place.min() <= place.max() < size:
+            index = index * width + inner
+        if index.size and not 0 <= index.min() <= index.max() < size:
             raise FlatBufferError("a sparse tensor has an index outside its shape")
-        places.append(place)
+        indices.append(index)
     dense = np.zeros(shape, values.dtype)
-    dense[tuple(places)] = values
+    dense[tuple(indices)] = values
     return dense
 
 
@@ -99,24 +100,24 @@ def _numbers(facts: FlatTable, field: int) -> NDArray[np.int64]:
 def _walk(levels: list[_Level], limit: int) -> list[NDArray[np.int64]]:
     """The index of every value along each level.
 
-    No level has more places than there are values, or segments of the level below: ``limit`` is the most of these.
+    No level has more positions than there are values, or segments in the level below: ``limit`` is the larger number.
     """
-    spots: list[NDArray[np.int64]] = []
+    found: list[NDArray[np.int64]] = []
     count = 1
     for level in levels:
         if level.segments is None:
             if level.size < 0 or count * level.size > limit:
                 raise FlatBufferError("a sparse tensor has more positions than values")
-            spots = [np.repeat(spot, level.size) for spot in spots]
-            spots.append(np.tile(np.arange(level.size), count))
+            found = [np.repeat(indices, level.size) for indices in found]
+            found.append(np.tile(np.arange(level.size), count))
         else:
             widths = np.diff(level.segments)
             if len(widths) != count or (widths < 0).any() or int(widths.sum()) != len(level.indices):
                 raise FlatBufferError("a sparse tensor's segments do not fit its indices")
-            spots = [np.repeat(spot, widths) for spot in spots]
-            spots.append(level.indices)
-        count = len(spots[-1])
-    return spots or [np.zeros(1, np.int64)]
+            found = [np.repeat(indices, widths) for indices in found]
+            found.append(level.indices)
+        count = len(found[-1])
+    return found or [np.zeros(1, np.int64)]
 
 
 _UNUSED = LiteTensorPurpose("", "", LiteTensorUse(Role.OTHER))
@@ -142,15 +143,15 @@ def open_model(path: Path) -> ModelFile:
 
 
 def constants(lite: LiteFile) -> Iterator[tuple[tuple[int, int], tuple[Tensor, LiteTensor]]]:
-    """Yield the tensors with values in the file, by the number of their graph and their own."""
+    """Yield the tensors with values in the file, by the index of their graph and their index in it."""
     allocator = NameAllocator()
     for number, graph in enumerate(lite.graphs):
-        purposes = meanings(graph)
-        for at, source in enumerate(graph.tensors):
+        purposes = tensor_purposes(graph)
+        for index, source in enumerate(graph.tensors):
             if not _has_values(lite, source):
                 continue
             name = allocator.unique(source.name)
-            yield (number, at), (_tensor(lite, name, source, purposes.get(at, _UNUSED)), source)
+            yield (number, index), (_tensor(lite, name, source, purposes.get(index, _UNUSED)), source)
 
 
 def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
@@ -161,13 +162,13 @@ def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
     return lite.buffers[source.buffer][1] > 0 and not source.is_elsewhere and source.code not in NOT_NUMBERS
 
 
-def _role(name: str, meaning: LiteTensorPurpose) -> Role:
-    """What a tensor is for: a fixed basis is none to prune, although a convolution takes it."""
-    is_fixed = meaning.use.role in PRUNABLE and state_dict.is_constant(name, meaning.layer)
-    return Role.STATE if is_fixed else meaning.use.role
+def _role(name: str, purpose: LiteTensorPurpose) -> Role:
+    """The role of a tensor; a fixed basis, such as that of a Fourier transform, is not a kernel, but a state."""
+    is_fixed = purpose.use.role in PRUNABLE and state_dict.is_constant(name, purpose.layer)
+    return Role.STATE if is_fixed else purpose.use.role
 
 
-def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: LiteTensorPurpose) -> Tensor:
+def _tensor(lite: LiteFile, name: str, source: LiteTensor, purpose: LiteTensorPurpose) -> Tensor:
     offset, nbytes = lite.buffers[source.buffer]
     check_inside(lite.path, offset, nbytes, len(lite.data), name)
     if source.code not in DTYPES:
@@ -187,19 +188,19 @@ def _tensor(lite: LiteFile, name: str, source: LiteTensor, meaning: LiteTensorPu
     is_flat = source.sparsity is None and source.code not in BITS
     return Tensor(
         name=name,
-        layer=meaning.layer or source.name.rpartition("/")[0] or source.name,
+        layer=purpose.layer or source.name.rpartition("/")[0] or source.name,
         shape=source.shape,
         dtype=dtype,
-        role=_role(name, meaning),
+        role=_role(name, purpose),
         storage=Storage(
             f"buffer {source.buffer}",
             size * dtype.itemsize,
             Extent(lite.path, offset, nbytes) if is_flat else None,
             nbytes,
         ),
-        kind=meaning.kind,
-        out_axis=meaning.use.out_axis,
-        in_axis=meaning.use.in_axis,
+        kind=purpose.kind,
+        out_axis=purpose.use.out_axis,
+        in_axis=purpose.use.in_axis,
     )
 
 
@@ -247,32 +248,32 @@ def _tensors(count: int) -> str:
     return "1 tensor is" if count == 1 else f"{count} tensors are"
 
 
-_SHAPE_OPERATORS = frozenset({"DEQUANTIZE", "DENSIFY"})
+_DECODING = frozenset({"DEQUANTIZE", "DENSIFY"})
 
 
 def operations(model: ModelFile) -> tuple[Operation, ...]:
-    """The multiply-accumulate operations of a model, for the shapes in the file; a free size counts as 1."""
+    """The multiply-accumulate operations of a model, for the shapes in the file; an unknown size counts as 1."""
     lite = read_lite(model.path)
     names = {place: tensor.name for place, (tensor, _) in constants(lite)}
     operations = []
     for number, graph in enumerate(lite.graphs):
-        makers = {at: operator for operator in graph.operators for at in operator.outputs}
+        makers = {output: operator for operator in graph.operators for output in operator.outputs}
         for operator in graph.operators:
-            if operator.kind not in _MULTIPLYING or not _is_whole(operator):
+            if operator.kind not in _MULTIPLYING or not _is_complete(operator):
                 continue
             weight = _origin(operator.inputs[1], makers)
             operations.append(
                 Operation(
                     layer=layer_of(graph, operator, operator.outputs[0]),
                     kind=operator.kind,
-                    macs=_count(graph, operator),
+                    macs=_macs(graph, operator),
                     weight=names.get((number, weight), ""),
                 )
             )
     return tuple(operations)
 
 
-def _is_whole(operator: LiteOperator) -> bool:
+def _is_complete(operator: LiteOperator) -> bool:
     needed = 3 if operator.kind == "TRANSPOSE_CONV" else 2
     return (
         len(operator.inputs) >= needed
@@ -281,23 +282,23 @@ def _is_whole(operator: LiteOperator) -> bool:
     )
 
 
-def _origin(at: int, makers: dict[int, LiteOperator]) -> int:
-    """The tensor that is stored, behind what turns it into what is used."""
+def _origin(index: int, makers: dict[int, LiteOperator]) -> int:
+    """The index of the stored tensor from which a tensor is dequantised or densified."""
     for _ in range(budgets.MAX_PASSED_OPERATORS):
-        maker = makers.get(at)
-        if maker is None or maker.kind not in _SHAPE_OPERATORS or not maker.inputs:
+        maker = makers.get(index)
+        if maker is None or maker.kind not in _DECODING or not maker.inputs:
             break
-        at = maker.inputs[0]
-    return at
+        index = maker.inputs[0]
+    return index
 
 
-def _count(graph: LiteGraph, operator: LiteOperator) -> int:
-    """Elements of the output, each a sum over the axes of one input: those of the weight that the output has not."""
-    inputs = [tuple(max(size, 1) for size in graph.tensors[at].shape) if at >= 0 else () for at in operator.inputs]
+def _macs(graph: LiteGraph, operator: LiteOperator) -> int:
+    """Elements of the output (of a transposed convolution: of the input) times the weights that each one needs."""
+    inputs = [tuple(max(size, 1) for size in graph.tensors[i].shape) if i >= 0 else () for i in operator.inputs]
     output = tuple(max(size, 1) for size in graph.tensors[operator.outputs[0]].shape)
     if operator.kind == "BATCH_MATMUL":
-        is_turned = operator.options is not None and operator.options.number(0, 1) != 0
-        return math.prod(output) * math.prod(inputs[0][-2:-1] if is_turned else inputs[0][-1:])
+        is_transposed = operator.options is not None and operator.options.number(0, 1) != 0
+        return math.prod(output) * math.prod(inputs[0][-2:-1] if is_transposed else inputs[0][-1:])
     if operator.kind == "TRANSPOSE_CONV":
         output = inputs[2]
     return math.prod(output) * math.prod(inputs[1][_SUMMED[operator.kind]])
@@ -310,5 +311,5 @@ _SUMMED = {
     "TRANSPOSE_CONV": slice(None, -1),  # [out, height, width, in]
     "CONV_3D": slice(None, -1),  # [depth, height, width, in, out]
 }
-"""The axes of the weight that are summed over: for a transposed convolution those of each element of its input."""
+"""The axes of the weight whose elements are multiplied for each element of the output (transposed: of the input)."""
 _MULTIPLYING = frozenset({*_SUMMED, "BATCH_MATMUL"})

@@ -1,4 +1,4 @@
-"""A .tflite file taken apart: its graphs, their tensors and operators, and where the constants lie."""
+"""Parse a .tflite file: its graphs with their tensors and operators, and the location of the constants."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ STABLEHLO_SHIFT_LEFT STABLEHLO_CBRT STABLEHLO_CASE
 """
 
 OPERATORS = tuple(_NAMES.split())
-"""Where a name stands is its number in `BuiltinOperator`."""
+"""Operator names, indexed by their number in `BuiltinOperator`."""
 
 CUSTOM = OPERATORS.index("CUSTOM")
 
 
 _PART_BYTES, _FEW_PARTS = 24, 1000
-"""What a tensor or an operator takes in a file at least, and how many may be told in however small a file."""
+"""Minimal bytes of a tensor or operator in a file, and the number of them that is allowed however small the file."""
 _PLACEHOLDER_OFFSET = 1
 _RUNTIME = "min_runtime_version"
 
 
 @dataclass(frozen=True, slots=True)
 class LiteTensor:
-    """A tensor as the file describes it."""
+    """The description of a tensor in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ class LiteTensor:
 
 @dataclass(frozen=True, slots=True)
 class LiteOperator:
-    """One operation, with the numbers of the tensors that it takes and gives; -1 stands for none."""
+    """One operation, with the indices of its input and output tensors; -1 is an absent one."""
 
     kind: str
     inputs: tuple[int, ...]
@@ -97,7 +97,7 @@ class LiteGraph:
 
 @dataclass(frozen=True, slots=True)
 class LiteFile:
-    """All that a file says."""
+    """The content of a file, except for the values of its constants."""
 
     path: Path
     data: memoryview
@@ -105,12 +105,12 @@ class LiteFile:
     description: str
     runtime: str
     buffers: tuple[tuple[int, int], ...]
-    """Offset and length of each."""
+    """Offset and length of each buffer."""
     graphs: tuple[LiteGraph, ...]
 
 
 def read_lite(path: Path) -> LiteFile:
-    """Take a file apart."""
+    """Parse a file."""
     data = mmap_file(path)
     try:
         return _read(path, data, root(data))
@@ -138,7 +138,7 @@ def _read(path: Path, data: memoryview, model: FlatTable) -> LiteFile:
 
 
 class _Budget:
-    """What all graphs together may hold: several of them may point to the same long vector."""
+    """Limits on all graphs together, because several graphs may point to the same long vector."""
 
     def __init__(self, file_bytes: int) -> None:
         self.parts, self.names_bytes = 0, 0
@@ -146,7 +146,7 @@ class _Budget:
         self.buffers: Counter[int] = Counter()
 
     def spend(self, name_bytes: int, buffer: int = 0) -> None:
-        """Count one part, with its name and the buffer that it lies in."""
+        """Count one tensor or operator, with the length of its name and, for a tensor, its buffer."""
         self.parts += 1
         self.names_bytes += name_bytes
         self.buffers[buffer] += buffer > 0
@@ -157,7 +157,7 @@ class _Budget:
 
 
 def _operator_name(code: FlatTable) -> str:
-    # The first field ran out of numbers at 127 and holds a placeholder since.
+    # The first field is limited to 127, which is a placeholder for all later operators.
     number = max(code.number(0, 1, is_signed=True), code.number(3, 4, is_signed=True))
     if number == CUSTOM:
         return code.text(1) or OPERATORS[CUSTOM]
@@ -166,7 +166,7 @@ def _operator_name(code: FlatTable) -> str:
 
 def _buffer(buffer: FlatTable) -> tuple[int, int]:
     offset = buffer.number(1, 8)
-    # Models of more than 2 GB keep their data behind the FlatBuffer.
+    # Models of more than 2 GB store their data behind the FlatBuffer.
     if offset > _PLACEHOLDER_OFFSET:
         return offset, buffer.number(2, 8)
     run = buffer.run(0, 1)
@@ -207,8 +207,8 @@ def _tensor(tensor: FlatTable) -> LiteTensor:
 
 def _operator(operator: FlatTable, codes: tuple[str, ...], tensors: int) -> LiteOperator:
     code = operator.number(0, 4)
-    inputs, outputs = (tuple(int(at) for at in operator.numbers(field, np.int32, MAX_OPERANDS)) for field in (1, 2))
-    if code >= len(codes) or any(not -1 <= at < tensors for at in inputs + outputs):
+    inputs, outputs = (tuple(map(int, operator.numbers(field, np.int32, MAX_OPERANDS))) for field in (1, 2))
+    if code >= len(codes) or any(not -1 <= index < tensors for index in inputs + outputs):
         raise FlatBufferError("an operator refers to a code or a tensor that does not exist")
     return LiteOperator(codes[code], inputs, outputs, operator.child(4))
 
@@ -236,10 +236,10 @@ DTYPES: dict[int, np.dtype[Any]] = {
     19: np.dtype(ml_dtypes.int2),
     20: np.dtype(ml_dtypes.uint4),
 }
-"""By number in `TensorType`."""
+"""Dtypes by their number in `TensorType`."""
 
 BITS = {17: 4, 19: 2, 20: 4}
-"""Of the types that share a byte."""
+"""Bits of an element, for the types with several elements in a byte."""
 
 
 def stored_bytes(code: int, size: int) -> int:
@@ -256,7 +256,7 @@ class FlatBufferError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """The elements of a vector."""
+    """The location of a vector's elements."""
 
     begin: int
     count: int
@@ -264,7 +264,7 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class FlatTable:
-    """A table: fields that are found through a vtable, by their number."""
+    """A FlatBuffer table, whose vtable has the offset of each field by its number."""
 
     data: memoryview
     at: int
@@ -273,7 +273,7 @@ class FlatTable:
     table_bytes: int
 
     def number(self, field: int, nbytes: int, *, is_signed: bool = False) -> int:
-        """A whole number, or 0 if the table leaves it out."""
+        """An integer field; 0 if it is absent."""
         at = self._find(field, nbytes)
         return 0 if at == 0 else int.from_bytes(self.data[at : at + nbytes], "little", signed=is_signed)
 
@@ -283,7 +283,7 @@ class FlatTable:
         return None if at == 0 else table_at(self.data, _follow(self.data, at))
 
     def run(self, field: int, item_bytes: int) -> Vector:
-        """Where the elements of a vector lie; an absent vector is empty."""
+        """The location of a vector's elements; an absent vector is empty."""
         at = self._find(field, OFFSET_BYTES)
         if at == 0:
             return Vector(0, 0)
@@ -294,15 +294,15 @@ class FlatTable:
         return Vector(begin + 4, count)
 
     def children(self, field: int, limit: int) -> tuple[FlatTable, ...]:
-        """The tables in a vector, refusing more than ``limit``."""
+        """The tables in a vector; FlatBufferError if there are more than ``limit``."""
         run = self.run(field, OFFSET_BYTES)
         if run.count > limit:
             raise FlatBufferError(f"a vector of {run.count} tables, more than prunectl allows")
-        places = range(run.begin, run.begin + OFFSET_BYTES * run.count, OFFSET_BYTES)
-        return tuple(table_at(self.data, _follow(self.data, at)) for at in places)
+        offsets = range(run.begin, run.begin + OFFSET_BYTES * run.count, OFFSET_BYTES)
+        return tuple(table_at(self.data, _follow(self.data, offset)) for offset in offsets)
 
     def numbers(self, field: int, dtype: type[np.generic], limit: int | None = None) -> NDArray[np.int64]:
-        """The numbers in a vector, or as many of the first as ``limit`` says."""
+        """The numbers in a vector; at most the first ``limit`` of them."""
         kind = np.dtype(dtype).newbyteorder("<")
         run = self.run(field, kind.itemsize)
         count = run.count if limit is None else min(limit, run.count)
@@ -316,7 +316,7 @@ class FlatTable:
         return str(self.data[run.begin : run.begin + run.count], "utf-8", "backslashreplace")
 
     def _find(self, field: int, nbytes: int) -> int:
-        """Where a field lies, or 0 if the table leaves it out."""
+        """The offset of a field in the file; 0 if it is absent."""
         slot = 4 + 2 * field
         if slot + 2 > self.vtable_bytes:
             return 0
@@ -327,12 +327,12 @@ class FlatTable:
 
 
 def root(data: memoryview) -> FlatTable:
-    """The table that a FlatBuffer begins with."""
+    """The root table of a FlatBuffer."""
     return table_at(data, _follow(data, 0))
 
 
 def table_at(data: memoryview, at: int) -> FlatTable:
-    """The table at an offset, its extent checked."""
+    """The table at an offset; FlatBufferError if it reaches past the end of the file."""
     vtable = at - _number_at(data, at, 4, is_signed=True)
     vtable_bytes, table_bytes = _number_at(data, vtable, 2), _number_at(data, vtable + 2, 2)
     if vtable + vtable_bytes > len(data) or at + table_bytes > len(data):

@@ -1,4 +1,4 @@
-"""What each tensor of a .tflite graph is for, judged by the operator that takes it."""
+"""The role of each tensor of a .tflite graph, by the operator that uses it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from prunectl.formats.base import Role
 from prunectl.formats.tflite.schema import LiteGraph, LiteOperator
 
 _PASSING = frozenset({"DEQUANTIZE", "DENSIFY", "CAST"})
-"""What stands between a weight that is stored small and the operator that takes it."""
-_WEIGHTY = ("Conv2D", "depthwise", "MatMul", "conv2d_transpose", "Conv3D", "Tensordot", "embedding_lookup")
-"""How TensorFlow names the operations that weights belong to."""
+"""Operators that decode a stored weight before another operator uses it."""
+_WITH_WEIGHTS = ("Conv2D", "depthwise", "MatMul", "conv2d_transpose", "Conv3D", "Tensordot", "embedding_lookup")
+"""How TensorFlow's names of operations with weights begin."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiteTensorUse:
-    """What an operator takes at one of its inputs."""
+    """The role of one input of an operator."""
 
     role: Role
     out_axis: int | None = None
@@ -50,45 +50,45 @@ USES: dict[str, dict[int, LiteTensorUse]] = {
     "UNIDIRECTIONAL_SEQUENCE_RNN": _RNN,
     "SVDF": {1: _KERNEL_FIRST, 3: _BIAS},
 }
-"""By operator and place among its inputs."""
+"""Roles by operator and index of the input."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiteTensorPurpose:
-    """What a tensor is for."""
+    """The role of a tensor, with the layer and the kind of operator that use it."""
 
     layer: str
     kind: str
     use: LiteTensorUse
 
 
-def meanings(graph: LiteGraph) -> dict[int, LiteTensorPurpose]:
-    """What each tensor that an operator takes is for; of several takers, the first."""
-    takers: dict[int, tuple[LiteOperator, int]] = {}
+def tensor_purposes(graph: LiteGraph) -> dict[int, LiteTensorPurpose]:
+    """The purpose of each tensor that is an input of an operator, by the first operator that uses it."""
+    users: dict[int, tuple[LiteOperator, int]] = {}
     for operator in graph.operators:
-        for operand, at in enumerate(operator.inputs):
-            takers.setdefault(at, (operator, operand))
-    return {at: _meaning(graph, at, takers) for at in takers if at >= 0}
+        for operand, index in enumerate(operator.inputs):
+            users.setdefault(index, (operator, operand))
+    return {index: _purpose(graph, index, users) for index in users if index >= 0}
 
 
-def _meaning(graph: LiteGraph, at: int, takers: dict[int, tuple[LiteOperator, int]]) -> LiteTensorPurpose:
-    operator, operand = takers[at]
+def _purpose(graph: LiteGraph, index: int, users: dict[int, tuple[LiteOperator, int]]) -> LiteTensorPurpose:
+    operator, operand = users[index]
     for _ in range(budgets.MAX_PASSED_OPERATORS):
-        if operator.kind not in _PASSING or not operator.outputs or operator.outputs[0] not in takers:
+        if operator.kind not in _PASSING or not operator.outputs or operator.outputs[0] not in users:
             break
-        operator, operand = takers[operator.outputs[0]]
-    rank = len(graph.tensors[at].shape)
+        operator, operand = users[operator.outputs[0]]
+    rank = len(graph.tensors[index].shape)
     use = _use(operator, operand, rank)
-    is_whole = use.out_axis is None or use.out_axis < rank
+    has_axis = use.out_axis is None or use.out_axis < rank
     return LiteTensorPurpose(
-        layer_of(graph, operator, at), operator.kind, use if is_whole else LiteTensorUse(Role.OTHER)
+        layer_of(graph, operator, index), operator.kind, use if has_axis else LiteTensorUse(Role.OTHER)
     )
 
 
 def _use(operator: LiteOperator, operand: int, rank: int) -> LiteTensorUse:
     if operator.kind == "BATCH_MATMUL" and operand in {0, 1} and rank >= 2:
         adjoint = operator.options is not None and operator.options.number(operand, 1) != 0
-        # The right side holds [in, out], the left one [out, in], unless they are turned.
+        # The right input is [in, out], the left one [out, in], unless they are transposed.
         is_out_last = (operand == 1) != adjoint
         return (
             LiteTensorUse(Role.KERNEL, rank - 1, rank - 2)
@@ -100,21 +100,21 @@ def _use(operator: LiteOperator, operand: int, rank: int) -> LiteTensorUse:
     return USES.get(operator.kind, {}).get(operand, LiteTensorUse(Role.OTHER))
 
 
-def layer_of(graph: LiteGraph, operator: LiteOperator, at: int) -> str:
-    """What a user would call the operator: the scope of its weight, else that of its result."""
+def layer_of(graph: LiteGraph, operator: LiteOperator, tensor: int) -> str:
+    """The layer of an operator: the name scope of its weight, else of the given tensor, else of its output."""
     weights = [
         operand for operand, use in USES.get(operator.kind, {}).items() if use.role in {Role.KERNEL, Role.EMBEDDING}
     ]
-    named = [operator.inputs[operand] for operand in weights if operand < len(operator.inputs)]
-    for index in (*named, at, *operator.outputs):
+    weight_tensors = [operator.inputs[operand] for operand in weights if operand < len(operator.inputs)]
+    for index in (*weight_tensors, tensor, *operator.outputs):
         if index >= 0 and (scope := _scope(graph.tensors[index].name)):
             return scope
-    return graph.tensors[operator.outputs[0] if operator.outputs and operator.outputs[0] >= 0 else at].name
+    return graph.tensors[operator.outputs[0] if operator.outputs and operator.outputs[0] >= 0 else tensor].name
 
 
 def _scope(name: str) -> str:
-    # The converter names what it fused after all the parts, with semicolons between them.
+    # The converter joins the names of fused operations with semicolons.
     parts = [part for part in name.split(";") if "/" in part]
-    weighty = [part for part in parts if part.rpartition("/")[2].startswith(_WEIGHTY)]
-    first = next(iter(weighty or parts), "").removeprefix("StatefulPartitionedCall/")
+    with_weights = [part for part in parts if part.rpartition("/")[2].startswith(_WITH_WEIGHTS)]
+    first = next(iter(with_weights or parts), "").removeprefix("StatefulPartitionedCall/")
     return first.rpartition("/")[0]
