@@ -1,1 +1,1 @@
-"""Where the bytes of a model lie, one file a container."""
+"""Model file formats: recognise and open models, write copies with changed tensors, and strip them."""

@@ -35,9 +35,8 @@ def swap_atomically(one: Path, other: Path) -> bool:
 def move_if_free(new: Path, target: Path) -> None:
     """Move a file or a folder to a free path; FileExistsError if another process has created it meanwhile.
 
-    Uses `renameat2` where available, else (for a file) a hard link, which does not replace anything either. Otherwise
-    it exclusively creates an empty file or folder and renames over that: only what another process puts in its place
-    between the two steps can be lost.
+    Uses `renameat2` where available, else (for a file) a hard link, which never replaces anything either, else a rename
+    over an empty file or folder, created exclusively: only what replaces that between the two steps can be lost.
     """
     code = _renameat2(new, target, _NO_REPLACE)
     if code == errno.EEXIST:

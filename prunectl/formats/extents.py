@@ -43,7 +43,7 @@ class RemoteFile(Protocol):
     """An ETag, a modification time or another mark that changes with the content."""
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
-        """The first `nbytes`; this also sets the size and version. Without range support, a file of up to `whole`."""
+        """The first bytes; also sets the size and version. A server without ranges may send up to `whole` bytes."""
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """A range of bytes."""

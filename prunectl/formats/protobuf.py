@@ -37,35 +37,35 @@ class Field(NamedTuple):
 
 def fields(data: memoryview, begin: int = 0, end: int | None = None) -> Iterator[Field]:
     """Yield the fields of the message at ``begin``..``end`` of a buffer."""
-    at, stop = begin, len(data) if end is None else end
-    while at < stop:
+    offset, stop = begin, len(data) if end is None else end
+    while offset < stop:
         # Most varints have one byte, and are decoded inline: a call for each would double the time.
-        tag = data[at]
+        tag = data[offset]
         if tag < 0x80:
-            at += 1
+            offset += 1
         else:
-            tag, at = read_varint(data, at, stop)
+            tag, offset = read_varint(data, offset, stop)
         number, wire = tag >> 3, tag & 7
         if number == 0:
             raise WireError("field 0")
-        value, payload = 0, at
+        value, payload = 0, offset
         if wire in (BYTES, VARINT):
-            if at < stop and data[at] < 0x80:
-                value = data[at]
-                at += 1
+            if offset < stop and data[offset] < 0x80:
+                value = data[offset]
+                offset += 1
             else:
-                value, at = read_varint(data, at, stop)
+                value, offset = read_varint(data, offset, stop)
             if wire == BYTES:
-                payload = at
-                at += value
+                payload = offset
+                offset += value
         elif wire in _FIXED_BYTES:
-            at += _FIXED_BYTES[wire]
-            value = int.from_bytes(data[payload:at], "little")
+            offset += _FIXED_BYTES[wire]
+            value = int.from_bytes(data[payload:offset], "little")
         else:
             raise WireError(f"wire type {wire}")
-        if at > stop:
+        if offset > stop:
             raise WireError("a field reaches past the end of its message")
-        yield Field(number, wire, value, payload, at)
+        yield Field(number, wire, value, payload, offset)
 
 
 def raw_fields(data: memoryview, begin: int, end: int) -> Iterator[tuple[bytes, Field]]:
@@ -76,15 +76,15 @@ def raw_fields(data: memoryview, begin: int, end: int) -> Iterator[tuple[bytes, 
         start = field.end
 
 
-def read_varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
-    """The varint at offset ``at``, and the offset behind it."""
+def read_varint(data: memoryview, offset: int, end: int) -> tuple[int, int]:
+    """The varint at ``offset``, and the offset behind it."""
     value = shift = 0
-    while at < end and shift <= _MAX_SHIFT:
-        byte = data[at]
-        at += 1
+    while offset < end and shift <= _MAX_SHIFT:
+        byte = data[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value & _ALL_BITS, at
+            return value & _ALL_BITS, offset
         shift += 7
     raise WireError("a number without an end")
 
@@ -98,9 +98,9 @@ def packed(data: memoryview, field: Field) -> list[int]:
     """The varints of a repeated field, whether packed or a single one."""
     if field.wire == VARINT:
         return [field.value]
-    numbers, at = [], field.begin
-    while at < field.end:
-        number, at = read_varint(data, at, field.end)
+    numbers, offset = [], field.begin
+    while offset < field.end:
+        number, offset = read_varint(data, offset, field.end)
         numbers.append(number)
     return numbers
 

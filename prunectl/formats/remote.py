@@ -254,8 +254,7 @@ def fetch(path: Path, tell: Tell) -> None:
     stubs = [stub for stub in REMOTE if stub == path or stub.is_relative_to(path)]
     is_known = any((path / name).exists() for name in (*IN_A_FOLDER, PIPELINE_INDEX))
     if is_known or (path.is_dir() and parts_without_index(path)):
-        # Optimizer files are bigger than the weights, and not part of the model. Safetensors are kept, because an index
-        # may give shards such a name.
+        # Optimizer files are big and not part of the model. Safetensors are: an index may give shards such names.
         stubs = [
             stub for stub in stubs if stub.suffix == ".safetensors" or training_part(stub.relative_to(path)) is None
         ]

@@ -130,7 +130,7 @@ class HttpFile:
     """The ETag or modification time of the first response."""
 
     def head(self, nbytes: int, whole: int = 0) -> bytes:
-        """The first bytes; sets the size and version. A server without ranges may send a file of `whole` bytes."""
+        """The first bytes; sets the size and version. A server without ranges may send a file of up to `whole`."""
         return self._get(0, nbytes, whole)
 
     def read(self, offset: int, nbytes: int) -> bytes:

@@ -74,10 +74,9 @@ OR_BUILD = ", or build the model with --builder mod:fn"
 
 
 class Fact(NamedTuple):
-    """Code that a framework would run, or a file that it would read."""
+    """Code that a framework would run, or a file that it would read, in words such as `Lambda layer crop`."""
 
     words: str
-    """How messages describe it: `Lambda layer crop`."""
     custom: str = ""
     """The name of a custom class or function, which `--custom-objects` may provide; empty for anything else."""
 

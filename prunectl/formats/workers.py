@@ -101,8 +101,7 @@ def workers(
 ) -> Generator[Workers]:
     """Yield a pool of threads; after an exception, each thread only finishes its current block.
 
-    The first exception of a thread is raised here. `on_failure` must stop work that does not call `check_stopped`,
-    such as that of another process.
+    The first exception of a thread is raised here. `on_failure` stops work without `check_stopped`, as in a process.
     """
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - small files are read without threads
 

@@ -1,1 +1,1 @@
-"""ONNX files: one protobuf message, with or without data beside it."""
+"""ONNX models: a protobuf message, with or without external data files."""

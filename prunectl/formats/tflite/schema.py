@@ -267,27 +267,27 @@ class FlatTable:
     """A FlatBuffer table, whose vtable has the offset of each field by its number."""
 
     data: memoryview
-    at: int
+    begin: int
     vtable: int
     vtable_bytes: int
     table_bytes: int
 
     def number(self, field: int, nbytes: int, *, is_signed: bool = False) -> int:
         """An integer field; 0 if it is absent."""
-        at = self._find(field, nbytes)
-        return 0 if at == 0 else int.from_bytes(self.data[at : at + nbytes], "little", signed=is_signed)
+        offset = self._find(field, nbytes)
+        return 0 if offset == 0 else int.from_bytes(self.data[offset : offset + nbytes], "little", signed=is_signed)
 
     def child(self, field: int) -> FlatTable | None:
         """The table that a field points to."""
-        at = self._find(field, OFFSET_BYTES)
-        return None if at == 0 else table_at(self.data, _follow(self.data, at))
+        offset = self._find(field, OFFSET_BYTES)
+        return None if offset == 0 else table_at(self.data, _follow(self.data, offset))
 
     def run(self, field: int, item_bytes: int) -> Vector:
         """The location of a vector's elements; an absent vector is empty."""
-        at = self._find(field, OFFSET_BYTES)
-        if at == 0:
+        offset = self._find(field, OFFSET_BYTES)
+        if offset == 0:
             return Vector(0, 0)
-        begin = _follow(self.data, at)
+        begin = _follow(self.data, offset)
         count = _number_at(self.data, begin, 4)
         if begin + 4 + count * item_bytes > len(self.data):
             raise FlatBufferError(f"a vector of {count} elements reaches past its end")
@@ -323,7 +323,7 @@ class FlatTable:
         offset = _number_at(self.data, self.vtable + slot, 2)
         if offset and offset + nbytes > self.table_bytes:
             raise FlatBufferError("a field lies outside of its table")
-        return self.at + offset if offset else 0
+        return self.begin + offset if offset else 0
 
 
 def root(data: memoryview) -> FlatTable:
@@ -331,20 +331,20 @@ def root(data: memoryview) -> FlatTable:
     return table_at(data, _follow(data, 0))
 
 
-def table_at(data: memoryview, at: int) -> FlatTable:
+def table_at(data: memoryview, offset: int) -> FlatTable:
     """The table at an offset; FlatBufferError if it reaches past the end of the file."""
-    vtable = at - _number_at(data, at, 4, is_signed=True)
+    vtable = offset - _number_at(data, offset, 4, is_signed=True)
     vtable_bytes, table_bytes = _number_at(data, vtable, 2), _number_at(data, vtable + 2, 2)
-    if vtable + vtable_bytes > len(data) or at + table_bytes > len(data):
+    if vtable + vtable_bytes > len(data) or offset + table_bytes > len(data):
         raise FlatBufferError("a table reaches past its end")
-    return FlatTable(data, at, vtable, vtable_bytes, table_bytes)
+    return FlatTable(data, offset, vtable, vtable_bytes, table_bytes)
 
 
-def _follow(data: memoryview, at: int) -> int:
-    return at + _number_at(data, at, OFFSET_BYTES)
+def _follow(data: memoryview, offset: int) -> int:
+    return offset + _number_at(data, offset, OFFSET_BYTES)
 
 
-def _number_at(data: memoryview, at: int, nbytes: int, *, is_signed: bool = False) -> int:
-    if at < 0 or at + nbytes > len(data):
+def _number_at(data: memoryview, offset: int, nbytes: int, *, is_signed: bool = False) -> int:
+    if offset < 0 or offset + nbytes > len(data):
         raise FlatBufferError("an offset points past its end")
-    return int.from_bytes(data[at : at + nbytes], "little", signed=is_signed)
+    return int.from_bytes(data[offset : offset + nbytes], "little", signed=is_signed)
