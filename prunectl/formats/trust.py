@@ -48,7 +48,7 @@ _VALUES = frozenset(
 )
 """Values of class_name for plain values, which are not classes."""
 _CODE = frozenset({"FlaxLayer", "JaxLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"})
-"""Layers owner purpose is to contain or load code."""
+"""Layers whose purpose is to contain or load code."""
 _FILES = (
     "ckpt_to_load_from",
     "file_path",

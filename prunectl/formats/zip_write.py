@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,14 +65,13 @@ def rewrite_zip(
 
 _HEADER_BYTES = 30
 _ZIP64_BYTES = 20
-_ZIP64_ABOVE = 1 << 30
-"""Sizes above which `zipfile` reserves space for 64-bit lengths in the local header."""
 _PADDING = b"FB"
 
 
 def _padding(offset: int, info: ZipInfo, alignment: int) -> bytes:
     """An extra field that aligns the bytes of an entry, as PyTorch pads them."""
-    is_big = info.file_size > _ZIP64_ABOVE
+    # As `zipfile` decides whether it adds 64-bit lengths to the local header.
+    is_big = info.file_size * 1.05 > zipfile.ZIP64_LIMIT
     begin = offset + _HEADER_BYTES + len(info.filename.encode()) + 4 + (_ZIP64_BYTES if is_big else 0)
     fill = -begin % alignment
     return _PADDING + fill.to_bytes(2, "little") + b"Z" * fill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
@@ -10,7 +11,7 @@ import pytest
 
 from prunectl.formats import zip_write
 from prunectl.formats.extents import Extent
-from prunectl.formats.zip_read import ZipEntry
+from prunectl.formats.zip_read import ZipEntry, open_archive
 from tests.running import FIXTURES, here, prunectl
 
 HALF = ("-s", "0.5", "-q")
@@ -92,3 +93,14 @@ def test_a_huge_file_in_the_place_of_a_manifest_is_not_read_whole(tmp_path: Path
 def test_a_manifest_of_a_run_before_is_written_over(tmp_path: Path) -> None:
     words = ("prune", FIXTURES / "digits_cnn.pt", "--manifest", tmp_path / "run.json", *HALF)
     assert here(*words, "-o", tmp_path / "one.pt").code == here(*words, "-o", tmp_path / "two.pt").code == 0
+
+
+def test_entries_with_64_bit_lengths_are_aligned_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ZipFile(tmp_path / "old.zip", "w") as old:
+        for size in (900, 980, 1100):
+            old.writestr(f"of {size} bytes", bytes(size))
+    # In place of entries of 2 GB: those of more than 952 bytes get the lengths.
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    zip_write.rewrite_zip(open_archive(tmp_path / "old.zip"), tmp_path / "new.zip", {}, alignment=64)
+    entries = open_archive(tmp_path / "new.zip").entries.values()
+    assert [entry.extent.offset % 64 for entry in entries] == [0, 0, 0]
