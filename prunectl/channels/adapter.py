@@ -124,7 +124,7 @@ class GraphAdapter(ABC):
 
     @property
     def length_hint(self) -> str:
-        """A hint how to give the lengths of open axes, where assumed lengths may be wrong."""
+        """A hint on how to give the lengths of open axes, where assumed lengths may be wrong."""
         return "\n".join(self.assumptions)
 
     @property

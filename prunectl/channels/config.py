@@ -167,7 +167,7 @@ def parse_config(
         targets.append(SizeTarget(TargetKind.GZIP, request.target_gzip))
     importance, threshold = _parse_importance(request)
     _check_amount(request, targets, dead=dead, has_threshold=threshold is not None)
-    for ratio in (request.sparsity or 0.0, max_ratio, *(own for _, own in request.layers)):
+    for ratio in (request.sparsity or 0.0, max_ratio, *(layer_ratio for _, layer_ratio in request.layers)):
         if not 0 <= ratio <= 1:
             raise UsageError(f"the share of channels must be from 0 to 1, not {ratio:g}", hint="write 0.5 or 50%")
     for option, number in (("--min-channels", min_channels), ("--round-to", round_to)):
@@ -223,10 +223,10 @@ _WEIGHT_OPTIONS: tuple[tuple[str, Callable[[PruneRequest], bool]], ...] = (
 
 
 def _refuse_weight_options(request: PruneRequest) -> None:
-    for word, is_given in _WEIGHT_OPTIONS:
+    for option, is_given in _WEIGHT_OPTIONS:
         if is_given(request):
-            hint = "use --repair outputs" if request.is_repaired else f"leave out {word}"
-            raise UsageError(f"{word} cannot be used with --pattern channel", hint=hint)
+            hint = "use --repair outputs" if request.is_repaired else f"leave out {option}"
+            raise UsageError(f"{option} cannot be used with --pattern channel", hint=hint)
     check_matching(request)
     if not request.data and (request.samples, request.batch_size) != (SAMPLES, BATCH_SIZE):
         raise UsageError("--samples and --batch-size need --data", hint="add --data SPEC, or leave them out")
@@ -240,14 +240,14 @@ def _parse_importance(request: PruneRequest) -> tuple[Importance | None, float |
     if chosen is not None and not isinstance(chosen, Importance):
         return importance_from_function(chosen, name, request.params), None
     importance, threshold = chosen, None
-    for word in request.params:
-        key, _, value = word.partition("=")
+    for param in request.params:
+        key, _, value = param.partition("=")
         if importance is not None and importance.has_threshold and key == "threshold":
             threshold = _parse_threshold(value)
         elif importance is not None and key == importance.key and value in importance.choices:
             importance = replace(importance, function=importance.choices[value], choice=value)
         else:
-            raise UsageError(f"the strategy {name} has no --param {word}", hint=_params(importance))
+            raise UsageError(f"the strategy {name} has no --param {param}", hint=_params(importance))
     needs_data = importance is not None and importance.needs is not RequiredData.NOTHING
     if needs_data and not request.data:
         raise UsageError(f"the strategy {name} needs data", hint="add --data train.npz")

@@ -49,10 +49,7 @@ def fold_into_bias(
 def _difference(
     adapter: GraphAdapter, node: OpNode, before: dict[str, Array], after: dict[str, Array]
 ) -> tuple[Array, float]:
-    """The outputs of a node with the weights before less those with the weights after, and the largest |output|.
-
-    The outputs of the random batches are stacked on a new first axis.
-    """
+    """The change of a node's outputs between two sets of weights, with a new batch axis; and the largest |output|."""
     runners = [adapter.runner(adapter.with_weights(weights), node.outputs[:1]) for weights in (before, after)]
     random = np.random.default_rng(0)
     batches = [adapter.random_inputs(random) for _ in range(_INPUTS)]
@@ -75,7 +72,7 @@ def _constant(node: OpNode, difference: Array, scale: float) -> Array | None:
 
 
 def _absorb(trace: LabelTrace, node: OpNode, constant: Array, weights: dict[str, Array]) -> bool:
-    """Add a constant to the bias or to a weight that is added next, or subtract it from the mean of a norm behind."""
+    """Add a constant to the bias or to a weight that is added next, or subtract it from the mean of the next norm."""
     if trace.is_view(node, 2):
         return _add_to_weight(trace, node.inputs[2], constant, weights)
     reader, axis, is_transposed = _single_consumer(trace, node)
@@ -125,7 +122,7 @@ def find_dead(
 ) -> DeadChannels:
     """Find the dead channels of the selected groups, and fold their constants into the layers that read them.
 
-    A channel whose contribution is not constant, as at the borders behind padding, is kept and listed in `skips`.
+    A channel whose contribution is not constant, as at borders that are padded, is kept and listed in `skips`.
     """
     weights = adapter.graph.weights
     zero_consumed = _zero_channels(selected, AxisRole.IN, weights)
@@ -165,10 +162,7 @@ def _zero_channels(groups: Iterable[ChannelGroup], role: AxisRole, weights: Mapp
 def _fold_all(
     adapter: GraphAdapter, trace: LabelTrace, groups: Iterable[ChannelGroup], zero_produced: set[int]
 ) -> tuple[dict[str, Array], list[tuple[str, set[int]]]]:
-    """Fold these constant channels into the operations that read them, in order.
-
-    Returns the changed weights, and for each fold that failed the kernel and the labels of the channels.
-    """
+    """Fold constant channels into the operations that read them; the kernel and labels of failed folds are returned."""
     consumed: dict[tuple[str, int], tuple[list[int], set[int]]] = {}
     for group in groups:
         channels = np.isin(group.labels, list(zero_produced))

@@ -110,7 +110,7 @@ _SHOWN_OPS = 4
 
 
 def _by_channel(roots: LabelArray) -> tuple[LabelArray, LabelArray]:
-    """The labels and the indices of an axis, sorted by label, without indices that are no channel."""
+    """The labels and the indices of an axis, sorted by label, without indices that belong to no channel."""
     order = np.argsort(roots, kind="stable")
     order = order[roots[order] != FIXED]
     return roots[order], order

@@ -272,10 +272,7 @@ def importance_inputs(
     *,
     is_trusted: bool,
 ) -> Mapping[str, Array]:
-    """The arrays that an importance scores, in the shape of each weight: weights, or statistics of calibration data.
-
-    The statistics are norms of outputs, or weight times gradient.
-    """
+    """The arrays that an importance scores, in the shape of each weight: weights, output norms, weights * gradients."""
     if importance is None or importance.needs is RequiredData.NOTHING:
         return weights
     from prunectl.calibration.outputs import output_norms  # noqa: PLC0415 - most cuts look at no data

@@ -86,7 +86,6 @@ def _plan_of(trace: LabelTrace, pruned_groups: Sequence[PrunedGroup]) -> Channel
 
 
 def _ratio(context: Context, ranked: Sequence[Candidate], config: ChannelConfig, target: SizeTarget) -> float:
-    """The smallest ratio of channels that reaches a target."""
     measures: Mapping[TargetKind, Callable[[ChannelPlan], int]] = {
         TargetKind.PARAMS: partial(_params_left, context),
         TargetKind.FLOPS: lambda plan: 2 * macs(context.adapter.graph, plan.after.shape, plan.removed),
@@ -274,9 +273,7 @@ def _macs_of(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
 def _attention_macs(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
     """The multiply-accumulates of the projections, of queries with keys, and of attention weights with values."""
     steps = [math.prod(shape_of(data)[:-1]) for data in node.inputs[:3]]
-    widths = [
-        sizes[kernel] // shape_of(data)[-1] for data, kernel in zip(node.inputs[:3], node.inputs[3:6], strict=True)
-    ]
+    dims = [sizes[kernel] // shape_of(data)[-1] for data, kernel in zip(node.inputs[:3], node.inputs[3:6], strict=True)]
     times = zip(node.inputs[3:7], (*steps, steps[0]), strict=True)
-    # The width of all heads together is the same for queries and keys.
-    return sum(sizes[kernel] * count for kernel, count in times) + steps[0] * steps[1] * (widths[0] + widths[1])
+    # The queries of all heads have as many dimensions as the keys.
+    return sum(sizes[kernel] * count for kernel, count in times) + steps[0] * steps[1] * (dims[0] + dims[1])

@@ -213,7 +213,6 @@ def _match(
 
 
 def _removes_nothing_error(path: Path, plan: ChannelPlan, config: ChannelConfig) -> WorkError:
-    """The error for a plan that removes nothing."""
     prunable = sum(len(pruned.group) for pruned in plan.pruned_groups)
     if config.only_dead:
         return WorkError(

@@ -136,7 +136,7 @@ def along_axes(trace: LabelTrace, node: OpNode) -> None:
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     axes = {axis % labels.ndim for axis in node.attributes["axes"]}
     if any(trace.labels.varies(labels, axis) for axis in axes):
-        # Most classifiers end in a softmax: that it is an output is the reason that users expect.
+        # Most classifiers end in a softmax, for which users expect the reason that its classes are outputs.
         is_last = any(name in trace.graph.outputs for name in node.outputs)
         reason = "is an output of the network" if is_last else "spans several channels"
         trace.labels.lock(labels, f"{op_title(node)} {reason}")
@@ -236,7 +236,6 @@ def recurrent(trace: LabelTrace, node: OpNode) -> None:
 
 
 def _bias_or_state(trace: LabelTrace, node: OpNode, name: str, units_labels: LabelArray) -> None:
-    """Note a bias or an initial state."""
     if name not in trace.graph.views:
         trace.labels.unite(_last(trace.labels_of(name)), units_labels, f"{op_title(node)} starts from a computed state")
         return

@@ -76,7 +76,7 @@ def verify(
 
     If only dead channels are removed, the original is run without zeroed channels: its outputs must not change at all.
     """
-    # Inner values may differ with dead channels: a constant may have been folded into a weight behind the layer.
+    # Inner values may differ with dead channels: a constant may have been folded into a weight after the layer.
     inner = [] if plan.is_lossless else _changed_layers(adapter, plan.after)
     original = adapter.with_weights(
         {} if plan.is_lossless else _with_zeroed_channels(adapter.graph, plan.after.trace, plan.removed)

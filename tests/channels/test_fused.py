@@ -119,7 +119,7 @@ def test_units_with_an_activation_in_the_same_operator_go(activation: str, tmp_p
 
 def test_units_whose_activation_makes_something_of_zero_stay(tmp_path: Path) -> None:
     units = fused("FusedGemm", "x first first_bias", "u2", activation="Sigmoid")
-    with pytest.raises(UsageError, match=r"FusedGemm to_u2 applies Sigmoid to what it makes"):
+    with pytest.raises(UsageError, match=r"FusedGemm to_u2 applies Sigmoid to its output"):
         cut(written([units], tmp_path, ("N", WIDTH)))
 
 

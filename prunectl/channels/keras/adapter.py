@@ -23,10 +23,10 @@ from prunectl.channels.adapter import (
     removed_by_tensor,
 )
 from prunectl.channels.graph import ChannelGraph, Shapes
-from prunectl.channels.keras import run as drafts
+from prunectl.channels.keras import run as keras_run
 from prunectl.channels.keras.builder import CalledLayer, GraphBuilder
 from prunectl.channels.keras.layer_rules import LayerResize, rule_for
-from prunectl.channels.keras.run import DraftRunner, EditedFile, random_inputs, runner
+from prunectl.channels.keras.run import EditedFile, RecordingRunner, random_inputs, runner
 from prunectl.channels.keras.traverse import LoadedKeras, load_keras
 from prunectl.channels.keras.weights import ConfigPath, get_at
 from prunectl.channels.lengths import AxisLengths, DataShapes
@@ -133,13 +133,13 @@ class KerasAdapter(GraphAdapter):
 
     def widened(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
         """The same network switched to float64, if its layers allow that; else one that is loaded again."""
-        is_wide = isinstance(built, DraftRunner) and built.widen()
+        is_wide = isinstance(built, RecordingRunner) and built.widen()
         return built if is_wide else super().widened(built, network, observed)
 
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
         """Write an edited file in the layout of the original."""
         path = outputs.staged_paths(self._loaded.model, folder, target)[self._loaded.model.path]
-        drafts.write(self._loaded, network, path)
+        keras_run.write(self._loaded, network, path)
         if self.omitted_tensors:
             unstripped = path.with_name(f"{path.name}.whole")
             os.replace(path, unstripped)
@@ -167,11 +167,11 @@ def resize_config(
             for shape in shapes_in(part(layer, "config").get(key)):
                 update_shape(shape, layer_call.inputs[0] if layer_call.inputs else "", after)
     values: dict[ConfigPath, dict[tuple[str, int, int], str]] = {}
-    for (spot, name, node, tensor), value in builder.references.items():
+    for (path, name, node, tensor), value in builder.references.items():
         if after.has_changed(value):
-            values.setdefault(spot, {})[name, node, tensor] = value
-    for spot, changed in values.items():
-        for layer in get_at(resized, spot)["config"]["layers"]:
+            values.setdefault(path, {})[name, node, tensor] = value
+    for path, changed in values.items():
+        for layer in get_at(resized, path)["config"]["layers"]:
             update_tensors(layer.get("inbound_nodes"), changed, after)
     return resized
 
@@ -179,7 +179,6 @@ def resize_config(
 def _resize(
     layer: dict[str, Any], original: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes, left: Shapes
 ) -> None:
-    """Update the numbers of channels in the settings of a layer."""
     rule = rule_for(layer, upgrade_class_name(text(layer, "class_name")))
     if rule is None:
         return

@@ -125,7 +125,7 @@ class GraphBuilder:
 
     @property
     def observable(self) -> dict[str, ObservedValue]:
-        """The values that can be recorded in a run: only of layers that are called once, as calls have no names."""
+        """The values that can be recorded, of layers that are called only once, as calls cannot be told apart."""
         outputs = {output for node in self.nodes for output in node.outputs}
         observed_times = Counter(value.names for name, value in self.observed.items() if name in outputs)
         call_times = Counter(layer_call.names for layer_call in self.called)
@@ -188,7 +188,7 @@ class LayerContext:
 
     @property
     def name(self) -> str:
-        """The name of the layer, behind those of the models around it."""
+        """The name of the layer, prefixed with those of the models around it."""
         return "/".join(self.names)
 
     @property
@@ -214,7 +214,7 @@ class LayerContext:
         """The batch size of the inputs: more than 1 inside TimeDistributed, where steps are put on the batch axis."""
         return self.shape(self.inputs[0])[0]
 
-    def made(self) -> Shape:
+    def output_shape(self) -> Shape:
         """The output shape, with the batch axis."""
         return with_batch(matmuls.output(self.step), self.batch)
 

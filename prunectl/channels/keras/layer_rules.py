@@ -38,7 +38,7 @@ def _separable(call: LayerContext) -> str:
     """A depthwise convolution followed by a pointwise one."""
     _check_shapes(call)
     axes = call.step.axes
-    shape = call.channels_first_shape(call.made())
+    shape = call.channels_first_shape(call.output_shape())
     data = call.to_channels_first(call.data)
     channels, width = call.shape(data)[1], call.weights["pointwise_kernel"].shape[-2]
     # Under a name of its own, as the axes that an operation reads are looked up by its name.
@@ -65,13 +65,13 @@ def _dense(call: LayerContext) -> str:
     _check_shapes(call)
     inputs = (call.data, call.weight_view("kernel", (0, 1)), *_bias_inputs(call))
     return apply_activation(
-        call, _observe(call, call.emit(OpKind.LINEAR, inputs, call.made(), in_axis=0), is_image=False)
+        call, _observe(call, call.emit(OpKind.LINEAR, inputs, call.output_shape(), in_axis=0), is_image=False)
     )
 
 
 def _embedding(call: LayerContext) -> str:
     table = call.weights["embeddings"]
-    shape = call.made()
+    shape = call.output_shape()
     if table.shape[1:] != shape[-1:]:
         raise UnknownShapeError
     return call.emit(OpKind.EMBEDDING, (call.weight_view("embeddings", (0, 1)), call.data), shape)
@@ -130,7 +130,7 @@ def _layer_scale(call: LayerContext) -> str:
 
 
 def _emit_convolution(call: LayerContext, kernel: str, *, groups: int, is_transposed: bool) -> str:
-    shape = call.channels_first_shape(call.made())
+    shape = call.channels_first_shape(call.output_shape())
     inputs = (call.to_channels_first(call.data), kernel, *_bias_inputs(call))
     convolved = call.emit(OpKind.CONVOLUTION, inputs, shape, groups=groups, is_transposed=is_transposed)
     return apply_activation(call, call.from_channels_first(_observe(call, convolved)))
@@ -358,7 +358,7 @@ class LayerRule:
 
 
 FUNCTION = "function"
-"""The row for functions, which are no layers."""
+"""The row for functions, which are not layers."""
 
 
 _ELEMENTWISE = (
@@ -425,8 +425,8 @@ _APPLICATION_RULES: Mapping[str, LayerRule] = {
 def rule_for(layer: Mapping[str, Any], kind: str) -> LayerRule | None:
     """The rule for a layer; None for a class of the user, even if it has the name of a Keras class."""
     module = text(layer, "module")
-    is_own = module.split(".")[0] in _KERAS_MODULES if module else ">" not in text(layer, "registered_name")
-    if not is_own:
+    is_builtin = module.split(".")[0] in _KERAS_MODULES if module else ">" not in text(layer, "registered_name")
+    if not is_builtin:
         return None
     by_module = _APPLICATION_RULES if ".applications." in module else RULES
     # HDF5 files name no modules: a user's class of the same name is found by the equivalence check if it differs.

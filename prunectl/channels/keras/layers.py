@@ -14,14 +14,14 @@ from prunectl.formats.keras.flops.shapes import UnknownShapeError
 
 def pool_or_pad(call: LayerContext) -> str:
     """Pooling, padding, cropping, resizing: spatial axes change, or are reduced."""
-    shape, output = call.shape(call.data), call.made()
+    shape, output = call.shape(call.data), call.output_shape()
     first = 2 if call.step.is_channels_first else 1
     return call.emit(OpKind.ALONG_AXES, (call.data,), output, axes=tuple(range(first, first + len(shape) - 2)))
 
 
 def concatenate(call: LayerContext) -> str:
     """Concatenation along an axis."""
-    output = call.made()
+    output = call.output_shape()
     axis = call.step.number("axis", -1)
     if axis == 0 or any(len(call.shape(value)) != len(output) for value in call.inputs):
         raise UnknownShapeError
@@ -33,24 +33,24 @@ def flatten(call: LayerContext) -> str:
     data = call.data
     if call.step.is_channels_first and len(call.shape(data)) > 2:
         data = call.transpose(data, (0, *range(2, len(call.shape(data))), 1))
-    return call.emit(OpKind.RESHAPE, (data,), call.made())
+    return call.emit(OpKind.RESHAPE, (data,), call.output_shape())
 
 
 def reshape(call: LayerContext) -> str:
     """A reshape."""
-    return call.emit(OpKind.RESHAPE, (call.data,), call.made())
+    return call.emit(OpKind.RESHAPE, (call.data,), call.output_shape())
 
 
 def permute(call: LayerContext) -> str:
     """A transpose; the setting `dims` counts axes from 1."""
-    output = call.made()
+    output = call.output_shape()
     order = (0, *call.step.numbers("dims", len(output) - 1))
     return call.emit(OpKind.TRANSPOSE, (call.data,), output, order=order)
 
 
 def repeat(call: LayerContext) -> str:
     """Repetition along a new axis."""
-    shape, output = call.shape(call.data), call.made()
+    shape, output = call.shape(call.data), call.output_shape()
     row = call.emit(OpKind.RESHAPE, (call.data,), (shape[0], 1, *shape[1:]))
     return call.emit(OpKind.ALONG_AXES, (row,), output, axes=(1,))
 
@@ -67,7 +67,7 @@ def normalize(call: LayerContext) -> str:
 
 def merge(call: LayerContext) -> str:
     """Elementwise merging: sum, product, mean, extremes."""
-    output = call.made()
+    output = call.output_shape()
     if any(len(call.shape(value)) != len(output) for value in call.inputs):
         # Keras and NumPy broadcast values of different ranks in different ways.
         raise UnknownShapeError
@@ -120,7 +120,7 @@ _RECURRENT_ACTIVATIONS = frozenset(
         *("hardswish", "hardsilu", "hardtanh", "tanh", "softsign"),
     }
 )
-"""The supported activations of recurrent layers; all but sigmoid map 0 to 0."""
+"""The supported activations of recurrent layers."""
 _SOFTMAX_LIKE = frozenset({"softmax", "logsoftmax", "sparsemax"})
 
 

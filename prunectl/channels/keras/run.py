@@ -134,7 +134,7 @@ def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
 
 def runner(
     loaded: LoadedKeras, edited: EditedFile, origin: LoadOptions, observed: Iterable[str], *, precision: str
-) -> DraftRunner:
+) -> RecordingRunner:
     """Write an edited file to a scratch file, and load it in Keras to run it."""
     config = with_precision(precision, loaded.config if edited.config is None else edited.config)
     with temporary_folder() as scratch:
@@ -148,10 +148,10 @@ def runner(
             raise type(error)(f"{message}; nothing was written", hint=hint) from error
         except Exception as error:
             raise WorkError(f"Keras cannot load the network: {first_line(error)}; nothing was written") from error
-    return DraftRunner(loaded, keras_model, tuple(observed))
+    return RecordingRunner(loaded, keras_model, tuple(observed))
 
 
-class DraftRunner:
+class RecordingRunner:
     """Runs a network that Keras loaded, and records what layers pass to their activations."""
 
     def __init__(self, loaded: LoadedKeras, keras_model: LoadedModel, names: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from prunectl.channels.adapter import Feeds, GraphAdapter, PrunedShapes, RemovedIndices, Runner, WrittenNetwork
 from prunectl.channels.graph import ChannelGraph
-from prunectl.channels.keras import run as drafts
+from prunectl.channels.keras import run as keras_run
 from prunectl.channels.keras.adapter import KerasAdapter, require_followable
 from prunectl.channels.keras.builder import LazyWeights
 from prunectl.channels.keras.traverse import load_keras
@@ -83,7 +83,7 @@ class SavedModelAdapter(GraphAdapter):
 
     @property
     def omitted_tensors(self) -> frozenset[str]:
-        """The tensors that are no weights of layers: the state of the optimizer, of metrics and of losses."""
+        """The tensors that are not weights of layers: the state of the optimizer, of metrics and of losses."""
         return frozenset({tensor.name for tensor in self._model.tensors}.difference(self._names.values()))
 
     @property
@@ -129,7 +129,7 @@ class SavedModelAdapter(GraphAdapter):
         staged_folder = staged[self._model.path / "saved_model.pb"].parent
         path = self._scratch / "small.h5"
         with self._with_original_name():
-            drafts.write(self._loaded, network, path)
+            keras_run.write(self._loaded, network, path)
             _save_with_keras(load(open_model(path), self._origin, DevicePlacement()), staged_folder)
         for source, staged_path in staged.items():
             if source.relative_to(self._model.path).parts[0] not in _WRITTEN_BY_KERAS:

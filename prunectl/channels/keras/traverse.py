@@ -149,7 +149,7 @@ class GraphTraversal:
                 raise InputError(f"the configuration refers to an output of {source.layer} that does not exist")
             name = outputs[source.tensor]
             self._builder.references[path, source.layer, source.node, source.tensor] = name
-            # Keras 3 writes the shape of each referenced value, even behind layers that are unknown here.
+            # Keras 3 writes the shape of each referenced value, even of the outputs of layers that are unknown here.
             self._confirm(name, source.shape)
             return name
 
@@ -336,7 +336,7 @@ class GraphTraversal:
 def _lambda_shape(step: LayerCall) -> tuple[int | None, ...] | None:
     """The output shape in the settings of a Lambda layer, else that of its input, as most Lambdas only scale.
 
-    A Lambda is unknown and locks the channels that it reads; only the layers behind it need a shape. A wrong shape does
+    A Lambda is unknown and locks the channels that it reads; only the layers after it need a shape. A wrong shape does
     not fit the weights of the next layer, which is locked then, or it is found by the equivalence check.
     """
     output_shape = untuple(step.config.get("output_shape"))

@@ -185,7 +185,7 @@ def _bound_by_number(stored: WeightFile, layers: Sequence[LayerLocation]) -> Ite
             tensors = tuple(
                 tensor
                 for sublayer in dict.fromkeys(leaf.rpartition("/")[0] for leaf in names)
-                for tensor in _first_bound(numbered, [f"{slot}{way}" for way in inside.get(sublayer, ("",))])
+                for tensor in _first_bound(numbered, [f"{slot}{suffix}" for suffix in inside.get(sublayer, ("",))])
             )
             if len(tensors) == len(names):
                 yield layer.path, dict(zip(names, tensors, strict=True))
@@ -241,7 +241,7 @@ def _batch_norm(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _bidirectional(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the weights of both directions; the backward layer may have no configuration of its own."""
+    # The backward layer may have no configuration of its own.
     forward = part(config, "layer")
     directions = (("forward", forward), ("backward", part(config, "backward_layer") or forward))
     return tuple(f"{direction}/{leaf}" for direction, layer in directions for leaf in expected_weights(layer))
@@ -265,8 +265,8 @@ _BOUND_WRAPPERS = ("layer", "backward_layer")
 _CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose", "Dense")
 _SUBLAYERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     **{kind: {"": ("/cell", "")} for kind in GATES},
-    "Bidirectional": {way: (f"/{way}_layer/cell", f"/{way}_layer") for way in ("forward", "backward")},
-    "MultiHeadAttention": {one: (f"/{one}_dense", f"/_{one}_dense") for one in ("query", "key", "value", "output")},
+    "Bidirectional": {key: (f"/{key}_layer/cell", f"/{key}_layer") for key in ("forward", "backward")},
+    "MultiHeadAttention": {key: (f"/{key}_dense", f"/_{key}_dense") for key in ("query", "key", "value", "output")},
 }
 """The HDF5 groups with the weights of the inner layers of some classes, by inner layer."""
 _WEIGHTS_OF_LAYER: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {

@@ -123,7 +123,7 @@ def _with_activation(op: OnnxOpContext, lowering: Lowering) -> Lowering:
         low, high = limits.floats if len(limits.floats) == 2 else (1, 1)
         keeps_zero = low <= 0 <= high
     kind, inputs, attributes = lowering
-    return lowering if keeps_zero else (kind, inputs, {**attributes, "lock": f"applies {activation} to what it makes"})
+    return lowering if keeps_zero else (kind, inputs, {**attributes, "lock": f"applies {activation} to its output"})
 
 
 def _recurrent(op: OnnxOpContext) -> Lowering:
@@ -163,7 +163,7 @@ def _resize_units(node: Any, sizes: SizeConstants) -> None:
 
 def _softmax(op: OnnxOpContext) -> Lowering:
     rank = len(op.first)
-    # Before opset 13, softmax ran over `axis` and all axes behind it together.
+    # Before opset 13, softmax ran over `axis` and all axes after it together.
     axis = op.attribute("axis", -1 if op.opset >= _SOFTMAX_BY_AXIS else 1) % rank
     return _along_axes(op, (axis,) if op.opset >= _SOFTMAX_BY_AXIS else tuple(range(axis, rank)))
 

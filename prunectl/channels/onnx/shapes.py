@@ -68,7 +68,7 @@ class StaticValues:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[str, Array] = field(default_factory=dict)
     length_hint: str = ""
-    """A hint how to give the lengths of open axes; empty if none were assumed."""
+    """A hint on how to give the lengths of open axes; empty if none were assumed."""
 
 
 def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) -> StaticValues:
@@ -76,14 +76,14 @@ def infer_static(proto: Any, name: str, lengths: AxisLengths = UNKNOWN_LENGTHS) 
     error_line = ""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [port for port in proto.graph.input if port.name not in initializers]
-    wanted = lengths.resolve(ModelSignature(tuple(map(port_spec, inputs)), (), is_channels_first=True))
+    given_shapes = lengths.resolve(ModelSignature(tuple(map(port_spec, inputs)), (), is_channels_first=True))
     is_open = any(None in (port.shape or ()) for port in map(port_spec, inputs))
     hint = f"give the lengths of open axes with --input {_example(inputs)}, or with --data SPEC" if is_open else ""
     inference_error = require("onnx.shape_inference", extra="onnx").InferenceError
-    for length in TRIED_LENGTHS[: 1 if wanted else None]:
-        skeleton = _without_large_weights(proto, length, wanted)
+    for length in TRIED_LENGTHS[: 1 if given_shapes else None]:
+        skeleton = _without_large_weights(proto, length, given_shapes)
         try:
-            return replace(_inferred(skeleton, _constants(proto)), length_hint="" if wanted else hint)
+            return replace(_inferred(skeleton, _constants(proto)), length_hint="" if given_shapes else hint)
         except (inference_error, *_MISFITS) as error:
             error_line = first_line(error)
     raise InputError(f"the shapes in {name} cannot be inferred: {error_line}", hint=hint)
@@ -131,7 +131,7 @@ def _is_zero(tensor: Any) -> bool:
     return not tensor.external_data and not any(tensor.raw_data) and not any(tensor.float_data)
 
 
-def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[int, ...]]) -> Any:
+def _without_large_weights(proto: Any, length: int, given_shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """A copy of the model without the values of large weights, and with a length for every open axis of its inputs."""
     initializers = {tensor.name for tensor in proto.graph.initializer}
     skeleton = type(proto)(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
@@ -150,8 +150,8 @@ def _without_large_weights(proto: Any, length: int, wanted: Mapping[str, tuple[i
             if number == 0:
                 batches.add(axis.dim_param)
             is_batch = number == 0 or (axis.dim_param and axis.dim_param in batches)
-            wanted_shape = wanted.get(port.name, ())
-            axis.dim_value = wanted_shape[number - 1] if number and wanted_shape else 1 if is_batch else length
+            given_shape = given_shapes.get(port.name, ())
+            axis.dim_value = given_shape[number - 1] if number and given_shape else 1 if is_batch else length
     for port in graph.output:
         port.type.tensor_type.ClearField("shape")
     make_port = require("onnx.helper", extra="onnx").make_tensor_value_info

@@ -1,1 +1,1 @@
-"""Structured pruning of PyTorch networks: traced by torch.export, written as files that need torch alone."""
+"""Structured pruning of PyTorch networks: traced to a torch.fx graph, and written as files that need only torch."""

@@ -182,8 +182,7 @@ class TorchAdapter(GraphAdapter):
         return WrittenNetwork(write_weights(self._model, self._traced, network, change, folder, target=target))
 
 
-_ENDLESS = 1 << 62
-"""Upper bounds of dynamic axes from here on mean that there is none."""
+_UNBOUNDED = 1 << 62
 
 
 def prune_program(
@@ -264,7 +263,7 @@ def _open_axes(program: ExportedProgram, bounds: Mapping[str, Any]) -> tuple[dic
 
 
 def _upper_limit(limit: Any) -> int | None:
-    return int(limit) if str(limit).isdecimal() and int(limit) < _ENDLESS else None
+    return int(limit) if str(limit).isdecimal() and int(limit) < _UNBOUNDED else None
 
 
 def graph_of(model: ModelFile, traced: TracedModel) -> ChannelGraph:

@@ -149,7 +149,7 @@ def split_packed_qkv(graph: torch.fx.Graph) -> None:
                 cut = graph.call_function(
                     torch.ops.aten.slice.Tensor, (packed, -1, number * width, (number + 1) * width)
                 )
-                # Contiguous like the selected part, as operations behind may view it in another shape.
+                # Contiguous like the selected part, as later operations may view it in another shape.
                 part = graph.call_function(torch.ops.aten.contiguous.default, (cut,))
             cut.meta, part.meta = dict(node.meta), dict(node.meta)
             node.replace_all_uses_with(part)

@@ -38,7 +38,7 @@ _OpOverload = torch._ops.OpOverload
 
 
 class UnrecordableError(Exception):
-    """A module does something that a recording would not represent as torch.export does."""
+    """The error for a module that does something that a recording would not represent as torch.export does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

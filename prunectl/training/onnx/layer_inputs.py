@@ -38,10 +38,7 @@ def present_inputs(node: Any, *indices: int) -> tuple[str, ...]:
 
 
 def drop_padded_steps(node: Any, values: RunValues, inputs: Array) -> Array | None:
-    """The inputs without padded steps and examples; if there are some, steps and batch become one axis.
-
-    None if the examples cannot be told from the padding.
-    """
+    """The inputs without padding, in which case steps and batch become one axis; None if the padding is not known."""
     steps, batch = values[input_of(node, DATA)].shape[:2]
     lengths = _lengths(node, values)
     if values.batch_size is not None:

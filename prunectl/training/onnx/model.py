@@ -46,8 +46,8 @@ class OnnxModel:
         """A note if the model accepts only one batch size."""
         if self._size is None:
             return ()
-        some = "1 example" if self._size == 1 else f"{self._size} examples"
-        return (f"{self._weights.model.path.name} accepts {some} at a time: batches are split accordingly",)
+        examples = "1 example" if self._size == 1 else f"{self._size} examples"
+        return (f"{self._weights.model.path.name} accepts {examples} at a time: batches are split accordingly",)
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         captures = [

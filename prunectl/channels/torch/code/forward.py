@@ -190,7 +190,7 @@ def _is_in_place(step: torch.fx.Node) -> bool:
 
 
 def _has_one_reader(step: torch.fx.Node) -> bool:
-    """Whether only this in-place operation reads the value that it changes, and the value is no view of another."""
+    """Whether only this in-place operation reads the value that it changes, and the value is not a view of another."""
     changed = step.all_input_nodes[0]
     return changed.op == "call_function" and len(changed.users) == 1 and op_name(changed) not in _VIEWS
 

@@ -40,7 +40,7 @@ class StateShapes:
         return {name[len(path) + 1 :]: shape for name, shape in self.shapes.items() if name.startswith(f"{path}.")}
 
     def names(self, node: Any) -> tuple[str, ...]:
-        """All names of the weight that a node reads; none if the node is no weight."""
+        """All names of the weight that a node reads; none if the node is not a weight."""
         if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
             return ()
         return self.shared.get(str(node.target), (str(node.target),))
@@ -48,8 +48,6 @@ class StateShapes:
 
 @dataclass(frozen=True, slots=True)
 class _LayerRow:
-    """A kind of layer."""
-
     weights: Mapping[str, str]
     """The attributes of the layer that hold the weights, by argument of the operation."""
     emit: Callable[[dict[str, Any], Shapes, int], str]

@@ -40,7 +40,7 @@ class ModuleNode:
     layer: str = ""
     """The constructor call of the layer; empty for a container."""
     weights: dict[str, str] = field(default_factory=dict)
-    """The statements that make its weights, by name; formatted with the expression for this module, and `name`."""
+    """The statements that make its weights, by name, as format strings with {0} for this module and {name}."""
     children: dict[str, ModuleNode] = field(default_factory=dict)
     is_root: bool = False
     """Whether it is the generated class itself, whose submodules are added one by one."""
@@ -231,7 +231,7 @@ def _layers(
     state: Mapping[str, torch.Tensor],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[torch.fx.Node, LayerCode], dict[str, str]]:
-    """The layers of operations, and their constructor calls by path; a second, different use of a layer is no layer."""
+    """The layers of operations, and their constructor calls by path; different uses of a layer are left out."""
     state_shapes = StateShapes({name: tuple(value.shape) for name, value in state.items()}, _groups(traced))
     layers: dict[torch.fx.Node, LayerCode] = {}
     constructors: dict[str, str] = {}
@@ -269,10 +269,10 @@ def _statement(traced: TracedModel, name: str, value: torch.Tensor, layers: Mapp
     trained = dict(traced.original.named_parameters(remove_duplicate=False)) if traced.original is not None else {}
     if name not in trained:
         return f"{{0}}.register_buffer({{name}}, {empty})"
-    more = "" if trained[name].requires_grad else ", requires_grad=False"
+    suffix = "" if trained[name].requires_grad else ", requires_grad=False"
     if last.isidentifier():
-        return f"{{0}}.{last} = nn.Parameter({empty}{more})"
-    return f"{{0}}.register_parameter({{name}}, nn.Parameter({empty}{more}))"
+        return f"{{0}}.{last} = nn.Parameter({empty}{suffix})"
+    return f"{{0}}.register_parameter({{name}}, nn.Parameter({empty}{suffix}))"
 
 
 def _constant(_: str, value: torch.Tensor, *, is_large: bool) -> str:
@@ -290,8 +290,8 @@ def _shared(traced: TracedModel, root: Any) -> list[str]:
 
 
 def _precision(state: Mapping[str, torch.Tensor]) -> list[str]:
-    kinds = {value.dtype for value in state.values() if value.is_floating_point()}
-    return ["self.double()"] if kinds == {torch.float64} else []
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    return ["self.double()"] if dtypes == {torch.float64} else []
 
 
 def _returned(traced: TracedModel, program: WeightedProgram) -> Any:
