@@ -1,4 +1,4 @@
-"""What training and calibration ask of a model in its framework. Every tensor is called what the file calls it."""
+"""The interface between training or calibration and a framework's model. Tensors go by their names in the file."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ STATISTIC_OF_STRATEGY: Mapping[str, GradientStatistic] = {
     "magnitude-gradient": GradientStatistic.SALIENCE,
     "movement": GradientStatistic.MOVEMENT,
 }
-"""What the strategies that watch training look at."""
+"""The gradient statistic that each strategy for gradual pruning ranks weights by."""
 
 
 def gradient_statistic(kind: GradientStatistic, weight: Any, gradient: Any) -> Any:
-    """What a step adds to a gradient statistic: g, |w g| (saliency) or -w g (movement, Sanh et al. 2020)."""
+    """The term that one training step adds to a statistic: g, |w g| (saliency) or -w g (movement, Sanh et al. 2020)."""
     if kind is GradientStatistic.GRADIENT:
         return gradient
     product = weight * gradient
@@ -44,7 +44,7 @@ def gradient_statistic(kind: GradientStatistic, weight: Any, gradient: Any) -> A
 
 
 def with_gradient_scores(strategy: Strategy, statistics: Mapping[str, Array], kept: Mapping[str, Array]) -> Strategy:
-    """A strategy whose scores are the evidence; what is zero already goes first."""
+    """The same strategy with gradient statistics as its scores; weights that are already pruned score lowest."""
     # One shift for all tensors keeps their order, and scores must not be negative.
     least = min((float(array.min()) for array in statistics.values() if array.size), default=0.0)
     scores = {
@@ -66,46 +66,46 @@ class TensorSpec:
 
     name: str
     shape: tuple[int | None, ...] | None
-    """Without the batch axis; None where an axis, or all of it, is unknown."""
+    """Without the batch axis. An axis of any length is None, and so is the whole shape where it is unknown."""
     dtype: str
     """Such as float32 or int64; empty if unknown."""
     ending: FinalActivation = FinalActivation.UNKNOWN
-    """The activation that an output ends with."""
+    """The final activation, for an output."""
     is_binary: bool = False
-    """Whether the file says that each number of an output is the logit of a yes or no."""
+    """Whether the file says that each number of an output is a logit of binary classification."""
     example: tuple[int | None, ...] | None = None
-    """The shape that an input usually has, where it may have others."""
+    """The usual shape of an input that accepts several."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextInput:
-    """How text becomes the token ids that a model takes: by the tokenizer in its folder."""
+    """How text becomes token ids for a model: with the tokenizer in the model's folder."""
 
     folder: Path
     vocabulary: int
-    """How many tokens there are."""
+    """The number of token ids."""
     longest: int = 0
-    """How many a sequence may have; 0 where nobody says so."""
+    """The maximum number of tokens in a sequence; 0 if it is unknown."""
     is_causal: bool = False
-    """Whether the model predicts the next token at each place."""
+    """Whether the model predicts the next token at each position."""
     shifts_labels: bool = False
-    """Whether `transformers` compares each of the `labels` with the output one place before it."""
+    """Whether `transformers` compares each of the `labels` with the output of the position before it."""
     is_trusted: bool = False
     """Whether code in the folder may run."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSignature:
-    """Everything that goes into a model and comes out of it."""
+    """The inputs and outputs of a model."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     is_channels_first: bool
-    """Whether images are CHW, as in PyTorch, and not HWC."""
+    """Whether images are CHW, as in PyTorch, rather than HWC."""
     text: TextInput | None = None
-    """How text goes in, where the model takes some."""
+    """How text is tokenized, for a model that takes text."""
     ignored_label: int | None = None
-    """The label of a place that neither the loss nor the metrics look at, where the framework has one."""
+    """The label that the loss and the metrics ignore, if the framework has one."""
 
 
 Logs = Mapping[str, float]
@@ -113,58 +113,58 @@ Logs = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
-    """How a model is trained, as far as its framework has to know; what is empty the file or the framework says."""
+    """The training options that a framework needs. Where one is empty, the file's setting or the default applies."""
 
     loss: str = ""
-    """A name, or `mod:fn`, `./file.py:fn`."""
+    """A name, `mod:fn` or `./file.py:fn`."""
     optimizer: str = ""
     """A name with parameters: `sgd:momentum=0.9,weight_decay=1e-4`."""
     lr: float | None = None
     metrics: tuple[str, ...] = ()
     decides: str = ""
-    """The metric that decides, or `loss`; else the first of the metrics, or as the file says."""
+    """The monitored metric, or `loss`; if empty, the first of the metrics, or as the file says."""
     goal: str = ""
-    """`max` or `min` where the user says which is better; else its name tells."""
+    """`max` or `min` if the user says which is better; otherwise the metric's name decides."""
     frozen: frozenset[str] = frozenset()
-    """Do not train these tensors, e.g. 'embed*'."""
+    """Names of the tensors that are not trained."""
     clip: float | None = None
-    """The largest norm of all gradients together."""
+    """The maximum global norm of the gradients."""
     precision: str = "fp32"
     device: str = "auto"
     is_compiled: bool = False
     is_sharded: bool = False
-    """Whether each process keeps only its part of every parameter."""
+    """Whether each process holds only its shard of every parameter."""
     custom_step: str = ""
-    """A training step of the user's own, `mod:fn`."""
+    """The user's own training step, `mod:fn`."""
     seed: int = 0
     teacher_share: float = 0.5
-    """How much of the loss comes from a teacher's outputs, in steps that are given some."""
+    """The weight of the distillation loss, from 0 to 1, in steps that have teacher outputs."""
     is_matching: bool = False
-    """Whether a step works as when it predicts, so that a model is trained towards its own answers: nothing is dropped
-    out, weights are not penalised. Batch normalisation alone takes the statistics of the batch."""
+    """Whether a step runs in inference mode, for training a model towards its own dense outputs: no dropout, no
+    regularisation penalties. Only batch normalisation uses the statistics of the batch."""
     is_evaluated: bool = False
-    """Whether it is only evaluated: no step is taken."""
+    """Whether the model is only evaluated, and never takes a training step."""
     temperature: float = 2.0
-    """What logits are divided by before they are compared with the teacher's."""
+    """Distillation temperature: logits are divided by it before they are compared with the teacher's."""
     example: Batch | None = field(default=None, compare=False)
-    """A first batch: tells labels from numbers where no loss is named, and builds what has no shape yet."""
+    """A first batch, to tell labels from numbers if no loss is named, and to build layers of unknown shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a model becomes a network of its framework."""
+    """How a file is loaded as a network of its framework."""
 
     model: str = ""
-    """What builds it, `mod:fn` or `./file.py:fn`, for a file that holds weights alone."""
+    """The function that builds the network, `mod:fn` or `./file.py:fn`, for a file that holds only weights."""
     custom_objects: str = ""
-    """Where the names of custom layers are explained, `mod:DICT`."""
+    """A dictionary of custom layers by name, `mod:DICT`."""
     is_trusted: bool = False
-    """Whether code that comes with the file may run."""
+    """Whether code from the file may run."""
     seed: int = 0
     inputs: tuple[str, ...] = ()
-    """Shapes of what goes in, `1,3,224,224`, where it has to be run and nothing says them."""
+    """Input shapes such as `1,3,224,224`, for a network that must be run and does not declare them."""
     arrays: tuple[str, ...] = ()
-    """Names of what goes in, where data or `--input` has some: the model of a folder takes those that it knows."""
+    """Names of the inputs in the data or `--input`; a model from a `transformers` folder takes those that it knows."""
 
 
 class TrainableModel(Protocol):
@@ -172,40 +172,40 @@ class TrainableModel(Protocol):
 
     @property
     def signature(self) -> ModelSignature:
-        """What goes in and comes out, as far as it is known."""
+        """Inputs and outputs, as far as they are known."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about how it is trained: what was chosen for want of a word, what is skipped."""
+        """Notes for the user on how the model is trained: defaults that were chosen, and settings that were skipped."""
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Which process this is, of how many that read their own part of every batch."""
+        """The rank of this process, and the number of processes that share each batch."""
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes files and prints."""
 
     def is_true_everywhere(self, mine: bool) -> bool:
-        """Whether something is true in every process; all of them have to ask."""
+        """Whether `mine` is true in every process; all processes must make this call."""
 
     def place(self, device: str) -> None:
-        """Choose the device of a model that only predicts, and is never prepared."""
+        """Choose the device of a model that only predicts, without `prepare`."""
 
     def prepare(self, options: TrainOptions) -> None:
-        """Choose loss, optimizer and metrics, before anything is trained or evaluated."""
+        """Choose loss, optimizer and metrics; required before training or evaluation."""
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of some weights."""
 
     def tensors(self) -> dict[str, Array]:
-        """Copies of all that the file holds and training may change; not the optimizer's state."""
+        """Copies of all tensors of the file that training may change, without the optimizer's state."""
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
+        """Replace the values of some tensors."""
 
     def mask(self, masks: Mapping[str, Array]) -> None:
-        """Zero what the masks do not keep, now and after every step; the optimizer's momentum of it too."""
+        """Zero the weights that the masks prune, and their momentum in the optimizer, now and after every step."""
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
         """Accumulate a gradient statistic of some weights from the next step on."""
@@ -217,171 +217,171 @@ class TrainableModel(Protocol):
         """Reset the gradient statistics."""
 
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
-        """Choose how each output is compared with a teacher's, where that is not to follow from the loss."""
+        """Choose how each output is compared with the teacher's, instead of deriving it from the loss."""
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        """Train on a batch with a share of the learning rate, also towards what a teacher makes of it.
+        """Train on a batch with a fraction of the learning rate, and towards the teacher's outputs if they are given.
 
-        The teacher's outputs come as this model would give them: in their shapes, as probabilities where it ends so.
+        The teacher's outputs must have this model's output shapes, and be probabilities where this model outputs those.
         """
 
     def logs(self) -> Logs:
-        """The means of loss and metrics over the examples since the last call."""
+        """The mean loss and metrics over the examples since the last call."""
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """The means of loss and metrics, without a change to the model."""
+        """The mean loss and metrics over the batches; the model stays unchanged."""
 
     def predict(self, x: Arrays) -> Arrays:
-        """What comes out, for one batch."""
+        """The outputs for one batch."""
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
-        """Recalibrate the statistics of batch normalisation, and return how many layers have some."""
+        """Recompute the statistics of batch normalisation, and return the number of layers that have them."""
 
     def reseed(self, number: int) -> None:
-        """Make what is random from here on depend on a number alone."""
+        """Seed every random generator that training uses."""
 
     def save(self, folder: Path | None) -> None:
-        """Keep every tensor, the state of the optimizer and of what is random, the evidence.
+        """Save every tensor, the state of the optimizer and of random generators, and the gradient statistics.
 
-        Every process takes part in it; only the first is given a folder.
+        Every process must call it; only the first gets a folder.
         """
 
     def restore(self, folder: Path) -> None:
-        """Take up what `save` kept."""
+        """Restore the state that `save` wrote."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release its resources."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlidingWindow:
-    """How a kernel moves over its inputs, an entry for each spatial axis."""
+    """How a convolution kernel moves over its inputs, with one entry for each spatial axis."""
 
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
-    """Zeros before and after; where inputs are spread out (transposed), what is cut from the full result instead,
-    or added to it where the number is negative."""
+    """Zero padding before and after. In a transposed convolution: the length cropped from the full result, or added to
+    it where the number is negative."""
     is_transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class WeightUse:
-    """How a tensor of the file meets its inputs."""
+    """How an operation multiplies a weight tensor with its inputs."""
 
     out_axis: int
-    """Axis of the tensor over what comes out."""
+    """The tensor's axis of output channels."""
     in_axis: int | None
-    """Axis over what goes in; None where each group has a single input channel that has no axis."""
+    """The axis of input channels; None where each group has a single one, as in a depthwise convolution."""
     groups: int = 1
-    """Outputs and inputs fall into so many equal runs that do not see each other."""
+    """The number of groups, as in a grouped convolution: outputs and inputs are split into equal, independent runs."""
     group_axis: int | None = None
-    """Axis of the groups, where it is one of its own; else they run along the outputs (the inputs if transposed)."""
+    """The axis of the groups, if they have one; else they run along the output axis (the input axis if transposed)."""
     shape: tuple[int, ...] | None = None
-    """The shape in which to see the tensor, if not in its own: the axes are those of this one."""
+    """The shape that the tensor is reshaped to first, if any; the axes above refer to this shape."""
     outputs: tuple[int, int] | None = None
-    """Only these outputs, from and to; all if it is None."""
+    """The range of outputs that are used, from and to; None for all."""
     window: SlidingWindow | None = None
-    """None for a product of matrices; else the remaining axes are those of the window."""
+    """None for a matrix product; in a convolution the remaining axes are those of the window."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerInput:
-    """A tensor that meets some inputs."""
+    """A weight tensor and the inputs of an operation that uses it."""
 
     name: str
-    """As the file has it."""
+    """The tensor's name in the file."""
     inputs: Array
-    """Of a product: any axes, the features last, those of each group side by side.
-    Of a window: examples, channels, then space, whatever the layout."""
+    """For a matrix product: any axes, then the features, group by group. For a convolution: examples, channels, then
+    spatial axes, whatever the layout."""
     use: WeightUse
 
 
-class PassEnd(Exception):  # noqa: N818 - it is no error
-    """Raised by an `InputCallback` that has seen enough: the rest of the network need not run."""
+class PassEnd(Exception):  # noqa: N818 - it is not an error
+    """Raised by an `InputCallback` to stop the forward pass early, once it has all the inputs that it needs."""
 
 
 InputCallback = Callable[[LayerInput], None]
-"""What it raises goes through."""
+"""Receives the captured inputs; its exceptions propagate to the caller of `observe`."""
 
 
 class PredictingModel(Protocol):
-    """A model that answers."""
+    """A model that can predict."""
 
     @property
     def signature(self) -> ModelSignature:
-        """What goes in and comes out, as far as it is known."""
+        """Inputs and outputs, as far as they are known."""
 
     def predict(self, x: Arrays) -> Arrays:
-        """What comes out, for one batch."""
+        """The outputs for one batch."""
 
 
 @runtime_checkable
 class InspectableModel(PredictingModel, Protocol):
-    """A model that can be looked at. It works as when it predicts: nothing is dropped out, no statistics are taken."""
+    """A model whose layer inputs can be captured. It runs in inference mode: no dropout, no update of statistics."""
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run one batch through, and show every time that one of these tensors meets inputs.
+        """Run one batch, and call `see` each time an operation uses one of these tensors.
 
-        What is shown may be overwritten afterwards. A tensor that is used in a way that cannot be told is not shown.
+        The captured array may be overwritten after the call. Uses that are not understood are not reported.
         """
 
     def assign(self, values: Mapping[str, Array]) -> None:
-        """Replace the numbers of some tensors."""
+        """Replace the values of some tensors."""
 
 
 class RepeatedPass(Protocol):
-    """The passes of one batch, which hold what is the same in the next one."""
+    """Repeated passes over one batch, which cache the activations that do not change between passes."""
 
     @property
     def nbytes(self) -> int:
-        """How much memory that takes."""
+        """The size of the cache in bytes."""
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run the batch through, as the model itself does."""
+        """Run the batch as `InspectableModel.observe` does."""
 
     def clear(self) -> None:
-        """Let go of what it holds."""
+        """Release its resources."""
 
 
 @runtime_checkable
 class CachingModel(InspectableModel, Protocol):
-    """A model that need not compute everything anew where only some of its weights have changed."""
+    """A model that reuses cached activations when only some of its weights have changed."""
 
     def cached_pass(self) -> RepeatedPass:
-        """What a batch that is run through again and again is observed with."""
+        """A new cache for observing one batch repeatedly."""
 
 
 class BlockwiseModel(Protocol):
-    """A model that is run one block at a time, with the hidden states of some batches held between two blocks."""
+    """A model that is run one block at a time; the hidden states of all batches are stored between blocks."""
 
     @property
     def signature(self) -> ModelSignature:
-        """What goes in and comes out, as far as it is known."""
+        """Inputs and outputs, as far as they are known."""
 
     @property
     def parts(self) -> int:
-        """How many parts there are: the blocks, and last what is not in a block."""
+        """The number of parts: one for each block, and a last one for all tensors outside blocks."""
 
     def part_of(self, name: str) -> int:
-        """In which part a tensor is."""
+        """The number of the part that holds a tensor."""
 
     def begin(self, batches: Sequence[Arrays]) -> None:
-        """Run some batches as far as the first block."""
+        """Run batches up to the first block."""
 
     def open(self, number: int, *, has_copy: bool) -> tuple[InspectableModel, InspectableModel | None]:
-        """A part, and where it is wanted a copy that stays as it is; both take the number of a batch for its inputs.
+        """Open a part, and if wanted a copy that stays unchanged; both take the number of a batch as their input.
 
-        What goes into the copy is what the model gives as it was, and into the part what it gives by now.
+        The copy gets the hidden states of the original model, the part those of the model as it is now.
         """
 
     def advance(self, number: int) -> float:
-        """Go through the open part, and let go of it; how alike is what goes in and what comes out (mean cosine)."""
+        """Run the open part and release it; returns the mean cosine similarity between its inputs and its outputs."""
 
 
 @runtime_checkable
 class DifferentiableModel(InspectableModel, Protocol):
-    """A model that also knows its gradients, once `prepare` has said which loss."""
+    """A model that can also compute gradients, once `prepare` has chosen the loss."""
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
-        """The gradient of the mean loss over a batch, in the state in which it predicts."""
+        """Gradients of the mean loss over a batch, in inference mode."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, each whole or not there."""
+"""Checkpoints of a training run, written atomically."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class CheckpointManager:
 
     folder: Path
     choices: Mapping[str, Any] = field(default_factory=dict)
-    """What decides the result: a run cannot go on with other choices."""
+    """The options that affect the result; a run can be resumed only with the same ones."""
     is_resumed: bool = False
 
     def check(self) -> None:
-        """Refuse a folder whose run would be lost, or that has none to go on with."""
-        there = self.latest()
-        if there is not None and not self.is_resumed:
+        """Raise if saving would overwrite a checkpoint, or if a resumed run had other options."""
+        checkpoint = self.latest()
+        if checkpoint is not None and not self.is_resumed:
             raise UsageError(
                 f"{self.folder} already holds a checkpoint",
                 hint="add --resume to continue that run, or choose another folder",
             )
-        if there is None:
+        if checkpoint is None:
             return
-        differing = differences(_read(there / _FACTS)["choices"], self.choices)
+        differing = differences(_read(checkpoint / _FACTS)["choices"], self.choices)
         if differing:
             raise UsageError(
                 f"the run in {self.folder} had {'; '.join(differing)}",
@@ -54,7 +54,7 @@ class CheckpointManager:
             )
 
     def save(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
-        """Keep where a run is; only the first process writes it."""
+        """Save the state of a run; every process must call it, and only the first writes."""
         if not network.is_chief:
             network.save(None)
             return
@@ -78,7 +78,7 @@ class CheckpointManager:
         }
         network.save(scratch / _NETWORK)
         (scratch / _FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
-        # Two renames, and `latest` knows what lies there between them.
+        # An interruption between the two renames leaves only the old checkpoint, which `latest` then finds.
         last, old = self.folder / _LAST, self.folder / _OLD
         shutil.rmtree(old, ignore_errors=True)
         if last.exists():
@@ -87,7 +87,7 @@ class CheckpointManager:
         shutil.rmtree(old, ignore_errors=True)
 
     def resume(self, network: TrainableModel, scheduler: MaskScheduler, progress: TrainState) -> None:
-        """Bring everything to where the run was; from the beginning if there is no checkpoint."""
+        """Restore the state of the last checkpoint; do nothing if there is none."""
         folder = self.latest()
         if folder is None or not self.is_resumed:
             return
@@ -103,9 +103,9 @@ class CheckpointManager:
         progress.history = [LogEntry(**entry) for entry in facts["history"]]
 
     def latest(self) -> Path | None:
-        """The folder of the checkpoint that a run would go on with, if there is one."""
-        places = (self.folder / _LAST, self.folder / _OLD)
-        return next((folder for folder in places if (folder / _FACTS).is_file()), None)
+        """The folder of the checkpoint that a run would resume from, if there is one."""
+        candidates = (self.folder / _LAST, self.folder / _OLD)
+        return next((folder for folder in candidates if (folder / _FACTS).is_file()), None)
 
 
 _OPTIONS = {
@@ -114,14 +114,14 @@ _OPTIONS = {
     "means.decides": "--metric (the first one)",
     "means.goal": "--metric (max or min)",
 }
-"""What a choice is called on the command line."""
+"""The command-line option of each field of a request."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What a run had and what this one has, as options: `--lr 0.0001, not 0.001`; all that differ."""
+    """All options that differ between two runs, such as `--lr 0.0001, not 0.001`."""
     before, now = _flat(old), _flat(new)
     changes: dict[str, str] = {}
-    # A choice that a version did not have yet is what it is where nobody makes it.
+    # Fields missing from either side are skipped: an option that an older version lacked had its default there.
     for name in sorted(before.keys() & now.keys()):
         option = _OPTIONS.get(name, f"--{name.rpartition('.')[2].replace('_', '-')}")
         if before[name] != now[name]:
@@ -157,7 +157,7 @@ _INDEX = "index"
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write arrays to an .npz file: by number, as names may hold what no entry may; as bytes, for bfloat16."""
+    """Write arrays to an .npz file, numbered since a name may be invalid as an entry, and as bytes for bfloat16."""
     index = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
     parts = {str(number): np.frombuffer(array.tobytes(), np.uint8) for number, array in enumerate(arrays.values())}
     parts[_INDEX] = np.frombuffer(json.dumps(index).encode(), np.uint8)

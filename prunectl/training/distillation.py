@@ -1,7 +1,7 @@
-"""A teacher (Hinton et al. 2015): any file that some runtime can run, which answers as its pupil would.
+"""Knowledge distillation (Hinton et al. 2015): a teacher from any file that can be run, adapted to its student.
 
-It may be of another framework than its pupil. Then images have their channels at the other end, numbers are of another
-type, and classes come as logits here and as probabilities there: all of this is put right on the way.
+Teacher and student may be of different frameworks. Then the teacher's inputs and outputs are converted: channels first
+or last, data types, and logits or probabilities.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _COLOURS = frozenset({1, 3, 4})
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    """How one output of the teacher becomes one of the pupil's."""
+class _Adapter:
+    """Converts one output of the teacher to that of the student."""
 
     layout: AxisChange | None
     theirs: FinalActivation
@@ -45,43 +45,43 @@ class _Answer:
     axis: int
 
     def apply(self, array: Array) -> Array:
-        """The output as the pupil would give it."""
+        """The output in the student's layout and with its final activation."""
         shaped = self.layout.apply(array) if self.layout else array
         return convert_outputs(shaped, self.theirs, self.ours, self.axis)
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """Answers for a batch of its pupil."""
+    """A model whose outputs for a batch are the targets of its student."""
 
     predict: Callable[[Arrays], Arrays]
     close: Callable[[], None]
     notes: tuple[str, ...]
     _inputs: Sequence[ArrayAdapter]
-    _outputs: Sequence[_Answer]
+    _outputs: Sequence[_Adapter]
 
     def __call__(self, x: Arrays) -> Arrays:
-        """What the teacher makes of inputs, as its pupil would give it."""
+        """The teacher's outputs for a batch of the student, in the student's form."""
         outputs = as_tuple(self.predict(adapt.apply_each(self._inputs, x)))
         answers = [answer.apply(array) for answer, array in zip(self._outputs, outputs, strict=False)]
         return tuple(answers) if len(answers) > 1 else answers[0]
 
 
 def load_teacher(
-    path: Path, origin: LoadOptions, device: str, pupil: ModelSignature, example: Batch, *, builder: str = ""
+    path: Path, origin: LoadOptions, device: str, student: ModelSignature, example: Batch, *, builder: str = ""
 ) -> Teacher:
-    """A model that answers for the batches of a pupil, of which one example is given.
+    """Load a teacher for a student, and fit it to an example batch of the student.
 
-    The origin is the pupil's; the builder is the teacher's own.
+    `origin` holds the student's load options; `builder` is the teacher's own.
     """
     model = open_model(path)
-    origin = replace(teacher_load_options(model, origin, builder), arrays=tuple(port.name for port in pupil.inputs))
+    origin = replace(teacher_load_options(model, origin, builder), arrays=tuple(port.name for port in student.inputs))
     predict, close, theirs = _opened(model, origin, device)
-    predict, theirs = _in_order_of(pupil, theirs, predict)
+    predict, theirs = _in_order_of(student, theirs, predict)
     try:
-        inputs = _input_fits(path, theirs, pupil, as_tuple(example.x))
+        inputs = _fit_inputs(path, theirs, student, as_tuple(example.x))
         answers = [np.asarray(array) for array in as_tuple(predict(adapt.apply_each(inputs, example.x)))]
-        outputs = _answers(path, answers, theirs, pupil)
+        outputs = _fit_outputs(path, answers, theirs, student)
     except BaseException:
         close()
         raise
@@ -92,38 +92,38 @@ def load_teacher(
 
 
 def _in_order_of(
-    pupil: ModelSignature, theirs: ModelSignature, predict: Callable[[Arrays], Arrays]
+    student: ModelSignature, theirs: ModelSignature, predict: Callable[[Arrays], Arrays]
 ) -> tuple[Callable[[Arrays], Arrays], ModelSignature]:
-    """A teacher whose inputs and outputs stand where the pupil has those of their names."""
-    inputs, outputs = _order(theirs.inputs, pupil.inputs), _order(theirs.outputs, pupil.outputs)
+    """Reorder the teacher's inputs and outputs to match the student's by name."""
+    inputs, outputs = _order(theirs.inputs, student.inputs), _order(theirs.outputs, student.outputs)
     if inputs == sorted(inputs) and outputs == sorted(outputs):
         return predict, theirs
 
     def answer(x: Arrays) -> Arrays:
         arrays = as_tuple(x)
-        taken = tuple(arrays[inputs.index(index)] for index in range(len(inputs))) if len(arrays) > 1 else arrays
-        made = as_tuple(predict(taken if len(taken) > 1 else taken[0]))
+        reordered = tuple(arrays[inputs.index(index)] for index in range(len(inputs))) if len(arrays) > 1 else arrays
+        results = as_tuple(predict(reordered if len(reordered) > 1 else reordered[0]))
         # A model may have outputs that it does not declare.
-        ordered = tuple(made[index] for index in outputs) + made[len(outputs) :]
+        ordered = tuple(results[index] for index in outputs) + results[len(outputs) :]
         return ordered if len(ordered) > 1 else ordered[0]
 
     ports = (tuple(theirs.inputs[index] for index in inputs), tuple(theirs.outputs[index] for index in outputs))
     return answer, replace(theirs, inputs=ports[0], outputs=ports[1])
 
 
-def _order(theirs: Sequence[TensorSpec], pupil: Sequence[TensorSpec]) -> list[int]:
-    """The numbers of a teacher's ports, those first that the pupil has too, if it has no others."""
+def _order(theirs: Sequence[TensorSpec], student: Sequence[TensorSpec]) -> list[int]:
+    """Indices of the teacher's ports, the student's first; in the given order if a port of the student is missing."""
     names = [port.name for port in theirs]
-    if not {port.name for port in pupil} <= set(names):
+    if not {port.name for port in student} <= set(names):
         return list(range(len(names)))
-    first = [names.index(port.name) for port in pupil]
+    first = [names.index(port.name) for port in student]
     return first + [index for index in range(len(names)) if index not in first]
 
 
 def compare_answers(
     teacher: Arrays, student: Arrays, signature: ModelSignature, loss: str
 ) -> tuple[tuple[DistilledOutput, ...], str]:
-    """How each output is compared with a teacher's where no target tells, and a sentence that says so."""
+    """How to compare each output with the teacher's if there are no targets, and a note on the choice for the user."""
     ports = (*signature.outputs, *(TensorSpec("", None, ""),) * len(as_tuple(teacher)))
     compared = tuple(
         compare_outputs(
@@ -147,9 +147,9 @@ def _kind(output: DistilledOutput) -> str:
     return "classes (KL divergence)" if output.is_classification else "numbers (squared error)"
 
 
-def teacher_load_options(model: ModelFile, pupil: LoadOptions, builder: str) -> LoadOptions:
-    """How a teacher becomes a network: by its own builder, else by the pupil's if it holds weights alone."""
-    return replace(pupil, model=builder or ("" if _is_complete(model) else pupil.model))
+def teacher_load_options(model: ModelFile, student: LoadOptions, builder: str) -> LoadOptions:
+    """Load options of the teacher: its own builder, or the student's if the teacher's file holds only weights."""
+    return replace(student, model=builder or ("" if _is_complete(model) else student.model))
 
 
 def _opened(
@@ -164,18 +164,18 @@ def _opened(
 
 
 def _nothing() -> None:
-    """A runtime lets go of a model with the last reference to it."""
+    """Close nothing: a runtime frees its model with the last reference to it."""
 
 
 def _is_complete(model: ModelFile) -> bool:
-    """Whether a file says how its weights are connected: then what builds the pupil has nothing to do with it."""
+    """Whether the file holds the architecture too, so that the student's builder must not be used for it."""
     if model.family in {Family.TORCH_PROGRAM, Family.SAVED_MODEL} or model.about.keras is not None:
         return True
     return user_code.is_script(model)
 
 
-def _input_fits(
-    path: Path, theirs: ModelSignature, pupil: ModelSignature, arrays: Sequence[Array]
+def _fit_inputs(
+    path: Path, theirs: ModelSignature, student: ModelSignature, arrays: Sequence[Array]
 ) -> list[ArrayAdapter]:
     if len(theirs.inputs) != len(arrays):
         raise UsageError(
@@ -186,7 +186,7 @@ def _input_fits(
     for port, array in zip(theirs.inputs, arrays, strict=True):
         shape = array.shape[1:]
         change = adapt.find_axis_change(shape, port.shape)
-        if port.shape is None and theirs.is_channels_first != pupil.is_channels_first:
+        if port.shape is None and theirs.is_channels_first != student.is_channels_first:
             change = _by_convention(shape, is_first=theirs.is_channels_first)
         elif port.shape is not None and change is None and not shape_matches(shape, port.shape):
             raise UsageError(
@@ -201,7 +201,7 @@ def _input_fits(
 
 
 def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | None:
-    """What brings the channels of an image to the other end, for a teacher that does not say what it takes."""
+    """Transpose images between CHW and HWC, for a teacher that does not declare its input shape."""
     if len(shape) != 3 or shape[-1 if is_first else 0] not in _COLOURS:
         return None
     axes = (2, 0, 1) if is_first else (1, 2, 0)
@@ -212,13 +212,13 @@ def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | No
     )
 
 
-def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: ModelSignature) -> list[_Answer]:
-    if len(seen) < len(pupil.outputs):
-        raise UsageError(f"the teacher {path} has {len(seen)} outputs, the model {len(pupil.outputs)}")
+def _fit_outputs(path: Path, seen: Sequence[Array], theirs: ModelSignature, student: ModelSignature) -> list[_Adapter]:
+    if len(seen) < len(student.outputs):
+        raise UsageError(f"the teacher {path} has {len(seen)} outputs, the model {len(student.outputs)}")
     ports = theirs.outputs if len(theirs.outputs) == len(seen) else (TensorSpec("", None, ""),) * len(seen)
-    axis, their_axis = (1 if signature.is_channels_first else -1 for signature in (pupil, theirs))
+    axis, their_axis = (1 if signature.is_channels_first else -1 for signature in (student, theirs))
     answers = []
-    for array, port, mine in zip(seen, ports, pupil.outputs, strict=False):
+    for array, port, mine in zip(seen, ports, student.outputs, strict=False):
         shape = array.shape[1:]
         change = adapt.find_axis_change(shape, mine.shape)
         if mine.shape is not None and change is None and not shape_matches(shape, mine.shape):
@@ -227,7 +227,7 @@ def _answers(path: Path, seen: Sequence[Array], theirs: ModelSignature, pupil: M
                 f"but the model outputs {format_shape(mine.shape)}",
                 hint="the teacher must have the same classes, in the same order",
             )
-        # A matrix has its classes in one place only.
+        # A 2-D output has its classes on the last axis in every framework.
         ending = port.ending or activation_of_values(array, their_axis if array.ndim > 2 else -1)
-        answers.append(_Answer(change, ending, mine.ending, axis))
+        answers.append(_Adapter(change, ending, mine.ending, axis))
     return answers

@@ -1,4 +1,4 @@
-"""How good is a file on the user's data? Run by the framework that trains it, or by the runtime it was made for."""
+"""Evaluation of a model file on the user's data, in its training framework or in its inference runtime."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prunectl.training.task import IGNORED_LABEL, FinalActivation, Task, TaskKin
 
 _EVEN = 0.5
 Score = Callable[[Array, Array], Array]
-"""A number for each example, of outputs and targets."""
+"""A function of outputs and targets that returns a number for each example."""
 
 
 def evaluate_predictions(
@@ -42,7 +42,7 @@ def evaluate_predictions(
     output: int = 0,
     is_channels_first: bool = True,
 ) -> tuple[str, float]:
-    """A metric of one output by its name, and its mean over the examples."""
+    """The name of the metric of one output, and its mean over the examples."""
     total, count, chosen = 0.0, 0.0, metric
     binary: list[tuple[Array, Array]] = []
     task: Task | None = None
@@ -73,7 +73,7 @@ def evaluate_predictions(
             if score is _accuracy:
                 score = partial(_accuracy, is_channels_first=is_channels_first)
             total += float(_fitting(chosen, score, outputs, targets).sum())
-        # A place that is left out is no right answer, and counts for nothing, as in PyTorch.
+        # Ignored labels match no class, and are left out of the count, as in PyTorch.
         count += len(outputs) * (np.mean(targets != IGNORED_LABEL) if _SCORES[chosen] is _accuracy else 1)
     if not count:
         raise nothing_counts(name)
@@ -87,7 +87,7 @@ def _are_labels(answers: Array, targets: Array) -> bool:
 
 
 def _fitting(name: str, score: Score, outputs: Array, targets: Array) -> Array:
-    """A score of outputs and targets that fit it, and each other."""
+    """Compute a score; mismatched shapes are the user's error."""
     try:
         return score(outputs, targets)
     except ValueError as error:
@@ -95,7 +95,7 @@ def _fitting(name: str, score: Score, outputs: Array, targets: Array) -> Array:
 
 
 def _binary_accuracy(batches: Sequence[tuple[Array, Array]]) -> float:
-    """How often one output for two classes is on the right side: of zero, if it is ever no probability."""
+    """Accuracy of a single output for two classes; outputs are logits if any of them is outside 0 to 1."""
     outputs, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
     is_logit = outputs.min() < 0 or outputs.max() > 1
     return float(np.mean((outputs > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
@@ -129,27 +129,27 @@ _SCORES: dict[str, Score] = {"accuracy": _accuracy, "mae": _absolute, "mse": _sq
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a model is worth."""
+    """The result of evaluating a model."""
 
     metric: str
     logs: dict[str, float]
     notes: tuple[str, ...]
     higher_is_better: bool
-    """Whether more of the metric is better."""
+    """Whether a higher value of the metric is better."""
 
     @property
     def value(self) -> float:
-        """The number that decides."""
+        """The value of the monitored metric."""
         return self.logs[self.metric]
 
     @property
     def is_finite(self) -> bool:
-        """Whether it is a number at all."""
+        """Whether the value is neither NaN nor infinite."""
         return math.isfinite(self.value)
 
 
 def evaluate_file(path: Path, request: FinetuneRequest, meter: ProgressFactory = no_progress) -> Evaluation:
-    """How good a model is on what it is judged by: the data itself, if nothing else is named."""
+    """Evaluate a file on the validation data, or on `request.data` if there is none."""
     check_direction(request.means)
     model = open_model(path)
     if model.about.pruning_wrappers:
@@ -163,7 +163,7 @@ def evaluate_file(path: Path, request: FinetuneRequest, meter: ProgressFactory =
 
 
 def evaluate_baseline(path: Path, request: FinetuneRequest, meter: ProgressFactory = no_progress) -> Evaluation:
-    """How good a model is of which a number is expected: one that nothing was taken from."""
+    """Evaluate the unpruned model; raise if the metric is NaN or infinite."""
     result = evaluate_file(path, request, meter)
     if not result.is_finite:
         raise WorkError(
@@ -174,7 +174,7 @@ def evaluate_baseline(path: Path, request: FinetuneRequest, meter: ProgressFacto
 
 
 def _watched(model: ModelFile, source: Source, batch_size: int, meter: ProgressFactory) -> Iterator[Batch]:
-    """The batches of a source, in order, examples counted as they are used."""
+    """The batches of a source, in order, with progress counted in examples."""
     with meter(f"evaluating {model.path.name}", Items(source.count or 0)) as bar:
         for batch in source.batches(EpochOrder(batch_size)):
             yield batch
@@ -229,12 +229,12 @@ def _by_runtime(
 
 
 def _judged(model: ModelFile, signature: ModelSignature, source: Source, metric: str) -> tuple[int, str, str]:
-    """Which output is judged, by which metric, and what that is called after where there are several, as in Keras."""
+    """The index of the evaluated output, its metric, and the prefix of the metric's name (as in Keras, if several)."""
     first = peek(source, 1)
     count = len(as_tuple(first.y)) if first is not None and first.y is not None else 0
     names = [port.name for port in signature.outputs]
     if model.family is Family.LITE and count != len(names):
-        # Their order is not that of the model that was converted.
+        # The converter may reorder the outputs of the original model.
         raise UsageError(
             f"{model.path} has {len(names)} outputs, but the data has {count} arrays of targets",
             hint=f"name arrays as the outputs are: {', '.join(names)}",

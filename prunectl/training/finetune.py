@@ -1,4 +1,4 @@
-"""Training a saved model, from a file to a file: zeros stay zero, or become more along a schedule."""
+"""Finetuning of a saved model into a copy of its file: zeros stay zero, or grow in number along a schedule."""
 
 from __future__ import annotations
 
@@ -65,56 +65,56 @@ from prunectl.training.wrap import (
     wrap_in_place,
 )
 
-_COUNTED_BY = 4096
-_SHOWN = 32
-"""Examples by which a network is prepared."""
-_COMPARED = 256
-"""Examples that tell whether outputs are those of a classifier."""
+_COUNTING_BATCH = 4096
+_EXAMPLE_BATCH = 32
+"""The number of examples in the batch that a network is prepared with."""
+_SAMPLE_SIZE = 256
+"""The number of examples that show whether outputs are logits of a classifier."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """Examples that fit a model."""
+    """Training and validation data, converted to fit a model."""
 
     train: Source
     val: Source | None
     example: Batch
     notes: tuple[str, ...]
     request: FinetuneRequest
-    """With the teacher that is all there is to learn from where there are no targets."""
+    """The request, with the teacher that replaces targets where the data has none."""
 
     @property
     def has_targets(self) -> bool:
-        """Whether what is learned from says what the model should answer."""
+        """Whether the training data has targets."""
         return self.train.has_targets
 
 
 def open_training_data(network: TrainableModel, request: FinetuneRequest, model: Path | None = None) -> TrainingData:
-    """Open what is learned from and what is judged by; without targets a model may be its own teacher."""
+    """Open training and validation data; without targets, the unpruned model may become its own teacher."""
     seed, val, val_split = request.means.seed, request.val, request.val_split
-    train, notes = _fitted(request.data, network, request)
+    train, notes = _open_adapted(request.data, network, request)
     if not train.has_targets:
         request = learn_from_teacher(request, model)
     if request.needs_targets:
         require_targets(train, network.signature)
-    judged: Source | None = None
+    validation: Source | None = None
     if val:
-        judged, more = _fitted(val, network, request)
+        validation, more = _open_adapted(val, network, request)
         notes += more
     elif val_split:
-        train, judged = train_val_split(train, val_split, seed)
-    if judged is not None and not request.means.custom_step:
-        require_targets(judged, network.signature)
-    # What comes out is told by targets: those of the validation data, if there are no others.
-    shown = train if judged is None or train.has_targets or request.means.custom_step else judged
-    example = peek(shown, batch_size(shown, network.signature, _SHOWN))
+        train, validation = train_val_split(train, val_split, seed)
+    if validation is not None and not request.means.custom_step:
+        require_targets(validation, network.signature)
+    # The kind of the outputs is inferred from targets: from those of the validation data if there are no others.
+    examples = train if validation is None or train.has_targets or request.means.custom_step else validation
+    example = peek(examples, batch_size(examples, network.signature, _EXAMPLE_BATCH))
     if example is None:
         raise InputError(f"{train.name} has no examples")
-    return TrainingData(train, judged, example, tuple(dict.fromkeys(notes)), request)
+    return TrainingData(train, validation, example, tuple(dict.fromkeys(notes)), request)
 
 
 def validate_training_data(data: TrainingData, signature: ModelSignature, request: FinetuneRequest) -> tuple[str, ...]:
-    """Refuse examples that the model cannot learn from, now that it is known what comes out of it."""
+    """Refuse examples that do not fit the model, once its outputs are known; returns notes for the user."""
     notes: list[str] = []
     tasks = infer_tasks(signature, data.example)
     for source in filter(None, (data.train, data.val)):
@@ -123,13 +123,13 @@ def validate_training_data(data: TrainingData, signature: ModelSignature, reques
 
 
 def count_examples(source: Source) -> int:
-    """How many examples there are; those of a stream are counted by going through them once."""
+    """The number of examples; a stream is read once to count them."""
     if source.count is not None:
         return source.count
-    return sum(num_examples(batch) for batch in source.batches(EpochOrder(_COUNTED_BY)))
+    return sum(num_examples(batch) for batch in source.batches(EpochOrder(_COUNTING_BATCH)))
 
 
-def _fitted(spec: str, network: TrainableModel, request: FinetuneRequest) -> tuple[Source, tuple[str, ...]]:
+def _open_adapted(spec: str, network: TrainableModel, request: FinetuneRequest) -> tuple[Source, tuple[str, ...]]:
     def predict(x: Arrays) -> Arrays:
         network.place(request.means.device)
         return network.predict(x)
@@ -141,7 +141,7 @@ def _fitted(spec: str, network: TrainableModel, request: FinetuneRequest) -> tup
 
 
 def write_back(model: ModelFile, values: Mapping[str, Array], places: dict[Path, Path]) -> None:
-    """Write a copy with new numbers in it."""
+    """Write a copy of a model file with new values in its tensors."""
     arrays = {**values, **{name: values[of] for name, of in model.duplicates.items() if of in values}}
     rewrites: dict[tuple[str, int], TensorUpdate] = {}
     for tensor in model.tensors:
@@ -170,7 +170,7 @@ def _blocks(tensor: Tensor, value: Array) -> Iterator[Array]:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """What came of a run."""
+    """The result of a finetuning run."""
 
     request: FinetuneRequest
     course: TrainConfig
@@ -182,9 +182,9 @@ class FinetuneResult:
     history: tuple[LogEntry, ...]
     best_epoch: int | None
     masked: int
-    """How many weights the masks hold at zero."""
+    """The number of weights that the masks hold at zero."""
     kept: int
-    """How many of them are zero in the file that was written."""
+    """The number of those weights that are zero in the written file."""
     notes: tuple[str, ...]
     is_chief: bool = True
 
@@ -192,7 +192,7 @@ class FinetuneResult:
 def finetune(
     path: Path, request: FinetuneRequest, output: Destination, watcher: ProgressCallback | None = None
 ) -> FinetuneResult:
-    """Train a model, and write it into a copy of its file."""
+    """Train a model, and write a copy of its file with the trained weights."""
     check(request)
     request = resolve_teacher(request, path)
     if _has_best(request):
@@ -200,10 +200,10 @@ def finetune(
     model = open_model(path)
     outputs.check(model, output)
     if request.distill:
-        teaching = open_model(Path(request.distill))
-        user_code.check(teaching, teacher_load_options(teaching, request.origin, request.distill_model))
+        teacher_file = open_model(Path(request.distill))
+        user_code.check(teacher_file, teacher_load_options(teacher_file, request.origin, request.distill_model))
     check_exists(request.data, request.val)
-    saver = _saver(request)
+    checkpoints = _checkpoints(request)
     with (
         temporary_files(),
         _unwrapped(model, request.origin) as plain,
@@ -219,19 +219,19 @@ def finetune(
         first = masks_of_zeros(pruning.choice, network.weights(pruning.names))
         if request.mask is MaskMode.REGROW and not first and pruning.schedule is None:
             raise UsageError(f"{path} has no zeros that could be regrown", hint="add --sparsity 80%")
-        notes += _already(path, pruning, first)
+        notes += _sparser_note(path, pruning, first)
         saved_pruning = read_saved_pruning(model)
         scheduler = make_mask_scheduler(network, pruning, request, config, first=first, saved=saved_pruning)
         check_wrappable(plain, request, scheduler)
         judged_before = evaluate(network, data.val, config.batch_size)
-        monitor = _decider(request, judged_before, network)
+        monitor = _monitor(request, judged_before, network)
         teacher = _teacher(request, network, data)
         if teacher is not None:
-            # Its runtime may share what joins the processes with the pupil's: it is let go of when all is done.
+            # Its runtime may share the process group with the student's, so it is closed only at the end.
             at_the_end.callback(teacher.close)
             notes += teacher.notes
             if not data.has_targets and not request.means.custom_step:
-                notes += _taught_alone(network, data, teacher)
+                notes += _distill_without_targets(network, data, teacher)
         logger = _logger(network, scheduler, request, watcher)
         progress = _train(
             TrainingRun(
@@ -240,13 +240,13 @@ def finetune(
                 config,
                 scheduler,
                 logger,
-                saver,
+                checkpoints,
                 teacher,
                 monitor,
             )
         )
         if request.is_recalibrated:
-            notes = (*notes, _recalibrated(network, data, config))
+            notes = (*notes, _recalibrate(network, data, config))
         judged_after = evaluate(network, data.val, config.batch_size)
         values, before = network.tensors(), stats_for_report(model)
         if not network.is_chief:
@@ -254,7 +254,7 @@ def finetune(
                 request, config, before, before, judged_before, judged_after, (), None, 0, 0, (), is_chief=False
             )
         wrapping = spec_of_result(scheduler, request, saved_pruning, progress.step) if request.keeps_wrappers else None
-        after, zeros = _written(plain, values, scheduler, output, wrapping)
+        after, zeros = _write_result(plain, values, scheduler, output, wrapping)
         notes = (
             *notes,
             *network.notes,
@@ -278,7 +278,7 @@ def finetune(
 
 @contextmanager
 def _unwrapped(model: ModelFile, origin: LoadOptions) -> Generator[ModelFile]:
-    """Yield a model without masks: what they hold at zero is zero in it."""
+    """Yield a model without pruning wrappers; the weights that their masks prune are zero in it."""
     if not model.about.pruning_wrappers:
         yield model
         return
@@ -286,29 +286,29 @@ def _unwrapped(model: ModelFile, origin: LoadOptions) -> Generator[ModelFile]:
         try:
             plain = strip_wrappers(model, scratch)
         except InputError as error:
-            # What `strip` can do instead is no help here.
+            # The hint of `strip` (--only) does not apply here.
             hint = "save the model as .keras, whose wrappers can be stripped, and train that"
             raise type(error)(error.message, hint=hint if "--only" in error.hint else error.hint) from error
         if model.family is Family.KERAS:
             try:
                 user_code.check(plain, origin)
             except UntrustedError as error:
-                # It is about a file of ours.
+                # The message must name the user's file instead of the temporary one.
                 message = error.message.replace(str(plain.path), str(model.path))
                 raise UntrustedError(message, hint=error.hint) from error
         yield plain
 
 
-def _already(path: Path, rules: PruningConfig, first: Mapping[str, Mask]) -> tuple[str, ...]:
-    """A note where a file is sparser than the target."""
-    schedule, size = rules.schedule, sum(mask.size for mask in first.values())
-    share = sum(mask.size - np.count_nonzero(mask) for mask in first.values()) / max(size, 1)
+def _sparser_note(path: Path, rules: PruningConfig, masks: Mapping[str, Mask]) -> tuple[str, ...]:
+    """A note if the file is already sparser than the target."""
+    schedule, size = rules.schedule, sum(mask.size for mask in masks.values())
+    share = sum(mask.size - np.count_nonzero(mask) for mask in masks.values()) / max(size, 1)
     if schedule is None or not rules.has_others or share <= schedule.final:
         return ()
     return (f"{path} is already sparser than {schedule.final:.1%}: its zeros ({share:.1%}) are kept.",)
 
 
-def _saver(request: FinetuneRequest) -> CheckpointManager | None:
+def _checkpoints(request: FinetuneRequest) -> CheckpointManager | None:
     if request.checkpoint_dir is None:
         return None
     saver = CheckpointManager(request.checkpoint_dir, request.choices, request.is_resumed)
@@ -326,7 +326,7 @@ def _has_best(request: FinetuneRequest) -> bool:
     return is_judged and (request.keep is KeepWeights.BEST or request.early_stop is not None)
 
 
-def _decider(request: FinetuneRequest, logs: Logs, network: TrainableModel) -> Monitor | None:
+def _monitor(request: FinetuneRequest, logs: Logs, network: TrainableModel) -> Monitor | None:
     if not _has_best(request):
         return None
     return make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
@@ -345,10 +345,10 @@ def _teacher(request: FinetuneRequest, network: TrainableModel, data: TrainingDa
     )
 
 
-def _taught_alone(network: TrainableModel, data: TrainingData, teacher: Teacher) -> tuple[str, ...]:
-    """Choose how outputs are compared with the teacher's, by some examples of all."""
+def _distill_without_targets(network: TrainableModel, data: TrainingData, teacher: Teacher) -> tuple[str, ...]:
+    """Choose how outputs are compared with the teacher's, from a sample of the training data; returns notes."""
     request, train = data.request, data.train
-    order = EpochOrder(_COMPARED, request.means.seed, is_shuffled=train.count is not None)
+    order = EpochOrder(_SAMPLE_SIZE, request.means.seed, is_shuffled=train.count is not None)
     x = next(train.batches(order)).x
     loss = request.means.loss if request.means.loss in COMPARING_LOSSES else ""
     compared, note = compare_answers(teacher(x), network.predict(x), network.signature, loss)
@@ -386,44 +386,44 @@ def _logger(
     network: TrainableModel, scheduler: MaskScheduler, request: FinetuneRequest, watcher: ProgressCallback | None
 ) -> TrainingLogger:
     folder = (request.logdir or request.checkpoint_dir) if network.is_chief else None
-    logger = TrainingLogger(folder, layers=lambda: _by_layer(scheduler))
+    logger = TrainingLogger(folder, layers=lambda: _layer_sparsity(scheduler))
     if watcher is not None and network.is_chief:
         logger.watcher = watcher
     return logger
 
 
-def _by_layer(scheduler: MaskScheduler) -> Logs:
+def _layer_sparsity(scheduler: MaskScheduler) -> Logs:
     return {f"sparsity/{name}": 1.0 - float(np.mean(mask)) for name, mask in scheduler.masks.items()}
 
 
-def _recalibrated(network: TrainableModel, data: TrainingData, config: TrainConfig) -> str:
+def _recalibrate(network: TrainableModel, data: TrainingData, config: TrainConfig) -> str:
     layers = network.recalibrate(data.train.batches(EpochOrder(config.batch_size)))
     if not layers:
         return "There was nothing to recalibrate: the model has no batch normalisation."
     return f"The statistics of {layers} batch normalisation layers were recomputed from {data.train.name}."
 
 
-def _written(
+def _write_result(
     model: ModelFile,
     values: Mapping[str, Array],
     scheduler: MaskScheduler,
     output: Destination,
     wrapping: WrapperSpec | None,
 ) -> tuple[ModelStats, int]:
-    """Write the result, and return what is in it and how many of the masks' zeros are."""
-    # Hours of training are not thrown away because somebody touched the file.
+    """Write the result; returns its stats and the number of the masks' zeros that are zero in it."""
+    # A changed modification time of the source must not discard hours of training.
     model = replace(model, states=ignoring_mtime(model.states))
     with outputs.staging_dir(model, output) as (folder, target):
         places = outputs.staged_paths(model, folder, target)
         write_back(model, values, places)
-        written = open_model(places.get(model.path, folder / target.name))
-        zeros_in_file = _zeros_in(written, scheduler.masks)
+        result = open_model(places.get(model.path, folder / target.name))
+        zeros_in_file = _zeros_in(result, scheduler.masks)
         if zeros_in_file != scheduler.zeros:
             lost = scheduler.zeros - zeros_in_file
             raise WorkError(f"{lost} of {scheduler.zeros} zeros became nonzero in training; nothing was written")
         if wrapping is not None:
-            wrap_in_place(written.path, wrapping)
-        after = stats_for_report(open_model(written.path))
+            wrap_in_place(result.path, wrapping)
+        after = stats_for_report(open_model(result.path))
     return replace(after, path=str(target)), zeros_in_file
 
 

@@ -1,4 +1,4 @@
-"""What a program that calls prunectl keeps: log levels, environment, random generators, its temporary folder."""
+"""Restores the state of a program that calls prunectl: log levels, environment, random generators, temporary folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from prunectl.training.quiet import LOGGERS, VARIABLES, ignore_warnings
 
 _lock = threading.RLock()
 _seeded: ContextVar[dict[str, Callable[[], None]] | None] = ContextVar("seeded", default=None)
-"""What restores each of the generators that a call has seeded so far; None where no program calls."""
+"""For each library that a call has seeded: the function that restores its generators. None outside a call."""
 
 
 def _forget_lock() -> None:
-    global _lock  # noqa: PLW0603 - a child of fork has none of the threads, one of which may hold it
+    global _lock  # noqa: PLW0603 - in a forked child, the thread that holds the lock does not exist
     _lock = threading.RLock()
 
 
@@ -34,10 +34,10 @@ os.register_at_fork(after_in_child=_forget_lock)
 
 @contextmanager
 def host_settings() -> Iterator[None]:
-    """Let one thread at a time run frameworks, and give the program back what they get others of.
+    """Let only one thread at a time run frameworks, and restore the program's settings afterwards.
 
-    Their seeds, exporters and the silence about them are of the whole process: two runs at once would each end with
-    what the other had set, and random draws of the program would be the same after every call that seeds.
+    Seeds, exporters and silenced logs are settings of the whole process: two runs at once would each end with the
+    other's settings, and the program would draw the same random numbers after every call that seeds.
     """
     with _lock:
         restoring, seeded = ExitStack(), dict[str, Callable[[], None]]()
@@ -61,9 +61,9 @@ def host_settings() -> Iterator[None]:
 
 
 def before_seeding(*libraries: str) -> None:
-    """Save the random generators of libraries, once in a call, for the end of it.
+    """Save the random generators of libraries, once in each call; they are restored when the call ends.
 
-    What was drawn or seeded before, also by functions of the user that the call has run, stays as it is.
+    Draws and seeds that came before this, also those of user functions that the call has run, stay in effect.
     """
     seeded = _seeded.get()
     if seeded is None:
@@ -94,7 +94,7 @@ class _Generators(Protocol):
         """Their states."""
 
     def restore(self, state: Any) -> None:
-        """Bring them back to states."""
+        """Restore saved states."""
 
 
 class _Python:
@@ -124,12 +124,12 @@ class _Torch:
         if state[1] is not None:
             torch.cuda.set_rng_state_all(state[1])
         else:
-            # Also where CUDA has not begun: a seed waits for when it does.
+            # Before CUDA is initialised, PyTorch queues a seed until it is: a new random seed replaces the queued one.
             torch.cuda.seed_all()
 
 
 class _TensorFlow:
-    """The global seed, and what operations without a seed of their own take one from, once there is one."""
+    """The global seed, and the generator that gives operations without a seed of their own one, if a seed is set."""
 
     def save(self) -> Any:
         if not self._is_imported():
@@ -141,7 +141,7 @@ class _TensorFlow:
     def restore(self, state: Any) -> None:
         if not self._is_imported():
             return
-        # Not by the function that seeds: it has operations with a seed of their own begin anew.
+        # Not by tf.random.set_seed: it restarts operations with a seed of their own.
         context, (seed, generator, inner) = self._context(), state
         context._seed = seed  # noqa: SLF001
         if generator is not None:
@@ -150,7 +150,7 @@ class _TensorFlow:
 
     @staticmethod
     def _is_imported() -> bool:
-        """Whether it is: Keras on another backend seeds it as well, and imports it for that, if it can."""
+        """Whether TensorFlow is imported: Keras with another backend imports and seeds it as well, if it can."""
         return hasattr(sys.modules.get("tensorflow"), "random")
 
     @staticmethod

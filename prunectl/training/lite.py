@@ -1,4 +1,4 @@
-"""A TensorFlow Lite model as its interpreter runs it, float or quantised. It computes no gradients."""
+"""TensorFlow Lite models, float or quantised, run by their interpreter. It computes no gradients."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from prunectl.training.quiet import ignore_warnings, silence
 
 _tf = load_keras2().tensorflow
 _FLEX = "Flex"
-"""What the names of TensorFlow's own operators begin with in TensorFlow Lite."""
+"""Prefix of the names of TensorFlow's own operators in TensorFlow Lite."""
 
 
 def open_interpreter(model: ModelFile, *, is_trusted: bool, threads: int) -> Any:
-    """The interpreter of a model, which holds no code but the names of operators."""
+    """The interpreter of a model. The file holds no code but names of operators, of which TensorFlow's need trust."""
     graphs = read_lite(model.path).graphs
     flex = {op.kind for graph in graphs for op in graph.operators if op.kind.startswith(_FLEX)}
     if flex and not is_trusted:
@@ -41,21 +41,21 @@ def open_interpreter(model: ModelFile, *, is_trusted: bool, threads: int) -> Any
 
 
 def declared_shape(detail: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """The shape of an input or output; older files do not say which axes are open."""
+    """The shape of an input or output; in older files, without `shape_signature`, every axis is fixed."""
     signature = detail["shape_signature"]
     return tuple(None if length < 0 else int(length) for length in (signature if len(signature) else detail["shape"]))
 
 
 @dataclass(frozen=True, slots=True)
 class _Port:
-    """An input or output, and how its integers stand for numbers, where it has been quantised."""
+    """An input or output, and its quantisation parameters."""
 
     name: str
     index: int
     shape: tuple[int | None, ...]
     dtype: np.dtype[Any]
     scale: float
-    """Zero where integers mean themselves."""
+    """Quantisation scale; 0 if the values are not quantised."""
     zero_point: int
 
     @property
@@ -74,18 +74,18 @@ class _Port:
 
 
 class LiteModel:
-    """What a model answers; numbers go in and come out as those of the model that was quantised."""
+    """Predicts with a TensorFlow Lite model; inputs and outputs are those of the model before it was quantised."""
 
     def __init__(self, model: ModelFile, origin: LoadOptions) -> None:
         self._path = model.path
         threads = threads_from_env() or usable_cores()
         self._interpreter = open_interpreter(model, is_trusted=origin.is_trusted, threads=threads)
         self._shapes: list[tuple[int, ...]] = []
-        """Of the inputs for which it has taken its memory."""
+        """Input shapes for which the interpreter has allocated its tensors."""
         try:
             runner: Any = None
             if len(self._interpreter.get_signature_list()) == 1:
-                # Its names are those of the model that was converted.
+                # The signature keeps the names of the model before conversion.
                 runner = self._interpreter.get_signature_runner()
             self._inputs = _ports(self._interpreter.get_input_details(), runner and runner.get_input_details())
             self._outputs = _ports(self._interpreter.get_output_details(), runner and runner.get_output_details())
@@ -94,12 +94,12 @@ class LiteModel:
 
     @property
     def signature(self) -> ModelSignature:
-        """What goes in and comes out."""
+        """The inputs and outputs."""
         inputs, outputs = (tuple(port.spec for port in ports) for ports in (self._inputs, self._outputs))
         return ModelSignature(inputs, outputs, is_channels_first=False)
 
     def predict(self, x: Arrays) -> Arrays:
-        """What comes out, for one batch; in pieces, the last of them filled up, where the file fixes their size."""
+        """The outputs for one batch. If the file fixes the batch size, the batch is split and the last piece padded."""
         arrays = as_tuple(x)
         count = len(arrays[0])
         size = next((port.shape[0] for port in self._inputs if port.shape and port.shape[0]), count)

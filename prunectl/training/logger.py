@@ -1,4 +1,4 @@
-"""What happens during training, written down as it happens: for people, for scripts, for TensorBoard."""
+"""Training logs, written as training proceeds: for people, for scripts (JSON lines) and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STEP, _VERSION, _SUMMARY, _VALUE, _TAG = 2, 3, 5, 1, 1
 
 
 class EventWriter:
-    """A file of events in a folder."""
+    """Writes a TensorBoard event file in a folder."""
 
     def __init__(self, folder: Path) -> None:
         name = f"events.out.tfevents.{int(time.time()):010d}.prunectl.{os.getpid()}"
@@ -69,7 +69,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """An epoch."""
+    """Metrics of an epoch."""
 
     epoch: int
     step: int
@@ -80,7 +80,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """Where training is, for whoever watches."""
+    """The progress of training, for a progress callback."""
 
     step: int
     steps: int
@@ -88,31 +88,31 @@ class ProgressEvent:
     epochs: int
     sparsity: float
     last: LogEntry | None
-    """The last epoch that is over."""
+    """The last finished epoch."""
 
 
 ProgressCallback = Callable[[ProgressEvent], None]
 
 
-def _nobody(_: ProgressEvent) -> None:
+def _ignore(_: ProgressEvent) -> None:
     """Watch nothing."""
 
 
 @dataclass(slots=True)
 class TrainingLogger:
-    """Tells a watcher of every step, and keeps every epoch in a folder if there is one."""
+    """Reports every step to a watcher, and logs every epoch in a folder if there is one."""
 
     folder: Path | None = None
-    watcher: ProgressCallback = _nobody
+    watcher: ProgressCallback = _ignore
     layers: Callable[[], Logs] = dict
-    """Numbers of each layer, for TensorBoard."""
+    """Returns a number for each layer, for TensorBoard."""
     _config: TrainConfig | None = None
     _last: LogEntry | None = None
     _file: TextIO | None = field(default=None, repr=False)
     _events: EventWriter | None = field(default=None, repr=False)
 
     def begin(self, config: TrainConfig, step: int) -> None:
-        """Open the files; what an interrupted run wrote after its checkpoint is written again, so it goes."""
+        """Open the files; entries after the checkpoint of an interrupted run are removed, as they are written again."""
         self._config = config
         if self.folder is None:
             return
@@ -125,14 +125,14 @@ class TrainingLogger:
             self._events = EventWriter(self.folder)
 
     def step(self, step: int, sparsity: float) -> None:
-        """Note that a step is done."""
+        """Log a finished step."""
         config = self._config
         assert config is not None
         epoch = (step - 1) // config.steps_per_epoch + 1
         self.watcher(ProgressEvent(step, config.steps, epoch, config.epochs, sparsity, self._last))
 
     def epoch(self, entry: LogEntry) -> None:
-        """Note that an epoch is done."""
+        """Log a finished epoch."""
         self._last = entry
         self.step(entry.step, entry.sparsity)
         if self._file is not None:
@@ -159,7 +159,7 @@ def _up_to(path: Path, step: int) -> list[str]:
 
 
 def _finite(entry: object) -> object:
-    """A value that JSON has a word for: what is no number is null."""
+    """A value that JSON can represent: NaN and infinity become null."""
     if isinstance(entry, dict):
         return {name: _finite(value) for name, value in entry.items()}
     return None if isinstance(entry, float) and not math.isfinite(entry) else entry

@@ -1,4 +1,4 @@
-"""Training, batch after batch, whatever the framework."""
+"""The training loop, for models of every framework."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from prunectl.training.monitor import Monitor
 
 @dataclass(slots=True)
 class GracefulInterrupt:
-    """Whether the user wants training to end, while this is entered."""
+    """Records the first Ctrl-C inside the context instead of raising, so that training can stop cleanly."""
 
     is_wanted: bool = False
     _before: Any = None
 
     def __enter__(self) -> Self:
-        # Python lets only the main thread do this; elsewhere Ctrl-C is somebody else's business.
+        # Python lets only the main thread set signal handlers; in other threads the program must handle Ctrl-C.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            self._before = signal.signal(signal.SIGINT, self._request_stop)
         return self
 
     def __exit__(
@@ -43,7 +43,7 @@ class GracefulInterrupt:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+    def _request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         if self.is_wanted:
             raise KeyboardInterrupt
         self.is_wanted = True
@@ -54,21 +54,21 @@ TeacherFunction = Callable[[Arrays], Arrays]
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """What is learned from, and what is not."""
+    """The training data and the validation data."""
 
     train: Source
     val: Source | None
     workers: int = 0
-    """Threads that read ahead."""
+    """Number of threads that read batches ahead."""
 
 
 @dataclass(slots=True)
 class TrainState:
-    """How far training has come; kept with a checkpoint."""
+    """The state of the training loop; saved with a checkpoint."""
 
     step: int = 0
     stale: int = 0
-    """Epochs since the best one."""
+    """Number of epochs since the best one."""
     best: float | None = None
     best_epoch: int | None = None
     best_tensors: dict[str, Array] = field(default_factory=dict)
@@ -76,12 +76,12 @@ class TrainState:
 
     @property
     def epoch(self) -> int:
-        """The epoch under way, counted from zero."""
+        """The current epoch, counted from 0."""
         return len(self.history)
 
     @property
     def epoch_began(self) -> int:
-        """The step at which it began: a stream may give fewer examples than were counted, and end an epoch early."""
+        """The first step of the current epoch: a stream may end an epoch earlier than its count suggests."""
         return self.history[-1].step if self.history else 0
 
 
@@ -97,11 +97,11 @@ class TrainingRun:
     saver: CheckpointManager | None = None
     teacher: TeacherFunction | None = None
     decider: Monitor | None = None
-    """Which epoch is the best; none where nothing depends on it."""
+    """Decides which epoch is the best; None if nothing depends on that."""
 
 
 def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
-    """Train to the end, from the last checkpoint if there is one to go on from."""
+    """Train to the end, starting from the last checkpoint if the run is resumed."""
     network, config, scheduler = run.network, run.config, run.scheduler
     progress = TrainState()
     scheduler.begin(network)
@@ -150,11 +150,12 @@ def _batches(run: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
         batch_size, config.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers
     )
     batches = run.data.train.batches(order)
-    # Examples with numbers are as many in every process; a stream may end earlier in one, and the others would wait.
-    return batches if ranks == 1 or isinstance(run.data.train, IndexedSource) else _while_all_have_one(run, batches)
+    # Indexed data has equally many examples in every process; a stream may end earlier in one, and the others would
+    # wait.
+    return batches if ranks == 1 or isinstance(run.data.train, IndexedSource) else _until_any_ends(run, batches)
 
 
-def _while_all_have_one(run: TrainingRun, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _until_any_ends(run: TrainingRun, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield batches until the stream of any process ends."""
     while True:
         batch = next(batches, None)
@@ -166,7 +167,7 @@ def _while_all_have_one(run: TrainingRun, batches: Iterator[Batch]) -> Iterator[
 def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
     network, scheduler = run.network, run.scheduler
     if progress.step == run.config.steps:
-        # A ramp that ends with training has its last update before the model is judged.
+        # If the schedule ends with training, its last update must come before the model is evaluated.
         scheduler.maybe_update(network, progress.step)
     logs = network.logs()
     if not math.isfinite(logs.get("loss", 0.0)):
@@ -174,8 +175,8 @@ def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
             f"the loss is {logs['loss']:g} after epoch {progress.epoch + 1}",
             hint="try a lower --lr, --clip 1, or scaled data (?norm=unit)",
         )
-    seen = evaluate(network, run.data.val, run.config.batch_size)
-    entry = LogEntry(progress.epoch + 1, progress.step, scheduler.sparsity, dict(logs), dict(seen))
+    val_logs = evaluate(network, run.data.val, run.config.batch_size)
+    entry = LogEntry(progress.epoch + 1, progress.step, scheduler.sparsity, dict(logs), dict(val_logs))
     progress.history.append(entry)
     run.logger.epoch(entry)
     _judge(run, progress, entry)
@@ -197,7 +198,7 @@ def _judge(run: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
 
 
 def _is_early(scheduler: MaskScheduler, step: int) -> bool:
-    """Whether the last mask update is still to come; one between two epochs belongs to the second."""
+    """Whether the last mask update is still to come; an update between two epochs belongs to the second."""
     schedule = scheduler.rules.schedule
     if schedule is None or step > schedule.last_update_step:
         return False
@@ -205,23 +206,23 @@ def _is_early(scheduler: MaskScheduler, step: int) -> bool:
 
 
 def evaluate(network: TrainableModel, source: Source | None, batch_size: int) -> Logs:
-    """Loss and metrics over all of a source; nothing without one."""
+    """Loss and metrics over all of a source; empty if there is no source."""
     return network.evaluate(source.batches(EpochOrder(batch_size))) if source is not None else {}
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 1 << 30
 _MAPPED_BYTES = 32 << 20
-"""As many as glibc lets a block have that does not come from the system each time."""
+"""The largest mmap threshold that glibc accepts."""
 
 
 def retain_freed_memory() -> None:
-    """Have freed memory kept for the next step: given back, every page of it costs a fault when it is wanted again.
+    """Let the allocator keep freed memory for the next step: memory from the system costs a page fault for each page.
 
-    It holds for the rest of the process, so that commands and workers call it, and no function that others may call.
+    The setting holds for the rest of the process: commands and workers call it, but no library function does.
     """
     library = ctypes.CDLL(None)
-    # A library without such a knob, as musl, does what it does.
+    # Other C libraries, such as musl, have no such setting.
     if hasattr(library, "mallopt"):
         library.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
         library.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)

@@ -1,4 +1,4 @@
-"""Which weights are zero at a step? Decided at the turns of a schedule, kept in between."""
+"""Gradual pruning: masks are updated at the pruning steps of a schedule, and held in between."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from prunectl.training.request import (
 
 @dataclass(frozen=True, slots=True)
 class RigLSchedule:
-    """How much moves when: a share of the kept weights that falls along half a cosine."""
+    """When RigL (Evci et al. 2020) exchanges weights, and how many: a share that falls along half a cosine."""
 
     begin: int
     end: int
@@ -40,7 +40,7 @@ class RigLSchedule:
     share: float = 0.3
 
     def share_at(self, step: int) -> float:
-        """The share of the kept weights that is exchanged."""
+        """The share of the kept weights that is exchanged at a step."""
         done = min(max((step - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
         return self.share * (1.0 + math.cos(math.pi * done)) / 2.0
 
@@ -52,42 +52,42 @@ class RigLSchedule:
 def regrow_masks(
     masks: Mapping[str, Mask], weights: Mapping[str, Array], gradients: Mapping[str, Array], share: float
 ) -> dict[str, Mask]:
-    """Masks with the same number of zeros in each tensor."""
-    return {name: _exchanged(mask, weights[name], gradients.get(name), share) for name, mask in masks.items()}
+    """RigL's update: prune the smallest kept weights of each tensor, and regrow as many with the largest gradients."""
+    return {name: _exchange(mask, weights[name], gradients.get(name), share) for name, mask in masks.items()}
 
 
-def _exchanged(mask: Mask, weights: Array, gradient: Array | None, share: float) -> Mask:
+def _exchange(mask: Mask, weights: Array, gradient: Array | None, share: float) -> Mask:
     if gradient is None:
         return mask
     flat = mask.reshape(-1).copy()
-    kept, free = np.flatnonzero(flat), np.flatnonzero(~flat)
-    count = min(round(share * kept.size), free.size)
+    kept, pruned = np.flatnonzero(flat), np.flatnonzero(~flat)
+    count = min(round(share * kept.size), pruned.size)
     if not count:
         return mask
-    by_size = np.argsort(np.abs(weights.reshape(-1)[kept]), kind="stable")
-    # What was just dropped may come back at once, as in the paper: its gradient decides.
-    gone = kept[by_size[:count]]
-    candidates = np.sort(np.concatenate([free, gone]))
+    by_magnitude = np.argsort(np.abs(weights.reshape(-1)[kept]), kind="stable")
+    # As in the paper, a weight that was just pruned may regrow at once if its gradient is large.
+    dropped = kept[by_magnitude[:count]]
+    candidates = np.sort(np.concatenate([pruned, dropped]))
     by_gradient = np.argsort(-np.abs(gradient.reshape(-1)[candidates]), kind="stable")
-    flat[gone] = False
+    flat[dropped] = False
     flat[candidates[by_gradient[:count]]] = True
     return np.asarray(flat.reshape(mask.shape))
 
 
 @dataclass(frozen=True, slots=True)
 class PruningConfig:
-    """What decides the masks."""
+    """Everything that determines the masks: tensors, method and schedule."""
 
     model: ModelFile
     choice: Selection
     selection: PlanCriteria
     method: PruningMethod
     schedule: Schedule | None
-    """None keeps the masks that there are at the beginning."""
+    """None keeps the initial masks."""
     evidence: GradientStatistic = GradientStatistic.NONE
     regrowth: RigLSchedule | None = None
     has_others: bool = True
-    """Whether tensors without a sparsity of their own are pruned, too."""
+    """Whether tensors without a sparsity of their own are pruned too."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,20 +101,20 @@ class MaskScheduler:
 
     rules: PruningConfig
     masks: dict[str, Mask] = field(default_factory=dict)
-    """What stays, by tensor; empty before the first update."""
+    """Keep masks by tensor; empty before the first update."""
     first: Mapping[str, Mask] = field(default_factory=dict)
-    """The masks of what was zero in the file: it stays zero, unless it may regrow."""
+    """Masks of the zeros in the file: they stay zero, unless weights may regrow."""
     last_updated: int = -1
 
     def begin(self, network: TrainableModel) -> None:
-        """Put the masks that there are on, and begin to watch."""
+        """Apply the initial masks, and start to accumulate gradient statistics if the method needs them."""
         if self.masks:
             network.mask(self.masks)
         if self._watched is not GradientStatistic.NONE:
             network.watch(self._watched, self.rules.names)
 
     def maybe_update(self, network: TrainableModel, step: int) -> bool:
-        """Update the masks before the batch of a step is trained on, if it is time; returns whether it was."""
+        """Update the masks before the batch of a step, if an update is due; returns whether it was."""
         if not self._is_update(step) or step == self.last_updated:
             return False
         weights = network.weights(self.rules.names)
@@ -141,7 +141,7 @@ class MaskScheduler:
         schedule, growth = self.rules.schedule, self.rules.regrowth
         if growth is not None and growth.prunes_at(step):
             return True
-        # A ramp whose end lies between two turns gets one more there, or it would never reach its sparsity.
+        # If the schedule ends between two pruning steps, an update at the end brings it to its final sparsity.
         return schedule is not None and (schedule.prunes_at(step) or step == schedule.last_update_step)
 
     def _cut(self, step: int, weights: Mapping[str, Array], statistics: Mapping[str, Array]) -> dict[str, Mask]:
@@ -160,7 +160,7 @@ class MaskScheduler:
 
     @property
     def zeros(self) -> int:
-        """How many weights the masks hold at zero."""
+        """The number of weights that the masks hold at zero."""
         return sum(int(mask.size - np.count_nonzero(mask)) for mask in self.masks.values())
 
     @property
@@ -170,7 +170,7 @@ class MaskScheduler:
 
 
 def _check_finite(weights: Mapping[str, Array], step: int) -> None:
-    """Tell a training that went astray from a file that holds such numbers."""
+    """Raise if training made values NaN or infinite."""
     for name, array in weights.items():
         if not np.isfinite(array.astype(np.float32, copy=False)).all():
             raise DivergedError(
@@ -180,7 +180,7 @@ def _check_finite(weights: Mapping[str, Array], step: int) -> None:
 
 
 def scale_targets(choice: Selection, sparsity: float, final: float) -> Selection:
-    """A choice whose layers with a sparsity of their own are as far on their way to it as the rest."""
+    """Scale the sparsities of single layers by the progress of the schedule towards its final sparsity."""
     share = sparsity / final if final else 1.0
     return replace(choice, layer_ratios={name: ratio * share for name, ratio in choice.layer_ratios.items()})
 
@@ -190,7 +190,7 @@ _RAMP_UNTIL = "75%"
 
 
 def make_pruning_config(model: ModelFile, request: FinetuneRequest, config: TrainConfig) -> PruningConfig:
-    """What decides the masks of a training."""
+    """Resolve what determines the masks in a training run."""
     pruning = request.pruning
     if request.prunes:
         requests.check_shape(pruning)
@@ -208,7 +208,7 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, config: Trai
     if request.prunes:
         pattern = selection.pattern
         is_grouped = isinstance(pattern, NMPattern)
-        # A layer with a ratio of its own is as far on its way as the others: of the whole way if there are no others.
+        # Without a global sparsity, the schedule rises to 1: it is the progress of the layers with ratios of their own.
         final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else pruning.sparsity
         ramping = replace(request.ramping, name=request.ramping.name or ("constant" if is_grouped else "polynomial"))
         schedule = make_schedule(ramping, 1.0 if final is None else final, config)
@@ -225,12 +225,12 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, config: Trai
 
 
 def make_schedule(ramping: ScheduleOptions, final: float, config: TrainConfig) -> Schedule:
-    """A schedule with its points in steps."""
+    """Convert a schedule's time points to steps."""
     begin = parse_time_point(ramping.begin).step(config.steps, config.steps_per_epoch)
     if ramping.end:
         end: int | None = parse_time_point(ramping.end).step(config.steps, config.steps_per_epoch)
     else:
-        # What is left afterwards is for the network to recover in.
+        # The steps after the schedule let the network recover.
         default = parse_time_point(_RAMP_UNTIL).step(config.steps, config.steps_per_epoch)
         end = None if ramping.name == "constant" else max(default, begin)
     for name, step in (("begin", begin), ("end", end or 0)):
@@ -248,6 +248,6 @@ def _frequency(ramping: ScheduleOptions, steps: int) -> int:
 
 
 def masks_of_zeros(choice: Selection, weights: dict[str, Array]) -> dict[str, Mask]:
-    """Masks of the zeros that there are; none where there are none."""
+    """Masks of the zeros in the weights; empty if no weight is zero."""
     masks = {tensor.name: np.asarray(weights[tensor.name] != 0) for tensor in choice.tensors}
     return masks if any(not mask.all() for mask in masks.values()) else {}

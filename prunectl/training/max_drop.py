@@ -1,4 +1,4 @@
-"""How much worse may a model become?"""
+"""The maximum accuracy drop that the user allows (`--max-drop`)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from prunectl.errors import UsageError
 
 POINTS = "pp"
 _DIGITS = 9
-"""Differences are rounded, as 0.98 - 0.975 is more than 0.005."""
+"""Decimal places of differences: in floats, 0.98 - 0.975 is more than 0.005."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaxDrop:
-    """The most that a metric may lose, or a loss may rise."""
+    """The maximum decrease of a metric, or increase of a loss."""
 
     amount: float
     is_points: bool
-    """Whether it was said in percentage points, which a share has."""
+    """Whether it was given in percentage points, as is possible for a metric between 0 and 1."""
 
     @property
     def shown(self) -> str:
-        """The drop as it is written."""
+        """The drop as the user writes it."""
         return f"{100 * self.amount:g}{POINTS}" if self.is_points else f"{self.amount:g}"
 
 
@@ -30,7 +30,7 @@ _DROP_HINT = "write 0.5pp (percentage points), or 0.01 for a loss"
 
 
 def parse_drop(text: str) -> MaxDrop:
-    """By how much a metric may be worse: in percentage points, or in what the metric counts."""
+    """Parse `--max-drop`: percentage points such as 0.5pp, or a number in the metric's own unit."""
     stripped = text.strip()
     is_points = stripped.endswith(POINTS)
     try:
@@ -45,18 +45,18 @@ def parse_drop(text: str) -> MaxDrop:
 
 
 def improvement(before: float, after: float, *, higher_is_better: bool) -> float:
-    """By how much one number is better than another; more is better, or less."""
+    """How much better a metric became; negative if it became worse."""
     more = after - before
     return round(more if higher_is_better else -more, _DIGITS)
 
 
 def is_fraction(value: float, *, higher_is_better: bool) -> bool:
-    """Whether a metric is a share of the examples, of which percentage points can be lost."""
+    """Whether a metric is a fraction such as accuracy, so that percentage points make sense."""
     return higher_is_better and 0 <= value <= 1
 
 
 def format_drop(difference: float, of: float, *, higher_is_better: bool) -> str:
-    """A difference as people read it: in percentage points where the metric is a share."""
+    """Format a difference: in percentage points if the metric is a fraction."""
     return (
         f"{100 * difference:.3g} {POINTS}"
         if is_fraction(of, higher_is_better=higher_is_better)
@@ -65,7 +65,7 @@ def format_drop(difference: float, of: float, *, higher_is_better: bool) -> str:
 
 
 def check_max_drop(limit: MaxDrop, metric: str, value: float, *, higher_is_better: bool) -> None:
-    """Refuse a limit that does not go with the metric, of which the model as it is has a value."""
+    """Refuse a limit whose unit does not fit the metric, given the metric's value before pruning."""
     if limit.is_points and not is_fraction(value, higher_is_better=higher_is_better):
         raise UsageError(
             f"--max-drop {limit.shown} needs a metric from 0 to 1, but {metric} is {value:.4g}",

@@ -1,4 +1,4 @@
-"""Metrics: their protocol, whether more of one is better, and which of them decides between two epochs."""
+"""Metrics: their protocol, whether higher is better, and which metric selects the best epoch."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from prunectl.training.task import format_shape
 
 
 class Metric(Protocol):
-    """What is updated batch by batch and computed at the end, as the metrics of torchmetrics are."""
+    """A metric that is updated with each batch and computed at the end, like those of torchmetrics."""
 
     def update(self, outputs: Any, targets: Any, /) -> None:
-        """Take the outputs and the targets of a batch."""
+        """Add the outputs and targets of a batch."""
 
     def compute(self) -> Any:
-        """The value over all that was taken."""
+        """The value over all batches since the metric was created."""
 
 
 class GatheredMetric:
-    """A function that is called once on all outputs and targets: F1 and Dice are no means of those of batches."""
+    """Calls a function once on all outputs and targets: F1 and Dice are not means over batches."""
 
     def __init__(self, function: Callable[[Any, Any], Any], concatenate: Callable[[Sequence[Any]], Any]) -> None:
         self._function, self._concatenate = function, concatenate
         self._batches: list[tuple[Any, Any]] = []
 
     def update(self, outputs: Any, targets: Any, /) -> None:
-        """Keep the outputs and the targets of a batch."""
+        """Store the outputs and targets of a batch."""
         self._batches.append((outputs, targets))
 
     def compute(self) -> Any:
-        """The function of all of them."""
+        """The function's value for all batches together."""
         return self._function(*map(self._concatenate, zip(*self._batches, strict=True)))
 
 
 def metric_factory(name: str, metric: Any) -> Callable[[], Metric] | None:
-    """What makes a new metric of a class, or of an object, that has `update` and `compute`; None for a function."""
+    """A factory of metrics from a class or an object with `update` and `compute`; None for a plain function."""
     if not all(callable(getattr(metric, method, None)) for method in ("update", "compute")):
         return None
     if not isinstance(metric, type):
@@ -51,20 +51,20 @@ def metric_factory(name: str, metric: Any) -> Callable[[], Metric] | None:
 
     def make() -> Metric:
         try:
-            started: Metric = metric()
+            instance: Metric = metric()
         except Exception as error:
             raise UsageError(
                 f"the metric {name} cannot be created without arguments: {first_line(error)}",
                 hint="name an instance that your module creates with its arguments",
             ) from error
-        return started
+        return instance
 
     return make
 
 
 @contextmanager
 def metric_failures(name: str, outputs: Sequence[int], targets: Sequence[int]) -> Iterator[None]:
-    """Tell what a metric raises as what it is: it cannot compare outputs with targets of such shapes."""
+    """Report exceptions of a metric as an error about outputs and targets of these shapes."""
     try:
         yield
     except PrunectlError:
@@ -90,11 +90,11 @@ false_positives false_negatives perplexity
 """
 _TOP = re.compile(r"top\d+(?:accuracy)?")
 _COUNTED = re.compile(r"_\d+$")
-"""What Keras adds to a name that it has given before."""
+"""The suffix that Keras adds to a name that is already taken."""
 
 
 def _plain(name: str) -> str:
-    """A name as the table has it: `MeanIoU`, `mean_io_u` and `mean-iou` are one."""
+    """A normalised name: `MeanIoU`, `mean_io_u` and `mean-iou` are the same."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -102,48 +102,48 @@ _KNOWN = {**{_plain(name): True for name in _UP.split()}, **{_plain(name): False
 
 
 def known_direction(name: str, outputs: Iterable[str] = ()) -> bool | None:
-    """Whether more of a metric is better; None if nobody knows. Keras puts an output's name before it."""
+    """Whether higher is better, by the metric's name; None if unknown. Keras may put an output's name before it."""
     metric = name.rpartition(":")[2].removeprefix("val_")
     for candidate in (metric, *(metric[len(output) + 1 :] for output in outputs if metric.startswith(f"{output}_"))):
-        for plain in (_plain(candidate), _plain(_COUNTED.sub("", candidate))):
-            if plain in _KNOWN:
-                return _KNOWN[plain]
-            if _TOP.fullmatch(plain):
+        for normalized in (_plain(candidate), _plain(_COUNTED.sub("", candidate))):
+            if normalized in _KNOWN:
+                return _KNOWN[normalized]
+            if _TOP.fullmatch(normalized):
                 return True
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """The metric that is monitored, and whether more of it is better."""
+    """The metric that is monitored, and whether higher is better."""
 
     name: str
     higher_is_better: bool
 
     def is_better(self, new: float, old: float | None) -> bool:
-        """Whether a number is better than the best so far; what is no number never is."""
+        """Whether a value is better than the best so far; NaN never is."""
         if new != new:  # NaN  # noqa: PLR0124
             return False
         return old is None or (new > old if self.higher_is_better else new < old)
 
 
 def monitored_log(logs: Mapping[str, float], requested: str = "", outputs: Iterable[str] = ()) -> str:
-    """The log that is monitored: what was requested, else the first metric, or the loss if there is none."""
+    """The name of the monitored log: the requested metric, else the first metric, else the loss."""
     if requested in logs:
         return requested
     others = [name for name in logs if name != LOSS]
     if not requested:
-        # Keras adds the loss of each output, where there are several.
+        # Keras adds the loss of each output if there are several.
         losses = {f"{output}_{LOSS}" for output in outputs}
         return next((name for name in others if name not in losses), LOSS)
-    # A framework may have its own word for what was asked.
+    # The framework may log the requested metric under a longer name.
     short = requested.rpartition(":")[2]
     match = next((name for name in others if name == short or name.endswith(f"_{short}")), None)
     return match or next((name for name in others if not name.endswith(f"_{LOSS}")), LOSS)
 
 
 def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) -> bool:
-    """Whether more of a metric is better: as the user says, else by its name; refuse to guess."""
+    """Whether higher is better: as the user says, else by the metric's name; raise if the name is unknown."""
     direction = goal == MAX if goal else known_direction(name, outputs)
     if direction is None:
         raise UsageError(
@@ -154,15 +154,15 @@ def resolve_direction(name: str, goal: str = "", outputs: Iterable[str] = ()) ->
 
 
 def check_direction(options: TrainOptions) -> None:
-    """Refuse a function of the user's of which nobody knows whether more is better, before a file is opened."""
+    """Refuse a user's metric function without a direction, before a file is opened."""
     name = monitored_metric(options)
-    # A bare name may be misspelled, which the framework tells.
+    # A bare name may be misspelled: the framework reports that.
     if ":" in name:
         resolve_direction(name, options.goal)
 
 
 def make_monitor(logs: Mapping[str, float], options: TrainOptions, outputs: Iterable[str] = ()) -> Monitor:
-    """The monitor of some logs."""
+    """Choose the monitored metric from the names of the logs."""
     requested, outputs = monitored_metric(options), tuple(outputs)
     name = monitored_log(logs, requested, outputs)
     if name == LOSS and requested not in {"", LOSS}:
@@ -173,12 +173,12 @@ def make_monitor(logs: Mapping[str, float], options: TrainOptions, outputs: Iter
 
 
 def monitored_metric(options: TrainOptions) -> str:
-    """The metric that was requested first; empty if none was."""
+    """The first requested metric; empty if there is none."""
     return options.decides or next(iter(options.metrics), "")
 
 
 def metric_mismatch(metric: str, outputs: Sequence[int], targets: Sequence[int], why: str = "") -> UsageError:
-    """What to say of a metric that cannot compare outputs with targets of such shapes."""
+    """The error for a metric that cannot compare outputs with targets of such shapes."""
     output, target = (format_shape(shape[1:], "one number") for shape in (outputs, targets))
     return UsageError(
         f"the metric {metric} does not fit outputs of {output} and targets of {target} for each example"

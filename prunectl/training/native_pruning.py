@@ -1,4 +1,4 @@
-"""Networks that prune by themselves, as those of tfmot do: their masks are read back."""
+"""Networks that prune themselves, with tfmot's wrappers: prunectl reads their masks instead of setting them."""
 
 from __future__ import annotations
 
@@ -20,53 +20,53 @@ from prunectl.training.wrap import ResumedSchedule, SavedPruning
 
 @dataclass(frozen=True, slots=True)
 class NativePruning:
-    """How a network is to prune itself."""
+    """The settings by which a network prunes itself."""
 
     schedules: Mapping[str, Schedule]
-    """By tensor; a step is a batch, the first is 1."""
+    """Schedules by tensor; steps are batches, counted from 1."""
     pattern: NMPattern | BlockPattern | None = None
     pool: Pooling = Pooling.AVG
     masks: Mapping[str, Mask] = field(default_factory=dict)
-    """What is zero already."""
+    """Masks of the weights that are already zero."""
     step: int = 0
-    """How many steps were made before."""
+    """The number of steps of an earlier run."""
     is_all: bool = True
-    """Whether it must be able to prune every one of them."""
+    """Whether all tensors must be prunable; otherwise some suffice."""
     logdir: Path | None = None
 
 
 @runtime_checkable
 class NativePruner(Protocol):
-    """What such a network can do beside being trained."""
+    """The additional methods of a network that can prune itself."""
 
     def prune_by(self, native: NativePruning) -> frozenset[str]:
-        """Get ready to prune, and return what will be pruned; nothing, and nothing changed, if it cannot be done."""
+        """Prepare to prune; returns the names of the tensors that will be pruned. If it cannot, nothing changes."""
 
     def masks(self) -> dict[str, Mask]:
-        """What stays at the moment."""
+        """The current keep masks."""
 
     def end_epoch(self) -> None:
-        """Do what is done between epochs."""
+        """Finish an epoch: apply the masks, and write summaries."""
 
 
 @dataclass(slots=True)
 class NativeMaskScheduler(MaskScheduler):
-    """Knows the masks that a network makes for itself."""
+    """Follows the masks of a network that prunes itself."""
 
     source: Any = None
-    """The network, as one that prunes by itself."""
+    """The network, as a `NativePruner`."""
     per_epoch: int = 1
     last: int = 0
-    """The step at which training ends."""
+    """The last step of training."""
     is_stale: bool = False
-    """Whether the network has made masks that were not read yet."""
+    """Whether the network has updated its masks since they were last read."""
     is_settled: bool = False
 
     def begin(self, network: TrainableModel) -> None:
-        """Leave the masks to the network, which has them already."""
+        """Do nothing: the network has its masks already."""
 
     def maybe_update(self, network: TrainableModel, step: int) -> bool:
-        """Follow what the network does; once it has taken its last turn, see to the exact number of zeros."""
+        """Follow the network's pruning; after its last pruning step, correct the masks to the exact number of zeros."""
         schedule = self.rules.schedule
         assert schedule is not None
         if step and step != self.last_updated and (step % self.per_epoch == 0 or step == self.last):
@@ -74,18 +74,18 @@ class NativeMaskScheduler(MaskScheduler):
         self.last_updated = step
         is_over = step >= schedule.last_update_step and step > 0
         if is_over and not self.is_settled:
-            # tfmot keeps what is as great as its threshold, and so all that ties with it; and it rounds what it keeps
-            # where we round what goes: of an odd half a weight, it may drop one fewer.
-            self._look()
+            # tfmot keeps all weights that tie with its threshold. It also rounds the number of kept weights, where we
+            # round the number of pruned ones: at a half, it may prune one weight fewer.
+            self._read_masks()
             exact = self._cut(step, network.weights(self.rules.names), {})
             self.masks = {name: mask & exact[name] if name in exact else mask for name, mask in self.masks.items()}
             network.mask(self.masks)
             self.is_settled = True
-        # The batch of this step is tfmot's next one.
+        # tfmot counts steps from 1, so this batch is its step + 1.
         self.is_stale = schedule.prunes_at(step + 1) or step + 1 == schedule.last_update_step
         return is_over
 
-    def _look(self) -> None:
+    def _read_masks(self) -> None:
         self.masks = self.source.masks()
         self.is_stale = False
 
@@ -93,7 +93,7 @@ class NativeMaskScheduler(MaskScheduler):
     def sparsity(self) -> float:
         """Share of the pruned tensors that is held at zero."""
         if self.is_stale:
-            self._look()
+            self._read_masks()
         return self.zeros / max(sum(tensor.size for tensor in self.rules.choice.tensors), 1)
 
 
@@ -106,7 +106,7 @@ def make_mask_scheduler(
     first: Mapping[str, Mask],
     saved: SavedPruning | None,
 ) -> MaskScheduler:
-    """What keeps the masks: the network itself where it can, else our own."""
+    """The mask scheduler: the network's own pruning if it can prune itself so, else ours."""
     if isinstance(network, NativePruner):
         resumed = _resume(network, rules, request, first, saved) if not request.prunes else None
         resumed = resumed or _start(network, rules, request, first)
@@ -119,30 +119,30 @@ def make_mask_scheduler(
 def _start(
     network: NativePruner, rules: PruningConfig, request: FinetuneRequest, first: Mapping[str, Mask]
 ) -> NativeMaskScheduler | None:
-    """A scheduler for what the user asks, if it is what tfmot does."""
+    """A scheduler for the user's options, if tfmot supports all of them."""
     schedule, pruning = rules.schedule, request.pruning
     if schedule is None or first or pruning.strategy != "magnitude" or pruning.params or pruning.scope != Scope.LAYER:
         return None
     if request.mask is not MaskMode.KEEP or rules.evidence is not GradientStatistic.NONE or request.means.is_compiled:
         return None
     if isinstance(rules.selection.pattern, NMPattern):
-        # tfmot makes its groups in the first step, and never again.
+        # tfmot chooses its N:M masks in the first step only.
         if not (isinstance(schedule, SparsitySchedule) and schedule.curve == "constant" and schedule.begin == 0):
             return None
-    driven = as_tfmot_schedule(schedule)
-    if driven is None:
+    tfmot_schedule = as_tfmot_schedule(schedule)
+    if tfmot_schedule is None:
         return None
     schedules: dict[str, Schedule] = {}
     for name in rules.names:
         final = rules.choice.layer_ratios.get(name, schedule.final if rules.has_others else 0.0)
-        if final >= 1.0 or not isinstance(driven, SparsitySchedule):
+        if final >= 1.0 or not isinstance(tfmot_schedule, SparsitySchedule):
             return None
         if final:
             share = final / schedule.final if schedule.final else 1.0
-            schedules[name] = replace(driven, final=final, initial=min(driven.initial * share, 1.0))
+            schedules[name] = replace(tfmot_schedule, final=final, initial=min(tfmot_schedule.initial * share, 1.0))
     native = NativePruning(schedules, rules.selection.pattern, rules.method.pool, logdir=request.logdir)
     pruned = network.prune_by(native)
-    return NativeMaskScheduler(replace(rules, schedule=driven), source=network) if pruned else None
+    return NativeMaskScheduler(replace(rules, schedule=tfmot_schedule), source=network) if pruned else None
 
 
 def _resume(
@@ -152,14 +152,14 @@ def _resume(
     first: Mapping[str, Mask],
     saved: SavedPruning | None,
 ) -> NativeMaskScheduler | None:
-    """A scheduler for the schedule that the file was trained under, if it is not at its end."""
+    """A scheduler that resumes the schedule saved in the file, unless it has ended."""
     if saved is None or not saved.schedules or not _is_under_way(saved, bool(first)) or request.means.is_compiled:
         return None
     if request.mask is not MaskMode.KEEP:
         return None
-    driven = {layer: _from_here(schedule, saved.step) for layer, schedule in saved.schedules.items()}
-    tensors = [tensor for tensor in rules.model.tensors if tensor.layer in driven and tensor.is_float]
-    schedules = {tensor.name: driven[tensor.layer] for tensor in tensors}
+    remaining = {layer: _remaining(schedule, saved.step) for layer, schedule in saved.schedules.items()}
+    tensors = [tensor for tensor in rules.model.tensors if tensor.layer in remaining and tensor.is_float]
+    schedules = {tensor.name: remaining[tensor.layer] for tensor in tensors}
     native = NativePruning(schedules, saved.block, saved.pool, first, saved.step, is_all=False, logdir=request.logdir)
     pruned = network.prune_by(native)
     if not pruned:
@@ -168,7 +168,7 @@ def _resume(
     own = {tensor.name: schedules[tensor.name].final for tensor in chosen}
     longest = max((schedules[tensor.name] for tensor in chosen), key=lambda schedule: schedule.last_update_step)
     selection = replace(rules.selection, pattern=saved.block)
-    going = replace(
+    resumed_rules = replace(
         rules,
         schedule=ResumedSchedule(longest, saved.step),
         choice=Selection(chosen, (), own),
@@ -176,22 +176,22 @@ def _resume(
         method=replace(rules.method, criteria=selection, pool=saved.pool),
     )
     masks = {name: mask for name, mask in first.items() if name in pruned}
-    return NativeMaskScheduler(going, masks, source=network)
+    return NativeMaskScheduler(resumed_rules, masks, source=network)
 
 
 def as_tfmot_schedule(schedule: Schedule) -> Schedule | None:
-    """A schedule whose last turn tfmot will not miss: it counts from 1, and at whole turns alone."""
+    """An equivalent schedule for tfmot, which counts steps from 1; None if there is none."""
     if not isinstance(schedule, SparsitySchedule):
         return None
     if schedule.curve == "constant" or schedule.last_update_step < 1:
-        # One turn is enough: what is zero then stays the smallest.
+        # One pruning step is enough: zeroed weights stay the smallest.
         begin = max(schedule.begin, 1)
         return replace(schedule, curve="constant", begin=begin, end=begin, frequency=1, params=())
     return schedule
 
 
 def _is_under_way(saved: SavedPruning, has_zeros: bool) -> bool:
-    """Whether any schedule still has a turn to take, beside those that change nothing."""
+    """Whether any schedule still has a pruning step that would change the masks."""
     for schedule in saved.schedules.values():
         if schedule.last_update_step > max(saved.step, 0):
             return True
@@ -201,10 +201,10 @@ def _is_under_way(saved: SavedPruning, has_zeros: bool) -> bool:
     return False
 
 
-def _from_here(schedule: Schedule, step: int) -> Schedule:
-    """A constant schedule without an end with its next turn, which is the only one that changes something."""
+def _remaining(schedule: Schedule, step: int) -> Schedule:
+    """Limit an endless constant schedule to its next pruning step; later ones would change nothing."""
     if isinstance(schedule, SparsitySchedule) and schedule.curve == "constant" and schedule.end is None:
         first = max(step + 1, schedule.begin)
-        late = -(first - schedule.begin) % schedule.frequency
-        return replace(schedule, begin=first + late, end=first + late)
+        delay = -(first - schedule.begin) % schedule.frequency
+        return replace(schedule, begin=first + delay, end=first + delay)
     return schedule

@@ -1,4 +1,4 @@
-"""Silence for frameworks and converters, what their C++ prints included, which knows no `sys.stderr`."""
+"""Silences frameworks and converters, including output of their C++ code, which bypasses `sys.stderr`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def silence(*descriptors: int) -> Iterator[None]:
-    """Redirect the file descriptors of standard output and error, or those that are named, to the null device."""
+    """Redirect file descriptors, by default those of standard output and error, to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     saved = {number: os.dup(number) for number in descriptors or (1, 2)}
     _flush()
@@ -32,7 +32,7 @@ def silence(*descriptors: int) -> Iterator[None]:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        # A program without a console has none.
+        # A program without a console has no such streams.
         if stream is not None:
             stream.flush()
 
@@ -42,7 +42,7 @@ VARIABLES = ("TF_CPP_MIN_LOG_LEVEL", "GRPC_VERBOSITY")
 
 
 def raise_log_levels() -> None:
-    """Let frameworks log errors alone, for the rest of the process, or of `host.host_settings`."""
+    """Let frameworks log only errors, for the rest of the process or until `host.host_settings` restores the levels."""
     for name, value in zip(VARIABLES, ("3", "ERROR"), strict=True):
         os.environ.setdefault(name, value)
     for name in LOGGERS:
@@ -52,14 +52,14 @@ def raise_log_levels() -> None:
 @contextmanager
 def quiet_conversion() -> Iterator[None]:
     """Silence PyTorch's exporters: warnings, loggers, and what C++ prints."""
-    # Its exporters tell of every operator of packages that are not installed.
+    # The exporters warn about each operator of packages that are not installed.
     with ignore_warnings(), quiet_logging(), silence():
         yield
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Let the libraries of Hugging Face fetch nothing meanwhile, whatever a folder names; the host program may."""
+    """Keep the Hugging Face libraries from downloading anything in this context, whatever a model folder refers to."""
     hub: Any = importlib.import_module("huggingface_hub.constants")
     before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
     try:
@@ -78,7 +78,7 @@ def ignore_warnings() -> Iterator[None]:
 
 @contextmanager
 def quiet_logging(up_to: int = logging.WARNING) -> Iterator[None]:
-    """Disable logging up to a level, and restore that of the host program."""
+    """Disable logging up to a level, and restore the previous level of the host program afterwards."""
     level = logging.root.manager.disable
     logging.disable(max(up_to, level))
     try:

@@ -1,4 +1,4 @@
-"""The finetune request: options of the command line, and the points in time that they name."""
+"""The finetune request: parsing and checks of its options, optimizers and points in time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from prunectl.training.config import LR_SCHEDULES
 
 DEFAULT_EPOCHS = 3
 INPUT = "input"
-"""The teacher that is the model itself, as it came."""
+"""The value of `--distill` that makes the unpruned model its own teacher."""
 
 
 class MaskMode(StrEnum):
-    """What becomes of zeros between two mask updates."""
+    """Whether pruned weights stay zero or regrow between two mask updates."""
 
     KEEP = "keep"
     REGROW = "regrow"
 
 
 class KeepWeights(StrEnum):
-    """Whose weights are written."""
+    """Which epoch's weights are written."""
 
     BEST = "best"
     LAST = "last"
@@ -40,10 +40,10 @@ class KeepWeights(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ScheduleOptions:
-    """A schedule whose points in time are still words."""
+    """A pruning schedule as typed, with its time points unparsed."""
 
     name: str = ""
-    """A curve; empty keeps the zeros that there are, or is polynomial where there is a sparsity."""
+    """The curve; if empty, polynomial where a sparsity is given, and else only the zeros of the file are kept."""
     initial: float = 0.0
     begin: str = "0"
     end: str = ""
@@ -53,7 +53,7 @@ class ScheduleOptions:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneRequest:
-    """Every choice of a run."""
+    """All options of a finetuning run."""
 
     data: str
     val: str = ""
@@ -71,47 +71,47 @@ class FinetuneRequest:
     warmup: str = "0"
     early_stop: int | None = None
     frozen: tuple[str, ...] = ()
-    """Selectors of what stays as it is."""
+    """Selectors of the tensors that are not trained."""
     distill: str = ""
     distill_model: str = ""
-    """What builds the teacher, for one that holds weights alone; else what builds the model."""
+    """The function that builds a teacher whose file holds only weights; if empty, the one that builds the model."""
     is_recalibrated: bool = False
     keeps_wrappers: bool = False
     workers: int = 1
-    """Threads that read ahead."""
+    """Number of threads that read batches ahead."""
     checkpoint_dir: Path | None = None
     is_resumed: bool = False
     logdir: Path | None = None
 
     @property
     def prunes(self) -> bool:
-        """Whether weights become zero in this run, beside those that are."""
+        """Whether this run prunes weights beyond the zeros of the file."""
         return self.pruning.sparsity is not None or bool(self.pruning.layers) or bool(self.pruning.pattern)
 
     @property
     def needs_targets(self) -> bool:
-        """Whether anything is learned from targets: a teacher may be all that there is."""
+        """Whether training needs targets: it needs none if a teacher gives the whole loss, or with a custom step."""
         return not self.means.custom_step and not (self.distill and self.means.teacher_share == 1)
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What decides the numbers in the output; a run is resumed only with the same."""
-        free = {"checkpoint_dir", "is_resumed", "logdir", "workers", "keeps_wrappers"}
-        values = {name: value for name, value in asdict(self).items() if name not in free}
-        known_later = {"example", "frozen", "is_evaluated", "arrays"}
+        """The options that affect the result, for JSON; a run can be resumed only with the same ones."""
+        ignored = {"checkpoint_dir", "is_resumed", "logdir", "workers", "keeps_wrappers"}
+        values = {name: value for name, value in asdict(self).items() if name not in ignored}
+        resolved_later = {"example", "frozen", "is_evaluated", "arrays"}
         for part in ("means", "origin"):
-            values[part] = {name: value for name, value in values[part].items() if name not in known_later}
+            values[part] = {name: value for name, value in values[part].items() if name not in resolved_later}
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 
 
 def resolve_teacher(request: FinetuneRequest, model: Path) -> FinetuneRequest:
-    """A request whose teacher is a path, also where it is the model as it came."""
+    """The request with its teacher as a path, also for `--distill input`."""
     return replace(request, distill=str(model)) if request.distill == INPUT else request
 
 
 def learn_from_teacher(request: FinetuneRequest, model: Path | None) -> FinetuneRequest:
-    """The same for data without targets: all that is learned from is a teacher, or the model before it is pruned."""
+    """The request for data without targets: the loss is distillation alone, from the teacher or the unpruned model."""
     teacher = request.distill or (str(model) if model is not None and request.prunes else "")
     if not teacher or not request.needs_targets:
         return request
@@ -119,7 +119,7 @@ def learn_from_teacher(request: FinetuneRequest, model: Path | None) -> Finetune
 
 
 def check(request: FinetuneRequest) -> None:
-    """Refuse what contradicts itself, before a file is opened."""
+    """Refuse contradictory options before a file is opened."""
     if request.val and request.val_split:
         raise UsageError("--val and --val-split cannot be used together")
     if request.val_split and not 0 < request.val_split < 1:
@@ -146,10 +146,10 @@ def check(request: FinetuneRequest) -> None:
 
 
 def _check_unpruned(request: FinetuneRequest) -> None:
-    """Refuse what is about pruning where nothing is pruned."""
+    """Refuse pruning options where nothing is pruned."""
     ramping, pruning = request.ramping, request.pruning
     if request.mask is MaskMode.REGROW:
-        # Which turns there are is said by the same word.
+        # Regrowth uses --frequency too.
         ramping = replace(ramping, frequency=None)
     if ramping != ScheduleOptions():
         raise UsageError("a schedule needs a final sparsity", hint="add --sparsity 80%")
@@ -164,31 +164,31 @@ MAX, MIN, LOSS = "max", "min", "loss"
 
 
 class MetricOptions(TypedDict):
-    """The part of `Means` that is about metrics."""
+    """The fields of `TrainOptions` about metrics."""
 
     metrics: tuple[str, ...]
-    """What is measured beside the loss."""
+    """The metrics besides the loss."""
     decides: str
-    """The first that was named; it may be the loss."""
+    """The metric named first, which may be the loss."""
     goal: str
-    """`max` or `min`, where the user says it."""
+    """`max` or `min`, if the user gives it."""
 
 
 def parse_metrics(texts: Iterable[str]) -> MetricOptions:
-    """What `accuracy`, `loss`, `./file.py:score:max` … ask for; the first of them decides."""
-    parts = [_parted(text.strip()) for text in texts if text.strip()]
-    for name, goal in parts[1:]:
+    """Parse metrics such as `accuracy`, `loss` or `./file.py:score:max`; the first selects the best epoch."""
+    metrics = [_split_direction(text.strip()) for text in texts if text.strip()]
+    for name, goal in metrics[1:]:
         if goal:
             raise UsageError(
-                f"{name} cannot have max or min: only the first metric, {parts[0][0]}, selects the best epoch",
+                f"{name} cannot have max or min: only the first metric, {metrics[0][0]}, selects the best epoch",
                 hint=f"leave out :{goal}, or put this metric first",
             )
-    decides, goal = parts[0] if parts else ("", "")
-    return MetricOptions(metrics=tuple(name for name, _ in parts if name != LOSS), decides=decides, goal=goal)
+    decides, goal = metrics[0] if metrics else ("", "")
+    return MetricOptions(metrics=tuple(name for name, _ in metrics if name != LOSS), decides=decides, goal=goal)
 
 
-def _parted(text: str) -> tuple[str, str]:
-    """A name, and what stands behind it of the direction; `./file.py:max` is a function called max."""
+def _split_direction(text: str) -> tuple[str, str]:
+    """Split a metric into name and direction; `./file.py:max` is a function called max."""
     name, _, goal = text.rpartition(":")
     return (name, goal) if goal in {MAX, MIN} and name and not name.endswith(".py") else (text, "")
 
@@ -220,7 +220,7 @@ _PARTS: Mapping[str, Mapping[str, str]] = {
     ),
     "ramping": _fields("begin end frequency", schedule="name", initial_sparsity="initial", schedule_param="params"),
 }
-"""The fields that options decide, for each part of a request; a checkpoint calls some of them otherwise."""
+"""For each part of a request, the field that each option sets; checkpoints store the names of the fields."""
 OPTION_OF_FIELD = {
     f"{part}.{field}" if part else field: option
     for part, options in _PARTS.items()
@@ -239,9 +239,9 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def parse_request(options: Mapping[str, Any], *, is_searched: bool = False) -> FinetuneRequest:
-    """Parse options, by the names of the command line; those that are not given, or None, have their defaults.
+    """Parse options by their command-line names; missing or None options have their defaults.
 
-    Where the sparsity is searched for, it is none of the options.
+    If the sparsity is being searched for (`is_searched`), it is not among the options.
     """
     if unknown := sorted(options.keys() - {*OPTIONS}):
         raise UsageError(
@@ -259,7 +259,7 @@ def parse_request(options: Mapping[str, Any], *, is_searched: bool = False) -> F
     }
     pruning = parts["pruning"]
     if pruning.get("scope", Scope.AUTO) == Scope.AUTO:
-        # Weights that regrow do so in the layer in which others went.
+        # Weights regrow in the layer in which others are pruned.
         is_by_layer = bool(given.get("layer")) or given.get("mask") is MaskMode.REGROW
         is_by_layer |= "sparsity" not in given and not is_searched
         strategy = pruning.get("strategy", PruneRequest().strategy)
@@ -280,7 +280,7 @@ DEFAULT_OPTIMIZER = "adam"
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """An optimizer as it is typed, `sgd:momentum=0.9,weight_decay=1e-4`, before its framework looks it up."""
+    """An optimizer as typed, `sgd:momentum=0.9,weight_decay=1e-4`, before its framework looks it up."""
 
     name: str
     settings: Mapping[str, Any]
@@ -288,7 +288,7 @@ class OptimizerSpec:
     def resolve(
         self, classes: Mapping[str, Any], settings_of: Callable[[Any], Collection[str]], rate: str
     ) -> tuple[Any, dict[str, Any]]:
-        """The class and its settings; the learning rate may be called `lr` or `learning_rate`, whoever trains."""
+        """The class and its settings; `lr` and `learning_rate` both set the learning rate, in every framework."""
         key = self.name.strip().lower().replace("-", "").replace("_", "")
         if key not in classes:
             raise UsageError(
@@ -308,7 +308,7 @@ class OptimizerSpec:
         return classes[key], settings
 
     def construct(self, cls: Any, *args: Any, **settings: Any) -> Any:
-        """The optimizer, whose own refusals are the user's to mend."""
+        """Construct the optimizer; settings that it rejects are the user's error."""
         try:
             return cls(*args, **settings)
         except (ValueError, TypeError) as error:
@@ -316,7 +316,7 @@ class OptimizerSpec:
 
 
 def parse_optimizer(text: str) -> OptimizerSpec:
-    """The optimizer that is typed; a comma in parentheses separates nothing: `adam:betas=(0.9,0.99)`."""
+    """Parse `--optimizer`; commas in parentheses do not separate settings: `adam:betas=(0.9,0.99)`."""
     name, _, rest = (text or DEFAULT_OPTIMIZER).partition(":")
     settings = {}
     for setting in filter(str.strip, re.split(r",(?![^(\[]*[)\]])", rest)):
@@ -333,13 +333,13 @@ _POINT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|ep|epochs?|steps?)?")
 
 
 MOST_FREQUENCY = 100
-"""Steps between two mask updates of a long schedule, as in tfmot."""
+"""The maximum default interval, in steps, between two mask updates, as in tfmot."""
 _FEWEST_UPDATES = 20
-"""At least so many mask updates are made, however short the schedule is."""
+"""The default interval is shortened to allow at least so many mask updates, if there are enough steps."""
 
 
 class PointUnit(StrEnum):
-    """What a point is counted in."""
+    """The unit of a time point."""
 
     STEPS = "steps"
     PERCENT = "%"
@@ -348,14 +348,14 @@ class PointUnit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TimePoint:
-    """A point in the course of training, before it is known how long that is."""
+    """A point in training, before the number of steps is known."""
 
     amount: float
     unit: PointUnit
 
     def step(self, steps: int, steps_per_epoch: int) -> int:
-        """The step that it is; one step is one batch."""
-        # Rounded before it is cut off: 0.29 * 100 is 28.999999999999996.
+        """The number of the step; one step is one batch."""
+        # Round before the floor: 0.29 * 100 is 28.999999999999996.
         if self.unit is PointUnit.PERCENT:
             return math.floor(round(self.amount * steps / 100, 6))
         if self.unit is PointUnit.EPOCHS:
@@ -364,7 +364,7 @@ class TimePoint:
 
 
 def parse_time_point(text: str) -> TimePoint:
-    """The point that is meant."""
+    """Parse a time point such as 2000, 20% or 3ep."""
     match = _POINT.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not a time", hint="write 2000 (steps), 20% (of all steps) or 3ep (epochs)")
@@ -378,5 +378,5 @@ def parse_time_point(text: str) -> TimePoint:
 
 
 def default_update_interval(steps: int) -> int:
-    """The default number of steps between two mask updates of a schedule of so many."""
+    """The default number of steps between two mask updates, for a schedule of `steps` steps."""
     return max(min(MOST_FREQUENCY, steps // _FEWEST_UPDATES), 1)

@@ -1,4 +1,4 @@
-"""Which framework runs which file: a table, each row imported only when it is used, with what is random seeded."""
+"""The table of frameworks that load model files, imported only when used, and seeding of Python and NumPy."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from prunectl.training.host import before_seeding
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A framework, and the files that it trains."""
+    """A framework, and the model files that it can train."""
 
     trains: Callable[[ModelFile], bool]
     opener: str
-    """`module:function` in this package that makes a network of a model."""
+    """`module:function` in this package that loads a model as a network."""
     imports: str = ""
-    """What the module imports at once, and the extra that brings it."""
+    """The package that the module imports, which is also the name of its extra."""
 
 
 def _is_keras(model: ModelFile) -> bool:
@@ -52,15 +52,15 @@ BACKENDS = (
 
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
-    """Load a model in the framework that trains such files, or say that there is none."""
-    for runtime in BACKENDS:
-        if runtime.trains(model):
+    """Load a model in the framework that can train it; raise if there is none."""
+    for backend in BACKENDS:
+        if backend.trains(model):
             user_code.check(model, origin)
             user_code.require_network(model, origin)
-            if runtime.imports:
-                require(runtime.imports, extra=runtime.imports)
+            if backend.imports:
+                require(backend.imports, extra=backend.imports)
             seed_everything(origin.seed)
-            module, _, name = runtime.opener.partition(":")
+            module, _, name = backend.opener.partition(":")
             load = getattr(importlib.import_module(f"prunectl.training.{module}"), name)
             trainable: TrainableModel = load(model, origin)
             return trainable
@@ -73,14 +73,14 @@ def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
 
 
 def with_arrays(origin: LoadOptions, model: ModelFile, data: str, *names: str) -> LoadOptions:
-    """Load options that name what goes in, where that decides what a model takes: one that `transformers` builds."""
+    """Load options with the names of the input arrays, which `transformers` models in folders need."""
     if model.folder is None or origin.model:
         return origin
     return replace(origin, arrays=(*names, *(array_names(data) if data else ())))
 
 
 def load_blockwise(model: ModelFile, origin: LoadOptions) -> BlockwiseModel | None:
-    """Open a model folder one block at a time; None for any other model, and where that cannot be done."""
+    """Open a model folder to load one block at a time; None for any other model, or if that is not possible."""
     if model.folder is None or origin.model or model.family not in {Family.TORCH, Family.SAFETENSORS}:
         return None
     user_code.check(model, origin)
@@ -92,7 +92,7 @@ def load_blockwise(model: ModelFile, origin: LoadOptions) -> BlockwiseModel | No
 
 
 def load_onnx_model(model: ModelFile) -> InspectableModel:
-    """Load an ONNX model in onnxruntime, which runs it and does not train it."""
+    """Load an ONNX model in onnxruntime, which runs models but cannot train them."""
     for name in ("onnx", "onnxruntime"):
         require(name, extra="onnx")
     load: Callable[[ModelFile], InspectableModel] = importlib.import_module("prunectl.training.onnx.model").OnnxModel
@@ -100,7 +100,7 @@ def load_onnx_model(model: ModelFile) -> InspectableModel:
 
 
 def load_predictor(model: ModelFile, origin: LoadOptions) -> PredictingModel | None:
-    """Load a model that its runtime runs and nothing trains; None for those that are trained."""
+    """Load a model that can only be run, in its runtime; None for models that can be trained."""
     if model.family is Family.ONNX:
         return load_onnx_model(model)
     if model.family is Family.LITE:
@@ -114,22 +114,22 @@ _LEGACY_SEEDS = 1 << 32
 
 
 def seed_everything(number: int) -> None:
-    """Seed the generators that belong to no framework: Python's own, and NumPy's global one, which users' code uses."""
+    """Seed Python's generator and NumPy's global one, which users' code may draw from."""
     before_seeding("python", "numpy")
     random.seed(number)
-    np.random.seed(number % _LEGACY_SEEDS)  # noqa: NPY002 - it is the one that is meant
+    np.random.seed(number % _LEGACY_SEEDS)  # noqa: NPY002 - the global generator is meant
 
 
 def random_state() -> dict[str, Any]:
-    """The state of both, as JSON can hold it."""
+    """The states of Python's and NumPy's generators, for JSON."""
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    version, inner, gauss = random.getstate()
-    return {"numpy": [kind, np.asarray(keys).tolist(), *rest], "python": [version, list(inner), gauss]}
+    version, python_state, gauss = random.getstate()
+    return {"numpy": [kind, np.asarray(keys).tolist(), *rest], "python": [version, list(python_state), gauss]}
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Restore the state of both."""
+    """Restore the states that `random_state` returned."""
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002
-    version, inner, gauss = state["python"]
-    random.setstate((version, tuple(inner), gauss))
+    version, python_state, gauss = state["python"]
+    random.setstate((version, tuple(python_state), gauss))

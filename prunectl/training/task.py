@@ -1,4 +1,4 @@
-"""The task: what the outputs and the targets of a model are, asked once for every framework."""
+"""The learning task, inferred from outputs and targets in the same way for every framework."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from prunectl.errors import UsageError
 from prunectl.formats.base import Array
 
 Shape = Sequence[int | None]
-"""Without the batch axis; None for an axis of any length."""
+"""A shape without the batch axis; None for an axis of any length."""
 
 
 IGNORED_LABEL = -100
-"""Of a place that PyTorch's losses leave out, as data of `transformers` marks padding and prompts."""
+"""The label that PyTorch's losses ignore; data for `transformers` marks padding and prompts with it."""
 _SUM_TOLERANCE = 1e-3
 _TINY = 1e-7
-"""Below the precision of 32-bit probabilities."""
+"""Added to or clipped from probabilities before a logarithm; below their precision in float32."""
 
 
 class FinalActivation(StrEnum):
-    """What the last activation makes of its numbers."""
+    """The final activation of an output."""
 
     SOFTMAX = "softmax"
     LOG_SOFTMAX = "log-softmax"
     SIGMOID = "sigmoid"
     RAW = "raw"
     UNKNOWN = ""
-    """Nothing but the numbers tells."""
+    """Not declared: it can only be guessed from the values."""
 
 
 def activation_of_values(array: Array, axis: int) -> FinalActivation:
-    """The ending that outputs look like, where the graph does not tell; the axis is that of the classes."""
+    """Guess the final activation from output values, if the graph does not show it; `axis` is that of the classes."""
     values = np.asarray(array, np.float64)
     if not values.size or not np.isfinite(values).all():
         return FinalActivation.RAW
@@ -53,7 +53,7 @@ def _is_one(sums: Array) -> bool:
 
 
 def convert_outputs(array: Array, theirs: FinalActivation, ours: FinalActivation, axis: int) -> Array:
-    """Outputs of one ending as another would have them; a logarithm of probabilities is as good as their logits."""
+    """Convert outputs from one final activation to another; log-probabilities serve as logits."""
     if theirs is ours or FinalActivation.UNKNOWN in {theirs, ours}:
         return array
     kind, wide = array.dtype, array.astype(np.float64)
@@ -72,39 +72,39 @@ def convert_outputs(array: Array, theirs: FinalActivation, ours: FinalActivation
 
 
 class TaskKind(StrEnum):
-    """What targets are to outputs."""
+    """The kind of targets that outputs are compared with."""
 
     LABELS = "labels"
-    """The number of a class for each example, pixel or word."""
+    """A class index for each example, pixel or token."""
     SHARES = "shares"
-    """A probability for each class, such as a one-hot row."""
+    """A probability for each class, such as a one-hot vector."""
     BINARY = "binary"
-    """Yes or no for each number of the output."""
+    """Binary classification: 0 or 1 for each number of the output."""
     NUMBERS = "numbers"
-    """Measurements, one for each number of the output."""
+    """Regression: a value for each number of the output."""
     UNKNOWN = ""
-    """Of a shape that fits none of these."""
+    """Targets whose shape fits none of these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What targets are, and how many classes there are if they are labels."""
+    """The kind of the targets, and for labels the number of classes."""
 
     kind: TaskKind
     classes: int | None = None
 
     @property
     def is_classification(self) -> bool:
-        """Whether targets name classes: cross-entropy and accuracy compare them."""
+        """Whether targets are classes, so that cross-entropy and accuracy apply."""
         return self.kind in {TaskKind.LABELS, TaskKind.SHARES, TaskKind.BINARY}
 
 
 def infer_task(outputs: Shape, activation: FinalActivation, targets: Array, *, is_channels_first: bool = False) -> Task:
-    """Which task targets set, by their numbers, the shape of an output and the activation that it ends with.
+    """Infer the task from the targets' values, the shape of an output and its final activation.
 
-    Whole numbers of type float are labels only where the model ends in probabilities of classes: a loss of the user's
-    own may compare several outputs with one measurement. Numbers between 0 and 1 are yes or no where it ends in a
-    sigmoid.
+    Whole numbers of type float are labels only if the model outputs class probabilities: a loss of the user's own may
+    compare several outputs with one measurement. Numbers between 0 and 1 are binary targets if the final activation is
+    a sigmoid.
     """
     shape, ends_in_classes = targets.shape[1:], activation in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX}
     axis = label_axis(outputs, shape, is_channels_first=is_channels_first)
@@ -114,7 +114,7 @@ def infer_task(outputs: Shape, activation: FinalActivation, targets: Array, *, i
     if not has_same_size(outputs, shape):
         return Task(TaskKind.UNKNOWN)
     is_share = bool(((targets >= 0) & (targets <= 1)).all())
-    # Measurements may be zero in all of a first batch.
+    # Regression targets may all be zero in the first batch.
     is_bit = (
         is_share
         and bool(((targets == 0) | (targets == 1)).all())
@@ -131,9 +131,9 @@ def infer_task(outputs: Shape, activation: FinalActivation, targets: Array, *, i
 
 
 def label_axis(outputs: Shape, targets: Shape, *, is_channels_first: bool) -> int | None:
-    """The axis of the classes, counted with that of the batch, if targets are a number for each place without it."""
+    """The class axis of outputs, counting the batch axis, if the targets are a class index for each position."""
     last = len(outputs)
-    # In PyTorch classes are axis 1; a row of outputs for each word of a sentence has them last.
+    # In PyTorch classes are on axis 1, but on the last axis for one vector of outputs per token.
     axes = [last] if not is_channels_first or last == 1 else [last, 1] if last == 2 else [1, last]
     for axis in axes if outputs else ():
         before, after = outputs[: axis - 1], outputs[axis:]
@@ -143,26 +143,26 @@ def label_axis(outputs: Shape, targets: Shape, *, is_channels_first: bool) -> in
 
 
 def has_same_size(outputs: Shape, targets: Shape) -> bool:
-    """Whether there is a target for each number of an output."""
+    """Whether targets have as many numbers as an output."""
     if None in outputs:
         return shape_matches(targets, outputs)
     return math.prod(size or 0 for size in outputs) == math.prod(size or 0 for size in targets)
 
 
 def shape_matches(shape: Shape, expected: Shape) -> bool:
-    """Whether a shape is one that is expected, where None takes any length."""
+    """Whether a shape equals the expected one, in which None stands for any length."""
     return len(shape) == len(expected) and all(
         length is None or length == size for size, length in zip(shape, expected, strict=True)
     )
 
 
 def format_shape(shape: Shape, scalar: str = "a single number") -> str:
-    """A shape as users write it."""
+    """Format a shape as users write it."""
     return "x".join("?" if length is None else str(length) for length in shape) or scalar
 
 
 def target_mismatch(targets: Shape, outputs: Shape, of: str) -> UsageError:
-    """The refusal of targets that no loss can compare, number by number, with outputs of another size."""
+    """The error for targets whose size differs from that of the outputs, so that no loss can compare them."""
     target, output = (format_shape(shape, "a number") for shape in (targets, outputs))
     return UsageError(
         f"a target is {target} for each example, and {of} {output}",
@@ -172,28 +172,28 @@ def target_mismatch(targets: Shape, outputs: Shape, of: str) -> UsageError:
 
 @dataclass(frozen=True, slots=True)
 class DistilledOutput:
-    """How an output is compared with a teacher's: as classes, as yes or no, or as numbers."""
+    """How an output is compared with the teacher's: as classes, as binary classification, or as numbers."""
 
     is_classification: bool
     is_binary: bool
     activation: FinalActivation
     axis: int = -1
-    """Of the classes."""
+    """The class axis."""
 
 
 def output_axis(ndim: int, *, is_channels_first: bool) -> int:
-    """The axis of an output's classes; a row of outputs for each word of a sentence has them last everywhere."""
+    """The class axis of an output; in every framework it is the last one for one vector of outputs per token."""
     return 1 if is_channels_first and ndim != 3 and ndim > 1 else -1
 
 
 def compare_outputs(
     dense: Array, pruned: Array, ending: FinalActivation, axis: int, loss: str = "", *, is_binary: bool = False
 ) -> DistilledOutput:
-    """How an output is compared with that of a dense model: as classes where it has some, else as numbers.
+    """How to compare an output with that of the dense model: as classes if it has them, else as numbers.
 
-    An ending that only the numbers told has to hold for those of the pruned model as well: logarithms are taken of
-    them. What is raw is logits where it looks like them, or the user asks for `kl`; `mse` asks for numbers. It is
-    logits of yes or no, each for itself, where the user asks for `bce`, or the file was trained so (`is_binary`).
+    The final activation may have been guessed from the dense model's outputs, so the pruned model's are checked too:
+    logarithms are taken of them. Raw outputs are logits if they look like logits or the user asks for `kl`; for `mse`
+    they are numbers. They are binary logits if the user asks for `bce`, or if the file was trained so (`is_binary`).
     """
     numbers = DistilledOutput(False, False, FinalActivation.RAW, axis)
     if loss == "mse":
@@ -206,7 +206,7 @@ def compare_outputs(
     is_share = ending is FinalActivation.SIGMOID and apparent is not FinalActivation.RAW
     if is_share or (ending in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX} and apparent is ending):
         return DistilledOutput(True, is_share, ending, axis)
-    # A single number is no distribution over classes.
+    # A single number is not a distribution over classes.
     is_single = dense.ndim < 2 or dense.shape[axis] == 1
     if loss == "bce" or (is_binary and not loss) or (loss and is_single):
         return DistilledOutput(True, True, FinalActivation.RAW, axis)
@@ -214,15 +214,15 @@ def compare_outputs(
 
 
 COMPARING_LOSSES = frozenset({"kl", "cross-entropy", "bce", "mse"})
-"""What the user may call for where outputs are compared with those of a teacher."""
+"""The losses by which a user may have outputs compared with those of a teacher."""
 _SURE, _SURE_OF_TWO = 0.5, 0.8
-"""Mean probability of the likeliest class, of what is taken for logits."""
+"""Minimum mean probability of the most likely class in logits: for several classes, and for two."""
 _MOST_FREQUENT = 0.9
-"""Share of examples that may be of one class."""
+"""Maximum share of outputs with the same most likely class."""
 
 
 def are_logits(outputs: Array, axis: int) -> bool:
-    """Whether raw outputs look like those of a trained classifier: sure of a class, and not always of the same."""
+    """Whether raw outputs look like a trained classifier's: confident, and not always of the same class."""
     values = np.asarray(outputs, np.float64)
     if values.ndim < 2 or values.shape[axis] < 2 or len(values) < 2:
         return False
@@ -233,10 +233,10 @@ def are_logits(outputs: Array, axis: int) -> bool:
 
 
 def distillation_loss(ops: Any, output: DistilledOutput, teacher: Any, student: Any, temperature: float) -> Any:
-    """T^2 KL(teacher at T || student at T) (Hinton et al. 2015), or the squared distance of numbers.
+    """T^2 KL(teacher at T || student at T) (Hinton et al. 2015), or the squared error of numbers.
 
-    Written over the operations of a framework, by the names that `keras.ops` has for them. The teacher's outputs come
-    as the student's own would: as probabilities where it ends in them.
+    `ops` provides a framework's operations under the names of `keras.ops`. The teacher's outputs must have the
+    student's final activation.
     """
     teacher, student = ops.cast(teacher, "float32"), ops.cast(student, "float32")
     if not output.is_classification:
@@ -253,7 +253,7 @@ def distillation_loss(ops: Any, output: DistilledOutput, teacher: Any, student: 
 
 
 def _logits(ops: Any, activation: FinalActivation, outputs: Any) -> Any:
-    """Logits of probabilities: finite at zero, and with a gradient there, which a maximum would take away."""
+    """Logits of probabilities; unlike a maximum, the added constant keeps both values and gradients useful at 0."""
     if activation is FinalActivation.SOFTMAX:
         return ops.log(outputs + _TINY)
     if activation is FinalActivation.SIGMOID:

@@ -1,4 +1,4 @@
-"""Training SavedModels that are no Keras models, through their serving signature."""
+"""Training of SavedModels other than Keras models, through their serving signature."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from prunectl.training.quiet import ignore_warnings
 
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
-    """A model as TensorFlow trains it."""
+    """Load a SavedModel for training in TensorFlow."""
     user_code.check(model, origin)
     if origin.model:
         return open_keras(model, origin)
@@ -51,19 +51,19 @@ class SignatureModel(_Base):  # type: ignore[misc]
     def __init__(self, function: Any, root: Any, notes: tuple[str, ...]) -> None:
         super().__init__()
         self.notes = notes
-        # Kept alive beside the function, which holds its variables weakly.
+        # The function holds its variables only by weak references.
         self._root = [lambda: root]
         self._function = function
-        # By their names: a signature knows no other order.
+        # Sorted by name: the inputs of a signature have no other order.
         self._specs: Mapping[str, Any] = dict(sorted(function.structured_input_signature[1].items()))
         self._output_names = tuple(sorted(function.structured_outputs))
-        # By which Keras names the losses and metrics of several.
+        # Keras names the losses and metrics of several outputs after these.
         self.output_names = list(self._output_names)
         self.served_variables = list(function.variables)
 
     @property
     def fixed_batch_size(self) -> int | None:
-        """The batch size that the signature is fixed to, if it is."""
+        """The batch size of the signature, if it is fixed."""
         sizes = {spec.shape[0] for spec in self._specs.values() if spec.shape.rank}
         return next((int(size) for size in sizes if size is not None), None)
 
@@ -84,7 +84,7 @@ class SignatureModel(_Base):  # type: ignore[misc]
         )
 
     def call(self, inputs: Any) -> Any:
-        """The answers for a batch of any size."""
+        """The outputs for a batch of any size."""
         tensors = [
             _tf.cast(tensor, spec.dtype) for tensor, spec in zip(_as_list(inputs), self._specs.values(), strict=True)
         ]
@@ -110,10 +110,10 @@ class SignatureModel(_Base):  # type: ignore[misc]
 
 
 def load_saved_model(path: Path, hint: str) -> tuple[Any, str]:
-    """What a SavedModel holds, and the signature that is run; without one the hint says what helps.
+    """Load a SavedModel and choose the signature to run; `hint` is that of the error if there is none.
 
-    That is the one that serves, or the first, of those that use variables where any does: one that tells a version
-    or parses its input is no model.
+    `serving_default` is preferred, else the first; signatures without variables are skipped if others have some: those
+    that return a version or parse input are not the model.
     """
     try:
         with ignore_warnings(), temporary_folder() as folder:
@@ -128,7 +128,7 @@ def load_saved_model(path: Path, hint: str) -> tuple[Any, str]:
 
 
 def signature_note(path: Path, root: Any, signature: str) -> tuple[str, ...]:
-    """Which of several signatures is run, which nobody would see otherwise."""
+    """A note on which signature is run, if there are several."""
     others = [name for name in root.signatures if name != signature]
     return (f"{path} is run by its signature {signature}, not by {', '.join(others)}.",) if others else ()
 
@@ -144,8 +144,8 @@ def load_signature_model(path: Path) -> SignatureModel:
         )
     model = SignatureModel(function, root, signature_note(path, root, signature))
     size = model.fixed_batch_size
-    answers = [spec.shape for spec in function.structured_outputs.values()]
-    if size is not None and all(shape.rank is not None and shape[:1] not in ([None], [size]) for shape in answers):
+    shapes = [spec.shape for spec in function.structured_outputs.values()]
+    if size is not None and all(shape.rank is not None and shape[:1] not in ([None], [size]) for shape in shapes):
         raise InputError(
             f"the signature {signature} of {path} takes one example, not a batch: its inputs begin with an axis of "
             f"{size}, its outputs do not",
@@ -164,16 +164,16 @@ def _port(name: str, spec: Any) -> TensorSpec:
 
 
 class SignatureTrainable(KerasTrainable):
-    """Trained as any Keras model, by the names that the file gives its variables."""
+    """Trains a signature like a Keras model; tensors go by the names of the file's variables."""
 
     _model: SignatureModel
 
     def _load_model(self) -> None:
         super()._load_model()
         copies = self._loaded.file.duplicates
-        # What is held twice goes by the name of the first.
+        # Duplicates of a variable share the name of the first.
         self._variables = {copies.get(name, name): variable for name, variable in self._variables.items()}
-        # Nothing in a signature is random in a way that retracing would seed.
+        # Retracing would not reseed random operations of a signature.
         self._random.needs_retrace = False
         self._random.has_hidden_state = self._model.is_random
         self._unserved_weights: dict[str, Array] = {}
@@ -186,7 +186,7 @@ class SignatureTrainable(KerasTrainable):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was chosen for want of a word, and how it is trained."""
+        """Notes for the user on how the model is trained."""
         notes: tuple[str, ...] = (
             *self._model.notes,
             "The model is trained in inference mode: dropout is off and batch normalisation is fixed.",
@@ -201,7 +201,7 @@ class SignatureTrainable(KerasTrainable):
         return (*super().notes, *notes)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        """Copies of some weights; of what is not served as well, which only the file holds."""
+        """Copies of some weights, also of those that the signature does not use, read from the file."""
         wanted_names = tuple(names)
         served = super().weights(name for name in wanted_names if name in self._variables)
         return {name: served[name] if name in served else self._read(name).copy() for name in wanted_names}
@@ -215,7 +215,7 @@ class SignatureTrainable(KerasTrainable):
         return self._unserved_weights[name]
 
     def tensors(self) -> dict[str, Array]:
-        """Copies of all served tensors, and of the others that were read."""
+        """Copies of all tensors that the signature uses, and of the others that were read."""
         return {**super().tensors(), **{name: value.copy() for name, value in self._unserved_weights.items()}}
 
     def assign(self, values: Mapping[str, Array]) -> None:

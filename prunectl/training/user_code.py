@@ -1,7 +1,7 @@
-"""May a model be opened by its framework? Its code does not run unless the user says so.
+"""Trust checks before a framework opens a model: no code from the file runs unless the user allows it.
 
-The one door before every framework, asked before it is imported; what each kind of file may name stands in
-`formats/trust.py` (Keras and TensorFlow) and `formats/torch/trust.py`.
+Every framework is reached through these checks, and imported only afterwards. `formats/trust.py` (Keras and TensorFlow)
+and `formats/torch/trust.py` list what each kind of file may refer to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prunectl.training.backend import LoadOptions
 
 
 def custom_objects(origin: LoadOptions) -> dict[str, Any]:
-    """The custom objects by name."""
+    """Load the user's custom objects, by name."""
     if not origin.custom_objects:
         return {}
     objects = resolve_reference(origin.custom_objects, "--custom-objects", "models:CUSTOM_OBJECTS")
@@ -33,7 +33,7 @@ def custom_objects(origin: LoadOptions) -> dict[str, Any]:
 
 
 def resolve_reference(reference: str, option: str, example: str) -> Any:
-    """What `mod:name` or `./file.py:name` means."""
+    """Import the object that `mod:name` or `./file.py:name` refers to."""
     where, colon, name = reference.rpartition(":")
     if not colon or not where or not name:
         raise UsageError(
@@ -43,7 +43,7 @@ def resolve_reference(reference: str, option: str, example: str) -> Any:
 
 
 def resolve_function(reference: str, option: str) -> Any:
-    """What can be called under a reference."""
+    """Import the function that a reference names."""
     function = resolve_reference(reference, option, "my_module:my_function")
     if not callable(function):
         raise UsageError(f"{option} {reference} is of type {type(function).__name__}, not a function")
@@ -51,9 +51,9 @@ def resolve_function(reference: str, option: str) -> Any:
 
 
 def check(model: ModelFile, origin: LoadOptions) -> None:
-    """Refuse a file that brings code, or names code that nobody vouched for.
+    """Refuse a file that contains code, or refers to code that is not trusted.
 
-    Where the user's own function builds the model, nothing in the file is looked at but numbers.
+    If the user's own function builds the model, only arrays are read from the file, so it needs no check.
     """
     check_builder(origin.model)
     if origin.is_trusted or origin.model:
@@ -73,14 +73,14 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
 
 
 def require_network(model: ModelFile, origin: LoadOptions) -> None:
-    """Refuse a file of weights alone that nobody says the network of: before its framework, which says so too."""
+    """Refuse a file of weights without a builder, before its framework is imported, which would refuse it too."""
     is_bare = model.family in {Family.TORCH, Family.SAFETENSORS} and model.folder is None and not model.about.code
     if is_bare and not origin.model and not is_script(model):
         raise no_network(model)
 
 
 def no_network(model: ModelFile) -> UsageError:
-    """The error for a file without a network."""
+    """The error for a file that holds no network."""
     return UsageError(
         f"{model.path} holds only weights, not the network that uses them",
         hint="name the function that builds it: --builder package.module:function, or ./file.py:function",
@@ -88,14 +88,14 @@ def no_network(model: ModelFile) -> UsageError:
 
 
 def search_current_folder() -> None:
-    """Find modules in the current folder, as a script there does, after all others: for a file that is trusted."""
+    """Add the current folder to the end of the import path, as a script there would, for a trusted file."""
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
 
 
 def import_option(model: ModelFile, module: str) -> str:
-    """The option that imports a module which a file names: by its file, where that lies beside the model or here."""
+    """The `--import` option for a module that a file refers to: by path if it is beside the model or in this folder."""
     name = module.partition(".")[0]
     if not name.isidentifier() or name == "__main__":
         return "--import MODULE"
@@ -107,12 +107,12 @@ def import_option(model: ModelFile, module: str) -> str:
 
 
 def _module_of(code: str) -> str:
-    """The module in `class net.Net`."""
+    """The module of `class net.Net`."""
     return code.rpartition(" ")[2].rpartition(".")[0]
 
 
 def is_script(model: ModelFile) -> bool:
-    """Whether it is TorchScript: then torch.load gives it to torch.jit.load, which runs what stands there."""
+    """Whether the file is TorchScript: torch.load passes it on to torch.jit.load, which runs its code."""
     if model.format != "torch":
         return False
     names = [f"/{name.casefold()}" for name in zip_read.open_archive(model.path).entries]
@@ -120,9 +120,9 @@ def is_script(model: ModelFile) -> bool:
 
 
 def check_checkpoint(model: ModelFile) -> None:
-    """Refuse what torch.load, as PyTorch 2.5 and earlier have it, takes for more than weights with weights_only=True.
+    """Refuse files in which torch.load of PyTorch 2.5 and earlier may run code despite weights_only=True.
 
-    CVE-2025-32434: a tar and TorchScript got past the restricted unpickler.
+    CVE-2025-32434: tar files and TorchScript bypassed the restricted unpickler.
     """
     is_tar = model.format != "torch" and tarfile.is_tarfile(model.path)
     if is_tar or is_script(model):
@@ -137,13 +137,13 @@ _MOST_NAMES = 3
 
 
 def resolve_builder(reference: str) -> Any:
-    """What a reference names."""
+    """The object that a `--builder` reference names."""
     check_builder(reference)
     return find("model", reference, {})
 
 
 def check_builder(reference: str) -> None:
-    """Refuse a file that is not there, and one of which it is not said what in it is meant; no code of it is run."""
+    """Refuse a missing Python file, and a reference without a function; no code of the file is run."""
     file, _, name = reference.rpartition(":")
     if file.endswith(".py") and name and not Path(file).is_file():
         raise UsageError(f"--builder {reference}: {file} is not a Python file")
@@ -158,7 +158,7 @@ def check_builder(reference: str) -> None:
 
 
 def call_builder(make: Any, reference: str) -> Any:
-    """What a builder makes; its mistakes are the user's to mend."""
+    """Call a builder; exceptions in it are the user's errors."""
     if not callable(make):
         raise UsageError(f"--builder {reference} is of type {type(make).__name__}, not a function")
     try:
@@ -182,7 +182,7 @@ def call_builder(make: Any, reference: str) -> Any:
 
 
 def _public(path: Path) -> list[str]:
-    """The functions and classes of a file, which is not run."""
+    """The public functions and classes of a Python file, which is parsed but not run."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
