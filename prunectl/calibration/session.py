@@ -34,7 +34,7 @@ from prunectl.training.backend import (
     WeightUse,
 )
 from prunectl.training.data.adapt import adapt, check_batches
-from prunectl.training.data.next_token import follow_if_causal, open_labelled, user_function
+from prunectl.training.data.next_token import open_labelled, shift_if_causal, user_function
 from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
 from prunectl.training.data.text import batch_size
@@ -345,7 +345,7 @@ def open_calibration(
             hint="use data with targets, or --strategy activation-magnitude or obs, which need inputs only",
         )
     if trainable is not None and needs_targets:
-        source = follow_if_causal(source, network.signature, network.predict, taken_by)
+        source = shift_if_causal(source, network.signature, network.predict, taken_by)
         notes += source.notes
     # A stream is not read to its end for the sake of a few examples.
     size = batch_size(source, network.signature, request.batch_size)

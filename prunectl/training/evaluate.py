@@ -18,7 +18,7 @@ from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.registry import by_name, open_model
 from prunectl.training.backend import ModelSignature, PredictingModel
 from prunectl.training.data.adapt import adapt, check_batches, nothing_counts
-from prunectl.training.data.next_token import follow_if_causal
+from prunectl.training.data.next_token import shift_if_causal
 from prunectl.training.data.registry import check_exists, open_source
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, as_tuple, peek, train_val_split
 from prunectl.training.data.text import batch_size
@@ -208,7 +208,7 @@ def _by_runtime(
     signature, seed = network.signature, request.means.seed
     opened = open_source(request.val or request.data, signature=signature, seed=seed)
     source, notes = adapt(opened, signature)
-    source = follow_if_causal(source, replace(signature, ignored_label=IGNORED_LABEL), network.predict)
+    source = shift_if_causal(source, replace(signature, ignored_label=IGNORED_LABEL), network.predict)
     notes = (*notes, *source.notes)
     if request.val_split:
         source = train_val_split(source, request.val_split, seed)[1]

@@ -27,7 +27,7 @@ from prunectl.training.backend import LoadOptions, Logs, ModelSignature, Trainab
 from prunectl.training.checkpoint import CheckpointManager
 from prunectl.training.config import TrainConfig, resolve_steps
 from prunectl.training.data.adapt import adapt, check_batches, infer_tasks, require_targets
-from prunectl.training.data.next_token import follow_if_causal, open_labelled, user_function
+from prunectl.training.data.next_token import open_labelled, shift_if_causal, user_function
 from prunectl.training.data.registry import check_exists
 from prunectl.training.data.source import Arrays, Batch, EpochOrder, Source, num_examples, peek, train_val_split
 from prunectl.training.data.text import batch_size
@@ -136,7 +136,7 @@ def _open_adapted(spec: str, network: TrainableModel, request: FinetuneRequest) 
 
     taken_by = user_function(request.means.loss, request.means.custom_step)
     source, notes = adapt(open_labelled(spec, network.signature, request.means.seed, taken_by), network.signature)
-    source = follow_if_causal(source, network.signature, predict, taken_by)
+    source = shift_if_causal(source, network.signature, predict, taken_by)
     return source, (*notes, *source.notes)
 
 

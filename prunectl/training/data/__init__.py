@@ -1,1 +1,1 @@
-"""Examples to learn from, wherever they lie: one SPEC, one interface."""
+"""Training and calibration data from many sources, behind one SPEC and one interface."""

@@ -1,4 +1,4 @@
-"""Do examples fit a model? Adapted where only one way is possible, with a note of it, then checked before training."""
+"""Adapts data to a model where only one conversion is possible, with a note for the user, and checks the result."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _HALVES = frozenset({"float16", "float64"})
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """From one type of numbers to another."""
+    """A conversion of an array to another dtype."""
 
     dtype: np.dtype[Any]
     note: str
 
     def apply(self, array: Array, what: str) -> Array:
-        """The array in the other type; whole numbers must be whole and within it."""
+        """Cast an array; refuse a cast to integers that changes any value."""
         with np.errstate(invalid="ignore", over="ignore"):
             result = array.astype(self.dtype)
         if self.dtype.kind in "iu" and not np.array_equal(result, array):
@@ -38,7 +38,7 @@ class Cast:
 
 
 def input_cast(given: np.dtype[Any], expected: str) -> Cast | None:
-    """What makes an input of one type fit a model that takes another; an unknown one is taken for floats."""
+    """The cast of an input to the dtype that a model expects; if that is unknown, to float32."""
     if expected.startswith(("int", "uint", "bool")):
         return None if given == expected else Cast(np.dtype(expected), f"{given} is cast to {expected}")
     dtype = np.dtype(expected) if expected in _HALVES else _FLOAT
@@ -51,7 +51,7 @@ def input_cast(given: np.dtype[Any], expected: str) -> Cast | None:
 
 
 def target_cast(given: np.dtype[Any]) -> Cast | None:
-    """What makes targets whole 64-bit or 32-bit floating-point numbers, as losses take them."""
+    """The cast of targets to int64 or float32, which losses take."""
     dtype = _FLOAT if given.kind == "f" else _WHOLE
     return None if given == dtype else Cast(dtype, f"{given} is cast to {dtype}")
 
@@ -61,25 +61,25 @@ _TO_FIRST, _TO_LAST = (2, 0, 1), (1, 2, 0)
 
 @dataclass(frozen=True, slots=True)
 class AxisChange:
-    """Another order of axes, then others of a single element."""
+    """A transposition of the axes of examples, or the insertion and removal of axes of length 1."""
 
     note: str
     order: tuple[int, ...] = ()
-    """Axes of an example in their new order; empty leaves them."""
+    """Axes of an example in their new order; empty for no transposition."""
     wanted: tuple[int | None, ...] = ()
-    """Axes of an example once those of a single element are put in or dropped; empty leaves them."""
+    """Shape of an example after axes of length 1 are inserted or removed; empty for no change."""
 
     def apply(self, array: Array) -> Array:
         """The array with the axes of its examples changed."""
         if self.order:
             return np.ascontiguousarray(array.transpose(0, *(axis + 1 for axis in self.order)))
-        # An axis whose length the model leaves open keeps the one that it has in this batch.
+        # An axis without a fixed length in the model keeps its length in this batch.
         lengths = iter(length for length in array.shape[1:] if length != 1)
         return array.reshape(len(array), *(1 if length == 1 else next(lengths) for length in self.wanted))
 
 
 def find_axis_change(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> AxisChange | None:
-    """The one clear way from a shape to another; None if there is none, or nothing to do."""
+    """The only unambiguous change from one shape to another; None if there is none, or none is needed."""
     if expected is None or shape_matches(shape, expected):
         return None
     longer = [length for length in shape if length != 1]
@@ -100,26 +100,26 @@ def find_axis_change(shape: tuple[int, ...], expected: tuple[int | None, ...] | 
 
 @dataclass(frozen=True, slots=True)
 class ArrayAdapter:
-    """What is done to one array of every batch."""
+    """The conversions of one array of every batch."""
 
     title: str
     layout: AxisChange | None = None
     cast: Cast | None = None
 
     def apply(self, array: Array) -> Array:
-        """The array as the model takes it."""
+        """The converted array."""
         shaped = self.layout.apply(array) if self.layout else array
         return self.cast.apply(shaped, self.title) if self.cast else shaped
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is done, in sentences."""
+        """Notes for the user on the conversions."""
         parts = (self.layout.note if self.layout else "", self.cast.note if self.cast else "")
         return tuple(f"{self.title}: {note}" for note in parts if note)
 
 
 def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str, ...]]:
-    """A source that fits a model as far as that is clear, and in sentences all that was decided for it."""
+    """Adapt a source to a model where that is unambiguous; returns notes on everything that was changed."""
     head = peek(source, 1)
     if head is None:
         raise InputError(f"{source.name} has no examples")
@@ -131,7 +131,7 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
             hint="give one for each, by these names or in this order: train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )
     xs = [
-        _input_fit(array_name(source.name, "x", index, len(inputs)), array, port)
+        _input_adapter(array_name(source.name, "x", index, len(inputs)), array, port)
         for index, (array, port) in enumerate(zip(inputs, signature.inputs, strict=True))
     ]
     ys = [
@@ -142,22 +142,22 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
     def change(batch: Batch) -> Batch:
         return Batch(apply_each(xs, batch.x), None if batch.y is None else apply_each(ys, batch.y))
 
-    notes = (*source.notes, *(note for fit in (*xs, *ys) for note in fit.notes))
-    return source.changed(change), tuple(dict.fromkeys(notes))
+    notes = (*source.notes, *(note for adapter in (*xs, *ys) for note in adapter.notes))
+    return source.map_batches(change), tuple(dict.fromkeys(notes))
 
 
 def array_name(name: str, side: str, index: int, count: int) -> str:
-    """What to call an array of a source."""
+    """The name of an array of a source in messages."""
     return f"{side} of {name}" if count == 1 else f"{side}[{index}] of {name}"
 
 
-def _input_fit(name: str, array: Array, port: TensorSpec) -> ArrayAdapter:
+def _input_adapter(name: str, array: Array, port: TensorSpec) -> ArrayAdapter:
     return ArrayAdapter(name, find_axis_change(array.shape[1:], port.shape), input_cast(array.dtype, port.dtype))
 
 
-def apply_each(fits: Sequence[ArrayAdapter], arrays: Arrays) -> Arrays:
-    """Arrays as the model takes them, each by its own adapter."""
-    adapted = tuple(fit.apply(array) for fit, array in zip(fits, as_tuple(arrays), strict=True))
+def apply_each(adapters: Sequence[ArrayAdapter], arrays: Arrays) -> Arrays:
+    """Convert each array with its own adapter."""
+    adapted = tuple(adapter.apply(array) for adapter, array in zip(adapters, as_tuple(arrays), strict=True))
     return adapted if isinstance(arrays, tuple) else adapted[0]
 
 
@@ -166,7 +166,7 @@ def _inputs(count: int) -> str:
 
 
 def infer_tasks(signature: ModelSignature, example: Batch) -> tuple[Task, ...]:
-    """The task of each output that has targets, by what a first batch holds; none where shapes are not known."""
+    """The task of each output that has targets, inferred from a first batch; unknown if the output's shape is."""
     return tuple(
         Task(TaskKind.UNKNOWN)
         if output.shape is None
@@ -178,7 +178,7 @@ def infer_tasks(signature: ModelSignature, example: Batch) -> tuple[Task, ...]:
 
 
 def check_labels(y: Arrays, tasks: Sequence[Task], signature: ModelSignature, *, name: str, begin: int) -> None:
-    """Refuse targets of a classifier that are neither labels from 0 to classes - 1 nor a number for each class."""
+    """Refuse classification targets that are neither labels from 0 to classes - 1 nor a number for each class."""
     arrays = as_tuple(y)
     for index, (array, task, output) in enumerate(zip(arrays, tasks, signature.outputs, strict=False)):
         if task.classes is None or output.shape is None or shape_matches(array.shape[1:], output.shape):
@@ -210,29 +210,29 @@ def _check_range(y: Array, classes: int, what: str, begin: int, ignored: int | N
         )
 
 
-LOOKED_AT_BYTES = 256 << 20
-LOOKED_AT_EXAMPLES = 2048
-"""Of a stream, which may be endless and slow."""
+CHECKED_BYTES = 256 << 20
+CHECKED_EXAMPLES = 2048
+"""The limit for a stream, which may be endless and slow."""
 _CHECKED_AT_ONCE = 256
 
 
 def check_batches(
     source: Source, signature: ModelSignature, *, needs_targets: bool, tasks: Sequence[Task] = ()
 ) -> tuple[str, ...]:
-    """What the user should know of a source that fits a model; refuse one that does not."""
+    """Check the first batches and all labels of a source against a model; returns notes for the user."""
     if needs_targets:
         require_targets(source, signature)
-    checked, is_judged = 0, False
+    checked, is_scored = 0, False
     for batch in _beginning(source):
         _check_inputs(source, batch, signature, checked)
         if batch.y is not None:
             _check_targets(source, batch.y, signature, tasks, checked)
-        is_judged |= batch.y is None or any((array != signature.ignored_label).any() for array in as_tuple(batch.y))
+        is_scored |= batch.y is None or any((array != signature.ignored_label).any() for array in as_tuple(batch.y))
         checked += num_examples(batch)
     if not checked:
         raise InputError(f"{source.name} has no examples", hint="check its options, such as limit and classes")
-    # Only where nothing follows what was looked at.
-    if not is_judged and (checked == source.count or (source.count is None and checked < LOOKED_AT_EXAMPLES)):
+    # Only if the whole source was checked.
+    if not is_scored and (checked == source.count or (source.count is None and checked < CHECKED_EXAMPLES)):
         raise nothing_counts(source.name)
     begin = 0
     for targets in source.labels():
@@ -242,12 +242,12 @@ def check_batches(
 
 
 def nothing_counts(name: str) -> InputError:
-    """The refusal of data whose labels are all to be ignored."""
+    """The error for data whose labels are all ignored ones."""
     return InputError(f"{name} has no labels that count", hint=f"labels of {IGNORED_LABEL} are left out")
 
 
 def require_targets(source: Source, signature: ModelSignature | None = None) -> None:
-    """Refuse examples that do not say what the model should answer."""
+    """Refuse a source without targets."""
     text = signature.text if signature is not None else None
     if not source.has_targets and text is not None and not text.is_causal:
         raise UsageError(
@@ -261,14 +261,14 @@ def require_targets(source: Source, signature: ModelSignature | None = None) -> 
 
 
 def _beginning(source: Source) -> Iterator[Batch]:
-    """Yield batches in order until enough was looked at."""
-    examples = looked_at_bytes = 0
+    """Yield batches in order, up to the limits of what is checked."""
+    examples = checked_bytes = 0
     for batch in source.batches(EpochOrder(_CHECKED_AT_ONCE)):
         yield batch
         examples += num_examples(batch)
-        looked_at_bytes += nbytes(batch)
-        is_enough = examples >= LOOKED_AT_EXAMPLES and not isinstance(source, IndexedSource)
-        if is_enough or looked_at_bytes >= LOOKED_AT_BYTES:
+        checked_bytes += nbytes(batch)
+        is_enough = examples >= CHECKED_EXAMPLES and not isinstance(source, IndexedSource)
+        if is_enough or checked_bytes >= CHECKED_BYTES:
             return
 
 

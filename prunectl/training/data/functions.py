@@ -1,4 +1,4 @@
-"""Examples that code makes: a function of the user's (arrays, batches, a data set with numbers), or made-up ones."""
+"""Data from Python code: a user's function (arrays, batches or an indexable data set), or random data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _GIVES = "return arrays (x, y) or a dictionary of them, an iterable of batches, 
 _END = object()
 
 
-class _Numbered(Protocol):
+class _Indexable(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Any: ...
 
 
 class _PortNames(NamedTuple):
-    """By which names a dictionary gives the arrays of a model."""
+    """The names of a model's inputs and outputs, by which a dictionary's arrays are looked up."""
 
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
@@ -40,34 +40,34 @@ class _PortNames(NamedTuple):
 
 
 def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) -> Source:
-    """The source that `package.module:function` or `./file.py:function` means."""
+    """Open the data that `package.module:function` or `./file.py:function` returns."""
     make = _maker(spec)
     examples = make()
     names = _PortNames.of(signature)
-    if _is_whole(examples):
+    if _is_complete(examples):
         batch = _batch(spec.where, _parts(examples), names)
-        y = {} if batch.y is None else _titled(_target_name(examples, names) or "y", batch.y)
-        return from_arrays(spec.text, _titled("x", batch.x), y)
-    if _is_numbered(examples):
-        return _from_examples(spec, cast("_Numbered", examples), names)
+        y = {} if batch.y is None else _named_arrays(_target_name(examples, names) or "y", batch.y)
+        return from_arrays(spec.text, _named_arrays("x", batch.x), y)
+    if _is_indexable(examples):
+        return _from_examples(spec, cast("_Indexable", examples), names)
     if isinstance(examples, Iterable) or _is_keras(examples):
         return _from_batches(spec, make, examples, names)
     raise InputError(f"{spec.where} returns an object of type {type(examples).__name__}", hint=_GIVES)
 
 
 def function_names(spec: DataSpec) -> list[str]:
-    """The names in the dictionary that a function gives for its first examples, where it gives one."""
+    """The keys of the dictionary that a function returns for its first examples, if it returns one."""
     examples = _maker(spec)()
     item = examples
-    if _is_numbered(examples) or _is_keras(examples):
+    if _is_indexable(examples) or _is_keras(examples):
         item = _guarded(spec.where, lambda: examples[0])() if len(examples) else ()
-    elif not _is_whole(examples) and isinstance(examples, Iterable):
+    elif not _is_complete(examples) and isinstance(examples, Iterable):
         item = _guarded(spec.where, lambda: next(iter(examples), ()))()
     return [str(name) for part in _parts(item) if isinstance(part, Mapping) for name in part]
 
 
 def _maker(spec: DataSpec) -> Callable[[], Any]:
-    """The function that a SPEC names."""
+    """Import the function that a SPEC names."""
     named = FUNCTION.fullmatch(spec.where)
     function = attribute(*named.groups()) if named else None
     if not callable(function):
@@ -76,7 +76,7 @@ def _maker(spec: DataSpec) -> Callable[[], Any]:
 
 
 def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    """A function whose failures are told as its own."""
+    """Wrap a user's function so that its exceptions are reported as its own."""
 
     def call() -> Any:
         try:
@@ -93,7 +93,7 @@ def _from_batches(
     spec: DataSpec, make: Callable[[], Any], examples: Iterable[Any], names: _PortNames
 ) -> IterableSource:
     def items_of(batches: Iterable[Any]) -> Iterator[Any]:
-        # Keras' data sets number their batches, and never end when they are iterated.
+        # Keras data sets (PyDataset) are indexed by batch, and iterating over them never ends.
         numbered = cast("Any", batches)
         each = (numbered[index] for index in range(len(numbered))) if _is_keras(batches) else iter(batches)
         advance = _guarded(spec.where, lambda: next(each, _END))
@@ -101,7 +101,7 @@ def _from_batches(
             yield item
 
     def items() -> Iterator[Any]:
-        # An iterator can be gone through once: the function is called anew for the next one.
+        # An iterator can be read only once, so the function is called again for the next pass.
         return items_of(make() if isinstance(examples, Iterator) else examples)
 
     def read() -> Iterator[Batch]:
@@ -115,7 +115,7 @@ def _from_batches(
     return IterableSource(spec.text, None, has_targets, read, target_name=_target_name(first, names))
 
 
-def _from_examples(spec: DataSpec, examples: _Numbered, names: _PortNames) -> IndexedSource:
+def _from_examples(spec: DataSpec, examples: _Indexable, names: _PortNames) -> IndexedSource:
     count = len(examples)
     if not count:
         raise InputError(f"{spec.where} returns a data set without examples")
@@ -137,7 +137,7 @@ def _from_examples(spec: DataSpec, examples: _Numbered, names: _PortNames) -> In
 
 
 def _batch(where: str, parts: Sequence[Any], names: _PortNames) -> Batch:
-    """What a function gave for some examples as a batch."""
+    """Convert what a function returned to a batch."""
     if not 1 <= len(parts) <= 2:
         raise InputError(f"{where} returns batches of {len(parts)} parts", hint="a batch must be (x, y), or only x")
     x = _arrays(where, parts[0], "inputs", names.inputs)
@@ -155,10 +155,10 @@ def _parts(item: Any) -> Sequence[Any]:
 
 
 def _target_name(item: Any, names: _PortNames) -> str:
-    """The name of the targets in a dictionary: beside the inputs, as data sets of Hugging Face have them, or alone."""
+    """The key of the targets in a dictionary: the inputs' own, as in Hugging Face data sets, or a second one."""
     part, *others = _parts(item) or ((),)
     if others:
-        # Outputs that have names are looked up by these.
+        # Targets of named outputs are looked up by the names of the outputs.
         part = () if names.outputs else others[0]
     if not isinstance(part, Mapping):
         return ""
@@ -200,7 +200,7 @@ def _map(change: Callable[[Any], Array], part: Any) -> Any:
     return change(part)
 
 
-def _titled(side: str, arrays: Arrays) -> dict[str, Array]:
+def _named_arrays(side: str, arrays: Arrays) -> dict[str, Array]:
     many = as_tuple(arrays)
     return {side if len(many) == 1 else f"{side}[{index}]": array for index, array in enumerate(many)}
 
@@ -209,15 +209,15 @@ def _is_array(thing: Any) -> bool:
     return hasattr(thing, "__array__") and hasattr(thing, "shape")
 
 
-def _is_whole(thing: Any) -> bool:
-    """Whether it is all examples at once: an array, a dictionary of arrays or lists, or inputs with targets."""
+def _is_complete(thing: Any) -> bool:
+    """Whether it holds all examples: an array, a dictionary of arrays or lists, or a pair of inputs and targets."""
     if isinstance(thing, Mapping):
         return all(_is_array(value) or type(value) is list for value in thing.values())
     return _is_array(thing) or _is_pair_of_arrays(thing)
 
 
 def _is_pair_of_arrays(thing: Any) -> bool:
-    """Whether it is (x, y), where each may be several arrays, and not a list of batches."""
+    """Whether it is (x, y), each of which may be several arrays, rather than a list of batches."""
     return isinstance(thing, tuple) and len(thing) == 2 and all(_is_side(part) for part in thing)
 
 
@@ -229,7 +229,7 @@ def _values(part: Any) -> Iterable[Any]:
     return part.values() if isinstance(part, Mapping) else part
 
 
-def _is_numbered(thing: Any) -> bool:
+def _is_indexable(thing: Any) -> bool:
     is_list = isinstance(thing, tuple | list | Mapping | str | bytes)
     return hasattr(thing, "__getitem__") and hasattr(thing, "__len__") and not is_list and not _is_keras(thing)
 
@@ -239,7 +239,7 @@ def _is_keras(thing: Any) -> bool:
 
 
 def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> IndexedSource:
-    """The source that `random:64` means: normal floats, and labels of every class."""
+    """Open `random:64`: normally distributed floats, and labels of every class."""
     count = parse_count("random", spec.where.removeprefix(RANDOM_PREFIX))
     if signature is None or not signature.inputs:
         raise UsageError(f"{spec.where} needs a model whose inputs are known")
@@ -251,14 +251,14 @@ def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> 
     random = np.random.default_rng(seed)
     x = {}
     for index, port in enumerate(signature.inputs):
-        shape = typed[index] if typed else _known(port)
+        shape = typed[index] if typed else _known_shape(port)
         x[f"input {index}"] = random_array(random, (count, *shape), port.dtype)
     y = {f"output {index}": _labels(random, count, port) for index, port in enumerate(signature.outputs)}
     note = f"{spec.where}: the data is random, so that an accuracy or a loss on it would mean nothing"
     return from_arrays(spec.text, x, y, note)
 
 
-def _known(port: TensorSpec) -> tuple[int, ...]:
+def _known_shape(port: TensorSpec) -> tuple[int, ...]:
     shape = port.shape
     if shape is None or any(length is None for length in shape):
         raise UsageError(
@@ -273,15 +273,15 @@ def _axes_text(port: TensorSpec) -> str:
 
 
 def random_array(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
-    """Zeros and ones for integers, else normal floats."""
+    """Random zeros and ones for integer types, else normally distributed floats."""
     if dtype.startswith(("int", "uint", "bool")):
-        # What these numbers count is unknown; 0 and 1 are within every vocabulary.
+        # The range of these integers is unknown, but 0 and 1 are in every vocabulary.
         return random.integers(0, 2, shape).astype(dtype)
     return random.standard_normal(shape, np.float32)
 
 
 def _labels(random: np.random.Generator, count: int, port: TensorSpec) -> Array:
-    """A label for each vector of outputs; of two classes where there is one output, or nobody knows."""
+    """A random label for each vector of outputs; of two classes if there is one output, or their number is unknown."""
     shape = port.shape or (None,)
     inner = tuple(length or 1 for length in shape[:-1])
     classes = shape[-1] or 2

@@ -1,4 +1,4 @@
-"""Pictures in folders: each class has one."""
+"""Images in folders, with one folder for each class."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ COLORS = tuple(_MODES)
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """How every picture is made to look."""
+    """The common format of all images."""
 
     color: str
     """One of COLORS."""
     size: tuple[int, int] | None
-    """Height and width in pixels; None leaves each as it is."""
+    """Height and width in pixels; None for no resizing."""
     is_channels_first: bool = False
     has_channels: bool = True
-    """Whether there is an axis for channels, also if grey is the only one."""
+    """Whether arrays have a channel axis, even for a single channel."""
 
 
 def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
-    """A picture's pixels as bytes; a size that is not asked for is resized to (bilinear)."""
+    """Decode an image to uint8 pixels, resized (bilinear) if it has another size."""
     image = require("PIL.Image", extra="images")
     try:
         with image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
@@ -44,10 +44,10 @@ def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
         raise InputError(f"{what} cannot be read as an image: {error}") from error
     if look.size is not None and pixels.size != look.size[::-1]:
         pixels = pixels.resize(look.size[::-1], image.Resampling.BILINEAR)
-    return _laid_out(np.array(pixels, np.uint8), look)
+    return _arrange(np.array(pixels, np.uint8), look)
 
 
-def _laid_out(pixels: Array, look: ImageOptions) -> Array:
+def _arrange(pixels: Array, look: ImageOptions) -> Array:
     if pixels.ndim == 2 and look.has_channels:
         pixels = pixels[:, :, None]
     return np.moveaxis(pixels, -1, 0) if look.is_channels_first and pixels.ndim == 3 else pixels
@@ -57,12 +57,12 @@ _LISTED = 5
 
 
 def open_images(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
-    """The source that `images/?size=28x28&color=grey` means."""
+    """Open `images/?size=28x28&color=grey`."""
     require("PIL.Image", extra="images")
     if not require_path(spec.path).is_dir():
         raise InputError(f"{spec.path} is not a folder")
-    files, labels, classes = _listed(spec.path)
-    look = _look(spec, signature)
+    files, labels, classes = _list_images(spec.path)
+    look = _image_options(spec, signature)
     shape = decode(files[0], look, str(files[0])).shape
 
     def pixels(number: int) -> Array:
@@ -84,8 +84,8 @@ def open_images(spec: DataSpec, signature: ModelSignature | None, *_: object) ->
     return IndexedSource(spec.text, len(files), bool(classes), take, known, notes=_notes(spec, classes, look))
 
 
-def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
-    """All pictures with the number of the class of each, and the names of the classes."""
+def _list_images(folder: Path) -> tuple[list[Path], Array, list[str]]:
+    """All image files, their class labels, and the names of the classes."""
     flat = pictures_in(folder)
     classes = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if flat and classes:
@@ -105,11 +105,11 @@ def _listed(folder: Path) -> tuple[list[Path], Array, list[str]]:
     return [file for files in files_of_classes for file in files] or flat, labels, classes
 
 
-def _look(spec: DataSpec, signature: ModelSignature | None) -> ImageOptions:
-    """What the options say of all pictures, and the model where they do not."""
+def _image_options(spec: DataSpec, signature: ModelSignature | None) -> ImageOptions:
+    """The image format from the options, and from the model's input where they do not say."""
     first = bool(signature and signature.is_channels_first)
     shape = signature.inputs[0].shape if signature and signature.inputs else None
-    height, width, channels = _wanted(shape, is_channels_first=first)
+    height, width, channels = _expected_size(shape, is_channels_first=first)
     if "size" in spec.options:
         size = parse_shape("size", spec.options["size"])
         if len(size) != 2:
@@ -127,8 +127,8 @@ def _look(spec: DataSpec, signature: ModelSignature | None) -> ImageOptions:
     )
 
 
-def _wanted(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> tuple[int | None, ...]:
-    """The height, the width and the channels that a model takes, as far as it says."""
+def _expected_size(shape: Sequence[int | None] | None, *, is_channels_first: bool) -> tuple[int | None, ...]:
+    """Height, width and channels of the model's input, as far as they are known."""
     if shape is None or len(shape) not in {2, 3}:
         return None, None, None
     if len(shape) == 2:

@@ -1,4 +1,4 @@
-"""Labels that are the tokens themselves: a model that predicts the next token is compared with them one place on."""
+"""Shifts labels of causal language models: labels that repeat the input tokens are compared one position earlier."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ from prunectl.training.data.source import Arrays, Batch, Source, as_tuple, peek
 from prunectl.training.task import IGNORED_LABEL, label_axis
 
 LABELS = "labels"
-"""What `transformers` calls targets."""
+"""The name of targets in `transformers`."""
 _LEAKED = 1e-3
-"""What a later token changes in a causal model, compared with its own output: rounding only."""
+"""In a causal model, a token changes earlier outputs by less than this share of the change to its own (rounding)."""
 _SEEN = 1e-6
-"""What a token changes at least in some later output, in the same measure, and ten times what it changes before it."""
+"""In a causal model, a token changes some later output by more than this share, and ten times as much as any
+earlier."""
 
 
 def user_function(loss: str, step: str = "") -> str:
-    """The option that names a function of the user's own, which may move labels itself as `transformers` does."""
+    """The option that names a user's function, which may shift labels itself, as the losses of `transformers` do."""
     return "--train-step" if step else "--loss" if ":" in loss else ""
 
 
 def open_labelled(spec: str, signature: ModelSignature, seed: int, taken_by: str) -> Source:
-    """A source for a model whose labels a function of the user's own takes, named by its option, or none."""
+    """Open a source; if a user's function (`taken_by`, its option) takes the labels, they are not shifted."""
     text = signature.text
     if taken_by and text is not None:
         signature = replace(signature, text=replace(text, shifts_labels=False))
     return open_source(spec, signature=signature, seed=seed)
 
 
-def follow_if_causal(
+def shift_if_causal(
     source: Source, signature: ModelSignature, predict: Callable[[Arrays], Arrays], taken_by: str = ""
 ) -> Source:
-    """An adapted source whose labels are compared one place on, where nothing but the model and its data tells so."""
+    """Shift the labels of an adapted source if they repeat the tokens and the model proves to be causal."""
     head = peek(source) if source.target_name == LABELS else None
-    tokens = None if head is None else _repeated(head)
+    tokens = None if head is None else _repeated_input(head)
     if head is None or tokens is None or any(port.name == "decoder_input_ids" for port in signature.inputs):
         return source
     if taken_by:
-        return source.changed(
+        return source.map_batches(
             lambda batch: batch,
             f"{source.name}: {taken_by} gets the labels as they are, and every metric compares them in place",
         )
-    # Of a folder, the loss of `transformers` tells.
+    # For a model folder, the loss in `transformers` decides instead.
     if signature.text is not None or not _is_causal(head, tokens, signature, predict):
         return source
-    return follow(source) if signature.ignored_label is not None else _cut(source, signature, tokens, predict)
+    return shift_labels(source) if signature.ignored_label is not None else _cut(source, signature, tokens, predict)
 
 
 def _note(source: Source) -> str:
@@ -60,8 +61,8 @@ def _note(source: Source) -> str:
     )
 
 
-def follow(source: Source) -> Source:
-    """Targets called `labels` as `transformers` takes them for a causal model: the tokens themselves, one place on."""
+def shift_labels(source: Source) -> Source:
+    """Shift targets called `labels` by one token, as `transformers` does in the loss of a causal model."""
     head = peek(source, 1) if source.target_name == LABELS else None
     if head is None or head.y is None or all(x.shape != as_tuple(head.y)[0].shape for x in as_tuple(head.x)):
         return source
@@ -69,20 +70,20 @@ def follow(source: Source) -> Source:
     def change(batch: Batch) -> Batch:
         if batch.y is None:
             return batch
-        # No token follows the last one. A file may fix the number of tokens, so that one stays in.
+        # No token follows the last one, but it stays in: a file may fix the length of sequences.
         labels = as_tuple(batch.y)[0]
         after = np.full_like(labels[:, :1], IGNORED_LABEL, dtype=np.int64)
         return Batch(batch.x, np.concatenate([labels[:, 1:], after], 1))
 
-    return source.changed(change, _note(source))
+    return source.map_batches(change, _note(source))
 
 
 def _cut(source: Source, signature: ModelSignature, tokens: int, predict: Callable[[Arrays], Arrays]) -> Source:
-    """The same where no label can be ignored: without the last token, which none follows."""
+    """Shift labels by cutting off the last token, for frameworks without an ignored label."""
     head = peek(source, 1)
     assert head is not None
     x = as_tuple(head.x)
-    # What else goes in with the tokens, such as a mask, has their length, whatever that is.
+    # Other inputs of the tokens' length, such as a mask, are cut too, if their length is not fixed.
     is_cut = [
         array.shape[:2] == x[tokens].shape and (port.shape is None or port.shape[:1] == (None,))
         for array, port in zip(x, signature.inputs, strict=True)
@@ -95,9 +96,9 @@ def _cut(source: Source, signature: ModelSignature, tokens: int, predict: Callab
 
     reason = "" if is_cut[tokens] else "the model takes sequences of one length only"
     if not reason and sum(is_cut) > 1:
-        # Something else may have that length by chance, such as the text that is translated.
-        whole, rest = (as_tuple(predict(batch.x))[0] for batch in (head, change(head)))
-        if np.abs(whole[:, :-1] - rest).max() > _LEAKED * np.abs(whole).max():
+        # An input may have that length by coincidence, such as the source text of a translation.
+        whole, shortened = (as_tuple(predict(batch.x))[0] for batch in (head, change(head)))
+        if np.abs(whole[:, :-1] - shortened).max() > _LEAKED * np.abs(whole).max():
             reason = "another input of their length cannot lose its last place"
     if reason:
         raise UsageError(
@@ -105,11 +106,11 @@ def _cut(source: Source, signature: ModelSignature, tokens: int, predict: Callab
             hint="save sequences with a token more: x without the last token of each, y without the first; "
             "or call the labels y to compare them in place",
         )
-    return source.changed(change, _note(source))
+    return source.map_batches(change, _note(source))
 
 
-def _repeated(batch: Batch) -> int | None:
-    """The input that the labels repeat wherever they count."""
+def _repeated_input(batch: Batch) -> int | None:
+    """The index of the input that the labels repeat, ignored labels aside; None if there is none."""
     x, labels = as_tuple(batch.x), as_tuple(batch.y)[0] if batch.y is not None else np.zeros(0)
     is_kept = labels != IGNORED_LABEL
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or not is_kept.any():
@@ -119,23 +120,23 @@ def _repeated(batch: Batch) -> int | None:
 
 
 def _is_causal(batch: Batch, tokens: int, signature: ModelSignature, predict: Callable[[Arrays], Arrays]) -> bool:
-    """Whether a token changes outputs behind it, but none before: one that is looked at alone predicts nothing."""
+    """Whether changing a token changes later outputs but no earlier ones; a model without context is not causal."""
     assert batch.y is not None
     x, labels = as_tuple(batch.x), as_tuple(batch.y)[0]
     ids, is_kept = x[tokens], labels != IGNORED_LABEL
-    # Another token where it is seen, in place of one that differs from the first, with others that are behind it.
+    # Replace a token that has a label and differs from the first one, with further labels after it.
     has_more = np.cumsum(is_kept[:, ::-1], 1)[:, ::-1] > 1
-    places = np.argwhere(is_kept & has_more & (ids != ids[:, :1]))
-    if not len(places):
+    positions = np.argwhere(is_kept & has_more & (ids != ids[:, :1]))
+    if not len(positions):
         return False
-    row, at = places[np.abs(2 * places[:, 1] - ids.shape[1]).argmin()]
-    # Together, so that a file that drops the axis of a single example keeps it.
+    row, position = positions[np.abs(2 * positions[:, 1] - ids.shape[1]).argmin()]
+    # Both in one batch: some files drop the batch axis of a single example.
     pair = [np.repeat(array[row : row + 1], 2, 0) for array in x]
-    pair[tokens][1, at] = ids[row, 0]
+    pair[tokens][1, position] = ids[row, 0]
     outputs = as_tuple(predict(tuple(pair) if isinstance(batch.x, tuple) else pair[0]))[0].astype(np.float64)
     axis = label_axis(outputs.shape[1:], labels.shape[1:], is_channels_first=signature.is_channels_first)
     if axis is None or outputs.ndim != 3 or len(outputs) != 2:
         return False
     change = np.abs(outputs[1] - outputs[0]).max(axis - 1)
-    earlier, own, later = change[:at].max(), change[at], change[at + 1 :].max()
+    earlier, own, later = change[:position].max(), change[position], change[position + 1 :].max()
     return bool(earlier < _LEAKED * own and later > max(_SEEN * own, 10 * earlier))

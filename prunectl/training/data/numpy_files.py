@@ -1,4 +1,4 @@
-"""Arrays in .npy files, paged in as they are touched."""
+"""Arrays in .npy and .npz files, memory-mapped where they are not compressed."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from prunectl.training.data.spec import NPY_SEPARATOR, NPZ_ARRAYS, DataSpec, req
 
 
 class Header(NamedTuple):
-    """What an array says of itself before its bytes begin."""
+    """The header of a .npy array."""
 
     shape: tuple[int, ...]
     is_fortran: bool
     dtype: np.dtype[np.generic]
     nbytes: int
-    """Of the header itself."""
+    """The length of the header itself."""
 
 
 def open_npy(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
-    """The source that `a.npy+b.npy,y.npy` means: inputs, then targets."""
+    """Open `a.npy+b.npy,y.npy`: inputs, then targets."""
     inputs, *rest = _sides(spec)
     targets = rest[0] if rest else []
     x, y, notes = _in_order(
@@ -47,14 +47,14 @@ def open_npy(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
 
 
 def npy_names(spec: DataSpec) -> list[str]:
-    """The names of the arrays: what their files are called."""
+    """The names of the arrays, which are those of their files without suffix."""
     return [Path(name).stem for side in _sides(spec) for name in side]
 
 
 def _in_order(
     spec: DataSpec, inputs: Sequence[str], targets: Sequence[str], signature: ModelSignature | None
 ) -> tuple[list[int], list[int], tuple[str, ...]]:
-    """The order of inputs and of targets in the model, and what is to be told of it."""
+    """The order of inputs and targets in the model, and notes for the user."""
     x, x_notes = order_by_port(spec.text, inputs, signature.inputs if signature else ())
     y, y_notes = order_by_port(spec.text, targets, signature.outputs if signature else ())
     return x, y, (*x_notes, *y_notes)
@@ -79,7 +79,7 @@ def _sides(spec: DataSpec) -> list[list[str]]:
 
 
 def map_npy(path: Path) -> Array:
-    """The array in a file without reading it."""
+    """Memory-map the array in a file."""
     with path.open("rb") as file:
         header = read_header(file, str(path))
     file_bytes = path.stat().st_size
@@ -87,7 +87,7 @@ def map_npy(path: Path) -> Array:
 
 
 def map_array(path: Path, header: Header, offset: int, nbytes: int, what: str) -> Array:
-    """The array whose bytes lie at an offset of a file."""
+    """Memory-map an array at an offset of a file."""
     size = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
     check_inside(path, 0, size, nbytes, what)
     if not size:
@@ -96,7 +96,7 @@ def map_array(path: Path, header: Header, offset: int, nbytes: int, what: str) -
 
 
 def read_header(file: BinaryIO, what: str) -> Header:
-    """What an array says of itself; never one of Python objects, which would have to be unpickled."""
+    """Read the header of an array; refuse arrays of Python objects, which would have to be unpickled."""
     begin = file.tell()
     try:
         version = np.lib.format.read_magic(file)
@@ -113,11 +113,11 @@ def read_header(file: BinaryIO, what: str) -> Header:
     return Header(shape, is_fortran, dtype, file.tell() - begin)
 
 
-_USUAL = (("x", "y"), ("X", "y"), ("x_train", "y_train"), ("X_train", "y_train"))
+_USUAL_NAMES = (("x", "y"), ("X", "y"), ("x_train", "y_train"), ("X_train", "y_train"))
 
 
 def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
-    """The source that `train.npz` or `train.npz[a+b,labels]` means."""
+    """Open `train.npz` or `train.npz[a+b,labels]`."""
     archive, names, chosen = _archive(spec)
     inputs, targets, notes = (
         (*_named_arrays(archive.path, chosen, names), ())
@@ -131,13 +131,13 @@ def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
 
 
 def npz_names(spec: DataSpec) -> list[str]:
-    """The names of the arrays: those in brackets, or all."""
+    """The names of the selected arrays: those in brackets, or else all."""
     archive, names, chosen = _archive(spec)
     return names if chosen is None else [name for side in _named_arrays(archive.path, chosen, names) for name in side]
 
 
 def _archive(spec: DataSpec) -> tuple[Archive, list[str], str | None]:
-    """The archive of a SPEC, the names of all arrays in it, and what stands in brackets, if any do."""
+    """The archive of a SPEC, the names of its arrays, and the text in brackets, if there is any."""
     chosen = NPZ_ARRAYS.fullmatch(spec.where)
     path = require_path(Path(chosen["path"] if chosen else spec.where))
     archive = open_archive(path)
@@ -147,11 +147,11 @@ def _archive(spec: DataSpec) -> tuple[Archive, list[str], str | None]:
     return archive, names, chosen["names"] if chosen else None
 
 
-def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], list[str]]:
-    sides = [[name.strip() for name in side.split("+")] for side in words.split(",")]
+def _named_arrays(path: Path, text: str, names: list[str]) -> tuple[list[str], list[str]]:
+    sides = [[name.strip() for name in side.split("+")] for side in text.split(",")]
     if len(sides) > 2:
         raise UsageError(
-            f"{path}[{words}] names {len(sides)} groups of arrays, but there are only inputs and targets",
+            f"{path}[{text}] names {len(sides)} groups of arrays, but there are only inputs and targets",
             hint=f"join several inputs with +, as in {path.name}[a+b,labels]",
         )
     for name in (name for side in sides for name in side):
@@ -167,7 +167,7 @@ def _named_arrays(path: Path, words: str, names: list[str]) -> tuple[list[str], 
 def _arrays_of_model(
     path: Path, names: list[str], signature: ModelSignature | None
 ) -> tuple[list[str], list[str], tuple[str, ...]] | None:
-    """The arrays that have the names of a model's inputs, and of its outputs, or the one that is called a target."""
+    """Match arrays with a model's inputs and outputs by name; if no targets have an output's name, use a usual one."""
     inputs = [port.name for port in signature.inputs] if signature else []
     if signature is None or not inputs or not set(inputs) <= set(names):
         return None
@@ -175,7 +175,7 @@ def _arrays_of_model(
     rest = [name for name in names if name not in inputs]
     if outputs and set(outputs) <= set(rest):
         return inputs, outputs, ()
-    # Beside the inputs of a model of text lies what its tokenizer gives and it has no use for.
+    # With the inputs of a text model, files hold further tokenizer outputs, which it does not use.
     is_sure = len(rest) == 1 and signature.text is None
     targets = rest if is_sure else [name for name in rest if name in TARGETS]
     if len(targets) > 1 or (rest and not targets and signature.text is None):
@@ -186,13 +186,13 @@ def _arrays_of_model(
 
 
 def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list[str], tuple[str, ...]]:
-    for x, y in _USUAL:
+    for x, y in _USUAL_NAMES:
         if x in names and y in names:
             return [x], [y], ()
     if len(names) == 1:
         return names, [], ()
     if len(names) == 2:
-        # The array with fewer axes is the one of targets; where that does not tell, the file's order does.
+        # The array with fewer axes holds the targets; if both have as many, the second in the file does.
         x, y = sorted(names, key=lambda name: -len(_header(archive, name).shape))
         path = archive.path
         return (
@@ -212,7 +212,7 @@ def _header(archive: Archive, name: str) -> Header:
 
 
 def _opening(archive: Archive, name: str) -> bytes:
-    """The first bytes of an entry, in which its header ends."""
+    """The first bytes of an entry, which contain its whole header."""
     entry = archive.entries[f"{name}.npy"]
     return next(archive.pieces(entry), b"")
 
@@ -223,10 +223,10 @@ def _array(archive: Archive, name: str) -> Array:
     header = _header(archive, name)
     if entry.is_stored:
         return map_array(archive.path, header, entry.extent.offset + header.nbytes, entry.nbytes - header.nbytes, what)
-    return _arranged(archive.inflated(entry)[header.nbytes :], header, what)
+    return _as_array(archive.inflated(entry)[header.nbytes :], header, what)
 
 
-def _arranged(body: Array, header: Header, what: str) -> Array:
+def _as_array(body: Array, header: Header, what: str) -> Array:
     size = math.prod(header.shape) * header.dtype.itemsize
     if size != body.nbytes:
         raise InputError(f"{what} is damaged: its header announces {size} bytes, but {body.nbytes} follow")

@@ -1,4 +1,4 @@
-"""Examples that can be taken in any order, by their numbers."""
+"""Sources with random access by index, and sources that can only be read as streams."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from prunectl.training.data.source import (
     take_rows,
 )
 
-LOOKED_AT_ONCE = 1 << 16
-"""Labels in a chunk."""
+LABELS_AT_ONCE = 1 << 16
+"""The number of labels that are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedSource:
-    """A source whose examples have numbers."""
+    """A source with random access to its examples by index."""
 
     name: str
     count: int
     has_targets: bool
     take: Callable[[Indices], Batch]
-    """The examples with these numbers, in that order."""
+    """Returns the examples at given indices, in their order."""
     targets: Callable[[Indices], Arrays | None] | None = None
-    """Their targets alone, where this is cheap."""
+    """Returns only their targets, if that is cheaper."""
     notes: tuple[str, ...] = ()
     target_name: str = ""
-    """Of the targets."""
+    """The name of the target array, if it has one."""
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
@@ -59,21 +59,21 @@ class IndexedSource:
         return parallel_map(lambda begin: self.take(mine[begin : begin + order.batch_size]), begins, order.workers)
 
     def labels(self) -> Iterator[Arrays]:
-        """Yield all targets in order, where this is cheap."""
+        """Yield all targets in order, if they can be read without inputs."""
         if self.targets is None or not self.has_targets:
             return
-        for begin in range(0, self.count, LOOKED_AT_ONCE):
-            targets = self.targets(np.arange(begin, min(self.count, begin + LOOKED_AT_ONCE)))
+        for begin in range(0, self.count, LABELS_AT_ONCE):
+            targets = self.targets(np.arange(begin, min(self.count, begin + LABELS_AT_ONCE)))
             if targets is not None:
                 yield targets
 
-    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> IndexedSource:
-        """The source whose batches are changed."""
+    def map_batches(self, change: Callable[[Batch], Batch], *notes: str) -> IndexedSource:
+        """The source with a function applied to its batches."""
         take, targets = self.take, self.targets
         nothing = np.zeros(0, np.int64)
 
         def changed_targets(numbers: Indices) -> Arrays | None:
-            # The inputs of no example, beside the targets: a change of either is one function of the batch.
+            # `change` takes whole batches, so the targets get an empty batch of inputs.
             return None if targets is None else change(replace(take(nothing), y=targets(numbers))).y
 
         return replace(
@@ -83,18 +83,18 @@ class IndexedSource:
             notes=(*self.notes, *notes),
         )
 
-    def numbered(self, is_kept: Callable[[Indices], Mask]) -> IndexedSource:
-        """The examples whose numbers are kept."""
+    def select(self, is_kept: Callable[[Indices], Mask]) -> IndexedSource:
+        """The source of those examples whose indices are kept."""
         return self._among(np.flatnonzero(is_kept(np.arange(self.count))))
 
     def where(self, holds: Callable[[Arrays], Mask]) -> IndexedSource:
-        """The examples with targets for which something holds."""
+        """The source of those examples whose targets satisfy a predicate."""
         labels = self.labels() if self.targets is not None else self._labels_with_inputs()
         masks = [holds(label) for label in labels]
         return self._among(np.flatnonzero(np.concatenate(masks)) if masks else np.zeros(0, np.int64))
 
     def first(self, count: int) -> IndexedSource:
-        """At most that many examples from the beginning."""
+        """The source of at most the first `count` examples."""
         return replace(self, count=min(count, self.count))
 
     def _labels_with_inputs(self) -> Iterator[Arrays]:
@@ -119,16 +119,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class IterableSource:
-    """A source that is read from its beginning each time."""
+    """A source that is read from the beginning for every epoch."""
 
     name: str
     count: int | None
     has_targets: bool
     read: Callable[[], Iterator[Batch]]
-    """All examples, in pieces of any size."""
+    """Yields all examples, in batches of any size."""
     notes: tuple[str, ...] = ()
     target_name: str = ""
-    """Of the targets."""
+    """The name of the target array, if it has one."""
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
@@ -140,13 +140,13 @@ class IterableSource:
         """Yield nothing: targets come only with their inputs."""
         return iter(())
 
-    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> IterableSource:
-        """The source whose batches are changed."""
+    def map_batches(self, change: Callable[[Batch], Batch], *notes: str) -> IterableSource:
+        """The source with a function applied to its batches."""
         read = self.read
         return replace(self, read=lambda: map(change, read()), notes=(*self.notes, *notes))
 
-    def numbered(self, is_kept: Callable[[Indices], Mask]) -> IterableSource:
-        """The examples whose numbers are kept."""
+    def select(self, is_kept: Callable[[Indices], Mask]) -> IterableSource:
+        """The source of those examples whose indices are kept."""
         read = self.read
 
         def chosen() -> Iterator[Batch]:
@@ -160,7 +160,7 @@ class IterableSource:
         return replace(self, count=known, read=lambda: filter(num_examples, chosen()))
 
     def where(self, holds: Callable[[Arrays], Mask]) -> IterableSource:
-        """The examples with targets for which something holds."""
+        """The source of those examples whose targets satisfy a predicate."""
         read = self.read
 
         def chosen() -> Iterator[Batch]:
@@ -171,14 +171,14 @@ class IterableSource:
         return replace(self, count=None, read=lambda: filter(num_examples, chosen()))
 
     def first(self, count: int) -> IterableSource:
-        """At most that many examples from the beginning."""
+        """The source of at most the first `count` examples."""
         read = self.read
         known = None if self.count is None else min(count, self.count)
         return replace(self, count=known, read=lambda: take_first(read(), count))
 
 
 def shuffle_buffer(pieces: Iterable[Batch], random: np.random.Generator) -> Iterator[Batch]:
-    """Yield examples in an order that is random within a pool of the next thousands."""
+    """Yield examples shuffled within a buffer of the next thousands."""
     pool: list[Batch] = []
     count = held_bytes = 0
     for piece in pieces:
@@ -188,7 +188,7 @@ def shuffle_buffer(pieces: Iterable[Batch], random: np.random.Generator) -> Iter
         if count > 1 and (count >= SHUFFLED_EXAMPLES or held_bytes >= SHUFFLED_BYTES):
             buffer = concatenate(pool)
             order = random.permutation(count)
-            # Half of the pool stays, to mix with what comes next.
+            # Half of the buffer stays, to be mixed with the next examples.
             yield take_rows(buffer, order[count // 2 :])
             rest = take_rows(buffer, order[: count // 2])
             pool, count, held_bytes = [rest], count // 2, nbytes(rest)
@@ -209,15 +209,15 @@ def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 NUMERIC = "fiub"
-"""Kinds of numbers that a model can be fed: floats, integers, signed or not, and booleans."""
+"""The NumPy dtype kinds that a model accepts: floats, signed and unsigned integers, and booleans."""
 
 
 TARGETS = ("labels", "label", "targets", "target", "y")
-"""What the array of targets is called, beside inputs that have the names of a model's."""
+"""Usual names of target arrays, beside inputs that have the names of the model's."""
 
 
 def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *notes: str) -> IndexedSource:
-    """The examples that arrays hold along their first axes, by the arrays' names."""
+    """A source of named arrays, whose first axes count the examples."""
     named = {**x, **y}
     for title, array in named.items():
         if array.ndim == 0:
@@ -226,29 +226,29 @@ def from_arrays(name: str, x: Mapping[str, Array], y: Mapping[str, Array], *note
     if len(set(lengths.values())) > 1:
         lengths_text = ", ".join(f"{title} has {length}" for title, length in lengths.items())
         raise InputError(f"{name}: the arrays have different numbers of examples: {lengths_text}")
-    inputs, targets = _together(x), _together(y) if y else None
+    inputs, targets = _unwrap(x), _unwrap(y) if y else None
 
-    def of(arrays: Arrays, numbers: Indices) -> Arrays:
-        return map_arrays(lambda array: np.asarray(array[_run(numbers)]), arrays)
+    def select(arrays: Arrays, numbers: Indices) -> Arrays:
+        return map_arrays(lambda array: np.asarray(array[_as_slice(numbers)]), arrays)
 
     def take(numbers: Indices) -> Batch:
-        return Batch(of(inputs, numbers), None if targets is None else of(targets, numbers))
+        return Batch(select(inputs, numbers), None if targets is None else select(targets, numbers))
 
     return IndexedSource(
         name,
         next(iter(lengths.values())),
         targets is not None,
         take,
-        None if targets is None else lambda numbers: of(targets, numbers),
+        None if targets is None else lambda numbers: select(targets, numbers),
         notes=notes,
         target_name=Path(next(iter(y))).stem if len(y) == 1 else "",
     )
 
 
 def order_by_port(where: str, names: Sequence[str], ports: Sequence[TensorSpec]) -> tuple[list[int], tuple[str, ...]]:
-    """In which order arrays go to the inputs or outputs of a model, and a note where that is by their names.
+    """The order of arrays by which they match the inputs or outputs of a model, with a note if it was changed by name.
 
-    Inputs of a text model are often alike in type and shape: in another order they would fit, and be wrong.
+    Inputs of a text model often have the same type and shape: in another order they would fit, and be wrong.
     """
     wanted = [port.name for port in ports]
     as_given = list(range(len(names)))
@@ -266,13 +266,13 @@ def order_by_port(where: str, names: Sequence[str], ports: Sequence[TensorSpec])
     return as_given, ()
 
 
-def _together(arrays: Mapping[str, Array]) -> Arrays:
+def _unwrap(arrays: Mapping[str, Array]) -> Arrays:
     values = tuple(arrays.values())
     return values[0] if len(values) == 1 else values
 
 
-def _run(numbers: Indices) -> slice | Indices:
-    """Numbers that follow each other as a slice, which copies nothing."""
+def _as_slice(numbers: Indices) -> slice | Indices:
+    """Consecutive indices as a slice, which copies nothing."""
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return numbers

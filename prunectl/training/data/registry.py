@@ -1,4 +1,4 @@
-"""Every kind of data at once: how a SPEC is recognised, what opens it, and what its options make of it."""
+"""The registry of data kinds: how a SPEC is recognised and opened, and its general options."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class SourceKind:
     """One kind of data."""
 
     fits: Callable[[str], bool]
-    """Whether what stands before the question mark names it."""
+    """Whether a SPEC, without its options, is of this kind."""
     opener: str
-    """`module:function` of this package, given the SPEC, the model's signature and the seed; imported when it opens."""
+    """`module:function` of this package that opens the data from a SPEC, the model's signature and the seed."""
     options: tuple[str, ...] = ()
     names: str = ""
-    """The same, given the SPEC, of what tells the names of its arrays before a model is there to take them."""
+    """`module:function` that returns the names of the arrays of a SPEC, before the model is loaded."""
 
 
 TOKEN_IDS = SourceKind(lambda where: where.endswith(".npy"), "text:open_text", TEXT_OPTIONS)
-"""An array without labels, for a model that takes token ids."""
+"""A single array without targets, for a model that takes token ids."""
 _RECORD_SUFFIXES = (".tfrecord", ".tfrecords", ".tfrec", ".tfrecord.gz", ".tfrecords.gz")
 KINDS = (
     SourceKind(lambda where: where.startswith(RANDOM_PREFIX), "functions:open_random"),
@@ -63,7 +63,7 @@ KINDS = (
     SourceKind(lambda where: where.endswith((".csv", ".tsv")), "tables:open_csv", TABLE_OPTIONS),
     SourceKind(lambda where: where.endswith((".parquet", ".pq")), "tables:open_parquet", TABLE_OPTIONS),
     SourceKind(
-        # Also the many files of a split, such as train.tfrecord-00000-of-00008.
+        # Includes sharded files, such as train.tfrecord-00000-of-00008.
         lambda where: where.endswith(_RECORD_SUFFIXES) or ".tfrecord-" in Path(where).name,
         "tfrecord:open_records",
         RECORD_OPTIONS,
@@ -77,34 +77,34 @@ KINDS = (
 
 
 def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> Source:
-    """The examples that a SPEC means, as the file has them but for what its options say."""
+    """Open the data that a SPEC names, changed only by the options of the SPEC."""
     parsed = data_spec.parse(spec)
     is_text = signature is not None and signature.text is not None and parsed.path.is_file()
     for kind in (TOKEN_IDS, *KINDS) if is_text else KINDS:
         if kind.fits(parsed.where):
             data_spec.check_options(parsed, kind.options)
-            source: Source = _function(kind.opener)(parsed, signature, seed)
+            source: Source = _import_function(kind.opener)(parsed, signature, seed)
             if signature is not None and signature.text is not None and signature.text.shifts_labels:
-                source = _function("next_token:follow")(source)
+                source = _import_function("next_token:shift_labels")(source)
             return apply_options(source, parsed, signature)
     raise _unknown(parsed)
 
 
 def array_names(spec: str) -> tuple[str, ...]:
-    """The names of the arrays that a SPEC means, where they have some: a model may take as many as there are."""
+    """The names of the arrays that a SPEC names, if they have any; a model may choose its inputs by them."""
     parsed = data_spec.parse(spec)
     kind = next((kind for kind in KINDS if kind.fits(parsed.where)), None)
-    names: Iterable[str] = _function(kind.names)(parsed) if kind is not None and kind.names else ()
+    names: Iterable[str] = _import_function(kind.names)(parsed) if kind is not None and kind.names else ()
     return tuple(names)
 
 
-def _function(path: str) -> Any:
+def _import_function(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(f"prunectl.training.data.{module}"), name)
 
 
 def check_exists(*specs: str) -> None:
-    """Refuse data that is not there, before a framework is loaded for it."""
+    """Refuse missing data before a framework is loaded."""
     for where in (data_spec.parse(spec).where for spec in specs if spec):
         if where.startswith(RANDOM_PREFIX) or FUNCTION.fullmatch(where) or glob.has_magic(where):
             continue
@@ -120,14 +120,14 @@ def _unknown(spec: DataSpec) -> UsageError:
     return UsageError(f"--data {spec.text} is not in a format that prunectl reads", hint=data_spec.GRAMMAR)
 
 
-_IN_A_FILE = re.compile(r"(?P<path>[^:]+\.py):[A-Za-z_]\w*(?::(?:max|min))?")
+_FILE_REFERENCE = re.compile(r"(?P<path>[^:]+\.py):[A-Za-z_]\w*(?::(?:max|min))?")
 
 
 def files_of_spec(text: str) -> tuple[Path, ...]:
-    """The files that a data SPEC means."""
+    """The files that a data SPEC names."""
     spec = data_spec.parse(text)
     schema = [Path(spec.options["schema"])] if "schema" in spec.options else []
-    if code := _IN_A_FILE.fullmatch(spec.where):
+    if code := _FILE_REFERENCE.fullmatch(spec.where):
         return (Path(code["path"]),)
     if arrays := NPZ_ARRAYS.fullmatch(spec.where):
         return (Path(arrays["path"]),)
@@ -141,16 +141,16 @@ def files_of_spec(text: str) -> tuple[Path, ...]:
 
 
 def class_folders(root: Path) -> tuple[Path, ...]:
-    """A folder of pictures with those of its classes, links too: as far down as pictures are looked for."""
+    """A folder of images and the folders of its classes, including links: the ones in which images are looked for."""
     classes = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     return (root, *classes)
 
 
 def files_of_references(values: Iterable[Any]) -> Iterator[Path]:
-    """Yield the files of the functions that words name as `./file.py:name`."""
+    """Yield the files of all references `./file.py:name` among some option values."""
     for value in values:
         for reference in value if isinstance(value, list | tuple) else (value,):
-            named = _IN_A_FILE.fullmatch(reference) if isinstance(reference, str) else None
+            named = _FILE_REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
             if named is not None and Path(named["path"]).is_file():
                 yield Path(named["path"])
 
@@ -162,14 +162,14 @@ _HINT = "write norm=unit (x / 255), norm=imagenet, norm=none, norm=/16 (x / 16),
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """x / 255, or over another number, less a mean, over a deviation: of all channels, or of each."""
+    """(x / scale - mean) / deviation, where mean and deviation are those of all channels or of each."""
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     scale: float = _BYTE_MAX
 
     def apply(self, x: Array, channel_axis: int) -> Array:
-        """The numbers as 32-bit floats."""
+        """The normalised array, as float32."""
         along = [1] * x.ndim
         along[channel_axis] = -1
         mean = np.array(self.mean, np.float32)
@@ -181,10 +181,10 @@ class Normalization:
 
 
 def normalize(source: Source, text: str, *, is_channels_first: bool) -> Source:
-    """A source whose inputs are normalised as the option `norm` says."""
+    """Normalise the inputs of a source by the option `norm`."""
     if text == "none":
-        return source.changed(lambda batch: Batch(_each_float(batch.x), batch.y))
-    norm = _parsed(text)
+        return source.map_batches(lambda batch: Batch(_to_float(batch.x), batch.y))
+    norm = _parse_norm(text)
     head = peek(source)
     if head is None:
         return source
@@ -207,14 +207,14 @@ def normalize(source: Source, text: str, *, is_channels_first: bool) -> Source:
         )
         return Batch(arrays if isinstance(batch.x, tuple) else arrays[0], batch.y)
 
-    return source.changed(change)
+    return source.map_batches(change)
 
 
-def _each_float(arrays: Arrays) -> Arrays:
+def _to_float(arrays: Arrays) -> Arrays:
     return map_arrays(lambda x: x.astype(np.float32) if x.dtype == np.uint8 else x, arrays)
 
 
-def _parsed(text: str) -> Normalization:
+def _parse_norm(text: str) -> Normalization:
     if text.startswith("/"):
         try:
             scale = float(text[1:])
@@ -235,17 +235,17 @@ def _parsed(text: str) -> Normalization:
 
 
 def _channel_axis(x: Array, norm: Normalization, *, is_channels_first: bool) -> int:
-    """The axis that is as long as there are means: where both ends are, the model's own layout decides."""
-    places = [axis for axis in (1, x.ndim - 1) if axis and x.shape[axis] == len(norm.mean)]
+    """The axis whose length is the number of means; if both ends fit, the model's layout decides."""
+    axes = [axis for axis in (1, x.ndim - 1) if axis and x.shape[axis] == len(norm.mean)]
     if len(norm.mean) == 1:
         return x.ndim - 1
-    if not places or x.ndim < 3:
+    if not axes or x.ndim < 3:
         raise UsageError(f"norm has {len(norm.mean)} channels, which an input of the shape {x.shape[1:]} does not have")
-    return places[0 if is_channels_first else -1]
+    return axes[0 if is_channels_first else -1]
 
 
 def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | None) -> Source:
-    """A source with the general options of its SPEC: classes first, then limit, then what changes numbers."""
+    """Apply the general options of a SPEC: first classes, then limit, then those that change values."""
     if spec.flag("relabel") and "classes" not in spec.options:
         raise UsageError("relabel needs classes, which it renumbers from 0", hint="write classes=0,3,5&relabel=1")
     if "classes" in spec.options:
@@ -254,14 +254,14 @@ def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | No
     if limit is not None:
         source = source.first(limit)
     if "shape" in spec.options:
-        source = source.changed(_reshape(spec))
+        source = source.map_batches(_reshape(spec))
     if spec.flag("flatten"):
-        source = source.changed(_on_inputs(lambda x: x.reshape(len(x), int(np.prod(x.shape[1:])))))
+        source = source.map_batches(_on_inputs(lambda x: x.reshape(len(x), int(np.prod(x.shape[1:])))))
     if "norm" in spec.options:
         first = bool(signature and signature.is_channels_first)
         source = normalize(source, spec.options["norm"], is_channels_first=first)
     depth = spec.int_option("onehot")
-    return source if depth is None else source.changed(_on_targets(_one_hot(depth), source, "onehot"))
+    return source if depth is None else source.map_batches(_on_targets(_one_hot(depth), source, "onehot"))
 
 
 def _only_classes(source: Source, spec: DataSpec) -> Source:
@@ -271,17 +271,17 @@ def _only_classes(source: Source, spec: DataSpec) -> Source:
     chosen = np.array([int(label) for label in labels])
     if not source.has_targets:
         raise UsageError(f"classes= cannot be used: {source.name} has no targets")
-    filtered = source.where(lambda y: np.isin(_labels(y, "classes"), chosen))
+    kept = source.where(lambda y: np.isin(_labels(y, "classes"), chosen))
     if not spec.flag("relabel"):
-        return filtered
+        return kept
     ranked = np.sort(chosen)
-    return filtered.changed(_on_targets(lambda y: np.searchsorted(ranked, _labels(y, "relabel")), filtered, "relabel"))
+    return kept.map_batches(_on_targets(lambda y: np.searchsorted(ranked, _labels(y, "relabel")), kept, "relabel"))
 
 
 def _labels(y: Arrays, option: str) -> Array:
-    """One whole number for each example."""
+    """Targets as one integer for each example."""
     arrays = as_tuple(y)
-    # Not -1, which says nothing where there are no examples.
+    # Not -1, which NumPy cannot infer if there are no examples.
     flat = arrays[0].reshape(len(arrays[0]), math.prod(arrays[0].shape[1:]))
     if len(arrays) > 1 or flat.shape[1:] not in {(1,), (0,)}:
         raise InputError(
@@ -308,7 +308,7 @@ def _reshape(spec: DataSpec) -> Callable[[Batch], Batch]:
     text = spec.options["shape"]
     shapes = [parse_shape("shape", part) for part in text.split("+")]
 
-    def one(x: Array, shape: tuple[int, ...]) -> Array:
+    def reshape(x: Array, shape: tuple[int, ...]) -> Array:
         if int(np.prod(x.shape[1:])) != int(np.prod(shape)):
             raise InputError(f"shape={text}: inputs of the shape {x.shape[1:]} cannot be reshaped to {shape}")
         return x.reshape(len(x), *shape)
@@ -317,7 +317,7 @@ def _reshape(spec: DataSpec) -> Callable[[Batch], Batch]:
         arrays = as_tuple(batch.x)
         if len(arrays) != len(shapes):
             raise UsageError(f"shape={text} has {len(shapes)} shapes, but there are {len(arrays)} inputs")
-        reshaped = tuple(map(one, arrays, shapes))
+        reshaped = tuple(map(reshape, arrays, shapes))
         return replace(batch, x=reshaped if isinstance(batch.x, tuple) else reshaped[0])
 
     return change

@@ -1,4 +1,4 @@
-"""Where examples come from, in which order, and their batches taken apart and put together."""
+"""The interface of data sources, the order of an epoch, and functions that split and join batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some examples; the first axis of each array counts them."""
+    """A batch of examples, which are along the first axis of each array."""
 
     x: Arrays
     y: Arrays | None = None
@@ -32,32 +32,32 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class EpochOrder:
-    """Which examples come when, for one process of perhaps several."""
+    """The order of the examples in an epoch, and the share of this process."""
 
     batch_size: int
-    """Of each process."""
+    """The batch size of each process."""
     seed: int = 0
     epoch: int = 0
     is_shuffled: bool = False
     skip: int = 0
-    """Batches that an interrupted run has already done."""
+    """The number of batches that an interrupted run has already done."""
     rank: int = 0
     ranks: int = 1
     workers: int = 0
-    """Threads that read ahead."""
+    """Number of threads that read batches ahead."""
 
     @property
     def random(self) -> np.random.Generator:
-        """The numbers that shuffle this epoch, the same in every process."""
+        """The generator that shuffles this epoch, the same in every process."""
         return np.random.default_rng((self.seed, self.epoch))
 
 
 class Source(Protocol):
-    """Examples that can be gone through again and again: the same order gives the same batches."""
+    """Examples that can be read repeatedly: the same order yields the same batches."""
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """The name of the data, as typed."""
 
     @property
     def count(self) -> int | None:
@@ -65,42 +65,42 @@ class Source(Protocol):
 
     @property
     def has_targets(self) -> bool:
-        """Whether each example says what the model should answer."""
+        """Whether the examples have targets."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided when it was opened, in sentences."""
+        """Notes for the user on how the data was opened."""
 
     @property
     def target_name(self) -> str:
-        """What the data calls its targets, where there is one array of them, and it has a name."""
+        """The name of the targets in the data, if they are a single array with a name."""
 
     def batches(self, order: EpochOrder) -> Iterator[Batch]:
         """Yield the batches of one epoch; the last may be smaller."""
 
     def labels(self) -> Iterator[Arrays]:
-        """Yield all targets in order, where this needs no inputs; else nothing."""
+        """Yield all targets in order, if they can be read without inputs; otherwise nothing."""
 
-    def changed(self, change: Callable[[Batch], Batch], *notes: str) -> Source:
-        """The source whose batches are changed, example by example."""
+    def map_batches(self, change: Callable[[Batch], Batch], *notes: str) -> Source:
+        """The source with a function applied to its batches, which must treat each example separately."""
 
-    def numbered(self, is_kept: Callable[[Indices], Mask]) -> Source:
-        """The examples whose numbers are kept."""
+    def select(self, is_kept: Callable[[Indices], Mask]) -> Source:
+        """The source of those examples whose indices are kept."""
 
     def where(self, holds: Callable[[Arrays], Mask]) -> Source:
-        """The examples with targets for which something holds."""
+        """The source of those examples whose targets satisfy a predicate."""
 
     def first(self, count: int) -> Source:
-        """At most that many examples from the beginning."""
+        """The source of at most the first `count` examples."""
 
 
 def as_tuple(arrays: Arrays) -> tuple[Array, ...]:
-    """The arrays one by one, also if there is only one."""
+    """The arrays as a tuple, even if there is only one."""
     return arrays if isinstance(arrays, tuple) else (arrays,)
 
 
 def map_arrays(change: Callable[[Array], Any], arrays: Arrays) -> Arrays:
-    """The arrays, each changed, alone if there was only one."""
+    """Apply a function to each array; a single array stays a single array."""
     return tuple(change(array) for array in arrays) if isinstance(arrays, tuple) else change(arrays)
 
 
@@ -110,16 +110,16 @@ def peek(source: Source, examples: int = 32) -> Batch | None:
 
 
 def train_val_split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """The rest and the share of a source, which have no example in common.
+    """Split a source into disjoint training and validation data, of which `share` is the part for validation.
 
-    Of n examples the share gets round(share * n); where n is unknown, each goes where a hash of its number says.
+    Of n examples, round(share * n) are for validation; if n is unknown, a hash of its index decides for each example.
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share must be in (0, 1), not {share}")
     if source.count is None:
         return (
-            source.numbered(lambda numbers: ~_falls_in(numbers, share, seed)),
-            source.numbered(lambda numbers: _falls_in(numbers, share, seed)),
+            source.select(lambda numbers: ~_is_in_share(numbers, share, seed)),
+            source.select(lambda numbers: _is_in_share(numbers, share, seed)),
         )
     size = round(share * source.count)
     if not 0 < size < source.count:
@@ -127,20 +127,20 @@ def train_val_split(source: Source, share: float, seed: int) -> tuple[Source, So
             f"{source.name} has {source.count} examples: a split of {share:.0%} leaves none "
             f"{'for validation' if size == 0 else 'for training'}"
         )
-    is_shared = np.zeros(source.count, np.bool_)
-    is_shared[np.random.default_rng((seed, source.count)).permutation(source.count)[:size]] = True
+    is_validation = np.zeros(source.count, np.bool_)
+    is_validation[np.random.default_rng((seed, source.count)).permutation(source.count)[:size]] = True
     return (
-        source.numbered(lambda numbers: ~is_shared[numbers]),
-        source.numbered(lambda numbers: is_shared[numbers]),
+        source.select(lambda numbers: ~is_validation[numbers]),
+        source.select(lambda numbers: is_validation[numbers]),
     )
 
 
-def _falls_in(numbers: Indices, share: float, seed: int) -> Mask:
-    return _mixed(numbers.astype(np.uint64) ^ _mixed(np.uint64(seed))) < np.uint64(share * 2.0**64)
+def _is_in_share(numbers: Indices, share: float, seed: int) -> Mask:
+    return _hash(numbers.astype(np.uint64) ^ _hash(np.uint64(seed))) < np.uint64(share * 2.0**64)
 
 
-def _mixed(numbers: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    """Numbers of which every bit depends on every bit (the finaliser of SplitMix64)."""
+def _hash(numbers: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+    """Hash numbers with the finaliser of SplitMix64, so that each output bit depends on all input bits."""
     z = np.atleast_1d(np.asarray(numbers, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -148,12 +148,12 @@ def _mixed(numbers: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
 
 
 def num_examples(batch: Batch) -> int:
-    """How many examples a batch holds."""
+    """The number of examples in a batch."""
     return len(as_tuple(batch.x)[0])
 
 
 def nbytes(batch: Batch) -> int:
-    """How many bytes a batch takes in memory."""
+    """The size of a batch in bytes."""
     targets = () if batch.y is None else as_tuple(batch.y)
     return sum(array.nbytes for array in (*as_tuple(batch.x), *targets))
 
@@ -165,12 +165,12 @@ def take_rows(batch: Batch, rows: slice | Indices | Mask) -> Batch:
 
 
 def fill_rows(array: Array, size: int) -> Array:
-    """An array with so many rows: behind its own stands the first again, for a file that fixes their number."""
+    """Pad an array to `size` rows with copies of its first row, for a file that fixes the batch size."""
     return array if len(array) == size else np.concatenate([array, np.repeat(array[:1], size - len(array), axis=0)])
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
-    """All examples of several batches as one."""
+    """Join several batches to one."""
     if len(batches) == 1:
         return batches[0]
     targets = [batch.y for batch in batches if batch.y is not None]
@@ -178,11 +178,11 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         raise InputError(
             "only some batches of the data have targets", hint="return (x, y) for each of them, or x alone"
         )
-    return Batch(_joined([batch.x for batch in batches]), _joined(targets) if targets else None)
+    return Batch(_join([batch.x for batch in batches]), _join(targets) if targets else None)
 
 
 def rebatch(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    """Yield the same examples in batches of one size; the last may be smaller."""
+    """Yield the same examples in batches of equal size; the last may be smaller."""
     pending: list[Batch] = []
     count = 0
     for batch in batches:
@@ -200,7 +200,7 @@ def rebatch(batches: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
 
 
 def shard_examples(batches: Iterable[Batch], rank: int, ranks: int) -> Iterator[Batch]:
-    """Yield every ``ranks``-th example, as long as there is one for each rank."""
+    """Yield every ``ranks``-th example; the last examples are dropped if there is not one for each rank."""
     if ranks == 1:
         yield from batches
         return
@@ -212,13 +212,13 @@ def shard_examples(batches: Iterable[Batch], rank: int, ranks: int) -> Iterator[
 
 def take_first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     """Yield the first examples."""
-    left = count
+    remaining = count
     for batch in batches:
-        available = min(left, num_examples(batch))
+        available = min(remaining, num_examples(batch))
         if available:
             yield take_rows(batch, slice(0, available))
-        left -= available
-        if not left:
+        remaining -= available
+        if not remaining:
             return
 
 
@@ -227,13 +227,13 @@ def skip_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     return islice(batches, count, None)
 
 
-def _joined(parts: Sequence[Arrays]) -> Arrays:
+def _join(parts: Sequence[Arrays]) -> Arrays:
     if isinstance(parts[0], tuple):
-        return tuple(_one(column) for column in zip(*map(as_tuple, parts), strict=True))
-    return _one([as_tuple(part)[0] for part in parts])
+        return tuple(_concatenate_arrays(column) for column in zip(*map(as_tuple, parts), strict=True))
+    return _concatenate_arrays([as_tuple(part)[0] for part in parts])
 
 
-def _one(arrays: Sequence[Array]) -> Array:
+def _concatenate_arrays(arrays: Sequence[Array]) -> Array:
     shapes = {array.shape[1:] for array in arrays}
     if len(shapes) > 1:
         titles = " and ".join(str(shape) for shape in sorted(shapes))
@@ -245,39 +245,39 @@ def _one(arrays: Sequence[Array]) -> Array:
 
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 _DEPTH = 2
-"""Batches that wait for each thread."""
+"""The number of batches that are prepared ahead, for each thread."""
 
 
-def parallel_map(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
-    """Yield what is made of each item, in their order, some of it made beforehand."""
+def parallel_map(make: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Yield the result for each item in order; threads compute some results ahead."""
     if not threads:
         yield from map(make, items)
         return
-    waiting: deque[Future[Made]] = deque()
+    futures: deque[Future[Result]] = deque()
     with workers(threads, "prunectl-data") as pool:
         for item in items:
-            waiting.append(pool.submit(make, item))
-            if len(waiting) > threads * _DEPTH:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            futures.append(pool.submit(make, item))
+            if len(futures) > threads * _DEPTH:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
 
 
-def prefetch(items: Iterator[Made], threads: int) -> Iterator[Made]:
-    """Yield items that come one after the other, the next of them read by one thread beforehand."""
+def prefetch(items: Iterator[Result], threads: int) -> Iterator[Result]:
+    """Yield the items of an iterator; a thread reads the next ones ahead."""
     if not threads:
         yield from items
         return
     end = object()
-    waiting: deque[Future[Made | object]] = deque()
-    # One thread, whatever is asked for: what comes in a row cannot be read in two places.
+    futures: deque[Future[Result | object]] = deque()
+    # Always one thread: an iterator cannot be read from two threads at once.
     with workers(1, "prunectl-data") as pool:
         while True:
-            while len(waiting) < _DEPTH:
-                waiting.append(pool.submit(next, items, end))
-            item = waiting.popleft().result()
+            while len(futures) < _DEPTH:
+                futures.append(pool.submit(next, items, end))
+            item = futures.popleft().result()
             if item is end:
                 return
             yield item  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What the words of a data SPEC are: where the examples lie, and options behind a question mark."""
+"""Parses a data SPEC: where the examples are, and options after a question mark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRAMMAR = (
     "'*.tfrecord?schema=f.json', package.module:function, ./file.py:function or random:64"
 )
 GENERAL = ("norm", "shape", "flatten", "classes", "relabel", "onehot", "limit")
-"""Options that every SPEC takes."""
+"""Options of every kind of data."""
 TABLE_OPTIONS = ("target", "columns")
 RECORD_OPTIONS = ("schema",)
 TEXT_OPTIONS = ("length", "field")
@@ -30,45 +30,45 @@ NPY_SEPARATOR = re.compile(r"(?<=\.npy)([,+])")
 FUNCTION = re.compile(r"(?P<where>[^:]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 _OPTIONS = re.compile(r"\?(?=[A-Za-z_]+(?:=[^&]*)?(?:&[A-Za-z_]+(?:=[^&]*)?)*$)")
-_YES = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_FLAGS = {"": True, "1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
-    """A SPEC taken apart."""
+    """A parsed SPEC."""
 
     text: str
     where: str
-    """What stands before the question mark."""
+    """The part before the question mark."""
     options: Mapping[str, str]
 
     @property
     def path(self) -> Path:
-        """Where the examples lie, if that is one file or folder."""
+        """The path of the data, if it is a single file or folder."""
         return Path(self.where)
 
     def list_option(self, name: str) -> tuple[str, ...]:
-        """The parts of an option that commas separate."""
+        """The comma-separated parts of an option."""
         return tuple(item.strip() for item in self.options.get(name, "").split(",") if item.strip())
 
     def int_option(self, name: str) -> int | None:
-        """An option that is a count, if it is given."""
+        """An option that is a positive integer, or None if it is not given."""
         if name not in self.options:
             return None
         return parse_count(name, self.options[name])
 
     def flag(self, name: str) -> bool:
-        """Whether an option that is yes or no says yes."""
+        """The value of a boolean option; False if it is not given."""
         if name not in self.options:
             return False
         value = self.options[name].lower()
-        if value not in _YES:
+        if value not in _FLAGS:
             raise UsageError(f"{name}={self.options[name]} must be 0 or 1", hint=f"write {name}=1 or {name}=0")
-        return _YES[value]
+        return _FLAGS[value]
 
 
 def parse(text: str) -> DataSpec:
-    """The words of a SPEC."""
+    """Parse a SPEC."""
     if not text.strip():
         raise UsageError("the data SPEC is empty", hint=GRAMMAR)
     options_match = None if os.path.lexists(text) else _OPTIONS.search(text)
@@ -84,7 +84,7 @@ def parse(text: str) -> DataSpec:
 
 
 def check_options(spec: DataSpec, own: Iterable[str]) -> None:
-    """Refuse an option that this kind of data does not have."""
+    """Refuse options that this kind of data does not have."""
     known = (*own, *GENERAL)
     for name in spec.options:
         if name not in known:
@@ -96,32 +96,32 @@ def check_options(spec: DataSpec, own: Iterable[str]) -> None:
 
 
 def parse_count(name: str, text: str) -> int:
-    """A positive whole number that somebody wrote."""
+    """Parse a positive integer."""
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise UsageError(f"{name}={text} is not a count", hint=f"write a whole number above zero, as in {name}=100")
     return int(text)
 
 
 def parse_shape(name: str, text: str) -> tuple[int, ...]:
-    """Lengths of axes that are written as 28x28."""
+    """Parse a shape such as 28x28."""
     return tuple(parse_count(name, length) for length in text.lower().split("x"))
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """What is taken for a picture in a folder, by its name."""
+    """The image files in a folder, by suffix."""
     return sorted(
         path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
     )
 
 
 def require_path(path: Path) -> Path:
-    """A path that is there, or say that it is not."""
+    """Return the path if it exists; otherwise raise."""
     if not os.path.lexists(path):
-        raise url_error(str(path)) or InputError(f"{path} does not exist", hint=_quoting(str(path)))
+        raise url_error(str(path)) or InputError(f"{path} does not exist", hint=_path_hint(str(path)))
     return path
 
 
-def _quoting(where: str) -> str:
+def _path_hint(where: str) -> str:
     if re.search(r"[*?\[&]", where):
         return f"if the shell has expanded * ? [ or &, quote the SPEC: '{where}'"
     return GRAMMAR

@@ -1,4 +1,4 @@
-"""Tables: which of their columns go in, which come out, and what a column of words means."""
+"""CSV and Parquet tables: which columns are inputs or targets, and how text columns become class labels."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from prunectl.training.data.source import Batch, Source, as_tuple, concatenate
 from prunectl.training.data.spec import DataSpec, require_path
 
 HELD_BYTES = 64 << 20
-"""A table that takes no more than this is held in memory: its rows then come in any order."""
+"""The maximum size of a table that is held in memory, so that its rows can be shuffled completely."""
 MAX_CLASSES = 100_000
 _LISTED = 5
 ClassNames = Mapping[str, Array]
-"""For each target of words, all different ones in their order."""
+"""The sorted class names of each text target; a label is the index of its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class TableColumns:
 
 
 def select_columns(spec: DataSpec, names: Sequence[str]) -> TableColumns:
-    """Which columns of a table the options name: all but the targets go in, unless they say otherwise."""
+    """The columns that the options select; by default all but the targets are inputs."""
     targets = spec.list_option("target")
     inputs = spec.list_option("columns") or tuple(name for name in names if name not in targets)
     for name in (*targets, *inputs):
@@ -43,7 +43,7 @@ def select_columns(spec: DataSpec, names: Sequence[str]) -> TableColumns:
             raise UsageError(
                 f"{spec.where} has no column {name!r}",
                 did_you_mean=tuple(get_close_matches(name, names)),
-                hint=f"columns: {_some(names)}",
+                hint=f"columns: {_shorten(names)}",
             )
         if list(names).count(name) > 1:
             raise InputError(f"{spec.where} has two columns called {name!r}")
@@ -57,7 +57,7 @@ def select_columns(spec: DataSpec, names: Sequence[str]) -> TableColumns:
 def as_source(
     spec: DataSpec, read: Callable[[], Iterator[Batch]], class_names: ClassNames, count: int, nbytes: int
 ) -> Source:
-    """A table of ``count`` rows as a source: held if ``nbytes`` is little, else read anew each time."""
+    """A source of a table of ``count`` rows: held in memory if ``nbytes`` is small, else streamed."""
     notes = tuple(
         f"{spec.where}: {name} has {len(known)} classes, numbered by name: {_numbered(known)}"
         for name, known in class_names.items()
@@ -72,14 +72,14 @@ def as_source(
 
 
 def class_names_of(where: str, name: str, values: set[str]) -> Array:
-    """The classes that a column of words names."""
+    """The sorted class names in a text column."""
     if len(values) > MAX_CLASSES:
         raise InputError(f"{where}: {name} has more than {MAX_CLASSES:,} different values, too many for classes")
     return np.array(sorted(values))
 
 
 def is_number(text: str) -> bool:
-    """Whether a word is a number."""
+    """Whether a text is a number."""
     try:
         float(text)
     except ValueError:
@@ -88,13 +88,13 @@ def is_number(text: str) -> bool:
 
 
 def stack_targets(columns: Sequence[Array]) -> Array:
-    """The columns of targets as one array: whole numbers stay whole."""
+    """Target columns as one array; a single column keeps its dtype, several become float32."""
     if len(columns) == 1:
         return columns[0]
     return np.stack([column.astype(np.float32) for column in columns], axis=1)
 
 
-def _some(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
@@ -105,27 +105,27 @@ def _numbered(known: Array) -> str:
 
 CSV_ROWS_AT_ONCE = 1024
 _WHOLE_DIGITS = 18
-"""What a 64-bit integer holds for sure."""
+"""The number of characters in which every integer fits into 64 bits."""
 
 
 class Row(NamedTuple):
-    """One row, and the line on which it ends."""
+    """A row, and the number of the line on which it ends."""
 
     line: int
     cells: list[str]
 
 
 class CsvSummary(NamedTuple):
-    """What a first look at every row tells."""
+    """The result of a first pass over all rows."""
 
     rows: int
     words: ClassNames
     whole: frozenset[str]
-    """Targets that consist of whole numbers."""
+    """Targets of which all values are integers."""
 
 
 def open_csv(spec: DataSpec, *_: object) -> Source:
-    """The source that `table.csv?target=label&columns=a,b` means."""
+    """Open `table.csv?target=label&columns=a,b`."""
     path = require_path(spec.path)
     names = _header(path)
     picked = select_columns(spec, names)
@@ -157,25 +157,25 @@ def _header(path: Path) -> list[str]:
 
 
 def _scan(path: Path, names: Sequence[str], picked: TableColumns) -> CsvSummary:
-    """How many rows there are, and what the targets consist of."""
+    """Count the rows, and infer the types of the targets."""
     rows = 0
     values: dict[str, set[str]] = {name: set() for name in picked.targets}
     is_words = dict.fromkeys(picked.targets, False)
     is_whole = dict.fromkeys(picked.targets, True)
-    places = {name: names.index(name) for name in picked.targets}
+    columns = {name: names.index(name) for name in picked.targets}
     for row in _rows(path, len(names)):
         rows += 1
-        for name, column in places.items():
+        for name, column in columns.items():
             text = row.cells[column].strip()
             if not text:
                 raise _missing(path, row, name)
-            # A target of continuous numbers has as many values as rows: only words are worth remembering.
+            # A continuous target has as many distinct values as rows, so the set of values is limited.
             if len(values[name]) <= MAX_CLASSES:
                 values[name].add(text)
             is_words[name] = is_words[name] or not is_number(text)
             is_whole[name] = is_whole[name] and len(text) <= _WHOLE_DIGITS and text.lstrip("+-").isdecimal()
-    class_names = {name: class_names_of(str(path), name, values[name]) for name in places if is_words[name]}
-    return CsvSummary(rows, class_names, frozenset(name for name in places if is_whole[name]))
+    class_names = {name: class_names_of(str(path), name, values[name]) for name in columns if is_words[name]}
+    return CsvSummary(rows, class_names, frozenset(name for name in columns if is_whole[name]))
 
 
 def _csv_target(path: Path, rows: Sequence[Row], column: int, name: str, scan: CsvSummary) -> Array:
@@ -205,7 +205,7 @@ def _missing(path: Path, row: Row, name: str) -> InputError:
 
 
 def _rows(path: Path, width: int) -> Iterator[Row]:
-    """Yield the rows behind the header."""
+    """Yield the rows after the header."""
     records = _records(path)
     next(records)
     for row in records:
@@ -215,7 +215,7 @@ def _rows(path: Path, width: int) -> Iterator[Row]:
 
 
 def _records(path: Path) -> Iterator[Row]:
-    """Yield every line that is not blank, the header first."""
+    """Yield all rows that are not blank, the header first."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=_separator(path), strict=True)
@@ -227,7 +227,7 @@ def _records(path: Path) -> Iterator[Row]:
 
 
 def _separator(path: Path) -> str:
-    """What stands between cells: a tab in .tsv, else what the header has more of."""
+    """The delimiter: a tab in .tsv, else the most frequent candidate in the header."""
     if path.suffix == ".tsv":
         return "\t"
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -239,7 +239,7 @@ PARQUET_ROWS_AT_ONCE = 4096
 
 
 def open_parquet(spec: DataSpec, *_: object) -> Source:
-    """The source that `table.parquet?target=label&columns=a,b` means."""
+    """Open `table.parquet?target=label&columns=a,b`."""
     path = require_path(spec.path)
     with _opened(path) as file:
         names, count = list(file.schema_arrow.names), int(file.metadata.num_rows)
@@ -247,7 +247,7 @@ def open_parquet(spec: DataSpec, *_: object) -> Source:
     if not count:
         raise InputError(f"{path} has no rows")
     class_names = {
-        name: names_of_column for name in picked.targets if (names_of_column := _words(path, name)) is not None
+        name: names_of_column for name in picked.targets if (names_of_column := _text_classes(path, name)) is not None
     }
 
     def read() -> Iterator[Batch]:
@@ -293,7 +293,7 @@ def _inputs(path: Path, table: Any, names: tuple[str, ...]) -> Array:
 
 
 def _numbers(path: Path, column: Any, name: str) -> Array:
-    """A column as numbers; lists of one length become rows."""
+    """A column as numbers; lists of equal length become a 2-D array."""
     if column.null_count:
         raise InputError(f"{path}: the column {name!r} is empty in {column.null_count} rows")
     types = require("pyarrow.types", extra="parquet")
@@ -312,11 +312,11 @@ def _numbers(path: Path, column: Any, name: str) -> Array:
     return numbers
 
 
-def _words(path: Path, name: str) -> Array | None:
-    """The classes that a target names; None if it consists of numbers."""
+def _text_classes(path: Path, name: str) -> Array | None:
+    """The class names of a text target; None for a numeric one."""
     values: set[str] = set()
     for table in _tables(path, [name]):
-        column = _plain(table.column(name))
+        column = _decoded(table.column(name))
         types = require("pyarrow.types", extra="parquet")
         if not (types.is_string(column.type) or types.is_large_string(column.type)):
             return None
@@ -327,14 +327,14 @@ def _words(path: Path, name: str) -> Array | None:
 
 
 def _parquet_target(path: Path, table: Any, name: str, class_names: ClassNames) -> Array:
-    column = _plain(table.column(name))
+    column = _decoded(table.column(name))
     if name in class_names:
         return np.searchsorted(class_names[name], np.array(column.to_pylist())).astype(np.int64)
     numbers = _numbers(path, column, name)
     return numbers.astype(np.float32 if numbers.dtype.kind == "f" else np.int64)
 
 
-def _plain(column: Any) -> Any:
-    """A column of words as words, also where the file numbers them in a dictionary."""
+def _decoded(column: Any) -> Any:
+    """Decode a dictionary-encoded column."""
     types = require("pyarrow.types", extra="parquet")
     return column.dictionary_decode() if types.is_dictionary(column.type) else column

@@ -1,4 +1,4 @@
-"""Text for the language model in a folder: tokenised by its own tokenizer, and cut into sequences of one length."""
+"""Text for language models in folders: tokenised by the folder's tokenizer, and cut into sequences of equal length."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from prunectl.training.data.spec import GRAMMAR, DataSpec, require_path
 from prunectl.training.data.tokenizer import NO_MARKS, FolderTokenizer, Marks, Piece, open_tokenizer
 
 LENGTH = 512
-"""Tokens in a sequence, where neither the user nor the model says that there are fewer."""
+"""Default number of tokens in a sequence, unless the model takes fewer."""
 FIELD = "text"
-"""The field of each line of a .jsonl that holds its text."""
+"""The default field of a .jsonl line that holds its text."""
 _PIECE = 4 << 20
-"""Characters that are tokenised at once: a tokenizer keeps a hundred bytes for each token."""
+"""Maximum number of characters tokenised at once: a tokenizer holds about a hundred bytes for each token."""
 _MOST_PIECES = 10_000
-"""Short texts that are tokenised at once."""
+"""Maximum number of texts tokenised at once."""
 _MOST_LOGITS = 1 << 26
-"""Numbers that come out of a batch: each token of it has as many as there are words."""
+"""Maximum number of logits of a batch, which has a logit for each token and each entry of the vocabulary."""
 
 
 def batch_size(source: Source, signature: ModelSignature, size: int) -> int:
-    """How many examples of a source to run at once: fewer where each token has a logit for every word."""
+    """The batch size for a source, reduced where the logits of a language model would be too large."""
     head = peek(source, 1) if signature.text is not None else None
     if signature.text is None or head is None:
         return size
@@ -39,7 +39,7 @@ def batch_size(source: Source, signature: ModelSignature, size: int) -> int:
 
 
 def open_text(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
-    """The sequences that `corpus.txt`, `corpus.jsonl?field=text` or `ids.npy` holds for a language model."""
+    """Open `corpus.txt`, `corpus.jsonl?field=text` or `ids.npy` as sequences for a language model."""
     path, text = require_path(spec.path), signature.text if signature is not None else None
     if text is None:
         raise UsageError(
@@ -50,18 +50,18 @@ def open_text(spec: DataSpec, signature: ModelSignature | None, *_: object) -> I
         raise UsageError(f"field has no effect on {path}", hint="leave it out, or use .jsonl")
     marks = NO_MARKS
     if path.suffix == ".npy":
-        ids = _ids_in(path)
+        ids = _read_ids(path)
         if ids.ndim == 1 and not text.is_causal:
             marks = _marks_for(path, text)
     else:
         with open_tokenizer(text) as tokenizer:
-            ids = _tokenised(spec, text, tokenizer)
+            ids = _tokenise(spec, text, tokenizer)
             marks = NO_MARKS if text.is_causal else tokenizer.marks
     return _sequences(spec, ids, text, marks)
 
 
 def _marks_for(path: Path, text: TextInput) -> Marks:
-    """What belongs around sequences of token ids that stand in a row."""
+    """The special tokens that belong around sequences cut from one row of token ids."""
     try:
         with open_tokenizer(text) as tokenizer:
             return tokenizer.marks
@@ -71,13 +71,13 @@ def _marks_for(path: Path, text: TextInput) -> Marks:
 
 
 def _sequences(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> IndexedSource:
-    """Token ids, all in a row or already in rows, as sequences; the target of each token is the one that follows it."""
+    """A source of token ids, in one row or already in sequences; targets are the next tokens."""
     _check_ids(spec.where, ids, text, "use the data of this model's own tokenizer")
     notes = []
     if ids.ndim != 1 and spec.int_option("length") is not None:
         raise UsageError(f"length has no effect on {spec.where}, which holds sequences already", hint="leave it out")
     if ids.ndim == 1:
-        ids, note = _rows(spec, ids, text, marks)
+        ids, note = _cut_sequences(spec, ids, text, marks)
         notes.append(note)
     if text.longest and ids.shape[1] - text.is_causal > text.longest:
         raise UsageError(f"{spec.where} has sequences of {ids.shape[1]} tokens, but the model takes {text.longest}")
@@ -88,8 +88,8 @@ def _sequences(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> Ind
     return from_arrays(spec.text, {"input_ids": ids[:, :-1]}, {"y": ids[:, 1:]}, *notes)
 
 
-def _rows(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> tuple[Array, str]:
-    """Rows of a text; in those of a causal model the last token is the first of the next row."""
+def _cut_sequences(spec: DataSpec, ids: Array, text: TextInput, marks: Marks) -> tuple[Array, str]:
+    """Cut token ids into sequences; those of a causal model overlap by one token, the last target."""
     wanted = spec.int_option("length")
     if wanted is not None and text.longest and wanted > text.longest:
         raise UsageError(f"length={wanted} is more than the {text.longest} tokens that the model takes")
@@ -120,7 +120,7 @@ def _check_ids(what: str, ids: Array, text: TextInput, hint: str) -> None:
         raise InputError(f"{what} has the token {token}, but the model knows 0 to {text.vocabulary - 1}", hint=hint)
 
 
-def _ids_in(path: Path) -> Array:
+def _read_ids(path: Path) -> Array:
     ids = map_npy(path)
     if ids.dtype.kind not in "iu" or ids.ndim not in {1, 2} or not ids.size:
         raise InputError(
@@ -130,16 +130,16 @@ def _ids_in(path: Path) -> Array:
     return ids
 
 
-def _tokenised(spec: DataSpec, text: TextInput, tokenizer: FolderTokenizer) -> Array:
-    """The ids of a file of text, as the tokenizer gives them for it; between documents stands its end of text."""
+def _tokenise(spec: DataSpec, text: TextInput, tokenizer: FolderTokenizer) -> Array:
+    """The token ids of a file of text; documents are separated by the end-of-text token."""
     parts: list[Array] = []
     waiting: list[Piece] = []
     characters = 0
     for number, document in enumerate(_documents(spec)):
-        for at, piece in enumerate(_pieces(document)):
-            # What the tokenizer adds at the beginning of a text stands there once.
-            has_marks = text.is_causal and not number and not at and bool(piece)
-            waiting.append(Piece(piece, has_marks=has_marks, follows_end=number > 0 and not at))
+        for index, piece in enumerate(_pieces(document)):
+            # The special tokens at the beginning of a text occur only once.
+            has_marks = text.is_causal and not number and not index and bool(piece)
+            waiting.append(Piece(piece, has_marks=has_marks, follows_end=number > 0 and not index))
             characters += len(piece)
             if characters >= _PIECE or len(waiting) >= _MOST_PIECES:
                 parts.append(tokenizer.encode(waiting))
@@ -149,7 +149,7 @@ def _tokenised(spec: DataSpec, text: TextInput, tokenizer: FolderTokenizer) -> A
 
 
 def _documents(spec: DataSpec) -> Iterator[str]:
-    """Yield the texts in a file: a .txt is one, a .jsonl has one in each line."""
+    """Yield the documents in a file: the whole of a .txt, or each line of a .jsonl."""
     path, field = spec.path, spec.options.get("field", FIELD)
     if not path.is_file():
         raise InputError(f"{path} is not a file")
@@ -178,12 +178,12 @@ def _text_of(line: str, what: str, field: str) -> str:
     text = value.get(field) if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise InputError(f"{what} has no text under {field!r}", hint="name the field: corpus.jsonl?field=NAME")
-    # Half a character, which JSON has as an escape, is none that a tokenizer takes.
+    # JSON escapes may hold lone surrogates, which tokenizers do not accept.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield a text in pieces that end with a line, where they can; of an empty one, itself."""
+    """Yield a text in pieces that end at a line break if possible; an empty text yields itself."""
     if not text:
         yield text
     begin = 0

@@ -1,4 +1,4 @@
-"""Records in TFRecord files: a length, its checksum, the bytes, their checksum."""
+"""Examples in TFRecord files, whose records are a length, its checksum, the data and their checksum."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ MAX_RECORD_BYTES = 1 << 30
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """Yield the records of a file, each checked; it may be compressed with gzip."""
+    """Yield the records of a file, which may be gzip-compressed, and verify their checksums."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    # A record can be as long as the magic number of gzip reads; but then its checksum fits too.
-    is_packed = head.startswith(_GZIP) and not _is_head(head)
+    # The first bytes of a length may equal gzip's magic number, but then its checksum matches too.
+    is_compressed = head.startswith(_GZIP) and not _has_valid_length(head)
     number = 0
     try:
-        with gzip.open(path) if is_packed else path.open("rb") as file:
-            while (record := _next(file, path, number)) is not None:
+        with gzip.open(path) if is_compressed else path.open("rb") as file:
+            while (record := _read_record(file, path, number)) is not None:
                 yield record
                 number += 1
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is damaged: it cannot be decompressed after record {number}") from error
 
 
-def _is_head(head: bytes) -> bool:
+def _has_valid_length(head: bytes) -> bool:
     return len(head) == _HEAD_BYTES and masked_crc(head[:8]) == int.from_bytes(head[8:], "little")
 
 
-def _next(file: IO[bytes] | gzip.GzipFile, path: Path, number: int) -> bytes | None:
+def _read_record(file: IO[bytes] | gzip.GzipFile, path: Path, number: int) -> bytes | None:
     head = file.read(_HEAD_BYTES)
     if not head:
         return None
-    if not _is_head(head):
+    if not _has_valid_length(head):
         reason = "is not a TFRecord file" if number == 0 else "is truncated or damaged"
         raise InputError(f"{path} {reason}: the length of record {number} has a wrong checksum")
     length = int.from_bytes(head[:8], "little")
@@ -70,12 +70,12 @@ def _next(file: IO[bytes] | gzip.GzipFile, path: Path, number: int) -> bytes | N
 
 
 Value = Array | list[bytes]
-"""What a feature holds: 64-bit integers, 32-bit floats, or runs of bytes."""
+"""The value of a feature: int64 or float32 numbers, or byte strings."""
 _BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3
 
 
 def parse_example(record: bytes, what: str) -> Mapping[str, Value]:
-    """The features of an example by their names."""
+    """Parse a tf.train.Example into its features by name."""
     data = memoryview(record)
     try:
         return dict(
@@ -90,7 +90,7 @@ def parse_example(record: bytes, what: str) -> Mapping[str, Value]:
 
 
 def describe_feature(value: Value) -> str:
-    """What a feature holds, in words."""
+    """Describe the contents of a feature for a message."""
     if isinstance(value, list):
         return f"{len(value)} x bytes" if len(value) != 1 else f"{len(value[0])} bytes"
     return f"{value.size} x {value.dtype}"
@@ -143,16 +143,16 @@ EXAMPLE = '{"x": {"feature": "image", "dtype": "uint8", "shape": [28, 28, 1]}, "
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """How one feature becomes an array."""
+    """The conversion of a feature to an array."""
 
     name: str
     dtype: np.dtype[Any] | None
-    """None keeps what the feature holds."""
+    """None keeps the dtype of the feature."""
     shape: tuple[int, ...]
     is_image: bool
 
     def array(self, values: Mapping[str, Value], what: str) -> Array:
-        """The feature of one example."""
+        """The array of the feature in one example."""
         if self.name not in values:
             features = ", ".join(f"{name} ({describe_feature(value)})" for name, value in values.items())
             raise InputError(
@@ -186,14 +186,14 @@ class FeatureSpec:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The inputs and the targets of an example."""
+    """The features that are inputs and targets of an example."""
 
     x: tuple[FeatureSpec, ...]
     y: tuple[FeatureSpec, ...]
 
 
 def read_example_schema(path: Path) -> Schema:
-    """The schema in a JSON file."""
+    """Read the schema in a JSON file."""
     try:
         schema = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -247,14 +247,14 @@ RECORDS_AT_ONCE = 256
 
 
 def record_names(spec: DataSpec) -> list[str]:
-    """The names of the features in the schema; none where there is none, which is told when records are read."""
+    """The names of the features in the schema; empty without a schema, which is an error only when records are read."""
     path = spec.options.get("schema", "")
     schema = read_example_schema(require_path(Path(path))) if path else Schema((), ())
     return [feature.name for feature in (*schema.x, *schema.y)]
 
 
 def open_records(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IterableSource:
-    """The source that `'*.tfrecord?schema=f.json'` means."""
+    """Open `'*.tfrecord?schema=f.json'`."""
     paths = [Path(name) for name in sorted(glob.glob(spec.where))] or [require_path(spec.path)]
     if "schema" not in spec.options:
         features = ", ".join(
@@ -275,14 +275,14 @@ def open_records(spec: DataSpec, signature: ModelSignature | None, *_: object) -
 
     def read() -> Iterator[Batch]:
         for piece in chunked(_examples(paths), RECORDS_AT_ONCE):
-            yield Batch(_stacked(schema.x, piece), _stacked(schema.y, piece) if schema.y else None)
+            yield Batch(_stack(schema.x, piece), _stack(schema.y, piece) if schema.y else None)
 
     target_name = schema.y[0].name if len(schema.y) == 1 else ""
     return IterableSource(spec.text, None, bool(schema.y), read, (*x_notes, *y_notes), target_name)
 
 
 def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[str, Mapping[str, Value]]]:
-    """Yield the features of each example, and what to call it."""
+    """Yield a name for messages and the features of each example."""
     for path in paths:
         for number, record in enumerate(read_records(path)):
             if most is not None and number >= most:
@@ -291,6 +291,6 @@ def _examples(paths: Sequence[Path], most: int | None = None) -> Iterator[tuple[
             yield what, parse_example(record, what)
 
 
-def _stacked(features: Sequence[FeatureSpec], piece: Sequence[tuple[str, Mapping[str, Value]]]) -> Arrays:
+def _stack(features: Sequence[FeatureSpec], piece: Sequence[tuple[str, Mapping[str, Value]]]) -> Arrays:
     arrays = tuple(np.stack([feature.array(values, what) for what, values in piece]) for feature in features)
     return arrays[0] if len(arrays) == 1 else arrays

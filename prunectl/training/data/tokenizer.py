@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, in a sandbox: its regular expressions may search a text for ever."""
+"""Runs the tokenizer of a model folder in a sandbox, as its regular expressions may backtrack for ever."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ _FILES = re.compile(
     r".*\.(model|spm|tokenizer|tiktoken)"
 )
 _TEMPLATES = "additional_chat_templates"
-"""A folder in the folder, all files of which are read."""
+"""A subfolder of which `transformers` reads every file."""
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-"""What stands in these, the library hands to the tokenizer by name."""
+"""`transformers` passes the entries of these files to the tokenizer as keyword arguments."""
 _PATHS = re.compile(r"vocab|merges|init_inputs|subfolder|.*files?")
-"""Names by which a tokenizer takes a path."""
+"""Names of arguments by which a tokenizer may take a path."""
 _WITHOUT = "without it, save token ids: --data ids.npy"
 _LOAD_SECONDS, _LOAD_SECONDS_PER_BYTE = 60, 5e-6
-"""Processor time: `transformers` alone takes a few seconds, and a vocabulary of 17 MB two."""
+"""Limits on processor time for loading: `transformers` takes a few seconds, and a vocabulary of 17 MB two more."""
 _SECONDS, _SECONDS_PER_CHARACTER = 10, 1e-4
-"""Processor time for a text; tokenizers in Python take a fifth of it, all others a hundredth and less."""
+"""Limits on processor time for a text; tokenizers in Python take a fifth of it, all others a hundredth or less."""
 _ROOM, _ROOM_PER_CHARACTER = 4 << 30, 2000
-"""Address space; of each token a tokenizer keeps a hundred bytes."""
+"""Limits on address space; a tokenizer holds about a hundred bytes for each token."""
 _MORE_IDS = 1024
-"""What a tokenizer may add to a text, however short that is."""
+"""The number of tokens that a tokenizer may add to a text of any length."""
 _NO_MARK = -1
 _keys = count()
 
 
 class Marks(NamedTuple):
-    """The tokens that an encoder was trained to see before and after each sequence."""
+    """The special tokens that an encoder was trained with before and after each sequence."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -60,18 +60,18 @@ NO_MARKS = Marks((), ())
 
 
 class Piece(NamedTuple):
-    """Some text, and what stands around it."""
+    """A piece of text, and the special tokens before it."""
 
     text: str
     has_marks: bool
-    """Whether it begins with what the tokenizer adds at the beginning of a text."""
+    """Whether the tokenizer adds its special tokens, as at the beginning of a text."""
     follows_end: bool
-    """Whether the token for the end of a text comes before it."""
+    """Whether the end-of-text token comes before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderTokenizer:
-    """The tokenizer of a folder; where code in the folder is trusted, it runs in this process, as the network does."""
+    """The tokenizer of a folder, in a child process; if code in the folder is trusted, in this one, as the network."""
 
     text: TextInput
     marks: Marks
@@ -79,7 +79,7 @@ class FolderTokenizer:
     _handle: _Handle
 
     def encode(self, pieces: Sequence[Piece]) -> Array:
-        """The token ids of pieces of text, one after another."""
+        """The concatenated token ids of pieces of text."""
         characters = sum(len(piece.text) for piece in pieces)
         answer = _run(
             self.text,
@@ -102,18 +102,18 @@ class FolderTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class _Handle:
-    """What a tokenizer is opened by, and told from others by."""
+    """The key of an opened tokenizer in the cache of its process."""
 
     folder: str
     is_trusted: bool
     process: int = field(default_factory=os.getpid)
-    """That which asks."""
+    """The id of the process that opened it."""
     key: int = field(default_factory=lambda: next(_keys))
 
 
 @contextmanager
 def open_tokenizer(text: TextInput) -> Generator[FolderTokenizer]:
-    """Have the tokenizer in the folder of a model; nothing is fetched, and no code of it runs without trust."""
+    """Open the tokenizer of a model folder; nothing is downloaded, and no code of the folder runs without trust."""
     require("transformers", extra="transformers")
     nbytes = _checked_bytes(text.folder)
     handle = _Handle(str(text.folder), text.is_trusted)
@@ -155,13 +155,13 @@ def _parse_marks(text: TextInput, answer: bytes) -> Marks:
 
 
 def _checked_bytes(folder: Path) -> int:
-    """The size of its files, which are refused if they are too long, lie elsewhere, or are none."""
+    """The total size of a tokenizer's files; refuse files that are too large, outside the folder, or not regular."""
     nbytes = 0
     for path in sorted((*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"))):
         if path.is_dir():
             continue
         if path.exists() and not path.is_file():
-            # A pipe or a terminal would be waited for, and that takes no processor time.
+            # Reading a pipe or a terminal would block without using processor time, so no limit would end it.
             raise InputError(f"{path} is not a regular file")
         if path.parent != folder or _FILES.fullmatch(path.name):
             if real_file(folder, path.relative_to(folder)) is None:
@@ -172,21 +172,21 @@ def _checked_bytes(folder: Path) -> int:
     return nbytes
 
 
-# What follows runs in the child.
+# Everything below runs in the child process.
 
 
 def _marks(handle: _Handle) -> bytes:
     _check_paths(Path(handle.folder))
     _check_growth(Path(handle.folder))
-    tokenizer = _loaded(handle)
+    tokenizer = _load_cached(handle)
     marks = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
     return np.array([_NO_MARK if mark is None else mark for mark in marks], np.int64).tobytes()
 
 
 def _check_paths(folder: Path) -> None:
-    """Refuse a tokenizer whose configuration would have it read what is no file of its folder.
+    """Refuse a tokenizer whose configuration names files outside its folder.
 
-    A path that leads to nothing is let pass: many configurations keep that of a cache where they were written.
+    Paths that do not exist are allowed: many configurations contain one of the cache in which they were written.
     """
     for name in _CONFIGS:
         if (path := real_file(folder, name)) is None:
@@ -197,7 +197,7 @@ def _check_paths(folder: Path) -> None:
             if isinstance(value, dict):
                 values += value.items()
             elif isinstance(value, list) and key not in {"vocab", "merges"}:
-                # Those list tokens, of which one may be "/".
+                # Those are lists of tokens, and "/" may be a token.
                 values += [(key, inner) for inner in value]
             elif isinstance(value, str) and _PATHS.fullmatch(key) and _leads_out(folder, value):
                 raise InputError(
@@ -207,13 +207,13 @@ def _check_paths(folder: Path) -> None:
 
 
 def _leads_out(folder: Path, value: str) -> bool:
-    """Whether there is something by that name, here or in the folder, that is no file of the folder."""
+    """Whether a path exists, relative to this or the model's folder, and is not a file of the model's folder."""
     named = [Path(os.path.abspath(root), value) for root in (folder, ".")] if value else []
     return any(os.path.exists(path) and real_file(folder, path) is None for path in named)
 
 
 def _check_growth(folder: Path) -> None:
-    """Refuse a tokenizer whose normalizer may make a text many times as long."""
+    """Refuse a tokenizer whose normalizer may multiply the length of a text."""
     path = real_file(folder, "tokenizer.json")
     if path is None:
         return
@@ -233,18 +233,18 @@ def _check_growth(folder: Path) -> None:
 
 
 def _ids(handle: _Handle, pieces: Sequence[Piece]) -> bytes:
-    tokenizer = _loaded(handle)
+    tokenizer = _load_cached(handle)
     end = getattr(tokenizer, "eos_token_id", None)
     parts: list[Array] = []
     for piece in pieces:
         if piece.follows_end and end is not None:
             parts.append(np.array([end], np.int64))
         if piece.text:
-            parts.append(_encoded(tokenizer, piece.text, has_marks=piece.has_marks))
+            parts.append(_encode(tokenizer, piece.text, has_marks=piece.has_marks))
     return b"".join(part.tobytes() for part in parts)
 
 
-def _encoded(tokenizer: Any, text: str, *, has_marks: bool) -> Array:
+def _encode(tokenizer: Any, text: str, *, has_marks: bool) -> Array:
     try:
         with quiet_logging(), ignore_warnings():
             encoding = tokenizer(text, add_special_tokens=has_marks, return_attention_mask=False, verbose=False)
@@ -254,15 +254,15 @@ def _encoded(tokenizer: Any, text: str, *, has_marks: bool) -> Array:
 
 
 @lru_cache(maxsize=1)
-def _loaded(handle: _Handle) -> Any:
+def _load_cached(handle: _Handle) -> Any:
     if handle.process != os.getpid():
-        # No network is built here, and PyTorch would take longer to load than all else.
+        # The tokenizer does not need PyTorch, which would take longer to import than everything else.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     return load_tokenizer(handle.folder, is_trusted=handle.is_trusted)
 
 
 def load_tokenizer(folder: str, *, is_trusted: bool) -> Any:
-    """Open a tokenizer as `transformers` does."""
+    """Load a tokenizer with `transformers`."""
     try:
         with quiet_logging(), ignore_warnings():
             library: Any = importlib.import_module("transformers")
@@ -275,7 +275,7 @@ def load_tokenizer(folder: str, *, is_trusted: bool) -> Any:
 
 
 def _failure(error: BaseException, what: str) -> BaseException:
-    """The refusal of what went wrong in the library, which for panics of Rust is no ordinary exception."""
+    """Convert the library's failures to an error; panics of Rust are not ordinary exceptions."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
     return InputError(f"{what}: {first_line(Exception(*error.args))}")

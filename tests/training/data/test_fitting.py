@@ -7,7 +7,7 @@ import pytest
 
 from prunectl.errors import InputError, PrunectlError, UsageError
 from prunectl.training.backend import ModelSignature, TensorSpec
-from prunectl.training.data.adapt import LOOKED_AT_EXAMPLES, adapt, check_batches
+from prunectl.training.data.adapt import CHECKED_EXAMPLES, adapt, check_batches
 from prunectl.training.data.readers import IterableSource, from_arrays
 from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple
 from prunectl.training.task import Task, TaskKind
@@ -173,7 +173,7 @@ def test_missing_targets_are_refused_only_where_they_are_needed() -> None:
 
 
 def test_a_late_label_is_found_also_where_the_inputs_are_too_many_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunectl.training.data.adapt.LOOKED_AT_BYTES", 1)
+    monkeypatch.setattr("prunectl.training.data.adapt.CHECKED_BYTES", 1)
     with pytest.raises(UsageError, match="the label 10 in example 650"):
         checked(ZEROS, labelled(650, 10))
     notes = check_batches(source_of(ZEROS, LABELS), model(4), needs_targets=True, tasks=(TEN,))
@@ -186,7 +186,7 @@ def test_an_endless_stream_is_looked_at_from_its_beginning_only() -> None:
             yield Batch(np.zeros((100, 4), np.float32), np.zeros(100, np.int64))
 
     notes = check_batches(IterableSource("endless", None, True, forever), model(4), needs_targets=True, tasks=(TEN,))
-    assert f"first {LOOKED_AT_EXAMPLES:,} examples" in notes[0]
+    assert f"first {CHECKED_EXAMPLES:,} examples" in notes[0]
 
 
 def test_a_change_of_inputs_and_targets_reaches_the_cheap_labels() -> None:

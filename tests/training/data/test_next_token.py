@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from prunectl.training.backend import ModelSignature, TensorSpec
-from prunectl.training.data.next_token import follow_if_causal
+from prunectl.training.data.next_token import shift_if_causal
 from prunectl.training.data.readers import from_arrays
 from prunectl.training.data.source import peek
 from tests.networks import keras
@@ -204,7 +204,7 @@ def test_two_rows_tell_whether_a_model_predicts_the_next_token() -> None:
         rows.append(len(x))
         return np.cumsum(np.eye(WORDS)[x], 1)
 
-    head = peek(follow_if_causal(source, signature, predict), 4)
+    head = peek(shift_if_causal(source, signature, predict), 4)
     assert head is not None
     assert np.array_equal(head.y, np.pad(IDS[:4, 1:], ((0, 0), (0, 1)), constant_values=-100))
     assert sum(rows) == 2

@@ -121,6 +121,6 @@ def test_an_endless_stream_is_read_only_as_far_as_its_pool() -> None:
 def test_skipping_far_into_arrays_touches_only_what_is_used() -> None:
     touched: list[int] = []
     source = numbered(1_000_000)
-    spying = source.changed(lambda batch: (touched.append(len(batch.x)), batch)[1])
+    spying = source.map_batches(lambda batch: (touched.append(len(batch.x)), batch)[1])
     next(spying.batches(EpochOrder(10, is_shuffled=True, skip=50_000)))
     assert touched == [10]
