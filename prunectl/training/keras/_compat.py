@@ -1,4 +1,4 @@
-"""The private APIs of Keras 2 and 3 that prunectl uses, each behind a function; no other module touches them."""
+"""All private APIs of Keras 2 and 3 that prunectl uses, each wrapped in a function of this module."""
 # ruff: noqa: SLF001
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _GLOBAL_GENERATOR = "global_seed_generator"
 
 
 def flat_layers(model: Any, *, include_self: bool = True) -> list[Any]:
-    """A model, unless left out, and its layers at any depth; one that is reached twice is listed twice."""
+    """A model (unless left out) and its layers at any depth; a layer that is reached twice is listed twice."""
     return list(model._flatten_layers(include_self=include_self))
 
 
 def distinct_layers(model: Any) -> list[Any]:
-    """The same layers once each."""
+    """A model and its layers at any depth, each listed once."""
     return list({id(layer): layer for layer in flat_layers(model)}.values())
 
 
@@ -53,12 +53,12 @@ def built_shape(model: Any) -> Any:
 
 
 def layer_statistics(layer: Any, *, is_keras2: bool) -> tuple[Any, ...]:
-    """The variables that a layer made as not trainable; those that a user froze are not among them."""
+    """The variables that a layer created as not trainable, without those that a user froze."""
     return tuple(getattr(layer, "_non_trainable_weights" if is_keras2 else "_non_trainable_variables", ()))
 
 
 def rnn_inputs(layer: Any, sequences: Any, states: Any, constants: Any) -> tuple[Any, Any, Any]:
-    """Sequences, initial states and constants of a recurrent layer of Keras 2, as its call has them."""
+    """Sequences, initial states and constants of a recurrent Keras 2 layer, separated as in its call."""
     inputs: tuple[Any, Any, Any] = layer._process_inputs(sequences, states, constants)
     return inputs
 
@@ -70,7 +70,7 @@ def is_loss_built(model: Any) -> bool:
 
 
 def count_step(model: Any, verb: str) -> None:
-    """Count a step of training or testing, as Keras 2's own functions do."""
+    """Increment the counter of training or test steps, as Keras 2's own step functions do."""
     getattr(model, f"_{verb}_counter").assign_add(1)
 
 
@@ -85,7 +85,7 @@ def seed_generators(layer: Any) -> tuple[Any, ...]:
 
 
 def make_stateful(tf: Any, layer: Any) -> Iterator[Any]:
-    """Give a random layer of Keras 2 a generator whose state can be set, in place of operations that hide theirs."""
+    """Give a random Keras 2 layer a generator whose state can be set, in place of operations with hidden state."""
     generator = getattr(layer, "_random_generator", None)
     if generator is None or not hasattr(generator, "RNG_STATEFUL"):
         return
@@ -97,7 +97,7 @@ def make_stateful(tf: Any, layer: Any) -> Iterator[Any]:
 
 @contextmanager
 def kept_kernels() -> Iterator[None]:
-    """Seed TensorFlow without dropping its compiled kernels, which it would then build, and optimise, once more."""
+    """Keep TensorFlow's compiled kernels while it is seeded, as rebuilding and optimising them takes time."""
     library = require("tensorflow.python.eager.context", extra="tensorflow").pywrap_tfe
     clear = library.TFE_ContextClearCaches
     library.TFE_ContextClearCaches = lambda _: None
@@ -108,12 +108,12 @@ def kept_kernels() -> Iterator[None]:
 
 
 def global_generator() -> Any:
-    """The generator of Keras 3 for layers that have none of their own, None if there is none yet."""
+    """The generator of Keras 3 for layers without their own, None if it does not exist yet."""
     return _global_state().get_global_attribute(_GLOBAL_GENERATOR)
 
 
 def set_global_generator(generator: Any) -> None:
-    """Make Keras 3 use a generator for layers that have none of their own."""
+    """Set the generator of Keras 3 for layers without their own."""
     _global_state().set_global_attribute(_GLOBAL_GENERATOR, generator)
 
 
@@ -129,7 +129,7 @@ def compile_arguments(config: Mapping[str, Any], objects: Mapping[str, Any]) -> 
 
 
 def application_classes() -> dict[str, Any]:
-    """Layers that are defined beside the architectures of Keras 2, which does not find them when it loads a file."""
+    """Layers defined in `tf_keras.applications`, which Keras 2 does not find when it loads a file."""
     modules = (
         ("convnext", ("LayerScale", "StochasticDepth")),
         ("inception_resnet_v2", ("CustomScaleLayer",)),
@@ -142,5 +142,5 @@ def application_classes() -> dict[str, Any]:
 
 
 def rename(variable: Any, name: str) -> None:
-    """Rename a variable of Keras 2, which takes its name when it is made."""
+    """Rename a Keras 2 variable, whose name is otherwise fixed at creation."""
     variable._handle_name = name

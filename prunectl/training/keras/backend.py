@@ -1,4 +1,4 @@
-"""Keras 2 or 3 on one of its backends: imports, variables, devices and random generators behind one interface."""
+"""One interface to Keras 2 and Keras 3 on any backend: imports, variables, devices and random generators."""
 
 from __future__ import annotations
 
@@ -45,38 +45,38 @@ class KerasLibrary:
 
     @property
     def is_on_tensorflow(self) -> bool:
-        """Whether TensorFlow does the work."""
+        """Whether the backend is TensorFlow."""
         return self.backend == "tensorflow"
 
     @property
     def tensorflow(self) -> Any:
-        """TensorFlow, where it does the work."""
+        """The imported TensorFlow."""
         return require("tensorflow", extra="tensorflow")
 
     @property
     def generators(self) -> tuple[str, ...]:
-        """Whose random generators it seeds, and lets its layers draw from: its own, and those of frameworks."""
+        """The libraries whose random generators it seeds, and its layers draw from: its own and those of frameworks."""
         own = "tf_keras" if self.is_keras2 else "keras"
         return ("tensorflow", own, "torch") if self.backend == "torch" else ("tensorflow", own)
 
     @property
     def ops(self) -> Any:
-        """`keras.ops`, or under Keras 2 those operations of TensorFlow by the same names."""
+        """`keras.ops`, or in Keras 2 TensorFlow operations under the same names."""
         return _tensorflow_ops() if self.is_keras2 else self.keras.ops
 
     @property
     def torch(self) -> Any:
-        """PyTorch, where it does the work."""
+        """The imported PyTorch."""
         return require("torch", extra="torch")
 
     @property
     def jax(self) -> Any:
-        """JAX, where it does the work."""
+        """The imported JAX."""
         return require("jax", extra="jax")
 
     @property
     def misfits(self) -> tuple[type[Exception], ...]:
-        """What Keras raises where arrays do not fit together."""
+        """Exceptions that Keras raises for arrays of mismatched shapes or types."""
         more = (self.tensorflow.errors.InvalidArgumentError,) if self.is_on_tensorflow else ()
         return (ValueError, TypeError, *more)
 
@@ -102,20 +102,20 @@ def _tensorflow_ops() -> SimpleNamespace:
 
 
 def load_keras2() -> KerasLibrary:
-    """Keras 2."""
+    """Import Keras 2 (tf_keras)."""
     with quiet_import():
         return KerasLibrary(require("tf_keras", extra="tensorflow"), is_keras2=True, backend="tensorflow")
 
 
 def load_tfmot() -> Any:
-    """What tfmot has for sparsity in Keras 2."""
+    """Import tfmot's module for sparsity in Keras 2."""
     load_keras2()
     legacy = os.environ.get(_LEGACY)
     try:
         with ignore_warnings():
             module = rebuild_worker.load_tfmot()
     finally:
-        # tfmot turns every Keras that is imported later, in this process and in those it starts, into Keras 2.
+        # tfmot sets this variable, which would make later imports of Keras, also in child processes, Keras 2.
         if legacy is None:
             os.environ.pop(_LEGACY, None)
         else:
@@ -124,7 +124,7 @@ def load_tfmot() -> Any:
 
 
 def load_keras3() -> KerasLibrary:
-    """Keras 3 on the backend that the user set it to."""
+    """Import Keras 3 with the backend that the user has configured."""
     try:
         with quiet_import():
             keras = require("keras", extra="tensorflow")
@@ -151,7 +151,7 @@ def quiet_import() -> Iterator[None]:
         with ignore_warnings():
             yield
         return
-    # What TensorFlow's libraries find while they are loaded goes to the file itself, whatever that level.
+    # While they are loaded, TensorFlow's libraries write to the file descriptor, whatever the log level.
     with silence(2), ignore_warnings():
         yield
 
@@ -220,15 +220,15 @@ _ACCELERATORS = ("gpu", "cuda")
 
 @dataclass(slots=True)
 class DevicePlacement:
-    """The device and the strategy under which variables are made and steps are taken."""
+    """The device and the distribution strategy for creating variables and running steps."""
 
     strategy: Any = None
     device: str = ""
-    """A forced device such as `cpu:0` or `gpu:1`; empty leaves it to the framework."""
+    """A forced device such as `cpu:0` or `gpu:1`; empty for the framework's choice."""
 
     @contextmanager
     def scope(self, library: KerasLibrary) -> Iterator[None]:
-        """Make variables and run in this place."""
+        """Use this device and strategy in a context."""
         with ExitStack() as stack:
             if self.strategy is None and _num_processes() > 1:
                 self.strategy = _distribution_strategy(library)
@@ -240,12 +240,12 @@ class DevicePlacement:
 
     @property
     def processes(self) -> tuple[int, int]:
-        """Which process this is, of how many."""
+        """The index of this process, and the number of processes."""
         return (_process_index(), _num_processes()) if self.strategy is not None else (0, 1)
 
 
 def resolve_device(library: KerasLibrary, device: str) -> str:
-    """The device to force for `--device`, empty where the framework takes it anyway; a missing one is refused."""
+    """The device to force for `--device`, empty if the framework chooses it anyway; raise if it is missing."""
     name, _, number = device.strip().lower().partition(":")
     if name in {"", _AUTO}:
         return ""
@@ -286,7 +286,7 @@ def _device_scope(library: KerasLibrary, device: str) -> Any:
 
 
 def _tf_config() -> dict[str, Any]:
-    """What TF_CONFIG says of the processes that train together."""
+    """The configuration of distributed processes in TF_CONFIG."""
     text = os.environ.get("TF_CONFIG", "")
     if not text:
         return {}
@@ -326,17 +326,17 @@ class RandomState:
         self.needs_retrace = library.is_keras2 and _has_custom_layers(model)
         """Whether some random operations take a new seed only when they are retraced."""
         self.has_hidden_state = not library.is_on_tensorflow or has_foreign_code(model)
-        """Whether kernels of TensorFlow may hold the state of random operations, beside the generators."""
+        """Whether TensorFlow's kernels may hold random state outside the generators."""
 
     def seed(self, number: int, *, keeps_kernels: bool = False) -> None:
         """Seed all generators from a number."""
         shared = self._global_generator()
         before_seeding("python", "numpy", *self._library.generators)
-        # It seeds, and for that imports, whatever framework there is.
+        # set_random_seed imports and seeds every installed framework.
         with quiet_import(), kept_kernels() if keeps_kernels else nullcontext():
             self._library.keras.utils.set_random_seed(number % _INT32_SEEDS)
         for generator in shared:
-            # Keras forgets it when it seeds, but steps that are traced already go on with it.
+            # Seeding makes Keras drop its global generator, but steps that are already traced still use it.
             set_global_generator(generator)
         source = np.random.default_rng(number % _SEED_RANGE)
         for generator in [*self._generators, *shared]:
@@ -361,12 +361,12 @@ class RandomState:
         if len(states) > num_own and not shared:
             shared = [self._library.keras.random.SeedGenerator(1)]
             set_global_generator(shared[0])
-        # One that there was not yet, when the states were taken, goes on from where it is.
+        # A global generator created after `get_state` keeps its state.
         for generator, state in zip([*self._generators, *shared], states, strict=False):
             set_value(generator.state, state)
 
     def _global_generator(self) -> list[Any]:
-        """The generator of Keras 3 for layers that have none of their own, once there is one."""
+        """The generator of Keras 3 for layers without their own, in a list; empty if it does not exist yet."""
         if self._library.is_keras2:
             return []
         generator = global_generator()
@@ -381,7 +381,7 @@ def _generators(library: KerasLibrary, model: Any) -> list[Any]:
 
 
 _KNOWN_PACKAGES = frozenset({"tf_keras", "tensorflow_model_optimization"})
-"""Whose layers have random generators that can be set, or nothing random."""
+"""Packages whose layers have settable random generators, or no randomness."""
 
 
 def _has_custom_layers(model: Any) -> bool:
@@ -389,11 +389,11 @@ def _has_custom_layers(model: Any) -> bool:
 
 
 _RUNS_ANY_CODE = frozenset({"Lambda", "TFOpLambda", "ClassMethod", "TFSMLayer"})
-"""Layers of Keras that run operations that are not its own."""
+"""Keras layers that may run operations from outside Keras."""
 
 
 def has_foreign_code(model: Any) -> bool:
-    """Whether a model may run random operations that are not of Keras: in a layer, or in a function that one has."""
+    """Whether a model may run random operations from outside Keras, in a layer or in a function that a layer holds."""
     for layer in flat_layers(model):
         parts = (layer, *(value for value in vars(layer).values() if callable(value)))
         modules = {str(getattr(part, "__module__", None)).partition(".")[0] for part in parts}

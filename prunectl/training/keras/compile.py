@@ -1,4 +1,4 @@
-"""The compile configuration, its optimizer too: from the options, else the file, else the outputs and targets."""
+"""The compile configuration including the optimizer: from the options, else from the file, else from the outputs."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ def _configuration(file: ModelFile) -> Mapping[str, Any]:
 
 
 _UNKNOWN_NAME = (ValueError, TypeError, AttributeError, KeyError, ImportError)
-"""What Keras raises at a name that it does not know."""
+"""Exceptions that Keras raises for unknown names."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompileConfig:
-    """Everything that `compile` is given."""
+    """The arguments of `compile`."""
 
     chosen: ScheduledOptimizer
     losses: tuple[KerasLoss | None, ...]
-    """One for each output."""
+    """A loss for each output, or None for an output without one."""
     metrics: tuple[list[Any], ...]
     loss_weights: Any
     notes: tuple[str, ...]
     user_functions: frozenset[str] = frozenset()
-    """What Keras calls the metrics that are functions of the user's: their value is that over all examples."""
+    """Names in Keras of the user's metric functions, which are computed over all examples at once."""
     user_metrics: Mapping[str, Callable[[], Metric]] = field(default_factory=dict)
-    """Metrics of the user's with `update` and `compute`, of which Keras knows nothing."""
+    """The user's metrics with `update` and `compute`, which Keras does not see."""
 
 
 def resolve_compile_config(loaded: LoadedModel, options: TrainOptions, infos: Sequence[ModelOutput]) -> CompileConfig:
@@ -108,14 +108,14 @@ class _Context:
 
     loaded: LoadedModel
     options: TrainOptions
-    answers: Sequence[ModelOutput]
+    outputs: Sequence[ModelOutput]
     file: Mapping[str, Any]
-    """What the file says, in its words."""
+    """The training configuration in the file."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def user_metrics(self) -> dict[str, Any]:
-        """What the user's own metrics are."""
+        """The user's own metrics by name: functions, classes or objects."""
         return {
             name: user_code.resolve_reference(name, "--metric", "my_module:my_function")
             for name in map(str.strip, self.options.metrics)
@@ -124,7 +124,7 @@ class _Context:
 
     @property
     def metric_factories(self) -> dict[str, Callable[[], Metric]]:
-        """Those of them that are no functions and no metrics of Keras."""
+        """Factories of those that have `update` and `compute`."""
         factories = {name: metric_factory(name, metric) for name, metric in self.user_metrics.items()}
         return {name: factory for name, factory in factories.items() if factory is not None}
 
@@ -143,7 +143,7 @@ def _targets(options: TrainOptions, count: int) -> tuple[Array | None, ...]:
 
 
 def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLoss | None, ...]:
-    library, infos, entry = context.library, context.answers, context.file.get("loss")
+    library, infos, entry = context.library, context.outputs, context.file.get("loss")
     if context.options.loss:
         return tuple(
             losses.loss_by_name(library, context.options.loss, *output_and_targets)
@@ -168,7 +168,7 @@ def _losses(context: _Context, targets: Sequence[Array | None]) -> tuple[KerasLo
 
 
 def binary_logits(loaded: LoadedModel, infos: Sequence[ModelOutput]) -> tuple[bool, ...]:
-    """Of each output whether the file was compiled with the binary cross-entropy of logits."""
+    """For each output, whether the file was compiled with binary cross-entropy from logits."""
     entries = _per_output(read_training_config(loaded.file).get("loss") if loaded.has_config else None, infos)
     return tuple(
         isinstance(entry, dict)
@@ -213,14 +213,14 @@ def _metrics(
     if names:
         names = tuple(name for name in names if name.strip() not in context.metric_factories)
         for name in names:
-            for output, y in zip(context.answers, targets, strict=True):
+            for output, y in zip(context.outputs, targets, strict=True):
                 losses.check_metric_shape(name, output, y)
         return tuple(
             [losses.metric_by_name(library, name, loss, context.loaded.objects) for name in names] for loss in resolved
         )
-    parts = _metrics_per_output(context.file.get("metrics"), context.answers)
+    parts = _metrics_per_output(context.file.get("metrics"), context.outputs)
     if not any(parts):
-        triples = zip(resolved, context.answers, targets, strict=True)
+        triples = zip(resolved, context.outputs, targets, strict=True)
         return tuple(losses.default_metrics(library, *output) for output in triples)
     metrics_of_outputs = [[metric for entry in part for metric in _metric_of_file(context, entry)] for part in parts]
     return tuple(
@@ -230,7 +230,7 @@ def _metrics(
 
 
 def _metric_of_file(context: _Context, entry: Any) -> list[Any]:
-    """A metric, or nothing where it is not known."""
+    """The metric of a configuration, in a list; empty if it is unknown."""
     try:
         context.loaded.check_trusted(entry)
         return [losses.metric_from_config(context.library, entry, context.loaded.objects)]
@@ -240,12 +240,12 @@ def _metric_of_file(context: _Context, entry: Any) -> list[Any]:
 
 
 def _distinct(metrics: Sequence[Any]) -> list[Any]:
-    """Metrics without those that have the name of another."""
+    """Drop metrics with duplicate names."""
     return list({getattr(metric, "name", metric): metric for metric in metrics}.values())
 
 
 def _per_output(entry: Any, infos: Sequence[ModelOutput]) -> list[Any]:
-    """What a file says of each output, where one word may stand for all."""
+    """A configuration's entry for each output; a single entry applies to all."""
     if isinstance(entry, dict) and "class_name" not in entry:
         return [entry.get(output.name) for output in infos]
     if isinstance(entry, list):
@@ -272,7 +272,7 @@ def _flat(entry: Any) -> list[Any]:
 
 
 def _loss_weights(entry: Any, infos: Sequence[ModelOutput]) -> Any:
-    """How much each output counts, as a list."""
+    """The weight of each output's loss, as a list."""
     if isinstance(entry, dict):
         return [entry.get(output.name, 1.0) for output in infos]
     return entry if isinstance(entry, list) and len(entry) == len(infos) else None
@@ -281,7 +281,7 @@ def _loss_weights(entry: Any, infos: Sequence[ModelOutput]) -> Any:
 def compile_model(
     library: KerasLibrary, model: Any, config: CompileConfig, frozen: Sequence[Any], *, is_compiled: bool
 ) -> OptimizerMasking:
-    """Compile a model, and return the grip on its weights."""
+    """Compile a model; returns the masking of its optimizer."""
     options: dict[str, Any] = {
         "optimizer": _with_loss_scale(library, model, config.chosen.optimizer),
         "loss": outputs.per_output(model, [loss.what if loss is not None else None for loss in config.losses]),
@@ -302,7 +302,7 @@ def compile_model(
 
 
 def _with_loss_scale(library: KerasLibrary, model: Any, optimizer: Any) -> Any:
-    """An optimizer that scales the loss, where gradients are of 16 bits and would vanish."""
+    """Scale the loss if gradients are float16, in which they could underflow."""
     policies = (getattr(layer, "dtype_policy", None) for layer in flat_layers(model))
     if "mixed_float16" not in {getattr(policy, "name", "") for policy in policies}:
         return optimizer
@@ -311,7 +311,7 @@ def _with_loss_scale(library: KerasLibrary, model: Any, optimizer: Any) -> Any:
 
 
 def optimizer_variables(model: Any) -> list[Any]:
-    """All that the optimizer keeps, also what wraps it."""
+    """All variables of the optimizer, and of a loss-scale optimizer around it."""
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     variables = {id(variable): variable for owner in (model.optimizer, inner) for variable in owner.variables}
     return list(variables.values())
@@ -332,14 +332,14 @@ _BASE_PARAMETERS = (
 
 @dataclass(frozen=True, slots=True)
 class ScheduledOptimizer:
-    """An optimizer, and the schedule that the file has its rate follow, if there is one."""
+    """An optimizer, and the learning-rate schedule from the file, if there is one."""
 
     optimizer: Any
     schedule: Any = None
 
 
 def optimizer_by_name(library: KerasLibrary, text: str, *, lr: float | None, clip: float | None) -> ScheduledOptimizer:
-    """The optimizer that a user asks for."""
+    """Create the optimizer that the user chose."""
     spec = parse_optimizer(text)
     cls, settings = spec.resolve(_optimizer_classes(library), _parameters, "learning_rate")
     if lr is not None:
@@ -355,13 +355,13 @@ def optimizer_from_config(
     lr: float | None,
     clip: float | None,
 ) -> ScheduledOptimizer:
-    """A new optimizer of the kind that a file names; KeyError if that is unknown here."""
+    """Create an optimizer from a file's configuration; KeyError if its class is unknown."""
     if isinstance(entry, str):
         return optimizer_by_name(library, entry, lr=lr, clip=clip)
     name = named(entry)
     settings = dict(part(entry, "config"))
     if "LossScaleOptimizer" in name:
-        # Keras puts one around the optimizer of every model that needs it.
+        # Keras wraps the optimizer of each model that needs it.
         inner = settings.get("inner_optimizer")
         return optimizer_from_config(library, inner if isinstance(inner, dict) else {}, objects, lr=lr, clip=clip)
     cls = objects.get(name) or _optimizer_classes(library)[name.lower()]
@@ -377,7 +377,7 @@ def optimizer_from_config(
 
 
 def _upgrade_settings(library: KerasLibrary, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an optimizer, those of older Keras versions under their current names."""
+    """Rename the settings of older Keras versions to their current names."""
     rate = settings.pop("lr", settings.get("learning_rate"))
     decay = settings.pop("decay", 0.0) or 0.0
     schedules = library.keras.optimizers.schedules

@@ -1,7 +1,6 @@
-"""The gradient of a model's mean loss over a batch, in the state in which it predicts.
+"""Gradients of a model's mean loss over a batch, in inference mode.
 
-The loss is the one that Keras' own test step takes: the compiled losses by their weights, and the penalties of the
-model's layers.
+The loss is that of Keras' own test step: the weighted sum of the compiled losses, and the penalties of layers.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _HALF_SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class _LossInputs:
-    """A loss to be differentiated."""
+    """The arguments of the loss."""
 
     library: KerasLibrary
     model: Any
@@ -35,7 +34,7 @@ class _LossInputs:
 
 
 def gradients(library: KerasLibrary, model: Any, variables: Sequence[Any], x: Any, y: Any) -> list[Array]:
-    """A gradient for each variable, zeros where the loss does not depend on it."""
+    """The gradient of each variable; zeros if the loss does not depend on it."""
     if y is None:
         raise UsageError(
             "the data has no targets, which are needed for the gradients of the loss", hint="use data with targets"
@@ -57,7 +56,7 @@ def gradients(library: KerasLibrary, model: Any, variables: Sequence[Any], x: An
 
 
 def _loss_scales(model: Any) -> tuple[float, ...]:
-    """What to multiply the loss by, at the most: in numbers of 16 bits small gradients would vanish."""
+    """Loss scales to try, largest first: in float16, small gradients would underflow."""
     types = {getattr(layer, "compute_dtype", "") for layer in flat_layers(model)}
     return _HALF_SCALES if "float16" in types else (1.0,)
 
@@ -107,7 +106,7 @@ def _by_torch(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
 
 def _by_jax(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
     if not is_loss_built(case.model):
-        # Losses make variables at their first use, which they cannot while others are watched.
+        # Losses create their variables on first use, which is impossible during differentiation.
         _loss(case)
 
     def loss(values: Sequence[Any]) -> Any:

@@ -31,7 +31,7 @@ from prunectl.training.keras.layer_uses import (
 
 @contextmanager
 def functions_eagerly(library: KerasLibrary, *, eagerly: bool) -> Iterator[None]:
-    """Run what TensorFlow traces as it stands, or step by step."""
+    """Set whether `tf.function`s run eagerly or as graphs."""
     config = library.tensorflow.config
     was_eager = config.functions_run_eagerly()
     config.run_functions_eagerly(eagerly)
@@ -43,7 +43,7 @@ def functions_eagerly(library: KerasLibrary, *, eagerly: bool) -> Iterator[None]
 
 @contextmanager
 def patched(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object another attribute for a while, past all that keeps count of its attributes."""
+    """Replace an attribute temporarily, bypassing Keras' tracking of attributes."""
     attributes = vars(thing)
     missing = object()
     original = attributes.get(name, missing)
@@ -66,10 +66,10 @@ class RnnReplay:
     sequences: Any
     states: Any
     mask: Array | None
-    """Examples by steps: where it is False, a step leaves no trace."""
+    """Shape (examples, steps); where it is False, the step is skipped."""
 
     def run(self) -> Iterator[Array | None]:
-        """Run the cell once for each step, and yield for which examples it counts; None for all."""
+        """Run the cell for each step, and yield the mask of the examples that take part; None for all."""
         axis = 0 if getattr(self.layer, "time_major", False) else 1
         order = range(int(self.sequences.shape[axis]))
         states = self.states
@@ -91,7 +91,7 @@ class RnnReplay:
 
 
 def replay_of(library: KerasLibrary, layer: Any, arguments: Mapping[str, Any]) -> RnnReplay | None:
-    """The replay of a recurrent layer's call; None where the layer cannot be replayed."""
+    """The replay of a recurrent layer's call; None if it cannot be replayed."""
     options = dict(arguments)
     sequences = options.pop(next(iter(options)))
     states, mask, constants = options.get("initial_state"), options.get("mask"), options.get("constants")
@@ -106,7 +106,7 @@ def replay_of(library: KerasLibrary, layer: Any, arguments: Mapping[str, Any]) -
 
 
 def _as_tensors(library: KerasLibrary, states: Any) -> Any:
-    """States as tensors, where a layer keeps some in variables."""
+    """States as tensors; some layers hold them in variables."""
     return tree_of(library).map_structure(library.ops.convert_to_tensor, states)
 
 
@@ -119,18 +119,18 @@ def _mask(library: KerasLibrary, layer: Any, mask: Any) -> Array | None:
 
 
 class InputRecorder:
-    """Patches layers, and passes on the inputs of their weights."""
+    """Patches the calls of layers, and reports the inputs of their weights."""
 
     def __init__(self, library: KerasLibrary, variables: Mapping[str, Any], see: InputCallback) -> None:
         self._library, self._on_input = library, see
         self._names = {id(variable): name for name, variable in variables.items()}
         self._is_paused = False
         self._buffer: list[WeightInput] | None = None
-        """What is heard while a recurrent layer is gone through."""
+        """Inputs recorded while a recurrent layer is replayed."""
         self.failure: Exception | None = None
 
     def recording(self, layer: Any) -> Any:
-        """The context in which a layer's calls are recorded."""
+        """A context that records a layer's calls."""
         stack = ExitStack()
         handler = handler_for(layer)
         if handler is not None:
@@ -138,7 +138,7 @@ class InputRecorder:
         elif is_rnn(layer) and any(map(self._has_wanted_kernel, flat_layers(layer))):
             stack.enter_context(patched(layer, "call", self._wrap_rnn_call(layer)))
             if hasattr(layer, "use_cudnn"):
-                # Else two directions may run as one operation, past their layers.
+                # Otherwise a bidirectional layer may run both directions as one operation, bypassing its layers.
                 stack.enter_context(patched(layer, "use_cudnn", False))
         return stack
 
@@ -164,7 +164,7 @@ class InputRecorder:
         if not self._library.is_on_tensorflow:
             return original(*args, **kwargs)
         with functions_eagerly(self._library, eagerly=False):
-            # On a processor, TensorFlow has some convolutions in compiled functions alone.
+            # On a CPU, TensorFlow can run some convolutions only in compiled functions.
             return original(*args, **kwargs)
 
     def _inputs(self, nested: Any) -> tuple[Array, ...] | None:
@@ -191,19 +191,19 @@ class InputRecorder:
         return _with_signature(call, original)
 
     def _replay(self, replay: RnnReplay) -> None:
-        """Replay the steps, and emit their inputs concatenated."""
+        """Replay all steps, and report their inputs concatenated."""
         outer_buffer, grouped = self._buffer, dict[tuple[int, WeightUse], list[WeightInput]]()
         try:
             self._buffer = []
             for keep in replay.run():
                 for weight_input in self._buffer:
                     grouped.setdefault((id(weight_input.variable), weight_input.use), []).append(
-                        _masked_examples(weight_input, keep)
+                        _select_examples(weight_input, keep)
                     )
                 self._buffer = []
         finally:
             self._buffer = outer_buffer
-        self._emit(map(_concatenated, grouped.values()))
+        self._emit(map(_concatenate, grouped.values()))
 
     def _emit(self, weight_inputs: Iterable[WeightInput]) -> None:
         for weight_input in weight_inputs:
@@ -221,12 +221,12 @@ class InputRecorder:
 
 
 def _with_signature(call: Any, original: Any) -> Any:
-    """Let a function look like another, since layers look whether those within them take a mask."""
+    """Give a function the signature of another: layers inspect whether their inner layers take a mask."""
     call.__signature__ = inspect.signature(original)
     return call
 
 
-def _masked_examples(weight_input: WeightInput, keep: Array | None) -> WeightInput:
+def _select_examples(weight_input: WeightInput, keep: Array | None) -> WeightInput:
     return (
         weight_input
         if keep is None
@@ -234,7 +234,7 @@ def _masked_examples(weight_input: WeightInput, keep: Array | None) -> WeightInp
     )
 
 
-def _concatenated(parts: list[WeightInput]) -> WeightInput:
+def _concatenate(parts: list[WeightInput]) -> WeightInput:
     return WeightInput(parts[0].variable, np.concatenate([part.inputs for part in parts]), parts[0].use)
 
 
@@ -248,7 +248,7 @@ def capture_layer_inputs(
         if library.backend == "torch":
             stack.enter_context(library.torch.no_grad())
         if library.is_on_tensorflow and any(map(is_custom, layers)):
-            # Own code may call its layers from functions that are traced already, where nothing is heard.
+            # Custom code may call layers from graphs that are already traced, whose inputs could not be recorded.
             stack.enter_context(functions_eagerly(library, eagerly=True))
         for layer in layers:
             stack.enter_context(recorder.recording(layer))
@@ -256,7 +256,7 @@ def capture_layer_inputs(
             predict(model, outputs.pack_inputs(model, x))
         finally:
             if recorder.failure is not None:
-                # Keras makes errors of its own from those of others.
+                # Keras wraps other exceptions in its own.
                 raise recorder.failure
 
 
@@ -267,7 +267,7 @@ def predict(model: Any, x: Any) -> Any:
 
 @contextmanager
 def preserved_state(library: KerasLibrary, model: Any, random: RandomState) -> Iterator[None]:
-    """Leave statistics, metrics, the states of recurrent layers and what is random as they were."""
+    """Restore statistics, metrics, states of recurrent layers and random states afterwards."""
     random_state = random.get_state()
     saved = [
         (variable, backend.get_value(library, variable))
@@ -281,13 +281,13 @@ def preserved_state(library: KerasLibrary, model: Any, random: RandomState) -> I
             backend.set_value(variable, value)
         for variable in _metric_variables(model):
             if id(variable) not in known:
-                # It was made by the run itself, and counted already.
+                # The variable was created by the run itself, and has already counted the batch.
                 backend.set_value(variable, np.zeros(backend.shape(variable), backend.dtype(variable)))
         random.set_state(random_state)
 
 
 def _statistics(library: KerasLibrary, model: Any) -> list[Any]:
-    # Those that a layer made as such: what a user froze is not among them, and may be large.
+    # Only variables that layers created as not trainable: weights that a user froze may be large.
     variables: dict[int, Any] = {}
     for layer in flat_layers(model):
         states = layer.states if getattr(layer, "stateful", False) and hasattr(layer, "states") else None

@@ -1,4 +1,4 @@
-"""Handlers that map a layer's call to the inputs of its weights, by the class names of both Keras versions."""
+"""Handlers that map a layer's call to the inputs of its weights, by the layer's class name in Keras 2 and 3."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from prunectl.training.keras.backend import KerasLibrary
 
 @dataclass(frozen=True, slots=True)
 class LayerUse:
-    """One run of a layer, with numbers."""
+    """A call of a layer on concrete arrays."""
 
     library: KerasLibrary
     layer: Any
     inputs: tuple[Array, ...]
-    """What goes in, and for a recurrent cell then its states; 32 bits each."""
+    """The inputs, followed by the states for a recurrent cell; all are float32."""
     out_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightInput:
-    """A variable that meets some inputs."""
+    """A weight variable and the inputs that it is multiplied with."""
 
     variable: Any
     inputs: Array
@@ -41,7 +41,7 @@ LayerHandler = Callable[[LayerUse], Iterator[WeightInput]]
 
 
 def concrete_array(library: KerasLibrary, tensor: Any) -> Array | None:
-    """A tensor as 32-bit numbers; None where there are none yet, as while a graph is traced."""
+    """A tensor as a float32 array; None for a symbolic tensor, as while a graph is traced."""
     if not isinstance(tensor, np.ndarray) and not _is_concrete(library, tensor):
         return None
     if isinstance(tensor, np.ndarray):
@@ -64,7 +64,7 @@ def _is_concrete(library: KerasLibrary, tensor: Any) -> bool:
 
 
 def tree_of(library: KerasLibrary) -> Any:
-    """What takes nested structures apart."""
+    """The library's functions for nested structures."""
     return library.tensorflow.nest if library.is_keras2 else library.keras.tree
 
 
@@ -77,13 +77,13 @@ def dense(call: LayerUse) -> Iterator[WeightInput]:
 
 
 def einsum_dense(call: LayerUse) -> Iterator[WeightInput]:
-    """A product by what is contracted, such as the heads of attention; an axis that is not makes groups."""
+    """An einsum as a matrix product over its contracted axes; at most one other kernel axis becomes groups."""
     x = call.inputs[0]
     first, kernel, last = _terms(call.layer.equation, x.ndim)
     if any(len(set(term)) != len(term) for term in (first, kernel, last)) or not set(first) <= {*kernel, *last}:
         return
     size = backend.shape(call.layer.kernel)
-    as_matrix = _as_a_matrix(first, kernel, last, size)
+    as_matrix = _as_matrix_product(first, kernel, last, size)
     if as_matrix is not None:
         yield WeightInput(call.layer.kernel, x.reshape(*x.shape[: -as_matrix[1]], -1), as_matrix[0])
         return
@@ -98,7 +98,7 @@ def einsum_dense(call: LayerUse) -> Iterator[WeightInput]:
     sizes = dict(zip(kernel, size, strict=True))
     groups = sizes[grouping[0]] if grouping else 1
     if grouping and not shared:
-        # An axis that the inputs do not have, as that of attention heads: each group has the same inputs.
+        # An axis that the inputs lack, such as attention heads: each group has the same inputs.
         x = np.broadcast_to(x[..., np.newaxis, :], (*x.shape[:-1], groups, x.shape[-1]))
     use = WeightUse(
         out_axis=kernel.index(produced[-1]),
@@ -109,8 +109,8 @@ def einsum_dense(call: LayerUse) -> Iterator[WeightInput]:
     yield WeightInput(call.layer.kernel, x.reshape(*x.shape[: len(rest)], -1), use)
 
 
-def _as_a_matrix(first: str, kernel: str, last: str, size: tuple[int, ...]) -> tuple[WeightUse, int] | None:
-    """How a kernel is a matrix of what is contracted by what is made, and how many axes are contracted."""
+def _as_matrix_product(first: str, kernel: str, last: str, size: tuple[int, ...]) -> tuple[WeightUse, int] | None:
+    """The kernel as a matrix of contracted by produced axes, and the number of contracted axes; None if impossible."""
     contracted = "".join(axis for axis in kernel if axis in first and axis not in last)
     produced = "".join(axis for axis in kernel if axis not in first)
     if not contracted or not produced or not first.endswith(contracted) or not last.endswith(produced):
@@ -125,7 +125,7 @@ def _as_a_matrix(first: str, kernel: str, last: str, size: tuple[int, ...]) -> t
 
 
 def _terms(equation: str, axes: int) -> tuple[str, str, str]:
-    """The letters of inputs, kernel and outputs, with some for the axes that dots stand for."""
+    """The letters of inputs, kernel and outputs, with unused letters in place of the dots."""
     operands, last = equation.replace(" ", "").split("->")
     first, kernel = operands.split(",")
     unused = [letter for letter in ascii_letters if letter not in equation]
@@ -141,7 +141,7 @@ def rnn_cell(call: LayerUse) -> Iterator[WeightInput]:
 
 
 def gru_cell(call: LayerUse) -> Iterator[WeightInput]:
-    """The cell of a GRU; an older kind resets the state before the candidate's columns meet it."""
+    """The cell of a GRU; without `reset_after`, the candidate's columns see the reset state."""
     cell = call.layer
     if cell.reset_after:
         yield from rnn_cell(call)
@@ -170,7 +170,7 @@ def _gate(call: LayerUse, x: Array, state: Array, columns: slice) -> Array:
 
 
 def depthwise_conv(x: Array, kernel: Array, window: SlidingWindow) -> Array:
-    """What a depthwise kernel makes of channels, from (examples, channels, space)."""
+    """Depthwise convolution of an array (examples, channels, spatial axes)."""
     padded = np.pad(x, ((0, 0), (0, 0), *window.pads))
     sizes, multiplier = kernel.shape[:-2], kernel.shape[-1]
     output_sizes = tuple(
@@ -214,7 +214,7 @@ def depthwise(call: LayerUse) -> Iterator[WeightInput]:
 
 
 def separable(call: LayerUse) -> Iterator[WeightInput]:
-    """A depthwise kernel, then one that mixes the channels at each place."""
+    """A depthwise kernel, then a pointwise (1x1) kernel that mixes the channels."""
     layer, x = call.layer, _channels_first(call)
     use = _depthwise_use(layer, x)
     yield WeightInput(layer.depthwise_kernel, x, use)
@@ -248,15 +248,15 @@ def _is_channels_last(layer: Any) -> bool:
 
 
 def _channels_first(call: LayerUse) -> Array:
-    """Inputs as (examples, channels, space)."""
+    """Inputs as (examples, channels, spatial axes)."""
     layer, x = call.layer, call.inputs[0]
-    # Keras 2 takes several axes of examples.
+    # Keras 2 accepts several batch axes.
     x = x.reshape(-1, *x.shape[-layer.rank - 1 :])
     return np.moveaxis(x, -1, 1) if _is_channels_last(layer) else x
 
 
 def _depthwise_kernel(layer: Any) -> Any:
-    """Keras 2 has another word for it."""
+    """The kernel of a depthwise layer, which has another name in Keras 2."""
     return layer.depthwise_kernel if hasattr(layer, "depthwise_kernel") else layer.kernel
 
 
@@ -278,14 +278,14 @@ def _window(layer: Any, space: tuple[int, ...]) -> SlidingWindow:
 
 
 def _effective_size(layer: Any) -> tuple[int, ...]:
-    """How far a kernel reaches along each axis of space."""
+    """The extent of a dilated kernel along each spatial axis."""
     return tuple(
         (size - 1) * dilation + 1 for size, dilation in zip(layer.kernel_size, layer.dilation_rate, strict=True)
     )
 
 
 def _padding(padding: str, length: int, reach: int, stride: int) -> Pads:
-    """The zeros before and after; as TensorFlow has it, which all backends follow, the odd one comes after."""
+    """Zeros before and after; an odd zero comes after, as in TensorFlow, which all backends follow."""
     if padding == "causal":
         return reach - 1, 0
     if padding == "valid":
@@ -295,14 +295,14 @@ def _padding(padding: str, length: int, reach: int, stride: int) -> Pads:
 
 
 def _transposed_padding(padding: str, length: int, output_length: int, reach: int, stride: int) -> Pads:
-    """What of the full result is cut off before and after, below zero where zeros are added."""
+    """The length cropped from the full result before and after; negative where zeros are added."""
     full_length = (length - 1) * stride + reach
     before = max(full_length - output_length, 0) // 2 if padding == "same" else 0
     return before, full_length - output_length - before
 
 
 KERNELS = ("kernel", "recurrent_kernel", "depthwise_kernel", "pointwise_kernel")
-"""What layers call the variables that can be shown."""
+"""Attributes of layers with the weights whose inputs can be captured."""
 _HANDLERS: dict[str, LayerHandler] = {
     "Dense": dense,
     "EinsumDense": einsum_dense,
@@ -326,22 +326,22 @@ _FORWARD_METHODS = frozenset({"call", "__call__", "convolution_op", "inner_loop"
 
 
 def handler_for(layer: Any) -> LayerHandler | None:
-    """The handler of a layer; None where its class is unknown."""
+    """The handler of a layer; None if its class is unknown."""
     return _HANDLERS.get(_keras_class(layer))
 
 
 def is_rnn(layer: Any) -> bool:
-    """Whether a layer runs a cell over time in the way of Keras."""
+    """Whether a layer is a recurrent layer that computes as Keras' own do."""
     return _keras_class(layer) in _RNN_LAYERS
 
 
 def is_custom(layer: Any) -> bool:
-    """Whether a layer is not one of Keras itself."""
+    """Whether a layer's class is defined outside Keras."""
     return not _is_keras(type(layer))
 
 
 def _keras_class(layer: Any) -> str:
-    """The name of the layer of Keras that something works like; none if it works in its own way."""
+    """The name of the Keras class whose computation a layer inherits; empty if it overrides the computation."""
     for kind in type(layer).__mro__:
         if _is_keras(kind):
             return kind.__name__

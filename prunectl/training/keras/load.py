@@ -1,4 +1,4 @@
-"""Loading a model by the Keras that wrote it, or building it by the user's function."""
+"""Loads a model in the Keras version that wrote it, or builds it with the user's function."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from prunectl.training.user_code import call_builder, resolve_builder
 
 
 class WeightLayout(StrEnum):
-    """A way of laying weights out, with the name of a file that Keras recognises it by."""
+    """How a file lays out its weights; the value is a file name by which Keras recognises the layout."""
 
     ARCHIVE = "model.keras"
     MODEL_H5 = "model.h5"
-    """A whole model, its weights named by layer."""
+    """HDF5 with a whole model, whose weights are named by layer."""
     NAMED_WEIGHTS = "weights.h5"
-    """Weights alone, named by layer."""
+    """HDF5 with weights only, named by layer."""
     NUMBERED_WEIGHTS = "model.weights.h5"
-    """Weights alone, numbered by attribute."""
+    """HDF5 with weights only, numbered within attributes."""
     SAVED_MODEL = ""
     """A SavedModel."""
 
 
 def detect_layout(model: ModelFile) -> WeightLayout:
-    """How a file is laid out."""
+    """The layout of a file."""
     if model.family is Family.SAVED_MODEL:
         return WeightLayout.SAVED_MODEL
     if model.format == "keras":
@@ -54,9 +54,9 @@ def detect_layout(model: ModelFile) -> WeightLayout:
 
 
 def link_with_suffix(path: Path, weight_layout: WeightLayout, folder: Path, *, is_old: bool) -> Path:
-    """A path to a file under the name by which Keras recognises it.
+    """A symbolic link to a file, named so that Keras recognises its layout.
 
-    An old archive, of Keras 2, is copied where its layers lie in other folders than those where Keras looks now.
+    An archive of Keras 2 is copied instead if its layers lie in other folders than Keras expects today.
     """
     if weight_layout is WeightLayout.SAVED_MODEL:
         return utf8_path(path, folder / "link")
@@ -72,7 +72,7 @@ def _is_named(model: ModelFile) -> bool:
 
 
 _KERAS3 = 3
-"""The version that numbers the layers of an archive as Keras does now, and of another library."""
+"""The first version for the library keras rather than tf_keras, which numbers the layers of an archive as today."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +86,18 @@ class LoadedModel:
     """Custom objects by name."""
     load_weights: Callable[[Path], None]
     has_config: bool
-    """Whether the model comes from the configuration in the file, not from code."""
+    """Whether the model was built from the configuration in the file rather than by code."""
     is_trusted: bool = False
 
     def check_trusted(self, entry: Any) -> None:
-        """Refuse a part of how the file was trained that names code; ValueError, as Keras has it for unknown names."""
+        """Refuse a training configuration that refers to untrusted code; ValueError, as Keras has for unknown names."""
         facts = () if self.is_trusted else trust.unknown(trust.facts_in(entry), self.objects)
         if facts:
             raise ValueError(facts[0].words)
 
 
 def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> LoadedModel:
-    """The model of a file, made in some place."""
+    """Load the model of a file under a device placement."""
     user_code.check(file, origin)
     objects = user_code.custom_objects(origin)
     weight_layout = detect_layout(file)
@@ -107,7 +107,7 @@ def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> Lo
     ):
         raise _no_builder(file, weight_layout)
     library = _library_of_file(file) if build is None else _library_of_code(file)
-    # Layers draw while they are built, before a run seeds.
+    # Layers draw random numbers while they are built, before a run seeds.
     before_seeding(*library.generators)
     with placement.scope(library), ignore_warnings():
         model = (
@@ -142,7 +142,7 @@ def _library_of_file(file: ModelFile) -> KerasLibrary:
 
 
 def _library_of_code(file: ModelFile) -> KerasLibrary:
-    """A first guess, made before the model is built."""
+    """The presumed Keras version of a builder, before its model shows which one it is."""
     return load_keras2() if _keras_version(file) in {1, 2} else load_keras3()
 
 
@@ -176,7 +176,7 @@ def _from_file(
 ) -> Any:
     known = dict(objects)
     if library.is_keras2 and weight_layout is WeightLayout.ARCHIVE and not origin.is_trusted:
-        # An archive says whose a class is, and only Keras' own have passed; HDF5 may mean somebody's of the same name.
+        # An archive names the module of each class, all trusted by now; in HDF5 a name may mean a user's class.
         known = application_classes() | known
     options: dict[str, Any] = {"compile": False, "custom_objects": known}
     if weight_layout is not WeightLayout.SAVED_MODEL:
@@ -213,6 +213,6 @@ def _weight_loader(model: Any, weight_layout: WeightLayout, *, is_old: bool) -> 
 def error_line(error: Exception) -> str:
     """The message of an error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # TensorFlow tells first where in its code it was, and then what happened.
+    # TensorFlow's messages begin with the place in its code, before the actual error.
     messages = [match[1] for line in lines if (match := re.match(r"\w+Error: (.+)", line))]
     return (messages or lines or [type(error).__name__])[0].rstrip(".:")[:300]

@@ -1,7 +1,7 @@
 """Losses and metrics: by name, from a file's configuration, or the defaults for outputs and targets.
 
 Knowledge distillation (Hinton et al. 2015): loss = alpha T^2 KL(teacher at T || student at T) + (1 - alpha) loss of the
-targets, where T is the temperature that logits are divided by. Penalties on the weights are not shared out.
+targets, where T is the temperature that logits are divided by. Weight penalties are added in full.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CrossEntropy(StrEnum):
 
     @property
     def is_classification(self) -> bool:
-        """Whether it compares classes."""
+        """Whether the loss compares classes."""
         return self is not CrossEntropy.OTHER
 
 
@@ -62,7 +62,7 @@ class KerasLoss:
 
     kind: CrossEntropy
     what: Any
-    """An object or a function that Keras takes."""
+    """The loss as Keras takes it, an object or a function."""
     from_logits: bool = False
     name: str = ""
 
@@ -80,22 +80,22 @@ _FUNCTIONS = {
 
 
 def default_loss(library: KerasLibrary, output: ModelOutput, y: Array | None) -> KerasLoss | None:
-    """The loss that fits an output and its targets; none without targets."""
+    """The default loss for an output and its targets; None without targets."""
     if y is None:
         return None
     encoding = _ENCODINGS.get(output.task(y).kind)
     return _instance(library, "MeanSquaredError") if encoding is None else cross_entropy(library, encoding, output)
 
 
-def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, answer: ModelOutput) -> KerasLoss:
-    """A cross-entropy that takes what the model ends with."""
-    is_of_logits = answer.ending is FinalActivation.RAW
+def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, output: ModelOutput) -> KerasLoss:
+    """A cross-entropy for the output's final activation: from logits or from probabilities."""
+    is_of_logits = output.ending is FinalActivation.RAW
     loss = getattr(library.keras.losses, encoding.value)(from_logits=is_of_logits)
     return KerasLoss(encoding, loss, is_of_logits, _snake(encoding))
 
 
 def loss_by_name(library: KerasLibrary, name: str, output: ModelOutput, y: Array | None) -> KerasLoss:
-    """The loss that a user asks for."""
+    """The loss that the user chose."""
     text = name.strip()
     if ":" in text:
         function = user_code.resolve_function(text, "--loss")
@@ -114,7 +114,7 @@ def loss_by_name(library: KerasLibrary, name: str, output: ModelOutput, y: Array
 
 
 def _kl_of_logits(library: KerasLibrary) -> Any:
-    """The divergence of the model's probabilities from those of the targets, for a model that ends in logits."""
+    """KL divergence for a model that outputs logits."""
     keras = library.keras
 
     def kl_divergence_of_logits(y_true: Any, y_pred: Any) -> Any:
@@ -124,7 +124,7 @@ def _kl_of_logits(library: KerasLibrary) -> Any:
 
 
 def describe_loss(loss: Any) -> KerasLoss:
-    """What prunectl knows of a loss of Keras."""
+    """Wrap a Keras loss, and infer its kind from its name."""
     name = getattr(loss, "__name__", "") or _snake(type(loss).__name__)
     kind = _FUNCTIONS.get(name, CrossEntropy.OTHER)
     settings = loss.get_config() if kind is not CrossEntropy.OTHER and hasattr(loss, "get_config") else {}
@@ -132,18 +132,18 @@ def describe_loss(loss: Any) -> KerasLoss:
 
 
 def loss_from_config(library: KerasLibrary, entry: Any, objects: Mapping[str, Any]) -> Any:
-    """What a file calls a loss; an error of Keras if that is unknown here."""
+    """Create a loss from a file's configuration; raises Keras' own errors if it is unknown."""
     with library.keras.utils.custom_object_scope(dict(objects)):
         return library.keras.losses.deserialize(entry) if isinstance(entry, dict) else library.keras.losses.get(entry)
 
 
 def match_targets(
-    library: KerasLibrary, loss: KerasLoss, answer: ModelOutput, y: Array | None
+    library: KerasLibrary, loss: KerasLoss, output: ModelOutput, y: Array | None
 ) -> tuple[KerasLoss, str]:
-    """A cross-entropy that takes targets as they come, and what was changed about it."""
+    """Replace a cross-entropy by the one for the encoding of the targets; returns a note if it was replaced."""
     if y is None or loss.kind not in {CrossEntropy.SPARSE, CrossEntropy.CATEGORICAL}:
         return loss, ""
-    encoding = _encoding(answer, y)
+    encoding = _encoding(output, y)
     if encoding is loss.kind or encoding is CrossEntropy.BINARY:
         return loss, ""
     replacement = getattr(library.keras.losses, encoding.value)(from_logits=loss.from_logits)
@@ -155,18 +155,18 @@ def match_targets(
 _ELEMENTWISE = frozenset(
     {"mean_squared_error", "mean_absolute_error", "huber", "mean_squared_logarithmic_error", "log_cosh", "hinge"}
 )
-"""Losses that compare number with number, which TensorFlow would stretch where there are fewer targets."""
+"""Elementwise losses, for which TensorFlow would broadcast targets of fewer numbers."""
 
 
 def check_shape(loss: KerasLoss, output: ModelOutput, y: Array | None) -> None:
-    """Refuse targets of another shape than the outputs that they are compared with."""
+    """Refuse targets whose size differs from the output's, for elementwise losses."""
     shape = output.shape[1:]
     if y is not None and loss.name in _ELEMENTWISE and None not in shape and not has_same_size(shape, y.shape[1:]):
         raise target_mismatch(y.shape[1:], shape, f"the output {output.name} is")
 
 
 def _encoding(output: ModelOutput, y: Array | None) -> CrossEntropy:
-    """The cross-entropy for the shape of targets, where it is known that they name classes."""
+    """The cross-entropy for the shape of targets that are known to be classes."""
     if output.width == 1:
         return CrossEntropy.BINARY
     if y is None or not shape_matches(y.shape[1:], output.shape[1:]):
@@ -192,25 +192,25 @@ def _loss_of_keras(library: KerasLibrary, name: str) -> Any:
 
 
 def loss_names(library: KerasLibrary) -> Sequence[str]:
-    """What losses can be called."""
+    """The names of all losses."""
     keras_names = [name for name in dir(library.keras.losses) if not name.startswith("_")]
     return [_CROSS_ENTROPY, "bce", *_SHORT_NAMES, *keras_names]
 
 
 def _snake(name: str) -> str:
-    """The name of the function that a class of losses stands for."""
+    """A class name in snake case, which is the name of the corresponding function."""
     spaced = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
     return spaced.lstrip("_")
 
 
 ACCURACY = frozenset({"accuracy", "acc"})
 _ACCURACIES = ACCURACY | {"sparse_categorical_accuracy", "categorical_accuracy"}
-"""What files call it; which of them it is the targets decide."""
+"""Names of accuracies in files; the targets decide which accuracy is used."""
 _TOP = re.compile(r"top-?_?(\d+)(?:-?_?accuracy)?")
 
 
 _ELEMENTWISE_METRICS = frozenset({"mae", "mse", "mape", "msle", "rmse", "logcosh", "r2_score"})
-"""What compares number with number, beside all that end with `_error`: Keras may stretch targets that are fewer."""
+"""Elementwise metrics, besides names that end with `_error`: Keras may broadcast targets of fewer numbers."""
 
 
 def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: ModelOutput, y: Array | None) -> list[Any]:
@@ -229,7 +229,7 @@ def default_metrics(library: KerasLibrary, loss: KerasLoss | None, output: Model
 
 
 def check_metric_shape(name: str, output: ModelOutput, y: Array | None) -> None:
-    """Refuse a metric that compares number with number where there are more of the one."""
+    """Refuse an elementwise metric if outputs and targets differ in size."""
     text, shape = name.strip().lower(), output.shape[1:]
     is_elementwise = text in _ELEMENTWISE_METRICS or text.endswith("_error")
     if y is not None and is_elementwise and None not in shape and not has_same_size(shape, y.shape[1:]):
@@ -237,7 +237,7 @@ def check_metric_shape(name: str, output: ModelOutput, y: Array | None) -> None:
 
 
 def metric_by_name(library: KerasLibrary, name: str, loss: KerasLoss | None, objects: Mapping[str, Any]) -> Any:
-    """The metric that a user asks for, by a name that Keras knows or the custom objects."""
+    """The metric that the user chose, by a name known to Keras or in the custom objects."""
     text = name.strip()
     if ":" in text:
         metric = user_code.resolve_function(text, "--metric")
@@ -261,12 +261,12 @@ def metric_by_name(library: KerasLibrary, name: str, loss: KerasLoss | None, obj
             did_you_mean=tuple(get_close_matches(text.lower(), names, n=3, cutoff=0.5)),
             hint="known: accuracy, top5, auc, precision, recall, mae, the metrics of Keras, or my_module:my_metric",
         ) from error
-    # A function gets the name that the user knows it by, a metric object has its own.
+    # A function is named as the user typed it; a metric object has a name of its own.
     return library.keras.metrics.MeanMetricWrapper(metric, name=text) if not hasattr(metric, "result") else metric
 
 
 def _per_example(library: KerasLibrary, function: Any) -> Any:
-    """A function whose one number for a batch counts for each example of it: the last batch may be smaller."""
+    """Make a metric function return a value for each example, so that a smaller last batch counts less."""
     ops = library.ops
 
     @wraps(function)
@@ -285,7 +285,7 @@ def accuracy(library: KerasLibrary, loss: KerasLoss | None) -> Any:
     """The accuracy that fits the targets of a loss."""
     metrics = library.keras.metrics
     if loss is None or loss.kind is CrossEntropy.OTHER:
-        return "accuracy"  # Keras decides by the shapes that it sees
+        return "accuracy"  # Keras chooses by the shapes of targets and outputs
     if loss.kind is CrossEntropy.BINARY:
         return metrics.BinaryAccuracy(name="accuracy", threshold=0.0 if loss.from_logits else 0.5)
     if loss.kind is CrossEntropy.SPARSE:
@@ -294,8 +294,8 @@ def accuracy(library: KerasLibrary, loss: KerasLoss | None) -> Any:
 
 
 def metric_from_config(library: KerasLibrary, entry: Any, objects: Mapping[str, Any]) -> Any:
-    """What a file calls a metric; an error of Keras if that is unknown here."""
-    # Keras writes down what it took accuracy for, which may have been wrong before it had seen a target.
+    """Create a metric from a file's configuration; raises Keras' own errors if it is unknown."""
+    # Keras saves the kind of accuracy that it chose, which may be wrong if it had not seen any targets.
     if (entry if isinstance(entry, str) else text(part(entry, "config"), "name")) in _ACCURACIES:
         return "accuracy"
     if isinstance(entry, str):
@@ -332,13 +332,13 @@ class DistillationConfig:
     alpha: float
     temperature: float
     has_penalties: bool = True
-    """Whether penalties on weights are added where there are no targets."""
+    """Whether weight penalties are added to the distillation loss."""
 
 
 def install_distillation(model: Any, config: DistillationConfig) -> Callable[[], None]:
-    """Make a model's loss take targets with a teacher's outputs; returns a function that resets its mean."""
+    """Make a model's loss accept targets with teacher outputs; returns a function that resets the mean loss."""
     plain_loss, plain_metrics = model.compute_loss, model.compute_metrics
-    # Keras 2 takes down the loss of the targets alone; Keras 3 what is returned here.
+    # Keras 2 logs only the loss of the targets; Keras 3 logs what is returned here.
     mean = config.library.keras.metrics.Mean(name="loss") if config.library.is_keras2 else None
 
     def compute_loss(
@@ -369,7 +369,7 @@ def install_distillation(model: Any, config: DistillationConfig) -> Callable[[],
 
 
 def _total_loss(model: Any, config: DistillationConfig, y: Any, y_pred: Any, plain: Callable[[Any], Any]) -> Any:
-    """The combined loss; penalties on weights are added in full."""
+    """The combined loss; weight penalties are added in full."""
     distilled = _distillation_loss(config, y[TEACHER], y_pred)
     penalties = sum(model.losses) if config.has_penalties and model.losses else 0.0
     if TARGETS not in y:
@@ -383,7 +383,7 @@ def _num_examples(library: KerasLibrary, y_pred: Any) -> Any:
 
 
 def has_teacher(y: Any) -> bool:
-    """Whether targets come with a teacher's outputs."""
+    """Whether targets include a teacher's outputs."""
     return isinstance(y, dict) and TEACHER in y
 
 
@@ -396,5 +396,5 @@ def _distillation_loss(config: DistillationConfig, teacher_outputs: Any, y_pred:
 
 
 def _num_replicas(library: KerasLibrary) -> int:
-    """How many processes add up their losses."""
+    """The number of replicas, whose losses are summed."""
     return int(library.tensorflow.distribute.get_strategy().num_replicas_in_sync) if library.is_on_tensorflow else 1

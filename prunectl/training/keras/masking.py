@@ -1,9 +1,8 @@
 """Masks and gradient statistics inside every optimizer step.
 
-The optimizer's own function that takes gradients is wrapped, so that whatever trains through it, Keras' training step
-or one of the model's own, is masked: statistics are taken from the gradient as it comes, the gradient of what is
-masked is zeroed before the optimizer sees it, and what is masked is zeroed after it, whatever decay, averages,
-constraints or noise it has put there.
+The optimizer's method that receives gradients is wrapped, so that masks apply to Keras' training step and to custom
+ones alike. Statistics are taken from the original gradient. The gradient of masked weights is then zeroed before the
+optimizer sees it, and the weights themselves afterwards, in case of weight decay, averaging, constraints or noise.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class OptimizerMasking(ABC):
         self._sums: dict[int, Any] = {}
         self._statistic = GradientStatistic.NONE
         self.has_seen_gradients = False
-        """Whether any step has gone through the optimizer."""
+        """Whether the optimizer has received any gradients."""
 
     @abstractmethod
     def _new_variable(self, like: Any, kind: str, *, is_mask: bool) -> Any:
@@ -40,11 +39,11 @@ class OptimizerMasking(ABC):
 
     @abstractmethod
     def _where(self, mask: Any, value: Any) -> Any:
-        """A value where a mask keeps it, and zero elsewhere."""
+        """The value, zeroed where the mask is False."""
 
     @abstractmethod
     def _assign(self, pairs: Sequence[tuple[Any, Any]]) -> None:
-        """Zero variables where their masks do not keep them."""
+        """Zero variables where their masks are False."""
 
     @abstractmethod
     def _accumulate(self, total: Any, variable: Any, gradient: Any) -> None:
@@ -55,7 +54,7 @@ class OptimizerMasking(ABC):
         """The optimizer's slots of a variable, such as momentum."""
 
     def set_masks(self, masks: Iterable[tuple[Any, Array]]) -> bool:
-        """Set masks; returns whether the training step has to be retraced."""
+        """Set masks; returns whether the training step must be retraced."""
         is_new = False
         for variable, mask in masks:
             key = id(variable)
@@ -78,7 +77,7 @@ class OptimizerMasking(ABC):
         """Whether the optimizer trains a variable."""
 
     def track(self, evidence: GradientStatistic, variables: Iterable[Any]) -> None:
-        """Accumulate a statistic from the next step on; the training step has to be retraced."""
+        """Accumulate a statistic from the next step on; the training step must be retraced."""
         self._statistic = evidence
         for variable in variables:
             key = id(variable)
@@ -105,15 +104,15 @@ class OptimizerMasking(ABC):
             backend.set_value(total, np.zeros(backend.shape(total), backend.dtype(total)))
 
     def is_own_variable(self, variable: Any) -> bool:
-        """Whether a variable of the optimizer is one of these masks and sums."""
+        """Whether a variable of the optimizer is one of the masks or sums of this object."""
         return any(variable is own for own in (*self._masks.values(), *self._sums.values()))
 
     def apply_masks(self) -> None:
-        """Apply the masks from outside of a training step."""
+        """Apply the masks outside a training step."""
         self._assign([(self._variables[key], mask) for key, mask in self._masks.items()])
 
     def _before_update(self, gradient: Any, variable: Any) -> Any:
-        """The gradient that the optimizer is to see."""
+        """Accumulate statistics, and return the masked gradient for the optimizer."""
         if gradient is None:
             return None
         key = id(variable)
@@ -128,7 +127,7 @@ class OptimizerMasking(ABC):
 
 
 def paired_slots(optimizer: Any, index: int, count: int, shape: tuple[int, ...]) -> list[Any]:
-    """The slots of a variable: what each list of the optimizer holds at its index, if the shapes agree."""
+    """The slots of a variable: from each list of the optimizer, the entry at its index, if the shapes agree."""
     slots = []
     for value in vars(optimizer).values():
         if isinstance(value, list | tuple) and len(value) == count:
@@ -152,7 +151,7 @@ class TfKerasMasking(OptimizerMasking):
             self.has_seen_gradients = True
             pairs = [(gradient, variable) for gradient, variable in grads_and_vars if id(variable) in self._trained]
             if self._is_distributed() and not kwargs.get("skip_gradients_aggregation"):
-                # Evidence and masks are of the gradient of all processes.
+                # Statistics and masks apply to the aggregated gradient of all processes.
                 pairs, kwargs["skip_gradients_aggregation"] = list(optimizer.aggregate_gradients(pairs)), True
             result = plain(
                 [(self._before_update(gradient, variable), variable) for gradient, variable in pairs], *args, **kwargs
@@ -223,7 +222,7 @@ class TfKerasMasking(OptimizerMasking):
 
 
 class Keras3Masking(OptimizerMasking):
-    """Wraps `apply`; masks and sums are variables of the optimizer, since JAX knows no others inside of a step."""
+    """Wraps `apply`; masks and sums are variables of the optimizer, as JAX steps can update no others."""
 
     def __init__(self, library: KerasLibrary, optimizer: Any) -> None:
         super().__init__(library, optimizer)

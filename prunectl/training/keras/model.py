@@ -1,4 +1,4 @@
-"""Keras models behind the protocol of the training loop, each tensor by its name in the file."""
+"""Keras models behind the interface of the training loop; tensors go by their names in the file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from prunectl.training.task import DistilledOutput
 
 
 def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any], batches: Iterable[Batch]) -> None:
-    """Recalibrate batch norm: moving mean and variance become the averages over batches, weighted by examples."""
+    """Recalibrate batch norm: moving mean and variance become averages over batches, weighted by examples."""
     statistics = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
     others = [
         variable
@@ -55,7 +55,7 @@ def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any],
         run = _training_forward(library, model)
         for batch in batches:
             for variable, value in zip(statistics, old, strict=True):
-                # From zero, what is added to it comes out unrounded.
+                # Keras adds the difference to the old value: starting from zero avoids rounding.
                 backend.set_value(variable, np.zeros_like(value))
             count = len(as_tuple(batch.x)[0])
             with ignore_warnings():
@@ -86,7 +86,7 @@ def _training_forward(library: KerasLibrary, model: Any) -> Any:
         return model(x, training=True)
 
     if library.is_on_tensorflow:
-        # The layers' momentum is what it is while this is traced.
+        # Tracing captures the current momentum of the layers, which is 0.
         return library.tensorflow.function(run, reduce_retracing=True)
     if library.backend == "torch":
 
@@ -103,15 +103,15 @@ _WEIGHT, _OPTIMIZER, _GENERATORS, _STATISTICS, _TORCH = "weight", "optimizer", "
 
 
 def save_state(
-    folder: Path, library: KerasLibrary, training: CompiledModel, chance: RandomState, evidence: Mapping[str, Array]
+    folder: Path, library: KerasLibrary, training: CompiledModel, random: RandomState, statistics: Mapping[str, Array]
 ) -> None:
     """Save weights, optimizer, random states and gradient statistics."""
     parts = {
         f"{kind}/{index}": backend.get_value(library, variable)
         for (kind, index), variable in _state_variables(training).items()
     }
-    parts.update({f"{_GENERATORS}/{index}": state for index, state in enumerate(chance.get_state())})
-    parts.update({f"{_STATISTICS}/{name}": total for name, total in evidence.items()})
+    parts.update({f"{_GENERATORS}/{index}": state for index, state in enumerate(random.get_state())})
+    parts.update({f"{_STATISTICS}/{name}": total for name, total in statistics.items()})
     parts.update(
         {f"{_TORCH}/{kind}": module.get_rng_state().numpy() for kind, module in _torch_generators(library).items()}
     )
@@ -120,7 +120,7 @@ def save_state(
 
 
 def restore_state(
-    folder: Path, library: KerasLibrary, training: CompiledModel, chance: RandomState
+    folder: Path, library: KerasLibrary, training: CompiledModel, random: RandomState
 ) -> dict[str, Array]:
     """Restore what `save_state` wrote; returns the gradient statistics."""
     arrays = load_arrays(folder / _ARRAYS_FILE)
@@ -145,13 +145,13 @@ def restore_state(
             )
         backend.set_value(variable, array)
     try:
-        chance.set_state([generators[f"{_GENERATORS}/{index}"] for index in range(len(generators))])
+        random.set_state([generators[f"{_GENERATORS}/{index}"] for index in range(len(generators))])
     except ValueError as error:
         raise InputError(
             f"{folder / _ARRAYS_FILE} belongs to another model: {error}", hint="start again in another folder"
         ) from error
     for kind, module in _torch_generators(library).items():
-        # A run that goes on upon another kind of device cannot be the same to the bit.
+        # A run that is resumed on another kind of device cannot be bit-identical.
         if f"{_TORCH}/{kind}" in torch_states:
             module.set_rng_state(library.torch.from_numpy(torch_states[f"{_TORCH}/{kind}"].copy()))
     if (folder / _RANDOM_FILE).is_file():
@@ -161,7 +161,7 @@ def restore_state(
 
 
 def _torch_generators(library: KerasLibrary) -> dict[str, Any]:
-    """What of PyTorch has a random state: as a backend it drops out by that, and by no generator of Keras."""
+    """PyTorch's own random generators: with this backend, dropout draws from them, not from Keras' generators."""
     if library.backend != "torch":
         return {}
     torch = library.torch
@@ -169,7 +169,7 @@ def _torch_generators(library: KerasLibrary) -> dict[str, Any]:
 
 
 def _state_variables(training: CompiledModel) -> dict[tuple[str, int], Any]:
-    """All variables of model and optimizer, without masks and statistics."""
+    """All variables of the model and the optimizer, without masks and statistics."""
     model = training.model
     optimizer = [variable for variable in optimizer_variables(model) if not training.masking.is_own_variable(variable)]
     weights = {(_WEIGHT, index): variable for index, variable in enumerate(model.weights)}
@@ -177,7 +177,7 @@ def _state_variables(training: CompiledModel) -> dict[tuple[str, int], Any]:
 
 
 class KerasTrainable:
-    """A model with the names of its variables; prepared, also with what trains it."""
+    """A Keras model with its variables by name, and once it is prepared, its compiled training step."""
 
     def __init__(self, load: Callable[[DevicePlacement], LoadedModel]) -> None:
         self._loader = load
@@ -211,7 +211,7 @@ class KerasTrainable:
         return self._with_activations(outputs.signature(self._model))
 
     def _with_activations(self, signature: ModelSignature) -> ModelSignature:
-        """A signature with what each output ends in, once that is known."""
+        """Add the final activation of each output to a signature, once it is known."""
         pairs = zip(self._training.endings, self._training.binary, strict=True) if self._training is not None else ()
         activations = list(pairs)
         if len(activations) != len(signature.outputs):
@@ -226,12 +226,12 @@ class KerasTrainable:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was chosen for want of a word."""
+        """Notes for the user on defaults that were chosen."""
         return self._training.notes if self._training is not None else ()
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """The one of one: in several processes Keras divides the same batches by itself."""
+        """Always a single rank: with several processes, Keras itself splits each batch."""
         return 0, 1
 
     @property
@@ -239,7 +239,7 @@ class KerasTrainable:
         return self._placement.processes[0] == 0
 
     def is_true_everywhere(self, mine: bool) -> bool:
-        """What is true here: every process goes through the same batches."""
+        """The value in this process: every process reads the same batches."""
         return mine
 
     def prepare(self, options: TrainOptions) -> None:
@@ -254,7 +254,7 @@ class KerasTrainable:
         if unknown:
             raise UsageError(f"{unknown[0]} cannot be frozen: Keras loads no such weight")
         self.place(options.device)
-        # Whoever evaluates between steps of their own goes on in the kernels that hold the state of their operations.
+        # Evaluation must not reset the kernels of a program that trains by its own steps: they hold random state.
         keeps_kernels = options.is_evaluated and not self._random.has_hidden_state
         self._random.seed(options.seed, keeps_kernels=keeps_kernels)
         self._frozen = options.frozen
@@ -367,21 +367,21 @@ class KerasTrainable:
             self._training.retrace()
 
     def save(self, folder: Path | None) -> None:
-        """Keep what training needs to go on, in the first process."""
+        """Save the state of training, in the first process."""
         if folder is not None:
             save_state(folder, self._library, self._compiled, self._random, self.evidence())
 
     def restore(self, folder: Path) -> None:
         with self._placement.scope(self._library):
-            evidence = restore_state(folder, self._library, self._compiled, self._random)
-        for name, total in evidence.items():
+            statistics = restore_state(folder, self._library, self._compiled, self._random)
+        for name, total in statistics.items():
             self._compiled.masking.restore_statistic(self._variables[name], total)
 
     def close(self) -> None:
-        """Let go of what trains it."""
+        """Release the compiled training step."""
         self._training = None
 
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TrainableModel:
-    """The model of a file as a network of the Keras that wrote it."""
+    """Load a model in the Keras version that wrote it."""
     return KerasTrainable(partial(load, model, origin))

@@ -15,22 +15,22 @@ from prunectl.training.task import FinalActivation, Task, activation_of_values, 
 
 
 def pack_inputs(model: Any, x: Arrays) -> Any:
-    """Inputs as the model takes them."""
+    """Pack inputs in the model's structure."""
     return _pack(_names(model, "inputs"), as_tuple(x))
 
 
 def pack_targets(model: Any, y: Arrays | None) -> Any:
-    """Targets as the model puts out its answers."""
+    """Pack targets in the structure of the model's outputs."""
     return _pack(_names(model, "outputs"), as_tuple(y)) if y is not None else None
 
 
 def per_output(model: Any, parts: Sequence[Any]) -> Any:
-    """One thing for each output, as the model puts them out."""
+    """Pack a value for each output in the structure of the model's outputs."""
     return _pack(_names(model, "outputs"), parts)
 
 
 def _names(model: Any, which: str) -> tuple[str, ...]:
-    """What a model calls its inputs or outputs, if it takes them by name."""
+    """The names of a model's inputs or outputs, if it takes a dictionary."""
     nested = structure(model, which)
     return tuple(nested) if isinstance(nested, dict) else ()
 
@@ -47,12 +47,12 @@ _NAMELESS = "keras_tensor"
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """An output of a model: its layer's name, its last activation and its shape."""
+    """An output of a model: its layer's name, its final activation and its shape."""
 
     name: str
     ending: FinalActivation
     shape: tuple[int | None, ...]
-    """With the batch axis."""
+    """Includes the batch axis."""
 
     @property
     def width(self) -> int | None:
@@ -60,12 +60,12 @@ class ModelOutput:
         return self.shape[-1] if len(self.shape) > 1 else 1
 
     def task(self, targets: Array) -> Task:
-        """What targets are to this output."""
+        """The task that targets define for this output."""
         return infer_task(self.shape[1:], self.ending, targets)
 
 
 def describe_outputs(model: Any, example: Batch | None) -> tuple[ModelOutput, ...]:
-    """What each output is: by the layers that make it, else by what comes out for some examples."""
+    """Describe each output, from the layers that produce it or else from the outputs for an example batch."""
     outputs = flatten(getattr(model, "outputs", None) or ())
     names = output_names(model, outputs)
     activations = [activation_of(tensor) for tensor in outputs]
@@ -79,7 +79,7 @@ def describe_outputs(model: Any, example: Batch | None) -> tuple[ModelOutput, ..
 
 
 def output_names(model: Any, outputs: Sequence[Any]) -> list[str]:
-    """What a user would call the outputs: what Keras does, or the layers that make them."""
+    """The names of the outputs as a user knows them: Keras' own, or those of the layers that produce them."""
     names = [str(name) for name in getattr(model, "output_names", None) or ()]
     if not outputs:
         return names
@@ -101,7 +101,7 @@ def _model_outputs(
 
 
 def flatten(nested: Any) -> list[Any]:
-    """Tensors one by one, whatever they are packed in."""
+    """The tensors in a nested structure, as a list."""
     return list(_leaves(nested))
 
 
@@ -117,7 +117,7 @@ def _leaves(nested: Any) -> Iterator[Any]:
 
 
 def _producer(tensor: Any) -> Any:
-    """The layer that makes a symbolic tensor."""
+    """The layer that produces a symbolic tensor."""
     layer, index = None, 0
     for _ in range(_MAX_NESTED):
         made_by = producer(tensor)
@@ -125,7 +125,7 @@ def _producer(tensor: Any) -> Any:
             return layer
         layer, index = made_by
         inner = flatten(getattr(layer, "outputs", None) or ())
-        # A model inside the model: what makes its output is what counts.
+        # For a nested model, continue with the layer that produces its output.
         if not hasattr(layer, "layers") or index >= len(inner):
             return layer
         tensor = inner[index]
@@ -133,12 +133,12 @@ def _producer(tensor: Any) -> Any:
 
 
 def activation_of(tensor: Any) -> FinalActivation | None:
-    """The activation of the layer that makes a symbolic tensor, if it says so."""
+    """The final activation of the layer that produces a symbolic tensor, if it is known."""
     return _layer_activation(_producer(tensor))
 
 
 def _layer_activation(layer: Any) -> FinalActivation | None:
-    """The activation that a layer ends with, if it says so."""
+    """The final activation of a layer, if it is known."""
     if layer is None:
         return None
     inner = getattr(layer, "layer", None)
@@ -151,18 +151,18 @@ def _layer_activation(layer: Any) -> FinalActivation | None:
     for ending in (FinalActivation.SOFTMAX, FinalActivation.SIGMOID):
         if name.rpartition(".")[2] == ending.value:
             return ending
-    # A layer with an activation of its own says what it ends with; one without, such as Reshape, does not.
+    # A layer with another activation outputs raw values; one without any, such as Reshape, shows nothing.
     return FinalActivation.RAW if activation is not None else None
 
 
 def _activation_from_values(array: Array) -> FinalActivation:
     activation = activation_of_values(array, -1)
-    # The logarithms of probabilities are logits as good as any.
+    # Log-probabilities serve as logits.
     return FinalActivation.RAW if activation is FinalActivation.LOG_SOFTMAX else activation
 
 
 def signature(model: Any) -> ModelSignature:
-    """The inputs and outputs of a model, as far as it knows them."""
+    """The inputs and outputs of a model, as far as they are known."""
     inputs, outputs = flatten(_tensors(model, "inputs")), flatten(_tensors(model, "outputs"))
     names = output_names(model, outputs)
     return ModelSignature(
@@ -194,7 +194,7 @@ def _port(tensor: Any, name: str) -> TensorSpec:
 
 
 def _from_build(model: Any) -> TensorSpec:
-    """The input of a model that is code, from the shape that it was built for."""
+    """The input of a subclassed model, from the shape that it was built for."""
     shape = built_shape(model)
     if shape is None or not all(size is None or isinstance(size, int) for size in tuple(shape)):
         return TensorSpec("input_1", None, "")

@@ -1,4 +1,4 @@
-"""The compiled training step of a Keras model: freezing, learning rate, distillation, averaged metrics."""
+"""The compiled training step of a Keras model: frozen weights, learning rate, distillation and averaged metrics."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from prunectl.training.task import DistilledOutput, FinalActivation
 
 
 def freeze(library: KerasLibrary, model: Any, variables: Sequence[Any]) -> list[tuple[Any, Array]]:
-    """Freeze variables; returns those, with their values, that a step changes all the same (batch-norm statistics)."""
+    """Freeze variables; returns those that steps change anyway (batch-norm statistics), with their values."""
     if not variables:
         return []
     frozen = {id(variable) for variable in variables}
     for layer in flat_layers(model, include_self=False):
         weights = layer.weights
         if weights and all(id(weight) in frozen for weight in weights):
-            # All of it: batch normalisation then uses the statistics that it has.
+            # Freezing the whole layer makes batch normalisation use its saved statistics.
             layer.trainable = False
     if not library.is_keras2:
         for variable in variables:
@@ -54,16 +54,16 @@ def batch_norm_layers(library: KerasLibrary, model: Any) -> list[Any]:
     return [layer for layer in distinct_layers(model) if isinstance(layer, batch_norm) and layer.trainable]
 
 
-def silence_layers(library: KerasLibrary, model: Any) -> None:
-    """Let every layer work as when it predicts, dropout and noise above all, but for batch normalisation."""
+def set_inference_mode(library: KerasLibrary, model: Any) -> None:
+    """Run all layers in inference mode, without dropout and noise, except for batch normalisation."""
     norms = {id(layer) for layer in batch_norm_layers(library, model)}
     for layer in distinct_layers(model):
         parameters = inspect.signature(layer.call).parameters
         if "training" in parameters and not norms & {id(inner) for inner in flat_layers(layer)}:
-            layer.call = _predicting(layer.call)
+            layer.call = _in_inference_mode(layer.call)
 
 
-def _predicting(original: Any) -> Any:
+def _in_inference_mode(original: Any) -> Any:
     signature = inspect.signature(original)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ class StepAverager:
 
     def __init__(self, is_running: Callable[[str, float], bool]) -> None:
         self._is_running_mean = is_running
-        """Whether a log is a running mean over all batches so far, not the value of one."""
+        """Whether a log is a running mean over all batches so far rather than the value of one batch."""
         self._last: dict[str, float] = {}
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -94,7 +94,7 @@ class StepAverager:
             self._counts[name] = self._counts.get(name, 0) + examples
 
     def compute(self) -> dict[str, float]:
-        """The means since the last call, which resets them."""
+        """The means since the last call; resets them."""
         means = {
             name: last if self._is_running_mean(name, last) else self._sums[name] / max(self._counts[name], 1)
             for name, last in self._last.items()
@@ -104,7 +104,7 @@ class StepAverager:
 
 
 def current_metrics(model: Any) -> dict[str, float]:
-    """The current results of a model's metrics, where they are built."""
+    """The current results of those metrics of a model that are built."""
     metrics: dict[str, float] = {}
     for metric in model.metrics:
         try:
@@ -134,7 +134,7 @@ class LearningRate:
             self._current = rate
 
     def forget(self) -> None:
-        """Set the rate at the next step whatever it was, since a restored state has set it."""
+        """Set the rate again at the next step, as a restored state may have changed it."""
         self._current = None
 
     def _number(self, tensor: Any) -> float:
@@ -144,9 +144,9 @@ class LearningRate:
 
 
 class CompiledStep:
-    """A step of Keras on TensorFlow as one `tf.function` of a batch, without `train_on_batch` or `test_on_batch`.
+    """A Keras step on TensorFlow as one `tf.function`, instead of `train_on_batch` or `test_on_batch`.
 
-    Both trace a step for the size of the first batch, and again when the last one is smaller.
+    Those trace a step for the size of the first batch, and again if the last one is smaller.
     """
 
     def __init__(self, library: KerasLibrary, model: Any, verb: str, *, takes_any_size: bool) -> None:
@@ -156,7 +156,7 @@ class CompiledStep:
 
     @staticmethod
     def supports(library: KerasLibrary, model: Any, verb: str) -> bool:
-        """Whether Keras would do the same: not where a model overrides it, or runs eagerly."""
+        """Whether Keras' own step is equivalent: not if the model overrides it or runs eagerly."""
         if not library.is_on_tensorflow or model.run_eagerly:
             return False
         plain = library.keras.Model
@@ -189,11 +189,11 @@ class CompiledStep:
             step,
             reduce_retracing=True,
             jit_compile=bool(model.jit_compile) or None,
-            # Steps of users may branch by a tensor in Keras 2, and not in Keras 3.
+            # In Keras 2, but not in Keras 3, a user's step may branch on a tensor (AutoGraph).
             autograph=self._library.is_keras2,
         )
         if self._takes_any_size:
-            # What is traced for no size in particular, as in `fit`, serves batches of every size.
+            # A trace without a fixed batch size, as in `fit`, serves batches of every size.
             traced.get_concrete_function(
                 tensorflow.nest.map_structure(
                     lambda tensor: tensorflow.TensorSpec([None, *tensor.shape[1:]], tensor.dtype), data
@@ -225,14 +225,14 @@ class CompiledModel:
         self._user_functions, self._user_metrics = config.user_functions, config.user_metrics
         self._frozen_statistics = freeze(self._library, self.model, frozen)
         if options.is_matching:
-            silence_layers(self._library, self.model)
+            set_inference_mode(self._library, self.model)
         if not self.model.trainable_weights:
             raise UsageError(
                 "there is nothing to train: every weight is frozen", hint="leave out --freeze, or name less"
             )
         self.masking = compile_model(self._library, self.model, config, frozen, is_compiled=options.is_compiled)
         if placement.strategy is not None:
-            # The metrics of Keras are those of all processes already; added up, they would count double.
+            # Keras' metrics already cover all processes; summing them would count everything twice.
             self.model.distribute_reduction_method = "first"
         self._train_step, self._test_step = self._compiled_step("train"), self._compiled_step("test")
         self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
@@ -246,19 +246,19 @@ class CompiledModel:
         ]
         self.endings = tuple(info.ending for info in infos)
         self.binary = binary_logits(loaded, infos)
-        """Of each output whether the file says that its numbers are logits of yes or no."""
+        """For each output, whether the file says that its numbers are logits of binary classification."""
         self._is_distilling = self._has_trained = False
-        # Keras 3 forgets what it counted at every batch; here that is done when the numbers are asked for.
+        # Keras 3 resets its metrics at every batch; here they are reset when the logs are read.
         self._reset_metrics: Callable[[], None] = self.model.reset_metrics
         self.model.reset_metrics = lambda: None
         self._reset_distillation: Callable[[], None] = lambda: None
         self._averager = StepAverager(self._is_running_mean)
 
     def _compiled_step(self, verb: str) -> CompiledStep | None:
-        """A step that is traced here, where Keras would do the same."""
+        """A step that is traced here, if it is equivalent to Keras' own."""
         if self._placement.strategy is not None or not CompiledStep.supports(self._library, self.model, verb):
             return None
-        # Keras has shown its own layers a batch of any size; code of others may count the examples while it is traced.
+        # Keras' own layers have been traced for any batch size; other code may read the size while it is traced.
         is_of_others = self.runs_user_code or self._has_custom_objects or backend.has_foreign_code(self.model)
         inputs = () if is_of_others else getattr(self.model, "inputs", None) or ()
         takes_any_size = bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
@@ -266,23 +266,23 @@ class CompiledModel:
 
     @property
     def _has_custom_step(self) -> bool:
-        """Whether the model, or the user, trains by another step than Keras' own."""
+        """Whether the model or the user has a training step other than Keras' own."""
         module = type(self.model).train_step.__module__
         return self._custom_step is not None or module.partition(".")[0] not in {"keras", "tf_keras"}
 
     @property
     def runs_user_code(self) -> bool:
-        """Whether a step runs what neither Keras nor this package has written."""
+        """Whether a step runs code from outside Keras and prunectl."""
         return bool(self._has_custom_step or self._user_functions or self._user_metrics)
 
     def _is_running_mean(self, name: str, last: float) -> bool:
-        """Whether a log is a running mean since the metrics were reset, not the value of one batch."""
+        """Whether a log is a running mean since the metrics were reset rather than the value of one batch."""
         if self._custom_step is not None:
             return False
         return not self._has_custom_step or current_metrics(self.model).get(name) == last
 
     def mask(self, masks: Iterable[tuple[Any, Array]]) -> None:
-        """Put masks on."""
+        """Set masks."""
         if self.masking.set_masks(masks):
             self.retrace()
 
@@ -308,7 +308,7 @@ class CompiledModel:
         return self.masking.statistics(variables)
 
     def compare(self, compared: Sequence[DistilledOutput]) -> None:
-        """Choose how each output is compared with a teacher's, before the first step with one."""
+        """Choose how each output is compared with the teacher's, before the first distillation step."""
         self._output_losses = list(compared)
 
     def step(self, batch: Batch, scale: float, teacher_outputs: Arrays | None) -> None:
@@ -324,7 +324,7 @@ class CompiledModel:
             for variable, value in self._frozen_statistics:
                 backend.set_value(variable, value)
             if self._has_custom_step:
-                # It may move weights without the optimizer, or with another.
+                # A custom step may change weights without the optimizer, or with another.
                 self.masking.apply_masks()
         self._has_trained = True
         self._averager.update(logs, len(as_tuple(batch.x)[0]))
@@ -337,7 +337,7 @@ class CompiledModel:
         except self._library.misfits as error:
             if self._has_trained:
                 raise
-            raise _refused("train on the first batch", error) from error
+            raise _user_error("train on the first batch", error) from error
 
     def _on_batch(self, verb: str, step: CompiledStep | None, x: Any, y: Any) -> Mapping[str, Any]:
         if step is not None:
@@ -370,10 +370,10 @@ class CompiledModel:
             )
         options = self._options
         share, temperature = options.teacher_share, options.temperature
-        guidance = DistillationConfig(
+        distillation = DistillationConfig(
             self._library, self._output_losses, share, temperature, has_penalties=not options.is_matching
         )
-        self._reset_distillation = losses.install_distillation(self.model, guidance)
+        self._reset_distillation = losses.install_distillation(self.model, distillation)
         self.retrace()
         self._is_distilling = True
 
@@ -385,7 +385,7 @@ class CompiledModel:
         return means
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The means over some batches."""
+        """The mean loss and metrics over some batches."""
         saved = [
             (variable, backend.get_value(self._library, variable))
             for metric in self.model.metrics
@@ -393,7 +393,7 @@ class CompiledModel:
         ]
         self._reset_metrics()
         averager = StepAverager(lambda *_: True)
-        started = {name: start() for name, start in self._user_metrics.items()}
+        user_metrics = {name: create() for name, create in self._user_metrics.items()}
         gathered: list[tuple[tuple[Array, ...], tuple[Array, ...]]] = []
         with self._placement.scope(self._library), ignore_warnings():
             for batch in batches:
@@ -401,12 +401,12 @@ class CompiledModel:
                 try:
                     logs = self._on_batch("test", self._test_step, x, y)
                 except self._library.misfits as error:
-                    raise _refused("evaluate a batch", error) from error
+                    raise _user_error("evaluate a batch", error) from error
                 averager.update(logs, len(as_tuple(batch.x)[0]))
-                if (started or self._user_functions) and batch.y is not None:
+                if (user_metrics or self._user_functions) and batch.y is not None:
                     arrays = as_tuple(backend.as_arrays(self.model.predict_on_batch(x)))
                     targets = as_tuple(batch.y)
-                    for name, metric in started.items():
+                    for name, metric in user_metrics.items():
                         with metric_failures(name, arrays[0].shape, targets[0].shape):
                             metric.update(arrays[0], targets[0])
                     gathered += [(targets, arrays)] if self._user_functions else []
@@ -416,19 +416,19 @@ class CompiledModel:
         self._reset_metrics()
         for variable, value in saved:
             backend.set_value(variable, value)
-        return {**logs, **{name: float(metric.compute()) for name, metric in started.items()}}
+        return {**logs, **{name: float(metric.compute()) for name, metric in user_metrics.items()}}
 
     def _of_all_examples(
         self, logs: Mapping[str, float], gathered: Sequence[tuple[tuple[Array, ...], tuple[Array, ...]]]
     ) -> dict[str, float]:
-        """The user's functions of all outputs and targets at once: F1 and Dice are no means of those of batches."""
+        """The user's metric functions on all outputs and targets at once: F1 and Dice are not means over batches."""
         convert = self._library.ops.convert_to_tensor
         y, y_pred = (
             outputs.per_output(self.model, [convert(np.concatenate(parts)) for parts in zip(*arrays, strict=True)])
             for arrays in zip(*gathered, strict=True)
         )
         self._reset_metrics()
-        # The metrics of several processes count in each for itself.
+        # With several processes, each has its own metric variables.
         strategy = self._placement.strategy
         arguments = (None, y, y_pred, None)
         values = (
@@ -440,11 +440,11 @@ class CompiledModel:
         return {name: float(np.mean(np.asarray(values[name], np.float64))) for name in names}
 
     def reset_counters(self) -> None:
-        """Reset the averaged logs and the learning rate that was set."""
+        """Reset the averaged logs and the cached learning rate."""
         self.logs()
         self._rate.forget()
 
 
-def _refused(what: str, error: Exception) -> UsageError:
+def _user_error(what: str, error: Exception) -> UsageError:
     hint = "check that --loss, --metric and the targets fit the model"
     return UsageError(f"Keras cannot {what}: {error_line(error)}", hint=hint)

@@ -1,7 +1,7 @@
-"""Matching of Keras variables to tensors of a file by a probe.
+"""Matches Keras variables to the tensors of a file by probing.
 
-A copy of the file is made in which every element of a tensor is the number of that tensor, and Keras loads it:
-whichever number a variable then holds tells its name. It does not matter which Keras wrote the file, nor how.
+A copy of the file is written in which every element of a tensor is the tensor's number, and Keras loads it: the number
+in a variable then identifies its tensor. This works for every version of Keras and every file layout.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from prunectl.training.quiet import ignore_warnings
 _SKIPPED_ROLES = frozenset({Role.OPTIMIZER})
 _CHUNK = 1 << 20
 _BASES = {"float16": 1 << 11, "bfloat16": 1 << 8, "float32": 1 << 24, "float64": 1 << 53}
-"""Below these, a floating-point type has every whole number."""
+"""The integers up to these are all exact in a floating-point type."""
 _MIN_BASE = 8
-"""What the smallest floating-point types have."""
+"""The base for the smallest floating-point types."""
 
 
 def match_variables(
     file: ModelFile, library: KerasLibrary, variables: Sequence[Any], fill: Callable[[Path], None]
 ) -> dict[str, Any]:
-    """The variables by the names of their tensors."""
+    """Keras variables by the names of their tensors in the file."""
     tensors = [tensor for tensor in file.tensors if tensor.role not in _SKIPPED_ROLES and tensor.size]
     nonempty = [variable for variable in variables if np.prod(backend.shape(variable), dtype=np.int64)]
     values = [backend.get_value(library, variable) for variable in nonempty]
@@ -58,7 +58,7 @@ def _probe(
     variables: Sequence[Any],
     fill: Callable[[Path], None],
 ) -> list[int]:
-    """For each variable the number of its tensor, from one; 0 where there is none."""
+    """The number of each variable's tensor, counted from 1; 0 if it has none."""
     base = min(
         (_digit_base(dtype) for dtype in (*(tensor.dtype for tensor in tensors), *map(backend.dtype, variables))),
         default=2,
@@ -77,7 +77,7 @@ def _probe(
 
 
 def _add_digit(before: int, array: Array, weight: int) -> int:
-    """A number with one more digit; -1 once there is none, as where one variable was put together of several."""
+    """Add a digit to a number; -1 if the elements differ, as in a variable composed of several tensors."""
     first = array.reshape(-1)[0]
     if before < 0 or not np.all(array == first):
         return -1
@@ -93,10 +93,10 @@ def _digit_base(dtype: np.dtype[Any]) -> int:
 
 
 def _write_probe(file: ModelFile, tensors: Iterable[Tensor], digits: dict[str, int], scratch: Path) -> Path:
-    """Write a copy of a file in which each tensor is filled with a digit, and return where."""
+    """Write a copy of a file in which each tensor is filled with a digit; returns its path."""
     rewrites: dict[tuple[str, int], TensorUpdate] = {}
     for tensor in tensors:
-        # Tensors that share their bytes are one, and go by the name that comes first.
+        # Tensors that share their bytes count as one, under the name that comes first.
         key = (tensor.storage.key, tensor.start)
         rewrites.setdefault(key, TensorUpdate(tensor, partial(_filled, tensor, digits[tensor.name])))
     target = scratch / file.path.name
@@ -113,7 +113,7 @@ def _filled(tensor: Tensor, digit: int) -> Iterator[Array]:
 
 
 def _check_same(file: ModelFile, tensor: Tensor, value: Array) -> None:
-    """Refuse a file whose numbers Keras moves about when it loads them: they could not be put back."""
+    """Refuse a file whose weights Keras rearranges on loading: they could not be written back."""
     stored = file.read(tensor)
     if value.shape != tensor.shape or not np.array_equal(
         value, stored.astype(value.dtype), equal_nan=value.dtype.kind != "b"
