@@ -1,1 +1,1 @@
-"""What needs gradients: data, and one runtime for each framework."""
+"""Training and evaluation of saved models: data sources, and a runtime for each framework."""

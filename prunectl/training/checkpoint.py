@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _LAST, _NEXT, _OLD = "last", "next", "old"
-_FACTS, _MASKS, _BEST, _NETWORK = "run.json", "masks.npz", "best.npz", "network"
+_STATE, _MASKS, _BEST, _NETWORK = "run.json", "masks.npz", "best.npz", "network"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class CheckpointManager:
             )
         if checkpoint is None:
             return
-        differing = differences(_read(checkpoint / _FACTS)["choices"], self.choices)
+        differing = differences(_read(checkpoint / _STATE)["choices"], self.choices)
         if differing:
             raise UsageError(
                 f"the run in {self.folder} had {'; '.join(differing)}",
@@ -67,17 +67,17 @@ class CheckpointManager:
         (scratch / _NETWORK).mkdir(parents=True)
         save_arrays(scratch / _MASKS, scheduler.masks)
         save_arrays(scratch / _BEST, progress.best_tensors)
-        facts = {
+        state = {
             "choices": dict(self.choices),
             "step": progress.step,
-            "stale": progress.stale,
+            "stale": progress.epochs_since_best,
             "best": progress.best,
             "best_epoch": progress.best_epoch,
             "turned_at": scheduler.last_updated,
             "history": [asdict(entry) for entry in progress.history],
         }
         network.save(scratch / _NETWORK)
-        (scratch / _FACTS).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
+        (scratch / _STATE).write_text(json.dumps(state, sort_keys=True), encoding="utf-8")
         # An interruption between the two renames leaves only the old checkpoint, which `latest` then finds.
         last, old = self.folder / _LAST, self.folder / _OLD
         shutil.rmtree(old, ignore_errors=True)
@@ -91,21 +91,21 @@ class CheckpointManager:
         folder = self.latest()
         if folder is None or not self.is_resumed:
             return
-        facts = _read(folder / _FACTS)
+        state = _read(folder / _STATE)
         network.restore(folder / _NETWORK)
         scheduler.masks = {name: array.astype(np.bool_) for name, array in load_arrays(folder / _MASKS).items()}
-        scheduler.last_updated = facts["turned_at"]
+        scheduler.last_updated = state["turned_at"]
         if scheduler.masks:
             network.mask(scheduler.masks)
-        progress.step, progress.stale = facts["step"], facts["stale"]
-        progress.best, progress.best_epoch = facts["best"], facts["best_epoch"]
+        progress.step, progress.epochs_since_best = state["step"], state["stale"]
+        progress.best, progress.best_epoch = state["best"], state["best_epoch"]
         progress.best_tensors = load_arrays(folder / _BEST)
-        progress.history = [LogEntry(**entry) for entry in facts["history"]]
+        progress.history = [LogEntry(**entry) for entry in state["history"]]
 
     def latest(self) -> Path | None:
         """The folder of the checkpoint that a run would resume from, if there is one."""
         candidates = (self.folder / _LAST, self.folder / _OLD)
-        return next((folder for folder in candidates if (folder / _FACTS).is_file()), None)
+        return next((folder for folder in candidates if (folder / _STATE).is_file()), None)
 
 
 _OPTIONS = {
@@ -119,29 +119,29 @@ _OPTIONS = {
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """All options that differ between two runs, such as `--lr 0.0001, not 0.001`."""
-    before, now = _flat(old), _flat(new)
+    before, now = _flatten(old), _flatten(new)
     changes: dict[str, str] = {}
     # Fields missing from either side are skipped: an option that an older version lacked had its default there.
     for name in sorted(before.keys() & now.keys()):
         option = _OPTIONS.get(name, f"--{name.rpartition('.')[2].replace('_', '-')}")
         if before[name] != now[name]:
-            changes.setdefault(option, f"{option} {_shown(before[name])}, not {_shown(now[name])}")
+            changes.setdefault(option, f"{option} {_format_value(before[name])}, not {_format_value(now[name])}")
     return list(changes.values())
 
 
-def _flat(choices: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(choices: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in choices.items():
-        options |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        options |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return options
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as it is typed."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return " ".join(_shown(item) for item in value) or "(none)"
+        return " ".join(_format_value(item) for item in value) or "(none)"
     return "(none)" if value is None or value == "" else str(value)
 
 

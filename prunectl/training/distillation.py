@@ -63,8 +63,8 @@ class Teacher:
     def __call__(self, x: Arrays) -> Arrays:
         """The teacher's outputs for a batch of the student, in the student's form."""
         outputs = as_tuple(self.predict(adapt.apply_each(self._inputs, x)))
-        answers = [answer.apply(array) for answer, array in zip(self._outputs, outputs, strict=False)]
-        return tuple(answers) if len(answers) > 1 else answers[0]
+        converted = [adapter.apply(array) for adapter, array in zip(self._outputs, outputs, strict=False)]
+        return tuple(converted) if len(converted) > 1 else converted[0]
 
 
 def load_teacher(
@@ -76,18 +76,18 @@ def load_teacher(
     """
     model = open_model(path)
     origin = replace(teacher_load_options(model, origin, builder), arrays=tuple(port.name for port in student.inputs))
-    predict, close, theirs = _opened(model, origin, device)
+    predict, close, theirs = _open(model, origin, device)
     predict, theirs = _in_order_of(student, theirs, predict)
     try:
         inputs = _fit_inputs(path, theirs, student, as_tuple(example.x))
-        answers = [np.asarray(array) for array in as_tuple(predict(adapt.apply_each(inputs, example.x)))]
-        outputs = _fit_outputs(path, answers, theirs, student)
+        example_outputs = [np.asarray(array) for array in as_tuple(predict(adapt.apply_each(inputs, example.x)))]
+        outputs = _fit_outputs(path, example_outputs, theirs, student)
     except BaseException:
         close()
         raise
     notes = tuple(note for fit in inputs for note in fit.notes)
-    if len(answers) > len(outputs):
-        notes += (f"{path} has {len(answers)} outputs: the first {len(outputs)} are used for distillation.",)
+    if len(example_outputs) > len(outputs):
+        notes += (f"{path} has {len(example_outputs)} outputs: the first {len(outputs)} are used for distillation.",)
     return Teacher(predict, close, notes, inputs, outputs)
 
 
@@ -136,12 +136,12 @@ def compare_answers(
         )
         for theirs, ours, port in zip(as_tuple(teacher), as_tuple(student), ports, strict=False)
     )
-    kinds = dict.fromkeys(map(_kind, compared))
+    kinds = dict.fromkeys(map(_describe, compared))
     other = "mse" if compared[0].is_classification else "kl"
     return compared, f"Outputs were compared as {' and '.join(kinds)}. If that is wrong, add --loss {other}."
 
 
-def _kind(output: DistilledOutput) -> str:
+def _describe(output: DistilledOutput) -> str:
     if output.is_classification and output.is_binary:
         return "yes or no (binary cross-entropy)"
     return "classes (KL divergence)" if output.is_classification else "numbers (squared error)"
@@ -152,18 +152,18 @@ def teacher_load_options(model: ModelFile, student: LoadOptions, builder: str) -
     return replace(student, model=builder or ("" if _is_complete(model) else student.model))
 
 
-def _opened(
+def _open(
     model: ModelFile, origin: LoadOptions, device: str
 ) -> tuple[Callable[[Arrays], Arrays], Callable[[], None], ModelSignature]:
     predictor = load_predictor(model, origin)
     if predictor is not None:
-        return predictor.predict, _nothing, predictor.signature
+        return predictor.predict, _close_nothing, predictor.signature
     network = load_trainable(model, origin)
     network.place(device)
     return network.predict, network.close, network.signature
 
 
-def _nothing() -> None:
+def _close_nothing() -> None:
     """Close nothing: a runtime frees its model with the last reference to it."""
 
 
@@ -187,7 +187,7 @@ def _fit_inputs(
         shape = array.shape[1:]
         change = adapt.find_axis_change(shape, port.shape)
         if port.shape is None and theirs.is_channels_first != student.is_channels_first:
-            change = _by_convention(shape, is_first=theirs.is_channels_first)
+            change = _transpose_image(shape, is_first=theirs.is_channels_first)
         elif port.shape is not None and change is None and not shape_matches(shape, port.shape):
             raise UsageError(
                 f"the teacher {path} takes {format_shape(port.shape)} for each example, "
@@ -200,7 +200,7 @@ def _fit_inputs(
     return adapters
 
 
-def _by_convention(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | None:
+def _transpose_image(shape: tuple[int, ...], *, is_first: bool) -> AxisChange | None:
     """Transpose images between CHW and HWC, for a teacher that does not declare its input shape."""
     if len(shape) != 3 or shape[-1 if is_first else 0] not in _COLOURS:
         return None
@@ -217,7 +217,7 @@ def _fit_outputs(path: Path, seen: Sequence[Array], theirs: ModelSignature, stud
         raise UsageError(f"the teacher {path} has {len(seen)} outputs, the model {len(student.outputs)}")
     ports = theirs.outputs if len(theirs.outputs) == len(seen) else (TensorSpec("", None, ""),) * len(seen)
     axis, their_axis = (1 if signature.is_channels_first else -1 for signature in (student, theirs))
-    answers = []
+    adapters = []
     for array, port, mine in zip(seen, ports, student.outputs, strict=False):
         shape = array.shape[1:]
         change = adapt.find_axis_change(shape, mine.shape)
@@ -229,5 +229,5 @@ def _fit_outputs(path: Path, seen: Sequence[Array], theirs: ModelSignature, stud
             )
         # A 2-D output has its classes on the last axis in every framework.
         ending = port.ending or activation_of_values(array, their_axis if array.ndim > 2 else -1)
-        answers.append(_Adapter(change, ending, mine.ending, axis))
-    return answers
+        adapters.append(_Adapter(change, ending, mine.ending, axis))
+    return adapters

@@ -28,7 +28,7 @@ from prunectl.training.request import FinetuneRequest
 from prunectl.training.runtimes import load_predictor, load_trainable, with_arrays
 from prunectl.training.task import IGNORED_LABEL, FinalActivation, Task, TaskKind, infer_task, label_axis
 
-_EVEN = 0.5
+_THRESHOLD = 0.5
 Score = Callable[[Array, Array], Array]
 """A function of outputs and targets that returns a number for each example."""
 
@@ -64,7 +64,7 @@ def evaluate_predictions(
             )
         score = _SCORES[chosen]
         if score is _accuracy and has_labels:
-            total += float(_by_example(outputs == targets.reshape(outputs.shape)).sum())
+            total += float(_mean_by_example(outputs == targets.reshape(outputs.shape)).sum())
         elif score is _accuracy and (task.kind is TaskKind.BINARY or outputs.size == len(outputs)):
             if targets.size != outputs.size:
                 raise metric_mismatch(chosen, outputs.shape, targets.shape)
@@ -72,7 +72,7 @@ def evaluate_predictions(
         else:
             if score is _accuracy:
                 score = partial(_accuracy, is_channels_first=is_channels_first)
-            total += float(_fitting(chosen, score, outputs, targets).sum())
+            total += float(_compute_score(chosen, score, outputs, targets).sum())
         # Ignored labels match no class, and are left out of the count, as in PyTorch.
         count += len(outputs) * (np.mean(targets != IGNORED_LABEL) if _SCORES[chosen] is _accuracy else 1)
     if not count:
@@ -80,13 +80,13 @@ def evaluate_predictions(
     return chosen, (_binary_accuracy(binary) if binary else float(total / count))
 
 
-def _are_labels(answers: Array, targets: Array) -> bool:
-    """Whether a model answers by the labels themselves, as those of scikit-learn do: a whole number for each target."""
-    is_each = answers.size == targets.size and (answers.ndim != 2 or answers.shape[1] == 1)
-    return answers.dtype.kind in "iub" and is_each and bool((targets == np.trunc(targets)).all())
+def _are_labels(outputs: Array, targets: Array) -> bool:
+    """Whether a model outputs the labels themselves, as scikit-learn's do: a whole number for each target."""
+    is_each = outputs.size == targets.size and (outputs.ndim != 2 or outputs.shape[1] == 1)
+    return outputs.dtype.kind in "iub" and is_each and bool((targets == np.trunc(targets)).all())
 
 
-def _fitting(name: str, score: Score, outputs: Array, targets: Array) -> Array:
+def _compute_score(name: str, score: Score, outputs: Array, targets: Array) -> Array:
     """Compute a score; mismatched shapes are the user's error."""
     try:
         return score(outputs, targets)
@@ -98,7 +98,7 @@ def _binary_accuracy(batches: Sequence[tuple[Array, Array]]) -> float:
     """Accuracy of a single output for two classes; outputs are logits if any of them is outside 0 to 1."""
     outputs, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
     is_logit = outputs.min() < 0 or outputs.max() > 1
-    return float(np.mean((outputs > (0.0 if is_logit else _EVEN)) == (targets > _EVEN)))
+    return float(np.mean((outputs > (0.0 if is_logit else _THRESHOLD)) == (targets > _THRESHOLD)))
 
 
 def _accuracy(outputs: Array, targets: Array, *, is_channels_first: bool = True) -> Array:
@@ -109,18 +109,18 @@ def _accuracy(outputs: Array, targets: Array, *, is_channels_first: bool = True)
         axis = outputs.ndim - 1
     answers = outputs.argmax(axis=axis)
     labels = targets.argmax(axis=axis) if targets.shape == outputs.shape else targets.reshape(answers.shape)
-    return _by_example(answers == labels)
+    return _mean_by_example(answers == labels)
 
 
 def _absolute(outputs: Array, targets: Array) -> Array:
-    return _by_example(np.abs(outputs - targets.reshape(outputs.shape)))
+    return _mean_by_example(np.abs(outputs - targets.reshape(outputs.shape)))
 
 
 def _squared(outputs: Array, targets: Array) -> Array:
-    return _by_example(np.square(outputs - targets.reshape(outputs.shape)))
+    return _mean_by_example(np.square(outputs - targets.reshape(outputs.shape)))
 
 
-def _by_example(values: Array) -> Array:
+def _mean_by_example(values: Array) -> Array:
     return np.asarray(values.reshape(len(values), -1).mean(axis=1))
 
 
@@ -173,7 +173,7 @@ def evaluate_baseline(path: Path, request: FinetuneRequest, meter: ProgressFacto
     return result
 
 
-def _watched(model: ModelFile, source: Source, batch_size: int, meter: ProgressFactory) -> Iterator[Batch]:
+def _with_progress(model: ModelFile, source: Source, batch_size: int, meter: ProgressFactory) -> Iterator[Batch]:
     """The batches of a source, in order, with progress counted in examples."""
     with meter(f"evaluating {model.path.name}", Items(source.count or 0)) as bar:
         for batch in source.batches(EpochOrder(batch_size)):
@@ -189,7 +189,7 @@ def _by_framework(model: ModelFile, request: FinetuneRequest, meter: ProgressFac
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
         judged = data.val or data.train
         size = batch_size(judged, network.signature, request.batch_size)
-        logs = dict(network.evaluate(_watched(model, judged, size, meter)))
+        logs = dict(network.evaluate(_with_progress(model, judged, size, meter)))
         monitor = make_monitor(logs, request.means, (port.name for port in network.signature.outputs))
         return Evaluation(monitor.name, logs, (*notes, *network.notes), monitor.higher_is_better)
 
@@ -213,12 +213,12 @@ def _by_runtime(
     if request.val_split:
         source = train_val_split(source, request.val_split, seed)[1]
     notes += check_batches(source, signature, needs_targets=True)
-    batches = _watched(model, source, request.batch_size, meter)
-    output, wanted, prefix = _judged(model, signature, source, monitored_metric(request.means))
+    batches = _with_progress(model, source, request.batch_size, meter)
+    output, requested, prefix = _select_output(model, signature, source, monitored_metric(request.means))
     metric, value = evaluate_predictions(
         network.predict,
         batches,
-        wanted,
+        requested,
         source.name,
         output=output,
         is_channels_first=signature.is_channels_first,
@@ -228,7 +228,7 @@ def _by_runtime(
     return Evaluation(monitor.name, logs, tuple(dict.fromkeys(notes)), monitor.higher_is_better)
 
 
-def _judged(model: ModelFile, signature: ModelSignature, source: Source, metric: str) -> tuple[int, str, str]:
+def _select_output(model: ModelFile, signature: ModelSignature, source: Source, metric: str) -> tuple[int, str, str]:
     """The index of the evaluated output, its metric, and the prefix of the metric's name (as in Keras, if several)."""
     first = peek(source, 1)
     count = len(as_tuple(first.y)) if first is not None and first.y is not None else 0

@@ -216,12 +216,12 @@ def finetune(
         notes = (*data.notes, *validate_training_data(data, network.signature, request))
         config = _train_config(request, data, network.ranks[1])
         pruning = make_pruning_config(plain, request, config)
-        first = masks_of_zeros(pruning.choice, network.weights(pruning.names))
-        if request.mask is MaskMode.REGROW and not first and pruning.schedule is None:
+        initial = masks_of_zeros(pruning.choice, network.weights(pruning.names))
+        if request.mask is MaskMode.REGROW and not initial and pruning.schedule is None:
             raise UsageError(f"{path} has no zeros that could be regrown", hint="add --sparsity 80%")
-        notes += _sparser_note(path, pruning, first)
+        notes += _sparser_note(path, pruning, initial)
         saved_pruning = read_saved_pruning(model)
-        scheduler = make_mask_scheduler(network, pruning, request, config, first=first, saved=saved_pruning)
+        scheduler = make_mask_scheduler(network, pruning, request, config, initial=initial, saved=saved_pruning)
         check_wrappable(plain, request, scheduler)
         judged_before = evaluate(network, data.val, config.batch_size)
         monitor = _monitor(request, judged_before, network)
@@ -417,7 +417,7 @@ def _write_result(
         places = outputs.staged_paths(model, folder, target)
         write_back(model, values, places)
         result = open_model(places.get(model.path, folder / target.name))
-        zeros_in_file = _zeros_in(result, scheduler.masks)
+        zeros_in_file = _count_zeros(result, scheduler.masks)
         if zeros_in_file != scheduler.zeros:
             lost = scheduler.zeros - zeros_in_file
             raise WorkError(f"{lost} of {scheduler.zeros} zeros became nonzero in training; nothing was written")
@@ -427,6 +427,6 @@ def _write_result(
     return replace(after, path=str(target)), zeros_in_file
 
 
-def _zeros_in(model: ModelFile, masks: Mapping[str, Mask]) -> int:
+def _count_zeros(model: ModelFile, masks: Mapping[str, Mask]) -> int:
     tensors = {tensor.name: tensor for tensor in model.tensors}
     return sum(int(np.count_nonzero(model.read(tensors[name])[~mask] == 0)) for name, mask in masks.items())

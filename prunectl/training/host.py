@@ -182,17 +182,17 @@ class _Keras3:
 
 class _Keras2:
     def save(self) -> Any:
-        generator = getattr(self._place(), "generator", None)
+        generator = getattr(self._generator_store(), "generator", None)
         return generator, None if generator is None else generator.getstate()
 
     def restore(self, state: Any) -> None:
         generator, inner = state
-        self._place().generator = generator
+        self._generator_store().generator = generator
         if generator is not None:
             generator.setstate(inner)
 
     @staticmethod
-    def _place() -> Any:
+    def _generator_store() -> Any:
         return importlib.import_module("tf_keras.src.backend")._SEED_GENERATOR  # noqa: SLF001 - it has no other name
 
 

@@ -119,7 +119,7 @@ class TrainingLogger:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / METRICS
-            lines = _up_to(path, step) if step else []
+            lines = _read_up_to(path, step) if step else []
             path.write_text("".join(lines), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
             self._events = EventWriter(self.folder)
@@ -136,7 +136,7 @@ class TrainingLogger:
         self._last = entry
         self.step(entry.step, entry.sparsity)
         if self._file is not None:
-            self._file.write(json.dumps(_finite(asdict(entry)), sort_keys=True, allow_nan=False) + "\n")
+            self._file.write(json.dumps(_null_nonfinite(asdict(entry)), sort_keys=True, allow_nan=False) + "\n")
             self._file.flush()
         if self._events is not None:
             numbers = {f"train/{name}": value for name, value in entry.train.items()}
@@ -151,15 +151,15 @@ class TrainingLogger:
             self._events.close()
 
 
-def _up_to(path: Path, step: int) -> list[str]:
+def _read_up_to(path: Path, step: int) -> list[str]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [line for line in lines if json.loads(line)["step"] <= step]
 
 
-def _finite(entry: object) -> object:
+def _null_nonfinite(entry: object) -> object:
     """A value that JSON can represent: NaN and infinity become null."""
     if isinstance(entry, dict):
-        return {name: _finite(value) for name, value in entry.items()}
+        return {name: _null_nonfinite(value) for name, value in entry.items()}
     return None if isinstance(entry, float) and not math.isfinite(entry) else entry

@@ -67,7 +67,7 @@ class TrainState:
     """The state of the training loop; saved with a checkpoint."""
 
     step: int = 0
-    stale: int = 0
+    epochs_since_best: int = 0
     """Number of epochs since the best one."""
     best: float | None = None
     best_epoch: int | None = None
@@ -94,9 +94,9 @@ class TrainingRun:
     config: TrainConfig
     scheduler: MaskScheduler
     logger: TrainingLogger
-    saver: CheckpointManager | None = None
+    checkpoints: CheckpointManager | None = None
     teacher: TeacherFunction | None = None
-    decider: Monitor | None = None
+    monitor: Monitor | None = None
     """Decides which epoch is the best; None if nothing depends on that."""
 
 
@@ -105,10 +105,10 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
     network, config, scheduler = run.network, run.config, run.scheduler
     progress = TrainState()
     scheduler.begin(network)
-    if run.saver is not None:
-        run.saver.resume(network, scheduler, progress)
+    if run.checkpoints is not None:
+        run.checkpoints.resume(network, scheduler, progress)
     run.logger.begin(config, progress.step)
-    while progress.step < config.steps and not _is_over(run, progress):
+    while progress.step < config.steps and not _is_stopped_early(run, progress):
         done = progress.step - progress.epoch_began
         if not done:
             network.reseed(config.seed * 1_000_003 + progress.epoch)
@@ -122,8 +122,8 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
             progress.step += 1
             run.logger.step(progress.step, scheduler.sparsity)
         if stopping.is_wanted:
-            if run.saver is not None:
-                run.saver.save(network, scheduler, progress)
+            if run.checkpoints is not None:
+                run.checkpoints.save(network, scheduler, progress)
             raise KeyboardInterrupt
         if progress.step == progress.epoch_began:
             raise InputError(
@@ -132,14 +132,14 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
             )
         _end_epoch(run, progress)
     scheduler.maybe_update(network, progress.step)
-    if config.keeps_best and progress.best_tensors and progress.stale:
+    if config.keeps_best and progress.best_tensors and progress.epochs_since_best:
         network.assign(progress.best_tensors)
     return progress
 
 
-def _is_over(run: TrainingRun, progress: TrainState) -> bool:
+def _is_stopped_early(run: TrainingRun, progress: TrainState) -> bool:
     patience = run.config.patience
-    return patience is not None and progress.stale >= patience
+    return patience is not None and progress.epochs_since_best >= patience
 
 
 def _batches(run: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
@@ -150,8 +150,7 @@ def _batches(run: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
         batch_size, config.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers
     )
     batches = run.data.train.batches(order)
-    # Indexed data has equally many examples in every process; a stream may end earlier in one, and the others would
-    # wait.
+    # Indexed data has as many examples in every process; a stream may end earlier in one, and the others would wait.
     return batches if ranks == 1 or isinstance(run.data.train, IndexedSource) else _until_any_ends(run, batches)
 
 
@@ -179,25 +178,25 @@ def _end_epoch(run: TrainingRun, progress: TrainState) -> None:
     entry = LogEntry(progress.epoch + 1, progress.step, scheduler.sparsity, dict(logs), dict(val_logs))
     progress.history.append(entry)
     run.logger.epoch(entry)
-    _judge(run, progress, entry)
-    if run.saver is not None:
-        run.saver.save(network, scheduler, progress)
+    _update_best(run, progress, entry)
+    if run.checkpoints is not None:
+        run.checkpoints.save(network, scheduler, progress)
 
 
-def _judge(run: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
+def _update_best(run: TrainingRun, progress: TrainState, entry: LogEntry) -> None:
     """Remember the best epoch of those at the final sparsity."""
-    decider = run.decider
-    if decider is None or not entry.val or _is_early(run.scheduler, entry.step):
+    monitor = run.monitor
+    if monitor is None or not entry.val or _precedes_last_update(run.scheduler, entry.step):
         return
-    value = entry.val[decider.name]
-    if decider.is_better(value, progress.best):
-        progress.best, progress.best_epoch, progress.stale = value, entry.epoch, 0
+    value = entry.val[monitor.name]
+    if monitor.is_better(value, progress.best):
+        progress.best, progress.best_epoch, progress.epochs_since_best = value, entry.epoch, 0
         progress.best_tensors = run.network.tensors() if run.config.keeps_best else {}
     else:
-        progress.stale += 1
+        progress.epochs_since_best += 1
 
 
-def _is_early(scheduler: MaskScheduler, step: int) -> bool:
+def _precedes_last_update(scheduler: MaskScheduler, step: int) -> bool:
     """Whether the last mask update is still to come; an update between two epochs belongs to the second."""
     schedule = scheduler.rules.schedule
     if schedule is None or step > schedule.last_update_step:

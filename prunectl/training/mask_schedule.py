@@ -84,7 +84,7 @@ class PruningConfig:
     method: PruningMethod
     schedule: Schedule | None
     """None keeps the initial masks."""
-    evidence: GradientStatistic = GradientStatistic.NONE
+    statistic: GradientStatistic = GradientStatistic.NONE
     regrowth: RigLSchedule | None = None
     has_others: bool = True
     """Whether tensors without a sparsity of their own are pruned too."""
@@ -102,7 +102,7 @@ class MaskScheduler:
     rules: PruningConfig
     masks: dict[str, Mask] = field(default_factory=dict)
     """Keep masks by tensor; empty before the first update."""
-    first: Mapping[str, Mask] = field(default_factory=dict)
+    initial: Mapping[str, Mask] = field(default_factory=dict)
     """Masks of the zeros in the file: they stay zero, unless weights may regrow."""
     last_updated: int = -1
 
@@ -110,8 +110,8 @@ class MaskScheduler:
         """Apply the initial masks, and start to accumulate gradient statistics if the method needs them."""
         if self.masks:
             network.mask(self.masks)
-        if self._watched is not GradientStatistic.NONE:
-            network.watch(self._watched, self.rules.names)
+        if self._statistic is not GradientStatistic.NONE:
+            network.watch(self._statistic, self.rules.names)
 
     def maybe_update(self, network: TrainableModel, step: int) -> bool:
         """Update the masks before the batch of a step, if an update is due; returns whether it was."""
@@ -120,22 +120,22 @@ class MaskScheduler:
         weights = network.weights(self.rules.names)
         if step:
             _check_finite(weights, step)
-        statistics = network.evidence() if self._watched is not GradientStatistic.NONE else {}
+        statistics = network.evidence() if self._statistic is not GradientStatistic.NONE else {}
         _check_finite({f"the gradient of {name}": array for name, array in statistics.items()}, step)
         if self.rules.schedule is not None:
-            self.masks = self._cut(step, weights, statistics)
+            self.masks = self._new_masks(step, weights, statistics)
         growth = self.rules.regrowth
         if growth is not None and self.masks and step and step < growth.end:
             self.masks = regrow_masks(self.masks, weights, statistics, growth.share_at(step))
         network.mask(self.masks)
-        if self._watched is not GradientStatistic.MOVEMENT:
+        if self._statistic is not GradientStatistic.MOVEMENT:
             network.forget()
         self.last_updated = step
         return True
 
     @property
-    def _watched(self) -> GradientStatistic:
-        return GradientStatistic.GRADIENT if self.rules.regrowth is not None else self.rules.evidence
+    def _statistic(self) -> GradientStatistic:
+        return GradientStatistic.GRADIENT if self.rules.regrowth is not None else self.rules.statistic
 
     def _is_update(self, step: int) -> bool:
         schedule, growth = self.rules.schedule, self.rules.regrowth
@@ -144,18 +144,18 @@ class MaskScheduler:
         # If the schedule ends between two pruning steps, an update at the end brings it to its final sparsity.
         return schedule is not None and (schedule.prunes_at(step) or step == schedule.last_update_step)
 
-    def _cut(self, step: int, weights: Mapping[str, Array], statistics: Mapping[str, Array]) -> dict[str, Mask]:
+    def _new_masks(self, step: int, weights: Mapping[str, Array], statistics: Mapping[str, Array]) -> dict[str, Mask]:
         rules, schedule = self.rules, self.rules.schedule
         assert schedule is not None
         method = rules.method
-        if rules.evidence is not GradientStatistic.NONE and statistics:
+        if rules.statistic is not GradientStatistic.NONE and statistics:
             method = replace(method, strategy=with_gradient_scores(method.strategy, statistics, self.masks))
         sparsity = schedule.sparsity_at(step)
         choice = scale_targets(rules.choice, sparsity, schedule.final)
         plan = planning.make_plan(choice, rules.selection, sparsity if rules.has_others else 0.0)
         masks = engine.keep_masks(rules.model, plan, method, choice, weights)
         if rules.regrowth is None:
-            masks = {name: mask & self.first[name] if name in self.first else mask for name, mask in masks.items()}
+            masks = {name: mask & self.initial[name] if name in self.initial else mask for name, mask in masks.items()}
         return masks
 
     @property
@@ -195,8 +195,8 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, config: Trai
     if request.prunes:
         requests.check_shape(pruning)
     method = requests.resolve_method(pruning)
-    evidence = STATISTIC_OF_STRATEGY.get(pruning.strategy, GradientStatistic.NONE)
-    if method.strategy.needs is not Requires.NOTHING and evidence is GradientStatistic.NONE:
+    statistic = STATISTIC_OF_STRATEGY.get(pruning.strategy, GradientStatistic.NONE)
+    if method.strategy.needs is not Requires.NOTHING and statistic is GradientStatistic.NONE:
         raise UsageError(
             f"the strategy {pruning.strategy} cannot be used during training",
             hint=f"use prunectl prune --strategy {pruning.strategy} --data …, then finetune, which keeps its zeros; "
@@ -212,7 +212,7 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, config: Trai
         final = pattern.zeros / pattern.group if isinstance(pattern, NMPattern) else pruning.sparsity
         ramping = replace(request.ramping, name=request.ramping.name or ("constant" if is_grouped else "polynomial"))
         schedule = make_schedule(ramping, 1.0 if final is None else final, config)
-        if evidence is not GradientStatistic.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
+        if statistic is not GradientStatistic.NONE and schedule.prunes_at(0) and schedule.sparsity_at(0) > 0:
             raise UsageError(
                 f"the strategy {pruning.strategy} needs training, but the schedule prunes before the first step",
                 hint="start pruning later: --begin 10%",
@@ -221,7 +221,7 @@ def make_pruning_config(model: ModelFile, request: FinetuneRequest, config: Trai
     if request.mask is MaskMode.REGROW:
         growth = RigLSchedule(0, int(_REGROWS_UNTIL * config.steps), _frequency(request.ramping, config.steps))
     has_others = pruning.sparsity is not None or not pruning.layers
-    return PruningConfig(model, choice, selection, method, schedule, evidence, growth, has_others=has_others)
+    return PruningConfig(model, choice, selection, method, schedule, statistic, growth, has_others=has_others)
 
 
 def make_schedule(ramping: ScheduleOptions, final: float, config: TrainConfig) -> Schedule:

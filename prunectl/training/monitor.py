@@ -93,19 +93,19 @@ _COUNTED = re.compile(r"_\d+$")
 """The suffix that Keras adds to a name that is already taken."""
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     """A normalised name: `MeanIoU`, `mean_io_u` and `mean-iou` are the same."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-_KNOWN = {**{_plain(name): True for name in _UP.split()}, **{_plain(name): False for name in _DOWN.split()}}
+_KNOWN = {**{_normalize(name): True for name in _UP.split()}, **{_normalize(name): False for name in _DOWN.split()}}
 
 
 def known_direction(name: str, outputs: Iterable[str] = ()) -> bool | None:
     """Whether higher is better, by the metric's name; None if unknown. Keras may put an output's name before it."""
     metric = name.rpartition(":")[2].removeprefix("val_")
     for candidate in (metric, *(metric[len(output) + 1 :] for output in outputs if metric.startswith(f"{output}_"))):
-        for normalized in (_plain(candidate), _plain(_COUNTED.sub("", candidate))):
+        for normalized in (_normalize(candidate), _normalize(_COUNTED.sub("", candidate))):
             if normalized in _KNOWN:
                 return _KNOWN[normalized]
             if _TOP.fullmatch(normalized):

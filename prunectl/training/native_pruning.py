@@ -77,7 +77,7 @@ class NativeMaskScheduler(MaskScheduler):
             # tfmot keeps all weights that tie with its threshold. It also rounds the number of kept weights, where we
             # round the number of pruned ones: at a half, it may prune one weight fewer.
             self._read_masks()
-            exact = self._cut(step, network.weights(self.rules.names), {})
+            exact = self._new_masks(step, network.weights(self.rules.names), {})
             self.masks = {name: mask & exact[name] if name in exact else mask for name, mask in self.masks.items()}
             network.mask(self.masks)
             self.is_settled = True
@@ -103,27 +103,27 @@ def make_mask_scheduler(
     request: FinetuneRequest,
     config: TrainConfig,
     *,
-    first: Mapping[str, Mask],
+    initial: Mapping[str, Mask],
     saved: SavedPruning | None,
 ) -> MaskScheduler:
     """The mask scheduler: the network's own pruning if it can prune itself so, else ours."""
     if isinstance(network, NativePruner):
-        resumed = _resume(network, rules, request, first, saved) if not request.prunes else None
-        resumed = resumed or _start(network, rules, request, first)
+        resumed = _resume(network, rules, request, initial, saved) if not request.prunes else None
+        resumed = resumed or _start(network, rules, request, initial)
         if resumed is not None:
             resumed.per_epoch, resumed.last = config.steps_per_epoch, config.steps
             return resumed
-    return MaskScheduler(rules, dict(first), first)
+    return MaskScheduler(rules, dict(initial), initial)
 
 
 def _start(
-    network: NativePruner, rules: PruningConfig, request: FinetuneRequest, first: Mapping[str, Mask]
+    network: NativePruner, rules: PruningConfig, request: FinetuneRequest, initial: Mapping[str, Mask]
 ) -> NativeMaskScheduler | None:
     """A scheduler for the user's options, if tfmot supports all of them."""
     schedule, pruning = rules.schedule, request.pruning
-    if schedule is None or first or pruning.strategy != "magnitude" or pruning.params or pruning.scope != Scope.LAYER:
+    if schedule is None or initial or pruning.strategy != "magnitude" or pruning.params or pruning.scope != Scope.LAYER:
         return None
-    if request.mask is not MaskMode.KEEP or rules.evidence is not GradientStatistic.NONE or request.means.is_compiled:
+    if request.mask is not MaskMode.KEEP or rules.statistic is not GradientStatistic.NONE or request.means.is_compiled:
         return None
     if isinstance(rules.selection.pattern, NMPattern):
         # tfmot chooses its N:M masks in the first step only.
@@ -149,18 +149,18 @@ def _resume(
     network: NativePruner,
     rules: PruningConfig,
     request: FinetuneRequest,
-    first: Mapping[str, Mask],
+    initial: Mapping[str, Mask],
     saved: SavedPruning | None,
 ) -> NativeMaskScheduler | None:
     """A scheduler that resumes the schedule saved in the file, unless it has ended."""
-    if saved is None or not saved.schedules or not _is_under_way(saved, bool(first)) or request.means.is_compiled:
+    if saved is None or not saved.schedules or not _is_under_way(saved, bool(initial)) or request.means.is_compiled:
         return None
     if request.mask is not MaskMode.KEEP:
         return None
     remaining = {layer: _remaining(schedule, saved.step) for layer, schedule in saved.schedules.items()}
     tensors = [tensor for tensor in rules.model.tensors if tensor.layer in remaining and tensor.is_float]
     schedules = {tensor.name: remaining[tensor.layer] for tensor in tensors}
-    native = NativePruning(schedules, saved.block, saved.pool, first, saved.step, is_all=False, logdir=request.logdir)
+    native = NativePruning(schedules, saved.block, saved.pool, initial, saved.step, is_all=False, logdir=request.logdir)
     pruned = network.prune_by(native)
     if not pruned:
         return None
@@ -175,7 +175,7 @@ def _resume(
         selection=selection,
         method=replace(rules.method, criteria=selection, pool=saved.pool),
     )
-    masks = {name: mask for name, mask in first.items() if name in pruned}
+    masks = {name: mask for name, mask in initial.items() if name in pruned}
     return NativeMaskScheduler(resumed_rules, masks, source=network)
 
 

@@ -110,7 +110,7 @@ class SignatureModel(_Base):  # type: ignore[misc]
 
 
 def load_saved_model(path: Path, hint: str) -> tuple[Any, str]:
-    """Load a SavedModel and choose the signature to run; `hint` is that of the error if there is none.
+    """Load a SavedModel and choose the signature to run; if there is none, `hint` tells the user what to do.
 
     `serving_default` is preferred, else the first; signatures without variables are skipped if others have some: those
     that return a version or parse input are not the model.

@@ -148,7 +148,7 @@ def check_builder(reference: str) -> None:
     if file.endswith(".py") and name and not Path(file).is_file():
         raise UsageError(f"--builder {reference}: {file} is not a Python file")
     if reference.endswith(".py") and ":" not in reference:
-        names = _public(Path(reference))
+        names = _public_names(Path(reference))
         listed = ", ".join(names[:_MOST_NAMES]) or "no function or class"
         raise UsageError(
             f"--builder {reference} names no function; the file has {listed}",
@@ -181,7 +181,7 @@ def call_builder(make: Any, reference: str) -> Any:
         ) from error
 
 
-def _public(path: Path) -> list[str]:
+def _public_names(path: Path) -> list[str]:
     """The public functions and classes of a Python file, which is parsed but not run."""
     try:
         tree = ast.parse(path.read_bytes())

@@ -170,7 +170,7 @@ def test_only_layers_with_a_ratio_of_their_own_are_pruned_if_there_is_no_other()
 @pytest.mark.parametrize("name", sorted(STATISTIC_OF_STRATEGY))
 def test_evidence_decides_what_goes(name: str) -> None:
     decided = rules(schedule=SparsitySchedule("constant", 0.5), strategy=name)
-    decided = replace(decided, evidence=STATISTIC_OF_STRATEGY[name])
+    decided = replace(decided, statistic=STATISTIC_OF_STRATEGY[name])
     network, random = Paper(weights()), np.random.default_rng(0)
     network.seen = {key: random.normal(size=one.shape) for key, one in network.held.items()}
     seen = dict(network.seen)

@@ -38,7 +38,7 @@ class Cast:
 
 
 def input_cast(given: np.dtype[Any], expected: str) -> Cast | None:
-    """The cast of an input to the dtype that a model expects; if that is unknown, to float32."""
+    """The cast of an input to a model's dtype; if that is unknown, floats and unsigned integers become float32."""
     if expected.startswith(("int", "uint", "bool")):
         return None if given == expected else Cast(np.dtype(expected), f"{given} is cast to {expected}")
     dtype = np.dtype(expected) if expected in _HALVES else _FLOAT
@@ -127,7 +127,7 @@ def adapt(source: Source, signature: ModelSignature) -> tuple[Source, tuple[str,
     if len(inputs) != len(signature.inputs):
         names = ", ".join(port.name for port in signature.inputs)
         raise UsageError(
-            f"{source.name} has {_inputs(len(inputs))}, but the model has {len(signature.inputs)} ({names})",
+            f"{source.name} has {_input_count(len(inputs))}, but the model has {len(signature.inputs)} ({names})",
             hint="give one for each, by these names or in this order: train.npz[a+b,labels] or a.npy+b.npy,y.npy",
         )
     xs = [
@@ -161,7 +161,7 @@ def apply_each(adapters: Sequence[ArrayAdapter], arrays: Arrays) -> Arrays:
     return adapted if isinstance(arrays, tuple) else adapted[0]
 
 
-def _inputs(count: int) -> str:
+def _input_count(count: int) -> str:
     return "1 input" if count == 1 else f"{count} inputs"
 
 
@@ -219,11 +219,11 @@ _CHECKED_AT_ONCE = 256
 def check_batches(
     source: Source, signature: ModelSignature, *, needs_targets: bool, tasks: Sequence[Task] = ()
 ) -> tuple[str, ...]:
-    """Check the first batches and all labels of a source against a model; returns notes for the user."""
+    """Check the first batches of a source, and all labels if they can be read alone; returns notes for the user."""
     if needs_targets:
         require_targets(source, signature)
     checked, is_scored = 0, False
-    for batch in _beginning(source):
+    for batch in _first_batches(source):
         _check_inputs(source, batch, signature, checked)
         if batch.y is not None:
             _check_targets(source, batch.y, signature, tasks, checked)
@@ -260,7 +260,7 @@ def require_targets(source: Source, signature: ModelSignature | None = None) -> 
         )
 
 
-def _beginning(source: Source) -> Iterator[Batch]:
+def _first_batches(source: Source) -> Iterator[Batch]:
     """Yield batches in order, up to the limits of what is checked."""
     examples = checked_bytes = 0
     for batch in source.batches(EpochOrder(_CHECKED_AT_ONCE)):

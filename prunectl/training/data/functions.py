@@ -16,7 +16,7 @@ from prunectl.training.data.readers import TARGETS, IndexedSource, IterableSourc
 from prunectl.training.data.source import Arrays, Batch, Indices, Source, as_tuple, concatenate, take_rows
 from prunectl.training.data.spec import FUNCTION, DataSpec, parse_count, parse_shape
 
-_GIVES = "return arrays (x, y) or a dictionary of them, an iterable of batches, or a data set with len() and indexing"
+_RETURNS = "return arrays (x, y) or a dictionary of them, an iterable of batches, or a data set with len() and indexing"
 
 _END = object()
 
@@ -41,7 +41,7 @@ class _PortNames(NamedTuple):
 
 def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) -> Source:
     """Open the data that `package.module:function` or `./file.py:function` returns."""
-    make = _maker(spec)
+    make = _resolve_function(spec)
     examples = make()
     names = _PortNames.of(signature)
     if _is_complete(examples):
@@ -52,30 +52,30 @@ def open_function(spec: DataSpec, signature: ModelSignature | None, *_: object) 
         return _from_examples(spec, cast("_Indexable", examples), names)
     if isinstance(examples, Iterable) or _is_keras(examples):
         return _from_batches(spec, make, examples, names)
-    raise InputError(f"{spec.where} returns an object of type {type(examples).__name__}", hint=_GIVES)
+    raise InputError(f"{spec.where} returns an object of type {type(examples).__name__}", hint=_RETURNS)
 
 
 def function_names(spec: DataSpec) -> list[str]:
     """The keys of the dictionary that a function returns for its first examples, if it returns one."""
-    examples = _maker(spec)()
+    examples = _resolve_function(spec)()
     item = examples
     if _is_indexable(examples) or _is_keras(examples):
-        item = _guarded(spec.where, lambda: examples[0])() if len(examples) else ()
+        item = _with_error_report(spec.where, lambda: examples[0])() if len(examples) else ()
     elif not _is_complete(examples) and isinstance(examples, Iterable):
-        item = _guarded(spec.where, lambda: next(iter(examples), ()))()
+        item = _with_error_report(spec.where, lambda: next(iter(examples), ()))()
     return [str(name) for part in _parts(item) if isinstance(part, Mapping) for name in part]
 
 
-def _maker(spec: DataSpec) -> Callable[[], Any]:
+def _resolve_function(spec: DataSpec) -> Callable[[], Any]:
     """Import the function that a SPEC names."""
     named = FUNCTION.fullmatch(spec.where)
     function = attribute(*named.groups()) if named else None
     if not callable(function):
-        raise UsageError(f"{spec.where} is not a function", hint=_GIVES)
-    return _guarded(spec.where, function)
+        raise UsageError(f"{spec.where} is not a function", hint=_RETURNS)
+    return _with_error_report(spec.where, function)
 
 
-def _guarded(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
+def _with_error_report(where: str, function: Callable[[], Any]) -> Callable[[], Any]:
     """Wrap a user's function so that its exceptions are reported as its own."""
 
     def call() -> Any:
@@ -96,7 +96,7 @@ def _from_batches(
         # Keras data sets (PyDataset) are indexed by batch, and iterating over them never ends.
         numbered = cast("Any", batches)
         each = (numbered[index] for index in range(len(numbered))) if _is_keras(batches) else iter(batches)
-        advance = _guarded(spec.where, lambda: next(each, _END))
+        advance = _with_error_report(spec.where, lambda: next(each, _END))
         while (item := advance()) is not _END:
             yield item
 
@@ -110,7 +110,7 @@ def _from_batches(
 
     first = next(items(), _END)
     if first is _END:
-        raise InputError(f"{spec.where} returns no batches", hint=_GIVES)
+        raise InputError(f"{spec.where} returns no batches", hint=_RETURNS)
     has_targets = _batch(spec.where, _parts(first), names).y is not None
     return IterableSource(spec.text, None, has_targets, read, target_name=_target_name(first, names))
 
@@ -129,7 +129,7 @@ def _from_examples(spec: DataSpec, examples: _Indexable, names: _PortNames) -> I
         return concatenate(batches) if batches else take_rows(batch_of(first), slice(0, 0))
 
     def item(number: int) -> Any:
-        return _guarded(spec.where, lambda: examples[number])()
+        return _with_error_report(spec.where, lambda: examples[number])()
 
     first = item(0)
     has_targets = batch_of(first).y is not None
@@ -188,7 +188,7 @@ def _array(where: str, value: Any) -> Array:
             f"{where} returns an object of type {type(value).__name__}, which is not an array: {error}"
         ) from error
     if array.ndim == 0:
-        raise InputError(f"{where} returns a single {type(value).__name__} instead of a batch", hint=_GIVES)
+        raise InputError(f"{where} returns a single {type(value).__name__} instead of a batch", hint=_RETURNS)
     return array
 
 
@@ -205,20 +205,20 @@ def _named_arrays(side: str, arrays: Arrays) -> dict[str, Array]:
     return {side if len(many) == 1 else f"{side}[{index}]": array for index, array in enumerate(many)}
 
 
-def _is_array(thing: Any) -> bool:
-    return hasattr(thing, "__array__") and hasattr(thing, "shape")
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") and hasattr(value, "shape")
 
 
-def _is_complete(thing: Any) -> bool:
+def _is_complete(value: Any) -> bool:
     """Whether it holds all examples: an array, a dictionary of arrays or lists, or a pair of inputs and targets."""
-    if isinstance(thing, Mapping):
-        return all(_is_array(value) or type(value) is list for value in thing.values())
-    return _is_array(thing) or _is_pair_of_arrays(thing)
+    if isinstance(value, Mapping):
+        return all(_is_array(array) or type(array) is list for array in value.values())
+    return _is_array(value) or _is_pair_of_arrays(value)
 
 
-def _is_pair_of_arrays(thing: Any) -> bool:
+def _is_pair_of_arrays(value: Any) -> bool:
     """Whether it is (x, y), each of which may be several arrays, rather than a list of batches."""
-    return isinstance(thing, tuple) and len(thing) == 2 and all(_is_side(part) for part in thing)
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_side(part) for part in value)
 
 
 def _is_side(part: Any) -> bool:
@@ -229,13 +229,13 @@ def _values(part: Any) -> Iterable[Any]:
     return part.values() if isinstance(part, Mapping) else part
 
 
-def _is_indexable(thing: Any) -> bool:
-    is_list = isinstance(thing, tuple | list | Mapping | str | bytes)
-    return hasattr(thing, "__getitem__") and hasattr(thing, "__len__") and not is_list and not _is_keras(thing)
+def _is_indexable(value: Any) -> bool:
+    is_list = isinstance(value, tuple | list | Mapping | str | bytes)
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not is_list and not _is_keras(value)
 
 
-def _is_keras(thing: Any) -> bool:
-    return hasattr(thing, "__getitem__") and hasattr(thing, "__len__") and hasattr(thing, "on_epoch_end")
+def _is_keras(value: Any) -> bool:
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and hasattr(value, "on_epoch_end")
 
 
 def open_random(spec: DataSpec, signature: ModelSignature | None, seed: int) -> IndexedSource:

@@ -34,23 +34,23 @@ class ImageOptions:
     """Whether arrays have a channel axis, even for a single channel."""
 
 
-def decode(picture: Path | bytes, look: ImageOptions, what: str) -> Array:
+def decode(picture: Path | bytes, options: ImageOptions, what: str) -> Array:
     """Decode an image to uint8 pixels, resized (bilinear) if it has another size."""
     image = require("PIL.Image", extra="images")
     try:
         with image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
-            pixels = require("PIL.ImageOps", extra="images").exif_transpose(file).convert(_MODES[look.color])
+            pixels = require("PIL.ImageOps", extra="images").exif_transpose(file).convert(_MODES[options.color])
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
         raise InputError(f"{what} cannot be read as an image: {error}") from error
-    if look.size is not None and pixels.size != look.size[::-1]:
-        pixels = pixels.resize(look.size[::-1], image.Resampling.BILINEAR)
-    return _arrange(np.array(pixels, np.uint8), look)
+    if options.size is not None and pixels.size != options.size[::-1]:
+        pixels = pixels.resize(options.size[::-1], image.Resampling.BILINEAR)
+    return _arrange(np.array(pixels, np.uint8), options)
 
 
-def _arrange(pixels: Array, look: ImageOptions) -> Array:
-    if pixels.ndim == 2 and look.has_channels:
+def _arrange(pixels: Array, options: ImageOptions) -> Array:
+    if pixels.ndim == 2 and options.has_channels:
         pixels = pixels[:, :, None]
-    return np.moveaxis(pixels, -1, 0) if look.is_channels_first and pixels.ndim == 3 else pixels
+    return np.moveaxis(pixels, -1, 0) if options.is_channels_first and pixels.ndim == 3 else pixels
 
 
 _LISTED = 5
@@ -62,11 +62,11 @@ def open_images(spec: DataSpec, signature: ModelSignature | None, *_: object) ->
     if not require_path(spec.path).is_dir():
         raise InputError(f"{spec.path} is not a folder")
     files, labels, classes = _list_images(spec.path)
-    look = _image_options(spec, signature)
-    shape = decode(files[0], look, str(files[0])).shape
+    options = _image_options(spec, signature)
+    shape = decode(files[0], options, str(files[0])).shape
 
     def pixels(number: int) -> Array:
-        image = decode(files[number], look, str(files[number]))
+        image = decode(files[number], options, str(files[number]))
         if image.shape != shape:
             raise InputError(
                 f"the images differ in size: {files[number]} is {image.shape}, {files[0]} is {shape}",
@@ -81,7 +81,7 @@ def open_images(spec: DataSpec, signature: ModelSignature | None, *_: object) ->
         return Batch(x, labels[numbers] if classes else None)
 
     known = (lambda numbers: labels[numbers]) if classes else None
-    return IndexedSource(spec.text, len(files), bool(classes), take, known, notes=_notes(spec, classes, look))
+    return IndexedSource(spec.text, len(files), bool(classes), take, known, notes=_notes(spec, classes, options))
 
 
 def _list_images(folder: Path) -> tuple[list[Path], Array, list[str]]:
@@ -136,10 +136,10 @@ def _expected_size(shape: Sequence[int | None] | None, *, is_channels_first: boo
     return (shape[1], shape[2], shape[0]) if is_channels_first else (shape[0], shape[1], shape[2])
 
 
-def _notes(spec: DataSpec, classes: list[str], look: ImageOptions) -> tuple[str, ...]:
-    note = f"{spec.where}: images are read as {look.color}"
-    if look.size is not None:
-        note += f" and resized to {look.size[0]}x{look.size[1]}"
+def _notes(spec: DataSpec, classes: list[str], options: ImageOptions) -> tuple[str, ...]:
+    note = f"{spec.where}: images are read as {options.color}"
+    if options.size is not None:
+        note += f" and resized to {options.size[0]}x{options.size[1]}"
     if not classes:
         return (note,)
     more = ", ..." if len(classes) > _LISTED else ""

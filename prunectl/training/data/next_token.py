@@ -18,8 +18,7 @@ LABELS = "labels"
 _LEAKED = 1e-3
 """In a causal model, a token changes earlier outputs by less than this share of the change to its own (rounding)."""
 _SEEN = 1e-6
-"""In a causal model, a token changes some later output by more than this share, and ten times as much as any
-earlier."""
+"""In a causal model, a token changes some later output by more than this share, and ten times as much as earlier."""
 
 
 def user_function(loss: str, step: str = "") -> str:

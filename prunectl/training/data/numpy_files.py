@@ -33,9 +33,9 @@ class Header(NamedTuple):
 
 def open_npy(spec: DataSpec, signature: ModelSignature | None, *_: object) -> IndexedSource:
     """Open `a.npy+b.npy,y.npy`: inputs, then targets."""
-    inputs, *rest = _sides(spec)
+    inputs, *rest = _split_sides(spec)
     targets = rest[0] if rest else []
-    x, y, notes = _in_order(
+    x, y, notes = _match_order(
         spec, [Path(name).stem for name in inputs], [Path(name).stem for name in targets], signature
     )
     return from_arrays(
@@ -48,10 +48,10 @@ def open_npy(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
 
 def npy_names(spec: DataSpec) -> list[str]:
     """The names of the arrays, which are those of their files without suffix."""
-    return [Path(name).stem for side in _sides(spec) for name in side]
+    return [Path(name).stem for side in _split_sides(spec) for name in side]
 
 
-def _in_order(
+def _match_order(
     spec: DataSpec, inputs: Sequence[str], targets: Sequence[str], signature: ModelSignature | None
 ) -> tuple[list[int], list[int], tuple[str, ...]]:
     """The order of inputs and targets in the model, and notes for the user."""
@@ -60,7 +60,7 @@ def _in_order(
     return x, y, (*x_notes, *y_notes)
 
 
-def _sides(spec: DataSpec) -> list[list[str]]:
+def _split_sides(spec: DataSpec) -> list[list[str]]:
     sides: list[list[str]] = [[]]
     for part in NPY_SEPARATOR.split(spec.where):
         if part == ",":
@@ -124,7 +124,7 @@ def open_npz(spec: DataSpec, signature: ModelSignature | None, *_: object) -> In
         if chosen is not None
         else _arrays_of_model(archive.path, names, signature) or _guessed_arrays(archive, names)
     )
-    x_order, y_order, matched = _in_order(spec, inputs, targets, signature)
+    x_order, y_order, matched = _match_order(spec, inputs, targets, signature)
     x = {inputs[index]: _array(archive, inputs[index]) for index in x_order}
     y = {targets[index]: _array(archive, targets[index]) for index in y_order}
     return from_arrays(spec.text, x, y, *notes, *matched)
@@ -167,7 +167,7 @@ def _named_arrays(path: Path, text: str, names: list[str]) -> tuple[list[str], l
 def _arrays_of_model(
     path: Path, names: list[str], signature: ModelSignature | None
 ) -> tuple[list[str], list[str], tuple[str, ...]] | None:
-    """Match arrays with a model's inputs and outputs by name; if no targets have an output's name, use a usual one."""
+    """Match arrays with a model by the names of inputs and outputs; other targets: the only rest, or a usual name."""
     inputs = [port.name for port in signature.inputs] if signature else []
     if signature is None or not inputs or not set(inputs) <= set(names):
         return None
@@ -208,10 +208,10 @@ def _guessed_arrays(archive: Archive, names: list[str]) -> tuple[list[str], list
 
 
 def _header(archive: Archive, name: str) -> Header:
-    return read_header(io.BytesIO(_opening(archive, name)), f"{name} in {archive.path}")
+    return read_header(io.BytesIO(_first_bytes(archive, name)), f"{name} in {archive.path}")
 
 
-def _opening(archive: Archive, name: str) -> bytes:
+def _first_bytes(archive: Archive, name: str) -> bytes:
     """The first bytes of an entry, which contain its whole header."""
     entry = archive.entries[f"{name}.npy"]
     return next(archive.pieces(entry), b"")

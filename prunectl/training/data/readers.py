@@ -85,13 +85,13 @@ class IndexedSource:
 
     def select(self, is_kept: Callable[[Indices], Mask]) -> IndexedSource:
         """The source of those examples whose indices are kept."""
-        return self._among(np.flatnonzero(is_kept(np.arange(self.count))))
+        return self._subset(np.flatnonzero(is_kept(np.arange(self.count))))
 
     def where(self, holds: Callable[[Arrays], Mask]) -> IndexedSource:
         """The source of those examples whose targets satisfy a predicate."""
         labels = self.labels() if self.targets is not None else self._labels_with_inputs()
         masks = [holds(label) for label in labels]
-        return self._among(np.flatnonzero(np.concatenate(masks)) if masks else np.zeros(0, np.int64))
+        return self._subset(np.flatnonzero(np.concatenate(masks)) if masks else np.zeros(0, np.int64))
 
     def first(self, count: int) -> IndexedSource:
         """The source of at most the first `count` examples."""
@@ -102,7 +102,7 @@ class IndexedSource:
             if batch.y is not None:
                 yield batch.y
 
-    def _among(self, numbers: Indices) -> IndexedSource:
+    def _subset(self, numbers: Indices) -> IndexedSource:
         take, targets = self.take, self.targets
         return replace(
             self,

@@ -87,7 +87,7 @@ def open_source(spec: str, *, signature: ModelSignature | None, seed: int) -> So
             if signature is not None and signature.text is not None and signature.text.shifts_labels:
                 source = _import_function("next_token:shift_labels")(source)
             return apply_options(source, parsed, signature)
-    raise _unknown(parsed)
+    raise _unknown_format(parsed)
 
 
 def array_names(spec: str) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def check_exists(*specs: str) -> None:
             data_spec.require_path(Path(name))
 
 
-def _unknown(spec: DataSpec) -> UsageError:
+def _unknown_format(spec: DataSpec) -> UsageError:
     data_spec.require_path(spec.path)
     return UsageError(f"--data {spec.text} is not in a format that prunectl reads", hint=data_spec.GRAMMAR)
 
@@ -249,7 +249,7 @@ def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | No
     if spec.flag("relabel") and "classes" not in spec.options:
         raise UsageError("relabel needs classes, which it renumbers from 0", hint="write classes=0,3,5&relabel=1")
     if "classes" in spec.options:
-        source = _only_classes(source, spec)
+        source = _filter_classes(source, spec)
     limit = spec.int_option("limit")
     if limit is not None:
         source = source.first(limit)
@@ -264,7 +264,7 @@ def apply_options(source: Source, spec: DataSpec, signature: ModelSignature | No
     return source if depth is None else source.map_batches(_on_targets(_one_hot(depth), source, "onehot"))
 
 
-def _only_classes(source: Source, spec: DataSpec) -> Source:
+def _filter_classes(source: Source, spec: DataSpec) -> Source:
     labels = spec.list_option("classes")
     if not labels or any(not label.isdecimal() for label in labels) or len(set(labels)) < len(labels):
         raise UsageError(f"classes={spec.options['classes']} is not a list of classes", hint="write classes=0,3,5")

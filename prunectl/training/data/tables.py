@@ -59,7 +59,7 @@ def as_source(
 ) -> Source:
     """A source of a table of ``count`` rows: held in memory if ``nbytes`` is small, else streamed."""
     notes = tuple(
-        f"{spec.where}: {name} has {len(known)} classes, numbered by name: {_numbered(known)}"
+        f"{spec.where}: {name} has {len(known)} classes, numbered by name: {_number_names(known)}"
         for name, known in class_names.items()
     )
     has_targets = bool(spec.list_option("target"))
@@ -98,7 +98,7 @@ def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
-def _numbered(known: Array) -> str:
+def _number_names(known: Array) -> str:
     names = ", ".join(f"{number} {name}" for number, name in enumerate(known[:_LISTED]))
     return names + (", ..." if len(known) > _LISTED else "")
 
@@ -168,7 +168,7 @@ def _scan(path: Path, names: Sequence[str], picked: TableColumns) -> CsvSummary:
         for name, column in columns.items():
             text = row.cells[column].strip()
             if not text:
-                raise _missing(path, row, name)
+                raise _empty_cell(path, row, name)
             # A continuous target has as many distinct values as rows, so the set of values is limited.
             if len(values[name]) <= MAX_CLASSES:
                 values[name].add(text)
@@ -193,14 +193,14 @@ def _floats(path: Path, rows: Sequence[Row], column: int, name: str) -> Array:
     except ValueError:
         bad = next(row for row in rows if not is_number(row.cells[column]))
         if not bad.cells[column].strip():
-            raise _missing(path, bad, name) from None
+            raise _empty_cell(path, bad, name) from None
         raise InputError(
             f"{path}, line {bad.line}: {bad.cells[column]!r} in column {name!r} is not a number",
             hint=f"select columns of numbers: '{path}?target=label&columns=a,b'",
         ) from None
 
 
-def _missing(path: Path, row: Row, name: str) -> InputError:
+def _empty_cell(path: Path, row: Row, name: str) -> InputError:
     return InputError(f"{path}, line {row.line}: the column {name!r} is empty", hint="fill in or remove such rows")
 
 
@@ -241,7 +241,7 @@ PARQUET_ROWS_AT_ONCE = 4096
 def open_parquet(spec: DataSpec, *_: object) -> Source:
     """Open `table.parquet?target=label&columns=a,b`."""
     path = require_path(spec.path)
-    with _opened(path) as file:
+    with _open_file(path) as file:
         names, count = list(file.schema_arrow.names), int(file.metadata.num_rows)
     picked = select_columns(spec, names)
     if not count:
@@ -261,7 +261,7 @@ def open_parquet(spec: DataSpec, *_: object) -> Source:
     return as_source(spec, read, class_names, count, row_bytes * count)
 
 
-def _opened(path: Path) -> Any:
+def _open_file(path: Path) -> Any:
     parquet = require("pyarrow.parquet", extra="parquet")
     arrow = require("pyarrow", extra="parquet")
     try:
@@ -272,7 +272,7 @@ def _opened(path: Path) -> Any:
 
 def _tables(path: Path, names: list[str]) -> Iterator[Any]:
     arrow = require("pyarrow", extra="parquet")
-    with _opened(path) as file:
+    with _open_file(path) as file:
         try:
             yield from file.iter_batches(batch_size=PARQUET_ROWS_AT_ONCE, columns=names)
         except (arrow.ArrowInvalid, OSError) as error:

@@ -36,7 +36,7 @@ _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 """`transformers` passes the entries of these files to the tokenizer as keyword arguments."""
 _PATHS = re.compile(r"vocab|merges|init_inputs|subfolder|.*files?")
 """Names of arguments by which a tokenizer may take a path."""
-_WITHOUT = "without it, save token ids: --data ids.npy"
+_HINT = "without it, save token ids: --data ids.npy"
 _LOAD_SECONDS, _LOAD_SECONDS_PER_BYTE = 60, 5e-6
 """Limits on processor time for loading: `transformers` takes a few seconds, and a vocabulary of 17 MB two more."""
 _SECONDS, _SECONDS_PER_CHARACTER = 10, 1e-4
@@ -95,7 +95,7 @@ class FolderTokenizer:
             raise InputError(
                 f"the tokenizer in {self.text.folder} is refused: it makes {len(ids):,} tokens of "
                 f"{characters:,} characters",
-                hint=_WITHOUT,
+                hint=_HINT,
             )
         return ids
 
@@ -107,7 +107,7 @@ class _Handle:
     folder: str
     is_trusted: bool
     process: int = field(default_factory=os.getpid)
-    """The id of the process that opened it."""
+    """The id of the process that requested it."""
     key: int = field(default_factory=lambda: next(_keys))
 
 
@@ -143,7 +143,7 @@ def _run(
             else run_sandboxed(work, what, seconds=seconds, extra_bytes=extra_bytes, child=child)
         )
     except InputError as error:
-        error.hint = error.hint or _WITHOUT
+        error.hint = error.hint or _HINT
         raise
 
 

@@ -61,19 +61,19 @@ def _loss_scales(model: Any) -> tuple[float, ...]:
     return _HALF_SCALES if "float16" in types else (1.0,)
 
 
-def _loss(case: _LossInputs) -> Any:
-    options = {} if case.library.is_keras2 else {"training": False}
-    y_pred = predict(case.model, case.x)
-    return case.scale * case.model.compute_loss(x=case.x, y=case.y, y_pred=y_pred, sample_weight=None, **options)
+def _loss(args: _LossInputs) -> Any:
+    options = {} if args.library.is_keras2 else {"training": False}
+    y_pred = predict(args.model, args.x)
+    return args.scale * args.model.compute_loss(x=args.x, y=args.y, y_pred=y_pred, sample_weight=None, **options)
 
 
-def _by_tape(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
-    tf = case.library.tensorflow
-    x, y = (tf.nest.map_structure(tf.convert_to_tensor, array) for array in (case.x, case.y))
-    watched = [variable if case.library.is_keras2 else variable.value for variable in variables]
+def _by_tape(args: _LossInputs, variables: Sequence[Any]) -> list[Array]:
+    tf = args.library.tensorflow
+    x, y = (tf.nest.map_structure(tf.convert_to_tensor, array) for array in (args.x, args.y))
+    watched = [variable if args.library.is_keras2 else variable.value for variable in variables]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)
-        loss = _loss(replace(case, x=x, y=y))
+        loss = _loss(replace(args, x=x, y=y))
     slopes = tape.gradient(loss, watched)
     return [
         np.zeros(variable.shape, np.float32) if slope is None else tf.cast(densify(tf, slope), tf.float32).numpy()
@@ -81,15 +81,15 @@ def _by_tape(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
     ]
 
 
-def _by_torch(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
-    torch = case.library.torch
+def _by_torch(args: _LossInputs, variables: Sequence[Any]) -> list[Array]:
+    torch = args.library.torch
     parameters = [variable.value for variable in variables]
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            loss = _loss(case)
+            loss = _loss(args)
             slopes = (
                 torch.autograd.grad(loss, parameters, allow_unused=True)
                 if loss.requires_grad
@@ -104,15 +104,15 @@ def _by_torch(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
     ]
 
 
-def _by_jax(case: _LossInputs, variables: Sequence[Any]) -> list[Array]:
-    if not is_loss_built(case.model):
+def _by_jax(args: _LossInputs, variables: Sequence[Any]) -> list[Array]:
+    if not is_loss_built(args.model):
         # Losses create their variables on first use, which is impossible during differentiation.
-        _loss(case)
+        _loss(args)
 
     def loss(values: Sequence[Any]) -> Any:
         mapping = list(zip(variables, values, strict=True))
-        with case.library.keras.StatelessScope(mapping, collect_losses=True):
-            return _loss(case)
+        with args.library.keras.StatelessScope(mapping, collect_losses=True):
+            return _loss(args)
 
-    slopes = case.library.jax.grad(loss)([variable.value for variable in variables])
+    slopes = args.library.jax.grad(loss)([variable.value for variable in variables])
     return [np.asarray(slope).astype(np.float32) for slope in slopes]

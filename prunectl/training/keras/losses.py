@@ -91,7 +91,7 @@ def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, output: ModelOu
     """A cross-entropy for the output's final activation: from logits or from probabilities."""
     is_of_logits = output.ending is FinalActivation.RAW
     loss = getattr(library.keras.losses, encoding.value)(from_logits=is_of_logits)
-    return KerasLoss(encoding, loss, is_of_logits, _snake(encoding))
+    return KerasLoss(encoding, loss, is_of_logits, _snake_case(encoding))
 
 
 def loss_by_name(library: KerasLibrary, name: str, output: ModelOutput, y: Array | None) -> KerasLoss:
@@ -125,7 +125,7 @@ def _kl_of_logits(library: KerasLibrary) -> Any:
 
 def describe_loss(loss: Any) -> KerasLoss:
     """Wrap a Keras loss, and infer its kind from its name."""
-    name = getattr(loss, "__name__", "") or _snake(type(loss).__name__)
+    name = getattr(loss, "__name__", "") or _snake_case(type(loss).__name__)
     kind = _FUNCTIONS.get(name, CrossEntropy.OTHER)
     settings = loss.get_config() if kind is not CrossEntropy.OTHER and hasattr(loss, "get_config") else {}
     return KerasLoss(kind, loss, bool(settings.get("from_logits", False)), name)
@@ -148,8 +148,8 @@ def match_targets(
         return loss, ""
     replacement = getattr(library.keras.losses, encoding.value)(from_logits=loss.from_logits)
     shape = "numbers of classes" if encoding is CrossEntropy.SPARSE else "one-hot"
-    note = f"The file's loss is {loss.name}, but the targets are {shape}: using {_snake(encoding)} instead."
-    return KerasLoss(encoding, replacement, loss.from_logits, _snake(encoding)), note
+    note = f"The file's loss is {loss.name}, but the targets are {shape}: using {_snake_case(encoding)} instead."
+    return KerasLoss(encoding, replacement, loss.from_logits, _snake_case(encoding)), note
 
 
 _ELEMENTWISE = frozenset(
@@ -175,7 +175,7 @@ def _encoding(output: ModelOutput, y: Array | None) -> CrossEntropy:
 
 
 def _instance(library: KerasLibrary, name: str) -> KerasLoss:
-    return KerasLoss(CrossEntropy.OTHER, getattr(library.keras.losses, name)(), name=_snake(name))
+    return KerasLoss(CrossEntropy.OTHER, getattr(library.keras.losses, name)(), name=_snake_case(name))
 
 
 def _loss_of_keras(library: KerasLibrary, name: str) -> Any:
@@ -197,7 +197,7 @@ def loss_names(library: KerasLibrary) -> Sequence[str]:
     return [_CROSS_ENTROPY, "bce", *_SHORT_NAMES, *keras_names]
 
 
-def _snake(name: str) -> str:
+def _snake_case(name: str) -> str:
     """A class name in snake case, which is the name of the corresponding function."""
     spaced = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
     return spaced.lstrip("_")

@@ -156,7 +156,7 @@ def test_what_a_tokenizer_raises_is_told_and_an_interrupt_is_not(monkeypatch: py
 
     for error, expected in ((panic("index"), InputError), (KeyError("x"), InputError), (KeyboardInterrupt(), None)):
         with pytest.raises(expected or KeyboardInterrupt):
-            tokenizers._encoded(lambda *_, error=error, **__: fail(error), "a", has_marks=False)
+            tokenizers._encode(lambda *_, error=error, **__: fail(error), "a", has_marks=False)
 
 
 @pytest.mark.parametrize("answer", [b"[[1e999],[]]", b"[" * 100_000, b"[[99999999999999999999],[]]", b""])

@@ -483,7 +483,7 @@ def test_evidence_that_is_not_finite_ends_the_run(
     keeper = MaskScheduler(
         cast(
             "PruningConfig",
-            SimpleNamespace(names=("one.weight",), evidence=GradientStatistic.MOVEMENT, schedule=None, regrowth=None),
+            SimpleNamespace(names=("one.weight",), statistic=GradientStatistic.MOVEMENT, schedule=None, regrowth=None),
         )
     )
     network._gathered.sums["one.weight"][0, 0] = float("inf")
