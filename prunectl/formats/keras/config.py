@@ -33,7 +33,7 @@ class LayerConfig:
     is_custom: bool = False
 
 
-def measured(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None:
+def size_checked(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | None:
     """The same configuration, refused if it has too many layers, or too long names, to be walked through."""
     count = characters = 0
     pending: list[tuple[Any, int]] = [(config, 0)]

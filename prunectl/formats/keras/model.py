@@ -26,7 +26,7 @@ from prunectl.formats.zip_read import Archive, ZipEntry, open_archive
 def open_h5(path: Path) -> ModelFile:
     """Open an HDF5 file that Keras wrote."""
     contents = hdf5.read_contents(H5Location(path, 0, path.stat().st_size))
-    config = keras_config.measured(_parsed(contents, "model_config"), path)
+    config = keras_config.size_checked(_parsed(contents, "model_config"), path)
     tensors, copies = _describe(contents, config)
     root = layouts.layer_names_group(contents)
     training = _parsed(contents, "training_config") or {}
@@ -94,7 +94,7 @@ def open_zip(path: Path) -> ModelFile:
     archive = open_archive(path)
     text = archive.read("config.json", budgets.MAX_JSON_BYTES)
     config = parse_object(text, path, "its config.json", budgets.MAX_KERAS_OBJECT_BYTES)
-    keras_config.measured(config, path)
+    keras_config.size_checked(config, path)
     weights = archive.entries[WEIGHTS]
     # Before the weights are inflated: an error below would keep the scratch file as long as its traceback lives.
     about = _about(path, archive, config, is_compressed=not weights.is_stored)

@@ -81,7 +81,7 @@ def kernel_axes(
 
 
 def looks_channels_first(leaf: str, shape: tuple[int, ...]) -> bool:
-    """Whether a convolution kernel of Keras 1 must be in Theano's order, window last: judged by its shape alone."""
+    """Whether a convolution kernel of Keras 1 must be in Theano's order, window last: judged by its name and shape."""
     return len(shape) == 4 and leaf.endswith("_W") and shape[2] * shape[3] < shape[0] * shape[1]
 
 
@@ -155,7 +155,7 @@ _QUANTISED = {
     "fufff": "bias kernel kernel_scale awq_scales g_idx",
     "fufuff": "bias kernel kernel_scale kernel_zero awq_scales g_idx",
 }
-"""The names of the weights in a layer's folder, by their dtypes; the kernel of an embedding is called embeddings."""
+"""Names of the weights in a layer's folder, by dtype (i: int8, u: uint8, f: other); for an embedding, kernel means embeddings."""
 _MOST_QUANTISED = max(map(len, _QUANTISED))
 _AFFINE = {"gamma": "scale", "beta": "center"}
 """Weights of a normalization, and the settings that switch them off."""

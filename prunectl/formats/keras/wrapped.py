@@ -113,7 +113,7 @@ def layer_weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[st
 def by_number(dataset: Dataset) -> list[tuple[int, str]]:
     """Sort key: paths by their numbers, the parts of an attention by their use."""
     steps = re.split(r"(\d+)", dataset.name)
-    # A number by its length first, since a hostile file may have one that is no int.
+    # Numbers are compared by length, then by digits, since a hostile file may have one that int() refuses.
     digits = [(len(step.lstrip("0")), step.lstrip("0")) if step.isdecimal() else (0, step) for step in steps]
     rank = next((index for index, name in enumerate(_ATTENTION) if f"/_{name}_dense/" in dataset.name), -1)
     return [(rank, ""), *digits]

@@ -71,7 +71,7 @@ def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
     training = part(model, "training_config")
     return KerasFacts(
         classes=classes,
-        model=keras_config.measured(
+        model=keras_config.size_checked(
             {"class_name": model["class_name"], "config": model["config"]} if _has_config(model) else None, path
         ),
         version=text(model, "keras_version"),

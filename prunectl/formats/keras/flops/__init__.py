@@ -323,7 +323,7 @@ def topological_order(calls: Mapping[tuple[str, int], NodeCall], resolve: NodeRe
 
 
 def _owner_names(name: str, context: CallContext) -> tuple[str, ...]:
-    """The names that a weight's name may contain: of the layer, of its wrappers, and of its direction."""
+    """The names that a weight's name may contain: the layer's, with and without its direction, and its wrappers'."""
     direction = next((step.removesuffix("layer") for step in context.wrappers if step.endswith("ward_layer")), "")
     return (f"{direction}{name}", name, *context.wrappers) if direction else (name, *context.wrappers)
 
