@@ -18,7 +18,7 @@ from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
 from prunectl.formats import scratch
 from prunectl.formats.base import ModelFile
 from prunectl.formats.detect import PIPELINE_INDEX, parts_without_index
-from prunectl.formats.registry import IN_A_FOLDER
+from prunectl.formats.registry import WEIGHT_FILES
 from prunectl.formats.workers import check_stopped
 
 _HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2
@@ -75,7 +75,7 @@ def _renameat2(one: Path, other: Path, how: int) -> int:
     return 0 if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), how) == 0 else ctypes.get_errno()
 
 
-_MODEL_FOLDERS = ("saved_model.pb", PIPELINE_INDEX, *IN_A_FOLDER)
+_MODEL_FOLDERS = ("saved_model.pb", PIPELINE_INDEX, *WEIGHT_FILES)
 _INDEX = ".index.json"
 _SHARD_TAIL = re.compile(r"-\d+-of-\d+\.\w+$")
 
@@ -116,7 +116,7 @@ def _is_made_of_parts(folder: Path) -> bool:
     from prunectl.formats.folder import is_training_state  # noqa: PLC0415 - most models are files
 
     return all(
-        any((path / weights).is_file() for weights in IN_A_FOLDER) if path.name in parts else is_training_state(path)
+        any((path / weights).is_file() for weights in WEIGHT_FILES) if path.name in parts else is_training_state(path)
         for path in folder.iterdir()
     )
 
@@ -203,7 +203,7 @@ def check_parent(path: Path) -> None:
     in_the_way = next((folder for folder in path.parents if os.path.lexists(folder)), None)
     if in_the_way is None or in_the_way.is_dir():
         raise UsageError(f"{path.parent} is not a folder", hint=f"mkdir -p {quote(str(path.parent))}")
-    raise UsageError(f"{path} has no place: {in_the_way} is not a folder", hint="name a place in a folder")
+    raise UsageError(f"{path} cannot be created: {in_the_way} is not a folder", hint="choose a path in a folder")
 
 
 def is_device(path: Path) -> bool:

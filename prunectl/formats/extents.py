@@ -244,7 +244,7 @@ _SMALL_BYTES, _AHEAD_BYTES = 1 << 16, 1 << 18
 _of_thread = threading.local()
 
 
-class _Window:
+class _ReadAhead:
     """A read-ahead buffer over a file: filled once a small run lies close behind the one before."""
 
     def __init__(self) -> None:
@@ -282,7 +282,7 @@ def read_ahead() -> Generator[None]:
     The buffer may miss data that is written to the same files meanwhile.
     """
     outer = getattr(_of_thread, "window", None)
-    window = _of_thread.window = outer or _Window()
+    window = _of_thread.window = outer or _ReadAhead()
     try:
         yield
     finally:
@@ -304,7 +304,7 @@ def blocks(extent: Extent, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
             # A copy, because callers may write to the block.
             yield np.frombuffer(piece, np.uint8).copy().view(dtype)
         return
-    window: _Window | None = getattr(_of_thread, "window", None)
+    window: _ReadAhead | None = getattr(_of_thread, "window", None)
     if window is not None and 0 < extent.nbytes <= _SMALL_BYTES:
         check_stopped()
         yield window.read(extent).view(dtype)

@@ -179,7 +179,7 @@ FORMATS = (
 SUFFIXES = frozenset(suffix for row in FORMATS for suffix in row.suffixes if suffix)
 """Suffixes of model files; a path without one may be a folder."""
 
-IN_A_FOLDER = (
+WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "model.safetensors",
@@ -242,7 +242,7 @@ def resolve(path: Path) -> Path:
     if not os.path.lexists(path) and os.path.isfile(f"{path}.index"):
         return path.with_name(f"{path.name}.index")
     if os.path.isdir(path) and not os.path.exists(path / "saved_model.pb"):
-        names = chain(IN_A_FOLDER, _RANK_METADATA, detect.zero_checkpoints(path))
+        names = chain(WEIGHT_FILES, _RANK_METADATA, detect.zero_checkpoints(path))
         return next((path / name for name in names if os.path.isfile(path / name)), path)
     return path
 

@@ -28,7 +28,7 @@ from prunectl.formats.detect import (
 )
 from prunectl.formats.extents import REMOTE, RemoteFile
 from prunectl.formats.folder import LEDGER, training_part
-from prunectl.formats.registry import IN_A_FOLDER, SUFFIXES
+from prunectl.formats.registry import SUFFIXES, WEIGHT_FILES
 from prunectl.formats.remote_files import (
     COPY_BYTES,
     FsspecFile,
@@ -216,7 +216,7 @@ def _put(remote: FsspecFolder, target: Path, *, is_forced: bool) -> None:
     """Upload a file, or all files of a folder."""
     inside = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
     new = {"": target} if target.is_file() else inside
-    last = [name for name in new if PurePosixPath(name).name in IN_A_FOLDER]
+    last = [name for name in new if PurePosixPath(name).name in WEIGHT_FILES]
     try:
         old = _remove_heads(remote) if is_forced and new and "" not in new else []
         for name in [*sorted(new.keys() - last), *sorted(last)]:
@@ -234,7 +234,7 @@ def _remove_heads(remote: FsspecFolder) -> list[str]:
     """Remove the files by which a model in a folder is opened, and return the shards that its index names."""
     files = remote.files() or {}
     indexed: list[str] = []
-    for name in [name for name in files if PurePosixPath(name).name in IN_A_FOLDER]:
+    for name in [name for name in files if PurePosixPath(name).name in WEIGHT_FILES]:
         folder = name.rpartition("/")[0]
         if name.endswith(".json"):
             # An index that cannot be read is removed all the same.
@@ -252,7 +252,7 @@ def _remove_heads(remote: FsspecFolder) -> list[str]:
 def fetch(path: Path, tell: Tell) -> None:
     """Download all stubs in a folder, or a single one; training state beside the weights is left out."""
     stubs = [stub for stub in REMOTE if stub == path or stub.is_relative_to(path)]
-    is_known = any((path / name).exists() for name in (*IN_A_FOLDER, PIPELINE_INDEX))
+    is_known = any((path / name).exists() for name in (*WEIGHT_FILES, PIPELINE_INDEX))
     if is_known or (path.is_dir() and parts_without_index(path)):
         # Optimizer files are big and not part of the model. Safetensors are: an index may give shards such names.
         stubs = [
@@ -312,7 +312,7 @@ def _mirror(mirror: _Mirror, url: str) -> Path:
         mirror.url = without_secrets(_parent(url))
         return _one_file(mirror, remote_folder(_parent(url)), name)
     files = _probed(remote) if listed is None else listed
-    index = next((weights for weights in IN_A_FOLDER if weights in files), "")
+    index = next((weights for weights in WEIGHT_FILES if weights in files), "")
     is_pipeline = not index and (PIPELINE_INDEX in files or _has_networks(files))
     if not index and not is_pipeline and not any(marker in files for marker in _FETCHED_FOLDERS):
         what = missing_index(files) or "has no model of a format that prunectl knows"
@@ -347,7 +347,7 @@ def _has_networks(files: Mapping[str, RemoteFile]) -> bool:
 def _is_config(name: str) -> bool:
     """Whether a file is needed whole to open the model: a config, or the index of a part of a pipeline."""
     path = PurePosixPath(name)
-    return path.name in _FACTS or (len(path.parts) == 2 and path.suffix == ".json" and path.name in IN_A_FOLDER)
+    return path.name in _FACTS or (len(path.parts) == 2 and path.suffix == ".json" and path.name in WEIGHT_FILES)
 
 
 def _hint(files: Mapping[str, RemoteFile]) -> str:
@@ -401,7 +401,7 @@ _ON_HUB = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)")
 def _probed(remote: RemoteFolder) -> dict[str, RemoteFile]:
     """The usual files that exist in a folder that cannot be listed."""
     found: dict[str, RemoteFile] = {}
-    for names in (IN_A_FOLDER, (*_FACTS, *_BESIDE)):
+    for names in (WEIGHT_FILES, (*_FACTS, *_BESIDE)):
         for name in names:
             file = remote.file(name)
             try:
@@ -411,7 +411,7 @@ def _probed(remote: RemoteFolder) -> dict[str, RemoteFile]:
                     raise
             else:
                 found[name] = file
-                if names is IN_A_FOLDER:
+                if names is WEIGHT_FILES:
                     break
         if not found:
             raise _not_found(remote)

@@ -107,7 +107,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:  # noqa: PLR0917
         scheme = urllib.parse.urlsplit(newurl).scheme
         if scheme not in {"http", "https"} or (scheme == "http" and req.type == "https"):
-            raise InputError(f"{shown(req.full_url)} leads to {shown(newurl)}, which is not followed")
+            raise InputError(f"{shown(req.full_url)} redirects to {shown(newurl)}, which is not followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -152,7 +152,7 @@ class HttpFile:
             except _TooSlowError as error:
                 raise InputError(f"{shown(self.url)} cannot be read: the server is too slow") from error
             except ValueError as error:
-                raise InputError(f"{shown(self.url)} is no address, or leads to one that is none") from error
+                raise InputError(f"{shown(self.url)} is not a valid URL, or redirects to one that is not") from error
             time.sleep(_PAUSE_SECONDS * attempt)
         raise AssertionError
 
@@ -165,7 +165,7 @@ class HttpFile:
         if error.code == 416:
             return InputError(f"{name} is empty, or shorter than it was")
         if 300 <= error.code < 400:
-            return InputError(f"{name} leads from address to address without end, or to none of the web")
+            return InputError(f"{name} redirects in circles, or to an address that is not on the web")
         return InputError(f"{name} cannot be read: the server answers with status {error.code}")
 
     def _try_get(self, offset: int, nbytes: int, whole: int) -> bytes:

@@ -266,7 +266,7 @@ def _forked_server(control: socket.socket) -> int:
     if pid == 0:
         # No exception may leave this branch, no output may be written, and no cleanup of the parent may run.
         try:
-            sandbox_child.settle(control.fileno())
+            sandbox_child.become_server(control.fileno())
             sandbox_child.serve()
         finally:
             os._exit(0)

@@ -41,7 +41,7 @@ class SandboxRequest:
     """Whether the limits are hard ones, which no library can raise, because the child gets no further work."""
 
 
-def settle(control: int) -> None:
+def become_server(control: int) -> None:
     """Prepare a forked process to be the server: the control socket becomes its stdin, and its output is discarded."""
     gc.disable()
     os.dup2(control, 0)

@@ -110,7 +110,7 @@ def is_kernel(tensor: Tensor, shapes: Shapes, *, is_flax: bool) -> bool:
     return _has_bias(prefix, plain, tensor.shape, shapes) or (is_flax and plain == "kernel")
 
 
-def has_own_length(name: str, names: Collection[str]) -> bool:
+def has_own_norm(name: str, names: Collection[str]) -> bool:
     """Whether weight_norm stores the norms of this tensor's rows apart: pruning then scales up a row's other values."""
     norms = f"{name[:-1]}g" if name.endswith("weight_v") else f"{name.removesuffix('1')}0"
     return name.endswith(("weight_v", ".original1")) and norms in names

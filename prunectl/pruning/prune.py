@@ -18,7 +18,7 @@ from prunectl.formats.atomic import flush, flush_meanwhile
 from prunectl.formats.base import Capability, ModelFile
 from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import open_model, require
-from prunectl.formats.state_dict import has_own_length, may_change_zeros
+from prunectl.formats.state_dict import has_own_norm, may_change_zeros
 from prunectl.formats.workers import reuse_worker, workers
 from prunectl.pruning import destination as outputs
 from prunectl.pruning import engine
@@ -210,7 +210,7 @@ def _note_on_floors(floored: Sequence[str], plan: Plan) -> tuple[str, ...]:
 def _notes_on_parametrizations(model: ModelFile, plan: Plan) -> Iterator[str]:
     names = {tensor.name for tensor in model.tensors}
     effects = (
-        (has_own_length, "scaled to a length by weight_norm: what is kept grows by what goes", " without weight_norm"),
+        (has_own_norm, "scaled to a length by weight_norm: what is kept grows by what goes", " without weight_norm"),
         (may_change_zeros, "what a parametrization makes a weight of, which may have other zeros", ""),
     )
     for has_effect, effect, without in effects:

@@ -245,11 +245,11 @@ LIES: dict[str, tuple[Answer, str]] = {
     "another range": (lying(Content_Range="bytes 8-99/4096"), "other bytes than those"),
     "a size beyond any": (lying(Content_Range=f"bytes 0-65535/{10**18}"), "truncated or damaged|other bytes|overlaps"),
     "compressed": (lying(Content_Encoding="gzip"), "comes compressed"),
-    "circles": (lying(302, to="/again.safetensors"), "without end"),
-    "another scheme": (lying(302, to="file:///etc/passwd"), "to none of the web"),
-    "nowhere": (lying(302, to="http://[::1/x"), "leads to one that is none"),
-    "no host": (lying(302, to="http://a..b/x"), "leads to one that is none"),
-    "no letters": (lying(302, to="http://\xff\xfe/x"), "leads to one that is none"),
+    "circles": (lying(302, to="/again.safetensors"), "redirects in circles"),
+    "another scheme": (lying(302, to="file:///etc/passwd"), "not on the web"),
+    "nowhere": (lying(302, to="http://[::1/x"), "redirects to one that is not"),
+    "no host": (lying(302, to="http://a..b/x"), "redirects to one that is not"),
+    "no letters": (lying(302, to="http://\xff\xfe/x"), "redirects to one that is not"),
     "wait and wait": (continuing, "is too slow"),
     "a header that does not end": (dripping, "is too slow"),
     "a redirection that does not end": (long_winded, "l.safetensors does not exist"),
@@ -510,7 +510,7 @@ def test_a_model_that_is_replaced_by_force_is_none_until_all_of_the_new_one_is_t
 def test_what_is_no_address_is_told(url: str) -> None:
     done = here("inspect", url)
     assert done.code == 3
-    assert "is no address" in done.err or "no host given" in done.err
+    assert "is not a valid URL" in done.err or "no host given" in done.err
 
 
 def test_after_one_failure_nobody_waits_for_what_the_server_sends_slowly(server: Server, folder: Path) -> None:

@@ -77,7 +77,7 @@ class NodeProto:
     attributes: Mapping[str, Attribute]
     overload: str = ""
     """The overload of the function that it calls, where several functions have the same name."""
-    is_settled: bool = True
+    is_resolved: bool = True
     """Whether all attributes have values, so that none depends on a call of the enclosing function."""
 
     @property
@@ -250,8 +250,8 @@ def node(reader: ProtoReader, span: Span) -> NodeProto:
         raise WireError("a node has no operation")
     # Tree models of ai.onnx.ml have millions of numbers in attributes, none of which is a tensor.
     attributes = {} if texts[7] == _CLASSICAL else dict(_attribute(reader, field) for field in spans)
-    is_settled = not any(attribute.reference for attribute in attributes.values())
-    return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes, texts[8], is_settled)
+    is_resolved = not any(attribute.reference for attribute in attributes.values())
+    return NodeProto(texts[3], texts[4], texts[7], tuple(inputs), tuple(outputs), attributes, texts[8], is_resolved)
 
 
 def _attribute(reader: ProtoReader, span: Span) -> tuple[str, Attribute]:

@@ -169,7 +169,7 @@ class TensorLocator:
 
     def locate(self, proto: TensorProto | SparseProto, name: str) -> Located:
         """Locate a dense or sparse tensor."""
-        return self.scattered(proto, name) if isinstance(proto, SparseProto) else self.dense(proto, name)
+        return self.sparse(proto, name) if isinstance(proto, SparseProto) else self.dense(proto, name)
 
     def dense(self, proto: TensorProto, name: str) -> Located:
         """Locate a dense tensor."""
@@ -186,7 +186,7 @@ class TensorLocator:
         storage = Storage(key, nbytes, source.runs[0] if is_flat else None, source.stored_bytes)
         return Located(proto.dims, code.dtype, storage, source)
 
-    def scattered(self, proto: SparseProto, name: str) -> Located:
+    def sparse(self, proto: SparseProto, name: str) -> Located:
         """Locate the values and the indices of a sparse tensor."""
         values, indices = self.dense(proto.values, name), self.dense(proto.indices, f"the indices of {name}")
         self._check_shape(name, proto.dims)

@@ -214,7 +214,7 @@ class UsageIndex:
     ) -> Iterator[OnnxTensorPurpose]:
         for use in self.of(scope, name):
             # Through Concat, the number of paths through a crafted graph may grow exponentially.
-            self._left -= 1 if use.node.is_settled else len(use.node.attributes)
+            self._left -= 1 if use.node.is_resolved else len(use.node.attributes)
             steps = steps if self._left > 0 else 0
             node = _in_call(use.node, call)
             label = _label(node, call)
@@ -229,7 +229,7 @@ class UsageIndex:
                 for purpose in self._purposes(use.scope, node.outputs[0], shape, dtype, steps - 1, call=call):
                     order = self._order(node)
                     axes = purpose.out_axis, purpose.in_axis
-                    if node.is_settled:
+                    if node.is_resolved:
                         out_axis, in_axis = (axis_before_transpose(node, axis, len(shape), order) for axis in axes)
                         yield replace(purpose, out_axis=out_axis, in_axis=in_axis)
                     else:
@@ -243,7 +243,7 @@ class UsageIndex:
             else:
                 part = _part(use, shape, dtype) or (_BIAS if self._is_bias(use, shape) else _OTHER)
                 purpose = OnnxTensorPurpose(part.role, node.op, label)
-                if node.is_settled:
+                if node.is_resolved:
                     axes = part.out_axis(node, len(shape)), part.in_axis(node, len(shape))
                     purpose = replace(purpose, out_axis=axes[0], in_axis=axes[1])
                 yield purpose
@@ -274,7 +274,7 @@ class UsageIndex:
 
 def _in_call(node: NodeProto, call: _Call | None) -> NodeProto:
     """A node with its attributes in a call of the function; those without a value or a default are left out."""
-    if call is None or node.is_settled:
+    if call is None or node.is_resolved:
         return node
     given = call.node.attributes
     defaults = call.function.definition.attributes if call.function.definition is not None else {}
@@ -283,8 +283,8 @@ def _in_call(node: NodeProto, call: _Call | None) -> NodeProto:
         for name, attribute in node.attributes.items()
     }
     attributes = {name: attribute for name, attribute in resolved.items() if attribute is not None}
-    is_settled = not any(attribute.reference for attribute in attributes.values())
-    return replace(node, attributes=attributes, is_settled=is_settled)
+    is_resolved = not any(attribute.reference for attribute in attributes.values())
+    return replace(node, attributes=attributes, is_resolved=is_resolved)
 
 
 def _label(node: NodeProto, call: _Call | None) -> str:

@@ -159,7 +159,7 @@ def _has_values(lite: LiteFile, source: LiteTensor) -> bool:
         raise InputError(
             f"{lite.path} is damaged: {abbreviated(source.name)} is in buffer {source.buffer}, which does not exist"
         )
-    return lite.buffers[source.buffer][1] > 0 and not source.is_elsewhere and source.code not in NOT_NUMBERS
+    return lite.buffers[source.buffer][1] > 0 and not source.is_external and source.code not in NOT_NUMBERS
 
 
 def _role(name: str, purpose: LiteTensorPurpose) -> Role:
@@ -235,7 +235,7 @@ def _notes(lite: LiteFile, sources: list[LiteTensor]) -> tuple[str, ...]:
         DTYPES[source.code].name for source in sources if source.is_quantised and DTYPES[source.code].itemsize <= 2
     )
     sparse = sum(source.sparsity is not None for source in sources)
-    elsewhere = sum(source.is_elsewhere for graph in lite.graphs for source in graph.tensors)
+    elsewhere = sum(source.is_external for graph in lite.graphs for source in graph.tensors)
     notes = [f"{_tensors(count)} quantised to {kind}." for kind, count in sorted(quantised.items())]
     if sparse:
         notes.append(f"{_tensors(sparse)} stored sparse.")

@@ -73,7 +73,7 @@ class LiteTensor:
     code: int
     buffer: int
     is_quantised: bool
-    is_elsewhere: bool
+    is_external: bool
     sparsity: FlatTable | None
 
 
@@ -200,7 +200,7 @@ def _tensor(tensor: FlatTable) -> LiteTensor:
         code=tensor.number(1, 1, is_signed=True),
         buffer=tensor.number(2, 4),
         is_quantised=quantisation is not None and quantisation.run(2, 4).count > 0,
-        is_elsewhere=tensor.number(10, 4) > 0,
+        is_external=tensor.number(10, 4) > 0,
         sparsity=tensor.child(6),
     )
 
