@@ -40,12 +40,13 @@ def find(kind: str, name: str, builtin: Mapping[str, Thing], titles: Mapping[str
         loaded: object = installed[name].load()
         return loaded
     known = [*builtin, *installed]
+    choose = f"choose one of {', '.join(known)}, or " if known else ""
     word = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
     meant = [one for one, title in (titles or {}).items() if word.search(title)]
     raise UsageError(
         f"{name} is not a known {kind}",
         did_you_mean=tuple(meant or get_close_matches(name, known, n=3, cutoff=0.5)),
-        hint=f"choose one of {', '.join(known)}, or name a function: package.module:name or ./file.py:name",
+        hint=f"{choose}name a function: package.module:name or ./file.py:name",
     )
 
 

@@ -76,6 +76,37 @@ def test_a_builder_that_builds_nothing_is_the_users_to_mend(
         assert "own_net.py:Block" in done.err
 
 
+STEPS = """
+def loss(out, y):
+    return out.foo
+
+
+def step(model, x):
+    return 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            ("--loss", "./own_steps.py:loss"),
+            "own_steps.py:loss raised AttributeError: 'Tensor' object has no attribute",
+        ),
+        (("--train-step", "./own_steps.py:step"), "own_steps.py:step raised TypeError: step() takes 2 positional"),
+    ],
+)
+def test_a_function_that_raises_in_training_is_the_users_to_mend(option: tuple[str, str], said: str, net: Path) -> None:
+    (net.parent / "own_steps.py").write_text(STEPS)
+    np.savez(net.parent / "xy.npz", x=np.ones((8, 4), "f4"), y=np.zeros(8, "i8"))
+    words = ("finetune", "net.pt", "-o", "out.pt", "--builder", "own_net.py:Net", "--data", "xy.npz", "--epochs", "1")
+    done = here(*words, *option, cwd=net.parent)
+    assert done.code == 5
+    assert said in done.err
+    unknown = here(*words[:5], "Net", *words[6:], cwd=net.parent)
+    assert "Net is not a known model\n  name a function: package.module:name" in unknown.err
+
+
 def test_a_keras_builder_that_raises_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "own_net.py").write_text("def unset():\n    raise ValueError('please set NUM_CLASSES')\n")
     words = ("finetune", FIXTURES / "weights_only.h5", "-o", "out.h5", "--data", FIXTURES / "digits.npz")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunectl.errors import InputError, PrunectlError, UntrustedError, UsageError, abbreviated, first_line
+from prunectl.errors import InputError, PrunectlError, UntrustedError, UsageError, WorkError, abbreviated, first_line
 from prunectl.formats import zip_read
 from prunectl.formats.base import Family, ModelFile
 from prunectl.formats.registry import load
@@ -131,6 +131,25 @@ def check_checkpoint(model: ModelFile) -> None:
             f"{model.path} is {kind}, which PyTorch cannot load with weights_only=True",
             hint="save it again with torch.save(model.state_dict(), ...)",
         )
+
+
+def find_guarded(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
+    """As `plugins.find`, but an exception in a function of the user's is told as theirs, by its name."""
+    function: Any = find(kind, name, builtin)
+    if name in builtin or not callable(function):
+        return function
+
+    def guarded(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return function(*arguments, **keywords)
+        except (PrunectlError, MemoryError):
+            raise
+        except Exception as error:
+            if "OutOfMemory" in type(error).__name__:
+                raise
+            raise WorkError(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
+
+    return guarded
 
 
 _MOST_NAMES = 3

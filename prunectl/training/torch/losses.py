@@ -27,6 +27,7 @@ from prunectl.training.task import (
     label_axis,
     target_mismatch,
 )
+from prunectl.training.user_code import find_guarded
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -190,8 +191,7 @@ def resolve_loss(
         if kind is TaskKind.LABELS and math.prod(out.shape[1:2]) == 1:
             kind = TaskKind.BINARY  # one output for two classes
         name = _loss_of_task(kind, ending) or name
-        function: Any = find("loss", name, LOSSES)
-        return TorchLoss(name, function)
+        return TorchLoss(name, find_guarded("loss", name, LOSSES))
     if y is None:
         raise UsageError("the data has no targets, and no --loss is given", hint="add --loss module:function")
     task = infer_task(out.shape[1:], ending, y.cpu().numpy(), is_channels_first=True)

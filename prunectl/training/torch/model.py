@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.plugins import find
 from prunectl.training.backend import (
     GradientStatistic,
     InputCallback,
@@ -37,6 +36,7 @@ from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.modules import frozen_batch_norms, lay_channels_last, recalibrate
 from prunectl.training.torch.optimizers import GradientSums, WeightMasks, make_optimizer
 from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
+from prunectl.training.user_code import find_guarded
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,7 +106,7 @@ class TorchTrainable:
         example = options.example
         if example is None:
             raise ValueError("a network is prepared with an example")
-        self._custom: Any = find("step", options.custom_step, {}) if options.custom_step else None
+        self._custom: Any = find_guarded("step", options.custom_step, {}) if options.custom_step else None
         is_plain = self._built.has_modes and not (options.custom_step or options.is_compiled or options.is_sharded)
         if is_plain and self._place.device.type == "cpu":
             self._layout = torch.channels_last
