@@ -155,7 +155,7 @@ _QUANTISED = {
     "fufff": "bias kernel kernel_scale awq_scales g_idx",
     "fufuff": "bias kernel kernel_scale kernel_zero awq_scales g_idx",
 }
-"""Names of the weights in a layer's folder, by dtype (i: int8, u: uint8, f: other); for an embedding, kernel means embeddings."""
+"""Names of the weights in a layer's folder, by dtype (i: int8, u: uint8, f: other). Embeddings count as kernels."""
 _MOST_QUANTISED = max(map(len, _QUANTISED))
 _AFFINE = {"gamma": "scale", "beta": "center"}
 """Weights of a normalization, and the settings that switch them off."""
