@@ -28,7 +28,8 @@ def averaged_copies_hint(stats: ModelStats) -> tuple[str, ...]:
     sentence = f"The file holds the weights twice: {names}, their average ({count} tensors). "
     return (
         sentence
-        + "Both copies are pruned, each by its own values; the code that loads the file decides which one it uses.",
+        + "`prunectl prune` prunes both, each by its own values, unless --exclude leaves one out; the code that loads "
+        "the file decides which one it uses.",
     )
 
 

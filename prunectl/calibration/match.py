@@ -200,7 +200,7 @@ class OutputMatcher:
         self._prepare(model)
         examples = answered(network, self.batches, model.path, self.copy)
         solved = self.start(model, plan, method)
-        network.assign({name: values for name, (values, _) in solved.items() if name in dense})
+        network.assign({name: values for name, (values, _) in solved.items()})
         after = self.match(model, examples, _masks(model, solved, dense))
         blocks = []
         for cut in plan.cuts:

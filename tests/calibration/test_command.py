@@ -160,3 +160,42 @@ def test_the_only_way_to_the_same_output_is_to_say_so(tmp_path: Path) -> None:
     assert digest(out) == before
     assert here(*words[:-1], "16", "--force").code == 0
     assert digest(out) != before
+
+
+def small_network() -> torch.nn.Module:
+    return torch.nn.Linear(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("other", "hints"),
+    [
+        ("ema", ("--exclude 'ema.*'", "prunectl strip m.pt --keep raw -o raw.pt")),
+        ("critic", ("--exclude 'critic.*'",)),
+    ],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "--strategy", "obs"),
+        ("prune", "--strategy", "activation-magnitude"),
+        ("prune", "--strategy", "magnitude-gradient"),
+        ("prune", "--repair", "outputs"),
+        ("finetune", "--epochs", "1"),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_weights_that_no_data_goes_through_are_refused_with_a_way_to_leave_them_out(
+    words: tuple[str, ...], other: str, hints: tuple[str, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    torch.save({name: small_network().state_dict() for name in ("model", other)}, tmp_path / "m.pt")
+    np.savez(tmp_path / "d.npz", x=torch.randn(40, 3).numpy(), y=np.arange(40) % 8)
+    more = ("-s", "50%", "--data", "d.npz", "--builder", f"{__name__}:small_network", "-o", "out.pt")
+    refused = here(words[0], "m.pt", *words[1:], *more, cwd=tmp_path)
+    assert refused.code == 2, refused.err
+    assert f"{other}.weight is not part of the network that the data goes through" in refused.err
+    assert all(hint in refused.err for hint in hints)
+    done = here(words[0], "m.pt", *words[1:], *more, "--exclude", f"{other}.*", cwd=tmp_path)
+    assert done.code == 0, done.err
+    held = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert [int((held[name]["weight"] == 0).sum()) for name in ("model", other)] == [12, 0]

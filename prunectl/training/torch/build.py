@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,6 +179,18 @@ class BuiltModule:
     """What goes in, where the file says so."""
     text: TextInput | None = None
     """How text becomes what goes in."""
+    command: str = ""
+    """What leaves this copy of the weights alone in the file, where it holds two."""
+
+    def inside(self, name: str) -> str:
+        """What the module calls a tensor of the file; an average, or another network of the file, is no part of it."""
+        if name not in self.names:
+            raise UsageError(
+                f"{abbreviated(name)} is not part of the network that the data goes through",
+                hint=f"leave it out: --exclude '{abbreviated(name.partition('.')[0])}.*'"
+                + (f"\nor keep one copy of the weights: {self.command}" if self.command else ""),
+            )
+        return self.names[name]
 
 
 def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
@@ -221,25 +234,28 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
-    return BuiltModule(module, names, notes=_used_copy(model, names))
+    notes, command = _used_copy(model, names)
+    return BuiltModule(module, names, notes=notes, command=command)
 
 
-def _used_copy(model: ModelFile, names: Iterable[str]) -> tuple[str, ...]:
-    """A note where the file holds the weights twice, as trained and as their average."""
+def _used_copy(model: ModelFile, names: Iterable[str]) -> tuple[tuple[str, ...], str]:
+    """A note where the file holds the weights twice, as trained and as their average; how to keep the used copy."""
     for trained, average, _ in averaged_copies(model.tensors):
         is_average = any(name.startswith(f"{average}.") for name in names)
         used, other = (average, trained) if is_average else (trained, average)
         used, other = (abbreviated(place) or "the top level" for place in (used, other))
-        keep = "raw" if is_average else "ema"
-        path = model.path
-        output = f"{keep}{path.suffix}" if path.stem != keep else f"{keep}-only{path.suffix}"
-        command = shlex.join(["prunectl", "strip", str(path), "--keep", keep, "-o", output])
+        rest, own = (_strip_command(model.path, keep) for keep in (("raw", "ema") if is_average else ("ema", "raw")))
         note = (
-            f"{path} holds the weights twice, as trained and averaged: those in {used} are used, not those in "
-            f"{other}. For the others: {command}"
+            f"{model.path} holds the weights twice, as trained and averaged: those in {used} are used, not those in "
+            f"{other}. For the others: {rest}"
         )
-        return (note,)
-    return ()
+        return (note,), own
+    return (), ""
+
+
+def _strip_command(path: Path, keep: str) -> str:
+    output = f"{keep}{path.suffix}" if path.stem != keep else f"{keep}-only{path.suffix}"
+    return shlex.join(["prunectl", "strip", str(path), "--keep", keep, "-o", output])
 
 
 def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:

@@ -255,7 +255,9 @@ class CachedPass:
         weights = self._weights()
         versions = _versions(weights)
         # What reads a weight that has changed, or is to be shown, has to be run.
-        wanted = {address for address, _ in versions ^ self._versions} | {_address(weights[name]) for name in names}
+        wanted = {address for address, _ in versions ^ self._versions} | {
+            _address(weights[name]) for name in names if name in weights
+        }
         if any(self._trace.reads[address] < self._done for address in wanted & self._trace.reads.keys()):
             self.clear()
         self._versions, self._next = versions, 0

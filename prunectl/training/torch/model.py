@@ -371,8 +371,8 @@ class TorchTrainable:
             self._forward(self._module, x)
 
     def weights(self, names: Iterable[str]) -> dict[str, Array]:
-        state = self._held()
-        return {name: to_numpy(full_tensor(state[name])) for name in names}
+        state = self._module.state_dict()
+        return {name: to_numpy(full_tensor(state[self._built.inside(name)])) for name in names}
 
     def tensors(self) -> dict[str, Array]:
         """Copies of all parameters and buffers."""
@@ -384,13 +384,15 @@ class TorchTrainable:
 
     def _parameters(self, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
         inside = dict(self._module.named_parameters(remove_duplicate=False))
-        return {name: inside[self._built.names[name]] for name in names if self._built.names[name] in inside}
+        inner_names = {name: self._built.inside(name) for name in names}
+        return {name: inside[inner] for name, inner in inner_names.items() if inner in inside}
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Array]) -> None:
-        state = self._held()
+        state = self._module.state_dict()
         for name, value in values.items():
-            state[name].copy_(distribute_like(view_as_torch(value), state[name]))
+            held = state[self._built.inside(name)]
+            held.copy_(distribute_like(view_as_torch(value), held))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         parameters = self._parameters(masks)
