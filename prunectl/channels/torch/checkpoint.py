@@ -199,7 +199,7 @@ def write_weights(
 
 
 def class_of(traced: TracedModel) -> str:
-    """The name of the generated class: that of the module's class, or Net if torch has that or it is not an identifier."""
+    """The class name of the module, or Net if torch has a class of that name or it is not an identifier."""
     module_class = type(traced.original)
     name = str(getattr(traced.original, "original_name", module_class.__name__))
     is_own = not module_class.__module__.startswith("torch.") or isinstance(traced.original, torch.jit.ScriptModule)
