@@ -206,7 +206,7 @@ def _channel_axis(trace: LabelTrace, value: LabelArray) -> ChannelAxis:
 
 
 def _unite_fronts(trace: LabelTrace, node: OpNode, left: LabelArray, right: LabelArray) -> None:
-    """Unite the batch axes of both operands, except axes along which one operand is broadcast."""
+    """Unite the channels on the batch axes of both operands, unless one operand is broadcast along these axes."""
     left_fronts, right_fronts = left[..., 0, 0], right[..., 0, 0]
     axes = {*trace.labels.varying(left_fronts), *trace.labels.varying(right_fronts)}
     if any(left_fronts.shape[axis] > 1 and right_fronts.shape[axis] > 1 for axis in axes):
@@ -240,7 +240,7 @@ def _bias_or_state(trace: LabelTrace, node: OpNode, name: str, units_labels: Lab
         trace.labels.unite(_last(trace.labels_of(name)), units_labels, f"{op_title(node)} starts from a computed state")
         return
     times = trace.shape(name)[-1] // len(units_labels)
-    # An initial state has the role of a bias, so that the equivalence check zeroes it: a zeroed unit must stay at 0.
+    # An initial state has the role of a bias, so that the equivalence check zeroes it with the unit.
     trace.note(node, name, -1, AxisRole.BIAS, np.tile(units_labels, times))
 
 
@@ -282,7 +282,7 @@ def _kept_axis(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tu
 
 
 def _is_shuffle(trace: LabelTrace, node: OpNode) -> bool:
-    """Whether a reshape starts a channel shuffle: only transposes read it, and only reshapes back read these."""
+    """Whether a reshape starts a channel shuffle: all readers are transposes, and theirs restore the shape before."""
     readers = trace.readers(node)
     if not readers or any(reader.kind is not OpKind.TRANSPOSE for reader in readers):
         return False
