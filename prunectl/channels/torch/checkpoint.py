@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prunectl.channels.adapter import Axes, delete_indices
@@ -22,7 +23,7 @@ from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.safetensors import array_entry, read, write_entries
 from prunectl.pruning.destination import code_beside
 from prunectl.training import user_code
-from prunectl.training.torch.tensors import to_numpy, to_torch
+from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,11 @@ def write_weights(
     code, path = companion_file(target), folder / target.name
     if traced.holds_module:
         written = module.generate_module(traced, program, class_of(traced), _loading(target.name))
-        torch.save({name: value.contiguous() for name, value in written.state.items()}, path)
+        # The module was traced in float32, even if its weights have half precision in the file.
+        dtypes = {tensor.name: view_as_torch(np.empty(0, tensor.dtype)).dtype for tensor in model.tensors}
+        types_of = {name: dtypes[tensor] for name, tensor in traced.names.items()}
+        state = {name: value.to(types_of.get(name, value.dtype)) for name, value in written.state.items()}
+        torch.save({name: value.contiguous() for name, value in state.items()}, path)
     elif model.family is Family.SAFETENSORS:
         attribute, tensor = next(iter(traced.names.items()))
         prefix = tensor.removesuffix(attribute)

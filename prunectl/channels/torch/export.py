@@ -111,7 +111,7 @@ def _traced(module: torch.nn.Module, examples: Examples, path: str) -> _TracedGr
     """Record the graph; if the recording does not compute the same for a batch of 1, trace it with torch.export."""
     module.eval()
     if any(weight.dtype in _HALF for weight in module.parameters()):
-        # The equivalence check runs in float32; the weights that are written are read from the file again.
+        # The equivalence check runs in float32; the written weights keep the precision that they have in the file.
         module.float()
     used = _batched(examples)
     try:

@@ -191,6 +191,15 @@ def test_half_precision_stays_so_in_the_file(tmp_path: Path) -> None:
     assert {str(tensor.dtype) for tensor in open_model(output).tensors if tensor.is_float} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_of_a_whole_module_stays_so_in_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    net, path, output = nets.built(nets.Mobile).to(dtype), tmp_path / "net.pt", tmp_path / "small.pt"
+    torch.save(net, path)
+    cut(path, output, is_trusted=True)
+    before, after = net.state_dict(), torch.load(output, weights_only=True)
+    assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
+
+
 def test_what_was_cut_is_trained_further(tmp_path: Path) -> None:
     path, small, output = tmp_path / "net.pt", tmp_path / "small.pt", tmp_path / "better.pt"
     cut(saved(nets.built(nets.Mobile), path), small, model="tests.channels.nets:Mobile")
