@@ -191,3 +191,21 @@ def test_a_hint_about_a_model_in_memory_names_no_file() -> None:
     with pytest.raises(UsageError) as caught:
         prunectl.prune({"a": np.zeros((4, 4), np.float32)}, sparsity=0.5)
     assert caught.value.hint == "select tensors with layers or policy='all'"
+
+
+def test_a_metric_of_ones_own_goes_by_its_own_name(tmp_path: Path) -> None:
+    def right(out: Any, y: Any) -> float:
+        return float((out.argmax(1) == y).float().mean())
+
+    options: Any = {"builder": DigitsCNN, "metric": (right, "max")}
+    judged = prunectl.evaluate(MODEL, (X, Y), **options)
+    assert judged.metric == "right"
+    assert judged.logs["right"] == judged.value
+    epochs: list[Any] = []
+    run = {**options, "data": (X, Y), "val": (X, Y), "epochs": 1, "device": "cpu", "on_epoch": epochs.append}
+    trained = prunectl.finetune(MODEL, tmp_path / "out.pt", **run)
+    assert trained.history[-1].val["right"] == trained.judged_after["right"] == epochs[-1].val["right"]
+    searched = prunectl.prune(MODEL, None, max_drop="5pp", data=(X, Y), **options)
+    assert searched.search.base.metric == "right"
+    for result in (judged, trained, searched):
+        assert "in_memory" not in f"{result} {result.to_dict()}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from prunectl.errors import UsageError, first_line
@@ -19,6 +21,7 @@ _DATA = frozenset({"data", "val"})
 _BUILDERS = frozenset({"builder", "distill_builder"})
 _named: dict[str, Any] = {}
 _naming = threading.Lock()
+_FULL_NAME = re.compile(rf"\b{re.escape(__name__)}:(?=\w)")
 
 
 def __getattr__(name: str) -> Any:
@@ -40,6 +43,22 @@ def named_objects(options: Mapping[str, Any]) -> Generator[dict[str, Any]]:
     finally:
         for name in registered:
             del _named[name]
+
+
+def by_own_names(result: Any) -> Any:
+    """A result in which objects have their own names: a metric `f1` is f1, and not what it was found by."""
+    if isinstance(result, str):
+        return _FULL_NAME.sub("", result)
+    if isinstance(result, tuple | list):
+        named = [by_own_names(item) for item in result]
+        return type(result)(named) if named != [*result] and type(result) in {tuple, list} else result
+    if isinstance(result, dict):
+        return {by_own_names(key): by_own_names(value) for key, value in result.items()}
+    if not is_dataclass(result) or isinstance(result, type):
+        return result
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    changed = {name: new for name, old in values.items() if (new := by_own_names(old)) is not old and new != old}
+    return replace(result, **changed) if changed else result
 
 
 def is_in_memory(values: Iterable[Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import typer
 
 from prunectl.analysis.patterns import CHANNEL
-from prunectl.api.in_memory import is_in_memory, named_objects
+from prunectl.api.in_memory import by_own_names, is_in_memory, named_objects
 from prunectl.api.keywords import ChannelOptions, PartOptions, PruneOptions, RunOptions, parse_keywords
 from prunectl.api.results import EngineResult, OnProgress, meter_of, size_lines, title_of
 from prunectl.channels.prune import ChannelPruneResult
@@ -217,7 +217,8 @@ def _prune(
     if options.max_drop:
         spec = prune_search(options, request, limits)
         run = prune_within(spec, options, limits, trial_reporter(on_progress), meter)
-        result, more["search"] = run(path, destination)
+        result, search = run(path, destination)
+        more["search"] = by_own_names(search)
     else:
         result = build_mode(options, request, limits, meter)(path, destination)
     if isinstance(result, WrapResult):

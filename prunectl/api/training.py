@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Unpack, overload
 
-from prunectl.api.in_memory import named_objects
+from prunectl.api.in_memory import by_own_names, named_objects
 from prunectl.api.keywords import (
     AnyPath,
     CodeOptions,
@@ -138,7 +138,7 @@ def finetune(
         path = local_path("model", model)
         if max_drop:
             return _search_trained(path, destination, request, (max_drop, folder), watch)
-        result = train(path, request, destination, watch)
+        result = by_own_names(train(path, request, destination, watch))
     for entry in result.history:
         watch.tell(entry)
     return TrainingResult.of(result, output=str(destination.target))
@@ -162,7 +162,7 @@ def _search_trained(
 
     run = training_search(request, max_drop, make)
     search = run(path, destination, tried, trial_reporter(watch.on_progress))
-    return TrainingSearchResult.of(search, output=str(destination.target))
+    return TrainingSearchResult.of(by_own_names(search), output=str(destination.target))
 
 
 def _refuse_options_of_one_run(request: FinetuneRequest) -> None:
@@ -259,7 +259,7 @@ class EpochWatcher:
         """Report an epoch, unless it was reported already."""
         if self._on_epoch is not None and entry.epoch > self._told:
             self._told = entry.epoch
-            self._on_epoch(entry)
+            self._on_epoch(by_own_names(entry))
 
 
 class BenchOptions(CodeOptions, total=False):
@@ -326,5 +326,5 @@ def evaluate(
         raise UsageError("no data is given", hint="write prunectl.evaluate('model.h5', 'test.npz')")
     with named_objects({**parse_keywords("evaluate", EvaluateOptions, options), "data": data}) as named:
         request = parse_request(named)
-        result = evaluate_file(path, request, meter_of(on_progress))
+        result = by_own_names(evaluate_file(path, request, meter_of(on_progress)))
     return EvaluationResult.of(result, path=str(model))
