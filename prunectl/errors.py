@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FILE_LIMIT = "raise the limit of the shell (ulimit -f unlimited), if it has one"
 _ONLY_WRITING = NO_ROOM | {errno.EROFS}
 SCRATCH = re.compile(r"\.?prunectl-[0-9a-f]{16}")
 """The names of scratch folders, see `formats.scratch`."""
@@ -83,6 +84,8 @@ def translate(error: Exception) -> PrunectlError | None:
     if isinstance(reason := getattr(error, "reason", None), OSError):
         # urllib wraps the error of the network.
         return translate(reason)
+    if error.errno == errno.EFBIG:
+        return WorkError("a file would be larger than allowed: File too large; nothing was written", hint=FILE_LIMIT)
     if error.errno in NO_ROOM:
         return WorkError(f"no space left on the disk{_where(error)}; nothing was written")
     if error.errno is not None and is_of_output(error):

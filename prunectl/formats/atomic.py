@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import quote
 from threading import Event
 
-from prunectl.errors import NO_ROOM, UsageError, WorkError, is_of_output
+from prunectl.errors import FILE_LIMIT, NO_ROOM, UsageError, WorkError, is_of_output
 from prunectl.formats import scratch
 from prunectl.formats.base import ModelFile
 from prunectl.formats.detect import PIPELINE_INDEX, parts_without_index
@@ -178,6 +178,8 @@ def targets(model: ModelFile, target: Path) -> dict[Path, Path]:
         own = {file: file.relative_to(model.path.parent) for file in model.files}
     else:
         beside = tuple(dict.fromkeys(file for file in model.files if file != model.path))
+        if model.format == "shards":
+            scratch.check_is_text(target.name)
         name = _shard_names if model.format == "shards" else _data_names
         own = dict(zip(beside, name(beside, target.name), strict=True))
     return {**own, model.path: Path(target.name)}
@@ -294,6 +296,9 @@ def _staging_dir(parent: Path, unwritten: str) -> Generator[Path]:
         staging.take(parent, scratch.HIDDEN)
         yield staging.inside
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            message = f"{parent} takes no file as large as the result: {error.strerror}; {unwritten}"
+            raise WorkError(message, hint=FILE_LIMIT) from error
         if error.errno in NO_ROOM:
             raise WorkError(f"{parent} has no space for the result: {error.strerror}; {unwritten}") from error
         # An error without a file name comes from a write; one about another file is not about the output.

@@ -19,7 +19,7 @@ from functools import reduce
 from operator import and_
 from pathlib import Path
 
-from prunectl.errors import NO_ROOM, SCRATCH, WorkError
+from prunectl.errors import NO_ROOM, SCRATCH, UsageError, WorkError
 from prunectl.formats.base import ModelFile
 
 HIDDEN, SHOWN = ".prunectl-", "prunectl-"
@@ -100,6 +100,15 @@ def temporary_files() -> Generator[Path]:
 def is_text(path: Path) -> bool:
     """Whether frameworks can read a path: they accept only UTF-8, while file systems allow any bytes."""
     return not any("\ud800" <= character <= "\udfff" for character in str(path))
+
+
+def check_is_text(name: str) -> None:
+    """Refuse a name that the files of a model cannot give for each other."""
+    if not is_text(Path(name)):
+        raise UsageError(
+            f"{name} is not UTF-8, in which the files of this model name each other",
+            hint="choose another --output",
+        )
 
 
 def utf8_path(path: Path, link: Path) -> Path:

@@ -226,8 +226,20 @@ def test_a_disk_that_is_full_half_way_leaves_nothing(name: str, limit: int, tmp_
     with os.fdopen(reader) as told:
         said = told.read()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5, said
-    assert "nothing was written" in said
+    assert "File too large; nothing was written" in said
+    assert "ulimit -f" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_name_each_other_have_names_in_utf_8(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "external_data", tmp_path / "model")
+    source = next((tmp_path / "model").glob("*.onnx"))
+    done = here("prune", source, *HALF, "-o", tmp_path / "out\udcff.onnx")
+    assert done.code == 2, done.err
+    assert "is not UTF-8, in which the files of this model name each other" in done.err
+    assert os.listdir(tmp_path) == ["model"]
+    # An export puts all of it into one file.
+    assert here("export", source, "-o", tmp_path / "out\udcff.onnx").code == 0
 
 
 @pytest.fixture(scope="module")

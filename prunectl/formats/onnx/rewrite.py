@@ -32,6 +32,7 @@ from prunectl.formats.onnx.messages import (
 from prunectl.formats.onnx.model import open_model
 from prunectl.formats.patch import TensorUpdate, patch_files
 from prunectl.formats.protobuf import BYTES, Field, length_prefix, number
+from prunectl.formats.scratch import check_is_text
 
 GRAPH = 7
 _PIECE_BYTES = 1 << 20
@@ -118,6 +119,7 @@ def _entry(reader: ProtoReader, span: Span, target_of: Location) -> Runs | None:
     moved = target_of(texts.get(_VALUE, "")) if texts.get(_KEY) == _LOCATION else None
     if moved is None:
         return None
+    check_is_text(moved)
     key, value = _LOCATION.encode(), moved.encode()
     return [(span, length_prefix(_KEY, len(key)) + key + length_prefix(_VALUE, len(value)) + value)]
 
