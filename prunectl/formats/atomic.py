@@ -21,9 +21,9 @@ from prunectl.formats.detect import PIPELINE_INDEX, parts_without_index
 from prunectl.formats.registry import WEIGHT_FILES
 from prunectl.formats.workers import check_stopped
 
-_HERE, _NO_REPLACE, _EXCHANGE = -100, 1, 2
+_AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux."""
-_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES})
+_NO_LINK_ERRNOS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES})
 """Errors of filesystems without hard links: exFAT, many of FUSE and SMB."""
 
 
@@ -61,7 +61,7 @@ def _linked(new: Path, target: Path) -> bool:
     try:
         os.link(new, target)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in _NO_LINK_ERRNOS:
             raise
         return False
     return True
@@ -72,7 +72,7 @@ def _renameat2(one: Path, other: Path, how: int) -> int:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return errno.ENOSYS
-    return 0 if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), how) == 0 else ctypes.get_errno()
+    return 0 if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), how) == 0 else ctypes.get_errno()
 
 
 _MODEL_FOLDERS = ("saved_model.pb", PIPELINE_INDEX, *WEIGHT_FILES)
@@ -367,9 +367,9 @@ def _move_into_place(new: Path, target: Path, scratch_folder: Path, *, may_repla
 
 _WRITE, _WAIT = 2, 4
 """SYNC_FILE_RANGE_WRITE and SYNC_FILE_RANGE_WAIT_AFTER of Linux."""
-_FLUSHED_BYTES = 16 << 20
+_FLUSH_BYTES = 16 << 20
 """Bytes to wait for in one call: an interrupted run waits for no more than these."""
-_PAUSE = 0.05
+_PAUSE_SECONDS = 0.05
 
 
 def flush(path: Path) -> None:
@@ -384,7 +384,7 @@ def flush(path: Path) -> None:
 def flush_meanwhile(folder: Path, is_written: Event) -> None:
     """Start writeback of the files in a folder while they are being written, until `is_written` is set."""
     begun: dict[Path, int] = {}
-    while not is_written.wait(_PAUSE):
+    while not is_written.wait(_PAUSE_SECONDS):
         check_stopped()
         # Scratch files may be deleted before their turn comes.
         with suppress(FileNotFoundError):
@@ -409,9 +409,9 @@ def _sync_range(fd: int, how: int) -> None:
     sync = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
     if sync is None:
         return
-    for begin in range(0, os.fstat(fd).st_size, _FLUSHED_BYTES):
+    for begin in range(0, os.fstat(fd).st_size, _FLUSH_BYTES):
         check_stopped()
-        if sync(fd, ctypes.c_int64(begin), ctypes.c_int64(_FLUSHED_BYTES), how) != 0:
+        if sync(fd, ctypes.c_int64(begin), ctypes.c_int64(_FLUSH_BYTES), how) != 0:
             code = ctypes.get_errno()
             if code in NO_ROOM | {errno.EIO}:
                 raise OSError(code, os.strerror(code))

@@ -418,7 +418,7 @@ class RemovedItem:
     bytes: int
 
 
-_NEAREST = 3
+_MAX_SUGGESTIONS = 3
 
 
 def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
@@ -437,7 +437,7 @@ def select_names(model: ModelFile, selector: str) -> tuple[Tensor, ...]:
 def close_matches(word: str, known: Sequence[str]) -> tuple[str, ...]:
     """The known words that look most like a misspelt one."""
     bare = word.removeprefix("re:").strip("*?.$^")
-    return tuple(get_close_matches(bare, dict.fromkeys(known), n=_NEAREST, cutoff=0.5))
+    return tuple(get_close_matches(bare, dict.fromkeys(known), n=_MAX_SUGGESTIONS, cutoff=0.5))
 
 
 def _matcher(selector: str) -> Callable[[str], bool]:

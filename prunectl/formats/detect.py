@@ -70,7 +70,7 @@ def missing_error(path: Path) -> InputError:
     return url_error(str(path)) or InputError(f"{path} does not exist", did_you_mean=_neighbours(path))
 
 
-_MOST_LISTED = 10_000
+_MAX_LISTED = 10_000
 """At most so many files of a folder are searched for names like a misspelt one."""
 
 
@@ -78,7 +78,7 @@ def _neighbours(path: Path) -> tuple[str, ...]:
     """Files in the folder of a missing file with similar names."""
     try:
         with os.scandir(path.parent) as entries:
-            names = [entry.name for entry in islice(entries, _MOST_LISTED)]
+            names = [entry.name for entry in islice(entries, _MAX_LISTED)]
     except OSError:
         return ()
     return tuple(str(path.with_name(name)) for name in get_close_matches(path.name, names, n=3, cutoff=0.75))
@@ -296,7 +296,7 @@ def parts_without_index(folder: Path) -> tuple[str, ...]:
 
 def _listed(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in islice(entries, _MOST_LISTED))
+        return sorted(entry.name for entry in islice(entries, _MAX_LISTED))
 
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")

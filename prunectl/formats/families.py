@@ -52,32 +52,32 @@ def _row(model_types: str, *stacks: Stack, needs: str = "") -> ModelFamily:
     return ModelFamily(frozenset(model_types.split()), stacks, needs)
 
 
-_HIDDEN = "num_hidden_layers"
+_NUM_LAYERS = "num_hidden_layers"
 FAMILIES = (
     _row(
         "llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma phi phi3 phimoe starcoder2 olmo olmo2 "
         "olmoe granite granitemoe stablelm deepseek_v2 deepseek_v3 glm glm4 glm4_moe persimmon nemotron helium "
         "seed_oss ernie4_5 hunyuan_v1_dense dots1 bitnet apertus arcee cohere gpt_neox internlm3",
-        Stack(_HIDDEN, "layers"),
+        Stack(_NUM_LAYERS, "layers"),
     ),
-    _row("gemma2 gemma3_text cohere2 olmo3 gpt_oss smollm3 exaone4", Stack(_HIDDEN, "layers"), needs="layer_types"),
+    _row("gemma2 gemma3_text cohere2 olmo3 gpt_oss smollm3 exaone4", Stack(_NUM_LAYERS, "layers"), needs="layer_types"),
     _row(
         "gemma3 llava mistral3 paligemma",
-        Stack(f"text_config.{_HIDDEN}", r"language_model(?:\.model)?\.layers"),
+        Stack(f"text_config.{_NUM_LAYERS}", r"language_model(?:\.model)?\.layers"),
     ),
     _row("gpt2 gpt_bigcode gptj codegen bloom", Stack("n_layer", "h")),
-    _row("falcon", Stack(_HIDDEN, "h")),
+    _row("falcon", Stack(_NUM_LAYERS, "h")),
     _row("mpt", Stack("n_layers", "blocks")),
-    _row("opt", Stack(_HIDDEN, r"decoder\.layers")),
+    _row("opt", Stack(_NUM_LAYERS, r"decoder\.layers")),
     _row(
         "bert roberta xlm-roberta xlm-roberta-xl camembert electra ernie mpnet deberta deberta-v2 layoutlm rembert "
         "nystromformer megatron-bert vit deit audio-spectrogram-transformer vit_mae vit_msn ijepa",
-        Stack(_HIDDEN, r"encoder\.layer"),
+        Stack(_NUM_LAYERS, r"encoder\.layer"),
     ),
     _row("distilbert", Stack("n_layers", r"transformer\.layer")),
     _row(
         "wav2vec2 hubert clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
-        Stack(_HIDDEN, r"encoder\.layers"),
+        Stack(_NUM_LAYERS, r"encoder\.layers"),
     ),
     _row(
         "t5 mt5 umt5 longt5",
@@ -91,8 +91,8 @@ FAMILIES = (
     ),
     _row(
         "clip siglip",
-        Stack(f"text_config.{_HIDDEN}", r"text_model\.encoder\.layers", "text"),
-        Stack(f"vision_config.{_HIDDEN}", r"vision_model\.encoder\.layers", "vision"),
+        Stack(f"text_config.{_NUM_LAYERS}", r"text_model\.encoder\.layers", "text"),
+        Stack(f"vision_config.{_NUM_LAYERS}", r"vision_model\.encoder\.layers", "vision"),
     ),
 )
 COUNTS = frozenset(stack.key.rpartition(".")[2] for family in FAMILIES for stack in family.stacks)
@@ -238,12 +238,12 @@ def _text(value: Any) -> str:
     return abbreviated(value) if isinstance(value, str) else ""
 
 
-_INSIDE = ("", "text_config.", "llm_config.", "language_config.", "thinker_config.text_config.")
+_TEXT_CONFIGS = ("", "text_config.", "llm_config.", "language_config.", "thinker_config.text_config.")
 """Key prefixes of the language model's settings in configs; multimodal models keep them in a nested object."""
 
 
 def _number(config: Mapping[str, Any], *keys: str) -> int | None:
-    for inside in _INSIDE:
+    for inside in _TEXT_CONFIGS:
         for key in keys:
             value = lookup(config, inside + key)
             if type(value) is int and 0 < value < 1 << 40:
@@ -252,7 +252,7 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 _ANY_BLOCK = re.compile(r"((?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.(\d{1,6})\.")
-_MOST_STACKS = 8
+_MAX_STACKS = 8
 
 
 def _blocks(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, int]:
@@ -271,7 +271,7 @@ def _blocks(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, i
                 numbers_of.setdefault(tensor.name[: match.start(1) - 1], set()).add(int(match[1]))
                 break
     counts = {name: len(seen) for name, seen in numbers_of.items() if max(seen) == len(seen) - 1 > 0 or family}
-    largest = sorted(counts.items(), key=lambda item: -item[1])[:_MOST_STACKS]
+    largest = sorted(counts.items(), key=lambda item: -item[1])[:_MAX_STACKS]
     return {abbreviated(name): count for name, count in largest}
 
 
@@ -304,19 +304,19 @@ HEAD = re.compile(
     r"(?:^|\.)(lm_head|generator_lm_head|embed_out|proj_out|output_projection|predictions\.decoder)\.weight$"
 )
 """The weight of an output layer, which may be tied to the embedding."""
-_OF_LANGUAGE = re.compile(r"(LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration)")
+_LANGUAGE_MODEL = re.compile(r"(LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration)")
 
 
 def tie_flags(config: Mapping[str, Any]) -> list[bool]:
     """The values of `tie_word_embeddings` in a config and its nested objects, the outermost first."""
-    values = (lookup(config, f"{inside}tie_word_embeddings") for inside in _INSIDE)
+    values = (lookup(config, f"{inside}tie_word_embeddings") for inside in _TEXT_CONFIGS)
     return [value for value in values if type(value) is bool]
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> bool | None:
     """Whether the output layer is tied to the embedding, by the config, else because there is no other output layer."""
     classes = config.get("architectures")
-    if not isinstance(classes, list) or not any(_OF_LANGUAGE.search(_text(name)) for name in classes):
+    if not isinstance(classes, list) or not any(_LANGUAGE_MODEL.search(_text(name)) for name in classes):
         return None
     for is_tied in tie_flags(config):
         return is_tied

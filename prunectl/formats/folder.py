@@ -18,7 +18,7 @@ from prunectl.units import listed
 
 LEDGER = ".prunectl-parts"
 """The folder in which `prune --part` records its progress, inside an unfinished output folder."""
-_NOT_OF_THE_MODEL = frozenset({".git", ".cache", "__pycache__", LEDGER})
+_IGNORED = frozenset({".git", ".cache", "__pycache__", LEDGER})
 OTHER_WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|tf_model|flax_model|rust_model)\b.*"
     r"\.(safetensors|bin|h5|msgpack|ot)(\.index(\.[\w-]+)?\.json)?"
@@ -123,7 +123,7 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
     with reading(folder):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name in _NOT_OF_THE_MODEL or SCRATCH.fullmatch(entry.name):
+        if entry.name in _IGNORED or SCRATCH.fullmatch(entry.name):
             continue
         if entry.is_symlink() or entry.is_file():
             yield Path(entry.path).relative_to(root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-_BETWEEN = ".parametrizations."
+_PARAMETRIZATIONS = ".parametrizations."
 _MASK = "_mask"
 
 
@@ -44,13 +44,13 @@ def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[Ma
     """Weights whose only parametrizations are masks."""
     beside: dict[str, list[str]] = {}
     for name in sorted(names):
-        layer, between, rest = f".{name}".partition(_BETWEEN)
+        layer, between, rest = f".{name}".partition(_PARAMETRIZATIONS)
         if between:
             tensor, _, leaf = rest.partition(".")
             beside.setdefault(f"{layer}{between}{tensor}"[1:], []).append(leaf)
     weights = []
     for wrapper, leaves in beside.items():
-        layer, _, tensor = f".{wrapper}".partition(_BETWEEN)
+        layer, _, tensor = f".{wrapper}".partition(_PARAMETRIZATIONS)
         plain = f"{layer}.{tensor}".lstrip(".")
         masks = [leaf for leaf in leaves if leaf != "original"]
         mask_names = [f"{wrapper}.{leaf}" for leaf in masks] or ([others[plain]] if plain in others else [])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([^;]*)(?:;.*extra\s*==\s*['\"]([^'\"]+)['\"])?")
 _BOUND = re.compile(r"(>=|<)\s*([0-9.]+)")
-_EVERYTHING = "all"
+_ALL_EXTRAS = "all"
 _IMPORTED_AS = {"pil": "pillow"}
 """Distributions whose modules have another name."""
 
@@ -52,7 +52,7 @@ def required() -> Iterator[Package]:
     """The requirements of the installed prunectl and its extras; PackageNotFoundError if it is not installed."""
     for line in metadata.requires("prunectl") or []:
         match = _REQUIREMENT.match(line)
-        if match and match[3] != _EVERYTHING:
+        if match and match[3] != _ALL_EXTRAS:
             yield Package(match[1], match[3] or "", match[2].strip(), _version(match[1]))
 
 

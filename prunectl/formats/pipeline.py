@@ -59,13 +59,13 @@ def open_pipeline(path: Path) -> ModelFile:
 _COPIED = "the same weights in another form, copied as they are"
 _SAFETENSORS = "but a pipeline is pruned as a whole in safetensors alone"
 _PICKLES = ("pytorch_model.bin", "adapter_model.bin")
-_OF_OTHERS = re.compile(r".*\.onnx([._]data)?|openvino_model\..*|saved_model\.pb")
+_OTHER_FRAMEWORKS = re.compile(r".*\.onnx([._]data)?|openvino_model\..*|saved_model\.pb")
 """Copies of the weights for other frameworks, by their path in the folder of a part."""
 
 
 def _is_weights(name: str) -> bool:
     """Whether a file of a part is a copy of its weights in another format or precision, or an index of such files."""
-    return OTHER_WEIGHTS.fullmatch(name) is not None or _OF_OTHERS.fullmatch(name) is not None
+    return OTHER_WEIGHTS.fullmatch(name) is not None or _OTHER_FRAMEWORKS.fullmatch(name) is not None
 
 
 def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
@@ -85,7 +85,7 @@ def _part(path: Path, name: Any, files: Iterable[str]) -> ModelFile | None:
         if not others:
             return None
         # If the part were skipped, its dense weights would be copied into an output that is called pruned.
-        shown = abbreviated(next(filter(_OF_OTHERS.fullmatch, others), others[0]))
+        shown = abbreviated(next(filter(_OTHER_FRAMEWORKS.fullmatch, others), others[0]))
         raise InputError(
             f"{folder} has its weights in {shown}, {_SAFETENSORS}",
             hint="rename them as those without a variant: model.safetensors, diffusion_pytorch_model.safetensors",

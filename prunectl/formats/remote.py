@@ -314,7 +314,7 @@ def _mirror(mirror: _Mirror, url: str) -> Path:
     files = _probed(remote) if listed is None else listed
     index = next((weights for weights in WEIGHT_FILES if weights in files), "")
     is_pipeline = not index and (PIPELINE_INDEX in files or _has_networks(files))
-    if not index and not is_pipeline and not any(marker in files for marker in _FETCHED_FOLDERS):
+    if not index and not is_pipeline and not any(marker in files for marker in _DOWNLOADED_FOLDERS):
         what = missing_index(files) or "has no model of a format that prunectl knows"
         raise InputError(f"{shown(url)} {what}", hint=_hint(files))
     needed = _shards(mirror, remote, index, listed) if index.endswith(".json") else [index]
@@ -332,7 +332,7 @@ def _fetch_needed(mirror: _Mirror, names: list[str]) -> None:
     _fetch([path for path in paths if path in REMOTE], mirror.tell)
 
 
-_FETCHED_FOLDERS = ("saved_model.pb", ".metadata", "latest")
+_DOWNLOADED_FOLDERS = ("saved_model.pb", ".metadata", "latest")
 """Files that mark a folder to download whole: a SavedModel, or a checkpoint of many ranks."""
 
 

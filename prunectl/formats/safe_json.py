@@ -17,7 +17,7 @@ from prunectl.formats import budgets
 
 _LOCK = threading.Lock()
 """Guards Python's limit on the digits of integers, which all threads share."""
-_MADE_BYTES = (("{", 200), ("[", 90), (":", 70), (",", 50), ('"', 20))
+_PARSED_BYTES = (("{", 200), ("[", 90), (":", 70), (",", 50), ('"', 20))
 """Upper bounds of the memory that parsing takes for each of these characters; at least half is really taken.
 
 Characters inside strings count as well: finding the ends of strings would take as long as parsing does.
@@ -72,25 +72,25 @@ def refuse_too_much(
     texts: Iterable[bytes | str], path: Path, what: str, most: int = budgets.MAX_JSON_OBJECT_BYTES
 ) -> None:
     """Refuse JSON texts that would take too much memory together, before any of them is parsed."""
-    nbytes = made_bytes = 0
+    nbytes = parsed_bytes = 0
     for text in texts:
         nbytes += len(text)
         if nbytes > budgets.MAX_JSON_BYTES:
             raise InputError(f"{path} is refused: {what} is longer than {budgets.MAX_JSON_BYTES} bytes of JSON")
-        made_bytes += _made_bytes(text)
-        if made_bytes > most:
+        parsed_bytes += _parsed_bytes(text)
+        if parsed_bytes > most:
             raise InputError(f"{path} is refused: {what} would create more objects than prunectl allows")
 
 
-def _made_bytes(text: bytes | str) -> int:
+def _parsed_bytes(text: bytes | str) -> int:
     """An upper bound of the memory that a text takes once it is parsed, computed without parsing it."""
     if isinstance(text, str):
         decoded = 0 if text.isascii() else 3 * len(text)
-        structure = sum(each * text.count(mark) for mark, each in _MADE_BYTES)
+        structure = sum(each * text.count(mark) for mark, each in _PARSED_BYTES)
         has_escapes = "\\u" in text
     else:
         decoded = len(text) if text.isascii() else 4 * len(text)
-        structure = sum(each * text.count(mark.encode()) for mark, each in _MADE_BYTES)
+        structure = sum(each * text.count(mark.encode()) for mark, each in _PARSED_BYTES)
         has_escapes = b"\\u" in text
     # A single wide character makes Python store its whole string with four bytes for each character.
     return structure + decoded + len(text) * (4 if has_escapes or not text.isascii() else 1)

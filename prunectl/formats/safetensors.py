@@ -139,7 +139,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 CODES = DTYPES.codes
 _METADATA = "__metadata__"
-_ROUND_BYTES = 8
+_ALIGNMENT = 8
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def header_without_tensors(path: Path) -> dict[str, Any]:
 def encode_header(header: Mapping[str, Any]) -> bytes:
     """The bytes of a header, with its length in front, padded to a multiple of 8."""
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", SURROGATES)
-    text += b" " * (-len(text) % _ROUND_BYTES)
+    text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
@@ -232,7 +232,7 @@ def open_shards(path: Path) -> ModelFile:
     owners = {shard.path.name: shard for shard in shards}
 
     def decode(tensor: Tensor) -> Array:
-        owner, _, key = tensor.storage.key.partition(_NO_NAME)
+        owner, _, key = tensor.storage.key.partition(_SEPARATOR)
         return owners[owner].read(replace(tensor, storage=replace(tensor.storage, key=key)))
 
     return ModelFile(
@@ -253,13 +253,13 @@ def open_shards(path: Path) -> ModelFile:
     )
 
 
-_NO_NAME = "\0"
+_SEPARATOR = "\0"
 """Separates the name of a shard from the key of a storage in it; no file name contains it."""
 
 
 def shard_of(tensor: Tensor) -> str:
     """The name of the shard that holds a tensor of a sharded model."""
-    return tensor.storage.key.partition(_NO_NAME)[0]
+    return tensor.storage.key.partition(_SEPARATOR)[0]
 
 
 def write_shards(model: ModelFile, targets: dict[Path, Path], rewrites: Sequence[TensorUpdate]) -> None:
@@ -324,7 +324,7 @@ def _note_unlisted(names: Sequence[str]) -> tuple[str, ...]:
 
 def _open_shard(index: Path, name: str) -> ModelFile:
     shard = index.parent / name
-    prefix = f"{name}{_NO_NAME}"
+    prefix = f"{name}{_SEPARATOR}"
     with reading(shard):
         row = registry.recognise(shard)
         if row.name == "shards":

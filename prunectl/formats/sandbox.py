@@ -31,10 +31,10 @@ from prunectl.formats.workers import kept_children
 _OUT_OF_TIME = "takes too long to read: it is damaged or malicious"
 _PIECE_BYTES = 1 << 20
 _PROBE = bytes(1 << 16)
-_PATIENCE = 20
+_WALL_CLOCK_FACTOR = 20
 """Wall-clock time that a child may take on a busy machine, as a multiple of its limit on processor time."""
 _OVER_TIME = frozenset({signal.SIGPROF, signal.SIGXCPU})
-_BOOT = """
+_SERVER_CODE = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from prunectl.formats.sandbox_child import serve
@@ -132,7 +132,7 @@ class Child:
             if self._socket is None:
                 self._pid, self._socket = _server.fork(getattr(getattr(work, "func", work), "__module__", ""))
             try:
-                answer = _exchange(self._socket, request, time.monotonic() + _PATIENCE * seconds)
+                answer = _exchange(self._socket, request, time.monotonic() + _WALL_CLOCK_FACTOR * seconds)
             except BaseException:
                 self._end()
                 raise
@@ -277,7 +277,7 @@ def _spawned_server(control: socket.socket) -> int:
     nowhere = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
     return os.posix_spawn(
         sys.executable,
-        [sys.executable, "-c", _BOOT, json.dumps([os.path.abspath(entry) for entry in sys.path])],
+        [sys.executable, "-c", _SERVER_CODE, json.dumps([os.path.abspath(entry) for entry in sys.path])],
         {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         file_actions=[(os.POSIX_SPAWN_DUP2, control.fileno(), 0), *nowhere],
     )

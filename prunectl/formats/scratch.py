@@ -28,9 +28,9 @@ LOCK, INSIDE, PACKED, OLD = "lock", "new", "packed", "old"
 """The only entries of a scratch folder: its lock, the new output, the compressed output, and the replaced output."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """Errors of filesystems without locks, such as some of NFS and FUSE."""
-_DAY = 24 * 3600
+_STALE_SECONDS = 24 * 3600
 """On a filesystem without locks, a run counts as dead when its files have not changed for so many seconds."""
-_LITTLE = 1 << 20
+_MIN_FREE_BYTES = 1 << 20
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _cleared: set[str] = set()
 temporary_folder_is_shared: ContextVar[bool] = ContextVar("temporary_folder_is_shared", default=False)
@@ -69,7 +69,7 @@ def temporary_folder() -> Generator[Path]:
     except OSError as error:
         # The error of a write has no file name: it came from this folder if its disk is full.
         parent = scratch.path.parent.parent
-        if error.errno not in NO_ROOM or shutil.disk_usage(parent).free > _LITTLE:
+        if error.errno not in NO_ROOM or shutil.disk_usage(parent).free > _MIN_FREE_BYTES:
             raise
         raise WorkError(
             f"the temporary folder {parent} has no space: {error.strerror}; nothing was written",
@@ -221,7 +221,7 @@ def _clear(folder: Path) -> None:
         return
     lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) or time.time() - _touched(folder) > _DAY:
+        if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) or time.time() - _touched(folder) > _STALE_SECONDS:
             _remove(folder)
     finally:
         os.close(lock)
@@ -262,7 +262,7 @@ def _temporary() -> Path:
         raise WorkError("there is no writable temporary folder", hint="choose one: TMPDIR=/path/to/folder") from error
 
 
-_BITS = 0o777
+_PERMISSIONS = 0o777
 _READ_WRITE = 0o666
 
 
@@ -274,7 +274,7 @@ def set_modes(folder: Path, parent: Path, origins: Mapping[Path, Path], model: M
     may be read by those who may read all files of the model.
     """
     # The folder was created with all permissions, of which the umask or the parent's default ACL has left these.
-    allowed = stat.S_IMODE(folder.stat().st_mode) & _BITS
+    allowed = stat.S_IMODE(folder.stat().st_mode) & _PERMISSIONS
     modes = {name: _mode(source) for name, source in origins.items()}
     least = None if model is None else reduce(and_, map(_mode, model.files), _READ_WRITE)
     if model is not None and (model.folder is not None or model.path.is_dir()):
@@ -306,7 +306,7 @@ def _replaced(path: Path) -> os.stat_result | None:
 
 
 def _copy_permissions(new: Path, old: os.stat_result) -> None:
-    mode, own = old.st_mode & _BITS, os.lstat(new)
+    mode, own = old.st_mode & _PERMISSIONS, os.lstat(new)
     if (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
         try:
             os.chown(new, old.st_uid, old.st_gid)
@@ -320,7 +320,7 @@ def _copy_permissions(new: Path, old: os.stat_result) -> None:
 
 
 def _mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode) & _BITS
+    return stat.S_IMODE(path.stat().st_mode) & _PERMISSIONS
 
 
 def _set(path: Path, mode: int) -> None:

@@ -60,7 +60,7 @@ _EXPERT_KERNELS = frozenset(
 _STACK, _STACK_RANK = "input_linear.weight", 3
 _MIXTURE = re.compile(rf"(?<![^./])experts?[./]|(?<![^./]){re.escape(_STACK)}$")
 """The experts of a layer, which lie beside its router; GraniteMoe and JetMoe have two stacks instead."""
-_MOST_MIXTURES = 4
+_MAX_MIXTURES = 4
 """Matches in one name: JetMoe's attention has stacks and a router inside a module that is named `experts`."""
 _ROUTER = re.compile(
     r"(?<![^./])(gate|router|shared_expert_gate)([./](layer|wg|classifier|proj|gate|linear))?[./](weight|kernel)$"
@@ -119,12 +119,12 @@ def has_own_norm(name: str, names: Collection[str]) -> bool:
 def may_change_zeros(name: str, names: Collection[str]) -> bool:
     """Whether an unknown parametrization computes the weight from this tensor; spectral_norm and masks keep zeros."""
     before = name.removesuffix("original")
-    known = (f"{before}{number}.{part}" for number in range(_MOST_PARAMETRIZATIONS) for part in ("_u", "_v", "mask"))
+    known = (f"{before}{number}.{part}" for number in range(_MAX_PARAMETRIZATIONS) for part in ("_u", "_v", "mask"))
     is_parametrized = name.endswith(".original") and ".parametrizations." in f".{name}"
     return is_parametrized and not any(part in names for part in known)
 
 
-_MOST_PARAMETRIZATIONS = 4
+_MAX_PARAMETRIZATIONS = 4
 """Successive parametrizations of one weight that are searched for."""
 
 
@@ -179,14 +179,14 @@ _TABLE = re.compile(r"tokens?|query_feat|queries_features|reference_points")
 """Layers that are embedding tables: of tokens, or of the queries of detectors."""
 _LEARNED_TOKENS = re.compile(r"(?!to_)\w+_tokens?")
 """Learned tokens, such as `iou_token` of SAM; `to_tokens` is a layer that computes tokens."""
-_MOST_TOKENS = 16
-_NO_TABLE = re.compile(r"proj|linear|conv|dense|mapping|(^|_)fc|^embed_out$")
+_MAX_TOKENS = 16
+_NOT_EMBEDDING = re.compile(r"proj|linear|conv|dense|mapping|(^|_)fc|^embed_out$")
 """Layers that multiply, although a module around them is named an embedding: `patch_embeddings.projection`."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 """An output layer, whose weight is the embedding too where a file has no token embedding."""
 _FIRST_BLOCK = re.compile(r"([^.\d][^.]*\.)*(h|layers?|blocks?)\.0\.")
 """A tensor of the first block; experts are numbered too, but only inside a block, whose number does not match here."""
-_NO_TOKENS = re.compile(r"wpe|pos|type")
+_NOT_TOKENS = re.compile(r"wpe|pos|type")
 """Embeddings of positions and of segments, which are never tied to an output layer."""
 _NORM_PARTS = ("norm", "bn", "ln_", ".ln")
 _NORM_KINDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
@@ -251,7 +251,7 @@ def describe(
     mixtures = frozenset(
         name[: match.start()]
         for name in shapes
-        for match in islice(_MIXTURE.finditer(name), _MOST_MIXTURES)
+        for match in islice(_MIXTURE.finditer(name), _MAX_MIXTURES)
         if match[0] != _STACK or len(shapes[name]) == _STACK_RANK
     )
     names = _Names(frozenset(shapes), training, model, shapes, axes, uses or {}, is_flax, mixtures)
@@ -262,7 +262,7 @@ def describe(
 def _tied_heads_as_embeddings(described: list[Tensor], names: _Names) -> list[Tensor]:
     """A file may store tied weights under the name of the output layer only: then the output layer is the embedding."""
     heads = [index for index, t in enumerate(described) if _HEAD.search(t.name) and _may_be_table(t, names)]
-    if not heads or any(t.role is Role.EMBEDDING and not _NO_TOKENS.search(t.name) for t in described):
+    if not heads or any(t.role is Role.EMBEDDING and not _NOT_TOKENS.search(t.name) for t in described):
         return described
     # A single later shard, without the first block, does not show whether the model has an embedding.
     if any(_FIRST_BLOCK.match(tensor.name) for tensor in described):
@@ -278,7 +278,7 @@ def _may_be_table(head: Tensor, names: _Names) -> bool:
 
 
 _DOTLESS = re.compile(rf"(^|\.)({'|'.join(sorted(AVERAGES))})\.[^.]+$")
-_MOST_ENTRIES = 3
+_MAX_ENTRIES = 3
 """Leading parts of a weight's name that the name of its average may lack."""
 
 
@@ -286,7 +286,7 @@ def _averages_as_their_originals(described: Sequence[Tensor]) -> tuple[Tensor, .
     """Give averages whose names lack the dots, as in Stable Diffusion, the roles of the weights that they average."""
     dotless = {t.name for t in described if t.role is Role.OTHER and t.shape and _DOTLESS.search(t.name)}
     parts = [(tensor, tensor.name.split(".")) for tensor in described if dotless and tensor.name not in dotless]
-    originals = {("".join(names[skip:]), t.shape): t for t, names in parts for skip in range(_MOST_ENTRIES)}
+    originals = {("".join(names[skip:]), t.shape): t for t, names in parts for skip in range(_MAX_ENTRIES)}
 
     def like_original(tensor: Tensor) -> Tensor:
         weight = originals.get((tensor.name.rpartition(".")[2], tensor.shape)) if tensor.name in dotless else None
@@ -403,7 +403,7 @@ def _is_embedding(tensor: Tensor, leaf: str, names: _Names) -> bool:
     is_weight = leaf.startswith(("weight", "kernel"))
     # Indices in a list of modules are skipped, as in `altup_unembed_projections.0`.
     layer = next((part for part in reversed(lowered.split(".")[:-1]) if not part.isdecimal()), "")
-    if is_weight and (len(tensor.shape) != 2 or leaf == "kernel" or _NO_TABLE.search(layer)):
+    if is_weight and (len(tensor.shape) != 2 or leaf == "kernel" or _NOT_EMBEDDING.search(layer)):
         return False
     if is_weight and _has_bias_of_rows(tensor, leaf, names):
         return False
@@ -416,7 +416,7 @@ def _is_codes_or_tokens(tensor: Tensor, layer: str, lowered: str) -> bool:
     """Whether it is the codebook of a quantizer, or a few learned tokens."""
     if layer == "codebook":
         return "quantiz" in lowered
-    return tensor.shape[0] <= _MOST_TOKENS and _LEARNED_TOKENS.fullmatch(layer) is not None
+    return tensor.shape[0] <= _MAX_TOKENS and _LEARNED_TOKENS.fullmatch(layer) is not None
 
 
 def _has_bias_of_rows(tensor: Tensor, leaf: str, names: _Names) -> bool:

@@ -61,14 +61,14 @@ _FILES = (
 )
 """Settings that, if they are strings, are the path or URL of a file."""
 _KERAS = frozenset({"keras", "tf_keras"})
-_BETWEEN = frozenset({"_tf_keras", "api", "keras", "python", "src"})
+_INNER_MODULES = frozenset({"_tf_keras", "api", "keras", "python", "src"})
 _INITIALIZERS = "tensorflow.python.ops.init_ops_v2"
 """The module of TensorFlow's own initializers, which EfficientNetV2 of Keras 2 uses."""
 _TFMOT, _REGISTERED_BY_KERAS = "tensorflow_model_optimization", "Custom"
 _PACKAGES_OF_TFMOT = frozenset({"TFOptimizationToolkit"})
 
 
-_MANY = 3
+_MAX_SHOWN = 3
 OR_BUILD = ", or build the model with --builder mod:fn"
 """The end of hints, which commands without `--builder` leave out."""
 
@@ -116,7 +116,7 @@ def unknown(facts: Collection[Fact], known: Collection[str]) -> tuple[Fact, ...]
 
 def worded(facts: Collection[Fact]) -> str:
     """The first few facts in words."""
-    return f"{', '.join(fact.words for fact in tuple(facts)[:_MANY])}{' …' if len(facts) > _MANY else ''}"
+    return f"{', '.join(fact.words for fact in tuple(facts)[:_MAX_SHOWN])}{' …' if len(facts) > _MAX_SHOWN else ''}"
 
 
 def _metadata(model: ModelFile) -> list[Any]:
@@ -225,7 +225,7 @@ def _is_of_keras(keras_object: Mapping[str, Any], *, is_function: bool = False) 
         return is_function
     if first == _TFMOT or module == _INITIALIZERS:
         return not is_function
-    modules = [name for name in rest if name not in _BETWEEN]
+    modules = [name for name in rest if name not in _INNER_MODULES]
     return first in _KERAS and (not modules or modules[0] in MODULES)
 
 

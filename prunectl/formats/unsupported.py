@@ -10,8 +10,8 @@ from prunectl.errors import InputError, abbreviated
 from prunectl.formats.detect import FileProbe, missing_index
 from prunectl.formats.registry import FORMATS, resolve
 
-_OF_MODELS = (".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors")
-_OF_ORBAX = frozenset({"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"})
+_MODEL_SUFFIXES = (".pt", ".pth", ".h5", ".keras", ".onnx", ".safetensors")
+_ORBAX_FILES = frozenset({"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"})
 _ENGINE = "is a TensorRT engine, which is made for one GPU: prune the ONNX file that it was built from"
 _SAVE = "which is not read: save the parameters as safetensors (safetensors.flax.save_file)"
 _CORE_ML = "is a Core ML model, which is not read: prune the model that it was converted from"
@@ -71,7 +71,7 @@ def _describe_folder(probe: FileProbe) -> str:
         return "is an empty folder"
     # Orbax's CheckpointManager writes each checkpoint into a subfolder named by its step.
     folders_of_steps = (probe.path, *(probe.path / name for name in names))
-    if any((folder / marker).exists() for folder in folders_of_steps for marker in _OF_ORBAX):
+    if any((folder / marker).exists() for folder in folders_of_steps for marker in _ORBAX_FILES):
         return f"is a checkpoint of Orbax, {_SAVE}"
     return _describe_models_inside(probe, names)
 
@@ -89,7 +89,7 @@ def _describe_models_inside(probe: FileProbe, names: list[str]) -> str:
     parts = {name.partition(".data-0")[0] for name in names if ".data-0" in name}
     if index := next((name for name in names if name.removesuffix(".index") in parts), ""):
         return f"is a folder of TensorFlow checkpoints: name one, such as {probe.path / index}"
-    if models := [name for name in names if name.endswith((*_OF_MODELS, ".ckpt"))]:
+    if models := [name for name in names if name.endswith((*_MODEL_SUFFIXES, ".ckpt"))]:
         return (
             f"is a folder of files, of which none is known to be its model: name one, such as {probe.path / models[0]}"
         )
@@ -119,7 +119,7 @@ def _describe_zip(probe: FileProbe) -> str:
         return "is a zip that is truncated or damaged: its directory of entries cannot be read"
     if all(name.endswith(".npy") for name in probe.entries):
         return "is a NumPy archive (.npz), not a model"
-    inner = [name for name in probe.entries if name.endswith(_OF_MODELS)]
+    inner = [name for name in probe.entries if name.endswith(_MODEL_SUFFIXES)]
     if inner:
         examples = ", ".join(map(abbreviated, inner[:3]))
         return f"is a zip with models inside, not a model: unpack it and name one of {examples}"

@@ -148,6 +148,6 @@ def test_an_index_of_half_a_million_tensors_is_within_the_limits() -> None:
 
 
 def _spent(text: str) -> int:
-    from prunectl.formats.safe_json import _made_bytes  # noqa: PLC0415 - what only this asks for
+    from prunectl.formats.safe_json import _parsed_bytes  # noqa: PLC0415 - what only this asks for
 
-    return _made_bytes(text.encode())
+    return _parsed_bytes(text.encode())
