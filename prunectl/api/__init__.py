@@ -393,7 +393,10 @@ def init(folder: AnyPath = ".", *, margin: Ratio = "10%", on_progress: OnProgres
 
 @as_keywords()
 def doctor() -> DoctorResult:
-    """Find out which versions are installed, which extras work, and what to install for the others."""
+    """Find out which versions are installed, which extras work, and what to install for the others.
+
+    It takes less than a second, so that it has no ``on_progress``.
+    """
     return DoctorResult(extras())
 
 
