@@ -1,7 +1,7 @@
-"""ALPS: which weights of a layer stay, and as what, by the alternating direction method of multipliers (ADMM).
+"""ALPS (Meng, Behdin, Wang and Mazumder 2024): prune a layer by the alternating direction method of multipliers (ADMM).
 
-After Meng, Behdin, Wang and Mazumder 2024 (ALPS). One copy of the weights minimises the error of the layer's outputs,
-another has the zeros; multipliers draw them together, faster and faster, until the zeros stay where they are.
+One copy of the weights minimises the error of the layer's outputs, the other is sparse. Multipliers and a growing
+penalty draw the copies together until the mask no longer changes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from prunectl.pruning.masks import Mask
 
 _FIRST_PENALTY = 0.1
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""By how much the penalty grows, for the share of the kept weights that were others three turns before."""
+"""Pairs of the share of kept weights that changed in the last `_PERIOD` iterations, and the growth of the penalty."""
 _PERIOD = 3
-_MOST_TURNS = 300
+_MOST_ITERATIONS = 300
 
 Projection = Callable[[Array], Mask]
-"""From the size of each weight to the mask of what is pruned."""
+"""From the magnitude of each weight to the mask of what is pruned."""
 
 
 def lowest(count: int) -> Projection:
-    """Prune so many weights of all rows together."""
+    """Prune the `count` smallest weights of all rows together."""
 
     def project(sizes: Array) -> Mask:
         pruned = np.zeros(sizes.shape, np.bool_)
@@ -39,7 +39,7 @@ def lowest(count: int) -> Projection:
 
 
 def lowest_in(blocks: Sequence[ColumnBlock]) -> Projection:
-    """Prune so many weights of each row in each block of columns, as an N:M pattern has them."""
+    """Prune the smallest weights of each row in each block of columns, for an N:M pattern."""
     widths = {(block.end - block.begin, block.drop) for block in blocks}
 
     def project(sizes: Array) -> Mask:
@@ -61,38 +61,38 @@ def lowest_in(blocks: Sequence[ColumnBlock]) -> Projection:
 def prune_rows(
     rows: Float64Array, gram: Float64Array, target: Float64Array, project: Projection
 ) -> tuple[Float64Array, Mask]:
-    """Rows whose products with a Gram matrix come near a target, and the mask of what is pruned of them.
+    """Sparse rows whose products with a Gram matrix approximate a target, and the mask of what was pruned.
 
-    The Gram matrix is damped, so that no feature is without a scale. What is zero already goes first.
+    The Gram matrix must be damped, so that its diagonal is positive. Weights that are zero already are pruned first.
     """
-    # With features of one size the largest weights are those that matter most.
+    # With features scaled to unit norm, the magnitude of a weight is its importance.
     scale = np.sqrt(np.diagonal(gram))
-    # The turns settle which weights stay, for which half the digits do; what stays is refitted with all of them.
+    # Single precision suffices to choose the mask; the kept weights are refitted in double precision afterwards.
     values, vectors = (part.astype(np.float32) for part in np.linalg.eigh(gram / np.outer(scale, scale)))
-    # Beside the largest weight of all, so that none is too large for them.
+    # Divided by the largest weight, so that nothing overflows in single precision.
     scaled, zero = rows * scale, rows == 0
-    size = float(np.abs(scaled).max(initial=0)) or 1.0
-    wanted, sparse = (target / scale / size).astype(np.float32), (scaled / size).astype(np.float32)
+    largest = float(np.abs(scaled).max(initial=0)) or 1.0
+    scaled_target, sparse = (target / scale / largest).astype(np.float32), (scaled / largest).astype(np.float32)
     multipliers = np.zeros_like(sparse)
-    dense, moved = np.empty_like(sparse), np.empty_like(sparse)
+    dense, shifted = np.empty_like(sparse), np.empty_like(sparse)
     penalty, before = _FIRST_PENALTY, project(np.where(zero, -1.0, np.abs(sparse)))
     dropped = before
 
     def minimise(part: slice) -> None:
-        pulled = wanted[part] - multipliers[part] + penalty * sparse[part]
-        dense[part] = (pulled @ vectors / (values + penalty)) @ vectors.T
-        moved[part] = dense[part] + multipliers[part] / penalty
+        right_side = scaled_target[part] - multipliers[part] + penalty * sparse[part]
+        dense[part] = (right_side @ vectors / (values + penalty)) @ vectors.T
+        shifted[part] = dense[part] + multipliers[part] / penalty
 
-    for turn in range(1, _MOST_TURNS + 1):
+    for iteration in range(1, _MOST_ITERATIONS + 1):
         map_blocks(minimise, len(rows))
-        dropped = project(np.where(zero, -1.0, np.abs(moved)))
-        sparse = np.where(dropped, 0.0, moved)
+        dropped = project(np.where(zero, -1.0, np.abs(shifted)))
+        sparse = np.where(dropped, 0.0, shifted)
         multipliers += penalty * (dense - sparse)
-        if turn % _PERIOD:
+        if iteration % _PERIOD:
             continue
         changed = float(np.count_nonzero(dropped != before)) / max(int(np.count_nonzero(~dropped)), 1)
         if not changed:
             break
         penalty *= next(growth for share, growth in _GROWTH if changed >= share)
         before = dropped
-    return sparse * (size / scale), dropped
+    return sparse * (largest / scale), dropped

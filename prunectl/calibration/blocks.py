@@ -1,4 +1,4 @@
-"""Numerical work in fixed blocks on all processors: the same sums, and bytes, however many threads there are."""
+"""Numerical work in blocks of fixed size on all cores: the result is bit-identical for any number of threads."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from prunectl.formats.workers import Workers, check_stopped, threads_from_env, u
 Made = TypeVar("Made")
 
 ROWS = 64
-"""Of a matrix in a block. It does not follow the number of threads: the sums of a product differ with its shape."""
+"""Rows of a matrix in a block, whatever the number of threads: the rounding of a product depends on its shape."""
 
 _pool: ContextVar[Workers | None] = ContextVar("block_threads", default=None)
 
 
 @contextmanager
 def block_threads(threads: int = 0) -> Generator[None]:
-    """Have `map_blocks` work on so many threads while the context lasts: by OMP_NUM_THREADS, or on all processors.
+    """Let `map_blocks` use so many threads within the context; 0 means OMP_NUM_THREADS, or all cores.
 
-    NumPy's BLAS keeps to one thread meanwhile, since it splits sums by how many it has. One that cannot be told to,
-    or not for other threads than this one, gets no company: blocks are worked on one after the other.
+    NumPy's BLAS is limited to one thread meanwhile, since it splits sums by its number of threads. Where it cannot be
+    limited, or only for the calling thread, blocks are processed one after the other.
     """
     threads = threads or threads_from_env() or usable_cores()
     with _single_threaded_blas() as is_single:
@@ -41,20 +41,20 @@ def block_threads(threads: int = 0) -> Generator[None]:
 
 
 def block_thread_count() -> int:
-    """How many blocks are worked on at the same time."""
+    """How many blocks are processed at the same time."""
     pool = _pool.get()
     return 1 if pool is None else pool.threads
 
 
 def map_blocks(work: Callable[[slice], Made], count: int, size: int = ROWS) -> list[Made]:
-    """What comes of each slice of so many rows, in their order."""
+    """Call `work` on slices of `size` rows, in parallel where threads were set up; the results in order."""
     slices = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
     pool = _pool.get()
     if pool is None or len(slices) == 1:
         return [_unless_stopped(work, part) for part in slices]
 
     def job(part: slice) -> Made:
-        # A block that has blocks works on them itself: to wait for threads that wait as well would never end.
+        # Nested calls run their blocks in this thread: to wait for other pool threads here could deadlock.
         _pool.set(None)
         return work(part)
 
@@ -73,21 +73,21 @@ _BLAS = (
     ("openblas_get_num_threads", "openblas_set_num_threads", "openblas_get_parallel"),
     ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads", ""),
 )
-"""What tells and sets the number of threads, and tells how OpenBLAS was built, in the libraries of NumPy."""
+"""Symbols of NumPy's BLAS: get the number of threads, set it, and get how OpenBLAS was built."""
 _OPENMP = 2
-"""What an OpenBLAS says that was built on OpenMP."""
+"""What `openblas_get_parallel` returns for an OpenBLAS that was built with OpenMP."""
 
 
 _numbers_before: list[int] = []
-"""How many threads the BLAS had for each context that has it on one now: the first of them goes back last."""
+"""BLAS thread counts to restore, one for each open context; the first, the original count, is restored last."""
 _numbers_lock = Lock()
 
 
 @contextmanager
 def _single_threaded_blas() -> Generator[bool]:
-    """Have the BLAS of NumPy calculate on one thread while the context lasts; yield whether it does so everywhere."""
+    """Limit NumPy's BLAS to one thread within the context; yield whether the limit holds in all threads."""
     try:
-        # Symbols of a library are those of what it is linked to as well.
+        # Symbols of the libraries that this module is linked to, such as BLAS, can be looked up in it too.
         linked = ctypes.CDLL(import_module("numpy.linalg._umath_linalg").__file__)
     except (ImportError, OSError):
         yield False
@@ -95,7 +95,7 @@ def _single_threaded_blas() -> Generator[bool]:
     for getter, setter, parallel in _BLAS:
         if hasattr(linked, getter) and hasattr(linked, setter):
             get, put = getattr(linked, getter), getattr(linked, setter)
-            # On OpenMP the number belongs to the thread that sets it, and others would have the default.
+            # With OpenMP the number is set for the calling thread only, and other threads have the default.
             is_openmp = hasattr(linked, parallel) and getattr(linked, parallel)() == _OPENMP
             numbers: list[int] = [] if is_openmp else _numbers_before
             with _numbers_lock:

@@ -1,4 +1,4 @@
-"""im2col: a layer as a product of matrices, weights as rows and input patches as columns, for every layout."""
+"""im2col: any layer as a matrix product, with weights as rows and input patches as columns, in every layout."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _CHUNK_BYTES = 32 << 20
 
 
 def weight_matrix(weights: Array, use: WeightUse) -> Array:
-    """Weights as groups by outputs by features, the input channels of one window position side by side."""
+    """Weights as groups by outputs by features; the input channels of a window position are adjacent features."""
     front = _channels_first(np.ascontiguousarray(weights), use)
     if use.outputs is not None:
         front = front[:, slice(*use.outputs)]
     groups, outputs = front.shape[:2]
-    # Groups, outputs, channels, window: the channels last, along which N:M patterns lie.
+    # From groups, outputs, channels, window: channels last, since N:M groups run along the input channels.
     return np.moveaxis(front, 2, -1).reshape(groups, outputs, -1)
 
 
 def scatter_rows(rows: Array, use: WeightUse, weights: Array) -> Array:
-    """A copy of weights with the rows of a use's outputs replaced."""
+    """A copy of the weights with the rows of a use's outputs replaced: the inverse of `weight_matrix`."""
     result = np.array(weights, dtype=rows.dtype)
     front = _channels_first(result, use)
     part = front[:, slice(*use.outputs)] if use.outputs is not None else front
@@ -36,7 +36,7 @@ def scatter_rows(rows: Array, use: WeightUse, weights: Array) -> Array:
 
 
 def _channels_first(weights: Array, use: WeightUse) -> Array:
-    """A view of groups, outputs, channels, then the window."""
+    """A view of the weights with the axes groups, outputs, channels, then the window."""
     if use.shape is not None:
         weights = weights.reshape(use.shape, copy=False)
     if use.group_axis is not None and use.in_axis is not None:
@@ -53,7 +53,7 @@ def _channels_first(weights: Array, use: WeightUse) -> Array:
 
 
 def im2col(inputs: Array, use: WeightUse, kernel: tuple[int, ...]) -> Iterator[Array]:
-    """Yield input patches as positions by groups by features, a chunk at a time."""
+    """Yield input patches as positions by groups by features, in chunks."""
     if use.window is None:
         flat = inputs.reshape(-1, use.groups, inputs.shape[-1] // use.groups)
         step = max(_CHUNK_BYTES // max(inputs.shape[-1] * flat.itemsize, 1), 1)
@@ -76,7 +76,7 @@ def im2col_by_group(inputs: Array, use: WeightUse, kernel: tuple[int, ...], outp
 
 
 def kernel_shape(kernel: tuple[int, ...], use: WeightUse) -> tuple[int, ...]:
-    """The size of the window."""
+    """The size of the window along each spatial axis."""
     channel_axes = {axis for axis in (use.out_axis, use.in_axis, use.group_axis) if axis is not None}
     return tuple(size for axis, size in enumerate(kernel) if axis not in channel_axes)
 
@@ -101,7 +101,7 @@ def _sliding_windows(inputs: Array, window: SlidingWindow, shape: tuple[int, ...
 
 
 def _with_strides(inputs: Array, strides: tuple[int, ...]) -> Array:
-    """Inputs with zeros inserted between them, as a transposed convolution sees them."""
+    """Inputs with zeros inserted between them, over which a transposed convolution slides with stride 1."""
     shape = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], strides, strict=True)]
     spread = np.zeros((*inputs.shape[:2], *shape), inputs.dtype)
     spread[(slice(None), slice(None), *(slice(None, None, step) for step in strides))] = inputs
@@ -109,7 +109,7 @@ def _with_strides(inputs: Array, strides: tuple[int, ...]) -> Array:
 
 
 def _padded(inputs: Array, pads: list[tuple[int, int]]) -> Array:
-    """Inputs with zeros around them; a negative number cuts instead."""
+    """Inputs padded with zeros; a negative padding crops instead."""
     added = [(max(before, 0), max(after, 0)) for before, after in pads]
     padded = np.pad(inputs, [(0, 0), (0, 0), *added]) if any(map(any, added)) else inputs
     cut = tuple(slice(max(-before, 0), -max(-after, 0) or None) for before, after in pads)
@@ -117,7 +117,7 @@ def _padded(inputs: Array, pads: list[tuple[int, int]]) -> Array:
 
 
 def _split_groups(columns: Array, groups: int) -> Array:
-    """Positions by groups by features, of what has the channels last."""
+    """Channels-last windows as positions by groups by features."""
     channels = columns.shape[-1] // groups
     split = columns.reshape(*columns.shape[:-1], groups, channels)
     rank = (split.ndim - 3) // 2

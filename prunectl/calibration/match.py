@@ -1,4 +1,4 @@
-"""Output matching: what is kept is trained until the model answers as it did when it was dense. No target is read."""
+"""Output matching: train the kept weights until the outputs match those of the dense model, without targets."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from prunectl.training.runtimes import load_trainable, with_arrays
 from prunectl.training.task import DistilledOutput, distillation_loss
 
 STEPS = 2000
-"""Of Adam, unless the user says how many."""
+"""The number of Adam steps, unless the user gives another."""
 RATE = 4e-3
-"""The learning rate at the first step, from which it falls to zero in a straight line."""
-HELD = 10
-"""One of so many examples is not trained on: it tells when no more is won."""
-_LOOKS = 40
-"""How often the held examples are looked at while all steps are done."""
+"""The learning rate at the first step; it decays linearly to zero."""
+HELD_OUT = 10
+"""One in this many examples is held out of training, to tell when matching no longer improves."""
+_EVALUATIONS = 40
+"""How often the held-out examples are evaluated if all steps are taken."""
 ANSWER_BYTES = 1 << 30
-"""Dense outputs beyond this are computed again in each step, where a copy of the dense model is at hand."""
+"""Dense outputs that take more bytes are computed again in each step, if there is a copy of the dense model."""
 _PATIENCE = 10
-"""Looks without an improvement after which matching ends."""
-_FAR, _STALE_LOOKS, _STEP_DECAY = 0.5, 3, 0.25
-"""While more than this share of the distance is left, so many looks without a gain make steps so much shorter."""
-_NEAR, _LANDING = 0.02, 4
-"""Once less than this share of the distance is left, the rate falls to zero in a fourth of the steps, unless given."""
+"""Evaluations without an improvement after which matching stops early."""
+_FAR, _RATE_PATIENCE, _RATE_FACTOR = 0.5, 3, 0.25
+"""While more than this share of the distance is left, so many evaluations without a gain multiply the rate by this."""
+_NEAR, _DECAY_DIVISOR = 0.02, 4
+"""Once less is left, the rate decays to zero over a fourth of the steps, unless the user gave their number."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
-"""What matching begins with: the weights of the tensors of a plan, and what is pruned of them."""
+"""Computes what matching starts from: the pruned weights of each tensor in a plan, and the mask of what was pruned."""
 
 
 def refuse_untrainable(model: ModelFile, *, has_layers: bool = True) -> None:
-    """Refuse a format without gradients before its data is opened; --repair layers may be what can be used."""
+    """Refuse a format without gradients, before the data is opened; where there are layers, suggest --repair layers."""
     if model.family is Family.ONNX:
         export = "prune the Keras or PyTorch file of the model and export that"
         raise UsageError(
@@ -63,7 +63,7 @@ def refuse_untrainable(model: ModelFile, *, has_layers: bool = True) -> None:
 
 
 def masked(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
-    """The weights as they are, and what a strategy prunes of them."""
+    """The weights with those that the strategy prunes set to zero, and the mask of what was pruned."""
     weights = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
     kept = keep_masks(model, plan, method, Selection((), (), {}), dict(weights))
     return {
@@ -73,19 +73,19 @@ def masked(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Sol
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Inputs, one array for each input of the model, and what the dense model answers."""
+    """Calibration inputs, one array for each input of the model, and the outputs of the dense model for them."""
 
     inputs: tuple[Array, ...]
     answers: tuple[Array, ...]
     dense: InspectableModel | None = None
-    """What gives the answers each time, where all of them would take too much memory."""
+    """The dense model, which computes the outputs when needed, where all of them would take too much memory."""
 
     def inputs_of(self, rows: Array) -> Arrays:
-        """The inputs of some examples."""
+        """The inputs of the examples in these rows."""
         return _packed(tuple(array[rows] for array in self.inputs))
 
     def answers_of(self, rows: Array) -> Arrays:
-        """The dense answers to them."""
+        """The outputs of the dense model for the examples in these rows."""
         if self.dense is not None:
             return self.dense.predict(self.inputs_of(rows))
         return _packed(tuple(array[rows] for array in self.answers))
@@ -94,10 +94,10 @@ class Examples:
 def answered(
     network: TrainableModel, batches: Sequence[Batch], path: Path, copy: InspectableModel | None = None
 ) -> Examples:
-    """The examples with the outputs of the dense model, which is what the network still is, or those of a copy."""
+    """The examples with the outputs of the network, which is still dense, or with a dense copy that computes them."""
     first = as_tuple(network.predict(batches[0].x))
     alone = as_tuple(network.predict(map_arrays(lambda array: array[:1], batches[0].x)))
-    if any(one.shape[1:] != array.shape[1:] for one, array in zip(alone, first, strict=True)):
+    if any(single.shape[1:] != array.shape[1:] for single, array in zip(alone, first, strict=True)):
         raise UsageError(
             f"the outputs of {path} compare the examples of a batch with each other, and cannot be matched one by one",
             hint="use --repair layers, or --strategy obs",
@@ -126,76 +126,81 @@ def _packed(arrays: tuple[Array, ...]) -> Arrays:
 
 
 @dataclass(slots=True)
-class Pace:
-    """How long steps are and when they end, by the distance of the examples that are held out."""
+class MatchingSchedule:
+    """Learning-rate schedule with early stopping, driven by the distance to the dense outputs on held-out examples."""
 
     steps: int
-    first: float
+    initial_distance: float
     """The distance before the first step."""
     may_end_early: bool
-    """Whether to end where little is left; where nothing is won, it ends anyway."""
-    last: int = field(init=False)
-    """So many steps are taken, unless nothing is won any more."""
-    _landing: int = field(init=False)
-    """The step from which the rate falls to zero until the last one."""
-    best: float = field(init=False)
-    """The least distance so far."""
-    _stale: int = 0
-    _share: float = 1.0
+    """Whether to end once little of the distance is left; it stops anyway if the distance no longer improves."""
+    last_step: int = field(init=False)
+    """The number of steps after which matching ends, unless it stops earlier because nothing improves."""
+    _decay_start: int = field(init=False)
+    """The step from which the rate decays to zero, at `last_step`, faster than before; `steps` if it never does."""
+    best_distance: float = field(init=False)
+    """The smallest distance so far."""
+    _stale_evaluations: int = 0
+    """Evaluations in a row without an improvement."""
+    _rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        self.last = self._landing = self.steps
-        self.best = self.first
+        self.last_step = self._decay_start = self.steps
+        self.best_distance = self.initial_distance
 
-    def goes_on(self, step: int) -> bool:
+    def continues(self, step: int) -> bool:
         """Whether this step is still to be taken."""
-        return step < self.last and self._stale < _PATIENCE
+        return step < self.last_step and self._stale_evaluations < _PATIENCE
 
     def rate_at(self, step: int) -> float:
-        """The share of the learning rate at a step."""
-        left = self._share * (1 - min(step, self._landing) / self.steps)
-        return left if step < self._landing else left * (self.last - step) / (self.last - self._landing)
+        """The learning rate at a step, as a share of the initial one."""
+        rate = self._rate_factor * (1 - min(step, self._decay_start) / self.steps)
+        is_decaying = step >= self._decay_start
+        return rate * (self.last_step - step) / (self.last_step - self._decay_start) if is_decaying else rate
 
-    def look(self, step: int, distance: float) -> bool:
-        """Take note of a distance; whether it is the least so far."""
-        is_best = distance < self.best
-        self._stale = 0 if is_best else self._stale + 1
-        self.best = min(distance, self.best)
-        if self.is_astray:
-            self._share *= _STEP_DECAY
-        if self.may_end_early and self._landing == self.steps and self.best < _NEAR * self.first:
-            self._landing, self.last = step, min(self.steps, step + math.ceil(self.steps / _LANDING))
+    def record(self, step: int, distance: float) -> bool:
+        """Record the distance on the held-out examples; return whether it is the smallest so far."""
+        is_best = distance < self.best_distance
+        self._stale_evaluations = 0 if is_best else self._stale_evaluations + 1
+        self.best_distance = min(distance, self.best_distance)
+        if self.has_overshot:
+            self._rate_factor *= _RATE_FACTOR
+        is_near = self.best_distance < _NEAR * self.initial_distance
+        if self.may_end_early and self._decay_start == self.steps and is_near:
+            self._decay_start, self.last_step = step, min(self.steps, step + math.ceil(self.steps / _DECAY_DIVISOR))
         return is_best
 
     @property
-    def is_astray(self) -> bool:
-        """Whether steps as long as these only throw off what lost little, as a language model in 2:4."""
-        return self._stale > 0 and self._stale % _STALE_LOOKS == 0 and self.best > self.first * _FAR
+    def has_overshot(self) -> bool:
+        """Whether the rate is too high: it only worsens a model that lost little, such as a 2:4 language model."""
+        is_stale = self._stale_evaluations > 0 and self._stale_evaluations % _RATE_PATIENCE == 0
+        return is_stale and self.best_distance > self.initial_distance * _FAR
 
 
 @dataclass(slots=True)
 class OutputMatcher:
-    """Trains what is kept, with Adam, towards the outputs of the dense model; zeros stay zero."""
+    """Trains the kept weights with Adam to match the outputs of the dense model; zeros stay zero."""
 
     batches: Sequence[Batch]
-    """Calibration data."""
+    """The calibration data."""
     network: TrainableModel
     request: PruneRequest
     start: Start = masked
     meter: ProgressFactory = no_progress
     notes: list[str] = field(default_factory=list)
-    """What came of it, each a full sentence."""
+    """Sentences for the user about how matching went."""
     copy: InspectableModel | None = None
-    """The dense model once more, which stays as it was."""
-    _first: dict[str, Array] = field(init=False)
+    """A second copy of the dense model, which is not pruned or trained."""
+    _dense: dict[str, Array] = field(init=False)
+    """The tensors of the network before matching."""
 
     def __post_init__(self) -> None:
-        self._first = self.network.tensors()
+        self._dense = self.network.tensors()
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
-        """The pruned and trained tensors of a plan, and what else was trained with them."""
-        network, dense = self.network, self._first
-        # A search for a size solves repeatedly.
+        """The pruned and trained tensors of a plan, and other tensors that training changed."""
+        network, dense = self.network, self._dense
+        # A search for a size calls this repeatedly.
         network.assign(dense)
         self._prepare(model)
         examples = answered(network, self.batches, model.path, self.copy)
@@ -226,40 +231,40 @@ class OutputMatcher:
                 teacher_share=1.0,
                 temperature=1.0,
                 is_matching=True,
-                frozen=frozenset(_unwritable(model) & self._first.keys()),
+                frozen=frozenset(_unwritable(model) & self._dense.keys()),
                 example=Batch(self.batches[0].x),
             )
         )
 
     def match(self, model: ModelFile, examples: Examples, masks: Mapping[str, Mask]) -> Mapping[str, Array]:
-        """Train the network, which is prepared, towards some answers; all its tensors, zero where the masks say so."""
+        """Train the prepared network to match the dense outputs, under the masks; return all its tensors."""
         self.notes.clear()
         self.network.mask(masks)
         compared = self._compared(examples)
         self.network.compare(compared)
         self._train(model, examples, compared)
         after = self.network.tensors()
-        lost = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
-        if lost:
-            raise WorkError(f"zeros of {lost[0]} became nonzero while outputs were matched; nothing was written")
+        broken = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
+        if broken:
+            raise WorkError(f"zeros of {broken[0]} became nonzero while outputs were matched; nothing was written")
         return after
 
     def match_smaller(self, model: ModelFile, examples: Examples) -> Mapping[str, Array]:
-        """The same for a network that lost channels: the zeros that it has stay."""
+        """Match the outputs with a network that lost channels; zeros that it has already stay zero."""
         self._prepare(model)
-        return self.match(model, examples, _masks(model, {}, self._first))
+        return self.match(model, examples, _masks(model, {}, self._dense))
 
     @property
     def _batch_size(self) -> int:
-        """As was asked for, unless the outputs of so many examples are too much at once, as those of long texts are."""
+        """The requested batch size, or that of the calibration data where it is smaller, as it is for long texts."""
         return min(self.request.batch_size, len(as_tuple(self.batches[0].x)[0]))
 
     def _compared(self, examples: Examples) -> tuple[DistilledOutput, ...]:
-        """How each output is compared with the dense one; what is taken for logits is told."""
+        """How each output is compared with the dense one; a note tells the user."""
         rows = np.arange(min(len(examples.inputs[0]), self._batch_size))
         pruned = self.network.predict(examples.inputs_of(rows))
         signature = self.network.signature
-        # What predicts the next token ends in logits, however unsure of it it is.
+        # A causal language model ends in logits, even where its dense outputs are too flat to be recognised as such.
         loss = self.request.loss or ("kl" if signature.text is not None and signature.text.is_causal else "")
         compared, note = compare_answers(_packed(examples.answers), pruned, signature, loss)
         self.notes.append(note)
@@ -268,51 +273,51 @@ class OutputMatcher:
     def _train(self, model: ModelFile, examples: Examples, compared: Sequence[DistilledOutput]) -> None:
         network, seed, count = self.network, self.request.seed, len(examples.inputs[0])
         order = np.random.default_rng((seed, count)).permutation(count)
-        held, rows = order[: count // HELD], order[count // HELD :]
+        held_out, rows = order[: count // HELD_OUT], order[count // HELD_OUT :]
         size = min(self._batch_size, len(rows))
-        first = self._divergence(examples, held, compared) if len(held) else math.inf
+        initial = self._divergence(examples, held_out, compared) if len(held_out) else math.inf
         steps = self.request.repair_steps
-        pace = Pace(steps or STEPS, first, may_end_early=not steps)
-        # What is left over in an epoch comes in another: a batch of one has no statistics.
-        steps_per_epoch, every = len(rows) // size, math.ceil(pace.steps / _LOOKS)
+        schedule = MatchingSchedule(steps or STEPS, initial, may_end_early=not steps)
+        # An incomplete batch at the end of an epoch is skipped: batch normalisation has no statistics of one example.
+        steps_per_epoch, interval = len(rows) // size, math.ceil(schedule.steps / _EVALUATIONS)
         best_tensors, step = network.tensors(), 0
         nbytes = sum(array[:1].nbytes for array in examples.inputs) * size
-        with self.meter(f"matching the outputs of {model.path.name}", pace.steps * nbytes) as bar:
-            while pace.goes_on(step):
+        with self.meter(f"matching the outputs of {model.path.name}", schedule.steps * nbytes) as bar:
+            while schedule.continues(step):
                 epoch, within = divmod(step, steps_per_epoch)
                 if not within:
                     network.reseed(seed * 1_000_003 + epoch)
                     shuffled = np.random.default_rng((seed, epoch)).permutation(rows)
                 chosen = shuffled[within * size : (within + 1) * size]
                 batch = Batch(examples.inputs_of(chosen))
-                network.step(batch, pace.rate_at(step), examples.answers_of(chosen))
+                network.step(batch, schedule.rate_at(step), examples.answers_of(chosen))
                 step += 1
                 bar.advance(nbytes)
-                if step % every and step < pace.last:
+                if step % interval and step < schedule.last_step:
                     continue
                 _check_finite(network.logs()["loss"], step)
-                if not len(held):
+                if not len(held_out):
                     continue
-                distance = self._divergence(examples, held, compared)
+                distance = self._divergence(examples, held_out, compared)
                 _check_finite(distance, step)
-                if pace.look(step, distance):
+                if schedule.record(step, distance):
                     best_tensors = network.tensors()
-                elif pace.is_astray:
+                elif schedule.has_overshot:
                     network.assign(best_tensors)
-        if len(held):
+        if len(held_out):
             network.assign(best_tensors)
-        self._tell(pace.first, pace.best, step, count, network.recalibrate(iter(self.batches)))
+        self._add_notes(initial, schedule.best_distance, step, count, network.recalibrate(iter(self.batches)))
 
-    def _tell(self, first: float, best: float, steps: int, count: int, norms: int) -> None:
-        won = (
-            f": on a tenth of them that was held back the distance fell from {first:.3g} to {best:.3g}"
-            if math.isfinite(first)
+    def _add_notes(self, initial: float, best: float, steps: int, count: int, norms: int) -> None:
+        gain = (
+            f": on a tenth of them that was held back the distance fell from {initial:.3g} to {best:.3g}"
+            if math.isfinite(initial)
             else ""
         )
         self.notes.insert(
             0,
             f"Kept weights were trained for {steps:,} steps to match the dense outputs for {count:,} examples of "
-            f"{self.request.data}{won}.",
+            f"{self.request.data}{gain}.",
         )
         if norms:
             self.notes.append(
@@ -320,15 +325,15 @@ class OutputMatcher:
             )
 
     def _divergence(self, examples: Examples, rows: Array, compared: Sequence[DistilledOutput]) -> float:
-        """How far the outputs for some examples are from the dense ones: what training makes small."""
+        """The mean distance of the outputs for some examples from the dense ones: the loss that training minimises."""
         total, size = 0.0, self._batch_size
         for begin in range(0, len(rows), size):
             part = rows[begin : begin + size]
-            found = as_tuple(self.network.predict(examples.inputs_of(part)))
+            pruned = as_tuple(self.network.predict(examples.inputs_of(part)))
             answers = as_tuple(examples.answers_of(part))
             losses = [
-                distillation_loss(_OPS, output, dense, now, 1.0)
-                for output, dense, now in zip(compared, answers, found, strict=True)
+                distillation_loss(_OPS, output, dense, mine, 1.0)
+                for output, dense, mine in zip(compared, answers, pruned, strict=True)
             ]
             total += len(part) * float(np.sum(losses))
         return total / len(rows)
@@ -344,7 +349,7 @@ def match_smaller(
     builder: str,
     is_trusted: bool,
 ) -> tuple[str, ...]:
-    """Train a network that lost channels towards the outputs that it had; write it to some places, and return notes."""
+    """Train a network that lost channels to match its dense outputs, write it to `places`, and return notes."""
     session = open_calibration(dense, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
     with closing(session):
         assert session.trainable is not None
@@ -366,14 +371,14 @@ def _check_finite(loss: float, step: int) -> None:
 
 
 def _unwritable(model: ModelFile) -> set[str]:
-    """Tensors whose place in the file cannot be written to: they stay as they are."""
+    """Tensors whose bytes in the file cannot be rewritten in place, and which are therefore not trained."""
     if by_name(model.format).can_reencode:
         return set()
     return {tensor.name for tensor in model.tensors if not is_writable(tensor)}
 
 
 def _masks(model: ModelFile, solved: Mapping[str, Solved], dense: Mapping[str, Array]) -> dict[str, Mask]:
-    """What is not zero now, of the tensors that were pruned, and of others that could be and have zeros."""
+    """Masks of the nonzero weights: of the tensors that were pruned, and of other prunable tensors that have zeros."""
     masks = {name: np.asarray(values != 0) for name, (values, _) in solved.items() if name in dense}
     for tensor in model.tensors:
         if tensor.is_prunable and tensor.name in dense and tensor.name not in masks:

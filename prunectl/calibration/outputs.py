@@ -30,9 +30,9 @@ class OutputStatistics:
     sum_squares: Float64Array
     """The sum of the squares."""
     counts: NDArray[np.int64]
-    """How often each was seen: the examples, times the positions in each."""
+    """How many outputs each channel had: examples times positions."""
     bias: str = ""
-    """Name of the bias that is counted in; none if the file does not tell it clearly."""
+    """Name of the bias that the outputs include; empty if the layer has none, or it is not clear which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class CollectedOutputs:
     """Output statistics of a model's tensors, and notes for the user."""
 
     outputs: Mapping[str, OutputStatistics]
-    """By the name of the tensor; none of those whose outputs cannot all be seen."""
+    """By the name of the tensor, without tensors of which not all outputs are observed."""
     notes: tuple[str, ...]
 
 
 def collect_outputs(
     model: ModelFile, names: Collection[str], request: PruneRequest, *, is_trusted: bool = False
 ) -> CollectedOutputs:
-    """Run the calibration data of a request through a model; output statistics of some tensors."""
+    """Run the calibration data of a request through a model; return the output statistics of some tensors."""
     session = open_calibration(model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False)
     with closing(session):
         tensors = [tensor for tensor in model.tensors if tensor.name in names]
@@ -57,7 +57,7 @@ def collect_outputs(
 def block_influence(
     model: ModelFile, request: PruneRequest, *, is_trusted: bool = False
 ) -> tuple[list[float], tuple[str, ...]]:
-    """Run the calibration data of a request through a model folder; the influence of each of its blocks."""
+    """Run the calibration data of a request through a model folder; return the influence of each block, and notes."""
     session = open_calibration(
         model, request, is_trusted=is_trusted, needs_targets=False, has_reference=False, is_blockwise=True
     )
@@ -70,7 +70,7 @@ def block_influence(
 def output_norms(
     model: ModelFile, names: Collection[str], request: PruneRequest, *, norm: str = "1", is_trusted: bool = False
 ) -> dict[str, Float64Array]:
-    """The mean |output| of every channel, or where the norm is 2 the root of the mean square."""
+    """The mean |output| of every channel (norm 1), or the root mean square (norm 2)."""
     statistics = collect_outputs(model, names, request, is_trusted=is_trusted).outputs
     if norm == "1":
         return {name: output.mean_abs for name, output in statistics.items()}
@@ -80,7 +80,7 @@ def output_norms(
 def output_statistics(
     model: ModelFile, tensors: Sequence[Tensor], calibration: Calibration
 ) -> dict[str, OutputStatistics]:
-    """Output statistics accumulated batch by batch, of tensors whose outputs are all observed."""
+    """Output statistics, accumulated batch by batch, of the tensors whose outputs are all observed."""
     biases = {tensor.name: bias for tensor in tensors if (bias := _bias(model, tensor)) is not None}
     weights = {tensor.name: model.read(tensor) for tensor in tensors}
     added = {name: model.read(bias) for name, bias in biases.items()}
@@ -93,17 +93,17 @@ def output_statistics(
 
 
 def sum_abs_and_squares(
-    weights: Mapping[str, Array], biases: Mapping[str, Array], sight: LayerInput, kernel: tuple[int, ...]
+    weights: Mapping[str, Array], biases: Mapping[str, Array], layer: LayerInput, kernel: tuple[int, ...]
 ) -> tuple[Float64Array, int]:
-    """The sums of |output| and of its square, as those two by groups by outputs.
+    """The sums of |output| and of its square: an array of two by groups by outputs.
 
-    Worked out from the inputs, so that they mean the same in every framework: some show only what an activation
-    function has made of them, or what they are before a bias.
+    The outputs are computed from the inputs, so that they mean the same in every framework: some expose only the
+    outputs after the activation function, or before the bias.
     """
-    rows = weight_matrix(weights[sight.name], sight.use).astype(np.float32)
-    bias = _bias_part(biases[sight.name], sight.use).astype(np.float32) if sight.name in biases else np.zeros(1, "f4")
+    rows = weight_matrix(weights[layer.name], layer.use).astype(np.float32)
+    bias = _bias_part(biases[layer.name], layer.use).astype(np.float32) if layer.name in biases else np.zeros(1, "f4")
     totals, positions = np.zeros((2, *rows.shape[:2])), 0
-    for inputs in im2col_by_group(sight.inputs, sight.use, kernel, len(rows) * rows.shape[1]):
+    for inputs in im2col_by_group(layer.inputs, layer.use, kernel, len(rows) * rows.shape[1]):
         activations = np.matmul(inputs, rows.transpose(0, 2, 1)) + bias
         totals[0] += np.abs(activations).sum(axis=1, dtype=np.float64)
         totals[1] += np.square(activations, out=activations).sum(axis=1, dtype=np.float64)
@@ -112,12 +112,12 @@ def sum_abs_and_squares(
 
 
 def _bias(model: ModelFile, tensor: Tensor) -> Tensor | None:
-    """The bias of what a tensor makes of inputs; what it makes of states is a part of a sum that has one."""
+    """The bias of a tensor; None for a recurrent kernel, whose product is added to one that has the bias already."""
     return bias_of(model, tensor) if tensor.role is not Role.RECURRENT else None
 
 
 def _bias_part(bias: Array, use: WeightUse) -> Array:
-    """A bias as groups by one by outputs."""
+    """The bias of a use's outputs as groups by one by outputs, to be added to outputs by position."""
     return bias.reshape(use.groups, 1, -1)[..., slice(*use.outputs) if use.outputs is not None else slice(None)]
 
 
@@ -127,9 +127,9 @@ def _merge_parts(weights: Array, sums: InputStatistics, bias: Tensor | None) -> 
     groups, each = weight_matrix(weights, use).shape[:2]
     totals, counts = np.zeros((2, groups, each)), np.zeros((groups, each), np.int64)
     for part, total in sums.totals.items():
-        output_statistics = slice(*part) if part is not None else slice(None)
-        totals[..., output_statistics] += total
-        counts[:, output_statistics] += sums.counts[part]
-    sizes, squares = totals.reshape(2, -1)
+        part_outputs = slice(*part) if part is not None else slice(None)
+        totals[..., part_outputs] += total
+        counts[:, part_outputs] += sums.counts[part]
+    magnitudes, squares = totals.reshape(2, -1)
     flat = counts.reshape(-1)
-    return OutputStatistics(sizes / flat, squares, flat, bias.name if bias is not None else "")
+    return OutputStatistics(magnitudes / flat, squares, flat, bias.name if bias is not None else "")

@@ -1,4 +1,4 @@
-"""Forward passes of calibration batches: as far as the last layer that is asked for, the next one from there."""
+"""Forward passes of calibration batches: they end at the last requested layer and reuse results of earlier passes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from prunectl.training.backend import CachingModel, InputCallback, InspectableMo
 from prunectl.training.data.source import Arrays
 
 AHEAD_BYTES = 256 << 20
-"""Layer inputs, Gram matrices or weights of several tensors that are held to save passes through a whole network."""
+"""Most bytes of layer inputs, Gram matrices or weights that are kept to save passes through the network."""
 
 
 @dataclass(slots=True)
-class Sights:
-    """How often each tensor meets inputs in each batch, and how large these are: where a pass may end."""
+class InputCounts:
+    """How often each tensor's inputs are captured in each batch, and their size: tells where a pass may end."""
 
     counts: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Captures by tensor and batch number."""
     nbytes: dict[str, int] = field(default_factory=dict)
+    """Bytes of all captured inputs by tensor."""
 
-    def add(self, index: int, sight: LayerInput) -> None:
-        """Count one."""
-        counts = self.counts.setdefault(sight.name, {})
+    def add(self, index: int, capture: LayerInput) -> None:
+        """Count a capture in a batch."""
+        counts = self.counts.setdefault(capture.name, {})
         counts[index] = counts.get(index, 0) + 1
-        self.nbytes[sight.name] = self.nbytes.get(sight.name, 0) + sight.inputs.nbytes
+        self.nbytes[capture.name] = self.nbytes.get(capture.name, 0) + capture.inputs.nbytes
 
-    def learn(self, seen: Sights) -> None:
-        """Remember those of tensors that nothing was known of."""
+    def learn(self, seen: InputCounts) -> None:
+        """Add the counts of tensors that have none yet."""
         for name in seen.counts.keys() - self.counts.keys():
             self.counts[name], self.nbytes[name] = seen.counts[name], seen.nbytes[name]
 
     def expected(self, names: Collection[str], index: int) -> int | None:
-        """How many there will be of some tensors; None where that is not known."""
+        """How many captures of some tensors a batch will give; None if that is not known."""
         if not all(name in self.counts for name in names):
             return None
         return sum(self.counts[name].get(index, 0) for name in names)
@@ -39,28 +41,28 @@ class Sights:
 
 @dataclass(slots=True)
 class Passes:
-    """Runs numbered batches through networks, which remember what they did where they can, while there is room."""
+    """Runs numbered batches through networks, reusing results of earlier passes while they fit in memory."""
 
-    sights: Sights = field(default_factory=Sights)
+    input_counts: InputCounts = field(default_factory=InputCounts)
     _repeated: dict[tuple[int, int], RepeatedPass] = field(default_factory=dict)
     """By the identity of the network and the number of the batch."""
     _held_bytes: int = 0
-    """What all of them hold."""
+    """Bytes that the repeated passes keep in memory together."""
 
     def run(self, network: InspectableModel, names: Collection[str], index: int, x: Arrays, see: InputCallback) -> None:
-        """Run a batch as far as some tensors meet inputs; to its end where it is not known how often they do."""
-        left = self.sights.expected(names, index)
+        """Run a batch until all inputs of some tensors are captured, or to its end if their number is unknown."""
+        left = self.input_counts.expected(names, index)
         if left == 0:
             return
         repeated = self._repeated.get((id(network), index))
         if repeated is None and isinstance(network, CachingModel):
-            # The first pass tells what later ones may skip: it has to reach the end.
+            # The first pass shows what later ones may skip, so it has to reach the end.
             repeated = self._repeated[id(network), index] = network.cached_pass()
             left = None
 
-        def counted(sight: LayerInput) -> None:
+        def counted(capture: LayerInput) -> None:
             nonlocal left
-            see(sight)
+            see(capture)
             if left is not None:
                 left -= 1
                 if left == 0:
@@ -70,7 +72,7 @@ class Passes:
         try:
             (repeated or network).observe(names, x, counted)
         except PassEnd as end:
-            # It is held by frames that it holds itself, with all that was seen in them.
+            # A reference cycle of the exception and its frames would keep all captured inputs alive.
             end.__traceback__ = None
         if repeated is not None:
             self._held_bytes += repeated.nbytes - before

@@ -1,4 +1,4 @@
-"""Pruning with calibration data, from a file to a file."""
+"""Prune a model file with calibration data, and write the result."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def with_data_scores(
     is_by_output = scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
     norms = _norms(calibration, tensors, strategy)
     unseen = tuple(tensor.name for tensor in tensors if tensor.name not in norms)
-    # Beside others, a magnitude counts as if it met what the others meet on the average.
-    mean_norm = float(np.median(np.concatenate([_flat(sums) for sums in norms.values()]))) if norms else 1.0
+    # A tensor without captured inputs is ranked as if each of its inputs had the median norm.
+    median_norm = float(np.median(np.concatenate([_flat(sums) for sums in norms.values()]))) if norms else 1.0
 
     def score(weights: Array, context: BlockContext) -> Array:
-        # When its turn comes: the scores of all tensors together are larger than the model.
+        # Computed when the tensor is pruned: the scores of all tensors together are larger than the model.
         if context.name not in norms:
-            return magnitude(weights, context).astype(np.float64) * mean_norm
+            return magnitude(weights, context).astype(np.float64) * median_norm
         scores = statistics.wanda_scores(weights, norms[context.name])
         return rank_per_output(scores, norms[context.name]) if is_by_output else scores
 
@@ -106,7 +106,7 @@ def _costs(
 ) -> dict[str, Array]:
     """Optimal brain surgeon costs of pruning each weight, as a share of the layer's output energy.
 
-    A share, since layers are seen at more or fewer positions, and what they put out is larger or smaller.
+    Shares can be compared between layers, whose outputs differ in size and in the number of positions.
     """
     costs_by_name: dict[str, Array] = {}
     for tensor, gram in calibration.grams(tensors):
@@ -125,7 +125,7 @@ def _costs(
 
 
 def _costs_without_data(read: Callable[[Tensor], Array], tensors: Sequence[Tensor]) -> dict[str, Array]:
-    """The same for tensors whose inputs are not observed, as if all inputs were alike."""
+    """The costs of tensors whose inputs are not observed, as if their inputs were uncorrelated and of equal size."""
     squares = {tensor.name: np.square(read(tensor).astype(np.float64)) for tensor in tensors}
     return {name: _shares(values, float(values.sum())) for name, values in squares.items()}
 
@@ -180,7 +180,7 @@ def prune(
 
 
 def _reconstructs(request: PruneRequest, method: PruningMethod) -> bool:
-    """Whether kept weights change, to make up for those that are pruned."""
+    """Whether kept weights are changed to compensate for the pruned ones."""
     return method.strategy.needs is Requires.PRODUCTS or request.is_repaired
 
 
@@ -188,7 +188,7 @@ def _open_session(
     model: ModelFile, request: PruneRequest, method: PruningMethod, *, is_trusted: bool
 ) -> CalibrationSession:
     needs, reconstructs = method.strategy.needs, _reconstructs(request, method)
-    # What is ranked over all tensors at once, or trained, has to be in memory at once.
+    # Gradients, training, and reconstruction with a global scope or block pattern need the whole model in memory.
     is_blockwise = needs is not Requires.GRADIENTS and not request.is_matched
     if reconstructs:
         is_blockwise &= method.criteria.scope is not Scope.GLOBAL and not isinstance(method.pattern, BlockPattern)
@@ -198,14 +198,14 @@ def _open_session(
         is_blockwise=is_blockwise,
         is_trusted=is_trusted,
         needs_targets=needs is Requires.GRADIENTS,
-        # What the dense model says of a text is more than can be kept.
+        # The dense outputs of a language model are too large to keep: a copy of the model computes them again.
         has_reference=reconstructs or (request.is_matched and model.folder is not None),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A method that has looked at its data, and what changes the weights that it keeps."""
+    """A method with scores from the data, and the reconstructor or matcher that changes the kept weights."""
 
     method: PruningMethod
     reconstructor: Reconstructor | None
@@ -222,7 +222,7 @@ def _prepare(
     tensors: Sequence[Tensor],
     meter: ProgressFactory,
 ) -> _Prepared:
-    """Score the weights by the data, and have kept ones reconstructed or trained while they are pruned."""
+    """Score the weights by the data, and attach the reconstructor or matcher of the kept weights to the method."""
     calibration, notes = session.calibration, session.notes
     scope, needs = method.criteria.scope, method.strategy.needs
     reconstructor = _reconstructor(calibration, request, method) if _reconstructs(request, method) else None
@@ -262,7 +262,7 @@ def _reconstructor(calibration: Calibration, request: PruneRequest, method: Prun
 def _reconstruction_notes(
     pruned: Pruned, reconstructor: Reconstructor, examples: int, request: PruneRequest
 ) -> tuple[str, ...]:
-    """In how many tensors kept weights changed, and in which not; of what is all zeros, none is left to change."""
+    """Notes on how many tensors were reconstructed, without those that lost all weights, and which were not."""
     cuts = [cut for cut in pruned.plan.cuts if cut.tensor.name not in reconstructor.skipped]
     count = sum(pruned.tallies[cut.tensor.name].dropped < cut.tensor.size for cut in cuts)
     tensors = f"{count} tensor{'s' * (count != 1)}"
@@ -273,7 +273,7 @@ def _reconstruction_notes(
 
 
 class _ReconstructWithBatchNorm:
-    """Reconstructs, then recalibrates batch normalisation where the model can be trained."""
+    """Reconstructs, then recalibrates batch normalisation if the model is in a framework that can train it."""
 
     def __init__(self, session: CalibrationSession, reconstructor: Reconstructor) -> None:
         self._session, self._solver = session, reconstructor

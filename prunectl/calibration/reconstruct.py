@@ -1,4 +1,4 @@
-"""Layer-wise reconstruction: kept weights refitted by least squares to the dense layer's outputs."""
+"""Layer-wise reconstruction: the kept weights are refitted by least squares to the outputs of the dense layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NAMES = (("pointwise_kernel", "bias"), ("kernel", "bias"), ("weight", "bias"), 
 
 
 def correct_bias(dense_means: Float64Array, means: Float64Array, bias: Array) -> Array:
-    """Bias correction: add what the layer's outputs lose in the mean."""
+    """Bias correction: add the difference of the mean outputs before and after pruning."""
     return np.asarray(bias + (dense_means - means).reshape(bias.shape)).astype(bias.dtype)
 
 
@@ -53,11 +53,11 @@ def mean_outputs(sums: InputStatistics, weights: Array) -> Float64Array:
 
 
 def bias_of(model: ModelFile, tensor: Tensor) -> Tensor | None:
-    """The bias that belongs to a kernel, if only one can."""
+    """The bias that belongs to a kernel; None if several could, or if it cannot be written."""
     expected = {tensor.name.replace(*pair) for pair in _NAMES if pair[0] in tensor.name}
     layer = [candidate for candidate in model.tensors if candidate.layer == tensor.layer and candidate.is_float]
     biases = [candidate for candidate in layer if candidate.role is Role.BIAS]
-    # Beside other kernels, as of a separable convolution, a bias that is not named for it may be that of another.
+    # In a layer with several kernels, such as a separable convolution, the bias may belong to another kernel.
     is_shared = any(candidate.role is Role.KERNEL and candidate.name != tensor.name for candidate in layer)
     matches = [candidate for candidate in biases if candidate.name in expected] or (
         [] if is_shared and tensor.role is Role.KERNEL else biases
@@ -66,7 +66,7 @@ def bias_of(model: ModelFile, tensor: Tensor) -> Tensor | None:
 
 
 def center(products: Float64Array, first: Float64Array, second: Float64Array, count: int) -> Float64Array:
-    """A centred Gram matrix, for a layer whose bias takes the means."""
+    """The centred Gram matrix, for a layer whose bias absorbs the means."""
     return products - first[:, :, np.newaxis] * second[:, np.newaxis] / count
 
 
@@ -76,18 +76,18 @@ CrossByOutputs = Mapping[OutputRange, CrossStatistics]
 Fit = tuple[Float64Array, Mask]
 """Reconstructed weights, and the mask of what was pruned."""
 Solved = tuple[Array, Mask]
-"""The same in the type of the tensor."""
+"""Reconstructed weights in the data type of the tensor, and the mask of what was pruned."""
 
 
 Rank = Callable[[Mapping[str, Array]], PruningMethod]
-"""From weights to a method with the scores that they have now."""
+"""Computes scores of changed weights, and returns the method with these scores."""
 
 
 def stage_plans(plan: Plan, stages: int) -> Iterator[Plan]:
-    """The plan in so many stages, each of which leaves the same share of the weights that the one before left."""
-    left = 1 - plan.drop / plan.size
+    """The plan in so many stages, each of which keeps the same share of the weights that the previous stage kept."""
+    kept = 1 - plan.drop / plan.size
     for stage in range(1, stages if plan.drop else 1):
-        share = (1 - left ** (stage / stages)) / (1 - left)
+        share = (1 - kept ** (stage / stages)) / (1 - kept)
         cuts = tuple(replace(cut, drop=None if cut.drop is None else int(cut.drop * share)) for cut in plan.cuts)
         yield replace(plan, cuts=cuts, drop=int(plan.drop * share))
     yield plan
@@ -95,24 +95,24 @@ def stage_plans(plan: Plan, stages: int) -> Iterator[Plan]:
 
 @dataclass(slots=True)
 class Reconstructor:
-    """Prunes by SparseGPT or ALPS, reconstructs by least squares, one tensor after the other in data order."""
+    """Prunes by SparseGPT or ALPS and reconstructs by least squares, tensor by tensor in data order."""
 
     calibration: Calibration
     strategy: str
-    """The strategy that decides within a layer which weights go, `obs` or `alps`; empty if a score has decided."""
+    """`obs` or `alps`, which choose the pruned weights of each layer themselves; empty if scores chose them before."""
     is_repaired: bool
     damp: float = DAMP
     block: int = BLOCK
     stages: int = 1
-    """In how many passes the weights go; each sees the inputs that the one before left."""
+    """The number of passes in which weights are pruned; each uses the layer inputs of the model after the last one."""
     rank: Rank | None = None
-    """What ranks the weights anew in later stages, where they are ranked over all layers."""
+    """Ranks the weights again in each later stage, where they are ranked over all layers."""
     skipped: list[str] = field(default_factory=list)
     """Tensors whose inputs were not observed."""
     biases: dict[str, Array] = field(default_factory=dict)
-    """Biases that changed with them."""
+    """Corrected biases."""
     is_behind_pruned: bool = False
-    """Whether its inputs come from blocks that are pruned already."""
+    """Whether the inputs come from blocks that are pruned already."""
 
     def solve(self, model: ModelFile, plan: Plan, method: PruningMethod) -> PrunedTensors:
         """The pruned and reconstructed tensors of a plan."""
@@ -124,12 +124,12 @@ class Reconstructor:
         """The pruned and reconstructed weights by tensor."""
         dense = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
         self._begin(model, dense)
-        # When the turn of a block comes, what goes into it has changed already: the dense model tells what did before.
+        # Behind pruned blocks the inputs have changed already: the dense inputs are those of the reference.
         reference = self.calibration.reference if self.is_behind_pruned else None
         dense_model = self.calibration if reference is None else replace(self.calibration, network=reference)
         input_sums = dense_model.accumulate([cut.tensor for cut in plan.cuts], statistics.sum_inputs)
         for name, sums in input_sums.items():
-            # Before the first layer is solved, and not after an hour.
+            # Checked before the first layer is solved, rather than after an hour.
             groups, features = sums.size
             statistics.check_memory(name, groups=groups, features=features, kept=2)
         current, solved = dense, dict[str, Solved]()
@@ -153,7 +153,7 @@ class Reconstructor:
         dense: Mapping[str, Array],
         sums_by_name: Mapping[str, InputStatistics],
     ) -> dict[str, Solved]:
-        """One tensor after the other, in the order in which data meets them; what it never meets comes last."""
+        """Fit the tensors one by one in data order; those without captured inputs come last."""
         tensors = {cut.tensor.name: cut.tensor for cut in plan.cuts}
         order = [*sums_by_name, *(name for name in tensors if name not in sums_by_name)]
         self.skipped.clear()
@@ -164,10 +164,10 @@ class Reconstructor:
                 _correctable_bias(model, tensor, inputs, tensors) if self.is_repaired and inputs is not None else None
             )
             if inputs is not None and np.isfinite(weights).all() and covers_all_outputs(tensor.shape, inputs):
-                met = self.calibration.cross_inputs(tensor, order[number + 1 : len(sums_by_name)])
-                values, dropped = self._fit(tensor, weights, start[name], method, met, has_bias=bias is not None)
+                cross = self.calibration.cross_inputs(tensor, order[number + 1 : len(sums_by_name)])
+                values, dropped = self._fit(tensor, weights, start[name], method, cross, has_bias=bias is not None)
             else:
-                met = None
+                cross = None
                 self.skipped.append(name)
                 dropped = start[name][1]
                 keeps = ~dropped & (np.isfinite(weights) | (method.not_finite is not NonFinitePolicy.ZERO))
@@ -175,12 +175,12 @@ class Reconstructor:
             solved[name] = np.where(dropped, 0, values).astype(tensor.dtype), dropped
             self.calibration.network.assign({name: solved[name][0]})
             if bias is not None and inputs is not None:
-                sums = self.calibration.sums_after(tensor, met)
+                sums = self.calibration.sums_after(tensor, cross)
                 self._correct(model, bias, mean_outputs(inputs, weights), mean_outputs(sums, solved[name][0]))
         return solved
 
     def _begin(self, model: ModelFile, weights: Mapping[str, Array]) -> None:
-        """Reset the model to its dense weights: a search for a size solves repeatedly."""
+        """Reset the model to its dense weights: a search for a size calls `solve` repeatedly."""
         self.calibration.network.assign(weights)
         self._restore_biases(model)
 
@@ -190,7 +190,7 @@ class Reconstructor:
         self.biases.clear()
 
     def _correct(self, model: ModelFile, bias: Tensor, dense_means: Float64Array, means: Float64Array) -> None:
-        """Correct the bias of a layer whose outputs changed in the mean."""
+        """Correct the bias of a layer by the change of its mean outputs."""
         before = self.biases[bias.name] if bias.name in self.biases else np.array(model.read(bias))
         if before.size == means.size:
             self.biases[bias.name] = correct_bias(dense_means, means, before)
@@ -202,21 +202,21 @@ class Reconstructor:
         weights: Array,
         start: Solved,
         method: PruningMethod,
-        met: CrossInputs,
+        cross: CrossInputs,
         *,
         has_bias: bool,
     ) -> Fit:
-        """Reconstruct a tensor whose inputs are observed: its dense outputs, from the weights that it has now."""
+        """Prune a tensor whose inputs are observed, and refit it to its dense outputs from its current weights."""
         values: Float64Array = weights.astype(np.float64)
         initial: Float64Array = start[0].astype(np.float64)
         dropped = start[1]
-        if self.strategy and _supports_obs(tensor, method, met.sums):
+        if self.strategy and _supports_obs(tensor, method, cross.sums):
             drop = int(np.count_nonzero(dropped))
-            initial, dropped = self._operated(values, initial, met.statistics, drop, method)
-        # What is zero already stays zero, also where less is to go than there are zeros.
-        return self._refitted(values, initial, dropped | (weights == 0), met.statistics, has_bias=has_bias), dropped
+            initial, dropped = self._prune_by_obs(values, initial, cross.statistics, drop, method)
+        # Zeros stay zero, even where there are more of them than weights to prune.
+        return self._refitted(values, initial, dropped | (weights == 0), cross.statistics, has_bias=has_bias), dropped
 
-    def _operated(
+    def _prune_by_obs(
         self,
         dense: Float64Array,
         values: Float64Array,
@@ -224,7 +224,7 @@ class Reconstructor:
         drop: int,
         method: PruningMethod,
     ) -> Fit:
-        """Prune by SparseGPT, column by column, or by ALPS; the updated weights and the mask."""
+        """Prune by SparseGPT, column by column, or by ALPS; return the updated weights and the mask."""
         dropped: Mask = np.zeros(values.shape, np.bool_)
         size, pattern = values.size, method.pattern
         values_now, pruned_count, weights_seen = values, 0, 0
@@ -237,17 +237,19 @@ class Reconstructor:
                 weights_seen += outputs * features
                 count = drop * weights_seen // size - pruned_count
                 pruned_count += count
-                decided: list[ColumnBlock] = []
+                column_blocks: list[ColumnBlock] = []
                 if isinstance(pattern, NMPattern):
                     channels = features if use.window is None else _input_channels(values, use)
-                    decided = sparsegpt.nm_blocks(features, channels, pattern.zeros, pattern.group)
+                    column_blocks = sparsegpt.nm_blocks(features, channels, pattern.zeros, pattern.group)
                 if self.strategy == "alps":
-                    project = alps.lowest_in(decided) if decided else alps.lowest(count)
+                    project = alps.lowest_in(column_blocks) if column_blocks else alps.lowest(count)
                     gram, target = normal_equations(dense_rows[group], total, pairs.cross_gram[group], self.damp)
                     new[group], pruned[group] = alps.prune_rows(rows[group], gram, target, project)
                     continue
-                decided = decided or sparsegpt.unstructured_blocks(outputs, features, count, self.block)
-                new[group], pruned[group] = sparsegpt.prune_rows(rows[group], total, decided, self.damp, self.block)
+                column_blocks = column_blocks or sparsegpt.unstructured_blocks(outputs, features, count, self.block)
+                new[group], pruned[group] = sparsegpt.prune_rows(
+                    rows[group], total, column_blocks, self.damp, self.block
+                )
             values_now, dropped = scatter_rows(new, use, values_now), scatter_rows(pruned, use, dropped)
         return values_now, dropped
 
@@ -260,7 +262,7 @@ class Reconstructor:
         *,
         has_bias: bool,
     ) -> Float64Array:
-        """Refit kept weights so that the layer gives its dense outputs."""
+        """Refit the kept weights by least squares to the dense outputs of the layer."""
         result = initial
         for pairs in cross_statistics.values():
             rows, initial_rows, kept = (
@@ -284,14 +286,14 @@ class Reconstructor:
 
 @dataclass(slots=True)
 class BlockwiseReconstructor(Reconstructor):
-    """The same for a model of which one block at a time is in memory; what comes of it lies in a file until then."""
+    """Reconstructs a model of which one block at a time is in memory; the results are kept in a temporary file."""
 
     def fit(self, model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
         """The pruned and reconstructed weights by tensor."""
         assert isinstance(self.calibration, BlockwiseCalibration)
         self.skipped.clear()
         self.biases.clear()
-        with closing(_ArraysInFile()) as kept:
+        with closing(_ArraysInFile()) as arrays:
             for number, part in self.calibration.parts(has_reference=True):
                 own = tuple(cut for cut in plan.cuts if self.calibration.network.part_of(cut.tensor.name) == number)
                 if not own:
@@ -306,24 +308,24 @@ class BlockwiseReconstructor(Reconstructor):
                     is_behind_pruned=number > 0,
                 )
                 for name, (values, dropped) in block.fit(model, replace(plan, cuts=own), method).items():
-                    kept.add(name, values, dropped)
+                    arrays.add(name, values, dropped)
                 self.skipped += block.skipped
                 self.biases |= block.biases
-            return kept.views()
+            return arrays.views()
 
 
 _ALIGNMENT = 64
 
 
 class _ArraysInFile:
-    """Tensors in one file without a name, which is mapped once: as many files of their own could not be open."""
+    """Tensors in one unnamed temporary file, memory-mapped once: a file for each could exceed the open-file limit."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="prunectl-")  # noqa: SIM115 - closed by close
         self._places: dict[str, list[tuple[int, np.dtype[Any], tuple[int, ...]]]] = {}
 
     def add(self, name: str, *arrays: Array) -> None:
-        """Write the arrays of a tensor behind those of the others."""
+        """Append the arrays of a tensor to the file."""
         for array in arrays:
             begin = self._file.tell()
             self._places.setdefault(name, []).append((begin, array.dtype, array.shape))
@@ -331,11 +333,11 @@ class _ArraysInFile:
             self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
 
     def close(self) -> None:
-        """Let go of the file; views of it stay."""
+        """Close the file; views of it stay valid."""
         self._file.close()
 
     def views(self) -> dict[str, Solved]:
-        """Read-only views of all that was written, by tensor."""
+        """Read-only views of all arrays, by tensor."""
         self._file.flush()
         whole = np.memmap(self._file, np.uint8, "r") if self._places else np.zeros(0, np.uint8)
         return {
@@ -350,19 +352,19 @@ class _ArraysInFile:
 def _correctable_bias(
     model: ModelFile, tensor: Tensor, statistics: InputStatistics, pruned: Collection[str]
 ) -> Tensor | None:
-    """The bias that can make up for what outputs lose: one number for each, and not pruned itself."""
+    """The bias of a tensor, if it has a number for each observed output and is not pruned itself; else None."""
     bias = bias_of(model, tensor)
     if bias is None or bias.name in pruned or bias.size != count_outputs(tensor.shape, statistics):
         return None
     return bias
 
 
-def _supports_obs(tensor: Tensor, method: PruningMethod, products: InputStatistics) -> bool:
-    """Whether columns can be decided one after the other: not in blocks, and groups only along what is summed over."""
+def _supports_obs(tensor: Tensor, method: PruningMethod, inputs: InputStatistics) -> bool:
+    """Whether OBS can prune column by column: unstructured, or N:M with its groups along the input axis."""
     if method.pattern is None:
         return True
     return isinstance(method.pattern, NMPattern) and all(
-        use.in_axis == tensor.reduction_axis and use.shape is None for use in products.uses.values()
+        use.in_axis == tensor.reduction_axis and use.shape is None for use in inputs.uses.values()
     )
 
 
@@ -371,5 +373,5 @@ def _input_channels(values: Array, use: WeightUse) -> int:
 
 
 def solved_blocks(tensor: Tensor, values: Array, dropped: Mask) -> Iterator[Solved]:
-    """Yield the one block that a tensor is."""
+    """Yield a solved tensor as a single block, in the order of its storage."""
     yield in_storage_order(tensor, values), in_storage_order(tensor, dropped)

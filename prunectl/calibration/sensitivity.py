@@ -33,15 +33,15 @@ from prunectl.training.data import adapt
 from prunectl.training.data.source import Batch, as_tuple
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
-"""At which each tensor is looked at."""
+"""The sparsities at which each tensor is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well a model answers the examples."""
+    """Loss and accuracy of a model on the examples."""
 
     loss: float | None
-    """None where it is no finite number."""
+    """None if it is NaN or infinite."""
     accuracy: float | None = None
 
 
@@ -51,9 +51,9 @@ class SensitivityPoint:
 
     sparsity: float
     weight_error: float
-    """What goes, as a share of the norm of the weights."""
+    """Norm of the pruned weights, as a share of the norm of all."""
     output_error: float | None = None
-    """How far the layer's outputs are off, as a share of their norm; None where that was not seen."""
+    """Norm of the error of the layer's outputs, as a share of their norm; None if they were not observed."""
     score: Score | None = None
     """Loss and accuracy of the whole model; None where they were not measured."""
 
@@ -75,22 +75,22 @@ class Sensitivity:
 
     layers: tuple[LayerSensitivity, ...]
     data: str = ""
-    """What it was looked at with; empty if weights were all there was."""
+    """The data that it was measured with; empty if only weights were compared."""
     examples: int = 0
     base: Score | None = None
-    """How the model answers as it is."""
+    """Score of the unpruned model."""
     notes: tuple[str, ...] = ()
 
 
 Levels = NDArray[np.uint8]
-"""For each weight, the number of the first sparsity at which it goes; how many there are if it always stays."""
+"""For each weight, the index in `SPARSITIES` at which it is pruned first; `len(SPARSITIES)` if it never is."""
 
 
 def pruning_levels(weights: Array) -> Levels:
     """The index of the sparsity at which each weight is pruned: the smallest first, ties in order."""
     scores = magnitude(weights, BlockContext("", 0, 0))
     result = np.full(weights.shape, len(SPARSITIES), np.uint8)
-    # From the highest down: what goes early goes at every sparsity after that as well.
+    # From the highest down: weights that are pruned at a low sparsity are pruned at every higher one too.
     for level in reversed(range(len(SPARSITIES))):
         cut = threshold([lambda: iter([scores])], round(SPARSITIES[level] * weights.size), weights.size)
         result[cut.masker(0).mask(scores)] = level
@@ -98,7 +98,7 @@ def pruning_levels(weights: Array) -> Levels:
 
 
 def pruned(weights: Array, prune_levels: Levels, level: int) -> Array:
-    """Weights with those zero that are pruned at a sparsity."""
+    """The weights, with those that are pruned at a level set to zero."""
     return np.where(prune_levels <= level, np.zeros((), weights.dtype), weights)
 
 
@@ -116,9 +116,9 @@ def first_dead_sparsity(weights: Array, prune_levels: Levels, out_axis: int | No
     if out_axis is None:
         return None
     others = tuple(axis for axis in range(weights.ndim) if axis != out_axis)
-    lives = np.where(nonzero_mask(weights), prune_levels.astype(np.int16), -1).max(axis=others)
-    last = lives[lives >= 0].min(initial=len(SPARSITIES))
-    return SPARSITIES[last] if last < len(SPARSITIES) else None
+    last_levels = np.where(nonzero_mask(weights), prune_levels.astype(np.int16), -1).max(axis=others)
+    first = last_levels[last_levels >= 0].min(initial=len(SPARSITIES))
+    return SPARSITIES[first] if first < len(SPARSITIES) else None
 
 
 Errors = tuple[float | None, ...]
@@ -127,52 +127,52 @@ Errors = tuple[float | None, ...]
 def output_errors(
     calibration: Calibration, tensors: Sequence[Tensor], weights: Mapping[str, Array], levels: Mapping[str, Levels]
 ) -> dict[str, Errors]:
-    """Relative output errors of each tensor at each sparsity, before any bias, from one pass over the data.
+    """Relative output errors of each tensor at each sparsity, without biases, from one pass over the data.
 
-    None of a tensor of which not all outputs were seen; None for a sparsity if there is nothing to compare with.
+    A tensor is left out if not all its outputs were observed. An error is None if only the dense outputs are zero.
     """
 
-    def lost(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
-        return _squared_losses(sight, kernel, weights[sight.name], levels[sight.name])
+    def squared_errors(capture: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+        return _squared_errors(capture, kernel, weights[capture.name], levels[capture.name])
 
-    losses = calibration.accumulate(tensors, lost)
+    errors = calibration.accumulate(tensors, squared_errors)
     return {
-        tensor.name: _relative(losses[tensor.name])
+        tensor.name: _relative(errors[tensor.name])
         for tensor in tensors
-        if tensor.name in losses and statistics.covers_all_outputs(tensor.shape, losses[tensor.name])
+        if tensor.name in errors and statistics.covers_all_outputs(tensor.shape, errors[tensor.name])
     }
 
 
-def _relative(losses: InputStatistics) -> Errors:
-    *squares, energy = np.sum(list(losses.totals.values()), axis=0).tolist()
+def _relative(errors: InputStatistics) -> Errors:
+    *squares, energy = np.sum(list(errors.totals.values()), axis=0).tolist()
     if not energy:
         return tuple(None if square else 0.0 for square in squares)
     return tuple(float(np.sqrt(square / energy)) for square in squares)
 
 
-def _squared_losses(
-    sight: LayerInput, kernel: tuple[int, ...], weights: Array, prune_levels: Levels
+def _squared_errors(
+    capture: LayerInput, kernel: tuple[int, ...], weights: Array, prune_levels: Levels
 ) -> tuple[Float64Array, int]:
-    """The sum of the squares of what outputs lose at each sparsity, and of the outputs.
+    """The sum of squared output errors at each sparsity and, last, the sum of squared outputs.
 
-    From the outputs themselves: the products of all inputs would take the square of their number in memory.
+    Computed from the outputs, since a Gram matrix would take memory with the square of the number of inputs.
     """
-    rows, pruning_levels = weight_matrix(weights, sight.use).astype(np.float32), weight_matrix(prune_levels, sight.use)
-    losses, positions = np.zeros(len(SPARSITIES) + 1), 0
-    for inputs in im2col_by_group(sight.inputs, sight.use, kernel, len(rows) * rows.shape[1]):
-        for level in range(len(losses)):
-            # At the last level all is gone: what is lost then is the output.
-            part = np.where(pruning_levels <= level, rows, np.float32(0))
-            losses[level] += np.square(np.matmul(inputs, part.transpose(0, 2, 1)), dtype=np.float64).sum()
+    rows, levels = weight_matrix(weights, capture.use).astype(np.float32), weight_matrix(prune_levels, capture.use)
+    errors, positions = np.zeros(len(SPARSITIES) + 1), 0
+    for inputs in im2col_by_group(capture.inputs, capture.use, kernel, len(rows) * rows.shape[1]):
+        for level in range(len(errors)):
+            # The last level includes every weight: its error is the output itself.
+            part = np.where(levels <= level, rows, np.float32(0))
+            errors[level] += np.square(np.matmul(inputs, part.transpose(0, 2, 1)), dtype=np.float64).sum()
         positions += inputs.shape[1]
-    return losses, positions
+    return errors, positions
 
 
 _ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy", "binary_accuracy")
 
 
 def prepare(network: TrainableModel, batches: tuple[Batch, ...], loss: str, seed: int, name: str) -> None:
-    """Choose the loss, and refuse labels that the model does not know."""
+    """Choose the loss, and refuse labels that are no class of the model."""
     network.prepare(TrainOptions(loss=loss, optimizer="sgd", lr=0.0, seed=seed, example=batches[0]))
     tasks, begin = adapt.infer_tasks(network.signature, batches[0]), 0
     for batch in batches:
@@ -182,7 +182,7 @@ def prepare(network: TrainableModel, batches: tuple[Batch, ...], loss: str, seed
 
 
 def dense_score(network: TrainableModel, batches: tuple[Batch, ...]) -> Score:
-    """How well the model answers as it is."""
+    """The score of the unpruned model."""
     score = _score(network.evaluate(iter(batches)))
     if score.loss is None:
         raise WorkError(
@@ -195,7 +195,7 @@ def dense_score(network: TrainableModel, batches: tuple[Batch, ...]) -> Score:
 def scores_at_each_level(
     network: TrainableModel, batches: tuple[Batch, ...], name: str, weights: Array, prune_levels: Levels
 ) -> tuple[Score, ...]:
-    """How well the model answers at each sparsity of one tensor, which is as it was afterwards."""
+    """The model's score at each sparsity of one tensor, which is restored afterwards."""
     scores = []
     for level in range(len(SPARSITIES)):
         network.assign({name: pruned(weights, prune_levels, level)})
@@ -221,7 +221,7 @@ def sensitivity(
     is_trusted: bool = False,
     meter: ProgressFactory = no_progress,
 ) -> Sensitivity:
-    """How much the prunable tensors of a model suffer; with data, also what they make of it."""
+    """Measure how much pruning harms each prunable tensor; with data, also its outputs, loss and accuracy."""
     tensors = _prunable(model, layers)
     if not tensors:
         return Sensitivity(
@@ -240,7 +240,7 @@ def sensitivity(
 
 
 def _prunable(model: ModelFile, layers: str) -> tuple[Tensor, ...]:
-    """What the default policy prunes, each storage once."""
+    """The tensors that the default policy prunes, each storage once."""
     chosen = select_names(model, layers) if layers else model.tensors
     candidates = [
         tensor for tensor in chosen if tensor.is_prunable and tensor.size and tensor.name not in model.duplicates
@@ -258,7 +258,7 @@ def _wrapper_note(model: ModelFile) -> tuple[str, ...]:
 def _dense_score(
     model: ModelFile, session: CalibrationSession, request: PruneRequest
 ) -> tuple[Score | None, tuple[str, ...]]:
-    """The score of the dense model, or a note why there is none."""
+    """The score of the dense model, or None and a note that says why."""
     batches = session.calibration.batches
     has_targets = batches[0].y is not None
     if session.trainable is not None and has_targets:
@@ -281,7 +281,7 @@ def _measure_layers(
     base: Score | None,
     meter: ProgressFactory,
 ) -> _Measured:
-    """Measure as many tensors at a time as fit in memory; without data, one."""
+    """Measure the tensors, in groups that fit in memory; without data, one at a time."""
     measured: list[LayerSensitivity] = []
     nonfinite, unobserved = [], []
     trained_names = (
@@ -313,7 +313,7 @@ def _measure_layers(
 
 
 _COPIES = 4
-"""Of a tensor's bytes, while it is measured with others: the weights, their levels, and both as matrices."""
+"""Memory that measuring a tensor takes, in multiples of its bytes: weights and levels, and both as matrices."""
 
 
 def _measure_layer(
@@ -337,17 +337,17 @@ MAX_ACCURACY_FALL = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Collapse:
-    """A tensor, the first sparsity at which it breaks, and how."""
+    """A tensor, the first sparsity at which it collapses, and why."""
 
     name: str
     sparsity: float
     reasons: tuple[str, ...]
     size: float
-    """How far its outputs are off there, or its weights where that is not known."""
+    """The output error at this sparsity, or the weight error where the output error is not known."""
 
 
 def collapses(report: Sensitivity) -> tuple[Collapse, ...]:
-    """The tensors that break, the worst first: those that break early, then those that break most."""
+    """The tensors that collapse, the worst first: by the lowest sparsity, then by the largest error."""
     collapsed = filter(None, (_collapse(layer, report.base) for layer in report.layers))
     return tuple(sorted(collapsed, key=lambda collapse: (collapse.sparsity, -collapse.size)))
 
@@ -371,5 +371,5 @@ def _collapse(layer: LayerSensitivity, base: Score | None) -> Collapse | None:
 def _accuracy_fall(base: Score | None, now: Score | None) -> float:
     if base is None or now is None or base.accuracy is None or now.accuracy is None:
         return 0.0
-    # In float32 for some: a fall by just as much as is allowed is not to depend on rounding.
+    # Some accuracies are in float32: rounding must not decide about a fall of exactly the limit.
     return round(base.accuracy - now.accuracy, 6)

@@ -1,4 +1,4 @@
-"""Calibration sessions: a model in its runtime with calibration batches, and what is accumulated over them."""
+"""Calibration sessions: a model in its runtime, calibration batches, and statistics accumulated over them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prunectl.calibration.passes import AHEAD_BYTES, Passes, Sights
+from prunectl.calibration.passes import AHEAD_BYTES, InputCounts, Passes
 from prunectl.calibration.statistics import (
     CrossStatistics,
     Float64Array,
@@ -45,29 +45,29 @@ Accumulator = Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]]
 
 
 def groups_in_memory(names: Iterable[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Yield names in runs that fit in `AHEAD_BYTES` together, or in a quarter of the free memory; at least one each."""
-    most = min(AHEAD_BYTES, (available_bytes() or 4 * AHEAD_BYTES) // 4)
-    run: list[str] = []
-    held = 0
+    """Yield names in groups whose bytes fit in `AHEAD_BYTES` and a quarter of free memory; each has at least one."""
+    limit = min(AHEAD_BYTES, (available_bytes() or 4 * AHEAD_BYTES) // 4)
+    group: list[str] = []
+    nbytes = 0
     for name in names:
-        if run and held + sizes.get(name, 0) > most:
-            yield run
-            run, held = [], 0
-        run.append(name)
-        held += sizes.get(name, 0)
-    if run:
-        yield run
+        if group and nbytes + sizes.get(name, 0) > limit:
+            yield group
+            group, nbytes = [], 0
+        group.append(name)
+        nbytes += sizes.get(name, 0)
+    if group:
+        yield group
 
 
 @dataclass(frozen=True, slots=True)
 class CrossInputs:
-    """What a tensor meets in the pruned and in the dense model."""
+    """Statistics of a tensor's inputs in the pruned and in the dense model."""
 
     statistics: Mapping[OutputRange, CrossStatistics]
     sums: InputStatistics
     """The sums of its inputs in the pruned model."""
     first_sums: InputStatistics
-    """Those of the first batch."""
+    """The sums over the first batch alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,10 @@ class Calibration:
     network: InspectableModel
     batches: tuple[Batch, ...]
     reference: InspectableModel | None = None
-    """The dense model, which stays as it was."""
+    """A second copy of the dense model, which is never pruned."""
     _passes: Passes = field(default_factory=Passes)
     _dense: dict[str, list[list[LayerInput]]] = field(default_factory=dict)
-    """For each batch the layer inputs of the dense model, of the next tensors to be fitted."""
+    """Dense layer inputs of the tensors that are fitted next: by tensor, a list for each batch."""
 
     @property
     def examples(self) -> int:
@@ -88,33 +88,33 @@ class Calibration:
         return sum(len(as_tuple(batch.x)[0]) for batch in self.batches)
 
     def accumulate(self, tensors: Sequence[Tensor], accumulator: Accumulator) -> dict[str, InputStatistics]:
-        """Statistics of each tensor's inputs, in the order in which data reaches them.
+        """Statistics of each tensor's inputs, in the order in which data reaches the tensors.
 
-        None of those that are not seen, or used in two ways whose sums are not of the same things: a matrix as it is
-        and turned, as where a decoder has the weights of its encoder.
+        Tensors are left out if their inputs are not captured, or if they are used in two ways whose sums do not add up,
+        such as a matrix and its transpose in an autoencoder with tied weights.
         """
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         statistics: dict[str, InputStatistics] = {}
         use_keys: dict[str, WeightUse] = {}
         conflicting: set[str] = set()
 
-        def record(sight: LayerInput) -> None:
-            use_key = replace(sight.use, outputs=None, window=None)
-            if use_keys.setdefault(sight.name, use_key) != use_key:
-                conflicting.add(sight.name)
-            if sight.name not in conflicting:
-                shape = sight.use.shape or shapes[sight.name]
-                statistics.setdefault(sight.name, InputStatistics()).add(sight, shape, accumulator)
+        def record(capture: LayerInput) -> None:
+            use_key = replace(capture.use, outputs=None, window=None)
+            if use_keys.setdefault(capture.name, use_key) != use_key:
+                conflicting.add(capture.name)
+            if capture.name not in conflicting:
+                shape = capture.use.shape or shapes[capture.name]
+                statistics.setdefault(capture.name, InputStatistics()).add(capture, shape, accumulator)
 
-        seen = Sights()
+        seen = InputCounts()
         for index, batch in enumerate(self.batches):
 
-            def counted(sight: LayerInput, index: int = index) -> None:
-                seen.add(index, sight)
-                record(sight)
+            def counted(capture: LayerInput, index: int = index) -> None:
+                seen.add(index, capture)
+                record(capture)
 
             self._passes.run(self.network, shapes, index, batch.x, counted)
-        self._passes.sights.learn(seen)
+        self._passes.input_counts.learn(seen)
         for name in conflicting:
             statistics.pop(name, None)
         for name, sums in statistics.items():
@@ -122,9 +122,9 @@ class Calibration:
         return statistics
 
     def grams(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, InputStatistics]]:
-        """Gram matrices of the tensors' inputs: as many in one pass as fit in memory, each has its features squared."""
+        """Gram matrices (features by features) of the tensors' inputs, as many in each pass as fit in memory."""
         by_name = {tensor.name: tensor for tensor in tensors}
-        # A few examples tell how large the matrices are.
+        # One batch tells how many features each tensor has.
         shapes = replace(self, batches=self.batches[:1], _passes=Passes()).accumulate(tensors, sum_inputs)
         sizes: dict[str, int] = {}
         for name, sums in shapes.items():
@@ -137,38 +137,38 @@ class Calibration:
                 yield by_name[name], group.pop(name, InputStatistics())
 
     def cross_inputs(self, tensor: Tensor, following: Sequence[str] = ()) -> CrossInputs:
-        """What a tensor meets in the pruned and the dense model; of the latter also what the following ones do.
+        """Statistics of a tensor's inputs in the pruned and in the dense model.
 
-        The dense model stays as it was, so that one pass serves as many tensors as fit in memory.
+        The dense model does not change: one pass through it also captures the following tensors that fit in memory.
         """
         if tensor.name not in self._dense:
             self._dense.clear()
-            ahead = next(groups_in_memory((tensor.name, *following), self._passes.sights.nbytes))
+            ahead = next(groups_in_memory((tensor.name, *following), self._passes.input_counts.nbytes))
             if len(ahead) > 1:
-                self._hold(ahead)
-        held = self._dense.pop(tensor.name, None)
+                self._capture_dense(ahead)
+        captured = self._dense.pop(tensor.name, None)
         statistics: dict[OutputRange, CrossStatistics] = {}
         sums, first_sums = InputStatistics(), InputStatistics()
         for index, batch in enumerate(self.batches):
-            now: list[LayerInput] = []
+            inputs: list[LayerInput] = []
 
-            def see(sight: LayerInput, index: int = index, now: list[LayerInput] = now) -> None:
-                shape = sight.use.shape or tensor.shape
-                sums.add(sight, shape, sum_inputs)
+            def record(capture: LayerInput, index: int = index, inputs: list[LayerInput] = inputs) -> None:
+                shape = capture.use.shape or tensor.shape
+                sums.add(capture, shape, sum_inputs)
                 if index == 0:
-                    first_sums.add(sight, shape, sum_inputs)
-                now.append(_copied(sight))
+                    first_sums.add(capture, shape, sum_inputs)
+                inputs.append(_copied(capture))
 
-            self._passes.run(self.network, [tensor.name], index, batch.x, see)
-            before = held[index] if held is not None else self._dense_inputs([tensor.name], index)[tensor.name]
-            for mine, theirs in zip(now, before, strict=True):
+            self._passes.run(self.network, [tensor.name], index, batch.x, record)
+            before = captured[index] if captured is not None else self._dense_inputs([tensor.name], index)[tensor.name]
+            for mine, theirs in zip(inputs, before, strict=True):
                 part = mine.use.outputs
                 statistics.setdefault(part, CrossStatistics(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
         _check_finite(tensor.name, sums)
         return CrossInputs(statistics, sums, first_sums)
 
-    def _hold(self, names: Sequence[str]) -> None:
-        """Keep what some tensors meet in the dense model."""
+    def _capture_dense(self, names: Sequence[str]) -> None:
+        """Keep the inputs of some tensors in the dense model."""
         for index in range(len(self.batches)):
             for name, inputs in self._dense_inputs(names, index).items():
                 self._dense.setdefault(name, []).append(inputs)
@@ -177,16 +177,16 @@ class Calibration:
         assert self.reference is not None
         inputs: dict[str, list[LayerInput]] = {name: [] for name in names}
 
-        def see(sight: LayerInput) -> None:
-            inputs[sight.name].append(_copied(sight))
+        def record(capture: LayerInput) -> None:
+            inputs[capture.name].append(_copied(capture))
 
-        self._passes.run(self.reference, names, index, self.batches[index].x, see)
+        self._passes.run(self.reference, names, index, self.batches[index].x, record)
         return inputs
 
     def sums_after(self, tensor: Tensor, before: CrossInputs | None) -> InputStatistics:
-        """The sums of a tensor's inputs now that its weights are others.
+        """The sums of a tensor's inputs after its weights have changed.
 
-        They are the same unless its inputs depend on itself, as in a recurrent layer: the first batch shows that.
+        They are as before unless its inputs depend on its own weights, as in a recurrent layer: the first batch tells.
         """
         if before is None or len(self.batches) == 1:
             return self.accumulate([tensor], sum_inputs)[tensor.name]
@@ -198,9 +198,9 @@ class Calibration:
         return self.accumulate([tensor], sum_inputs)[tensor.name]
 
     def gradients(
-        self, tensors: Sequence[Tensor], of: Callable[[Float64Array], Float64Array]
+        self, tensors: Sequence[Tensor], reduction: Callable[[Float64Array], Float64Array]
     ) -> dict[str, Float64Array]:
-        """Means over batches of a function of their gradients, weighted by examples."""
+        """The mean of `reduction` of each batch's gradients; a batch counts by its number of examples."""
         network = self.network
         if not isinstance(network, DifferentiableModel):
             raise UsageError(
@@ -212,7 +212,7 @@ class Calibration:
         for batch in self.batches:
             share = len(as_tuple(batch.x)[0]) / examples
             for name, gradient in network.gradients([tensor.name for tensor in tensors], batch).items():
-                part = of(gradient.astype(np.float64))
+                part = reduction(gradient.astype(np.float64))
                 part *= share
                 means[name] = np.add(means[name], part, out=means[name]) if name in means else part
         for name, mean in means.items():
@@ -226,15 +226,15 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class BlockwiseCalibration(Calibration):
-    """The same of a model of which one block at a time is in memory, in the order in which data reaches them."""
+    """A calibration of a model of which only one block at a time is in memory, from the first to the last."""
 
     network: Any
     """A `BlockwiseModel`."""
 
     def parts(self, *, has_reference: bool) -> Iterator[tuple[int, Calibration]]:
-        """Yield the calibration of each part; what its weights are changed to is what goes into the next."""
+        """Yield the calibration of each part in turn; the next part gets the outputs of its changed weights."""
         self.network.begin([batch.x for batch in self.batches])
-        # A part knows what goes into it by the number of the batch.
+        # A part finds its inputs by the number of the batch.
         counts = [len(as_tuple(batch.x)[0]) for batch in self.batches]
         batches = tuple(Batch(np.full(count, index)) for index, count in enumerate(counts))
         for number in range(self.network.parts):
@@ -243,17 +243,17 @@ class BlockwiseCalibration(Calibration):
             self.network.advance(number)
 
     def accumulate(self, tensors: Sequence[Tensor], accumulator: Accumulator) -> dict[str, InputStatistics]:
-        """Statistics of each tensor's inputs in the model as it is."""
-        found: dict[str, InputStatistics] = {}
+        """Statistics of each tensor's inputs in the dense model, one part after the other."""
+        statistics: dict[str, InputStatistics] = {}
         for number, part in self.parts(has_reference=False):
             own = [tensor for tensor in tensors if self.network.part_of(tensor.name) == number]
-            found |= part.accumulate(own, accumulator) if own else {}
-        return found
+            statistics |= part.accumulate(own, accumulator) if own else {}
+        return statistics
 
     def influence(self) -> list[float]:
-        """Block influence (ShortGPT, Men et al. 2024): one less the mean cosine similarity of a block's two ends."""
+        """Block influence (ShortGPT, Men et al. 2024): 1 - the mean cosine similarity of a block's input and output."""
         self.network.begin([batch.x for batch in self.batches])
-        found = []
+        influences = []
         for number in range(self.network.parts - 1):
             self.network.open(number, has_copy=False)
             influence = 1 - self.network.advance(number)
@@ -262,12 +262,12 @@ class BlockwiseCalibration(Calibration):
                     f"what comes out of block {number} is NaN or infinite; nothing was written",
                     hint="check that the model has no NaN: prunectl inspect",
                 )
-            found.append(influence)
-        return found
+            influences.append(influence)
+        return influences
 
 
-def _copied(sight: LayerInput) -> LayerInput:
-    return replace(sight, inputs=sight.inputs.copy())
+def _copied(capture: LayerInput) -> LayerInput:
+    return replace(capture, inputs=capture.inputs.copy())
 
 
 def _check_finite(name: str, sums: InputStatistics) -> None:
@@ -279,7 +279,7 @@ def _check_finite(name: str, sums: InputStatistics) -> None:
 
 
 def take_samples(batches: Iterator[Batch], samples: int) -> tuple[Batch, ...]:
-    """The first examples of some batches."""
+    """The first `samples` examples, in batches."""
     taken_batches: list[Batch] = []
     remaining = samples
 
@@ -303,11 +303,11 @@ class CalibrationSession:
 
     calibration: Calibration
     trainable: TrainableModel | None
-    """The same model, where it is one that can be trained as well."""
+    """The same model, if it can be trained as well; None in onnxruntime and where blocks are loaded one by one."""
     notes: tuple[str, ...]
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Close the model."""
         if self.trainable is not None:
             self.trainable.close()
 
@@ -321,9 +321,9 @@ def open_calibration(
     has_reference: bool,
     is_blockwise: bool = False,
 ) -> CalibrationSession:
-    """Open a model in its runtime, and the first examples in an order that the seed decides.
+    """Open a model in its runtime, and read the first examples in an order that depends on the seed.
 
-    Where it may be blockwise, a model folder that allows it is opened one block at a time.
+    With `is_blockwise`, a model folder that allows it is loaded one block at a time.
     """
     if model.about.pruning_wrappers:
         raise UsageError(
@@ -347,7 +347,7 @@ def open_calibration(
     if trainable is not None and needs_targets:
         source = shift_if_causal(source, network.signature, network.predict, taken_by)
         notes += source.notes
-    # A stream is not read to its end for the sake of a few examples.
+    # A stream would have to be read to its end to be shuffled, which a few examples do not justify.
     size = batch_size(source, network.signature, request.batch_size)
     order = EpochOrder(size, request.seed, is_shuffled=source.count is not None)
     batches = take_samples(source.batches(order), request.samples)
@@ -374,7 +374,7 @@ def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, T
 def load_inputs(
     spec: str, signature: ModelSignature, count: int, order: EpochOrder
 ) -> tuple[tuple[Array, ...], tuple[str, ...]]:
-    """The inputs of so many examples, with notes about them; a stream is never shuffled."""
+    """The inputs of the first `count` examples, and notes about the data; a stream is never shuffled."""
     source, notes = adapt(open_source(spec, signature=signature, seed=order.seed), signature)
     notes += check_batches(source.first(count), signature, needs_targets=False)
     own = EpochOrder(order.batch_size, order.seed, is_shuffled=order.is_shuffled and source.count is not None)
@@ -384,7 +384,7 @@ def load_inputs(
 
 
 def padded_batch_rows(count: int, size: int) -> Array:
-    """Which examples each batch holds; the last is filled up with the first ones, again and again."""
+    """The row numbers of each batch; the last batch is filled up by starting over at row 0."""
     rows: Array = np.arange(-(-count // size) * size).reshape(-1, size) % count
     return rows
 
@@ -393,7 +393,7 @@ _SHOWN = 5
 
 
 def note_about(statement: str, names: Sequence[str]) -> tuple[str, ...]:
-    """A sentence about some tensors; nothing without any."""
+    """A sentence about some tensors; empty if there are none."""
     if not names:
         return ()
     return (f"{listed(names, _SHOWN, 'others')}: {statement}.",)

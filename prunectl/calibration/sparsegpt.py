@@ -1,7 +1,7 @@
-"""SparseGPT: optimal brain surgeon on the rows of a layer, column by column, the rest compensating.
+"""SparseGPT (Frantar and Alistarh 2023): optimal brain surgeon, column by column, on all rows of a layer.
 
-After Frantar and Alistarh 2023 (SparseGPT). The loss is the square of what the layer's outputs change by; its second
-derivative is the sum of the products of the inputs.
+The columns that follow compensate for each pruned weight. The loss is the squared error of the layer's outputs; its
+Hessian is, up to a factor, the Gram matrix of the layer's inputs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from prunectl.pruning.masks import Mask
 
 _LEAST_DAMP, _MOST_DAMP = 1e-12, 1e3
 _ROWS = 128
-"""That are compensated for in one block of work."""
+"""Rows that are compensated in one block of work."""
 _INNER = 32
-"""Columns within which errors are spread one by one, and to the rest of the block together."""
+"""Columns within which errors are propagated one by one; to the rest of the block they go together (lazy update)."""
 _PANEL = 256
-"""Columns of a Cholesky factor that are worked out at once."""
+"""Columns of a Cholesky factor that are computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class ColumnBlock:
     end: int
     drop: int
     is_by_row: bool
-    """Whether each row loses so many, and not all rows together."""
+    """Whether `drop` counts the weights of each row, rather than those of all rows together."""
 
 
 def unstructured_blocks(rows: int, features: int, drop: int, block: int) -> list[ColumnBlock]:
-    """Columns in blocks that lose so many weights together, to the last one."""
+    """Blocks of columns that lose exactly `drop` weights together."""
     ends = [*range(block, features, block), features]
     begins = [0, *ends[:-1]]
     total = rows * features
@@ -58,43 +58,43 @@ def nm_blocks(features: int, channels: int, zeros: int, group: int) -> list[Colu
 
 
 def prune_rows(
-    rows: Float64Array, products: Float64Array, parts: list[ColumnBlock], damp: float, block: int
+    rows: Float64Array, gram: Float64Array, parts: list[ColumnBlock], damp: float, block: int
 ) -> tuple[Float64Array, Mask]:
-    """Pruned rows with their compensated weights, and the mask.
+    """Pruned rows with compensated weights, and the mask of what was pruned.
 
-    Blocks that all rows are ranked in together begin where the columns do that are compensated for together.
+    Blocks in which all rows are ranked together have to begin at a multiple of `block`.
     """
     updated, dropped = rows.astype(np.float64), np.zeros(rows.shape, np.bool_)
-    inverse, is_dead = inverse_cholesky(products, damp)
+    inverse, is_dead = inverse_cholesky(gram, damp)
     features = updated.shape[1]
     by_row = {part.begin: part for part in parts if part.is_by_row}
     together = {part.begin: part for part in parts if not part.is_by_row}
     for begin in range(0, features, block):
         end = min(begin + block, features)
         if begin in together:
-            at = slice(begin, together[begin].end)
-            dropped[:, at] = _lowest(updated[:, at], inverse, is_dead, together[begin])
+            columns = slice(begin, together[begin].end)
+            dropped[:, columns] = _lowest(updated[:, columns], inverse, is_dead, together[begin])
 
         def eliminate(some: slice, begin: int = begin, end: int = end) -> None:
             rest, pruned = updated[some], dropped[some]
-            # Columns as rows, which lie together in memory.
-            turned = np.ascontiguousarray(rest[:, begin:end].T)
-            errors, width = np.zeros_like(turned), end - begin if by_row else _INNER
+            # Transposed, so that each column is contiguous in memory.
+            by_column = np.ascontiguousarray(rest[:, begin:end].T)
+            errors, width = np.zeros_like(by_column), end - begin if by_row else _INNER
             for column in range(begin, end):
                 at = column - begin
                 inner = at - at % width
                 near = min(inner + width, end - begin)
                 if column in by_row:
                     part = by_row[column]
-                    # It may reach beyond these columns, where weights still lack what the errors do to them.
+                    # The group may reach beyond this block, where the weights are not compensated yet.
                     beyond = rest[:, end : part.end] - errors.T @ inverse[begin:end, end : part.end]
-                    candidates = np.concatenate([turned[at : min(part.end, end) - begin].T, beyond], axis=1)
+                    candidates = np.concatenate([by_column[at : min(part.end, end) - begin].T, beyond], axis=1)
                     pruned[:, column : part.end] = _lowest(candidates, inverse, is_dead, part)
-                errors[at] = np.where(pruned[:, column], turned[at], 0.0) / inverse[column, column]
-                turned[at:near] -= inverse[column, column : begin + near, np.newaxis] * errors[at]
+                errors[at] = np.where(pruned[:, column], by_column[at], 0.0) / inverse[column, column]
+                by_column[at:near] -= inverse[column, column : begin + near, np.newaxis] * errors[at]
                 if at + 1 == near:
-                    turned[near:] -= inverse[begin + inner : begin + near, begin + near : end].T @ errors[inner:near]
-            rest[:, begin:end] = turned.T
+                    by_column[near:] -= inverse[begin + inner : begin + near, begin + near : end].T @ errors[inner:near]
+            rest[:, begin:end] = by_column.T
             rest[:, end:] -= errors.T @ inverse[begin:end, end:]
 
         map_blocks(eliminate, len(updated), _ROWS)
@@ -106,7 +106,7 @@ def scores(rows: Float64Array, inverse: Float64Array, is_dead: Mask, begin: int 
     """Optimal brain surgeon cost of each weight: its square over that of the inverse Hessian's Cholesky diagonal."""
     end = begin + rows.shape[1]
     costs: Float64Array = np.square(rows / np.diagonal(inverse)[begin:end])
-    # Nothing ever goes into these, so that they cost nothing.
+    # The input of these features is always zero, so that pruning them costs nothing.
     costs[:, is_dead[begin:end]] = 0.0
     return costs
 
@@ -118,7 +118,7 @@ def _lowest(rows: Float64Array, inverse: Float64Array, is_dead: Mask, block: Col
         order = np.argsort(costs, axis=1, kind="stable")[:, : block.drop]
         np.put_along_axis(dropped, order, values=True, axis=1)
     elif block.drop:
-        # Of equal costs the first go.
+        # Of weights with equal costs the first are pruned.
         limit = np.partition(costs, block.drop - 1, axis=None)[block.drop - 1]
         np.less(costs, limit, out=dropped)
         equal = np.flatnonzero(costs == limit)
@@ -126,12 +126,12 @@ def _lowest(rows: Float64Array, inverse: Float64Array, is_dead: Mask, block: Col
     return dropped
 
 
-def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array, Mask]:
+def inverse_cholesky(gram: Float64Array, damp: float) -> tuple[Float64Array, Mask]:
     """Upper Cholesky factor of the inverse of a damped Gram matrix, and the features without input."""
-    is_dead: Mask = np.diagonal(products) <= 0
+    is_dead: Mask = np.diagonal(gram) <= 0
     while True:
         try:
-            return inverse_factor(products, damped_diagonal(products, damp)), is_dead
+            return inverse_factor(gram, damped_diagonal(gram, damp)), is_dead
         except np.linalg.LinAlgError as error:
             if damp >= _MOST_DAMP:
                 hint = "use more --samples, or --param damp=0.1"
@@ -140,18 +140,18 @@ def inverse_cholesky(products: Float64Array, damp: float) -> tuple[Float64Array,
 
 
 def inverse_factor(matrix: Float64Array, diagonal: Float64Array | None = None) -> Float64Array:
-    """The upper Cholesky factor of the inverse: with rows and columns turned around, the inverse of the lower one.
+    """The upper Cholesky factor of the inverse, computed by inverting the lower factor of the reversed matrix.
 
-    Another diagonal may be given than the matrix has.
+    `diagonal` replaces the diagonal of the matrix.
     """
     size = len(matrix)
     panels = [slice(begin, min(begin + _PANEL, size)) for begin in range(0, size, _PANEL)]
-    turned, lower = matrix[::-1, ::-1], np.empty_like(matrix)
+    reversed_matrix, lower = matrix[::-1, ::-1], np.empty_like(matrix)
 
-    def turn(rows: slice) -> None:
-        lower[rows, : rows.stop] = turned[rows, : rows.stop]
+    def copy(rows: slice) -> None:
+        lower[rows, : rows.stop] = reversed_matrix[rows, : rows.stop]
 
-    map_blocks(turn, size, _PANEL)
+    map_blocks(copy, size, _PANEL)
     np.fill_diagonal(lower, (np.diagonal(matrix) if diagonal is None else diagonal)[::-1])
     diagonal_inverses = []
     for panel in panels:
@@ -190,16 +190,16 @@ def inverse_factor(matrix: Float64Array, diagonal: Float64Array | None = None) -
     return result
 
 
-def dampen(products: Float64Array, damp: float) -> Float64Array:
+def dampen(gram: Float64Array, damp: float) -> Float64Array:
     """A Gram matrix with a share of its mean diagonal added to the diagonal."""
-    damped = products.copy()
-    np.fill_diagonal(damped, damped_diagonal(products, damp))
+    damped = gram.copy()
+    np.fill_diagonal(damped, damped_diagonal(gram, damp))
     return damped
 
 
-def damped_diagonal(products: Float64Array, damp: float) -> Float64Array:
-    """The diagonal of that."""
-    diagonal = np.diagonal(products).copy()
+def damped_diagonal(gram: Float64Array, damp: float) -> Float64Array:
+    """The diagonal of the damped Gram matrix."""
+    diagonal = np.diagonal(gram).copy()
     diagonal[diagonal <= 0] = 1.0
     damped: Float64Array = diagonal + damp * diagonal.mean()
     return damped

@@ -1,4 +1,4 @@
-"""Input statistics: sums, norms and Gram matrices of layer inputs, and importance scores of them and of gradients."""
+"""Statistics of layer inputs (sums, norms, Gram matrices), and importance scores from them and from gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prunectl.training.backend import LayerInput, WeightUse
 
 Float64Array = NDArray[np.float64]
 OutputRange = tuple[int, int] | None
-"""The outputs of a tensor that met these inputs; None for all."""
+"""The range of a tensor's outputs that use these inputs; None for all."""
 
 
 @dataclass(slots=True)
@@ -33,20 +33,20 @@ class InputStatistics:
 
     @property
     def size(self) -> tuple[int, int]:
-        """How many groups there are, and features in each, of sums over features."""
+        """The number of groups, and the number of features in each."""
         shapes = [total.shape for total in self.totals.values()]
         return sum(shape[0] for shape in shapes), max((shape[1] for shape in shapes), default=0)
 
     def add(
         self,
-        sight: LayerInput,
+        capture: LayerInput,
         kernel: tuple[int, ...],
-        of: Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]],
+        accumulator: Callable[[LayerInput, tuple[int, ...]], tuple[Float64Array, int]],
     ) -> None:
         """Accumulate one capture of inputs."""
-        total, count = of(sight, kernel)
-        part = sight.use.outputs
-        self.uses.setdefault(part, sight.use)
+        total, count = accumulator(capture, kernel)
+        part = capture.use.outputs
+        self.uses.setdefault(part, capture.use)
         self.counts[part] = self.counts.get(part, 0) + count
         if part in self.totals:
             self.totals[part] += total
@@ -54,41 +54,41 @@ class InputStatistics:
             self.totals[part] = total
 
 
-def sum_squares(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_squares(capture: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """The sum of the squares of every feature, as groups by features."""
-    return _sum_moments(sight, kernel, lambda inputs: np.einsum("i...,i...->...", inputs, inputs))
+    return _sum_moments(capture, kernel, lambda inputs: np.einsum("i...,i...->...", inputs, inputs))
 
 
-def sum_abs(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_abs(capture: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """The sum of the absolute values of every feature."""
-    return _sum_moments(sight, kernel, lambda inputs: np.abs(inputs).sum(axis=0))
+    return _sum_moments(capture, kernel, lambda inputs: np.abs(inputs).sum(axis=0))
 
 
-def sum_inputs(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def sum_inputs(capture: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """The sum of every feature."""
-    return _sum_moments(sight, kernel, lambda inputs: inputs.sum(axis=0))
+    return _sum_moments(capture, kernel, lambda inputs: inputs.sum(axis=0))
 
 
-def _sum_moments(sight: LayerInput, kernel: tuple[int, ...], over: Callable[[Array], Any]) -> tuple[Float64Array, int]:
-    # What comes of an element of the inputs is added up over the examples first, and seen through the window after
-    # that: zero stays zero, so that the order does not matter, and nothing as big as all windows is ever made.
-    inputs = sight.inputs
-    if sight.use.window is None:
+def _sum_moments(capture: LayerInput, kernel: tuple[int, ...], of: Callable[[Array], Any]) -> tuple[Float64Array, int]:
+    # Summed over the examples first and cut into windows after that, which needs far less memory than all windows
+    # at once. The sums are the same, since the zeros of the padding add nothing to them.
+    inputs = capture.inputs
+    if capture.use.window is None:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        return np.asarray(over(flat), np.float64).reshape(sight.use.groups, -1), len(flat)
-    moments = np.asarray(over(inputs))[None]
+        return np.asarray(of(flat), np.float64).reshape(capture.use.groups, -1), len(flat)
+    moments = np.asarray(of(inputs))[None]
     total, positions = np.float64(0), 0
-    for columns in im2col(moments, sight.use, kernel):
+    for columns in im2col(moments, capture.use, kernel):
         total = total + columns.sum(axis=0, dtype=np.float64)
         positions += len(columns)
     return np.asarray(total), positions * len(inputs)
 
 
-def gram(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
+def gram(capture: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]:
     """Gram matrices X^T X: groups by features by features."""
     total: Float64Array = np.zeros(())
     count = 0
-    for columns in im2col(sight.inputs, sight.use, kernel):
+    for columns in im2col(capture.inputs, capture.use, kernel):
         if not count:
             total = _zero_products(columns)
         by_group = _by_group(columns)
@@ -98,9 +98,9 @@ def gram(sight: LayerInput, kernel: tuple[int, ...]) -> tuple[Float64Array, int]
 
 
 _FEATURES = 256
-"""Rows of a Gram matrix that are one block of work."""
+"""Rows of a Gram matrix that are computed as one block of work."""
 _GROUPS = 16
-"""Matrices of groups that are."""
+"""Groups whose matrices are computed as one block of work, where the matrices are small."""
 
 
 def _zero_products(columns: Array) -> Float64Array:
@@ -108,7 +108,7 @@ def _zero_products(columns: Array) -> Float64Array:
 
 
 def _add_products(total: Float64Array, transposed: Array, inputs: Array, *, is_symmetric: bool) -> None:
-    """Add the products of features with features in each group; of symmetric ones only half are multiplied."""
+    """Add the products of features with features in each group; only half of a symmetric matrix is multiplied."""
     groups, features = total.shape[:2]
     if features <= _FEATURES:
 
@@ -139,9 +139,9 @@ class CrossStatistics:
     """The sum of every feature, as groups by features."""
     sum_dense: Float64Array = field(default_factory=lambda: np.zeros(()))
     gram: Float64Array = field(default_factory=lambda: np.zeros(()))
-    """The sum of the products of every two features, as groups by features by features."""
+    """Gram matrix of the inputs in the pruned model: groups by features by features."""
     cross_gram: Float64Array = field(default_factory=lambda: np.zeros(()))
-    """The same, of features in the pruned model with those in the dense one."""
+    """Products of the features in the pruned model (rows) with those in the dense model (columns)."""
 
     def add(self, pruned: LayerInput, dense: LayerInput, kernel: tuple[int, ...]) -> None:
         """Accumulate the inputs of the same weights for the same examples."""
@@ -160,9 +160,9 @@ class CrossStatistics:
 
 
 _WORKING_COPIES = 6
-"""Of a group's Gram matrix, while it is solved for: `alps` has a damped and a scaled one, and four in `eigh`."""
+"""Copies of a group's Gram matrix while it is solved: `alps` has a damped and a scaled one, and `eigh` needs four."""
 _COPIES_PER_THREAD = 0.5
-"""A row that keeps half of its columns is eliminated in a quarter of the matrix, which LAPACK copies."""
+"""A row that keeps half of its columns solves a quarter of the matrix, which LAPACK copies."""
 
 
 def check_memory(name: str, *, groups: int, features: int, kept: int) -> None:
@@ -179,7 +179,7 @@ def check_memory(name: str, *, groups: int, features: int, kept: int) -> None:
 
 
 def available_bytes() -> int | None:
-    """Memory that the system can give without swapping; None where it does not tell."""
+    """Memory that is available without swapping, within a container's limit; None if the system has no /proc."""
     numbers = []
     for path, line in _MEMORY_FILES:
         try:
@@ -240,7 +240,7 @@ def count_outputs(shape: tuple[int, ...], sums: InputStatistics) -> int:
 
 
 def gradient_reduction(strategy: str) -> Callable[[Float64Array], Float64Array]:
-    """What a strategy accumulates of each batch's gradient g: |g|, g or its square."""
+    """The function of each batch's gradient g that a strategy accumulates: |g|, g or its square."""
     accumulated: dict[str, Callable[[Float64Array], Float64Array]] = {"snip": np.array, "fisher": np.square}
     return accumulated.get(strategy, np.abs)
 

@@ -267,12 +267,12 @@ def test_a_matrix_whose_last_panel_needs_more_damping_gets_it_on_threads_too() -
 
 @pytest.mark.parametrize("small", [1024, 10])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.9], ids="{:.0%} kept".format)
-@pytest.mark.parametrize("settled", [-1.0, least_squares._SETTLED], ids=["to the end", "until little is won"])
+@pytest.mark.parametrize("settled", [-1.0, least_squares._TOLERANCE], ids=["to the end", "until little is won"])
 def test_rows_are_fitted_whether_they_are_eliminated_or_go_along_gradients(
     share: float, small: int, settled: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(least_squares, "_SMALL", small)
-    monkeypatch.setattr(least_squares, "_SETTLED", settled)
+    monkeypatch.setattr(least_squares, "_TOLERANCE", settled)
     x, rows = dependent(900, 240), normal(9, 240, seed=3)
     kept = np.random.default_rng(4).random(rows.shape) < share
     kept[7], kept[8] = False, True

@@ -15,7 +15,7 @@ import torch
 
 import prunectl
 from prunectl.calibration import match
-from prunectl.calibration.match import Pace
+from prunectl.calibration.match import MatchingSchedule
 from prunectl.calibration.prune import prune
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import UsageError, WorkError
@@ -323,12 +323,12 @@ def test_what_is_near_the_dense_outputs_early_ends_early_by_default(
 
 
 def test_the_rate_falls_in_a_line_and_in_a_steeper_one_from_where_little_is_left() -> None:
-    pace = Pace(400, 1.0, may_end_early=True)
-    assert [pace.rate_at(step) for step in (0, 100, 399)] == pytest.approx([1, 0.75, 0.0025])
-    assert pace.look(100, 0.01)
-    assert [pace.rate_at(step) for step in (100, 150, 199)] == pytest.approx([0.75, 0.375, 0.0075])
-    assert pace.goes_on(199)
-    assert not pace.goes_on(200)
+    schedule = MatchingSchedule(400, 1.0, may_end_early=True)
+    assert [schedule.rate_at(step) for step in (0, 100, 399)] == pytest.approx([1, 0.75, 0.0025])
+    assert schedule.record(100, 0.01)
+    assert [schedule.rate_at(step) for step in (100, 150, 199)] == pytest.approx([0.75, 0.375, 0.0075])
+    assert schedule.continues(199)
+    assert not schedule.continues(200)
 
 
 @pytest.mark.parametrize(
