@@ -10,11 +10,11 @@ from prunectl.errors import UsageError
 from prunectl.formats.safe_json import require
 from prunectl.pruning.schedules import Schedule, SparsitySchedule
 from prunectl.training.keras.backend import load_keras2, load_tfmot
-from prunectl.training.wrap import OURS, from_config, has_tfmot_class, power_of, to_config
+from prunectl.training.wrap import OWN_SCHEDULE_CLASS, from_config, has_tfmot_class, power_of, to_config
 
 _MAX_STEPS = 10_000_000
 _sparsity = load_tfmot()
-_PACKAGE, _, _NAME = OURS.partition(">")
+_PACKAGE, _, _NAME = OWN_SCHEDULE_CLASS.partition(">")
 
 
 _Base: Any = _sparsity.PruningSchedule
@@ -48,7 +48,7 @@ class ScheduleAdapter(_Base):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """The configuration that Keras saves."""
-        return {"class_name": OURS, "config": to_config(self.schedule)}
+        return {"class_name": OWN_SCHEDULE_CLASS, "config": to_config(self.schedule)}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ScheduleAdapter:

@@ -1,4 +1,4 @@
-"""The private APIs of PyTorch that prunectl cannot do without; those of a recording alone are in its module."""
+"""The private APIs of PyTorch that prunectl needs, except those that only the recorder in `channels.torch` uses."""
 # ruff: noqa: SLF001
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ __all__ = [
 ]
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
-"""The base of every batch normalisation."""
+"""The base class of all batch normalisation layers."""
 ADDMM_ACTIVATION = torch.ops.aten._addmm_activation.default
 CONVOLUTION = torch.ops.aten._convolution.default
 
 
 def convert_script(module: torch.jit.ScriptModule, examples: tuple[Any, ...]) -> torch.export.ExportedProgram:
-    """A script as an exported program."""
+    """Convert a TorchScript module to an exported program."""
     converter = importlib.import_module("torch._export.converter").TS2EPConverter
     program: torch.export.ExportedProgram = converter(module, examples, {}).convert()
     return program
 
 
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors that an operation writes to."""
+    """The tensors that an operation changes in place."""
     if func is torch.ops.aten.native_batch_norm.default and args[5]:
-        # Its schema does not say that it moves the statistics.
+        # The schema of this operation does not say that it updates the running statistics.
         return [statistic for statistic in args[3:5] if statistic is not None]
     if not func._schema.is_mutable:
         return []

@@ -1,4 +1,4 @@
-"""The model of a folder run one block at a time: the weights of the others stay in the file until their turn comes."""
+"""The model of a folder, run one block at a time: only the weights of that block are loaded from the file."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from prunectl.training.torch.folder import FolderModule, FolderNetwork, names_ne
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
 from prunectl.training.torch.tensors import to_numpy, to_torch, view_as_torch
 
-_AFTER_BYTES = 256 << 20
-"""Of what comes out of a dense block, which is not computed again."""
+_OUTPUT_CACHE_BYTES = 256 << 20
+"""Most bytes of outputs of a dense block that are cached rather than computed again."""
 
 
-class _Passing(torch.nn.Module):
-    """Stands in the place of a block: keeps what it is called with, and hands on the hidden states that it gets."""
+class _BlockStub(torch.nn.Module):
+    """Replaces a block: records its arguments, and returns the hidden states or their replacement."""
 
-    def __init__(self, block: torch.nn.Module, calls: list[_Call], form: type | None) -> None:
+    def __init__(self, block: torch.nn.Module, calls: list[_Call], out_type: type | None) -> None:
         super().__init__()
-        # Not as a part of this one: only what the model asks the block for, such as its kind of attention.
+        # Not a submodule: it only provides attributes that the model reads, such as the kind of attention.
         object.__setattr__(self, "block", block)
-        self._calls, self._form = calls, form
+        self._calls, self._out_type = calls, out_type
         self.replacement: torch.Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -44,34 +44,34 @@ class _Passing(torch.nn.Module):
     def forward(self, *args: Any, **more: Any) -> Any:
         hidden = args[0] if args else more.pop("hidden_states")
         self._calls.append(_Call(hidden, args[1:], more))
-        if self._form is None:
+        if self._out_type is None:
             raise _ReachedBlocks
         hidden = hidden if self.replacement is None else self.replacement
-        return (hidden,) if self._form is tuple else hidden
+        return (hidden,) if self._out_type is tuple else hidden
 
 
 class _ReachedBlocks(Exception):  # noqa: N818 - it is no error
-    """Raised where the first block would begin."""
+    """Raised where the first block would run."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a block is called with."""
+    """The arguments of a call of a block."""
 
     hidden: torch.Tensor
     args: tuple[Any, ...]
     more: Mapping[str, Any]
 
     def run(self, block: torch.nn.Module, hidden: torch.Tensor) -> Any:
-        """What comes out of a block for other hidden states."""
+        """Call a block with these arguments, but other hidden states."""
         return block(hidden, *self.args, **self.more)
 
 
 class TorchBlockwise:
-    """The model of a folder with the weights of one block in memory, as SparseGPT goes through it.
+    """The model of a folder with the weights of one block in memory at a time, for methods such as SparseGPT.
 
-    The hidden states of all batches are held between two blocks: those of the model as it is, and those of the model
-    whose blocks were pruned so far. The last part is what is not in a block, which is in memory throughout.
+    Between two blocks the hidden states of all batches are kept: those of the dense model, and those of the model with
+    all earlier blocks pruned. The last part is everything outside the blocks, and stays in memory throughout.
     """
 
     def __init__(self, network: FolderNetwork, path: str, blocks: torch.nn.ModuleList) -> None:
@@ -84,8 +84,8 @@ class TorchBlockwise:
         }
         self._batches: tuple[tuple[torch.Tensor, ...], ...] = ()
         self._calls: list[list[list[_Call]]] = []
-        """Of each batch, for each block."""
-        self._form: type = torch.Tensor
+        """The recorded calls by batch, then by block."""
+        self._out_type: type = torch.Tensor  # or a tuple, with the hidden states first
         self._dense: list[torch.Tensor] = []
         self._pruned: list[torch.Tensor] = []
         self._open: tuple[_Part, _Part | None] | None = None
@@ -93,28 +93,28 @@ class TorchBlockwise:
 
     @property
     def parts(self) -> int:
-        """How many parts there are: the blocks, and the rest."""
+        """The number of parts: the blocks, and the rest of the model."""
         return len(self._blocks) + 1
 
     def part_of(self, name: str) -> int:
-        """In which part a tensor is."""
+        """The number of the part that holds a tensor."""
         return self._numbers.get(name, len(self._blocks))
 
     def begin(self, batches: Sequence[Arrays]) -> None:
-        """Run some batches as far as the first block, and learn what each block is called with."""
+        """Run the batches through the model without its blocks, and record the arguments of each block."""
         self._batches = tuple(tuple(map(to_torch, as_tuple(batch))) for batch in batches)
         self._network.fill(name for name in self._network.names if name not in self._numbers)
         self._load(0)
         with torch.no_grad():
-            (call,) = self._called(self._batches[0], None)[0]
-            self._form = tuple if isinstance(call.run(self._blocks[0], call.hidden), tuple) else torch.Tensor
-            self._calls = [self._called(batch, self._form) for batch in self._batches]
+            (call,) = self._record_calls(self._batches[0], None)[0]
+            self._out_type = tuple if isinstance(call.run(self._blocks[0], call.hidden), tuple) else torch.Tensor
+            self._calls = [self._record_calls(batch, self._out_type) for batch in self._batches]
         self._unload(0)
         self._dense = [calls[0][0].hidden for calls in self._calls]
         self._pruned = list(self._dense)
 
     def open(self, number: int, *, has_copy: bool) -> tuple[InspectableModel, InspectableModel | None]:
-        """A part with its weights, and where it is wanted a copy that stays as it is."""
+        """A part with its weights, and with `has_copy` a second copy that is not pruned."""
         if number == len(self._blocks):
             module: torch.nn.Module = self._network.module.inner
             runs = (self._run_rest, self._run_rest)
@@ -137,7 +137,7 @@ class TorchBlockwise:
         return {name: inner.partition(f".{number}.")[2] for name, inner in names.items()}
 
     def advance(self, number: int) -> float:
-        """Go through an open part, and let go of it; the mean cosine similarity of what goes in and what comes out."""
+        """Run an open part, unload it, and return the mean cosine similarity of its inputs and outputs."""
         assert self._open is not None
         (first, second), self._open = self._open, None
         if number == len(self._blocks):
@@ -145,8 +145,8 @@ class TorchBlockwise:
         total = count = 0.0
         with torch.no_grad():
             for index, before in enumerate(self._dense):
-                known = second.after.pop(index, None) if second is not None and second.after is not None else None
-                after = self._run_block(number, (second or first).module, index, before) if known is None else known
+                cached = second.outputs.pop(index, None) if second is not None and second.outputs is not None else None
+                after = self._run_block(number, (second or first).module, index, before) if cached is None else cached
                 similarity = torch.nn.functional.cosine_similarity(before, after, dim=-1)
                 total, count = total + float(similarity.double().sum()), count + similarity.numel()
                 self._dense[index] = after
@@ -164,28 +164,28 @@ class TorchBlockwise:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
-    def _called(self, batch: tuple[torch.Tensor, ...], form: type | None) -> list[list[_Call]]:
-        """What the blocks are called with for a batch; only the first, where it is not known how they answer."""
+    def _record_calls(self, batch: tuple[torch.Tensor, ...], out_type: type | None) -> list[list[_Call]]:
+        """The calls of each block for a batch; of the first block only if their output type is not known yet."""
         calls: list[list[_Call]] = [[] for _ in self._blocks]
-        with self._passed_by(self._network.module.inner, calls, form), suppress(_ReachedBlocks):
+        with self._stubbed(self._network.module.inner, calls, out_type), suppress(_ReachedBlocks):
             self._network.module(*batch)
         return calls
 
     @contextmanager
-    def _passed_by(
-        self, inner: torch.nn.Module, calls: list[list[_Call]], form: type | None, last: torch.Tensor | None = None
+    def _stubbed(
+        self, inner: torch.nn.Module, calls: list[list[_Call]], out_type: type | None, last: torch.Tensor | None = None
     ) -> Generator[None]:
-        """Pass by all blocks, the last of which may give other hidden states."""
+        """Replace all blocks by stubs within the context; the last one returns `last`, if that is given."""
         blocks = inner.get_submodule(self._path)
         assert isinstance(blocks, torch.nn.ModuleList)
-        own = list(blocks)
-        for index, block in enumerate(own):
-            blocks[index] = _Passing(block, calls[index], form)
+        originals = list(blocks)
+        for index, block in enumerate(originals):
+            blocks[index] = _BlockStub(block, calls[index], out_type)
         blocks[-1].replacement = last  # type: ignore[assignment]
         try:
             yield
         finally:
-            for index, block in enumerate(own):
+            for index, block in enumerate(originals):
                 blocks[index] = block
 
     def _run_block(self, number: int, block: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -195,22 +195,22 @@ class TorchBlockwise:
 
     def _run_rest(self, inner: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         calls: list[list[_Call]] = [[] for _ in self._blocks]
-        with self._passed_by(inner, calls, self._form, hidden):
+        with self._stubbed(inner, calls, self._out_type, hidden):
             result: torch.Tensor = FolderModule(inner, self._network.module.names)(*self._batches[index])
         return result
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of a model, which runs for the hidden states of a batch by its number."""
+    """A part of a model; its inputs are the hidden states of a batch, given by the number of the batch."""
 
     signature: ModelSignature
     module: torch.nn.Module
     names: Mapping[str, str]
     run: Callable[[torch.nn.Module, int, torch.Tensor], torch.Tensor]
     hidden: Sequence[torch.Tensor]
-    after: dict[int, torch.Tensor] | None = None
-    """What comes out, by the number of the batch, where the weights stay as they are and a pass has reached the end."""
+    outputs: dict[int, torch.Tensor] | None = None
+    """Cached outputs by batch number, from complete passes; None for a part whose weights change."""
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
         self._observe(names, x, see, None)
@@ -218,14 +218,14 @@ class _Part:
     def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
         index = int(as_tuple(x)[0].flat[0])
         with capture_layer_inputs(self._parameters(names), see, cache=cache):
-            after = self.run(self.module, index, self.hidden[index])
-        # Of the first pass: a later one may have skipped what gives it.
-        if self.after is not None and index not in self.after:
-            if sum(each.nbytes for each in self.after.values()) + after.nbytes <= _AFTER_BYTES:
-                self.after[index] = after
+            output = self.run(self.module, index, self.hidden[index])
+        # Only the output of the first pass: a later one may have skipped the operations that compute it.
+        if self.outputs is not None and index not in self.outputs:
+            if sum(cached.nbytes for cached in self.outputs.values()) + output.nbytes <= _OUTPUT_CACHE_BYTES:
+                self.outputs[index] = output
 
     def cached_pass(self) -> CachedPass:
-        """What a batch that is run through again and again is observed with."""
+        """A cached pass, for a batch that is run repeatedly."""
         return CachedPass(self._observe, partial(self._parameters, self.names))
 
     def predict(self, x: Arrays) -> Arrays:
@@ -239,12 +239,12 @@ class _Part:
                 parameter.copy_(view_as_torch(values[name]))
 
     def _parameters(self, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
-        inside = dict(self.module.named_parameters(remove_duplicate=False))
-        return {name: inside[self.names[name]] for name in names if self.names.get(name) in inside}
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        return {name: own[self.names[name]] for name in names if self.names.get(name) in own}
 
 
 def open_blockwise(model: ModelFile, origin: LoadOptions) -> TorchBlockwise | None:
-    """A model that is run one block at a time; None where its family or what it takes does not allow it."""
+    """Open a model to run one block at a time; None if its family or inputs do not allow it."""
     kind = read_config(model, CONFIG).get("model_type")
     family = family_of(kind) if isinstance(kind, str) else None
     if origin.model or family is None or len(family.stacks) != 1 or not names_network(model):

@@ -1,4 +1,4 @@
-"""From a file to a module of PyTorch."""
+"""Build the PyTorch module of a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from prunectl.training.user_code import call_builder, resolve_builder
 
 
 def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.ExportedProgram:
-    """The program in a file; without trust, in an archive of our own that holds what is on the lists and no more."""
+    """Load the exported program in a file; without trust, from a rewritten archive of only allow-listed entries."""
     safe = None if origin.is_trusted else check_program(model.path)
     try:
         if safe is None:
@@ -41,15 +41,15 @@ def load_program(model: ModelFile, origin: LoadOptions) -> torch.export.Exported
                 safe.write(file, _example_inputs(safe.inputs))
                 file.seek(0)
                 program = torch.export.load(file)
-        if not _takes_its_examples(program):
+        if not _accepts_its_examples(program):
             program.example_inputs = None
     except Exception as error:
         raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
     return program
 
 
-def _takes_its_examples(program: torch.export.ExportedProgram) -> bool:
-    """Whether what the file calls example inputs is what goes in: PyTorch makes checks of it, and fails."""
+def _accepts_its_examples(program: torch.export.ExportedProgram) -> bool:
+    """Whether the example inputs in the file fit the program: PyTorch checks them, and fails if they do not."""
     values, spec = tree_flatten(program.example_inputs)
     return spec == program.call_spec.in_spec and all(
         not isinstance(value, torch.Tensor) or shape_matches(value.shape, shape)
@@ -58,10 +58,10 @@ def _takes_its_examples(program: torch.export.ExportedProgram) -> bool:
 
 
 def _example_inputs(payload: bytes) -> bytes:
-    """Example inputs as torch.export.load, which falls back to unpickling anything, does not have to fall back for."""
+    """Example inputs, saved again so that torch.export.load need not fall back to unpickling arbitrary code."""
     try:
         inputs = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True) if payload else None
-    except Exception:  # noqa: BLE001 - PyTorch raises what it likes; the shapes of the program say what goes in
+    except Exception:  # noqa: BLE001 - PyTorch may raise anything; the program has the input shapes too
         return b""
     if not isinstance(inputs, tuple):
         return b""
@@ -71,16 +71,16 @@ def _example_inputs(payload: bytes) -> bytes:
 
 
 class FixedBatchModule(InnerModule):
-    """Runs any batch through a module that takes so many examples at a time."""
+    """Runs batches of any size through a module that takes a fixed number of examples."""
 
     def __init__(self, inner: torch.nn.Module, size: int) -> None:
         super().__init__(inner)
         self.size = size
         self.kept = size
-        """How many of the examples that go through now are not there to fill up."""
+        """How many examples of the current piece are real, not padding."""
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        """What comes out of all pieces, the last filled up with its first example."""
+        """The outputs of all pieces; the last piece is padded with its first example, and its output is cut."""
         count = len(inputs[0])
         outputs = []
         for begin in range(0, count, self.size):
@@ -101,13 +101,13 @@ def _joined(outputs: list[Any]) -> Any:
 
 
 def input_shapes(program: Any) -> tuple[tuple[int | None, ...], ...]:
-    """The shapes that a program takes, the batch first; None for an axis that may have any length."""
+    """The input shapes of a program, batch axis first; None for an axis of variable length."""
     shapes = (getattr(example, "shape", ()) for example in _example_values(program))
     return tuple(tuple(axis if isinstance(axis, int) else None for axis in shape) for shape in shapes)
 
 
 def _input_types(program: Any) -> tuple[str, ...]:
-    """The types of the numbers that a program takes; empty for what is no tensor."""
+    """The data types of a program's inputs; empty for an input that is not a tensor."""
     examples = _example_values(program)
     return tuple(
         str(example.dtype).removeprefix("torch.") if isinstance(example, torch.Tensor) else "" for example in examples
@@ -115,25 +115,25 @@ def _input_types(program: Any) -> tuple[str, ...]:
 
 
 def _example_values(program: Any) -> list[Any]:
-    """What a program was exported with in place of its inputs: tensors without numbers."""
+    """The fake tensors (or other values) that a program was exported with as its inputs."""
     names = set(program.graph_signature.user_inputs)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     return [node.meta.get("val") for node in placeholders]
 
 
-_IDLE = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
+_NO_PARAMETER = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
 
 
 def match_parameters(model: ModelFile, module: torch.nn.Module, source: str, part: str = "") -> dict[str, str]:
-    """The name in the module of each tensor of the file that has one; every parameter must have a tensor, or a tie.
+    """From tensors of the file to names in the module; refuse a module with a parameter that has no tensor or tied one.
 
-    The file may hold only a part of the module, and then not name it.
+    The file may hold only the submodule `part`, and then without its prefix.
     """
     state, tied = module.state_dict(), dict(module.named_parameters(remove_duplicate=False))
-    tensors = {tensor.name: tensor for tensor in model.tensors if tensor.role not in _IDLE}
+    tensors = {tensor.name: tensor for tensor in model.tensors if tensor.role not in _NO_PARAMETER}
     is_part = bool(part) and not any(name.startswith(f"{part}.") for name in tensors)
     inner = {name.removeprefix(f"{part}.") if is_part else name: name for name in state}
-    state = {name: state[inside] for name, inside in inner.items()}
+    state = {name: state[full_name] for name, full_name in inner.items()}
     prefix = _prefix(tensors, state)
     names = {prefix + name: inner[name] for name in state if prefix + name in tensors}
     matched = {id(tied[name]) for name in names.values() if name in tied}
@@ -155,7 +155,7 @@ def match_parameters(model: ModelFile, module: torch.nn.Module, source: str, par
 
 
 def _prefix(tensors: Mapping[str, Tensor], state: Mapping[str, torch.Tensor]) -> str:
-    """What stands before most names; of several the first in the file."""
+    """The prefix of most names in the file, such as `model.`; of equally common ones the first."""
     votes: Counter[str] = Counter()
     for name in tensors:
         parts = name.split(".")
@@ -167,23 +167,23 @@ def _prefix(tensors: Mapping[str, Tensor], state: Mapping[str, torch.Tensor]) ->
 
 @dataclass(frozen=True, slots=True)
 class BuiltModule:
-    """A module with its numbers in it."""
+    """A module with its weights loaded."""
 
     module: torch.nn.Module
     names: Mapping[str, str]
-    """From tensors of the file to parameters and buffers."""
+    """From tensors of the file to parameters and buffers of the module."""
     has_modes: bool = True
-    """Whether training differs from evaluation: an exported program has one way for both."""
+    """Whether training and evaluation mode differ; they do not in an exported program."""
     notes: tuple[str, ...] = ()
     inputs: tuple[TensorSpec, ...] = ()
-    """What goes in, where the file says so."""
+    """The inputs that the file declares; empty if it declares none."""
     text: TextInput | None = None
-    """How text becomes what goes in."""
+    """How text is tokenised for the model; None if it takes no text."""
     command: str = ""
-    """What leaves this copy of the weights alone in the file, where it holds two."""
+    """The command that keeps only this copy of the weights, for a file that holds two."""
 
     def inside(self, name: str) -> str:
-        """What the module calls a tensor of the file; an average, or another network of the file, is no part of it."""
+        """The name of a tensor in the module; refuse one that is not part of it, such as an average."""
         if name not in self.names:
             raise UsageError(
                 f"{abbreviated(name)} is not part of the network that the data goes through",
@@ -194,25 +194,25 @@ class BuiltModule:
 
 
 def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
-    """The module in a file, or that of a function with the file's weights."""
+    """Build the module in a file, or that of a builder function with the file's weights."""
     user_code.check(model, origin)
     before_seeding("torch")
     torch.manual_seed(origin.seed)
     if origin.model:
-        return _of_function(model, origin)
+        return _from_builder(model, origin)
     if model.family is Family.TORCH_PROGRAM:
-        return _exported(model, origin)
+        return _from_program(model, origin)
     if user_code.is_script(model):
         try:
             with warnings.catch_warnings():
-                # That PyTorch would rather have it exported is not for who only holds the file.
+                # A deprecation of TorchScript does not help users who only have the file.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 module = torch.jit.load(str(model.path), map_location="cpu")  # type: ignore[no-untyped-call]
         except Exception as error:
             raise InputError(f"PyTorch cannot load {model.path}: {first_line(error)}") from error
         return _from_module(model, module)
     if model.about.code:
-        return _trusted(model)
+        return _unpickle(model)
     folder = importlib.import_module("prunectl.training.torch.folder")
     if folder.names_network(model):
         network = folder.open_network(model, origin)
@@ -224,7 +224,7 @@ def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     raise user_code.no_network(model)
 
 
-def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
+def _from_builder(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     make = resolve_builder(origin.model)
     module = make if isinstance(make, torch.nn.Module) else call_builder(make, origin.model)
     if not isinstance(module, torch.nn.Module):
@@ -233,17 +233,17 @@ def _of_function(model: ModelFile, origin: LoadOptions) -> BuiltModule:
         )
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
-    module.load_state_dict({name: to_torch(model.read(tensors[of])) for of, name in names.items()}, strict=False)
+    module.load_state_dict({inner: to_torch(model.read(tensors[name])) for name, inner in names.items()}, strict=False)
     notes, command = _used_copy(model, names)
     return BuiltModule(module, names, notes=notes, command=command)
 
 
 def _used_copy(model: ModelFile, names: Iterable[str]) -> tuple[tuple[str, ...], str]:
-    """A note where the file holds the weights twice, as trained and as their average; how to keep the used copy."""
+    """A note if the file holds the weights as trained and as their average, and the command to keep the used copy."""
     for trained, average, _ in averaged_copies(model.tensors):
         is_average = any(name.startswith(f"{average}.") for name in names)
         used, other = (average, trained) if is_average else (trained, average)
-        used, other = (abbreviated(place) or "the top level" for place in (used, other))
+        used, other = (abbreviated(prefix) or "the top level" for prefix in (used, other))
         rest, own = (_strip_command(model.path, keep) for keep in (("raw", "ema") if is_average else ("ema", "raw")))
         note = (
             f"{model.path} holds the weights twice, as trained and averaged: those in {used} are used, not those in "
@@ -258,7 +258,7 @@ def _strip_command(path: Path, keep: str) -> str:
     return shlex.join(["prunectl", "strip", str(path), "--keep", keep, "-o", output])
 
 
-def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
+def _from_program(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     program = load_program(model, origin)
     module: torch.nn.Module = program.module()
     shapes = input_shapes(program)
@@ -275,7 +275,7 @@ def _exported(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     return replace(built, has_modes=False, notes=notes, inputs=inputs)
 
 
-def _trusted(model: ModelFile) -> BuiltModule:
+def _unpickle(model: ModelFile) -> BuiltModule:
     user_code.search_current_folder()
     try:
         module = torch.load(str(model.path), map_location="cpu", weights_only=False)
@@ -305,13 +305,13 @@ _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
 def declared_inputs(built: BuiltModule) -> tuple[TensorSpec, ...]:
-    """The inputs of a built module: as the file declares them, or else by the module."""
+    """The inputs of a built module: those that the file declares, or else those inferred from the module."""
     return built.inputs or input_specs(built.module)
 
 
 def input_specs(module: torch.nn.Module) -> tuple[TensorSpec, ...]:
-    """The inputs: their names by what `forward` takes, their shapes and types by the first layer."""
-    names = _names(module)
+    """The inputs of a module: names from the signature of `forward`, shape and data type from the first layer."""
+    names = _argument_names(module)
     if len(names) > 1:
         return tuple(TensorSpec(name, None, "") for name in names)
     shape, dtype = _first_layer(module)
@@ -319,7 +319,7 @@ def input_specs(module: torch.nn.Module) -> tuple[TensorSpec, ...]:
 
 
 def output_specs(outputs: tuple[torch.Tensor, ...]) -> tuple[TensorSpec, ...]:
-    """The outputs, seen on an example."""
+    """The names, shapes, data types and final activations of outputs for an example."""
     return tuple(
         TensorSpec(
             f"output{index}" if len(outputs) > 1 else "output",
@@ -331,7 +331,7 @@ def output_specs(outputs: tuple[torch.Tensor, ...]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _names(module: torch.nn.Module) -> list[str]:
+def _argument_names(module: torch.nn.Module) -> list[str]:
     if isinstance(module, torch.jit.ScriptModule):
         method: Any = module.forward
         return [arg.name for arg in method.schema.arguments[1:] if not arg.has_default_value()]
@@ -344,7 +344,7 @@ def _names(module: torch.nn.Module) -> list[str]:
 
 
 def _first_layer(module: torch.nn.Module) -> tuple[tuple[int | None, ...] | None, str]:
-    """The shape and the type that the first layer with weights takes."""
+    """The input shape and data type of the first layer with weights."""
     for layer in module.modules():
         if isinstance(layer, torch.nn.Embedding) or getattr(layer, "original_name", "") == "Embedding":
             return None, "int64"
@@ -353,12 +353,12 @@ def _first_layer(module: torch.nn.Module) -> tuple[tuple[int | None, ...] | None
         own = next(iter(layer.parameters(recurse=False)), None)
         if own is not None and not isinstance(layer, torch.jit.ScriptModule):
             return None, _dtype(own)
-    # A script says no classes: the kernel of a convolution is known by its axes.
+    # TorchScript does not keep the classes of layers: a convolution is recognised by the rank of its kernel.
     first = next((weight for weight in module.parameters() if weight.ndim > 1), next(module.parameters()))
     is_convolution = first.ndim in {3, 4, 5}
     return (first.shape[1], *([None] * (first.ndim - 2))) if is_convolution else None, _dtype(first)
 
 
 def _dtype(tensor: torch.Tensor) -> str:
-    # Half precision is what autocast and the module make of it; data comes in single.
+    # Data is read in single precision; autocast or the module converts it to half precision.
     return "float64" if tensor.dtype is torch.float64 else "float32"

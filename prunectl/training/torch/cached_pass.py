@@ -1,9 +1,9 @@
-"""Repeated forward passes of one batch, of which each goes on where the last one stopped.
+"""Repeated forward passes of one batch, each of which resumes where the last one stopped.
 
-Layers are fitted one after the other, each with what goes into it by then. A new pass for each would compute everything
-before it again, which for a deep network is most of the work. The code of the model runs from its beginning all the
-same; but operations before the first weight that has changed are skipped. They give what they gave or, where no
-operation uses that any more, a tensor of its form whose numbers nobody has set.
+Layers are fitted one after the other, each with the inputs that the pruned layers before it give. A new pass for each
+would recompute all earlier layers, which for a deep network is most of the work. The code of the model still runs from
+its beginning, but operations before the first changed weight are skipped. They return their cached output or, if no
+later operation uses it, an uninitialised tensor of the same shape.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from prunectl.training.data.source import Arrays
 from prunectl.training.torch._compat import tree_flatten, tree_unflatten, written_arguments
 
 Run = Callable[[Collection[str], Arrays, InputCallback, "CachedPass | None"], None]
-"""Runs a batch through, and tells a cache of each operation."""
-_Place = tuple[int, int]
-"""An output: the number of its operation, and its own among what that gave."""
+"""Runs a batch through the model, and passes each operation to the cache."""
+_OutputId = tuple[int, int]
+"""The number of an operation, and the index of one of its outputs."""
 
 
 class _DivergedError(Exception):
-    """A pass does other operations than the first one did."""
+    """A pass runs other operations than the first one."""
 
 
-class _Form(NamedTuple):
-    """A tensor without its numbers."""
+class _TensorForm(NamedTuple):
+    """The metadata of a tensor, without its values."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -40,129 +40,129 @@ class _Form(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Form:
+    def of(cls, tensor: torch.Tensor) -> _TensorForm:
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
     def empty(self) -> torch.Tensor:
-        # On the same device, by which PyTorch chooses operations. What is not written to takes no memory.
+        # On the same device, since PyTorch dispatches by device. Memory that is never written to is not committed.
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
-class _Argument(int):
-    """The number of a tensor among the arguments, where an operation gives back what it was given."""
+class _ArgumentIndex(int):
+    """The index of a tensor among the arguments, for an operation that returns one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """What is known of an operation since the first pass."""
+    """An operation as recorded in the first pass."""
 
     func: Any
     options: list[Any]
-    """The arguments that are no tensors."""
+    """The arguments that are not tensors."""
     outputs: list[Any]
-    """A form or an argument for each tensor; what is no tensor as it is."""
+    """A form or an argument index for each tensor; other outputs as they are."""
     structure: Any
     """How the outputs are nested."""
-    last_uses: list[_Place] = field(default_factory=list)
-    """What nobody uses any more after it."""
+    last_uses: list[_OutputId] = field(default_factory=list)
+    """The outputs that no later operation uses."""
 
 
-class _Maker(NamedTuple):
-    """Where a tensor comes from."""
+class _Origin(NamedTuple):
+    """The operation output that a tensor is."""
 
     tensor: weakref.ref[torch.Tensor]
-    place: _Place
-    is_made: bool
-    """Whether its storage was made in this pass."""
+    output: _OutputId
+    is_new: bool
+    """Whether its storage was allocated in this pass."""
     address: int
-    form: _Form
+    form: _TensorForm
 
 
 @dataclass(slots=True)
 class _Trace:
-    """What the first pass tells: it has to reach the end of the module.
+    """The operations of the first pass, which has to reach the end of the module.
 
-    It is sound if the same operations on the same tensors follow from it whatever the weights are: if no number decides
-    what is done, all is done by operations, and a pass leaves what it begins with as it is.
+    It is sound if the module runs the same operations on the same tensors whatever its weights are: if control flow
+    does not depend on values, operations do all work, and a pass does not change tensors that existed before it.
     """
 
     operations: list[_Operation] = field(default_factory=list)
-    uses: dict[_Place, int] = field(default_factory=dict)
-    """The last operation that uses an output."""
+    uses: dict[_OutputId, int] = field(default_factory=dict)
+    """The number of the last operation that uses each output."""
     reads: dict[int, int] = field(default_factory=dict)
-    """The first operation that reads a storage, by its address."""
+    """The number of the first operation that reads each storage, by the address of the storage."""
     is_sound: bool = True
-    _makers: dict[int, _Maker] = field(default_factory=dict)
-    """By the identity of a tensor."""
-    _made: set[int] = field(default_factory=set)
-    """The addresses of storages that were made in this pass."""
+    _origins: dict[int, _Origin] = field(default_factory=dict)
+    """By the `id` of a tensor."""
+    _new_storages: set[int] = field(default_factory=set)
+    """The addresses of storages that were allocated in this pass."""
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Note an operation that was run."""
+        """Record an operation that was run."""
         number = len(self.operations)
-        given, options = _parted(args, kwargs)
+        tensors, options = _split_tensors(args, kwargs)
         outputs, structure = tree_flatten(result)
-        makers = [self.maker(tensor) for tensor in given]
-        if not self._is_known(func, given, makers, outputs):
+        origins = [self.origin(tensor) for tensor in tensors]
+        if not self._is_replayable(func, tensors, origins, outputs):
             self.is_sound = False
             return
-        for tensor, maker in zip(given, makers, strict=True):
-            if maker is not None:
-                self.uses[maker.place] = number
+        for tensor, origin in zip(tensors, origins, strict=True):
+            if origin is not None:
+                self.uses[origin.output] = number
             if not func.is_view:
                 self.reads.setdefault(_address(tensor), number)
-        # What is written to what was there before is there in the next pass, which does not write it again.
-        written = map(self.maker, written_arguments(func, args, kwargs))
-        self.is_sound = all(maker is not None and maker.is_made for maker in written)
-        is_made = not func.is_view or all(maker is not None and maker.is_made for maker in makers)
-        ids = {id(tensor): _Argument(index) for index, tensor in enumerate(given)}
-        known: list[Any] = []
+        # A write to a tensor that existed before the pass would not be repeated where the operation is skipped.
+        written = map(self.origin, written_arguments(func, args, kwargs))
+        self.is_sound = all(origin is not None and origin.is_new for origin in written)
+        is_new = not func.is_view or all(origin is not None and origin.is_new for origin in origins)
+        ids = {id(tensor): _ArgumentIndex(index) for index, tensor in enumerate(tensors)}
+        recorded: list[Any] = []
         for index, output in enumerate(outputs):
             if not isinstance(output, torch.Tensor):
-                known.append(output)
+                recorded.append(output)
             elif id(output) in ids:
-                known.append(ids[id(output)])
+                recorded.append(ids[id(output)])
             else:
-                form, address = _Form.of(output), _address(output)
-                known.append(form)
-                self._makers[id(output)] = _Maker(weakref.ref(output), (number, index), is_made, address, form)
-                if is_made:
-                    self._made.add(address)
-        self.operations.append(_Operation(func, options, known, structure))
+                form, address = _TensorForm.of(output), _address(output)
+                recorded.append(form)
+                self._origins[id(output)] = _Origin(weakref.ref(output), (number, index), is_new, address, form)
+                if is_new:
+                    self._new_storages.add(address)
+        self.operations.append(_Operation(func, options, recorded, structure))
 
-    def _is_known(
-        self, func: Any, given: Sequence[torch.Tensor], makers: Sequence[_Maker | None], outputs: Sequence[Any]
+    def _is_replayable(
+        self, func: Any, inputs: Sequence[torch.Tensor], origins: Sequence[_Origin | None], outputs: Sequence[Any]
     ) -> bool:
-        """Whether all of an operation can be told from what was seen before."""
-        tensors = (*given, *(output for output in outputs if isinstance(output, torch.Tensor)))
+        """Whether an operation depends only on operations and tensors that the trace has recorded."""
+        tensors = (*inputs, *(output for output in outputs if isinstance(output, torch.Tensor)))
         if any(tensor.layout is not torch.strided or tensor.is_nested for tensor in tensors):
             return False
         numbers = [output for output in outputs if not isinstance(output, torch.Tensor | None)]
-        if numbers and given and not func.name().startswith("aten::sym_"):
+        if numbers and inputs and not func.name().startswith("aten::sym_"):
             return False
-        for tensor, maker in zip(given, makers, strict=True):
+        for tensor, origin in zip(inputs, origins, strict=True):
             address = _address(tensor)
-            if maker is not None:
-                # It was given another storage, or another shape where it lies.
-                if (maker.address, maker.form) != (address, _Form.of(tensor)):
+            if origin is not None:
+                # Its storage or shape was changed without an operation.
+                if (origin.address, origin.form) != (address, _TensorForm.of(tensor)):
                     return False
-            elif address in self._made and func not in _FROM_PYTHON:
-                # Something without an operation has made it of what one gave: a parameter, fused code.
+            elif address in self._new_storages and func not in _FROM_PYTHON:
+                # It was derived from an output without an operation, as by Parameter() or fused code.
                 return False
         return True
 
-    def maker(self, tensor: torch.Tensor) -> _Maker | None:
-        """Where a tensor comes from; None if it was there before."""
-        maker = self._makers.get(id(tensor))
-        # A tensor may have the identity of one that is gone.
-        return maker if maker is not None and maker.tensor() is tensor else None
+    def origin(self, tensor: torch.Tensor) -> _Origin | None:
+        """The operation output that a tensor is; None if it existed before the pass."""
+        origin = self._origins.get(id(tensor))
+        # A tensor may have the `id` of one that was freed.
+        return origin if origin is not None and origin.tensor() is tensor else None
 
     def finish(self) -> None:
-        """Tell each operation what nobody uses after it."""
-        self._makers.clear()
-        self._made.clear()
-        for place, last in self.uses.items():
-            self.operations[last].last_uses.append(place)
+        """Set the last uses of each operation."""
+        self._origins.clear()
+        self._new_storages.clear()
+        for output, last in self.uses.items():
+            self.operations[last].last_uses.append(output)
 
 
 _READS = frozenset(
@@ -175,15 +175,15 @@ _READS = frozenset(
         torch.Tensor.__dlpack__,
     }
 )
-"""What reads numbers without an operation, so that nobody would notice that they are not set."""
+"""Functions that read values without an operation, and so could read uninitialised tensors unnoticed."""
 
 
 _FROM_PYTHON = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default})
-"""What begins with a tensor that was made of numbers of Python."""
+"""Operations on a tensor that was created from Python numbers."""
 
 
-class _ReadsTold(TorchFunctionMode):
-    """Tells a trace that the code of the model reads numbers itself."""
+class _ReadDetector(TorchFunctionMode):
+    """Marks a trace as unsound if the code of the model reads values itself."""
 
     def __init__(self, trace: _Trace) -> None:
         self._trace = trace
@@ -191,47 +191,47 @@ class _ReadsTold(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _READS and self._trace.maker(args[0]) is not None:
+        if func in _READS and self._trace.origin(args[0]) is not None:
             self._trace.is_sound = False
         return func(*args, **(kwargs or {}))
 
 
 class CachedPass:
-    """The passes of one batch."""
+    """Repeated passes of one batch, with the outputs that later passes need."""
 
     def __init__(self, run: Run, weights: Callable[[], Mapping[str, torch.Tensor]], *, may_fuse: bool = False) -> None:
         self._run, self._weights = run, weights
-        # Of operations that a script fuses nobody is told.
+        # Operations that TorchScript fuses are not dispatched one by one.
         self._trace = _Trace(is_sound=not may_fuse)
         self._is_traced = False
         self._done = self._next = 0
-        """How many operations need not be run again, and the number of the next one."""
-        self._values: dict[_Place, torch.Tensor] = {}
+        """The number of operations that need not be run again, and the number of the next operation."""
+        self._values: dict[_OutputId, torch.Tensor] = {}
         """Outputs that later operations use."""
         self._versions: set[tuple[int, int]] = set()
-        """Of the weights in the last pass."""
+        """Storage address and version of each weight in the last pass."""
 
     @property
     def nbytes(self) -> int:
-        """How much memory the outputs take that are held, beside the weights of which some are views."""
+        """Bytes of the cached outputs, without those that are views of weights."""
         storages = {_address(value): value.untyped_storage() for value in self._values.values()}
         weights = {address for address, _ in self._versions}
         return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
 
     def clear(self) -> None:
-        """Hold nothing: the next pass begins at the beginning."""
+        """Drop all cached outputs: the next pass starts from the beginning."""
         self._done = 0
         self._values.clear()
 
     def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run the batch through, and show what these weights meet."""
+        """Run the batch, and pass the inputs of these weights to the callback."""
         if not self._trace.is_sound:
             self._run(names, x, see, None)
             return
         self._begin(names)
         is_resumed, callback = self._done > 0, _Callback(see)
         try:
-            with nullcontext() if self._is_traced else _ReadsTold(self._trace):
+            with nullcontext() if self._is_traced else _ReadDetector(self._trace):
                 self._run(names, x, callback, self)
         except Exception:
             if callback.has_failed:
@@ -240,12 +240,12 @@ class CachedPass:
             self._give_up()
             if not is_resumed:
                 raise
-            self._run(names, x, callback.after_those(), None)
+            self._run(names, x, callback.for_the_rest(), None)
         else:
             self._end(is_complete=True)
 
     def _give_up(self) -> None:
-        """Run whole passes from here on."""
+        """Run only whole passes from now on."""
         self._trace.is_sound = False
         self.clear()
 
@@ -254,17 +254,17 @@ class CachedPass:
             self._trace = _Trace()
         weights = self._weights()
         versions = _versions(weights)
-        # What reads a weight that has changed, or is to be shown, has to be run.
-        wanted = {address for address, _ in versions ^ self._versions} | {
+        # Operations that read a changed or requested weight have to be run.
+        rerun = {address for address, _ in versions ^ self._versions} | {
             _address(weights[name]) for name in names if name in weights
         }
-        if any(self._trace.reads[address] < self._done for address in wanted & self._trace.reads.keys()):
+        if any(self._trace.reads[address] < self._done for address in rerun & self._trace.reads.keys()):
             self.clear()
         self._versions, self._next = versions, 0
 
     def _end(self, *, is_complete: bool) -> None:
         if _versions(self._weights()) != self._versions:
-            # The module has changed itself.
+            # The module has changed its own weights.
             self._give_up()
         elif self._is_traced:
             self._done = self._next
@@ -278,15 +278,15 @@ class CachedPass:
         return self._next < self._done
 
     def skip(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What an operation that is not run again has given."""
-        operation, (given, options) = self._known(), _parted(args, kwargs)
+        """The outputs of an operation that is not run again."""
+        operation, (tensors, options) = self._recorded(), _split_tensors(args, kwargs)
         if operation is None or (operation.func, operation.options) != (func, options):
             raise _DivergedError
         outputs: list[Any] = []
         for index, output in enumerate(operation.outputs):
-            if isinstance(output, _Argument):
-                outputs.append(given[output])
-            elif isinstance(output, _Form):
+            if isinstance(output, _ArgumentIndex):
+                outputs.append(tensors[output])
+            elif isinstance(output, _TensorForm):
                 value = self._values.get((self._next, index))
                 outputs.append(output.empty() if value is None else value.data)
             else:
@@ -295,54 +295,54 @@ class CachedPass:
         return tree_unflatten(outputs, operation.structure)
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Note an operation that was run."""
+        """Record an operation that was run, and cache its outputs if later operations use them."""
         if not self._trace.is_sound:
             return
         if not self._is_traced:
             try:
                 self._trace.add(func, args, kwargs, result)
-            except Exception:  # noqa: BLE001 - of a kind of tensor that nobody thought of
+            except Exception:  # noqa: BLE001 - an unforeseen kind of tensor
                 self._trace.is_sound = False
             return
-        operation, outputs = self._known(), tree_flatten(result)[0]
-        if operation is None or not _is_same(operation, func, _parted(args, kwargs)[1], outputs):
+        operation, outputs = self._recorded(), tree_flatten(result)[0]
+        if operation is None or not _is_same(operation, func, _split_tensors(args, kwargs)[1], outputs):
             if self._done:
                 raise _DivergedError
             self._give_up()
             return
         for index, output in enumerate(outputs):
             if (self._next, index) in self._trace.uses:
-                # An alias, here and where it is given again: PyTorch does other operations with a tensor that is held.
+                # `.data`, here and in `skip`: PyTorch runs other operations on a tensor that is referenced elsewhere.
                 self._values[self._next, index] = output.data
-        for place in operation.last_uses:
-            self._values.pop(place, None)
+        for output_id in operation.last_uses:
+            self._values.pop(output_id, None)
         self._next += 1
 
-    def _known(self) -> _Operation | None:
-        """What the first pass did at this point."""
+    def _recorded(self) -> _Operation | None:
+        """The operation that the first pass ran at this point."""
         operations = self._trace.operations
         return operations[self._next] if self._next < len(operations) else None
 
 
 class _Callback:
-    """Calls a function, and knows how often, and whether it was that which failed."""
+    """Wraps a callback: counts its calls, skips the first of them, and records whether it raised an error."""
 
-    def __init__(self, see: InputCallback, passed_over: int = 0) -> None:
-        self._see, self._count, self._passed_over = see, 0, passed_over
+    def __init__(self, see: InputCallback, skipped: int = 0) -> None:
+        self._see, self._count, self._skipped = see, 0, skipped
         self.has_failed = False
 
-    def __call__(self, shown: LayerInput) -> None:
+    def __call__(self, capture: LayerInput) -> None:
         self._count += 1
-        if self._count <= self._passed_over:
+        if self._count <= self._skipped:
             return
         try:
-            self._see(shown)
+            self._see(capture)
         except BaseException:
             self.has_failed = True
             raise
 
-    def after_those(self) -> _Callback:
-        """The same for what was not shown yet."""
+    def for_the_rest(self) -> _Callback:
+        """A callback that skips the captures that were passed on already."""
         return _Callback(self._see, self._count)
 
 
@@ -350,15 +350,15 @@ def _is_same(operation: _Operation, func: Any, options: list[Any], outputs: list
     """Whether an operation is that of the first pass, with outputs of the same forms."""
     forms = zip(operation.outputs, outputs, strict=True)
     return (operation.func, operation.options, len(operation.outputs)) == (func, options, len(outputs)) and all(
-        form == _Form.of(output) for form, output in forms if isinstance(form, _Form)
+        form == _TensorForm.of(output) for form, output in forms if isinstance(form, _TensorForm)
     )
 
 
-def _parted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[Any]]:
-    """The tensors among the arguments, and the others."""
+def _split_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[Any]]:
+    """The tensors among the arguments, and the other arguments."""
     tensors: list[torch.Tensor] = []
     others: list[Any] = []
-    # By hand, as PyTorch's own way for any structure takes ten times as long, for each operation again.
+    # By hand, since PyTorch's own pytree functions take ten times as long, and this runs for each operation.
     rest: list[Any] = [args, *kwargs.values()]
     for item in rest:
         if isinstance(item, tuple | list):
@@ -371,7 +371,7 @@ def _parted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torc
 
 
 def _versions(weights: Mapping[str, torch.Tensor]) -> set[tuple[int, int]]:
-    """Where weights lie, and how often each was written to."""
+    """Storage address and version of each weight: the version counts in-place writes."""
     return {(_address(weight), weight._version) for weight in weights.values()}  # noqa: SLF001
 
 

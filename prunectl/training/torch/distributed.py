@@ -1,4 +1,4 @@
-"""One process of several that torchrun has started, or the only one."""
+"""Distributed training under torchrun, or a single process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """The rank of this process, and its device."""
+    """The rank of this process, the number of processes, and the device of this one."""
 
     rank: int
     ranks: int
@@ -30,7 +30,7 @@ class DistributedContext:
 
 
 def join(device: str) -> DistributedContext:
-    """Join the other processes, if there are any, and return the device to use."""
+    """Join the process group, if there is one, and choose the device."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if ranks > 1 and not torch.distributed.is_initialized():
@@ -41,7 +41,7 @@ def join(device: str) -> DistributedContext:
 
 
 def barrier(context: DistributedContext) -> None:
-    """Go on together: who ends earlier would have the others ended too."""
+    """Wait for all processes: one that exits early would end the others."""
     if context.ranks > 1:
         torch.distributed.barrier()
 
@@ -61,7 +61,7 @@ _DEVICE = ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS", "cublas", "NCCL
 
 @contextmanager
 def failures(device: torch.device) -> Iterator[None]:
-    """Tell a device that fails, or has no memory left, from arrays that do not fit together."""
+    """Turn errors of a device (failed, out of memory, contact lost) into WorkError; other errors pass unchanged."""
     try:
         yield
     except RuntimeError as error:
@@ -80,7 +80,7 @@ def failures(device: torch.device) -> Iterator[None]:
 
 
 def gather_objects(context: DistributedContext, mine: Any) -> list[Any]:
-    """What each process holds, in the order of their ranks."""
+    """The object of each process, in the order of the ranks."""
     gathered: list[Any] = [mine]
     if context.ranks > 1:
         gathered = [None] * context.ranks
@@ -89,7 +89,7 @@ def gather_objects(context: DistributedContext, mine: Any) -> list[Any]:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Leave the process group."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -112,7 +112,7 @@ _CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList)
 
 
 def shard(module: torch.nn.Module, context: DistributedContext) -> None:
-    """Leave each process its part of the parameters; layer by layer, so that none holds all of them on its device."""
+    """Shard the parameters with FSDP, layer by layer, so that no process holds all of them on its device."""
     if context.ranks == 1:
         raise UsageError(
             "--shard needs several processes, but this is the only one",
@@ -123,20 +123,20 @@ def shard(module: torch.nn.Module, context: DistributedContext) -> None:
             "--shard needs a Python module: TorchScript and exported programs have no layers to distribute",
             hint="add --builder module:function, or leave out --shard",
         )
-    # It takes longer to import than half of PyTorch.
+    # Imported here, since the import is slow: it takes longer than half of PyTorch.
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
     mesh = init_device_mesh(context.device.type, (context.ranks,))
-    for piece in reversed(_shardable_layers(module)):
-        fully_shard(piece, mesh=mesh)
+    for layer in reversed(_shardable_layers(module)):
+        fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(context.device)
 
 
 def _shardable_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that lie in containers, which are called one after the other; outer ones first."""
+    """The layers in containers, which run one after the other; outer layers first."""
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     if len(names) != len(list(module.parameters())):
         return []  # two layers that share a parameter have to keep it together
@@ -150,23 +150,23 @@ def _shardable_layers(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether several processes hold parts of a tensor; there is none before what makes them is imported."""
+    """Whether a tensor is sharded over processes (a DTensor), which needs its module to be imported already."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with the parts of all processes, which all of them must ask for."""
+    """The whole of a sharded tensor; a collective operation, so that all processes must call it."""
     return tensor.full_tensor() if _is_distributed(tensor) else tensor
 
 
 def full_state(state: Any) -> Any:
-    """A state with every tensor in it whole."""
+    """A state with every sharded tensor gathered."""
     return tree_map_only(torch.Tensor, full_tensor, state)
 
 
 def distribute_like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds of another of its shape."""
+    """The shard of a tensor for this process, distributed like another tensor of the same shape."""
     if _is_distributed(model):
         from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - see above
 
@@ -175,7 +175,7 @@ def distribute_like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def distribute_state(state: Any, models: Any) -> Any:
-    """A state of an optimizer, or of a module, with every tensor spread as it is in another."""
+    """A state of an optimizer or module, with each tensor sharded like that of another state."""
     if isinstance(state, torch.Tensor) and isinstance(models, torch.Tensor):
         return distribute_like(state, models) if state.shape == models.shape else state
     if isinstance(state, dict) and isinstance(models, dict):
@@ -184,7 +184,7 @@ def distribute_state(state: Any, models: Any) -> Any:
 
 
 def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Whether all gradients are finite numbers, in every process; a tensor, so that no step waits for it."""
+    """Whether all gradients are finite in every process; a tensor, so that the step need not wait for the device."""
     local = [gradient.to_local() if _is_distributed(gradient) else gradient for gradient in gradients]
     is_finite = torch.stack([gradient.isfinite().all() for gradient in local]).all()
     if any(map(_is_distributed, gradients)):
@@ -195,30 +195,30 @@ def are_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def sync_buffers(module: torch.nn.Module) -> None:
-    """Give all processes the buffers of the first, such as the statistics of its normalisations."""
+    """Broadcast the buffers of the first process, such as batch-norm statistics, to all processes."""
     for buffer in module.buffers():
         torch.distributed.broadcast(buffer, 0)
 
 
 _FILE = "torch.pt"
-_OWN = ("numpy", "python")
-"""The random states that belong to no framework."""
+_HOST_GENERATORS = ("numpy", "python")
+"""The random generators outside PyTorch."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """What changes from step to step."""
+    """Everything that changes from step to step of training."""
 
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: Any
     place: DistributedContext
     evidence: Mapping[str, torch.Tensor]
-    """What was added up, by tensor."""
+    """Sums of the gradient statistic, by tensor."""
 
 
 def save(folder: Path | None, state: TrainerState) -> None:
-    """Keep everything in a folder; without one, only give others this process's part."""
+    """Save the state to a folder; without one, only contribute this process's part to another's save."""
     parts = full_state(
         {
             "module": state.module.state_dict(),
@@ -233,7 +233,7 @@ def save(folder: Path | None, state: TrainerState) -> None:
 
 
 def restore(folder: Path, state: TrainerState) -> None:
-    """Take everything up again."""
+    """Restore the state from a folder."""
     context = state.place
     parts = torch.load(folder / _FILE, map_location=context.device, weights_only=True)
     _check_version(folder / _FILE, parts)
@@ -243,7 +243,7 @@ def restore(folder: Path, state: TrainerState) -> None:
             hint="start the same number of processes",
         )
     state.module.load_state_dict(distribute_state(parts["module"], state.module.state_dict()))
-    state.optimizer.load_state_dict(_slots(parts["optimizer"], state.optimizer))
+    state.optimizer.load_state_dict(_shard_slots(parts["optimizer"], state.optimizer))
     state.scaler.load_state_dict(parts["scaler"])
     _resume_random(parts["random"][context.rank], context)
     for name, total in parts["evidence"].items():
@@ -251,10 +251,10 @@ def restore(folder: Path, state: TrainerState) -> None:
 
 
 def _check_version(path: Path, parts: Any) -> None:
-    """Refuse what another version kept: at first that was one random state, of the first process."""
+    """Refuse the state of another version; early ones kept only the random state of the first process."""
     random = parts.get("random") if isinstance(parts, dict) else None
     if isinstance(random, list) and all(
-        isinstance(states, dict) and states.keys() >= {"cpu", *_OWN} for states in random
+        isinstance(states, dict) and states.keys() >= {"cpu", *_HOST_GENERATORS} for states in random
     ):
         return
     raise InputError(
@@ -264,7 +264,7 @@ def _check_version(path: Path, parts: Any) -> None:
 
 
 def _random_states(context: DistributedContext) -> dict[str, Any]:
-    """Where each generator of this process is: no two processes drop out the same."""
+    """The state of each random generator of this process: each process has its own dropout."""
     states = {"cpu": torch.get_rng_state(), **random_state()}
     if context.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(context.device)
@@ -276,15 +276,15 @@ def _random_states(context: DistributedContext) -> dict[str, Any]:
 def _resume_random(states: Mapping[str, Any], context: DistributedContext) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     restore_random_state(states)
-    # A run that goes on upon another kind of device cannot be the same to the bit.
+    # A run that is resumed on another kind of device cannot be bit-identical.
     if context.device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].cpu(), context.device)
     elif context.device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"].cpu())
 
 
-def _slots(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer kept, spread as its weights are."""
+def _shard_slots(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The saved state of an optimizer, sharded like its weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     parts = {
         index: {name: distribute_state(value, weights[index]) for name, value in slots.items()}

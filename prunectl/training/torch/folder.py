@@ -1,7 +1,7 @@
-"""A model folder as a module of PyTorch: `transformers` builds the network of its config, and prunectl fills it in.
+"""A model folder as a PyTorch module: `transformers` builds the network of its config, and prunectl loads the weights.
 
-Nothing in the folder is unpickled or run: the config names a class of the library, and the weights are read as they are
-for every other command. Everything is computed in 32 bits, whatever the file holds.
+Nothing in the folder is unpickled or run without trust: the config names a class of the library, and prunectl's own
+readers read the weights. Everything is computed in float32, whatever data type the file holds.
 """
 
 from __future__ import annotations
@@ -30,52 +30,52 @@ _EXTRA = "transformers"
 
 
 def names_network(model: ModelFile) -> bool:
-    """Whether a folder has a config that names the class of its network."""
+    """Whether a model is a folder with a config that names the class of its network."""
     return model.folder is not None and bool(read_config(model, CONFIG).get("architectures"))
 
 
 class FolderModule(InnerModule):
-    """Runs token ids, or whatever else a model of `transformers` takes, to its first output."""
+    """Runs a model of `transformers` on token ids, or other inputs, and returns its first output."""
 
     def __init__(self, inner: torch.nn.Module, names: Iterable[str]) -> None:
         super().__init__(inner)
         self.names = tuple(names)
-        """Of the arguments that are given to the inner model."""
+        """The names of the arguments that the inner model gets."""
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        """The logits, or what a model without a head ends in."""
-        return _answer(self, inputs)[0]
+        """The logits, or the first output of a model without a head."""
+        return _outputs(self, inputs)[0]
 
     @contextmanager
     def plain(self) -> Generator[torch.nn.Module]:
-        """For `torch.export`, with experts as products of stacks: kernels and loops over those in use have no graph."""
+        """A copy for `torch.export`, with experts as batched products: their kernels and loops cannot be exported."""
         inner: Any = self.inner
-        usual = inner.get_experts_implementation() if hasattr(inner, "get_experts_implementation") else None
+        original = inner.get_experts_implementation() if hasattr(inner, "get_experts_implementation") else None
         try:
-            if usual is not None:
+            if original is not None:
                 inner.set_experts_implementation("batched_mm")
             with super().plain() as plain:
                 yield plain
         finally:
-            if usual is not None:
-                inner.set_experts_implementation(usual)
+            if original is not None:
+                inner.set_experts_implementation(original)
 
     def output_name(self, inputs: Iterable[torch.Tensor]) -> str:
-        """What `transformers` calls the output: `logits`, or that of a model without a head."""
+        """The name of the first output in `transformers`, such as `logits`."""
         with torch.no_grad():
-            outputs = _answer(self, inputs)
+            outputs = _outputs(self, inputs)
         return str(next(iter(outputs))) if isinstance(outputs, Mapping) else "output"
 
 
-def _answer(module: Any, inputs: Iterable[torch.Tensor]) -> Any:
-    """All that the inner model makes of its arguments: no method, as what is exported has none but `forward`."""
+def _outputs(module: Any, inputs: Iterable[torch.Tensor]) -> Any:
+    """All outputs of the inner model. No method, since the exported copy has no method but `forward`."""
     with quiet_logging():
         return module.inner(**dict(zip(module.names, inputs, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class FolderNetwork:
-    """The network of a folder, whose parameters have shapes and no numbers yet."""
+    """The network of a folder, whose parameters are on the meta device until they are filled."""
 
     model: ModelFile
     module: FolderModule
@@ -85,61 +85,61 @@ class FolderNetwork:
     text: TextInput
 
     def shifts_labels(self) -> bool:
-        """Whether the loss of the library compares labels with the output one place before: nothing else tells.
+        """Whether the library's loss compares each label with the output one position before it, found by trying it.
 
-        A class for causal models may compare them in place, as Bart's does, and others shift them.
+        The class does not tell: a causal model may compare labels in place, as Bart does, and other models shift them.
         """
         ids = torch.arange(6)[None] % self.text.vocabulary
         module = self.module.inner
-        # What the class takes besides may be needed, or its answer may have no loss.
+        # The class may require other inputs, or return no loss.
         with suppress(Exception), quiet_logging(), torch.no_grad():
             outputs = module(input_ids=ids, labels=ids)
             logits, loss = outputs.logits[0].float(), outputs.loss.float()
-            moved = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
+            shifted = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
             in_place = torch.nn.functional.cross_entropy(logits, ids[0])
-            return bool((loss - moved).abs() < 1e-4 < (loss - in_place).abs())
+            return bool((loss - shifted).abs() < 1e-4 < (loss - in_place).abs())
         return False
 
     def fill(self, names: Iterable[str] | None = None) -> None:
-        """Read the numbers of some tensors, or of all, from the file."""
+        """Load some tensors, or all, from the file."""
         tensors = {tensor.name: tensor for tensor in self.model.tensors if tensor.name in self.names}
         wanted = tensors if names is None else names
-        numbers = {self.names[name]: to_torch(self.model.read(tensors[name])) for name in wanted}
-        values = {name: value.float() if value.is_floating_point() else value for name, value in numbers.items()}
+        arrays = {self.names[name]: to_torch(self.model.read(tensors[name])) for name in wanted}
+        values = {name: value.float() if value.is_floating_point() else value for name, value in arrays.items()}
         self.module.inner.load_state_dict(values, strict=False, assign=True)
         for parameter in self.module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        # An output layer that is the embedding is that of the file from now on.
+        # Assigning replaced the parameters: an output layer tied to the embedding has to be tied again.
         self.module.inner.tie_weights()  # type: ignore[operator]
 
 
 def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
-    """The network that the config of a folder names, held against the tensors of the folder."""
+    """Build the network that the config of a folder names, and match its parameters to the folder's tensors."""
     library = require("transformers", extra=_EXTRA)
     config_of_file = read_config(model, CONFIG)
     _check_config(model, config_of_file)
-    with quiet_logging(), ignore_warnings(), offline(), _told(model):
+    with quiet_logging(), ignore_warnings(), offline(), _naming_folder(model):
         config = _config(library, model, config_of_file, is_trusted=origin.is_trusted)
-        kind = _kind(library, model, config, config_of_file, is_trusted=origin.is_trusted)
-        if _DECODED in inspect.signature(kind.forward).parameters and _DECODED not in origin.arrays:
+        network_class = _network_class(library, model, config, config_of_file, is_trusted=origin.is_trusted)
+        if _DECODER in inspect.signature(network_class.forward).parameters and _DECODER not in origin.arrays:
             raise UsageError(
                 f"the {CONFIG} of {model.folder} is of an encoder with a decoder, which takes two inputs at once",
                 hint="give both by their names, as arrays of --data or with --input: "
-                f"{getattr(kind, 'main_input_name', _TOKENS)} and {_DECODED}",
+                f"{getattr(network_class, 'main_input_name', _TOKENS)} and {_DECODER}",
             )
-        # First without any memory: what the config asks for may be more than there is.
+        # On the meta device first: the sizes in the config may be more than fits in memory.
         with torch.device("meta"):
-            shapes = _built(kind, config)
+            shapes = _build(network_class, config)
         _check_buffers(model, shapes)
         names = _match(model, shapes)
         with _without_parameters():
-            inner = _built(kind, config)
+            inner = _build(network_class, config)
         inner.eval()
         causal = {*library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
         own = config_of_file.get("auto_map") or {}
         causal.add(str(own.get("AutoModelForCausalLM")).rpartition(".")[2])
         inputs, embedding = _inputs(inner, config, origin.arrays), None
-        # A model of images or sounds, or of several kinds, may have none to give.
+        # A model of images, sounds or several modalities may have no single embedding.
         with suppress(NotImplementedError):
             embedding = inner.get_input_embeddings() if inputs[0].name == _TOKENS else None
     module = FolderModule(inner, (port.name for port in inputs))
@@ -147,30 +147,30 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         folder=model.folder or model.path.parent,
         vocabulary=embedding.num_embeddings if isinstance(embedding, torch.nn.Embedding) else 0,
         longest=_longest(config),
-        is_causal=kind.__name__ in causal,
+        is_causal=network_class.__name__ in causal,
         is_trusted=origin.is_trusted,
     )
     return FolderNetwork(model, module, names, inputs, text)
 
 
 def can_build(model: ModelFile, origin: LoadOptions) -> bool:
-    """Whether the network of a folder can be built, whatever it takes."""
+    """Whether the network of a folder can be built, whatever its inputs are."""
     with suppress(PrunectlError):
-        open_network(model, replace(origin, arrays=(_DECODED,)))
+        open_network(model, replace(origin, arrays=(_DECODER,)))
         return True
     return False
 
 
-_TOKENS, _DECODED, _IMAGES = "input_ids", "decoder_input_ids", "pixel_values"
+_TOKENS, _DECODER, _IMAGES = "input_ids", "decoder_input_ids", "pixel_values"
 _NO_INPUT = re.compile(r".*labels?|.*_positions|past_key_values|cache_position|(use|output|return|logits)_.*|kwargs")
-"""An argument of a model that is a target, a cache or a switch."""
+"""Arguments of `forward` that are not inputs, but targets, caches or switches."""
 _LARGEST_IMAGE = 4096
-"""Along an edge, of those that a config may have made up."""
-_OF_TOKENS = re.compile(r"(decoder_)?(input_ids|attention_mask)|token_type_ids|position_ids")
+"""The longest image edge, in pixels, that is taken from a config."""
+_TOKEN_LIKE = re.compile(r"(decoder_)?(input_ids|attention_mask)|token_type_ids|position_ids")
 
 
 def _inputs(inner: torch.nn.Module, config: Any, arrays: Sequence[str]) -> tuple[TensorSpec, ...]:
-    """What the model mainly takes, and what else it takes of the arrays that will go in."""
+    """The main input of the model, and those of its other arguments for which the data has an array."""
     main = str(getattr(inner, "main_input_name", _TOKENS))
     known = [name for name in inspect.signature(inner.forward).parameters if not _NO_INPUT.fullmatch(name)]
     names = dict.fromkeys((main, *(name for name in known if main in arrays and name in arrays)))
@@ -185,7 +185,7 @@ def _input(name: str, config: Any, *, is_row: bool) -> TensorSpec:
         lengths = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
         is_known = all(type(length) is int and 0 < length <= _LARGEST_IMAGE for length in lengths)
         return TensorSpec(name, (channels, None, None), "float32", example=(channels, *lengths) if is_known else None)
-    if _OF_TOKENS.fullmatch(name) and is_row:
+    if _TOKEN_LIKE.fullmatch(name) and is_row:
         return TensorSpec(name, (None,), "int64", example=(None,))
     if name == "bbox":
         return TensorSpec(name, (None, 4), "int64", example=(None, 4))
@@ -197,13 +197,13 @@ def _input(name: str, config: Any, *, is_row: bool) -> TensorSpec:
 
 
 def _match(model: ModelFile, module: Any) -> dict[str, str]:
-    """The name in the module of each tensor of the folder, which the library may call otherwise when it loads it."""
+    """From tensors of the folder to names in the module; `transformers` renames some when it loads them."""
     loading = importlib.import_module("transformers.core_model_loading")
     changes = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(module)
     renamings = [change for change in changes if isinstance(change, loading.WeightRenaming)]
     converters = [change for change in changes if isinstance(change, loading.WeightConverter)]
     parameters = module.state_dict()
-    files_names: dict[str, str] = {}
+    file_names: dict[str, str] = {}
     for tensor in model.tensors:
         name, converted = loading.rename_source_key(tensor.name, renamings, converters)
         if converted is not None and name in parameters and tensor.name not in parameters:
@@ -212,16 +212,16 @@ def _match(model: ModelFile, module: Any) -> dict[str, str]:
                 hint="name a function that builds the network with a weight for each tensor: "
                 "--builder ./file.py:function",
             )
-        files_names.setdefault(tensor.name if converted is not None or name not in parameters else name, tensor.name)
-    new_names = {old: new for new, old in files_names.items()}
+        file_names.setdefault(tensor.name if converted is not None or name not in parameters else name, tensor.name)
+    new_names = {old: new for new, old in file_names.items()}
     tensors = tuple(replace(tensor, name=new_names.get(tensor.name, tensor.name)) for tensor in model.tensors)
-    called_so = replace(model, tensors=tensors)
-    matched = match_parameters(called_so, module, str(model.folder), module.base_model_prefix)
-    return {files_names[name]: parameter for name, parameter in matched.items()}
+    renamed = replace(model, tensors=tensors)
+    matched = match_parameters(renamed, module, str(model.folder), module.base_model_prefix)
+    return {file_names[name]: parameter for name, parameter in matched.items()}
 
 
 def _check_config(model: ModelFile, config: Mapping[str, Any]) -> None:
-    """Refuse a config that asks for what could not be built, before the library tries."""
+    """Refuse a config with a network that cannot be built, before the library tries."""
     where = f"the {CONFIG} of {model.folder}"
     if config.get("quantization_config"):
         raise UsageError(
@@ -238,7 +238,7 @@ _STAGES = frozenset({"depths", "num_block_repeats"})
 
 
 def _counts(value: Any) -> Iterator[tuple[str, int]]:
-    """Yield what counts layers, heads, experts and classes in a config and its parts."""
+    """Yield the keys and numbers of layers, heads, experts and classes in a config and its sub-configs."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             name = str(key)
@@ -256,8 +256,8 @@ def _counts(value: Any) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _told(model: ModelFile) -> Generator[None]:
-    """Say of which folder it is what the library raises, which may be anything."""
+def _naming_folder(model: ModelFile) -> Generator[None]:
+    """Turn any error of the library into one that names the folder."""
     try:
         yield
     except (PrunectlError, MemoryError):
@@ -282,8 +282,8 @@ def _config(library: Any, model: ModelFile, fields: Mapping[str, Any], *, is_tru
     return config
 
 
-def _kind(library: Any, model: ModelFile, config: Any, fields: Mapping[str, Any], *, is_trusted: bool) -> Any:
-    """The class of the network: one of the library, made for such a config, or where that is trusted, the folder's."""
+def _network_class(library: Any, model: ModelFile, config: Any, fields: Mapping[str, Any], *, is_trusted: bool) -> Any:
+    """The class of the network: the library's for this config, or with trust that in the folder's own code."""
     name = str((fields.get("architectures") or [""])[0])
     kind = getattr(library, name, None) if name.isidentifier() else None
     base = library.PreTrainedModel
@@ -301,17 +301,17 @@ def _kind(library: Any, model: ModelFile, config: Any, fields: Mapping[str, Any]
     )
 
 
-def _built(kind: Any, config: Any) -> Any:
-    # Never what a config asks for: it may name a kernel that would have to be fetched.
-    if getattr(kind, "_supports_sdpa", False):
-        # A part of it, such as the backbone of a detector, may have none of it.
+def _build(network_class: Any, config: Any) -> Any:
+    # Never the attention named in the config, which may be a kernel that would have to be downloaded.
+    if getattr(network_class, "_supports_sdpa", False):
+        # A submodule, such as the backbone of a detector, may not support SDPA.
         with suppress(ValueError):
-            return kind._from_config(config, dtype=torch.float32, attn_implementation="sdpa")  # noqa: SLF001
-    return kind._from_config(config, dtype=torch.float32, attn_implementation="eager")  # noqa: SLF001
+            return network_class._from_config(config, dtype=torch.float32, attn_implementation="sdpa")  # noqa: SLF001
+    return network_class._from_config(config, dtype=torch.float32, attn_implementation="eager")  # noqa: SLF001
 
 
 def _check_buffers(model: ModelFile, module: torch.nn.Module) -> None:
-    """Refuse tables of a size that only the config names."""
+    """Refuse huge buffers: their size comes from the config alone, since no file holds them."""
     nbytes = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     if nbytes > budgets.MAX_MODULE_BUFFER_BYTES:
         raise InputError(f"the {CONFIG} of {model.folder} is refused: it asks for tables of {nbytes} bytes")
@@ -319,7 +319,7 @@ def _check_buffers(model: ModelFile, module: torch.nn.Module) -> None:
 
 @contextmanager
 def _without_parameters() -> Generator[None]:
-    """Give parameters no memory when they are made, and buffers, which no file holds, their numbers."""
+    """Create parameters on the meta device; buffers, which no file holds, get their values."""
     register = torch.nn.Module.register_parameter
 
     def register_empty(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
@@ -335,7 +335,7 @@ def _without_parameters() -> Generator[None]:
 
 
 def _longest(config: Any) -> int:
-    """How many tokens a sequence may have; 0 where the config does not say it."""
+    """The maximum number of tokens of a sequence; 0 if the config does not name it."""
     inner = config.get_text_config()
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     lengths = [getattr(inner, key, None) for key in keys]

@@ -1,7 +1,7 @@
-"""Sees which inputs a module's weights meet, by watching the operations that PyTorch dispatches.
+"""Captures the inputs that a module's weights are applied to, by intercepting the operations that PyTorch dispatches.
 
-Whatever calls them, a layer, a function, a script or an exported program, ends in the same few operations, one operand
-of which is the weight itself or a view of it.
+Layers, functions, scripts and exported programs all end in the same few operations, one operand of which is the weight
+itself or a view of it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _PRODUCTS = {
     _aten.addmm.default: 1,
     ADDMM_ACTIVATION: 1,
 }
-"""Where the two factors of a product are among the arguments."""
+"""The index of the first of the two factors among the arguments of each matrix product."""
 _CONVOLUTIONS = frozenset({_aten.convolution.default, CONVOLUTION})
 _RECURRENT = _aten.mkldnn_rnn_layer.default
 
 
 @contextmanager
 def without_mha_fastpath() -> Generator[None]:
-    """Disable the fused fast path of transformer encoders, an operator that hides its weights, of PyTorch alone."""
+    """Disable the fast path of transformer encoders, a fused operator that hides the products with its weights."""
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -49,9 +49,9 @@ def capture_layer_inputs(
     pieces: FixedBatchModule | None = None,
     cache: CachedPass | None = None,
 ) -> Generator[None]:
-    """Show what these weights meet while the context lasts; of pieces, only what does not fill them up.
+    """Pass the inputs of these weights to a callback within the context, without the padding examples of `pieces`.
 
-    Operations that a cache knows are skipped.
+    Operations whose results are in a cache are skipped.
     """
     kind = _UncompiledRecorder if "torch._dynamo" in sys.modules else _InputRecorder
     recorder = kind(weights, see, pieces, cache)
@@ -60,7 +60,7 @@ def capture_layer_inputs(
             yield
     except Exception:
         if recorder.failure is not None:
-            # A script makes errors of its own from those of others.
+            # TorchScript replaces an error of the callback by one of its own.
             raise recorder.failure from None
         raise
 
@@ -82,13 +82,13 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Whether PyTorch shall import its compiler, to keep it away from here."""
+        """False, since True makes PyTorch import its compiler."""
         return False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Who watches the code of the model is not to see this one.
+        # Function modes that watch the code of the model must not see this code.
         with DisableTorchFunction():
             return self._run(func, args, kwargs or {}, self._cache)
 
@@ -111,22 +111,22 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._weights.get(view.untyped_storage().data_ptr(), [])
 
     def _product(self, first: torch.Tensor, second: torch.Tensor) -> None:
-        if first.ndim == 3:  # one of a batch of products is a product
+        if first.ndim == 3:  # a batch of one product is a plain product
             if len(first) != 1:
                 return
             first, second = first[0], second[0]
         for name, weight in self._named(second):
-            self._show(name, first, _layout_of_view(weight, second))
+            self._report(name, first, _layout_of_view(weight, second))
         for name, weight in self._named(first):
-            self._show(name, second.t(), _layout_of_view(weight, first.t()))
+            self._report(name, second.t(), _layout_of_view(weight, first.t()))
 
     def _recurrent(self, args: tuple[Any, ...], out: torch.Tensor) -> None:
         steps, kernel, recurrent, first, is_reversed = args[0], args[1], args[2], args[5], args[7]
-        begin = first.reshape(1, *out.shape[1:])
-        before = torch.cat([out[1:], begin] if is_reversed else [begin, out[:-1]])
-        for view, inputs in ((kernel, steps), (recurrent, before)):
+        initial = first.reshape(1, *out.shape[1:])
+        states = torch.cat([out[1:], initial] if is_reversed else [initial, out[:-1]])
+        for view, inputs in ((kernel, steps), (recurrent, states)):
             for name, weight in self._named(view):
-                self._show(name, inputs, _layout_of_view(weight, view.t()))
+                self._report(name, inputs, _layout_of_view(weight, view.t()))
 
     def _convolution(self, args: tuple[Any, ...]) -> None:
         inputs, view, _, strides, padding, dilations, is_transposed, output_padding, groups = args[:9]
@@ -136,14 +136,14 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         use = WeightUse(1, 0, groups, window=window) if is_transposed else WeightUse(0, 1, groups, window=window)
         for name, weight in self._named(view):
             is_whole = view.shape == weight.shape and view.stride() == weight.stride()
-            self._show(name, inputs, use if is_whole else None)
+            self._report(name, inputs, use if is_whole else None)
 
-    def _show(self, name: str, inputs: torch.Tensor, use: WeightUse | None) -> None:
+    def _report(self, name: str, inputs: torch.Tensor, use: WeightUse | None) -> None:
         if use is None:
             return
         pieces = self._pieces
         if pieces is not None and len(inputs) % pieces.size == 0:
-            # The examples come first, alone or with what each of them has several of.
+            # The first axis is examples, or examples times positions.
             inputs = inputs[: len(inputs) // pieces.size * pieces.kept]
         try:
             self._see(LayerInput(name, _array(inputs), use))
@@ -153,7 +153,7 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _UncompiledRecorder(_InputRecorder):  # type: ignore[no-untyped-call]
-    """The same where the compiler is there already, and would compile what it meets within a compiled module."""
+    """An input recorder for when the compiler is imported, which it keeps from compiling the recorder's own code."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -171,7 +171,7 @@ def _array(inputs: torch.Tensor) -> Array:
 
 
 def _layout_of_view(weight: torch.Tensor, view: torch.Tensor) -> WeightUse | None:
-    """How a matrix of inputs by outputs lies in a weight; None if it is not some of its outputs."""
+    """The use of a weight by a view of inputs by outputs; None if the view is not a range of its outputs."""
     if weight.ndim != 2 or not weight.is_contiguous():
         return None
     rows, columns = weight.shape

@@ -1,4 +1,4 @@
-"""Losses by name, and the one that fits where none is named."""
+"""Losses and metrics by name, or inferred from outputs and targets; their means over batches; distillation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _cross_entropy(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_of_kept(loss: Callable[..., torch.Tensor], out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean over the labels that are not ignored; zero, and not NaN as PyTorch's own, where all are."""
+    """The mean over the labels that are not ignored; 0 if all are, where PyTorch's own mean is NaN."""
     return loss(out, labels, reduction="sum") / _count_kept(labels).clamp_min(1)
 
 
@@ -54,7 +54,7 @@ def _count_kept(labels: torch.Tensor) -> torch.Tensor:
 
 
 def _by_classes(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs with their classes in axis 1, and targets as labels of type int64, or as a share of each class."""
+    """Outputs with their classes in axis 1, and targets as int64 labels or as a probability for each class."""
     axis = label_axis(out.shape[1:], y.shape[1:], is_channels_first=True)
     if axis is None and y.shape == out.shape:
         return out, y.to(out.dtype)
@@ -65,7 +65,7 @@ def _by_classes(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _log(shares: torch.Tensor) -> torch.Tensor:
-    """The logarithm of probabilities: finite at zero, and with a gradient there, which a clamp would take away."""
+    """The logarithm of probabilities; at zero it is finite and, unlike with a clamp, has a gradient."""
     return (shares + torch.finfo(shares.dtype).eps).log()
 
 
@@ -78,7 +78,7 @@ def _kl_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _kl_of_logs(logs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Sum over the classes of y log(y / p), the mean over all else, as Keras has it."""
+    """KL divergence as in Keras: the sum over classes of y log(y / p), and the mean over all other axes."""
     targets = _shaped(y, logs).to(logs.dtype)
     return functional.kl_div(logs, targets, reduction="none").sum(1).mean()
 
@@ -91,7 +91,7 @@ _KL = {
 
 
 def _hinge(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    # Targets of 0 and 1 are taken for -1 and 1, as Keras does.
+    # Targets of 0 and 1 mean -1 and 1, as in Keras.
     signs = torch.where(((y == 0) | (y == 1)).all(), 2 * y - 1, y)
     return (1 - out * signs).clamp_min(0).mean()
 
@@ -123,29 +123,29 @@ _CLASSIFY = {"cross-entropy", "nll", "probabilities"}
 
 @dataclass(frozen=True, slots=True)
 class TorchLoss:
-    """A loss, and what kind of targets it is for."""
+    """A loss function and its name."""
 
     name: str
     loss: Loss
 
     @property
     def classifies(self) -> bool:
-        """Whether it is about which of several classes it is."""
+        """Whether the loss compares one of several classes."""
         return self.name in _CLASSIFY
 
     @property
     def is_binary(self) -> bool:
-        """Whether it is about yes or no."""
+        """Whether it is a binary cross-entropy."""
         return self.name.startswith("bce")
 
     @property
     def ending(self) -> FinalActivation:
-        """What outputs this loss is for, as far as it tells."""
+        """The final activation of the outputs that this loss expects; unknown if it expects none in particular."""
         return _ENDINGS_OF.get(self.name, FinalActivation.UNKNOWN)
 
 
 def examples_labelled(targets: Array, chosen: TorchLoss) -> float:
-    """How many examples the labels of a batch stand for: a place that is ignored counts for nothing."""
+    """The number of examples of a batch that count: less by the share of labels that are ignored."""
     if not chosen.classifies or targets.dtype.kind not in "iu":
         return len(targets)
     return len(targets) * np.count_nonzero(targets != IGNORED_LABEL) / max(targets.size, 1)
@@ -179,9 +179,9 @@ _ENDINGS_OF = {
 def resolve_loss(
     name: str, out: torch.Tensor, y: torch.Tensor | None, ending: FinalActivation = FinalActivation.UNKNOWN
 ) -> TorchLoss:
-    """The loss of a name, as the model's last activation needs it; without a name, that of the task.
+    """The loss with a name, in the variant for the model's last activation; without a name, the loss of the task.
 
-    Where the activation is unknown the numbers of the outputs have to tell.
+    If the activation is unknown, it is inferred from the values of the outputs.
     """
     apparent = ending or activation_of_values(out.detach().float().cpu().numpy(), 1)
     if name == "kl":
@@ -205,7 +205,7 @@ def resolve_loss(
 
 
 _KINDS_BY_NAME = {"cross-entropy": TaskKind.LABELS, "bce": TaskKind.BINARY}
-"""Losses that mean the same whether a model ends in logits or in probabilities."""
+"""The task of losses that have a variant for logits and one for probabilities."""
 
 
 def _loss_of_task(kind: TaskKind, ending: FinalActivation) -> str:
@@ -214,7 +214,7 @@ def _loss_of_task(kind: TaskKind, ending: FinalActivation) -> str:
 
 
 def without_targets(out: torch.Tensor, ending: FinalActivation) -> TorchLoss:
-    """What compares outputs with a teacher's alone: classes where the model ends in them, else numbers."""
+    """The loss for distillation without targets: classification if the model ends in class probabilities, else MSE."""
     if ending is FinalActivation.UNKNOWN:
         ending = activation_of_values(out.detach().float().cpu().numpy(), 1)
     name = _LOSSES_OF_TASKS[TaskKind.SHARES].get(ending, "mse")
@@ -222,25 +222,25 @@ def without_targets(out: torch.Tensor, ending: FinalActivation) -> TorchLoss:
 
 
 MeanFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From outputs and targets to the mean over the examples."""
+"""Computes the mean over the examples from outputs and targets."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchMetric:
-    """A metric by its name: a mean over examples, or one of the user's."""
+    """A metric with its name: a mean over examples, or a metric of the user."""
 
     name: str
     function: Any
 
     @property
     def is_mean(self) -> bool:
-        """Whether the mean of batches, weighed by their examples, is that of all."""
+        """Whether the mean over batches, weighted by their examples, equals the metric of all examples."""
         return self.name in METRICS
 
     def start(self, *, is_training: bool) -> Metric | None:
-        """What takes the batches; None where the mean of batches will do.
+        """A new accumulator of batches; None if the mean over batches is used.
 
-        The outputs of an epoch of training are not kept: there a function counts by the mean of the batches, too.
+        The outputs of a training epoch are not kept, so that in training a user's function is averaged over batches.
         """
         make = metric_factory(self.name, self.function)
         if make is not None:
@@ -278,7 +278,7 @@ def _mean_of_labels(is_right: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 
 
 def _with_labels(out: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs with their classes in axis 1, and the number of the class of each example, which may come as one-hot."""
+    """Outputs with their classes in axis 1, and the label of each example, also of one-hot targets."""
     if y.shape == out.shape and y.ndim > 1:
         return out, y.argmax(1)
     if y.is_floating_point() and not bool((y == y.round()).all()):
@@ -295,19 +295,19 @@ METRICS: Mapping[str, MeanFunction] = {
 
 
 class Perplexity:
-    """e to the mean cross-entropy over all targets."""
+    """Perplexity: the exponential of the mean cross-entropy over all targets."""
 
     def __init__(self) -> None:
         self._total, self._count = 0.0, 0
 
     def update(self, out: torch.Tensor, y: torch.Tensor) -> None:
-        """Take the logits and the labels of a batch."""
+        """Add the logits and labels of a batch."""
         out, labels = _with_labels(out, y)
         self._total += float(functional.cross_entropy(out, labels, reduction="sum"))
         self._count += int(_count_kept(labels))
 
     def compute(self) -> torch.Tensor:
-        """The perplexity of what was taken."""
+        """The perplexity over all batches that were added."""
         return torch.tensor(self._total / self._count, dtype=torch.float64).exp()
 
 
@@ -322,7 +322,7 @@ def _binary_of_probabilities(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor
 def resolve_metrics(
     names: tuple[str, ...], chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | None
 ) -> tuple[TorchMetric, ...]:
-    """Metrics by name; without names, the one that people judge such outputs and targets by."""
+    """The metrics with these names; without names, the usual metric for such outputs and targets."""
     known = {**METRICS, "perplexity": Perplexity}
     functions: dict[str, Any] = {
         name: find("metric", name, known) for name in names or _default_metrics(chosen, out, y)
@@ -345,16 +345,16 @@ def _default_metrics(chosen: TorchLoss, out: torch.Tensor, y: torch.Tensor | Non
 
 
 def _double(number: torch.Tensor) -> torch.Tensor:
-    """A number in double precision, where its device has that: Apple's GPUs have not."""
+    """A number in double precision; in single precision on Apple GPUs, which have no double."""
     return number.float() if number.device.type == "mps" else number.double()
 
 
 LossPart = tuple[torch.Tensor, float]
-"""The mean of a part of the loss, such as that of one output, and how many examples count for it."""
+"""A term of the loss, such as that of one output, as a mean, and the number of examples that it is the mean of."""
 
 
 class MetricAverager:
-    """The loss and the metrics of some batches: means over examples are kept as sums, on the device."""
+    """Averages loss and metrics over batches, with sums over examples that stay on the device."""
 
     def __init__(self, metrics: Sequence[TorchMetric] = (), *, is_training: bool) -> None:
         self._metrics, self._is_training = metrics, is_training
@@ -362,29 +362,29 @@ class MetricAverager:
 
     def _reset(self) -> None:
         started = {metric.name: metric.start(is_training=self._is_training) for metric in self._metrics}
-        self._started = {name: metric for name, metric in started.items() if metric is not None}
+        self._accumulators = {name: metric for name, metric in started.items() if metric is not None}
         self._sums: dict[str | int, torch.Tensor] = {}
-        """By the number of a part of the loss, or the name of a metric."""
+        """By the number of a loss term or the name of a metric."""
         self._counts: dict[str | int, float] = {}
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def update(
-        self, parts: Sequence[LossPart], judged: tuple[torch.Tensor, torch.Tensor] | None = None, count: float = 0.0
+        self, parts: Sequence[LossPart], pair: tuple[torch.Tensor, torch.Tensor] | None = None, count: float = 0.0
     ) -> None:
-        """Take the parts of a loss, and what came out for which targets, with how many examples count for metrics."""
+        """Add loss terms, and for the metrics a pair of outputs and targets in which `count` examples count."""
         for index, (mean, examples) in enumerate(parts):
             self._add(index, mean.detach(), examples)
-        if judged is None:
+        if pair is None:
             return
-        out, y = judged[0].detach().float(), judged[1]
+        out, y = pair[0].detach().float(), pair[1]
         self._last = (out, y)
         for metric in self._metrics:
-            started = self._started.get(metric.name)
-            self._add(metric.name, metric.mean(out, y) if started is None else out.new_zeros(()), count)
-            if started is not None:
+            accumulator = self._accumulators.get(metric.name)
+            self._add(metric.name, metric.mean(out, y) if accumulator is None else out.new_zeros(()), count)
+            if accumulator is not None:
                 with metric_failures(metric.name, out.shape, y.shape):
-                    started.update(*((out.cpu(), y.cpu()) if isinstance(started, GatheredMetric) else (out, y)))
+                    accumulator.update(*((out.cpu(), y.cpu()) if isinstance(accumulator, GatheredMetric) else (out, y)))
 
     def _add(self, key: str | int, mean: torch.Tensor, count: float) -> None:
         value = _double(mean) * count
@@ -392,12 +392,12 @@ class MetricAverager:
         self._counts[key] = self._counts.get(key, 0.0) + count
 
     def compute(self) -> dict[str, float]:
-        """The values over all processes, which resets them."""
+        """The means over all processes since the last call, which starts new sums."""
         if not self._sums:
             return {}
-        for name, started in self._started.items() if self._last is not None else ():
+        for name, accumulator in self._accumulators.items() if self._last is not None else ():
             with metric_failures(name, *(tensor.shape for tensor in self._last or ())):
-                value = _scalar(started.compute())
+                value = _scalar(accumulator.compute())
             self._sums[name] = _double(value.detach().to(self._sums[name].device)) * self._counts[name]
         sums = torch.stack([*self._sums.values()])
         totals = torch.stack([sums, sums.new_tensor([*self._counts.values()])])
@@ -405,7 +405,7 @@ class MetricAverager:
             torch.distributed.all_reduce(totals)
         keys = [*self._sums]
         self._reset()
-        # Nothing was judged where all labels are to be ignored.
+        # A count is zero if all labels are ignored.
         means = {key: value / count for key, value, count in zip(keys, *totals.tolist(), strict=True) if count}
         parts = [means[key] for key in keys if isinstance(key, int) and key in means]
         loss = math.fsum(parts) if parts else math.nan
@@ -426,7 +426,7 @@ _OPS = SimpleNamespace(
 
 
 def compared_by_loss(losses: Sequence[TorchLoss], outs: Sequence[torch.Tensor]) -> tuple[DistilledOutput, ...]:
-    """How outputs are compared with a teacher's, by the loss of each."""
+    """How each output is compared with a teacher's, according to its loss."""
     return tuple(
         DistilledOutput(chosen.classifies or chosen.is_binary, chosen.is_binary, chosen.ending, min(1, out.ndim - 1))
         for chosen, out in zip(losses, outs, strict=False)
@@ -439,7 +439,7 @@ def distilled(
     teacher_outs: Sequence[torch.Tensor],
     temperature: float,
 ) -> torch.Tensor:
-    """The distillation loss of all outputs."""
+    """The sum of the distillation losses of all outputs."""
     parts = []
     for output, out, teacher_out in zip(compared, outs, teacher_outs, strict=False):
         if out.shape != teacher_out.shape:

@@ -1,4 +1,4 @@
-"""A model that PyTorch trains."""
+"""A model that is trained in PyTorch."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_trainable(model: ModelFile, origin: LoadOptions) -> TorchTrainable:
-    """A model as PyTorch trains it."""
+    """Load a model for training in PyTorch."""
     return TorchTrainable(build_module(model, origin))
 
 
 class TorchTrainable:
-    """Loss, gradients, masks and state of a module."""
+    """A PyTorch module with its loss, optimizer, masks and training state."""
 
     def __init__(self, built: BuiltModule) -> None:
         self._built = built
@@ -58,16 +58,16 @@ class TorchTrainable:
         self._signature = ModelSignature(
             inputs, (), is_channels_first=True, text=built.text, ignored_label=IGNORED_LABEL
         )
-        self._masks, self._gathered = WeightMasks(), GradientSums()
+        self._masks, self._statistics = WeightMasks(), GradientSums()
         self._rate = 1.0
         self._layout = torch.contiguous_format
-        """How images lie in memory, where the network has convolutions."""
-        self._trains: bool | None = None
-        """Whether the module is in the mode in which it is trained; None before the first of both."""
+        """The memory format of images: channels last where that is faster and works."""
+        self._is_training: bool | None = None
+        """Whether the module is in training mode; None before a mode is set."""
         self._compared: tuple[DistilledOutput, ...] = ()
-        kinds = {weight.dtype for weight in built.module.parameters() if weight.is_floating_point()}
-        self._kind = kinds.pop() if len(kinds) == 1 else None
-        """The type of all parameters, if they have one."""
+        dtypes = {weight.dtype for weight in built.module.parameters() if weight.is_floating_point()}
+        self._dtype = dtypes.pop() if len(dtypes) == 1 else None
+        """The data type of the floating-point parameters, if all have the same."""
 
     @property
     def signature(self) -> ModelSignature:
@@ -75,7 +75,7 @@ class TorchTrainable:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided for want of a word."""
+        """Choices that were made because neither the user nor the file named them."""
         return tuple(self._notes)
 
     @property
@@ -110,11 +110,11 @@ class TorchTrainable:
         is_plain = self._built.has_modes and not (options.custom_step or options.is_compiled or options.is_sharded)
         if is_plain and self._place.device.type == "cpu":
             self._layout = torch.channels_last
-            if not lay_channels_last(self._module, partial(self._try, example)):
+            if not lay_channels_last(self._module, partial(self._try_forward, example)):
                 self._layout = torch.contiguous_format
-        self._choose(example)
+        self._choose_losses(example)
         self._averager = losses.MetricAverager(self._metrics, is_training=True)
-        self._optimizer = make_optimizer(options.optimizer, self._trained(), options.lr, may_fuse=options.is_matching)
+        self._optimizer = make_optimizer(options.optimizer, self._trainable(), options.lr, may_fuse=options.is_matching)
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         if options.is_compiled:
             self._run = torch.compile(self._module)
@@ -122,9 +122,9 @@ class TorchTrainable:
             device_ids = [self._place.device.index] if self._place.device.type == "cuda" else None
             self._run = DistributedDataParallel(self._run, device_ids=device_ids)
 
-    def _try(self, example: Batch, is_training: bool) -> None:
+    def _try_forward(self, example: Batch, is_training: bool) -> None:
         if not (is_training and self._options.is_evaluated):
-            self._mode(training=is_training)
+            self._set_mode(training=is_training)
             self._forward(self._module, example.x)
 
     def _freeze(self, names: frozenset[str]) -> None:
@@ -132,15 +132,15 @@ class TorchTrainable:
         for name in names & self._built.names.keys():
             if self._built.names[name] in parameters:
                 parameters[self._built.names[name]].requires_grad_(False)
-        # The statistics of a frozen normalisation are frozen as well.
-        self._still = frozen_batch_norms(
+        # The running statistics of a frozen batch normalisation are frozen as well.
+        self._frozen_norms = frozen_batch_norms(
             self._module, {self._built.names[name] for name in names & self._built.names.keys()}
         )
 
-    def _choose(self, example: Batch) -> None:
-        """Choose by what comes out for an example, and leave out what its gradient does not reach."""
-        self._mode(training=False)
-        # With gradients: by them autograd tells which activation came last.
+    def _choose_losses(self, example: Batch) -> None:
+        """Choose losses and metrics by the outputs for an example; freeze parameters without a gradient under DDP."""
+        self._set_mode(training=False)
+        # With gradients enabled, since the autograd graph shows the last activation.
         outs = self._forward(self._module, example.x)
         specs = output_specs(outs)
         outs = tuple(out.detach() for out in outs)
@@ -163,54 +163,54 @@ class TorchTrainable:
             ]
             target = targets[0] if targets else None
             self._metrics = losses.resolve_metrics(self._options.metrics, self._losses[0], outs[0], target)
-        self._signature = replace(self._signature, outputs=self._ended(specs, outs))
+        self._signature = replace(self._signature, outputs=self._with_endings(specs, outs))
         if not self._options.loss:
-            self._notes.append(f"The loss is {', '.join(array.name for array in self._losses)}, {_known_by(specs)}.")
+            self._notes.append(f"The loss is {', '.join(array.name for array in self._losses)}, {_loss_reason(specs)}.")
         if len(outs) > 1 and self._metrics:
             self._notes.append(f"The metrics use only the first of the model's {len(outs)} outputs.")
         if not self._options.optimizer and not self._options.is_evaluated:
             self._notes.append("The optimizer is adam: PyTorch files do not name one.")
         if self._place.ranks > 1 and not self._options.is_sharded:
-            self._leave_out_unreached(example)
+            self._freeze_unreached(example)
 
-    def _ended(self, specs: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
-        """The outputs with what each ends in, also where only the loss or the numbers tell."""
+    def _with_endings(self, specs: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
+        """The outputs with their final activations: those of the loss, else of the graph, else of the values."""
         by_loss = [loss.ending for loss in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
         return tuple(
             replace(port, ending=activation or port.ending or activation_of_values(to_numpy(out.float()), 1))
             for port, out, activation in zip(specs, outs, by_loss, strict=False)
         )
 
-    def _leave_out_unreached(self, example: Batch) -> None:
-        """DDP waits for ever for gradients of parameters that take no part."""
-        self._mode(training=True)
+    def _freeze_unreached(self, example: Batch) -> None:
+        """Freeze parameters that get no gradient, since DDP would wait forever for it."""
+        self._set_mode(training=True)
         outs = self._forward(self._module, example.x)
         loss = torch.stack([out.float().sum() for out in outs]).sum()
         (self._loss(outs, example.y, None) if example.y is not None else loss).backward()  # type: ignore[no-untyped-call]
-        for weight in self._trained():
+        for weight in self._trainable():
             weight.requires_grad_(weight.grad is not None)
             weight.grad = None
 
-    def _trained(self) -> list[torch.nn.Parameter]:
+    def _trainable(self) -> list[torch.nn.Parameter]:
         return [weight for weight in self._module.parameters() if weight.requires_grad]
 
     def _on_device(self, array: Array) -> torch.Tensor:
         return to_torch(array).to(self._place.device)
 
-    def _as_taken(self, x: Arrays) -> list[torch.Tensor]:
-        """The inputs in the types that the file declares; without them, in the precision of the parameters.
+    def _to_inputs(self, x: Arrays) -> list[torch.Tensor]:
+        """The inputs in the data types that the file declares, or else in that of the parameters.
 
         An exported program refuses floating-point inputs of any other type than the one it was exported with,
-        whatever type its parameters have, and autocast changes nothing of that.
+        whatever type its parameters have, even under autocast.
         """
         inputs = [self._on_device(array) for array in as_tuple(x)]
-        fallback = self._kind if self._half is None else None
-        kinds: list[torch.dtype | None] = [
+        fallback = self._dtype if self._half is None else None
+        dtypes: list[torch.dtype | None] = [
             getattr(torch, port.dtype) if port.dtype else fallback for port in self._built.inputs
         ]
         typed = [
-            tensor.to(kind) if kind is not None and kind.is_floating_point and tensor.is_floating_point() else tensor
-            for tensor, kind in zip(inputs, kinds or [fallback] * len(inputs), strict=True)
+            tensor.to(dtype) if dtype is not None and dtype.is_floating_point and tensor.is_floating_point() else tensor
+            for tensor, dtype in zip(inputs, dtypes or [fallback] * len(inputs), strict=True)
         ]
         return [tensor.contiguous(memory_format=self._layout) if tensor.ndim == 4 else tensor for tensor in typed]
 
@@ -219,14 +219,14 @@ class TorchTrainable:
         context = torch.autocast(self._place.device.type, half) if half is not None else nullcontext()
         try:
             with distributed.failures(self._place.device), context:
-                outputs = module(*self._as_taken(x))
+                outputs = module(*self._to_inputs(x))
         except (AssertionError, RuntimeError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, array.shape)) for array in as_tuple(x))
             raise UsageError(
                 f"the model does not accept inputs of {shapes}: {tensors.error_line(error)}",
                 hint="reshape the inputs with ?shape=1x28x28 (without the batch)",
             ) from error
-        # Losses of users may take a view of what they get.
+        # A user's own loss may call `view`, which needs contiguous tensors.
         return tuple(output.contiguous() for output in tensors.output_tensors(outputs))
 
     def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
@@ -247,15 +247,15 @@ class TorchTrainable:
         if guide is not None:
             answers = [self._on_device(array) for array in as_tuple(guide)]
             compared = self._compared or losses.compared_by_loss(self._losses, outs)
-            taught = losses.distilled(compared, outs, answers, self._options.temperature)
-            self._parts.append((share * taught, len(outs[0])))
+            distilled = losses.distilled(compared, outs, answers, self._options.temperature)
+            self._parts.append((share * distilled, len(outs[0])))
         return torch.stack([mean for mean, _ in self._parts]).sum()
 
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
         self._compared = tuple(outputs)
 
     def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        self._mode(training=True)
+        self._set_mode(training=True)
         if rate != self._rate:
             for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base * rate
@@ -267,75 +267,75 @@ class TorchTrainable:
         else:
             loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
         with distributed.failures(self._place.device):
-            self._learn(loss)
+            self._update(loss)
         if self._custom is not None:
             self._averager.update([(loss, len(as_tuple(batch.x)[0]))])
         else:
-            self._averager.update(self._parts, *self._judged())
+            self._averager.update(self._parts, *self._metric_inputs())
 
-    def _judged(self) -> tuple[tuple[torch.Tensor, torch.Tensor], float] | tuple[()]:
-        """The output that the metrics judge with its targets, if there are any, and how many examples count."""
+    def _metric_inputs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], float] | tuple[()]:
+        """The first output with its targets, and the number of examples that count; empty without targets."""
         outs, targets, counts = self._last
         return ((outs[0], targets[0]), counts[0]) if targets else ()
 
-    def _learn(self, loss: torch.Tensor) -> None:
-        """Take a step down the gradient of a loss."""
+    def _update(self, loss: torch.Tensor) -> None:
+        """Backpropagate a loss and take an optimizer step, under the masks."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._scaler.unscale_(self._optimizer)
-        self._gathered.add(self._is_taken())
-        self._masks.calm()
+        self._statistics.add(self._takes_step())
+        self._masks.zero_gradients()
         if self._options.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._trained(), self._options.clip)
+            torch.nn.utils.clip_grad_norm_(self._trainable(), self._options.clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._masks.hold()
+        self._masks.zero_weights()
         if self._options.is_sharded:
             distributed.sync_buffers(self._module)
 
-    def _is_taken(self) -> torch.Tensor | None:
-        """Whether GradScaler takes this step; none where it takes every one, or nobody asks."""
-        gradients = [weight.grad for weight in self._trained() if weight.grad is not None]
-        if not self._scaler.is_enabled() or not self._gathered.sums or not gradients:
+    def _takes_step(self) -> torch.Tensor | None:
+        """Whether GradScaler takes this step; None if it is disabled, or no gradient statistic is accumulated."""
+        gradients = [weight.grad for weight in self._trainable() if weight.grad is not None]
+        if not self._scaler.is_enabled() or not self._statistics.sums or not gradients:
             return None
         return distributed.are_finite(gradients)
 
-    def _mode(self, *, training: bool) -> None:
-        if self._built.has_modes and self._trains is not training:
-            self._trains, is_matching = training, training and self._options.is_matching
+    def _set_mode(self, *, training: bool) -> None:
+        if self._built.has_modes and self._is_training is not training:
+            self._is_training, is_matching = training, training and self._options.is_matching
             self._module.train(training and not is_matching)
             for layer in self._module.modules() if is_matching else ():
-                # The gradients of cuDNN's recurrent layers need them to train.
+                # cuDNN computes gradients of recurrent layers only in training mode.
                 is_cudnn = isinstance(layer, torch.nn.RNNBase) and self._place.device.type == "cuda"
                 if is_cudnn or isinstance(layer, BatchNorm):
                     layer.train()
         if training:
-            for norm in self._still:
+            for norm in self._frozen_norms:
                 norm.eval()
 
     def logs(self) -> Logs:
         return self._averager.compute()
 
     def evaluate(self, batches: Iterable[Batch]) -> Logs:
-        """The means over all batches; every process sees all of them."""
-        self._mode(training=False)
+        """The mean loss and metrics over all batches, which every process evaluates in full."""
+        self._set_mode(training=False)
         averager = losses.MetricAverager(self._metrics, is_training=False)
         with torch.no_grad():
             for batch in batches:
                 self._loss(self._forward(self._module, batch.x), batch.y, None)
-                averager.update(self._parts, *self._judged())
+                averager.update(self._parts, *self._metric_inputs())
         return averager.compute()
 
     def predict(self, x: Arrays) -> Arrays:
-        self._rest()
+        self._prepare_to_predict()
         with torch.no_grad():
             outputs = tuple(to_numpy(out.float()) for out in self._forward(self._module, x))
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _rest(self) -> None:
-        """Get ready to predict, as a teacher does without being prepared."""
+    def _prepare_to_predict(self) -> None:
+        """Choose a device if `prepare` was not called, as for a teacher, and switch to evaluation mode."""
         if not hasattr(self, "_place"):
             self.place("auto")
-        self._mode(training=False)
+        self._set_mode(training=False)
 
     def place(self, device: str) -> None:
         self._place, self._half = distributed.join(device), None
@@ -345,25 +345,25 @@ class TorchTrainable:
         self._observe(names, x, see, None)
 
     def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
-        self._rest()
+        self._prepare_to_predict()
         pieces = self._module if isinstance(self._module, FixedBatchModule) else None
         with capture_layer_inputs(self._parameters(names), see, pieces, cache):
             self._forward(self._module, x)
 
     def cached_pass(self) -> CachedPass:
-        """What a batch that is run through again and again is observed with."""
+        """A cached pass, for a batch that is run repeatedly."""
         is_script = any(isinstance(module, torch.jit.ScriptModule) for module in self._module.modules())
-        return CachedPass(self._observe, self._held, may_fuse=is_script)
+        return CachedPass(self._observe, self._file_tensors, may_fuse=is_script)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
-        self._mode(training=False)
+        self._set_mode(training=False)
         weights = self._parameters(names)
         loss = self._loss(self._forward(self._module, batch.x), batch.y, None)
-        slopes = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-        return {name: to_numpy(gradient) for name, gradient in zip(weights, slopes, strict=True)}
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return {name: to_numpy(gradient) for name, gradient in zip(weights, gradients, strict=True)}
 
     def recalibrate(self, batches: Iterable[Batch]) -> int:
-        self._mode(training=False)
+        self._set_mode(training=False)
         return recalibrate(self._module, (batch.x for batch in batches), self._run_through)
 
     def _run_through(self, x: Arrays) -> None:
@@ -376,16 +376,16 @@ class TorchTrainable:
 
     def tensors(self) -> dict[str, Array]:
         """Copies of all parameters and buffers."""
-        return {name: to_numpy(full_tensor(value)) for name, value in self._held().items()}
+        return {name: to_numpy(full_tensor(value)) for name, value in self._file_tensors().items()}
 
-    def _held(self) -> dict[str, torch.Tensor]:
-        inside = self._module.state_dict()
-        return {name: inside[inner] for name, inner in self._built.names.items()}
+    def _file_tensors(self) -> dict[str, torch.Tensor]:
+        state = self._module.state_dict()
+        return {name: state[inner] for name, inner in self._built.names.items()}
 
     def _parameters(self, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
-        inside = dict(self._module.named_parameters(remove_duplicate=False))
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
         inner_names = {name: self._built.inside(name) for name in names}
-        return {name: inside[inner] for name, inner in inner_names.items() if inner in inside}
+        return {name: parameters[inner] for name, inner in inner_names.items() if inner in parameters}
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Array]) -> None:
@@ -399,26 +399,26 @@ class TorchTrainable:
         if missing := masks.keys() - parameters.keys():
             raise WorkError(f"{min(missing)} is not a parameter that PyTorch trains, so it cannot be pruned")
         kept = {weight: distribute_like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
-        self._masks.put(kept, self._optimizer)
+        self._masks.set(kept, self._optimizer)
 
     def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        self._gathered.begin(evidence, self._parameters(names))
+        self._statistics.begin(evidence, self._parameters(names))
 
     def evidence(self) -> dict[str, Array]:
-        return {name: to_numpy(full_tensor(value)) for name, value in self._gathered.sums.items()}
+        return {name: to_numpy(full_tensor(value)) for name, value in self._statistics.sums.items()}
 
     def forget(self) -> None:
-        self._gathered.forget()
+        self._statistics.forget()
 
     def reseed(self, number: int) -> None:
-        """Make what is random depend on a number alone, and on the process."""
+        """Seed all random generators from a number and the rank of this process."""
         own = number * 4099 + self._place.rank
         before_seeding("torch")
         torch.manual_seed(own % (1 << 63))
         seed_everything(own)
 
     def save(self, folder: Path | None) -> None:
-        """Keep everything that the next step depends on; without a folder, only give others this process's part."""
+        """Save the training state; without a folder, only contribute this process's part to the save of another."""
         distributed.save(folder, self._state)
         distributed.barrier(self._place)
 
@@ -428,15 +428,15 @@ class TorchTrainable:
 
     @property
     def _state(self) -> distributed.TrainerState:
-        return distributed.TrainerState(self._module, self._optimizer, self._scaler, self._place, self._gathered.sums)
+        return distributed.TrainerState(self._module, self._optimizer, self._scaler, self._place, self._statistics.sums)
 
     def close(self) -> None:
-        """Part from the other processes."""
+        """Leave the process group."""
         distributed.leave()
 
 
-def _known_by(outputs: Sequence[TensorSpec]) -> str:
-    """What told which loss it is."""
+def _loss_reason(outputs: Sequence[TensorSpec]) -> str:
+    """How the loss was inferred, for a note."""
     if any(port.ending is FinalActivation.UNKNOWN for port in outputs):
         return "inferred from the targets and the outputs for some examples"
     last = ", ".join(dict.fromkeys("logits" if port.ending is FinalActivation.RAW else port.ending for port in outputs))

@@ -1,4 +1,4 @@
-"""What is done to a network as a whole: normalisations frozen or recalibrated, images laid channels last in memory."""
+"""Changes to a whole network: freeze or recalibrate batch normalisation, use channels-last memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prunectl.training.torch._compat import BatchNorm
 
 
 def frozen_batch_norms(module: torch.nn.Module, frozen: set[str]) -> list[torch.nn.Module]:
-    """The normalisations of which something is frozen: they stay as they are altogether."""
+    """The batch normalisation layers with a frozen tensor: their running statistics are frozen too."""
     return [
         layer
         for name, layer in module.named_modules()
@@ -21,8 +21,8 @@ def frozen_batch_norms(module: torch.nn.Module, frozen: set[str]) -> list[torch.
 
 
 def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable[[Arrays], None]) -> int:
-    """Average the statistics over all examples, and return how many layers have some."""
-    layers = [one for one in module.modules() if isinstance(one, BatchNorm) and one.track_running_stats]
+    """Recompute the running statistics of batch normalisation over all examples; return the number of these layers."""
+    layers = [norm for norm in module.modules() if isinstance(norm, BatchNorm) and norm.track_running_stats]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
@@ -32,7 +32,7 @@ def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable
         count = len(as_tuple(x)[0])
         total += count
         for layer in layers:
-            layer.momentum = count / total  # every example counts the same: the last batch may be a smaller one
+            layer.momentum = count / total  # every example has the same weight, even if the last batch is smaller
         run(x)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
@@ -41,23 +41,23 @@ def recalibrate(module: torch.nn.Module, inputs: Iterable[Arrays], run: Callable
 
 
 _ONEDNN_BLOCK = 16
-"""Channels that oneDNN computes at once, at most: 8 with AVX2, 16 with AVX-512."""
+"""The most channels that oneDNN computes at once: 8 with AVX2, 16 with AVX-512."""
 
 
-def _is_written_past(layer: torch.nn.Conv2d) -> bool:
-    """Whether oneDNN corrupts memory in its gradient if channels come last (uxlfoundation/oneDNN#6035)."""
+def _corrupts_memory(layer: torch.nn.Conv2d) -> bool:
+    """Whether oneDNN corrupts memory in the gradient of a channels-last convolution (uxlfoundation/oneDNN#6035)."""
     is_strided = set(layer.kernel_size) == {1} and max(layer.stride) > 1
     return is_strided and layer.in_channels // layer.groups < _ONEDNN_BLOCK
 
 
 def lay_channels_last(module: torch.nn.Module, run: Callable[[bool], object]) -> bool:
-    """Lay the weights of a network so that channels come last in memory; say whether it runs so, else lay them back.
+    """Convert a network to the channels-last memory format; return whether it runs so, and convert it back if not.
 
-    Processors convolve and pool such images up to twice as fast. A network that takes a `view` of them does not run
-    so. It is tried in training as well, and nothing of that is kept.
+    CPUs convolve and pool such images up to twice as fast. A network that calls `view` on them fails. Both evaluation
+    and training are tried, and the buffers that this changes are restored.
     """
     convolutions = [layer for layer in module.modules() if isinstance(layer, torch.nn.Conv2d)]
-    if not convolutions or any(map(_is_written_past, convolutions)):
+    if not convolutions or any(map(_corrupts_memory, convolutions)):
         return False
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]

@@ -1,4 +1,4 @@
-"""Optimizers by name, weight masks held through their steps, and gradient statistics."""
+"""Optimizers by name, weight masks that hold through their steps, and gradient statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_RATE = 1e-3
 def make_optimizer(
     text: str, parameters: Iterable[torch.nn.Parameter], rate: float | None, *, may_fuse: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer that is typed; to the bit what PyTorch's default computes, unless its kernels may be fused."""
+    """The optimizer in the text of an option; bit-identical to PyTorch's default unless it may use a fused kernel."""
     spec = parse_optimizer(text)
     classes = {
         name.lower(): cls
@@ -27,8 +27,8 @@ def make_optimizer(
     cls, settings = spec.resolve(classes, lambda cls: list(inspect.signature(cls).parameters)[1:], "lr")
     rate = settings.pop("lr", DEFAULT_RATE) if rate is None else rate
     weights = list(parameters)
-    # One kernel instead of one operation after another: a tenth of the time of a small transformer on a processor.
-    is_fused = may_fuse and cls is torch.optim.Adam and all(one.is_cpu and one.is_floating_point() for one in weights)
+    # One kernel instead of one operation after another saves a tenth of the time of a small transformer on a CPU.
+    is_fused = may_fuse and cls is torch.optim.Adam and all(w.is_cpu and w.is_floating_point() for w in weights)
     optimizer: torch.optim.Optimizer = spec.construct(
         cls, weights, **{**({"fused": True} if is_fused else {}), **settings, "lr": rate}
     )
@@ -41,10 +41,10 @@ class WeightMasks:
     def __init__(self) -> None:
         self._dropped: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
-    def put(self, kept: Mapping[torch.nn.Parameter, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        """Zero what is not kept, from now on."""
+    def set(self, kept: Mapping[torch.nn.Parameter, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        """Hold the weights that the masks do not keep at zero from now on, and zero their optimizer state."""
         self._dropped = [(weight, ~mask.to(weight.device)) for weight, mask in kept.items()]
-        self.hold()
+        self.zero_weights()
         for weight, dropped in self._dropped:
             state: Mapping[str, Any] = optimizer.state.get(weight, {}) if optimizer is not None else {}
             for value in state.values():
@@ -52,15 +52,15 @@ class WeightMasks:
                     value.masked_fill_(dropped, 0)
 
     @torch.no_grad()
-    def calm(self) -> None:
-        """Zero the gradients of what is zero, so that neither momentum nor the norm that clipping uses sees them."""
+    def zero_gradients(self) -> None:
+        """Zero the gradients of pruned weights, so that they add nothing to momentum or to the norm for clipping."""
         for weight, dropped in self._dropped:
             if weight.grad is not None:
                 weight.grad.masked_fill_(dropped, 0)
 
     @torch.no_grad()
-    def hold(self) -> None:
-        """Zero the weights themselves: some optimizers decay towards something, or have noise of their own."""
+    def zero_weights(self) -> None:
+        """Zero the pruned weights: some optimizers change a weight without a gradient, by decay or noise."""
         for weight, dropped in self._dropped:
             weight.masked_fill_(dropped, 0)
 
@@ -74,15 +74,15 @@ class GradientSums:
         self._weights: dict[str, torch.nn.Parameter] = {}
 
     def begin(self, kind: GradientStatistic, weights: Mapping[str, torch.nn.Parameter]) -> None:
-        """Start with other weights, from zero."""
+        """Start sums of zero for these weights."""
         self.kind, self._weights = kind, dict(weights)
         self.sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
     @torch.no_grad()
     def add(self, is_taken: torch.Tensor | None = None) -> None:
-        """Add the gradients of a step; a tensor says whether the step is taken, None that it always is.
+        """Add the gradients of a step; nothing if `is_taken` is a false tensor.
 
-        The gradients of an fp16 step that overflowed are infinite, and GradScaler skips it.
+        Gradients of an fp16 step that overflowed are infinite, and GradScaler skips the step.
         """
         for name, weight in self._weights.items():
             if weight.grad is not None:

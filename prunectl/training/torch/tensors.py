@@ -1,4 +1,4 @@
-"""Numbers on their way between NumPy and PyTorch; bfloat16 goes as the bits that it is."""
+"""Conversion of arrays between NumPy and PyTorch; bfloat16 and float8 are passed as integers of the same bits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _AS_BITS = {
 
 
 def to_torch(array: NDArray[Any]) -> torch.Tensor:
-    """A tensor of the same numbers, its memory its own."""
+    """A tensor with a copy of the numbers of an array."""
     return view_as_torch(np.array(array, order="C"))
 
 
 def view_as_torch(array: NDArray[Any]) -> torch.Tensor:
-    """A tensor over the memory of an array, to be read: that of a file must not be written."""
+    """A read-only tensor over the memory of an array, which may be that of a mapped file."""
     dense = np.ascontiguousarray(array).reshape(array.shape)
     bits, dtype = _AS_BITS.get(dense.dtype.name, (None, None))
     with warnings.catch_warnings():
@@ -39,7 +39,7 @@ def view_as_torch(array: NDArray[Any]) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
-    """An array of the same numbers, its memory its own."""
+    """An array with a copy of the numbers of a tensor."""
     dense = tensor.detach().cpu().contiguous()
     for name, (bits, dtype) in _AS_BITS.items():
         if dense.dtype is dtype:
@@ -49,7 +49,7 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def output_tensors(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """The outputs in a row, whatever a module gives them in."""
+    """The outputs of a module as a tuple, from a tensor, a sequence or a mapping; of a mapping only its logits."""
     if isinstance(outputs, torch.Tensor):
         return (outputs,)
     if isinstance(outputs, Mapping):
@@ -61,11 +61,11 @@ def output_tensors(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def tensor_leaves(outputs: Any) -> list[torch.Tensor]:
-    """Every tensor in what a module gives, whatever they are packed in."""
+    """Every tensor in the outputs of a module, however they are nested."""
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-_PASSED_ON = frozenset(
+_VALUE_PRESERVING = frozenset(
     {
         "Alias",
         "Cat",
@@ -93,26 +93,26 @@ _RAW = frozenset({"Addmm", "Mm", "Bmm", "Convolution", "Add", "Relu", "NativeBat
 
 
 def final_activation(out: torch.Tensor) -> FinalActivation:
-    """The last activation, by the operation of autograd that made an output; unknown where that does not tell."""
+    """The last activation, by the autograd operation that computed an output; unknown if it is none of those above."""
     step: Any = out.grad_fn
     while step is not None:
         name = str(step.name()).rpartition("::")[2].partition("Backward")[0]
         if name in _ENDINGS:
             return _ENDINGS[name]
-        if name not in _PASSED_ON or not step.next_functions:
+        if name not in _VALUE_PRESERVING or not step.next_functions:
             return FinalActivation.RAW if name in _RAW else FinalActivation.UNKNOWN
         step = step.next_functions[0][0]
     return FinalActivation.UNKNOWN
 
 
 def error_line(error: Exception) -> str:
-    """The line in which PyTorch comes to the point: the first, or the last where a script was interpreted."""
+    """The line of an error that states the problem: the first, or the last from the TorchScript interpreter."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "TorchScript" in lines[0] else 0]
 
 
 class InnerModule(torch.nn.Module):
-    """A module around another, whose weights keep their names; it takes all inputs in one argument."""
+    """A module that wraps another, with the parameter names of the inner module."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -120,19 +120,19 @@ class InnerModule(torch.nn.Module):
 
     @contextmanager
     def plain(self) -> Generator[torch.nn.Module]:
-        """The same for `torch.export`, which looks for weights under the names of all modules around them."""
+        """A copy for `torch.export`, which expects parameter names with the prefixes of all enclosing modules."""
         copy: torch.nn.Module = type("Plain", (torch.nn.Module,), {"forward": type(self).forward})()
         copy.__dict__.update(self.__dict__)
         yield copy
 
     def state_dict(self, *args: Any, **more: Any) -> Any:
-        """The inner module's, under its names."""
+        """The state dict of the inner module."""
         return self.inner.state_dict(*args, **more)
 
     def named_parameters(self, *args: Any, **more: Any) -> Any:
-        """Yield the inner module's, under its names."""
+        """Yield the parameters of the inner module."""
         return self.inner.named_parameters(*args, **more)
 
     def named_buffers(self, *args: Any, **more: Any) -> Any:
-        """Yield the inner module's, under its names."""
+        """Yield the buffers of the inner module."""
         return self.inner.named_buffers(*args, **more)

@@ -1,4 +1,4 @@
-"""Pruning wrappers as a framework has them, around the weights of a saved model, and the schedules that they keep."""
+"""A framework's own pruning wrappers around the weights of a saved model, and the schedules stored in them."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ from prunectl.training.request import FinetuneRequest
 
 @dataclass(frozen=True, slots=True)
 class WrapperSpec:
-    """What wrappers are to say."""
+    """The masks and schedules that wrappers are to hold."""
 
     masks: Mapping[str, Mask]
-    """What stays, by tensor; whoever trains on keeps the rest at zero."""
+    """The kept weights by tensor; later training holds the others at zero."""
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
-    """How each tensor is pruned in later training, where it is not done yet."""
+    """The schedule by which each tensor is pruned in later training, if pruning is not finished."""
     step: int = -1
-    """How many steps were made under the schedules; -1 before the first, as tfmot has it."""
+    """The number of steps taken under the schedules; -1 before the first, as in tfmot."""
     pattern: NMPattern | BlockPattern | None = None
     pool: Pooling = Pooling.AVG
     origin: LoadOptions = field(default_factory=LoadOptions)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor that is to have a wrapper."""
+        """Every tensor that is to get a wrapper."""
         return tuple(dict.fromkeys((*self.masks, *self.schedules)))
 
 
 @dataclass(frozen=True, slots=True)
 class WrapperFormat:
-    """A framework's wrappers, and the files that they are put into."""
+    """A framework's wrappers, and the file formats that can hold them."""
 
     formats: frozenset[str]
     kind: str
-    """What our readers call such wrappers."""
+    """The kind that our readers report for such wrappers."""
     writer: str
-    """`module:function` in this package that writes a wrapped copy, and returns what was left without a wrapper."""
+    """`module:function` in `prunectl.training` that writes a wrapped copy and returns the tensors without a wrapper."""
     has_schedules: bool
 
 
@@ -85,7 +85,7 @@ WRAPPER_FORMATS = (
 
 
 def wrapper_format(model: ModelFile, *, has_schedule: bool) -> WrapperFormat:
-    """What wraps a model, or say that nothing can."""
+    """The wrappers that a model's format can hold; refuse a model that can hold none."""
     matching = next((row for row in WRAPPER_FORMATS if model.format in row.formats), None)
     if matching is None:
         raise InputError(
@@ -107,7 +107,7 @@ def wrapper_format(model: ModelFile, *, has_schedule: bool) -> WrapperFormat:
 
 
 def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
-    """Write a copy with wrappers, and return which tensors could get none."""
+    """Write a copy with wrappers, and return the tensors that could get none."""
     row = wrapper_format(model, has_schedule=bool(wrapping.schedules))
     module, _, name = row.writer.partition(":")
     write: Callable[[ModelFile, WrapperSpec, Path], tuple[str, ...]] = getattr(
@@ -115,25 +115,25 @@ def wrap(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ..
     )
     bare = write(model, wrapping, target)
     written = open_model(target)
-    around = {wrapper.layer for wrapper in written.about.wrappers if wrapper.kind == row.kind}
+    wrapped_layers = {wrapper.layer for wrapper in written.about.wrappers if wrapper.kind == row.kind}
     expected = frozenset(wrapping.names).difference(bare)
     for tensor in model.tensors:
-        if tensor.name in expected and tensor.layer not in around:
+        if tensor.name in expected and tensor.layer not in wrapped_layers:
             raise WorkError(f"{tensor.name} of {model.path} has no wrapper in the output; nothing was written")
     return bare
 
 
 def strip_wrappers(model: ModelFile, folder: Path) -> ModelFile:
-    """A copy without wrappers in a folder: what their masks hold at zero is zero in it."""
+    """Write a copy without wrappers to a folder; weights that the masks hold at zero are zero in it."""
     target = folder / model.path.name
-    # A SavedModel is built anew without its wrappers, and has no training configuration after that.
+    # A SavedModel is rebuilt without its wrappers, and loses its training configuration by that.
     parts = frozenset(StripPart) if model.family is Family.SAVED_MODEL else WRAPPING
     strip(model.path, StripOptions(parts), Destination(target), is_packed=False)
     return open_model(target)
 
 
 def verify_roundtrip(plain: ModelFile, wrapped: Path) -> None:
-    """Refuse a wrapped file whose wrappers, taken off again, do not leave what they should."""
+    """Refuse a wrapped file that, once stripped of its wrappers, does not have the weights of the plain file."""
     with temporary_folder() as scratch:
         stripped = strip_wrappers(open_model(wrapped), scratch)
         tensors = {tensor.name: tensor for tensor in stripped.tensors}
@@ -150,22 +150,23 @@ KIND = "tfmot"
 
 @dataclass(frozen=True, slots=True)
 class SavedPruning:
-    """Schedules that were begun, by layer."""
+    """Unfinished schedules in the wrappers of a file."""
 
     schedules: Mapping[str, Schedule]
+    """By the name of the layer."""
     step: int
-    """How many batches were trained on, as tfmot counts them."""
+    """The number of batches trained on, as counted by tfmot."""
     block: BlockPattern | None = None
     pool: Pooling = Pooling.AVG
     unknown: tuple[str, ...] = ()
-    """Classes of schedules that nobody here knows."""
+    """Class names of schedules that prunectl does not know."""
 
     def is_open_after(self, steps: int) -> bool:
-        """Whether a schedule has turns left after so many steps more."""
+        """Whether a schedule still has pruning steps left after so many more training steps."""
         return any(schedule.last_update_step > self.step + steps for schedule in self.schedules.values())
 
     def notes(self, steps: int) -> tuple[str, ...]:
-        """What a user should know of them after so many steps more."""
+        """Notes for the user after so many more training steps."""
         parts = [f"The file's schedule {name} is not known: its zeros are kept." for name in self.unknown]
         if self.is_open_after(steps):
             end = max(schedule.last_update_step for schedule in self.schedules.values())
@@ -174,7 +175,7 @@ class SavedPruning:
 
 
 def read_saved_pruning(model: ModelFile) -> SavedPruning | None:
-    """What the wrappers of a file say; None without any."""
+    """Read the schedules in the wrappers of a file; None if it has no wrappers of tfmot."""
     if not any(wrapper.kind == KIND for wrapper in model.about.wrappers):
         return None
     schedules: dict[str, Schedule] = {}
@@ -201,7 +202,7 @@ def _block(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _step(model: ModelFile) -> int:
-    """The steps that the wrappers have counted; tfmot writes -1 before the first."""
+    """The steps counted by the wrappers; 0 for the -1 that tfmot writes before the first."""
     wrapped = {wrapper.layer for wrapper in model.about.wrappers}
     counted = [
         int(model.read(tensor))
@@ -212,7 +213,7 @@ def _step(model: ModelFile) -> int:
 
 
 def check_wrappable(model: ModelFile, request: FinetuneRequest, scheduler: MaskScheduler) -> None:
-    """Refuse, before training, what could not be wrapped after it."""
+    """Refuse, before training, a model that could not be wrapped after it."""
     if not request.keeps_wrappers:
         return
     wrapper_format(model, has_schedule=False)
@@ -226,7 +227,7 @@ def check_wrappable(model: ModelFile, request: FinetuneRequest, scheduler: MaskS
 def spec_of_result(
     scheduler: MaskScheduler, request: FinetuneRequest, saved: SavedPruning | None, steps: int
 ) -> WrapperSpec:
-    """What the wrappers of a result say: its masks, and the schedule of the file if that is not at its end."""
+    """The wrappers of a training result: its masks, and the schedules of the file if they have not ended."""
     rules = scheduler.rules
     wrapping = WrapperSpec(
         dict(scheduler.masks), pattern=rules.selection.pattern, pool=rules.method.pool, origin=request.origin
@@ -240,7 +241,7 @@ def spec_of_result(
 
 
 def wrap_in_place(written: Path, wrapping: WrapperSpec) -> None:
-    """Put wrappers into a result that was just written."""
+    """Add wrappers to a result that was just written."""
     plain = open_model(written)
     with tempfile.TemporaryDirectory(dir=written.parent, prefix=".wrapped-") as scratch:
         target = Path(scratch) / written.name
@@ -251,15 +252,15 @@ def wrap_in_place(written: Path, wrapping: WrapperSpec) -> None:
         os.replace(target, written)
 
 
-OURS = "prunectl>Planned"
-"""What Keras knows our own class by."""
+OWN_SCHEDULE_CLASS = "prunectl>Planned"
+"""The name under which our own schedule class is registered in Keras."""
 _POWER = 3.0
 _FOREVER = -1
 
 
 @dataclass(frozen=True, slots=True)
 class ResumedSchedule:
-    """Go on with a schedule that so many steps were made under already."""
+    """The rest of a schedule under which `since` steps were taken already."""
 
     schedule: Schedule
     since: int
@@ -271,20 +272,20 @@ class ResumedSchedule:
 
     @property
     def last_update_step(self) -> int:
-        """The last turn, counted from now."""
+        """The last pruning step, counted from now."""
         return max(self.schedule.last_update_step - self.since, 0)
 
     def sparsity_at(self, step: int) -> float:
-        """Ask what was wanted all along."""
+        """The sparsity of the original schedule at a step counted from now."""
         return self.schedule.sparsity_at(step + self.since)
 
     def prunes_at(self, step: int) -> bool:
-        """Ask what was wanted all along."""
+        """Whether the original schedule prunes at a step counted from now."""
         return self.schedule.prunes_at(step + self.since)
 
 
 def power_of(ramp: SparsitySchedule) -> float:
-    """The power of a polynomial."""
+    """The power of a polynomial schedule."""
     params = dict(param.split("=", 1) for param in ramp.params)
     return float(params.get("power", _POWER))
 
@@ -293,19 +294,19 @@ def has_tfmot_class(schedule: Schedule) -> bool:
     """Whether tfmot has a class for a schedule."""
     if not isinstance(schedule, SparsitySchedule):
         return False
-    # A polynomial that begins where it ends would be divided by nothing there.
+    # In a polynomial that ends where it begins, tfmot would divide by zero.
     return schedule.curve == "constant" or (schedule.curve == "polynomial" and (schedule.end or 0) > schedule.begin)
 
 
 def tfmot_reaches_end(schedule: Schedule) -> bool:
-    """Whether tfmot's own class for a schedule reaches its end."""
+    """Whether tfmot's own class for a schedule updates the mask at its last step, and so reaches the final sparsity."""
     if not has_tfmot_class(schedule) or not isinstance(schedule, SparsitySchedule):
         return False
     return schedule.curve == "constant" or (schedule.last_update_step - schedule.begin) % schedule.frequency == 0
 
 
 def to_config(schedule: Schedule) -> dict[str, Any]:
-    """A schedule of our own as Keras keeps it."""
+    """The configuration of one of our own schedules, for a Keras file."""
     if isinstance(schedule, SparsitySchedule):
         return {
             "curve": schedule.curve,
@@ -324,7 +325,7 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
 
 
 def from_config(config: Mapping[str, Any]) -> Schedule:
-    """The schedule of our own that a file keeps."""
+    """The schedule of our own in a configuration that `to_config` made."""
     if "first" in config:
         return ChainedSchedule(from_config(config["first"]), config["at"], from_config(config["second"]))
     if "since" in config:
@@ -333,7 +334,7 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
 
 
 def read_schedule(entry: Mapping[str, Any]) -> Schedule | None:
-    """The schedule in the configuration of a wrapper; None for a class that nobody here knows."""
+    """The schedule in the configuration of a wrapper; None if its class is unknown."""
     name, config = text(entry, "class_name"), part(entry, "config")
     try:
         if name == "ConstantSparsity":
@@ -346,9 +347,9 @@ def read_schedule(entry: Mapping[str, Any]) -> Schedule | None:
             return SparsitySchedule(
                 "polynomial", final, config["begin_step"], _end(config), first, config["frequency"], (power,)
             )
-        return from_config(config) if name == OURS else None
+        return from_config(config) if name == OWN_SCHEDULE_CLASS else None
     except (KeyError, TypeError, ValueError):
-        # Of a version that words it otherwise.
+        # The configuration of another version, with other keys.
         return None
 
 

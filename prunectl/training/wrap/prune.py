@@ -1,4 +1,4 @@
-"""Pruning with the framework's own wrappers around what is pruned, from a file to a file."""
+"""Prune a model file behind the framework's own pruning wrappers, and write the result."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ from prunectl.training.wrap import WrapperSpec, verify_roundtrip, wrap, wrapper_
 
 @dataclass(frozen=True, slots=True)
 class WrapResult:
-    """What came of a run."""
+    """The result of a run with wrappers."""
 
     pruned: Pruned
     wrapped: int
-    """How many tensors have a wrapper."""
+    """Number of tensors with a wrapper."""
     bare: tuple[str, ...]
-    """Those that the framework has no wrapper for."""
+    """Tensors that the framework has no wrapper for."""
     ramp: SparsitySchedule | None
+    """The schedule of later training; None if the weights are pruned now."""
     loses_compilation: bool
-    """Whether the file says how it was compiled, and the result does not."""
+    """Whether the file has a training configuration (`compile`), but the result has none."""
     loses_optimizer: bool
-    """Whether the file had the state of an optimizer that is not in the result."""
+    """Whether the file has optimizer state, but the result has none."""
 
 
 def prune_wrapped(
@@ -53,7 +54,7 @@ def prune_wrapped(
     *,
     allow_empty: bool = False,
 ) -> WrapResult:
-    """Prune a model behind wrappers: now, or, with a ramp, in later training."""
+    """Prune a model behind wrappers: now, or with a ramp, in later training."""
     model = open_model(path)
     wrapper_format(model, has_schedule=ramp is not None)
     outputs.check(model, output)
@@ -70,13 +71,13 @@ def prune_wrapped(
             if request.is_packed:
                 outputs.pack(written, folder)
             result = open_model(written)
-            after, lost = stats_for_report(result), _has_optimizer(model) and not _has_optimizer(result)
-            is_bare = _is_compiled(model) and not _is_compiled(result)
+            after, loses_optimizer = stats_for_report(result), _has_optimizer(model) and not _has_optimizer(result)
+            loses_compilation = _is_compiled(model) and not _is_compiled(result)
     if ramp is not None:
         pruned = replace(pruned, tallies=_untouched(model, pruned), lost={})
     shown = str(output.target if output is not None else "the result")
     pruned = replace(pruned, request=request, after=replace(after, path=shown))
-    return WrapResult(pruned, len(wrapping.names) - len(bare), bare, ramp, is_bare, lost)
+    return WrapResult(pruned, len(wrapping.names) - len(bare), bare, ramp, loses_compilation, loses_optimizer)
 
 
 def _wrapping(model: ModelFile, pruned: Pruned, ramp: SparsitySchedule | None, origin: LoadOptions) -> WrapperSpec:
@@ -104,18 +105,18 @@ def _is_compiled(model: ModelFile) -> bool:
 
 
 def _masks(model: ModelFile, pruned: Pruned) -> dict[str, Mask]:
-    """What stays: everything that is not a plain zero in the pruned file."""
+    """Masks of the kept weights: all that are not +0.0 in the pruned file."""
     tensors = {tensor.name: tensor for tensor in model.tensors}
     return {cut.tensor.name: _bits(model.read(tensors[cut.tensor.name])) != 0 for cut in pruned.plan.cuts}
 
 
 def _bits(array: Array) -> Array:
-    # A minus zero stays one, and so does a NaN.
+    # Compared as integers, so that -0.0 and NaN count as kept.
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
 def _share(cut: TensorPlan, pruned: Pruned) -> float:
-    """How much of a tensor goes: as it was asked, or as it came out where tensors were ranked or weighed."""
+    """The sparsity of a tensor: the requested one if it gives the pruned count, else the share that was pruned."""
     dropped = pruned.tallies[cut.tensor.name].dropped
     requested = (pruned.sparsity, *(ratio for _, ratio in pruned.request.layers))
     exact = (ratio for ratio in requested if round(ratio * cut.tensor.size) == dropped)
@@ -123,5 +124,5 @@ def _share(cut: TensorPlan, pruned: Pruned) -> float:
 
 
 def _untouched(model: ModelFile, pruned: Pruned) -> dict[str, TensorCounts]:
-    """What is in a file that nothing was dropped from yet."""
+    """The counts of a file before anything is pruned: its zeros."""
     return {cut.tensor.name: TensorCounts(0, count_zeros(model, cut.tensor)) for cut in pruned.plan.cuts}

@@ -1,4 +1,4 @@
-"""A PyTorch state dict with masks, as torch.nn.utils.prune has them: `weight_orig` beside `weight_mask`."""
+"""A PyTorch state dict with masks in the form of torch.nn.utils.prune: `weight_orig` and `weight_mask`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from prunectl.pruning.masks import Mask
 from prunectl.training.wrap import WrapperSpec
 
 ORIGINAL, MASK = "_orig", "_mask"
-"""What torch.nn.utils.prune adds to the name of a weight."""
+"""The suffixes that torch.nn.utils.prune adds to the name of a weight."""
 
 
 def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array]:
-    """The masks of all tensors that need one, as numbers of the type of their weight."""
+    """The masks of the pruned tensors and of their aliases, in the data type of the weight."""
     known = {tensor.name: tensor for tensor in model.tensors}
     arrays: dict[str, Array] = {}
     by_view = {known[name].view_key: name for name in masks}
@@ -66,7 +66,7 @@ def mask_entries(model: ModelFile, masks: Mapping[str, Mask]) -> dict[str, Array
 
 
 def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
-    """Write the copy; every weight gets its mask."""
+    """Write a copy of a checkpoint in which every pruned weight has its mask."""
     if model.about.code:
         raise InputError(
             f"{model.path} is a whole pickled model, but masks can be added only to a state dict",
@@ -75,11 +75,11 @@ def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[
     container = strip.open_zip_container(model, open_archive(model.path))
     root = container.ir.root
     masks = mask_entries(model, wrapping.masks)
-    used_keys = {ask.key for ask in storage_refs(root)} | container.sizes.keys()
+    used_keys = {ref.key for ref in storage_refs(root)} | container.sizes.keys()
     keys = dict(zip(masks, (key for number in count() if (key := str(number)) not in used_keys), strict=False))
     missing = set(masks)
     for nested in list(iter_nested_dicts(root)):
-        missing -= _put_beside(nested, keys, masks)
+        missing -= _add_masks(nested, keys, masks)
     if missing:
         raise InputError(f"{model.path} stores {min(missing)} in a way that allows no mask beside it")
     tensors = {tensor.name: tensor for tensor in model.tensors}
@@ -91,27 +91,27 @@ def wrap_pickle(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[
     return ()
 
 
-def _put_beside(nested: StateDict, keys: Mapping[str, str], masks: Mapping[str, Array]) -> set[str]:
-    """Give the weights of one dictionary their new names and their masks, and return which it had."""
+def _add_masks(nested: StateDict, keys: Mapping[str, str], masks: Mapping[str, Array]) -> set[str]:
+    """Rename the weights of one dictionary, add their masks, and return the names of these weights."""
     done: set[str] = set()
-    put: list[tuple[IRNode, IRNode]] = []
+    new_entries: list[tuple[IRNode, IRNode]] = []
     for key, item in entries(nested.node) or ():
         leaf = text(key)
         name = nested.prefix + (leaf or "")
         plain = _plain(item) if leaf is not None and name in masks and name not in done and is_tensor(item) else None
         mask = with_storage(plain, keys[name], masks[name].shape) if plain is not None else None
         if mask is None or leaf is None:
-            put.append((key, item))
+            new_entries.append((key, item))
             continue
-        put += [(text_node(leaf + ORIGINAL), item), (text_node(leaf + MASK), mask)]
+        new_entries += [(text_node(leaf + ORIGINAL), item), (text_node(leaf + MASK), mask)]
         done.add(name)
     if done:
-        replace_entries(nested.node, put)
+        replace_entries(nested.node, new_entries)
     return done
 
 
 def _plain(node: IRNode) -> IRNode | None:
-    """The tensor inside what makes it a parameter: a mask is none."""
+    """The tensor inside the call that makes it a Parameter, since a mask is a plain tensor; None if not found."""
     while called(node) not in views.VIEW_CALLS:
         parts = arguments(node)
         if not parts:
@@ -121,7 +121,7 @@ def _plain(node: IRNode) -> IRNode | None:
 
 
 def wrap_safetensors(model: ModelFile, wrapping: WrapperSpec, target: Path) -> tuple[str, ...]:
-    """Write the copy; every weight gets its mask."""
+    """Write a copy of a checkpoint in which every pruned weight has its mask."""
     masks = mask_entries(model, wrapping.masks)
     entries: list[SafetensorsEntry] = []
     for tensor in model.tensors:
@@ -130,7 +130,7 @@ def wrap_safetensors(model: ModelFile, wrapping: WrapperSpec, target: Path) -> t
         entries.append(entry)
         if mask is not None:
             entries.append(array_entry(name + MASK, mask))
-    # Wide numbers first, as the format's own library has it: each then begins at a multiple of its width.
+    # Wide data types first, as in the safetensors library, so that each tensor begins at a multiple of its item size.
     entries.sort(key=lambda entry: -entry.dtype.itemsize)
     write_entries(target, header_without_tensors(model.path), entries)
     return ()

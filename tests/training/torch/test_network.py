@@ -486,7 +486,7 @@ def test_evidence_that_is_not_finite_ends_the_run(
             SimpleNamespace(names=("one.weight",), statistic=GradientStatistic.MOVEMENT, schedule=None, regrowth=None),
         )
     )
-    network._gathered.sums["one.weight"][0, 0] = float("inf")
+    network._statistics.sums["one.weight"][0, 0] = float("inf")
     monkeypatch.setattr(MaskScheduler, "_is_update", lambda *_: True)
     with pytest.raises(DivergedError, match=r"gradient of one\.weight"):
         keeper.maybe_update(network, 5)
