@@ -130,8 +130,7 @@ class MatchingSchedule:
     """Learning-rate schedule with early stopping, driven by the distance to the dense outputs on held-out examples."""
 
     steps: int
-    initial_distance: float
-    """The distance before the first step."""
+    first_distance: float  # before the first step
     may_end_early: bool
     """Whether to end once little of the distance is left; it stops anyway if the distance no longer improves."""
     last_step: int = field(init=False)
@@ -140,49 +139,46 @@ class MatchingSchedule:
     """The step from which the rate decays to zero, at `last_step`, faster than before; `steps` if it never does."""
     best_distance: float = field(init=False)
     """The smallest distance so far."""
-    _stale_evaluations: int = 0
+    _stale: int = 0
     """Evaluations in a row without an improvement."""
     _rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
         self.last_step = self._decay_start = self.steps
-        self.best_distance = self.initial_distance
+        self.best_distance = self.first_distance
 
     def continues(self, step: int) -> bool:
         """Whether this step is still to be taken."""
-        return step < self.last_step and self._stale_evaluations < _PATIENCE
+        return step < self.last_step and self._stale < _PATIENCE
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, as a share of the initial one."""
         rate = self._rate_factor * (1 - min(step, self._decay_start) / self.steps)
-        is_decaying = step >= self._decay_start
-        return rate * (self.last_step - step) / (self.last_step - self._decay_start) if is_decaying else rate
+        last, start = self.last_step, self._decay_start
+        return rate * (last - step) / (last - start) if step >= start else rate
 
     def record(self, step: int, distance: float) -> bool:
         """Record the distance on the held-out examples; return whether it is the smallest so far."""
         is_best = distance < self.best_distance
-        self._stale_evaluations = 0 if is_best else self._stale_evaluations + 1
+        self._stale = 0 if is_best else self._stale + 1
         self.best_distance = min(distance, self.best_distance)
         if self.has_overshot:
             self._rate_factor *= _RATE_FACTOR
-        is_near = self.best_distance < _NEAR * self.initial_distance
-        if self.may_end_early and self._decay_start == self.steps and is_near:
+        if self.may_end_early and self._decay_start == self.steps and self.best_distance < _NEAR * self.first_distance:
             self._decay_start, self.last_step = step, min(self.steps, step + math.ceil(self.steps / _DECAY_DIVISOR))
         return is_best
 
     @property
     def has_overshot(self) -> bool:
         """Whether the rate is too high: it only worsens a model that lost little, such as a 2:4 language model."""
-        is_stale = self._stale_evaluations > 0 and self._stale_evaluations % _RATE_PATIENCE == 0
-        return is_stale and self.best_distance > self.initial_distance * _FAR
+        return self._stale > 0 and self._stale % _RATE_PATIENCE == 0 and self.best_distance > self.first_distance * _FAR
 
 
 @dataclass(slots=True)
 class OutputMatcher:
-    """Trains the kept weights with Adam to match the outputs of the dense model; zeros stay zero."""
+    """Trains the kept weights with Adam on calibration batches to match the dense outputs; zeros stay zero."""
 
     batches: Sequence[Batch]
-    """The calibration data."""
     network: TrainableModel
     request: PruneRequest
     start: Start = masked

@@ -14,12 +14,10 @@ AHEAD_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class InputCounts:
-    """How often each tensor's inputs are captured in each batch, and their size: tells where a pass may end."""
+    """Captures by tensor and batch number, which tell where a pass may end, and the bytes of all captures by tensor."""
 
     counts: dict[str, dict[int, int]] = field(default_factory=dict)
-    """Captures by tensor and batch number."""
     nbytes: dict[str, int] = field(default_factory=dict)
-    """Bytes of all captured inputs by tensor."""
 
     def add(self, index: int, capture: LayerInput) -> None:
         """Count a capture in a batch."""

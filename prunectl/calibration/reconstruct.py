@@ -237,19 +237,17 @@ class Reconstructor:
                 weights_seen += outputs * features
                 count = drop * weights_seen // size - pruned_count
                 pruned_count += count
-                column_blocks: list[ColumnBlock] = []
+                parts: list[ColumnBlock] = []
                 if isinstance(pattern, NMPattern):
                     channels = features if use.window is None else _input_channels(values, use)
-                    column_blocks = sparsegpt.nm_blocks(features, channels, pattern.zeros, pattern.group)
+                    parts = sparsegpt.nm_blocks(features, channels, pattern.zeros, pattern.group)
                 if self.strategy == "alps":
-                    project = alps.lowest_in(column_blocks) if column_blocks else alps.lowest(count)
+                    project = alps.lowest_in(parts) if parts else alps.lowest(count)
                     gram, target = normal_equations(dense_rows[group], total, pairs.cross_gram[group], self.damp)
                     new[group], pruned[group] = alps.prune_rows(rows[group], gram, target, project)
                     continue
-                column_blocks = column_blocks or sparsegpt.unstructured_blocks(outputs, features, count, self.block)
-                new[group], pruned[group] = sparsegpt.prune_rows(
-                    rows[group], total, column_blocks, self.damp, self.block
-                )
+                parts = parts or sparsegpt.unstructured_blocks(outputs, features, count, self.block)
+                new[group], pruned[group] = sparsegpt.prune_rows(rows[group], total, parts, self.damp, self.block)
             values_now, dropped = scatter_rows(new, use, values_now), scatter_rows(pruned, use, dropped)
         return values_now, dropped
 

@@ -1,8 +1,8 @@
 """What to prune: requests, strategies, schedules, policies, thresholds and plans over NumPy arrays."""
 
 SAMPLES, BATCH_SIZE = 128, 32
-"""How many examples of data are looked at, and how many at a time."""
+"""The number of calibration examples, and the batch size."""
 MATCHED_SAMPLES, MATCHED_BATCH_SIZE = 4096, 64
-"""The same where a model is trained until it answers as it did."""
+"""The number of examples and the batch size for output matching."""
 RANDOM_PREFIX = "random:"
-"""What data begin with that are drawn, and read from nowhere: such a spec never names code."""
+"""The prefix of a data spec for random data: such a spec never names code."""

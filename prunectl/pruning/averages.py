@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds twice: as they were trained, and averaged over the training (EMA, SWA)."""
+"""Checkpoints that hold the weights twice: as trained, and averaged over training (EMA, SWA)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from prunectl.formats.state_dict import AVERAGES, MODEL_ROOTS
 
 
 class Keep(StrEnum):
-    """Which of two copies of the weights stays."""
+    """Which of two copies of the weights is kept."""
 
     EMA = "ema"
     RAW = "raw"
 
 
 def parse_keep(text: str) -> Keep | None:
-    """The copy that a word names; None for no word."""
+    """The copy named by the text; None for an empty text."""
     if text not in {"", *Keep}:
         raise UsageError(f"keep is ema or raw, not {abbreviated(text)!r}")
     return Keep(text) if text else None
@@ -32,22 +32,22 @@ def parse_keep(text: str) -> Keep | None:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """Where both copies lie: in the place where the weights are looked for, and beside it."""
+    """The prefixes of both copies in a checkpoint."""
 
     home: str
+    """The prefix where loaders look for the weights, such as `state_dict`; empty for the top level."""
     other: str
     is_home_average: bool = False
     is_of_part: bool = False
-    """Whether the average is one of a part of the network, as the generator is in a GAN."""
-    more: tuple[str, ...] = ()
-    """Where other averages lie."""
+    """Whether the average is of a part of the network only, such as the generator of a GAN."""
+    more: tuple[str, ...] = ()  # the prefixes of further averages
     is_pipeline: bool = False
-    """Whether each of them is that of another part, in a folder beside it."""
+    """Whether the averages are those of parts of a pipeline, each in a folder beside that of its part."""
 
 
 _FORMATS = frozenset({"torch", "torch-legacy", "safetensors", "diffusers"})
 _WRAPPERS = ("module", "_orig_mod")
-"""What DistributedDataParallel and torch.compile put in front of all names."""
+"""The prefixes that DistributedDataParallel and torch.compile add to all names."""
 _ROOTS = MODEL_ROOTS | {"", *_WRAPPERS}
 _TRAINED = WEIGHTS - {Role.STATE}
 _CURRENT, _STATE = "current_model_state", "state_dict"
@@ -57,7 +57,7 @@ _TOP = "the top level"
 
 
 def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice | None:
-    """Which copy of the weights stays; None where there is one, or where the loader of the file says which it takes."""
+    """Which copy of the weights is kept; None if there is only one, or if the user need not choose."""
     if model.format not in _FORMATS and not model.stream:
         if keep is not None:
             raise UsageError(f"--keep cannot be used: in {model.path}, copies of the weights are not told apart")
@@ -80,7 +80,7 @@ def choose(model: ModelFile, keep: Keep | None, *, is_asked: bool) -> CopyChoice
 
 
 def _refuse_averages_in_parts(model: ModelFile, copies: _Copies | None, keep: Keep | None) -> None:
-    """Refuse a pipeline of which a part that stays holds weights and their average in its one file."""
+    """Refuse a pipeline in which a part that is kept has both the weights and their average in one file."""
     averages = () if copies is None else (copies.other, *copies.more)
     removed = {average.removesuffix(AVERAGED) for average in averages} if keep is Keep.EMA else set(averages)
     for file in parts_in_one_file(model):
@@ -91,7 +91,7 @@ def _refuse_averages_in_parts(model: ModelFile, copies: _Copies | None, keep: Ke
 
 
 def _question(model: ModelFile, copies: _Copies, *, is_part: bool = False) -> UsageError:
-    """Which copy is meant; the average is offered only where it can take the place of the weights."""
+    """The error that asks which copy to keep; the average is offered only if it can replace the weights."""
     average, raw = (copies.home, copies.other) if copies.is_home_average else (copies.other, copies.home)
     some = "some of the weights" if copies.is_of_part else "the weights"
     places = " and ".join(abbreviated(place) or _TOP for place in (average, *copies.more))
@@ -113,15 +113,15 @@ def _question(model: ModelFile, copies: _Copies, *, is_part: bool = False) -> Us
 
 
 def _is_of_yolo(model: ModelFile, copies: _Copies) -> bool:
-    """Whether it is laid out as Ultralytics does it, whose loader takes the average if there is one."""
+    """Whether a file is laid out as by Ultralytics, whose loader takes the average if there is one."""
     return copies.other == "ema" and any(fact.startswith("updates ") for fact in model.about.training)
 
 
 def _find(model: ModelFile) -> _Copies | None:
     if model.format == "diffusers":
         return _find_parts(model)
-    # What callbacks keep counts as training's otherwise, as it does where it is no average.
-    tensors = [replace(one, role=Role.OTHER) if one.name.startswith("callbacks.") else one for one in model.tensors]
+    # Tensors of callbacks have the role of training state, but may be an average here.
+    tensors = [replace(t, role=Role.OTHER) if t.name.startswith("callbacks.") else t for t in model.tensors]
     sections = {tensor.name.partition(".")[0] for tensor in tensors}
     if {_CURRENT, _STATE} <= sections:
         # Lightning's WeightAveraging saves the average as the model.
@@ -133,11 +133,11 @@ def _find(model: ModelFile) -> _Copies | None:
     candidates = [_Copies(home, average) for home, average, _ in averaged_copies(tensors)]
     whole = []
     for copies in candidates:
-        # Several averages, of different decay, do not count against each other.
+        # Other averages, of different decay, do not count as weights that this average lacks.
         others = tuple(f"{other.other}." for other in candidates if other != copies)
         if _is_of_most([tensor for tensor in tensors if not tensor.name.startswith(others)], copies):
             whole.append(copies)
-    # Where in the model a part lies is seen when its average is to take its place.
+    # The part that such an average belongs to is found later, when the average is to replace it.
     parts = [
         replace(copies, home=copies.home.partition(".")[0], is_of_part=True)
         for copies in candidates
@@ -150,7 +150,7 @@ def _find(model: ModelFile) -> _Copies | None:
 def _find_parts(model: ModelFile) -> _Copies | None:
     folders = dict.fromkeys(tensor.name.partition(".")[0] for tensor in model.tensors)
     averaged = {f"{home}{AVERAGED}": home for home in folders if f"{home}{AVERAGED}" in folders}
-    # An average of an average takes the place of nothing.
+    # An average of an average replaces nothing.
     averages = tuple(average for average, home in averaged.items() if home not in averaged)
     if not averages:
         return None
@@ -158,14 +158,14 @@ def _find_parts(model: ModelFile) -> _Copies | None:
 
 
 def _is_dropped(model: ModelFile, copies: _Copies) -> bool:
-    """Whether an average, whatever it is one of, is taken for the same weights once more where nobody asks for it."""
+    """Whether an average, even of unknown weights, counts as a further copy of the weights by its name alone."""
     home, other = (place.partition(".")[0] for place in (copies.home, copies.other))
     is_flat = model.format == "safetensors" and not home
     return other in AVERAGES and home != other and (is_flat or home in MODEL_ROOTS)
 
 
 def _is_of_most(tensors: Sequence[Tensor], copies: _Copies) -> bool:
-    """Whether an average is one of the model, and not a part of a network that happens to be called so."""
+    """Whether an average covers most of the model, and is not a submodule that happens to have such a name."""
     root, average = copies.home.rpartition(".")[2], copies.other.rpartition(".")[2]
     if root not in _ROOTS and not average.startswith(f"{root}_") and not average.endswith(f"_{root}"):
         return False
@@ -184,16 +184,16 @@ def _inside(tensors: Sequence[Tensor], place: str) -> dict[str, Tensor]:
 
 
 def _choice(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoice:
-    """The tensors of the copy that stays, under the names that the class of the network knows."""
-    how = _choice_of_parts if copies.is_pipeline else _choice_in_file
-    return how(model, copies, takes_other=takes_other)
+    """The tensors of the copy to keep, under the names that the class of the network expects."""
+    choose_tensors = _choice_of_parts if copies.is_pipeline else _choice_in_file
+    return choose_tensors(model, copies, takes_other=takes_other)
 
 
 def _choice_in_file(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoice:
-    """The tensors of one copy of two in a file."""
+    """The tensors of one of two copies in a file."""
     others = _inside(model.tensors, copies.other)
     copied = {tensor.name for tensor in others.values()}
-    # Averages of parts go together: none is left beside the weights.
+    # All averages of parts are removed together, so that none is left beside the weights.
     more = copies.more if copies.is_of_part else ()
     outside = [tensor for tensor in model.tensors if tensor.name not in copied]
     home, plain = copies.home, copies.home
@@ -204,33 +204,33 @@ def _choice_in_file(model: ModelFile, copies: _Copies, *, takes_other: bool) -> 
             own = {name.removeprefix(f"{wrapper}."): tensor for name, tensor in own.items()}
     while plain.rpartition(".")[2] in _WRAPPERS:
         plain = plain.rpartition(".")[0]
-    whole = f"--keep {Keep.EMA if copies.is_home_average else Keep.RAW} keeps the copy that is whole"
+    hint = f"--keep {Keep.EMA if copies.is_home_average else Keep.RAW} keeps the copy that is whole"
     if takes_other and more:
         places = " and ".join(abbreviated(place) for place in (copies.other, *more))
-        raise InputError(f"{model.path}: {places} are averages of parts, of which only one could be kept", hint=whole)
+        raise InputError(f"{model.path}: {places} are averages of parts, of which only one could be kept", hint=hint)
     part = ""
     sources: dict[str, str] = {}
     if takes_other and copies.is_of_part:
         fitting = _sources_of_part(own, others)
         if len(fitting) > 1:
             places = " and ".join(abbreviated(place) or _TOP for place in sorted(fitting))
-            raise InputError(f"{model.path}: the average under {copies.other} fits {places} alike", hint=whole)
+            raise InputError(f"{model.path}: the average under {copies.other} fits {places} alike", hint=hint)
         sources = next(iter(fitting.values()), {})
         part = _common_part(sources)
     elif takes_other:
         sources = _sources(own, others)
     if takes_other and not sources:
         raise InputError(
-            f"{model.path}: the tensors under {copies.other} have other names or shapes than the weights", hint=whole
+            f"{model.path}: the tensors under {copies.other} have other names or shapes than the weights", hint=hint
         )
     lacking = [name for name in own if name not in sources and own[name].role is not Role.MASK] if takes_other else []
-    # Of a part of the network, the average may lack all others, but nothing of this one.
+    # An average of a part may lack everything outside this part, but nothing in it.
     kernels = [name for name in lacking if own[name].role in _KERNELS and name.startswith(part)]
     if kernels:
         raise InputError(
             f"{model.path}: {abbreviated(kernels[0])} has no counterpart of its shape under {copies.other}, so that "
             "what is kept would be a mixture of both copies",
-            hint=whole,
+            hint=hint,
         )
     prefix = f"{plain}." if plain else ""
     return CopyChoice(
@@ -244,13 +244,13 @@ def _choice_in_file(model: ModelFile, copies: _Copies, *, takes_other: bool) -> 
 
 
 def _choice_of_parts(model: ModelFile, copies: _Copies, *, takes_other: bool) -> CopyChoice:
-    """For all parts of a pipeline that have an average the one or the other."""
+    """The tensors of one of two copies of all parts of a pipeline that have an average."""
     names: dict[str, str] = {}
     sources: dict[str, str] = {}
     for other in (copies.other, *copies.more) if takes_other else ():
         home = other.removesuffix(AVERAGED)
         own, others = _inside(model.tensors, home), _inside(model.tensors, other)
-        # Masks, gradients and the state of an optimizer may lie beside one of them alone.
+        # Only one of the copies may have masks, gradients or optimizer state beside it.
         plain, averaged = safetensors.weight_names(own), safetensors.weight_names(others)
         shapes = {weight: own[name].shape for weight, name in plain.items()}
         if not shapes or shapes != {weight: others[name].shape for weight, name in averaged.items()}:
@@ -265,9 +265,9 @@ def _choice_of_parts(model: ModelFile, copies: _Copies, *, takes_other: bool) ->
 
 
 def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, str]:
-    """For the tensors of one copy those of the other, whose names may have more in front, or no dots (as in LDM).
+    """From tensors of one copy to those of the other, whose names may have a prefix, or no dots (as in LDM).
 
-    Where several fit, as in EMA of ema-pytorch, which holds the raw model as well, it is the one that is called so.
+    If several fit, as in the EMA of ema-pytorch, which also holds the raw model, the one whose name says EMA is taken.
     """
     plain_names = {name: _weight(name, own).replace(".", "") for name in own}
     joined = Counter(plain_names.values())
@@ -281,22 +281,22 @@ def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[st
             if plain and joined[key] == 1 and own[plain].shape == other.shape:
                 fitting.setdefault(plain, []).append((any(map(is_average, parts[:skip])), other.name))
                 break
-    called = {
-        plain: [name for is_called, name in names if is_called or len(names) == 1] for plain, names in fitting.items()
+    averages = {
+        plain: [name for is_named, name in names if is_named or len(names) == 1] for plain, names in fitting.items()
     }
-    return {plain: names[0] for plain, names in called.items() if len(names) == 1}
+    return {plain: names[0] for plain, names in averages.items() if len(names) == 1}
 
 
 def _weight(name: str, names: Container[str]) -> str:
-    """A name without what pruning of PyTorch adds to it while a mask lies beside it."""
+    """A name without the `_orig` that torch.nn.utils.prune adds to a masked weight."""
     weight = name.removesuffix("_orig")
     return weight if f"{weight}_mask" in names else name
 
 
 def _sources_of_part(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """For each part into which the whole average fits, by its prefix, the sources of its tensors.
+    """For the prefix of each part that the whole average fits: from names in the part to tensors of the average.
 
-    The names of the average may begin at the part, and may have more in front.
+    The names of the average begin at the part, or have a prefix before that.
     """
     at: dict[tuple[str, tuple[int, ...]], dict[str, str]] = {}
     for name, tensor in own.items():
@@ -304,7 +304,7 @@ def _sources_of_part(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) ->
         for skip in range(min(MOST_ROOTS + 1, len(parts))):
             at.setdefault(("".join(parts[skip:]), tensor.shape), {})[".".join(parts[:skip])] = name
     averaged = {tuple(_weight(name, others).split(".")): other for name, other in others.items()}
-    # What counts updates has no place in the network.
+    # A counter of updates is not part of the network.
     whole = [name for name, other in averaged.items() if other.size > 1 and other.role is not Role.MASK]
     for skip in range(MOST_ROOTS + 1):
         keys = {name: ("".join(name[skip:]), other.shape) for name, other in averaged.items() if name[skip:]}
@@ -321,10 +321,10 @@ def _sources_of_part(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) ->
 
 
 def _common_part(names: Iterable[str]) -> str:
-    """What the names of several layers begin with, and a dot behind it; a layer by itself is no part."""
+    """The common prefix of the names of several layers, with a dot; empty for a single layer."""
     layers = {name.rpartition(".")[0] for name in names}
     if len(layers) < 2:
         return ""
-    # Sorted, those between begin with what the first and the last have in common.
+    # The common prefix of the first and the last name in order is that of all names.
     common = common_entry(min(layers), max(layers))
     return f"{common}." if common else ""

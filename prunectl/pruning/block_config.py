@@ -1,4 +1,4 @@
-"""Configs of model folders for fewer blocks: what counts them, and all that stands in lists or by number for each."""
+"""Adapt the config of a model folder to fewer blocks: counts, lists with an item for each block, block numbers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LISTS = frozenset(
         *("num_kv_heads", "ffn_multipliers", "activation_sparsity_pattern", "attn_layer_types", "hybrid_layer_pattern"),
     }
 )
-"""Lists in a config that have an item for each block."""
+"""Keys of lists with an item for each block."""
 NUMBERS = frozenset({"mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices"})
-"""Lists of the numbers of blocks."""
+"""Keys of lists of block numbers."""
 BOUNDS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
-"""How many of the first blocks are of another kind."""
+"""Keys of the number of first blocks that are of another kind."""
 PERIODS = {
     "decoder_sparse_step": "mlp_layer_types",
     "full_attention_interval": "layer_types",
@@ -38,81 +38,81 @@ PERIODS = {
     "expert_layer_period": "",
     "scale_attn_by_inverse_layer_idx": "",
 }
-"""What makes a block another by its number, each with the list that says it instead where there is one."""
+"""Keys by which the number of a block decides its kind; each with the list that overrides it, if any."""
 _NOT_BY_BLOCK = re.compile(r"architectures|.*(_ids?|_tokens|_token_id|_token_ids)")
-"""Lists that may be as long as there are blocks by chance."""
+"""Keys of lists whose length may equal the number of blocks by chance."""
 _PLAIN_NAME = re.compile(r"[\w.-]+")
-"""A name of a module, and no regular expression of names."""
+"""A module name, as opposed to a regular expression for module names."""
 _SHARED = ("num_kv_shared_layers",)
-"""What ties the last blocks to others, which can then not go."""
+"""Keys of blocks that share keys and values with others, so that none can be removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCut:
-    """A stack of the model, and the numbers of the blocks that go."""
+    """A stack of blocks, and the numbers of the blocks to remove, in ascending order."""
 
     stack: Stack
     count: int
     removed: tuple[int, ...]
-    """In order."""
     pattern: re.Pattern[str]
+    """Matches names in the stack; the first group is the block number."""
 
     @property
     def kept(self) -> list[int]:
-        """The numbers of those that stay."""
-        gone = set(self.removed)
-        return [number for number in range(self.count) if number not in gone]
+        """The numbers of the blocks that are kept."""
+        removed = set(self.removed)
+        return [number for number in range(self.count) if number not in removed]
 
     @property
     def is_at_end(self) -> bool:
-        """Whether every block that stays keeps its number."""
+        """Whether every kept block keeps its number."""
         return self.kept == list(range(len(self.kept)))
 
     def new_number(self, number: int) -> int:
-        """The number of a block once those before it are gone."""
+        """The number of a kept block after the removal."""
         return number - bisect_left(self.removed, number)
 
 
 def shortened(
     model: ModelFile, config: Mapping[str, Any], family: ModelFamily, cuts: Sequence[BlockCut]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config of the model without these blocks, and a sentence about what was changed in it."""
+    """The config of the model without these blocks, and a note on what was changed in it."""
     new = copy.deepcopy(dict(config))
     changed: list[str] = []
     for cut in cuts:
         owner, _, key = cut.stack.key.rpartition(".")
-        place: dict[str, Any] = lookup(new, owner) if owner else new
+        target: dict[str, Any] = lookup(new, owner) if owner else new
         old = lookup(config, owner) if owner else config
         _refuse_by_number(model, old, config, family, cut)
-        # What is counted by another key until now gets its own; what says the same number elsewhere says the new one.
+        # A stack counted by the key of this one until now gets its own key; aliases of this key get the new number.
         own = {stack.key.rpartition(".")[2] for stack in family.stacks}
         aliases = COUNTS - own if cut.stack is family.stacks[0] else frozenset()
         for other in family.stacks:
             if other.default_key == key and lookup(config, other.key) is None:
-                place[other.key] = cut.count
+                target[other.key] = cut.count
         for name in (key, *sorted(name for name in aliases if old.get(name) == cut.count)):
-            place[name] = len(cut.kept)
+            target[name] = len(cut.kept)
             changed.append(f"{name} {cut.count} -> {len(cut.kept)}")
-        changed += _shorten_lists(model, place, cut, own)
+        changed += _shorten_lists(model, target, cut, own)
         if not cut.is_at_end:
             changed += _renumber_names(model, new, cut)
     return new, (f"{CONFIG} was changed: {', '.join(changed)}.",)
 
 
-def _shorten_lists(model: ModelFile, place: dict[str, Any], cut: BlockCut, counts: Collection[str]) -> list[str]:
+def _shorten_lists(model: ModelFile, config: dict[str, Any], cut: BlockCut, counts: Collection[str]) -> list[str]:
     changed = []
-    for key, value in place.items():
+    for key, value in config.items():
         if key in BOUNDS and type(value) is int and value < cut.count:
-            place[key] = sum(1 for number in cut.kept if number < value)
-            changed += [f"{key} {value} -> {place[key]}"] if place[key] != value else []
+            config[key] = sum(1 for number in cut.kept if number < value)
+            changed += [f"{key} {value} -> {config[key]}"] if config[key] != value else []
         elif not isinstance(value, list) or key in counts:
             continue
         elif key in NUMBERS:
-            gone = set(cut.removed)
-            place[key] = [cut.new_number(number) for number in value if type(number) is int and number not in gone]
-            changed += [key] if place[key] != value else []
+            removed = set(cut.removed)
+            config[key] = [cut.new_number(number) for number in value if type(number) is int and number not in removed]
+            changed += [key] if config[key] != value else []
         elif key in LISTS and len(value) == cut.count:
-            place[key] = [value[number] for number in cut.kept]
+            config[key] = [value[number] for number in cut.kept]
             changed.append(f"{key} (an item for each block)")
         elif len(value) == cut.count and not _NOT_BY_BLOCK.fullmatch(key):
             raise InputError(
@@ -123,7 +123,7 @@ def _shorten_lists(model: ModelFile, place: dict[str, Any], cut: BlockCut, count
 
 
 def _renumber_names(model: ModelFile, config: dict[str, Any], cut: BlockCut) -> list[str]:
-    """Give names of blocks anywhere in a config their new numbers, as `modules_to_not_convert` has them."""
+    """Renumber the names of blocks anywhere in a config, such as in `modules_to_not_convert`."""
     changed = []
     for key, value in config.items():
         new = _renumbered(model, value, cut)
@@ -134,7 +134,7 @@ def _renumber_names(model: ModelFile, config: dict[str, Any], cut: BlockCut) -> 
 
 
 def _renumbered(model: ModelFile, value: Any, cut: BlockCut) -> Any:
-    """A value with other numbers in the names of blocks; in lists and as keys, names of removed ones are left out."""
+    """A config value with renumbered block names; names of removed blocks in lists and keys are left out."""
     if isinstance(value, str):
         new = _new_name(model, value, cut)
         if new is None:
@@ -150,14 +150,14 @@ def _renumbered(model: ModelFile, value: Any, cut: BlockCut) -> Any:
 
 
 def _new_name(model: ModelFile, text: str, cut: BlockCut) -> str | None:
-    """What a name of a block, or of a part of it, is now; None where the block is gone."""
+    """The new name of a block or of a part of it; None if the block is removed. Other text is returned unchanged."""
     if match := cut.pattern.search(f"{text}."):
         number = int(match[1])
         if _PLAIN_NAME.fullmatch(text):
-            gone = number in cut.removed
-            return None if gone else f"{text[: match.start(1)]}{cut.new_number(number)}{text[match.end(1) :]}"
+            is_removed = number in cut.removed
+            return None if is_removed else f"{text[: match.start(1)]}{cut.new_number(number)}{text[match.end(1) :]}"
         raise _named_by_number(model, text)
-    # Names are written as regular expressions too: `re:.*layers\\.(0|3)\\..*`.
+    # Names may also be written as regular expressions: `re:.*layers\\.(0|3)\\..*`.
     if re.search(rf"(?<![A-Za-z0-9_]){cut.stack.prefix}\\?\.[\[(\d]", text):
         raise _named_by_number(model, text)
     return text
@@ -172,23 +172,23 @@ def _named_by_number(model: ModelFile, text: str) -> InputError:
 
 
 def _refuse_by_number(
-    model: ModelFile, place: Mapping[str, Any], config: Mapping[str, Any], family: ModelFamily, cut: BlockCut
+    model: ModelFile, owner: Mapping[str, Any], config: Mapping[str, Any], family: ModelFamily, cut: BlockCut
 ) -> None:
-    """Refuse to give blocks new numbers where the number makes them what they are."""
+    """Refuse to renumber blocks if the number of a block decides its kind."""
     for key in _SHARED:
-        if place.get(key):
+        if owner.get(key):
             raise InputError(f"the {CONFIG} of {model.folder} lets blocks share their keys ({key}): none can go")
     if cut.is_at_end:
         return
     reasons = [
         key
         for key, instead in PERIODS.items()
-        if _is_period(place.get(key)) and not isinstance(place.get(instead), list)
+        if _is_period(owner.get(key)) and not isinstance(owner.get(instead), list)
     ]
-    # What sees as well has in it a model of language, of a family of its own.
-    is_own = place is config or "model_type" not in place
-    inner = family if is_own else family_of(str(place.get("model_type")))
-    if inner is None or (inner.needs and not isinstance(place.get(inner.needs), list)):
+    # A vision-language model has the config of its language model inside, which is of another family.
+    is_own = owner is config or "model_type" not in owner
+    inner = family if is_own else family_of(str(owner.get("model_type")))
+    if inner is None or (inner.needs and not isinstance(owner.get(inner.needs), list)):
         reasons.append(f"no {inner.needs}" if inner is not None else "an unknown model_type in it")
     if reasons:
         raise InputError(

@@ -1,7 +1,7 @@
-"""Depth pruning: whole blocks out of a model folder, with its config and the numbers in its names put right.
+"""Depth pruning: remove whole blocks from a model folder, and adapt its config and the block numbers in names.
 
-ShortGPT (Men et al. 2024) and LaCo showed how little many of the later blocks do. Nothing is loaded or run: tensors are
-copied under their new names, a file at a time.
+ShortGPT (Men et al. 2024) and LaCo showed how little many of the later blocks contribute. No model is built: tensors
+are copied under their new names, file by file; only block influence runs the model.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ STRATEGIES = {
     EVEN: "blocks at even distances, the first and the last kept",
     INFLUENCE: "blocks that change least of what goes through them, as --data shows",
 }
-"""Which blocks go where they are not named."""
+"""The strategies that choose blocks, if --layers does not name them."""
 Measure = Callable[[ModelFile], tuple[Sequence[float], tuple[str, ...]]]
-"""The influence of each block, and notes on the data that showed it."""
+"""Measures the influence of each block; also returns notes on the data."""
 _EXTRA = "num_nextn_predict_layers"
-"""Blocks behind the counted ones that predict further tokens (DeepSeek's MTP)."""
+"""Key of the number of blocks after the counted ones that predict further tokens (DeepSeek's MTP)."""
 _RANGE = re.compile(r"(?:([a-z]+):)?(\d{1,6})(?:-(\d{1,6}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class RemovedBlocks:
-    """What went out of one stack."""
+    """The blocks that were removed from one stack."""
 
     name: str
-    """What stands before the numbers of its blocks."""
+    """The prefix before the block numbers, such as `model.layers`."""
     before: int
     removed: tuple[int, ...]
 
@@ -74,7 +74,7 @@ class BlocksPruned:
     before: ModelStats
     after: ModelStats
     notes: tuple[str, ...] = ()
-    """What of the config was changed, each a sentence."""
+    """Notes for the user, such as on changes of the config."""
 
     def record(self) -> Mapping[str, object]:
         """The removed blocks, as a manifest lists them."""
@@ -89,7 +89,7 @@ def prune_blocks(
     has_digests: bool = False,
     measure: Measure | None = None,
 ) -> BlocksPruned:
-    """Take blocks out of a model folder; without an output nothing is written."""
+    """Remove blocks from a model folder; without an output nothing is written."""
     check(request)
     model = open_model(path)
     _check_model(model, output)
@@ -97,25 +97,25 @@ def prune_blocks(
     config = read_config(model, CONFIG)
     family = _family(model, config)
     influence: Sequence[float] = ()
-    seen: tuple[str, ...] = ()
+    data_notes: tuple[str, ...] = ()
     if measure is not None and _strategy(request) == INFLUENCE:
-        # What cannot be removed is told before anything runs.
+        # Refuses an impossible request before the model is run.
         _cuts(model, config, family, request, ())
         with unchanged(model.states):
-            influence, seen = measure(model)
+            influence, data_notes = measure(model)
     cuts = _cuts(model, config, family, request, influence)
     names = new_names(model.tensors, cuts)
     new_config, notes = shortened(model, config, family, cuts)
-    notes = (*notes, *seen, *_note_influence(influence, cuts))
+    notes = (*notes, *data_notes, *_note_influence(influence, cuts))
     stacks = tuple(RemovedBlocks(_shown(model, cut), cut.count, cut.removed) for cut in cuts)
     before = _stats(model)
     if output is None:
         kept = [tensor for tensor in model.tensors if tensor.name in names]
         with unchanged(model.states):
             after = measure_stats(model, kept, has_channels=False, has_zeros=model.nbytes <= outputs.BIG_BYTES)
-        gone = sum(tensor.nbytes for tensor in model.tensors) - sum(tensor.nbytes for tensor in kept)
+        saved = sum(tensor.nbytes for tensor in model.tensors) - sum(tensor.nbytes for tensor in kept)
         return BlocksPruned(
-            request, stacks, before, replace(after, path="the result", bytes=SizeStats(before.bytes.raw - gone)), notes
+            request, stacks, before, replace(after, path="the result", bytes=SizeStats(before.bytes.raw - saved)), notes
         )
     with outputs.staging_dir(model, output, {Path(CONFIG)}) as (folder, target):
         _write_weights(model, names, folder)
@@ -131,9 +131,9 @@ def prune_blocks(
 
 
 def _stats(model: ModelFile, *, beside: int = 0) -> ModelStats:
-    """Sizes and parameters: what is copied as it is need not be read for the zeros in it, where that takes long.
+    """Sizes and parameters; the zeros of a big model are not counted, since its tensors are copied unchanged.
 
-    What is left of a big model is measured as little as the model, beside which it is shown.
+    The output of a big model is measured in the same way as the model, beside which it is shown.
     """
     if max(model.nbytes, beside) <= outputs.BIG_BYTES:
         return stats_for_report(model)
@@ -141,7 +141,7 @@ def _stats(model: ModelFile, *, beside: int = 0) -> ModelStats:
 
 
 def check(request: PruneRequest) -> None:
-    """Refuse options that do not go with blocks, before a file is opened."""
+    """Refuse options that cannot be used with depth pruning, before a file is opened."""
     plain = PruneRequest()
     others = {"--scope": "scope", "--policy": "policy", "--nan": "nan", "--param": "params", "--pack": "is_packed"}
     for option, field in others.items():
@@ -170,7 +170,7 @@ def check(request: PruneRequest) -> None:
 
 
 def _strategy(request: PruneRequest) -> str:
-    """Which blocks go where they are not named: the last ones unless it is said."""
+    """The strategy that chooses blocks: by default the last ones."""
     name = LAST if request.strategy == PruneRequest().strategy else request.strategy
     if name not in STRATEGIES:
         raise UsageError(
@@ -203,7 +203,7 @@ def _check_model(model: ModelFile, output: Destination | None) -> None:
             f"--pattern layers needs a model folder with its {CONFIG}, but {model.path} is a file",
             hint="name the folder",
         )
-    # By content: a pickle may have the name of safetensors, and is opened as what it is.
+    # By content, since a pickle may have the suffix of safetensors.
     odd = [file for file in _weight_files(model) if file.suffix != _SUFFIX or recognise(file).name != "safetensors"]
     if odd:
         name = model.path.name if odd[0].suffix != _SUFFIX else f"{odd[0].name}, which holds something else"
@@ -238,7 +238,7 @@ def _family(model: ModelFile, config: Mapping[str, Any]) -> ModelFamily:
 
 
 def _note_influence(influence: Sequence[float], cuts: Sequence[BlockCut]) -> tuple[str, ...]:
-    """Say how little the removed blocks did, beside those that are kept."""
+    """A note with the influence of the removed blocks, and the least influence of a kept one."""
     if not influence:
         return ()
     removed = {number for cut in cuts for number in cut.removed}
@@ -254,7 +254,7 @@ def _cuts(
     request: PruneRequest,
     influence: Sequence[float],
 ) -> list[BlockCut]:
-    """Which blocks go, held against the blocks that there are."""
+    """The blocks to remove from each stack, checked against the blocks that the model has."""
     stacks = {stack.name: (stack, _count(model, config, stack)) for stack in family.stacks}
     shown = ", ".join(f"{name} ({count})" for name, (_, count) in stacks.items())
     last = list(stacks)[-1]
@@ -288,7 +288,7 @@ def _cuts(
 
 
 def chosen(strategy: str, count: int, number: int, influence: Sequence[float] = ()) -> set[int]:
-    """Which of so many blocks go by a strategy.
+    """The numbers of the blocks that a strategy removes.
 
     >>> sorted(chosen("even", 12, 4))
     [2, 4, 7, 9]
@@ -297,7 +297,7 @@ def chosen(strategy: str, count: int, number: int, influence: Sequence[float] = 
         return set(sorted(range(count), key=influence.__getitem__)[:number])
     if strategy == LAST:
         return set(range(count - number, count))
-    # The first and the last block do most, and stay as long as others can go.
+    # The first and the last block contribute most, and are kept as long as others can be removed.
     first, inner = (1, count - 2) if number <= count - 2 else (0, count)
     return {first + int((place + 0.5) * inner / number) for place in range(number)}
 
@@ -319,7 +319,7 @@ def _count(model: ModelFile, config: Mapping[str, Any], stack: Stack) -> int:
 
 
 def _shown(model: ModelFile, cut: BlockCut) -> str:
-    """What stands before the numbers of a stack, as the tensors have it."""
+    """The prefix before the block numbers of a stack, as in the names of the tensors."""
     for tensor in model.tensors:
         if match := cut.pattern.search(tensor.name):
             return tensor.name[: match.start(1) - 1]
@@ -327,15 +327,15 @@ def _shown(model: ModelFile, cut: BlockCut) -> str:
 
 
 def new_names(tensors: Sequence[Tensor], cuts: Sequence[BlockCut]) -> dict[str, str]:
-    """What the tensors that stay are called, by their names so far."""
+    """The new names of the kept tensors, by their old names."""
     names = {tensor.name: tensor.name for tensor in tensors}
     for cut in cuts:
-        first, parts, gone = cut.kept[0], cut.stack.first_only, set(cut.removed)
+        first, parts, removed = cut.kept[0], cut.stack.first_only, set(cut.removed)
         matches = {name: match for name in names if (match := cut.pattern.search(name)) is not None}
         has_own = any(int(match[1]) == first and parts in name for name, match in matches.items()) if parts else True
         for name, match in matches.items():
             number = int(match[1])
-            if number not in gone:
+            if number not in removed:
                 names[name] = f"{name[: match.start(1)]}{cut.new_number(number)}{name[match.end(1) :]}"
             elif number != 0 or has_own or parts not in name:
                 del names[name]
@@ -343,26 +343,26 @@ def new_names(tensors: Sequence[Tensor], cuts: Sequence[BlockCut]) -> dict[str, 
 
 
 def _write_weights(model: ModelFile, names: Mapping[str, str], folder: Path) -> None:
-    """Write each file of weights without what goes, and the index; a file that would be empty is left out."""
+    """Write each file of weights without the removed tensors, and the index; empty files are left out."""
     by_file: dict[Path, list[Tensor]] = {file: [] for file in _weight_files(model)}
     for tensor in model.tensors:
         if tensor.name in names and tensor.storage.extent is not None:
             by_file[tensor.storage.extent.path].append(tensor)
     filled = {file: tensors for file, tensors in by_file.items() if tensors}
-    called = {file: file.name for file in filled}
+    file_names = {file: file.name for file in filled}
     if len(filled) < len(by_file):
         numbers = re.compile(r"-\d+-of-\d+(?=\.safetensors$)")
-        called = {
+        file_names = {
             file: numbers.sub(f"-{number:05}-of-{len(filled):05}", file.name) for number, file in enumerate(filled, 1)
         }
     for file, tensors in filled.items():
         entries = [unchanged_entry(tensor, names[tensor.name]) for tensor in sorted(tensors, key=_offset)]
-        write_entries(folder / called[file], header_without_tensors(file), entries)
+        write_entries(folder / file_names[file], header_without_tensors(file), entries)
     if model.format != "shards":
         return
     index = read_object(model.path, "the index")
     kept = [tensor for tensors in filled.values() for tensor in tensors]
-    owners = {names[tensor.name]: called[file] for file, tensors in filled.items() for tensor in tensors}
+    owners = {names[tensor.name]: file_names[file] for file, tensors in filled.items() for tensor in tensors}
     metadata = index.get("metadata")
     totals = {"total_size": sum(tensor.nbytes for tensor in kept), "total_parameters": sum(t.size for t in kept)}
     if isinstance(metadata, dict):
@@ -376,7 +376,7 @@ def _offset(tensor: Tensor) -> int:
 
 
 def _verify(model: ModelFile, names: Mapping[str, str], result: ModelFile) -> None:
-    """Compare what was written with what it comes from, bit by bit."""
+    """Compare the written tensors with those of the input, bit by bit."""
     written = {tensor.name: tensor for tensor in result.tensors}
     if odd := written.keys() ^ set(names.values()):
         raise WorkError(f"{min(odd)} is missing or unexpected in the output; nothing was written")

@@ -1,4 +1,4 @@
-"""What can be named on the command line, built in and installed: strategies, schedules, policies and formats."""
+"""The strategies, schedules, policies and formats that an option can name, built in and installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = {"strategies": "strategy", "schedules": "schedule", "policies": "policy
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A name, and what is behind it."""
+    """A name that an option can take, where it comes from, and a summary."""
 
     kind: str
     name: str

@@ -1,8 +1,8 @@
-"""Weight clustering: few distinct values a tensor, found by Lloyd's k-means (Han et al. 2016, Deep Compression).
+"""Weight clustering (Deep Compression, Han et al. 2016): few distinct values in each tensor, found by k-means.
 
-A tensor of K values compresses well, and zeros stay zeros. The first centroids are those of tfmot's clustering, which
-stops there and lets training move them; here Lloyd's iterations (Lloyd 1982) move each to the mean of its weights
-until none changes its cluster.
+A tensor of K values compresses well, and zeros stay zero. The initial centroids are those of tfmot, which stops there
+and lets training move them. Here Lloyd's iterations (Lloyd 1982) move each centroid to the mean of its weights until no
+weight changes its cluster.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from prunectl.pruning.masks import Mask
 from prunectl.pruning.strategies import uniform_numbers
 
 MAX_CLUSTERS = 1 << 16
-"""A code of 16 bits; more values than that are no code book."""
+"""As many values as a 16-bit code has."""
 MAX_ITERATIONS = 300
 _GRID, _GAP, _LEAST_SHARE = 30, 0.01, 0.01
-"""Of tfmot's cumulative distribution: how many points it is taken at, how far it reaches beyond the weights, and the
-share that the first centroid stands for."""
+"""Of tfmot's density start: the points of the cumulative distribution, how far they reach beyond the weights, and the
+share of weights below the first centroid."""
 Wide = NDArray[np.float64]
 Blocks = Iterator[tuple[Array, Mask]]
 
 
 class Start(StrEnum):
-    """Where the centroids begin."""
+    """How the centroids are initialised."""
 
     LINEAR = "linear"
-    """Evenly from the smallest weight to the largest, as Han et al. found best."""
+    """Evenly spaced from the smallest weight to the largest, which Han et al. found best."""
     RANDOM = "random"
-    """Uniformly between the smallest weight and the largest."""
+    """Drawn uniformly between the smallest weight and the largest."""
     DENSITY = "density"
-    """Where the cumulative distribution of the weights passes even steps."""
+    """At evenly spaced quantiles of the weights."""
     KMEANS_PLUS_PLUS = "kmeans++"
-    """At weights, each drawn by its squared distance from those before (Arthur & Vassilvitskii 2007)."""
+    """At weights drawn with a probability by squared distance from earlier ones (Arthur & Vassilvitskii 2007)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
-    """How many distinct values each tensor keeps, and where they are sought first."""
+    """The number of distinct values of each tensor, and how the centroids are initialised."""
 
     count: int
-    """Zero is one of them in a tensor that has zeros."""
+    """In a tensor with zeros, zero is one of them."""
     start: Start = Start.LINEAR
 
 
 def parse(text: str) -> Clustering:
-    """What `16` or `16:kmeans++` asks for."""
+    """Parse `16` or `16:kmeans++`."""
     number, sign, start = text.partition(":")
     starts = [str(member) for member in Start]
     if (sign and start not in starts) or not (number.isascii() and number.isdecimal()):
@@ -69,8 +69,8 @@ def parse(text: str) -> Clustering:
 
 
 def clustered(make: Callable[[], Blocks], clustering: Clustering, name: str, seed: int) -> Blocks:
-    """Yield the blocks of a tensor with every weight that is kept replaced by the centroid nearest to it."""
-    # Made once, as scores and reconstructions may take long; each block is valid until the next.
+    """Yield the blocks of a tensor with every kept weight replaced by the nearest centroid."""
+    # Computed once, since scoring may take long, and copied, since each block is valid only until the next.
     pruned = [(block.copy(order="C"), dropped.copy()) for block, dropped in make()]
     kept = [block[_is_clustered(block)] for block, _ in pruned]
     values = np.sort(np.concatenate(kept).astype(np.float64)) if kept else np.empty(0)
@@ -95,9 +95,9 @@ def codebook(
     dtype: np.dtype[Any],
     iterations: int = MAX_ITERATIONS,
 ) -> Wide:
-    """The centroids of sorted weights in rising order, none of them zero as it is stored.
+    """The centroids of sorted weights in ascending order, none of which is zero in the stored data type.
 
-    Chance is a number from 0 to 1 for each centroid, for those that begin at random.
+    `uniform` has a random number from 0 to 1 for each centroid, for random initialisation.
     """
     count = clustering.count - has_zeros
     distinct = np.unique(values)
@@ -109,17 +109,17 @@ def codebook(
     for _ in range(iterations):
         counts = np.diff(bounds)
         means = np.divide(np.diff(sums[bounds]), counts, out=centroids.copy(), where=counts > 0)
-        # A cluster that has no weights stays where it was, which may be behind its neighbours now.
+        # The centroid of an empty cluster does not move, so that the order may change.
         centroids = np.sort(means)
-        moved = _bounds(values, centroids)
-        if np.array_equal(moved, bounds):
+        new_bounds = _bounds(values, centroids)
+        if np.array_equal(new_bounds, bounds):
             break
-        bounds = moved
+        bounds = new_bounds
     return _move_off_zero(values, centroids, bounds, dtype)
 
 
 def initial_centroids(values: Wide, clustering: Clustering, uniform: Wide, *, has_zeros: bool) -> Wide:
-    """The first centroids, as tfmot has them: beside a zero, negative and positive weights get their share."""
+    """The initial centroids, as in tfmot: if there are zeros, negative and positive weights each get their share."""
     start = _STARTS[clustering.start]
     if not has_zeros:
         return start(values, uniform, _GAP)
@@ -130,24 +130,24 @@ def initial_centroids(values: Wide, clustering: Clustering, uniform: Wide, *, ha
 
 
 def nearest(values: Wide, centroids: Wide) -> NDArray[np.intp]:
-    """Index of the centroid nearest to each weight; half way, the lower one."""
+    """Index of the nearest centroid of each weight; the lower one of two equally near."""
     return np.searchsorted((centroids[:-1] + centroids[1:]) / 2, values, side="left")
 
 
 def _is_clustered(block: Array) -> Mask:
-    """Mark what is kept and is a number: zeros stay zeros, and NaN and infinity what they are."""
+    """Mask of the weights that are clustered: not zeros, NaN or infinity."""
     mask: Mask = nonzero_mask(block) & np.isfinite(block)
     return mask
 
 
 def _bounds(values: Wide, centroids: Wide) -> NDArray[np.intp]:
-    """Where in the sorted weights each cluster begins, and where the last one ends."""
+    """The indices in the sorted weights at which each cluster begins and the last one ends."""
     inner = np.searchsorted(values, (centroids[:-1] + centroids[1:]) / 2, side="right")
     return np.concatenate(([0], inner, [values.size]))
 
 
 def _move_off_zero(values: Wide, centroids: Wide, bounds: NDArray[np.intp], dtype: np.dtype[Any]) -> Wide:
-    """Move a centroid that is zero to its smallest weight: what was kept stays kept."""
+    """Move a centroid that is zero to its smallest weight, so that kept weights stay nonzero."""
     for cluster in np.flatnonzero(centroids.astype(dtype).astype(np.float64) == 0):
         own = values[bounds[cluster] : bounds[cluster + 1]]
         if own.size:
@@ -163,7 +163,7 @@ def _by_density(values: Wide, uniform: Wide, gap: float) -> Wide:
 
 
 def _gap(values: Wide) -> float:
-    """How far beyond the weights of one sign the distribution is taken: never beyond zero."""
+    """How far the points of the distribution reach beyond the weights of one sign, without reaching zero."""
     return float(min(_GAP, *np.abs(values[[0, -1]]) / 2)) if values.size else _GAP
 
 

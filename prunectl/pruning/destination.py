@@ -1,4 +1,4 @@
-"""Destinations: where an output goes, and the staging folder that it is written in."""
+"""Destinations: where an output goes, and the staging folder in which it is written."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import FORMATS, SUFFIXES, by_name, load, open_model, require
 
 _ANYTHING = frozenset({"", ".bin", ".json", ".index"})
-"""Suffixes that promise nothing, though some formats have them."""
+"""Suffixes that do not promise a format, though some formats use them."""
 _TAKEN = frozenset({"torch", "safetensors", "numpy", *sys.stdlib_module_names, *keyword.kwlist})
-"""A file so called would hide a module that others import, or could not be imported itself."""
+"""Names that a Python file should not have: it would shadow a module, or could not be imported."""
 BIG_BYTES = 16 << 20
-"""Above it, compressing for the report would take much longer than the work."""
+"""Above this size, compressing for the report would take much longer than the pruning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """An output path, and whether it may exist already."""
+    """An output path, whether it may exist already, and what happens to the output after it is written."""
 
     target: Path
     is_forced: bool = False
     is_in_place: bool = False
     to_stdout: bool = False
-    """Whether it is sent on from there as one run of bytes."""
+    """Whether the file at `target` is then sent to standard output."""
     url: str = ""
-    """Where it is uploaded to from there."""
+    """The URL to which `target` is then uploaded; empty for a local output."""
     then: list[Callable[[], object]] = field(default_factory=list)
-    """What is done once it is where it goes, such as writing the record of it."""
+    """Functions to call once the output is in its final place, such as one that writes the manifest."""
 
 
 def check(model: ModelFile, output: Destination | None) -> None:
@@ -50,25 +50,25 @@ def check(model: ModelFile, output: Destination | None) -> None:
 
 
 def _source(model: ModelFile, output: Destination) -> ModelFile:
-    """The model as an output sees it: of a folder, but not where one of its files is written by a name of its own."""
+    """The model to write: with its folder, unless the output is a single file with a name of its own."""
     is_file = output.is_in_place or output.to_stdout or output.target.suffix.lower() in SUFFIXES
     return replace(model, folder=None) if is_file else model
 
 
 def planned_files(model: ModelFile, target: Path) -> tuple[Path, ...]:
-    """The files that an output will consist of, as far as the format of the model stays."""
+    """The files that an output will consist of, if the format of the model does not change."""
     return tuple(target.parent / name for name in atomic.planned_files(_source(model, Destination(target)), target))
 
 
 def is_folder(model: ModelFile, output: Destination | None) -> bool:
-    """Whether what lies beside the weights goes with them: not where one file is written by a name of its own."""
+    """Whether the output is a folder with the companion files of the weights, rather than a single file."""
     return (model if output is None else _source(model, output)).folder is not None
 
 
 def notes_on_folder(model: ModelFile, output: Destination | None) -> tuple[str, ...]:
-    """What of the folder of a model does not go with it, each in a sentence."""
+    """Notes on the files of a model folder that are not copied to the output."""
     if model.has_neighbours:
-        # In place all that lies in it stays where it is.
+        # In place, all other files of the folder stay where they are.
         return () if output is not None and output.is_in_place else model.about.notes
     source = None if output is None else _source(model, output)
     if source is None or source.folder is None:
@@ -79,12 +79,12 @@ def notes_on_folder(model: ModelFile, output: Destination | None) -> tuple[str, 
 
 
 def _check_name(model: ModelFile, target: Path) -> None:
-    """Refuse a name that promises another format than the one that is kept."""
+    """Refuse a file name whose suffix promises another format than the model's own, which the output keeps."""
     suffix, format_row = target.suffix.lower(), by_name(model.format)
     if suffix in {model.path.suffix.lower(), *format_row.suffixes, *_ANYTHING}:
         return
     rows = [row for row in FORMATS if suffix in row.suffixes]
-    # A .pth.tar may be a PyTorch file of any age.
+    # A .pth.tar may be a PyTorch file of any version.
     if rows and not any(set(row.suffixes) & set(format_row.suffixes) for row in rows):
         # The most usual one: a row for a kind of .pt has no other suffix.
         promised = max(rows, key=lambda row: len(row.suffixes))
@@ -96,7 +96,7 @@ def _check_name(model: ModelFile, target: Path) -> None:
 
 
 def staged_paths(model: ModelFile, folder: Path, target: Path) -> dict[Path, Path]:
-    """Path in the staging folder for each file of a model, parent folders made."""
+    """The path in the staging folder for each file of a model; parent folders are created."""
     staged = {source: folder / name for source, name in atomic.targets(model, target).items()}
     for path in staged.values():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def staged_paths(model: ModelFile, folder: Path, target: Path) -> dict[Path, Pat
 
 
 def pack(written: Path, folder: Path) -> None:
-    """Re-compress a written file by its container's own compression, in place."""
+    """Compress a written file in place, with the compression of its container format."""
     model = open_model(written)
     packed = folder.parent / scratch.PACKED
     load(by_name(model.format).packer)(model, packed, lambda _: None)
@@ -117,8 +117,8 @@ def staging_dir(
 ) -> Generator[tuple[Path, Path]]:
     """Yield the folder to write into, and the path that the result is named after.
 
-    What lies beside the weights in a model's folder is copied at the end, but for what is to be left out. What was
-    made of a model whose files have changed since it was opened is refused, and does not appear.
+    The companion files in a model's folder are copied at the end, except those in `left_out`. If the files of the model
+    have changed since it was opened, the output is refused and does not appear.
     """
     if output is None:
         with scratch.temporary_folder() as folder, unchanged(model.states):
@@ -126,7 +126,7 @@ def staging_dir(
     else:
         if output.to_stdout and (model.path.is_dir() or len(model.files) > 1):
             raise UsageError(f"{model.path} consists of several files, which cannot be written to standard output")
-        # In place is where the file itself lies: not a link to it, nor the folder or the prefix that it was named by.
+        # In place means the path of the file itself, not of a link to it, or of the folder or prefix it was given by.
         target = model.path.resolve() if output.is_in_place else output.target
         # The output appears when this ends without an error.
         may_replace = output.is_forced or output.is_in_place
@@ -144,7 +144,7 @@ def staging_dir(
 
 
 def code_beside(target: Path) -> Path:
-    """Where the class goes whose weights go to a target: `my-net.v2.pt` has `my_net_v2.py`."""
+    """The path of the Python file with the class for the weights in a target: `my_net_v2.py` for `my-net.v2.pt`."""
     stem = target.stem.removesuffix(".pth")
     name = "".join(letter if letter.isalnum() else "_" for letter in stem.strip("."))
     if name in _TAKEN or not name[:1].isidentifier():

@@ -1,4 +1,4 @@
-"""Executes a plan: scores weights, masks them, writes the pruned copy, verifies it."""
+"""Execute a plan: score the weights, mask them, write the pruned copy, and verify it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PruningMethod:
-    """A request with everything that it names looked up: which tensors are pruned, and how their weights are ranked."""
+    """A request with all its names resolved: which tensors are pruned, and how their weights are ranked."""
 
     strategy: Strategy
     criteria: PlanCriteria
@@ -49,9 +49,9 @@ class PruningMethod:
     not_finite: NonFinitePolicy = NonFinitePolicy.ERROR
     pool: Pooling = Pooling.AVG
     weight_updater: WeightUpdater | None = None
-    """Writes other values than the old ones to what is kept, as SparseGPT and least squares do."""
+    """Computes masks and new values of the kept weights, as in SparseGPT or least-squares reconstruction."""
     clustering: Clustering | None = None
-    """How many distinct values what is kept of each tensor is brought to."""
+    """How the kept weights of each tensor are clustered; None if they are not."""
 
     @property
     def pattern(self) -> NMPattern | BlockPattern | None:
@@ -66,25 +66,25 @@ class TensorCounts:
     dropped: int
     zeros: int
     zeros_before: int | None = None
-    """How many were zero in the input, where its weights were looked at one after another."""
+    """Zeros in the input; None if they were not counted, as under a weight updater."""
     lost: float | None = None
-    """What went of the norm, as a share; None where kept weights change as well, or where the input has none."""
+    """Share of the norm that was lost; None if kept weights change too, or if the norm of the input is zero."""
 
 
 @dataclass(slots=True)
 class _Original:
-    """What is seen of the weights of a tensor before some of them are zeroed."""
+    """Zeros and energy of a tensor before pruning."""
 
     zeros: int = 0
     energy: float = 0.0
-    """The sum of their squares."""
+    """The sum of the squared weights."""
 
-    def see(self, block: Array) -> None:
+    def add(self, block: Array) -> None:
         self.zeros += block.size - int(np.count_nonzero(nonzero_mask(block)))
         self.energy += _energy(block)
 
     def lost(self, energy: float) -> float | None:
-        """What went of the norm, where so much is left of the energy."""
+        """Share of the norm that was lost, from the energy that is left; None if the input's is zero or infinite."""
         return math.sqrt(max(1.0 - energy / self.energy, 0.0)) if 0.0 < self.energy < math.inf else None
 
 
@@ -96,7 +96,7 @@ def _energy(block: Array) -> float:
 def execute(
     model: ModelFile, plan: Plan, method: PruningMethod, targets: dict[Path, Path], tick: Tick = lambda _: None
 ) -> dict[str, TensorCounts]:
-    """Write the pruned copy; counts by tensor, taken while it is written."""
+    """Write the pruned copy; return counts by tensor, taken while it is written."""
     counts: dict[str, TensorCounts] = {}
     originals: dict[str, _Original] = {}
     if method.weight_updater is not None:
@@ -115,7 +115,7 @@ def execute(
         return partial(_counted, makers[name], name, originals, counts, tick, has_norms=is_plain)
 
     rewrites = [TensorUpdate(cut.tensor, counted(cut.tensor.name, counts)) for cut in plan.cuts]
-    # What the file holds once more is written once more, from the same numbers.
+    # Further copies of a pruned tensor in the file are pruned in the same way.
     rewrites += [
         TensorUpdate(tensor, counted(model.duplicates[tensor.name], {}))
         for tensor in model.tensors
@@ -127,7 +127,7 @@ def execute(
         if (name := model.duplicates.get(tensor.name, tensor.name)) in solution.updated
     ]
     load(by_name(model.format).writer)(model, targets, rewrites)
-    # In the order of the plan, whichever was written first; all were, to their last block.
+    # In the order of the plan, which may differ from the order of writing.
     counts = {cut.tensor.name: counts[cut.tensor.name] for cut in plan.cuts}
     if not isinstance(method.pattern, BlockPattern) and method.not_finite is not NonFinitePolicy.ZERO:
         dropped = sum(count.dropped for count in counts.values())
@@ -144,8 +144,8 @@ def verify(
     has_channels: bool,
     tick: Tick = lambda _: None,
 ) -> ModelStats:
-    """Verify the written file against the input's tensors and the counts; its statistics."""
-    # Not in their order: what was packed meanwhile may be listed behind the rest.
+    """Verify the written file against the input's tensors and the counts; return its statistics."""
+    # As sets, since packing may change the order of the tensors.
     if {(tensor.name, tensor.shape, tensor.dtype) for tensor in written.tensors} != {
         (tensor.name, tensor.shape, tensor.dtype) for tensor in model.tensors
     }:
@@ -185,7 +185,7 @@ def _counted(
     *,
     has_norms: bool,
 ) -> Iterator[Array]:
-    """Yield the blocks of a tensor; with the last one its counts are known."""
+    """Yield the blocks of a tensor, and store its counts after the last one."""
     dropped = zeros = 0
     energy = 0.0
     for block, mask in make():
@@ -210,7 +210,7 @@ def pruned_blocks(
 ) -> Sequence[Callable[[], Pruned]]:
     """Factories of pruned blocks, one for each tensor; scores beyond a limit are spilled to the scratch folder.
 
-    What is seen of the weights as they were is noted in `originals`.
+    The zeros and energy of the weights before pruning are stored in `originals`.
     """
     originals = {} if originals is None else originals
     if method.pattern is not None:
@@ -218,7 +218,7 @@ def pruned_blocks(
     joint = [cut for cut in plan.cuts if cut.drop is None]
     wide = bool(joint) and (is_wide(plan) if plan.threshold is None else plan.threshold.is_wide)
     scored = TensorScores(model, method, plan, scratch, is_wide=wide, is_joint=bool(joint))
-    # A threshold of one tensor is selected just before it is written, while the tensor is still in the caches.
+    # The threshold of a single tensor is selected just before the tensor is written, while it is in the CPU caches.
     makers = {cut.tensor.name: partial(_per_tensor_threshold, scored, cut) for cut in plan.cuts}
     if joint:
         joint_threshold = plan.threshold or _threshold(scored, joint, _joint_drop(plan))
@@ -229,11 +229,11 @@ def pruned_blocks(
 def with_floors(
     model: ModelFile, plan: Plan, method: PruningMethod, dropped: Mapping[str, int], zeros: Mapping[str, int]
 ) -> Plan:
-    """The plan in which each tensor that is ranked with others keeps some weights; the same if each does anyway.
+    """The plan with a minimum of kept weights for each jointly ranked tensor; the same plan if all keep that anyway.
 
-    Whether one is starved is seen by how many of its weights went, and how many were zero before. What it then keeps
-    goes elsewhere, which may starve others in turn, in a known order: that of the thresholds at which each keeps just
-    as many as it must.
+    `dropped` and `zeros` hold the pruned weights and the original zeros of each tensor. To give a tensor its minimum,
+    more weights are pruned from the others, which may push these below their minimum in turn. They reach it in a known
+    order: by the threshold at which each tensor keeps just its minimum. The number of fixed tensors is searched for.
     """
     most = most_dropped(plan, zeros)
     starved = sum(dropped[name] > count for name, count in most.items())
@@ -243,13 +243,13 @@ def with_floors(
     joint = [cut for cut in plan.cuts if cut.drop is None]
     order = sorted(joint, key=lambda cut: _threshold(scored, [cut], most[cut.tensor.name]).key)
 
-    def fixed(number: int) -> Plan:
+    def with_fixed(number: int) -> Plan:
         names = {cut.tensor.name for cut in order[:number]}
         cuts = (replace(cut, drop=most[cut.tensor.name]) if cut.tensor.name in names else cut for cut in plan.cuts)
         return replace(plan, cuts=tuple(cuts))
 
     def is_enough(number: int) -> bool:
-        floored = fixed(number)
+        floored = with_fixed(number)
         rest, drop = [cut for cut in floored.cuts if cut.drop is None], _joint_drop(floored)
         if drop <= 0:
             return True
@@ -266,11 +266,11 @@ def with_floors(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return fixed(high)
+    return with_fixed(high)
 
 
 def _joint_drop(plan: Plan) -> int:
-    """How many weights go of the tensors that are ranked together."""
+    """How many weights are pruned in the tensors that are ranked together."""
     return plan.drop - sum(cut.drop or 0 for cut in plan.cuts)
 
 
@@ -283,7 +283,7 @@ def _threshold(scored: TensorScores, cuts: Sequence[TensorPlan], drop: int) -> T
 def joint_sources(
     model: ModelFile, plan: Plan, method: PruningMethod, scratch: Path, *, is_wide: bool
 ) -> Sequence[Source]:
-    """The scores of each tensor of a plan, to be ranked together with those of others, wide if any of them is."""
+    """The scores of each tensor of a plan, to be ranked with those of other plans; in 64 bits if `is_wide`."""
     scored = TensorScores(model, method, plan, scratch, is_wide=is_wide, is_joint=True)
     return [partial(scored.scores, cut.tensor) for cut in plan.cuts]
 
@@ -303,11 +303,11 @@ def _pruned_unstructured(
     masker = make_masker()
     original = _Original()
     for block, scores, zeroed in scored.blocks(tensor):
-        original.see(block)
+        original.add(block)
         dropped = masker.mask(scores)
         check_pruned_nonfinite(scores, dropped, scored.method.not_finite, label(scored.model, tensor))
         yield _zero_pruned(block, dropped if zeroed is None else dropped | zeroed), dropped
-    # Now that it is whole: a copy of the tensor in the file is pruned by the side of it.
+    # Stored only when complete, since a copy of the tensor in the file may be pruned concurrently.
     originals[tensor.name] = original
 
 
@@ -322,7 +322,7 @@ def _pruned_in_pattern(
         return
     weights = model.read(tensor)
     for block in iter_blocks(weights):
-        original.see(block)
+        original.add(block)
     originals[tensor.name] = original
     scores, zeroed = rank_nonfinite(
         method.strategy.score(weights, BlockContext(tensor.name, 0, method.seed)),
@@ -346,12 +346,12 @@ def _pruned_in_pattern(
 def _pruned_in_groups(
     model: ModelFile, tensor: Tensor, method: PruningMethod, pattern: NMPattern, original: _Original
 ) -> Pruned:
-    """Prune slab by slab: a group never reaches from one slab into the next."""
+    """Prune slab by slab: no group spans two slabs."""
     axis = tensor.reduction_axis
     assert axis is not None
     row = tensor.size // tensor.shape[0]
     for begin, slab in iter_slabs(model, tensor, pattern.group if axis == 0 else 1):
-        original.see(slab)
+        original.add(slab)
         scores = method.strategy.score(slab, BlockContext(tensor.name, begin * row, method.seed))
         ranked, zeroed = rank_nonfinite(scores, method.not_finite, label(model, tensor))
         dropped = lowest_per_group(ranked, axis, pattern.zeros, pattern.group)
@@ -360,16 +360,16 @@ def _pruned_in_groups(
 
 
 def _zero_pruned(weights: Array, dropped: Mask) -> Array:
-    """Weights with the masked ones zero, the others bit for bit as they were."""
+    """Weights with the masked ones set to +0.0 and the others bit-identical."""
     kept = weights if weights.flags.writeable and weights.flags.c_contiguous else weights.copy(order="C")
-    # Integers times one or zero: ten times as fast as writing where a mask says so, and NaN stays what it is.
+    # The bits as integers times 0 or 1: ten times as fast as masked assignment, and kept NaN stay bit-identical.
     bits = kept.view(f"u{kept.dtype.itemsize}")
     np.multiply(bits, ~dropped, out=bits)
     return kept
 
 
 def with_model_scores(model: ModelFile, selection: Selection, method: PruningMethod) -> tuple[PruningMethod, Selection]:
-    """The method with model-wide scores computed, and the tensors that have some."""
+    """The method with the scores of a model-wide strategy computed, and the selection of the scored tensors."""
     strategy = method.strategy
     if strategy.score_all is None:
         return method, selection
@@ -387,7 +387,7 @@ def with_model_scores(model: ModelFile, selection: Selection, method: PruningMet
     )
     tensors = tuple(tensor for tensor in selection.tensors if tensor.name in scores_by_name)
     layer_ratios = {name: sparsity for name, sparsity in selection.layer_ratios.items() if name in scores_by_name}
-    # In the shape of the tensor, and therefore whole.
+    # The scores have the shape of the tensor, which is therefore scored as a whole.
     own_method = replace(
         method, strategy=replace(strategy, score=score, score_all=None, is_elementwise=False, is_precomputed=True)
     )
@@ -418,7 +418,7 @@ def _keep_masks(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str
 
 
 def _memory_tensor(tensor: Tensor, array: Array) -> Tensor:
-    # Cutting zeroes blocks where they may be written to, which these are not to suffer.
+    # `_zero_pruned` works in place on writable blocks, but these weights must not change.
     array.setflags(write=False)
     return replace(
         tensor,

@@ -1,9 +1,9 @@
-"""The ledger of a model folder that is pruned in parts: what was asked for, and of each shard what was done.
+"""The ledger of a model folder that is pruned in parts: a record of the task, and of the work done on each shard.
 
-It lies beside the shards, in files of its own for each of them, so that parts share nothing but the folder: kilobytes
-of what was done, and where all layers are ranked together up to a megabyte a pass of how the scores are distributed.
-A shard is known again by its size and the time of its last change, which costs nothing however big it is; by its
-digest where it has another time, as after a copy.
+It is a folder beside the shards, with files of its own for each shard, so that parts share nothing but the output
+folder: kilobytes of results and, if all layers are ranked together, up to a megabyte of score histograms in each pass.
+A shard is recognised by its size and modification time, which is cheap for any size; or by its digest if it has
+another time, as after a copy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from prunectl.pruning.request import OPTIONS, PruneRequest, code_specs
 SCHEMA = "prunectl.parts/1"
 _TASK = "task.json"
 BEGUN = f"{LEDGER}/{_TASK}"
-"""By what it is known that parts of an output are there."""
+"""The file in an output whose presence shows that it is pruned in parts."""
 _PART = re.compile("([0-9]{1,6})/([0-9]{1,6})")
 _MOST_PARTS = 100_000
 
@@ -51,12 +51,12 @@ class Part:
         return f"{self.number}/{self.count}"
 
     def share_of(self, sizes: Mapping[str, int]) -> list[str]:
-        """Its shards, of all by their bytes."""
+        """The shards of this part, given the bytes of all shards."""
         return shares(sizes, self.count)[self.number - 1]
 
 
 def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """The shards of each part: the biggest first, each to the part that has the fewest bytes so far."""
+    """The shards of each part: shards are assigned from the largest down, each to the part with the fewest bytes."""
     parts: list[list[str]] = [[] for _ in range(count)]
     loads = [(0, number) for number in range(count)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -67,7 +67,7 @@ def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def parse_part(text: str) -> Part:
-    """A part, written 3/8."""
+    """Parse a part such as `3/8`."""
     match = _PART.fullmatch(text)
     part = Part(int(match[1]), int(match[2])) if match else Part(0, 0)
     if not 1 <= part.number <= part.count <= _MOST_PARTS:
@@ -77,28 +77,28 @@ def parse_part(text: str) -> Part:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """An output folder with its ledger: whatever is written comes whole or not at all, the index last."""
+    """An output folder with its ledger; each file is written atomically, the index last."""
 
     target: Path
 
     @staticmethod
     def of(target: Path) -> Ledger:
-        """The ledger of an output, also of one that is uploaded."""
+        """The ledger of an output, which may be in an object store."""
         place = UPLOADS.get(target)
         return Ledger(target) if place is None else BucketLedger(target, place)
 
     @property
     def folder(self) -> Path:
-        """Where the notes are."""
+        """The folder of the notes."""
         return self.target / LEDGER
 
     @property
     def is_begun(self) -> bool:
-        """Whether a part was there."""
+        """Whether a part was started."""
         return self.folder.is_dir()
 
     def begin(self, task: Mapping[str, Any], model: ModelFile) -> None:
-        """Make the output folder with a note of what is asked for, unless another part is faster."""
+        """Create the output folder with the record of the task, unless another part is faster."""
         try:
             with atomic.atomic_replace(self.target, may_replace=False, model=model) as folder:
                 (folder / self.target.name / LEDGER).mkdir(parents=True)
@@ -108,7 +108,7 @@ class Ledger:
                 raise
 
     def task(self) -> dict[str, Any]:
-        """What is asked for."""
+        """The record of the task."""
         task = self.read(_TASK)
         if task is None:
             raise UsageError(
@@ -121,7 +121,7 @@ class Ledger:
         return task
 
     def check(self, own: Mapping[str, Any], model: ModelFile) -> None:
-        """Check that the parts were asked for what is asked for now."""
+        """Check that this part has the same task as the others."""
         noted = self.task()
         different = [key for key, value in own.items() if noted.get(key) != value]
         if "version" not in different and "request" in different:
@@ -144,7 +144,7 @@ class Ledger:
             )
 
     def _refuse_options(self, own: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
-        """Refuse options that are not those of the parts, by the first that differs."""
+        """Refuse options that differ from those of the other parts; the error names the first one."""
         options = {name: option for option, name in OPTIONS.items()}
         for name in own:
             if name not in noted:
@@ -157,7 +157,7 @@ class Ledger:
                 )
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A note; None where there is none: one that cannot be read is none that is missing."""
+        """A note; None if there is none. A note that cannot be read is an error."""
         try:
             return read_object(self.folder / name, "it")
         except (FileNotFoundError, NotADirectoryError):
@@ -168,64 +168,64 @@ class Ledger:
         atomic.write_text(self.folder / name, json.dumps(note) + "\n", is_forced=True)
 
     def damaged(self, name: str) -> InputError:
-        """The error for a note that says nothing, or what cannot be."""
+        """The error for a note with missing or impossible content."""
         return InputError(f"{self.folder / name} is damaged", hint=f"remove {self.target}, and start all parts again")
 
     def has(self, name: str, noted: Mapping[str, Any]) -> bool:
-        """Whether a shard is there as it was noted."""
+        """Whether a shard exists as recorded."""
         return (self.target / name).is_file() and is_as_noted(self.target / name, noted)
 
     @contextmanager
     def placing(self, name: str, model: ModelFile) -> Generator[Path]:
-        """Yield where to write a shard, which takes its place at the end."""
+        """Yield the path to write a shard to, which is renamed into place at the end."""
         with atomic.atomic_replace(self.target / name, may_replace=True, model=model) as folder:
             yield folder / name
 
     def facts(self, name: str) -> dict[str, Any]:
-        """By what a shard is known again."""
+        """Size and modification time (or version) of a shard, by which it is recognised."""
         return facts(self.target / name)
 
     def facts_of_staged(self, path: Path) -> dict[str, Any]:
-        """By what a shard will be known again that is about to take its place; nothing where only that decides it."""
+        """The facts that a staged shard will have after it is renamed; empty where only the rename decides them."""
         return facts(path)
 
     def may_have(self, name: str) -> bool:
-        """Whether a shard may be there: one that is noted may have been about to take its place."""
+        """Whether a shard may exist: a run may have been killed after recording it and before renaming it."""
         return (self.target / name).is_file()
 
     def close(self, model: ModelFile) -> None:
-        """Write what lies beside the weights, the index last."""
+        """Write the other files of the model, the index last."""
         with atomic.atomic_replace(self.target / model.path.name, may_replace=True) as folder:
             copy_companions(model, folder)
             patch_files(model, {model.path: folder / model.path.name}, ())
-            beside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-            scratch.set_modes(folder, self.target, {path: model.path.parent / path for path in beside}, model)
+            companions = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+            scratch.set_modes(folder, self.target, {path: model.path.parent / path for path in companions}, model)
 
     def remove(self) -> None:
-        """Forget what was done: the model is whole, also where this is killed halfway."""
-        gone = self.target / f".prunectl-{os.urandom(8).hex()}"
-        os.rename(self.folder, gone)
-        shutil.rmtree(gone)
+        """Delete the ledger; it is renamed first, so that the model is complete even if this is killed."""
+        trash = self.target / f".prunectl-{os.urandom(8).hex()}"
+        os.rename(self.folder, trash)
+        shutil.rmtree(trash)
 
 
 @dataclass(frozen=True, slots=True)
 class BucketLedger(Ledger):
-    """The same in an object store, where each object appears when it is whole, and none is renamed."""
+    """The ledger of an output in an object store, where objects appear atomically and cannot be renamed."""
 
     place: FsspecFolder
 
     @property
     def is_begun(self) -> bool:
-        """Whether a part was there."""
+        """Whether a part was started."""
         return self.read(_TASK) is not None
 
     def begin(self, task: Mapping[str, Any], model: ModelFile) -> None:
-        """Note what is asked for; of two parts at once that ask for different things, one will see it."""
+        """Write the record of the task; if two parts begin at once with different tasks, a later check finds it."""
         del model
         self.write(_TASK, task)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A note; None where there is none."""
+        """A note; None if there is none."""
         file = self.place.file(f"{LEDGER}/{name}")
         try:
             size, _ = file.state()
@@ -244,7 +244,7 @@ class BucketLedger(Ledger):
             self.place.put(folder / "note", f"{LEDGER}/{name}")
 
     def has(self, name: str, noted: Mapping[str, Any]) -> bool:
-        """Whether a shard is there as it was noted: another state of it is another shard."""
+        """Whether a shard exists as recorded, with the same size and version."""
         try:
             return self.facts(name) == {key: noted.get(key) for key in ("bytes", "modified")}
         except InputError as error:
@@ -254,29 +254,29 @@ class BucketLedger(Ledger):
 
     @contextmanager
     def placing(self, name: str, model: ModelFile) -> Generator[Path]:
-        """Yield where to write a shard, which is uploaded at the end."""
+        """Yield the path to write a shard to, which is uploaded at the end."""
         del model
         with scratch.temporary_folder() as folder:
             yield folder / name
             self.place.put(folder / name, name)
 
     def facts(self, name: str) -> dict[str, Any]:
-        """By what a shard is known again."""
+        """Size and modification time (or version) of a shard, by which it is recognised."""
         size, version = self.place.file(name).state()
         return {"bytes": size, "modified": version}
 
     def facts_of_staged(self, path: Path) -> dict[str, Any]:
-        """Nothing: the store gives an object its version."""
+        """Empty, since the store decides the version of an object."""
         del path
         return {}
 
     def may_have(self, name: str) -> bool:
-        """It may: what is noted was uploaded before, and to ask the store for each would take long."""
+        """True: recorded shards were uploaded before, and to ask the store about each would take long."""
         del name
         return True
 
     def close(self, model: ModelFile) -> None:
-        """Write what lies beside the weights, the index last."""
+        """Write the other files of the model, the index last."""
         with scratch.temporary_folder() as folder:
             copy_companions(model, folder)
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -284,13 +284,13 @@ class BucketLedger(Ledger):
         self.place.put(model.path, model.path.name)
 
     def remove(self) -> None:
-        """Forget what was done, first that there are parts."""
+        """Delete the ledger, the record of the task first."""
         self.place.remove(BEGUN)
         self.place.remove(LEDGER)
 
 
 def _is_missing(error: InputError) -> bool:
-    """Whether an object is not there, rather than not to be reached now."""
+    """Whether an object does not exist, rather than being unreachable now."""
     return isinstance(error.__cause__, FileNotFoundError)
 
 
@@ -302,13 +302,13 @@ def code_files(request: PruneRequest) -> list[Path]:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """By what a file is known again."""
+    """Size and modification time (or version) of a file, by which it is recognised."""
     nbytes, modified = file_state(path)
     return {"bytes": nbytes, "modified": modified}
 
 
 def is_as_noted(path: Path, noted: Mapping[str, Any]) -> bool:
-    """Whether a file is as it was."""
+    """Whether a file is the recorded one: of the same size, and of the same time or digest."""
     known = facts(path)
     if known["bytes"] != noted.get("bytes"):
         return False

@@ -1,4 +1,4 @@
-"""The manifest: a JSON record of a run, which repeats it to the same bytes and which `verify` compares files with."""
+"""The manifest: a JSON record of a run, to repeat the run bit for bit, and for `verify` to check files against."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prunectl.pruning.request import PruneRequest, code_specs, from_json
 SCHEMA = "prunectl.manifest/1"
 _SCHEMA = re.compile(rb'"schema"\s*:\s*"%b"' % re.escape(SCHEMA.encode()))
 _END_BYTES = 512
-"""Keys are sorted: of a manifest, `schema` is one of the last."""
+"""Bytes at each end of a file that are searched for `schema`, one of the last keys, since keys are sorted."""
 
 
 class Recorded(Protocol):
@@ -29,7 +29,7 @@ class Recorded(Protocol):
 
     @property
     def request(self) -> PruneRequest:
-        """What decided the numbers in the output."""
+        """The options that determined the values in the output."""
 
     @property
     def before(self) -> ModelStats:
@@ -40,11 +40,11 @@ class Recorded(Protocol):
         """The output, hashed."""
 
     def record(self) -> Mapping[str, object]:
-        """What was pruned, as the manifest says it."""
+        """What was pruned, in the form of the manifest."""
 
 
 def check_manifest(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> None:
-    """Reject a path where no manifest can be written, or that holds something else, before any work begins."""
+    """Refuse a path where no manifest can be written, or that is another file, before any work begins."""
     check_beside(path)
     exists = os.path.lexists(path)
     if (exists and not path.is_file()) or path.resolve() in {path_in_use.resolve() for path_in_use in reserved}:
@@ -56,7 +56,7 @@ def check_manifest(path: Path, reserved: Iterable[Path], *, is_forced: bool) -> 
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a manifest, or empty: it begins and ends as one; models lie there too, as big as they like."""
+    """Whether a file is a manifest, or empty; judged by its two ends, since it may be a huge model."""
     with path.open("rb") as file:
         head = file.read(_END_BYTES)
         file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
@@ -65,7 +65,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def write_manifest(path: Path, result: Recorded) -> None:
-    """Write the manifest of a run that has hashed what it read and what it wrote."""
+    """Write the manifest of a run, whose statistics include the digests of input and output."""
     document = {
         "schema": SCHEMA,
         "tool": {"name": "prunectl", "version": __version__},
@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path, *, is_trusted: bool = False) -> PruneRequest:
-    """The request in a manifest; what it names as code is not imported unless the user said so."""
+    """Read the request in a manifest; refuse one that names code, unless the user trusts it."""
     fields = _read(path).get("request")
     if not isinstance(fields, dict):
         raise InputError(f"{path} is JSON, but not a prunectl manifest: it has no request")
@@ -113,9 +113,9 @@ class ManifestRecord:
     output_sha256: str
     cuts: tuple[RecordedTensor, ...]
     zeroed_nonfinite: bool
-    """Whether NaN and infinity became zero in addition to what was pruned."""
+    """Whether NaN and infinity were set to zero in addition to the pruned weights."""
     removed: str = ""
-    """What whole parts the run took out, `blocks` or `channels`: zeros are then not recorded."""
+    """`blocks` or `channels`, if the run removed these; zeros are then not recorded. Else empty."""
 
 
 def read_record(path: Path) -> ManifestRecord:

@@ -1,8 +1,8 @@
 """Masks from scores: exact selection of the k lowest of n by radix select, N:M groups, blocks.
 
-Radix select takes constant memory, and gives the same on any machine. Scores are non-negative floats, whose order is
-that of their bits read as integers. Each pass over the scores counts sixteen more of these bits into bins, and looks
-closer at the one bin in which the k-th lowest score must lie.
+Radix select takes constant memory and gives the same result on any machine. Scores are non-negative floats, which have
+the same order as their bits read as integers. Each pass over the scores builds a histogram of sixteen more bits, within
+the one bin of the previous pass that contains the k-th lowest score.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ Source = Callable[[], Iterator[Array]]
 Result = TypeVar("Result")
 THREADS = 2
 _JOBS = 256
-"""Sources beyond it share jobs: one for each of many small tensors takes longer than what it does."""
-_MANY = 1 << 20
+"""Most jobs; more sources than this share jobs, since a job for each small tensor costs more than its work."""
+_BATCHED = 1 << 20
+"""How many numbers a histogram collects before it counts them."""
 _REMEMBERED = 4 << 20
-"""How many scores near the threshold are held, so that ties need not be counted in a pass of their own."""
+"""Most scores near the threshold that are kept in memory, to count ties without another pass."""
 DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
 SAMPLE_STEP = 64
 _SAMPLE_LEAST = 10_000
 _SAMPLE_ERRORS = 6
-"""How many standard errors of the sample the cut may lie off."""
+"""Half the width of the bracket around the sampled threshold, in standard errors."""
 _CLOSE_BINS = 32
-"""How many bins of the first pass are looked into at once: a few megabytes of counts."""
+"""The widest bracket, in bins of the first pass, that is counted at once: a few megabytes of counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The k-th lowest score: all below its sort key are pruned, and so many of those that equal it."""
+    """The k-th lowest score: all scores below its sort key are pruned, and some of those that equal it (ties)."""
 
     key: int
     ties: tuple[int, ...]
     """How many ties are pruned in each source, counted from its beginning."""
     is_wide: bool = False
-    """Whether the key is that of a score in 64 bits, whatever the scores of these sources have."""
+    """Whether the key is that of a 64-bit score, whatever the width of the scores of these sources."""
 
     def masker(self, source: int) -> ThresholdMasker:
         """The masker of one source's scores, block by block in order."""
@@ -62,7 +63,7 @@ class Threshold:
 
 @dataclass(slots=True)
 class ThresholdMasker:
-    """Masks scores below a threshold block by block, counting the ties that are still to be pruned."""
+    """Masks scores below a threshold block by block, and keeps count of the ties that are still to be pruned."""
 
     key: int
     ties_left: int
@@ -79,12 +80,12 @@ class ThresholdMasker:
 
 
 def sort_keys(scores: Array) -> Array:
-    """Sort keys: the bits of non-negative floats as integers of the same order; minus zero is zero."""
+    """Sort keys: the bits of non-negative floats as integers of the same order; -0.0 counts as 0.0."""
     return scores if scores.dtype.kind == "u" else magnitude_keys(np.ascontiguousarray(scores))
 
 
 def magnitude_keys(weights: Array) -> Array:
-    """Sort keys of the magnitudes of contiguous floats of 32 or 64 bits: all of their bits but the sign."""
+    """Sort keys of the magnitudes of contiguous 32- or 64-bit floats: their bits without the sign bit."""
     if weights.dtype.itemsize == 8:
         return np.asarray(weights.view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
     return np.asarray(weights.view(np.uint32) & np.uint32(0x7FFFFFFF))
@@ -97,13 +98,13 @@ class KthLowest(NamedTuple):
     below: int
     equal: int
     tied: tuple[int, ...] | None = None
-    """How many equal it in each source, where that is known."""
+    """How many scores of each source equal it; None if they were not counted."""
 
 
 def threshold(sources: Sequence[Source], drop: int, size: int, samples: Sequence[Source] = ()) -> Threshold:
     """The threshold that prunes exactly so many of all scores, ties in the order of the sources.
 
-    Samples of the sources, one score of `SAMPLE_STEP`, save a pass over all scores of big ones.
+    Samples of the sources (one in `SAMPLE_STEP` scores) save a pass over all scores of big sources.
     """
     if drop == 0:
         return Threshold(0, (0,) * len(sources))
@@ -117,7 +118,7 @@ def threshold(sources: Sequence[Source], drop: int, size: int, samples: Sequence
 
 
 def sorted_select(sources: Sequence[Source], drop: int) -> KthLowest | None:
-    """As `radix_select`, by sorting, which is faster where the scores are too few to be sampled."""
+    """Like `radix_select`, but by partial sorting, which is faster where the scores are too few to be sampled."""
     keys = np.concatenate(
         [sort_keys(block).reshape(-1) for block in chain.from_iterable(source() for source in sources)]
     )
@@ -128,39 +129,39 @@ def sorted_select(sources: Sequence[Source], drop: int) -> KthLowest | None:
 
 
 def select_between(sources: Sequence[Source], drop: int, first: int, last: int) -> KthLowest | None:
-    """As `radix_select`, within a bracket of upper digits; None where the bracket misses.
+    """Like `radix_select`, but within a bracket of upper digits; None if the k-th lowest score is outside it.
 
     Comparing a block with two numbers is ten times as fast as counting it into bins.
     """
     low, width = np.uint32(first << DIGIT_BITS), (last - first + 1) * BINS
-    below, between, held = 0, LazyHistogram(width), 0
-    each: list[LazyHistogram] = []
+    below, between, num_held = 0, LazyHistogram(width), 0
+    histograms: list[LazyHistogram] = []
     counting = _map_parallel(partial(_count_between, low=low, width=width), sources)
     with closing(counting) as counted:
         for below_part, between_part in counted:
             below += below_part
             between.add_all(between_part)
-            held += between_part.held
-            if held <= _REMEMBERED:
-                each.append(between_part)
+            num_held += between_part.held
+            if num_held <= _REMEMBERED:
+                histograms.append(between_part)
             else:
-                each.clear()
-    rising = np.cumsum(between.counts())
-    if not below < drop <= below + int(rising[-1]):
+                histograms.clear()
+    cumulative = np.cumsum(between.counts())
+    if not below < drop <= below + int(cumulative[-1]):
         return None
-    index = int(np.searchsorted(rising, drop - below))
+    index = int(np.searchsorted(cumulative, drop - below))
     equal = between.count(index)
-    tied = tuple(part.count(index) for part in each) if held <= _REMEMBERED else None
-    return KthLowest(int(low) + index, below + int(rising[index]) - equal, equal, tied)
+    tied = tuple(part.count(index) for part in histograms) if num_held <= _REMEMBERED else None
+    return KthLowest(int(low) + index, below + int(cumulative[index]) - equal, equal, tied)
 
 
 def _count_between(source: Source, low: np.uint32, width: int) -> tuple[int, LazyHistogram]:
-    """How many keys of a source are below a number, and how far above it those are that are close to it."""
+    """The number of a source's keys below `low`, and the histogram of the distances of keys up to `width` above it."""
     below, between = 0, LazyHistogram(width)
     for block in source():
         keys = sort_keys(block).reshape(-1)
         below += int(np.count_nonzero(keys < low))
-        # What is below wraps around, and is far above.
+        # Unsigned subtraction: keys below `low` wrap around to large numbers.
         above = keys - low
         between.add(above[np.flatnonzero(above < np.uint32(width))])
     return below, between
@@ -172,7 +173,7 @@ def _strided(source: Source) -> Iterator[Array]:
 
 
 def _sample(source: Source) -> LazyHistogram | None:
-    """The upper bits of a sample of a source; none if its scores are wider than 32 bits."""
+    """The histogram of the upper bits of a sample; None if its scores are not 32 bits wide."""
     digits = LazyHistogram(BINS)
     for block in source():
         if block.dtype.itemsize != np.dtype(np.float32).itemsize:
@@ -182,7 +183,7 @@ def _sample(source: Source) -> LazyHistogram | None:
 
 
 class LazyHistogram:
-    """A histogram of small integers that batches them until it pays to count."""
+    """A histogram of small integers, which collects numbers until there are enough to be worth counting."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -192,7 +193,7 @@ class LazyHistogram:
 
     @property
     def held(self) -> int:
-        """How many numbers it takes the memory of."""
+        """The memory that it takes, as a number of collected numbers."""
         return self._waiting_size + (0 if self._counts is None else 2 * self._length)
 
     def add(self, numbers: Array) -> None:
@@ -201,7 +202,7 @@ class LazyHistogram:
             return
         self._waiting.append(numbers)
         self._waiting_size += numbers.size
-        if self._waiting_size > _MANY:
+        if self._waiting_size > _BATCHED:
             self.counts()
 
     def add_all(self, other: LazyHistogram) -> None:
@@ -241,41 +242,41 @@ def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -
 
 
 def _bracket_from_sample(samples: Sequence[Source], share: float) -> tuple[int, int] | None:
-    """First and last bin of the upper bits between which the threshold of a share lies by samples, or None."""
+    """First and last bin of the upper bits that bracket the threshold of a share, by samples; None if too wide."""
     digits = LazyHistogram(BINS)
     with closing(_map_parallel(_sample, samples)) as sampled_each:
-        for sampled_part in sampled_each:
-            if sampled_part is None:
+        for histogram in sampled_each:
+            if histogram is None:
                 return None
-            digits.add_all(sampled_part)
+            digits.add_all(histogram)
     counts = digits.counts()
     sampled = int(counts.sum())
     if sampled < _SAMPLE_LEAST:
         return None
     error = _SAMPLE_ERRORS * math.sqrt(share * (1 - share) / sampled) * sampled + 1
-    rising = np.cumsum(counts)
-    first = int(np.searchsorted(rising, max(share * sampled - error, 0)))
-    last = min(int(np.searchsorted(rising, share * sampled + error)), BINS - 1)
+    cumulative = np.cumsum(counts)
+    first = int(np.searchsorted(cumulative, max(share * sampled - error, 0)))
+    last = min(int(np.searchsorted(cumulative, share * sampled + error)), BINS - 1)
     return (first, last) if last - first < _CLOSE_BINS else None
 
 
 def radix_select(sources: Sequence[Source], drop: int) -> KthLowest:
-    """The key of the k-th lowest score, how many are below it, and how many equal it, sixteen bits a pass."""
+    """The key of the k-th lowest score, how many scores are below it and how many equal it; 16 bits in each pass."""
     prefix, below, equal, shift = 0, 0, 0, None
     while shift is None or shift > 0:
-        every, lowest = np.zeros(BINS, np.int64), 0
+        totals, remaining = np.zeros(BINS, np.int64), 0
         for source in sources:
             counts, low = count_digits(source, prefix, shift)
-            every, lowest = every + counts, max(lowest, low)
-        shift = lowest
-        prefix, below, equal = next_digit(every, prefix, below, drop)
+            totals, remaining = totals + counts, max(remaining, low)
+        shift = remaining
+        prefix, below, equal = next_digit(totals, prefix, below, drop)
     return KthLowest(prefix, below, equal)
 
 
 def count_digits(source: Source, prefix: int, shift: int | None) -> tuple[NDArray[np.int64], int]:
-    """How many keys of a source have each next digit, of those that begin with a prefix; how many bits are behind it.
+    """The histogram of the next digit of a source's keys that begin with a prefix, and the bits after that digit.
 
-    The shift is how many bits are behind the prefix; None where there is no prefix yet.
+    `shift` is the number of bits after the prefix; None if there is no prefix yet.
     """
     counts, low = np.zeros(BINS, np.int64), 0
     for block in source():
@@ -289,21 +290,21 @@ def count_digits(source: Source, prefix: int, shift: int | None) -> tuple[NDArra
 
 
 def next_digit(counts: NDArray[np.int64], prefix: int, below: int, drop: int) -> tuple[int, int, int]:
-    """The prefix of the k-th lowest key with its next digit, how many keys are below all that have it, and how many do.
+    """The prefix of the k-th lowest key with its next digit, how many keys are below that prefix, and how many have it.
 
-    Counts add up: those of parts of a model, counted anywhere, lead to the key of the whole.
+    `counts` may be the sum of counts for parts of a model, which then gives the key for the whole model.
     """
-    rising = np.cumsum(counts)
-    digit = int(np.searchsorted(rising, drop - below))
+    cumulative = np.cumsum(counts)
+    digit = int(np.searchsorted(cumulative, drop - below))
     if digit == BINS:
         raise ValueError(f"there are fewer than {drop} scores")
-    return prefix << DIGIT_BITS | digit, below + int(rising[digit] - counts[digit]), int(counts[digit])
+    return prefix << DIGIT_BITS | digit, below + int(cumulative[digit] - counts[digit]), int(counts[digit])
 
 
 def split_ties(
     sources: Sequence[Source], key: int, ties: int, equal: int, tied: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Ties to prune in each source, the first sources first; they are counted unless it is known how many each has."""
+    """The ties to prune in each source, in the order of the sources; `tied` are the ties of each, counted if None."""
     if len(sources) == 1 or ties == equal:
         return (ties,) * len(sources)
     shares = []
@@ -331,8 +332,7 @@ class Pooling(StrEnum):
 def lowest_per_group(scores: Array, axis: int, zeros: int, group: int) -> Mask:
     """N:M mask: the N lowest of every M consecutive scores along an axis, ties from the beginning.
 
-    What does not divide is padded with scores that go first, as tfmot pads it: a short group at the end
-    loses fewer.
+    A short group at the end is padded with scores that are pruned first, as in tfmot, so that it loses fewer weights.
     """
     moved = np.moveaxis(scores, axis, -1)
     missing = -moved.shape[-1] % group
@@ -342,37 +342,37 @@ def lowest_per_group(scores: Array, axis: int, zeros: int, group: int) -> Mask:
 
 
 def _lowest(groups: Array, count: int) -> Mask:
-    """Mark the lowest scores of each row, ties from the left."""
+    """Mask of the lowest scores of each row, ties from the left."""
     pruned = np.zeros(groups.shape, np.bool_)
     if groups.shape[1] > _FEW:
         order = np.argsort(groups, axis=1, kind="stable")[:, :count]
         np.put_along_axis(pruned, order, values=True, axis=1)
         return pruned
-    # How many go before each: for groups as small as these, comparing all pairs is faster than sorting.
+    # Rank of each score: for groups as small as these, comparing all pairs is faster than sorting.
     columns = np.ascontiguousarray(groups.T)
     for index, column in enumerate(columns):
-        before = np.zeros(len(groups), np.uint8)
+        rank = np.zeros(len(groups), np.uint8)
         for other_index, score in enumerate(columns):
             if other_index != index:
-                before += (score <= column) if other_index < index else (score < column)
-        pruned[:, index] = before < count
+                rank += (score <= column) if other_index < index else (score < column)
+        pruned[:, index] = rank < count
     return pruned
 
 
 def lowest_blocks(scores: Array, out_axis: int, size: tuple[int, int], pool: Pooling, sparsity: float) -> Mask:
-    """Block mask: the lowest share of the blocks of a kernel, seen as a matrix of inputs by outputs."""
+    """Block mask: the lowest share of the blocks of a kernel as a matrix of inputs by outputs."""
     moved = np.moveaxis(scores, out_axis, -1)
     matrix = moved.reshape(-1, moved.shape[-1])
     pooled = _block_scores(matrix, size, pool)
     pruned = np.zeros(pooled.size, np.bool_)
     pruned[np.argsort(pooled, axis=None, kind="stable")[: round(sparsity * pooled.size)]] = True
     spread = np.repeat(np.repeat(pruned.reshape(pooled.shape), size[0], axis=0), size[1], axis=1)
-    inside = spread[: matrix.shape[0], : matrix.shape[1]].reshape(moved.shape)
-    return np.ascontiguousarray(np.moveaxis(inside, -1, out_axis))
+    cropped = spread[: matrix.shape[0], : matrix.shape[1]].reshape(moved.shape)
+    return np.ascontiguousarray(np.moveaxis(cropped, -1, out_axis))
 
 
 def _block_scores(matrix: Array, size: tuple[int, int], pool: Pooling) -> Array:
-    """Pooled score of each block; a block at the edge counts what it has."""
+    """Pooled score of each block; a block at the edge is pooled over the weights that it has."""
     starts = [np.arange(0, length, step) for length, step in zip(matrix.shape, size, strict=True)]
     wide = matrix.astype(np.float64)
     if pool is Pooling.MAX:
@@ -391,7 +391,7 @@ class NonFinitePolicy(StrEnum):
 
 
 def is_finite(scores: Array) -> bool:
-    """Whether all of some non-negative scores, or of their sort keys, are finite: the biggest is NaN if any is."""
+    """Whether all scores, or all sort keys, are finite; the maximum is NaN if any is."""
     largest = scores.max()
     if scores.dtype.kind == "u":
         largest = largest.view(f"f{scores.dtype.itemsize}")
@@ -399,7 +399,7 @@ def is_finite(scores: Array) -> bool:
 
 
 def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[Array, Mask | None]:
-    """Scores that can be ranked, and the mask of weights that are zeroed whatever their rank."""
+    """Scores without NaN, and the mask of weights that are zeroed whatever their rank; None for no weights."""
     if not scores.size or is_finite(scores):
         return scores, None
     scores = scores.view(f"f{scores.dtype.itemsize}")
@@ -414,7 +414,7 @@ def rank_nonfinite(scores: Array, policy: NonFinitePolicy, name: str) -> tuple[A
 
 
 def check_pruned_nonfinite(scores: Array, pruned: Mask, policy: NonFinitePolicy, name: str) -> None:
-    """Reject a mask that prunes weights which --nan keep must keep."""
+    """Refuse a mask that prunes NaN or infinite weights, which --nan keep must keep."""
     if policy is NonFinitePolicy.KEEP and not np.isfinite(scores[pruned]).all():
         raise InputError(
             f"{name} has more NaN or infinite weights than can be kept", hint="--nan zero sets them to zero"

@@ -1,7 +1,7 @@
-"""Pruning a model folder in parts, on any number of machines: each part writes its shards, the join all that is left.
+"""Prune a model folder in parts, on any number of machines: each part writes its shards, the join all other files.
 
-The ledger says of each shard what it was, how its scores are distributed (for the global scope), and what was written;
-whoever finds a shard in it does not do it again. The index comes with the join: until then the output is no model.
+The ledger records for each shard its input, the histograms of its scores (for the global scope) and its output, so that
+no shard is pruned twice. The join writes the index last: before that the output cannot be opened as a model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from prunectl.pruning.prune import Pruned, check_left, check_pattern, dropped_an
 from prunectl.pruning.request import PruneRequest, code_specs, from_json, resolve_method
 
 _DONE, _SOURCE, _COUNTS = "done-", "source-", "counts-"
-"""How notes on a shard are called."""
+"""Prefixes of the file names of a shard's notes in the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class ShardResult:
     bytes: int
     pruned: int
     weights: int
-    """How many weights its pruned tensors have."""
+    """Number of weights of its pruned tensors."""
     zeros: int
     is_new: bool
-    """Whether this run has written it; else it was there already."""
+    """Whether this run wrote the shard, rather than an earlier one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class PartPruned:
     part: Part
     shards: tuple[ShardResult, ...]
     missing: tuple[str, ...]
-    """Shards of all parts that are not there yet."""
+    """Shards of any part that are not written yet."""
 
 
 def prune_part(
@@ -81,24 +81,24 @@ def prune_part(
     meter: ProgressFactory = no_progress,
     allow_empty: bool = False,
 ) -> PartPruned:
-    """Prune the shards of a part, but for those that are there already."""
+    """Prune the shards of a part, except those that are written already."""
     with reuse_worker():
         task = _Task.of(source, request, output, part)
-        task.enter()
+        task.begin_or_check()
         mine = part.share_of(task.sizes)
         with meter(f"pruning part {part}", sum(task.sizes[name] for name in mine)) as bar:
-            done = []
+            results = []
             for name in mine:
-                done.append(task.noted(name) or task.write(name, allow_empty=allow_empty))
+                results.append(task.noted(name) or task.write(name, allow_empty=allow_empty))
                 bar.advance(task.sizes[name])
-        # In an object store nothing keeps two parts from beginning at once, with different options.
+        # In an object store two parts may begin at the same time with different options, which is seen only now.
         task.ledger.check(task.note, task.model)
     missing = tuple(name for name in task.sizes if not task.is_noted(name))
-    return PartPruned(str(source), request, part, tuple(done), missing)
+    return PartPruned(str(source), request, part, tuple(results), missing)
 
 
 def check(source: Path, request: PruneRequest, output: Destination, count: int) -> None:
-    """Refuse here what no machine could do: shards that lie, an output that is taken, parts with other options."""
+    """Refuse an unsuitable model or output, or options that differ from other parts, before machines are started."""
     task = _Task.of(source, request, output, Part(1, count))
     if task.ledger.is_begun:
         task.ledger.check(task.note, task.model)
@@ -113,7 +113,7 @@ def prune_whole(
     meter: ProgressFactory = no_progress,
     allow_empty: bool = False,
 ) -> Pruned:
-    """Prune all shards, one of them here at a time, where the model or the output is elsewhere."""
+    """Prune a remote model, or to a remote output, with only one shard on this machine at a time."""
     prune_part(source, request, output, Part(1, 1), meter=meter, allow_empty=allow_empty)
     return join(source, request, output, has_digests=has_digests)
 
@@ -126,13 +126,13 @@ def join(
     has_digests: bool = False,
     is_trusted: bool = False,
 ) -> Pruned:
-    """Make a model of the shards of all parts: check that they are there and of one plan, and write the index last."""
-    noted = (ledger := Ledger.of(output.target)).task()
-    own, count = from_json(noted["request"]), noted["parts"]
+    """Join the shards of all parts: check that all are written and from one plan, and write the index last."""
+    recorded = (ledger := Ledger.of(output.target)).task()
+    recorded_request, count = from_json(recorded["request"]), recorded["parts"]
     if request is None and not is_trusted:
-        check_untrusted(code_specs(own), str(ledger.folder))
-    task = _Task.of(source, own if request is None else request, output, Part(1, count))
-    task.enter()
+        check_untrusted(code_specs(recorded_request), str(ledger.folder))
+    task = _Task.of(source, recorded_request if request is None else request, output, Part(1, count))
+    task.begin_or_check()
     for number, share in enumerate(shares(task.sizes, count), 1):
         if missing := [name for name in share if task.noted(name) is None]:
             raise WorkError(
@@ -152,7 +152,7 @@ def join(
 
 @dataclass(frozen=True)
 class _Task:
-    """What all parts have in common."""
+    """The model, the plan and the ledger, which are the same for all parts."""
 
     model: ModelFile
     request: PruneRequest
@@ -161,11 +161,11 @@ class _Task:
     plan: Plan
     ledger: Ledger
     part: Part
-    """Which of the parts is at work: it begins with its own shards."""
+    """The part of this run; it counts and prunes its own shards first."""
 
     @classmethod
     def of(cls, source: Path, request: PruneRequest, output: Destination, part: Part) -> _Task:
-        """Open the model, and plan the whole of it."""
+        """Open the model, and plan all of it."""
         model = registry.open_model(source)
         if model.format != "shards" or not outputs.is_folder(model, output):
             raise UsageError(
@@ -181,7 +181,7 @@ class _Task:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The bytes of each shard, in the order of the tensors."""
+        """The bytes of each shard, in the order of the model's files."""
         return {path.name: file_bytes(path) for path in self.model.files if path != self.model.path}
 
     @cached_property
@@ -213,15 +213,15 @@ class _Task:
             folder=None,
         )
 
-    def enter(self) -> None:
-        """Note what is asked for, or check that it is what the other parts were asked for."""
+    def begin_or_check(self) -> None:
+        """Create the ledger if this part is the first, and check that all parts have the same task."""
         if not self.ledger.is_begun:
             self.ledger.begin(self.note, self.model)
         self.ledger.check(self.note, self.model)
 
     @cached_property
     def note(self) -> dict[str, Any]:
-        """What is asked for, by which parts know one another."""
+        """The record of the task, which must be the same for all parts."""
         return {
             "schema": SCHEMA,
             "version": __version__,
@@ -237,7 +237,7 @@ class _Task:
         return _digest(self.note)
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """A note on a shard; None where there is none, or one of parts that were asked for something else."""
+        """A note on a shard; None if there is none, or if it is from another task."""
         note = self.ledger.read(name)
         if note is not None and not isinstance(note.get("task"), str):
             raise self.ledger.damaged(name)
@@ -254,11 +254,11 @@ class _Task:
         return _digest(sha256_of(self.model.path), self.sizes, list(tensors))
 
     def is_noted(self, name: str) -> bool:
-        """Whether a shard was written by one of the parts."""
+        """Whether the ledger says that a part wrote this shard."""
         return self.ledger.may_have(name) and self._read(f"{_DONE}{name}.json") is not None
 
     def noted(self, name: str) -> ShardResult | None:
-        """What was written of a shard; None where it is not there as it was noted."""
+        """The result for a shard that was written earlier; None if it is missing or not as recorded."""
         if not self.is_noted(name):
             return None
         entry = self.entry(name)
@@ -271,7 +271,7 @@ class _Task:
         return ShardResult(name, entry["output"].get("bytes", 0), dropped, sum(sizes.values()), zeros, is_new=False)
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the ledger has of a shard."""
+        """The record of a written shard in the ledger."""
         entry = self._read(f"{_DONE}{name}.json") or {}
         rows, names = entry.get("tensors"), {tensor.name for tensor in self._tensors[name]}
         if not isinstance(rows, dict) or rows.keys() != names or not isinstance(entry.get("output"), dict):
@@ -281,31 +281,31 @@ class _Task:
         return entry
 
     def _check_source(self, name: str) -> None:
-        """Note what a shard of the input is, or check that it is what it was when a part first looked at it."""
-        path, place = self.model.path.parent / name, f"{_SOURCE}{name}.json"
-        noted = self.ledger.read(place)
+        """Record the state of an input shard, or check that it has not changed since a part first recorded it."""
+        path, note_name = self.model.path.parent / name, f"{_SOURCE}{name}.json"
+        noted = self.ledger.read(note_name)
         if noted is None:
-            # What is elsewhere has a version, and is not read once more.
+            # A remote file has a version, so that it need not be read for a digest.
             noted = {**facts(path), "sha256": "" if path in REMOTE else sha256_of(path)}
-            self.ledger.write(place, noted)
+            self.ledger.write(note_name, noted)
         if not is_as_noted(path, noted):
             raise _changed(path)
 
     def write(self, name: str, *, allow_empty: bool) -> ShardResult:
-        """Prune a shard, check what was written, and note it."""
+        """Prune a shard, verify the result, and record it."""
         self._check_source(name)
         plan = self._plan_of(name)
-        own = self._shard(name)
-        with downloaded(own.path), self.ledger.placing(name, own) as place:
-            with unchanged(file_states(own.files), _changed):
-                before = measure_stats(own, own.tensors, has_channels=False)
-                counts = engine.execute(own, plan, self.method, {own.path: place}) if plan.cuts else {}
+        shard = self._shard(name)
+        with downloaded(shard.path), self.ledger.placing(name, shard) as staged_path:
+            with unchanged(file_states(shard.files), _changed):
+                before = measure_stats(shard, shard.tensors, has_channels=False)
+                counts = engine.execute(shard, plan, self.method, {shard.path: staged_path}) if plan.cuts else {}
                 if not plan.cuts:
-                    patch_files(own, {own.path: place}, ())
-                written = registry.open_model(place)
+                    patch_files(shard, {shard.path: staged_path}, ())
+                written = registry.open_model(staged_path)
                 with workers(1) as background:
-                    hashing = background.submit(sha256_of, place)
-                    after = engine.verify(own, written, counts, has_channels=False)
+                    hashing = background.submit(sha256_of, staged_path)
+                    after = engine.verify(shard, written, counts, has_channels=False)
                     check_pattern(written, plan, self.method)
                     if not allow_empty:
                         self._check_floors(counts)
@@ -316,24 +316,24 @@ class _Task:
                 row.name: [row.zeros, counts[row.name].dropped if row.name in counts else 0, zeros[row.name]]
                 for row in before.layers
             }
-            # Before the shard takes its place: killed right after that, it would be done twice.
-            staged = self.ledger.facts_of_staged(place)
+            # Recorded before the shard is renamed: if killed between the two, a run would prune it twice.
+            staged = self.ledger.facts_of_staged(staged_path)
             if staged:
                 self._note(name, {**staged, "sha256": digest}, rows)
         placed = self.ledger.facts(name)
         if placed != staged:
             self._note(name, {**placed, "sha256": digest}, rows)
-        done = self.noted(name)
-        if done is None:
+        result = self.noted(name)
+        if result is None:
             raise WorkError(f"{self.ledger.target / name} was changed by somebody else while prunectl was running")
-        return replace(done, is_new=True)
+        return replace(result, is_new=True)
 
     def _note(self, name: str, output: Mapping[str, Any], rows: Mapping[str, Sequence[int | None]]) -> None:
-        """Note that a shard was written, what it is, and what came of its tensors."""
+        """Record that a shard was written, the state of its file, and the counts of its tensors."""
         self._write(f"{_DONE}{name}.json", {"part": str(self.part), "output": output, "tensors": rows})
 
     def _check_floors(self, counts: Mapping[str, TensorCounts]) -> None:
-        """Refuse what one process would rank once more: other shards may be written already."""
+        """Refuse a tensor below its minimum: a whole run would rank again, but other shards may be written already."""
         dropped, zeros = dropped_and_zeros(counts)
         most = planning.most_dropped(self.plan, zeros)
         starved = [name for name, count in most.items() if dropped[name] > count]
@@ -344,7 +344,7 @@ class _Task:
             )
 
     def _plan_of(self, name: str) -> Plan:
-        """The plan of a shard, with the threshold of all where all are ranked together."""
+        """The plan of a shard, with the joint threshold of all shards if they are ranked together."""
         plan = self._plans[name]
         if self.plan.drop == 0 or all(cut.drop is not None for cut in plan.cuts):
             return plan
@@ -357,70 +357,70 @@ class _Task:
 
     @cached_property
     def _joint_threshold(self) -> tuple[int, dict[str, tuple[int, int, int]]]:
-        """The key below which weights are pruned in all shards; of each how many are below it, tied, and equal it.
+        """The joint sort key, and for each shard how many scores are below it, are pruned as ties, and equal it.
 
-        Sixteen bits a pass, as `radix_select` does it. Counts add up: each part counts its own shards first, then those
-        that nobody has counted yet, so that no part waits for another.
+        Sixteen bits in each pass, as in `radix_select`, with the counts of all shards added up. Each part counts its
+        own shards first, then those that no part has counted yet, so that no part waits for another.
         """
         names = [name for name, plan in self._plans.items() if plan.cuts]
         mine = [name for name in self.part.share_of(self.sizes) if name in names]
         start = names.index(mine[0]) if mine else 0
         order = [*mine, *(name for name in (*names[start:], *names[:start]) if name not in mine)]
         prefix, below, shift = 0, 0, None
-        under, last = dict.fromkeys(names, 0), {name: self._plans[name].size for name in names}
+        below_by_name, last = dict.fromkeys(names, 0), {name: self._plans[name].size for name in names}
         while shift is None or shift > 0:
             counted = {name: self._counts(name, prefix, shift, last[name]) for name in order}
             shift = max(low for _, low in counted.values())
-            every = np.sum([counts for counts, _ in counted.values()], axis=0)
-            prefix, below, _ = masks.next_digit(every, prefix, below, self.plan.drop)
-            digit = prefix % len(every)
+            totals = np.sum([counts for counts, _ in counted.values()], axis=0)
+            prefix, below, _ = masks.next_digit(totals, prefix, below, self.plan.drop)
+            digit = prefix % len(totals)
             for name, (counts, _) in counted.items():
-                under[name] += int(counts[:digit].sum())
+                below_by_name[name] += int(counts[:digit].sum())
                 last[name] = int(counts[digit])
         ties = self.plan.drop - below
         split: dict[str, tuple[int, int, int]] = {}
         for name in names:
-            own = min(ties, last[name])
-            split[name] = (under[name], own, last[name])
-            ties -= own
+            own_ties = min(ties, last[name])
+            split[name] = (below_by_name[name], own_ties, last[name])
+            ties -= own_ties
         return prefix, split
 
     def _counts(self, name: str, prefix: int, shift: int | None, total: int) -> tuple[NDArray[np.int64], int]:
-        """How so many scores of a shard are distributed, as it was noted, or counted now."""
+        """The histogram of the next digit of a shard's scores, `total` in all, from the ledger or counted now."""
         self._check_source(name)
-        place = f"{_COUNTS}{name}.{'all' if shift is None else shift}-{prefix:x}.json"
-        if (note := self._read(place)) is None:
+        note_name = f"{_COUNTS}{name}.{'all' if shift is None else shift}-{prefix:x}.json"
+        if (note := self._read(note_name)) is None:
             shard = self._shard(name)
             with unchanged(file_states(shard.files), _changed), scratch.temporary_folder() as folder:
                 sources = engine.joint_sources(shard, self._plans[name], self.method, folder, is_wide=self._is_wide)
                 counted = [masks.count_digits(source, prefix, shift) for source in sources]
             check_unchanged(shard.path)
-            every = np.sum([counts for counts, _ in counted], axis=0)
-            digits = np.flatnonzero(every)
+            totals_by_digit = np.sum([counts for counts, _ in counted], axis=0)
+            digits = np.flatnonzero(totals_by_digit)
             low = max(low for _, low in counted)
-            note = {"digits": digits.tolist(), "counts": every[digits].tolist(), "shift": low}
-            self._write(place, note)
+            note = {"digits": digits.tolist(), "counts": totals_by_digit[digits].tolist(), "shift": low}
+            self._write(note_name, note)
         try:
             counts = np.zeros(masks.BINS, np.int64)
             counts[np.array(note["digits"], np.int64)] = np.array(note["counts"], np.int64)
             low = int(note["shift"])
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise self.ledger.damaged(place) from error
-        # Without any scores there is none that says how wide they are.
+            raise self.ledger.damaged(note_name) from error
+        # A shard without scores does not show their width, and records a shift of 0.
         widths = {0, *((16, 48) if shift is None else (shift - masks.DIGIT_BITS,))}
         if low not in widths or counts.min() < 0 or int(counts.sum()) != total:
-            raise self.ledger.damaged(place)
+            raise self.ledger.damaged(note_name)
         return counts, low
 
     def check_total(self, counts: Mapping[str, TensorCounts]) -> None:
-        """Check that all parts together pruned as many weights as was planned."""
+        """Check that all parts together pruned as many weights as planned."""
         dropped = sum(count.dropped for count in counts.values())
         is_exact = not isinstance(self.method.pattern, BlockPattern) and self.request.nan != "zero"
         if is_exact and dropped != self.plan.drop:
             raise WorkError(f"{dropped} weights of {self.model.folder} were pruned instead of {self.plan.drop}")
 
     def stats(self, rows: Mapping[str, Sequence[int]], *, has_digests: bool) -> tuple[ModelStats, ModelStats]:
-        """The statistics before and after: of a big model from the ledger, as all of it was read already."""
+        """The statistics before and after; for a big or remote model from the ledger, without reading it again."""
         if not isinstance(self.ledger, BucketLedger) and self.model.nbytes <= outputs.BIG_BYTES:
             codec = get_codec(CodecName.GZIP, None)
             before, after = measure(self.model, codec), measure(registry.open_model(self.ledger.target), codec)

@@ -20,18 +20,18 @@ from prunectl.pruning.masks import Threshold
 from prunectl.pruning.strategies import call_plugin
 
 Allocation = Callable[[Sequence[Tensor], int], Sequence[int]]
-"""From the tensors and the number of weights to prune in all to the number in each."""
+"""Distributes the number of weights to prune in all over the tensors."""
 
 
 class Scope(StrEnum):
-    """Among which weights scores are ranked."""
+    """The set of weights within which scores are ranked."""
 
     AUTO = "auto"
-    """Whichever loses least in most models, by strategy and pattern."""
+    """Global or layer, whichever loses less accuracy in most models for the strategy and pattern."""
     LAYER = "layer"
     GLOBAL = "global"
     ERK = "erk"
-    """In each layer, but more in big layers than in small ones."""
+    """Within each layer, with higher sparsity in big layers than in small ones (Erdos-Renyi-Kernel)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class TensorPlan:
 
     tensor: Tensor
     drop: int | None
-    """None where all tensors are ranked together."""
+    """None if the tensor is ranked together with others."""
 
 
 @dataclass(frozen=True, slots=True)
 class SkippedTensor:
-    """A tensor that is left alone, and why."""
+    """A tensor that is not pruned, and why."""
 
     name: str
     reason: str
@@ -60,7 +60,7 @@ class Plan:
     drop: int
     """Number of weights that are pruned in all."""
     threshold: Threshold | None = None
-    """Where all tensors are ranked together, if more are ranked with them than the plan has, the threshold of all."""
+    """The joint threshold, if tensors outside this plan are ranked with its own (a shard of a model); else None."""
 
     @property
     def size(self) -> int:
@@ -80,7 +80,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class PlanCriteria:
-    """Which tensors are pruned, in which scope and pattern; everything but how much."""
+    """Which tensors are pruned, in which scope and pattern, but not how much of them."""
 
     scope: Scope
     policy: Policy
@@ -94,10 +94,10 @@ class PlanCriteria:
 
 
 def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
-    """The tensors that policy and selectors allow; a container that re-encodes can change what is not contiguous."""
+    """The tensors that the policy and the selectors allow, and the reasons why others are skipped."""
     skip_reason = criteria.policy.skip_reason(model)
     layer_ratios = {
-        name: sparsity for selector, sparsity in criteria.layers for name in _named(model, selector, skip_reason)
+        name: sparsity for selector, sparsity in criteria.layers for name in _selected(model, selector, skip_reason)
     }
     tensors, skips = _partition(model, criteria, skip_reason, layer_ratios)
     if not tensors:
@@ -127,7 +127,7 @@ def make_plan(selection: Selection, criteria: PlanCriteria, sparsity: float) -> 
 
 def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> UsageError:
     reasons = Counter(skip.reason for skip in skips)
-    # That kernels are no floats tells more than that biases are no kernels.
+    # The most telling first: that the kernels are quantised says more than that biases are not kernels.
     shown = sorted(reasons, key=_most_telling(reasons))[:3]
     listed = ", ".join(counted_reason(reason, reasons[reason]) for reason in shown)
     hint = f"select tensors with --layers or --policy all; list them with: prunectl inspect {model.path}"
@@ -145,11 +145,11 @@ def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
 
 
 KEPT_SHARE = 0.01
-"""What is kept at least of a tensor that is ranked with others, so that none of them is cut off."""
+"""The minimum share of weights that a jointly ranked tensor keeps, so that none becomes all zeros."""
 
 
 def least_kept(plan: Plan, tensor: Tensor) -> int:
-    """How many weights of a tensor are kept whatever they rank: at most half as many as are kept on the average."""
+    """The minimum number of weights that a tensor keeps, whatever their rank: at most half the average kept share."""
     kept = plan.size - plan.drop
     if kept < 2 * len(plan.cuts):
         return 0
@@ -157,7 +157,7 @@ def least_kept(plan: Plan, tensor: Tensor) -> int:
 
 
 def most_dropped(plan: Plan, zeros: Mapping[str, int]) -> dict[str, int]:
-    """How many weights of each tensor that is ranked with others may go; the zeros that it has may all go."""
+    """The most weights that may be pruned in each jointly ranked tensor; all its original zeros may be."""
     return {
         cut.tensor.name: max(cut.tensor.size - least_kept(plan, cut.tensor), zeros[cut.tensor.name])
         for cut in plan.cuts
@@ -166,17 +166,17 @@ def most_dropped(plan: Plan, zeros: Mapping[str, int]) -> dict[str, int]:
 
 
 def _nm_count(tensor: Tensor, pattern: NMPattern) -> int:
-    """Number of weights that N:M prunes; a short group at the end is padded with zeros that count."""
+    """Number of weights that N:M prunes; a short group at the end is padded, and the padding counts as pruned."""
     length = tensor.shape[tensor.reduction_axis or 0]
     groups, remainder = divmod(length, pattern.group)
     short = max(pattern.zeros - (pattern.group - remainder), 0) if remainder else 0
     return (groups * pattern.zeros + short) * (tensor.size // length)
 
 
-def _named(model: ModelFile, selector: str, skip_reason: Callable[[Tensor], Verdict]) -> frozenset[str]:
-    """The tensors that a selector means: of those it matches what the policy allows.
+def _selected(model: ModelFile, selector: str, skip_reason: Callable[[Tensor], Verdict]) -> frozenset[str]:
+    """The tensors that a selector chooses: those of its matches that the policy allows.
 
-    Where the policy allows none of them, as when a selector names a bias, they were meant themselves, kernels first.
+    If it allows none, as when a selector names a bias, the selector wins: its kernels are chosen, or else all matches.
     """
     matched = select_names(model, selector)
     allowed = [tensor.name for tensor in matched if not skip_reason(tensor)]
@@ -192,7 +192,7 @@ def _partition(
 ) -> tuple[tuple[Tensor, ...], tuple[SkippedTensor, ...]]:
     can_reencode = by_name(model.format).can_reencode
     matched = {tensor.name for tensor in select_names(model, criteria.only)} if criteria.only else None
-    only = _named(model, criteria.only, skip_reason) if criteria.only else None
+    only = _selected(model, criteria.only, skip_reason) if criteria.only else None
     excluded = {tensor.name for selector in criteria.exclude for tensor in select_names(model, selector)}
     excluded |= {model.duplicates[name] for name in excluded & model.duplicates.keys()}
     reasons: dict[str, str] = {}
@@ -202,25 +202,25 @@ def _partition(
         if tensor.name in excluded:
             reasons[tensor.name], kept[tensor.name] = "excluded", "is excluded"
         elif tensor.name not in layer_ratios:
-            is_left_out = matched is not None and tensor.name not in matched
-            is_meant = only is not None and tensor.name in only
+            is_unmatched = matched is not None and tensor.name not in matched
+            is_chosen = only is not None and tensor.name in only
             reasons[tensor.name] = (
-                "not selected by --layers" if is_left_out else "" if is_meant else skip_reason(tensor)
+                "not selected by --layers" if is_unmatched else "" if is_chosen else skip_reason(tensor)
             )
-            if reasons[tensor.name] and not is_left_out and tensor.role is Role.EMBEDDING:
+            if reasons[tensor.name] and not is_unmatched and tensor.role is Role.EMBEDDING:
                 kept[tensor.name] = "is an embedding"
         if tensor.name in model.duplicates and tensor.name not in excluded:
             reasons[tensor.name] = "a copy of another variable, pruned with it"
         if tensor.name in clustered:
             reasons[tensor.name] = _CLUSTERED
         reasons[tensor.name] = reasons.get(tensor.name) or _obstacle(tensor, criteria, can_reencode=can_reencode)
-    # What shares its numbers with these is kept too: an embedding may be the output layer.
+    # Tensors tied to kept ones are kept too: the output layer may share the weights of an embedding.
     for name, owner in find_tied_tensors(model.tensors, kept).items():
         is_named = name in layer_ratios and owner not in excluded
         if owner in kept and not reasons[name] and not is_named:
             reasons[name] = f"tied to {owner}, which {kept[owner]}"
     candidates = {tensor.name for tensor in model.tensors if not reasons[tensor.name]}
-    # Also what nobody wants pruned is, if it shares its numbers with what is.
+    # Tensors tied to pruned ones are pruned with them, even if they were not selected.
     tied = {
         name: original
         for name, original in find_tied_tensors(model.tensors, candidates).items()
@@ -236,9 +236,9 @@ _CLUSTERING_LAYER = re.compile(r"(cluster|quant(ize)?)_")
 
 
 def _clustered(model: ModelFile) -> frozenset[str]:
-    """Weights in wrappers of tfmot that put the nearest centroid in the place of each, also of one that is zero.
+    """Weights in tfmot's clustering wrappers, which replace each weight, also a pruned one, by the nearest centroid.
 
-    Such a wrapper stores beside the weight which centroid that is.
+    Such a wrapper has the indices of the centroids as another tensor of the weight's shape.
     """
     layers = {tensor.name: _CLUSTERING_LAYER.sub("", tensor.layer, count=1) for tensor in model.tensors}
     indices = {
@@ -254,7 +254,7 @@ def _clustered(model: ModelFile) -> frozenset[str]:
 
 
 def _obstacle(tensor: Tensor, criteria: PlanCriteria, *, can_reencode: bool) -> str:
-    """Why a tensor cannot be pruned at all."""
+    """Why a tensor cannot be pruned, whatever the policy; empty if it can."""
     if not tensor.is_float:
         return non_float_reason(tensor)
     if not tensor.size:
@@ -271,7 +271,7 @@ def _obstacle(tensor: Tensor, criteria: PlanCriteria, *, can_reencode: bool) -> 
 
 MIN_SIZE = "min-size:"
 UNKNOWN = "unknown role"
-"""Why a tensor is left alone whose name and use do not tell what it is for."""
+"""Reason to skip a tensor whose role neither its name nor its use shows."""
 _ROLE_REASONS = {
     Role.EMBEDDING: "an embedding",
     Role.OPTIMIZER: "optimizer state",
@@ -279,7 +279,7 @@ _ROLE_REASONS = {
 }
 _QUANTISED = "quantised to"
 _QUANTISED_NAMES = (".weight", ".qweight", ".q_weight", ".W_q", ".weight_packed", ".weight._data", "_proj_blocks")
-"""Ends of the names of what bitsandbytes, GPTQ, AWQ, EXL2, HQQ, compressed-tensors, Quanto and MXFP4 pack."""
+"""Name endings of packed weights of bitsandbytes, GPTQ, AWQ, EXL2, HQQ, compressed-tensors, Quanto and MXFP4."""
 _NOUNS = {
     "a bias": ("bias", "biases"),
     "a norm": ("norm parameter", "norm parameters"),
@@ -295,7 +295,7 @@ _NOUNS = {
 
 
 def counted_reason(reason: str, number: int) -> str:
-    """So many tensors that were skipped for a reason."""
+    """The number of tensors that were skipped for a reason, as text."""
     if reason in _NOUNS:
         return f"{number} {_NOUNS[reason][number != 1]}"
     return f"{number} tensor{'s' * (number != 1)} ({reason})"
@@ -312,11 +312,11 @@ class Policy:
     name: str
     skip_reason: Callable[[ModelFile], Callable[[Tensor], Verdict]]
     summary: str
-    """What it does, in a line."""
+    """What the policy selects, in a line."""
 
 
 def _among_kernels(reason: Callable[[Tensor], Verdict]) -> Callable[[Tensor], Verdict]:
-    """Why a tensor is skipped that is no kernel; of kernels the reason given."""
+    """Skip reasons of a policy on kernels: `reason` for kernels, and why other tensors are not eligible."""
     return lambda tensor: reason(tensor) if tensor.is_prunable else _ineligible(tensor)
 
 
@@ -335,20 +335,20 @@ def _skip_classifier(model: ModelFile) -> Callable[[Tensor], Verdict]:
 
 
 def _xnnpack(model: ModelFile) -> Callable[[Tensor], Verdict]:
-    # Loaded for this policy alone, as it reads configurations of Keras.
+    # Imported for this policy only, since it reads Keras configurations.
     importlib.import_module("prunectl.pruning.xnnpack").check_sparse_inference(model)
     return _among_kernels(lambda tensor: "" if is_pointwise(tensor) else "not a 1x1 convolution")
 
 
 def is_pointwise(tensor: Tensor) -> bool:
-    """Whether it is the kernel of a convolution whose window is a single pixel."""
+    """Whether a tensor is the kernel of a 1x1 convolution."""
     axes = {tensor.out_axis, tensor.reduction_axis}
     window = [size for axis, size in enumerate(tensor.shape) if axis not in axes]
     return len(tensor.shape) == 4 and None not in axes and all(size == 1 for size in window)
 
 
 def min_size(spec: str) -> Policy:
-    """The policy that `min-size:N` means."""
+    """The policy named by `min-size:N`."""
     text = spec.removeprefix(MIN_SIZE)
     if not (text.isascii() and text.isdecimal()):
         raise UsageError(f"{spec!r} is not a policy", hint=f"write {MIN_SIZE}1000 to skip tensors with fewer weights")
@@ -358,7 +358,7 @@ def min_size(spec: str) -> Policy:
 
 
 def adapt_policy(plugin: object) -> Policy:
-    """A built-in policy, or a function from a tensor to a reason to skip it wrapped as one."""
+    """A built-in policy, or a user's function (from a tensor to a reason to skip it) wrapped as a policy."""
     if isinstance(plugin, Policy):
         return plugin
     if not callable(plugin):
@@ -376,8 +376,8 @@ def adapt_policy(plugin: object) -> Policy:
     return Policy(getattr(plugin, "__name__", "policy"), skip_reasons, inspect.getdoc(plugin) or "")
 
 
-def _all_except(left_out: dict[str, str]) -> Callable[[Tensor], Verdict]:
-    return _among_kernels(lambda tensor: left_out.get(tensor.layer, ""))
+def _all_except(skipped: dict[str, str]) -> Callable[[Tensor], Verdict]:
+    return _among_kernels(lambda tensor: skipped.get(tensor.layer, ""))
 
 
 def _prunable_layers(model: ModelFile) -> Sequence[str]:
@@ -397,7 +397,7 @@ def _quantised_to(dtype: str) -> str:
 
 
 def _ineligible(tensor: Tensor) -> Verdict:
-    """Why a tensor is not among those that are pruned by default."""
+    """Why the default policy skips a tensor."""
     role = tensor.role
     if role in PRUNABLE:
         return non_float_reason(tensor) or "a kernel with a single axis"

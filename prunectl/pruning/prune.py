@@ -1,4 +1,4 @@
-"""Pruning, from a file to a file."""
+"""Prune a model file, verify the result and write it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest, resolve_method
 
 SPARSEST = 0.99
-"""Beyond it whole layers go out, whatever the size."""
+"""The highest sparsity that is tried for a size: beyond it whole layers become zero."""
 CLOSE = 0.99
-"""A result between this share of the target and the target itself is good enough."""
+"""A size between this share of the target and the target is accepted."""
 _TRIES = 40
 
 
 def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) -> float:
-    """Bisect (with interpolation) for a sparsity whose size is at most the target, and hardly below it."""
+    """Bisect (with interpolation) for a sparsity whose size is at most the target, and close to it."""
     low, high = 0.0, SPARSEST
     dense = size_at(low)
     if dense <= target:
@@ -52,7 +52,7 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) ->
     for attempt in range(_TRIES):
         if below >= CLOSE * target or high - low < 1e-9:
             break
-        # Straight lines between the ends find smooth curves fast; every third guess halves, so that a bent one ends.
+        # Linear interpolation converges fast on smooth curves; every third guess bisects, so that others converge too.
         share = 0.5 if attempt % 3 == 2 else (above - CLOSE * target) / (above - below)
         middle = low + (high - low) * min(max(share, 0.02), 0.98)
         size = size_at(middle)
@@ -64,7 +64,7 @@ def bisect_sparsity(size_at: Callable[[float], int], target: int, codec: str) ->
 
 
 def sparsity_for_compression(path: Path, selection: Selection, total: int, factor: float) -> float:
-    """The sparsity for a compression: all parameters of a model over those that are kept."""
+    """The sparsity for a compression factor: the number of all parameters over that of the kept ones."""
     sizes = {tensor.name: tensor.size for tensor in selection.tensors}
     fixed = sum(round(share * sizes[name]) for name, share in selection.layer_ratios.items())
     free = sum(sizes.values()) - sum(sizes[name] for name in selection.layer_ratios)
@@ -92,7 +92,7 @@ class Pruned:
     notes: tuple[str, ...] = ()
     """Notes for the user, each a full sentence."""
     lost: Mapping[str, float] = field(default_factory=dict)
-    """What went of the norm of each tensor, as a share; of none where kept weights change as well."""
+    """Share of the norm that each tensor lost, by name; empty if kept weights change too."""
 
     def record(self) -> Mapping[str, object]:
         """The pruned tensors, as a manifest lists them."""
@@ -114,11 +114,11 @@ def prune(
     meter: ProgressFactory = no_progress,
     allow_empty: bool = False,
 ) -> Pruned:
-    """Prune a model; without an output, into a scratch file that is measured and thrown away.
+    """Prune a model; without an output, into a scratch file that is measured and deleted.
 
-    That nothing is left of a tensor is refused, unless it is allowed.
+    A run that prunes all weights of a tensor is refused, unless `allow_empty` is set.
     """
-    # The input and what was written are read by one child, where it takes a child to read them.
+    # One child process reads both the input and the output, where their format is read in a child.
     with reuse_worker():
         model = source if isinstance(source, ModelFile) else open_model(source)
         return _prune(model, request, output, meter, has_digests=has_digests, method=method, allow_empty=allow_empty)
@@ -147,7 +147,7 @@ def _prune(
     ):
         is_small = model.nbytes <= outputs.BIG_BYTES
         bar = progress.enter_context(meter(f"pruning {model.path.name}", _work(model, plan)))
-        # What has to be on the disk before it may be renamed gets there while it is written and read back.
+        # The output must be flushed to disk before it is renamed: that is done while it is written and read back.
         is_written = Event()
         early = background.submit(flush_meanwhile, folder, is_written) if output is not None else None
         written, plan, counts = _write(
@@ -171,7 +171,7 @@ def _prune(
             before = measure(model, codec, known=before if is_small else None)
             after = measure(result, codec, known=after if is_small else None)
         elif has_digests:
-            # Now, as an output in place takes the input's.
+            # Before an output in place replaces the input.
             before = replace(before, sha256=sizes.sha256(model))
             after = replace(after, sha256=sizes.sha256(result))
     shown = str(target if output is not None else "the result")
@@ -188,12 +188,12 @@ def _prune(
 def _floored(
     plan: Plan, method: PruningMethod, before: ModelStats, counts: Mapping[str, TensorCounts]
 ) -> tuple[str, ...]:
-    """Tensors that keep more than their weights rank, as they would be cut off."""
+    """Tensors that keep the minimum, though by rank they would keep fewer weights."""
     if method.weight_updater is None:
         return tuple(cut.tensor.name for cut in plan.cuts if cut.drop is not None)
     if method.not_finite is NonFinitePolicy.ZERO:
         return ()
-    # Their masks are found while they change: that a tensor is held to its least is seen by how much went of it.
+    # The updater computes the masks itself: a tensor is at its minimum if as many weights as allowed were pruned.
     zeros = {row.name: row.zeros or 0 for row in before.layers}
     most = planning.most_dropped(plan, zeros)
     return tuple(name for name, count in most.items() if zeros[name] < count == counts[name].dropped)
@@ -222,7 +222,7 @@ def _notes_on_parametrizations(model: ModelFile, plan: Plan) -> Iterator[str]:
 
 
 def _note_on_scales(model: ModelFile, plan: Plan) -> tuple[str, ...]:
-    """Of float8 as DeepSeek and compressed-tensors keep it."""
+    """A note on float8 weights with a scale of their own, as in DeepSeek and compressed-tensors."""
     names = {tensor.name for tensor in model.tensors}
     scaled = [
         cut.tensor.name for cut in plan.cuts if names & {f"{cut.tensor.name}_scale", f"{cut.tensor.name}_scale_inv"}
@@ -235,7 +235,7 @@ def _note_on_scales(model: ModelFile, plan: Plan) -> tuple[str, ...]:
 
 
 def _work(model: ModelFile, plan: Plan) -> int:
-    """Bytes that are written, and all that are read back."""
+    """Bytes of progress: those that are written, and those that are read back."""
     return sum(cut.tensor.nbytes for cut in plan.cuts) + sum(tensor.storage.stored_bytes for tensor in model.tensors)
 
 
@@ -249,9 +249,9 @@ def _write(
     is_packed: bool,
     tick: Tick = lambda _: None,
 ) -> tuple[Path, Plan, dict[str, TensorCounts]]:
-    """Write the pruned model into a folder, and return by which path it is opened, and the plan that none is cut off.
+    """Write the pruned model into a folder; return the path to open, the executed plan and the counts.
 
-    That is seen when it is written, and costs no pass over the weights where it does not happen, which is the rule.
+    If a tensor turns out below its minimum, the changed plan is written again: rare, and a check before costs a pass.
     """
     staged = outputs.staged_paths(model, folder, target)
     counts = execute(model, plan, method, staged, tick)
@@ -268,13 +268,13 @@ def _write(
 
 
 def dropped_and_zeros(counts: Mapping[str, TensorCounts]) -> tuple[dict[str, int], dict[str, int]]:
-    """How many weights of each tensor went, and how many were zero before, where that was seen."""
+    """The pruned weights of each tensor, and its zeros before pruning, if they were counted."""
     zeros = {name: count.zeros_before for name, count in counts.items() if count.zeros_before is not None}
     return {name: count.dropped for name, count in counts.items()}, zeros
 
 
 def check_left(before: ModelStats, counts: Mapping[str, TensorCounts]) -> None:
-    """Refuse a prune that leaves nothing of a tensor: what comes behind it no longer depends on the input."""
+    """Refuse a result with a tensor of only zeros: the layers after it no longer depend on the input."""
     empty = [
         row.name
         for row in before.layers
@@ -303,7 +303,7 @@ def check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None
 
 
 def resolve_plan(model: ModelFile, request: PruneRequest, method: PruningMethod) -> tuple[PruningMethod, float, Plan]:
-    """The method with its scores of the whole model, the sparsity, and how much is pruned of which tensor."""
+    """Resolve a request for a model: the method with model-wide scores, the sparsity, and the plan."""
     selection = planning.select_tensors(model, method.criteria)
     method, selection = engine.with_model_scores(model, selection, method)
     sparsity = _resolve_sparsity(model, request, selection, method)

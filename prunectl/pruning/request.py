@@ -1,4 +1,4 @@
-"""The prune request: every choice that decides the numbers in the output, parsed and checked."""
+"""The prune request: all options that determine the values in the output, parsed and checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PruneRequest:
-    """Every choice that decides the numbers in the output."""
+    """All options that determine the values in the output."""
 
     sparsity: float | None = None
     compression: float | None = None
@@ -43,30 +43,30 @@ class PruneRequest:
     nan: str = "error"
     is_packed: bool = False
     data: str = ""
-    """Calibration data, for strategies that need some."""
+    """Spec of the calibration data, for strategies that need some."""
     samples: int = SAMPLES
     batch_size: int = BATCH_SIZE
     loss: str = ""
-    """What gradients are taken of, if not what the file or its outputs suggest."""
+    """The loss for gradients and output matching; empty to infer it from the file or its outputs."""
     model: str = ""
-    """What builds the model, for weights alone."""
+    """The function that builds the model, for a file of weights only."""
     custom_objects: str = ""
     inputs: tuple[str, ...] = ()
-    """Shapes of what goes in, where a network has to be run and its file does not say them."""
+    """Input shapes, for a network that has to be run and whose file does not have them."""
     is_repaired: bool = False
-    """Whether kept weights are reconstructed by least squares, layer by layer, to make up for pruned ones."""
+    """Whether kept weights are reconstructed by least squares, layer by layer (--repair layers)."""
     is_matched: bool = False
-    """Whether kept weights are trained until the model answers as the dense one does."""
+    """Whether kept weights are trained to match the outputs of the dense model (--repair outputs)."""
     repair_steps: int | None = None
-    """For how many steps, if not as many as is usual."""
+    """The number of steps of output matching; None for the default."""
     blocks: int | None = None
-    """How many blocks go, for the pattern layers."""
+    """The number of blocks to remove, for the pattern layers."""
     cluster: str = ""
-    """How many distinct values each tensor keeps, and where they are sought first: `16:linear`."""
+    """The number of distinct values in each tensor, and how the centroids are initialised: `16:linear`."""
 
 
 class Repair(StrEnum):
-    """What kept weights are changed for."""
+    """The outputs that kept weights are changed to match."""
 
     LAYERS = "layers"
     """The outputs of each layer, by least squares."""
@@ -76,7 +76,7 @@ class Repair(StrEnum):
 
 _AMOUNTS = ("sparsity", "compression", "target_gzip", "target_packed")
 UNSTRUCTURED = "unstructured"
-"""The pattern of zeros anywhere, as it is typed."""
+"""The name of the pattern with zeros anywhere."""
 _OPTION_OF = {
     "is_packed": "pack",
     "inputs": "input",
@@ -89,13 +89,13 @@ _OPTION_OF = {
 OPTIONS = {
     _OPTION_OF.get(field.name, field.name): field.name for field in fields(PruneRequest) if field.name != "is_matched"
 }
-"""The fields that options decide, two of them by one option; a manifest calls some of them otherwise."""
+"""From option names to the fields of a request; --repair sets `is_repaired` or `is_matched`."""
 
 
 def parse_request(options: Mapping[str, Any], *, is_by_layer: bool = False) -> PruneRequest:
-    """Parse options, by the names of the command line; those that are not given have their defaults.
+    """Parse options by their names on the command line; missing ones have their defaults.
 
-    What prunes later, layer by layer, has no use for another scope, unless one is typed.
+    With `is_by_layer` the default scope is `layer`.
     """
     given = {
         OPTIONS.get(name, name): [*value] if isinstance(value, tuple) else value for name, value in options.items()
@@ -111,7 +111,7 @@ def parse_request(options: Mapping[str, Any], *, is_by_layer: bool = False) -> P
             raise UsageError(f"--repair cannot be {repaired!r}", hint=f"use --repair {' or --repair '.join(Repair)}")
         given["is_repaired"] = repaired == Repair.LAYERS
         if repaired == Repair.OUTPUTS:
-            # Training takes more examples than looking at layers does.
+            # Training needs more examples than layer statistics.
             given = {"samples": MATCHED_SAMPLES, "batch_size": MATCHED_BATCH_SIZE, **given, "is_matched": True}
     if given and given.get("scope", Scope.AUTO) == Scope.AUTO:
         is_clustered = given.get("cluster") and all(given.get(amount) is None for amount in _AMOUNTS)
@@ -122,9 +122,9 @@ def parse_request(options: Mapping[str, Any], *, is_by_layer: bool = False) -> P
 
 
 def default_scope(strategy: str, pattern: str = "", *, is_by_layer: bool = False) -> str:
-    """The scope where none is typed: global if scores of different layers mean the same, else layer.
+    """The default scope: global if the scores of different layers are comparable, else layer.
 
-    Zeros in a pattern, and sparsities for single layers, are the same share of each layer anyway.
+    It is layer, too, with a pattern or with sparsities for single layers.
     """
     is_free = pattern in {"", UNSTRUCTURED} and not is_by_layer
     is_comparable = any(known.name == strategy and known.is_comparable for known in STRATEGIES)
@@ -132,7 +132,7 @@ def default_scope(strategy: str, pattern: str = "", *, is_by_layer: bool = False
 
 
 def from_json(data: dict[str, Any]) -> PruneRequest:
-    """Parse the request in a recipe."""
+    """Parse a request from JSON values, as in a recipe or a manifest."""
     defaults = {field.name: field.default for field in fields(PruneRequest)}
     if unknown := sorted(set(data) - defaults.keys()):
         raise UsageError(
@@ -185,7 +185,7 @@ def parse_pattern(request: PruneRequest) -> tuple[NMPattern | BlockPattern | Non
 
 
 def resolve_method(request: PruneRequest) -> PruningMethod:
-    """What a request names, looked up: its strategy, policy, pattern and clustering."""
+    """Resolve the names in a request: its strategy, policy, pattern and clustering."""
     return _method(request, _strategy(request), parse_pattern(request))
 
 
@@ -225,15 +225,15 @@ def _policy(name: str) -> Policy:
     if name.startswith(MIN_SIZE):
         return min_size(name)
     builtin: dict[str, object] = {policy.name: policy for policy in POLICIES}
-    # Never found under this very name, but named where a slip is answered.
+    # No policy has this literal name; it is listed so that an error about a misspelt name can suggest it.
     builtin[f"{MIN_SIZE}N"] = min_size
     return adapt_policy(find("policy", name, builtin))
 
 
 def check(request: PruneRequest, *, allow_empty: bool = False) -> PruningMethod:
-    """What a request names, looked up; options that contradict each other are rejected before a file is opened.
+    """Resolve the names in a request, and refuse contradictory options before a file is opened.
 
-    To prune everything is a slip, unless it is allowed.
+    A sparsity of 1 is taken for a mistake, unless `allow_empty` is set.
     """
     strategy = _strategy(request)
     needs = strategy.needs
@@ -243,11 +243,11 @@ def check(request: PruneRequest, *, allow_empty: bool = False) -> PruningMethod:
             hint=f"use it in: prunectl finetune --strategy {request.strategy}",
         )
     is_repaired = request.is_repaired or request.is_matched
-    looks_at_data = needs is not Requires.NOTHING or is_repaired
-    if looks_at_data and not request.data:
+    uses_data = needs is not Requires.NOTHING or is_repaired
+    if uses_data and not request.data:
         who = "--repair" if is_repaired else f"the strategy {request.strategy}"
         raise UsageError(f"{who} needs data", hint="add --data train.npz")
-    if request.data and not looks_at_data:
+    if request.data and not uses_data:
         raise UsageError(
             f"--data has no effect: the strategy {request.strategy} uses no data",
             hint="leave out --data, add --repair, or use --strategy activation-magnitude or obs",
@@ -284,7 +284,7 @@ _ALL, _PERCENT = "a sparsity of 1 would set every weight to zero", "for 1 percen
 
 
 def check_shape(request: PruneRequest) -> PruningMethod:
-    """The same of a request whose strategy may watch training: amounts, scopes, patterns and clusters are checked."""
+    """Resolve a request for training, whose strategy may need training; check amount, scope, pattern and clusters."""
     if request.sparsity == 1:
         raise UsageError(_ALL, hint=_PERCENT)
     return _check_shape(request, _strategy(request))
@@ -342,12 +342,12 @@ def _check_amounts(request: PruneRequest, pattern: NMPattern | BlockPattern | No
 
 
 def code_specs(request: PruneRequest) -> tuple[str, ...]:
-    """Every choice that may mean `package.module:name` or `./file.py:name`."""
+    """The values of all options that may name code, as `package.module:name` or `./file.py:name`."""
     policy = "" if request.policy.startswith(MIN_SIZE) else request.policy
     data = "" if request.data.startswith(RANDOM_PREFIX) else request.data
     return request.strategy, policy, data, request.loss, request.model, request.custom_objects
 
 
 def names_code(request: PruneRequest) -> bool:
-    """Whether a request may name code, so that its record is to be trusted before it is repeated."""
+    """Whether a request may name code, so that a recorded one must be trusted before it is repeated."""
     return any(":" in name for name in code_specs(request))

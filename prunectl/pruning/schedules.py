@@ -14,7 +14,7 @@ from prunectl.plugins import find
 from prunectl.pruning.strategies import bind_params
 
 Curve = Callable[..., float]
-"""From what is done, the initial and the final sparsity to the sparsity; what else it takes are parameters."""
+"""From the progress (0 to 1), the initial and the final sparsity to the sparsity; other arguments are parameters."""
 
 
 def constant(_done: float, _initial: float, final: float) -> float:
@@ -84,7 +84,7 @@ def one_cycle(done: float, initial: float, final: float, *, alpha: float = 14.0,
     def logistic(x: float) -> float:
         return 1.0 / (1.0 + math.exp(beta - alpha * x))
 
-    # As published it begins a little above the initial sparsity; scaled, it begins at it.
+    # The published curve begins slightly above the initial sparsity; scaled, it begins exactly there.
     share = (logistic(done) - logistic(0.0)) / (logistic(1.0) - logistic(0.0))
     return initial + (final - initial) * share
 
@@ -101,12 +101,12 @@ CURVES: Mapping[str, Curve] = {
 
 
 def line_of(curve: Curve) -> str:
-    """What a curve does, in a line."""
+    """The summary of a curve: the first line of its docstring."""
     return (curve.__doc__ or "").partition("\n")[0].replace("``", "")
 
 
 class Schedule(Protocol):
-    """What a training loop asks; a step is a batch, the first is 0."""
+    """The interface for training loops; a step is a batch, and the first step is 0."""
 
     @property
     def final(self) -> float:
@@ -125,13 +125,13 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SparsitySchedule:
-    """Rise from one sparsity to another along a curve, which is kept by its name so that a ramp can be saved."""
+    """Rise from one sparsity to another along a curve, given by its name so that the schedule can be saved."""
 
     curve: str
     final: float
     begin: int = 0
     end: int | None = None
-    """The step at which the final sparsity is reached; None goes on for ever, which only a constant can."""
+    """The step at which the final sparsity is reached; None for no end, which only `constant` may have."""
     initial: float = 0.0
     frequency: int = 100
     params: tuple[str, ...] = ()
@@ -146,9 +146,9 @@ class SparsitySchedule:
             raise UsageError("--frequency is the number of steps between pruning steps and must be at least 1")
         if self.end is None and self.curve != "constant":
             raise UsageError(f"the schedule {self.curve} needs an end", hint="add --end 80%")
-        self._shape(0.0)
+        self._evaluate(0.0)
 
-    def _shape(self, done: float) -> float:
+    def _evaluate(self, done: float) -> float:
         try:
             return float(_curve(self.curve, self.params)(done, self.initial, self.final))
         except (ArithmeticError, TypeError, ValueError) as error:
@@ -160,10 +160,10 @@ class SparsitySchedule:
         return self.begin if self.end is None else self.end
 
     def sparsity_at(self, step: int) -> float:
-        """Clamp outside the ramp."""
+        """The sparsity at a step; constant before `begin` and after `end`."""
         length = (self.end or 0) - self.begin
         done = min(max((step - self.begin) / length, 0.0), 1.0) if length > 0 else float(step >= self.begin)
-        sparsity = self._shape(done)
+        sparsity = self._evaluate(done)
         if not 0.0 <= sparsity <= 1.0:
             raise WorkError(
                 f"the schedule {self.curve} returned a sparsity of {sparsity:g} at step {step}; it must be from 0 to 1"
@@ -171,7 +171,7 @@ class SparsitySchedule:
         return sparsity
 
     def prunes_at(self, step: int) -> bool:
-        """Whether it is a pruning step, counted from the beginning; the same steps as tfmot's."""
+        """Whether masks change at a step: every `frequency` steps from `begin`, as in tfmot."""
         if step < self.begin or (self.end is not None and step > self.end):
             return False
         return (step - self.begin) % self.frequency == 0
@@ -196,7 +196,7 @@ class ChainedSchedule:
         return self.switch_step + self.second.last_update_step
 
     def sparsity_at(self, step: int) -> float:
-        """As the schedule that is followed at the step."""
+        """The sparsity of the schedule that holds at the step."""
         return (
             self.first.sparsity_at(step)
             if step < self.switch_step
@@ -204,13 +204,13 @@ class ChainedSchedule:
         )
 
     def prunes_at(self, step: int) -> bool:
-        """As the schedule that is followed at the step."""
+        """Whether the schedule that holds at the step prunes at it."""
         return self.first.prunes_at(step) if step < self.switch_step else self.second.prunes_at(step - self.switch_step)
 
 
 @cache
 def _curve(name: str, params: tuple[str, ...]) -> Callable[..., Any]:
-    """The curve of a name with its parameters; looked up by name, as a value must be to be saved."""
+    """The curve with a name, and its parameters bound."""
     curve: Any = find("schedule", name, CURVES)
     if not callable(curve):
         raise UsageError(f"{name} is not a function of progress (0 to 1), initial and final sparsity")
@@ -221,5 +221,5 @@ def _curve(name: str, params: tuple[str, ...]) -> Callable[..., Any]:
             f"the schedule {name} cannot be called with three numbers: {error}",
             hint="it takes (done, initial, final), where done goes from 0 to 1, and returns the sparsity",
         ) from error
-    # `typed` leaves out the first argument of a function; a curve has three.
+    # `bind_params` skips the first argument of a function, but a curve has three that are not parameters.
     return partial(curve, **bind_params(params, partial(curve, 0.0, 0.0)))

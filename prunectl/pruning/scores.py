@@ -1,4 +1,4 @@
-"""Scores of weights, block by block, computed anew or kept until they are needed."""
+"""Scores of weights, block by block, recomputed for each use or cached."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from prunectl.pruning.plan import Plan
 
 KEPT_BYTES = 256 << 20
-"""Scores beyond this lie in a file until they are needed: they may be twice the size of the model."""
+"""Most bytes of scores in memory; more are spilled to a file, since they may take twice the size of the model."""
 
 
 class TensorScores:
     """Scores of the tensors of a plan, computed or cached.
 
-    Scores of single weights are computed again each time, block by block. A strategy that sees a tensor whole scores
-    it once: the scores are kept until the tensor is pruned, beyond some megabytes in a file without a name.
+    Elementwise scores are recomputed each time, block by block. Strategies that need whole tensors score each of them
+    once: these scores are cached until the tensor is pruned, beyond `KEPT_BYTES` in an unnamed temporary file.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TensorScores:
         self._scratch = scratch
         self._cached: dict[str, Array] = {}
         self._cached_bytes = 0
-        # How often each tensor is still to be pruned: once, and once for each copy in the file.
+        # Remaining uses of each tensor: one for itself, and one for each copy in the file.
         self._uses = {cut.tensor.name: 1 for cut in plan.cuts}
         for original in model.duplicates.values():
             if original in self._uses:
@@ -61,7 +61,7 @@ class TensorScores:
         self._budget_lock = threading.Lock()
 
     def scores(self, tensor: Tensor) -> Iterator[Array]:
-        """Yield the scores of a tensor that can be ranked, or their sort keys, block by block in storage order."""
+        """Yield the scores of a tensor (without NaN), or their sort keys, block by block in storage order."""
         if self.method.strategy.is_elementwise:
             begin = 0
             for block in self._weights(tensor):
@@ -72,11 +72,11 @@ class TensorScores:
                 yield self._ranked(tensor, scores)[0]
 
     def sample(self, tensor: Tensor) -> Iterator[Array]:
-        """Yield some of the scores of a tensor, evenly spread: those of single weights, without scoring the others."""
+        """Yield an evenly spaced sample of a tensor's scores; elementwise strategies score only the sampled weights."""
         if self.method.strategy.is_elementwise:
             for block in self._weights(tensor):
-                few = np.ascontiguousarray(block.reshape(-1)[::SAMPLE_STEP])
-                yield self._ranked_block(tensor, few, 0)[0]
+                sampled = np.ascontiguousarray(block.reshape(-1)[::SAMPLE_STEP])
+                yield self._ranked_block(tensor, sampled, 0)[0]
         else:
             for scores in _iter_slices(self._all_scores(tensor)):
                 yield self._ranked(tensor, np.ascontiguousarray(scores[::SAMPLE_STEP]))[0]
@@ -97,9 +97,9 @@ class TensorScores:
         self._release(tensor)
 
     def _ranked_block(self, tensor: Tensor, block: Array, begin: int) -> tuple[Array, Mask | None]:
-        """The scores of single weights; of magnitudes their sort keys, which the bits of the weights tell at once."""
-        is_as_wide = block.dtype == np.float64 or (block.dtype == np.float32 and not self._needs_float64)
-        if self.method.strategy.score is magnitude and is_as_wide:
+        """Elementwise scores of a block; for magnitudes their sort keys, straight from the bits of the weights."""
+        has_score_width = block.dtype == np.float64 or (block.dtype == np.float32 and not self._needs_float64)
+        if self.method.strategy.score is magnitude and has_score_width:
             return rank_nonfinite(magnitude_keys(block), self.method.not_finite, label(self.model, tensor))
         scores = self.method.strategy.score(block, BlockContext(tensor.name, begin, self.method.seed))
         return self._ranked(tensor, scores)
@@ -117,12 +117,12 @@ class TensorScores:
             yield from blocks(self.model, flat)
 
     def _read(self, tensor: Tensor) -> Array:
-        """A tensor whole; what has to be decoded is decoded once, if one tensor is pruned after the other."""
+        """A whole tensor; one that must be decoded is cached, unless tensors are ranked together."""
         if tensor.storage.extent is not None or self._is_global:
             return self.model.read(tensor)
         if tensor.name not in self._decoded:
             array = self.model.read(tensor).view()
-            # What is zeroed later is a copy: a second copy in the file is pruned by the same weights.
+            # Read-only, so that pruning zeroes a copy: another copy in the file is pruned from the same weights.
             array.flags.writeable = False
             self._decoded[tensor.name] = array
         return self._decoded[tensor.name]
@@ -172,5 +172,5 @@ def _iter_slices(scores: Array) -> Iterator[Array]:
 
 
 def label(model: ModelFile, tensor: Tensor) -> str:
-    """How messages name a tensor of a model."""
+    """The name of a tensor in messages, with the path of its model."""
     return f"{model.path}: {tensor.name}"

@@ -1,4 +1,4 @@
-"""Strategies, built in or of users: scores of weights, the lowest of which are pruned, and how much of each layer."""
+"""Strategies, built in or from users: they score weights, the lowest of which are pruned, or allocate sparsity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BlockContext:
     """Tensor and offset of a block of weights, for strategies that need them."""
 
     name: str
-    """The tensor."""
+    """The name of the tensor."""
     begin: int
     """Index of the block's first element in the tensor."""
     seed: int
@@ -42,7 +42,7 @@ class Requires(StrEnum):
     TRAINING = "training"
     GRADIENTS = "gradients"
     INPUTS = "inputs"
-    """What each weight is multiplied with."""
+    """Norms of the layer inputs."""
     PRODUCTS = "products"
     """The Gram matrix of a layer's inputs."""
 
@@ -57,7 +57,7 @@ class Strategy:
     name: str
     score: Score
     summary: str
-    """What it does, in a line."""
+    """What the strategy prunes, in a line."""
     is_elementwise: bool = True
     """Whether a weight's score depends on that weight alone, so that blocks can be scored one by one."""
     is_comparable: bool = False
@@ -65,12 +65,12 @@ class Strategy:
     is_precomputed: bool = False
     """Whether the scores of all tensors are in memory already, so that none need be cached."""
     score_all: Callable[[Mapping[str, Array]], Mapping[str, Array | None]] | None = None
-    """Scores all tensors at once, in place of `score`; None for one that it leaves alone."""
+    """Scores all tensors at once, in place of `score`; the scores of a tensor that is not to be pruned are None."""
     allocation: Callable[..., Sequence[int]] | None = None
     """Number of weights to prune in each tensor, where the strategy decides it."""
     choices: Mapping[str, tuple[str, ...] | float] = field(default_factory=dict)
-    """Parameters of a built-in strategy, with the words that they take, the first of them if nothing is said; or with
-    the number that they are then."""
+    """Parameters of a built-in strategy: each with the words that it takes, of which the first is the default, or with
+    a number as its default."""
     params: Mapping[str, Any] = field(default_factory=dict)
     needs: Requires = Requires.NOTHING
 
@@ -101,12 +101,12 @@ def random(weights: Array, context: BlockContext) -> Array:
 
 
 def _needs_data(_: Array, context: BlockContext) -> Array:
-    raise ValueError(f"{context.name} is scored by what nobody has looked at")
+    raise ValueError(f"the scores of {context.name} need data that was not collected")
 
 
 BIASES = ("late", "early", "uniform")
 _BIAS_ODDS = (0.3, 0.6)
-"""Up to the first of these numbers late layers lose most, up to the second early ones."""
+"""A random number below the first chooses late layers, below the second early layers, else uniform."""
 
 
 def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int) -> list[int]:
@@ -122,14 +122,14 @@ def proportional_counts(sizes: Sequence[int], rates: Sequence[float], total: int
         saturated |= above
     ideal = {index: sizes[index] * rates[index] * left / mass for index in rest} if left else dict.fromkeys(rest, 0.0)
     counts = [sizes[index] if index in saturated else int(ideal[index]) for index in range(len(sizes))]
-    # What rounding down left over goes to the largest remainders.
+    # The weights lost to rounding down go to the largest remainders.
     for index in sorted(rest, key=lambda index: (int(ideal[index]) - ideal[index], index))[: total - sum(counts)]:
         counts[index] += 1
     return counts
 
 
 def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
-    """Counts by Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density goes with a shape's sum over its product."""
+    """Counts by Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density is proportional to sum(shape) / prod(shape)."""
     sizes = [tensor.size for tensor in tensors]
     densities = [(sum(tensor.shape) or 1) / tensor.size for tensor in tensors]
     kept = proportional_counts(sizes, densities, sum(sizes) - drop)
@@ -137,7 +137,7 @@ def erk(tensors: Sequence[Tensor], drop: int) -> Sequence[int]:
 
 
 def depth_biased(tensors: Sequence[Tensor], drop: int, *, seed: int, bias: str = "") -> Sequence[int]:
-    """Counts that rise or fall evenly from the first layer to the last, or that are the same share of each."""
+    """Counts by sparsities that rise or fall linearly from the first layer to the last, or are uniform."""
     layers = list(dict.fromkeys(tensor.layer for tensor in tensors))
     depths = [layers.index(tensor.layer) for tensor in tensors]
     rates = {
@@ -224,9 +224,9 @@ STRATEGIES = (
 
 
 def uniform_numbers(count: int, key: str) -> NDArray[np.float64]:
-    """Numbers from 0 up to 1 that only a key decides, on any machine and with any NumPy."""
+    """Random numbers in [0, 1) that depend only on a key, not on the machine or the version of NumPy."""
     bits = _splitmix64(np.arange(count, dtype=np.uint64) + np.uint64(_fnv1a(key)))
-    # Of the upper 53 bits, as many as a float64 holds exactly.
+    # The upper 53 bits are as many as a float64 holds exactly.
     return (bits >> np.uint64(11)).astype(np.float64) / 2**53
 
 
@@ -248,7 +248,7 @@ def _fnv1a(text: str) -> int:
 
 
 def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
-    """A built-in strategy with its parameters bound, or a function from weights to scores wrapped as one."""
+    """A built-in strategy with its parameters bound, or a user's function from weights to scores as a strategy."""
     if isinstance(plugin, Strategy):
         return replace(plugin, params=_builtin_params(plugin, request.params))
     if not callable(plugin):
@@ -318,7 +318,7 @@ def _number(strategy: Strategy, name: str, text: str, default: float) -> float:
 
 
 def _at_least_float32(weights: Array) -> Array:
-    """Weights in at least 32 bits, so that any function can compute with them."""
+    """Weights in at least 32 bits, since plugins may not support narrower types."""
     return weights.astype(np.float32) if weights.dtype.itemsize < 4 else weights
 
 
@@ -356,7 +356,7 @@ def bind_params(texts: tuple[str, ...], function: Callable[..., Any]) -> Mapping
 
 
 def _annotation(parameter: inspect.Parameter) -> str:
-    """The name of a parameter's type, from its annotation or its default; empty if neither tells."""
+    """The name of a parameter's type, from its annotation or its default; empty if it has neither."""
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return "" if parameter.default in (parameter.empty, None) else type(parameter.default).__name__
@@ -364,7 +364,7 @@ def _annotation(parameter: inspect.Parameter) -> str:
 
 
 def parse_literal(text: str) -> Any:
-    """A Python literal as it is typed, `true` and `none` among them; anything else is a text."""
+    """The value of a Python literal, also `true`, `false` and `none`; other text is returned as it is."""
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
     except (ValueError, SyntaxError):
@@ -383,7 +383,7 @@ def _parse_value(name: str, text: str, kind: str) -> Any:
 
 
 def _validated(scores: Any, weights: Array, strategy: str, name: str) -> Array:
-    """Scores that can be ranked: of the weights' shape, floats, none of them negative."""
+    """Check a plugin's scores: of the weights' shape, numbers, none of them negative; return them as float64."""
     array = np.asarray(scores)
     if array.shape != weights.shape:
         raise WorkError(
@@ -391,7 +391,7 @@ def _validated(scores: Any, weights: Array, strategy: str, name: str) -> Array:
         )
     if array.dtype.kind not in "fiub":
         raise WorkError(f"{strategy} returned scores for {name} that are not numbers")
-    # All in one width, so that the scores of several tensors can be ranked together.
+    # All in float64, so that the scores of several tensors can be ranked together.
     array = array.astype(np.float64)
     if (array < 0).any():
         raise WorkError(f"{strategy} returned a negative score for {name}")

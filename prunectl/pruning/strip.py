@@ -1,4 +1,4 @@
-"""Stripping, from a file to a file; of a checkpoint of many ranks, the weights become a model of safetensors."""
+"""Strip what inference does not need from a model file; consolidate checkpoints of many ranks as safetensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stripped:
     before: ModelStats
     after: ModelStats
     notes: tuple[str, ...] = ()
-    """What of the folder of the model was not copied."""
+    """Notes for the user, such as on files of the folder that were not copied."""
 
 
 def strip(
@@ -61,7 +61,7 @@ def strip(
 ) -> Stripped:
     """Write a copy without what inference does not need; without an output, into a scratch file.
 
-    Of weights that the file holds twice, one copy is kept; if it is asked, the user says which.
+    If the file holds the weights twice, one copy is kept. With `is_asked`, the user has to choose which.
     """
     model = open_model(path)
     copies = choose(model, keep, is_asked=is_asked and StripPart.TRAINING in options.parts)
@@ -69,7 +69,7 @@ def strip(
     if by_name(model.format).is_of_ranks:
         return _consolidate(model, options, output, is_packed=is_packed, meter=meter)
     require(model, Capability.PACK if is_packed else Capability.WRITE)
-    # What has nothing to strip is copied, whatever the format.
+    # A file with nothing to strip is copied, even if its format cannot be stripped.
     if options.to_half or model.about.wrappers or any(tensor.role not in WEIGHTS for tensor in model.tensors):
         require(model, Capability.STRIP)
     row = by_name(model.format)
@@ -87,10 +87,10 @@ def strip(
         written = staged.get(model.path, folder / target.name)
         if is_packed:
             outputs.pack(written, folder)
-        # Without training state nothing would tell several parts from a collection of models.
+        # In the known format, since stripped parts of one model could be taken for a collection of models.
         result = load(row.opener)(written) if model.has_neighbours else open_model(written)
         original = model if copies is None else replace(model, tensors=_as_kept(model, copies))
-        _verify(original, result, options, frozenset(thing.name for thing in removed))
+        _verify(original, result, options, frozenset(item.name for item in removed))
         before, after = stats_for_report(model, meter), stats_for_report(result, meter)
     removed += _files_left_out(model, left_out)
     shown = replace(after, path=str(target)) if output is not None else after
@@ -99,7 +99,7 @@ def strip(
 
 
 def _check_in_place(model: ModelFile, options: StripOptions, output: Destination | None) -> None:
-    """Refuse to strip a folder in place where files would have to go: all but its weights stays as it is."""
+    """Refuse to strip a folder in place if files would have to be removed: in place only weights are changed."""
     if not model.has_neighbours or output is None or not output.is_in_place:
         return
     _, removed = split_files(model, options)
@@ -111,24 +111,24 @@ def _check_in_place(model: ModelFile, options: StripOptions, output: Destination
 
 
 def _notes_on_folder(model: ModelFile, result: ModelFile, output: Destination | None) -> tuple[str, ...]:
-    """What lies beside the weights in the output, and what of the folder is not copied, each in a sentence."""
+    """Notes on the files beside the weights in the output, and on files of the folder that were not copied."""
     notes = outputs.notes_on_folder(model, output)
-    # What was removed is not among the files of the output; links are not there to be seen.
+    # Removed files are not mentioned in the notes of the output; links are missing there and noted from the input.
     if not notes or not model.has_neighbours:
         return notes
     return (*result.about.notes, *Companions((), (), files_in(model.path).links).notes(model.path))
 
 
 def _as_kept(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:
-    """The tensors as the output is to have them: by their names there, with the values of the copy that stays."""
+    """The expected tensors of the output: under their new names, with the values of the kept copy."""
     return tuple(replace(tensor, name=name) for name, tensor in copies.kept(model.tensors).items())
 
 
 def _note_lacking(copies: CopyChoice | None) -> tuple[str, ...]:
     if copies is None or not copies.lacking:
         return ()
-    is_one = len(copies.lacking) == 1
-    has, stayed = ("has", "stayed as it was") if is_one else ("have", "stayed as they were")
+    is_single = len(copies.lacking) == 1
+    has, stayed = ("has", "stayed as it was") if is_single else ("have", "stayed as they were")
     return (f"{some_tensors(copies.lacking)} {has} no counterpart under {copies.other}, and {stayed}.",)
 
 
@@ -143,7 +143,7 @@ _WEIGHTS, _SUFFIX, _CHECKPOINT = "model.safetensors", ".safetensors", ".ckpt"
 def _consolidate(
     model: ModelFile, options: StripOptions, output: Destination | None, *, is_packed: bool, meter: ProgressFactory
 ) -> Stripped:
-    """Write the weights of a checkpoint of many ranks as safetensors: one file, or a folder with what lies beside."""
+    """Write the weights of a checkpoint of many ranks as safetensors: a file, or a folder with the companion files."""
     folder = model.folder or model.path.parent
     is_file = output is not None and (output.to_stdout or output.target.suffix.lower() == _SUFFIX)
     tensors = model.tensors if options.copies is None else _as_flat(model, options.copies)
@@ -160,7 +160,7 @@ def _consolidate(
         after = stats_for_report(result, meter)
     before = replace(before, path=str(model.folder or model.path))
     if not options.to_half:
-        # The same bits have as many zeros: they are counted once.
+        # The values are the same, so that their zeros are counted only once.
         before = replace(before, params=replace(after.params, prunable=before.params.prunable))
     shown = after if output is None else replace(after, path=str(output.target))
     removed = (*_removed_of_ranks(model), *_files_left_out(source, left_out))
@@ -169,7 +169,7 @@ def _consolidate(
 
 
 def _as_flat(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:
-    """The copy that stays by the names that the class of the network knows, without the entry that held it."""
+    """The kept copy, under the names that the class of the network expects, without the prefix of its entry."""
     home = f"{copies.home.partition('.')[0]}."
     kept = copies.kept(model.tensors)
     return tuple(replace(tensor, name=name.removeprefix(home)) for name, tensor in kept.items())
@@ -178,7 +178,7 @@ def _as_flat(model: ModelFile, copies: CopyChoice) -> tuple[Tensor, ...]:
 def _check_consolidation(
     model: ModelFile, options: StripOptions, output: Destination | None, *, is_packed: bool
 ) -> None:
-    """Refuse what does not go with weights of many ranks, before any work begins."""
+    """Refuse options that cannot be used with a checkpoint of many ranks, before any work begins."""
     source = model.folder or model.path
     ranks = f"{source} is a checkpoint of many ranks, whose weights alone are written, as safetensors"
     if is_packed:
@@ -189,7 +189,7 @@ def _check_consolidation(
         raise UsageError(f"--in-place cannot be used: {ranks}", hint="write -o OUT")
     suffixes = (SUFFIXES - {_SUFFIX}) | {_CHECKPOINT}
     if output is not None and not output.to_stdout and output.target.suffix.lower() in suffixes:
-        # What is exported is no checkpoint of Lightning's.
+        # An exported file is not a Lightning checkpoint.
         is_checkpoint = output.target.suffix.lower() == _CHECKPOINT
         target = output.target.with_suffix(".pt") if is_checkpoint else output.target
         raise UsageError(f"-o {output.target}: {ranks}", hint=f"prunectl export {source} -o {target}")
@@ -213,7 +213,7 @@ def _check_consolidation(
 def _staged_weights(
     source: ModelFile, output: Destination | None, left_out: Mapping[Path, StripPart]
 ) -> Generator[Path]:
-    """Yield where weights are written, so that they appear at the output with what lies beside the model."""
+    """Yield the path to write weights to; they and the companion files appear at the output at the end."""
     if output is None:
         with scratch.temporary_folder() as folder, extents.unchanged(source.states):
             yield folder / _WEIGHTS
@@ -240,7 +240,7 @@ def _entry(model: ModelFile, tensor: Tensor, options: StripOptions) -> Safetenso
 
 
 def _compare(entries: Sequence[SafetensorsEntry], result: ModelFile) -> None:
-    """Read back what was written, and compare it with its source bit by bit."""
+    """Read back the written tensors, and compare them with their sources bit by bit."""
     written = {tensor.name: tensor.storage.extent for tensor in result.tensors}
     for entry in entries:
         extent = written[entry.name]
@@ -258,7 +258,7 @@ def _compare(entries: Sequence[SafetensorsEntry], result: ModelFile) -> None:
 
 
 def _removed_of_ranks(model: ModelFile) -> Iterator[RemovedItem]:
-    """Yield what the ranks saved beside the weights: the state of each optimizer, and all that is no tensor."""
+    """Yield the removed items of the ranks: the state of each optimizer, and all values that are not tensors."""
     rest = model.nbytes
     states: Counter[str] = Counter()
     for tensor in model.tensors:
@@ -271,7 +271,7 @@ def _removed_of_ranks(model: ModelFile) -> Iterator[RemovedItem]:
 
 
 def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed: frozenset[str]) -> None:
-    """Verify that nothing is left that should be removed, and that no other tensor has changed."""
+    """Verify that everything to be removed is gone, and that no other tensor has changed."""
     wrappers_left = result.about.pruning_wrappers
     if StripPart.MASKS in options.parts and wrappers_left:
         raise WorkError(
@@ -283,7 +283,7 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
         raise WorkError(f"the output of {model.path} still has {left} of the other copy; nothing was written")
     wrapped = {wrapper.layer for wrapper in model.about.wrappers}
     if model.format == "saved-model" and wrapped and StripPart.MASKS in options.parts:
-        # Rebuilt without masks, it numbers its variables anew; its stripper compared them by what they belong to.
+        # Rebuilding without masks renumbers the variables; the stripper has compared them by their layers already.
         return
     before = {tensor.name: tensor for tensor in model.tensors}
     for tensor in result.tensors:
@@ -291,7 +291,7 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
         if original is None or tensor.layer in wrapped:
             continue
         if tensor.name in removed and tensor.role == Role.OPTIMIZER and count_zeros(result, tensor) == tensor.size:
-            # Where a graph still asks for the state of an optimizer, it gets zeros.
+            # Optimizer state that the graph still references is set to zero instead of removed.
             continue
         if original.shape != tensor.shape or not bitwise_equal(model, original, result, tensor):
             raise WorkError(f"{tensor.name} of {model.path} has different values in the output; nothing was written")
@@ -300,7 +300,7 @@ def _verify(model: ModelFile, result: ModelFile, options: StripOptions, removed:
 def stats_for_report(
     model: ModelFile, meter: ProgressFactory = no_progress, *, beside: int = 0, is_gzipped: bool = False
 ) -> ModelStats:
-    """Statistics of a model, with its gzip size if it and what is beside it are small, or that was wanted anyhow."""
+    """Statistics of a model; with the gzip size if the model and `beside` are small, or if `is_gzipped` is set."""
     if is_gzipped or max(model.nbytes, beside) <= outputs.BIG_BYTES:
         return measure(model, get_codec(CodecName.GZIP, None), meter)
     with meter(f"measuring {model.path.name}", model.nbytes) as bar:

@@ -1,6 +1,6 @@
-"""Can XNNPACK run a model sparsely? From a stem it knows to a pooling it knows, through layers it knows, as tfmot asks.
+"""Check whether XNNPACK can run a Keras model sparsely: supported layers from a first convolution to a global pooling.
 
-After `PruneForLatencyOnXNNPack` of tensorflow-model-optimization: "Fast Sparse ConvNets" (Elsen et al. 2019).
+The rules are those of `PruneForLatencyOnXNNPack` in tfmot; see "Fast Sparse ConvNets" (Elsen et al. 2019).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Layer:
     producers: tuple[str, ...]
 
     def is_padded_by(self, layers: Mapping[str, _Layer], width: int) -> bool:
-        """Whether all it takes is something padded with zeros on each side."""
+        """Whether its only input is a ZeroPadding2D of this width on each side."""
         if len(self.producers) != 1:
             return False
         before = layers[self.producers[0]]
@@ -34,7 +34,7 @@ class _Layer:
 
 
 def check_sparse_inference(model: ModelFile) -> None:
-    """Refuse a model whose configuration says that XNNPACK would run it densely."""
+    """Refuse a model that XNNPACK would run densely, as far as its configuration shows."""
     config = model.about.keras
     if config is None:
         return
@@ -75,7 +75,7 @@ def _unsupported(model: ModelFile, missing: str) -> UsageError:
 
 
 def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
-    """The layers of a model, each with those whose outputs it takes."""
+    """The layers of a model by name, each with the layers whose outputs it takes."""
     layers: dict[str, _Layer] = {}
     is_graph = any(layer.get("inbound_nodes") for layer in listed(config))
     if is_graph:
@@ -103,7 +103,7 @@ def _layer(name: str, config: Mapping[str, Any], producers: tuple[str, ...]) -> 
 def _first_matches(
     begin: Iterable[str], is_end: Callable[[str], bool], after: Callable[[str], Iterable[str]]
 ) -> set[str]:
-    """The first layers of a sort on all ways from some; none if one way leads past them."""
+    """The first matching layer on every path from `begin`; an empty set if a path ends without a match."""
     waiting, seen, matches = list(begin), set(begin), set()
     while waiting:
         name = waiting.pop()
@@ -119,7 +119,7 @@ def _first_matches(
 
 
 def _nodes_between(begin: Iterable[str], stops: set[str], after: Mapping[str, Iterable[str]]) -> list[str]:
-    """The layers from some to those that stop."""
+    """The layers on the paths from `begin` to `stops`, without `stops`."""
     waiting, seen = list(dict.fromkeys(begin))[::-1], set[str]()
     order = []
     while waiting:

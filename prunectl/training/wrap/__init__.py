@@ -150,10 +150,9 @@ KIND = "tfmot"
 
 @dataclass(frozen=True, slots=True)
 class SavedPruning:
-    """Unfinished schedules in the wrappers of a file."""
+    """Unfinished schedules in the wrappers of a file, by layer."""
 
     schedules: Mapping[str, Schedule]
-    """By the name of the layer."""
     step: int
     """The number of batches trained on, as counted by tfmot."""
     block: BlockPattern | None = None

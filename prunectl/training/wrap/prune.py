@@ -30,11 +30,10 @@ from prunectl.training.wrap import WrapperSpec, verify_roundtrip, wrap, wrapper_
 
 @dataclass(frozen=True, slots=True)
 class WrapResult:
-    """The result of a run with wrappers."""
+    """The result of a run with wrappers, and the number of wrapped tensors."""
 
     pruned: Pruned
     wrapped: int
-    """Number of tensors with a wrapper."""
     bare: tuple[str, ...]
     """Tensors that the framework has no wrapper for."""
     ramp: SparsitySchedule | None
