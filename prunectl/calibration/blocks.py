@@ -22,7 +22,7 @@ _pool: ContextVar[Workers | None] = ContextVar("block_threads", default=None)
 
 @contextmanager
 def block_threads(threads: int = 0) -> Generator[None]:
-    """Let `map_blocks` use so many threads within the context; 0 means OMP_NUM_THREADS, or all cores.
+    """Let `map_blocks` use this many threads within the context; 0 means OMP_NUM_THREADS, or all cores.
 
     NumPy's BLAS is limited to one thread meanwhile, since it splits sums by its number of threads. Where it cannot be
     limited, or only for the calling thread, blocks are processed one after the other.

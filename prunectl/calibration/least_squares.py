@@ -177,7 +177,7 @@ class _Equations:
         return cls(gram, correlation, scale, factor)
 
     def approach(self, target: Float64Array, kept: Mask, first: Float64Array, steps: int) -> tuple[Float64Array, Mask]:
-        """Take so many steps at most from some rows; return the new rows, and which of them have converged."""
+        """Take at most `steps` steps from some rows; return the new rows, and which of them have converged."""
         residual = target - first @ self.gram
         whitened = residual @ self.factor.T
         slopes, outputs = residual * self.scale * kept, target * self.scale

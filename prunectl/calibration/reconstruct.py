@@ -84,7 +84,7 @@ Rank = Callable[[Mapping[str, Array]], PruningMethod]
 
 
 def stage_plans(plan: Plan, stages: int) -> Iterator[Plan]:
-    """The plan in so many stages, each of which keeps the same share of the weights that the previous stage kept."""
+    """The plan split into stages, each of which keeps the same share of the weights that the previous stage kept."""
     kept = 1 - plan.drop / plan.size
     for stage in range(1, stages if plan.drop else 1):
         share = (1 - kept ** (stage / stages)) / (1 - kept)
@@ -104,7 +104,7 @@ class Reconstructor:
     damp: float = DAMP
     block: int = BLOCK
     stages: int = 1
-    """The number of passes in which weights are pruned; each uses the layer inputs of the model after the last one."""
+    """The number of passes in which weights are pruned; each sees the layer inputs that the previous one left."""
     rank: Rank | None = None
     """Ranks the weights again in each later stage, where they are ranked over all layers."""
     skipped: list[str] = field(default_factory=list)

@@ -42,7 +42,7 @@ _MOST_PARTS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of so many parts, counted from 1."""
+    """Part `number` of `count`, counted from 1."""
 
     number: int
     count: int

@@ -102,7 +102,7 @@ class KthLowest(NamedTuple):
 
 
 def threshold(sources: Sequence[Source], drop: int, size: int, samples: Sequence[Source] = ()) -> Threshold:
-    """The threshold that prunes exactly so many of all scores, ties in the order of the sources.
+    """The threshold that prunes exactly `drop` of all scores, ties in the order of the sources.
 
     Samples of the sources (one in `SAMPLE_STEP` scores) save a pass over all scores of big sources.
     """

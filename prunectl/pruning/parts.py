@@ -316,7 +316,7 @@ class _Task:
                 row.name: [row.zeros, counts[row.name].dropped if row.name in counts else 0, zeros[row.name]]
                 for row in before.layers
             }
-            # Recorded before the shard is renamed: if killed between the two, a run would prune it twice.
+            # Recorded before the shard is renamed: a run that is killed after that would prune it twice otherwise.
             staged = self.ledger.facts_of_staged(staged_path)
             if staged:
                 self._note(name, {**staged, "sha256": digest}, rows)

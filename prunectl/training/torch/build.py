@@ -125,7 +125,7 @@ _NO_PARAMETER = frozenset({Role.OPTIMIZER, Role.MASK, Role.SCHEDULE})
 
 
 def match_parameters(model: ModelFile, module: torch.nn.Module, source: str, part: str = "") -> dict[str, str]:
-    """From tensors of the file to names in the module; refuse a module with a parameter that has no tensor or tied one.
+    """From tensors of the file to names in the module; each parameter must have a tensor, or be tied to one that has.
 
     The file may hold only the submodule `part`, and then without its prefix.
     """
