@@ -167,7 +167,7 @@ class GraphAdapter(ABC):
         graph. All names must be in `observable`. WorkError if the runtime cannot load the network.
         """
 
-    def widened(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
+    def to_float64(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
         """A float64 runner that replaces `built`, a runner of the same network, which must not be used afterwards."""
         del built
         return self.runner(network, observed, in_float64=True)

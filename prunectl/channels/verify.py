@@ -56,7 +56,7 @@ class _Pair:
     def in_float64(self, built: tuple[Runner, Runner]) -> tuple[Runner, Runner]:
         """The same two runners in float64, made from those in the networks' own precision."""
         original, pruned = (
-            self.source.widened(run, network, self.inner)
+            self.source.to_float64(run, network, self.inner)
             for network, run in zip((self.original, self.pruned), built, strict=True)
         )
         return original, pruned

@@ -131,10 +131,10 @@ class KerasAdapter(GraphAdapter):
         """A runner of the network that Keras loads from the edited file."""
         return runner(self._loaded, network, self._origin, observed, precision="float64" if in_float64 else "float32")
 
-    def widened(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
+    def to_float64(self, built: Runner, network: Any, observed: Iterable[str]) -> Runner:
         """The same network switched to float64, if its layers allow that; else one that is loaded again."""
         is_wide = isinstance(built, RecordingRunner) and built.widen()
-        return built if is_wide else super().widened(built, network, observed)
+        return built if is_wide else super().to_float64(built, network, observed)
 
     def write(self, network: Any, folder: Path, target: Path) -> WrittenNetwork:
         """Write an edited file in the layout of the original."""

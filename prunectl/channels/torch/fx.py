@@ -240,11 +240,11 @@ class RecordingInterpreter(torch.fx.Interpreter):
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if not self._in_float64:
             return args, kwargs
-        widened: tuple[tuple[Any, ...], dict[str, Any]] = map_aggregate((args, kwargs), _widened)
-        return widened
+        in_float64: tuple[tuple[Any, ...], dict[str, Any]] = map_aggregate((args, kwargs), _to_float64)
+        return in_float64
 
 
-def _widened(argument: Any) -> Any:
+def _to_float64(argument: Any) -> Any:
     is_float = isinstance(argument, torch.dtype) and argument.is_floating_point
     return torch.float64 if is_float else argument
 

@@ -142,7 +142,7 @@ def test_a_network_that_is_widened_says_to_the_bit_what_one_built_in_float64_doe
     wide = {name: array.astype("float64") if array.dtype.kind == "f" else array for name, array in feeds.items()}
     built = source.runner(network, names)
     built(feeds)
-    widened = source.widened(built, network, names)
+    widened = source.to_float64(built, network, names)
     assert (widened is built) == (kind not in {nested, inside, arithmetic, converted})
     for one, other in zip(widened(wide), source.runner(network, names, in_float64=True)(wide), strict=True):
         assert one.dtype == other.dtype == np.float64
