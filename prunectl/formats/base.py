@@ -63,7 +63,7 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 class Role(StrEnum):
-    """What a tensor is for."""
+    """The purpose of a tensor in its model."""
 
     KERNEL = "kernel"
     RECURRENT = "recurrent"
@@ -400,7 +400,7 @@ class CopyChoice:
 
 @dataclass(frozen=True, slots=True)
 class StripOptions:
-    """Which parts to strip, and whether to halve the floats."""
+    """Which parts to strip, and whether to store floats in 16 bits."""
 
     parts: frozenset[StripPart] = frozenset(StripPart)
     to_half: bool = False

@@ -156,7 +156,7 @@ class ProtoReader:
             yield entry
 
     def text(self, field: Field) -> str:
-        """A name."""
+        """The string in a field; WireError if it exceeds the limits on names."""
         if field.value > budgets.MAX_ONNX_NAME_BYTES:
             raise WireError(f"a name has {field.value} bytes")
         self._text_left -= field.value
