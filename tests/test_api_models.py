@@ -210,6 +210,8 @@ def test_the_extra_state_of_a_module_stays() -> None:
     assert pruned.told == Path("/")
     state = {"fc.weight": torch.rand(4, 4), "arguments": Path("/")}
     assert prunectl.prune(state, sparsity=0.5)["arguments"] == Path("/")
+    with pytest.raises(TypeError, match=r"model\['array'\] must be a tensor, as others are, not a NumPy array"):
+        prunectl.prune({**state, "array": np.ones((4, 4))}, sparsity=0.5)
 
 
 def locked() -> Any:

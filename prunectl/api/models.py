@@ -221,6 +221,9 @@ def _read_state_dict(path: Path) -> Any:
 
 
 def _save_state_dict(model: Mapping[str, Any], path: Path) -> None:
+    for name, value in model.items():
+        if isinstance(value, np.ndarray):
+            raise TypeError(f"model[{name!r}] must be a tensor, as others are, not a NumPy array")
     kept = (_torch().Tensor, Mapping, list, tuple)
     _torch().save({name: value for name, value in model.items() if isinstance(value, kept)}, path)
 
