@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
@@ -391,3 +392,26 @@ def test_a_record_that_makes_no_sense_is_refused(limits: str, tmp_path: Path) ->
     done = here("prune", FIXTURE, "-o", tmp_path / "x.onnx", "--recipe", record)
     assert done.code == 3
     assert "holds invalid limits for channels" in done.err
+
+
+def test_weights_of_bfloat16_lose_the_channels_that_the_same_numbers_lose_in_float32(tmp_path: Path) -> None:
+    narrow, wide = tmp_path / "narrow.onnx", tmp_path / "wide.onnx"
+    assert here("export", FIXTURE, "-o", narrow, "--bf16").code == 0
+    rounded = onnx.load(FIXTURE)
+    for tensor in rounded.graph.initializer:
+        if len(tensor.dims) > 1:
+            numbers = numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(numbers, tensor.name))
+    onnx.save(rounded, wide)
+    for path in (narrow, wide):
+        cut(path, path.with_suffix(".small.onnx"))
+    small, reference = narrow.with_suffix(".small.onnx"), wide.with_suffix(".small.onnx")
+    assert shapes(small) == shapes(reference) != shapes(narrow)
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(small).graph.initializer}
+    assert kinds["fc1.weight"] == onnx.TensorProto.BFLOAT16
+    x = np.random.default_rng(0).random((8, 1, 8, 8), np.float32)
+    answers, expected = (
+        onnxruntime.InferenceSession(path).run(None, {onnx.load(path).graph.input[0].name: x})[0]
+        for path in (small, reference)
+    )
+    np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-5)

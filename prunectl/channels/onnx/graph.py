@@ -16,6 +16,7 @@ from prunectl.channels.onnx.shapes import StaticValues, infer_static
 from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.safe_json import require
 from prunectl.onnx_graph import (
+    FLOAT_TYPES,
     STANDARD_DOMAINS,
     OnnxNetwork,
     axes_behind,
@@ -27,9 +28,6 @@ from prunectl.onnx_graph import (
     opset_of,
 )
 
-_FLOATS = frozenset({1, 10, 11})
-"""The element types of weights that can be pruned: float32, float16, float64."""
-
 
 def _weights(network: OnnxNetwork) -> dict[str, Array]:
     """The arrays of all weights that may be pruned."""
@@ -39,7 +37,7 @@ def _weights(network: OnnxNetwork) -> dict[str, Array]:
         if tensor.name in network.outside
         else np.asarray(to_array(tensor.dense))
         for tensor in graph_tensors(network.proto.graph)
-        if tensor.dense is not None and tensor.data_type in _FLOATS and len(tensor.dense.dims) >= 1
+        if tensor.dense is not None and tensor.data_type in FLOAT_TYPES and len(tensor.dense.dims) >= 1
     }
 
 
@@ -119,7 +117,7 @@ def reshare(proto: Any, copies: dict[str, str]) -> None:
 
 
 def _is_vector(tensor: Any) -> bool:
-    return len(tensor.dims) == 1 and tensor.data_type in _FLOATS
+    return len(tensor.dims) == 1 and tensor.data_type in FLOAT_TYPES
 
 
 def _unused(name: str, names: set[str]) -> str:
