@@ -161,9 +161,9 @@ class Calibration:
 
             self._passes.run(self.network, [tensor.name], index, batch.x, record)
             before = captured[index] if captured is not None else self._dense_inputs([tensor.name], index)[tensor.name]
-            for mine, theirs in zip(inputs, before, strict=True):
-                part = mine.use.outputs
-                statistics.setdefault(part, CrossStatistics(mine.use)).add(mine, theirs, mine.use.shape or tensor.shape)
+            for pruned, dense in zip(inputs, before, strict=True):
+                use = pruned.use
+                statistics.setdefault(use.outputs, CrossStatistics(use)).add(pruned, dense, use.shape or tensor.shape)
         _check_finite(tensor.name, sums)
         return CrossInputs(statistics, sums, first_sums)
 

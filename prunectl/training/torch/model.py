@@ -391,8 +391,8 @@ class TorchTrainable:
     def assign(self, values: Mapping[str, Array]) -> None:
         state = self._module.state_dict()
         for name, value in values.items():
-            held = state[self._built.inside(name)]
-            held.copy_(distribute_like(view_as_torch(value), held))
+            target = state[self._built.inside(name)]
+            target.copy_(distribute_like(view_as_torch(value), target))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         parameters = self._parameters(masks)
