@@ -188,7 +188,7 @@ def _fold_all(
 def _consumed_axes(trace: LabelTrace) -> dict[str, dict[tuple[str, int], None]]:
     """For each operation by name, the axes of kernels on which it reads channels, without duplicates."""
     by_node: dict[str, dict[tuple[str, int], None]] = {}
-    for note in trace.notes:
-        if note.role is AxisRole.IN and note.labels.any():
-            by_node.setdefault(note.node, {})[note.tensor, note.axis] = None
+    for record in trace.axis_records:
+        if record.role is AxisRole.IN and record.labels.any():
+            by_node.setdefault(record.node, {})[record.tensor, record.axis] = None
     return by_node

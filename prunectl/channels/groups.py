@@ -82,9 +82,9 @@ class PrunedGroup:
 
 def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
     """Group the channels of a network by the axes that they lie on, in the order of its operations."""
-    # One note for each axis is enough: `unify_shared` has united the labels of the others with those of the first.
-    notes = list({(note.tensor, note.axis): note for note in reversed(trace.notes)}.values())[::-1]
-    labelled = [_by_channel(trace.labels.roots(note.labels)) for note in notes]
+    # One record for each axis is enough: `unify_shared` has united the labels of the others with those of the first.
+    records = list({(record.tensor, record.axis): record for record in reversed(trace.axis_records)}.values())[::-1]
+    labelled = [_by_channel(trace.labels.roots(record.labels)) for record in records]
     axes_of: dict[int, list[int]] = defaultdict(list)
     for number, (roots, _) in enumerate(labelled):
         for root in np.unique(roots).tolist():
@@ -94,7 +94,8 @@ def find_groups(trace: LabelTrace) -> tuple[ChannelGroup, ...]:
         alike[tuple(numbers), trace.labels.reason(root)].append(root)
     groups = []
     for (lies_on, reason), members in alike.items():
-        axes = tuple(TensorAxis(note.tensor, note.axis, note.role) for note in (notes[number] for number in lies_on))
+        used = (records[number] for number in lies_on)
+        axes = tuple(TensorAxis(record.tensor, record.axis, record.role) for record in used)
         labels = np.array(members, np.int64)
         slices = tuple(_slices(*labelled[number], labels) for number in lies_on)
         group = ChannelGroup(axes[0].tensor, axes, labels, slices, reason)

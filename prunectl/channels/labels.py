@@ -136,7 +136,7 @@ class LabelTrace:
         self.graph = graph
         self.labels = UnionFind()
         self.values: dict[str, LabelArray] = {}
-        self.notes: list[AxisLabels] = []
+        self.axis_records: list[AxisLabels] = []
         self._readers: dict[str, list[OpNode]] = defaultdict(list)
         for node in graph.nodes:
             for name in node.inputs:
@@ -155,14 +155,14 @@ class LabelTrace:
         """The shape of a value."""
         return self.graph.shapes[name]
 
-    def note(self, node: OpNode, name: str, axis: int, role: AxisRole, labels: LabelArray) -> None:
+    def record_axis(self, node: OpNode, name: str, axis: int, role: AxisRole, labels: LabelArray) -> None:
         """Record the channel of each index of a weight; `axis` is an axis of the view that the operation reads."""
         view = self.graph.views[name]
         weight_axis = view.axes[axis]
         if weight_axis is None:
             self.labels.lock(labels, op_title(node))
         else:
-            self.notes.append(AxisLabels(view.tensor, weight_axis, role, labels, node.name))
+            self.axis_records.append(AxisLabels(view.tensor, weight_axis, role, labels, node.name))
 
     def is_view(self, node: OpNode, position: int) -> bool:
         """Whether an input of an operation is a weight or a view of a weight."""
@@ -179,13 +179,13 @@ class LabelTrace:
     def unify_shared(self) -> None:
         """Unite the labels that several uses of a weight give to an axis; lock them if a use gave none."""
         by_axis: dict[tuple[str, int], list[AxisLabels]] = {}
-        for note in self.notes:
-            by_axis.setdefault((note.tensor, note.axis), []).append(note)
-        for (tensor, _), notes in by_axis.items():
-            for note in notes[1:]:
-                self.labels.unite(notes[0].labels, note.labels, f"{tensor} is shared")
-            if len(notes) != self.graph.uses[tensor]:
-                self.labels.lock(notes[0].labels, f"{tensor} is also used in a different way elsewhere")
+        for record in self.axis_records:
+            by_axis.setdefault((record.tensor, record.axis), []).append(record)
+        for (tensor, _), records in by_axis.items():
+            for record in records[1:]:
+                self.labels.unite(records[0].labels, record.labels, f"{tensor} is shared")
+            if len(records) != self.graph.uses[tensor]:
+                self.labels.lock(records[0].labels, f"{tensor} is also used in a different way elsewhere")
 
 
 def op_title(node: OpNode) -> str:

@@ -12,7 +12,7 @@ from prunectl.channels.labels import AxisRole, LabelArray, LabelTrace, fixed, op
 
 
 def elementwise(trace: LabelTrace, node: OpNode) -> None:
-    """Unite the labels of operands that are added, multiplied or compared, and note the weights among them."""
+    """Unite the labels of operands that are added, multiplied or compared, and record the weights among them."""
     shape = trace.shape(node.outputs[0])
     names = [name for name in node.inputs if name]
     values = [_aligned(trace.labels_of(name), len(shape)) for name in names if name not in trace.graph.views]
@@ -32,11 +32,11 @@ def _joined(trace: LabelTrace, node: OpNode, values: list[LabelArray], shape: tu
             # A channel that is broadcast to all channels of an axis must be kept.
             for value in kept:
                 if value.shape[axis] == 1:
-                    trace.labels.lock(value, f"{op_title(node)} broadcasts it to many channels")
+                    trace.labels.lock(value, f"{op_title(node)} broadcasts this channel to many channels")
             kept = [value for value in kept if value.shape[axis] > 1]
     expanded = [np.broadcast_to(value, shape) for value in kept]
     for other in expanded[1:]:
-        trace.labels.unite(expanded[0], other, f"{op_title(node)} joins it with channels that cannot be removed")
+        trace.labels.unite(expanded[0], other, f"{op_title(node)} ties these channels to others that cannot be removed")
     labelled = [value for value in expanded if value.any()]
     return next(iter(labelled), fixed(shape))
 
@@ -52,7 +52,7 @@ def _label_weight(trace: LabelTrace, node: OpNode, name: str, labels: LabelArray
     if line is None:
         trace.labels.lock(labels, f"{op_title(node)} mixes channels with positions")
     else:
-        trace.note(node, name, axes[0], AxisRole.OTHER, line)
+        trace.record_axis(node, name, axes[0], AxisRole.OTHER, line)
 
 
 def _aligned(labels: LabelArray, rank: int) -> LabelArray:
@@ -68,18 +68,18 @@ def attention(trace: LabelTrace, node: OpNode) -> None:
     kernel, bias, *masks = node.inputs[_OUT], node.inputs[_OUT_BIAS], *node.inputs[_OUT_BIAS + 1 :]
     heads = trace.labels.fresh(trace.shape(kernel)[0])
     for data, weight in zip(node.inputs[_DATA], node.inputs[_KERNELS], strict=True):
-        trace.note(node, weight, 0, AxisRole.IN, trace.labels_along(node, trace.labels_of(data), -1))
-        trace.note(node, weight, 1, AxisRole.OUT, heads)
+        trace.record_axis(node, weight, 0, AxisRole.IN, trace.labels_along(node, trace.labels_of(data), -1))
+        trace.record_axis(node, weight, 1, AxisRole.OUT, heads)
     for weight in filter(None, node.inputs[_BIASES]):
-        trace.note(node, weight, 0, AxisRole.BIAS, heads)
+        trace.record_axis(node, weight, 0, AxisRole.BIAS, heads)
     for mask in masks:
         trace.labels.lock(trace.labels_of(mask), f"{op_title(node)} computes its mask")
     shape = trace.shape(node.outputs[0])
     produced = trace.labels.fresh(shape[-1])
-    trace.note(node, kernel, 0, AxisRole.IN, heads)
-    trace.note(node, kernel, 2, AxisRole.OUT, produced)
+    trace.record_axis(node, kernel, 0, AxisRole.IN, heads)
+    trace.record_axis(node, kernel, 2, AxisRole.OUT, produced)
     if bias:
-        trace.note(node, bias, 0, AxisRole.BIAS, produced)
+        trace.record_axis(node, bias, 0, AxisRole.BIAS, produced)
     trace.values[node.outputs[0]] = spread(produced, len(shape) - 1, shape)
 
 
@@ -101,7 +101,7 @@ def concat(trace: LabelTrace, node: OpNode) -> None:
         return
     heads = [first_along(array, axis) for array in arrays]
     for head in heads[1:]:
-        trace.labels.unite(heads[0], head, f"{op_title(node)} joins it with channels that cannot be removed")
+        trace.labels.unite(heads[0], head, f"{op_title(node)} ties these channels to others that cannot be removed")
     trace.values[node.outputs[0]] = np.broadcast_to(next((head for head in heads if head.any()), heads[0]), shape)
 
 
@@ -215,7 +215,7 @@ def _unite_fronts(trace: LabelTrace, node: OpNode, left: LabelArray, right: Labe
 
 def _lock_product(trace: LabelTrace, node: OpNode, *values: LabelArray) -> None:
     for value in values:
-        trace.labels.lock(value, f"{op_title(node)} multiplies it by a computed value")
+        trace.labels.lock(value, f"{op_title(node)} multiplies these channels by a computed value")
     trace.values[node.outputs[0]] = fixed(trace.shape(node.outputs[0]))
 
 
@@ -224,10 +224,10 @@ def recurrent(trace: LabelTrace, node: OpNode) -> None:
     data, kernel, recurrent_kernel, *biases_and_states = node.inputs
     units, gates = node.attributes["units"], node.attributes["gates"]
     units_labels = trace.labels.fresh(units)
-    trace.note(node, kernel, -2, AxisRole.OUT, np.tile(units_labels, gates))
-    trace.note(node, kernel, -1, AxisRole.IN, trace.labels_along(node, trace.labels_of(data), -1))
-    trace.note(node, recurrent_kernel, -2, AxisRole.OUT, np.tile(units_labels, gates))
-    trace.note(node, recurrent_kernel, -1, AxisRole.IN, units_labels)
+    trace.record_axis(node, kernel, -2, AxisRole.OUT, np.tile(units_labels, gates))
+    trace.record_axis(node, kernel, -1, AxisRole.IN, trace.labels_along(node, trace.labels_of(data), -1))
+    trace.record_axis(node, recurrent_kernel, -2, AxisRole.OUT, np.tile(units_labels, gates))
+    trace.record_axis(node, recurrent_kernel, -1, AxisRole.IN, units_labels)
     for name in filter(None, biases_and_states):
         _bias_or_state(trace, node, name, units_labels)
     for name in node.outputs:
@@ -241,7 +241,7 @@ def _bias_or_state(trace: LabelTrace, node: OpNode, name: str, units_labels: Lab
         return
     times = trace.shape(name)[-1] // len(units_labels)
     # An initial state has the role of a bias, so that the equivalence check zeroes it with the unit.
-    trace.note(node, name, -1, AxisRole.BIAS, np.tile(units_labels, times))
+    trace.record_axis(node, name, -1, AxisRole.BIAS, np.tile(units_labels, times))
 
 
 def _last(labels: LabelArray) -> LabelArray:
@@ -305,15 +305,15 @@ def convolution(trace: LabelTrace, node: OpNode) -> None:
     if groups > 1 and groups == len(inputs):
         produced = np.repeat(inputs, shape[1] // groups)
         # Axis 0 of a depthwise kernel counts the groups, and so both input and output channels.
-        trace.note(node, kernel, 0, AxisRole.OUT, inputs if is_transposed else produced)
+        trace.record_axis(node, kernel, 0, AxisRole.OUT, inputs if is_transposed else produced)
     else:
         per_group = inputs.reshape(groups, -1)
         for others in per_group[1:]:
             trace.labels.unite(per_group[0], others, op_title(node))
         fresh = trace.labels.fresh(shape[1] // groups)
         produced = np.tile(fresh, groups)
-        trace.note(node, kernel, out_axis, AxisRole.OUT, fresh if is_transposed else produced)
-        trace.note(node, kernel, in_axis, AxisRole.IN, inputs if is_transposed else per_group[0])
+        trace.record_axis(node, kernel, out_axis, AxisRole.OUT, fresh if is_transposed else produced)
+        trace.record_axis(node, kernel, in_axis, AxisRole.IN, inputs if is_transposed else per_group[0])
     _bias(trace, node, produced)
     _lock_activated(trace, node, produced)
     trace.values[node.outputs[0]] = spread(produced, 1, shape)
@@ -334,8 +334,8 @@ def linear(trace: LabelTrace, node: OpNode) -> None:
     in_axis = node.attributes["in_axis"]
     inputs = trace.labels_along(node, labels, -1)
     produced = trace.labels.fresh(shape[-1])
-    trace.note(node, node.inputs[1], 1 - in_axis, AxisRole.OUT, produced)
-    trace.note(node, node.inputs[1], in_axis, AxisRole.IN, inputs)
+    trace.record_axis(node, node.inputs[1], 1 - in_axis, AxisRole.OUT, produced)
+    trace.record_axis(node, node.inputs[1], in_axis, AxisRole.IN, inputs)
     _bias(trace, node, produced)
     _lock_activated(trace, node, produced)
     trace.values[node.outputs[0]] = spread(produced, len(shape) - 1, shape)
@@ -347,8 +347,8 @@ def embedding(trace: LabelTrace, node: OpNode) -> None:
     trace.labels.lock(trace.labels_of(node.inputs[1]), op_title(node))
     produced = trace.labels.fresh(shape[-1])
     table = node.inputs[0]
-    trace.note(node, table, 1, AxisRole.OUT, produced)
-    trace.note(node, table, 0, AxisRole.OTHER, np.array(fixed((trace.shape(table)[0],))))
+    trace.record_axis(node, table, 1, AxisRole.OUT, produced)
+    trace.record_axis(node, table, 0, AxisRole.OTHER, np.array(fixed((trace.shape(table)[0],))))
     trace.values[node.outputs[0]] = spread(produced, len(shape) - 1, shape)
 
 
@@ -358,7 +358,7 @@ def channel_norm(trace: LabelTrace, node: OpNode) -> None:
     line = trace.labels_along(node, labels, 1)
     for position, role in enumerate((AxisRole.SCALE, AxisRole.SHIFT, AxisRole.STATE, AxisRole.STATE), 1):
         if trace.is_view(node, position):
-            trace.note(node, node.inputs[position], 0, role, line)
+            trace.record_axis(node, node.inputs[position], 0, role, line)
         elif position < len(node.inputs) and node.inputs[position]:
             trace.labels.lock(labels, f"{op_title(node)} computes its weights")
     trace.values[node.outputs[0]] = labels
@@ -373,7 +373,7 @@ def _bias(trace: LabelTrace, node: OpNode, produced: LabelArray) -> None:
         return
     shape = trace.shape(name)
     if shape and shape[-1] == len(produced) and len(shape) == sum(length == 1 for length in shape[:-1]) + 1:
-        trace.note(node, name, len(shape) - 1, AxisRole.BIAS, produced)
+        trace.record_axis(node, name, len(shape) - 1, AxisRole.BIAS, produced)
     elif any(length > 1 for length in shape):
         trace.labels.lock(produced, f"{op_title(node)} has a bias that is not one number per channel")
 

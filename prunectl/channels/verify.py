@@ -152,7 +152,7 @@ def relative_difference(expected: Any, actual: Any) -> float:
 
 def _with_zeroed_channels(graph: ChannelGraph, trace: LabelTrace, removed: RemovedIndices) -> dict[str, Array]:
     """The weights of the original that produce or read removed channels, with zeros at their indices."""
-    roles = {(note.tensor, note.axis): note.role for note in trace.notes}
+    roles = {(record.tensor, record.axis): record.role for record in trace.axis_records}
     arrays: dict[str, Array] = {}
     for (name, axis), indices in removed.items():
         if roles[name, axis] in _ZEROED:

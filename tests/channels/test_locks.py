@@ -57,13 +57,13 @@ def test_what_comes_from_elsewhere_locks_what_it_meets(tmp_path: Path) -> None:
 
 def test_adding_the_input_locks(tmp_path: Path) -> None:
     found = between([op("Add", "a x", "last_in")], tmp_path, channels=3)
-    assert locks(found)["first"] == "Add to_last_in joins it with channels that cannot be removed"
+    assert locks(found)["first"] == "Add to_last_in ties these channels to others that cannot be removed"
 
 
 def test_one_channel_that_scales_many_stays(tmp_path: Path) -> None:
     nodes = [op("Conv", "a gate", "g"), op("Mul", "a g", "last_in")]
     found = between(nodes, tmp_path, {"gate": (1, 4, 1, 1)})
-    assert locks(found)["gate"] == "Mul to_last_in broadcasts it to many channels"
+    assert locks(found)["gate"] == "Mul to_last_in broadcasts this channel to many channels"
     assert places(found, "first") == {"first[0]", "gate[1]", "last[1]"}
 
 

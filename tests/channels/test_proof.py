@@ -48,7 +48,7 @@ def test_what_a_softmax_would_hide_is_seen(tmp_path: Path) -> None:
     onnx.save(made, path)
     source = open_adapter(open_model(path), LoadOptions())
     trace = propagate(source.graph)
-    label = int(trace.notes[0].labels[0])
+    label = int(trace.axis_records[0].labels[0])
     gone = {("first", 0): np.array([0]), ("last", 0): np.array([0])}
     wrong = {("first", 0): np.array([0]), ("last", 0): np.array([1])}
     after = PrunedShapes(trace, [label])
@@ -68,7 +68,7 @@ def blind(folder: Path) -> tuple[Any, Any, ChannelPlan]:
     trace = propagate(source.graph)
     right = {("first", 0): np.array([0]), ("bias", 0): np.array([0]), ("last", 1): np.array([0])}
     wrong = right | {("last", 1): np.array([1])}
-    after = PrunedShapes(trace, [int(trace.notes[0].labels[0])])
+    after = PrunedShapes(trace, [int(trace.axis_records[0].labels[0])])
     return source, source.prune(wrong, after, {}), ChannelPlan((), right, after)
 
 

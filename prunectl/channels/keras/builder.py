@@ -179,7 +179,7 @@ class LayerContext:
     builder: GraphBuilder
     names: tuple[str, ...]
     """The names of the models around the layer, and its own name."""
-    step: LayerCall
+    layer: LayerCall
     inputs: tuple[str, ...]
     """The input values, first the positional ones, then the keyword arguments."""
     weights: Mapping[str, Tensor]
@@ -194,7 +194,7 @@ class LayerContext:
     @property
     def op(self) -> str:
         """The class of the layer."""
-        return self.step.kind
+        return self.layer.kind
 
     @property
     def data(self) -> str:
@@ -216,7 +216,7 @@ class LayerContext:
 
     def output_shape(self) -> Shape:
         """The output shape, with the batch axis."""
-        return with_batch(matmuls.output(self.step), self.batch)
+        return with_batch(matmuls.output(self.layer), self.batch)
 
     def emit(self, kind: OpKind, inputs: Sequence[str], shape: Shape, **attributes: Any) -> str:
         """Emit an operation with one output."""
@@ -239,16 +239,16 @@ class LayerContext:
     def to_channels_first(self, value: str) -> str:
         """Move the channels of a value to axis 1, unless the layer has them there."""
         rank = len(self.shape(value))
-        return value if self.step.is_channels_first else self.transpose(value, (0, rank - 1, *range(1, rank - 1)))
+        return value if self.layer.is_channels_first else self.transpose(value, (0, rank - 1, *range(1, rank - 1)))
 
     def from_channels_first(self, value: str) -> str:
         """Move the channels of a value from axis 1 to the axis of the layer's data format."""
         rank = len(self.shape(value))
-        return value if self.step.is_channels_first else self.transpose(value, (0, *range(2, rank), 1))
+        return value if self.layer.is_channels_first else self.transpose(value, (0, *range(2, rank), 1))
 
     def channels_first_shape(self, shape: Shape) -> Shape:
         """A shape in the layer's data format, with the channels moved to axis 1."""
-        return shape if self.step.is_channels_first else (shape[0], shape[-1], *shape[1:-1])
+        return shape if self.layer.is_channels_first else (shape[0], shape[-1], *shape[1:-1])
 
 
 def with_batch(shape: Sequence[int | None] | None, batch: int) -> Shape:

@@ -21,8 +21,8 @@ from prunectl.formats.keras.flops.shapes import UnknownShapeError
 def _convolution(call: LayerContext, *, is_transposed: bool = False) -> str:
     """A convolution, plain or in groups, with a kernel (*space, in, out); a transposed one has (*space, out, in)."""
     _check_shapes(call)
-    axes = call.step.axes
-    groups = 1 if is_transposed else call.step.number("groups", 1)
+    axes = call.layer.axes
+    groups = 1 if is_transposed else call.layer.number("groups", 1)
     kernel = call.weight_view("kernel", (axes + 1, axes, *range(axes)))
     return _emit_convolution(call, kernel, groups=groups, is_transposed=is_transposed)
 
@@ -37,7 +37,7 @@ def _depthwise(call: LayerContext) -> str:
 def _separable(call: LayerContext) -> str:
     """A depthwise convolution followed by a pointwise one."""
     _check_shapes(call)
-    axes = call.step.axes
+    axes = call.layer.axes
     shape = call.channels_first_shape(call.output_shape())
     data = call.to_channels_first(call.data)
     channels, width = call.shape(data)[1], call.weights["pointwise_kernel"].shape[-2]
@@ -94,7 +94,7 @@ def _batch_norm(call: LayerContext) -> str:
 def _group_norm(call: LayerContext) -> str:
     """Normalisation over groups of channels and all positions; only whole groups can be removed."""
     shape = call.shape(call.data)
-    axis, groups = _single_axis(call, len(shape)), call.step.number("groups", 32)
+    axis, groups = _single_axis(call, len(shape)), call.layer.number("groups", 32)
     channels = shape[axis]
     groups = channels if groups == -1 else groups
     if groups < 1 or channels % groups or any(tensor.shape != (channels,) for tensor in call.weights.values()):
@@ -141,7 +141,7 @@ def _depthwise_kernel(call: LayerContext) -> str:
 
     Axis 0 counts the input channels, axis 1 the output channels of each, of which there are `depth_multiplier`.
     """
-    axes = call.step.axes
+    axes = call.layer.axes
     return call.weight_view("depthwise_kernel", (axes, axes + 1, *range(axes)))
 
 
@@ -152,7 +152,7 @@ def _bias_inputs(call: LayerContext) -> tuple[str, ...]:
 def _observe(call: LayerContext, value: str, *, is_image: bool = True) -> str:
     """Note that a value can be recorded in Keras; an image has its channels on the axis of the layer's data format."""
     order = tuple(range(len(call.shape(value))))
-    if is_image and not call.step.is_channels_first:
+    if is_image and not call.layer.is_channels_first:
         order = (0, order[-1], *order[1:-1])
     call.builder.observed[value] = ObservedValue(call.names, order)
     return value
@@ -160,13 +160,13 @@ def _observe(call: LayerContext, value: str, *, is_image: bool = True) -> str:
 
 def _check_shapes(call: LayerContext) -> None:
     """UnknownShapeError if the shapes of the weights do not fit the settings of the layer."""
-    expected = matmuls(call.step)
+    expected = matmuls(call.layer)
     if any(matmul.leaf not in call.weights or call.weights[matmul.leaf].shape != matmul.shape for matmul in expected):
         raise UnknownShapeError
 
 
 def _single_axis(call: LayerContext, rank: int) -> int:
-    axis = untuple(call.step.config.get("axis", -1))
+    axis = untuple(call.layer.config.get("axis", -1))
     axes = axis if isinstance(axis, list) else [axis]
     if len(axes) != 1 or type(axes[0]) is not int or not -rank < axes[0] < rank or not axes[0]:
         raise UnknownShapeError
@@ -181,12 +181,12 @@ _RANK = 3
 
 
 def _recurrent(call: LayerContext) -> tuple[str, ...]:
-    return _direction(call, call.step.kind, call.step.config, "", call.inputs[1:])
+    return _direction(call, call.layer.kind, call.layer.config, "", call.inputs[1:])
 
 
 def _bidirectional(call: LayerContext) -> tuple[str, ...]:
     """A forward and a backward layer; if the file does not describe the backward layer, it is like the forward one."""
-    config, initial_states = call.step.config, call.inputs[1:]
+    config, initial_states = call.layer.config, call.inputs[1:]
     forward = part(config, "layer")
     backward = part(config, "backward_layer") or forward
     directions = []
@@ -263,13 +263,13 @@ def query_value_key_first(inputs: Sequence[str], keywords: Sequence[str]) -> tup
 def _multi_head_attention(call: LayerContext) -> str:
     """Multi-head attention, as one operation with its input projections and its output projection."""
     count = len(call.inputs) - len(call.keywords)
-    if count not in {2, 3} or any(call.step.config.get(key) for key in _REFUSED_ATTENTION):
+    if count not in {2, 3} or any(call.layer.config.get(key) for key in _REFUSED_ATTENTION):
         raise UnknownShapeError
     query, value, key = (*call.inputs[:count], call.inputs[1])[:3]
     shapes = {
         projection: call.weights[f"{projection}/kernel"].shape for projection in ("query", "key", "value", "output")
     }
-    heads, out = call.step.number("num_heads"), shapes["output"][-1]
+    heads, out = call.layer.number("num_heads"), shapes["output"][-1]
     for projection, data in (("query", query), ("key", key), ("value", value)):
         if shapes[projection][:2] != (call.shape(data)[-1], heads) or len(shapes[projection]) != _KERNEL:
             raise UnknownShapeError

@@ -15,14 +15,14 @@ from prunectl.formats.keras.flops.shapes import UnknownShapeError
 def pool_or_pad(call: LayerContext) -> str:
     """Pooling, padding, cropping, resizing: spatial axes change, or are reduced."""
     shape, output = call.shape(call.data), call.output_shape()
-    first = 2 if call.step.is_channels_first else 1
+    first = 2 if call.layer.is_channels_first else 1
     return call.emit(OpKind.ALONG_AXES, (call.data,), output, axes=tuple(range(first, first + len(shape) - 2)))
 
 
 def concatenate(call: LayerContext) -> str:
     """Concatenation along an axis."""
     output = call.output_shape()
-    axis = call.step.number("axis", -1)
+    axis = call.layer.number("axis", -1)
     if axis == 0 or any(len(call.shape(value)) != len(output) for value in call.inputs):
         raise UnknownShapeError
     return call.emit(OpKind.CONCAT, call.inputs, output, axis=axis % len(output))
@@ -31,7 +31,7 @@ def concatenate(call: LayerContext) -> str:
 def flatten(call: LayerContext) -> str:
     """Flatten, which first moves the channels to the last axis, in both data formats."""
     data = call.data
-    if call.step.is_channels_first and len(call.shape(data)) > 2:
+    if call.layer.is_channels_first and len(call.shape(data)) > 2:
         data = call.transpose(data, (0, *range(2, len(call.shape(data))), 1))
     return call.emit(OpKind.RESHAPE, (data,), call.output_shape())
 
@@ -44,7 +44,7 @@ def reshape(call: LayerContext) -> str:
 def permute(call: LayerContext) -> str:
     """A transpose; the setting `dims` counts axes from 1."""
     output = call.output_shape()
-    order = (0, *call.step.numbers("dims", len(output) - 1))
+    order = (0, *call.layer.numbers("dims", len(output) - 1))
     return call.emit(OpKind.TRANSPOSE, (call.data,), output, order=order)
 
 
@@ -58,7 +58,7 @@ def repeat(call: LayerContext) -> str:
 def normalize(call: LayerContext) -> str:
     """Softmax, masking and layer normalisation, which mix all elements along some axes."""
     shape = call.shape(call.data)
-    setting = untuple(call.step.config.get("axis", -1))
+    setting = untuple(call.layer.config.get("axis", -1))
     axes = setting if isinstance(setting, list) else [setting]
     if not all(type(axis) is int and -len(shape) < axis < len(shape) for axis in axes):
         raise UnknownShapeError
@@ -89,7 +89,7 @@ def elementwise(call: LayerContext) -> str:
 
 def rescale(call: LayerContext) -> str:
     """A scale and an offset that are the same for all elements."""
-    if any(isinstance(untuple(call.step.config.get(key)), list) for key in ("scale", "offset")):
+    if any(isinstance(untuple(call.layer.config.get(key)), list) for key in ("scale", "offset")):
         raise UnknownShapeError
     return elementwise(call)
 
@@ -126,7 +126,7 @@ _SOFTMAX_LIKE = frozenset({"softmax", "logsoftmax", "sparsemax"})
 
 def apply_activation(call: LayerContext, value: str) -> str:
     """Emit the activation of a layer."""
-    return activation(call, value, activation_name(call.step.config.get("activation")))
+    return activation(call, value, activation_name(call.layer.config.get("activation")))
 
 
 def activation(call: LayerContext, value: str, name: str) -> str:
@@ -175,8 +175,8 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
 
 def function(call: LayerContext) -> str:
     """A function, recognised by its name: the last part of `math.multiply`, or the class of an operation."""
-    name = call.step.word("function").rpartition(".")[2].replace("_", "")
-    if name not in _ELEMENTWISE_FUNCTIONS or call.step.flag("has_lists"):
+    name = call.layer.word("function").rpartition(".")[2].replace("_", "")
+    if name not in _ELEMENTWISE_FUNCTIONS or call.layer.flag("has_lists"):
         raise UnknownShapeError
     return broadcast(call)
 

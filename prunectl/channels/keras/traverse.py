@@ -249,32 +249,33 @@ class GraphTraversal:
         names: tuple[str, ...],
         arguments: CallArguments,
     ) -> tuple[str, ...]:
-        step, is_function = self._step(layer, inputs, arguments)
-        rule = RULES[FUNCTION] if is_function else rule_for(layer, step.kind)
+        layer_call, is_function = self._layer_call(layer, inputs, arguments)
+        rule = RULES[FUNCTION] if is_function else rule_for(layer, layer_call.kind)
         path = self._path_of(layer)
-        call = LayerContext(self._builder, names, step, inputs, self._weights.get(path, {}), arguments.keywords)
+        call = LayerContext(self._builder, names, layer_call, inputs, self._weights.get(path, {}), arguments.keywords)
         if rule is not None and (is_function or rule.keywords.issuperset(arguments.keywords)):
             try:
                 with self._builder.rollback():
                     start = len(self._builder.nodes)
                     result = rule.lower(call)
                     first, *others = _at_least(result, arguments.outputs)
-                    if step.kind == "Bidirectional":
+                    if layer_call.kind == "Bidirectional":
                         self._record_directions(layer, names, inputs, first)
                     return (self._builder.rename_output(first, call.name, start), *others)
             except (UnknownShapeError, LookupError):
                 pass
-        output_shape = matmuls.output(step)
-        is_lambda = step.kind == "Lambda" and output_shape is None
+        output_shape = matmuls.output(layer_call)
+        is_lambda = layer_call.kind == "Lambda" and output_shape is None
         if is_lambda:
-            output_shape = _lambda_shape(step)
-        shapes = sequences.outputs(step, output_shape) if sequences.is_recurrent(step.kind) else (output_shape,)
+            output_shape = _lambda_shape(layer_call)
+        is_recurrent = sequences.is_recurrent(layer_call.kind)
+        shapes = sequences.outputs(layer_call, output_shape) if is_recurrent else (output_shape,)
         shapes += (None,) * (arguments.outputs - len(shapes))
         outputs = self._unknown(layer, inputs, names, tuple(self._with_batch(shape, inputs) for shape in shapes))
         self._guessed.update(outputs if is_lambda else ())
         return outputs
 
-    def _step(
+    def _layer_call(
         self, layer: Mapping[str, Any], inputs: tuple[str, ...], arguments: CallArguments
     ) -> tuple[LayerCall, bool]:
         """A layer call with class and settings as in Keras 2, and whether it is a function, not a layer."""
@@ -333,15 +334,15 @@ class GraphTraversal:
             return None
 
 
-def _lambda_shape(step: LayerCall) -> tuple[int | None, ...] | None:
+def _lambda_shape(call: LayerCall) -> tuple[int | None, ...] | None:
     """The output shape in the settings of a Lambda layer, else that of its input, as most Lambdas only scale.
 
     A Lambda is unknown and locks the channels that it reads; only the layers after it need a shape. A wrong shape does
     not fit the weights of the next layer, which is locked then, or it is found by the equivalence check.
     """
-    output_shape = untuple(step.config.get("output_shape"))
+    output_shape = untuple(call.config.get("output_shape"))
     shape = shape_in([None, *output_shape]) if isinstance(output_shape, list) else None
-    result = step.inputs[0] if shape is None and len(step.inputs) == 1 else shape
+    result = call.inputs[0] if shape is None and len(call.inputs) == 1 else shape
     return None if result is None else tuple(result)
 
 

@@ -172,13 +172,13 @@ class TorchAdapter(GraphAdapter):
         if self._traced.program is not None:
             path = folder / target.name
             return WrittenNetwork(path, write_program(self._traced, self._traced.program, network, path))
-        axes, numbers = network.changes.axes, network.changes.numbers
+        axes, new_values = network.changes.axes, network.changes.new_values
         axes = {**axes, **{name: axes[owner] for name, owner in self.coupled_tensors.items() if owner in axes}}
-        numbers = {
-            **numbers,
-            **{name: numbers[owner] for name, owner in self._traced.aliases.items() if owner in numbers},
+        new_values = {
+            **new_values,
+            **{name: new_values[owner] for name, owner in self._traced.aliases.items() if owner in new_values},
         }
-        change = WeightChanges(axes, numbers, self._slots.unmatched)
+        change = WeightChanges(axes, new_values, self._slots.unmatched)
         return WrittenNetwork(write_weights(self._model, self._traced, network, change, folder, target=target))
 
 

@@ -76,7 +76,7 @@ class WeightChanges:
 
     axes: Mapping[str, Axes]
     """The removed indices, by tensor of the file."""
-    numbers: Mapping[str, Array]
+    new_values: Mapping[str, Array]
     """The new values that some tensors get before they are cut."""
     cleared_optimizers: tuple[str, ...] = ()
     """The optimizers whose states are not written, by their path in the checkpoint."""
@@ -97,9 +97,9 @@ def prune_checkpoint(value: Any, changes: WeightChanges, path: str, name: str = 
             hint="save its state_dict() instead, and add --builder",
         )
     if isinstance(value, torch.Tensor):
-        if name not in changes.axes and name not in changes.numbers:
+        if name not in changes.axes and name not in changes.new_values:
             return value
-        replaced = to_torch(changes.numbers[name]).to(value.dtype) if name in changes.numbers else value
+        replaced = to_torch(changes.new_values[name]).to(value.dtype) if name in changes.new_values else value
         pruned = delete_tensor_indices(replaced, changes.axes.get(name, {}))
         is_parameter = isinstance(value, torch.nn.Parameter)
         return torch.nn.Parameter(pruned, requires_grad=value.requires_grad) if is_parameter else pruned
@@ -148,7 +148,7 @@ def write_safetensors(model: ModelFile, changes: WeightChanges, extras: Mapping[
     arrays: dict[str, Array] = {}
     for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"]):
         original = model.read(tensors[name])
-        array = changes.numbers.get(name, original).astype(original.dtype)
+        array = changes.new_values.get(name, original).astype(original.dtype)
         arrays[name] = delete_indices(array, changes.axes.get(name, {}))
     arrays |= {name: to_numpy(extra) for name, extra in extras.items()}
     write_entries(path, header, [array_entry(name, array) for name, array in arrays.items()])
