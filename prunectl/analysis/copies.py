@@ -14,7 +14,7 @@ from prunectl.formats.base import Role, Tensor
 
 _AVERAGE_WORDS = ("ema", "swa", "averaged")
 _AVERAGE = re.compile(rf"(^|_)({'|'.join(_AVERAGE_WORDS)})(_|$)", re.IGNORECASE)
-MOST_ROOTS = 3
+MAX_ENTRY_DEPTH = 3
 """Number of leading parts of a tensor name that may be entries of a checkpoint around the weights."""
 
 
@@ -54,7 +54,7 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[s
         if tensor.role in {Role.OPTIMIZER, Role.MASK}:
             continue
         parts = tensor.name.split(".")
-        for i, part in enumerate(parts[:MOST_ROOTS]):
+        for i, part in enumerate(parts[:MAX_ENTRY_DEPTH]):
             if is_average(part):
                 averages.setdefault(".".join(parts[: i + 1]), []).append(tensor)
                 break
@@ -63,7 +63,7 @@ def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[s
             trained.append(([*parts[:-1], parts[-1].removesuffix("_orig")], tensor.shape))
     entries: dict[tuple[str, tuple[int, ...]], str] = {}
     for parts, shape in trained if averages else ():
-        for skip in range(min(MOST_ROOTS, len(parts))):
+        for skip in range(min(MAX_ENTRY_DEPTH, len(parts))):
             key, entry = ("".join(parts[skip:]), shape), ".".join(parts[:skip])
             # Of several entries with this name and shape, their common parent is used.
             entries[key] = common_entry(entries[key], entry) or entries[key] if key in entries else entry
@@ -81,5 +81,5 @@ def common_entry(first: str, second: str) -> str:
 
 def _entry(tensor: Tensor | TensorStats, copy: str, entries: Mapping[tuple[str, tuple[int, ...]], str]) -> str | None:
     parts = tensor.name.removeprefix(f"{copy}.").removesuffix("_orig").split(".")
-    keys = (("".join(parts[skip:]), tensor.shape) for skip in range(min(MOST_ROOTS, len(parts))))
+    keys = (("".join(parts[skip:]), tensor.shape) for skip in range(min(MAX_ENTRY_DEPTH, len(parts))))
     return next((entries[key] for key in keys if key in entries), None)

@@ -229,7 +229,7 @@ def _budget_checks(run: _CheckRun, budget: Budget, key: str) -> Iterator[BudgetC
 
 def _check_layer(stats: LazyModelStats, budget: Budget, layer: LayerBudget) -> list[Finding]:
     chosen = {tensor.name for tensor in select_names(stats.model, layer.selector)}
-    rows = [row for row in stats.facts.layers if row.name in chosen]
+    rows = [row for row in stats.metadata_stats.layers if row.name in chosen]
     weights = [row for row in rows if row.is_prunable] or rows
     findings = [check_tensor_limit(stats, row, limit, budget, layer) for limit in layer.limits for row in weights]
     if (pattern := layer.pattern) is not None:

@@ -37,7 +37,7 @@ class LazyModelStats:
         return packed_bytes(self.model, lambda _: None)
 
     @cached_property
-    def facts(self) -> ModelStats:
+    def metadata_stats(self) -> ModelStats:
         """Statistics for which no weight is read."""
         return measure_stats(self.model, self.model.tensors, has_zeros=False)
 
@@ -50,7 +50,7 @@ class LazyModelStats:
     def operations(self) -> ModelStats:
         """Statistics with the multiply-accumulates of the graph."""
         require(self.model, Capability.FLOPS)
-        return with_macs(self.facts, load(by_name(self.model.format).graph)(self.model))
+        return with_macs(self.metadata_stats, load(by_name(self.model.format).graph)(self.model))
 
     @cached_property
     def zeros_of(self) -> dict[str, TensorStats]:

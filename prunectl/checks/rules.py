@@ -83,7 +83,7 @@ class Findings:
     """Name of the baseline in the report."""
     accept_command: str = 'prunectl check --update-baseline --reason "…"'
     """The command that makes the current sizes the baseline."""
-    typed: str = ""
+    command_line: str = ""
     """The command line of this check."""
 
     @property
@@ -109,7 +109,7 @@ _MODEL_METRICS: dict[str, tuple[str, Callable[[LazyModelStats], float]]] = {
     "max-raw": ("bytes.raw", lambda stats: stats.raw),
     "max-gzip": ("bytes.compressed", lambda stats: stats.gzip),
     "max-packed": ("bytes.packed", lambda stats: stats.packed),
-    "max-params": ("params.total", lambda stats: stats.facts.params.total),
+    "max-params": ("params.total", lambda stats: stats.metadata_stats.params.total),
     "max-flops": ("flops", lambda stats: 2 * (stats.operations.macs or 0)),
     "min-sparsity": ("prunable_sparsity", lambda stats: stats.zeros.prunable_sparsity or 0.0),
 }
@@ -259,7 +259,7 @@ def with_context(finding: Finding, stats: LazyModelStats, entry: BaselineEntry |
     before = _BEFORE[finding.id](entry) if entry is not None and finding.id in _BEFORE else None
     if finding.ok or not finding.is_measured or finding.id not in _OF_SIZE:
         return replace(finding, before=before)
-    rows = sorted((row for row in stats.facts.layers if not row.tied_to), key=lambda row: -row.bytes)
+    rows = sorted((row for row in stats.metadata_stats.layers if not row.tied_to), key=lambda row: -row.bytes)
     grown = ""
     if entry is not None and entry.tensors and before is not None:
         # A tensor that the baseline does not list was smaller than those that it lists, or did not exist.

@@ -48,7 +48,7 @@ def propose(stats: LazyModelStats, key: str, margin: float) -> Proposal:
         path=glob.escape(key),
         max_raw=_rounded_up(stats.raw, margin),
         max_gzip=_rounded_up(stats.gzip, margin),
-        max_params=_rounded_up(stats.facts.params.total, margin),
+        max_params=_rounded_up(stats.metadata_stats.params.total, margin),
         # Rounded down to whole percents, so that the current sparsity is enough.
         min_sparsity=math.floor(sparsity * 100) / 100 if sparsity >= _SPARSE else None,
         key=key,

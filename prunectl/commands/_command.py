@@ -135,7 +135,7 @@ def given_on_command_line(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-_OLD_NAMES, _TYPED = "old names of options", "the command line"
+_OLD_NAMES, _COMMAND_LINE = "old names of options", "the command line"
 _SELECTION = {"--only": "--layers", "--model": "--builder"}
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "inspect": {"--model": "--builder"},
@@ -179,7 +179,7 @@ class BaseCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options, and remember which old names were typed."""
         typed = {argument.partition("=")[0] for argument in args}
-        ctx.meta[_TYPED] = shlex.join(["prunectl", str(self.name), *map(without_secrets, args)])
+        ctx.meta[_COMMAND_LINE] = shlex.join(["prunectl", str(self.name), *map(without_secrets, args)])
         ctx.meta[_OLD_NAMES] = [pair for pair in RENAMED.get(str(self.name), {}).items() if pair[0] in typed]
         return super().parse_args(ctx, list(_with_default_values(args)))
 
@@ -192,7 +192,8 @@ class BaseCommand(TyperCommand):
         common: CommonOptions = self._take_common(ctx)
         if common.html is not None:
             _check_page(common.html, ctx.params)
-        ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html, typed=ctx.meta[_TYPED])
+        command_line = ctx.meta[_COMMAND_LINE]
+        ctx.obj = Reporter(common.settings, command=str(self.name), html=common.html, command_line=command_line)
         for old, new in ctx.meta[_OLD_NAMES]:
             ctx.obj.note(f"note: {old} is now called {new}; the next version will not know the old name")
         with framework_imports(common.settings), reserved():

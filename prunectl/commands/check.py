@@ -222,7 +222,7 @@ def check(
     file, bar = ci_path(budgets.path), reporter.progress
     findings = run(budgets, names or [], earlier, file=file, reason=reason, is_trusted=trust, meter=bar)
     accept = _accept_command(names or [], config, baseline)
-    return reports.emit(replace(findings, accept_command=accept, typed=reporter.typed), reporter)
+    return reports.emit(replace(findings, accept_command=accept, command_line=reporter.command_line), reporter)
 
 
 def _accept_command(names: list[str], config: Path | None, location: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from prunectl.analysis.copies import MOST_ROOTS, averaged_copies, common_entry, is_average
+from prunectl.analysis.copies import MAX_ENTRY_DEPTH, averaged_copies, common_entry, is_average
 from prunectl.errors import InputError, UsageError, abbreviated
 from prunectl.formats import safetensors
 from prunectl.formats.base import PRUNABLE, WEIGHTS, CopyChoice, ModelFile, Role, Tensor
@@ -275,7 +275,7 @@ def _sources(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[st
     fitting: dict[str, list[tuple[bool, str]]] = {}
     for name, other in others.items():
         parts = _weight(name, others).split(".")
-        for skip in range(min(MOST_ROOTS + 1, len(parts))):
+        for skip in range(min(MAX_ENTRY_DEPTH + 1, len(parts))):
             key = "".join(parts[skip:])
             plain = known.get(key, "")
             if plain and joined[key] == 1 and own[plain].shape == other.shape:
@@ -301,12 +301,12 @@ def _sources_of_part(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) ->
     at: dict[tuple[str, tuple[int, ...]], dict[str, str]] = {}
     for name, tensor in own.items():
         parts = _weight(name, own).split(".")
-        for skip in range(min(MOST_ROOTS + 1, len(parts))):
+        for skip in range(min(MAX_ENTRY_DEPTH + 1, len(parts))):
             at.setdefault(("".join(parts[skip:]), tensor.shape), {})[".".join(parts[:skip])] = name
     averaged = {tuple(_weight(name, others).split(".")): other for name, other in others.items()}
     # A counter of updates is not part of the network.
     whole = [name for name, other in averaged.items() if other.size > 1 and other.role is not Role.MASK]
-    for skip in range(MOST_ROOTS + 1):
+    for skip in range(MAX_ENTRY_DEPTH + 1):
         keys = {name: ("".join(name[skip:]), other.shape) for name, other in averaged.items() if name[skip:]}
         wanted = Counter(keys.get(name) for name in whole)
         if not whole or wanted[None] or len(wanted) < len(whole):

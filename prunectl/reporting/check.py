@@ -292,7 +292,7 @@ def as_html(findings: Findings) -> str:
     """The findings as an HTML page."""
     # Most reports are for scripts, and do not need the module that draws pages.
     text: str = importlib.import_module("prunectl.reporting.html").page(
-        check_report(findings, has_gates=False), "check", Units.SI, findings.typed
+        check_report(findings, has_gates=False), "check", Units.SI, findings.command_line
     )
     return text
 

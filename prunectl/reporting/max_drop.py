@@ -65,7 +65,7 @@ def _section(result: SearchResult, notes: tuple[str, ...]) -> Section:
         ("tried", f"{count(len(result.tried))} {'sparsity' if len(result.tried) == 1 else 'sparsities'}"),
     )
     search_notes = tuple(
-        dict.fromkeys((*_largest_sparsity(result), *result.rebuilt, *base.notes, *_diverged(result), *best.notes))
+        dict.fromkeys((*_largest_sparsity(result), *result.rerun_notes, *base.notes, *_diverged(result), *best.notes))
     )
     return Section(
         f"largest sparsity with a drop of at most {result.limit.shown}",

@@ -59,7 +59,7 @@ class Reporter:
     """The HTML page to which the report is written as well."""
     on_success: Callable[[], tuple[str, ...]] = tuple
     """Called when a command has succeeded, right before its report is shown; returns notes to add to it."""
-    typed: str = ""
+    command_line: str = ""
     """The command line, for a page."""
 
     @property
@@ -116,7 +116,7 @@ class Reporter:
     def _with_html_page(self, report: Report, path: Path) -> Report:
         from prunectl.reporting.html import write  # noqa: PLC0415 - most reports are for terminals and scripts
 
-        nbytes = write(path, report, self.command, self.settings.units, self.typed)
+        nbytes = write(path, report, self.command, self.settings.units, self.command_line)
         return replace(report, artifacts=(*report.artifacts, Artifact(str(path), nbytes)))
 
     def _note_on_stderr(self, report: Report) -> None:

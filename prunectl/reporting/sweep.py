@@ -63,7 +63,7 @@ def sweep_report(sweep: Swept, model: str) -> Report:
     table = Table("points", _columns(sweep), tuple(_row(sweep, trial, best) for trial in sweep.outcomes))
     trial_notes = dict.fromkeys(note for result in sweep.outcomes.values() for note in result.notes)
     notes = (
-        *sweep.rebuilt,
+        *sweep.rerun_notes,
         *trial_notes,
         *_judged_by(sweep),
         *_shapes(sweep),

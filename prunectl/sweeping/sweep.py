@@ -40,7 +40,7 @@ class Swept:
     """Results: first the baseline, then each variant from low to high sparsity."""
     failed: dict[Trial, PrunectlError]
     max_drop: MaxDrop | None = None
-    rebuilt: tuple[str, ...] = ()
+    rerun_notes: tuple[str, ...] = ()
     """Notes on trials that ran again, each with the reason."""
 
     @property
@@ -211,7 +211,7 @@ class SearchResult:
     tried: dict[Trial, TrialResult]
     """Results from low to high sparsity."""
     folder: Path
-    rebuilt: tuple[str, ...] = ()
+    rerun_notes: tuple[str, ...] = ()
     """Notes on trials that ran again, each with the reason."""
 
     @property

@@ -91,7 +91,7 @@ PLOT = "plot"
 """The name of the table that plots the trials of a sweep."""
 
 
-def page(report: Report, command: str, units: Units, typed: str = "") -> str:
+def page(report: Report, command: str, units: Units, command_line: str = "") -> str:
     """Render a report as a self-contained HTML file, with the command line at its end."""
     title = f"prunectl {command}"
     rules = (
@@ -111,16 +111,16 @@ def page(report: Report, command: str, units: Units, typed: str = "") -> str:
     body = (
         f"<main><h1>{escape(title)}</h1>{verdict}{_failures(report.failures)}{_gates(report, units)}"
         f"{_notes(report.notes)}{_plots(report, units)}{_models(report, units)}{_sections(report, units)}</main>"
-        f"<footer>{_origin(typed)}</footer><script>{_SCRIPT}</script>"
+        f"<footer>{_origin(command_line)}</footer><script>{_SCRIPT}</script>"
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
-def _origin(typed: str) -> str:
+def _origin(command_line: str) -> str:
     """The version and the day of a page; SOURCE_DATE_EPOCH gives the day for reproducible builds."""
     seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
     day = datetime.fromtimestamp(int(seconds) if seconds.isdecimal() else time.time(), UTC).date()
-    command = f"<code>{escape(typed)}</code><br>" if typed else ""
+    command = f"<code>{escape(command_line)}</code><br>" if command_line else ""
     return f"{command}prunectl {escape(__version__)}, {day}"
 
 
@@ -209,11 +209,11 @@ def check(path: Path) -> None:
         raise UsageError(f"{path} exists and is not a prunectl report", hint="choose another file, or remove this one")
 
 
-def write(path: Path, report: Report, command: str, units: Units, typed: str = "") -> int:
+def write(path: Path, report: Report, command: str, units: Units, command_line: str = "") -> int:
     """Write a report as a page, and return its bytes."""
     # A file that the command itself has written there meanwhile is not replaced.
     check(path)
-    text = page(report, command, units, typed)
+    text = page(report, command, units, command_line)
     atomic.write_text(path, text, is_forced=True)
     return len(text.encode())
 
