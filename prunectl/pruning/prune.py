@@ -204,14 +204,14 @@ def _note_on_floors(floored: Sequence[str], plan: Plan) -> tuple[str, ...]:
         return ()
     name = abbreviated(floored[0])
     who = f"{name} keeps" if len(floored) == 1 else f"{len(floored)} tensors, such as {name}, keep"
-    return (f"{who} the least that is left of any tensor: ranked with all others, fewer weights would be kept.",)
+    return (f"{who} the minimum share of weights, which is more than the ranking over all layers would leave.",)
 
 
 def _notes_on_parametrizations(model: ModelFile, plan: Plan) -> Iterator[str]:
     names = {tensor.name for tensor in model.tensors}
     effects = (
-        (has_own_norm, "scaled to a length by weight_norm: what is kept grows by what goes", " without weight_norm"),
-        (may_change_zeros, "what a parametrization makes a weight of, which may have other zeros", ""),
+        (has_own_norm, "normalised by weight_norm: pruning makes the kept weights larger", " without weight_norm"),
+        (may_change_zeros, "the input of a parametrization, whose result may have other zeros", ""),
     )
     for has_effect, effect, without in effects:
         affected = [abbreviated(cut.tensor.name) for cut in plan.cuts if has_effect(cut.tensor.name, names)]
@@ -231,7 +231,7 @@ def _note_on_scales(model: ModelFile, plan: Plan) -> tuple[str, ...]:
         return ()
     name = abbreviated(scaled[0])
     who = f"{name} has a scale" if len(scaled) == 1 else f"{len(scaled)} tensors, such as {name}, have scales"
-    return (f"{who} in the file, which is no part of how weights are ranked.",)
+    return (f"{who} in the file, which the ranking ignores.",)
 
 
 def _work(model: ModelFile, plan: Plan) -> int:

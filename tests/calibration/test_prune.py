@@ -382,5 +382,5 @@ def test_a_tensor_that_keeps_its_least_is_named_where_kept_weights_change_too(
         done = prune(tmp_path / "net.pt", wish, Destination(tmp_path / f"{scope}.pt"))
         kept = {cut.tensor.name: cut.tensor.size - done.tallies[cut.tensor.name].dropped for cut in done.plan.cuts}
         least = {name: int(0.01 * module.get_parameter(name).numel()) for name in kept}
-        notes = [note for note in done.notes if "the least that is left of any tensor" in note]
+        notes = [note for note in done.notes if "the minimum share of weights" in note]
         assert bool(notes) is any(kept[name] == least[name] for name in kept) is (scope == "global")

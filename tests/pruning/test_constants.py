@@ -317,14 +317,14 @@ def test_that_weight_norm_makes_what_is_kept_larger_is_told(weight_norm: Any, tm
 
     torch.save(build().state_dict(), tmp_path / "m.pt")
     done = here("prune", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "-s", "50%")
-    assert "weight_norm: what is kept grows" in " ".join(done.err.split())
+    assert "weight_norm: pruning makes the kept weights larger" in " ".join(done.err.split())
     pruned = build()
     pruned.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
     before, after = (module[0](torch.eye(8)) - module[0](torch.zeros(1, 8)) for module in (build(), pruned))
     # The rows have the lengths that they had, in fewer weights.
     torch.testing.assert_close(after.norm(dim=0), before.norm(dim=0))
     torch.save(torch.nn.Linear(8, 6).state_dict(), tmp_path / "plain.pt")
-    assert "what is kept grows" not in here("prune", tmp_path / "plain.pt", "-o", tmp_path / "p.pt", "-s", "50%").err
+    assert "kept weights larger" not in here("prune", tmp_path / "plain.pt", "-o", tmp_path / "p.pt", "-s", "50%").err
 
 
 def test_what_other_parametrizations_make_of_zeros_is_told(tmp_path: Path) -> None:
@@ -339,9 +339,7 @@ def test_what_other_parametrizations_make_of_zeros_is_told(tmp_path: Path) -> No
     torch.nn.utils.parametrize.register_parametrization(unknown, "weight", Symmetric())
     torch.save(layers.state_dict(), tmp_path / "m.pt")
     done = here("prune", tmp_path / "m.pt", "-o", tmp_path / "out.pt", "-s", "50%")
-    assert "2.parametrizations.weight.original is what a parametrization makes a weight of" in " ".join(
-        done.err.split()
-    )
+    assert "2.parametrizations.weight.original is the input of a parametrization" in " ".join(done.err.split())
     before, after = dict(layers.state_dict()), torch.load(tmp_path / "out.pt", weights_only=True)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{number}.parametrizations.weight.original" for number in (1, 2)}
