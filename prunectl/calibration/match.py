@@ -45,8 +45,8 @@ _PATIENCE = 10
 """Evaluations without an improvement after which matching stops early."""
 _FAR, _RATE_PATIENCE, _RATE_FACTOR = 0.5, 3, 0.25
 """While more than this share of the distance is left, so many evaluations without a gain multiply the rate by this."""
-_NEAR, _DECAY_DIVISOR = 0.02, 4
-"""Once less is left, the rate decays to zero over a fourth of the steps, unless the user gave their number."""
+_NEAR, _DECAY_DIVISOR = 0.015, 3
+"""Once less is left, the rate decays to zero over a third of the steps, unless the user gave their number."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """Computes what matching starts from: the pruned weights of each tensor in a plan, and the mask of what was pruned."""

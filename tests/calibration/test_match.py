@@ -323,12 +323,12 @@ def test_what_is_near_the_dense_outputs_early_ends_early_by_default(
 
 
 def test_the_rate_falls_in_a_line_and_in_a_steeper_one_from_where_little_is_left() -> None:
-    schedule = MatchingSchedule(400, 1.0, may_end_early=True)
-    assert [schedule.rate_at(step) for step in (0, 100, 399)] == pytest.approx([1, 0.75, 0.0025])
-    assert schedule.record(100, 0.01)
-    assert [schedule.rate_at(step) for step in (100, 150, 199)] == pytest.approx([0.75, 0.375, 0.0075])
-    assert schedule.continues(199)
-    assert not schedule.continues(200)
+    schedule = MatchingSchedule(300, 1.0, may_end_early=True)
+    assert [schedule.rate_at(step) for step in (0, 75, 299)] == pytest.approx([1, 0.75, 1 / 300])
+    assert schedule.record(75, 0.01)
+    assert [schedule.rate_at(step) for step in (75, 125, 174)] == pytest.approx([0.75, 0.375, 0.0075])
+    assert schedule.continues(174)
+    assert not schedule.continues(175)
 
 
 @pytest.mark.parametrize(
