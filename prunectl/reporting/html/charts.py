@@ -115,7 +115,7 @@ def _scrolling(picture: str) -> str:
     return f'<div class="scroll">{picture}</div>'
 
 
-_MOST = 1000
+_MAX_BARS = 1000
 _BARS_WIDTH = 400
 
 
@@ -124,9 +124,9 @@ def bars(layers: Sequence[dict[str, Any]]) -> str:
     known = [layer for layer in layers if layer["is_prunable"] and layer["sparsity"] is not None]
     if not known:
         return ""
-    shown = known[:_MOST]
+    shown = known[:_MAX_BARS]
     rows = "".join(map(_bar, shown))
-    left = f"<p>The table lists {count(len(known) - _MOST)} more.</p>" if len(known) > _MOST else ""
+    left = f"<p>The table lists {count(len(known) - _MAX_BARS)} more.</p>" if len(known) > _MAX_BARS else ""
     label = f"sparsity of {count(len(shown))} prunable tensors"
     picture = f'<div class="bars">{rows}</div>'
     return f'<div class="tall" tabindex="0" role="group" aria-label="{label}">{picture}</div>{left}'
@@ -386,7 +386,7 @@ def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-_PIXELS, _LEAST, _MOST = 4, 24, 256
+_PIXELS, _MIN_SIDE, _MAX_SIDE = 4, 24, 256
 """Pixels for a field, and the least and the most pixels for a side."""
 _KEPT, _ZERO = (11, 107, 203), (233, 237, 241)
 
@@ -426,7 +426,7 @@ def describe_map(sparsity_map: SparsityMap) -> str:
 
 def _figure(sparsity_map: SparsityMap) -> str:
     levels = quantise(sparsity_map)
-    height, width = (min(max(side * _PIXELS, _LEAST), _MOST) for side in levels.shape)
+    height, width = (min(max(side * _PIXELS, _MIN_SIDE), _MAX_SIDE) for side in levels.shape)
     alt = (
         f"{sparsity_map.name}, {count(sparsity_map.rows)} x {count(sparsity_map.columns)}: {describe_map(sparsity_map)}"
     )
