@@ -21,13 +21,13 @@ class MaskedParam:
     """Prefix of the names in the wrapper."""
 
 
-def find(names: Collection[str], others: Mapping[str, str]) -> tuple[MaskedParam, ...]:
+def find(names: Collection[str], ao_masks: Mapping[str, str]) -> tuple[MaskedParam, ...]:
     """The masked weights of one state dict.
 
-    `others` are the masks that a sparsifier stores elsewhere, by the name of their weight.
+    `ao_masks` are the masks that a sparsifier of torch.ao.pruning stores elsewhere, by the name of their weight.
     """
     all_names = frozenset(names)
-    weights = [*_of_torch_prune(all_names), *_of_parametrize(all_names, others), *_of_nni(all_names)]
+    weights = [*_of_torch_prune(all_names), *_of_parametrize(all_names, ao_masks), *_of_nni(all_names)]
     return tuple(weight for weight in weights if weight.plain not in all_names)
 
 
@@ -40,7 +40,7 @@ def _of_torch_prune(names: frozenset[str]) -> list[MaskedParam]:
     ]
 
 
-def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[MaskedParam]:
+def _of_parametrize(names: frozenset[str], ao_masks: Mapping[str, str]) -> list[MaskedParam]:
     """Weights whose only parametrizations are masks."""
     beside: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -53,7 +53,7 @@ def _of_parametrize(names: frozenset[str], others: Mapping[str, str]) -> list[Ma
         layer, _, tensor = f".{wrapper}".partition(_PARAMETRIZATIONS)
         plain = f"{layer}.{tensor}".lstrip(".")
         masks = [leaf for leaf in leaves if leaf != "original"]
-        mask_names = [f"{wrapper}.{leaf}" for leaf in masks] or ([others[plain]] if plain in others else [])
+        mask_names = [f"{wrapper}.{leaf}" for leaf in masks] or ([ao_masks[plain]] if plain in ao_masks else [])
         is_masked = all(leaf.split(".", 1)[0].isdigit() and leaf.endswith(".mask") for leaf in masks)
         if "original" in leaves and is_masked and mask_names:
             weights.append(MaskedParam(plain, f"{wrapper}.original", tuple(mask_names), wrapper))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from prunectl.errors import UntrustedError, abbreviated
 from prunectl.formats import budgets
 from prunectl.formats.base import Family, ModelFile
-from prunectl.formats.keras.config import text
+from prunectl.formats.keras.config import string_in
 from prunectl.formats.protobuf import BYTES, WireError, fields
 from prunectl.formats.pure_names import (
     CLASSES,
@@ -151,13 +151,13 @@ def _facts_of_object(keras_object: Mapping[str, Any], *, is_saved_model: bool) -
     """Yield the code that Keras would run to create one object from its class and configuration."""
     if "class_name" not in keras_object:
         return
-    kind, config = text(keras_object, "class_name"), keras_object.get("config")
-    owner = _of(kind, text(config, "name") or text(keras_object, "name"))
-    yield from (Fact(f"file {abbreviated(text(config, key))}{owner}") for key in _FILES if text(config, key))
+    kind, config = string_in(keras_object, "class_name"), keras_object.get("config")
+    owner = _of(kind, string_in(config, "name") or string_in(keras_object, "name"))
+    yield from (Fact(f"file {abbreviated(string_in(config, key))}{owner}") for key in _FILES if string_in(config, key))
     if kind == "__lambda__":
         yield Fact("a function")
     elif kind in _CODE:
-        yield Fact(f"{kind} layer {abbreviated(text(config, 'name'))}")
+        yield Fact(f"{kind} layer {abbreviated(string_in(config, 'name'))}")
     elif kind in _DISPATCHING:
         operation = _DISPATCHING[kind](config)
         if operation is not None:
@@ -165,7 +165,7 @@ def _facts_of_object(keras_object: Mapping[str, Any], *, is_saved_model: bool) -
     elif kind == "function":
         name = config if isinstance(config, str) else ""
         # If the function has another registered name, Keras uses the function of that name.
-        is_itself = text(keras_object, "registered_name") in {"", name, "function"}
+        is_itself = string_in(keras_object, "registered_name") in {"", name, "function"}
         if name not in FUNCTIONS or not is_itself or not _is_of_keras(keras_object, is_function=True):
             yield _custom("function", name)
     elif not (_is_value(keras_object, kind) or _is_builtin(keras_object, kind, is_saved_model=is_saved_model)):
@@ -178,9 +178,9 @@ def _is_value(keras_object: Mapping[str, Any], kind: str) -> bool:
         # Keras takes the class from the named module, which must be TensorFlow, and not from its registered classes.
         module, registered = keras_object.get("module"), keras_object.get("registered_name")
         is_of_tensorflow = module is None or (isinstance(module, str) and module.partition(".")[0] == "tensorflow")
-        return text(keras_object, "spec_name") in TYPES and is_of_tensorflow and not registered
+        return string_in(keras_object, "spec_name") in TYPES and is_of_tensorflow and not registered
     if kind == "TypeSpec":
-        return text(keras_object, "type_spec").rpartition(".")[2] in TYPES
+        return string_in(keras_object, "type_spec").rpartition(".")[2] in TYPES
     return kind in _VALUES
 
 
@@ -196,7 +196,7 @@ def _of(kind: str, layer: str) -> str:
 def _is_builtin(keras_object: Mapping[str, Any], kind: str, *, is_saved_model: bool) -> bool:
     """Whether a class is one of Keras or tfmot."""
     package, registered, name = kind.rpartition(">")
-    if text(keras_object, "registered_name").rpartition(">")[2] not in {"", name}:
+    if string_in(keras_object, "registered_name").rpartition(">")[2] not in {"", name}:
         # Keras would look for the registered name instead.
         return False
     if registered:
@@ -210,7 +210,7 @@ def _is_builtin(keras_object: Mapping[str, Any], kind: str, *, is_saved_model: b
 
 
 def _is_registered_by_others(keras_object: Mapping[str, Any]) -> bool:
-    package, registered, _ = text(keras_object, "registered_name").rpartition(">")
+    package, registered, _ = string_in(keras_object, "registered_name").rpartition(">")
     return bool(registered) and package not in {_REGISTERED_BY_KERAS, *_PACKAGES_OF_TFMOT}
 
 
@@ -231,7 +231,7 @@ def _is_of_keras(keras_object: Mapping[str, Any], *, is_function: bool = False) 
 
 def _of_lambda(config: Any) -> str | None:
     """The function of TensorFlow that a layer wraps, if it is not on the allow-list."""
-    name = text(config, "function")
+    name = string_in(config, "function")
     function = name.removeprefix("compat.v1.")
     is_pure = function in FUNCTIONS_OF_TENSORFLOW or (
         function.startswith("raw_ops.") and function.removeprefix("raw_ops.") in OPERATIONS
@@ -242,7 +242,7 @@ def _of_lambda(config: Any) -> str | None:
 def _of_node(config: Any) -> str | None:
     """The operation of the graph node in a layer, if it is not on the allow-list."""
     node = config.get("node_def") if isinstance(config, Mapping) else None
-    operation = text(node, "op")
+    operation = string_in(node, "op")
     if isinstance(node, str):
         data = memoryview(node.encode("utf-8", "surrogatepass"))
         try:
@@ -254,13 +254,13 @@ def _of_node(config: Any) -> str | None:
 
 
 def _of_class_method(config: Any) -> str | None:
-    names = text(config, "cls_symbol"), text(config, "method_name")
+    names = string_in(config, "cls_symbol"), string_in(config, "method_name")
     is_pure = names[0] in {"RaggedTensor", "compat.v1.RaggedTensor"} and names[1] in RAGGED_CLASS_METHODS
     return None if is_pure else ".".join(names)
 
 
 def _of_member(config: Any) -> str | None:
-    name = text(config, "attr_name")
+    name = string_in(config, "attr_name")
     return None if name in MEMBERS else name
 
 

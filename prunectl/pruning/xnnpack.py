@@ -11,7 +11,7 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import ModelFile, Role
-from prunectl.formats.keras.config import PRUNED_PREFIX, listed, model_ends, name_of, parse_calls, part
+from prunectl.formats.keras.config import PRUNED_PREFIX, layer_entries, model_ends, name_of, object_in, parse_calls
 
 _ALWAYS = frozenset({"Add", "Multiply", "ZeroPadding2D", "ReLU", "LeakyReLU", "ELU", "Dropout", "SpatialDropout2D"})
 _ACTIVATIONS = frozenset({"relu", "relu6", "leaky_relu", "elu", "sigmoid"})
@@ -38,7 +38,7 @@ def check_sparse_inference(model: ModelFile) -> None:
     config = model.about.keras
     if config is None:
         return
-    if not listed(config):
+    if not layer_entries(config):
         raise UsageError(f"the configuration of {model.path} lists no layers, so XNNPACK's sparse path cannot be found")
     layers = _layers(config)
     kernels = (tensor for tensor in model.tensors if tensor.role is Role.KERNEL and len(tensor.shape) == 4)
@@ -77,14 +77,14 @@ def _unsupported(model: ModelFile, missing: str) -> UsageError:
 def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
     """The layers of a model by name, each with the layers whose outputs it takes."""
     layers: dict[str, _Layer] = {}
-    is_graph = any(layer.get("inbound_nodes") for layer in listed(config))
+    is_graph = any(layer.get("inbound_nodes") for layer in layer_entries(config))
     if is_graph:
         for call in parse_calls(config):
             before = layers[call.layer].producers if call.layer in layers else ()
             producers = dict.fromkeys((*before, *(source.layer for source in call.sources)))
             layers[call.layer] = _layer(call.layer, call.description, tuple(producers))
     else:
-        for layer in listed(config):
+        for layer in layer_entries(config):
             layers[name_of(layer)] = _layer(name_of(layer), layer, tuple(layers)[-1:])
     names = layers.keys()
     return {
@@ -96,8 +96,9 @@ def _layers(config: Mapping[str, Any]) -> Mapping[str, _Layer]:
 
 
 def _layer(name: str, config: Mapping[str, Any], producers: tuple[str, ...]) -> _Layer:
-    inner = part(part(config, "config"), "layer") if config.get("class_name") == "PruneLowMagnitude" else config
-    return _Layer(name, str(inner.get("class_name")), part(inner, "config"), producers)
+    is_wrapped = config.get("class_name") == "PruneLowMagnitude"
+    inner = object_in(object_in(config, "config"), "layer") if is_wrapped else config
+    return _Layer(name, str(inner.get("class_name")), object_in(inner, "config"), producers)
 
 
 def _first_matches(

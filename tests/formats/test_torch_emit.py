@@ -25,14 +25,14 @@ from torch import nn
 
 from prunectl.errors import InputError
 from prunectl.formats.torch.pickle.edit import (
+    dict_of,
     entries,
     items,
     number_node,
     replace_entries,
-    text,
+    string_of,
     text_node,
-    texts,
-    value,
+    value_of,
 )
 from prunectl.formats.torch.pickle.ir import PickleIR, emit_pickle, parse_ir
 from prunectl.formats.torch.pickle.opcodes import OpaqueCall, Persistent, PickleDict, RawBytes
@@ -256,13 +256,13 @@ class TestChangedEntries:
     def test_an_ordered_dictionary_of_python_2_has_entries_too(self) -> None:
         program = b"ccollections\nOrderedDict\n(](](S'a'\nI1\ne](S'b'\nI2\neetR."
         root = parse_ir(program, WHERE).root
-        assert {name: value(item) for name, item in texts(root).items()} == {"a": 1, "b": 2}
-        replace_entries(root, [entry for entry in entries(root) or () if text(entry[0]) == "b"])
+        assert {name: value_of(item) for name, item in dict_of(root).items()} == {"a": 1, "b": 2}
+        replace_entries(root, [entry for entry in entries(root) or () if string_of(entry[0]) == "b"])
         assert pickle.loads(b"".join(emit_pickle(PickleIR(root, b"", 0)))) == {"b": 2}
 
     def test_items_are_those_of_lists_and_tuples(self) -> None:
         root = parse_ir(pickle.dumps([["a", "b"], ("c",)], 2), WHERE).root
-        assert [[text(item) for item in items(inner)] for inner in items(root)] == [["a", "b"], ["c"]]
+        assert [[string_of(item) for item in items(inner)] for inner in items(root)] == [["a", "b"], ["c"]]
 
 
 def checkpoint() -> dict[str, Any]:

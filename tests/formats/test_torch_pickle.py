@@ -141,7 +141,7 @@ UNFOLLOWED = "m.pt is truncated or damaged: it is not a pickle that can be inter
 )
 def test_a_bomb_is_refused(program: bytes, refusal: str) -> None:
     with pytest.raises(InputError) as caught:
-        tree.iter_tensors(WHERE, interpret(program, WHERE, "it").value, {})
+        tree.list_tensors(WHERE, interpret(program, WHERE, "it").value, {})
     assert str(caught.value).startswith(refusal)
 
 
@@ -153,14 +153,14 @@ def test_a_bomb_is_refused(program: bytes, refusal: str) -> None:
     ],
 )
 def test_a_long_program_is_followed_without_tensors(program: bytes) -> None:
-    assert not list(tree.iter_tensors(WHERE, interpret(program, WHERE, "it").value, {}))
+    assert not tree.list_tensors(WHERE, interpret(program, WHERE, "it").value, {})
 
 
 def test_a_billion_laughs_of_dictionaries_is_refused() -> None:
     program = b"}q\x00" + b"0}(S'a'\nh\x00S'b'\nh\x00uq\x00" * 60 + b"."
     with pytest.raises(InputError, match="refer to each other without end"):
-        tree.iter_tensors(WHERE, interpret(program, WHERE, "it").value, {})
+        tree.list_tensors(WHERE, interpret(program, WHERE, "it").value, {})
 
 
 def test_a_value_inside_itself_is_walked_once() -> None:
-    assert tree.iter_tensors(WHERE, interpret(b"}q\x00S'me'\nh\x00s.", WHERE, "it").value, {}) == []
+    assert tree.list_tensors(WHERE, interpret(b"}q\x00S'me'\nh\x00s.", WHERE, "it").value, {}) == []

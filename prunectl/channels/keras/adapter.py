@@ -32,7 +32,7 @@ from prunectl.channels.keras.weights import ConfigPath, get_at
 from prunectl.channels.lengths import AxisLengths, DataShapes
 from prunectl.errors import InputError, UsageError
 from prunectl.formats.base import Array, ModelFile, Role, StripOptions, StripPart, Tensor
-from prunectl.formats.keras.config import part, text, untuple, upgrade_class_name
+from prunectl.formats.keras.config import object_in, string_in, untuple, upgrade_class_name
 from prunectl.formats.registry import by_name, load, open_model
 from prunectl.pruning import destination as outputs
 from prunectl.training.backend import LoadOptions
@@ -164,7 +164,7 @@ def resize_config(
         _resize(layer, get_at(config, layer_call.path)["config"], layer_call, after, left)
         update_build_config(layer, layer_call, after)
         for key in _SHAPE_KEYS:
-            for shape in shapes_in(part(layer, "config").get(key)):
+            for shape in shapes_in(object_in(layer, "config").get(key)):
                 update_shape(shape, layer_call.inputs[0] if layer_call.inputs else "", after)
     values: dict[ConfigPath, dict[tuple[str, int, int], str]] = {}
     for (path, name, node, tensor), value in builder.references.items():
@@ -179,7 +179,7 @@ def resize_config(
 def _resize(
     layer: dict[str, Any], original: Mapping[str, Any], layer_call: CalledLayer, after: PrunedShapes, left: Shapes
 ) -> None:
-    rule = rule_for(layer, upgrade_class_name(text(layer, "class_name")))
+    rule = rule_for(layer, upgrade_class_name(string_in(layer, "class_name")))
     if rule is None:
         return
     settings = layer["config"]
@@ -212,7 +212,7 @@ def _trained(loaded: LoadedKeras) -> Iterator[Tensor]:
     """Yield the trainable weights, in the order of the layers."""
     weights_by_layer = {layer_call.path: layer_call.weights for layer_call in loaded.builder.called}
     for layer in loaded.layers:
-        if part(layer.layer, "config").get("trainable") is not False:
+        if object_in(layer.layer, "config").get("trainable") is not False:
             for leaf, tensor in weights_by_layer.get(layer.path, {}).items():
                 if leaf not in _STATISTICS:
                     yield tensor
@@ -257,7 +257,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 def update_build_config(layer: dict[str, Any], layer_call: CalledLayer, after: PrunedShapes) -> None:
     """Update the input shapes in the `build_config` of a layer, which are in the order of its inputs or have names."""
     build_config = layer.get("build_config")
-    shapes_by_name = part(build_config, "shapes_dict")
+    shapes_by_name = object_in(build_config, "shapes_dict")
     if update_qkv(shapes_by_name, layer_call, after):
         return
     values = iter(layer_call.inputs)
@@ -308,7 +308,7 @@ def update_tensors(nodes: Any, values: Mapping[tuple[str, int, int], str], after
         for node in nodes:
             update_tensors(node, values, after)
     elif isinstance(nodes, dict):
-        config = part(nodes, "config")
+        config = object_in(nodes, "config")
         history, shape = config.get("keras_history"), config.get("shape")
         if isinstance(history, list) and isinstance(shape, list):
             update_shape(shape, values.get(tuple(history), ""), after)

@@ -12,7 +12,7 @@ from prunectl.channels.graph import OpKind
 from prunectl.channels.keras import layers
 from prunectl.channels.keras.builder import CalledLayer, LayerContext, ObservedValue
 from prunectl.channels.keras.layers import apply_activation, has_known_activations
-from prunectl.formats.keras.config import part, text, untuple, upgrade_class_name, upgrade_config
+from prunectl.formats.keras.config import object_in, string_in, untuple, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops.matmuls import matmuls
 from prunectl.formats.keras.flops.sequences import GATES, STATES
 from prunectl.formats.keras.flops.shapes import UnknownShapeError
@@ -187,15 +187,15 @@ def _recurrent(call: LayerContext) -> tuple[str, ...]:
 def _bidirectional(call: LayerContext) -> tuple[str, ...]:
     """A forward and a backward layer; if the file does not describe the backward layer, it is like the forward one."""
     config, initial_states = call.layer.config, call.inputs[1:]
-    forward = part(config, "layer")
-    backward = part(config, "backward_layer") or forward
+    forward = object_in(config, "layer")
+    backward = object_in(config, "backward_layer") or forward
     directions = []
     for direction, layer, states in (
         ("forward", forward, initial_states[: len(initial_states) // 2]),
         ("backward", backward, initial_states[len(initial_states) // 2 :]),
     ):
-        kind = upgrade_class_name(text(layer, "class_name"))
-        directions.append(_direction(call, kind, upgrade_config(kind, part(layer, "config")), direction, states))
+        kind = upgrade_class_name(string_in(layer, "class_name"))
+        directions.append(_direction(call, kind, upgrade_config(kind, object_in(layer, "config")), direction, states))
     (first, *forward_states), (second, *backward_states) = directions
     shape, other = call.shape(first), call.shape(second)
     merge_mode = config.get("merge_mode", "concat")
@@ -424,8 +424,8 @@ _APPLICATION_RULES: Mapping[str, LayerRule] = {
 
 def rule_for(layer: Mapping[str, Any], kind: str) -> LayerRule | None:
     """The rule for a layer; None for a class of the user, even if it has the name of a Keras class."""
-    module = text(layer, "module")
-    is_builtin = module.split(".")[0] in _KERAS_MODULES if module else ">" not in text(layer, "registered_name")
+    module = string_in(layer, "module")
+    is_builtin = module.split(".")[0] in _KERAS_MODULES if module else ">" not in string_in(layer, "registered_name")
     if not is_builtin:
         return None
     by_module = _APPLICATION_RULES if ".applications." in module else RULES

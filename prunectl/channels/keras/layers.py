@@ -8,7 +8,7 @@ from typing import Any
 from prunectl.channels.graph import OpKind
 from prunectl.channels.keras.builder import LayerContext, with_batch
 from prunectl.formats import budgets
-from prunectl.formats.keras.config import named, text, untuple
+from prunectl.formats.keras.config import object_name, string_in, untuple
 from prunectl.formats.keras.flops.shapes import UnknownShapeError
 
 
@@ -153,13 +153,13 @@ def activation_name(value: Any) -> str:
     """The name of an activation, in lower case and without underscores; that of a user's function as it is."""
     if value is None:
         return "linear"
-    if isinstance(value, dict) and text(value, "class_name") == "function":
+    if isinstance(value, dict) and string_in(value, "class_name") == "function":
         # A registered function of the user is not the one of Keras, even if it has the same name.
-        value = value.get("registered_name") if ">" in text(value, "registered_name") else value.get("config")
+        value = value.get("registered_name") if ">" in string_in(value, "registered_name") else value.get("config")
         return str(value).replace("_", "").lower()
     if isinstance(value, str) and ">" in value:
         return value
-    return named(value).replace("_", "").lower()
+    return object_name(value).replace("_", "").lower()
 
 
 _ELEMENTWISE_FUNCTIONS = frozenset(

@@ -19,7 +19,7 @@ from prunectl.channels.keras.traverse import LoadedKeras
 from prunectl.errors import PrunectlError, WorkError, first_line
 from prunectl.formats import zip_write
 from prunectl.formats.base import Array
-from prunectl.formats.keras.config import part, text
+from prunectl.formats.keras.config import object_in, string_in
 from prunectl.formats.keras.hdf5 import rewrite
 from prunectl.formats.keras.hdf5.rebuild import address_of, run_rewriting
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, create_like, rebuild_with
@@ -119,7 +119,7 @@ def _raised(value: Any, key: str, precision: str) -> Any:
 
 
 def _policy_name(value: Any) -> str:
-    return text(part(value, "config"), "name")
+    return string_in(object_in(value, "config"), "name")
 
 
 _MAX_INTEGER = 2

@@ -28,12 +28,12 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import (
     NodeCall,
     TensorRef,
-    listed,
+    layer_entries,
     model_ends,
     name_of,
-    part,
+    object_in,
     shape_in,
-    text,
+    string_in,
     untuple,
     upgrade_class_name,
     upgrade_config,
@@ -109,7 +109,7 @@ class GraphTraversal:
                 self._record_call(layer, names, current, current)
             else:
                 # Keras 3 writes the shape that each layer was built for.
-                self._confirm(current[0], shape_in(part(layer, "build_config").get("input_shape")))
+                self._confirm(current[0], shape_in(object_in(layer, "build_config").get("input_shape")))
                 current = self._call(layer, current, names)
         return current
 
@@ -129,7 +129,7 @@ class GraphTraversal:
         value = self._builder.fresh(name, (1, *lengths))
         if None in shape:
             self.open_axes[value] = tuple(shape)
-        dtype = part(layer, "config").get("dtype")
+        dtype = object_in(layer, "config").get("dtype")
         self._builder.inputs[value] = dtype if isinstance(dtype, str) else _DEFAULT_DTYPE
         return value
 
@@ -181,7 +181,7 @@ class GraphTraversal:
             self._builder.shapes[value] = with_batch(shape, 1)
 
     def _own_input(self, call: NodeCall, names: tuple[str, ...]) -> str:
-        config = part(call.description, "config")
+        config = object_in(call.description, "config")
         shape = next((shape for key in SHAPE_KEYS if (shape := shape_in(config.get(key))) is not None), None)
         if shape is None:
             raise InputError(f"the configuration does not give the shape of its input {call.layer}")
@@ -198,11 +198,11 @@ class GraphTraversal:
         self._tracer.spend(1 + len(inputs))
         inner_names = (*names, name_of(layer))
         inputs, keywords = self._without_mask(inputs, arguments.keywords, inner_names)
-        if text(layer, "class_name") == "MultiHeadAttention":
+        if string_in(layer, "class_name") == "MultiHeadAttention":
             inputs, keywords = query_value_key_first(inputs, keywords)
         if self._tracer.inner_layers(layer) and not keywords:
             outputs = self.model(layer, inputs, inner_names)
-        elif text(layer, "class_name") == "TimeDistributed" and not keywords and len(inputs) == 1:
+        elif string_in(layer, "class_name") == "TimeDistributed" and not keywords and len(inputs) == 1:
             outputs = self._time_distributed(layer, inputs[0], inner_names)
         else:
             outputs = self._layer(layer, inputs, inner_names, replace(arguments, keywords=keywords))
@@ -224,7 +224,7 @@ class GraphTraversal:
     def _time_distributed(self, layer: Mapping[str, Any], value: str, names: tuple[str, ...]) -> tuple[str, ...]:
         """Call a layer on all time steps at once, with the steps on the batch axis."""
         shape = self._builder.shapes.get(value)
-        inner_layer = part(part(layer, "config"), "layer")
+        inner_layer = object_in(object_in(layer, "config"), "layer")
         if shape is None or len(shape) < 3:
             return self._unknown(layer, (value,), names, (None,))
         name = "/".join(names)
@@ -279,14 +279,14 @@ class GraphTraversal:
         self, layer: Mapping[str, Any], inputs: tuple[str, ...], arguments: CallArguments
     ) -> tuple[LayerCall, bool]:
         """A layer call with class and settings as in Keras 2, and whether it is a function, not a layer."""
-        kind = upgrade_class_name(text(layer, "class_name"))
-        config = part(layer, "config")
+        kind = upgrade_class_name(string_in(layer, "class_name"))
+        config = object_in(layer, "config")
         known_shapes = [self._builder.shapes.get(value) for value in inputs]
         shapes = tuple(None if shape is None else shape[1:] for shape in known_shapes)
         count = len(shapes) - len(arguments.keywords)
         keywords = dict(zip(arguments.keywords, shapes[count:], strict=True))
         if is_operation(layer) or kind in _FUNCTIONS:
-            function = text(config, "function") or text(part(config, "node_def"), "op") or kind
+            function = string_in(config, "function") or string_in(object_in(config, "node_def"), "op") or kind
             facts = {"function": function, "has_lists": has_lists(arguments.raw) or has_lists(config.get("constants"))}
             return LayerCall(function if kind in _FUNCTIONS else kind, facts, shapes[:count], keywords), True
         return LayerCall(kind, upgrade_config(kind, config), shapes[:count], keywords), False
@@ -300,7 +300,7 @@ class GraphTraversal:
     ) -> tuple[str, ...]:
         # If another call of the layer is known, its weights are locked, as this call uses them in an unknown way.
         self._builder.uses.update(tensor.name for tensor in self._weights.get(self._path_of(layer), {}).values())
-        kind = upgrade_class_name(text(layer, "class_name"))
+        kind = upgrade_class_name(string_in(layer, "class_name"))
         return self._builder.add("/".join(names), kind.rpartition(">")[2], OpKind.UNKNOWN, inputs, shapes)
 
     def _record_call(
@@ -315,7 +315,7 @@ class GraphTraversal:
         """Record the calls of the layers of both directions; each takes half of the initial states."""
         half = len(inputs) // 2
         for key, states in (("layer", inputs[1 : 1 + half]), ("backward_layer", inputs[1 + half :])):
-            inner_layer = part(part(layer, "config"), key)
+            inner_layer = object_in(object_in(layer, "config"), key)
             if inner_layer:
                 path = (*self._path_of(layer), "config", key)
                 self._builder.called.append(
@@ -376,7 +376,7 @@ def load_keras(model: ModelFile, lengths: AxisLengths = UNKNOWN_LENGTHS) -> Load
             f"{model.path} holds only weights, not the layers that use them",
             hint="save the whole model, as .keras or .h5",
         )
-    if not listed(config):
+    if not layer_entries(config):
         raise InputError(
             f"{model.path} holds a subclassed model, whose configuration lists no layers",
             hint="build it from layers with keras.Model(inputs, outputs), or export it to ONNX",

@@ -12,7 +12,7 @@ from typing import Any
 from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.keras import hdf5
-from prunectl.formats.keras.config import LayerConfig, name_of, part, text, upgrade_class_name
+from prunectl.formats.keras.config import LayerConfig, name_of, object_in, string_in, upgrade_class_name
 from prunectl.formats.keras.flops.sequences import GATES
 from prunectl.formats.keras.hdf5 import H5Contents, H5Location
 from prunectl.formats.keras.layouts import layer_names_group
@@ -127,7 +127,7 @@ def get_at(config: Any, path: ConfigPath) -> Any:
 def is_operation(layer: Mapping[str, Any]) -> bool:
     """Whether an entry of the configuration is an operation of Keras 3, such as `keras.ops.add`, not a layer."""
     if "module" in layer:
-        return ".ops." in text(layer, "module")
+        return ".ops." in string_in(layer, "module")
     return layer.get("config", {}).keys() == _NAME_ONLY if isinstance(layer.get("config"), dict) else False
 
 
@@ -137,7 +137,7 @@ def _inside(
     # Until version 2.2.3, Keras wrote the configuration of a sequential model as a bare list of layers.
     is_bare = isinstance(model.get("config"), list)
     steps: ConfigPath = ("config",) if is_bare else ("config", "layers")
-    entries = model["config"] if is_bare else part(model, "config").get("layers")
+    entries = model["config"] if is_bare else object_in(model, "config").get("layers")
     for number, layer in enumerate(entries if isinstance(entries, list) else ()):
         if isinstance(layer, dict):
             folder = folders.get(id(layer.get("config")))
@@ -152,8 +152,8 @@ def _with_inner(location: LayerLocation, folders: Mapping[int, str]) -> Iterator
         return
     yield from _inside(location.layer, location.path, location.names, folders)
     for key, attributes in _WRAPPED_LAYERS:
-        inner = part(part(location.layer, "config"), key)
-        if text(inner, "class_name"):
+        inner = object_in(object_in(location.layer, "config"), key)
+        if string_in(inner, "class_name"):
             slots = tuple(f"{slot}/{attribute}" for slot in location.slots for attribute in attributes)
             names = (*location.names, name_of(inner))
             yield from _with_inner(LayerLocation((*location.path, "config", key), inner, names, slots), folders)
@@ -171,7 +171,7 @@ def bind_weights(stored: WeightFile, layers: Sequence[LayerLocation]) -> dict[Co
 
 def expected_weights(layer: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the weights of a layer, in the order of Keras; empty for an unknown class."""
-    kind, config = upgrade_class_name(text(layer, "class_name")), part(layer, "config")
+    kind, config = upgrade_class_name(string_in(layer, "class_name")), object_in(layer, "config")
     maker = _WEIGHTS_OF_LAYER.get(kind)
     return () if maker is None else maker(config)
 
@@ -180,7 +180,7 @@ def _bound_by_number(stored: WeightFile, layers: Sequence[LayerLocation]) -> Ite
     numbered = stored.numbered
     for layer in layers:
         names = expected_weights(layer.layer)
-        inside = _SUBLAYERS.get(upgrade_class_name(text(layer.layer, "class_name")), {})
+        inside = _SUBLAYERS.get(upgrade_class_name(string_in(layer.layer, "class_name")), {})
         for slot in layer.slots if names else ():
             tensors = tuple(
                 tensor
@@ -219,7 +219,7 @@ def _is_in(weight: NamedWeight, layer: LayerLocation) -> bool:
     """Whether the name of a weight contains that of a layer, or of the wrapper around it."""
     names = layer.names[-2:] if layer.path[-1] in _BOUND_WRAPPERS else layer.names[-1:]
     path = "/".join(("", *weight.steps))
-    has_parts = upgrade_class_name(text(layer.layer, "class_name")) in _SUBLAYERS
+    has_parts = upgrade_class_name(string_in(layer.layer, "class_name")) in _SUBLAYERS
     return any(path.endswith(f"/{name}") or (has_parts and f"/{name}/" in path) for name in names)
 
 
@@ -242,8 +242,8 @@ def _batch_norm(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _bidirectional(config: Mapping[str, Any]) -> tuple[str, ...]:
     # The backward layer may have no configuration of its own.
-    forward = part(config, "layer")
-    directions = (("forward", forward), ("backward", part(config, "backward_layer") or forward))
+    forward = object_in(config, "layer")
+    directions = (("forward", forward), ("backward", object_in(config, "backward_layer") or forward))
     return tuple(f"{direction}/{leaf}" for direction, layer in directions for leaf in expected_weights(layer))
 
 

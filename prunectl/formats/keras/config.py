@@ -40,8 +40,8 @@ def size_checked(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | 
     while pending:
         value, outer_characters = pending.pop()
         if isinstance(value, dict) and value.get("class_name"):
-            outer_characters += len(text(value, "class_name")) + len(
-                text(value, "name") or text(part(value, "config"), "name")
+            outer_characters += len(string_in(value, "class_name")) + len(
+                string_in(value, "name") or string_in(object_in(value, "config"), "name")
             )
             count, characters = count + 1, characters + outer_characters
             if count > budgets.MAX_KERAS_OBJECTS or characters > budgets.MAX_KERAS_NAME_CHARACTERS:
@@ -53,7 +53,7 @@ def size_checked(config: dict[str, Any] | None, path: Path) -> dict[str, Any] | 
 
 def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
     """Yield all layers of a model's configuration, each before the layers that are nested in it."""
-    for entry in listed(config):
+    for entry in layer_entries(config):
         layer = _layer(entry, path)
         if layer is None:
             continue
@@ -70,13 +70,13 @@ def layers(config: Any, path: tuple[str, ...] = ()) -> Iterator[LayerConfig]:
 
 def children(config: Any) -> Iterator[LayerConfig]:
     """Yield the layers of a model, without those nested in them."""
-    for entry in listed(config):
+    for entry in layer_entries(config):
         layer = _layer(entry, ())
         if layer is not None:
             yield layer
 
 
-def listed(model: Any) -> tuple[Mapping[str, Any], ...]:
+def layer_entries(model: Any) -> tuple[Mapping[str, Any], ...]:
     """The entries of a model's layers: a list in its configuration or, in Keras 1, the configuration itself."""
     config = model.get("config") if isinstance(model, (dict, Mapping)) else None
     entries = config.get("layers") if isinstance(config, (dict, Mapping)) else config
@@ -88,7 +88,7 @@ def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
     pruned = (layer for layer in layers(config) if layer.kind == WRAPPER)
     return tuple(
         PruningWrapper(
-            "tfmot", layer.name.removeprefix(PRUNED_PREFIX), schedule(part(layer.config, "pruning_schedule"))
+            "tfmot", layer.name.removeprefix(PRUNED_PREFIX), schedule(object_in(layer.config, "pruning_schedule"))
         )
         for layer in pruned
     )
@@ -96,10 +96,10 @@ def wrappers(config: Any) -> tuple[PruningWrapper, ...]:
 
 def inner_layer(layer: Any) -> Mapping[str, Any] | None:
     """The layer inside a pruning wrapper; None for any other layer."""
-    if text(layer, "class_name").rpartition(">")[2] != WRAPPER:
+    if string_in(layer, "class_name").rpartition(">")[2] != WRAPPER:
         return None
-    inner = part(part(layer, "config"), "layer")
-    return inner if text(inner, "class_name") else None
+    inner = object_in(object_in(layer, "config"), "layer")
+    return inner if string_in(inner, "class_name") else None
 
 
 def code(config: Any) -> tuple[str, ...]:
@@ -115,8 +115,8 @@ def code(config: Any) -> tuple[str, ...]:
 
 def schedule(schedule_config: Mapping[str, Any]) -> str:
     """A pruning schedule of tfmot in one line."""
-    config = part(schedule_config, "config")
-    name, begin, end = text(schedule_config, "class_name"), config.get("begin_step"), config.get("end_step")
+    config = object_in(schedule_config, "config")
+    name, begin, end = string_in(schedule_config, "class_name"), config.get("begin_step"), config.get("end_step")
     steps = f"steps {begin}-{end}" if isinstance(end, int) and end >= 0 else f"from step {begin}"
     if "final_sparsity" in config:
         return f"{name}({config.get('initial_sparsity')} -> {config['final_sparsity']}, {steps})"
@@ -125,25 +125,25 @@ def schedule(schedule_config: Mapping[str, Any]) -> str:
 
 def training(training_config: Mapping[str, Any]) -> tuple[str, ...]:
     """The loss and the metrics of a training configuration."""
-    facts = [f"loss {named(training_config.get('loss'))}"] if named(training_config.get("loss")) else []
+    facts = [f"loss {object_name(training_config.get('loss'))}"] if object_name(training_config.get("loss")) else []
     metrics = training_config.get("metrics")
     entries = _flat(metrics if isinstance(metrics, list) else [metrics])
-    names = [name for entry in entries if (name := text(part(entry, "config"), "name") or named(entry))]
+    names = [name for entry in entries if (name := string_in(object_in(entry, "config"), "name") or object_name(entry))]
     return (*facts, f"metrics {', '.join(names)}") if names else tuple(facts)
 
 
 def optimizer(training_config: Mapping[str, Any]) -> str:
     """The name of the optimizer in a training configuration."""
-    return named(training_config.get("optimizer_config"))
+    return object_name(training_config.get("optimizer_config"))
 
 
-def named(value: Any) -> str:
+def object_name(value: Any) -> str:
     """The name of an object, such as a loss, that Keras stores as a name or as a class with its configuration."""
-    name = value if isinstance(value, str) else text(value, "class_name")
+    name = value if isinstance(value, str) else string_in(value, "class_name")
     return name.rpartition(">")[2]
 
 
-def part(facts: Any, key: str) -> Mapping[str, Any]:
+def object_in(facts: Any, key: str) -> Mapping[str, Any]:
     """An object inside another, empty if it is not there."""
     value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None
     return value if isinstance(value, dict) else {}
@@ -151,11 +151,11 @@ def part(facts: Any, key: str) -> Mapping[str, Any]:
 
 def is_packed(layer: Mapping[str, Any]) -> bool:
     """Whether a layer packs two weights into a byte, so that the stored shape is not that of its kernel."""
-    mode = part(part(layer, "dtype"), "config").get("mode")
+    mode = object_in(object_in(layer, "dtype"), "config").get("mode")
     return isinstance(mode, str) and mode.startswith(("int4", "gptq", "awq"))
 
 
-def text(facts: Any, key: str) -> str:
+def string_in(facts: Any, key: str) -> str:
     """A string inside an object, empty if it is not there."""
     value = facts.get(key) if isinstance(facts, (dict, Mapping)) else None
     return value if isinstance(value, str) else ""
@@ -206,12 +206,12 @@ def _flat(entries: list[Any]) -> Iterator[Any]:
 
 
 def _layer(entry: Any, path: tuple[str, ...]) -> LayerConfig | None:
-    kind, config = text(entry, "class_name"), part(entry, "config")
+    kind, config = string_in(entry, "class_name"), object_in(entry, "config")
     if not kind:
         return None
-    module = text(entry, "module")
+    module = string_in(entry, "module")
     is_custom = bool(module) and module.split(".")[0] not in _OWN_MODULES
-    return LayerConfig(text(config, "name") or text(entry, "name") or kind, kind, config, path, is_custom)
+    return LayerConfig(string_in(config, "name") or string_in(entry, "name") or kind, kind, config, path, is_custom)
 
 
 _KINDS = {
@@ -269,7 +269,7 @@ def upgrade_config(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
             upgraded["kernel_size"] = [config[key] for key in keys]
     if kind != "Embedding" and "output_dim" in config and "units" not in config:
         upgraded["units"] = config["output_dim"]
-    ordering = text(config, "dim_ordering")
+    ordering = string_in(config, "dim_ordering")
     if ordering in _FORMATS:
         upgraded["data_format"] = _FORMATS[ordering]
     return upgraded
@@ -319,17 +319,17 @@ class NodeCall:
 
 def name_of(layer: Mapping[str, Any]) -> str:
     """The name of a layer."""
-    return text(layer, "name") or text(part(layer, "config"), "name") or text(layer, "class_name")
+    return string_in(layer, "name") or string_in(object_in(layer, "config"), "name") or string_in(layer, "class_name")
 
 
 def parse_calls(model: Any) -> tuple[NodeCall, ...]:
     """Every layer call in a model, from the inbound nodes of its layers."""
-    return tuple(call for layer in listed(model) for call in _calls(layer))
+    return tuple(call for layer in layer_entries(model) for call in _calls(layer))
 
 
 def model_ends(model: Any, key: str) -> tuple[TensorRef, ...]:
     """The inputs or the outputs of a model."""
-    references = part(model, "config").get(key)
+    references = object_in(model, "config").get(key)
     return tuple(_sources(references, 0))
 
 
@@ -340,7 +340,7 @@ def _calls(layer: Mapping[str, Any]) -> Iterator[NodeCall]:
         return
     for number, node in enumerate(nodes):
         if isinstance(node, dict):
-            named = part(node, "kwargs")
+            named = object_in(node, "kwargs")
             arguments = tuple(_sources(node.get("args"), 0))
         else:
             named = _named(node)
@@ -369,7 +369,7 @@ def _sources(value: Any, nesting: int) -> Iterator[TensorRef]:
         for item in value:
             yield from _sources(item, nesting + 1)
     elif isinstance(value, dict):
-        config = part(value, "config")
+        config = object_in(value, "config")
         if _is_reference(config.get("keras_history")):
             yield from _source(config["keras_history"], shape_in(config.get("shape")))
         elif "class_name" not in value:

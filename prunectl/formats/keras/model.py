@@ -162,12 +162,12 @@ def _about(path: Path, archive: Archive, config: dict[str, Any], *, is_compresse
     if "metadata.json" in archive.entries:
         text = archive.read("metadata.json", budgets.MAX_JSON_BYTES)
         metadata = parse_object(text, path, "its metadata.json", budgets.MAX_KERAS_OBJECT_BYTES)
-    compiled = keras_config.part(config, "compile_config")
-    version = keras_config.text(metadata, "keras_version")
+    compiled = keras_config.object_in(config, "compile_config")
+    version = keras_config.string_in(metadata, "keras_version")
     return ModelInfo(
         producer=f"keras {version}" if version else "",
         wrappers=keras_config.wrappers(config),
-        optimizer=keras_config.named(compiled.get("optimizer")),
+        optimizer=keras_config.object_name(compiled.get("optimizer")),
         training=keras_config.training(compiled),
         code=keras_config.code(config),
         is_compressed=is_compressed,

@@ -146,7 +146,7 @@ def _models_in(layer: LayerConfig, folder: str, depth: int) -> Iterator[tuple[st
     """Yield a layer, which may be a model, and the layer that it may wrap, each with the prefix of its folders."""
     if depth < budgets.MAX_CONFIG_DEPTH:
         yield f"{folder}/", {"config": layer.config}, depth + 1
-        wrapped = keras_config.part(layer.config, "layer")
+        wrapped = keras_config.object_in(layer.config, "layer")
         if wrapped:
             yield f"{folder}/layer/", wrapped, depth + 1
 

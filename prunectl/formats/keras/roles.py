@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
-from prunectl.formats.keras.config import LORA_PREFIX, LayerConfig, part, text
+from prunectl.formats.keras.config import LORA_PREFIX, LayerConfig, object_in, string_in
 from prunectl.formats.keras.hdf5 import Dataset
 from prunectl.formats.kernel_axes import KernelAxes, attention_axes, depthwise_axes, einsum_axes
 
@@ -64,7 +64,7 @@ def weight_class(layer: LayerConfig | None) -> str:
     """The class of a layer, on which the roles of its weights depend; for a quantization wrapper, the inner class."""
     if layer is None:
         return ""
-    inner = text(part(layer.config, "layer"), "class_name")
+    inner = string_in(object_in(layer.config, "layer"), "class_name")
     return inner if inner and layer.kind.rpartition(">")[2].startswith("QuantizeWrapper") else layer.kind
 
 

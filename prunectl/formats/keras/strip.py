@@ -14,7 +14,7 @@ from typing import Any
 from prunectl.errors import InputError
 from prunectl.formats.base import WRAPPING, ModelFile, RemovedItem, StripOptions, StripPart
 from prunectl.formats.keras import hdf5, strip_layouts
-from prunectl.formats.keras.config import WRAPPER, inner_layer, part, text
+from prunectl.formats.keras.config import WRAPPER, inner_layer, object_in, string_in
 from prunectl.formats.keras.hdf5 import H5Contents, H5Location, rewrite
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
 from prunectl.formats.keras.layouts import layer_names_group
@@ -143,7 +143,7 @@ def _plain(value: Any, names: Mapping[str, str], wrappers: dict[str, int]) -> An
     inner = inner_layer(value)
     if inner is not None:
         layer = _in_place_of(value, inner)
-        wrappers[text(value["config"], "name") or WRAPPER] = len(json.dumps(value)) - len(json.dumps(layer))
+        wrappers[string_in(value["config"], "name") or WRAPPER] = len(json.dumps(value)) - len(json.dumps(layer))
         return _plain(layer, names, wrappers)
     if isinstance(value.get("layers"), list):
         names = _new_names(value["layers"])
@@ -155,14 +155,14 @@ def _plain(value: Any, names: Mapping[str, str], wrappers: dict[str, int]) -> An
 
 def _in_place_of(wrapper: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
     """A wrapped layer with its wrapper's calls and input shape, in its wrapper's format."""
-    wrapper_config = part(wrapper, "config")
+    wrapper_config = object_in(wrapper, "config")
     moved = {key: wrapper_config[key] for key in _INPUT_KEYS if key in wrapper_config}
     # Old formats have fewer keys for a layer, and loaders recognise a format by them.
     layer = {key: value for key, value in inner.items() if key in wrapper or key in {"class_name", "config"}}
     if "registered_name" not in wrapper:
         # Old formats have the full name of a registered class in `class_name`, newer ones in `registered_name`.
-        layer["class_name"] = text(inner, "registered_name") or layer["class_name"]
-    layer["config"] = {**moved, **part(inner, "config")}
+        layer["class_name"] = string_in(inner, "registered_name") or layer["class_name"]
+    layer["config"] = {**moved, **object_in(inner, "config")}
     rest = {
         key: value for key, value in wrapper.items() if key not in layer and key not in {"module", "registered_name"}
     }
@@ -204,4 +204,4 @@ def _is_history(key: str, value: Any) -> bool:
 
 
 def _name(layer: Any) -> str:
-    return text(part(layer, "config"), "name") or text(layer, "name")
+    return string_in(object_in(layer, "config"), "name") or string_in(layer, "name")

@@ -11,7 +11,7 @@ from typing import Any
 from prunectl.errors import abbreviated
 from prunectl.formats.base import RemovedItem, StripOptions, StripPart
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras.config import PRUNED_PREFIX, inner_layer, part, text
+from prunectl.formats.keras.config import PRUNED_PREFIX, inner_layer, object_in, string_in
 from prunectl.formats.keras.hdf5 import Dataset, H5Contents
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, merge
 from prunectl.formats.keras.layouts import CONTAINERS, TWICE, joined, weight_names
@@ -228,11 +228,11 @@ def _relocations(config: Any, container: str) -> Iterator[_Relocation]:
     while pending:
         model, old_prefix, new_prefix = pending.pop()
         old_names, new_names = Counter[str](), Counter[str]()
-        for layer in keras_config.listed(model):
+        for layer in keras_config.layer_entries(model):
             wrapped = inner_layer(layer)
             plain = layer if wrapped is None else wrapped
-            old = _next_folder(old_names, text(layer, "class_name"))
-            new = _next_folder(new_names, text(plain, "class_name"))
+            old = _next_folder(old_names, string_in(layer, "class_name"))
+            new = _next_folder(new_names, string_in(plain, "class_name"))
             old_path, new_path = f"{old_prefix}{container}/{old}", f"{new_prefix}{container}/{new}"
             if wrapped is not None:
                 yield _Relocation(old_path, new_path, wrapped)
@@ -241,7 +241,7 @@ def _relocations(config: Any, container: str) -> Iterator[_Relocation]:
                 yield _Relocation(old_path, new_path, None)
             pending.append((layer, f"{old_path}/", f"{new_path}/"))
             # Other wrappers, such as TimeDistributed, may be around a wrapped layer or a model.
-            inside = part(part(layer, "config"), "layer")
+            inside = object_in(object_in(layer, "config"), "layer")
             wrapped = inner_layer(inside)
             if wrapped is not None:
                 yield _Relocation(f"{old_path}/layer", f"{new_path}/layer", wrapped)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from prunectl.formats.base import Role
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras.config import WRAPPER, LayerConfig, inner_layer, part, text
+from prunectl.formats.keras.config import WRAPPER, LayerConfig, inner_layer, object_in, string_in
 from prunectl.formats.keras.hdf5 import Dataset
 from prunectl.formats.keras.roles import name_by_position, position
 
@@ -97,12 +97,12 @@ def layer_weights(datasets: Sequence[Dataset], wrapper: str, wrapped: Mapping[st
         owner, _, number = dataset.name.rpartition("/vars/")
         is_own = owner == f"{wrapper}/layer"
         slug = (
-            keras_config.snake_case(text(wrapped, "class_name"))
+            keras_config.snake_case(string_in(wrapped, "class_name"))
             if is_own
             else re.sub(r"_\d+$", "", owner.rpartition("/")[2])
         )
         index = position(number)
-        settings = part(wrapped, "config") if is_own else {}
+        settings = object_in(wrapped, "config") if is_own else {}
         count = siblings[dataset.name.rpartition("/")[0]]
         weights.append(
             Weight(dataset.name, name_by_position(slug, index, count, dataset.shape, settings), dataset.shape)
@@ -206,9 +206,9 @@ def _add(
     if layer is not None and inner is not None:
         wrapped.layers[f"{folder}/layer"] = replace(
             layer,
-            name=text(part(inner, "config"), "name") or layer.name,
-            kind=text(inner, "class_name"),
-            config=part(inner, "config"),
+            name=string_in(object_in(inner, "config"), "name") or layer.name,
+            kind=string_in(inner, "class_name"),
+            config=object_in(inner, "config"),
         )
     for leaf, role, group in (
         ("weight", Role.SCHEDULE, variables.copies),

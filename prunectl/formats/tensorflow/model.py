@@ -12,7 +12,7 @@ from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, ModelInfo, PruningWrapper, Role, Tensor
 from prunectl.formats.extents import file_states
 from prunectl.formats.keras import config as keras_config
-from prunectl.formats.keras.config import PRUNED_PREFIX, part, schedule, text
+from prunectl.formats.keras.config import PRUNED_PREFIX, object_in, schedule, string_in
 from prunectl.formats.protobuf import WireError
 from prunectl.formats.safe_json import parse_object, refuse_too_much
 from prunectl.formats.tensorflow import object_graph, variables
@@ -56,25 +56,25 @@ def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
     )
     for entry in keras_objects:
         metadata = parse_object(entry.metadata, path, "its Keras metadata")
-        name, kind = text(metadata, "name"), text(metadata, "class_name")
+        name, kind = string_in(metadata, "name"), string_in(metadata, "class_name")
         if entry.identifier in _MODELS:
             model = model or metadata
         elif entry.identifier not in _NOT_LAYERS and kind != "PruneLowMagnitude":
             classes.setdefault(name, kind)
         if kind == "PruneLowMagnitude":
-            tfmot_schedule = schedule(part(part(metadata, "config"), "pruning_schedule"))
+            tfmot_schedule = schedule(object_in(object_in(metadata, "config"), "pruning_schedule"))
             wrappers[PruningWrapper("tfmot", name.removeprefix(PRUNED_PREFIX), tfmot_schedule)] = None
         if kind == "Lambda":
             code[f"Lambda layer {name}"] = None
         elif ">" in kind:
             code[f"custom class {kind.rpartition('>')[2]}"] = None
-    training = part(model, "training_config")
+    training = object_in(model, "training_config")
     return KerasFacts(
         classes=classes,
         model=keras_config.size_checked(
             {"class_name": model["class_name"], "config": model["config"]} if _has_config(model) else None, path
         ),
-        version=text(model, "keras_version"),
+        version=string_in(model, "keras_version"),
         optimizer=keras_config.optimizer(training),
         training=keras_config.training(training),
         wrappers=tuple(wrappers),
@@ -83,7 +83,7 @@ def read_facts(path: Path, objects: Iterable[KerasObject]) -> KerasFacts:
 
 
 def _has_config(model: Mapping[str, Any]) -> bool:
-    return "class_name" in model and bool(part(model, "config"))
+    return "class_name" in model and bool(object_in(model, "config"))
 
 
 _RUNS_GRAPHS = "Loading this SavedModel runs only the operations of its graph, unless Keras rebuilds its layers."

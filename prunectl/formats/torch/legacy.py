@@ -19,9 +19,9 @@ from prunectl.formats.torch.pickle.edit import (
     CheckpointEdits,
     items,
     storage_refs,
-    text,
+    string_of,
     text_node,
-    value,
+    value_of,
 )
 from prunectl.formats.torch.pickle.ir import Bytes, IRNode, Mutation, emit_pickle, emitted, parse_ir
 from prunectl.formats.torch.pickle.opcodes import Global, OpaqueCall, Persistent, describe_value
@@ -94,12 +94,12 @@ def open_legacy_container(model: ModelFile) -> CheckpointContainer:
         begin = parse_ir(data, path, start=begin).end
     ir = parse_ir(data, path, start=begin)
     key_list = parse_ir(data, path, start=ir.end)
-    itemsizes = {ref.key: parse_persistent_id(path, value(ref.id)).dtype.itemsize for ref in storage_refs(ir.root)}
+    itemsizes = {ref.key: parse_persistent_id(path, value_of(ref.id)).dtype.itemsize for ref in storage_refs(ir.root)}
     runs: dict[str, tuple[int, int]] = {}
     offset = key_list.end
     for node in items(key_list.root):
-        key = text(node)
-        key = str(value(node)) if key is None else key
+        key = string_of(node)
+        key = str(value_of(node)) if key is None else key
         if key not in itemsizes:
             raise InputError(f"{path} is damaged: it lists a storage that no tensor uses")
         nbytes = COUNT_BYTES + int.from_bytes(data[offset : offset + COUNT_BYTES], "little") * itemsizes[key]

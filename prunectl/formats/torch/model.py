@@ -295,7 +295,7 @@ def tensors(path: Path, source: PickleSource, uses: dict[str, StateUse | None]) 
     allocator = NameAllocator()
     storages: dict[StorageInfo, Storage] = {}
     missing = 0
-    for leaf in tree.iter_tensors(path, source.program.value, source.parameters):
+    for leaf in tree.list_tensors(path, source.program.value, source.parameters):
         value = source.listed.get(str(leaf.value.id)) if isinstance(leaf.value, Persistent) else leaf.value
         if value is None:
             raise InputError(f"{path} is damaged: it does not hold {leaf.name}")

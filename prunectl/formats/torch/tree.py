@@ -145,7 +145,7 @@ class _Node:
         return 1 + len(items) + len(self.excluded)
 
 
-def iter_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEntry]:
+def list_tensors(path: Path, root: Any, parameters: Parameters) -> list[TensorEntry]:
     """Every tensor that a value holds, in the order of the program."""
     entries: list[TensorEntry] = []
     # The values are kept alive, so that no new one can get the id of a value that was visited.

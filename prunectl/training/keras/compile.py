@@ -11,7 +11,7 @@ import h5py
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.formats.keras.config import named, part
+from prunectl.formats.keras.config import object_in, object_name
 from prunectl.formats.safe_json import parse_object
 from prunectl.formats.tensorflow.graph_def import read_graph, read_keras_metadata
 from prunectl.training import user_code
@@ -42,7 +42,7 @@ def read_training_config(file: ModelFile) -> dict[str, Any]:
 
 def _configuration(file: ModelFile) -> Mapping[str, Any]:
     if file.format == "keras":
-        return part(file.about.keras, "compile_config")
+        return object_in(file.about.keras, "compile_config")
     if file.format == "keras-h5":
         with h5py.File(file.path, "r", locking=False) as h5:
             text = h5.attrs.get("training_config")
@@ -53,7 +53,7 @@ def _configuration(file: ModelFile) -> Mapping[str, Any]:
     objects = read_keras_metadata(metadata) if metadata.is_file() else read_graph(file.path / "saved_model.pb").objects
     for node in objects:
         if node.metadata and node.identifier.startswith("_tf_keras"):
-            training = part(parse_object(node.metadata, file.path, "its Keras metadata"), "training_config")
+            training = object_in(parse_object(node.metadata, file.path, "its Keras metadata"), "training_config")
             if training:
                 return training
     return {}
@@ -172,8 +172,8 @@ def binary_logits(loaded: LoadedModel, infos: Sequence[ModelOutput]) -> tuple[bo
     entries = _per_output(read_training_config(loaded.file).get("loss") if loaded.has_config else None, infos)
     return tuple(
         isinstance(entry, dict)
-        and named(entry) == losses.CrossEntropy.BINARY
-        and part(entry, "config").get("from_logits") is True
+        and object_name(entry) == losses.CrossEntropy.BINARY
+        and object_in(entry, "config").get("from_logits") is True
         for entry in entries
     )
 
@@ -358,8 +358,8 @@ def optimizer_from_config(
     """Create an optimizer from a file's configuration; KeyError if its class is unknown."""
     if isinstance(entry, str):
         return optimizer_by_name(library, entry, lr=lr, clip=clip)
-    name = named(entry)
-    settings = dict(part(entry, "config"))
+    name = object_name(entry)
+    settings = dict(object_in(entry, "config"))
     if "LossScaleOptimizer" in name:
         # Keras wraps the optimizer of each model that needs it.
         inner = settings.get("inner_optimizer")

@@ -16,7 +16,7 @@ from typing import Any
 
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array
-from prunectl.formats.keras.config import part, text
+from prunectl.formats.keras.config import object_in, string_in
 from prunectl.training import user_code
 from prunectl.training.keras.backend import KerasLibrary
 from prunectl.training.keras.outputs import ModelOutput, flatten
@@ -296,7 +296,7 @@ def accuracy(library: KerasLibrary, loss: KerasLoss | None) -> Any:
 def metric_from_config(library: KerasLibrary, entry: Any, objects: Mapping[str, Any]) -> Any:
     """Create a metric from a file's configuration; raises Keras' own errors if it is unknown."""
     # Keras saves the kind of accuracy that it chose, which may be wrong if it had not seen any targets.
-    if (entry if isinstance(entry, str) else text(part(entry, "config"), "name")) in _ACCURACIES:
+    if (entry if isinstance(entry, str) else string_in(object_in(entry, "config"), "name")) in _ACCURACIES:
         return "accuracy"
     if isinstance(entry, str):
         with library.keras.utils.custom_object_scope(dict(objects)):

@@ -23,7 +23,7 @@ from prunectl.formats.base import (
     StripOptions,
     StripPart,
 )
-from prunectl.formats.keras.config import PRUNED_PREFIX, layers, part, text, untuple
+from prunectl.formats.keras.config import PRUNED_PREFIX, layers, object_in, string_in, untuple
 from prunectl.formats.registry import by_name, open_model
 from prunectl.formats.scratch import temporary_folder
 from prunectl.pruning.destination import Destination
@@ -183,7 +183,7 @@ def read_saved_pruning(model: ModelFile) -> SavedPruning | None:
     for layer in layers(model.about.keras):
         if layer.kind != "PruneLowMagnitude":
             continue
-        config = part(layer.config, "pruning_schedule")
+        config = object_in(layer.config, "pruning_schedule")
         schedule = read_schedule(config)
         if schedule is None:
             unknown[str(config.get("class_name"))] = None
@@ -334,7 +334,7 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
 
 def read_schedule(entry: Mapping[str, Any]) -> Schedule | None:
     """The schedule in the configuration of a wrapper; None if its class is unknown."""
-    name, config = text(entry, "class_name"), part(entry, "config")
+    name, config = string_in(entry, "class_name"), object_in(entry, "config")
     try:
         if name == "ConstantSparsity":
             return SparsitySchedule(

@@ -22,12 +22,12 @@ from prunectl.formats.torch.pickle.edit import (
     CheckpointEdits,
     NewStorage,
     arguments,
-    called,
+    called_name,
     entries,
     is_tensor,
     replace_entries,
     storage_refs,
-    text,
+    string_of,
     text_node,
     with_storage,
 )
@@ -96,7 +96,7 @@ def _add_masks(nested: StateDict, keys: Mapping[str, str], masks: Mapping[str, A
     done: set[str] = set()
     new_entries: list[tuple[IRNode, IRNode]] = []
     for key, item in entries(nested.node) or ():
-        leaf = text(key)
+        leaf = string_of(key)
         name = nested.prefix + (leaf or "")
         plain = _plain(item) if leaf is not None and name in masks and name not in done and is_tensor(item) else None
         mask = with_storage(plain, keys[name], masks[name].shape) if plain is not None else None
@@ -112,7 +112,7 @@ def _add_masks(nested: StateDict, keys: Mapping[str, str], masks: Mapping[str, A
 
 def _plain(node: IRNode) -> IRNode | None:
     """The tensor inside the call that makes it a Parameter, since a mask is a plain tensor; None if not found."""
-    while called(node) not in views.VIEW_CALLS:
+    while called_name(node) not in views.VIEW_CALLS:
         parts = arguments(node)
         if not parts:
             return None

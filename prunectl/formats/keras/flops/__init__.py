@@ -19,15 +19,15 @@ from prunectl.formats.keras.config import (
     PRUNED_PREFIX,
     NodeCall,
     TensorRef,
-    listed,
+    layer_entries,
     model_ends,
     name_of,
-    named,
+    object_in,
+    object_name,
     parse_calls,
-    part,
     shape_in,
     shapes_in,
-    text,
+    string_in,
     upgrade_class_name,
     upgrade_config,
 )
@@ -60,7 +60,7 @@ def operations(model: ModelFile) -> tuple[Operation, ...]:
 def trace_shapes(model: ModelFile) -> ShapeTracer:
     """Trace the shapes through a model, from its inputs to its outputs."""
     config: Mapping[str, Any] | None = model.about.keras
-    if config is None or not listed(config):
+    if config is None or not layer_entries(config):
         raise InputError(f"the operations of {model.path} cannot be counted: it holds weights but no configuration")
     tracer = ShapeTracer(model.path, model.tensors)
     tracer.trace_model(config, ())
@@ -127,7 +127,7 @@ class ShapeTracer:
     def inner_layers(self, layer: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         """The layers of a model; empty for any other layer."""
         if id(layer) not in self._layers:
-            self._layers[id(layer)] = listed(layer)
+            self._layers[id(layer)] = layer_entries(layer)
         return self._layers[id(layer)]
 
     def inner_calls(self, model: Mapping[str, Any]) -> tuple[NodeCall, ...]:
@@ -165,7 +165,7 @@ class ShapeTracer:
         for call in topological_order(calls, resolve):
             key = call.layer, call.node
             if call.description.get("class_name") == "InputLayer":
-                config = part(call.description, "config")
+                config = object_in(call.description, "config")
                 own = (shape for name in SHAPE_KEYS for shape in shapes_in(config.get(name)) if shape is not None)
                 shape = input_shapes.get(call.layer)
                 outputs[key] = (next(own, None) if shape is None else shape,)
@@ -192,8 +192,8 @@ class ShapeTracer:
     def _call(
         self, layer: Mapping[str, Any], inputs: Shapes, keywords: Mapping[str, Shape | None], context: CallContext
     ) -> Shapes:
-        name, kind, config = name_of(layer), text(layer, "class_name"), part(layer, "config")
-        inner = part(config, "layer")
+        name, kind, config = name_of(layer), string_in(layer, "class_name"), object_in(layer, "config")
+        inner = object_in(config, "layer")
         if self.inner_layers(layer):
             return self.trace_model(layer, inputs, context.inside_model(name))
         if not inner:
@@ -216,8 +216,8 @@ class ShapeTracer:
 
     def _bidirectional(self, config: Mapping[str, Any], inputs: Shapes, context: CallContext, name: str) -> Shapes:
         """Run a layer forward and backward; the configuration may describe the backward layer separately."""
-        forward = part(config, "layer")
-        backward = part(config, "backward_layer") or forward
+        forward = object_in(config, "layer")
+        backward = object_in(config, "backward_layer") or forward
         first = self.call(forward, inputs[:1], {}, context.inside_wrapper(name, "forward_layer"))
         second = self.call(backward, inputs[:1], {}, context.inside_wrapper(name, "backward_layer", direction=1))
         states = (*first[1:], *second[1:])
@@ -228,11 +228,11 @@ class ShapeTracer:
     def _plain(
         self, layer: Mapping[str, Any], inputs: Shapes, keywords: Mapping[str, Shape | None], context: CallContext
     ) -> Shapes:
-        kind = upgrade_class_name(text(layer, "class_name"))
+        kind = upgrade_class_name(string_in(layer, "class_name"))
         if id(layer) not in self._settings:
-            self._settings[id(layer)] = upgrade_config(kind, part(layer, "config"))
+            self._settings[id(layer)] = upgrade_config(kind, object_in(layer, "config"))
         call = LayerCall(kind, self._settings[id(layer)], inputs, keywords)
-        if ".ops." in text(layer, "module"):
+        if ".ops." in string_in(layer, "module"):
             if kind in _OPERATIONS:
                 self._mark_uncounted(layer)
             return (matmuls.output(call) if kind in {"Add", "Multiply", "Subtract"} else None,)
@@ -263,17 +263,18 @@ class ShapeTracer:
                 self._operations.append(Operation(name, call.kind, macs))
 
     def _mark_uncounted(self, layer: Mapping[str, Any]) -> None:
-        self._operations.append(Operation(name_of(layer), text(layer, "class_name"), None))
+        self._operations.append(Operation(name_of(layer), string_in(layer, "class_name"), None))
 
 
 def input_shape(tracer: ShapeTracer, model: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Shape | None:
     """The input shape of a model, from any of the places where a configuration may have it."""
-    config = part(layers[0], "config") if layers else {}
+    config = object_in(layers[0], "config") if layers else {}
     candidates = [config.get(key) for key in SHAPE_KEYS]
     # A nested model has its input shape in its own first layer.
     inner = tracer.inner_layers(layers[0]) if layers else ()
-    candidates += [part(inner[0], "config").get(key) for key in SHAPE_KEYS] if inner else []
-    candidates += [part(model, "config").get("build_input_shape"), part(model, "build_config").get("input_shape")]
+    candidates += [object_in(inner[0], "config").get(key) for key in SHAPE_KEYS] if inner else []
+    candidates.append(object_in(model, "config").get("build_input_shape"))
+    candidates.append(object_in(model, "build_config").get("input_shape"))
     width = config.get("input_dim")
     if type(width) is int and layers[0].get("class_name") != "Embedding":
         candidates.append([None, width])
@@ -329,7 +330,7 @@ def _owner_names(name: str, context: CallContext) -> tuple[str, ...]:
 
 
 def _build_shape(layer: Mapping[str, Any]) -> Any:
-    build = part(layer, "build_config")
+    build = object_in(layer, "build_config")
     return build.get("input_shape") or build.get("shapes_dict")
 
 
@@ -342,4 +343,5 @@ def _filled(inputs: Shapes, built: Shapes) -> Shapes:
 
 def _function(config: Mapping[str, Any]) -> str:
     """The function of TensorFlow that a layer stands for."""
-    return text(config, "function") or text(part(config, "node_def"), "op") or named(config.get("name"))
+    operation = string_in(object_in(config, "node_def"), "op")
+    return string_in(config, "function") or operation or object_name(config.get("name"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from prunectl.formats import budgets
 from prunectl.formats.base import Length, Shape
-from prunectl.formats.keras.config import part, text, untuple
+from prunectl.formats.keras.config import object_in, string_in, untuple
 from prunectl.formats.keras.flops.shapes import LayerCall, Matmul, UnknownShapeError, scale_dim, window_output
 
 
@@ -212,16 +212,17 @@ def _sequence(call: LayerCall) -> tuple[Length, Length]:
 
 
 def _cells(call: LayerCall) -> tuple[tuple[str, int], ...]:
-    cell = part(call.config, "cell")
-    listed = untuple(part(cell, "config").get("cells")) if text(cell, "class_name") == "StackedRNNCells" else [cell]
+    cell = object_in(call.config, "cell")
+    is_stacked = string_in(cell, "class_name") == "StackedRNNCells"
+    listed = untuple(object_in(cell, "config").get("cells")) if is_stacked else [cell]
     if not isinstance(listed, list) or not 0 < len(listed) <= budgets.MAX_LAYER_WEIGHTS:
         raise UnknownShapeError
     cells = []
     for cell_config in listed:
-        kind = text(cell_config, "class_name").removesuffix("Cell")
+        kind = string_in(cell_config, "class_name").removesuffix("Cell")
         if kind not in GATES:
             raise UnknownShapeError
-        cells.append((kind, LayerCall(kind, part(cell_config, "config"), ()).number("units")))
+        cells.append((kind, LayerCall(kind, object_in(cell_config, "config"), ()).number("units")))
     return tuple(cells)
 
 

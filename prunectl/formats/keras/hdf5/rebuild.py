@@ -18,7 +18,7 @@ from prunectl.formats.base import ModelFile
 from prunectl.formats.sandbox import run_sandboxed
 
 
-class NotPortableError(Exception):
+class UncopyableError(Exception):
     """An object that is only valid in its own file, such as a reference."""
 
 
@@ -28,7 +28,7 @@ def copy_attributes(old: Any, new: Any) -> None:
         attribute = old.attrs.get_id(key)
         kind = attribute.get_type()
         if kind.detect_class(h5py.h5t.REFERENCE):
-            raise NotPortableError(key)
+            raise UncopyableError(key)
         name = key.encode("utf-8", "surrogateescape")
         new_attribute = h5py.h5a.create(new.id, name, kind.copy(), attribute.get_space())
         if attribute.shape is None:
@@ -152,7 +152,7 @@ def run_rewriting(
 def _pack(source: Path, target: Path) -> bytes:
     try:
         rebuild_file(source, target, _copy_dataset)
-    except NotPortableError:
+    except UncopyableError:
         shutil.copyfile(source, target)
     return b""
 
@@ -184,7 +184,7 @@ def _copy_members(old: Any, new: Any, copies: Copies, copy_dataset: CopyDataset)
             # Libhdf5 writes lazily, and closing a dataset does not report a full disk.
             copies[address].id.flush()
         else:
-            raise NotPortableError(key)
+            raise UncopyableError(key)
 
 
 def _copy_dataset(old: Any, parent: Any, key: str) -> Any:
@@ -198,7 +198,7 @@ def _copy_dataset(old: Any, parent: Any, key: str) -> Any:
 def copied(old: Any, parent: Any, key: str) -> Any:
     """An unchanged copy of a dataset."""
     if old.id.get_type().detect_class(h5py.h5t.REFERENCE):
-        raise NotPortableError(key)
+        raise UncopyableError(key)
     old.file.copy(old, parent, key)
     return parent[key]
 

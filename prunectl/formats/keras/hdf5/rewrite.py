@@ -21,7 +21,7 @@ from prunectl.formats.keras.config import PRUNED_PREFIX
 from prunectl.formats.keras.hdf5 import H5Contents
 from prunectl.formats.keras.hdf5.rebuild import (
     CopyDataset,
-    NotPortableError,
+    UncopyableError,
     address_of,
     copied,
     copy_attributes,
@@ -43,7 +43,7 @@ def rebuild_with(source: Path, target: Path, changed: Mapping[int, CopyDataset],
 
     try:
         rebuild_file(source, target, copy_dataset)
-    except NotPortableError as error:
+    except UncopyableError as error:
         raise InputError(f"{shown} has references or custom types ({error}) and cannot be rebuilt") from error
 
 

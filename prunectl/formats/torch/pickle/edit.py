@@ -30,20 +30,20 @@ _DICTIONARIES = frozenset(
 _SHOWN_PATH = Path("the pickle")
 
 
-def value(node: IRNode) -> Any:
+def value_of(node: IRNode) -> Any:
     """The value that a small node makes, interpreted by the pickle VM."""
     return interpret(emitted(node), _SHOWN_PATH, "a value").value
 
 
-def text(node: IRNode) -> str | None:
+def string_of(node: IRNode) -> str | None:
     """The string that a node makes; None if it makes anything else."""
     if node.code == _TEXT:
         return bytes(node.raw[5:]).decode("utf-8", "backslashreplace")
-    atom = value(node) if node.is_atom else None
+    atom = value_of(node) if node.is_atom else None
     return atom if isinstance(atom, str) else None
 
 
-def called(node: IRNode) -> str:
+def called_name(node: IRNode) -> str:
     """The dotted path of the function or class that a node calls; empty if it calls none by name."""
     if node.code not in _CALLS or not node.parts:
         return ""
@@ -51,7 +51,7 @@ def called(node: IRNode) -> str:
     if function.code == ord("c"):
         return ".".join(bytes(function.raw[1:]).decode("utf-8", "backslashreplace").splitlines())
     if function.code == _NAMED_BY_STACK:
-        return ".".join(name or "" for name in map(text, function.parts))
+        return ".".join(name or "" for name in map(string_of, function.parts))
     return ""
 
 
@@ -68,7 +68,7 @@ def entries(node: IRNode) -> list[Entry] | None:
     if node.code == ord("d"):
         pairs += zip(node.parts[::2], node.parts[1::2], strict=True)
     elif node.code != ord("}"):
-        if called(node) not in _DICTIONARIES:
+        if called_name(node) not in _DICTIONARIES:
             return None
         pairs += _listed_entries(arguments(node))
     for mutation in node.mutations:
@@ -103,9 +103,9 @@ def replace_entries(node: IRNode, kept: Sequence[Entry]) -> None:
     node.mutations = [*filled, *others]
 
 
-def texts(node: IRNode) -> dict[str, IRNode]:
+def dict_of(node: IRNode) -> dict[str, IRNode]:
     """The entries of a dictionary whose keys are strings."""
-    return {name: item for key, item in entries(node) or () if (name := text(key)) is not None}
+    return {name: item for key, item in entries(node) or () if (name := string_of(key)) is not None}
 
 
 def text_node(characters: str) -> IRNode:
@@ -175,10 +175,10 @@ def storage_ref(node: IRNode) -> StorageRef | None:
     if node.code != _PERSISTENT_ID or len(node.parts[0].parts) <= _COUNT:
         return None
     id_node = node.parts[0]
-    if text(id_node.parts[0]) != "storage" or not id_node.parts[_KEY].is_atom:
+    if string_of(id_node.parts[0]) != "storage" or not id_node.parts[_KEY].is_atom:
         return None
-    key = text(id_node.parts[_KEY])
-    return StorageRef(id_node, key if key is not None else str(value(id_node.parts[_KEY])))
+    key = string_of(id_node.parts[_KEY])
+    return StorageRef(id_node, key if key is not None else str(value_of(id_node.parts[_KEY])))
 
 
 def storage_refs(root: IRNode) -> list[StorageRef]:
@@ -193,7 +193,7 @@ def storage_keys(node: IRNode) -> frozenset[str]:
 
 def is_tensor(node: IRNode) -> bool:
     """Whether a value is a tensor, not a container of tensors."""
-    path = called(node)
+    path = called_name(node)
     return path.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")) or path.endswith(".Parameter")
 
 
@@ -202,7 +202,7 @@ def with_storage(node: IRNode, key: str, shape: tuple[int, ...]) -> IRNode | Non
     args = arguments(node)
     if not args:
         return None
-    if called(node) in views.VIEW_CALLS:
+    if called_name(node) in views.VIEW_CALLS:
         ref = storage_ref(args[0])
         if ref is None:
             return None

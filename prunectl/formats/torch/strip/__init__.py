@@ -20,16 +20,16 @@ from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     CheckpointEdits,
     Entry,
-    called,
+    called_name,
+    dict_of,
     entries,
     is_tensor,
     replace_entries,
     storage_keys,
     storage_ref,
     storage_refs,
-    text,
+    string_of,
     text_node,
-    texts,
 )
 from prunectl.formats.torch.pickle.ir import IRNode, emit_pickle, parse_ir, reachable
 from prunectl.formats.torch.strip.masks import MaskedWeight, halve, iter_nested_dicts, materialise_masked, unwrap
@@ -68,7 +68,7 @@ class CheckpointSection:
 
     def keys(self) -> set[str]:
         """The string keys of its own entries."""
-        return set(texts(self.node))
+        return set(dict_of(self.node))
 
 
 def training_sections(sections: Mapping[str, CheckpointSection]) -> dict[str, StripPart]:
@@ -194,7 +194,7 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
     sections: dict[str, CheckpointSection] = {}
     work = 0
     for key, item in pairs:
-        if (name := text(key)) is None:
+        if (name := string_of(key)) is None:
             continue
         nodes = reachable(item)
         storages = frozenset(ref.key for node in nodes.values() if (ref := storage_ref(node)) is not None)
@@ -209,7 +209,7 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
     kept = [
         (key, IRNode(b"N") if name in removed else item)
         for key, item in pairs
-        if (name := text(key)) not in removed or name == "model"
+        if (name := string_of(key)) not in removed or name == "model"
     ]
     replace_entries(root, kept)
     return [_RemovedSection(name, part, sections[name].storages) for name, part in removed.items()]
@@ -218,23 +218,23 @@ def _drop_sections(path: Path, root: IRNode, options: StripOptions) -> list[_Rem
 def _keep_copy(path: Path, root: IRNode, choice: CopyChoice) -> list[_RemovedSection]:
     """Keep one of two copies of the weights, under the names that the network's class expects."""
     dicts = list(iter_nested_dicts(root))
-    nodes = {f"{state.prefix}{name}": item for state in dicts for name, item in texts(state.node).items()}
+    nodes = {f"{state.prefix}{name}": item for state in dicts for name, item in dict_of(state.node).items()}
     removed = [item for name, item in nodes.items() if choice.is_removed(name)]
     if choice.sources.keys() <= nodes.keys() and set(choice.sources.values()) <= nodes.keys():
         removed = [nodes[name] for name in choice.sources] or removed
         for state in dicts:
             pairs = entries(state.node) or []
-            remaining = [entry for entry in pairs if not choice.is_removed(f"{state.prefix}{text(entry[0])}")]
+            remaining = [entry for entry in pairs if not choice.is_removed(f"{state.prefix}{string_of(entry[0])}")]
             replace_entries(state.node, [_kept_entry(state.prefix, entry, nodes, choice) for entry in remaining])
     elif (
         not choice.lacking
-        and {choice.home, choice.other} <= texts(root).keys()
+        and {choice.home, choice.other} <= dict_of(root).keys()
         and (module := _module(nodes, choice)) is not None
     ):
         # Whole modules: the other takes the place of the one at home.
         removed = [nodes[choice.home]]
-        kept = [(key, module if text(key) == choice.home else item) for key, item in entries(root) or ()]
-        replace_entries(root, [entry for entry in kept if text(entry[0]) != choice.other])
+        kept = [(key, module if string_of(key) == choice.home else item) for key, item in entries(root) or ()]
+        replace_entries(root, [entry for entry in kept if string_of(entry[0]) != choice.other])
     else:
         removed = []
     if not removed:
@@ -255,22 +255,22 @@ def _module(nodes: Mapping[str, IRNode], choice: CopyChoice) -> IRNode | None:
     node: IRNode | None = nodes[choice.other]
     for part in inside.split(".") if inside else ():
         state = _attributes(node) if node is not None else {}
-        modules = texts(state["_modules"]) if "_modules" in state else {}
+        modules = dict_of(state["_modules"]) if "_modules" in state else {}
         node = state.get(part, modules.get(part))
-    kind = called(nodes[choice.home])
-    return node if node is not None and kind and called(node) == kind else None
+    kind = called_name(nodes[choice.home])
+    return node if node is not None and kind and called_name(node) == kind else None
 
 
 def _attributes(node: IRNode) -> dict[str, IRNode]:
     """The attributes in the state that BUILD gives to an object."""
     given = (mutation.parts[0] for mutation in node.mutations if mutation.code == ord("b"))
-    return {name: item for state in given for name, item in texts(state).items()}
+    return {name: item for state in given for name, item in dict_of(state).items()}
 
 
 def _kept_entry(prefix: str, entry: Entry, nodes: Mapping[str, IRNode], choice: CopyChoice) -> Entry:
     """An entry under its new name, with the value of the copy that is kept."""
     key, item = entry
-    name = f"{prefix}{text(key)}"
+    name = f"{prefix}{string_of(key)}"
     if name not in choice.names:
         return entry
     new = choice.names[name]
@@ -286,13 +286,13 @@ def _drop_all_gradients(root: IRNode) -> list[_RemovedSection]:
     """Remove gradients: those beside their weights, and those in the state of a parameter."""
     removed: list[_RemovedSection] = []
     for state_dict in list(iter_nested_dicts(root)):
-        names = texts(state_dict.node)
+        names = dict_of(state_dict.node)
         gradients = {name: item for name, item in names.items() if _is_gradient(name, item, names)}
         removed += _drop_gradients(state_dict.node, state_dict.prefix, gradients)
     for node in reachable(root).values():
-        if called(node) in _WITH_STATE:
+        if called_name(node) in _WITH_STATE:
             for argument in node.parts[1].parts:
-                carried = {name: item for name, item in texts(argument).items() if name in {"grad", "main_grad"}}
+                carried = {name: item for name, item in dict_of(argument).items() if name in {"grad", "main_grad"}}
                 removed += _drop_gradients(
                     argument, "", {name: item for name, item in carried.items() if not item.is_atom}
                 )
@@ -301,7 +301,7 @@ def _drop_all_gradients(root: IRNode) -> list[_RemovedSection]:
 
 def _drop_gradients(node: IRNode, prefix: str, removed: dict[str, IRNode]) -> list[_RemovedSection]:
     if removed:
-        replace_entries(node, [entry for entry in entries(node) or () if text(entry[0]) not in removed])
+        replace_entries(node, [entry for entry in entries(node) or () if string_of(entry[0]) not in removed])
     return [_RemovedSection(prefix + name, StripPart.GRADIENTS, storage_keys(item)) for name, item in removed.items()]
 
 

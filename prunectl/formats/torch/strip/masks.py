@@ -21,16 +21,16 @@ from prunectl.formats.patch import HALF, HALVED, apply_mask, broadcast_mask, in_
 from prunectl.formats.torch.pickle.edit import (
     CheckpointContainer,
     NewStorage,
-    called,
+    called_name,
+    dict_of,
     entries,
     replace_entries,
     storage_keys,
     storage_ref,
     storage_refs,
-    text,
+    string_of,
     text_node,
-    texts,
-    value,
+    value_of,
     with_storage,
 )
 from prunectl.formats.torch.pickle.ir import IRNode, reachable
@@ -70,7 +70,7 @@ def iter_nested_dicts(root: IRNode) -> Iterator[StateDict]:
             continue
         seen.add(id(current.node))
         yield current
-        named_items = [(name, item) for key, item in pairs if (name := text(key)) is not None]
+        named_items = [(name, item) for key, item in pairs if (name := string_of(key)) is not None]
         todo += [StateDict(f"{current.prefix}{name}.", item) for name, item in reversed(named_items)]
 
 
@@ -84,7 +84,7 @@ def unwrap(root: IRNode, tensors: Mapping[str, Tensor]) -> list[MaskedWeight]:
     used = {mask.name for weight in masked for mask in weight.masks}
     for state_dict in state_dicts:
         pairs = entries(state_dict.node) or []
-        kept = [entry for entry in pairs if not _is_applied(state_dict, text(entry[0]), entry[1], used)]
+        kept = [entry for entry in pairs if not _is_applied(state_dict, string_of(entry[0]), entry[1], used)]
         if len(kept) < len(pairs):
             replace_entries(state_dict.node, kept)
     return masked
@@ -92,7 +92,7 @@ def unwrap(root: IRNode, tensors: Mapping[str, Tensor]) -> list[MaskedWeight]:
 
 def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], ao_masks: Mapping[str, str]) -> list[MaskedWeight]:
     pairs = entries(parent.node) or []
-    names = [name for key, _ in pairs if (name := text(key)) is not None]
+    names = [name for key, _ in pairs if (name := string_of(key)) is not None]
     candidates = masked_params.find(names, ao_masks)
     matches = [(weight, _match_masks(parent, weight, tensors, ao_masks)) for weight in candidates]
     wrapped = [weight for weight, match in matches if match is not None]
@@ -103,7 +103,7 @@ def _unwrap(parent: StateDict, tensors: Mapping[str, Tensor], ao_masks: Mapping[
     kept = [
         (key if name is None or plain[name] == name else text_node(plain[name]), item)
         for key, item in pairs
-        if (name := text(key)) not in masks
+        if (name := string_of(key)) not in masks
     ]
     replace_entries(parent.node, kept)
     _forget_modules(parent.node, wrapped)
@@ -125,11 +125,11 @@ def _match_masks(
 
 def _sparsifier(parent: StateDict) -> dict[str, str]:
     """The names of the masks that a sparsifier of torch.ao keeps, by the names of their weights."""
-    inside = texts(parent.node)
+    inside = dict_of(parent.node)
     if not inside.keys() >= _SPARSIFIER:
         return {}
-    states = texts(inside["state"])
-    return {weight: f"{parent.prefix}state.{weight}.mask" for weight, kept in states.items() if "mask" in texts(kept)}
+    states = dict_of(inside["state"])
+    return {weight: f"{parent.prefix}state.{weight}.mask" for weight, kept in states.items() if "mask" in dict_of(kept)}
 
 
 def _is_applied(parent: StateDict, name: str | None, item: IRNode, used: set[str]) -> bool:
@@ -145,12 +145,12 @@ def _forget_modules(node: IRNode, wrapped: list[MaskedParam]) -> None:
     removed = {weight.wrapper for weight in wrapped if weight.wrapper != weight.original}
     above = {wrapper.rpartition(".")[0] for wrapper in removed if ".parametrizations." in f".{wrapper}"}
     for mutation in node.mutations:
-        state = texts(mutation.parts[0]) if mutation.code == ord("b") else {}
+        state = dict_of(mutation.parts[0]) if mutation.code == ord("b") else {}
         metadata = state.get("_metadata")
         pairs = entries(metadata) if metadata is not None else None
         if metadata is None or pairs is None:
             continue
-        kept = [entry for entry in pairs if not _is_removed(text(entry[0]), removed | above)]
+        kept = [entry for entry in pairs if not _is_removed(string_of(entry[0]), removed | above)]
         if len(kept) < len(pairs):
             replace_entries(metadata, kept)
 
@@ -208,14 +208,14 @@ def materialise_masked(
 
 def _node(masked: MaskedWeight) -> IRNode:
     pairs = entries(masked.parent.node) or ()
-    return next(item for key, item in pairs if text(key) == masked.name)
+    return next(item for key, item in pairs if string_of(key) == masked.name)
 
 
 def _replace(model: ModelFile, masked: MaskedWeight, node: IRNode | None) -> None:
     if node is None:
         raise InputError(f"{model.path} stores {masked.tensor.name} in a way that prevents applying its mask")
     pairs = entries(masked.parent.node) or ()
-    kept = [(key, node if text(key) == masked.name else item) for key, item in pairs]
+    kept = [(key, node if string_of(key) == masked.name else item) for key, item in pairs]
     replace_entries(masked.parent.node, kept)
 
 
@@ -267,7 +267,7 @@ def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str
     first_tensors: dict[str, Tensor] = {}
     for tensor in model.tensors:
         first_tensors.setdefault(tensor.storage.key, tensor)
-    calls = [node for node in reachable(container.ir.root).values() if called(node).startswith(_TYPED)]
+    calls = [node for node in reachable(container.ir.root).values() if called_name(node).startswith(_TYPED)]
     typed = frozenset(key for node in calls for key in storage_keys(node))
     halved: dict[str, NewStorage] = {}
     classes: dict[str, IRNode] = {}
@@ -277,7 +277,7 @@ def halve(model: ModelFile, container: CheckpointContainer, numbers: Mapping[str
         if data is None or data.tensor.dtype not in HALVED or ref.key in typed:
             continue
         halved.setdefault(ref.key, data.half(model))
-        storage_class = value(ref.id.parts[1])
+        storage_class = value_of(ref.id.parts[1])
         if isinstance(storage_class, Global) and id(ref.id) not in renamed_ids:
             renamed_ids.add(id(ref.id))
             raw = f"c{storage_class.module}\nHalfStorage\n".encode()
