@@ -199,7 +199,7 @@ def test_an_average_without_a_kernel_of_the_raw_shape_is_refused(tmp_path: Path,
     torch.save({"model": state(RAW), "ema": average | change}, tmp_path / "m.pt")
     with pytest.raises(InputError, match=r"3\.weight has no counterpart of its shape under ema") as refusal:
         prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="ema")
-    assert "keep raw keeps the copy that is whole" in refusal.value.hint
+    assert "keep='raw' keeps the copy that is whole" in refusal.value.hint
     assert not (tmp_path / "out.pt").exists()
     prunectl.strip(tmp_path / "m.pt", tmp_path / "out.pt", keep="raw")
     net(0).load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True)["model"], strict=True)
