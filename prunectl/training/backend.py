@@ -69,7 +69,7 @@ class TensorSpec:
     """Without the batch axis. An axis of any length is None, and so is the whole shape where it is unknown."""
     dtype: str
     """Such as float32 or int64; empty if unknown."""
-    ending: FinalActivation = FinalActivation.UNKNOWN
+    activation: FinalActivation = FinalActivation.UNKNOWN
     """The final activation, for an output."""
     is_binary: bool = False
     """Whether the file says that each number of an output is a logit of binary classification."""

@@ -129,7 +129,7 @@ def compare_answers(
         compare_outputs(
             theirs,
             ours,
-            port.ending,
+            port.activation,
             output_axis(theirs.ndim, is_channels_first=signature.is_channels_first),
             loss,
             is_binary=port.is_binary,
@@ -228,6 +228,6 @@ def _fit_outputs(path: Path, seen: Sequence[Array], theirs: ModelSignature, stud
                 hint="the teacher must have the same classes, in the same order",
             )
         # A 2-D output has its classes on the last axis in every framework.
-        ending = port.ending or activation_of_values(array, their_axis if array.ndim > 2 else -1)
-        adapters.append(_Adapter(change, ending, mine.ending, axis))
+        activation = port.activation or activation_of_values(array, their_axis if array.ndim > 2 else -1)
+        adapters.append(_Adapter(change, activation, mine.activation, axis))
     return adapters

@@ -187,7 +187,7 @@ def output_axis(ndim: int, *, is_channels_first: bool) -> int:
 
 
 def compare_outputs(
-    dense: Array, pruned: Array, ending: FinalActivation, axis: int, loss: str = "", *, is_binary: bool = False
+    dense: Array, pruned: Array, activation: FinalActivation, axis: int, loss: str = "", *, is_binary: bool = False
 ) -> DistilledOutput:
     """How to compare an output with that of the dense model: as classes if it has them, else as numbers.
 
@@ -203,9 +203,9 @@ def compare_outputs(
             f"outputs cannot be compared by the loss {loss}", hint="use --loss kl, --loss bce or --loss mse"
         )
     apparent = activation_of_values(pruned, axis)
-    is_share = ending is FinalActivation.SIGMOID and apparent is not FinalActivation.RAW
-    if is_share or (ending in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX} and apparent is ending):
-        return DistilledOutput(True, is_share, ending, axis)
+    is_share = activation is FinalActivation.SIGMOID and apparent is not FinalActivation.RAW
+    if is_share or (activation in {FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX} and apparent is activation):
+        return DistilledOutput(True, is_share, activation, axis)
     # A single number is not a distribution over classes.
     is_single = dense.ndim < 2 or dense.shape[axis] == 1
     if loss == "bce" or (is_binary and not loss) or (loss and is_single):

@@ -425,7 +425,7 @@ SHARES = shares(SURE)
 
 
 @pytest.mark.parametrize(
-    ("dense", "pruned", "ending", "loss", "expected"),
+    ("dense", "pruned", "activation", "loss", "expected"),
     [
         (SURE, SMALL, RAW, "", (True, False, RAW)),
         (SMALL, SMALL, RAW, "", (False, False, RAW)),
@@ -445,9 +445,9 @@ SHARES = shares(SURE)
     ],
 )
 def test_outputs_are_compared_as_what_they_are(
-    dense: Array, pruned: Array, ending: FinalActivation, loss: str, expected: tuple[bool, bool, FinalActivation]
+    dense: Array, pruned: Array, activation: FinalActivation, loss: str, expected: tuple[bool, bool, FinalActivation]
 ) -> None:
-    found = compare_outputs(dense, pruned, ending, 1 if dense.ndim > 1 else -1, loss)
+    found = compare_outputs(dense, pruned, activation, 1 if dense.ndim > 1 else -1, loss)
     assert (found.is_classification, found.is_binary, found.activation) == expected
 
 

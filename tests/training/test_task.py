@@ -86,9 +86,9 @@ def test_a_loss_of_classes_takes_what_the_model_ends_in(name: str) -> None:
     is_binary = name == "bce"
     logits = torch.from_numpy(RANDOM.normal(size=(24, 1 if is_binary else 4)))
     targets = torch.from_numpy(LABELS % 2 if is_binary else LABELS)
-    shares, ending = (torch.sigmoid(logits), SIGMOID) if is_binary else (torch.softmax(logits, 1), SOFTMAX)
+    shares, activation = (torch.sigmoid(logits), SIGMOID) if is_binary else (torch.softmax(logits, 1), SOFTMAX)
     expected = LOSSES[name](logits, targets)
-    assert torch.allclose(resolve_loss(name, shares, targets, ending).loss(shares, targets), expected)
+    assert torch.allclose(resolve_loss(name, shares, targets, activation).loss(shares, targets), expected)
     assert torch.allclose(resolve_loss(name, logits, targets, RAW).loss(logits, targets), expected)
     one = resolve_loss("cross-entropy", logits[:, :1], targets % 2, RAW)
     assert torch.allclose(one.loss(logits[:, :1], targets % 2), LOSSES["bce"](logits[:, :1], targets % 2))

@@ -170,7 +170,7 @@ def infer_tasks(signature: ModelSignature, example: Batch) -> tuple[Task, ...]:
     return tuple(
         Task(TaskKind.UNKNOWN)
         if output.shape is None
-        else infer_task(output.shape, output.ending, targets, is_channels_first=signature.is_channels_first)
+        else infer_task(output.shape, output.activation, targets, is_channels_first=signature.is_channels_first)
         for output, targets in zip(
             signature.outputs, as_tuple(example.y) if example.y is not None else (), strict=False
         )

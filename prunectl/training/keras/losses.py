@@ -89,7 +89,7 @@ def default_loss(library: KerasLibrary, output: ModelOutput, y: Array | None) ->
 
 def cross_entropy(library: KerasLibrary, encoding: CrossEntropy, output: ModelOutput) -> KerasLoss:
     """A cross-entropy for the output's final activation: from logits or from probabilities."""
-    is_of_logits = output.ending is FinalActivation.RAW
+    is_of_logits = output.activation is FinalActivation.RAW
     loss = getattr(library.keras.losses, encoding.value)(from_logits=is_of_logits)
     return KerasLoss(encoding, loss, is_of_logits, _snake_case(encoding))
 
@@ -105,7 +105,7 @@ def loss_by_name(library: KerasLibrary, name: str, output: ModelOutput, y: Array
         return cross_entropy(library, _encoding(output, y), output)
     if text.lower() == "bce":
         return cross_entropy(library, CrossEntropy.BINARY, output)
-    if text.lower() == "kl" and output.ending is FinalActivation.RAW:
+    if text.lower() == "kl" and output.activation is FinalActivation.RAW:
         return KerasLoss(CrossEntropy.OTHER, _kl_of_logits(library), name="kl_divergence")
     if text.lower() in _SHORT_NAMES:
         return _instance(library, _SHORT_NAMES[text.lower()])
@@ -171,7 +171,7 @@ def _encoding(output: ModelOutput, y: Array | None) -> CrossEntropy:
         return CrossEntropy.BINARY
     if y is None or not shape_matches(y.shape[1:], output.shape[1:]):
         return CrossEntropy.SPARSE
-    return CrossEntropy.BINARY if output.ending is FinalActivation.SIGMOID else CrossEntropy.CATEGORICAL
+    return CrossEntropy.BINARY if output.activation is FinalActivation.SIGMOID else CrossEntropy.CATEGORICAL
 
 
 def _instance(library: KerasLibrary, name: str) -> KerasLoss:

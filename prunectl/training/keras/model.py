@@ -212,15 +212,15 @@ class KerasTrainable:
 
     def _with_activations(self, signature: ModelSignature) -> ModelSignature:
         """Add the final activation of each output to a signature, once it is known."""
-        pairs = zip(self._training.endings, self._training.binary, strict=True) if self._training is not None else ()
-        activations = list(pairs)
+        training = self._training
+        activations = [] if training is None else list(zip(training.activations, training.binary, strict=True))
         if len(activations) != len(signature.outputs):
             return signature
         return replace(
             signature,
             outputs=tuple(
-                replace(port, ending=ending, is_binary=is_binary)
-                for port, (ending, is_binary) in zip(signature.outputs, activations, strict=True)
+                replace(port, activation=activation, is_binary=is_binary)
+                for port, (activation, is_binary) in zip(signature.outputs, activations, strict=True)
             ),
         )
 

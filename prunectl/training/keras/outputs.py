@@ -50,7 +50,7 @@ class ModelOutput:
     """An output of a model: its layer's name, its final activation and its shape."""
 
     name: str
-    ending: FinalActivation
+    activation: FinalActivation
     shape: tuple[int | None, ...]
     """Includes the batch axis."""
 
@@ -61,7 +61,7 @@ class ModelOutput:
 
     def task(self, targets: Array) -> Task:
         """The task that targets define for this output."""
-        return infer_task(self.shape[1:], self.ending, targets)
+        return infer_task(self.shape[1:], self.activation, targets)
 
 
 def describe_outputs(model: Any, example: Batch | None) -> tuple[ModelOutput, ...]:
@@ -148,9 +148,9 @@ def _layer_activation(layer: Any) -> FinalActivation | None:
     activation_name = getattr(activation, "__name__", "") or type(activation).__name__ if activation is not None else ""
     kind = type(layer).__name__
     name = (activation_name or (getattr(layer, "symbol", None) or kind)).lower()
-    for ending in (FinalActivation.SOFTMAX, FinalActivation.SIGMOID):
-        if name.rpartition(".")[2] == ending.value:
-            return ending
+    for known in (FinalActivation.SOFTMAX, FinalActivation.SIGMOID):
+        if name.rpartition(".")[2] == known.value:
+            return known
     # A layer with another activation outputs raw values; one without any, such as Reshape, shows nothing.
     return FinalActivation.RAW if activation is not None else None
 
@@ -169,7 +169,7 @@ def signature(model: Any) -> ModelSignature:
         inputs=tuple(_port(tensor, f"input_{index + 1}") for index, tensor in enumerate(inputs))
         or (_from_build(model),),
         outputs=tuple(
-            replace(_port(tensor, name), name=name, ending=activation_of(tensor) or FinalActivation.UNKNOWN)
+            replace(_port(tensor, name), name=name, activation=activation_of(tensor) or FinalActivation.UNKNOWN)
             for tensor, name in zip(outputs, names, strict=True)
         )
         or (TensorSpec("output_1", None, ""),),

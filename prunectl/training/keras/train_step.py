@@ -238,13 +238,13 @@ class CompiledModel:
         self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
         self._output_losses = [
             DistilledOutput(
-                loss.kind.is_classification if loss is not None else info.ending is not FinalActivation.RAW,
+                loss.kind.is_classification if loss is not None else info.activation is not FinalActivation.RAW,
                 loss is not None and loss.kind is CrossEntropy.BINARY,
-                info.ending,
+                info.activation,
             )
             for loss, info in zip(config.losses, infos, strict=True)
         ]
-        self.endings = tuple(info.ending for info in infos)
+        self.activations = tuple(info.activation for info in infos)
         self.binary = binary_logits(loaded, infos)
         """For each output, whether the file says that its numbers are logits of binary classification."""
         self._is_distilling = self._has_trained = False

@@ -61,8 +61,8 @@ Shape = tuple[int | None, ...]
 
 def signature(graph: Any) -> ModelSignature:
     """The inputs and outputs of a graph, without the batch axis."""
-    makers = {name: node for node in graph.node for name in node.output}
-    outputs = tuple(replace(port_spec(port), ending=_ending(makers, port.name)) for port in array_outputs(graph))
+    nodes = {name: node for node in graph.node for name in node.output}
+    outputs = tuple(replace(port_spec(port), activation=_activation(nodes, port.name)) for port in array_outputs(graph))
     return ModelSignature(tuple(map(port_spec, graph.input)), outputs, is_channels_first=True)
 
 
@@ -79,7 +79,7 @@ def array_outputs(graph: Any) -> list[Any]:
 
 
 _PASSED_ON = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast"})
-_ENDINGS = {
+_ACTIVATIONS = {
     "Softmax": FinalActivation.SOFTMAX,
     "LogSoftmax": FinalActivation.LOG_SOFTMAX,
     "Sigmoid": FinalActivation.SIGMOID,
@@ -87,7 +87,7 @@ _ENDINGS = {
 _RAW = frozenset({"Gemm", "MatMul", "Conv", "Add", "Relu", "BatchNormalization", "Tanh", "GlobalAveragePool"})
 
 
-def _ending(makers: Mapping[str, Any], name: str) -> FinalActivation:
+def _activation(makers: Mapping[str, Any], name: str) -> FinalActivation:
     """The last activation, judged by the node that computes an output; UNKNOWN for other nodes."""
     for _ in range(len(makers)):
         node = makers.get(name)
@@ -95,7 +95,7 @@ def _ending(makers: Mapping[str, Any], name: str) -> FinalActivation:
             break
         name = node.input[0]
     kind = node.op_type if (node := makers.get(name)) is not None else ""
-    return _ENDINGS.get(kind, FinalActivation.RAW if kind in _RAW else FinalActivation.UNKNOWN)
+    return _ACTIVATIONS.get(kind, FinalActivation.RAW if kind in _RAW else FinalActivation.UNKNOWN)
 
 
 def fixed_batch_size(graph: Any) -> int | None:

@@ -139,9 +139,9 @@ class TorchLoss:
         return self.name.startswith("bce")
 
     @property
-    def ending(self) -> FinalActivation:
+    def activation(self) -> FinalActivation:
         """The final activation of the outputs that this loss expects; unknown if it expects none in particular."""
-        return _ENDINGS_OF.get(self.name, FinalActivation.UNKNOWN)
+        return _ACTIVATIONS.get(self.name, FinalActivation.UNKNOWN)
 
 
 def examples_labelled(targets: Array, chosen: TorchLoss) -> float:
@@ -167,7 +167,7 @@ _LOSSES_OF_TASKS: Mapping[TaskKind, Mapping[FinalActivation, str]] = {
     TaskKind.NUMBERS: {FinalActivation.UNKNOWN: "mse"},
 }
 """The loss of a task by the last activation; UNKNOWN stands for all others."""
-_ENDINGS_OF = {
+_ACTIVATIONS = {
     "probabilities": FinalActivation.SOFTMAX,
     "nll": FinalActivation.LOG_SOFTMAX,
     "bce-probabilities": FinalActivation.SIGMOID,
@@ -177,24 +177,24 @@ _ENDINGS_OF = {
 
 
 def resolve_loss(
-    name: str, out: torch.Tensor, y: torch.Tensor | None, ending: FinalActivation = FinalActivation.UNKNOWN
+    name: str, out: torch.Tensor, y: torch.Tensor | None, activation: FinalActivation = FinalActivation.UNKNOWN
 ) -> TorchLoss:
     """The loss with a name, in the variant for the model's last activation; without a name, the loss of the task.
 
     If the activation is unknown, it is inferred from the values of the outputs.
     """
-    apparent = ending or activation_of_values(out.detach().float().cpu().numpy(), 1)
+    apparent = activation or activation_of_values(out.detach().float().cpu().numpy(), 1)
     if name == "kl":
         return TorchLoss(name, _KL.get(apparent, _kl))
     if name:
         kind = _KINDS_BY_NAME.get(name, TaskKind.UNKNOWN)
         if kind is TaskKind.LABELS and math.prod(out.shape[1:2]) == 1:
             kind = TaskKind.BINARY  # one output for two classes
-        name = _loss_of_task(kind, ending) or name
+        name = _loss_of_task(kind, activation) or name
         return TorchLoss(name, find_guarded("loss", name, LOSSES))
     if y is None:
         raise UsageError("the data has no targets, and no --loss is given", hint="add --loss module:function")
-    task = infer_task(out.shape[1:], ending, y.cpu().numpy(), is_channels_first=True)
+    task = infer_task(out.shape[1:], activation, y.cpu().numpy(), is_channels_first=True)
     name = _loss_of_task(task.kind, apparent)
     if not name:
         raise UsageError(
@@ -208,16 +208,16 @@ _KINDS_BY_NAME = {"cross-entropy": TaskKind.LABELS, "bce": TaskKind.BINARY}
 """The task of losses that have a variant for logits and one for probabilities."""
 
 
-def _loss_of_task(kind: TaskKind, ending: FinalActivation) -> str:
+def _loss_of_task(kind: TaskKind, activation: FinalActivation) -> str:
     names = _LOSSES_OF_TASKS.get(kind, {})
-    return names.get(ending) or names.get(FinalActivation.UNKNOWN, "")
+    return names.get(activation) or names.get(FinalActivation.UNKNOWN, "")
 
 
-def without_targets(out: torch.Tensor, ending: FinalActivation) -> TorchLoss:
+def without_targets(out: torch.Tensor, activation: FinalActivation) -> TorchLoss:
     """The loss for distillation without targets: classification if the model ends in class probabilities, else MSE."""
-    if ending is FinalActivation.UNKNOWN:
-        ending = activation_of_values(out.detach().float().cpu().numpy(), 1)
-    name = _LOSSES_OF_TASKS[TaskKind.SHARES].get(ending, "mse")
+    if activation is FinalActivation.UNKNOWN:
+        activation = activation_of_values(out.detach().float().cpu().numpy(), 1)
+    name = _LOSSES_OF_TASKS[TaskKind.SHARES].get(activation, "mse")
     return TorchLoss(name, LOSSES[name])
 
 
@@ -428,8 +428,8 @@ _OPS = SimpleNamespace(
 def compared_by_loss(losses: Sequence[TorchLoss], outs: Sequence[torch.Tensor]) -> tuple[DistilledOutput, ...]:
     """How each output is compared with a teacher's, according to its loss."""
     return tuple(
-        DistilledOutput(chosen.classifies or chosen.is_binary, chosen.is_binary, chosen.ending, min(1, out.ndim - 1))
-        for chosen, out in zip(losses, outs, strict=False)
+        DistilledOutput(loss.classifies or loss.is_binary, loss.is_binary, loss.activation, min(1, out.ndim - 1))
+        for loss, out in zip(losses, outs, strict=False)
     )
 
 

@@ -153,17 +153,17 @@ class TorchTrainable:
         if targets and len(targets) > len(outs):
             raise UsageError(f"the data has {len(targets)} targets, but the model has {len(outs)} outputs")
         if not targets and not self._options.loss and self._options.teacher_share == 1:
-            self._losses = [losses.without_targets(out, port.ending) for out, port in zip(outs, specs, strict=True)]
+            self._losses = [losses.without_targets(out, port.activation) for out, port in zip(outs, specs, strict=True)]
         else:
             self._losses = [
                 losses.resolve_loss(
-                    self._options.loss, out.float(), targets[index] if targets else None, specs[index].ending
+                    self._options.loss, out.float(), targets[index] if targets else None, specs[index].activation
                 )
                 for index, out in enumerate(outs[: len(targets) or 1])
             ]
             target = targets[0] if targets else None
             self._metrics = losses.resolve_metrics(self._options.metrics, self._losses[0], outs[0], target)
-        self._signature = replace(self._signature, outputs=self._with_endings(specs, outs))
+        self._signature = replace(self._signature, outputs=self._with_activations(specs, outs))
         if not self._options.loss:
             self._notes.append(f"The loss is {', '.join(array.name for array in self._losses)}, {_loss_reason(specs)}.")
         if len(outs) > 1 and self._metrics:
@@ -173,11 +173,11 @@ class TorchTrainable:
         if self._place.ranks > 1 and not self._options.is_sharded:
             self._freeze_unreached(example)
 
-    def _with_endings(self, specs: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
+    def _with_activations(self, specs: Sequence[TensorSpec], outs: Sequence[torch.Tensor]) -> tuple[TensorSpec, ...]:
         """The outputs with their final activations: those of the loss, else of the graph, else of the values."""
-        by_loss = [loss.ending for loss in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
+        by_loss = [loss.activation for loss in self._losses] + [FinalActivation.UNKNOWN] * len(outs)
         return tuple(
-            replace(port, ending=activation or port.ending or activation_of_values(to_numpy(out.float()), 1))
+            replace(port, activation=activation or port.activation or activation_of_values(to_numpy(out.float()), 1))
             for port, out, activation in zip(specs, outs, by_loss, strict=False)
         )
 
@@ -437,7 +437,8 @@ class TorchTrainable:
 
 def _loss_reason(outputs: Sequence[TensorSpec]) -> str:
     """How the loss was inferred, for a note."""
-    if any(port.ending is FinalActivation.UNKNOWN for port in outputs):
+    if any(port.activation is FinalActivation.UNKNOWN for port in outputs):
         return "inferred from the targets and the outputs for some examples"
-    last = ", ".join(dict.fromkeys("logits" if port.ending is FinalActivation.RAW else port.ending for port in outputs))
+    activations = dict.fromkeys(port.activation for port in outputs)
+    last = ", ".join("logits" if activation is FinalActivation.RAW else activation for activation in activations)
     return f"inferred from the targets and the last layer ({last})"

@@ -83,7 +83,7 @@ _VALUE_PRESERVING = frozenset(
         "View",
     }
 )
-_ENDINGS = {
+_ACTIVATIONS = {
     "Softmax": FinalActivation.SOFTMAX,
     "SafeSoftmax": FinalActivation.SOFTMAX,
     "LogSoftmax": FinalActivation.LOG_SOFTMAX,
@@ -97,8 +97,8 @@ def final_activation(out: torch.Tensor) -> FinalActivation:
     step: Any = out.grad_fn
     while step is not None:
         name = str(step.name()).rpartition("::")[2].partition("Backward")[0]
-        if name in _ENDINGS:
-            return _ENDINGS[name]
+        if name in _ACTIVATIONS:
+            return _ACTIVATIONS[name]
         if name not in _VALUE_PRESERVING or not step.next_functions:
             return FinalActivation.RAW if name in _RAW else FinalActivation.UNKNOWN
         step = step.next_functions[0][0]
