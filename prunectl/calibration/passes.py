@@ -47,7 +47,9 @@ class Passes:
     _held_bytes: int = 0
     """Bytes that the repeated passes keep in memory together."""
 
-    def run(self, network: InspectableModel, names: Collection[str], index: int, x: Arrays, see: InputCallback) -> None:
+    def run(
+        self, network: InspectableModel, names: Collection[str], index: int, x: Arrays, callback: InputCallback
+    ) -> None:
         """Run a batch until all inputs of some tensors are captured, or to its end if their number is unknown."""
         left = self.input_counts.expected(names, index)
         if left == 0:
@@ -60,7 +62,7 @@ class Passes:
 
         def counted(capture: LayerInput) -> None:
             nonlocal left
-            see(capture)
+            callback(capture)
             if left is not None:
                 left -= 1
                 if left == 0:

@@ -207,19 +207,19 @@ class TrainableModel(Protocol):
     def mask(self, masks: Mapping[str, Array]) -> None:
         """Zero the weights that the masks prune, and their momentum in the optimizer, now and after every step."""
 
-    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
+    def track_gradients(self, statistic: GradientStatistic, names: Sequence[str]) -> None:
         """Accumulate a gradient statistic of some weights from the next step on."""
 
-    def evidence(self) -> dict[str, Array]:
+    def gradient_statistics(self) -> dict[str, Array]:
         """The accumulated gradient statistics, the same in every process."""
 
-    def forget(self) -> None:
+    def reset_gradient_statistics(self) -> None:
         """Reset the gradient statistics."""
 
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
         """Choose how each output is compared with the teacher's, instead of deriving it from the loss."""
 
-    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
+    def step(self, batch: Batch, rate: float, teacher_outputs: Arrays | None = None) -> None:
         """Train on a batch with a fraction of the learning rate, and towards the teacher's outputs if they are given.
 
         The teacher's outputs must have this model's output shapes, and be probabilities where this model outputs those.
@@ -320,8 +320,8 @@ class PredictingModel(Protocol):
 class InspectableModel(PredictingModel, Protocol):
     """A model whose layer inputs can be captured. It runs in inference mode: no dropout, no update of statistics."""
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        """Run one batch, and call `see` each time an operation uses one of these tensors.
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
+        """Run one batch, and call `callback` each time an operation uses one of these tensors.
 
         The captured array may be overwritten after the call. Uses that are not understood are not reported.
         """
@@ -337,7 +337,7 @@ class RepeatedPass(Protocol):
     def nbytes(self) -> int:
         """The size of the cache in bytes."""
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
         """Run the batch as `InspectableModel.observe` does."""
 
     def clear(self) -> None:

@@ -117,8 +117,8 @@ def train(run: TrainingRun, stopping: GracefulInterrupt) -> TrainState:
             if stopping.is_wanted:
                 break
             scheduler.maybe_update(network, progress.step)
-            guide = run.teacher(batch.x) if run.teacher is not None else None
-            network.step(batch, config.rate_at(progress.step), guide)
+            teacher_outputs = run.teacher(batch.x) if run.teacher is not None else None
+            network.step(batch, config.rate_at(progress.step), teacher_outputs)
             progress.step += 1
             run.logger.step(progress.step, scheduler.sparsity)
         if stopping.is_wanted:

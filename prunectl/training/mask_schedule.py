@@ -111,7 +111,7 @@ class MaskScheduler:
         if self.masks:
             network.mask(self.masks)
         if self._statistic is not GradientStatistic.NONE:
-            network.watch(self._statistic, self.rules.names)
+            network.track_gradients(self._statistic, self.rules.names)
 
     def maybe_update(self, network: TrainableModel, step: int) -> bool:
         """Update the masks before the batch of a step, if an update is due; returns whether it was."""
@@ -120,7 +120,7 @@ class MaskScheduler:
         weights = network.weights(self.rules.names)
         if step:
             _check_finite(weights, step)
-        statistics = network.evidence() if self._statistic is not GradientStatistic.NONE else {}
+        statistics = network.gradient_statistics() if self._statistic is not GradientStatistic.NONE else {}
         _check_finite({f"the gradient of {name}": array for name, array in statistics.items()}, step)
         if self.rules.schedule is not None:
             self.masks = self._new_masks(step, weights, statistics)
@@ -129,7 +129,7 @@ class MaskScheduler:
             self.masks = regrow_masks(self.masks, weights, statistics, growth.share_at(step))
         network.mask(self.masks)
         if self._statistic is not GradientStatistic.MOVEMENT:
-            network.forget()
+            network.reset_gradient_statistics()
         self.last_updated = step
         return True
 

@@ -231,16 +231,16 @@ class SignatureTrainable(KerasTrainable):
                 value = self._read(name)
                 self._unserved_weights[name] = np.where(mask, value, np.zeros((), value.dtype))
 
-    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
+    def track_gradients(self, statistic: GradientStatistic, names: Sequence[str]) -> None:
         self._require_served(names)
-        super().watch(evidence, names)
+        super().track_gradients(statistic, names)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
         self._require_served(names)
         return super().gradients(names, batch)
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        super().observe([name for name in names if name in self._variables], x, see)
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
+        super().observe([name for name in names if name in self._variables], x, callback)
 
     def _require_served(self, names: Iterable[str]) -> None:
         for name in names:

@@ -38,7 +38,7 @@ class Counting:
         self.seeds: list[int] = []
         self._epochs, self._others_have = 0, others_have
 
-    def step(self, batch: Batch, _rate: float, _guide: Any = None) -> None:
+    def step(self, batch: Batch, _rate: float, _teacher_outputs: Any = None) -> None:
         self.sizes.append(len(as_tuple(batch.x)[0]))
 
     def logs(self) -> dict[str, float]:

@@ -43,13 +43,13 @@ class Paper:
         for name, mask in masks.items():
             self.held[name] = np.where(mask, self.held[name], 0)
 
-    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        self.watched = evidence
+    def track_gradients(self, statistic: GradientStatistic, names: Sequence[str]) -> None:
+        self.watched = statistic
 
-    def evidence(self) -> Arrays:
+    def gradient_statistics(self) -> Arrays:
         return self.seen
 
-    def forget(self) -> None:
+    def reset_gradient_statistics(self) -> None:
         self.seen = {}
 
     def jitter(self, seed: int) -> None:

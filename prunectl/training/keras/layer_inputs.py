@@ -121,8 +121,8 @@ def _mask(library: KerasLibrary, layer: Any, mask: Any) -> Array | None:
 class InputRecorder:
     """Patches the calls of layers, and reports the inputs of their weights."""
 
-    def __init__(self, library: KerasLibrary, variables: Mapping[str, Any], see: InputCallback) -> None:
-        self._library, self._on_input = library, see
+    def __init__(self, library: KerasLibrary, variables: Mapping[str, Any], callback: InputCallback) -> None:
+        self._library, self._on_input = library, callback
         self._names = {id(variable): name for name, variable in variables.items()}
         self._is_paused = False
         self._buffer: list[WeightInput] | None = None
@@ -239,10 +239,10 @@ def _concatenate(parts: list[WeightInput]) -> WeightInput:
 
 
 def capture_layer_inputs(
-    library: KerasLibrary, model: Any, variables: Mapping[str, Any], x: Arrays, see: InputCallback
+    library: KerasLibrary, model: Any, variables: Mapping[str, Any], x: Arrays, callback: InputCallback
 ) -> None:
-    """Run a batch, and pass the inputs of each variable to `see`."""
-    recorder = InputRecorder(library, variables, see)
+    """Run a batch, and pass the inputs of each variable to `callback`."""
+    recorder = InputRecorder(library, variables, callback)
     layers = distinct_layers(model)
     with ExitStack() as stack:
         if library.backend == "torch":

@@ -76,9 +76,9 @@ class OptimizerMasking(ABC):
     def is_trained(self, variable: Any) -> bool:
         """Whether the optimizer trains a variable."""
 
-    def track(self, evidence: GradientStatistic, variables: Iterable[Any]) -> None:
+    def track(self, statistic: GradientStatistic, variables: Iterable[Any]) -> None:
         """Accumulate a statistic from the next step on; the training step must be retraced."""
-        self._statistic = evidence
+        self._statistic = statistic
         for variable in variables:
             key = id(variable)
             if key not in self._sums and self.is_trained(variable):

@@ -295,22 +295,22 @@ class KerasTrainable:
         with self._placement.scope(self._library):
             self._compiled.mask((self._variables[name], mask) for name, mask in masks.items())
 
-    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
+    def track_gradients(self, statistic: GradientStatistic, names: Sequence[str]) -> None:
         self._tracked = tuple(names)
         with self._placement.scope(self._library):
-            self._compiled.watch(evidence, [self._variables[name] for name in names])
+            self._compiled.track_gradients(statistic, [self._variables[name] for name in names])
 
-    def evidence(self) -> dict[str, Array]:
-        return self._compiled.evidence({name: self._variables[name] for name in self._tracked})
+    def gradient_statistics(self) -> dict[str, Array]:
+        return self._compiled.gradient_statistics({name: self._variables[name] for name in self._tracked})
 
-    def forget(self) -> None:
+    def reset_gradient_statistics(self) -> None:
         self._compiled.masking.reset()
 
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
         self._compiled.compare(outputs)
 
-    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        self._compiled.step(batch, rate, guide)
+    def step(self, batch: Batch, rate: float, teacher_outputs: Arrays | None = None) -> None:
+        self._compiled.step(batch, rate, teacher_outputs)
 
     def logs(self) -> Logs:
         return self._compiled.logs()
@@ -323,14 +323,14 @@ class KerasTrainable:
             arrays: Arrays = backend.as_arrays(self._model.predict_on_batch(outputs.pack_inputs(self._model, x)))
         return arrays
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
         variables = {name: self._variables[name] for name in names}
         with (
             self._placement.scope(self._library),
             ignore_warnings(),
             preserved_state(self._library, self._model, self._random),
         ):
-            capture_layer_inputs(self._library, self._model, variables, x, see)
+            capture_layer_inputs(self._library, self._model, variables, x, callback)
 
     def gradients(self, names: Collection[str], batch: Batch) -> dict[str, Array]:
         model = self._compiled.model
@@ -369,7 +369,7 @@ class KerasTrainable:
     def save(self, folder: Path | None) -> None:
         """Save the state of training, in the first process."""
         if folder is not None:
-            save_state(folder, self._library, self._compiled, self._random, self.evidence())
+            save_state(folder, self._library, self._compiled, self._random, self.gradient_statistics())
 
     def restore(self, folder: Path) -> None:
         with self._placement.scope(self._library):

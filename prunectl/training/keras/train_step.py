@@ -286,9 +286,9 @@ class CompiledModel:
         if self.masking.set_masks(masks):
             self.retrace()
 
-    def watch(self, evidence: GradientStatistic, variables: Sequence[Any]) -> None:
+    def track_gradients(self, statistic: GradientStatistic, variables: Sequence[Any]) -> None:
         """Accumulate a gradient statistic of some variables."""
-        self.masking.track(evidence, variables)
+        self.masking.track(statistic, variables)
         self.retrace()
 
     def retrace(self) -> None:
@@ -297,7 +297,7 @@ class CompiledModel:
         if self._train_step is not None:
             self._train_step.forget()
 
-    def evidence(self, variables: Mapping[str, Any]) -> dict[str, Array]:
+    def gradient_statistics(self, variables: Mapping[str, Any]) -> dict[str, Array]:
         """The accumulated gradient statistics."""
         if variables and self._has_trained and not self.masking.has_seen_gradients:
             raise WorkError(

@@ -49,7 +49,7 @@ class OnnxModel:
         examples = "1 example" if self._size == 1 else f"{self._size} examples"
         return (f"{self._weights.model.path.name} accepts {examples} at a time: batches are split accordingly",)
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
         captures = [
             (site.name, capture) for site in self._sites if site.name in names for capture in self._captures(site)
         ]
@@ -58,7 +58,7 @@ class OnnxModel:
             values = {name: _as_float32(value) for name, value in self._values(needs, batch.feeds).items()}
             for name, capture in captures:
                 for inputs, use in capture.compute(batch.run_values(values)):
-                    see(LayerInput(name, np.asarray(inputs, _FLOAT32), use))
+                    callback(LayerInput(name, np.asarray(inputs, _FLOAT32), use))
 
     def predict(self, x: Arrays) -> Arrays:
         if self._predicting is None:

@@ -140,8 +140,8 @@ class TfmotTrainable(KerasTrainable):
         for callback in self._callbacks[1:]:
             callback.on_epoch_begin(self._epoch)
 
-    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
-        super().step(batch, rate, guide)
+    def step(self, batch: Batch, rate: float, teacher_outputs: Arrays | None = None) -> None:
+        super().step(batch, rate, teacher_outputs)
         if self._wrapped is None:
             return
         self._step += 1

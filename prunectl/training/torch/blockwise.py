@@ -212,12 +212,12 @@ class _Part:
     outputs: dict[int, torch.Tensor] | None = None
     """Cached outputs by batch number, from complete passes; None for a part whose weights change."""
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        self._observe(names, x, see, None)
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
+        self._observe(names, x, callback, None)
 
-    def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
+    def _observe(self, names: Collection[str], x: Arrays, callback: InputCallback, cache: CachedPass | None) -> None:
         index = int(as_tuple(x)[0].flat[0])
-        with capture_layer_inputs(self._parameters(names), see, cache=cache):
+        with capture_layer_inputs(self._parameters(names), callback, cache=cache):
             output = self.run(self.module, index, self.hidden[index])
         # Only the output of the first pass: a later one may have skipped the operations that compute it.
         if self.outputs is not None and index not in self.outputs:

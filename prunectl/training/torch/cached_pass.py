@@ -223,24 +223,24 @@ class CachedPass:
         self._done = 0
         self._values.clear()
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
         """Run the batch, and pass the inputs of these weights to the callback."""
         if not self._trace.is_sound:
-            self._run(names, x, see, None)
+            self._run(names, x, callback, None)
             return
         self._begin(names)
-        is_resumed, callback = self._done > 0, _Callback(see)
+        is_resumed, counted = self._done > 0, _Callback(callback)
         try:
             with nullcontext() if self._is_traced else _ReadDetector(self._trace):
-                self._run(names, x, callback, self)
+                self._run(names, x, counted, self)
         except Exception:
-            if callback.has_failed:
+            if counted.has_failed:
                 self._end(is_complete=False)
                 raise
             self._give_up()
             if not is_resumed:
                 raise
-            self._run(names, x, callback.for_the_rest(), None)
+            self._run(names, x, counted.for_the_rest(), None)
         else:
             self._end(is_complete=True)
 
@@ -327,8 +327,8 @@ class CachedPass:
 class _Callback:
     """Wraps a callback: counts its calls, skips the first of them, and records whether it raised an error."""
 
-    def __init__(self, see: InputCallback, skipped: int = 0) -> None:
-        self._see, self._count, self._skipped = see, 0, skipped
+    def __init__(self, callback: InputCallback, skipped: int = 0) -> None:
+        self._callback, self._count, self._skipped = callback, 0, skipped
         self.has_failed = False
 
     def __call__(self, capture: LayerInput) -> None:
@@ -336,14 +336,14 @@ class _Callback:
         if self._count <= self._skipped:
             return
         try:
-            self._see(capture)
+            self._callback(capture)
         except BaseException:
             self.has_failed = True
             raise
 
     def for_the_rest(self) -> _Callback:
         """A callback that skips the captures that were passed on already."""
-        return _Callback(self._see, self._count)
+        return _Callback(self._callback, self._count)
 
 
 def _is_same(operation: _Operation, func: Any, options: list[Any], outputs: list[Any]) -> bool:

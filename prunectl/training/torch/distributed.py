@@ -213,7 +213,7 @@ class TrainerState:
     optimizer: torch.optim.Optimizer
     scaler: Any
     place: DistributedContext
-    evidence: Mapping[str, torch.Tensor]
+    gradient_sums: Mapping[str, torch.Tensor]
     """Sums of the gradient statistic, by tensor."""
 
 
@@ -225,7 +225,7 @@ def save(folder: Path | None, state: TrainerState) -> None:
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "random": gather_objects(state.place, _random_states(state.place)),
-            "evidence": state.evidence,
+            "evidence": state.gradient_sums,
         }
     )
     if folder is not None:
@@ -247,7 +247,7 @@ def restore(folder: Path, state: TrainerState) -> None:
     state.scaler.load_state_dict(parts["scaler"])
     _resume_random(parts["random"][context.rank], context)
     for name, total in parts["evidence"].items():
-        state.evidence[name].copy_(distribute_like(total, state.evidence[name]))
+        state.gradient_sums[name].copy_(distribute_like(total, state.gradient_sums[name]))
 
 
 def _check_version(path: Path, parts: Any) -> None:

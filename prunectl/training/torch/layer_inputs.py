@@ -45,7 +45,7 @@ def without_mha_fastpath() -> Generator[None]:
 @contextmanager
 def capture_layer_inputs(
     weights: Mapping[str, torch.Tensor],
-    see: InputCallback,
+    callback: InputCallback,
     pieces: FixedBatchModule | None = None,
     cache: CachedPass | None = None,
 ) -> Generator[None]:
@@ -54,7 +54,7 @@ def capture_layer_inputs(
     Operations whose results are in a cache are skipped.
     """
     kind = _UncompiledRecorder if "torch._dynamo" in sys.modules else _InputRecorder
-    recorder = kind(weights, see, pieces, cache)
+    recorder = kind(weights, callback, pieces, cache)
     try:
         with without_mha_fastpath(), torch.no_grad(), recorder:
             yield
@@ -69,12 +69,12 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self,
         weights: Mapping[str, torch.Tensor],
-        see: InputCallback,
+        callback: InputCallback,
         pieces: FixedBatchModule | None,
         cache: CachedPass | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._see, self._pieces, self._cache = see, pieces, cache
+        self._callback, self._pieces, self._cache = callback, pieces, cache
         self.failure: Exception | None = None
         self._weights: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, weight in weights.items():
@@ -146,7 +146,7 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # The first axis is examples, or examples times positions.
             inputs = inputs[: len(inputs) // pieces.size * pieces.kept]
         try:
-            self._see(LayerInput(name, _array(inputs), use))
+            self._callback(LayerInput(name, _array(inputs), use))
         except Exception as error:
             self.failure = error
             raise

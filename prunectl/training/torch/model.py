@@ -229,8 +229,8 @@ class TorchTrainable:
         # A user's own loss may call `view`, which needs contiguous tensors.
         return tuple(output.contiguous() for output in tensors.output_tensors(outputs))
 
-    def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, guide: Arrays | None) -> torch.Tensor:
-        share = self._options.teacher_share if guide is not None else 0.0
+    def _loss(self, outs: tuple[torch.Tensor, ...], y: Arrays | None, teacher_outputs: Arrays | None) -> torch.Tensor:
+        share = self._options.teacher_share if teacher_outputs is not None else 0.0
         arrays = () if y is None else as_tuple(y)
         targets = [self._on_device(array) for array in arrays]
         counts = [losses.examples_labelled(*pair) for pair in zip(arrays, self._losses, strict=False)]
@@ -244,8 +244,8 @@ class TorchTrainable:
             for chosen, out, target, count in zip(self._losses, outs, targets, counts, strict=False)
             if share < 1
         ]
-        if guide is not None:
-            answers = [self._on_device(array) for array in as_tuple(guide)]
+        if teacher_outputs is not None:
+            answers = [self._on_device(array) for array in as_tuple(teacher_outputs)]
             compared = self._compared or losses.compared_by_loss(self._losses, outs)
             distilled = losses.distilled(compared, outs, answers, self._options.temperature)
             self._parts.append((share * distilled, len(outs[0])))
@@ -254,7 +254,7 @@ class TorchTrainable:
     def compare(self, outputs: Sequence[DistilledOutput]) -> None:
         self._compared = tuple(outputs)
 
-    def step(self, batch: Batch, rate: float, guide: Arrays | None = None) -> None:
+    def step(self, batch: Batch, rate: float, teacher_outputs: Arrays | None = None) -> None:
         self._set_mode(training=True)
         if rate != self._rate:
             for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
@@ -265,7 +265,7 @@ class TorchTrainable:
             targets = None if batch.y is None else map_arrays(self._on_device, batch.y)
             loss = self._custom(self._run, map_arrays(self._on_device, batch.x), targets)
         else:
-            loss = self._loss(self._forward(self._run, batch.x), batch.y, guide)
+            loss = self._loss(self._forward(self._run, batch.x), batch.y, teacher_outputs)
         with distributed.failures(self._place.device):
             self._update(loss)
         if self._custom is not None:
@@ -341,13 +341,13 @@ class TorchTrainable:
         self._place, self._half = distributed.join(device), None
         self._module.to(self._place.device)
 
-    def observe(self, names: Collection[str], x: Arrays, see: InputCallback) -> None:
-        self._observe(names, x, see, None)
+    def observe(self, names: Collection[str], x: Arrays, callback: InputCallback) -> None:
+        self._observe(names, x, callback, None)
 
-    def _observe(self, names: Collection[str], x: Arrays, see: InputCallback, cache: CachedPass | None) -> None:
+    def _observe(self, names: Collection[str], x: Arrays, callback: InputCallback, cache: CachedPass | None) -> None:
         self._prepare_to_predict()
         pieces = self._module if isinstance(self._module, FixedBatchModule) else None
-        with capture_layer_inputs(self._parameters(names), see, pieces, cache):
+        with capture_layer_inputs(self._parameters(names), callback, pieces, cache):
             self._forward(self._module, x)
 
     def cached_pass(self) -> CachedPass:
@@ -401,14 +401,14 @@ class TorchTrainable:
         kept = {weight: distribute_like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
         self._masks.set(kept, self._optimizer)
 
-    def watch(self, evidence: GradientStatistic, names: Sequence[str]) -> None:
-        self._statistics.begin(evidence, self._parameters(names))
+    def track_gradients(self, statistic: GradientStatistic, names: Sequence[str]) -> None:
+        self._statistics.begin(statistic, self._parameters(names))
 
-    def evidence(self) -> dict[str, Array]:
+    def gradient_statistics(self) -> dict[str, Array]:
         return {name: to_numpy(full_tensor(value)) for name, value in self._statistics.sums.items()}
 
-    def forget(self) -> None:
-        self._statistics.forget()
+    def reset_gradient_statistics(self) -> None:
+        self._statistics.reset()
 
     def reseed(self, number: int) -> None:
         """Seed all random generators from a number and the rank of this process."""

@@ -91,7 +91,7 @@ class GradientSums:
                     addend if is_taken is None else torch.where(is_taken, addend, torch.zeros_like(addend))
                 )
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Set all sums to zero."""
         for total in self.sums.values():
             total.zero_()

@@ -40,7 +40,7 @@ def main(folder: Path) -> dict[str, Any]:
     network = fresh(path)
     names = [name for name in network.tensors() if "kernel" in name]
     masks = {name: np.abs(one) > np.median(np.abs(one)) for name, one in network.weights(names).items()}
-    network.watch(GradientStatistic.SALIENCE, names)
+    network.track_gradients(GradientStatistic.SALIENCE, names)
     network.step(batches(1, 5)[0], 0.5)
     network.mask(masks)
     network.reseed(1)
@@ -54,7 +54,7 @@ def main(folder: Path) -> dict[str, Any]:
         network.step(batch, 1.0, np.full((12, 4), 0.25, np.float32))
     logs = dict(network.logs())
     again = fresh(path)
-    again.watch(GradientStatistic.SALIENCE, names)
+    again.track_gradients(GradientStatistic.SALIENCE, names)
     again.restore(folder)
     again.mask(masks)
     again.reseed(2)
@@ -67,7 +67,7 @@ def main(folder: Path) -> dict[str, Any]:
         "is_same": all(one.tobytes() == again.tensors()[name].tobytes() for name, one in network.tensors().items()),
         "logs": logs,
         "evaluated": dict(network.evaluate(batches(2, 3))),
-        "evidence": {name: float(one.sum()) for name, one in network.evidence().items()},
+        "evidence": {name: float(one.sum()) for name, one in network.gradient_statistics().items()},
         "recalibrated": network.recalibrate(batches(2, 3)),
         "shape": np.asarray(network.predict(batches(1, 3)[0].x)).shape,
     }

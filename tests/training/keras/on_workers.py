@@ -22,7 +22,7 @@ def main(path: Path) -> dict[str, Any]:
     network.prepare(means)
     names = [name for name in network.tensors() if "kernel" in name]
     masks = {name: np.abs(one) > np.median(np.abs(one)) for name, one in network.weights(names).items()}
-    network.watch(GradientStatistic.GRADIENT, names)
+    network.track_gradients(GradientStatistic.GRADIENT, names)
     network.mask(masks)
     for batch in batches(4, 1):
         network.step(batch, 1.0)
@@ -31,7 +31,7 @@ def main(path: Path) -> dict[str, Any]:
         "is_chief": network.is_chief,
         "lost": sum(int(np.count_nonzero(one[~masks[name]])) for name, one in network.weights(names).items()),
         "tensors": {name: one.tolist() for name, one in network.tensors().items()},
-        "evidence": {name: one.tolist() for name, one in network.evidence().items()},
+        "evidence": {name: one.tolist() for name, one in network.gradient_statistics().items()},
         "logs": dict(network.logs()),
         "evaluated": dict(network.evaluate(batches(2, 7))),
     }

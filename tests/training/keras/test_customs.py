@@ -91,7 +91,7 @@ def test_the_step_of_a_user_trains_and_keeps_the_zeros(k: Any, file_of: nets.Fil
     network = nets.prepared(path, custom_step=f"{HERE}:plain_step", optimizer="sgd", lr=0.5)
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
-    network.watch(GradientStatistic.GRADIENT, list(masks))
+    network.track_gradients(GradientStatistic.GRADIENT, list(masks))
     batch = nets.batches(1)[0]
     losses = []
     for _ in range(30):
@@ -99,7 +99,7 @@ def test_the_step_of_a_user_trains_and_keeps_the_zeros(k: Any, file_of: nets.Fil
         losses.append(network.logs()["loss"])
     assert losses[-1] < losses[0] - 0.2
     assert nets.lost_zeros(network, masks) == 0
-    assert all(np.any(one) for one in network.evidence().values())
+    assert all(np.any(one) for one in network.gradient_statistics().values())
 
 
 @both
@@ -110,12 +110,12 @@ def test_a_step_that_goes_round_the_optimizer_keeps_the_zeros_but_gives_no_evide
     network = nets.prepared(path, custom_step=f"{HERE}:stray_step")
     masks = nets.half(nets.kernels(network))
     network.mask(masks)
-    network.watch(GradientStatistic.GRADIENT, list(masks))
+    network.track_gradients(GradientStatistic.GRADIENT, list(masks))
     nets.train(network, nets.batches(2))
     assert nets.lost_zeros(network, masks) == 0
     assert network.logs() == {"loss": nets.EXAMPLES}
     with pytest.raises(WorkError, match=r"model\.optimizer"):
-        network.evidence()
+        network.gradient_statistics()
 
 
 def test_a_step_that_returns_no_numbers_is_refused(file_of: nets.Files) -> None:

@@ -36,7 +36,7 @@ def numbers(count: int) -> list[Batch]:
 
 @both
 @pytest.mark.parametrize(
-    ("evidence", "is_masked"),
+    ("statistic", "is_masked"),
     [
         (GradientStatistic.GRADIENT, True),
         (GradientStatistic.SALIENCE, True),
@@ -45,14 +45,14 @@ def numbers(count: int) -> list[Batch]:
     ],
 )
 def test_evidence_adds_up_what_it_says_also_of_what_is_masked(
-    evidence: GradientStatistic, is_masked: bool, k: Any, file_of: nets.Files
+    statistic: GradientStatistic, is_masked: bool, k: Any, file_of: nets.Files
 ) -> None:
     network = nets.prepared(file_of(k, linear), numbers(1)[0], loss="mse", optimizer="sgd", lr=0.05)
     name = next(iter(nets.kernels(network)))
     mask = nets.half(nets.kernels(network))[name]
     if is_masked:
         network.mask({name: mask})
-    network.watch(evidence, [name])
+    network.track_gradients(statistic, [name])
     for _ in range(2):
         expected = np.zeros((6, 2))
         for batch in numbers(3):
@@ -62,11 +62,11 @@ def test_evidence_adds_up_what_it_says_also_of_what_is_masked(
                 GradientStatistic.GRADIENT: slope,
                 GradientStatistic.SALIENCE: np.abs(kernel * slope),
                 GradientStatistic.MOVEMENT: -kernel * slope,
-            }[evidence]
+            }[statistic]
             network.step(batch, 1.0)
-        np.testing.assert_allclose(network.evidence()[name], expected, rtol=1e-4, atol=1e-5)
-        network.forget()
-        assert not np.any(network.evidence()[name])
+        np.testing.assert_allclose(network.gradient_statistics()[name], expected, rtol=1e-4, atol=1e-5)
+        network.reset_gradient_statistics()
+        assert not np.any(network.gradient_statistics()[name])
     if is_masked:
         assert nets.lost_zeros(network, {name: mask}) == 0
 
@@ -83,13 +83,13 @@ def test_gradients_of_embeddings_are_held_too(k: Any, tmp_path: Path) -> None:
     name = next(name for name in network.tensors() if "embeddings" in name)
     masks = nets.half(network.weights([name]))
     network.mask(masks)
-    network.watch(GradientStatistic.GRADIENT, [name])
+    network.track_gradients(GradientStatistic.GRADIENT, [name])
     before = network.weights([name])[name]
     nets.train(network, [batch] * 4)
     after = network.weights([name])[name]
     assert nets.lost_zeros(network, masks) == 0
     assert np.all(before[:4][masks[name][:4]] != after[:4][masks[name][:4]])
-    found = network.evidence()[name]
+    found = network.gradient_statistics()[name]
     assert np.all(found[:4] != 0)
     assert not np.any(found[4:])
 
@@ -133,10 +133,10 @@ def test_a_teacher_is_followed_by_the_formula(ending: str, k: Any, tmp_path: Pat
 def test_a_teacher_of_numbers_is_followed_by_squares(k: Any, file_of: nets.Files) -> None:
     batch = numbers(1)[0]
     network = nets.prepared(file_of(k, linear), batch, loss="mse", teacher_share=0.25)
-    guide = np.random.default_rng(2).standard_normal((8, 2)).astype(np.float32)
+    teacher_outputs = np.random.default_rng(2).standard_normal((8, 2)).astype(np.float32)
     out = np.asarray(network.predict(batch.x))
-    wanted = 0.25 * np.square(guide - out).mean() + 0.75 * np.square(np.asarray(batch.y) - out).mean()
-    network.step(batch, 1.0, guide)
+    wanted = 0.25 * np.square(teacher_outputs - out).mean() + 0.75 * np.square(np.asarray(batch.y) - out).mean()
+    network.step(batch, 1.0, teacher_outputs)
     assert network.logs()["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_a_teacher_of_numbers_is_followed_by_squares(k: Any, file_of: nets.Files
 def test_a_teacher_is_followed_without_targets(k: Any, file_of: nets.Files) -> None:
     batch = numbers(1)[0]
     network = nets.prepared(file_of(k, linear), Batch(batch.x), optimizer="sgd", lr=0.2)
-    guide = np.asarray(batch.x)[:, :2]
+    teacher_outputs = np.asarray(batch.x)[:, :2]
     for _ in range(100):
-        network.step(Batch(batch.x), 1.0, guide)
-    assert float(np.square(np.asarray(network.predict(batch.x)) - guide).mean()) < 0.05
+        network.step(Batch(batch.x), 1.0, teacher_outputs)
+    assert float(np.square(np.asarray(network.predict(batch.x)) - teacher_outputs).mean()) < 0.05

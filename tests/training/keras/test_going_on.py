@@ -30,7 +30,7 @@ def test_a_restored_run_ends_with_the_same_bits(k: Any, file_of: nets.Files, tmp
     masks = nets.half(nets.kernels(whole))
     whole.mask(masks)
     names = list(masks)
-    whole.watch(GradientStatistic.MOVEMENT, names)
+    whole.track_gradients(GradientStatistic.MOVEMENT, names)
     whole.reseed(1)
     nets.train(whole, given[:3])
     whole.save(tmp_path)
@@ -40,14 +40,14 @@ def test_a_restored_run_ends_with_the_same_bits(k: Any, file_of: nets.Files, tmp
 
     again = nets.prepared(path, seed=77)
     nets.train(again, nets.batches(2, seed=9))
-    again.watch(GradientStatistic.MOVEMENT, names)
+    again.track_gradients(GradientStatistic.MOVEMENT, names)
     again.restore(tmp_path)
     again.mask(masks)
     again.reseed(2)
     nets.train(again, given[3:])
     assert state(again) == state(whole)
-    assert {name: raw(one) for name, one in again.evidence().items()} == {
-        name: raw(one) for name, one in whole.evidence().items()
+    assert {name: raw(one) for name, one in again.gradient_statistics().items()} == {
+        name: raw(one) for name, one in whole.gradient_statistics().items()
     }
     # Of the batches after the checkpoint alone.
     assert again.logs()["loss"] == pytest.approx(whole.logs()["loss"], rel=1e-6)

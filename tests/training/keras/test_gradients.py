@@ -63,17 +63,17 @@ def test_nothing_is_changed(k: Callable[[], Any], file_of: nets.Files) -> None:
     networks = [nets.prepared(path, optimizer="sgd") for _ in range(2)]
     for one in networks:
         one.reseed(3)
-        one.watch(GradientStatistic.GRADIENT, list(nets.kernels(one)))
+        one.track_gradients(GradientStatistic.GRADIENT, list(nets.kernels(one)))
         nets.train(one, given[:2])
     looking, other = networks
-    before, logs = looking.tensors(), looking.evidence()
+    before, logs = looking.tensors(), looking.gradient_statistics()
     first = looking.gradients(list(before), given[2])
     looking.observe(list(before), given[2].x, lambda _: None)
     again = looking.gradients(list(before), given[2])
     for name, value in looking.tensors().items():
         np.testing.assert_array_equal(value, before[name])
         np.testing.assert_array_equal(first[name], again[name])
-    for name, value in looking.evidence().items():
+    for name, value in looking.gradient_statistics().items():
         np.testing.assert_array_equal(value, logs[name])
     for one in networks:
         nets.train(one, given[2:])

@@ -184,7 +184,7 @@ def test_what_is_not_served_is_pruned_but_not_trained(tmp_path: Path) -> None:
 def test_what_is_not_served_has_no_gradient_to_rank_it_by(tmp_path: Path) -> None:
     network = opened(saved(tmp_path / "m"))
     with pytest.raises(UsageError, match="does not use it"):
-        network.watch(GradientStatistic.SALIENCE, ["first", "unused"])
+        network.track_gradients(GradientStatistic.SALIENCE, ["first", "unused"])
     with pytest.raises(UsageError, match="does not use it"):
         network.gradients(["first", "unused"], BATCH)
 

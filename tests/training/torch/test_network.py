@@ -155,7 +155,7 @@ def test_an_exported_program_is_given_the_types_that_it_declares_whatever_its_pa
 def test_evidence_is_that_of_autograd_by_hand(kind: GradientStatistic, plain: tuple[nets.Plain, Path]) -> None:
     module, path = plain
     network = opened(path, "Plain", examples(), optimizer="sgd:lr=0.1")
-    network.watch(kind, ["one.weight"])
+    network.track_gradients(kind, ["one.weight"])
     optimizer, total = torch.optim.SGD(module.parameters(), 0.1), torch.zeros_like(module.one.weight)
     for seed in range(4):
         batch = examples(16, seed)
@@ -170,19 +170,19 @@ def test_evidence_is_that_of_autograd_by_hand(kind: GradientStatistic, plain: tu
             GradientStatistic.MOVEMENT: -weight * gradient,
         }[kind]
         optimizer.step()
-    assert np.allclose(network.evidence()["one.weight"], total.numpy(), atol=1e-7)
-    network.forget()
-    assert not network.evidence()["one.weight"].any()
+    assert np.allclose(network.gradient_statistics()["one.weight"], total.numpy(), atol=1e-7)
+    network.reset_gradient_statistics()
+    assert not network.gradient_statistics()["one.weight"].any()
 
 
 def test_the_gradient_of_what_is_masked_is_gathered_before_it_is_zeroed(plain: tuple[nets.Plain, Path]) -> None:
     network = opened(plain[1], "Plain", examples())
     network.mask({"one.weight": np.zeros((16, 12), bool)})
-    network.watch(GradientStatistic.GRADIENT, ["two.weight"])
+    network.track_gradients(GradientStatistic.GRADIENT, ["two.weight"])
     network.mask({"two.weight": np.zeros((4, 16), bool)})
-    network.watch(GradientStatistic.GRADIENT, ["two.weight"])
+    network.track_gradients(GradientStatistic.GRADIENT, ["two.weight"])
     network.step(examples(), 1.0)
-    assert network.evidence()["two.weight"].any()
+    assert network.gradient_statistics()["two.weight"].any()
 
 
 def test_a_share_of_the_learning_rate_is_that_share(plain: tuple[nets.Plain, Path]) -> None:
@@ -281,19 +281,19 @@ def test_going_on_from_what_was_saved_is_as_if_nothing_had_happened(tmp_path: Pa
     batches = [Batch(random.normal(size=(16, 1, 8, 8)).astype("f4"), random.integers(0, 10, 16)) for _ in range(6)]
     unbroken = opened(path, "Noisy", batches[0], seed=3)
     unbroken.reseed(5)
-    unbroken.watch(GradientStatistic.MOVEMENT, ["head.weight"])
+    unbroken.track_gradients(GradientStatistic.MOVEMENT, ["head.weight"])
     for batch in batches[:3]:
         unbroken.step(batch, 1.0)
     unbroken.save(tmp_path)
     for batch in batches[3:]:
         unbroken.step(batch, 1.0)
     again = opened(path, "Noisy", batches[0], seed=3)
-    again.watch(GradientStatistic.MOVEMENT, ["head.weight"])
+    again.track_gradients(GradientStatistic.MOVEMENT, ["head.weight"])
     again.restore(tmp_path)
     for batch in batches[3:]:
         again.step(batch, 1.0)
     assert all(np.array_equal(one, again.tensors()[name]) for name, one in unbroken.tensors().items())
-    assert np.array_equal(unbroken.evidence()["head.weight"], again.evidence()["head.weight"])
+    assert np.array_equal(unbroken.gradient_statistics()["head.weight"], again.gradient_statistics()["head.weight"])
 
 
 def test_a_teacher_alone_is_learned_by_heart(plain: tuple[nets.Plain, Path]) -> None:
@@ -302,10 +302,10 @@ def test_a_teacher_alone_is_learned_by_heart(plain: tuple[nets.Plain, Path]) -> 
     network = opened(plain[1], "Plain", examples(), teacher_share=1.0, lr=0.02)
     batch = examples(64)
     with torch.no_grad():
-        guide = teacher(torch.from_numpy(batch.x)).numpy()
+        teacher_outputs = teacher(torch.from_numpy(batch.x)).numpy()
     for _ in range(300):
-        network.step(batch, 1.0, guide)
-    agreed = (np.asarray(network.predict(batch.x)).argmax(1) == guide.argmax(1)).mean()
+        network.step(batch, 1.0, teacher_outputs)
+    agreed = (np.asarray(network.predict(batch.x)).argmax(1) == teacher_outputs.argmax(1)).mean()
     assert agreed > 0.95
 
 
@@ -316,10 +316,10 @@ def test_towards_its_own_answers_nothing_is_dropped_out_and_normalisations_take_
     network = opened(
         saved(module, tmp_path / "noisy.pt"), "Noisy", batch, loss="mse", teacher_share=1.0, is_matching=True
     )
-    guide = np.asarray(network.predict(batch.x))
-    network.step(batch, 0.0, guide)
+    teacher_outputs = np.asarray(network.predict(batch.x))
+    network.step(batch, 0.0, teacher_outputs)
     module.drop.eval()
-    expected = (module(torch.from_numpy(batch.x)) - torch.from_numpy(guide)).square().mean()
+    expected = (module(torch.from_numpy(batch.x)) - torch.from_numpy(teacher_outputs)).square().mean()
     assert network.logs()["loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
     np.testing.assert_allclose(network.tensors()["norm.running_mean"], module.norm.running_mean, rtol=1e-5, atol=1e-7)
 
@@ -327,12 +327,12 @@ def test_towards_its_own_answers_nothing_is_dropped_out_and_normalisations_take_
 def test_fused_steps_towards_its_own_answers_are_those_of_adam_but_for_rounding(plain: tuple[nets.Plain, Path]) -> None:
     module, path = plain
     network = opened(path, "Plain", examples(), loss="mse", teacher_share=1.0, lr=0.01, is_matching=True)
-    optimizer, guide = torch.optim.Adam(module.parameters(), 0.01), np.ones((16, 4), "f4")
+    optimizer, teacher_outputs = torch.optim.Adam(module.parameters(), 0.01), np.ones((16, 4), "f4")
     for seed in range(20):
         x = examples(16, seed).x
-        network.step(Batch(x), 1.0, guide)
+        network.step(Batch(x), 1.0, teacher_outputs)
         optimizer.zero_grad()
-        torch.nn.functional.mse_loss(module(torch.from_numpy(x)), torch.from_numpy(guide)).backward()
+        torch.nn.functional.mse_loss(module(torch.from_numpy(x)), torch.from_numpy(teacher_outputs)).backward()
         optimizer.step()
     for name, value in network.tensors().items():
         np.testing.assert_allclose(value, module.state_dict()[name].numpy(), rtol=1e-4, atol=1e-6)
@@ -463,15 +463,15 @@ def test_gradients_of_half_precision_steps_that_overflow_are_no_evidence(
 ) -> None:
     batch = examples()
     network = opened(plain[1], "Plain", batch, precision="fp16", lr=0.01)
-    network.watch(kind, ["one.weight", "two.weight"])
+    network.track_gradients(kind, ["one.weight", "two.weight"])
     network._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = network.tensors()
     network.step(batch, 1.0)
     assert all(np.array_equal(one, before[name]) for name, one in network.tensors().items()), "the step was skipped"
-    assert not any(one.any() for one in network.evidence().values())
+    assert not any(one.any() for one in network.gradient_statistics().values())
     for _ in range(40):
         network.step(batch, 1.0)
-    found = network.evidence()
+    found = network.gradient_statistics()
     assert all(np.isfinite(one).all() and one.any() for one in found.values())
 
 
@@ -479,7 +479,7 @@ def test_evidence_that_is_not_finite_ends_the_run(
     plain: tuple[nets.Plain, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = opened(plain[1], "Plain", examples(), lr=0.01)
-    network.watch(GradientStatistic.MOVEMENT, ["one.weight"])
+    network.track_gradients(GradientStatistic.MOVEMENT, ["one.weight"])
     keeper = MaskScheduler(
         cast(
             "PruningConfig",
@@ -677,12 +677,12 @@ def test_that_metrics_judge_the_first_output_alone_is_said(tmp_path: Path) -> No
 def test_a_teacher_alone_needs_no_targets(plain: tuple[nets.Plain, Path]) -> None:
     batch = Batch(examples().x)
     network = opened(plain[1], "Plain", batch, teacher_share=1.0, optimizer="sgd", lr=0.1)
-    guide = np.zeros((48, 4), "f4")
+    teacher_outputs = np.zeros((48, 4), "f4")
     before = network.logs()
-    network.step(batch, 1.0, guide)
+    network.step(batch, 1.0, teacher_outputs)
     first = network.logs()["loss"]
     for _ in range(20):
-        network.step(batch, 1.0, guide)
+        network.step(batch, 1.0, teacher_outputs)
     assert before == {}
     assert network.logs()["loss"] < first
     with pytest.raises(UsageError, match="the data has no targets"):
