@@ -78,7 +78,7 @@ def test_frameworks_take_the_same_loss(activation: FinalActivation, targets: Arr
     by_keras = default_loss(load_keras3(), ModelOutput("y", activation, (None, width)), targets)
     assert by_keras is not None
     y = targets.reshape(-1, 1) if width == 1 else targets
-    assert by_torch == pytest.approx(float(by_keras.what(y.astype(np.float32), out)), rel=1e-5)
+    assert by_torch == pytest.approx(float(by_keras.loss(y.astype(np.float32), out)), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "bce"])

@@ -1,4 +1,4 @@
-"""A teacher answers for its pupil's batches as its own framework does for its own, whatever the two are."""
+"""A teacher answers for its student's batches as its own framework does for its own, whatever the two are."""
 
 from __future__ import annotations
 
@@ -131,22 +131,22 @@ LAST = ModelSignature(
 )
 
 
-def opened(path: Path, pupil: ModelSignature, x: Array | None = None) -> tuple[Teacher, Array]:
-    given = IMAGES if pupil.is_channels_first else np.ascontiguousarray(IMAGES.transpose(0, 2, 3, 1))
+def opened(path: Path, student: ModelSignature, x: Array | None = None) -> tuple[Teacher, Array]:
+    given = IMAGES if student.is_channels_first else np.ascontiguousarray(IMAGES.transpose(0, 2, 3, 1))
     given = given if x is None else x
-    pupils = LoadOptions(f"{HERE}:Convolution")
-    return load_teacher(path, pupils, "cpu", pupil, Batch(given[:4])), given
+    options = LoadOptions(f"{HERE}:Convolution")
+    return load_teacher(path, options, "cpu", student, Batch(given[:4])), given
 
 
-@pytest.mark.parametrize("pupil", [FIRST, LAST], ids=["a pupil of PyTorch", "a pupil of Keras"])
+@pytest.mark.parametrize("student", [FIRST, LAST], ids=["a student of PyTorch", "a student of Keras"])
 @pytest.mark.parametrize("make", [as_state_dict, as_script, as_script_of_shares, as_onnx, as_keras])
 def test_teachers_of_every_framework_answer_pupils_of_every_other(
-    make: Callable[[Path], Path], pupil: ModelSignature, tmp_path: Path
+    make: Callable[[Path], Path], student: ModelSignature, tmp_path: Path
 ) -> None:
-    teacher, x = opened(make(tmp_path), pupil)
+    teacher, x = opened(make(tmp_path), student)
     found = np.asarray(teacher(x))
-    expected = shares(logits()) if pupil is LAST else logits()
-    if pupil is FIRST:
+    expected = shares(logits()) if student is LAST else logits()
+    if student is FIRST:
         # Logits are told but for a number that all classes share.
         found, expected = found - found.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True)
     assert np.allclose(found, expected, atol=2e-4)
@@ -159,9 +159,9 @@ def test_a_teacher_that_takes_other_images_is_refused_before_training(tmp_path: 
 
 
 def test_a_teacher_of_other_classes_is_refused_before_training(tmp_path: Path) -> None:
-    pupil = ModelSignature(FIRST.inputs, (TensorSpec("y", (9,), "float32"),), True)
+    student = ModelSignature(FIRST.inputs, (TensorSpec("y", (9,), "float32"),), True)
     with pytest.raises(UsageError, match="outputs 4 for each example, but the model outputs 9"):
-        opened(as_onnx(tmp_path), pupil)
+        opened(as_onnx(tmp_path), student)
 
 
 @pytest.mark.parametrize("theirs", [FinalActivation.SOFTMAX, FinalActivation.LOG_SOFTMAX, FinalActivation.RAW])
@@ -205,10 +205,10 @@ def test_a_model_of_pytorch_learns_images_from_one_of_keras_and_both_are_let_go_
 ) -> None:
     closed: list[str] = []
     monkeypatch.setattr("prunectl.training.keras.model.KerasTrainable.close", lambda _: closed.append("teacher"))
-    monkeypatch.setattr(TorchTrainable, "close", lambda _: closed.append("pupil"))
+    monkeypatch.setattr(TorchTrainable, "close", lambda _: closed.append("student"))
     origin = LoadOptions(f"{FIXTURES / 'digits_torch.py'}:DigitsCNN")
     assert taught("digits_cnn.pt", "digits_cnn.keras", tmp_path / "out.pt", origin=origin).history
-    assert closed == ["teacher", "pupil"]
+    assert closed == ["teacher", "student"]
 
 
 class Wide(torch.nn.Module):

@@ -75,7 +75,7 @@ class KerasLibrary:
         return require("jax", extra="jax")
 
     @property
-    def misfits(self) -> tuple[type[Exception], ...]:
+    def mismatch_errors(self) -> tuple[type[Exception], ...]:
         """Exceptions that Keras raises for arrays of mismatched shapes or types."""
         more = (self.tensorflow.errors.InvalidArgumentError,) if self.is_on_tensorflow else ()
         return (ValueError, TypeError, *more)

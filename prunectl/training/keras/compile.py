@@ -67,7 +67,7 @@ _UNKNOWN_NAME = (ValueError, TypeError, AttributeError, KeyError, ImportError)
 class CompileConfig:
     """The arguments of `compile`."""
 
-    chosen: ScheduledOptimizer
+    scheduled_optimizer: ScheduledOptimizer
     losses: tuple[KerasLoss | None, ...]
     """A loss for each output, or None for an output without one."""
     metrics: tuple[list[Any], ...]
@@ -89,7 +89,7 @@ def resolve_compile_config(loaded: LoadedModel, options: TrainOptions, infos: Se
             losses.check_shape(loss, info, y)
     return CompileConfig(
         losses=output_losses,
-        chosen=_optimizer(context),
+        scheduled_optimizer=_optimizer(context),
         metrics=_metrics(context, output_losses, targets),
         loss_weights=_loss_weights(context.file.get("loss_weights"), infos),
         notes=tuple(dict.fromkeys(context.notes)),
@@ -283,8 +283,8 @@ def compile_model(
 ) -> OptimizerMasking:
     """Compile a model; returns the masking of its optimizer."""
     options: dict[str, Any] = {
-        "optimizer": _with_loss_scale(library, model, config.chosen.optimizer),
-        "loss": outputs.per_output(model, [loss.what if loss is not None else None for loss in config.losses]),
+        "optimizer": _with_loss_scale(library, model, config.scheduled_optimizer.optimizer),
+        "loss": outputs.per_output(model, [loss.loss if loss is not None else None for loss in config.losses]),
         "metrics": outputs.per_output(model, config.metrics),
         "loss_weights": outputs.per_output(model, config.loss_weights) if config.loss_weights else None,
     }

@@ -46,7 +46,7 @@ def gradients(library: KerasLibrary, model: Any, variables: Sequence[Any], x: An
             slopes = [slope / scale for slope in differentiate(_LossInputs(library, model, x, y, scale), trainable)]
             if all(np.isfinite(slope).all() for slope in slopes):
                 break
-    except library.misfits as error:
+    except library.mismatch_errors as error:
         raise UsageError(
             f"Keras cannot compute gradients: {error_line(error)}",
             hint="check that --loss and the targets fit the model",

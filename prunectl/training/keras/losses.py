@@ -61,7 +61,7 @@ class KerasLoss:
     """A loss for one output."""
 
     kind: CrossEntropy
-    what: Any
+    loss: Any
     """The loss as Keras takes it, an object or a function."""
     from_logits: bool = False
     name: str = ""
@@ -320,7 +320,7 @@ def _metric_classes(library: KerasLibrary) -> list[type]:
     return [member for member in members if isinstance(member, type) and issubclass(member, metrics.Metric)]
 
 
-TARGETS, TEACHER = "targets", "guide"
+TARGETS, TEACHER = "targets", "teacher"
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,7 +235,7 @@ class CompiledModel:
             # Keras' metrics already cover all processes; summing them would count everything twice.
             self.model.distribute_reduction_method = "first"
         self._train_step, self._test_step = self._compiled_step("train"), self._compiled_step("test")
-        self._rate = LearningRate(self._library, self.model.optimizer, config.chosen.schedule)
+        self._rate = LearningRate(self._library, self.model.optimizer, config.scheduled_optimizer.schedule)
         self._output_losses = [
             DistilledOutput(
                 loss.kind.is_classification if loss is not None else info.activation is not FinalActivation.RAW,
@@ -334,7 +334,7 @@ class CompiledModel:
             if self._custom_step is not None:
                 return self._custom_train_step(x, y)
             return self._on_batch("train", self._train_step, x, y)
-        except self._library.misfits as error:
+        except self._library.mismatch_errors as error:
             if self._has_trained:
                 raise
             raise _user_error("train on the first batch", error) from error
@@ -400,7 +400,7 @@ class CompiledModel:
                 x, y = outputs.pack_inputs(self.model, batch.x), outputs.pack_targets(self.model, batch.y)
                 try:
                     logs = self._on_batch("test", self._test_step, x, y)
-                except self._library.misfits as error:
+                except self._library.mismatch_errors as error:
                     raise _user_error("evaluate a batch", error) from error
                 averager.update(logs, len(as_tuple(batch.x)[0]))
                 if (user_metrics or self._user_functions) and batch.y is not None:
