@@ -43,7 +43,7 @@ def main() -> int:
         # Reading a model allocates many objects that live on and little garbage: the default threshold costs a tenth.
         gc.set_threshold(_NEW_OBJECTS)
         if not _may_calibrate(arguments):
-            # Nothing is multiplied here, and starting the thread pool of OpenBLAS takes time.
+            # This command multiplies no matrices, and starting the thread pool of OpenBLAS takes time.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # PyTorch allocates each large tensor from the system. Pages of 2 MB save a tenth of the time of a large cut.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

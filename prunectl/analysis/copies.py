@@ -42,7 +42,7 @@ def is_average(part: str) -> bool:
 def averaged_copies(tensors: Iterable[Tensor | TensorStats]) -> Iterator[tuple[str, str, int]]:
     """Yield each averaged copy (EMA, SWA): entry of the trained weights, entry of the average, number of tensors.
 
-    A part of a copy's name marks an average; without it and dots, the name is that of a trained weight, as
+    A part of a copy's name marks an average. Without that part and all dots, the name is that of a trained weight, as
     `ema_model_state_dict.ema_model.a.weight` and `model_state_dict.a.weight`, `model_ema.aweight` and `model.a.weight`.
     """
     tensors = tuple(tensors)

@@ -222,5 +222,5 @@ def _bin_sizes(size: int, fields: int) -> Counts:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is not an expanded view that repeats its elements too often."""
+    """Whether the tensor repeats the elements of its storage at most MAX_REPEATS times, as expanded views may not."""
     return tensor.size <= storage_numel(tensor) * budgets.MAX_REPEATS

@@ -39,7 +39,7 @@ class Histogram:
 
 
 def histogram(model: ModelFile, tensors: Iterable[Tensor]) -> Histogram:
-    """Histogram of the magnitudes of some tensors, with a bin for each of the sixteen largest powers of two."""
+    """Histogram of the magnitudes of some tensors: a bin for each power of two, at most the sixteen largest."""
     totals = np.zeros(len(_EXPONENTS), np.int64)
     zero = not_finite = 0
     for tensor in tensors:

@@ -27,7 +27,8 @@ _WARM_RUNS, _WARM_SECONDS = 3, 0.2
 """Warm-up of each run before its first sample, for compilers, caches and thread pools."""
 _FEWEST, _LEAST, _MOST = 6, 20, 5000
 """Numbers of rounds, in each of which every run is sampled once. The true median lies between the smallest and the
-largest of six samples in 97 of 100 cases; with 20 or more samples, the interval is bootstrapped."""
+largest of six samples in 97 of 100 cases; with 20 or more samples, the interval is bootstrapped. The last number is the
+most rounds that are run."""
 _LOOK = 1.3
 """Factor between the numbers of rounds at which the intervals are computed, because that takes time too."""
 _NARROW, _NARROW_SPEEDUP = 0.02, 0.01

@@ -83,7 +83,7 @@ def _name_of(option: str, value: Any, registered: list[str]) -> Any:
 
 
 def _can_restart(value: Iterator[Any]) -> bool:
-    """Whether an iterator is a loader that can be iterated again, as those of Keras 2 and DALI, unlike a generator."""
+    """Whether an iterator is a loader that can restart, like those of Keras 2 and DALI, unlike generators or zip."""
     return any(hasattr(value, name) for name in ("__len__", "__getitem__", "reset"))
 
 

@@ -25,7 +25,7 @@ _EXACT = 1e-14
 _MOST_STEPS = 1000
 """Most steps of conjugate gradients, and the cost of rows that keep too many columns to be eliminated."""
 _ROUNDS = 3
-"""How often conjugate gradients may restart for such rows, with the residual computed in double precision."""
+"""Most rounds of conjugate gradients for such rows; each starts from a residual in double precision."""
 _FEW_STEPS = 30
 """Steps that a well-conditioned Gram matrix takes: rows that cost less than this are eliminated at once."""
 _GATHER_STEPS = 30
@@ -158,7 +158,7 @@ class _Equations:
     scale: Float64Array
     """The scale of each feature: one over the root of the diagonal."""
     factor: Float64Array
-    """Cholesky factor of the inverse: gives the error of a row above that of the unpruned solution, a lower bound."""
+    """Cholesky factor of the inverse: gives how much the error of a row exceeds that of the unpruned solution."""
 
     @classmethod
     def of(cls, gram: Float64Array) -> _Equations | None:

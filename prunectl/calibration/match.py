@@ -46,7 +46,7 @@ _PATIENCE = 10
 _FAR, _RATE_PATIENCE, _RATE_FACTOR = 0.5, 3, 0.25
 """While more than this share of the distance is left, so many evaluations without a gain multiply the rate by this."""
 _NEAR, _DECAY_DIVISOR = 0.015, 3
-"""Once less is left, the rate decays to zero over a third of the steps, unless the user gave their number."""
+"""Once less than this share of the first distance is left, the rate decays to zero over a third of the steps."""
 
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """Computes what matching starts from: the pruned weights of each tensor in a plan, and the mask of what was pruned."""

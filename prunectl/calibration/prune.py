@@ -228,7 +228,7 @@ def _prepare(
     reconstructor = _reconstructor(calibration, request, method) if _reconstructs(request, method) else None
     if reconstructor is not None and scope is Scope.GLOBAL:
         if model.folder is not None and not request.model:
-            notes += ("The whole model was loaded; with --scope layer it is gone through one block at a time.",)
+            notes += ("The whole model was loaded; with --scope layer it is processed one block at a time.",)
         if needs is Requires.PRODUCTS:
             reconstructor.rank = partial(_ranked, tensors, method, calibration)
     if needs is not Requires.NOTHING:

@@ -49,7 +49,7 @@ def fold_into_bias(
 def _difference(
     adapter: GraphAdapter, node: OpNode, before: dict[str, Array], after: dict[str, Array]
 ) -> tuple[Array, float]:
-    """The change of a node's outputs between two sets of weights, with a new batch axis; and the largest |output|."""
+    """The change of a node's outputs between two sets of weights, random batches first; and the largest |output|."""
     runners = [adapter.runner(adapter.with_weights(weights), node.outputs[:1]) for weights in (before, after)]
     random = np.random.default_rng(0)
     batches = [adapter.random_inputs(random) for _ in range(_INPUTS)]

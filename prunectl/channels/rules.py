@@ -136,7 +136,7 @@ def along_axes(trace: LabelTrace, node: OpNode) -> None:
     labels, shape = trace.labels_of(node.inputs[0]), trace.shape(node.outputs[0])
     axes = {axis % labels.ndim for axis in node.attributes["axes"]}
     if any(trace.labels.varies(labels, axis) for axis in axes):
-        # Most classifiers end in a softmax, for which users expect the reason that its classes are outputs.
+        # Most classifiers end in a softmax; users expect the reason that its classes are outputs of the network.
         is_last = any(name in trace.graph.outputs for name in node.outputs)
         reason = "is an output of the network" if is_last else "spans several channels"
         trace.labels.lock(labels, f"{op_title(node)} {reason}")
@@ -240,7 +240,7 @@ def _bias_or_state(trace: LabelTrace, node: OpNode, name: str, units_labels: Lab
         trace.labels.unite(_last(trace.labels_of(name)), units_labels, f"{op_title(node)} starts from a computed state")
         return
     times = trace.shape(name)[-1] // len(units_labels)
-    # An initial state has the role of a bias, so that the equivalence check zeroes it with the unit.
+    # An initial state has the role of a bias: the equivalence check must zero it too, so that a zeroed unit stays at 0.
     trace.record_axis(node, name, -1, AxisRole.BIAS, np.tile(units_labels, times))
 
 
@@ -282,7 +282,7 @@ def _kept_axis(trace: LabelTrace, node: OpNode, axes: tuple[int, ...], shape: tu
 
 
 def _is_shuffle(trace: LabelTrace, node: OpNode) -> bool:
-    """Whether a reshape starts a channel shuffle: all readers are transposes, and theirs restore the shape before."""
+    """Whether a reshape starts a channel shuffle: only transposes read it, and what follows restores the shape."""
     readers = trace.readers(node)
     if not readers or any(reader.kind is not OpKind.TRANSPOSE for reader in readers):
         return False

@@ -232,7 +232,7 @@ OPTION_RULES = {
             "{} cannot be used with --part, --join or --on: they write a new folder",
             never=Mode.PARTS,
         ),
-        OptionRule(("manifest",), "{} goes with --join, which has all parts", "add {} to --join", never=Mode.PART),
+        OptionRule(("manifest",), "{} is written by --join, from all parts", "add {} to --join", never=Mode.PART),
         OptionRule(
             ("cluster",), "{} cannot be used with wrappers: training would undo the clusters", never=Mode.WRAPPERS
         ),

@@ -149,7 +149,7 @@ def bench(paths: Sequence[Path], request: BenchRequest, meter: ProgressFactory =
                 runs = [_prepare(each, size, request) for each in opened]
                 latencies[size] = measure(runs, seconds=request.seconds, seed=request.seed)
                 bar.advance(1)
-    models = tuple(_describe(each, growth[0] if growth else None) for each, growth in zip(opened, memory, strict=True))
+    models = tuple(_describe(each, more[0] if more else None) for each, more in zip(opened, memory, strict=True))
     return Benchmark(models, latencies, request.threads, tuple(_notes(opened, request.threads)))
 
 

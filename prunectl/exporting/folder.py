@@ -169,7 +169,7 @@ def _shards(job: ExportJob, tensors: Sequence[Tensor]) -> tuple[list[_Shard], st
 
 
 def _stem(model: ModelFile, to: str) -> str:
-    # A file in a subfolder, as DeepSpeed writes for each step without ZeRO, has a name that is no model's.
+    # A file in a subfolder, as DeepSpeed writes for each step without ZeRO, is not named after the model.
     is_checkpoint = by_name(model.format).is_of_ranks or is_inside_folder(model)
     name = "" if is_checkpoint else model.path.name.partition(".")[0]
     stem = _SHARD.sub("", name) or "model"

@@ -1,4 +1,4 @@
-"""PyTorch models as sources, and targets that PyTorch writes: exported program, TorchScript, state dict, ONNX."""
+"""PyTorch models as sources, and targets that PyTorch writes: program, TorchScript (also int8), state dict, ONNX."""
 
 from __future__ import annotations
 

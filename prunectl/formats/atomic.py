@@ -35,8 +35,8 @@ def swap_atomically(one: Path, other: Path) -> bool:
 def move_if_free(new: Path, target: Path) -> None:
     """Move a file or a folder to a free path; FileExistsError if another process has created it meanwhile.
 
-    Uses `renameat2` where available, else (for a file) a hard link, which never replaces anything either, else a rename
-    over an empty file or folder, created exclusively: only what replaces that between the two steps can be lost.
+    Uses `renameat2` where available, else (for a file) a hard link, which never replaces anything either. Otherwise it
+    creates an empty file or folder exclusively and renames over it: only a replacement of that placeholder can be lost.
     """
     code = _renameat2(new, target, _NO_REPLACE)
     if code == errno.EEXIST:
@@ -209,7 +209,7 @@ def check_parent(path: Path) -> None:
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path is a device, a pipe, a socket, or anything in /dev or /proc.
+    """Whether a path is a device, a pipe, a socket, or an entry of /dev itself, or of /proc at any depth.
 
     /dev/stdout is a link, which may lead to a plain file. If prunectl replaced the link, no program would have it.
     """

@@ -144,7 +144,7 @@ class Tensor:
 
     @property
     def is_prunable(self) -> bool:
-        """Whether policies prune the tensor by default: a float matrix (or more axes) with a prunable role."""
+        """Whether policies prune the tensor by default: floats, two or more axes, and a prunable role."""
         return self.role in PRUNABLE and self.is_float and len(self.shape) >= 2
 
     @property

@@ -205,7 +205,7 @@ MAX_PICKLE_SCALE = 16
 PART_BYTES = 256
 """Minimal bytes on the disk for each part of a tensor in such metadata; PyTorch writes 1,100 for the smallest."""
 MAX_BOX_PIECES = 1_000_000
-"""Pieces in which the parts of a tensor are read, split where another begins or ends; a mesh of ranks has none."""
+"""Pieces in which the parts of a tensor are read, split where another begins or ends; a grid of parts is not split."""
 MAX_SMALL_PARTS = 20_000
 """Parts of tensors that a distributed checkpoint of any size may have."""
 MAX_SMALL_VALUES = 2_500

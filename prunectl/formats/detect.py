@@ -71,7 +71,7 @@ def missing_error(path: Path) -> InputError:
 
 
 _MAX_LISTED = 10_000
-"""At most so many files of a folder are searched for names like a misspelt one."""
+"""The most entries of a folder that are listed, to find parts of a pipeline or names like a misspelt one."""
 
 
 def _neighbours(path: Path) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def file_states(paths: Iterable[Path], earlier: Mapping[Path, FileState] | None 
 def _changed(path: Path) -> InputError:
     return InputError(
         f"{path} was changed while prunectl was reading it; nothing was written",
-        hint="run the same command again when nobody writes to it any more",
+        hint="run the same command again once no other program writes to it",
     )
 
 

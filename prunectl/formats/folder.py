@@ -26,7 +26,9 @@ OTHER_WEIGHTS = re.compile(
 """Copies of the weights in another format or precision, which are not copied: they would contradict the output."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".onnx", ".onnx_data", ".h5", ".msgpack", ".gguf"}
 """Suffixes of weights in subfolders, such as another module of sentence-transformers, or an export of this model."""
-MASKS_IN_SHARDS = "strip removes masks from one file alone; in PyTorch, torch.nn.utils.prune.remove does, before saving"
+MASKS_IN_SHARDS = (
+    "strip removes masks only from a single file; in PyTorch, call torch.nn.utils.prune.remove before saving"
+)
 """The hint for sharded weights with masks, which neither strip nor export can remove."""
 _TRAINING_STATE = {
     StripPart.OPTIMIZER: re.compile(r"optimizer(_\d+)?\.(pt|bin)|(optimizer_\d+|global_step\d+)/.*"),

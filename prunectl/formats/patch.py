@@ -33,7 +33,7 @@ class TensorUpdate:
         """The run of bytes that is replaced."""
         extent = self.tensor.storage.extent
         if extent is None:
-            raise ValueError(f"{self.tensor.name} does not lie flat")
+            raise ValueError(f"{self.tensor.name} is not stored as one run of bytes")
         begin = extent.offset + self.tensor.start * self.tensor.dtype.itemsize
         return Extent(extent.path, begin, self.tensor.nbytes)
 

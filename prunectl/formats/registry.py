@@ -288,7 +288,7 @@ def _refuse_impossible(path: Path, tensor: Tensor) -> None:
 
 
 def _refuse_bombs(path: Path, model: ModelFile) -> None:
-    """Refuse models whose tensors expand to, or by sharing reread, far more bytes than the files have."""
+    """Refuse a model whose tensors expand to far more bytes than its files have, or share bytes read too often."""
     file_bytes = model.nbytes
     # Identical views are read once.
     views = {tensor.view_key: tensor for tensor in model.tensors}.values()
@@ -320,6 +320,7 @@ def _read_bytes(tensor: Tensor) -> int:
 
 def is_inside_folder(model: ModelFile) -> bool:
     """Whether the weights lie in a subfolder of the folder that was opened, as DeepSpeed saves them without ZeRO."""
+    # A SavedModel is itself a folder: no files lie beside it, so its weights do not count as inside one.
     return not by_name(model.format).is_of_ranks and model.folder not in {None, model.path.parent}
 
 

@@ -36,7 +36,7 @@ def rewrite_zip(
     alignment: int = 0,
     force_zip64: bool = False,
 ) -> None:
-    """Rewrite an archive with new content in the `changed` entries; each entry stays compressed or uncompressed.
+    """Rewrite an archive with new content in the `changed` entries; each entry stays compressed or stored, as it was.
 
     `names` lists all entries of the output, old and new ones, in their order; `revise` may edit each entry's metadata
     before it is written. With an alignment, the bytes of stored entries begin at its multiples, as in PyTorch's zips.

@@ -44,7 +44,7 @@ _NOT_BY_BLOCK = re.compile(r"architectures|.*(_ids?|_tokens|_token_id|_token_ids
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 """A module name, as opposed to a regular expression for module names."""
 _SHARED = ("num_kv_shared_layers",)
-"""Keys of blocks that share keys and values with others, so that none can be removed."""
+"""Config keys by which blocks share attention keys and values; if one is set, no block can be removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def _new_name(model: ModelFile, text: str, cut: BlockCut) -> str | None:
 def _named_by_number(model: ModelFile, text: str) -> InputError:
     return InputError(
         f"the {CONFIG} of {model.folder} names blocks by their numbers ({abbreviated(text)}), which prunectl cannot "
-        "change: only the last ones can go",
+        "change: only the last blocks can be removed",
         hint="--strategy last",
     )
 
@@ -177,7 +177,9 @@ def _refuse_by_number(
     """Refuse to renumber blocks if the number of a block decides its kind."""
     for key in _SHARED:
         if owner.get(key):
-            raise InputError(f"the {CONFIG} of {model.folder} lets blocks share their keys ({key}): none can go")
+            raise InputError(
+                f"the {CONFIG} of {model.folder} lets blocks share their keys ({key}): no block can be removed"
+            )
     if cut.is_at_end:
         return
     reasons = [
@@ -192,8 +194,8 @@ def _refuse_by_number(
         reasons.append(f"no {inner.needs}" if inner is not None else "an unknown model_type in it")
     if reasons:
         raise InputError(
-            f"the {CONFIG} of {model.folder} makes a block what it is by its number ({reasons[0]}): only the last ones "
-            "can go",
+            f"the {CONFIG} of {model.folder} decides the kind of a block by its number ({reasons[0]}): only the last "
+            "blocks can be removed",
             hint="--strategy last",
         )
 

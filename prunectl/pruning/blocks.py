@@ -45,7 +45,7 @@ LAST, EVEN, INFLUENCE = "last", "even", "block-influence"
 STRATEGIES = {
     LAST: "the last blocks",
     EVEN: "blocks at even distances, the first and the last kept",
-    INFLUENCE: "blocks that change least of what goes through them, as --data shows",
+    INFLUENCE: "blocks that change their inputs least, as --data shows",
 }
 """The strategies that choose blocks, if --layers does not name them."""
 Measure = Callable[[ModelFile], tuple[Sequence[float], tuple[str, ...]]]

@@ -193,7 +193,7 @@ class LazyHistogram:
 
     @property
     def held(self) -> int:
-        """The memory that it takes, as a number of collected numbers."""
+        """The memory that it takes, in units of one collected number."""
         return self._waiting_size + (0 if self._counts is None else 2 * self._length)
 
     def add(self, numbers: Array) -> None:
@@ -242,7 +242,7 @@ def _map_parallel(work: Callable[[Source], Result], sources: Sequence[Source]) -
 
 
 def _bracket_from_sample(samples: Sequence[Source], share: float) -> tuple[int, int] | None:
-    """First and last bin of the upper bits that bracket the threshold of a share, by samples; None if too wide."""
+    """First and last bin of the upper bits that bracket the threshold of a share; None if samples cannot narrow it."""
     digits = LazyHistogram(BINS)
     with closing(_map_parallel(_sample, samples)) as sampled_each:
         for histogram in sampled_each:

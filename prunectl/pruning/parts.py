@@ -325,7 +325,7 @@ class _Task:
             self._note(name, {**placed, "sha256": digest}, rows)
         result = self.noted(name)
         if result is None:
-            raise WorkError(f"{self.ledger.target / name} was changed by somebody else while prunectl was running")
+            raise WorkError(f"{self.ledger.target / name} was changed by another program while prunectl was running")
         return replace(result, is_new=True)
 
     def _note(self, name: str, output: Mapping[str, Any], rows: Mapping[str, Sequence[int | None]]) -> None:
@@ -371,9 +371,9 @@ class _Task:
         while shift is None or shift > 0:
             counted = {name: self._counts(name, prefix, shift, last[name]) for name in order}
             shift = max(low for _, low in counted.values())
-            totals = np.sum([counts for counts, _ in counted.values()], axis=0)
-            prefix, below, _ = masks.next_digit(totals, prefix, below, self.plan.drop)
-            digit = prefix % len(totals)
+            by_digit = np.sum([counts for counts, _ in counted.values()], axis=0)
+            prefix, below, _ = masks.next_digit(by_digit, prefix, below, self.plan.drop)
+            digit = prefix % len(by_digit)
             for name, (counts, _) in counted.items():
                 below_by_name[name] += int(counts[:digit].sum())
                 last[name] = int(counts[digit])

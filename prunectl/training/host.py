@@ -129,7 +129,7 @@ class _Torch:
 
 
 class _TensorFlow:
-    """The global seed, and the generator that gives operations without a seed of their own one, if a seed is set."""
+    """The global seed, and the generator of seeds for operations without one, which exists once a seed is set."""
 
     def save(self) -> Any:
         if not self._is_imported():

@@ -150,7 +150,8 @@ def _batches(run: TrainingRun, epoch: int, done: int) -> Iterator[Batch]:
         batch_size, config.seed, epoch, is_shuffled=True, skip=done, rank=rank, ranks=ranks, workers=workers
     )
     batches = run.data.train.batches(order)
-    # Indexed data has as many examples in every process; a stream may end earlier in one, and the others would wait.
+    # Indexed data has the same number of examples in every process. A stream may end earlier in one process, and the
+    # others would wait for it.
     return batches if ranks == 1 or isinstance(run.data.train, IndexedSource) else _until_any_ends(run, batches)
 
 

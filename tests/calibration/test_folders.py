@@ -230,7 +230,7 @@ def test_perplexity_is_that_of_the_library(name: str, home: Path, made: Callable
 def test_an_encoder_has_no_perplexity_and_is_told_so(home: Path, made: Callable[..., Path]) -> None:
     done = here("eval", made("bert"), "--data", home / "test.txt", "--metric", "perplexity")
     assert done.code == 2
-    assert "is no causal language model, whose target is the next token" in done.err
+    assert "is not a causal language model, whose target is the next token" in done.err
     assert "text alone trains and measures causal models" in done.err
 
 
@@ -739,7 +739,7 @@ def test_a_tokenizer_reads_no_file_outside_its_folder(
     (tmp_path / "odd" / name).write_text(text.replace("{outside}", str(outside)).replace("{pipe}", str(pipe)))
     done = here("eval", tmp_path / "odd", "--data", home / "test.txt", "--metric", "perplexity")
     assert done.code == 3
-    assert "which is no file of the folder" in re.sub(r"\s+", " ", done.err)
+    assert "which is not a file of the folder" in re.sub(r"\s+", " ", done.err)
 
 
 def test_a_path_that_leads_to_nothing_is_kept_in_many_configurations(
@@ -791,7 +791,7 @@ def test_a_folder_is_trained_on_text_with_its_zeros_kept(home: Path, made: Calla
     assert perplexity(after, rows) < perplexity(before, rows)
     done = here("finetune", made("bert"), "-o", tmp_path / "no", *words)
     assert done.code == 2
-    assert "is no causal language model" in done.err
+    assert "is not a causal language model" in done.err
     assert "name data with targets" in done.err
 
 

@@ -346,7 +346,7 @@ def without_a_beginning(metadata: Metadata) -> None:
         (not_a_dictionary, "does not list the tensors"),
         (evil, "opened by PyTorch, its pickle would use posix.system"),
         (starter, "its pickle would use torch.distributed.elastic."),
-        (without_a_beginning, "does not say which part of which tensor lies where"),
+        (without_a_beginning, "does not give the position of each part of a tensor"),
     ],
 )
 def test_metadata_that_lies_is_refused_and_calls_nothing(own: Path, change: Any, message: str) -> None:

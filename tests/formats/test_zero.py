@@ -174,7 +174,7 @@ def test_ties_that_are_no_names_are_refused(tmp_path: Path, pairs: dict[str, Any
     edit_model(saved, shared_params=pairs)
     done = here("inspect", saved)
     assert done.code == 3
-    assert "is damaged: its shared_params are no pairs of names" in " ".join(done.err.split())
+    assert "is damaged: its shared_params are not pairs of names" in " ".join(done.err.split())
 
 
 def test_ties_in_a_circle_are_refused_where_the_module_is_empty(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_part_is_not_done_twice(folder: Path) -> None:
         (("-s", "50%", "--part", "1/10000000"), "--part cannot be '1/10000000'"),
         (("-s", "60%", "--join"), "sparsity is 0.6, but 0.5"),
         (("-s", "50%"), "exists"),
-        (("-s", "50%", "--part", "2/2", "--manifest", "run.json"), "--manifest goes with --join"),
+        (("-s", "50%", "--part", "2/2", "--manifest", "run.json"), "--manifest is written by --join"),
         (("--target-gzip", "1KB", "--part", "2/2"), "--target-gzip cannot be used with --part"),
         (("-s", "50%", "--part", "2/2", "--in-place"), "--in-place cannot be used with --part"),
         (("--pattern", "layers", "--strategy", "last", "--blocks", "1", "--part", "2/2"), "--part cannot be used with"),
@@ -480,7 +480,7 @@ def test_a_manifest_of_parts_that_are_joined_at_a_url_is_refused_at_once(folder:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"part": "1/2", "manifest": "run.json"}, "manifest goes with join"),
+        ({"part": "1/2", "manifest": "run.json"}, "manifest is written by join"),
         ({"part": "1/2", "force": True}, "force cannot be used with part"),
         ({"part": "1/2", "in_place": True}, "in_place cannot be used with part"),
         ({"wrap": True, "manifest": "run.json"}, "manifest cannot be used with wrappers"),

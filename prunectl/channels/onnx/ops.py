@@ -140,6 +140,7 @@ def _recurrent(op: OnnxOpContext) -> Lowering:
 
 
 def _has_known_activations(op: OnnxOpContext) -> bool:
+    """Whether the activations are supported: sigmoid, tanh or ReLU."""
     return set(op.attribute("activations", ())) <= {"Sigmoid", "Tanh", "Relu"}
 
 

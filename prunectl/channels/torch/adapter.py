@@ -183,6 +183,7 @@ class TorchAdapter(GraphAdapter):
 
 
 _UNBOUNDED = 1 << 62
+"""From this upper bound on, a dynamic axis counts as unbounded."""
 
 
 def prune_program(

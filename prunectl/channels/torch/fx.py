@@ -139,7 +139,7 @@ def attribute(module: torch.nn.Module, name: str) -> torch.Tensor:
     owner, _, last = name.rpartition(".")
     weight = getattr(module.get_submodule(owner), last)
     if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{name} is no tensor")
+        raise TypeError(f"{name} is not a tensor")
     return weight
 
 

@@ -82,7 +82,7 @@ def _input_names(module: torch.nn.Module, count: int) -> list[str]:
     """The names of the parameters of `forward`."""
     parameters = [*inspect.signature(module.forward).parameters.values()][:count]
     if len(parameters) < count or any(parameter.kind not in _PLAIN for parameter in parameters):
-        raise UnrecordableError("forward takes what has no name of its own")
+        raise UnrecordableError("forward takes arguments without names")
     return [parameter.name for parameter in parameters]
 
 

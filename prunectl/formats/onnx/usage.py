@@ -299,7 +299,7 @@ def _part(use: OnnxTensorUse, shape: tuple[int, ...], dtype: np.dtype[Any]) -> O
     if part is None:
         return None
     if part.role in {Role.KERNEL, Role.RECURRENT, Role.EMBEDDING}:
-        # The same operations are used on shapes and indices, which are wide integers or Booleans.
+        # The same operations are used on shapes and indices, which are integers of 32 or 64 bits, or Booleans.
         is_number = dtype.kind != "b" and not (dtype.kind in "iu" and dtype.itemsize > 2)
         is_deep = len(shape) >= 2 if part.role is not Role.KERNEL else len(shape) >= 1
         return part if is_number and is_deep else None

@@ -64,7 +64,7 @@ FOOTER_BYTES = 48
 TRAILER_BYTES = 5
 """Trailer of each block: a byte for its compression, then a masked CRC-32C over the block and that byte."""
 _NON_ASCII_COST = 8
-"""Factor by which decoding takes longer for a key that may be invalid text."""
+"""Factor by which decoding takes longer for a key that is not ASCII."""
 _PLAIN_BLOCK, _PACKED = 0, 1
 _MASK_DELTA = 0xA282EAD8
 
@@ -102,7 +102,7 @@ def masked_crc(data: bytes) -> int:
 
 
 def mask(crc: int) -> int:
-    """A CRC-32C as LevelDB stores it: masked, because a CRC of data that contains its own CRC is weak."""
+    """A CRC-32C as LevelDB stores it: masked, because the CRC of data that contains CRCs is weak."""
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 

@@ -69,7 +69,7 @@ def densify(sparsity: FlatTable, shape: tuple[int, ...], values: NDArray[Any]) -
     level_indices = _walk(levels, limit)
     if len(level_indices[0]) != len(values):
         raise FlatBufferError(f"a sparse tensor holds {len(values)} values for {len(level_indices[0])} positions")
-    by_number = {number: (index, level.size) for number, index, level in zip(order, level_indices, levels, strict=True)}
+    by_number = {number: (along, level.size) for number, along, level in zip(order, level_indices, levels, strict=True)}
     indices = []
     for axis, size in enumerate(shape):
         index = by_number[axis][0]

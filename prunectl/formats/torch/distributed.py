@@ -1,7 +1,7 @@
 """Distributed checkpoints of PyTorch (DCP): a pickle with the positions of the parts of each tensor, and their files.
 
 `.metadata` is interpreted by the pickle VM, as every pickle here. Each part of a tensor is an archive of torch.save.
-So is each byte entry (a value that is no tensor), which PyTorch loads without `weights_only`.
+So is each byte entry (a value that is not a tensor), which PyTorch loads without `weights_only`.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _extents(path: Path, value: Any, max_parts: int) -> tuple[PartExtents, Seque
     if isinstance(value, PickleDict) and len(value.items) > max_parts:
         raise InputError(f"{path} is refused: it claims {len(value.items)} parts, more than its files could hold")
     if not isinstance(value, PickleDict):
-        raise InputError(f"{path} is damaged: it does not say where the tensors lie")
+        raise InputError(f"{path} is damaged: it does not give the positions of the tensors")
     part_extents: dict[tuple[str, tuple[int, ...]], Extent] = {}
     all_extents: dict[Extent, None] = {}
     sizes: dict[str, int] = {}
@@ -219,7 +219,7 @@ def _extents(path: Path, value: Any, max_parts: int) -> tuple[PartExtents, Seque
         index = _fields(path, key, "MetadataIndex")
         name, corner = index.get("fqn"), index.get("offset")
         if not isinstance(name, str) or not (corner is None or _is_shape(corner)):
-            raise InputError(f"{path} is damaged: it does not say which part of which tensor lies where")
+            raise InputError(f"{path} is damaged: it does not give the position of each part of a tensor")
         extent = _extent(path, name, _fields(path, info, "_StorageInfo"), sizes)
         all_extents[extent] = None
         if corner is not None:

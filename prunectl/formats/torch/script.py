@@ -98,7 +98,7 @@ class _Function:
 
 
 def uses(modules: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], StateUse] | None:
-    """The uses of the attributes of each class, and of the constants; None if the code is odd or too long.
+    """The uses of the attributes of each class, and of the constants; None if PyTorch wrote no such code, or too much.
 
     ``modules`` are pairs of a dotted path and a source text. The keys of the uses are pairs of class and attribute.
     """

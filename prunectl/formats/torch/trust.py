@@ -37,7 +37,7 @@ from prunectl.formats.torch.pickle.vm import interpret
 from prunectl.formats.zip_read import Archive
 
 NAMESPACES = frozenset({"aten", "prims", "quantized_decomposed"})
-"""Libraries of operators that only compute."""
+"""Namespaces of operators that only compute."""
 WRITING = frozenset({"from_file", "save"})
 """Operators of aten that open or write a file by name."""
 HIGHER_ORDER = frozenset(
@@ -376,7 +376,7 @@ _TEXTS: Mapping[str, Callable[[str], bool]] = {
 SCRIPT_LIBRARIES = frozenset(
     {"aten", "prim", "quantized", "_quantized", "prepacked", "mkldnn_prepacked", "torchvision"}
 )
-"""Libraries of operators that only compute, except for those in WRITING."""
+"""Namespaces of operators that only compute, except for those in WRITING."""
 SCRIPT_CLASSES = frozenset({"quantized", "xnnpack"})
 """Libraries of classes that hold packed weights."""
 

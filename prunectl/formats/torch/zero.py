@@ -49,7 +49,7 @@ class _File:
         """A contiguous, uncompressed tensor, and its extent in the file."""
         value = tree.inner_tensor(value)
         if not (isinstance(value, OpaqueCall) and value.path in views.VIEW_CALLS):
-            raise InputError(f"{self.path} is damaged: {abbreviated(name)} is no tensor")
+            raise InputError(f"{self.path} is damaged: {abbreviated(name)} is not a tensor")
         view = views.view_of(self.path, value, name)
         storage = self.source.find(view.storage)
         if storage.extent is None or view.strides is not None or storage.big_endian:
@@ -327,7 +327,7 @@ def _others(model: _File, stage: int, runs: Mapping[str, Runs]) -> Others:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor of any kind: beside their weights, modules may save values that are no tensors."""
+    """Whether a value is a tensor of any kind: modules may also save values that are not tensors."""
     value = tree.inner_tensor(value)
     return isinstance(value, OpaqueCall) and value.path.rpartition(".")[2].startswith("_rebuild_")
 
@@ -343,7 +343,7 @@ def _originals(model: _File, tensor_names: KeysView[str]) -> dict[str, str]:
             chain[end] = None
             end = pairs[end]
             if not isinstance(end, str):
-                raise InputError(f"{model.path} is damaged: its shared_params are no pairs of names")
+                raise InputError(f"{model.path} is damaged: its shared_params are not pairs of names")
         ends |= dict.fromkeys(chain, ends.get(end, end))
     return ends
 

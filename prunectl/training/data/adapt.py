@@ -18,7 +18,8 @@ from prunectl.training.task import IGNORED_LABEL, Task, TaskKind, format_shape, 
 _BYTE = np.dtype(np.uint8)
 _FLOAT = np.dtype(np.float32)
 _WHOLE = np.dtype(np.int64)
-_HALVES = frozenset({"float16", "float64"})
+_KEPT_FLOATS = frozenset({"float16", "float64"})
+"""Dtypes of inputs that floats are cast to; for any other float, such as bfloat16, they become float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def input_cast(given: np.dtype[Any], expected: str) -> Cast | None:
     """The cast of an input to a model's dtype; if that is unknown, floats and unsigned integers become float32."""
     if expected.startswith(("int", "uint", "bool")):
         return None if given == expected else Cast(np.dtype(expected), f"{given} is cast to {expected}")
-    dtype = np.dtype(expected) if expected in _HALVES else _FLOAT
+    dtype = np.dtype(expected) if expected in _KEPT_FLOATS else _FLOAT
     if given == dtype or (not expected and given.kind in "bi"):
         return None
     note = f"{given} is cast to {dtype}"
@@ -251,7 +252,8 @@ def require_targets(source: Source, signature: ModelSignature | None = None) -> 
     text = signature.text if signature is not None else None
     if not source.has_targets and text is not None and not text.is_causal:
         raise UsageError(
-            f"{source.name} has no targets: {text.folder} is no causal language model, whose target is the next token",
+            f"{source.name} has no targets: {text.folder} is not a causal language model, "
+            "whose target is the next token",
             hint="text alone trains and measures causal models, such as GPT or Llama; else name data with targets",
         )
     if not source.has_targets:

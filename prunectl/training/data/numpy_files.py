@@ -167,7 +167,7 @@ def _named_arrays(path: Path, text: str, names: list[str]) -> tuple[list[str], l
 def _arrays_of_model(
     path: Path, names: list[str], signature: ModelSignature | None
 ) -> tuple[list[str], list[str], tuple[str, ...]] | None:
-    """Match arrays with a model by the names of inputs and outputs; other targets: the only rest, or a usual name."""
+    """Match arrays with a model: inputs by name; targets by output names, else the only other array or a usual name."""
     inputs = [port.name for port in signature.inputs] if signature else []
     if signature is None or not inputs or not set(inputs) <= set(names):
         return None

@@ -260,9 +260,7 @@ def order_by_port(where: str, names: Sequence[str], ports: Sequence[TensorSpec])
         return order, (f"{where}: arrays are matched with the model by their names, in its order: {listed}",)
     displaced = next((name for name, port in zip(names, wanted, strict=True) if name != port and name in wanted), None)
     if displaced is not None:
-        raise UsageError(
-            f"{where}: {displaced} does not stand where the model has it", hint=f"the model's order is {listed}"
-        )
+        raise UsageError(f"{where}: {displaced} is not in the model's position", hint=f"the model's order is {listed}")
     return as_given, ()
 
 

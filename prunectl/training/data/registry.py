@@ -162,7 +162,7 @@ _HINT = "write norm=unit (x / 255), norm=imagenet, norm=none, norm=/16 (x / 16),
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """(x / scale - mean) / deviation, where mean and deviation are those of all channels or of each."""
+    """(x / scale - mean) / deviation, with a default scale of 255; mean and deviation of all channels or of each."""
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]

@@ -105,7 +105,7 @@ def _number_names(known: Array) -> str:
 
 CSV_ROWS_AT_ONCE = 1024
 _WHOLE_DIGITS = 18
-"""The number of characters in which every integer fits into 64 bits."""
+"""Every integer of up to this many characters fits into 64 bits."""
 
 
 class Row(NamedTuple):

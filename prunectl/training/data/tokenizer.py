@@ -1,4 +1,4 @@
-"""Runs the tokenizer of a model folder in a sandbox, as its regular expressions may backtrack for ever."""
+"""Runs the tokenizer of a model folder in a sandbox, as its regular expressions may backtrack forever."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _check_paths(folder: Path) -> None:
             elif isinstance(value, str) and _PATHS.fullmatch(key) and _leads_out(folder, value):
                 raise InputError(
                     f"{folder / name} is refused: {abbreviated(key)} names {abbreviated(value)}, "
-                    "which is no file of the folder"
+                    "which is not a file of the folder"
                 )
 
 

@@ -72,7 +72,7 @@ def _is_named(model: ModelFile) -> bool:
 
 
 _KERAS3 = 3
-"""The first version for the library keras rather than tf_keras, which numbers the layers of an archive as today."""
+"""The major version from which the package is keras, not tf_keras, and archives number layers as Keras does today."""
 
 
 @dataclass(frozen=True, slots=True)

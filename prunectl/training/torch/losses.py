@@ -130,7 +130,7 @@ class TorchLoss:
 
     @property
     def classifies(self) -> bool:
-        """Whether the loss compares one of several classes."""
+        """Whether it is a classification loss over several classes."""
         return self.name in _CLASSIFY
 
     @property

@@ -399,7 +399,7 @@ class TorchTrainable:
         if missing := masks.keys() - parameters.keys():
             raise WorkError(f"{min(missing)} is not a parameter that PyTorch trains, so it cannot be pruned")
         kept = {weight: distribute_like(torch.from_numpy(masks[name]), weight) for name, weight in parameters.items()}
-        self._masks.set(kept, self._optimizer)
+        self._masks.hold(kept, self._optimizer)
 
     def track_gradients(self, statistic: GradientStatistic, names: Sequence[str]) -> None:
         self._statistics.begin(statistic, self._parameters(names))

@@ -41,7 +41,7 @@ class WeightMasks:
     def __init__(self) -> None:
         self._dropped: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
-    def set(self, kept: Mapping[torch.nn.Parameter, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    def hold(self, kept: Mapping[torch.nn.Parameter, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
         """Hold the weights that the masks do not keep at zero from now on, and zero their optimizer state."""
         self._dropped = [(weight, ~mask.to(weight.device)) for weight, mask in kept.items()]
         self.zero_weights()

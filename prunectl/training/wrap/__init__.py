@@ -150,7 +150,7 @@ KIND = "tfmot"
 
 @dataclass(frozen=True, slots=True)
 class SavedPruning:
-    """Unfinished schedules in the wrappers of a file, by layer."""
+    """The schedules in the wrappers of a file, by layer, and the number of steps taken under them."""
 
     schedules: Mapping[str, Schedule]
     step: int

@@ -66,7 +66,7 @@ def test_arrays_that_have_the_names_of_a_model_go_where_it_has_them(
 
 def test_a_name_of_the_model_in_another_place_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", ids=X, attention=X, kind=Y, score=Y)
-    with pytest.raises(UsageError, match="ids does not stand where the model has it"):
+    with pytest.raises(UsageError, match="ids is not in the model's position"):
         opened(f"{tmp_path}/a.npz[ids+attention,kind+score]", TEXT)
     peek(opened(f"{tmp_path}/a.npz[attention+ids,kind+score]", TEXT))
 

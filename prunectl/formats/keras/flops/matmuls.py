@@ -89,7 +89,7 @@ _BY_LEAF, _BY_ROLE = 2, 1
 
 
 class Weights:
-    """The weights of a model, by the names that their names consist of."""
+    """The weights of a model, by the parts of their names: those of models, of layers and of the weight itself."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._parts: dict[str, tuple[str, ...]] = {}

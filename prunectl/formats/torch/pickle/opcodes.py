@@ -47,7 +47,7 @@ class Persistent:
 
 @dataclass(slots=True, eq=False)
 class PickleDict:
-    """A dictionary as a list of entries: hashing the keys of an untrusted file could take for ever."""
+    """A dictionary as a list of entries: hashing the keys of an untrusted file could take forever."""
 
     items: list[tuple[Any, Any]] = field(default_factory=list)
 
