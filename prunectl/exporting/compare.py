@@ -210,8 +210,9 @@ def _numbers(expected: list[Array], actual: list[Array]) -> tuple[Array, Array]:
 
 
 def _are_labels(array: Array) -> bool:
-    """Whether an output is whole numbers or words, of which one is as far from the right one as any other."""
-    return array.dtype.kind in "iub" or array.dtype.kind in _STRING_KINDS
+    """Whether an output is one label for each example: a word or an int64, as ArgMax and classifiers write."""
+    has_kind = array.dtype == np.int64 or array.dtype.kind in _STRING_KINDS
+    return has_kind and array.ndim > 0 and array.size == len(array)
 
 
 def _is_classes(array: Array) -> bool:

@@ -152,6 +152,14 @@ def test_of_labels_the_share_that_is_the_same_counts() -> None:
         answered(whole + 1000, whole + 1001, INTEGERS, is_data=True)
 
 
+def test_of_pixels_the_noise_counts_though_they_are_integers() -> None:
+    pixels = np.arange(100, 228).reshape(8, 16)
+    for kind in (np.uint8, np.int64):
+        answered(pixels.astype(kind), (pixels + 1).astype(kind), INTEGERS, is_data=True)
+        with pytest.raises(WorkError, match="of its RMS"):
+            answered(pixels.astype(kind), (pixels + 20).astype(kind), INTEGERS, is_data=True)
+
+
 def test_what_is_no_number_is_beyond_every_noise_and_what_is_zero_has_none() -> None:
     whole = np.ones((3, 2))
     for value in (np.nan, np.inf):
