@@ -83,6 +83,10 @@ def loss(out, y):
 
 def step(model, x):
     return 0
+
+
+def nothing(model, x, y):
+    pass
 """
 
 
@@ -94,6 +98,7 @@ def step(model, x):
             "own_steps.py:loss raised AttributeError: 'Tensor' object has no attribute",
         ),
         (("--train-step", "./own_steps.py:step"), "own_steps.py:step raised TypeError: step() takes 2 positional"),
+        (("--train-step", "./own_steps.py:nothing"), "own_steps.py:nothing returned None, not a tensor"),
     ],
 )
 def test_a_function_that_raises_in_training_is_the_users_to_mend(option: tuple[str, str], said: str, net: Path) -> None:

@@ -134,20 +134,24 @@ def check_checkpoint(model: ModelFile) -> None:
 
 
 def find_guarded(kind: str, name: str, builtin: Mapping[str, Any]) -> Any:
-    """As `plugins.find`, but an exception in a function of the user's is told as theirs, by its name."""
+    """As `plugins.find`, but names a user's function that raises an exception or returns no PyTorch tensor."""
     function: Any = find(kind, name, builtin)
     if name in builtin or not callable(function):
         return function
 
     def guarded(*arguments: Any, **keywords: Any) -> Any:
         try:
-            return function(*arguments, **keywords)
+            value = function(*arguments, **keywords)
         except (PrunectlError, MemoryError):
             raise
         except Exception as error:
             if "OutOfMemory" in type(error).__name__:
                 raise
             raise WorkError(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
+        if not hasattr(value, "backward"):
+            returned = "None" if value is None else f"an object of type {type(value).__name__}"
+            raise WorkError(f"{name} returned {returned}, not a tensor", hint="return the loss as a PyTorch tensor")
+        return value
 
     return guarded
 
