@@ -259,7 +259,7 @@ def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
 
     def score(weights: Array, context: BlockContext) -> Array:
         scores = call_plugin(function, request.strategy, context.name, _at_least_float32(weights), **params)
-        return _validated(scores, weights, request.strategy, context.name)
+        return _validated(scores, weights, request, context.name)
 
     def score_all(weights: Mapping[str, Array]) -> Mapping[str, Array | None]:
         wide = {name: _at_least_float32(array) for name, array in weights.items()}
@@ -269,7 +269,7 @@ def adapt_strategy(plugin: object, request: PruneRequest) -> Strategy:
                 f"{request.strategy} must return a dictionary whose keys are the names of the tensors it was given"
             )
         return {
-            name: None if scores.get(name) is None else _validated(scores[name], array, request.strategy, name)
+            name: None if scores.get(name) is None else _validated(scores[name], array, request, name)
             for name, array in weights.items()
         }
 
@@ -382,19 +382,22 @@ def _parse_value(name: str, text: str, kind: str) -> Any:
     return parsed
 
 
-def _validated(scores: Any, weights: Array, strategy: str, name: str) -> Array:
+def _validated(scores: Any, weights: Array, request: PruneRequest, name: str) -> Array:
     """Check a plugin's scores: of the weights' shape, numbers, none of them negative; return them as float64."""
     array = np.asarray(scores)
     if array.shape != weights.shape:
         raise WorkError(
-            f"{strategy} returned scores of shape {array.shape} for {name}, whose weights have {weights.shape}"
+            f"{request.strategy} returned scores of shape {array.shape} for {name}, whose weights have {weights.shape}"
         )
     if array.dtype.kind not in "fiub":
-        raise WorkError(f"{strategy} returned scores for {name} that are not numbers")
+        raise WorkError(f"{request.strategy} returned scores for {name} that are not numbers")
     # All in float64, so that the scores of several tensors can be ranked together.
     array = array.astype(np.float64)
     if (array < 0).any():
-        raise WorkError(f"{strategy} returned a negative score for {name}")
-    if not np.isfinite(array).all() and np.isfinite(weights).all():
-        raise WorkError(f"{strategy} returned scores for {name} that are NaN or infinite")
+        raise WorkError(f"{request.strategy} returned a negative score for {name}")
+    if request.nan == "error" and not np.isfinite(array).all() and np.isfinite(weights).all():
+        raise WorkError(
+            f"{request.strategy} returned scores for {name} that are NaN or infinite",
+            hint="--nan keep never prunes the weights with these scores, --nan zero always prunes them",
+        )
     return array

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from prunectl.errors import PrunectlError, UsageError
+from prunectl.errors import PrunectlError, UsageError, WorkError
 from prunectl.formats.registry import open_model
 from prunectl.plugins import attribute
 from prunectl.pruning.schedules import SparsitySchedule
@@ -174,6 +175,22 @@ def test_a_broken_plug_in_is_told_in_a_sentence(text: str, says: str, code: int,
     assert caught.value.exit_code == code
     assert says in caught.value.message
     assert not (tmp_path / "out" / "digits_cnn.pt").exists()
+
+
+@pytest.mark.parametrize("score", ["inf", "nan"])
+@pytest.mark.parametrize(("policy", "kept"), [("keep", [[1, 0, 0, 4]]), ("zero", [[0, 0, 3, 4]])])
+def test_weights_whose_scores_are_not_finite_are_kept_or_pruned_as_asked(
+    score: str, policy: str, kept: list[list[int]], tmp_path: Path
+) -> None:
+    where = plug(tmp_path, f"def s(w):\n    return np.array([[np.{score}, 2, 3, 4]])\n")
+    path = tmp_path / "m.safetensors"
+    save_file({"weight": np.array([[1, 2, 3, 4]], "f4")}, path)
+    asked: dict[str, Any] = {"sparsity": 0.5, "strategy": f"{where}:s"}
+    with pytest.raises(WorkError) as caught:
+        prune(path, tmp_path / "out", **asked)
+    assert f"--nan {policy}" in caught.value.hint
+    _, written = prune(path, tmp_path / "out", nan=policy, **asked)
+    np.testing.assert_array_equal(arrays(written)["weight"], kept)
 
 
 def test_a_schedule_of_another_signature_is_refused_with_the_right_one(tmp_path: Path) -> None:
