@@ -7,6 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
+from prunectl.formats.descriptors import stdout_taken
+
 _reserved: list[TextIO] = []
 
 
@@ -18,9 +20,10 @@ def data_stream() -> TextIO:
 @contextmanager
 def reserved() -> Generator[None]:
     """Send what is printed to stderr: a line of somebody's builder or strategy would break JSON, rows or a model."""
-    _reserved.append(sys.stdout)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        _reserved.pop()
+    with stdout_taken() as taken:
+        _reserved.append(taken or sys.stdout)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _reserved.pop()

@@ -33,6 +33,7 @@ from prunectl.errors import (
     WorkError,
     translate,
 )
+from prunectl.formats.descriptors import take_stdout
 from prunectl.formats.registry import open_model
 from prunectl.formats.safe_json import require
 from prunectl.formats.scratch import temporary_folder
@@ -319,9 +320,9 @@ _PARENT_GONE = 1
 
 def main() -> None:
     """Read lines of JSON from stdin, the job and then trials, and write a reply to each trial to stdout."""
-    # Frameworks may print to stdout: it is redirected to stderr, and replies go to a duplicate of the original.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # Frameworks may print to stdout.
+    replies = take_stdout()
+    replies.reconfigure(encoding="utf-8")
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
     job = json.loads(lines.get())

@@ -11,7 +11,15 @@ import pytest
 from tests.running import COMMAND, FIXTURES, clean, here
 
 ONNX = FIXTURES / "digits_cnn.onnx"
-LOUD = "print('imported')\n\n\ndef score(weights):\n    print('scored')\n    return abs(weights)\n"
+LOUD = """
+import ctypes, os
+print('imported')
+def score(weights):
+    print('scored')
+    os.system('echo shell')
+    ctypes.CDLL(None).puts(b'printed by C')
+    return abs(weights)
+"""
 BUILDER = f"""
 import sys
 sys.path.insert(0, {str(FIXTURES)!r})
@@ -37,8 +45,11 @@ def test_what_a_strategy_prints_stands_beside_the_data(folder: Path) -> None:
     assert "scored\n" in told.err
     rows = here(*prune, "--dry-run", cwd=folder)
     assert all(len(line.split("\t")) == 6 for line in rows.out.splitlines())
-    piped = subprocess.run([*COMMAND, *prune, "-o", "-"], cwd=folder, env=clean(), capture_output=True, check=True)
+    piped = subprocess.run(
+        [*COMMAND, *prune, "-o", "-"], cwd=folder, env=clean(PYTHONUNBUFFERED=""), capture_output=True, check=True
+    )
     assert piped.stdout == (folder / "small.onnx").read_bytes()
+    assert all(line in piped.stderr.splitlines() for line in (b"scored", b"shell", b"printed by C"))
 
 
 def test_what_a_builder_prints_stands_beside_the_data(folder: Path) -> None:
