@@ -75,6 +75,8 @@ class TensorSpec:
     """Whether the file says that each number of an output is a logit of binary classification."""
     example: tuple[int | None, ...] | None = None
     """The usual shape of an input that accepts several."""
+    is_label: bool = False
+    """Whether the file says that an output holds labels, as those of scikit-learn's classifiers do."""
 
 
 @dataclass(frozen=True, slots=True)

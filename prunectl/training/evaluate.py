@@ -41,21 +41,23 @@ def evaluate_predictions(
     *,
     output: int = 0,
     is_channels_first: bool = True,
+    is_label: bool = False,
 ) -> tuple[str, float]:
-    """The name of the metric of one output, and its mean over the examples."""
+    """The name of the metric of one output, and its mean over the examples.
+
+    `is_label` says that the output holds the labels themselves, and not a score for each.
+    """
     total, count, chosen = 0.0, 0.0, metric
-    binary: list[tuple[Array, Array]] = []
+    single: list[tuple[Array, Array]] = []
     task: Task | None = None
     for batch in batches:
         assert batch.y is not None
-        answers, ys = as_tuple(predict(batch.x))[output], as_tuple(batch.y)
-        targets = ys[output if len(ys) > 1 else 0]
-        has_labels, outputs = _are_labels(answers, targets), np.asarray(answers, np.float64)
+        predictions, ys = np.asarray(as_tuple(predict(batch.x))[output]), as_tuple(batch.y)
+        targets, outputs = ys[output if len(ys) > 1 else 0], predictions.astype(np.float64)
         task = task or infer_task(
             outputs.shape[1:], FinalActivation.UNKNOWN, targets, is_channels_first=is_channels_first
         )
-        is_accuracy = task.is_classification or (has_labels and targets.dtype.kind in "iub")
-        chosen = chosen or ("accuracy" if is_accuracy else "mae")
+        chosen = chosen or ("accuracy" if task.is_classification or is_label else "mae")
         if chosen not in _SCORES:
             raise UsageError(
                 f"{chosen} is not a known metric for a model that is not trained",
@@ -63,12 +65,10 @@ def evaluate_predictions(
                 hint=f"known: {', '.join(_SCORES)}; a loss can be computed only for models that can be trained",
             )
         score = _SCORES[chosen]
-        if score is _accuracy and has_labels:
-            total += float(_mean_by_example(outputs == targets.reshape(outputs.shape)).sum())
-        elif score is _accuracy and (task.kind is TaskKind.BINARY or outputs.size == len(outputs)):
+        if score is _accuracy and (is_label or task.kind is TaskKind.BINARY or outputs.size == len(outputs)):
             if targets.size != outputs.size:
                 raise metric_mismatch(chosen, outputs.shape, targets.shape)
-            binary.append((outputs.reshape(-1), targets.reshape(-1)))
+            single.append((predictions.reshape(-1), targets.reshape(-1)))
         else:
             if score is _accuracy:
                 score = partial(_accuracy, is_channels_first=is_channels_first)
@@ -77,13 +77,7 @@ def evaluate_predictions(
         count += len(outputs) * (np.mean(targets != IGNORED_LABEL) if _SCORES[chosen] is _accuracy else 1)
     if not count:
         raise nothing_counts(name)
-    return chosen, (_binary_accuracy(binary) if binary else float(total / count))
-
-
-def _are_labels(outputs: Array, targets: Array) -> bool:
-    """Whether a model outputs the labels themselves, as scikit-learn's do: a whole number for each target."""
-    is_each = outputs.size == targets.size and (outputs.ndim != 2 or outputs.shape[1] == 1)
-    return outputs.dtype.kind in "iub" and is_each and bool((targets == np.trunc(targets)).all())
+    return chosen, (_single_accuracy(single, is_label=is_label) if single else float(total / count))
 
 
 def _compute_score(name: str, score: Score, outputs: Array, targets: Array) -> Array:
@@ -94,9 +88,14 @@ def _compute_score(name: str, score: Score, outputs: Array, targets: Array) -> A
         raise metric_mismatch(name, outputs.shape, targets.shape, str(error)) from error
 
 
-def _binary_accuracy(batches: Sequence[tuple[Array, Array]]) -> float:
-    """Accuracy of a single output for two classes; outputs are logits if any of them is outside 0 to 1."""
+def _single_accuracy(batches: Sequence[tuple[Array, Array]], *, is_label: bool) -> float:
+    """Accuracy of one number for each target: a label, or a score of two classes.
+
+    Integers are labels if each is one of the targets. Scores are logits if any of them is outside 0 to 1.
+    """
     outputs, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
+    if is_label or (outputs.dtype.kind in "iu" and np.isin(outputs, targets).all()):
+        return float(np.mean((outputs == targets)[targets != IGNORED_LABEL]))
     is_logit = outputs.min() < 0 or outputs.max() > 1
     return float(np.mean((outputs > (0.0 if is_logit else _THRESHOLD)) == (targets > _THRESHOLD)))
 
@@ -222,6 +221,8 @@ def _by_runtime(
         source.name,
         output=output,
         is_channels_first=signature.is_channels_first,
+        # A model without numeric outputs is refused when it predicts.
+        is_label=any(port.is_label for port in signature.outputs[output : output + 1]),
     )
     logs = {f"{prefix}{metric}": value}
     monitor = make_monitor(logs, request.means, (port.name for port in signature.outputs))

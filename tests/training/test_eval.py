@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
+from tests.contract import Array
 from tests.running import FIXTURES, here
 
 DATA = ("--data", f"{FIXTURES / 'digits.npz'}?norm=/16&limit=400")
@@ -176,18 +177,85 @@ def label_network(path: Path, classes: list[int] | list[str], *, has_map: bool =
     return path
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.float32])
 @pytest.mark.parametrize("has_map", [False, True])
 @pytest.mark.parametrize("words", [(), ("--metric", "accuracy")])
 def test_labels_that_a_model_answers_by_are_compared_as_such(
-    words: tuple[str, ...], has_map: bool, tmp_path: Path
+    words: tuple[str, ...], has_map: bool, kind: type[np.generic], tmp_path: Path
 ) -> None:
     label_network(tmp_path / "m.onnx", [10, 11, 12, 13], has_map=has_map)
     random = np.random.default_rng(1)
     x, y = random.standard_normal((50, 3)).astype(np.float32), random.integers(10, 14, 50)
-    np.savez(tmp_path / "d.npz", x=x, y=y)
+    np.savez(tmp_path / "d.npz", x=x, y=y.astype(kind))
     found = here("eval", "m.onnx", "--data", "d.npz", *words, "--json", cwd=tmp_path).json["evaluations"][0]
     labels = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(["label"], {"x": x})[0]
     assert (found["metric"], found["value"]) == ("accuracy", pytest.approx((labels == y).mean()))
+
+
+def network_of(path: Path, nodes: list[onnx.NodeProto], kind: int, **constants: Array) -> Path:
+    """A network of 16 inputs that computes `a` by a kernel, and its output `y` from that by the nodes."""
+    helper = onnx.helper
+    constants["f"] = np.random.default_rng(0).standard_normal((16, 1)).astype(np.float32)
+    ports = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 16])]
+    outputs = [helper.make_tensor_value_info("y", kind, ["n", 1])]
+    arrays = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "f"], ["a"]), *nodes], "g", ports, outputs, arrays)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def measured(path: Path, x: Array, y: Array, *words: str) -> tuple[str, float]:
+    """The metric by which a model is evaluated on some targets, and its value."""
+    np.savez(path.with_name("d.npz"), x=x, y=y)
+    done = here("eval", path.name, "--data", "d.npz", *words, "--json", cwd=path.parent)
+    return done.json["evaluations"][0]["metric"], done.json["evaluations"][0]["value"]
+
+
+INPUTS = np.random.default_rng(1).standard_normal((80, 16)).astype(np.float32)
+
+
+def test_logits_that_are_quantised_are_no_labels(tmp_path: Path) -> None:
+    nodes = [onnx.helper.make_node("QuantizeLinear", ["a", "s", "z"], ["y"])]
+    scale, zero = np.array(0.05, np.float32), np.array(0, np.int8)
+    path = network_of(tmp_path / "m.onnx", nodes, onnx.TensorProto.INT8, s=scale, z=zero)
+    logits = onnxruntime.InferenceSession(path).run(None, {"x": INPUTS})[0]
+    y = (logits > 0).astype(np.int64)
+    y[:8] = 1 - y[:8]
+    assert measured(path, INPUTS, y) == ("accuracy", pytest.approx(0.9))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32])
+def test_whole_numbers_that_are_measurements_are_judged_by_their_error(kind: type[np.generic], tmp_path: Path) -> None:
+    helper = onnx.helper
+    nodes = [helper.make_node("Round", ["a"], ["r"]), helper.make_node("Cast", ["r"], ["y"], to=onnx.TensorProto.INT64)]
+    path = network_of(tmp_path / "m.onnx", nodes, onnx.TensorProto.INT64)
+    numbers = onnxruntime.InferenceSession(path).run(None, {"x": INPUTS})[0]
+    y = numbers[::-1].astype(kind)
+    assert measured(path, INPUTS, y) == ("mae", pytest.approx(np.abs(numbers - y).mean()))
+    assert measured(path, INPUTS, y, "--metric", "accuracy")[1] == pytest.approx((numbers == y).mean())
+
+
+def test_a_share_among_the_targets_leaves_other_batches_counted(tmp_path: Path) -> None:
+    nodes = [onnx.helper.make_node("Greater", ["a", "zero"], ["y"])]
+    path = network_of(tmp_path / "m.onnx", nodes, onnx.TensorProto.BOOL, zero=np.array(0, np.float32))
+    answers = onnxruntime.InferenceSession(path).run(None, {"x": INPUTS})[0]
+    y = answers.astype(np.float32)
+    y[:32] = 1 - y[:32]
+    y[79] = 0.6 if answers[79] else 0.4
+    assert measured(path, INPUTS, y, "--metric", "accuracy") == ("accuracy", pytest.approx(0.6))
+
+
+def test_indices_by_which_labels_are_looked_up_make_labels(tmp_path: Path) -> None:
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("Concat", ["a", "x"], ["c"], axis=1),
+        helper.make_node("ArgMax", ["c"], ["i"], axis=1, keepdims=1),
+        helper.make_node("Gather", ["classes", "i"], ["l"]),
+        helper.make_node("Cast", ["l"], ["y"], to=onnx.TensorProto.FLOAT),
+    ]
+    path = network_of(tmp_path / "m.onnx", nodes, onnx.TensorProto.FLOAT, classes=np.arange(17) * 3)
+    labels = onnxruntime.InferenceSession(path).run(None, {"x": INPUTS})[0]
+    assert measured(path, INPUTS, labels[::-1]) == ("accuracy", pytest.approx((labels == labels[::-1]).mean()))
 
 
 def test_a_map_of_labels_is_compared_place_by_place(tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ Shape = tuple[int | None, ...]
 def signature(graph: Any) -> ModelSignature:
     """The inputs and outputs of a graph, without the batch axis."""
     nodes = {name: node for node in graph.node for name in node.output}
-    outputs = tuple(replace(port_spec(port), activation=_activation(nodes, port.name)) for port in array_outputs(graph))
+    outputs = tuple(
+        replace(port_spec(port), activation=_activation(nodes, port.name), is_label=_is_label(nodes, port.name))
+        for port in array_outputs(graph)
+    )
     return ModelSignature(tuple(map(port_spec, graph.input)), outputs, is_channels_first=True)
 
 
@@ -87,15 +90,37 @@ _ACTIVATIONS = {
 _RAW = frozenset({"Gemm", "MatMul", "Conv", "Add", "Relu", "BatchNormalization", "Tanh", "GlobalAveragePool"})
 
 
-def _activation(makers: Mapping[str, Any], name: str) -> FinalActivation:
+_LABELS = frozenset({"ArgMax", "LabelEncoder", "LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"})
+"""Nodes whose first output is labels."""
+_LOOKUPS = frozenset({"ArrayFeatureExtractor", "Gather"})
+"""Nodes that scikit-learn's converters turn indices (the second input) into labels with."""
+
+
+def _activation(nodes: Mapping[str, Any], name: str) -> FinalActivation:
     """The last activation, judged by the node that computes an output; UNKNOWN for other nodes."""
-    for _ in range(len(makers)):
-        node = makers.get(name)
+    name = _origin(nodes, name)
+    kind = node.op_type if (node := nodes.get(name)) is not None else ""
+    return _ACTIVATIONS.get(kind, FinalActivation.RAW if kind in _RAW else FinalActivation.UNKNOWN)
+
+
+def _is_label(nodes: Mapping[str, Any], name: str) -> bool:
+    """Whether a node that computes labels computes an output, directly or as the indices of labels."""
+    name = _origin(nodes, name)
+    node = nodes.get(name)
+    if node is not None and node.op_type in _LOOKUPS:
+        name = _origin(nodes, node.input[1])
+        node = nodes.get(name)
+    return node is not None and node.op_type in _LABELS and node.output[0] == name
+
+
+def _origin(nodes: Mapping[str, Any], name: str) -> str:
+    """The value that an output repeats, in another shape or type."""
+    for _ in range(len(nodes)):
+        node = nodes.get(name)
         if node is None or not node.input or node.op_type not in _PASSED_ON:
             break
         name = node.input[0]
-    kind = node.op_type if (node := makers.get(name)) is not None else ""
-    return _ACTIVATIONS.get(kind, FinalActivation.RAW if kind in _RAW else FinalActivation.UNKNOWN)
+    return name
 
 
 def fixed_batch_size(graph: Any) -> int | None:
