@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunectl.errors import UsageError, WorkError, first_line
 from prunectl.exporting.job import ExportJob
+from prunectl.exporting.onnx_inline import inline_functions
 from prunectl.exporting.onnx_names import canonical_order
 from prunectl.exporting.request import ExportRequest
 from prunectl.exporting.weights import cast_down
@@ -112,11 +114,12 @@ def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     if not (request.half or request.bf16 or request.int8):
         return proto, ()
     fixed = _fix_default_inputs(proto)
-    if proto.functions:
-        # The converters see nothing of what is in functions.
-        proto = require("onnx.inliner", extra="onnx").inline_local_functions(proto)
+    try:
+        proto = inline_functions(proto, saving=4 if request.int8 else 2)
+    except Exception as error:
+        raise _conversion_error(job, _option(request), error) from error
     _store_constants(proto)
-    wide = _wide_weights(proto)
+    wide = _wide_tensors(proto)
     result, notes = proto, tuple[str, ...]()
     if wide and request.int8:
         result, notes = (_quantize_static if request.data else _quantize_dynamic)(job, proto)
@@ -126,17 +129,21 @@ def reduce_precision(job: ExportJob, proto: Any) -> tuple[Any, tuple[str, ...]]:
     elif wide:
         notes = ("The kernels are bfloat16 and are converted to float32 where they are used.",)
         result = to_bfloat16(proto, request)
-    left = wide.keys() & _wide_weights(result).keys()
-    kept = [f"{name} ({kind})" for name, kind in wide.items() if name in left]
-    if len(kept) == len(wide):
-        raise _unchanged(job, kept)
+    left = wide.keys() & _wide_tensors(result).keys()
+    kept = [f"{name} ({tensor.kind})" for name, tensor in wide.items() if name in left and tensor.is_matrix]
+    if len(left) == len(wide):
+        named = kept or [f"{name} ({tensor.kind})" for name, tensor in wide.items()]
+        raise _unchanged(job, named, has_functions=bool(result.functions))
     return result, (*fixed, *notes, *([f"Not converted: {listed(kept, _SHOWN, 'others')}."] if kept else []))
 
 
 def _store_constants(proto: Any) -> None:
     """Make initializers of the float arrays of Constant nodes, which the converters leave as they are."""
+    outputs = {port.name for port in proto.graph.output}
     tensors = [tensor for _, tensor in all_tensors(proto) if tensor.is_main and tensor.node is not None]
     constants = [tensor for tensor in tensors if tensor.dense is not None and tensor.data_type in _KINDS]
+    # The converter to 16 bits fails on an initializer that is an output.
+    constants = [tensor for tensor in constants if tensor.name not in outputs]
     for tensor in constants:
         slot = dense_slot(tensor)
         slot.CopyFrom(tensor.dense)
@@ -149,26 +156,38 @@ _SHOWN = 5
 _KINDS = {1: "float32", 11: "float64"}
 
 
-def _wide_weights(proto: Any) -> dict[str, str]:
-    """The weights of 32 or 64 bits of a model that have more than one axis longer than 1, and their types."""
+@dataclass(frozen=True, slots=True)
+class _WideTensor:
+    kind: str
+    is_matrix: bool
+    """Whether more than one axis is longer than 1, so that leaving the tensor as it is matters."""
+
+
+def _wide_tensors(proto: Any) -> dict[str, _WideTensor]:
+    """The tensors of 32 or 64 bits of a model."""
     found = {}
     for name, tensor in all_tensors(proto):
-        # A list of floats, which a Constant node may hold instead, has one axis.
+        # A list of floats, which a Constant node may hold instead, is converted by nothing.
         stored = tensor.dense or tensor.sparse
-        if tensor.data_type in _KINDS and stored is not None and sum(length > 1 for length in stored.dims) > 1:
-            found[name] = _KINDS[tensor.data_type]
+        if tensor.data_type in _KINDS and stored is not None:
+            is_matrix = sum(length > 1 for length in stored.dims) > 1
+            found[name] = _WideTensor(_KINDS[tensor.data_type], is_matrix)
     return found
 
 
-def _unchanged(job: ExportJob, kept: Sequence[str]) -> UsageError:
+def _option(request: ExportRequest) -> str:
+    return "--int8" if request.int8 else "--half" if request.half else "--bf16"
+
+
+def _unchanged(job: ExportJob, kept: Sequence[str], *, has_functions: bool) -> UsageError:
     """The refusal of an option that would change no weight."""
     request = job.request
-    option = "--int8" if request.int8 else "--half" if request.half else "--bf16"
+    option = _option(request)
     if not kept:
         return UsageError(
             f"{option} changes nothing: {job.file.path} has no weights of 32-bit floats", hint=f"leave out {option}"
         )
-    needs_data = request.int8 and not request.data
+    needs_data = request.int8 and not request.data and not has_functions
     return UsageError(
         f"{option} changes nothing: onnxruntime converts none of the weights of {job.file.path}, which are "
         f"{listed(kept, _SHOWN, 'others')}",
@@ -196,7 +215,9 @@ def _fix_default_inputs(proto: Any) -> tuple[str, ...]:
 def _to_float16(job: ExportJob, proto: Any) -> Any:
     converter = require("onnxruntime.transformers.float16", extra="onnx")
     try:
-        converted = converter.convert_float_to_float16(proto, keep_io_types=True)
+        # What is inside a function keeps its types, so calls of it keep those of their inputs.
+        blocked = [*converter.DEFAULT_OP_BLOCK_LIST, *(function.name for function in proto.functions)]
+        converted = converter.convert_float_to_float16(proto, keep_io_types=True, op_block_list=blocked)
     except Exception as error:
         raise _conversion_error(job, "--half", error) from error
     # The converter puts its Cast nodes after the nodes that read them.

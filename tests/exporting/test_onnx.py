@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from prunectl.errors import InputError, UsageError
+from prunectl.exporting.onnx_inline import inline_functions
 from tests.contract import Array
 from tests.exporting.exporting import by_onnxruntime, export, random
 
@@ -231,3 +233,104 @@ def test_an_option_that_would_change_no_weight_is_refused(option: str, tmp_path:
     with pytest.raises(UsageError, match=rf"{option} changes nothing: .* first \(float64\), second \(float64\)"):
         export(source, tmp_path / "out.onnx", **words)
     assert not (tmp_path / "out.onnx").exists()
+
+
+def model_of(path: Path, nodes: list[onnx.NodeProto], *functions: onnx.FunctionProto, size: int = 64) -> Path:
+    """A model of 64 inputs with a weight `w` of `size` columns."""
+    weight = numpy_helper.from_array(NUMBERS.standard_normal((64, size)).astype(np.float32) / 8, "w")
+    written = {name for node in nodes for name in node.output}
+    shapes: dict[str, tuple[str | int, int]] = {"y": ("n", size), "k": (4, 4)}
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in shapes if name in written
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", 64))]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, [weight])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions), path)
+    return path
+
+
+def function_of(name: str, *nodes: onnx.NodeProto) -> onnx.FunctionProto:
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    return helper.make_function("own", name, ["v"], ["z"], list(nodes), opsets, [])
+
+
+def check_answers(source: Path, target: Path) -> None:
+    x = NUMBERS.standard_normal((4, 64)).astype(np.float32)
+    for expected, actual in zip(by_onnxruntime(source, x), by_onnxruntime(target, x), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("option", ["half", "bf16", "int8"])
+def test_a_weight_of_one_column_becomes_smaller(option: str, tmp_path: Path) -> None:
+    source = model_of(tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], size=1)
+    export(source, tmp_path / "out.onnx", **{option: True})
+    kinds = {TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8}
+    assert kinds & {tensor.data_type for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    check_answers(source, tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("option", ["half", "bf16", "int8"])
+def test_a_constant_may_be_an_output(option: str, tmp_path: Path) -> None:
+    value = numpy_helper.from_array(NUMBERS.standard_normal((4, 4)).astype(np.float32), "k")
+    nodes = [helper.make_node("Constant", [], ["k"], value=value), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    source = model_of(tmp_path / "m.onnx", nodes)
+    export(source, tmp_path / "out.onnx", **{option: True})
+    check_answers(source, tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize(("option", "most"), [("half", 2), ("bf16", 2), ("int8", 4)])
+def test_functions_whose_copies_would_need_more_bytes_are_left_and_named(
+    option: str, most: int, tmp_path: Path
+) -> None:
+    source = tmp_path / "m.onnx"
+    value = numpy_helper.from_array(NUMBERS.standard_normal((64, 64)).astype(np.float32) / 8, "u")
+    inside = [helper.make_node("Constant", [], ["u"], value=value), helper.make_node("MatMul", ["v", "u"], ["z"])]
+    for calls in (most, most + 1):
+        values = [*(f"v{number}" for number in range(calls)), "y"]
+        nodes = [helper.make_node("Dense", [a], [b], domain="own") for a, b in itertools.pairwise(values)]
+        nodes.insert(0, helper.make_node("MatMul", ["x", "w"], ["v0"]))
+        model_of(source, nodes, function_of("Dense", *inside))
+        target = tmp_path / f"{calls}.onnx"
+        result = export(source, target, atol=1e3, **{option: True})
+        assert bool(onnx.load(target).functions) == (calls > most)
+        assert ("Not converted: Dense/u (float32)." in result.notes) == (calls > most)
+        assert target.stat().st_size < source.stat().st_size
+        check_answers(source, target)
+
+
+@pytest.mark.parametrize("levels", [3, 12, 60])
+def test_functions_that_call_one_another_are_inlined_only_up_to_some_nodes(levels: int, tmp_path: Path) -> None:
+    functions = [function_of("F0", helper.make_node("Relu", ["v"], ["z"]))]
+    for level in range(levels):
+        inner = [helper.make_node(f"F{level}", [a], [b], domain="own") for a, b in (("v", "q"), ("q", "z"))]
+        functions.append(function_of(f"F{level + 1}", *inner))
+    call = helper.make_node(f"F{levels}", ["x"], ["y"], domain="own")
+    proto = onnx.load(model_of(tmp_path / "m.onnx", [call], *functions))
+    inlined = inline_functions(proto, saving=2)
+    assert (len(inlined.graph.node), len(inlined.functions)) == ((2**levels, 0) if levels == 3 else (1, levels + 1))
+
+
+def test_each_reference_to_an_attribute_of_a_call_counts_as_a_copy(tmp_path: Path) -> None:
+    value = numpy_helper.from_array(np.ones((64, 64), np.float32), "u")
+    inside = []
+    for number in range(9):
+        inside.append(helper.make_node("Constant", [], [f"u{number}"]))
+        inside[-1].attribute.add(name="value", ref_attr_name="weight", type=onnx.AttributeProto.TENSOR)
+    function = function_of("Sum", *inside, helper.make_node("Sum", [f"u{number}" for number in range(9)], ["z"]))
+    function.attribute.append("weight")
+    call = helper.make_node("Sum", ["x"], ["y"], domain="own", weight=value)
+    proto = onnx.load(model_of(tmp_path / "m.onnx", [call], function))
+    assert inline_functions(proto, saving=2).functions
+    del function.node[1:]
+    function.node[0].output[0] = "z"
+    proto = onnx.load(model_of(tmp_path / "m.onnx", [call], function))
+    assert not inline_functions(proto, saving=2).functions
+
+
+def test_a_model_that_the_inliner_refuses_is_called_invalid(tmp_path: Path) -> None:
+    functions = [function_of(f"F{number}", helper.make_node("Relu", ["v"], ["z"])) for number in range(10_001)]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("F0", ["a"], ["y"], domain="own")]
+    source = model_of(tmp_path / "m.onnx", nodes, *functions)
+    with pytest.raises(InputError, match="not valid ONNX: Model contains 10001 local functions"):
+        export(source, tmp_path / "out.onnx", half=True)
