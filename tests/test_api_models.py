@@ -171,10 +171,16 @@ def normed() -> Any:
         return torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(16, 8)))
 
 
+def spectral() -> Any:
+    net = torch.nn.Sequential(torch.nn.utils.spectral_norm(torch.nn.Linear(16, 8)))
+    net(torch.ones(1, 16))
+    return net.eval()
+
+
 BY_DATA: Any = {"strategy": "activation-magnitude", "data": np.ones((8, 16), "f4")}
 
 
-@pytest.mark.parametrize(("make", "options"), [(pruned_twice, {}), (normed, {}), (normed, BY_DATA)])
+@pytest.mark.parametrize(("make", "options"), [(pruned_twice, {}), (normed, {}), (normed, BY_DATA), (spectral, {})])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_weights_that_a_module_computes_are_those_that_were_pruned(make: Any, in_place: bool, options: Any) -> None:
     torch.manual_seed(3)
@@ -187,6 +193,20 @@ def test_weights_that_a_module_computes_are_those_that_were_pruned(make: Any, in
     shown = pruned[0].weight.detach().clone()
     pruned(torch.ones(1, 16))
     assert torch.equal(pruned[0].weight, shown)
+
+
+def test_computing_a_spectral_weight_takes_no_power_step() -> None:
+    dense = spectral().train()
+    vector = dense[0].weight_u.clone()
+    assert torch.equal(prunectl.prune(dense, sparsity=0.5)[0].weight_u, vector)
+
+
+def test_a_module_that_keeps_computed_tensors_in_a_container_is_copied() -> None:
+    dense = torch.nn.Linear(4, 4)
+    dense.cache = {"seen": [(dense.weight * 2,)]}  # type: ignore[assignment]
+    kept = prunectl.prune(dense, sparsity=0.5).cache["seen"][0][0]
+    assert torch.equal(kept, dense.weight * 2)
+    assert kept.is_leaf
 
 
 class Odd(torch.nn.Module):

@@ -117,8 +117,8 @@ def builder_of(model: Any) -> Callable[[], Any]:
 def copy_of(model: Any) -> Any:
     """A copy of a module, also of one with weights computed from others, which `copy.deepcopy` alone refuses."""
     tensor = sys.modules["torch"].Tensor
-    own = (value for module in model.modules() for value in vars(module).values())
-    computed = {id(value): value.detach().clone() for value in own if isinstance(value, tensor) and not value.is_leaf}
+    held = _held(vars(module) for module in model.modules())
+    computed = {id(value): value.detach().clone() for value in held if isinstance(value, tensor) and not value.is_leaf}
     try:
         return copy.deepcopy(model, computed)
     except Exception as error:  # whatever is in it
@@ -126,6 +126,17 @@ def copy_of(model: Any) -> Any:
             f"{type(model).__name__} cannot be copied: {first_line(error)}",
             hint="prune the module itself with in_place=True, without data, or its file",
         ) from error
+
+
+def _held(values: Iterable[Any]) -> Iterator[Any]:
+    """Values, and what their dicts, lists and tuples hold at any depth."""
+    waiting, seen = [*values], set()
+    while waiting:
+        value = waiting.pop()
+        yield value
+        if isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _register(option: str, value: Any, registered: list[str]) -> str:

@@ -209,11 +209,15 @@ def _load_module(model: Any, path: Path, is_in_place: bool) -> Any:
 
 
 def _compute_weights(model: Any) -> None:
-    """Compute the weights that `weight_norm` and `torch.nn.utils.prune` compute before each forward pass."""
+    """Compute the weights that functions of `torch.nn.utils` compute before each forward pass."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():  # noqa: SLF001 - there is no other way to them
-            if {cls.__name__ for cls in type(hook).__mro__} & {"BasePruningMethod", "WeightNorm"}:
+            names = {cls.__name__ for cls in type(hook).__mro__}
+            if names & {"BasePruningMethod", "WeightNorm"}:
                 hook(module, None)
+            elif "SpectralNorm" in names:
+                # In training mode the hook itself would take a power step, and change the norm.
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
 
 
 def _read_state_dict(path: Path) -> Any:
