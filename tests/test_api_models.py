@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -228,10 +229,37 @@ def test_the_extra_state_of_a_module_stays() -> None:
     pruned = prunectl.prune(Odd(), sparsity=0.5)
     assert (pruned.fc.weight == 0).sum() == 8
     assert pruned.told == Path("/")
-    state = {"fc.weight": torch.rand(4, 4), "arguments": Path("/")}
-    assert prunectl.prune(state, sparsity=0.5)["arguments"] == Path("/")
-    with pytest.raises(TypeError, match=r"model\['array'\] must be a tensor, as others are, not a NumPy array"):
-        prunectl.prune({**state, "array": np.ones((4, 4))}, sparsity=0.5)
+
+
+class Moments(NamedTuple):
+    """A tuple that PyTorch does not load."""
+
+    mean: Any
+    share: Any
+
+
+def test_what_is_no_tensor_in_a_state_dict_stays() -> None:
+    kept = {
+        "arguments": {"root": Path("/"), np.int64(3): {1}},
+        "rate": np.float64(0.1),
+        "names": np.array(["cat"]),
+        "mean": np.ones(3),
+        "seen": [Path("/"), np.array([[1, 2]]), [np.ones(2)]],
+        "shape": torch.Size([4, 4]),
+        "counts": Counter(cat=2),
+    }
+    moments = Moments(torch.ones(3), np.float32(0.5))
+    state = {"fc.weight": torch.rand(4, 4), "best": {"moments": moments, "at": Path("/")}, **kept}
+    pruned = prunectl.prune(state, sparsity=0.5)
+    assert (pruned["fc.weight"] == 0).sum() == 8
+    assert list(pruned) == list(state)
+    assert repr({name: pruned[name] for name in kept}) == repr(kept)
+    assert repr(pruned["best"]) == repr(state["best"])
+    assert type(pruned["best"]["moments"]) is Moments
+    with pytest.raises(
+        TypeError, match=r"model\['best'\]\['array'\] must be a tensor, as others are, not a NumPy array"
+    ):
+        prunectl.prune({**state, "best": {"array": np.ones((4, 4))}}, sparsity=0.5)
 
 
 def locked() -> Any:

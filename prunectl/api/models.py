@@ -224,18 +224,46 @@ def _read_state_dict(path: Path) -> Any:
     return _torch().load(path, map_location="cpu", weights_only=True)
 
 
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
 def _save_state_dict(model: Mapping[str, Any], path: Path) -> None:
-    for name, value in model.items():
-        if isinstance(value, np.ndarray):
-            raise TypeError(f"model[{name!r}] must be a tensor, as others are, not a NumPy array")
-    kept = (_torch().Tensor, Mapping, list, tuple)
-    _torch().save({name: value for name, value in model.items() if isinstance(value, kept)}, path)
+    _torch().save(_loadable(model, "model"), path)
+
+
+def _loadable(value: Any, where: str) -> Any:
+    """The tensors in a value, and around them only what `torch.load` takes with weights_only=True."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 1:
+        raise TypeError(f"{where} must be a tensor, as others are, not a NumPy array")
+    if isinstance(value, Mapping):
+        loadable = {name: _loadable(part, f"{where}[{name!r}]") for name, part in value.items() if type(name) in _PLAIN}
+        return {name: part for name, part in loadable.items() if part is not None}
+    if isinstance(value, list | tuple):
+        parts = [_loadable(part, f"{where}[{index}]") for index, part in enumerate(value)]
+        return parts if isinstance(value, list) else tuple(parts)
+    return value if _is_tensor(value) or type(value) in _PLAIN else None
 
 
 def _load_state_dict(model: MutableMapping[str, Any], path: Path, is_in_place: bool) -> Any:
     pruned = _read_state_dict(path)
-    moved = {name: value.to(model[name].device) if _is_tensor(value) else value for name, value in pruned.items()}
-    return _updated(model, moved, is_in_place=is_in_place)
+    return _updated(model, _with_tensors(model, pruned), is_in_place=is_in_place)
+
+
+def _with_tensors(value: Any, pruned: Any) -> Any:
+    """A value with the tensors of its pruned version, on their old devices, and everything else as it was."""
+    if _is_tensor(pruned):
+        return pruned.to(value.device) if _is_tensor(value) else pruned
+    if isinstance(value, Mapping):
+        result = copy.copy(value) if isinstance(value, dict) else dict(value)
+        for name, part in pruned.items():
+            result[name] = _with_tensors(value.get(name, part), part)
+        return result
+    if isinstance(value, list | tuple):
+        parts = [_with_tensors(*pair) for pair in zip(value, pruned, strict=True)]
+        if all(new is old for new, old in zip(parts, value, strict=True)):
+            return value
+        return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    return value
 
 
 def _updated(model: MutableMapping[str, Any], values: Mapping[str, Any], *, is_in_place: bool) -> Any:
