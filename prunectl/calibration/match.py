@@ -14,7 +14,7 @@ import numpy as np
 
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.calibration.reconstruct import Solved, solved_blocks
-from prunectl.calibration.session import open_calibration
+from prunectl.calibration.session import note_about, open_calibration
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
 from prunectl.formats.patch import is_writable
@@ -203,6 +203,8 @@ class OutputMatcher:
         solved = self.start(model, plan, method)
         network.assign({name: values for name, (values, _) in solved.items()})
         after = self.match(model, examples, _masks(model, solved, dense))
+        outside = tuple(name for name in solved if name not in dense)
+        self.notes += note_about("pruned but not matched, because no data goes through them", outside)
         blocks = []
         for cut in plan.cuts:
             weights, dropped = solved[cut.tensor.name]

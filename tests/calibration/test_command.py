@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from prunectl.errors import UsageError
+from prunectl.training.torch.build import BuiltModule
 from tests.calibration.runs import DIGITS, KERNELS, data, kernels, numbers, saved
 from tests.contract import digest
 from tests.running import FIXTURES, here
@@ -166,36 +169,70 @@ def small_network() -> torch.nn.Module:
     return torch.nn.Linear(3, 8)
 
 
+def two_networks(folder: Path, other: str) -> tuple[str, ...]:
+    """Save a network beside another one, and return the options to prune half of it."""
+    torch.manual_seed(0)
+    states = {prefix: small_network().state_dict() for prefix in ("model", other)}
+    tensors = {f"{prefix}.{name}": value for prefix, state in states.items() for name, value in state.items()}
+    torch.save(tensors, folder / "m.pt")
+    np.savez(folder / "d.npz", x=torch.randn(40, 3).numpy(), y=np.arange(40) % 8)
+    return ("-s", "50%", "--data", "d.npz", "--builder", f"{__name__}:small_network", "-o", "out.pt")
+
+
+COPY = ("--exclude 'ema.*'", "prunectl strip m.pt --keep raw -o raw.pt")
+OTHER = ("--exclude 'my critic [[]1].*'",)
+
+
 @pytest.mark.parametrize(
-    ("other", "hints"),
+    ("other", "hints", "words"),
     [
-        ("ema", ("--exclude 'ema.*'", "prunectl strip m.pt --keep raw -o raw.pt")),
-        ("critic", ("--exclude 'critic.*'",)),
+        ("ema", COPY, ("prune", "--strategy", "obs")),
+        ("ema", COPY, ("prune", "--strategy", "activation-magnitude")),
+        ("ema", COPY, ("prune", "--repair", "outputs")),
+        ("ema", COPY, ("finetune", "--epochs", "1")),
+        ("my critic [1]", OTHER, ("prune", "--strategy", "magnitude-gradient")),
+        ("my critic [1]", OTHER, ("finetune", "--epochs", "1")),
     ],
-)
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("prune", "--strategy", "obs"),
-        ("prune", "--strategy", "activation-magnitude"),
-        ("prune", "--strategy", "magnitude-gradient"),
-        ("prune", "--repair", "outputs"),
-        ("finetune", "--epochs", "1"),
-    ],
-    ids=lambda words: words[-1],
 )
 def test_weights_that_no_data_goes_through_are_refused_with_a_way_to_leave_them_out(
-    words: tuple[str, ...], other: str, hints: tuple[str, ...], tmp_path: Path
+    other: str, hints: tuple[str, ...], words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    torch.save({name: small_network().state_dict() for name in ("model", other)}, tmp_path / "m.pt")
-    np.savez(tmp_path / "d.npz", x=torch.randn(40, 3).numpy(), y=np.arange(40) % 8)
-    more = ("-s", "50%", "--data", "d.npz", "--builder", f"{__name__}:small_network", "-o", "out.pt")
+    more = two_networks(tmp_path, other)
     refused = here(words[0], "m.pt", *words[1:], *more, cwd=tmp_path)
     assert refused.code == 2, refused.err
     assert f"{other}.weight is not part of the network that the data goes through" in refused.err
     assert all(hint in refused.err for hint in hints)
-    done = here(words[0], "m.pt", *words[1:], *more, "--exclude", f"{other}.*", cwd=tmp_path)
+    exclude = shlex.split(hints[0])
+    done = here(words[0], "m.pt", *words[1:], *more, *exclude, cwd=tmp_path)
     assert done.code == 0, done.err
     held = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert [int((held[name]["weight"] == 0).sum()) for name in ("model", other)] == [12, 0]
+    assert [int((held[f"{name}.weight"] == 0).sum()) for name in ("model", other)] == [12, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (("--strategy", "obs"), "ranked by magnitude and not reconstructed"),
+        (("--strategy", "activation-magnitude"), "ranked by magnitude"),
+        (("--repair", "outputs"), "pruned but not matched, because no data goes through them"),
+    ],
+)
+def test_a_second_network_is_pruned_by_magnitude_with_a_note(words: tuple[str, ...], note: str, tmp_path: Path) -> None:
+    done = here("prune", "m.pt", *words, "--scope", "layer", *two_networks(tmp_path, "critic"), cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert f"critic.weight: {note}" in done.err
+    held, given = (torch.load(tmp_path / name, weights_only=True) for name in ("out.pt", "m.pt"))
+    assert int((held["model.weight"] == 0).sum()) == 12
+    weights = given["critic.weight"]
+    is_small = weights.abs() <= weights.abs().flatten().kthvalue(12).values
+    torch.testing.assert_close(held["critic.weight"], weights.masked_fill(is_small, 0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "selector"), [("net.critic.fc.weight", "'net.critic.*'"), ("aux", "aux"), ("net.w", "net.w")]
+)
+def test_a_hint_leaves_out_as_much_as_possible_but_nothing_of_the_network_itself(name: str, selector: str) -> None:
+    built = BuiltModule(small_network(), {"net.actor.weight": "weight", "net.actor.bias": "bias"})
+    with pytest.raises(UsageError) as caught:
+        built.inside(name)
+    assert caught.value.hint == f"leave it out: --exclude {selector}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import inspect
 import io
@@ -181,16 +182,32 @@ class BuiltModule:
     """How text is tokenised for the model; None if it takes no text."""
     command: str = ""
     """The command that keeps only this copy of the weights, for a file that holds two."""
+    copies: tuple[str, ...] = ()
+    """The prefixes of other copies of the same weights in the file, such as averages."""
 
     def inside(self, name: str) -> str:
         """The name of a tensor in the module; refuse one that is not part of it, such as an average."""
         if name not in self.names:
             raise UsageError(
                 f"{abbreviated(name)} is not part of the network that the data goes through",
-                hint=f"leave it out: --exclude '{abbreviated(name.partition('.')[0])}.*'"
+                hint=f"leave it out: --exclude {shlex.quote(self._selector(name))}"
                 + (f"\nor keep one copy of the weights: {self.command}" if self.command else ""),
             )
         return self.names[name]
+
+    def contains(self, name: str) -> bool:
+        """Whether a tensor is part of the module and not of another network; refuse another copy of the weights."""
+        if name not in self.names and name.startswith(self.copies):
+            self.inside(name)
+        return name in self.names
+
+    def _selector(self, name: str) -> str:
+        """A glob for a tensor outside the module: for the outermost group of names without one from inside."""
+        for dot in (index for index, character in enumerate(name) if character == "."):
+            prefix = name[: dot + 1]
+            if not any(inner.startswith(prefix) for inner in self.names):
+                return f"{glob.escape(prefix)}*"
+        return glob.escape(name)
 
 
 def build_module(model: ModelFile, origin: LoadOptions) -> BuiltModule:
@@ -234,23 +251,33 @@ def _from_builder(model: ModelFile, origin: LoadOptions) -> BuiltModule:
     names = match_parameters(model, module, origin.model)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     module.load_state_dict({inner: to_torch(model.read(tensors[name])) for name, inner in names.items()}, strict=False)
-    notes, command = _used_copy(model, names)
-    return BuiltModule(module, names, notes=notes, command=command)
+    notes, command, copies = _used_copy(model, names)
+    return BuiltModule(module, names, notes=notes, command=command, copies=copies)
 
 
-def _used_copy(model: ModelFile, names: Iterable[str]) -> tuple[tuple[str, ...], str]:
-    """A note if the file holds the weights as trained and as their average, and the command to keep the used copy."""
+def _used_copy(model: ModelFile, names: Iterable[str]) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """A note if the file holds the weights as trained and averaged, how to keep the used copy, and the other copies."""
+    notes: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+    command = ""
     for trained, average, _ in averaged_copies(model.tensors):
         is_average = any(name.startswith(f"{average}.") for name in names)
         used, other = (average, trained) if is_average else (trained, average)
+        if used and not any(name.startswith(f"{used}.") for name in names):
+            continue  # The average of another network.
+        copies += (f"{other}." if other else "",)
+        if notes:
+            continue
         used, other = (abbreviated(prefix) or "the top level" for prefix in (used, other))
-        rest, own = (_strip_command(model.path, keep) for keep in (("raw", "ema") if is_average else ("ema", "raw")))
+        rest, command = (
+            _strip_command(model.path, keep) for keep in (("raw", "ema") if is_average else ("ema", "raw"))
+        )
         note = (
             f"{model.path} holds the weights twice, as trained and averaged: those in {used} are used, not those in "
             f"{other}. For the others: {rest}"
         )
-        return (note,), own
-    return (), ""
+        notes = (note,)
+    return notes, command, copies
 
 
 def _strip_command(path: Path, keep: str) -> str:

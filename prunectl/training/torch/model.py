@@ -347,7 +347,7 @@ class TorchTrainable:
     def _observe(self, names: Collection[str], x: Arrays, callback: InputCallback, cache: CachedPass | None) -> None:
         self._prepare_to_predict()
         pieces = self._module if isinstance(self._module, FixedBatchModule) else None
-        with capture_layer_inputs(self._parameters(names), callback, pieces, cache):
+        with capture_layer_inputs(self._parameters(filter(self._built.contains, names)), callback, pieces, cache):
             self._forward(self._module, x)
 
     def cached_pass(self) -> CachedPass:
@@ -390,9 +390,9 @@ class TorchTrainable:
     @torch.no_grad()
     def assign(self, values: Mapping[str, Array]) -> None:
         state = self._module.state_dict()
-        for name, value in values.items():
-            target = state[self._built.inside(name)]
-            target.copy_(distribute_like(view_as_torch(value), target))
+        for name in filter(self._built.contains, values):
+            target = state[self._built.names[name]]
+            target.copy_(distribute_like(view_as_torch(values[name]), target))
 
     def mask(self, masks: Mapping[str, Array]) -> None:
         parameters = self._parameters(masks)
