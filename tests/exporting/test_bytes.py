@@ -145,10 +145,11 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_logging_is_as_disabled_after_quantising_as_it_was_before(
     level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen, loaded = [], onnx.ModelProto()
     silent = cast("Any", SimpleNamespace(scratch=tmp_path))
-    monkeypatch.setattr(onnx, "load", lambda *_, **__: "loaded")
+    monkeypatch.setattr(onnx, "load", lambda *_, **__: loaded)
     monkeypatch.setattr(logging.root.manager, "disable", level)
     found = onnx_finish._through_files(silent, onnx.ModelProto(), lambda *_: seen.append(logging.root.manager.disable))
-    assert (found, seen) == ("loaded", [max(level, logging.WARNING)])
+    assert found is loaded
+    assert seen == [max(level, logging.WARNING)]
     assert logging.root.manager.disable == level
