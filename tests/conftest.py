@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -40,6 +41,10 @@ def _is_roomy(folder: str) -> bool:
 if "TMPDIR" not in os.environ and _is_roomy("/dev/shm"):
     os.environ["TMPDIR"] = "/dev/shm"
     tempfile.tempdir = None
+
+# A shell starts background jobs with SIGINT ignored, and children inherit it: tests that interrupt one would hang.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is the machine's affair.
 settings.register_profile("suite", deadline=None)
