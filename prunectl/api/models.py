@@ -49,11 +49,12 @@ def local_path(name: str, path: AnyPath) -> Path:
 
 def destination_of(model: AnyPath, output: AnyPath, *, force: bool, in_place: bool) -> Destination:
     """The destination of an output; `in_place` needs the path of the model as the output."""
-    target, own = local_path("output", output), local_path("model", model)
-    if in_place and os.path.realpath(target) != os.path.realpath(own):
+    target = local_path("output", output)
+    # A model at a URL is read without a local path, and refused elsewhere for in_place.
+    if in_place and not is_url(model) and os.path.realpath(target) != os.path.realpath(model):
         raise UsageError(
-            f"in_place replaces {own}, but the output is {target}",
-            hint=f"write {str(own)!r} as output too, or leave out in_place",
+            f"in_place replaces {model}, but the output is {target}",
+            hint=f"write {str(model)!r} as output too, or leave out in_place",
         )
     return Destination(target, is_forced=force, is_in_place=in_place)
 

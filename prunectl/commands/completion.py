@@ -210,7 +210,7 @@ def _parts(line: str) -> list[str]:
 
 
 def _value(word: str) -> str:
-    """The value in `--option=value`, which alone is completed; else the word."""
+    """The value after the equals sign of an option, which alone is completed; else the word."""
     name, sign, value = word.partition("=")
     return value if sign and name.startswith("-") else word
 
