@@ -254,8 +254,8 @@ class OutputMatcher:
 
     @property
     def _batch_size(self) -> int:
-        """The requested batch size, or that of the calibration data where it is smaller, as it is for long texts."""
-        return min(self.request.batch_size, len(as_tuple(self.batches[0].x)[0]))
+        """The batch size of the calibration data, which may be smaller than requested, as it is for long texts."""
+        return len(as_tuple(self.batches[0].x)[0])
 
     def _compared(self, examples: Examples) -> tuple[DistilledOutput, ...]:
         """How each output is compared with the dense one; a note tells the user."""

@@ -22,6 +22,7 @@ from prunectl.calibration.statistics import (
 )
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile, Tensor
+from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import (
     DifferentiableModel,
@@ -36,7 +37,7 @@ from prunectl.training.backend import (
 from prunectl.training.data.adapt import adapt, check_batches
 from prunectl.training.data.next_token import open_labelled, shift_if_causal, user_function
 from prunectl.training.data.registry import check_exists, open_source
-from prunectl.training.data.source import Batch, EpochOrder, as_tuple, map_arrays
+from prunectl.training.data.source import Batch, EpochOrder, Source, as_tuple, map_arrays, peek
 from prunectl.training.data.text import batch_size
 from prunectl.training.runtimes import load_blockwise, load_onnx_model, load_trainable, seed_everything, with_arrays
 from prunectl.units import listed
@@ -348,7 +349,7 @@ def open_calibration(
         source = shift_if_causal(source, network.signature, network.predict, taken_by)
         notes += source.notes
     # A stream would have to be read to its end to be shuffled, which a few examples do not justify.
-    size = batch_size(source, network.signature, request.batch_size)
+    size = batch_size(source, network.signature, request.batch_size or _matched_batch_size(source))
     order = EpochOrder(size, request.seed, is_shuffled=source.count is not None)
     batches = take_samples(source.batches(order), request.samples)
     notes += check_batches(source.first(request.samples), network.signature, needs_targets=needs_targets)
@@ -360,6 +361,13 @@ def open_calibration(
         )
     reference = _network(model, origin)[0] if has_reference else None
     return CalibrationSession(Calibration(network, batches, reference), trainable, tuple(dict.fromkeys(notes)))
+
+
+def _matched_batch_size(source: Source) -> int:
+    """The default batch size of output matching, half as large for sequences of tokens, which have many positions."""
+    head = peek(source, 1)
+    first = as_tuple(head.x)[0] if head is not None else np.empty(0)
+    return BATCH_SIZE if first.ndim == 2 and first.dtype.kind in "iu" else MATCHED_BATCH_SIZE
 
 
 def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, TrainableModel | None]:

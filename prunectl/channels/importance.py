@@ -17,7 +17,7 @@ from prunectl.channels.labels import AxisRole
 from prunectl.channels.lengths import DataShapes
 from prunectl.errors import UsageError
 from prunectl.formats.base import Array, ModelFile
-from prunectl.pruning import RANDOM_PREFIX
+from prunectl.pruning import BATCH_SIZE, RANDOM_PREFIX
 from prunectl.pruning.request import PruneRequest
 from prunectl.pruning.strategies import uniform_numbers
 from prunectl.training.backend import ModelSignature, TensorSpec
@@ -353,7 +353,7 @@ def _batches(
     ports = tuple(TensorSpec(name, example[name].shape[1:], str(example[name].dtype)) for name in names)
     signature = ModelSignature(ports, (), is_channels_first=is_channels_first)
     size = len(example[names[0]])
-    order = EpochOrder(request.batch_size, request.seed, is_shuffled=True)
+    order = EpochOrder(request.batch_size or BATCH_SIZE, request.seed, is_shuffled=True)
     arrays, notes = load_inputs(request.data, signature, min(request.samples, size * _BATCHES), order)
     rows = padded_batch_rows(len(arrays[0]), size)
     feeds = tuple(dict(zip(names, (array[row] for array in arrays), strict=True)) for row in rows)

@@ -129,7 +129,7 @@ def prune_search(options: Prune, request: PruneRequest, limits: Mapping[str, Any
     )
     means = TrainOptions(loss=request.loss, seed=request.seed, **parse_metrics((options.metric,)))
     check_direction(means)
-    evaluation = FinetuneRequest(request.data, batch_size=request.batch_size, means=means, origin=origin)
+    evaluation = FinetuneRequest(request.data, batch_size=request.batch_size or BATCH_SIZE, means=means, origin=origin)
     looks_at_data = needs_data(replace(request, sparsity=_LEAST_PRUNED))
     if not looks_at_data and request.samples != SAMPLES:
         raise UsageError(

@@ -160,7 +160,10 @@ class Prune(OutputOptions):
     ] = None
     batch_size: Annotated[
         int | None,
-        _data(help=f"Examples per batch.  [default: {BATCH_SIZE}; --repair outputs: {MATCHED_BATCH_SIZE}]", min=1),
+        _data(
+            help=f"Examples per batch.  [default: {BATCH_SIZE}; to match outputs {MATCHED_BATCH_SIZE} (tokens: 32)]",
+            min=1,
+        ),
     ] = None
     repair: Annotated[
         Repair | None,

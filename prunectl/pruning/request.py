@@ -13,7 +13,7 @@ from prunectl.analysis import patterns
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.errors import UsageError
 from prunectl.plugins import find
-from prunectl.pruning import BATCH_SIZE, MATCHED_BATCH_SIZE, MATCHED_SAMPLES, RANDOM_PREFIX, SAMPLES
+from prunectl.pruning import BATCH_SIZE, MATCHED_SAMPLES, RANDOM_PREFIX, SAMPLES
 from prunectl.pruning.engine import PruningMethod
 from prunectl.pruning.masks import NonFinitePolicy, Pooling
 from prunectl.pruning.plan import MIN_SIZE, POLICIES, Allocation, PlanCriteria, Policy, Scope, adapt_policy, min_size
@@ -45,7 +45,8 @@ class PruneRequest:
     data: str = ""
     """Spec of the calibration data, for strategies that need some."""
     samples: int = SAMPLES
-    batch_size: int = BATCH_SIZE
+    batch_size: int | None = BATCH_SIZE
+    """The batch size; None in output matching for a default that depends on the data."""
     loss: str = ""
     """The loss for gradients and output matching; empty to infer it from the file or its outputs."""
     model: str = ""
@@ -112,7 +113,7 @@ def parse_request(options: Mapping[str, Any], *, is_by_layer: bool = False) -> P
         given["is_repaired"] = repaired == Repair.LAYERS
         if repaired == Repair.OUTPUTS:
             # Training needs more examples than layer statistics.
-            given = {"samples": MATCHED_SAMPLES, "batch_size": MATCHED_BATCH_SIZE, **given, "is_matched": True}
+            given = {"samples": MATCHED_SAMPLES, "batch_size": None, **given, "is_matched": True}
     if given and given.get("scope", Scope.AUTO) == Scope.AUTO:
         is_clustered = given.get("cluster") and all(given.get(amount) is None for amount in _AMOUNTS)
         is_by_layer = is_by_layer or bool(given.get("layers") or is_clustered)
@@ -160,7 +161,7 @@ def _check_type(name: str, value: Any, default: Any) -> bool:
         )
     if isinstance(default, tuple):
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if default is None:
+    if default is None or (name == "batch_size" and value is None):
         number = int | float if name in {"sparsity", "compression"} else int
         return value is None or (isinstance(value, number) and not isinstance(value, bool))
     return type(value) is type(default)

@@ -396,7 +396,7 @@ def test_more_examples_are_used_than_to_look_at_layers_unless_it_is_said() -> No
     plain = PruneRequest(is_repaired=True, scope="global")
     assert parse_request({"repair": True}) == parse_request({"repair": "layers"}) == plain
     found = parse_request({"repair": "outputs", "data": "x.npz"})
-    assert (found.samples, found.batch_size, found.is_matched, found.is_repaired) == (4096, 64, True, False)
+    assert (found.samples, found.batch_size, found.is_matched, found.is_repaired) == (4096, None, True, False)
     assert parse_request({"repair": "outputs", "samples": 128, "batch_size": 32}).samples == 128
 
 
@@ -486,6 +486,22 @@ def test_an_unknown_way_to_compare_is_refused() -> None:
 def test_a_single_example_tells_nothing_of_classes() -> None:
     assert not are_logits(SURE[:1], 1)
     assert activation_of_values(SHARES, 1) is SOFTMAX
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "expected"),
+    [("Reader", np.random.default_rng(0).integers(0, 20, (128, 5)), 32), ("Plain", examples(128, 12), 64)],
+    ids=["tokens", "rows"],
+)
+def test_a_batch_is_of_64_examples_by_default_and_of_32_sequences_of_tokens(
+    net: str, x: Array, expected: int, tmp_path: Path
+) -> None:
+    model = saved(getattr(torch_nets, net)(), tmp_path / "m.pt")
+    wish = {**SHORT, "repair_steps": 4, "model": f"{TORCH_NETS}:{net}", "data": data(tmp_path / "x.npz", x=x)}
+    outs = {size: tmp_path / f"{size}.pt" for size in (None, 32, 64)}
+    for size, out in outs.items():
+        prune(model, PruneRequest(**{**wish, "batch_size": size}), Destination(out))
+    assert [size for size in (32, 64) if digest(outs[size]) == digest(outs[None])] == [expected]
 
 
 def test_a_run_can_be_repeated_from_its_manifest(tmp_path: Path) -> None:
