@@ -338,15 +338,15 @@ def run(
         if command != "wrap" or "h5" in kind or "keras" in kind or kind.startswith("pt")
     ]
     with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
-        tallies = list(workers.map(lambda job: fuzz(*job, keep), jobs))
+        counts = list(workers.map(lambda job: fuzz(*job, keep), jobs))
     rows = [
         (kind, command, *(str(tally.codes[str(code)]) for code in sorted(ALLOWED)), str(len(tally.faults)),
          f"{tally.seconds:.2f} s", f"{tally.nbytes / 1e6:.0f} MB")
-        for (kind, command, _), tally in zip(jobs, tallies, strict=True)
+        for (kind, command, _), tally in zip(jobs, counts, strict=True)
     ]  # fmt: skip
     head = ("kind", "command", *(f"exit {code}" for code in sorted(ALLOWED)), "faults", "longest", "most memory")
     total = sum(len(numbers) for _, _, numbers in jobs)
-    faults = [fault for tally in tallies for fault in tally.faults]
+    faults = [fault for tally in counts for fault in tally.faults]
     show(f"{total} mutants, {len(faults)} handled wrongly", head, rows)
     return faults
 

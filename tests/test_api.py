@@ -87,7 +87,7 @@ def test_prune_writes_what_the_command_writes(tmp_path: Path) -> None:
     words = ["--sparsity", "0.8", "--scope", "global", "--exclude", "fc2"]
     assert command("prune", path, "-o", tmp_path / "theirs.onnx", *words).code == 0
     assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
-    assert sum(tally.dropped for tally in found.tallies.values()) == found.plan.drop
+    assert sum(tally.dropped for tally in found.counts.values()) == found.plan.drop
 
 
 def test_channels_are_cut_with_the_words_of_the_command_line(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def _reconstruction_notes(
 ) -> tuple[str, ...]:
     """Notes on how many tensors were reconstructed, without those that lost all weights, and which were not."""
     cuts = [cut for cut in pruned.plan.cuts if cut.tensor.name not in reconstructor.skipped]
-    count = sum(pruned.tallies[cut.tensor.name].dropped < cut.tensor.size for cut in cuts)
+    count = sum(pruned.counts[cut.tensor.name].dropped < cut.tensor.size for cut in cuts)
     tensors = f"{count} tensor{'s' * (count != 1)}"
     sentence = f"Weights of {tensors} were reconstructed from {examples} examples of {request.data}."
     how = "ranked by magnitude and not reconstructed" if reconstructor.strategy else "not reconstructed"

@@ -119,7 +119,7 @@ class AxisRole(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class AxisLabels:
+class AxisRecord:
     """A record that an operation uses an axis of a weight: the label of each index, and the role."""
 
     tensor: str
@@ -136,7 +136,7 @@ class LabelTrace:
         self.graph = graph
         self.labels = UnionFind()
         self.values: dict[str, LabelArray] = {}
-        self.axis_records: list[AxisLabels] = []
+        self.axis_records: list[AxisRecord] = []
         self._readers: dict[str, list[OpNode]] = defaultdict(list)
         for node in graph.nodes:
             for name in node.inputs:
@@ -162,7 +162,7 @@ class LabelTrace:
         if weight_axis is None:
             self.labels.lock(labels, op_title(node))
         else:
-            self.axis_records.append(AxisLabels(view.tensor, weight_axis, role, labels, node.name))
+            self.axis_records.append(AxisRecord(view.tensor, weight_axis, role, labels, node.name))
 
     def is_view(self, node: OpNode, position: int) -> bool:
         """Whether an input of an operation is a weight or a view of a weight."""
@@ -178,7 +178,7 @@ class LabelTrace:
 
     def unify_shared(self) -> None:
         """Unite the labels that several uses of a weight give to an axis; lock them if a use gave none."""
-        by_axis: dict[tuple[str, int], list[AxisLabels]] = {}
+        by_axis: dict[tuple[str, int], list[AxisRecord]] = {}
         for record in self.axis_records:
             by_axis.setdefault((record.tensor, record.axis), []).append(record)
         for (tensor, _), records in by_axis.items():

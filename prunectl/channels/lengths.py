@@ -78,7 +78,7 @@ def _is_shape(text: str) -> bool:
 class AxisLengths:
     """The lengths of open axes from options and data."""
 
-    typed: tuple[str, ...] = ()
+    shape_options: tuple[str, ...] = ()
     """The `--input` options: `1,3,224,224`, or `name:1,3,224,224`."""
     data: DataShapes | None = None
 
@@ -87,8 +87,8 @@ class AxisLengths:
         names = [port.name for port in signature.inputs]
         is_open = any(port.shape is None or None in port.shape for port in signature.inputs)
         shapes: Sequence[Shape] | None = None
-        if self.typed:
-            shapes = _parse_shapes(self.typed, names)
+        if self.shape_options:
+            shapes = _parse_shapes(self.shape_options, names)
         elif self.data is not None and is_open:
             shapes = self.data(signature)
         if shapes is None:
@@ -97,7 +97,7 @@ class AxisLengths:
             if port.shape is not None and not shape_matches(shape, port.shape):
                 raise UsageError(
                     f"the input {port.name} of the model has the shape {shape_text((None, *port.shape))}, "
-                    f"but {'--input' if self.typed else 'the data'} gives {shape_text((1, *shape))}",
+                    f"but {'--input' if self.shape_options else 'the data'} gives {shape_text((1, *shape))}",
                     hint="the length of an axis that the model fixes cannot be changed",
                 )
         return dict(zip(names, shapes, strict=True))
@@ -107,10 +107,10 @@ UNKNOWN_LENGTHS = AxisLengths()
 _EXAMPLE = "1,3,224,224 or name:1,3,224,224"
 
 
-def _parse_shapes(typed: Sequence[str], names: Sequence[str]) -> list[Shape]:
+def _parse_shapes(texts: Sequence[str], names: Sequence[str]) -> list[Shape]:
     """The shapes of the `--input` options without the batch axis, in the order of the model's inputs."""
-    options = [parse_input(text, _EXAMPLE) for text in typed]
-    for text, option in zip(typed, options, strict=True):
+    options = [parse_input(text, _EXAMPLE) for text in texts]
+    for text, option in zip(texts, options, strict=True):
         if option.dtype or option.lengths != option.shape:
             raise no_shape(text, _EXAMPLE)
     ordered = in_order(options, names)

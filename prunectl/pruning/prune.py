@@ -86,7 +86,7 @@ class Pruned:
     request: PruneRequest
     sparsity: float
     plan: Plan
-    tallies: dict[str, TensorCounts]
+    counts: dict[str, TensorCounts]
     before: ModelStats
     after: ModelStats
     notes: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class Pruned:
         cuts = [
             {"name": cut.tensor.name, "shape": list(cut.tensor.shape), "dropped": counts.dropped, "zeros": counts.zeros}
             for cut in self.plan.cuts
-            for counts in (self.tallies[cut.tensor.name],)
+            for counts in (self.counts[cut.tensor.name],)
         ]
         return {"sparsity": self.sparsity, "cuts": cuts}
 

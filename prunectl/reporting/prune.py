@@ -74,8 +74,8 @@ UNMEASURED = "Accuracy was not measured."
 
 def prune_report(pruned: Pruned, output: str) -> Report:
     """The report on a run; without an output it was a dry run."""
-    dropped = sum(tally.dropped for tally in pruned.tallies.values())
-    zeros = sum(tally.zeros for tally in pruned.tallies.values())
+    dropped = sum(counts.dropped for counts in pruned.counts.values())
+    zeros = sum(counts.zeros for counts in pruned.counts.values())
     size = pruned.plan.size
     cuts = Table(
         "cuts", _COLUMNS, lambda: _rows(pruned), total=("all", "", size, dropped, zeros, zeros / size if size else 0.0)
@@ -195,7 +195,7 @@ def _remedy(pruned: Pruned) -> str:
 def _without_groups(pruned: Pruned) -> Iterator[str]:
     """A note on tensors too narrow for a single group of an N:M pattern."""
     match = _N_OF_M.fullmatch(pruned.request.pattern)
-    names = [cut.tensor.name for cut in pruned.plan.cuts if not pruned.tallies[cut.tensor.name].zeros]
+    names = [cut.tensor.name for cut in pruned.plan.cuts if not pruned.counts[cut.tensor.name].zeros]
     if match is not None and names:
         shown = listed(names, _SHOWN)
         has, it = ("has", "it") if len(names) == 1 else ("have", "them")
@@ -274,9 +274,9 @@ _TRAINED = {Family.KERAS, Family.SAVED_MODEL, Family.TORCH, Family.TORCH_PROGRAM
 
 def _rows(pruned: Pruned) -> Iterator[Row]:
     for cut in pruned.plan.cuts:
-        tensor, tally = cut.tensor, pruned.tallies[cut.tensor.name]
+        tensor, counts = cut.tensor, pruned.counts[cut.tensor.name]
         shape = "x".join(map(str, tensor.shape))
-        yield tensor.name, shape, tensor.size, tally.dropped, tally.zeros, tally.zeros / tensor.size
+        yield tensor.name, shape, tensor.size, counts.dropped, counts.zeros, counts.zeros / tensor.size
 
 
 def _facts(pruned: Pruned) -> tuple[tuple[str, str], ...]:

@@ -159,7 +159,7 @@ def test_a_network_answers_nearly_as_before_and_keeps_every_zero(
         gone = before[name] == 0
         held += np.count_nonzero(after[name][gone] == 0)
         assert not after[name][gone].any(), name
-    assert held == cuts.drop == sum(tally.zeros for tally in found.tallies.values())
+    assert held == cuts.drop == sum(tally.zeros for tally in found.counts.values())
     reference = unmatched(file)
     assert divergence(answers(out, build_of(file), reference.x), reference.dense) < reference.sparse / 3
 

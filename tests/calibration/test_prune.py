@@ -64,7 +64,7 @@ def test_so_many_weights_go_and_nothing_else_is_touched(
     done, out = once(file, strategy, is_repaired)
     for name, kernel in kernels(out).items():
         assert zeros(kernel) == round(0.37 * kernel.size), name
-    assert sum(tally.dropped for tally in done.tallies.values()) == done.plan.drop
+    assert sum(tally.dropped for tally in done.counts.values()) == done.plan.drop
     before, after = numbers(FIXTURES / file), numbers(out)
     may_change = {name for name in before if "weight" in name or "kernel" in name}
     if is_repaired:
@@ -201,7 +201,7 @@ def test_over_all_layers_what_costs_least_of_its_layers_outputs_goes(tmp_path: P
         costs.append(np.square(weights) * later / np.square(met @ weights.T).sum())
     lowest = np.argsort(np.concatenate([cost.reshape(-1) for cost in costs]))[: done.plan.drop]
     by_hand = {"one.weight": int((lowest < costs[0].size).sum()), "two.weight": int((lowest >= costs[0].size).sum())}
-    assert by_hand == {cut.tensor.name: done.tallies[cut.tensor.name].dropped for cut in done.plan.cuts}
+    assert by_hand == {cut.tensor.name: done.counts[cut.tensor.name].dropped for cut in done.plan.cuts}
     assert 0 < by_hand["two.weight"] < costs[1].size
 
 
@@ -328,7 +328,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_same(tmp_path: Path) -> None:
     wish = PruneRequest(sparsity=0.5, strategy="obs", data=f"{FIXTURES / 'digits.npz'}?norm=/16", samples=32)
     dry = prune(FIXTURES / "digits_cnn.h5", wish, None)
     wet = prune(FIXTURES / "digits_cnn.h5", wish, Destination(tmp_path / "out.h5"))
-    assert dry.tallies == wet.tallies
+    assert dry.counts == wet.counts
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
 
 
@@ -380,7 +380,7 @@ def test_a_tensor_that_keeps_its_least_is_named_where_kept_weights_change_too(
     for scope in ("global", "layer"):
         wish = PruneRequest(sparsity=0.9, scope=scope, **request, **{"strategy": "magnitude", **way})
         done = prune(tmp_path / "net.pt", wish, Destination(tmp_path / f"{scope}.pt"))
-        kept = {cut.tensor.name: cut.tensor.size - done.tallies[cut.tensor.name].dropped for cut in done.plan.cuts}
+        kept = {cut.tensor.name: cut.tensor.size - done.counts[cut.tensor.name].dropped for cut in done.plan.cuts}
         least = {name: int(0.01 * module.get_parameter(name).numel()) for name in kept}
         notes = [note for note in done.notes if "the minimum share of weights" in note]
         assert bool(notes) is any(kept[name] == least[name] for name in kept) is (scope == "global")

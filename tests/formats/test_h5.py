@@ -371,7 +371,7 @@ def test_a_file_in_chunks_is_pruned_with_few_children(scope: str, forks: list[in
     marks = (reference.layerwise if scope == "layer" else reference.together)(kernels, 0.5)
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], np.where(marks[name], 0, array) if name in marks else array)
-    assert {name: tally.dropped for name, tally in found.tallies.items()} == {
+    assert {name: tally.dropped for name, tally in found.counts.items()} == {
         name: np.count_nonzero(mark) for name, mark in marks.items()
     }
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [written.name]

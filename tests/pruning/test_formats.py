@@ -54,7 +54,7 @@ def test_the_zeros_are_those_of_a_stable_sort(name: str, scope: str, sparsity: f
     asked = [a.size for a in weights.values()] if scope == "layer" else [sum(a.size for a in weights.values())]
     assert found.plan.drop == sum(round(sparsity * size) for size in asked)
     zeros = {tensor: int((after[tensor] == 0).sum()) for tensor in weights}
-    assert zeros == {tensor: tally.zeros for tensor, tally in found.tallies.items()}
+    assert zeros == {tensor: tally.zeros for tensor, tally in found.counts.items()}
 
 
 @every_model
@@ -93,7 +93,7 @@ def test_no_other_number_changes_by_a_bit(name: str, halved: Halved) -> None:
     cut = {cut.tensor.storage.key for cut in found.plan.cuts}
     assert list(before) == list(after)
     for tensor in model.tensors:
-        if tensor.storage.key not in cut and model.duplicates.get(tensor.name) not in found.tallies:
+        if tensor.storage.key not in cut and model.duplicates.get(tensor.name) not in found.counts:
             assert raw(before[tensor.name]) == raw(after[tensor.name])
 
 

@@ -163,7 +163,7 @@ def test_more_strangers_than_weights_to_go_are_zeroed_all(tmp_path: Path) -> Non
     path = tmp_path / "m.pt"
     torch.save({"fc.weight": torch.from_numpy(with_strangers())}, path)
     found, written = prune(path, tmp_path / "out", sparsity=0.0, nan="zero")
-    assert found.tallies["fc.weight"].zeros == 3
+    assert found.counts["fc.weight"].zeros == 3
     assert int((arrays(written)["fc.weight"] == 0).sum()) == 3
 
 
@@ -182,7 +182,7 @@ def test_minus_zero_and_zeros_that_were_there_go_first(tmp_path: Path) -> None:
     found, written = prune(path, tmp_path / "out", sparsity=0.5)
     after = arrays(written)["fc.weight"]
     assert after.tolist() == [[1.0, 0.0, 0.0, -2.0], [3.0, 0.0, 0.0, 4.0]]
-    assert found.tallies["fc.weight"].zeros == 4
+    assert found.counts["fc.weight"].zeros == 4
 
 
 def test_integers_are_left_alone_and_said(tmp_path: Path) -> None:

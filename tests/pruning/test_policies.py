@@ -108,7 +108,7 @@ def test_of_two_ratios_for_a_layer_the_last_counts(tmp_path: Path) -> None:
     assert ratios["fc2.weight"] == pytest.approx(0.25, abs=1e-2)
     assert ratios["conv2.weight"] == pytest.approx(0.1, abs=1e-2)
     assert ratios["conv1.bias"] == 0
-    assert found.plan.drop == sum(tally.dropped for tally in found.tallies.values())
+    assert found.plan.drop == sum(tally.dropped for tally in found.counts.values())
 
 
 def test_without_an_amount_only_layers_with_their_own_lose_weights(tmp_path: Path) -> None:

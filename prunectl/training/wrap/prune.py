@@ -73,7 +73,7 @@ def prune_wrapped(
             after, loses_optimizer = stats_for_report(result), _has_optimizer(model) and not _has_optimizer(result)
             loses_compilation = _is_compiled(model) and not _is_compiled(result)
     if ramp is not None:
-        pruned = replace(pruned, tallies=_untouched(model, pruned), lost={})
+        pruned = replace(pruned, counts=_untouched(model, pruned), lost={})
     shown = str(output.target if output is not None else "the result")
     pruned = replace(pruned, request=request, after=replace(after, path=shown))
     return WrapResult(pruned, len(wrapping.names) - len(bare), bare, ramp, loses_compilation, loses_optimizer)
@@ -116,7 +116,7 @@ def _bits(array: Array) -> Array:
 
 def _share(cut: TensorPlan, pruned: Pruned) -> float:
     """The sparsity of a tensor: the requested one if it gives the pruned count, else the share that was pruned."""
-    dropped = pruned.tallies[cut.tensor.name].dropped
+    dropped = pruned.counts[cut.tensor.name].dropped
     requested = (pruned.sparsity, *(ratio for _, ratio in pruned.request.layers))
     exact = (ratio for ratio in requested if round(ratio * cut.tensor.size) == dropped)
     return next(exact, dropped / cut.tensor.size)

@@ -119,7 +119,7 @@ class TestASchedule:
         for name, layer in wrappers(model).items():
             assert np.array_equal(layer.pruning_vars[0][0].numpy(), plain.get_layer(name).kernel.numpy())
             assert layer.pruning_vars[0][1].numpy().all()
-        assert sum(tally.dropped for tally in found.pruned.tallies.values()) == 0
+        assert sum(tally.dropped for tally in found.pruned.counts.values()) == 0
 
     def test_is_followed_by_tfmot(self, original: Callable[[str], Path], tmp_path: Path) -> None:
         path = original("m.h5")
@@ -150,7 +150,7 @@ class TestASchedule:
         plain = prune(path, PruneRequest(sparsity=0.5, scope="global"), Destination(tmp_path / "plain.h5"))
         wrapped(path, tmp_path / "w.h5", POLYNOMIAL, sparsity=0.5, scope="global")
         for name, layer in wrappers(opened(tmp_path / "w.h5")).items():
-            tally = plain.tallies[f"{name}/kernel:0"]
+            tally = plain.counts[f"{name}/kernel:0"]
             size = layer.pruning_vars[0][0].numpy().size
             assert layer.pruning_schedule.final_sparsity == pytest.approx(tally.dropped / size)
 
