@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prunectl.errors import InputError, abbreviated
@@ -179,11 +181,10 @@ def architecture(model: ModelFile) -> Architecture | None:
     notes += _note_training_state(model)
     weights = [tensor for tensor in model.tensors if tensor.role in WEIGHTS]
     notes += _note_packed(config, weights)
-    classes = config.get("architectures")
     kinds = (config.get("model_type"), config.get("_class_name"), adapter.get("peft_type"))
     return Architecture(
         model_type=next(filter(None, map(_text, kinds)), ""),
-        architectures=tuple(map(_text, classes[:8])) if isinstance(classes, list) else (),
+        architectures=_classes(config),
         blocks=_blocks(config, weights),
         hidden_size=_number(config, "hidden_size", "n_embd", "d_model", "dim"),
         heads=_number(config, "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"),
@@ -232,6 +233,19 @@ def read_config(model: ModelFile, name: str) -> dict[str, Any]:
     """A JSON file in the folder of a model; empty if it does not exist."""
     path = None if model.folder is None else real_file(model.folder, name)
     return {} if path is None else read_object(path, "it")
+
+
+def architectures(folder: Path) -> tuple[str, ...]:
+    """The classes that the config in a folder names; none for anything else than a readable model folder."""
+    with suppress(InputError, OSError):
+        if (path := real_file(folder, CONFIG)) is not None:
+            return _classes(read_object(path, "it"))
+    return ()
+
+
+def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    classes = config.get("architectures")
+    return tuple(map(_text, classes[:8])) if isinstance(classes, list) else ()
 
 
 def _text(value: Any) -> str:
@@ -315,8 +329,7 @@ def tie_flags(config: Mapping[str, Any]) -> list[bool]:
 
 def _is_tied(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> bool | None:
     """Whether the output layer is tied to the embedding, by the config, else because there is no other output layer."""
-    classes = config.get("architectures")
-    if not isinstance(classes, list) or not any(_LANGUAGE_MODEL.search(_text(name)) for name in classes):
+    if not any(map(_LANGUAGE_MODEL.search, _classes(config))):
         return None
     for is_tied in tie_flags(config):
         return is_tied

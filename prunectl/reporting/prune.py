@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from prunectl.analysis.copies import averaged_copies_hint
 from prunectl.analysis.stats import ModelStats
 from prunectl.formats.base import Family
 from prunectl.formats.detect import URL
+from prunectl.formats.families import architectures
 from prunectl.formats.registry import by_name
 from prunectl.pruning.destination import BIG_BYTES
 from prunectl.pruning.plan import UNKNOWN, counted_reason
@@ -182,13 +183,16 @@ def _lossy(pruned: Pruned) -> Iterator[str]:
 def _remedy(pruned: Pruned) -> str:
     family = by_name(pruned.before.format).family
     if family in _TRAINED or family is Family.SAFETENSORS:
-        is_bare = family in {Family.TORCH, Family.SAFETENSORS} and not pruned.request.model
-        code = " --builder net.py:Net" if is_bare else ""
-        return f"Add --repair outputs --data train.npz{code} to win it back without labels, or finetune the result."
+        needed = _needs(pruned.before, "net.py:Net")
+        code = f" {shlex.join(needed.code)}" if needed.code and not pruned.request.model else ""
+        data = f"--data {needed.train}{code}"
+        return f"Add --repair outputs {data} to win it back without labels, or finetune the result."
     if family is Family.ONNX:
         return (
             "Add --repair --data train.npz to win some of it back, or prune and train the file that it was made from."
         )
+    if pruned.before.format == "diffusers":
+        return "Try --scope layer, since its networks are ranked together, or a lower --sparsity."
     return "Prune and train the Keras or PyTorch file that it was made from."
 
 
@@ -253,9 +257,9 @@ def compare_sizes(before: ModelStats, output: str) -> str:
 
 def measure_accuracy(before: ModelStats, output: str, builder: str) -> str:
     """The command that measures the accuracy of a smaller model."""
-    is_bare = by_name(before.format).family in {Family.TORCH, Family.SAFETENSORS}
-    code = ("--builder", builder) if is_bare else ()
-    return shlex.join(["prunectl", "eval", output, "--data", "test.npz", "--against", before.path, *code])
+    needed = _needs(before, builder)
+    data = ("--data", needed.test, *needed.metric)
+    return shlex.join(["prunectl", "eval", output, *data, "--against", before.path, *needed.code])
 
 
 def recover_accuracy(before: ModelStats, output: str, builder: str) -> str:
@@ -264,9 +268,33 @@ def recover_accuracy(before: ModelStats, output: str, builder: str) -> str:
     if family is Family.ONNX:
         return measure_accuracy(before, output, builder)
     tuned = str(path.with_name(f"{path.stem}-tuned{path.suffix}"))
-    code = ("--builder", builder) if family in {Family.TORCH, Family.SAFETENSORS} else ()
-    data = ("--data", "train.npz", "--val", "test.npz")
-    return shlex.join(["prunectl", "finetune", output, "-o", tuned, *data, *code])
+    needed = _needs(before, builder)
+    data = ("--data", needed.train, "--val", needed.test, *needed.metric)
+    return shlex.join(["prunectl", "finetune", output, "-o", tuned, *data, *needed.code])
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What a command that runs a model needs beside it."""
+
+    train: str = "train.npz"
+    test: str = "test.npz"
+    metric: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+def _needs(before: ModelStats, builder: str) -> _Needs:
+    """A folder of `transformers` needs no code, and if it is a language model, text is its data."""
+    if by_name(before.format).family not in {Family.TORCH, Family.SAFETENSORS}:
+        return _Needs()
+    if not (classes := architectures(Path(before.path))):
+        return _Needs(code=("--builder", builder))
+    if classes[0].endswith(_CAUSAL):
+        return _Needs("corpus.txt", "test.txt", ("--metric", "perplexity"))
+    return _Needs()
 
 
 _TRAINED = {Family.KERAS, Family.SAVED_MODEL, Family.TORCH, Family.TORCH_PROGRAM}

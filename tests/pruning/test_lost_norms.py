@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,26 @@ def test_a_prune_that_ruins_layers_says_so_and_what_wins_it_back(
     (line,) = [line for line in done.err.splitlines() if FALL in line]
     assert "of 4 tensors lose more than half of the norm of their weights" in line
     assert remedy in line
+
+
+@pytest.mark.parametrize(
+    ("network", "data", "test"),
+    [
+        ("LlamaForCausalLM", "corpus.txt", "--data test.txt --metric perplexity"),
+        ("BertForSequenceClassification", "train.npz", "--data test.npz"),
+    ],
+)
+def test_what_wins_it_back_in_a_model_folder_is_text_for_a_language_model_and_never_code(
+    network: str, data: str, test: str, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    weights = np.random.default_rng(0).normal(size=(32, 32)).astype("f4")
+    save_file({"layers.0.fc1.weight": weights, "layers.0.fc2.weight": weights.T.copy()}, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps({"architectures": [network]}))
+    done = here("prune", model, "-o", out, "-s", "95%", "--format", "human")
+    assert f"Add --repair outputs --data {data} to win it back" in (done.out + done.err)
+    assert f"prunectl eval {out} {test} --against {model}" in (done.out + done.err)
 
 
 def test_a_mild_prune_one_with_data_and_a_dry_run_say_nothing_of_it(tmp_path: Path) -> None:
