@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from prunectl.channels.adapter import Feeds
 from prunectl.channels.graph import OpKind
 from prunectl.channels.keras.traverse import LoadedKeras
 from prunectl.errors import PrunectlError, WorkError, first_line
-from prunectl.formats import zip_write
+from prunectl.formats import budgets, zip_write
 from prunectl.formats.base import Array
 from prunectl.formats.keras.config import object_in, string_in
 from prunectl.formats.keras.hdf5 import rewrite
@@ -122,14 +123,29 @@ def _policy_name(value: Any) -> str:
     return string_in(object_in(value, "config"), "name")
 
 
+_FALLBACK_WORDS = ("a", "b")
+_LONGEST_TEXT = 8
+"""Random texts have one word, as a lookup takes, to this many."""
 _MAX_INTEGER = 2
 """Random integers are below this, so that they are valid in any embedding table."""
 
 
 def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
-    """Random inputs: small integers for embeddings and integer inputs, normal floats for others."""
+    """Random inputs: small integers for embeddings and integer inputs, words for texts, normal floats for others."""
     lookups = {node.inputs[1] for node in loaded.graph.nodes if node.kind is OpKind.EMBEDDING}
-    return {name: _random_input(loaded, name, lookups, random) for name in loaded.graph.inputs}
+    words = _vocabulary(loaded) if "string" in loaded.builder.inputs.values() else ()
+    return {name: _random_input(loaded, name, lookups, random, words) for name in loaded.graph.inputs}
+
+
+def _vocabulary(loaded: LoadedKeras) -> tuple[str, ...]:
+    """The words of all lookup layers: those in the configuration, and those in files of a `.keras` archive."""
+    words = [word for layer in loaded.layers for word in object_in(layer.layer, "config").get("vocabulary") or ()]
+    if loaded.model.format == "keras":
+        archive = open_archive(loaded.model.path)
+        for name in archive.entries:
+            if name.endswith("/vocabulary.txt"):
+                words += archive.read(name, budgets.MAX_JSON_BYTES).decode(errors="replace").split("\n")
+    return tuple(dict.fromkeys(word for word in words if isinstance(word, str))) or _FALLBACK_WORDS
 
 
 def runner(
@@ -207,10 +223,14 @@ def _is_cast_when_called(layer: Any) -> bool:
     return is_plain and layer.dtype_policy.name in {"float32", "int32", "int64"}
 
 
-def _random_input(loaded: LoadedKeras, name: str, lookups: set[str], random: np.random.Generator) -> Array:
+def _random_input(
+    loaded: LoadedKeras, name: str, lookups: set[str], random: np.random.Generator, words: tuple[str, ...]
+) -> Array:
     shape, dtype = loaded.graph.shapes[name], loaded.builder.inputs[name]
     if dtype == "string":
-        raise WorkError(f"prunectl cannot make random values for the input {name} of the network")
+        longest = random.choice((1, _LONGEST_TEXT))
+        texts = [" ".join(random.choice(words, longest)) for _ in range(math.prod(shape))]
+        return np.array(texts, dtype=object).reshape(shape)
     if name in lookups or dtype.startswith(("int", "uint", "bool")):
         return random.integers(0, _MAX_INTEGER, shape).astype(dtype if name not in lookups else "int32")
     return random.standard_normal(shape).astype(np.float32)

@@ -23,7 +23,7 @@ from prunectl.channels.keras.weights import (
 )
 from prunectl.channels.lengths import TRIED_LENGTHS, UNKNOWN_LENGTHS, AxisLengths
 from prunectl.errors import InputError
-from prunectl.formats import budgets
+from prunectl.formats import budgets, pure_names
 from prunectl.formats.base import ModelFile
 from prunectl.formats.keras.config import (
     NodeCall,
@@ -160,6 +160,9 @@ class GraphTraversal:
                 outputs_of[call.layer, call.node] = (graph_input,)
                 continue
             values = tuple(value(source) for source in call.sources)
+            if len(values) == 1:
+                # Archives of Keras 2 give only the shape that each layer was built for.
+                self._confirm(values[0], shape_in(object_in(call.description, "build_config").get("input_shape")))
             nodes = call.description.get("inbound_nodes")
             arguments = CallArguments(
                 raw=nodes[call.node] if isinstance(nodes, list) and call.node < len(nodes) else (),
@@ -265,14 +268,17 @@ class GraphTraversal:
             except (UnknownShapeError, LookupError):
                 pass
         output_shape = matmuls.output(layer_call)
-        is_lambda = layer_call.kind == "Lambda" and output_shape is None
-        if is_lambda:
-            output_shape = _lambda_shape(layer_call)
+        if output_shape is not None and layer_call.kind == "TextVectorization":
+            output_shape = tuple(self._length if length is None else length for length in output_shape)
+        is_users_own = rule is None and (">" in layer_call.kind or layer_call.kind not in pure_names.CLASSES)
+        is_guess = is_users_own and output_shape is None
+        if is_guess:
+            output_shape = _guessed_shape(layer_call)
         is_recurrent = sequences.is_recurrent(layer_call.kind)
         shapes = sequences.outputs(layer_call, output_shape) if is_recurrent else (output_shape,)
         shapes += (None,) * (arguments.outputs - len(shapes))
         outputs = self._unknown(layer, inputs, names, tuple(self._with_batch(shape, inputs) for shape in shapes))
-        self._guessed.update(outputs if is_lambda else ())
+        self._guessed.update(outputs if is_guess else ())
         return outputs
 
     def _layer_call(
@@ -334,11 +340,11 @@ class GraphTraversal:
             return None
 
 
-def _lambda_shape(call: LayerCall) -> tuple[int | None, ...] | None:
-    """The output shape in the settings of a Lambda layer, else that of its input, as most Lambdas only scale.
+def _guessed_shape(call: LayerCall) -> tuple[int | None, ...] | None:
+    """The output shape in the settings of a Lambda or the user's own layer, else its input's, as most only scale.
 
-    A Lambda is unknown and locks the channels that it reads; only the layers after it need a shape. A wrong shape does
-    not fit the weights of the next layer, which is locked then, or it is found by the equivalence check.
+    Such a layer is unknown and locks the channels that it reads; only the layers after it need a shape. A wrong shape
+    does not fit the weights of the next layer, which is locked then, or it is found by the equivalence check.
     """
     output_shape = untuple(call.config.get("output_shape"))
     shape = shape_in([None, *output_shape]) if isinstance(output_shape, list) else None

@@ -98,15 +98,20 @@ class LoadedModel:
 
 def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> LoadedModel:
     """Load the model of a file under a device placement."""
+    if origin.custom_objects:
+        # Before the user's code, which imports it too, but lets it print.
+        _library_of_file(file)
     user_code.check(file, origin)
-    objects = user_code.custom_objects(origin)
     weight_layout = detect_layout(file)
-    build = resolve_builder(origin.model) if origin.model else None
-    if build is None and (
+    if not origin.model and (
         weight_layout in {WeightLayout.NAMED_WEIGHTS, WeightLayout.NUMBERED_WEIGHTS} or file.about.keras is None
     ):
         raise _no_builder(file, weight_layout)
-    library = _library_of_file(file) if build is None else _library_of_code(file)
+    library = _library_of_code(file) if origin.model else _library_of_file(file)
+    objects = user_code.custom_objects(origin)
+    build = resolve_builder(origin.model) if origin.model else None
+    if build is None:
+        _check_versions(objects, library, file, origin)
     # Layers draw random numbers while they are built, before a run seeds.
     before_seeding(*library.generators)
     with placement.scope(library), ignore_warnings():
@@ -151,11 +156,30 @@ def _keras_version(file: ModelFile) -> int:
     return int(match[1]) if match else 0
 
 
+def _check_versions(objects: Mapping[str, Any], library: KerasLibrary, file: ModelFile, origin: LoadOptions) -> None:
+    """Refuse classes of the other Keras version, which fails with them in ways that hide the cause."""
+    name, other = ("Keras 2", "keras") if library.is_keras2 else ("Keras 3", "tf_keras")
+    for key, kind in objects.items():
+        if isinstance(kind, type) and _package_of(kind) == other:
+            where = "tf_keras, or set TF_USE_LEGACY_KERAS=1" if library.is_keras2 else "keras"
+            raise UsageError(
+                f"{file.path} is a file of {name}, but {key} in --custom-objects {origin.custom_objects} derives from "
+                f"{other}",
+                hint=f"import layers from {where}",
+            )
+
+
+def _package_of(kind: type) -> str:
+    """The package of Keras, keras or tf_keras, that a class derives from; empty if from none."""
+    packages = (base.__module__.partition(".")[0] for base in kind.__mro__)
+    return next((package for package in packages if package in {"keras", "tf_keras"}), "")
+
+
 def _library_of_model(model: Any, reference: str) -> KerasLibrary:
-    for kind in type(model).__mro__:
-        if kind.__module__.startswith("tf_keras."):
+    match _package_of(type(model)):
+        case "tf_keras":
             return load_keras2()
-        if kind.__module__.startswith("keras."):
+        case "keras":
             return load_keras3()
     raise UsageError(
         f"--builder {reference} returned a value of type {type(model).__module__}.{type(model).__name__}",

@@ -10,6 +10,7 @@ from prunectl.formats.budgets import MAX_LAYER_WEIGHTS
 from prunectl.formats.keras.config import PRUNED_PREFIX, modern_name, untuple
 from prunectl.formats.keras.flops import sequences
 from prunectl.formats.keras.flops.shapes import (
+    LOOKUP_RULES,
     WINDOW_RULES,
     LayerCall,
     Matmul,
@@ -267,6 +268,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("TFOpLambda", "TensorFlowOpLayer"), _elementwise),
     **WINDOW_RULES,
+    **LOOKUP_RULES,
     **sequences.SHAPES,
     "Concatenate": _concatenated,
     "Dense": lambda call: (*call.shape()[:-1], call.number("units")),

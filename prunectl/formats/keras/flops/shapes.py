@@ -1,4 +1,4 @@
-"""Shapes between Keras layers, without the batch axis: the call of a layer, and the output shapes of windows."""
+"""Shapes between Keras layers, without the batch axis: the call of a layer, and the outputs of windows and lookups."""
 
 from __future__ import annotations
 
@@ -273,6 +273,44 @@ def _borders(setting: object, axes: int) -> tuple[int, ...]:
     return tuple(totals)
 
 
+def text_vectorization(call: LayerCall) -> Shape:
+    """The tokens of a text."""
+    is_cut_into_words = call.config.get("split", "whitespace") is not None
+    if call.flag("ragged") or not is_cut_into_words or call.word("output_mode", "int") != "int":
+        raise UnknownShapeError
+    length = call.config.get("output_sequence_length")
+    return (None if length is None else call.number("output_sequence_length"),)
+
+
+def _encoded(size: Callable[[LayerCall], int], mode: str = "int") -> Callable[[LayerCall], Shape]:
+    """The rule for integers (the output has the shape of the input) or encodings of this size, with a default mode."""
+
+    def rule(call: LayerCall) -> Shape:
+        shape, output_mode = call.shape(), call.word("output_mode", mode)
+        if output_mode == "int":
+            return shape
+        if not shape or call.flag("sparse"):
+            raise UnknownShapeError
+        return (*(shape if output_mode == "one_hot" and shape[-1] != 1 else shape[:-1]), size(call))
+
+    return rule
+
+
+def _vocabulary_size(call: LayerCall) -> int:
+    return call.number("max_tokens" if call.flag("pad_to_max_tokens") else "vocabulary_size")
+
+
+def _number_of_bins(call: LayerCall) -> int:
+    boundaries = untuple(call.config.get("bin_boundaries"))
+    return len(boundaries) + 1 if isinstance(boundaries, list) else call.number("num_bins")
+
+
+LOOKUP_RULES: dict[str, Callable[[LayerCall], Shape]] = {
+    "TextVectorization": text_vectorization,
+    **dict.fromkeys(("StringLookup", "IntegerLookup"), _encoded(_vocabulary_size)),
+    **dict.fromkeys(("Discretization", "Hashing"), _encoded(_number_of_bins)),
+    "CategoryEncoding": _encoded(lambda call: call.number("num_tokens"), "multi_hot"),
+}
 WINDOW_RULES: dict[str, Callable[[LayerCall], Shape]] = {
     **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D", "SeparableConv1D", "SeparableConv2D"), convolution),
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), depthwise),
