@@ -198,7 +198,10 @@ def _random_array(random: np.random.Generator, spec: InputSpec, count: int) -> A
         # Zeros are always valid: a model may have a single token type, and a box must not end before it begins.
         return np.zeros(shape, dtype or "int64")
     if dtype and not dtype.startswith(("int", "uint", "bool", "float", "bfloat")):
-        raise UsageError(f"the model takes inputs of type {dtype}, for which prunectl has no values")
+        raise UsageError(
+            f"the model takes inputs of type {dtype}, for which prunectl has no values",
+            hint="save and export only its layers from the first one that takes numbers on",
+        )
     return random_array(random, shape, dtype).astype(dtype or "float32")
 
 

@@ -174,10 +174,11 @@ def _variables(holder: Any) -> list[Any]:
 def runner(job: ExportJob, target: Path) -> Run:
     """A function that runs the result, loaded from its folder again."""
     runnable = _load_signature(target)
+    order = sorted(range(len(job.inputs)), key=lambda index: job.inputs[index].name)
 
     def run(inputs: tuple[Array, ...]) -> dict[str, Array]:
         try:
-            return runnable.run(inputs)
+            return runnable.run(tuple(inputs[index] for index in order))
         except UsageError as error:
             cause = _reason(error.__cause__) if isinstance(error.__cause__, Exception) else error.message
             raise WorkError(

@@ -98,6 +98,20 @@ def test_a_saved_model_serves_what_the_model_answers_and_holds_each_variable_onc
     assert sum(tensor.size for tensor in model.tensors) == 9_802
 
 
+@pytest.mark.parametrize("which", KERAS)
+def test_a_saved_model_is_compared_whatever_the_order_of_its_inputs(which: str, tmp_path: Path) -> None:
+    library, suffix = KERAS[which]
+    k, tf = library(), pytest.importorskip("tensorflow")
+    late, early = k.layers.Input((4,), name="late"), k.layers.Input((3,), name="early")
+    model = k.Model([late, early], k.layers.concatenate([k.layers.Dense(2)(late), k.layers.Dense(5)(early)]))
+    save(model, tmp_path / f"m{suffix}")
+    export(tmp_path / f"m{suffix}", tmp_path / "served", to="saved-model")
+    inputs = random((5, 4), (5, 3))
+    served = tf.saved_model.load(str(tmp_path / "served")).signatures["serving_default"]
+    (found,) = served(late=tf.constant(inputs[0]), early=tf.constant(inputs[1])).values()
+    np.testing.assert_allclose(found, answers(model, inputs)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(("source", "suffix"), [("digits_cnn.h5", ".keras"), ("digits_cnn.keras", ".h5")])
 def test_archives_and_hdf5_become_each_other_in_their_own_library(source: str, suffix: str, exported: Exported) -> None:
     _, place = exported(source, suffix)
