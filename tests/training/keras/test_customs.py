@@ -41,6 +41,15 @@ def test_a_custom_layer_is_built_from_what_the_user_names(name: str, k: Any, tmp
     assert "--custom-objects" in caught.value.hint
 
 
+@both
+def test_a_custom_layer_of_the_other_keras_is_refused_with_what_to_import(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(scaled(k), tmp_path / "model.h5")
+    other, package = (keras, "tf_keras") if k is tf_keras else (tf_keras, "keras")
+    with pytest.raises(UsageError, match="Scale in --custom-objects") as caught:
+        nets.opened(path, custom_objects=objects(other))
+    assert caught.value.hint.startswith(f"import layers from {package}")
+
+
 def test_custom_objects_are_a_dictionary(file_of: nets.Files) -> None:
     path = file_of(keras, nets.dense)
     with pytest.raises(UsageError, match="is not a dictionary"):
