@@ -29,6 +29,7 @@ class OpKind(StrEnum):
     """LSTM, GRU or simple RNN. Inputs: data, kernel, recurrent kernel, biases, states. Attributes: units, gates.
 
     Kernels have gates * units on their second last axis, biases on the last. States and outputs have units on the last.
+    An LSTM of images has `positions`, the number of its time steps and pixels, as well.
     """
     ATTENTION = "heads"
     """Multi-head attention, with its input projections and its output projection.

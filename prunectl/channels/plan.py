@@ -264,8 +264,8 @@ def _macs_of(node: OpNode, shape_of: ShapeOf, sizes: Mapping[str, int]) -> int:
         case OpKind.LINEAR:
             return sizes[node.inputs[1]] * math.prod(shape_of(node.inputs[0])[:-1])
         case OpKind.RECURRENT:
-            steps = math.prod(shape_of(node.inputs[0])[:-1])
-            return (sizes[node.inputs[1]] + sizes[node.inputs[2]]) * steps
+            positions: int = node.attributes.get("positions") or math.prod(shape_of(node.inputs[0])[:-1])
+            return (sizes[node.inputs[1]] + sizes[node.inputs[2]]) * positions
         case _:
             return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from prunectl.channels.keras.builder import CalledLayer, LayerContext, ObservedV
 from prunectl.channels.keras.layers import apply_activation, has_known_activations
 from prunectl.formats.keras.config import object_in, string_in, untuple, upgrade_class_name, upgrade_config
 from prunectl.formats.keras.flops.matmuls import matmuls
-from prunectl.formats.keras.flops.sequences import GATES, STATES
+from prunectl.formats.keras.flops.sequences import CONV_LSTM, GATES, STATES
 from prunectl.formats.keras.flops.shapes import UnknownShapeError
 
 
@@ -242,6 +243,21 @@ def _direction(
     return call.builder.add(name, kind, OpKind.RECURRENT, inputs, (output, *more), units=units, gates=gates)
 
 
+def _conv_lstm(call: LayerContext) -> tuple[str, ...]:
+    """An LSTM whose products are convolutions; its kernels are (*space, in, gates * units)."""
+    _check_shapes(call)
+    config, axes, (data, *states), shape = call.layer.config, call.layer.axes, call.inputs, call.output_shape()
+    state = (call.batch, *shape[-1 - axes :])
+    is_refused = call.layer.is_channels_first or any(config.get(key) for key in _REFUSED_RECURRENT)
+    if is_refused or not has_known_activations(config) or any(call.shape(name) != state for name in states):
+        raise UnknownShapeError
+    kernels = [call.weight_view(leaf, (*range(axes), axes + 1, axes)) for leaf in ("kernel", "recurrent_kernel")]
+    inputs = (data, *kernels, call.weight_view("bias", (0,)), *states)
+    facts = {"units": state[-1], "gates": 4, "positions": math.prod((*call.shape(data)[:2], *state[1:-1]))}
+    shapes = (shape, *[state] * (2 if config.get("return_state") else 0))
+    return call.builder.add(call.name, call.op, OpKind.RECURRENT, inputs, shapes, **facts)
+
+
 _ATTENTION_INPUTS = frozenset({"query", "value", "key", "attention_mask", "query_mask", "value_mask", "key_mask"})
 _QUERY_VALUE_KEY = ("query", "value", "key")
 _REFUSED_ATTENTION = ("use_gate", "flash_attention", "sliding_window")
@@ -390,6 +406,7 @@ RULES: Mapping[str, LayerRule] = {
     **dict.fromkeys(("BatchNormalization", "SyncBatchNormalization"), LayerRule(_batch_norm)),
     "GroupNormalization": LayerRule(_group_norm, resize=_resize_norm_groups),
     **dict.fromkeys(GATES, LayerRule(_recurrent, (("units", "recurrent_kernel", 0),), keywords=_INITIAL_STATE)),
+    **dict.fromkeys(CONV_LSTM, LayerRule(_conv_lstm, (("filters", "recurrent_kernel", -2),), keywords=_INITIAL_STATE)),
     "Bidirectional": LayerRule(_bidirectional, resize=_resize_directions, keywords=_INITIAL_STATE),
     "MultiHeadAttention": LayerRule(
         _multi_head_attention, (("num_heads", "query/kernel", 1),), _resize_attention, _ATTENTION_INPUTS

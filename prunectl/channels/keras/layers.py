@@ -121,7 +121,6 @@ _RECURRENT_ACTIVATIONS = frozenset(
     }
 )
 """The supported activations of recurrent layers; all but sigmoid map 0 to 0, so a unit without weights stays at 0."""
-"""The supported activations of recurrent layers."""
 _SOFTMAX_LIKE = frozenset({"softmax", "logsoftmax", "sparsemax"})
 
 

@@ -13,7 +13,7 @@ from prunectl.formats import budgets
 from prunectl.formats.base import ModelFile, Role, Tensor
 from prunectl.formats.keras import hdf5
 from prunectl.formats.keras.config import LayerConfig, name_of, object_in, string_in, upgrade_class_name
-from prunectl.formats.keras.flops.sequences import GATES
+from prunectl.formats.keras.flops.sequences import CONV_LSTM, GATES
 from prunectl.formats.keras.hdf5 import H5Contents, H5Location
 from prunectl.formats.keras.layouts import layer_names_group
 from prunectl.formats.keras.model import WEIGHTS
@@ -264,7 +264,7 @@ _BIAS = ("bias",)
 _BOUND_WRAPPERS = ("layer", "backward_layer")
 _CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose", "Dense")
 _SUBLAYERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    **{kind: {"": ("/cell", "")} for kind in GATES},
+    **{kind: {"": ("/cell", "")} for kind in (*GATES, *CONV_LSTM)},
     "Bidirectional": {key: (f"/{key}_layer/cell", f"/{key}_layer") for key in ("forward", "backward")},
     "MultiHeadAttention": {key: (f"/{key}_dense", f"/_{key}_dense") for key in ("query", "key", "value", "output")},
 }
@@ -278,7 +278,7 @@ _WEIGHTS_OF_LAYER: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
     "PReLU": lambda _: ("alpha",),
     "LayerScale": lambda _: ("gamma",),
     "GroupNormalization": _affine,
-    **dict.fromkeys(GATES, _with_bias("kernel", "recurrent_kernel")),
+    **dict.fromkeys((*GATES, *CONV_LSTM), _with_bias("kernel", "recurrent_kernel")),
     "Bidirectional": _bidirectional,
     "MultiHeadAttention": _attention,
 }

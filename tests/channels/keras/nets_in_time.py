@@ -44,3 +44,14 @@ def inside(k: Any) -> Any:
     inner = k.Model(j, of.Bidirectional(of.LSTM(4, name="ways", **GATES), name="both")(x), name="inner")
     i = k.Input((STEPS, 8))
     return k.Model(i, of.Dense(3, name="last")(inner(of.Dense(5, name="first")(i))))
+
+
+def films(k: Any) -> Any:
+    """Images in time: a layer that begins with what another was left with, and one that says its last alone."""
+    of = k.layers
+    i = k.Input((STEPS, 6, 6, 2))
+    x, *state = of.ConvLSTM2D(6, 3, strides=2, return_sequences=True, return_state=True, name="enc", **GATES)(i)
+    less = of.MaxPooling3D((1, 3, 3))(of.Conv3D(4, 1, name="mid")(i))
+    y = of.ConvLSTM2D(6, 2, padding="same", name="dec", **GATES)(less, initial_state=state)
+    z = of.ConvLSTM1D(4, 2, use_bias=False, return_sequences=True, name="rows", **GATES)(of.Reshape((STEPS, 4, 6))(x))
+    return k.Model(i, [of.Dense(3, name="last")(of.Flatten()(y)), of.Dense(2, name="side")(of.Flatten()(z))])

@@ -9,21 +9,24 @@ import numpy as np
 import pytest
 
 from prunectl.channels.groups import channel_groups
+from prunectl.channels.keras.traverse import load_keras
+from prunectl.channels.plan import macs
 from prunectl.channels.prune import ChannelPruneResult
 from prunectl.formats.registry import open_model
 from tests.channels.keras.nets import LIBRARIES, filled, keras, tf_keras
-from tests.channels.keras.nets_in_time import STEPS, attending, inside, seq2seq
+from tests.channels.keras.nets_in_time import STEPS, attending, films, inside, seq2seq
 from tests.channels.keras.test_keras_nets import cut, images, say, short
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "seq2seq": {"lstm_cell/kernel": (5, 12), "gru_cell/bias": (2, 6), "simple_rnn_cell/kernel": (4, 2)},
     "attending": {"query/kernel": (8, 2, 3), "attention_output/kernel": (2, 3, 8), "groups/gamma": (8,)},
+    "films": {"mid/kernel": (1, 1, 1, 2, 2), "last/kernel": (12, 3), "side/kernel": (18, 2)},
     "inside": {"gru_cell/bias": (9,), "query/bias": (2, 3), "lstm_cell/recurrent_kernel": (2, 8)},
 }
 CASES = [
-    *((kind, "three", ".keras") for kind in (seq2seq, attending)),
-    *((kind, "two", ".h5") for kind in (seq2seq, attending, inside)),
+    *((kind, "three", ".keras") for kind in (seq2seq, attending, films)),
+    *((kind, "two", ".h5") for kind in (seq2seq, attending, films, inside)),
     (inside, "three", ".h5"),
 ]
 
@@ -44,13 +47,13 @@ def gone(found: ChannelPruneResult, tensor: str, axis: int) -> list[int]:
 
 def silence(model: Any, found: ChannelPruneResult) -> Any:
     """Let a model's weights make nothing of what went: units from their number alone, heads where they are read."""
-    for weight in model.weights:
-        name = getattr(weight, "path", weight.name).removesuffix(":0")
+    named = {getattr(weight, "path", weight.name).removesuffix(":0"): weight for weight in model.weights}
+    for name, weight in named.items():
         front, _, leaf = name.rpartition("/")
         array, shape = np.array(weight), weight.shape
-        if "_cell" in front:
-            units = gone(found, f"{front}/recurrent_kernel", 0)
-            count = shape[0] if leaf == "recurrent_kernel" else shape[-1] // {"lstm": 4, "gru": 3}.get(_cell(front), 1)
+        if (inner := named.get(f"{front}/recurrent_kernel")) is not None:
+            units = gone(found, f"{front}/recurrent_kernel", len(inner.shape) - 2)
+            count = inner.shape[-2]
             array[..., [index + gate * count for gate in range(shape[-1] // count) for index in units]] = 0
         elif len(shape) == 3:
             array[gone(found, name, 0) if "output" in name else []] = 0
@@ -64,10 +67,6 @@ def silence(model: Any, found: ChannelPruneResult) -> Any:
     return model
 
 
-def _cell(front: str) -> str:
-    return front.rpartition("/")[2].removesuffix("_cell")
-
-
 @pytest.mark.parametrize(
     ("kind", "which", "suffix"), CASES, ids=[f"{kind.__name__}-{which}{suffix}" for kind, which, suffix in CASES]
 )
@@ -79,7 +78,9 @@ def test_half_of_the_units_and_heads_go_and_the_rest_say_the_same(
     model = filled(kind(library))
     model.save(path)
     given = images(model)
+    graph = load_keras(open_model(path)).graph
     found = cut(path, output)
+    assert macs(graph, graph.shapes.__getitem__) == found.before.macs
     shapes = short(open_model(output).tensors)
     assert {name: shapes[name] for name in SHAPES[kind.__name__]} == SHAPES[kind.__name__]
     small = library.models.load_model(output)

@@ -153,8 +153,8 @@ def _einsum_output(call: LayerCall) -> Shape:
 
 GATES = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}
 STATES = {"LSTM": 2, "GRU": 1, "SimpleRNN": 1}
-_CONVOLUTIONAL = ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
-_RECURRENT = (*GATES, "RNN", *_CONVOLUTIONAL)
+CONV_LSTM = ("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
+_RECURRENT = (*GATES, "RNN", *CONV_LSTM)
 
 
 def outputs(call: LayerCall, first: Shape | None) -> tuple[Shape | None, ...]:
@@ -269,7 +269,7 @@ def bidirectional_output(shape: Shape | None, call: LayerCall) -> Shape | None:
 MATMULS: dict[str, Callable[[LayerCall], Iterator[Matmul]]] = {
     **dict.fromkeys(GATES, recurrent_matmuls),
     "RNN": cell_matmuls,
-    **dict.fromkeys(_CONVOLUTIONAL, conv_lstm_matmuls),
+    **dict.fromkeys(CONV_LSTM, conv_lstm_matmuls),
     "MultiHeadAttention": multi_head_attention,
     "GroupQueryAttention": grouped_query_attention,
     "Attention": dot_product_attention,
