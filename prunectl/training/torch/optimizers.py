@@ -12,6 +12,8 @@ from prunectl.training.backend import GradientStatistic, gradient_statistic
 from prunectl.training.request import parse_optimizer
 
 DEFAULT_RATE = 1e-3
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers with as many bytes as a floating-point number."""
 
 
 def make_optimizer(
@@ -39,30 +41,45 @@ class WeightMasks:
     """Holds some weights at zero: their gradients, their momentum, and themselves after every step."""
 
     def __init__(self) -> None:
-        self._dropped: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._held: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def hold(self, kept: Mapping[torch.nn.Parameter, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
         """Hold the weights that the masks do not keep at zero from now on, and zero their optimizer state."""
-        self._dropped = [(weight, ~mask.to(weight.device)) for weight, mask in kept.items()]
+        self._held = [(weight, _zeroing_mask(weight, mask.to(weight.device))) for weight, mask in kept.items()]
         self.zero_weights()
-        for weight, dropped in self._dropped:
+        for weight, mask in self._held:
             state: Mapping[str, Any] = optimizer.state.get(weight, {}) if optimizer is not None else {}
             for value in state.values():
                 if isinstance(value, torch.Tensor) and value.shape == weight.shape:
-                    value.masked_fill_(dropped, 0)
+                    _zero(value, mask)
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
         """Zero the gradients of pruned weights, so that they add nothing to momentum or to the norm for clipping."""
-        for weight, dropped in self._dropped:
+        for weight, mask in self._held:
             if weight.grad is not None:
-                weight.grad.masked_fill_(dropped, 0)
+                _zero(weight.grad, mask)
 
     @torch.no_grad()
     def zero_weights(self) -> None:
         """Zero the pruned weights: some optimizers change a weight without a gradient, by decay or noise."""
-        for weight, dropped in self._dropped:
-            weight.masked_fill_(dropped, 0)
+        for weight, mask in self._held:
+            _zero(weight, mask)
+
+
+def _zeroing_mask(weight: torch.nn.Parameter, kept: torch.Tensor) -> torch.Tensor:
+    """The mask for `_zero`: on a CPU, integers whose bits are all 1 where a weight is kept; elsewhere, booleans."""
+    if type(weight.data) is not torch.Tensor or not weight.is_cpu or weight.itemsize not in _BITS:
+        return ~kept
+    return torch.zeros_like(weight, dtype=_BITS[weight.itemsize]).masked_fill_(kept, -1)
+
+
+def _zero(values: torch.Tensor, mask: torch.Tensor) -> None:
+    """Set pruned values to +0, even if they are NaN; a CPU takes a tenth of the time of `masked_fill_` for bits."""
+    if mask.dtype is torch.bool or values.itemsize != mask.itemsize:
+        values.masked_fill_(mask if mask.dtype is torch.bool else mask == 0, 0)
+    else:
+        values.view(mask.dtype).bitwise_and_(mask)
 
 
 class GradientSums:

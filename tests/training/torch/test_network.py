@@ -23,6 +23,7 @@ from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
 from prunectl.training.torch import losses
 from prunectl.training.torch.build import BuiltModule, build_module
 from prunectl.training.torch.model import TorchTrainable, load_trainable
+from prunectl.training.torch.optimizers import WeightMasks
 from tests.running import FIXTURES
 from tests.training.torch import nets
 
@@ -85,6 +86,24 @@ def test_without_masks_it_is_what_pytorch_does(words: str, plain: tuple[nets.Pla
         optimizer.step()
     for name, value in network.tensors().items():
         assert np.array_equal(value, module.state_dict()[name].numpy()), name
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+def test_what_a_mask_drops_becomes_plus_zero_whatever_it_was(kind: torch.dtype) -> None:
+    drawn = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    drawn[0, 0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -1])
+    kept = torch.rand(drawn.shape) > 0.5
+    kept[0, 0, 0, :4] = False
+    weight = torch.nn.Parameter(drawn.to(kind))
+    optimizer = torch.optim.SGD([weight])
+    optimizer.state[weight] = {"momentum": drawn.to(kind), "single": drawn.clone(), "step": torch.ones(())}
+    masks = WeightMasks()
+    masks.hold({weight: kept}, optimizer)
+    weight.grad = drawn.to(kind).contiguous()
+    masks.zero_gradients()
+    expected = torch.where(kept, drawn, torch.zeros(()))
+    for zeroed in (weight, weight.grad, *list(optimizer.state[weight].values())[:2]):
+        assert zeroed.double().numpy(force=True).tobytes() == expected.to(zeroed.dtype).double().numpy().tobytes()
 
 
 @pytest.mark.parametrize(
