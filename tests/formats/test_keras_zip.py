@@ -264,3 +264,28 @@ def test_two_of_four_zeros_lie_along_what_an_attention_and_an_einsum_sum_over(tm
         rank = np.argsort(np.argsort(np.abs(groups), axis=1), axis=1)
         expected = np.where(rank < 2, np.float32(0), groups)
         np.testing.assert_array_equal(np.moveaxis(after, axis, -1).reshape(-1, 4), expected)
+
+
+@pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
+def test_the_kernel_that_a_spectral_normalization_stores_twice_is_pruned_once(name: str, tmp_path: Path) -> None:
+    k = keras()
+    layers = k.layers
+    normalized = layers.SpectralNormalization(layers.Conv2D(5, 3))
+    model = k.Sequential([layers.Input((6, 6, 2)), normalized, layers.Flatten(), layers.Dense(3)])
+    before = np.array(normalized.layer.kernel)
+    (model.save_weights if "weights" in name else model.save)(tmp_path / name)
+    sparse = tmp_path / f"sparse.{name}"
+    assert here("prune", tmp_path / name, "-o", sparse, "-s", "50%").code == 0
+    if "weights" in name:
+        model.load_weights(sparse)
+    else:
+        model = k.models.load_model(sparse)
+    after = np.array(model.layers[0].layer.kernel)
+    assert 0 < np.count_nonzero(after) < 90
+    np.testing.assert_array_equal(after, np.where(after == 0, 0, before))
+    total = np.count_nonzero(after) + np.count_nonzero(np.array(model.layers[-1].kernel))
+    assert total == (90 + 240) / 2
+    stored = [tensor for tensor in open_model(sparse).tensors if tensor.shape == after.shape]
+    assert [tensor.role for tensor in stored] == ["kernel", "other"]
+    for tensor in stored:
+        np.testing.assert_array_equal(read_all(sparse)[tensor.name], after)

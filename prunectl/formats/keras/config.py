@@ -392,3 +392,26 @@ def _is_reference(value: Any) -> bool:
         and type(value[1]) is int
         and type(value[2]) is int
     )
+
+
+_LOW_PRECISION = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
+_LOWER_THAN = {"float32": _LOW_PRECISION, "float64": _LOW_PRECISION | {"float32"}}
+
+
+def with_precision(precision: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with every dtype policy of a lower precision raised to this one, float32 or float64."""
+    return {str(key): _raised(value, str(key), precision) for key, value in config.items()}
+
+
+def _raised(value: Any, key: str, precision: str) -> Any:
+    if key == "dtype" and (value if isinstance(value, str) else _policy_name(value)) in _LOWER_THAN[precision]:
+        return precision
+    if isinstance(value, Mapping):
+        return with_precision(precision, value)
+    if isinstance(value, list):
+        return [_raised(item, "", precision) for item in value]
+    return value
+
+
+def _policy_name(value: Any) -> str:
+    return string_in(object_in(value, "config"), "name")

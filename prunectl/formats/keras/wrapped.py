@@ -1,7 +1,7 @@
-"""Wrappers of tfmot in files of numbered weights: which variables are masks, and which are second copies of weights.
+"""Wrappers in files of numbered weights: which variables are masks of tfmot, and which are second copies of weights.
 
-A wrapper keeps its layer in the folder `layer`, and variables of its own in `vars`: a second copy of each weight that
-it prunes, then a mask and a threshold for each of them, then the pruning step.
+A wrapper of tfmot keeps its layer in the folder `layer`, and variables of its own in `vars`: a second copy of each
+weight that it prunes, then a mask and a threshold for each of them, then the pruning step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _ATTENTION = ("query", "key", "value", "output")
 """The order in which tfmot prunes the kernels of an attention; the file has them in alphabetical order."""
 _WRAPPER_FOLDER = re.compile(r"prune_low_magnitude(_\d+)?")
 _QUANTIZE_FOLDER = re.compile(r"quantize_wrapper(_v2)?(_\d+)?")
+_SPECTRAL_FOLDER = re.compile(r"spectral_normalization(_\d+)?")
 _MOST_QUANTIZED = 8
 """Most weights of a layer that tfmot quantizes; most layers have one, or two for each cell."""
 
@@ -144,6 +145,10 @@ def wrapped_layers(datasets: Sequence[Dataset], slots: Mapping[str, LayerConfig]
             copies = _listed_twice(members)
             wrapped.copies |= copies
             wrapped.variables |= dict.fromkeys(copies, ("copy", Role.OTHER))
+        if last == "vars" and _is_spectral_normalization(folder, layer):
+            copies = _kernel_of_wrapper(members, below.get(f"{folder}/layer", []))
+            wrapped.copies |= copies
+            wrapped.variables |= dict.fromkeys(copies, ("copy", Role.OTHER))
         if last != "vars" or (layer is not None and layer.kind.rpartition(">")[2] != WRAPPER):
             continue
         variables = _wrapper_variables(members)
@@ -166,6 +171,19 @@ def _listed_twice(members: Sequence[Dataset]) -> dict[str, str]:
         if len(copies) == count and all(copies.values()):
             return copies
     return {}
+
+
+def _is_spectral_normalization(folder: str, layer: LayerConfig | None) -> bool:
+    kind = keras_config.snake_case(layer.kind) if layer is not None else folder.rpartition("/")[2]
+    return _SPECTRAL_FOLDER.fullmatch(kind) is not None
+
+
+def _kernel_of_wrapper(members: Sequence[Dataset], below_layer: Sequence[Dataset]) -> dict[str, str]:
+    """The kernel of its layer that a spectral normalization stores first among its own variables."""
+    copy = min(members, key=by_number)
+    weights = sorted(below_layer, key=by_number)
+    original = next((weight.name for weight in weights if weight.shape == copy.shape), "")
+    return {copy.name: original} if original and len(copy.shape) > 1 else {}
 
 
 class _WrapperVariables(NamedTuple):
