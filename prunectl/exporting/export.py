@@ -19,7 +19,7 @@ from prunectl.exporting.compare import Comparison, ExportResult, compare, tolera
 from prunectl.exporting.folder import export_folder, makes_folder
 from prunectl.exporting.job import ExportJob, apply_input_options, check_known, make_samples
 from prunectl.exporting.request import ExportRequest
-from prunectl.exporting.routes import Route, Target, check_options, find_route, load, target_of
+from prunectl.exporting.routes import KERAS, Route, Target, check_options, find_route, load, target_of
 from prunectl.formats import atomic
 from prunectl.formats.atomic import check_beside, write_text
 from prunectl.formats.base import Array, ModelFile, ModelInfo, Role, Storage, StripOptions, Tensor
@@ -229,6 +229,9 @@ def export(
         written = utf8_path(folder / output.target.name, scratch / "target")
         readable = utf8_path(model.path, scratch / "source")
         plain, stripped = _without_wrappers(model if readable is model.path else open_model(readable), scratch)
+        raised: tuple[str, ...] = ()
+        if plain.format in KERAS and target.name in {"onnx", "tflite"} and not request.origin.model:
+            plain, raised = load(route, "keras:in_float32")(plain, scratch)
         with naming_original(path, plain.path):
             job = _export_job(plain, request, route, scratch)
             bar.advance(1)
@@ -247,7 +250,13 @@ def export(
             comparison = _comparison(job, route, written)
             bar.advance(1)
         before, after = stats_for_report(model), replace(measure(written, target), path=str(output.target))
-        all_notes = (*stripped, *_notes(job), *notes, *(() if request.sparse else _note_lost_zeros(before, after)))
+        all_notes = (
+            *stripped,
+            *raised,
+            *_notes(job),
+            *notes,
+            *(() if request.sparse else _note_lost_zeros(before, after)),
+        )
         result = ExportResult(
             before,
             after,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
+
 from prunectl.errors import InputError, UsageError, WorkError
 from prunectl.exporting.compare import Run
 from prunectl.exporting.job import ExportJob, InputSpec, threads_of
 from prunectl.exporting.tensorflow import TfRunnable, set_threads
 from prunectl.formats.base import ModelFile
+from prunectl.formats.keras.config import with_precision
 from prunectl.formats.registry import open_model
-from prunectl.formats.zip_write import EPOCH
+from prunectl.formats.zip_read import open_archive
+from prunectl.formats.zip_write import EPOCH, rewrite_zip
 from prunectl.training.backend import LoadOptions
 from prunectl.training.keras import outputs
 from prunectl.training.keras.backend import DevicePlacement, load_keras2
@@ -24,6 +29,26 @@ from prunectl.training.keras.outputs import flatten
 from prunectl.training.quiet import ignore_warnings
 
 _tf = load_keras2().tensorflow
+
+
+def in_float32(model: ModelFile, scratch: Path) -> tuple[ModelFile, tuple[str, ...]]:
+    """A model with layers of lower precision raised to float32, as converters lack most of their operations.
+
+    Their rounding would also differ between runtimes.
+    """
+    config = model.about.keras or {}
+    raised = with_precision("float32", config)
+    if raised == config:
+        return model, ()
+    written = scratch / f"float32{model.path.suffix}"
+    text = json.dumps(raised)
+    if model.format == "keras":
+        rewrite_zip(open_archive(model.path), written, {"config.json": (len(text), [text.encode()])})
+    else:
+        shutil.copyfile(model.path, written)
+        with h5py.File(written, "r+", locking=False) as file:
+            file.attrs["model_config"] = text
+    return open_model(written), ("Layers that compute in 16-bit floats compute in 32-bit floats in the output.",)
 
 
 def open_runnable(model: ModelFile, origin: LoadOptions) -> TfRunnable:

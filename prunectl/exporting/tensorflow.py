@@ -248,10 +248,11 @@ def _examples(job: ExportJob) -> Iterator[dict[str, Array]]:
 
 def _conversion_error(job: ExportJob, error: Exception) -> WorkError:
     # The first line of the error is a position in the converter's own code; a later one names the missing operator.
-    match = re.search(r"'(tf\.[\w.]+)' op ([^\n]*)", str(error))
+    match = re.search(r"'(tfl?\.[\w.]+)' op ([^\n]*)", str(error))
     reason = f"{match[1]} {match[2]}" if match else error_line(error)
     is_missing = match is not None and "is neither a custom op" in match[2] and match[1] not in _WITH_FIXED_SHAPES
-    hint = "" if is_missing else _fixed_shapes_hint(job)
+    is_wrong_type = match is not None and match[1].startswith("tfl.") and "must be tensor of" in match[2]
+    hint = "" if is_missing or is_wrong_type else _fixed_shapes_hint(job)
     return WorkError(f"the TensorFlow Lite converter cannot convert {job.file.path}: {reason}", hint=hint)
 
 

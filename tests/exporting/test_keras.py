@@ -98,6 +98,32 @@ def test_a_saved_model_serves_what_the_model_answers_and_holds_each_variable_onc
     assert sum(tensor.size for tensor in model.tensors) == 9_802
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".tflite"])
+@pytest.mark.parametrize(("which", "policy"), [("2", "mixed_float16"), ("3", "mixed_float16"), ("3", "bfloat16")])
+def test_layers_that_compute_in_16_bits_compute_in_32_bits_outside_of_keras(
+    which: str, policy: str, suffix: str, tmp_path: Path
+) -> None:
+    library, source_suffix = KERAS[which]
+    k = library()
+
+    def built(dtype: str) -> Any:
+        of = k.layers
+        inner = k.Sequential([of.Input((8, 8, 3)), of.Conv2D(4, 3, activation="relu", dtype=dtype)])
+        return k.Sequential(
+            [of.Input((8, 8, 3), name="image"), inner, of.Flatten(dtype=dtype), of.Dense(2, dtype="float32")]
+        )
+
+    model, plain = built(policy), built("float32")
+    plain.set_weights([np.asarray(weight, "float32") for weight in model.get_weights()])
+    save(model, tmp_path / f"m{source_suffix}")
+    result = export(tmp_path / f"m{source_suffix}", tmp_path / f"m{suffix}")
+    (inputs,) = random((3, 8, 8, 3))
+    output = tmp_path / f"m{suffix}"
+    (found,) = by_onnxruntime(output, inputs) if suffix == ".onnx" else by_tflite(output, {"image": inputs}).values()
+    np.testing.assert_allclose(found, answers(plain, [inputs])[0], atol=1e-5)
+    assert any("32-bit floats in the output" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("which", KERAS)
 def test_a_saved_model_is_compared_whatever_the_order_of_its_inputs(which: str, tmp_path: Path) -> None:
     library, suffix = KERAS[which]

@@ -20,7 +20,7 @@ from prunectl.channels.keras.traverse import LoadedKeras
 from prunectl.errors import PrunectlError, WorkError, first_line
 from prunectl.formats import budgets, zip_write
 from prunectl.formats.base import Array
-from prunectl.formats.keras.config import object_in, string_in
+from prunectl.formats.keras.config import object_in, with_precision
 from prunectl.formats.keras.hdf5 import rewrite
 from prunectl.formats.keras.hdf5.rebuild import address_of, run_rewriting
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, create_like, rebuild_with
@@ -98,29 +98,6 @@ def _resized(array: Array, old: Any, parent: Any, key: str) -> Any:
         plan.set_chunk(tuple(max(1, min(pair)) for pair in chunks))
     numbers = array.view(np.uint8) if array.dtype.isbuiltin != 1 else array
     return create_like(old, parent, key, numbers, space=h5py.h5s.create_simple(array.shape), properties=plan)
-
-
-_LOW_PRECISION = frozenset({"float16", "bfloat16", "mixed_float16", "mixed_bfloat16"})
-_LOWER_THAN = {"float32": _LOW_PRECISION, "float64": _LOW_PRECISION | {"float32"}}
-
-
-def with_precision(precision: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The configuration with every dtype policy of a lower precision raised to this one, float32 or float64."""
-    return {str(key): _raised(value, str(key), precision) for key, value in config.items()}
-
-
-def _raised(value: Any, key: str, precision: str) -> Any:
-    if key == "dtype" and (value if isinstance(value, str) else _policy_name(value)) in _LOWER_THAN[precision]:
-        return precision
-    if isinstance(value, Mapping):
-        return with_precision(precision, value)
-    if isinstance(value, list):
-        return [_raised(item, "", precision) for item in value]
-    return value
-
-
-def _policy_name(value: Any) -> str:
-    return string_in(object_in(value, "config"), "name")
 
 
 _FALLBACK_WORDS = ("a", "b")
