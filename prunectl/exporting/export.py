@@ -219,6 +219,7 @@ def export(
         # A SavedModel is run as its saved graph, without --builder; a model that Keras rebuilds can use --builder.
         runs_as_is = route.opener == "tensorflow:open_runnable"
         user_code.check(model, replace(request.origin, model="") if runs_as_is else request.origin)
+        user_code.require_network(model, request.origin)
     # Imported before any work, so that a missing package is reported at once.
     load(route, route.writer)
     with (

@@ -74,8 +74,9 @@ def check(model: ModelFile, origin: LoadOptions) -> None:
 
 def require_network(model: ModelFile, origin: LoadOptions) -> None:
     """Refuse a file of weights without a builder, before its framework is imported, which would refuse it too."""
-    is_bare = model.family in {Family.TORCH, Family.SAFETENSORS} and model.folder is None and not model.about.code
-    if is_bare and not origin.model and not is_script(model):
+    is_torch = model.family in {Family.TORCH, Family.SAFETENSORS} and model.folder is None and not model.about.code
+    is_bare = (is_torch and not is_script(model)) or (model.family is Family.KERAS and model.about.keras is None)
+    if is_bare and not origin.model:
         raise no_network(model)
 
 

@@ -103,10 +103,12 @@ def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> Lo
         _library_of_file(file)
     user_code.check(file, origin)
     weight_layout = detect_layout(file)
-    if not origin.model and (
-        weight_layout in {WeightLayout.NAMED_WEIGHTS, WeightLayout.NUMBERED_WEIGHTS} or file.about.keras is None
-    ):
-        raise _no_builder(file, weight_layout)
+    user_code.require_network(file, origin)
+    if not origin.model and file.about.keras is None:
+        raise InputError(
+            f"{file.path} does not describe its Keras layers",
+            hint="name the function that builds the model: --builder my_module:build",
+        )
     library = _library_of_code(file) if origin.model else _library_of_file(file)
     objects = user_code.custom_objects(origin)
     build = resolve_builder(origin.model) if origin.model else None
@@ -128,18 +130,6 @@ def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> Lo
         with placement.scope(library), ignore_warnings():
             fill(file.path)
     return LoadedModel(model, library, file, objects, fill, build is None, origin.is_trusted)
-
-
-def _no_builder(file: ModelFile, weight_layout: WeightLayout) -> PrunectlError:
-    if weight_layout is WeightLayout.SAVED_MODEL:
-        return InputError(
-            f"{file.path} does not describe its Keras layers",
-            hint="name the function that builds the model: --builder my_module:build",
-        )
-    return UsageError(
-        f"{file.path} holds only weights, not the model",
-        hint="name the function that builds the model: --builder my_module:build",
-    )
 
 
 def _library_of_file(file: ModelFile) -> KerasLibrary:

@@ -190,7 +190,7 @@ def test_weights_alone_fill_the_model_that_the_user_builds(k: Any, name: str, tm
 
 
 def test_weights_alone_need_what_builds_the_model() -> None:
-    with pytest.raises(UsageError, match="holds only weights, not the model") as caught:
+    with pytest.raises(UsageError, match="holds only weights, not the network that uses them") as caught:
         nets.opened(FIXTURES / "weights_only.h5")
     assert "--builder" in caught.value.hint
 
