@@ -196,6 +196,11 @@ def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], t
     """The config with the dtype that is written, and a note if this changed the config."""
     narrow = "float16" if request.half else "bfloat16" if request.bf16 else ""
     config = read_config(model, CONFIG) if narrow else {}
+    if config.get("quantization_config"):
+        raise UsageError(
+            f"the {CONFIG} of {model.folder} says that the weights are quantized: their scales keep their types",
+            hint="use the folder that it was made from",
+        )
     is_changed = False
     for inner in _objects(config):
         for key in ("dtype", "torch_dtype"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from enum import StrEnum
 
 from prunectl.analysis.patterns import BlockPattern, NMPattern
 from prunectl.analysis.stats import find_tied_tensors, whole_weights
-from prunectl.errors import UsageError
+from prunectl.errors import UsageError, abbreviated
 from prunectl.formats.base import PRUNABLE, QUANTISED, ModelFile, Role, Tensor, select_names
 from prunectl.formats.patch import is_writable
 from prunectl.formats.registry import by_name
@@ -102,6 +103,8 @@ def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
     tensors, skips = _partition(model, criteria, skip_reason, layer_ratios)
     if not tensors:
         raise _nothing_to_prune(model, skips)
+    if not criteria.only:
+        _check_not_quantised(model, tensors, skips)
     return Selection(
         tensors, skips, {tensor.name: layer_ratios[tensor.name] for tensor in tensors if tensor.name in layer_ratios}
     )
@@ -134,10 +137,24 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> Usage
     if not any(tensor.is_float for tensor in model.tensors):
         hint = f"only floating-point weights are pruned; see what the file holds: prunectl inspect {model.path}"
     if any(reason.startswith(_QUANTISED) for reason in reasons) and not any(t.is_prunable for t in model.tensors):
-        hint = "prune the model that was quantised, and quantise the result"
+        hint = _BEFORE_QUANTISING
     if _CLUSTERED in reasons:
         hint = "prune the model that was clustered, and cluster the result with preserve_sparsity"
     return UsageError(f"{model.path} has nothing to prune: it holds {listed or 'no tensors'}", hint=hint)
+
+
+def _check_not_quantised(model: ModelFile, chosen: Sequence[Tensor], skips: Iterable[SkippedTensor]) -> None:
+    """Refuse a model of which quantisation left little as floats, such as the output layer: only that would suffer."""
+    names = {skip.name for skip in skips if skip.reason.startswith(_QUANTISED)}
+    quantised = [tensor for tensor in model.tensors if tensor.name in names]
+    # An integer of 32 bits packs at least four weights.
+    weights = sum(tensor.size * tensor.dtype.itemsize for tensor in quantised)
+    if weights > sum(tensor.size for tensor in chosen):
+        few = f"{abbreviated(chosen[0].name)} alone" if len(chosen) == 1 else f"only {len(chosen)} of its tensors"
+        raise UsageError(
+            f"most weights of {model.path} are quantised, so that {few} would be pruned",
+            hint=f"{_BEFORE_QUANTISING}; or name what to prune: --layers {shlex.quote(chosen[0].name)}",
+        )
 
 
 def _most_telling(reasons: Counter[str]) -> Callable[[str], tuple[bool, int]]:
@@ -278,6 +295,7 @@ _ROLE_REASONS = {
     Role.OTHER: UNKNOWN,
 }
 _QUANTISED = "quantised to"
+_BEFORE_QUANTISING = "prune the model that was quantised, and quantise the result"
 _QUANTISED_NAMES = (".weight", ".qweight", ".q_weight", ".W_q", ".weight_packed", ".weight._data", "_proj_blocks")
 """Name endings of packed weights of bitsandbytes, GPTQ, AWQ, EXL2, HQQ, compressed-tensors, Quanto and MXFP4."""
 _NOUNS = {

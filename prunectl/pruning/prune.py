@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from prunectl.analysis.stats import ModelStats, Tick, measure_stats
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
 from prunectl.errors import UsageError, WorkError, abbreviated
 from prunectl.formats.atomic import flush, flush_meanwhile
-from prunectl.formats.base import Capability, ModelFile
+from prunectl.formats.base import Capability, ModelFile, Tensor
 from prunectl.formats.extents import unchanged
 from prunectl.formats.registry import open_model, require
 from prunectl.formats.state_dict import has_own_norm, may_change_zeros
@@ -221,17 +221,28 @@ def _notes_on_parametrizations(model: ModelFile, plan: Plan) -> Iterator[str]:
             yield f"{who} {effect}. To prune the weights that the model computes, {again}."
 
 
-def _note_on_scales(model: ModelFile, plan: Plan) -> tuple[str, ...]:
-    """A note on float8 weights with a scale of their own, as in DeepSeek and compressed-tensors."""
+def _scaled(model: ModelFile, tensors: Iterable[Tensor]) -> str:
+    """Which float8 weights have a scale of their own, as in DeepSeek and compressed-tensors; empty if none has."""
     names = {tensor.name for tensor in model.tensors}
-    scaled = [
-        cut.tensor.name for cut in plan.cuts if names & {f"{cut.tensor.name}_scale", f"{cut.tensor.name}_scale_inv"}
-    ]
+    scaled = [tensor.name for tensor in tensors if names & {f"{tensor.name}_scale", f"{tensor.name}_scale_inv"}]
     if not scaled:
-        return ()
+        return ""
     name = abbreviated(scaled[0])
-    who = f"{name} has a scale" if len(scaled) == 1 else f"{len(scaled)} tensors, such as {name}, have scales"
-    return (f"{who} in the file, which the ranking ignores.",)
+    return f"{name} has a scale" if len(scaled) == 1 else f"{len(scaled)} tensors, such as {name}, have scales"
+
+
+def _check_scales(model: ModelFile, selection: Selection) -> None:
+    """Refuse to rank numbers with scales together with others: whole layers would go, such as the output layer."""
+    if who := _scaled(model, selection.tensors):
+        raise UsageError(
+            f"{who} in the file, so that magnitudes of different layers cannot be compared",
+            hint="rank the weights of each layer by themselves: --scope layer",
+        )
+
+
+def _note_on_scales(model: ModelFile, plan: Plan) -> tuple[str, ...]:
+    who = _scaled(model, (cut.tensor for cut in plan.cuts))
+    return (f"{who} in the file, which the ranking ignores.",) if who else ()
 
 
 def _work(model: ModelFile, plan: Plan) -> int:
@@ -305,6 +316,9 @@ def check_pattern(written: ModelFile, plan: Plan, method: PruningMethod) -> None
 def resolve_plan(model: ModelFile, request: PruneRequest, method: PruningMethod) -> tuple[PruningMethod, float, Plan]:
     """Resolve a request for a model: the method with model-wide scores, the sparsity, and the plan."""
     selection = planning.select_tensors(model, method.criteria)
+    is_joint = method.criteria.scope is planning.Scope.GLOBAL and len(selection.tensors) > 1
+    if is_joint and request.strategy != "lamp":  # whose scores have no unit
+        _check_scales(model, selection)
     method, selection = engine.with_model_scores(model, selection, method)
     sparsity = _resolve_sparsity(model, request, selection, method)
     return method, sparsity, planning.make_plan(selection, method.criteria, sparsity)

@@ -88,6 +88,14 @@ def test_the_config_says_the_precision_that_was_asked_for(
     assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float16
 
 
+def test_scales_of_quantized_weights_keep_their_types(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    done = here("export", source, "-o", tmp_path / "out", "--bf16")
+    assert (done.code, "their scales keep their types" in done.err) == (2, True)
+    assert here("export", source, "-o", tmp_path / "out", "--shard-size", "1TB").code == 0
+
+
 def test_values_beyond_the_precision_leave_nothing_behind(tmp_path: Path) -> None:
     weights = {**weights_of(2, 1), "lm_head.weight": np.full((16, 8), 1e9, np.float32)}
     source = made(tmp_path / "big", MIXTURE, weights)

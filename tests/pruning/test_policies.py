@@ -218,6 +218,32 @@ def test_that_weights_of_eight_bits_are_ranked_without_their_scales_is_told(tmp_
     assert int((kept["q.weight"].float() == 0).sum()) >= 128
 
 
+def test_weights_with_scales_are_not_ranked_together_with_those_of_other_layers(tmp_path: Path) -> None:
+    q, head = torch.randn(32, 32) * 100, torch.randn(32, 32) * 0.02
+    tensors = {
+        "q.weight": q.to(torch.float8_e4m3fn),
+        "q.weight_scale_inv": torch.full((1, 1), 2e-4),
+        "out.weight": head,
+    }
+    save_torch_file(tensors, tmp_path / "m.safetensors")
+    words = ("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
+    done = here(*words)
+    assert (done.code, "q.weight has a scale" in done.err, "--scope layer" in done.err) == (2, True, True)
+    assert here(*words, "--scope", "layer").code == 0
+    for name, tensor in load_torch_file(tmp_path / "out.safetensors").items():
+        assert int((tensor.float() == 0).sum()) == (0 if "scale" in name else 512)
+
+
+def test_a_quantised_model_is_not_pruned_in_its_output_layer_alone_unless_that_is_named(tmp_path: Path) -> None:
+    blocks = {f"layers.{n}.q_proj.qweight": np.ones((8, 64), np.int32) for n in range(4)}
+    save_file({**blocks, "classifier.weight": np.ones((40, 64), np.float32)}, tmp_path / "m.safetensors")
+    words = ("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
+    done = here(*words)
+    assert done.code == 2
+    assert "are quantised, so that classifier.weight alone would be pruned" in done.err
+    assert here(*words, "--layers", "classifier.weight").code == 0
+
+
 def test_what_is_quantised_is_said_wherever_its_kernels_are_counted(tmp_path: Path) -> None:
     path = quantised(tmp_path)
     (model,) = here("inspect", path, "--json").json["models"]
