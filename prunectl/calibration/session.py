@@ -162,6 +162,12 @@ class Calibration:
 
             self._passes.run(self.network, [tensor.name], index, batch.x, record)
             before = captured[index] if captured is not None else self._dense_inputs([tensor.name], index)[tensor.name]
+            if any(capture.is_routed for capture in (*inputs, *before)):
+                # Their rows cannot be paired: the pruned model's inputs stand for both, as in SparseGPT. An expert that
+                # no row reaches any more is fitted for the inputs that it had.
+                for capture in before if not inputs else ():
+                    record(capture)
+                before = inputs
             for pruned, dense in zip(inputs, before, strict=True):
                 use = pruned.use
                 statistics.setdefault(use.outputs, CrossStatistics(use)).add(pruned, dense, use.shape or tensor.shape)

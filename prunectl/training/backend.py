@@ -297,6 +297,8 @@ class LayerInput:
     """For a matrix product: any axes, then the features, group by group. For a convolution: examples, channels, then
     spatial axes, whatever the layout."""
     use: WeightUse
+    is_routed: bool = False
+    """Whether other values would choose other rows, as for an expert: its rows in two models are not the same."""
 
 
 class PassEnd(Exception):  # noqa: N818 - it is not an error

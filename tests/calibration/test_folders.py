@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunectl
-from prunectl.errors import UsageError
 from prunectl.formats import sandbox
 from prunectl.formats.registry import open_model
 from prunectl.formats.sandbox import SandboxPolicy
@@ -103,7 +102,6 @@ MODELS = {
             "classifier_proj_size": 8,
         },
     ),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 2}),
 }
 # One layer is exported as three are, in less time.
 for _name in ("llama", "gpt2", "bert", "vit"):
@@ -411,11 +409,6 @@ def test_tensors_that_the_library_calls_otherwise_than_the_file_are_matched(
     inputs = torch.randn(2, 3, 8, 8) if name == "vit" else torch.randint(300, (2, 7))
     with torch.no_grad():
         torch.testing.assert_close(network.module(inputs), loaded(made(name))(inputs)[0])
-
-
-def test_experts_that_the_library_puts_together_are_refused(made: Callable[..., Path]) -> None:
-    with pytest.raises(UsageError, match=r"makes model\.layers\.0\.mlp\.experts\.\w+ of several tensors of .*mixtral"):
-        folders.open_network(open_model(made("mixtral")), LoadOptions())
 
 
 def padded(count: int, length: int, vocabulary: int = 300) -> dict[str, Any]:

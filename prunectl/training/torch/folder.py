@@ -24,6 +24,7 @@ from prunectl.formats.safe_json import require
 from prunectl.training.backend import LoadOptions, TensorSpec, TextInput
 from prunectl.training.quiet import ignore_warnings, offline, quiet_logging
 from prunectl.training.torch.build import match_parameters
+from prunectl.training.torch.experts import separate_experts
 from prunectl.training.torch.tensors import InnerModule, to_torch
 
 _EXTRA = "transformers"
@@ -131,9 +132,9 @@ def open_network(model: ModelFile, origin: LoadOptions) -> FolderNetwork:
         with torch.device("meta"):
             shapes = _build(network_class, config)
         _check_buffers(model, shapes)
-        names = _match(model, shapes)
         with _without_parameters():
             inner = _build(network_class, config)
+        names = _match(model, shapes, inner)
         inner.eval()
         causal = {*library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
         own = config_of_file.get("auto_map") or {}
@@ -196,16 +197,23 @@ def _input(name: str, config: Any, *, is_row: bool) -> TensorSpec:
     return TensorSpec(name, None, "float32" if name.endswith(("_values", "_features", "_embeds")) else "")
 
 
-def _match(model: ModelFile, module: Any) -> dict[str, str]:
-    """From tensors of the folder to names in the module; `transformers` renames some when it loads them."""
+def _match(model: ModelFile, module: Any, inner: torch.nn.Module) -> dict[str, str]:
+    """From tensors of the folder to names in the modules; `transformers` renames some when it loads them.
+
+    Experts that it joins are separated in both modules.
+    """
     loading = importlib.import_module("transformers.core_model_loading")
     changes = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(module)
     renamings = [change for change in changes if isinstance(change, loading.WeightRenaming)]
     converters = [change for change in changes if isinstance(change, loading.WeightConverter)]
+    stored = [tensor.name for tensor in model.tensors]
+    separate, _ = (separate_experts(network, stored, renamings, converters) for network in (module, inner))
     parameters = module.state_dict()
     file_names: dict[str, str] = {}
     for tensor in model.tensors:
         name, converted = loading.rename_source_key(tensor.name, renamings, converters)
+        if tensor.name in separate:
+            name, converted = separate[tensor.name], None
         if converted is not None and name in parameters and tensor.name not in parameters:
             raise UsageError(
                 f"transformers makes {name} of several tensors of {model.folder}, such as {tensor.name}",

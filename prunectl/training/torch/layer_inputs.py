@@ -18,6 +18,7 @@ from prunectl.training.backend import InputCallback, LayerInput, SlidingWindow, 
 from prunectl.training.torch._compat import ADDMM_ACTIVATION, CONVOLUTION, DisableTorchFunction, TorchDispatchMode
 from prunectl.training.torch.build import FixedBatchModule
 from prunectl.training.torch.cached_pass import CachedPass
+from prunectl.training.torch.experts import IS_ROUTED
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -146,7 +147,7 @@ class _InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # The first axis is examples, or examples times positions.
             inputs = inputs[: len(inputs) // pieces.size * pieces.kept]
         try:
-            self._callback(LayerInput(name, _array(inputs), use))
+            self._callback(LayerInput(name, _array(inputs), use, is_routed=IS_ROUTED.get()))
         except Exception as error:
             self.failure = error
             raise
