@@ -72,6 +72,20 @@ def pytest_collection() -> Iterator[Any]:
         gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[Any]:
+    """Leave alone what a file's tests leave behind in the frameworks: to look through all of it takes seconds.
+
+    Whoever collects garbage would, as Keras does for each variable that goes, and every forked process would copy it.
+    """
+    try:
+        return (yield)
+    finally:
+        if nextitem is not None and nextitem.path != item.path:
+            gc.collect()
+            gc.freeze()
+
+
 def pytest_runtest_setup() -> None:
     """Let PyTorch build its table of ONNX functions once: nothing changes it, and it takes a third of an export."""
     module = sys.modules.get("torch.onnx._internal.exporter._registration")
