@@ -223,7 +223,7 @@ def test_weights_that_have_only_numbers_get_the_names_of_their_layers(tmp_path: 
         "stretched/gamma": "norm",
         "bent/alpha": "other",
         "even/scale": "norm",
-        "bounded/kernel": "kernel",
+        "bounded/copy": "other",
         "bounded/vector_u": "state",
         "bounded/inside/kernel": "kernel",
         "bounded/inside/bias": "bias",
@@ -289,3 +289,18 @@ def test_the_kernel_that_a_spectral_normalization_stores_twice_is_pruned_once(na
     assert [tensor.role for tensor in stored] == ["kernel", "other"]
     for tensor in stored:
         np.testing.assert_array_equal(read_all(sparse)[tensor.name], after)
+
+
+def test_weights_in_a_wrapper_have_the_names_and_roles_of_their_class(tmp_path: Path) -> None:
+    layers = keras().layers
+    wrapped = [layers.SeparableConv2D(3, 2, name="split"), layers.BatchNormalization(scale=False, name="norm")]
+    wrapped += [layers.Flatten(), layers.Dense(4, name="full")]
+    model = keras().Sequential([layers.Input((2, 5, 5, 2)), *map(layers.TimeDistributed, wrapped)])
+    model.save(tmp_path / "m.keras")
+    found = {"/".join(tensor.name.split("/")[-2:]): tensor for tensor in open_model(tmp_path / "m.keras").tensors}
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        "/".join(weight.path.split("/")[-2:]): tuple(weight.shape) for weight in model.weights
+    }
+    kernels = {name for name, tensor in found.items() if tensor.role == "kernel"}
+    assert kernels == {"split/depthwise_kernel", "split/pointwise_kernel", "full/kernel"}
+    assert here("inspect", tmp_path / "m.keras").err == ""

@@ -294,6 +294,12 @@ def _owner(steps: list[str], folders: _Folders) -> _Owner:
     slug = _COUNTER.sub("", steps[-1]) if steps else ""
     if parent.removesuffix("/layer") in folders.wrappers and is_layer and layer is not None:
         slug = keras_config.snake_case(layer.kind)
+    elif slug == "layer" and not is_layer and layer is not None and parent.removesuffix("/layer") in folders.layers:
+        # Of a wrapper such as TimeDistributed.
+        inner = keras_config.object_in(layer.config, "layer")
+        if kind := keras_config.string_in(inner, "class_name"):
+            layer, is_layer = replace(layer, kind=kind, config=keras_config.object_in(inner, "config")), True
+            slug = keras_config.snake_case(kind)
     return _Owner(tuple(names) or ("",), slug, layer, is_layer)
 
 
