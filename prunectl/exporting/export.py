@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import zipfile
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -207,6 +208,9 @@ def export(
     if output.to_stdout and not request.to:
         raise UsageError("the format of the output is not given", hint="add --to FORMAT, such as --to onnx")
     target = target_of(request.to, output.target)
+    if target.name == "saved-model" and not request.to:
+        # What a folder is comes before what a SavedModel, the format of an output without a suffix, cannot be.
+        _check_parts(open_model(path))
     # PyTorch has no layer that stores a weight without its zeros, so its class is written as well.
     request = replace(request, to=target.name, code=request.code or (request.sparse and target.name == "torch"))
     check(request, target, output)
@@ -311,6 +315,16 @@ def _comparison(job: ExportJob, route: Route, written: Path) -> Comparison | Non
     if not route.runner:
         return None
     return compare(job.runnable, load(route, route.runner)(job, written), job.samples, tolerance_of(job.request))
+
+
+def _check_parts(model: ModelFile) -> None:
+    """Refuse a pipeline, whose networks are exported one by one."""
+    if model.format == "diffusers":
+        part = model.path / max(model.tensors, key=lambda tensor: tensor.size).name.partition(".")[0]
+        raise UsageError(
+            f"{model.path} is a pipeline, whose networks are exported one by one",
+            hint=f"name one: prunectl export {shlex.quote(str(part))} -o OUT",
+        )
 
 
 def _companion_files(folder: Path, target: Path) -> tuple[tuple[str, int], ...]:

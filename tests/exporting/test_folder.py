@@ -158,6 +158,25 @@ def test_an_adapter_keeps_its_name(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+def test_an_adapter_is_not_run_without_its_base_model(tmp_path: Path) -> None:
+    source = tmp_path / "lora"
+    source.mkdir()
+    torch.save({"q.lora_A.weight": torch.ones(2, 8)}, source / "adapter_model.bin")
+    (source / "adapter_config.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("words")
+    done = here("eval", source, "--data", tmp_path / "text.txt")
+    assert (done.code, f"{source} holds an adapter" in done.err, "merge_and_unload" in done.err) == (2, True, True)
+
+
+def test_a_folder_without_a_known_model_is_named_before_the_format_of_the_output(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text("{}")
+    torch.save({}, tmp_path / "m/weights.fp16.bin")
+    done = here("export", tmp_path / "m", "-o", tmp_path / "out", "--bf16")
+    assert done.code == 3
+    assert "SavedModel," not in done.err
+
+
 def test_training_state_and_other_forms_of_the_weights_stay_behind(source: Path, tmp_path: Path) -> None:
     for name in ("optimizer.pt", "pytorch_model.bin"):
         (source / name).write_bytes(b"x")

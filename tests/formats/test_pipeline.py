@@ -56,6 +56,17 @@ def test_all_parts_are_pruned_and_all_else_is_copied(pipe: Path) -> None:
     assert names == ["unet.conv.weight", "text_encoder.layers.1.weight", "text_encoder.layers.2.weight"]
 
 
+@pytest.mark.parametrize("words", [(), ("--bf16",)])
+def test_its_parts_are_exported_one_by_one_as_the_hint_says(words: tuple[str, ...], pipe: Path) -> None:
+    done = here("export", pipe, "-o", pipe.parent / "out", *words)
+    assert done.code == 2
+    assert "whose networks are exported one by one" in done.err
+    assert f"prunectl export {pipe / 'unet'} -o OUT" in done.err
+    done = here("export", pipe / "unet", "-o", pipe.parent / "out", *words)
+    assert done.code == 0, done.err
+    assert (pipe.parent / "out/config.json").read_bytes() == (pipe / "unet/config.json").read_bytes()
+
+
 def test_strip_copies_it_and_in_place_the_weights_alone_change(pipe: Path) -> None:
     before = files(pipe)
     assert here("strip", pipe, "-o", pipe.parent / "copy").code == 0
