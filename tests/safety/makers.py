@@ -32,6 +32,12 @@ def commas(piece: bytes, times: int) -> bytes:
     return (piece + b",") * (times - 1) + piece
 
 
+def numbered(row: bytes, count: int) -> bytes:
+    """Rows with commas between: thousands of the same three digits, each with a number of its own before them."""
+    thousand = b",".join(row % b"?%03d" % place for place in range(1000))
+    return b",".join(thousand.replace(b"?", b"%d" % place) for place in range(count // 1000))
+
+
 def filled(nbytes: int, piece: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
     """A text of about so many bytes: one piece again and again, with commas between."""
     return before + b"[" + commas(piece, nbytes // (len(piece) + 1)) + b"]" + after
@@ -130,8 +136,8 @@ def one_tensor(shape: bytes, nbytes: int = 0) -> Maker:
 
 def empty_tensors(count: int) -> Maker:
     """A safetensors file of many tensors without elements."""
-    rows = (b'"t%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % place for place in range(count))
-    return safetensors(b"{" + b",".join(rows) + b"}")
+    row = b'"t%b":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    return safetensors(b"{" + numbered(row, count) + b"}")
 
 
 def index(text: bytes, sparse_bytes: int = 0) -> Maker:

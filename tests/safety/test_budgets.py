@@ -13,7 +13,7 @@ from prunectl.formats import budgets
 from tests.running import FIXTURES
 from tests.safety import makers
 from tests.safety.cost import assert_refused_cheaply, cost
-from tests.safety.makers import MEGABYTE, Maker, commas, field, filled
+from tests.safety.makers import MEGABYTE, Maker, commas, field, filled, numbered
 
 INSPECT, FLOPS, SIZE = ("inspect",), ("inspect", "--flops"), ("size",)
 STRIP, PRUNE = ("strip", "-o"), ("prune", "--sparsity", "0.5", "-o")
@@ -67,7 +67,7 @@ FILES: dict[str, Hostile] = {
     "shard index of 2 GB": Hostile(lambda: makers.index(b'{"weight_map":{}}', 2 << 30)),
     "shard index of empty lists": Hostile(lambda: makers.index(listed(60, key=b"weight_map"))),
     "shard index of two million names": Hostile(
-        lambda: makers.index(b'{"weight_map":{' + b",".join(b'"t%d":"a"' % name for name in range(2 * 10**6)) + b"}}")
+        lambda: makers.index(b'{"weight_map":{' + numbered(b'"t%b":"a"', 2 * 10**6) + b"}}")
     ),
     "onnx sparse tensors that unfold": Hostile(
         lambda: makers.onnx(makers.onnx_sparse(2000, 1 << 25)), (INSPECT, PRUNE)
