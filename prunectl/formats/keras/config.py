@@ -373,8 +373,9 @@ def _sources(value: Any, nesting: int) -> Iterator[TensorRef]:
         if _is_reference(config.get("keras_history")):
             yield from _source(config["keras_history"], shape_in(config.get("shape")))
         elif "class_name" not in value:
-            for item in value.values():
-                yield from _sources(item, nesting + 1)
+            # In the order in which Keras flattens dictionaries.
+            for key in sorted(value):
+                yield from _sources(value[key], nesting + 1)
 
 
 def _source(reference: list[Any], shape: Shape | None = None) -> Iterator[TensorRef]:

@@ -32,6 +32,11 @@ def takes_training(model: Any) -> bool:
     return bool(getattr(model, "_call_has_training_arg", True))
 
 
+def weights_of(model: Any) -> list[Any]:
+    """The weights of a model, without the vocabularies that Keras 2 lists among them."""
+    return [weight for weight in model.weights if hasattr(weight, "shape")]
+
+
 def structure(model: Any, which: str) -> Any:
     """The nested structure of a functional model's `inputs` or `outputs`, None if it has none."""
     nested = getattr(model, f"_{which}_struct", None)

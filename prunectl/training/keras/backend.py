@@ -189,9 +189,9 @@ def is_float(variable: Any) -> bool:
 
 
 def as_arrays(outputs: Any) -> Any:
-    """The outputs of a model as one array or a tuple of them."""
+    """The outputs of a model as one array or a tuple of them, of a dictionary in the order of its keys."""
     if isinstance(outputs, dict):
-        outputs = tuple(outputs[name] for name in outputs)
+        outputs = tuple(outputs[name] for name in sorted(outputs))
     if isinstance(outputs, list | tuple):
         return tuple(np.asarray(output) for output in outputs) if len(outputs) != 1 else np.asarray(outputs[0])
     return np.asarray(outputs)

@@ -25,6 +25,7 @@ from prunectl.training.backend import (
 from prunectl.training.checkpoint import load_arrays, save_arrays
 from prunectl.training.data.source import Arrays, Batch, as_tuple
 from prunectl.training.keras import backend, gradients, outputs
+from prunectl.training.keras._compat import weights_of
 from prunectl.training.keras.backend import DevicePlacement, KerasLibrary, RandomState, resolve_device
 from prunectl.training.keras.compile import optimizer_variables
 from prunectl.training.keras.layer_inputs import capture_layer_inputs, preserved_state
@@ -75,7 +76,7 @@ def recalibrate_batch_norm(library: KerasLibrary, model: Any, layers: list[Any],
 
 def _batch_norm_variables(library: KerasLibrary, model: Any) -> list[Any]:
     return (
-        list(model.weights)
+        weights_of(model)
         if library.is_keras2
         else [variable for variable in model.variables if "string" not in str(variable.dtype)]
     )
@@ -172,7 +173,7 @@ def _state_variables(training: CompiledModel) -> dict[tuple[str, int], Any]:
     """All variables of the model and the optimizer, without masks and statistics."""
     model = training.model
     optimizer = [variable for variable in optimizer_variables(model) if not training.masking.is_own_variable(variable)]
-    weights = {(_WEIGHT, index): variable for index, variable in enumerate(model.weights)}
+    weights = {(_WEIGHT, index): variable for index, variable in enumerate(weights_of(model))}
     return {**weights, **{(_OPTIMIZER, index): variable for index, variable in enumerate(optimizer)}}
 
 
@@ -191,7 +192,9 @@ class KerasTrainable:
         loaded = self._loaded = self._loader(self._placement)
         self._library, self._model = loaded.library, loaded.model
         with self._placement.scope(self._library), ignore_warnings():
-            self._variables = match_variables(loaded.file, loaded.library, loaded.model.weights, loaded.load_weights)
+            self._variables = match_variables(
+                loaded.file, loaded.library, weights_of(loaded.model), loaded.load_weights
+            )
             self._random = RandomState(loaded.library, loaded.model)
         known = {id(variable) for variable in self._variables.values()}
         unmatched = [

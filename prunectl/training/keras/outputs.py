@@ -30,9 +30,12 @@ def per_output(model: Any, parts: Sequence[Any]) -> Any:
 
 
 def _names(model: Any, which: str) -> tuple[str, ...]:
-    """The names of a model's inputs or outputs, if it takes a dictionary."""
+    """The names of a model's inputs or outputs in the order of its tensors, if it takes a dictionary."""
     nested = structure(model, which)
-    return tuple(nested) if isinstance(nested, dict) else ()
+    if not isinstance(nested, dict):
+        return ()
+    order = {id(tensor): index for index, tensor in enumerate(_tensors(model, which))}
+    return tuple(sorted(sorted(nested), key=lambda name: order.get(id(nested[name]), 0)))
 
 
 def _pack(names: tuple[str, ...], parts: Sequence[Any]) -> Any:
@@ -101,14 +104,14 @@ def _model_outputs(
 
 
 def flatten(nested: Any) -> list[Any]:
-    """The tensors in a nested structure, as a list."""
+    """The tensors in a nested structure, as a list; dictionaries in the order of their keys, as Keras flattens them."""
     return list(_leaves(nested))
 
 
 def _leaves(nested: Any) -> Iterator[Any]:
     if isinstance(nested, dict):
-        for value in nested.values():
-            yield from _leaves(value)
+        for key in sorted(nested):
+            yield from _leaves(nested[key])
     elif isinstance(nested, list | tuple):
         for value in nested:
             yield from _leaves(value)

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunectl.channels.prune import prune_channels
 from prunectl.errors import UsageError
 from prunectl.formats.base import Role
 from prunectl.formats.registry import open_model
+from prunectl.pruning.destination import Destination
+from prunectl.pruning.request import PruneRequest
 from prunectl.training.keras import variable_names
 from tests.contract import raw
 from tests.networks import keras, tf_keras
@@ -206,3 +209,32 @@ def test_the_signature_names_shapes_and_types(k: Any, tmp_path: Path) -> None:
     assert not found.is_channels_first
     plain = nets.opened(nets.saved(nets.dense(k()), tmp_path / "plain.keras")).signature
     assert [(port.name, port.shape) for port in plain.outputs] == [("second", (nets.CLASSES,))]
+
+
+@both
+@pytest.mark.parametrize("name", ["model.keras", "model.h5"])
+def test_inputs_and_outputs_of_dictionaries_are_told_apart_in_any_order(name: str, k: Any, tmp_path: Path) -> None:
+    source = k()
+    dense = source.layers.Dense
+    late, early = source.layers.Input((5,), name="late"), source.layers.Input((3,), name="early")
+    both_of_them = source.layers.Concatenate()([dense(4)(late), dense(2)(early)])
+    outputs = {"wide": dense(4, name="wide")(both_of_them), "one": dense(1, name="one")(both_of_them)}
+    model = source.Model({"late": late, "early": early}, outputs)
+    path = nets.saved(model, tmp_path / name)
+    network = nets.opened(path)
+    assert [spec.name for spec in network.signature.inputs] == ["early", "late"]
+    random = np.random.default_rng(0)
+    given = {"early": random.normal(size=(6, 3)).astype("f"), "late": random.normal(size=(6, 5)).astype("f")}
+    answered = model.predict(given, verbose=0)
+    assert [spec.name for spec in network.signature.outputs] == ["one", "wide"]
+    for found, wanted in zip(network.predict(tuple(given.values())), ("one", "wide"), strict=True):
+        np.testing.assert_allclose(found, answered[wanted], rtol=1e-5, atol=1e-6)
+    prune_channels(path, PruneRequest(sparsity=0.5, pattern="channel"), Destination(tmp_path / f"small-{name}"))
+
+
+def test_a_vocabulary_of_keras_2_is_no_weight(tmp_path: Path) -> None:
+    of = tf_keras().layers
+    tokens = of.IntegerLookup(vocabulary=[3, 5])
+    layers = [of.Input((4,), dtype="int64"), tokens, of.Embedding(3, 8), of.Flatten(), of.Dense(2)]
+    network = nets.opened(nets.saved(tf_keras().Sequential(layers), tmp_path / "model.keras"))
+    assert sorted(array.ndim for array in network.tensors().values()) == [1, 2, 2]
