@@ -73,9 +73,11 @@ FAMILIES = (
     _row("opt", Stack(_NUM_LAYERS, r"decoder\.layers")),
     _row(
         "bert roberta xlm-roberta xlm-roberta-xl camembert electra ernie mpnet deberta deberta-v2 layoutlm rembert "
-        "nystromformer megatron-bert vit deit audio-spectrogram-transformer vit_mae vit_msn ijepa",
+        "nystromformer megatron-bert vit deit audio-spectrogram-transformer vit_mae vit_msn ijepa "
+        "timesformer",
         Stack(_NUM_LAYERS, r"encoder\.layer"),
     ),
+    _row("mamba mamba2 falcon_mamba", Stack(_NUM_LAYERS, r"backbone\.layers")),
     _row("distilbert", Stack("n_layers", r"transformer\.layer")),
     _row(
         "wav2vec2 hubert clip_text_model clip_vision_model siglip_text_model siglip_vision_model",

@@ -1,4 +1,4 @@
-"""Folders of fourteen families, as Hugging Face's own libraries write and load them (`make hf` installs these).
+"""Folders of many families, as Hugging Face's own libraries write and load them (`make hf` installs these).
 
 Each is made from a configuration, goes through the commands, and is loaded again: no key is missing or unexpected, and
 it answers as the original does with the same weights masked in memory, or with the same blocks passed by.
@@ -101,6 +101,15 @@ MODELS = {
         ("encoder", "decoder"),
     ),
     "vit": of("ViTConfig", "ViTForImageClassification", {"pixel_values": PIXELS}, **SIZE, **IMAGES),
+    "timesformer": of(
+        "TimesformerConfig",
+        "TimesformerForVideoClassification",
+        {"pixel_values": torch.stack([PIXELS, -PIXELS], 1)},
+        **SIZE,
+        **IMAGES,
+        num_frames=2,
+    ),
+    "mamba": of("MambaConfig", "MambaForCausalLM", **WORDS, hidden_size=16, num_hidden_layers=4, state_size=4),
     "clip": Made(
         lambda: transformers.CLIPConfig(
             text_config={**WORDS, **SIZE, "max_position_embeddings": 16},

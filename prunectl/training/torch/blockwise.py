@@ -16,6 +16,7 @@ from prunectl.formats.base import Array, ModelFile
 from prunectl.formats.families import CONFIG, family_of, read_config
 from prunectl.training.backend import InputCallback, InspectableModel, LoadOptions, ModelSignature
 from prunectl.training.data.source import Arrays, as_tuple
+from prunectl.training.quiet import quiet_logging
 from prunectl.training.torch.cached_pass import CachedPass
 from prunectl.training.torch.folder import FolderModule, FolderNetwork, names_network, open_network
 from prunectl.training.torch.layer_inputs import capture_layer_inputs
@@ -64,7 +65,8 @@ class _Call:
 
     def run(self, block: torch.nn.Module, hidden: torch.Tensor) -> Any:
         """Call a block with these arguments, but other hidden states."""
-        return block(hidden, *self.args, **self.more)
+        with quiet_logging():
+            return block(hidden, *self.args, **self.more)
 
 
 class TorchBlockwise:
