@@ -260,6 +260,7 @@ def export(
             *raised,
             *_notes(job),
             *notes,
+            *(() if target.is_weights else _note_modules(model)),
             *(() if request.sparse else _note_lost_zeros(before, after)),
         )
         result = ExportResult(
@@ -315,6 +316,14 @@ def _comparison(job: ExportJob, route: Route, written: Path) -> Comparison | Non
     if not route.runner:
         return None
     return compare(job.runnable, load(route, route.runner)(job, written), job.samples, tolerance_of(job.request))
+
+
+def _note_modules(model: ModelFile) -> tuple[str, ...]:
+    """A note on what sentence-transformers computes after the network of a folder."""
+    path = None if model.folder is None else model.folder / "modules.json"
+    if path is None or not path.is_file():
+        return ()
+    return (f"The modules after the network in {path}, such as pooling, are not in the output.",)
 
 
 def _check_parts(model: ModelFile) -> None:

@@ -115,6 +115,18 @@ def test_the_hint_fits_what_a_folder_takes_and_its_export_answers_as_the_library
     np.testing.assert_allclose(session.run(None, {port.name: array})[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_that_modules_after_the_network_are_not_exported_is_told(tmp_path: Path) -> None:
+    configured("ResNetForImageClassification").save_pretrained(tmp_path / "folder")
+    words = ("export", tmp_path / "folder", "-o", tmp_path / "out.onnx", "--input", "pixel_values:1,3,32,32", "--force")
+    said = (
+        f"The modules after the network in {tmp_path / 'folder/modules.json'}, such as pooling, are not in the output."
+    )
+    assert said not in here(*words).err
+    (tmp_path / "folder/modules.json").write_text("[]")
+    done = here(*words)
+    assert (done.code, said in done.err) == (0, True)
+
+
 def test_experts_that_share_a_tensor_are_exported(tmp_path: Path) -> None:
     network = configured("GptOssForCausalLM")
     network.save_pretrained(tmp_path / "folder")
