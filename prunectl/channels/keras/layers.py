@@ -176,9 +176,40 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
 def function(call: LayerContext) -> str:
     """A function, recognised by its name: the last part of `math.multiply`, or the class of an operation."""
     name = call.layer.word("function").rpartition(".")[2].replace("_", "")
+    if name.removeprefix("reduce") in _REDUCTIONS:
+        return reduce(call)
     if name not in _ELEMENTWISE_FUNCTIONS or call.layer.flag("has_lists"):
         raise UnknownShapeError
     return broadcast(call)
+
+
+_REDUCTIONS = frozenset({"mean", "sum", "max", "min"})
+
+
+def reduce(call: LayerContext) -> str:
+    """A reduction along some axes, which keeps them with the length 1 only if it is asked to."""
+    shape = call.shape(call.data)
+    setting = untuple(call.layer.config.get("axis"))
+    axes = setting if isinstance(setting, list) else [setting]
+    if not axes or not all(type(axis) is int and -len(shape) < axis < len(shape) and axis for axis in axes):
+        raise UnknownShapeError
+    positions = {axis % len(shape) for axis in axes}
+    ones = tuple(1 if axis in positions else length for axis, length in enumerate(shape))
+    reduced = call.emit(OpKind.ALONG_AXES, (call.data,), ones, axes=tuple(sorted(positions)))
+    if call.layer.flag("keepdims"):
+        return reduced
+    return call.emit(
+        OpKind.RESHAPE, (reduced,), tuple(length for axis, length in enumerate(shape) if axis not in positions)
+    )
+
+
+def keyword_arguments(node: Any) -> Mapping[str, Any]:
+    """The keyword arguments of a call of a function in Keras 2, which follow the reference to its first tensor."""
+    entry = (
+        node if isinstance(node, list) and _is_reference(node) else node[0] if isinstance(node, list) and node else []
+    )
+    arguments = entry[3] if isinstance(entry, list) and len(entry) > 3 else {}
+    return arguments if isinstance(arguments, Mapping) else {}
 
 
 _SCALAR = (int, float, str, bool, type(None))

@@ -9,7 +9,7 @@ from typing import Any
 from prunectl.channels.graph import ChannelGraph, OpKind, Shape, Shapes
 from prunectl.channels.keras.builder import CalledLayer, GraphBuilder, LayerContext, with_batch
 from prunectl.channels.keras.layer_rules import FUNCTION, RULES, query_value_key_first, rule_for
-from prunectl.channels.keras.layers import has_lists
+from prunectl.channels.keras.layers import has_lists, keyword_arguments
 from prunectl.channels.keras.weights import (
     ROOT,
     ConfigPath,
@@ -293,7 +293,9 @@ class GraphTraversal:
         keywords = dict(zip(arguments.keywords, shapes[count:], strict=True))
         if is_operation(layer) or kind in _FUNCTIONS:
             function = string_in(config, "function") or string_in(object_in(config, "node_def"), "op") or kind
-            facts = {"function": function, "has_lists": has_lists(arguments.raw) or has_lists(config.get("constants"))}
+            settings = {**config, **keyword_arguments(arguments.raw)}
+            facts = {key: settings.get(key) for key in ("axis", "keepdims")}
+            facts |= {"function": function, "has_lists": has_lists(arguments.raw) or has_lists(config.get("constants"))}
             return LayerCall(function if kind in _FUNCTIONS else kind, facts, shapes[:count], keywords), True
         return LayerCall(kind, upgrade_config(kind, config), shapes[:count], keywords), False
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("tensorflow")
+tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 tf_keras = pytest.importorskip("tf_keras")
 LIBRARIES = {"three": keras, "two": tf_keras}
@@ -157,4 +157,15 @@ def arithmetic(k: Any) -> Any:
     return k.Model(i, of.Dense(5, name="last")(of.GlobalAveragePooling2D()(of.Maximum()([x, y]) - y)))
 
 
-NETS = (vgg, residual, mobile, beside, unet, excite, nested, shared, words, arithmetic)
+def reduced(k: Any) -> Any:
+    """Means and maxima over all positions, computed by functions instead of layers."""
+    of = k.layers
+    mean, largest = (k.ops.mean, k.ops.max) if hasattr(k, "ops") else (tf.reduce_mean, tf.reduce_max)
+    i = k.Input((SIDE, SIDE, 3))
+    x = conv(k, i, 8, name="stem")
+    x = of.Multiply()([x, of.Conv2D(8, 1, activation="sigmoid", name="gate")(mean(x, axis=[1, 2], keepdims=True))])
+    x = of.Concatenate()([mean(x, axis=(1, 2)), largest(of.Conv2D(6, 1, name="side")(x), axis=[-3, -2])])
+    return k.Model(i, of.Dense(5, name="last")(x))
+
+
+NETS = (vgg, residual, mobile, beside, unet, excite, nested, shared, words, arithmetic, reduced)

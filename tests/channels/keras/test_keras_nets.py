@@ -18,7 +18,7 @@ from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import LoadOptions
 from prunectl.training.runtimes import load_trainable
 from tests.channels.keras.masked import silence
-from tests.channels.keras.nets import LIBRARIES, NETS, arithmetic, filled, mobile, nested, shared
+from tests.channels.keras.nets import LIBRARIES, NETS, arithmetic, filled, mobile, nested, reduced, shared
 from tests.channels.keras.nets_in_time import attending, inside, seq2seq
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "nested": {"inside/kernel": (3, 3, 4, 4), "hidden/kernel": (4, 6)},
     "shared": {"twice/kernel": (3, 3, 3, 4), "thin/kernel": (1, 1, 8, 3), "other/kernel": (4, 2)},
     "words": {"table/embeddings": (30, 6), "line/kernel": (3, 6, 4)},
+    "reduced": {"gate/kernel": (1, 1, 4, 4), "side/kernel": (1, 1, 4, 3), "last/kernel": (7, 5)},
     "arithmetic": {"stem/kernel": (3, 3, 3, 4), "side/kernel": (1, 1, 4, 4)},
 }
 
@@ -61,7 +62,7 @@ def short(tensors: Any) -> dict[str, tuple[int, ...]]:
 CASES = [
     *((kind, "three", ".keras") for kind in NETS),
     # In Keras 2 what it writes in another way: layers of its own, layers in layers, operations without a layer.
-    *((kind, "two", ".h5") for kind in NETS if kind in {mobile, nested, shared, arithmetic}),
+    *((kind, "two", ".h5") for kind in NETS if kind in {mobile, nested, shared, arithmetic, reduced}),
     (nested, "two", ".keras"),
 ]
 
@@ -143,7 +144,7 @@ def test_a_network_that_is_widened_says_to_the_bit_what_one_built_in_float64_doe
     built = source.runner(network, names)
     built(feeds)
     widened = source.to_float64(built, network, names)
-    assert (widened is built) == (kind not in {nested, inside, arithmetic, converted})
+    assert (widened is built) == (kind not in {nested, inside, arithmetic, reduced, converted})
     for one, other in zip(widened(wide), source.runner(network, names, in_float64=True)(wide), strict=True):
         assert one.dtype == other.dtype == np.float64
         np.testing.assert_array_equal(one, other)
