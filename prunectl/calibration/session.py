@@ -372,8 +372,10 @@ def open_calibration(
 def _matched_batch_size(source: Source) -> int:
     """The default batch size of output matching, half as large for sequences of tokens, which have many positions."""
     head = peek(source, 1)
-    first = as_tuple(head.x)[0] if head is not None else np.empty(0)
-    return BATCH_SIZE if first.ndim == 2 and first.dtype.kind in "iu" else MATCHED_BATCH_SIZE
+    arrays = as_tuple(head.x) if head is not None else ()
+    # Pixels and flags are whole numbers too, but of a byte.
+    has_tokens = any(array.ndim == 2 and array.dtype.kind in "iu" and array.itemsize > 1 for array in arrays)
+    return BATCH_SIZE if has_tokens else MATCHED_BATCH_SIZE
 
 
 def _network(model: ModelFile, origin: LoadOptions) -> tuple[InspectableModel, TrainableModel | None]:

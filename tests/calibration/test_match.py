@@ -490,8 +490,12 @@ def test_a_single_example_tells_nothing_of_classes() -> None:
 
 @pytest.mark.parametrize(
     ("net", "x", "expected"),
-    [("Reader", np.random.default_rng(0).integers(0, 20, (128, 5)), 32), ("Plain", examples(128, 12), 64)],
-    ids=["tokens", "rows"],
+    [
+        ("Reader", np.random.default_rng(0).integers(0, 20, (128, 5)), 32),
+        ("Plain", examples(128, 12), 64),
+        ("Plain", np.random.default_rng(0).integers(0, 255, (128, 12), "uint8"), 64),
+    ],
+    ids=["tokens", "rows", "pixels"],
 )
 def test_a_batch_is_of_64_examples_by_default_and_of_32_sequences_of_tokens(
     net: str, x: Array, expected: int, tmp_path: Path

@@ -14,6 +14,8 @@ from prunectl.training.request import parse_optimizer
 DEFAULT_RATE = 1e-3
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers with as many bytes as a floating-point number."""
+_MOST_BYTES = 1 << 28
+"""The memory that masks may take for speed: they are as large as the weights, but booleans are a byte for each."""
 
 
 def make_optimizer(
@@ -45,7 +47,10 @@ class WeightMasks:
 
     def hold(self, kept: Mapping[torch.nn.Parameter, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
         """Hold the weights that the masks do not keep at zero from now on, and zero their optimizer state."""
-        self._held = [(weight, _zeroing_mask(weight, mask.to(weight.device))) for weight, mask in kept.items()]
+        is_fast = sum(weight.nbytes for weight in kept) <= _MOST_BYTES
+        self._held = [
+            (weight, _zeroing_mask(weight, mask.to(weight.device), is_fast=is_fast)) for weight, mask in kept.items()
+        ]
         self.zero_weights()
         for weight, mask in self._held:
             state: Mapping[str, Any] = optimizer.state.get(weight, {}) if optimizer is not None else {}
@@ -57,7 +62,10 @@ class WeightMasks:
     def zero_gradients(self) -> None:
         """Zero the gradients of pruned weights, so that they add nothing to momentum or to the norm for clipping."""
         for weight, mask in self._held:
-            if weight.grad is not None:
+            if weight.grad is not None and weight.grad.is_sparse:
+                weight.grad = weight.grad.coalesce()
+                _zero(weight.grad.values(), mask[tuple(weight.grad.indices())])
+            elif weight.grad is not None:
                 _zero(weight.grad, mask)
 
     @torch.no_grad()
@@ -67,9 +75,9 @@ class WeightMasks:
             _zero(weight, mask)
 
 
-def _zeroing_mask(weight: torch.nn.Parameter, kept: torch.Tensor) -> torch.Tensor:
+def _zeroing_mask(weight: torch.nn.Parameter, kept: torch.Tensor, *, is_fast: bool) -> torch.Tensor:
     """The mask for `_zero`: on a CPU, integers whose bits are all 1 where a weight is kept; elsewhere, booleans."""
-    if type(weight.data) is not torch.Tensor or not weight.is_cpu or weight.itemsize not in _BITS:
+    if not is_fast or type(weight.data) is not torch.Tensor or not weight.is_cpu or weight.itemsize not in _BITS:
         return ~kept
     return torch.zeros_like(weight, dtype=_BITS[weight.itemsize]).masked_fill_(kept, -1)
 

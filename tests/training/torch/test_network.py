@@ -20,7 +20,7 @@ from prunectl.training.backend import GradientStatistic, LoadOptions, TrainOptio
 from prunectl.training.config import DivergedError
 from prunectl.training.data.source import Batch
 from prunectl.training.mask_schedule import MaskScheduler, PruningConfig
-from prunectl.training.torch import losses
+from prunectl.training.torch import losses, optimizers
 from prunectl.training.torch.build import BuiltModule, build_module
 from prunectl.training.torch.model import TorchTrainable, load_trainable
 from prunectl.training.torch.optimizers import WeightMasks
@@ -88,8 +88,12 @@ def test_without_masks_it_is_what_pytorch_does(words: str, plain: tuple[nets.Pla
         assert np.array_equal(value, module.state_dict()[name].numpy()), name
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
-def test_what_a_mask_drops_becomes_plus_zero_whatever_it_was(kind: torch.dtype) -> None:
+@pytest.mark.parametrize("most_bytes", [0, 1 << 20], ids=["booleans", "bits"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_a_mask_drops_becomes_plus_zero_whatever_it_was(
+    kind: torch.dtype, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "_MOST_BYTES", most_bytes)
     drawn = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     drawn[0, 0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -1])
     kept = torch.rand(drawn.shape) > 0.5
@@ -104,6 +108,21 @@ def test_what_a_mask_drops_becomes_plus_zero_whatever_it_was(kind: torch.dtype) 
     expected = torch.where(kept, drawn, torch.zeros(()))
     for zeroed in (weight, weight.grad, *list(optimizer.state[weight].values())[:2]):
         assert zeroed.double().numpy(force=True).tobytes() == expected.to(zeroed.dtype).double().numpy().tobytes()
+
+
+def test_sparse_gradients_of_an_embedding_are_masked() -> None:
+    module = torch.nn.Embedding(6, 3, sparse=True)
+    kept = torch.rand(6, 3) > 0.5
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    masks = WeightMasks()
+    masks.hold({module.weight: kept}, optimizer)
+    module(torch.tensor([1, 4, 1, 5])).sum().backward()
+    expected = torch.zeros(6, 3)
+    expected[[1, 4, 5]] = torch.tensor([[2.0], [1], [1]])
+    masks.zero_gradients()
+    assert torch.equal(module.weight.grad.to_dense(), torch.where(kept, expected, 0))  # type: ignore[union-attr]
+    optimizer.step()
+    assert not module.weight[~kept].any()
 
 
 @pytest.mark.parametrize(
