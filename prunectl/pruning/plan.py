@@ -103,7 +103,7 @@ def select_tensors(model: ModelFile, criteria: PlanCriteria) -> Selection:
     tensors, skips = _partition(model, criteria, skip_reason, layer_ratios)
     if not tensors:
         raise _nothing_to_prune(model, skips)
-    if not criteria.only:
+    if not (criteria.only or criteria.layers or criteria.exclude) and criteria.policy is POLICIES[0]:
         _check_not_quantised(model, tensors, skips)
     return Selection(
         tensors, skips, {tensor.name: layer_ratios[tensor.name] for tensor in tensors if tensor.name in layer_ratios}
@@ -146,14 +146,22 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> Usage
 def _check_not_quantised(model: ModelFile, chosen: Sequence[Tensor], skips: Iterable[SkippedTensor]) -> None:
     """Refuse a model of which quantisation left little as floats, such as the output layer: only that would suffer."""
     names = {skip.name for skip in skips if skip.reason.startswith(_QUANTISED)}
-    quantised = [tensor for tensor in model.tensors if tensor.name in names]
+    layers = {match[1] for tensor in model.tensors if (match := _QUANTISER.fullmatch(tensor.name))}
+    # Integers named as a weight may also be a table, such as the colours of a palette.
+    quantised = [
+        tensor
+        for tensor in model.tensors
+        if tensor.name in names and tensor.role is not Role.EMBEDDING and not _TABLE.search(tensor.layer)
+        if tensor.role in PRUNABLE or not tensor.name.endswith(".weight") or tensor.name[: -len(".weight")] in layers
+    ]
     # An integer of 32 bits packs at least four weights.
     weights = sum(tensor.size * tensor.dtype.itemsize for tensor in quantised)
     if weights > sum(tensor.size for tensor in chosen):
+        largest = max(chosen, key=lambda tensor: tensor.size)
         few = f"{abbreviated(chosen[0].name)} alone" if len(chosen) == 1 else f"only {len(chosen)} of its tensors"
         raise UsageError(
             f"most weights of {model.path} are quantised, so that {few} would be pruned",
-            hint=f"{_BEFORE_QUANTISING}; or name what to prune: --layers {shlex.quote(chosen[0].name)}",
+            hint=f"{_BEFORE_QUANTISING}; or name what to prune: --layers {shlex.quote(largest.name)}",
         )
 
 
@@ -298,6 +306,9 @@ _QUANTISED = "quantised to"
 _BEFORE_QUANTISING = "prune the model that was quantised, and quantise the result"
 _QUANTISED_NAMES = (".weight", ".qweight", ".q_weight", ".W_q", ".weight_packed", ".weight._data", "_proj_blocks")
 """Name endings of packed weights of bitsandbytes, GPTQ, AWQ, EXL2, HQQ, compressed-tensors, Quanto and MXFP4."""
+_QUANTISER = re.compile(r"(.+?)\.(?:weight[._])?(?:SCB|absmax|quant_state\..*|\w*scales?(_inv)?|\w*zero_point|q?zeros)")
+"""Names of the scales and offsets of quantised weights, after that of their layer."""
+_TABLE = re.compile(r"(^|[._])(emb|embed\w*|wte|wpe)$")
 _NOUNS = {
     "a bias": ("bias", "biases"),
     "a norm": ("norm parameter", "norm parameters"),
@@ -419,7 +430,8 @@ def _ineligible(tensor: Tensor) -> Verdict:
     role = tensor.role
     if role in PRUNABLE:
         return non_float_reason(tensor) or "a kernel with a single axis"
-    is_packed = tensor.dtype.name in QUANTISED | {"int32", "uint32"}
+    wide = {"int32", "uint32"} if not tensor.name.endswith(".weight") else set()
+    is_packed = tensor.dtype.name in QUANTISED | wide
     if is_packed and len(tensor.shape) > 1 and tensor.name.endswith(_QUANTISED_NAMES):
         return _quantised_to(tensor.dtype.name)
     if role is Role.OTHER and not tensor.is_float:

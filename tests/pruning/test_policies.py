@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
 
 from prunectl.errors import UsageError
@@ -205,43 +204,6 @@ def test_where_kernels_are_excluded_a_table_of_integers_is_not_called_the_reason
     save_file(arrays, tmp_path / "m.safetensors")
     done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "o.safetensors", "-s", "0.5", "--exclude", "fc*")
     assert (done.code, "quantised" in done.err, "select tensors with --layers" in done.err) == (2, False, True)
-
-
-def test_that_weights_of_eight_bits_are_ranked_without_their_scales_is_told(tmp_path: Path) -> None:
-    weight = torch.randn(16, 16).to(torch.float8_e4m3fn)
-    tensors = {"q.weight": weight, "q.weight_scale_inv": torch.ones(2, 2)}
-    save_torch_file(tensors, tmp_path / "m.safetensors")
-    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
-    assert "q.weight has a scale in the file, which the ranking ignores" in " ".join(done.err.split())
-    kept = load_torch_file(tmp_path / "out.safetensors")
-    assert torch.equal(kept["q.weight_scale_inv"], tensors["q.weight_scale_inv"])
-    assert int((kept["q.weight"].float() == 0).sum()) >= 128
-
-
-def test_weights_with_scales_are_not_ranked_together_with_those_of_other_layers(tmp_path: Path) -> None:
-    q, head = torch.randn(32, 32) * 100, torch.randn(32, 32) * 0.02
-    tensors = {
-        "q.weight": q.to(torch.float8_e4m3fn),
-        "q.weight_scale_inv": torch.full((1, 1), 2e-4),
-        "out.weight": head,
-    }
-    save_torch_file(tensors, tmp_path / "m.safetensors")
-    words = ("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
-    done = here(*words)
-    assert (done.code, "q.weight has a scale" in done.err, "--scope layer" in done.err) == (2, True, True)
-    assert here(*words, "--scope", "layer").code == 0
-    for name, tensor in load_torch_file(tmp_path / "out.safetensors").items():
-        assert int((tensor.float() == 0).sum()) == (0 if "scale" in name else 512)
-
-
-def test_a_quantised_model_is_not_pruned_in_its_output_layer_alone_unless_that_is_named(tmp_path: Path) -> None:
-    blocks = {f"layers.{n}.q_proj.qweight": np.ones((8, 64), np.int32) for n in range(4)}
-    save_file({**blocks, "classifier.weight": np.ones((40, 64), np.float32)}, tmp_path / "m.safetensors")
-    words = ("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
-    done = here(*words)
-    assert done.code == 2
-    assert "are quantised, so that classifier.weight alone would be pruned" in done.err
-    assert here(*words, "--layers", "classifier.weight").code == 0
 
 
 def test_what_is_quantised_is_said_wherever_its_kernels_are_counted(tmp_path: Path) -> None:
