@@ -224,7 +224,12 @@ def _notes_on_parametrizations(model: ModelFile, plan: Plan) -> Iterator[str]:
 def _scaled(model: ModelFile, tensors: Iterable[Tensor]) -> str:
     """Which float8 weights have a scale of their own, as in DeepSeek and compressed-tensors; empty if none has."""
     names = {tensor.name for tensor in model.tensors}
-    scaled = [tensor.name for tensor in tensors if names & {f"{tensor.name}_scale", f"{tensor.name}_scale_inv"}]
+    scaled = [
+        tensor.name
+        for tensor in tensors
+        # A scale beside wider floats may be a parameter, such as a learnt step size.
+        if tensor.dtype.name.startswith("float8") and names & {f"{tensor.name}_scale", f"{tensor.name}_scale_inv"}
+    ]
     if not scaled:
         return ""
     name = abbreviated(scaled[0])
@@ -317,7 +322,7 @@ def resolve_plan(model: ModelFile, request: PruneRequest, method: PruningMethod)
     """Resolve a request for a model: the method with model-wide scores, the sparsity, and the plan."""
     selection = planning.select_tensors(model, method.criteria)
     is_joint = method.criteria.scope is planning.Scope.GLOBAL and len(selection.tensors) > 1
-    if is_joint and request.strategy != "lamp":  # whose scores have no unit
+    if is_joint and not method.strategy.is_unitless:
         _check_scales(model, selection)
     method, selection = engine.with_model_scores(model, selection, method)
     sparsity = _resolve_sparsity(model, request, selection, method)

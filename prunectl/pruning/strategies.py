@@ -62,6 +62,8 @@ class Strategy:
     """Whether a weight's score depends on that weight alone, so that blocks can be scored one by one."""
     is_comparable: bool = False
     """Whether scores of different layers mean the same, so that they are ranked together by default."""
+    is_unitless: bool = False
+    """Whether the scores of a tensor stay the same if all its weights are scaled."""
     is_precomputed: bool = False
     """Whether the scores of all tensors are in memory already, so that none need be cached."""
     score_all: Callable[[Mapping[str, Array]], Mapping[str, Array | None]] | None = None
@@ -156,11 +158,12 @@ def sample_depth_bias(seed: int) -> str:
 
 STRATEGIES = (
     Strategy("magnitude", magnitude, "the smallest absolute values", is_comparable=True),
-    Strategy("random", random, "random weights, chosen by --seed"),
+    Strategy("random", random, "random weights, chosen by --seed", is_unitless=True),
     Strategy(
         "random-weighted",
         random,
         "random weights, more in late or in early layers, or evenly (bias=late, early, uniform; else --seed draws)",
+        is_unitless=True,
         allocation=depth_biased,
         choices={"bias": BIASES},
     ),
@@ -170,6 +173,7 @@ STRATEGIES = (
         "the smallest square over the sum of squares not below it in the layer (LAMP, Lee et al. 2021)",
         is_elementwise=False,
         is_comparable=True,
+        is_unitless=True,
     ),
     Strategy("gradient", _needs_data, "the smallest mean |gradient|", needs=Requires.GRADIENTS),
     Strategy(

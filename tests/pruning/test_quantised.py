@@ -91,3 +91,20 @@ def test_a_model_of_bytes_with_scales_is_refused_and_its_largest_float_tensor_na
     save_file({**arrays, **floats}, tmp_path / "m.safetensors")
     done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
     assert (done.code, "--layers out.weight" in done.err) == (2, True)
+
+
+def test_learnt_step_sizes_beside_wide_floats_do_not_forbid_a_joint_ranking(tmp_path: Path) -> None:
+    weights = {f"fc{n}.weight": torch.randn(64, 64) for n in (1, 2)}
+    save_torch_file({**weights, **{f"{name}_scale": torch.ones(1) for name in weights}}, tmp_path / "m.safetensors")
+    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", "-s", "0.5")
+    assert (done.code, "has a scale" in done.err, "have scales" in done.err) == (0, False, False), done.err
+
+
+@pytest.mark.parametrize("strategy", ["random", "lamp"])
+def test_scores_without_a_unit_rank_weights_with_scales_together(strategy: str, tmp_path: Path) -> None:
+    weight = torch.randn(32, 32).to(torch.float8_e4m3fn)
+    tensors = {"q.weight": weight, "q.weight_scale": torch.ones(1), "out.weight": torch.randn(32, 32)}
+    save_torch_file(tensors, tmp_path / "m.safetensors")
+    words = ("-s", "0.5", "--strategy", strategy, "--scope", "global")
+    done = here("prune", tmp_path / "m.safetensors", "-o", tmp_path / "out.safetensors", *words)
+    assert done.code == 0, done.err
