@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -98,7 +99,7 @@ class LoadedModel:
 
 def load(file: ModelFile, origin: LoadOptions, placement: DevicePlacement) -> LoadedModel:
     """Load the model of a file under a device placement."""
-    if origin.custom_objects:
+    if origin.custom_objects and not origin.model:
         # Before the user's code, which imports it too, but lets it print.
         _library_of_file(file)
     user_code.check(file, origin)
@@ -147,10 +148,12 @@ def _keras_version(file: ModelFile) -> int:
 
 
 def _check_versions(objects: Mapping[str, Any], library: KerasLibrary, file: ModelFile, origin: LoadOptions) -> None:
-    """Refuse classes of the other Keras version, which fails with them in ways that hide the cause."""
+    """Refuse layers of the other Keras version that the file names: Keras fails with them in ways that hide why."""
     name, other = ("Keras 2", "keras") if library.is_keras2 else ("Keras 3", "tf_keras")
+    config = json.dumps(file.about.keras)
     for key, kind in objects.items():
-        if isinstance(kind, type) and _package_of(kind) == other:
+        is_named = re.search(rf'[">]{re.escape(key.rpartition(">")[2])}"', config) is not None
+        if is_named and isinstance(kind, type) and hasattr(kind, "call") and _package_of(kind) == other:
             where = "tf_keras, or set TF_USE_LEGACY_KERAS=1" if library.is_keras2 else "keras"
             raise UsageError(
                 f"{file.path} is a file of {name}, but {key} in --custom-objects {origin.custom_objects} derives from "

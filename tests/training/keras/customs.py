@@ -47,6 +47,8 @@ OWN_STEP = {tf_keras: _own_step(tf_keras()), keras: _own_step(keras())}
 UNSEEDED = _unseeded(keras())
 TWO = {"Scale": SCALE[tf_keras], "OwnStep": OWN_STEP[tf_keras]}
 THREE = {"Scale": SCALE[keras], "OwnStep": OWN_STEP[keras], "Unseeded": UNSEEDED}
+BOTH_FOR_TWO, BOTH_FOR_THREE = {**TWO, "Unused": SCALE[keras]}, {**THREE, "Unused": SCALE[tf_keras]}
+"""Objects of both versions of Keras, of which a file names those of one."""
 NO_DICTIONARY = 3
 
 

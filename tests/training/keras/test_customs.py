@@ -50,6 +50,13 @@ def test_a_custom_layer_of_the_other_keras_is_refused_with_what_to_import(k: Any
     assert caught.value.hint.startswith(f"import layers from {package}")
 
 
+@both
+def test_custom_layers_of_the_other_keras_that_the_file_does_not_name_may_stand_beside(k: Any, tmp_path: Path) -> None:
+    path = nets.saved(scaled(k), tmp_path / "model.h5")
+    network = nets.opened(path, custom_objects=f"{HERE}:BOTH_FOR_{'TWO' if k is tf_keras else 'THREE'}")
+    assert len(network.tensors()) == 3
+
+
 def test_custom_objects_are_a_dictionary(file_of: nets.Files) -> None:
     path = file_of(keras, nets.dense)
     with pytest.raises(UsageError, match="is not a dictionary"):
