@@ -23,13 +23,14 @@ from prunectl.exporting.weights import (
     save_tensors,
 )
 from prunectl.formats import atomic
-from prunectl.formats.base import ModelFile, Tensor
+from prunectl.formats.base import QUANTISED, ModelFile, Tensor
 from prunectl.formats.families import CONFIG, HEAD, read_config, tie_flags
 from prunectl.formats.folder import MASKS_IN_SHARDS, companions, copy_companions, training_state
 from prunectl.formats.registry import SUFFIXES, by_name, is_inside_folder, open_model, resolve
 from prunectl.formats.safe_json import require, write_object
 from prunectl.formats.safetensors import CODES, shard_of
 from prunectl.pruning.destination import Destination
+from prunectl.pruning.plan import QUANTISER
 from prunectl.pruning.strip import stats_for_report
 
 _STEMS = {
@@ -38,6 +39,8 @@ _STEMS = {
 }
 """New file stems of weights by target container and old stem, as `transformers` names them."""
 _SUFFIX = {"safetensors": ".safetensors", "torch": ".bin"}
+_QUANTISATION = ("quantization_config", "compression_config")
+"""Objects of a config about quantisation; the second is that of older compressed-tensors."""
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _COPY = re.compile(r"(?:^|\.)(encoder|decoder)\.embed_tokens\.weight$")
 _SHARED = re.compile(r"(?:^|\.)shared\.weight$")
@@ -196,7 +199,9 @@ def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], t
     """The config with the dtype that is written, and a note if this changed the config."""
     narrow = "float16" if request.half else "bfloat16" if request.bf16 else ""
     config = read_config(model, CONFIG) if narrow else {}
-    if config.get("quantization_config"):
+    is_declared = any(inner.get(key) for inner in _objects(config) for key in _QUANTISATION)
+    # A config may also say that nothing is quantised, each method in its own words.
+    if is_declared and any(QUANTISER.fullmatch(t.name) or t.dtype.name in QUANTISED for t in model.tensors):
         raise UsageError(
             f"the {CONFIG} of {model.folder} says that the weights are quantized: their scales keep their types",
             hint="use the folder that it was made from",
@@ -213,5 +218,5 @@ def _config(model: ModelFile, request: ExportRequest) -> tuple[dict[str, Any], t
 def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield config
     for key, value in config.items():
-        if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+        if key.endswith("_config") and key not in _QUANTISATION and isinstance(value, dict):
             yield from _objects(value)

@@ -146,7 +146,7 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> Usage
 def _check_not_quantised(model: ModelFile, chosen: Sequence[Tensor], skips: Iterable[SkippedTensor]) -> None:
     """Refuse a model of which quantisation left little as floats, such as the output layer: only that would suffer."""
     names = {skip.name for skip in skips if skip.reason.startswith(_QUANTISED)}
-    layers = {match[1] for tensor in model.tensors if (match := _QUANTISER.fullmatch(tensor.name))}
+    layers = {match[1] for tensor in model.tensors if (match := QUANTISER.fullmatch(tensor.name))}
     # Integers named as a weight may also be a table, such as the colours of a palette.
     quantised = [
         tensor
@@ -306,7 +306,7 @@ _QUANTISED = "quantised to"
 _BEFORE_QUANTISING = "prune the model that was quantised, and quantise the result"
 _QUANTISED_NAMES = (".weight", ".qweight", ".q_weight", ".W_q", ".weight_packed", ".weight._data", "_proj_blocks")
 """Name endings of packed weights of bitsandbytes, GPTQ, AWQ, EXL2, HQQ, compressed-tensors, Quanto and MXFP4."""
-_QUANTISER = re.compile(r"(.+?)\.(?:weight[._])?(?:SCB|absmax|quant_state\..*|\w*scales?(_inv)?|\w*zero_point|q?zeros)")
+QUANTISER = re.compile(r"(.+?)\.(?:weight[._])?(?:SCB|absmax|quant_state\..*|\w*scales?(_inv)?|\w*zero_point|q?zeros)")
 """Names of the scales and offsets of quantised weights, after that of their layer."""
 _TABLE = re.compile(r"(^|[._])(emb|embed\w*|wte|wpe)$")
 _NOUNS = {

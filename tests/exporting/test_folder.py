@@ -88,12 +88,32 @@ def test_the_config_says_the_precision_that_was_asked_for(
     assert found["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float16
 
 
-def test_scales_of_quantized_weights_keep_their_types(source: Path, tmp_path: Path) -> None:
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
-    done = here("export", source, "-o", tmp_path / "out", "--bf16")
+BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": BITS},
+        {"compression_config": {"format": "int-quantized"}},
+        {"text_config": {"quantization_config": BITS}},
+    ],
+    ids=["transformers", "older compressed-tensors", "multimodal"],
+)
+def test_scales_of_quantized_weights_keep_their_types(config: dict[str, Any], tmp_path: Path) -> None:
+    weights = weights_of(2, 1)
+    scales = {"model.layers.0.self_attn.q_proj.weight_scale": np.full((8, 1), 1e-9, np.float32)}
+    source = made(tmp_path / "m", {**MIXTURE, **config}, {**weights, **scales})
+    done = here("export", source, "-o", tmp_path / "out", "--half")
     assert (done.code, "their scales keep their types" in done.err) == (2, True)
     assert here("export", source, "-o", tmp_path / "out", "--shard-size", "1TB").code == 0
+
+
+def test_a_config_that_says_that_nothing_is_quantized_is_believed(tmp_path: Path) -> None:
+    nothing = {"quantization_config": {**BITS, "load_in_8bit": False, "load_in_4bit": False}}
+    source = made(tmp_path / "m", {**MIXTURE, **nothing}, weights_of(2, 1))
+    done = here("export", source, "-o", tmp_path / "out", "--bf16")
+    assert done.code == 0, done.err
 
 
 def test_values_beyond_the_precision_leave_nothing_behind(tmp_path: Path) -> None:
