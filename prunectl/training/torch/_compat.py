@@ -24,6 +24,8 @@ __all__ = [
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 """The base class of all batch normalisation layers."""
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""Whether the network is being exported, as far as PyTorch before 2.7 tells."""
 ADDMM_ACTIVATION = torch.ops.aten._addmm_activation.default
 CONVOLUTION = torch.ops.aten._convolution.default
 

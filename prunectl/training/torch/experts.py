@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from prunectl.training.torch._compat import is_exporting
+
 IS_ROUTED: ContextVar[bool] = ContextVar("IS_ROUTED", default=False)
 """Whether an expert runs, on rows that a router chose."""
 _JOINED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
@@ -47,10 +49,10 @@ class SeparateExperts(torch.nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of the outputs of each token's experts."""
-        total = torch.zeros_like(hidden_states)
+        total, has_all = torch.zeros_like(hidden_states), is_exporting()
         for number in range(self.count):
             is_chosen = top_k_index == number
-            if torch.compiler.is_exporting():
+            if has_all:
                 # The tokens of an expert are not known: each computes all, of which those count that chose it.
                 weights = (top_k_weights * is_chosen).sum(-1, keepdim=True)
                 total = total + self._expert(number, hidden_states) * weights
@@ -95,7 +97,8 @@ def separate_experts(
     modules = dict(module.named_modules())
     separate = {path for path, layers in parts.items() if len(layers) == 3 and _is_plain(modules.get(path))}
     for path in separate:
-        module.set_submodule(path, SeparateExperts(modules[path], parts[path]))
+        owner, _, name = path.rpartition(".")
+        setattr(module.get_submodule(owner), name, SeparateExperts(modules[path], parts[path]))
     return {name: source.name for name, source in found if source is not None and source.experts in separate}
 
 
