@@ -208,13 +208,13 @@ def export(
     if output.to_stdout and not request.to:
         raise UsageError("the format of the output is not given", hint="add --to FORMAT, such as --to onnx")
     target = target_of(request.to, output.target)
-    if target.name == "saved-model" and not request.to:
-        # What a folder is comes before what a SavedModel, the format of an output without a suffix, cannot be.
-        _check_parts(open_model(path))
     # PyTorch has no layer that stores a weight without its zeros, so its class is written as well.
     request = replace(request, to=target.name, code=request.code or (request.sparse and target.name == "torch"))
-    check(request, target, output)
     model = open_model(path)
+    if model.format == "diffusers":
+        # What a pipeline is comes before what the target, often a SavedModel by an output without suffix, cannot be.
+        _check_parts(model, target, has_code=request.code)
+    check(request, target, output)
     route = find_route(model, target, has_code=request.code)
     companions = load(route, route.companion_files)(output.target) if route.companion_files else ()
     check_destination(model, output, target, companions)
@@ -326,14 +326,16 @@ def _note_modules(model: ModelFile) -> tuple[str, ...]:
     return (f"The modules after the network in {path}, such as pooling, are not in the output.",)
 
 
-def _check_parts(model: ModelFile) -> None:
-    """Refuse a pipeline, whose networks are exported one by one."""
-    if model.format == "diffusers":
+def _check_parts(model: ModelFile, target: Target, *, has_code: bool) -> None:
+    """Refuse a pipeline as a whole where only its networks may have a route to the target."""
+    try:
+        find_route(model, target, has_code=has_code)
+    except UsageError:
         part = model.path / max(model.tensors, key=lambda tensor: tensor.size).name.partition(".")[0]
         raise UsageError(
             f"{model.path} is a pipeline, whose networks are exported one by one",
             hint=f"name one: prunectl export {shlex.quote(str(part))} -o OUT",
-        )
+        ) from None
 
 
 def _companion_files(folder: Path, target: Path) -> tuple[tuple[str, int], ...]:

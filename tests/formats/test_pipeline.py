@@ -56,6 +56,13 @@ def test_all_parts_are_pruned_and_all_else_is_copied(pipe: Path) -> None:
     assert names == ["unet.conv.weight", "text_encoder.layers.1.weight", "text_encoder.layers.2.weight"]
 
 
+@pytest.mark.parametrize("name", ["out.onnx", "out.keras", "out"])
+def test_its_networks_are_not_exported_together_whatever_the_target(name: str, pipe: Path) -> None:
+    done = here("export", pipe, "-o", pipe.parent / name)
+    assert (done.code, "whose networks are exported one by one" in done.err) == (2, True)
+    assert f"prunectl export {pipe / 'unet'} -o OUT" in done.err
+
+
 @pytest.mark.parametrize("words", [(), ("--bf16",)])
 def test_its_parts_are_exported_one_by_one_as_the_hint_says(words: tuple[str, ...], pipe: Path) -> None:
     done = here("export", pipe, "-o", pipe.parent / "out", *words)
