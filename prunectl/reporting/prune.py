@@ -192,7 +192,9 @@ def _remedy(pruned: Pruned) -> str:
             "Add --repair --data train.npz to win some of it back, or prune and train the file that it was made from."
         )
     if pruned.before.format == "diffusers":
-        return "Try --scope layer, since its networks are ranked together, or a lower --sparsity."
+        is_joint = any(cut.drop is None for cut in pruned.plan.cuts)
+        layers = "--scope layer, since its networks are ranked together, or " if is_joint else ""
+        return f"Try {layers}a lower --sparsity."
     return "Prune and train the Keras or PyTorch file that it was made from."
 
 

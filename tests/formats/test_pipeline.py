@@ -56,6 +56,17 @@ def test_all_parts_are_pruned_and_all_else_is_copied(pipe: Path) -> None:
     assert names == ["unet.conv.weight", "text_encoder.layers.1.weight", "text_encoder.layers.2.weight"]
 
 
+@pytest.mark.parametrize(("scope", "is_layer_advised"), [("global", True), ("layer", False)])
+def test_a_ranking_of_each_layer_is_advised_only_where_layers_were_ranked_together(
+    scope: str, is_layer_advised: bool, pipe: Path
+) -> None:
+    sparsity = "31%" if scope == "global" else "90%"
+    done = here("prune", pipe, "-o", pipe.parent / "out", "-s", sparsity, "--scope", scope)
+    assert done.code == 0, done.err
+    said = " ".join(done.err.split())
+    assert ("--scope layer" in said, "a lower --sparsity." in said) == (is_layer_advised, True), said
+
+
 @pytest.mark.parametrize("name", ["out.onnx", "out.keras", "out"])
 def test_its_networks_are_not_exported_together_whatever_the_target(name: str, pipe: Path) -> None:
     done = here("export", pipe, "-o", pipe.parent / name)
