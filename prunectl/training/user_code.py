@@ -82,9 +82,9 @@ def require_network(model: ModelFile, origin: LoadOptions) -> None:
 
 def no_network(model: ModelFile) -> UsageError:
     """The error for a file that holds no network."""
-    if model.folder is not None and (model.folder / "adapter_config.json").is_file():
+    if ((model.folder or model.path.parent) / "adapter_config.json").is_file():
         return UsageError(
-            f"{model.folder} holds an adapter, which runs only in its base model",
+            f"{model.folder or model.path} holds an adapter, which runs only in its base model",
             hint="merge them, with merge_and_unload of peft, and name the folder of the merged model",
         )
     return UsageError(

@@ -186,6 +186,8 @@ def test_an_adapter_is_not_run_without_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words")
     done = here("eval", source, "--data", tmp_path / "text.txt")
     assert (done.code, f"{source} holds an adapter" in done.err, "merge_and_unload" in done.err) == (2, True, True)
+    done = here("eval", source / "adapter_model.bin", "--data", tmp_path / "text.txt")
+    assert (done.code, "adapter_model.bin holds an adapter" in done.err, "--builder" in done.err) == (2, True, False)
 
 
 def test_a_folder_without_a_known_model_is_named_before_the_format_of_the_output(tmp_path: Path) -> None:
