@@ -20,7 +20,7 @@ from prunectl.channels.keras.traverse import LoadedKeras
 from prunectl.errors import PrunectlError, WorkError, first_line
 from prunectl.formats import budgets, zip_write
 from prunectl.formats.base import Array
-from prunectl.formats.keras.config import object_in, with_precision
+from prunectl.formats.keras.config import object_in, string_in, with_precision
 from prunectl.formats.keras.hdf5 import rewrite
 from prunectl.formats.keras.hdf5.rebuild import address_of, run_rewriting
 from prunectl.formats.keras.hdf5.rewrite import H5Edits, create_like, rebuild_with
@@ -110,19 +110,31 @@ _MAX_INTEGER = 2
 def random_inputs(loaded: LoadedKeras, random: np.random.Generator) -> Feeds:
     """Random inputs: small integers for embeddings and integer inputs, words for texts, normal floats for others."""
     lookups = {node.inputs[1] for node in loaded.graph.nodes if node.kind is OpKind.EMBEDDING}
-    words = _vocabulary(loaded) if "string" in loaded.builder.inputs.values() else ()
-    return {name: _random_input(loaded, name, lookups, random, words) for name in loaded.graph.inputs}
+    return {name: _random_input(loaded, name, lookups, random) for name in loaded.graph.inputs}
 
 
-def _vocabulary(loaded: LoadedKeras) -> tuple[str, ...]:
-    """The words of all lookup layers: those in the configuration, and those in files of a `.keras` archive."""
-    words = [word for layer in loaded.layers for word in object_in(layer.layer, "config").get("vocabulary") or ()]
-    if loaded.model.format == "keras":
+def _random_texts(loaded: LoadedKeras, name: str, random: np.random.Generator, count: int) -> list[str]:
+    """Random texts for an input: a word each, or several where they are split into words."""
+    paths = {call.path for call in loaded.builder.called if name in call.inputs}
+    readers = [layer.layer for layer in loaded.layers if layer.path in paths]
+    # A lookup may refuse words that are not in its own vocabulary.
+    words = _vocabulary(loaded, readers) or _vocabulary(
+        loaded, [layer.layer for layer in loaded.layers], has_files=True
+    )
+    is_split = any(string_in(reader, "class_name") == "TextVectorization" for reader in readers)
+    longest = random.choice((1, _LONGEST_TEXT)) if is_split else 1
+    return [" ".join(random.choice(words or _FALLBACK_WORDS, longest)) for _ in range(count)]
+
+
+def _vocabulary(loaded: LoadedKeras, layers: Iterable[Any], *, has_files: bool = False) -> tuple[str, ...]:
+    """The words of lookup layers: those in the configuration, and those in files of a `.keras` archive."""
+    words = [word for layer in layers for word in object_in(layer, "config").get("vocabulary") or ()]
+    if has_files and loaded.model.format == "keras":
         archive = open_archive(loaded.model.path)
         for name in archive.entries:
             if name.endswith("/vocabulary.txt"):
                 words += archive.read(name, budgets.MAX_JSON_BYTES).decode(errors="replace").split("\n")
-    return tuple(dict.fromkeys(word for word in words if isinstance(word, str))) or _FALLBACK_WORDS
+    return tuple(dict.fromkeys(word for word in words if isinstance(word, str)))
 
 
 def runner(
@@ -200,14 +212,10 @@ def _is_cast_when_called(layer: Any) -> bool:
     return is_plain and layer.dtype_policy.name in {"float32", "int32", "int64"}
 
 
-def _random_input(
-    loaded: LoadedKeras, name: str, lookups: set[str], random: np.random.Generator, words: tuple[str, ...]
-) -> Array:
+def _random_input(loaded: LoadedKeras, name: str, lookups: set[str], random: np.random.Generator) -> Array:
     shape, dtype = loaded.graph.shapes[name], loaded.builder.inputs[name]
     if dtype == "string":
-        longest = random.choice((1, _LONGEST_TEXT))
-        texts = [" ".join(random.choice(words, longest)) for _ in range(math.prod(shape))]
-        return np.array(texts, dtype=object).reshape(shape)
+        return np.array(_random_texts(loaded, name, random, math.prod(shape)), dtype=object).reshape(shape)
     if name in lookups or dtype.startswith(("int", "uint", "bool")):
         return random.integers(0, _MAX_INTEGER, shape).astype(dtype if name not in lookups else "int32")
     return random.standard_normal(shape).astype(np.float32)

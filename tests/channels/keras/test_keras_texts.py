@@ -18,7 +18,7 @@ from tests.channels.keras.masked import silence
 from tests.channels.keras.nets import LIBRARIES, filled
 from tests.channels.keras.test_keras_nets import cut, say
 
-WORDS = ["red", "green", "blue", "cat", "dog"]
+WORDS, ANIMALS = ["red", "green", "blue", "cat", "dog"], ["horse", "cow"]
 
 
 def texts(k: Any, shape: tuple[int, ...] = (1,)) -> Any:
@@ -34,9 +34,11 @@ def categories(k: Any) -> Any:
     """A table of words, whole numbers and measurements."""
     of = k.layers
     i = [k.Input((1,), dtype="string", name="color"), k.Input((1,), dtype="int64", name="age"), k.Input((3,))]
+    i += [k.Input((1,), dtype="string", name="animal")]
     bins = of.Embedding(4, 6, name="bins")(of.Discretization([-0.5, 0.0, 0.5])(i[2]))
     x = [of.StringLookup(vocabulary=WORDS, output_mode="one_hot")(i[0]), of.Flatten()(bins)]
     x += [of.CategoryEncoding(4)(i[1]), of.Normalization(mean=[0.1] * 3, variance=[0.5] * 3)(i[2])]
+    x += [of.StringLookup(vocabulary=ANIMALS, num_oov_indices=0, output_mode="one_hot")(i[3])]
     x = of.Dense(8, activation="tanh", name="wide")(of.Concatenate()(x))
     return k.Model(i, of.Dense(3, name="last")(of.Dense(6, activation="tanh", name="mid")(x)))
 
@@ -56,7 +58,8 @@ def test_half_of_the_channels_behind_texts_and_categories_go(
     found = cut(path, output)
     random = np.random.default_rng(3)
     colors = random.choice([*WORDS, "stranger", "red cat dog"], (9, 1))
-    arrays = [colors, random.integers(0, 4, (9, 1)), random.normal(size=(9, 3)).astype("float32")]
+    measured, animals = random.normal(size=(9, 3)).astype("float32"), random.choice(ANIMALS, (9, 1))
+    arrays = [colors, random.integers(0, 4, (9, 1)), measured, animals]
     given = [tf.constant(array) for array in arrays[: len(model.inputs)]]
     small = keras.models.load_model(output)
     assert small.count_params() < 0.7 * model.count_params()
