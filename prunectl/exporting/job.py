@@ -200,7 +200,9 @@ def _random_array(random: np.random.Generator, spec: InputSpec, count: int) -> A
     if dtype and not dtype.startswith(("int", "uint", "bool", "float", "bfloat")):
         raise UsageError(
             f"the model takes inputs of type {dtype}, for which prunectl has no values",
-            hint="save and export only its layers from the first one that takes numbers on",
+            hint="save and export only its layers from the first one that takes numbers on"
+            if dtype == "string"
+            else "",
         )
     return random_array(random, shape, dtype).astype(dtype or "float32")
 

@@ -48,7 +48,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "LayoutLMForTokenClassification": ("LayoutLMConfig", WORDS),
-    "MixtralForCausalLM": ("MixtralConfig", {**WORDS, "num_local_experts": 4, "num_key_value_heads": 2}),
+    "NemotronHForCausalLM": (
+        "NemotronHConfig",
+        dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"), 16)
+        | dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), 2)
+        | {"head_dim": 8, "n_routed_experts": 4, "layers_block_type": ["moe", "full_attention"], "pad_token_id": 0},
+    ),
     "RobertaForSequenceClassification": ("RobertaConfig", {**WORDS, "type_vocab_size": 1}),
     "WhisperForConditionalGeneration": (
         "WhisperConfig",
@@ -240,6 +245,7 @@ def test_an_export_leaves_the_experts_of_the_module_as_they_were() -> None:
 
 
 def test_no_export_is_offered_of_a_folder_that_cannot_be_built(tmp_path: Path) -> None:
-    configured("MixtralForCausalLM").save_pretrained(tmp_path / "folder")
+    # Its experts have no gate, so that they are not separated.
+    configured("NemotronHForCausalLM").save_pretrained(tmp_path / "folder")
     refused = here("prune", tmp_path / "folder", "-o", tmp_path / "out", "--pattern", "channel", "-s", "50%")
     assert (refused.code, "with --pattern layers" in refused.err, "prunectl export" in refused.err) == (2, True, False)
