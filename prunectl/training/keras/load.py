@@ -150,7 +150,7 @@ def _keras_version(file: ModelFile) -> int:
 def _check_versions(objects: Mapping[str, Any], library: KerasLibrary, file: ModelFile, origin: LoadOptions) -> None:
     """Refuse layers of the other Keras version that the file names: Keras fails with them in ways that hide why."""
     name, other = ("Keras 2", "keras") if library.is_keras2 else ("Keras 3", "tf_keras")
-    config = json.dumps(file.about.keras)
+    config = json.dumps(file.about.keras, ensure_ascii=False)
     for key, kind in objects.items():
         is_named = re.search(rf'[">]{re.escape(key.rpartition(">")[2])}"', config) is not None
         if is_named and isinstance(kind, type) and hasattr(kind, "call") and _package_of(kind) == other:
