@@ -146,6 +146,8 @@ def _nothing_to_prune(model: ModelFile, skips: Iterable[SkippedTensor]) -> Usage
 def _check_not_quantised(model: ModelFile, chosen: Sequence[Tensor], skips: Iterable[SkippedTensor]) -> None:
     """Refuse a model of which quantisation left little as floats, such as the output layer: only that would suffer."""
     names = {skip.name for skip in skips if skip.reason.startswith(_QUANTISED)}
+    if not names:
+        return
     layers = {match[1] for tensor in model.tensors if (match := QUANTISER.fullmatch(tensor.name))}
     # Integers named as a weight may also be a table, such as the colours of a palette.
     quantised = [

@@ -85,21 +85,27 @@ class _Source(NamedTuple):
 
 
 def separate_experts(
-    module: torch.nn.Module, names: Sequence[str], renamings: Sequence[Any], joins: Sequence[Any]
+    networks: Sequence[torch.nn.Module], names: Sequence[str], renamings: Sequence[Any], joins: Sequence[Any]
 ) -> dict[str, str]:
-    """Separate the experts whose weights lie apart in a file; from names in the file to those in the module."""
+    """Separate the experts whose weights lie apart in a file; from names in the file to those in the first network."""
     loading = importlib.import_module("transformers.core_model_loading")
     found = [(name, _source(name, loading.rename_source_key, renamings, joins)) for name in names]
     parts: dict[str, dict[str, str]] = {}
     for _, source in found:
         if source is not None:
             parts.setdefault(source.experts, {})[source.part] = source.layer
-    modules = dict(module.named_modules())
+    separate, *_ = (_separate(network, parts) for network in networks)
+    return {name: source.name for name, source in found if source is not None and source.experts in separate}
+
+
+def _separate(network: torch.nn.Module, parts: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Separate experts, by path their layers in the file; return the paths of those that can be."""
+    modules = dict(network.named_modules())
     separate = {path for path, layers in parts.items() if len(layers) == 3 and _is_plain(modules.get(path))}
     for path in separate:
         owner, _, name = path.rpartition(".")
-        setattr(module.get_submodule(owner), name, SeparateExperts(modules[path], parts[path]))
-    return {name: source.name for name, source in found if source is not None and source.experts in separate}
+        setattr(network.get_submodule(owner), name, SeparateExperts(modules[path], parts[path]))
+    return separate
 
 
 def _source(name: str, rename: Any, renamings: Sequence[Any], joins: Sequence[Any]) -> _Source | None:

@@ -207,7 +207,7 @@ def _match(model: ModelFile, module: Any, inner: torch.nn.Module) -> dict[str, s
     renamings = [change for change in changes if isinstance(change, loading.WeightRenaming)]
     converters = [change for change in changes if isinstance(change, loading.WeightConverter)]
     stored = [tensor.name for tensor in model.tensors]
-    separate, _ = (separate_experts(network, stored, renamings, converters) for network in (module, inner))
+    separate = separate_experts((module, inner), stored, renamings, converters)
     parameters = module.state_dict()
     file_names: dict[str, str] = {}
     for tensor in model.tensors:
