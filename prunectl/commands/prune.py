@@ -161,7 +161,8 @@ class Prune(OutputOptions):
     batch_size: Annotated[
         int | None,
         _data(
-            help=f"Examples per batch.  [default: {BATCH_SIZE}; to match outputs {MATCHED_BATCH_SIZE} (tokens: 32)]",
+            help=f"Examples per batch.  [default: {BATCH_SIZE}; "
+            f"to match outputs {MATCHED_BATCH_SIZE} (tokens: {BATCH_SIZE})]",
             min=1,
         ),
     ] = None

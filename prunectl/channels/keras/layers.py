@@ -205,10 +205,9 @@ def reduce(call: LayerContext) -> str:
 
 def keyword_arguments(node: Any) -> Mapping[str, Any]:
     """The keyword arguments of a call of a function in Keras 2, which follow the reference to its first tensor."""
-    entry = (
-        node if isinstance(node, list) and _is_reference(node) else node[0] if isinstance(node, list) and node else []
-    )
-    arguments = entry[3] if isinstance(entry, list) and len(entry) > 3 else {}
+    if isinstance(node, list) and node and not _is_reference(node):
+        node = node[0]
+    arguments = node[3] if isinstance(node, list) and len(node) > 3 else {}
     return arguments if isinstance(arguments, Mapping) else {}
 
 
