@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
+from prunectl.analysis.patterns import NMPattern
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.calibration.reconstruct import Solved, solved_blocks
+from prunectl.calibration.match_steps import Examples, MatchingSchedule, Training, answered, packed
+from prunectl.calibration.reconstruct import Solved, scaled, solved_blocks
 from prunectl.calibration.session import note_about, open_calibration
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array, Family, ModelFile
@@ -25,29 +26,24 @@ from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel, TrainOptions
 from prunectl.training.config import DivergedError
-from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
+from prunectl.training.data.source import Batch, as_tuple
 from prunectl.training.distillation import compare_answers
 from prunectl.training.finetune import write_back
 from prunectl.training.runtimes import load_trainable, with_arrays
-from prunectl.training.task import DistilledOutput, distillation_loss
+from prunectl.training.task import DistilledOutput
 
 STEPS = 2000
 """The number of Adam steps, unless the user gives another."""
 RATE = 4e-3
-"""The learning rate at the first step; it decays linearly to zero."""
-HELD_OUT = 10
-"""One in this many examples is held out of training, to tell when matching no longer improves."""
+"""The learning rate at the first step after the last weights are pruned; it decays linearly to zero."""
+RAMP_SHARE, STAGES = 0.5, 30
+"""In this share of the steps the weights are pruned, in so many stages, if the strategy ranks trained weights."""
+_FIRST_STAGE, _RAMP_RATE = 0.5, 0.5
+"""The share of what is to be pruned that the first stage prunes, and that of the learning rate in all stages."""
+_RANKS_TRAINED = frozenset({"magnitude", "lamp", "activation-magnitude"})
+"""Strategies that rank weights as they are now, and zeros last."""
 _EVALUATIONS = 40
 """How often the held-out examples are evaluated if all steps are taken."""
-ANSWER_BYTES = 1 << 30
-"""Dense outputs that take more bytes are computed again in each step, if there is a copy of the dense model."""
-_PATIENCE = 10
-"""Evaluations without an improvement after which matching stops early."""
-_FAR, _RATE_PATIENCE, _RATE_FACTOR = 0.5, 3, 0.25
-"""While more than this share of the distance is left, so many evaluations without a gain multiply the rate by this."""
-_NEAR, _DECAY_DIVISOR = 0.015, 3
-"""Once less than this share of the first distance is left, the rate decays to zero over a third of the steps."""
-
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """Computes what matching starts from: the pruned weights of each tensor in a plan, and the mask of what was pruned."""
 
@@ -62,116 +58,18 @@ def refuse_untrainable(model: ModelFile, *, has_layers: bool = True) -> None:
         )
 
 
-def masked(model: ModelFile, plan: Plan, method: PruningMethod) -> dict[str, Solved]:
-    """The weights with those that the strategy prunes set to zero, and the mask of what was pruned."""
-    weights = {cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts}
+def masked(
+    model: ModelFile, plan: Plan, method: PruningMethod, trained: Mapping[str, Array] | None = None
+) -> Mapping[str, Solved]:
+    """The weights, also those trained, with those that the strategy prunes set to zero, and the mask of these."""
+    weights = dict(trained or {})
+    weights |= {
+        cut.tensor.name: np.array(model.read(cut.tensor)) for cut in plan.cuts if cut.tensor.name not in weights
+    }
     kept = keep_masks(model, plan, method, Selection((), (), {}), dict(weights))
     return {
         name: (np.where(kept[name], array, np.zeros((), array.dtype)), ~kept[name]) for name, array in weights.items()
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """Calibration inputs, one array for each input of the model, and the outputs of the dense model for them."""
-
-    inputs: tuple[Array, ...]
-    answers: tuple[Array, ...]
-    dense: InspectableModel | None = None
-    """The dense model, which computes the outputs when needed, where all of them would take too much memory."""
-
-    def inputs_of(self, rows: Array) -> Arrays:
-        """The inputs of the examples in these rows."""
-        return _packed(tuple(array[rows] for array in self.inputs))
-
-    def answers_of(self, rows: Array) -> Arrays:
-        """The outputs of the dense model for the examples in these rows."""
-        if self.dense is not None:
-            return self.dense.predict(self.inputs_of(rows))
-        return _packed(tuple(array[rows] for array in self.answers))
-
-
-def answered(
-    network: TrainableModel, batches: Sequence[Batch], path: Path, copy: InspectableModel | None = None
-) -> Examples:
-    """The examples with the outputs of the network, which is still dense, or with a dense copy that computes them."""
-    first = as_tuple(network.predict(batches[0].x))
-    alone = as_tuple(network.predict(map_arrays(lambda array: array[:1], batches[0].x)))
-    if any(single.shape[1:] != array.shape[1:] for single, array in zip(alone, first, strict=True)):
-        raise UsageError(
-            f"the outputs of {path} compare the examples of a batch with each other, and cannot be matched one by one",
-            hint="use --repair layers, or --strategy obs",
-        )
-    nbytes = sum(array[:1].nbytes for array in first) * sum(len(as_tuple(batch.x)[0]) for batch in batches)
-    dense = copy if nbytes > ANSWER_BYTES else None
-    parts = [first, *(as_tuple(network.predict(batch.x)) for batch in (batches[1:] if dense is None else ()))]
-    answers = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    if not any(array.dtype.kind == "f" for array in answers):
-        raise UsageError(
-            f"the outputs of {path} are whole numbers, which cannot be matched", hint="leave out --repair outputs"
-        )
-    for number, array in enumerate(answers):
-        if not np.isfinite(array).all():
-            where = f"output {number + 1}" if len(answers) > 1 else "the output"
-            raise WorkError(
-                f"{where} of the dense model is NaN or infinite for some examples; nothing was written",
-                hint="check that the data is scaled as in training (?norm=unit) and that the model has no NaN",
-            )
-    inputs = zip(*(as_tuple(batch.x) for batch in batches), strict=True)
-    return Examples(tuple(np.concatenate(arrays) for arrays in inputs), answers, dense)
-
-
-def _packed(arrays: tuple[Array, ...]) -> Arrays:
-    return arrays if len(arrays) > 1 else arrays[0]
-
-
-@dataclass(slots=True)
-class MatchingSchedule:
-    """Learning-rate schedule with early stopping, driven by the distance to the dense outputs on held-out examples."""
-
-    steps: int
-    first_distance: float  # before the first step
-    may_end_early: bool
-    """Whether to end once little of the distance is left; it stops anyway if the distance no longer improves."""
-    last_step: int = field(init=False)
-    """The number of steps after which matching ends, unless it stops earlier because nothing improves."""
-    _decay_start: int = field(init=False)
-    """The step from which the rate decays to zero, at `last_step`, faster than before; `steps` if it never does."""
-    best_distance: float = field(init=False)
-    """The smallest distance so far."""
-    _stale: int = 0
-    """Evaluations in a row without an improvement."""
-    _rate_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.last_step = self._decay_start = self.steps
-        self.best_distance = self.first_distance
-
-    def continues(self, step: int) -> bool:
-        """Whether this step is still to be taken."""
-        return step < self.last_step and self._stale < _PATIENCE
-
-    def rate_at(self, step: int) -> float:
-        """The learning rate at a step, as a share of the initial one."""
-        rate = self._rate_factor * (1 - min(step, self._decay_start) / self.steps)
-        last, start = self.last_step, self._decay_start
-        return rate * (last - step) / (last - start) if step >= start else rate
-
-    def record(self, step: int, distance: float) -> bool:
-        """Record the distance on the held-out examples; return whether it is the smallest so far."""
-        is_best = distance < self.best_distance
-        self._stale = 0 if is_best else self._stale + 1
-        self.best_distance = min(distance, self.best_distance)
-        if self.has_overshot:
-            self._rate_factor *= _RATE_FACTOR
-        if self.may_end_early and self._decay_start == self.steps and self.best_distance < _NEAR * self.first_distance:
-            self._decay_start, self.last_step = step, min(self.steps, step + math.ceil(self.steps / _DECAY_DIVISOR))
-        return is_best
-
-    @property
-    def has_overshot(self) -> bool:
-        """Whether the rate is too high: it only worsens a model that lost little, such as a 2:4 language model."""
-        return self._stale > 0 and self._stale % _RATE_PATIENCE == 0 and self.best_distance > self.first_distance * _FAR
 
 
 @dataclass(slots=True)
@@ -202,7 +100,10 @@ class OutputMatcher:
         examples = answered(network, self.batches, model.path, self.copy)
         solved = self.start(model, plan, method)
         network.assign({name: values for name, (values, _) in solved.items()})
-        after = self.match(model, examples, _masks(model, solved, dense))
+        with self._training(model, examples) as training:
+            if method.strategy.name in _RANKS_TRAINED and not isinstance(method.pattern, NMPattern):
+                solved = self._prune_in_stages(training, model, plan, method, solved)
+            after = self._match(training, _masks(model, solved, dense))
         outside = tuple(name for name in solved if name not in dense)
         self.notes += note_about("pruned but not matched, because no data goes through them", outside)
         blocks = []
@@ -234,23 +135,15 @@ class OutputMatcher:
             )
         )
 
-    def match(self, model: ModelFile, examples: Examples, masks: Mapping[str, Mask]) -> Mapping[str, Array]:
-        """Train the prepared network to match the dense outputs, under the masks; return all its tensors."""
-        self.notes.clear()
-        self.network.mask(masks)
-        compared = self._compared(examples)
-        self.network.compare(compared)
-        self._train(model, examples, compared)
-        after = self.network.tensors()
-        broken = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
-        if broken:
-            raise WorkError(f"zeros of {broken[0]} became nonzero while outputs were matched; nothing was written")
-        return after
-
     def match_smaller(self, model: ModelFile, examples: Examples) -> Mapping[str, Array]:
         """Match the outputs with a network that lost channels; zeros that it has already stay zero."""
         self._prepare(model)
-        return self.match(model, examples, _masks(model, {}, self._dense))
+        with self._training(model, examples) as training:
+            return self._match(training, _masks(model, {}, self._dense))
+
+    @property
+    def _steps(self) -> int:
+        return self.request.repair_steps or STEPS
 
     @property
     def _batch_size(self) -> int:
@@ -264,77 +157,101 @@ class OutputMatcher:
         signature = self.network.signature
         # A causal language model ends in logits, even where its dense outputs are too flat to be recognised as such.
         loss = self.request.loss or ("kl" if signature.text is not None and signature.text.is_causal else "")
-        compared, note = compare_answers(_packed(examples.answers), pruned, signature, loss)
+        compared, note = compare_answers(packed(examples.answers), pruned, signature, loss)
         self.notes.append(note)
         return compared
 
-    def _train(self, model: ModelFile, examples: Examples, compared: Sequence[DistilledOutput]) -> None:
-        network, seed, count = self.network, self.request.seed, len(examples.inputs[0])
-        order = np.random.default_rng((seed, count)).permutation(count)
-        held_out, rows = order[: count // HELD_OUT], order[count // HELD_OUT :]
-        size = min(self._batch_size, len(rows))
-        initial = self._divergence(examples, held_out, compared) if len(held_out) else math.inf
-        steps = self.request.repair_steps
-        schedule = MatchingSchedule(steps or STEPS, initial, may_end_early=not steps)
-        # An incomplete batch at the end of an epoch is skipped: batch normalisation has no statistics of one example.
-        steps_per_epoch, interval = len(rows) // size, math.ceil(schedule.steps / _EVALUATIONS)
-        best_tensors, step = network.tensors(), 0
-        nbytes = sum(array[:1].nbytes for array in examples.inputs) * size
-        with self.meter(f"matching the outputs of {model.path.name}", schedule.steps * nbytes) as bar:
-            while schedule.continues(step):
-                epoch, within = divmod(step, steps_per_epoch)
-                if not within:
-                    network.reseed(seed * 1_000_003 + epoch)
-                    shuffled = np.random.default_rng((seed, epoch)).permutation(rows)
-                chosen = shuffled[within * size : (within + 1) * size]
-                batch = Batch(examples.inputs_of(chosen))
-                network.step(batch, schedule.rate_at(step), examples.answers_of(chosen))
-                step += 1
-                bar.advance(nbytes)
-                if step % interval and step < schedule.last_step:
-                    continue
-                _check_finite(network.logs()["loss"], step)
-                if not len(held_out):
-                    continue
-                distance = self._divergence(examples, held_out, compared)
-                _check_finite(distance, step)
-                if schedule.record(step, distance):
-                    best_tensors = network.tensors()
-                elif schedule.has_overshot:
-                    network.assign(best_tensors)
-        if len(held_out):
-            network.assign(best_tensors)
-        self._add_notes(initial, schedule.best_distance, step, count, network.recalibrate(iter(self.batches)))
+    @contextmanager
+    def _training(self, model: ModelFile, examples: Examples) -> Iterator[Training]:
+        self.notes.clear()
+        compared = self._compared(examples)
+        self.network.compare(compared)
+        nbytes = sum(array[:1].nbytes for array in examples.inputs) * min(self._batch_size, len(examples.inputs[0]))
+        with self.meter(f"matching the outputs of {model.path.name}", self._steps * nbytes) as bar:
+            yield Training(self.network, examples, compared, self._batch_size, self.request.seed, bar.advance)
 
-    def _add_notes(self, initial: float, best: float, steps: int, count: int, norms: int) -> None:
+    def _prune_in_stages(
+        self, training: Training, model: ModelFile, plan: Plan, method: PruningMethod, at_once: Mapping[str, Solved]
+    ) -> Mapping[str, Solved]:
+        """Prune the dense model in stages, and train what each leaves; weights that look small matter once others go.
+
+        The result is that of pruning at once if the outputs are further from the dense ones after the last stage.
+        """
+        network, steps = self.network, int(self._steps * RAMP_SHARE)
+        names, stages = [name for name in at_once if name in self._dense], min(STAGES, steps)
+        network.assign(self._dense)
+        for stage in range(stages):
+            # The cubic ramp of Zhu and Gupta (2017).
+            part = scaled(plan, 1 - (1 - _FIRST_STAGE) * (1 - stage / stages) ** 3)
+            network.mask(_masks(model, masked(model, part, method, network.weights(names)), self._dense))
+            while training.steps < steps * (stage + 1) // stages:
+                training.take_step(_RAMP_RATE)
+            _check_finite(network.logs()["loss"], training.steps)
+            if not training.has_gained:
+                break
+        else:
+            solved = masked(model, plan, method, network.weights(names))
+            network.assign({name: values for name, (values, _) in solved.items()})
+            if training.has_gained:
+                self.notes.append(f"They were pruned in {stages} stages during the first {steps:,} of these steps.")
+                return solved
+        # Where pruning loses little, as at a low sparsity, the first steps lose more: all starts again.
+        network.assign(self._dense)
+        self._prepare(model)
+        network.compare(training.compared)
+        network.assign({name: values for name, (values, _) in at_once.items()})
+        training.restart()
+        return at_once
+
+    def _match(self, training: Training, masks: Mapping[str, Mask]) -> Mapping[str, Array]:
+        """Train the prepared network to match the dense outputs, under the masks; return all its tensors."""
+        network, begun = self.network, training.steps
+        network.mask(masks)
+        schedule = MatchingSchedule(
+            self._steps - begun, training.first_distance, may_end_early=not self.request.repair_steps
+        )
+        if begun:
+            schedule.best_distance = training.distance()
+        best_tensors, interval = network.tensors(), math.ceil(schedule.steps / _EVALUATIONS)
+        while schedule.continues(step := training.steps - begun):
+            training.take_step(schedule.rate_at(step))
+            step += 1
+            if step % interval and step < schedule.last_step:
+                continue
+            _check_finite(network.logs()["loss"], training.steps)
+            if not len(training.held_out):
+                continue
+            distance = training.distance()
+            _check_finite(distance, training.steps)
+            if schedule.record(step, distance):
+                best_tensors = network.tensors()
+            elif schedule.has_overshot:
+                network.assign(best_tensors)
+        if len(training.held_out):
+            network.assign(best_tensors)
+        self._add_notes(training, schedule.best_distance, network.recalibrate(iter(self.batches)))
+        after = network.tensors()
+        broken = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
+        if broken:
+            raise WorkError(f"zeros of {broken[0]} became nonzero while outputs were matched; nothing was written")
+        return after
+
+    def _add_notes(self, training: Training, best: float, norms: int) -> None:
+        first = training.first_distance
         gain = (
-            f": on a tenth of them that was held back the distance fell from {initial:.3g} to {best:.3g}"
-            if math.isfinite(initial)
+            f": on a tenth of them that was held back the distance fell from {first:.3g} to {best:.3g}"
+            if math.isfinite(first)
             else ""
         )
         self.notes.insert(
             0,
-            f"Kept weights were trained for {steps:,} steps to match the dense outputs for {count:,} examples of "
-            f"{self.request.data}{gain}.",
+            f"Kept weights were trained for {training.steps:,} steps to match the dense outputs for "
+            f"{len(training.examples.inputs[0]):,} examples of {self.request.data}{gain}.",
         )
         if norms:
             self.notes.append(
                 f"The statistics of {norms} batch normalisation layers were recomputed from the same data."
             )
-
-    def _divergence(self, examples: Examples, rows: Array, compared: Sequence[DistilledOutput]) -> float:
-        """The mean distance of the outputs for some examples from the dense ones: the loss that training minimises."""
-        total, size = 0.0, self._batch_size
-        for begin in range(0, len(rows), size):
-            part = rows[begin : begin + size]
-            pruned = as_tuple(self.network.predict(examples.inputs_of(part)))
-            answers = as_tuple(examples.answers_of(part))
-            losses = [
-                distillation_loss(_OPS, output, dense, mine, 1.0)
-                for output, dense, mine in zip(compared, answers, pruned, strict=True)
-            ]
-            total += len(part) * float(np.sum(losses))
-        return total / len(rows)
 
 
 def match_smaller(
@@ -384,22 +301,3 @@ def _masks(model: ModelFile, solved: Mapping[str, Solved], dense: Mapping[str, A
             if not mask.all():
                 masks[tensor.name] = mask
     return masks
-
-
-def _log_softmax(logits: Array, axis: int) -> Array:
-    shifted = logits - logits.max(axis=axis, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
-    return result
-
-
-_OPS = SimpleNamespace(
-    cast=lambda array, _: np.asarray(array, np.float64),
-    exp=np.exp,
-    log=np.log,
-    log_sigmoid=lambda logits: -np.logaddexp(0.0, -logits),
-    log_softmax=_log_softmax,
-    mean=np.mean,
-    sigmoid=lambda logits: np.exp(-np.logaddexp(0.0, -logits)),
-    square=np.square,
-    sum=np.sum,
-)

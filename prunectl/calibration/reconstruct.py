@@ -87,10 +87,14 @@ def stage_plans(plan: Plan, stages: int) -> Iterator[Plan]:
     """The plan split into stages, each of which keeps the same share of the weights that the previous stage kept."""
     kept = 1 - plan.drop / plan.size
     for stage in range(1, stages if plan.drop else 1):
-        share = (1 - kept ** (stage / stages)) / (1 - kept)
-        cuts = tuple(replace(cut, drop=None if cut.drop is None else int(cut.drop * share)) for cut in plan.cuts)
-        yield replace(plan, cuts=cuts, drop=int(plan.drop * share))
+        yield scaled(plan, (1 - kept ** (stage / stages)) / (1 - kept))
     yield plan
+
+
+def scaled(plan: Plan, share: float) -> Plan:
+    """A plan that prunes a share of the weights that this one prunes."""
+    cuts = tuple(replace(cut, drop=None if cut.drop is None else int(cut.drop * share)) for cut in plan.cuts)
+    return replace(plan, cuts=cuts, drop=int(plan.drop * share))
 
 
 @dataclass(slots=True)

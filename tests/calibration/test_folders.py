@@ -357,7 +357,7 @@ def test_repaired_outputs_are_nearer_to_those_of_the_dense_model(
     assert done.code == 0, done.err
     assert "KL divergence" in done.err
     # What the dense model says is the same, whether it is kept or asked each time.
-    monkeypatch.setattr("prunectl.calibration.match.ANSWER_BYTES", 0)
+    monkeypatch.setattr("prunectl.calibration.match_steps.ANSWER_BYTES", 0)
     assert here("prune", folder, "-o", tmp_path / "asked", *words, *matched).code == 0
     assert here("prune", folder, "-o", tmp_path / "plain", "-s", "50%", "--scope", "layer").code == 0
     rows = sequences(folder, TEXT, 24)

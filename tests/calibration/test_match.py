@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import prunectl
-from prunectl.calibration import match
-from prunectl.calibration.match import MatchingSchedule
+from prunectl.calibration import match, match_steps
+from prunectl.calibration.match_steps import MatchingSchedule
 from prunectl.calibration.prune import prune
 from prunectl.channels.prune import ChannelPruneResult, prune_channels
 from prunectl.errors import UsageError, WorkError
@@ -148,27 +148,42 @@ def unmatched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Unmat
 def test_a_network_answers_nearly_as_before_and_keeps_every_zero(
     file: str, unmatched: Callable[[str], Unmatched], tmp_path: Path
 ) -> None:
-    plain, out = tmp_path / f"plain{Path(file).suffix}", tmp_path / f"out{Path(file).suffix}"
-    wish = PruneRequest(sparsity=0.9, scope="global")
-    cuts = prune_file(FIXTURES / file, wish, Destination(plain)).plan
+    out = tmp_path / f"out{Path(file).suffix}"
     found = matched(file, out)
-    before, after = numbers(plain), numbers(out)
-    held = 0
-    for cut in cuts.cuts:
-        name = cut.tensor.name
-        gone = before[name] == 0
-        held += np.count_nonzero(after[name][gone] == 0)
-        assert not after[name][gone].any(), name
-    assert held == cuts.drop == sum(tally.zeros for tally in found.counts.values())
+    after = numbers(out)
+    for name, counts in found.counts.items():
+        assert zeros(after[name]) == counts.zeros, name
+    sizes = [after[cut.tensor.name].size for cut in found.plan.cuts]
+    assert found.plan.drop == round(0.9 * sum(sizes)) == sum(counts.zeros for counts in found.counts.values())
     reference = unmatched(file)
     assert divergence(answers(out, build_of(file), reference.x), reference.dense) < reference.sparse / 3
 
 
-@pytest.mark.parametrize(
-    "wish", [{"pattern": "2:4", "sparsity": None}, {"pattern": "block:2x2", "sparsity": 0.75}], ids=str
-)
-def test_patterns_stay_as_they_are(wish: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_that_mattered_once_others_were_gone_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_stages, at_once, dense = tmp_path / "stages.pt", tmp_path / "once.pt", FIXTURES / "digits_cnn.pt"
+    done = matched(dense.name, in_stages, sparsity=0.97, repair_steps=120)
+    assert "They were pruned in 30 stages during the first 60 of these steps." in done.notes
+    monkeypatch.setattr(match, "RAMP_SHARE", 0.0)
+    matched(dense.name, at_once, sparsity=0.97, repair_steps=120)
+    gone, gone_at_once = (numbers(path)["fc1.weight"] == 0 for path in (in_stages, at_once))
+    assert not np.array_equal(gone, gone_at_once)
+    builder, x = build_of(dense.name), digit_images(dense.name)
+    assert distance(in_stages, dense, builder, x) < 0.9 * distance(at_once, dense, builder, x)
+
+
+def test_blocks_are_pruned_whole_in_stages_too(tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    matched("digits_cnn.pt", out, scope="layer", pattern="block:2x2", sparsity=0.75)
+    weights = numbers(out)["fc1.weight"]
+    blocks = weights.reshape(weights.shape[0] // 2, 2, weights.shape[1] // 2, 2).transpose(0, 2, 1, 3).reshape(-1, 4)
+    left = np.count_nonzero(blocks, axis=1)
+    assert set(left) == {0, 4}
+    assert np.count_nonzero(left == 0) == round(0.75 * len(blocks))
+
+
+def test_a_pattern_of_n_in_m_stays_as_it_is(tmp_path: Path) -> None:
     plain, out = tmp_path / "plain.pt", tmp_path / "out.pt"
+    wish: dict[str, Any] = {"pattern": "2:4", "sparsity": None}
     prune_file(FIXTURES / "digits_cnn.pt", PruneRequest(**wish), Destination(plain))
     matched("digits_cnn.pt", out, scope="layer", **wish)
     before, after = numbers(plain), numbers(out)
@@ -298,6 +313,8 @@ def test_what_lost_little_is_won_back_by_shorter_steps(tmp_path: Path) -> None:
     matched(dense.name, out, sparsity=0.2)
     far, near = (distance(path, dense, build_of(dense.name), digit_images(dense.name)) for path in (plain, out))
     assert near < far / 3
+    before, after = numbers(plain), numbers(out)
+    assert all(np.array_equal(array == 0, after[name] == 0) for name, array in before.items()), "pruned at once"
 
 
 def test_where_nothing_is_won_it_ends_early_with_what_was_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,12 +331,12 @@ def test_where_nothing_is_won_it_ends_early_with_what_was_best(tmp_path: Path, m
 def test_what_is_near_the_dense_outputs_early_ends_early_by_default(
     given: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(match, "_NEAR", 0.5)
+    monkeypatch.setattr(match_steps, "_NEAR", 0.5)
     monkeypatch.setattr(match, "STEPS", 160)
     out, dense = tmp_path / "out.pt", FIXTURES / "digits_cnn.pt"
     done = matched(dense.name, out, repair_steps=given)
     (steps,) = (int(words[1]) for note in done.notes if (words := re.search(r"trained for (\d+) steps", note)))
-    assert (steps < 100) == (given is None)
+    assert (steps < 150) == (given is None)
 
 
 def test_the_rate_falls_in_a_line_and_in_a_steeper_one_from_where_little_is_left() -> None:
@@ -415,7 +432,8 @@ def test_a_module_in_memory_is_matched_too() -> None:
     found = prunectl.prune(net, sparsity=0.7, data=x, repair="outputs", repair_steps=200, loss="mse")
     far, near = (float((one(torch.from_numpy(x)) - dense).square().mean().detach()) for one in (plain, found))
     assert near < 0.8 * far
-    assert torch.equal(found[0].weight == 0, plain[0].weight == 0)
+    pruned = [sum(zeros(layer.weight.detach().numpy()) for layer in (net[0], net[2])) for net in (plain, found)]
+    assert pruned[0] == pruned[1] == round(0.7 * (12 * 24 + 24 * 3))
 
 
 RANDOM = np.random.default_rng(0)
@@ -475,7 +493,7 @@ def test_the_distance_of_logits_of_yes_or_no_is_that_of_their_probabilities() ->
     p, q = (1 / (1 + np.exp(-logits)) for logits in (dense, pruned))
     expected = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
     how = compare_outputs(dense, pruned, RAW, -1, "bce")
-    assert distillation_loss(match._OPS, how, dense, pruned, 1.0) == pytest.approx(expected)
+    assert distillation_loss(match_steps._OPS, how, dense, pruned, 1.0) == pytest.approx(expected)
 
 
 def test_an_unknown_way_to_compare_is_refused() -> None:
