@@ -29,6 +29,13 @@ _FLAGS = {
 """What the library says of experts that are computed as here."""
 
 
+class _Empty(torch.nn.Linear):
+    """A linear layer whose weights come from a file; numbers drawn first take half of the time to open a folder."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
 class SeparateExperts(torch.nn.Module):
     """Experts with layers of their own, numbered and named as in the file."""
 
@@ -41,7 +48,7 @@ class SeparateExperts(torch.nn.Module):
         for number in range(count):
             expert = torch.nn.Module()
             for part, size in sizes.items():
-                expert.add_module(names[part], torch.nn.Linear(*size, bias=False, device="meta"))
+                expert.add_module(names[part], _Empty(*size, bias=False, device="meta"))
             self.add_module(str(number), expert)
         self.count = count
 
@@ -49,28 +56,29 @@ class SeparateExperts(torch.nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of the outputs of each token's experts."""
-        total, has_all = torch.zeros_like(hidden_states), is_exporting()
-        for number in range(self.count):
-            is_chosen = top_k_index == number
-            if has_all:
-                # The tokens of an expert are not known: each computes all, of which those count that chose it.
-                weights = (top_k_weights * is_chosen).sum(-1, keepdim=True)
+        total = torch.zeros_like(hidden_states)
+        if is_exporting():
+            # The tokens of an expert are not known: each computes all, of which those count that chose it.
+            for number in range(self.count):
+                weights = (top_k_weights * (top_k_index == number)).sum(-1, keepdim=True)
                 total = total + self._expert(number, hidden_states) * weights
-                continue
-            tokens, ranks = torch.where(is_chosen)
-            if len(tokens):
-                chosen = hidden_states[tokens]
-                previous = IS_ROUTED.set(True)
-                try:
-                    outputs = self._expert(number, chosen)
-                finally:
-                    IS_ROUTED.reset(previous)
-                total.index_add_(0, tokens, outputs * top_k_weights[tokens, ranks, None])
+            return total
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        counts = experts.bincount(minlength=self.count).tolist()
+        previous = IS_ROUTED.set(True)
+        try:
+            for number, chosen in enumerate(torch.split(order, counts)):
+                if len(chosen):
+                    tokens = chosen // top_k_index.shape[-1]
+                    outputs = self._expert(number, hidden_states[tokens])
+                    total.index_add_(0, tokens, outputs * top_k_weights.reshape(-1)[chosen, None])
+        finally:
+            IS_ROUTED.reset(previous)
         return total
 
     def _expert(self, number: int, inputs: torch.Tensor) -> torch.Tensor:
-        expert = self.get_submodule(str(number))
-        gate, up, down = (expert.get_submodule(self.names[part]) for part in ("gate", "up", "down"))
+        expert = getattr(self, str(number))
+        gate, up, down = (getattr(expert, self.names[part]) for part in ("gate", "up", "down"))
         outputs: torch.Tensor = down(self.act_fn(gate(inputs)) * up(inputs))
         return outputs
 
