@@ -189,7 +189,10 @@ _REDUCTIONS = frozenset({"mean", "sum", "max", "min"})
 def reduce(call: LayerContext) -> str:
     """A reduction along some axes, which keeps them with the length 1 only if it is asked to."""
     shape = call.shape(call.data)
-    setting = untuple(call.layer.config.get("axis"))
+    setting, initial = untuple(call.layer.config.get("axis")), call.layer.config.get("initial")
+    # A first value for each channel cannot be made smaller.
+    if not isinstance(initial, _SCALAR):
+        raise UnknownShapeError
     axes = setting if isinstance(setting, list) else [setting]
     if not axes or not all(type(axis) is int and -len(shape) < axis < len(shape) and axis for axis in axes):
         raise UnknownShapeError

@@ -294,7 +294,7 @@ class GraphTraversal:
         if is_operation(layer) or kind in _FUNCTIONS:
             function = string_in(config, "function") or string_in(object_in(config, "node_def"), "op") or kind
             settings = {**config, **keyword_arguments(arguments.raw)}
-            facts = {key: settings.get(key) for key in ("axis", "keepdims")}
+            facts = {key: settings.get(key) for key in ("axis", "keepdims", "initial")}
             facts |= {"function": function, "has_lists": has_lists(arguments.raw) or has_lists(config.get("constants"))}
             return LayerCall(function if kind in _FUNCTIONS else kind, facts, shapes[:count], keywords), True
         return LayerCall(kind, upgrade_config(kind, config), shapes[:count], keywords), False

@@ -376,6 +376,16 @@ def test_a_class_of_the_users_own_is_not_taken_for_the_one_of_that_name(tmp_path
     assert locks(other)["stem/kernel"] == "ReLU stem_relu"
 
 
+def test_a_first_value_of_a_maximum_for_each_channel_locks_the_channels(tmp_path: Path) -> None:
+    i = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(8, 3, name="free")(i)
+    x = keras.ops.max(keras.layers.Conv2D(8, 3, name="locked")(x), axis=(1, 2), initial=[0.0] * 8)
+    path = saved(filled(keras.Model(i, keras.layers.Dense(4, name="out")(x))), tmp_path / "net.keras")
+    held = locks(path)
+    assert "max" in held["locked/kernel"].lower()
+    assert not any(name.startswith("free") for name in held)
+
+
 @pytest.mark.parametrize("suffix", [".keras", ""], ids=["archive", "folder"])
 def test_emptied_filters_go_without_a_trace(suffix: str, tmp_path: Path) -> None:
     of = tf_keras.layers
