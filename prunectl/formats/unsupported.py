@@ -123,6 +123,8 @@ def _describe_zip(probe: FileProbe) -> str:
     if inner:
         examples = ", ".join(map(abbreviated, inner[:3]))
         return f"is a zip with models inside, not a model: unpack it and name one of {examples}"
+    if {"config.json", "metadata.json"} <= set(probe.entries):
+        return "has the architecture of a Keras model, but no weights (model.weights.h5): save the whole model"
     return f"is a zip, but not a model: it holds {', '.join(map(abbreviated, probe.entries[:3]))}"
 
 

@@ -162,7 +162,7 @@ def test_the_optimizer_and_the_loss_are_told(tmp_path: Path) -> None:
         ("metadata.json", b"{", "not JSON"),
         ("model.weights.h5", b"\x89HDF\r\n\x1a\n" + bytes(2000), "truncated or damaged"),
         ("model.weights.h5", b"", "truncated or damaged"),
-        ("model.weights.h5", None, "is a zip"),
+        ("model.weights.h5", None, "architecture of a Keras model, but no weights"),
     ],
 )
 def test_an_archive_with_a_broken_part_is_refused(
