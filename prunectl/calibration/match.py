@@ -13,7 +13,7 @@ import numpy as np
 
 from prunectl.analysis.patterns import NMPattern
 from prunectl.analysis.tensor_io import ProgressFactory, no_progress
-from prunectl.calibration.match_steps import Examples, MatchingSchedule, Training, answered, packed
+from prunectl.calibration.match_steps import Examples, Training, answered, packed
 from prunectl.calibration.reconstruct import Solved, scaled, solved_blocks
 from prunectl.calibration.session import note_about, open_calibration
 from prunectl.errors import UsageError, WorkError
@@ -25,7 +25,6 @@ from prunectl.pruning.masks import Mask
 from prunectl.pruning.plan import Plan, Selection
 from prunectl.pruning.request import PruneRequest
 from prunectl.training.backend import InspectableModel, LoadOptions, TrainableModel, TrainOptions
-from prunectl.training.config import DivergedError
 from prunectl.training.data.source import Batch, as_tuple
 from prunectl.training.distillation import compare_answers
 from prunectl.training.finetune import write_back
@@ -38,12 +37,12 @@ RATE = 4e-3
 """The learning rate at the first step after the last weights are pruned; it decays linearly to zero."""
 RAMP_SHARE, STAGES = 0.5, 30
 """In this share of the steps the weights are pruned, in so many stages, if the strategy ranks trained weights."""
+_STEPS_OF_STAGE = 5
+"""The least number of steps in a stage."""
 _FIRST_STAGE, _RAMP_RATE = 0.5, 0.5
 """The share of what is to be pruned that the first stage prunes, and that of the learning rate in all stages."""
 _RANKS_TRAINED = frozenset({"magnitude", "lamp", "activation-magnitude"})
 """Strategies that rank weights as they are now, and zeros last."""
-_EVALUATIONS = 40
-"""How often the held-out examples are evaluated if all steps are taken."""
 Start = Callable[[ModelFile, Plan, PruningMethod], Mapping[str, Solved]]
 """Computes what matching starts from: the pruned weights of each tensor in a plan, and the mask of what was pruned."""
 
@@ -88,6 +87,9 @@ class OutputMatcher:
     _dense: dict[str, Array] = field(init=False)
     """The tensors of the network before matching."""
 
+    _stages: str = ""
+    """A sentence for the user about the stages in which weights were pruned."""
+
     def __post_init__(self) -> None:
         self._dense = self.network.tensors()
 
@@ -101,7 +103,9 @@ class OutputMatcher:
         solved = self.start(model, plan, method)
         network.assign({name: values for name, (values, _) in solved.items()})
         with self._training(model, examples) as training:
-            if method.strategy.name in _RANKS_TRAINED and not isinstance(method.pattern, NMPattern):
+            network.mask(_masks(model, solved, dense))
+            is_ranked_anew = method.strategy.name in _RANKS_TRAINED and not isinstance(method.pattern, NMPattern)
+            if is_ranked_anew and training.is_slow():
                 solved = self._prune_in_stages(training, model, plan, method, solved)
             after = self._match(training, _masks(model, solved, dense))
         outside = tuple(name for name in solved if name not in dense)
@@ -139,7 +143,9 @@ class OutputMatcher:
         """Match the outputs with a network that lost channels; zeros that it has already stay zero."""
         self._prepare(model)
         with self._training(model, examples) as training:
-            return self._match(training, _masks(model, {}, self._dense))
+            masks = _masks(model, {}, self._dense)
+            self.network.mask(masks)
+            return self._match(training, masks)
 
     @property
     def _steps(self) -> int:
@@ -164,80 +170,68 @@ class OutputMatcher:
     @contextmanager
     def _training(self, model: ModelFile, examples: Examples) -> Iterator[Training]:
         self.notes.clear()
+        self._stages = ""
         compared = self._compared(examples)
         self.network.compare(compared)
         nbytes = sum(array[:1].nbytes for array in examples.inputs) * min(self._batch_size, len(examples.inputs[0]))
         with self.meter(f"matching the outputs of {model.path.name}", self._steps * nbytes) as bar:
-            yield Training(self.network, examples, compared, self._batch_size, self.request.seed, bar.advance)
+            size, may_end_early = self._batch_size, not self.request.repair_steps
+            yield Training(
+                self.network, examples, compared, size, self.request.seed, self._steps, may_end_early, bar.advance
+            )
 
     def _prune_in_stages(
         self, training: Training, model: ModelFile, plan: Plan, method: PruningMethod, at_once: Mapping[str, Solved]
     ) -> Mapping[str, Solved]:
         """Prune the dense model in stages, and train what each leaves; weights that look small matter once others go.
 
-        The result is that of pruning at once if the outputs are further from the dense ones after the last stage.
+        All are pruned at once, as before, if the outputs are further from the dense ones after some stage.
         """
-        network, steps = self.network, int(self._steps * RAMP_SHARE)
-        names, stages = [name for name in at_once if name in self._dense], min(STAGES, steps)
+        network, limit, left = self.network, training.schedule.best_distance, self._steps - training.steps
+        names, steps = [name for name in at_once if name in self._dense], int(self._steps * RAMP_SHARE) - training.steps
+        stages = min(STAGES, steps // _STEPS_OF_STAGE)
+        if stages < 1:
+            return at_once
+        del at_once
         network.assign(self._dense)
+        training.restart()
         for stage in range(stages):
             # The cubic ramp of Zhu and Gupta (2017).
             part = scaled(plan, 1 - (1 - _FIRST_STAGE) * (1 - stage / stages) ** 3)
             network.mask(_masks(model, masked(model, part, method, network.weights(names)), self._dense))
             while training.steps < steps * (stage + 1) // stages:
                 training.take_step(_RAMP_RATE)
-            _check_finite(network.logs()["loss"], training.steps)
-            if not training.has_gained:
+            if not (math.isfinite(network.logs()["loss"]) and training.distance() <= limit):
                 break
         else:
             solved = masked(model, plan, method, network.weights(names))
-            network.assign({name: values for name, (values, _) in solved.items()})
-            if training.has_gained:
-                self.notes.append(f"They were pruned in {stages} stages during the first {steps:,} of these steps.")
+            network.mask(_masks(model, solved, self._dense))
+            training.begin_decay(left - steps)
+            if training.schedule.best_distance <= limit:
+                self._stages = f" Weights were pruned in {stages} stages during the first {steps:,} of these steps."
                 return solved
-        # Where pruning loses little, as at a low sparsity, the first steps lose more: all starts again.
         network.assign(self._dense)
         self._prepare(model)
         network.compare(training.compared)
-        network.assign({name: values for name, (values, _) in at_once.items()})
+        solved = self.start(model, plan, method)
+        network.assign({name: values for name, (values, _) in solved.items()})
+        network.mask(_masks(model, solved, self._dense))
         training.restart()
-        return at_once
+        return solved
 
     def _match(self, training: Training, masks: Mapping[str, Mask]) -> Mapping[str, Array]:
         """Train the prepared network to match the dense outputs, under the masks; return all its tensors."""
-        network, begun = self.network, training.steps
-        network.mask(masks)
-        schedule = MatchingSchedule(
-            self._steps - begun, training.first_distance, may_end_early=not self.request.repair_steps
-        )
-        if begun:
-            schedule.best_distance = training.distance()
-        best_tensors, interval = network.tensors(), math.ceil(schedule.steps / _EVALUATIONS)
-        while schedule.continues(step := training.steps - begun):
-            training.take_step(schedule.rate_at(step))
-            step += 1
-            if step % interval and step < schedule.last_step:
-                continue
-            _check_finite(network.logs()["loss"], training.steps)
-            if not len(training.held_out):
-                continue
-            distance = training.distance()
-            _check_finite(distance, training.steps)
-            if schedule.record(step, distance):
-                best_tensors = network.tensors()
-            elif schedule.has_overshot:
-                network.assign(best_tensors)
-        if len(training.held_out):
-            network.assign(best_tensors)
-        self._add_notes(training, schedule.best_distance, network.recalibrate(iter(self.batches)))
+        network = self.network
+        training.run()
+        self._add_notes(training, network.recalibrate(iter(self.batches)))
         after = network.tensors()
         broken = [name for name, mask in masks.items() if np.count_nonzero(after[name][~mask])]
         if broken:
             raise WorkError(f"zeros of {broken[0]} became nonzero while outputs were matched; nothing was written")
         return after
 
-    def _add_notes(self, training: Training, best: float, norms: int) -> None:
-        first = training.first_distance
+    def _add_notes(self, training: Training, norms: int) -> None:
+        first, best = training.schedule.first_distance, training.schedule.best_distance
         gain = (
             f": on a tenth of them that was held back the distance fell from {first:.3g} to {best:.3g}"
             if math.isfinite(first)
@@ -246,7 +240,7 @@ class OutputMatcher:
         self.notes.insert(
             0,
             f"Kept weights were trained for {training.steps:,} steps to match the dense outputs for "
-            f"{len(training.examples.inputs[0]):,} examples of {self.request.data}{gain}.",
+            f"{len(training.examples.inputs[0]):,} examples of {self.request.data}{gain}.{self._stages}",
         )
         if norms:
             self.notes.append(
@@ -275,14 +269,6 @@ def match_smaller(
         matcher = OutputMatcher(batches, network, request, meter=meter)
         write_back(smaller, matcher.match_smaller(smaller, examples), places)
     return tuple(dict.fromkeys((*session.notes, *matcher.notes)))
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"the distance to the dense outputs is NaN or infinite after {step} steps; nothing was written",
-            hint="check the scale of the data (?norm=unit), or use --repair layers",
-        )
 
 
 def _unwritable(model: ModelFile) -> set[str]:

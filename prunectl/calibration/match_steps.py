@@ -14,11 +14,16 @@ import numpy as np
 from prunectl.errors import UsageError, WorkError
 from prunectl.formats.base import Array
 from prunectl.training.backend import InspectableModel, TrainableModel
+from prunectl.training.config import DivergedError
 from prunectl.training.data.source import Arrays, Batch, as_tuple, map_arrays
 from prunectl.training.task import DistilledOutput, distillation_loss
 
 HELD_OUT = 10
 """One in this many examples is held out of training, to tell when matching no longer improves."""
+PROBE_DIVISOR, _SLOW = 20, 0.07
+"""If more than this share of the distance is left after a twentieth of the steps, weights are pruned in stages."""
+_EVALUATIONS = 40
+"""How often the held-out examples are evaluated if all steps are taken."""
 ANSWER_BYTES = 1 << 30
 """Dense outputs that take more bytes are computed again in each step, if there is a copy of the dense model."""
 _PATIENCE = 10
@@ -142,27 +147,45 @@ class Training:
     compared: Sequence[DistilledOutput]
     batch_size: int
     seed: int
+    most_steps: int
+    """The most steps that may be taken in all."""
+    may_end_early: bool
     advance: Callable[[int], None]
     """Moves the progress bar on by a number of bytes."""
     steps: int = field(init=False)
-    """The number of steps that were taken."""
+    """The number of steps since the start, or the last restart."""
     held_out: Array = field(init=False)
     """The rows of examples that are not trained on."""
-    first_distance: float = field(init=False)
-    """The distance before the first step, with all weights pruned."""
+    schedule: MatchingSchedule = field(init=False)
+    _begun: int = field(init=False)
+    """The number of steps before those of the schedule."""
+    _best_tensors: dict[str, Array] = field(init=False)
     _rows: Array = field(init=False)
     _batches: Iterator[Array] = field(init=False)
+    _taken: int = 0
+    """The number of steps that were taken in all."""
 
     def __post_init__(self) -> None:
         number = len(self.examples.inputs[0])
         order = np.random.default_rng((self.seed, number)).permutation(number)
         self.held_out, self._rows = order[: number // HELD_OUT], order[number // HELD_OUT :]
-        self.first_distance = self.distance()
+        self.schedule = MatchingSchedule(self.most_steps, self.distance(), self.may_end_early)
         self.restart()
 
     def restart(self) -> None:
-        """Begin with the first batch again."""
+        """Begin with the first batch again, and with the weights as they are."""
         self.steps, self._batches = 0, self._shuffled()
+        self._begin(self.most_steps, may_end_early=self.may_end_early)
+
+    def begin_decay(self, left: int) -> None:
+        """Begin to lower the learning rate to zero in the steps that are left, from the weights as they are."""
+        # To end early would save a few seconds, and lose a tenth of a point.
+        self._begin(left, may_end_early=False)
+        self.schedule.best_distance = self.distance()
+
+    def _begin(self, steps: int, *, may_end_early: bool) -> None:
+        self.schedule = MatchingSchedule(steps, self.schedule.first_distance, may_end_early)
+        self._begun, self._best_tensors = self.steps, self.network.tensors()
 
     def _shuffled(self) -> Iterator[Array]:
         rows, size = self._rows, min(self.batch_size, len(self._rows))
@@ -178,12 +201,39 @@ class Training:
         inputs = self.examples.inputs_of(rows)
         self.network.step(Batch(inputs), rate, self.examples.answers_of(rows))
         self.steps += 1
-        self.advance(sum(array.nbytes for array in as_tuple(inputs)))
+        self._taken += 1
+        if self._taken <= self.most_steps:
+            self.advance(sum(array.nbytes for array in as_tuple(inputs)))
 
-    @property
-    def has_gained(self) -> bool:
-        """Whether the outputs are no further from the dense ones than at first; true if no examples are held out."""
-        return self.distance() <= self.first_distance
+    def is_slow(self) -> bool:
+        """Whether much of the distance is left after the first steps; false if no examples are held out to tell."""
+        if not len(self.held_out):
+            return False
+        self._run(self.schedule.steps // PROBE_DIVISOR)
+        return self.schedule.best_distance > _SLOW * self.schedule.first_distance
+
+    def run(self) -> None:
+        """Take the steps of the schedule that are left, and go back to the best weights."""
+        self._run(self.schedule.steps)
+        if len(self.held_out):
+            self.network.assign(self._best_tensors)
+
+    def _run(self, end: int) -> None:
+        schedule, interval = self.schedule, math.ceil(self.schedule.steps / _EVALUATIONS)
+        while schedule.continues(step := self.steps - self._begun) and step < end:
+            self.take_step(schedule.rate_at(step))
+            step += 1
+            if step % interval and step < schedule.last_step:
+                continue
+            _check_finite(self.network.logs()["loss"], self.steps)
+            if not len(self.held_out):
+                continue
+            distance = self.distance()
+            _check_finite(distance, self.steps)
+            if schedule.record(step, distance):
+                self._best_tensors = self.network.tensors()
+            elif schedule.has_overshot:
+                self.network.assign(self._best_tensors)
 
     def distance(self) -> float:
         """The mean distance from the dense outputs, which training minimises; infinite if no examples are held out."""
@@ -198,6 +248,14 @@ class Training:
             ]
             total += len(rows) * float(np.sum(losses))
         return total / len(self.held_out) if len(self.held_out) else math.inf
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the distance to the dense outputs is NaN or infinite after {step} steps; nothing was written",
+            hint="check the scale of the data (?norm=unit), or use --repair layers",
+        )
 
 
 def _log_softmax(logits: Array, axis: int) -> Array:
