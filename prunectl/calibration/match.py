@@ -86,7 +86,6 @@ class OutputMatcher:
     """A second copy of the dense model, which is not pruned or trained."""
     _dense: dict[str, Array] = field(init=False)
     """The tensors of the network before matching."""
-
     _stages: str = ""
     """A sentence for the user about the stages in which weights were pruned."""
 
@@ -185,14 +184,13 @@ class OutputMatcher:
     ) -> Mapping[str, Solved]:
         """Prune the dense model in stages, and train what each leaves; weights that look small matter once others go.
 
-        All are pruned at once, as before, if the outputs are further from the dense ones after some stage.
+        All stay pruned at once if the outputs are further from the dense ones after some stage than they are now.
         """
         network, limit, left = self.network, training.schedule.best_distance, self._steps - training.steps
         names, steps = [name for name in at_once if name in self._dense], int(self._steps * RAMP_SHARE) - training.steps
         stages = min(STAGES, steps // _STEPS_OF_STAGE)
-        if stages < 1:
+        if stages < 2:
             return at_once
-        del at_once
         network.assign(self._dense)
         training.restart()
         for stage in range(stages):
@@ -213,11 +211,10 @@ class OutputMatcher:
         network.assign(self._dense)
         self._prepare(model)
         network.compare(training.compared)
-        solved = self.start(model, plan, method)
-        network.assign({name: values for name, (values, _) in solved.items()})
-        network.mask(_masks(model, solved, self._dense))
+        network.assign({name: values for name, (values, _) in at_once.items()})
+        network.mask(_masks(model, at_once, self._dense))
         training.restart()
-        return solved
+        return at_once
 
     def _match(self, training: Training, masks: Mapping[str, Mask]) -> Mapping[str, Array]:
         """Train the prepared network to match the dense outputs, under the masks; return all its tensors."""
