@@ -100,9 +100,8 @@ class OutputMatcher:
         self._prepare(model)
         examples = answered(network, self.batches, model.path, self.copy)
         solved = self.start(model, plan, method)
-        network.assign({name: values for name, (values, _) in solved.items()})
+        self._set(model, solved)
         with self._training(model, examples) as training:
-            network.mask(_masks(model, solved, dense))
             is_ranked_anew = method.strategy.name in _RANKS_TRAINED and not isinstance(method.pattern, NMPattern)
             if is_ranked_anew and training.is_slow():
                 solved = self._prune_in_stages(training, model, plan, method, solved)
@@ -141,9 +140,9 @@ class OutputMatcher:
     def match_smaller(self, model: ModelFile, examples: Examples) -> Mapping[str, Array]:
         """Match the outputs with a network that lost channels; zeros that it has already stay zero."""
         self._prepare(model)
+        masks = _masks(model, {}, self._dense)
+        self.network.mask(masks)
         with self._training(model, examples) as training:
-            masks = _masks(model, {}, self._dense)
-            self.network.mask(masks)
             return self._match(training, masks)
 
     @property
@@ -186,8 +185,8 @@ class OutputMatcher:
 
         All stay pruned at once if the outputs are further from the dense ones after some stage than they are now.
         """
-        network, limit, left = self.network, training.schedule.best_distance, self._steps - training.steps
-        names, steps = [name for name in at_once if name in self._dense], int(self._steps * RAMP_SHARE) - training.steps
+        network, limit, taken = self.network, training.schedule.best_distance, training.steps
+        names, steps = [name for name in at_once if name in self._dense], int(self._steps * RAMP_SHARE) - taken
         stages = min(STAGES, steps // _STEPS_OF_STAGE)
         if stages < 2:
             return at_once
@@ -204,17 +203,21 @@ class OutputMatcher:
         else:
             solved = masked(model, plan, method, network.weights(names))
             network.mask(_masks(model, solved, self._dense))
-            training.begin_decay(left - steps)
+            training.begin_decay(self._steps - taken - steps)
             if training.schedule.best_distance <= limit:
                 self._stages = f" Weights were pruned in {stages} stages during the first {steps:,} of these steps."
                 return solved
         network.assign(self._dense)
         self._prepare(model)
         network.compare(training.compared)
-        network.assign({name: values for name, (values, _) in at_once.items()})
-        network.mask(_masks(model, at_once, self._dense))
+        self._set(model, at_once)
         training.restart()
         return at_once
+
+    def _set(self, model: ModelFile, solved: Mapping[str, Solved]) -> None:
+        """Set the weights of the network, and hold their zeros."""
+        self.network.assign({name: values for name, (values, _) in solved.items()})
+        self.network.mask(_masks(model, solved, self._dense))
 
     def _match(self, training: Training, masks: Mapping[str, Mask]) -> Mapping[str, Array]:
         """Train the prepared network to match the dense outputs, under the masks; return all its tensors."""
@@ -228,7 +231,7 @@ class OutputMatcher:
         return after
 
     def _add_notes(self, training: Training, norms: int) -> None:
-        first, best = training.schedule.first_distance, training.schedule.best_distance
+        first, best = training.first_distance, training.schedule.best_distance
         gain = (
             f": on a tenth of them that was held back the distance fell from {first:.3g} to {best:.3g}"
             if math.isfinite(first)

@@ -20,7 +20,7 @@ from prunectl.training.task import DistilledOutput, distillation_loss
 
 HELD_OUT = 10
 """One in this many examples is held out of training, to tell when matching no longer improves."""
-PROBE_DIVISOR, _SLOW = 20, 0.07
+_PROBE_DIVISOR, _SLOW = 20, 0.07
 """If more than this share of the distance is left after a twentieth of the steps, weights are pruned in stages."""
 _EVALUATIONS = 40
 """How often the held-out examples are evaluated if all steps are taken."""
@@ -156,6 +156,8 @@ class Training:
     """The number of steps since the start, or the last restart."""
     held_out: Array = field(init=False)
     """The rows of examples that are not trained on."""
+    first_distance: float = field(init=False)
+    """The distance before the first step, with all weights pruned."""
     schedule: MatchingSchedule = field(init=False)
     _begun: int = field(init=False)
     """The number of steps before those of the schedule."""
@@ -169,7 +171,7 @@ class Training:
         number = len(self.examples.inputs[0])
         order = np.random.default_rng((self.seed, number)).permutation(number)
         self.held_out, self._rows = order[: number // HELD_OUT], order[number // HELD_OUT :]
-        self.schedule = MatchingSchedule(self.most_steps, self.distance(), self.may_end_early)
+        self.first_distance = self.distance()
         self.restart()
 
     def restart(self) -> None:
@@ -184,7 +186,7 @@ class Training:
         self.schedule.best_distance = self.distance()
 
     def _begin(self, steps: int, *, may_end_early: bool) -> None:
-        self.schedule = MatchingSchedule(steps, self.schedule.first_distance, may_end_early)
+        self.schedule = MatchingSchedule(steps, self.first_distance, may_end_early)
         self._begun, self._best_tensors = self.steps, self.network.tensors()
 
     def _shuffled(self) -> Iterator[Array]:
@@ -209,8 +211,8 @@ class Training:
         """Whether much of the distance is left after the first steps; false if no examples are held out to tell."""
         if not len(self.held_out):
             return False
-        self._run(self.schedule.steps // PROBE_DIVISOR)
-        return self.schedule.best_distance > _SLOW * self.schedule.first_distance
+        self._run(self.schedule.steps // _PROBE_DIVISOR)
+        return self.schedule.best_distance > _SLOW * self.first_distance
 
     def run(self) -> None:
         """Take the steps of the schedule that are left, and go back to the best weights."""
